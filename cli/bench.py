@@ -25,7 +25,7 @@ from lora_fx.cli.output import emit
 @click.option("--threads", type=int, default=1, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", help="auto, cpu or cuda.")
 @json_option
-def command(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(files: tuple[str, ...], **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
 
     A is timed twice: the second row says how far two measurements of one thing lie apart.
@@ -42,7 +42,7 @@ def command(files: tuple[str, ...], as_json: bool, **options: Any) -> None:
     head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {options['provider']}"
     text = "\n".join([head, *map(str, found)])
     fields = {"rounds": rounds, "threads": threads, "timings": [t.to_json() for t in found]}
-    emit(as_json, "bench", text, inputs=[{"model": f} for f in files], **fields)
+    emit(text, inputs=[{"model": f} for f in files], **fields)
 
 
 def _size(text: str) -> tuple[int, int]:

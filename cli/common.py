@@ -1,15 +1,17 @@
-"""The command group, and what every command shares: errors, JSON, notes, exit codes."""
+"""The command group, and what every command shares: errors, JSON, notes, exit codes, pages."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
@@ -18,9 +20,8 @@ from typing import Any, NoReturn
 
 import click
 
-from lora_fx.cli.options import FORCE, in_groups
-from lora_fx.cli.output import echo, emit, note, say, stages
-from lora_fx.cli.toml import config_options, saving_config
+from lora_fx.cli.options import FORCE, config_options, in_groups, saving_config, split_weight
+from lora_fx.cli.output import echo, note, result, say, show, stages
 from lora_fx.errors import LoraFxError, explain, one_line
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling
@@ -62,7 +63,7 @@ class FileCommand(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += config_options()
-        self.own = {p.name for p in self.params} - {"config", "save_config"}
+        self.own = {p.name for p in self.params} - {"config", "save_config", "as_json"}
         if "force" not in self.own:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
 
@@ -83,14 +84,18 @@ class FileCommand(click.Command):
                 elif given:
                     ctx.params[name] = self._local(given, False)
             remember(*input_paths(ctx.params))  # the folders in the cache
-            ctx.params = {k: v for k, v in ctx.params.items() if k in self.own}
-            return super().invoke(ctx)
+            ctx.find_root().ensure_object(dict)["json"] = ctx.params.get("as_json")
+            given, ctx.params = ctx.params, {k: v for k, v in ctx.params.items() if k in self.own}
+            return self.carry_out(ctx, given)
+
+    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
+        """Call the function of the command, with its own arguments and options."""
+        return super().invoke(ctx)
 
     def _local(self, text: str, weighted: bool) -> str:
         """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
         if not text.startswith("hf:"):
             return text
-        from lora_fx.cli.options import split_weight
         from lora_fx.files.hub import fetch
 
         model, weight = split_weight(text) if weighted else (text, 1.0)
@@ -150,6 +155,160 @@ def texts_of(given: JsonView, names: Sequence[str]) -> Iterator[str]:
         for text in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(text, str) and text:
                 yield text
+
+
+# --report PAGE.html: the result of a command as one HTML file, beside what it prints.
+
+
+LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+FILES = 100
+"""The most files of a folder that are hashed."""
+
+
+class ReportCommand(FileCommand):
+    """A command that changes or judges a model, with --report.
+
+    The path is checked before the work starts; emit() hands over the JSON object, whatever its
+    answer, and an answer that is an error with exit code 1 makes a page too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        told = "Write the result as a page."
+        self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
+
+    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
+        """Call the function, with a page of its result where one is asked for."""
+        if given["report"] is None:
+            return super().carry_out(ctx, given)
+        report, force = given["report"], given["force"]
+        _check_page(report, force, ctx.params)
+        ctx.find_root().obj["report"] = functools.partial(write_page, report, force)
+        try:
+            return super().carry_out(ctx, given)
+        except LoraFxError as e:
+            if e.exit_code == 1 and not e.told:
+                write_page(report, force, result(False, error=e.message, hint=e.hint))
+            raise
+
+
+def _check_page(report: str, force: bool, given: JsonView) -> None:
+    """Refuse, before any work, a page that cannot be written or that would be something else."""
+    from lora_fx.files.atomic import check_output
+
+    if not report.endswith((".html", ".htm")):
+        raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
+    if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
+        raise LoraFxError(f"--report {report} is also an input", "choose another name")
+    check_output(report, force=force)
+    if Path(report).is_dir():
+        raise LoraFxError(f"--report {report} is a folder", "choose another name")
+
+
+def write_page(path: str, force: bool, shown: JsonView) -> str:
+    """Write the page of a result, all of it or nothing; its path."""
+    from lora_fx.files.atomic import replacing
+    from lora_fx.report.page import page
+
+    ctx = click.get_current_context()
+    run = ctx.find_root().obj
+    added: Json = {"argv": run.get("argv") or [], "versions": versions(), **when(run["began"])}
+    added["notes"] = [text for text in run["notes"] if text not in run["warned"]]
+    outputs = [Path(p) for p in shown["outputs"]]
+    source = [p for p in input_paths(ctx.params) if p not in outputs]
+    added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
+    added["adapters"], said = _adapters(outputs, ctx.params)
+    added["unhashed"] += said
+    _once(added["adapters"], shown)
+    text = page({**shown, "page": added})
+    with replacing(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _once(adapters: list[Json], told: JsonView) -> None:
+    """Take out of the adapters' rows what the result's own row of the same key says."""
+    own = told.get("targets")
+    rows = {t["key"]: t for t in own} if isinstance(own, list) else {}
+    for adapter in adapters:
+        for i, row in enumerate(adapter["updates"]):
+            same = rows.get(row["key"], {})
+            kept = {k: v for k, v in row.items() if k == "key" or k not in same or same[k] != v}
+            adapter["updates"][i] = kept
+
+
+def when(began: dict[str, float]) -> Json:
+    """When the command began, in local time, how many seconds it took, and on which machine."""
+    import platform
+
+    start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
+    seconds = time.monotonic() - began["seconds"]
+    return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
+
+
+def versions() -> dict[str, str]:
+    """{library: version} of those that are installed; nothing is imported."""
+    import platform
+
+    from lora_fx import __version__
+
+    found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
+    return {**found, "platform": platform.platform(terse=True)}
+
+
+def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
+    """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
+    rows: list[Json] = []
+    said: list[str] = []
+    seen: set[Path] = set()
+    for of, path in paths:
+        files = sorted(f for f in path.iterdir() if f.name[0] != ".") if path.is_dir() else [path]
+        plain = [f for f in files if f.is_file() and f.resolve() != Path(page).resolve()]
+        for file in plain[:FILES]:
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            try:
+                with file.open("rb") as f:
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+                size = file.stat().st_size
+            except OSError as e:
+                said.append(f"{file}: not hashed: {e.strerror or e}")
+                continue
+            rows.append({"of": of, "path": str(file), "bytes": size, "sha256": digest})
+        if len(plain) > FILES:
+            said.append(f"{path}: {len(plain) - FILES} more files are not hashed")
+    return {"files": rows, "unhashed": said}
+
+
+def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[str]]:
+    """The adapters that were written, or else those that were given, with their spectra."""
+    found, said = [], []
+    base = given.get("base")
+    base = base if base and not str(base).endswith(".onnx") else None
+    asked = map(split_weight, texts_of(given, ("adapter", "adapters", "b")))
+    for path, weight in _loadable((str(p), 1.0) for p in outputs) or _loadable(asked):
+        from lora_fx.adapter.truncate import summary
+        from lora_fx.formats.io import load_adapter
+
+        try:
+            loaded = load_adapter(path, base=base)
+            rows = summary(loaded.weighted(weight))
+        except LoraFxError as e:
+            said.append(f"{path}: no spectra: {e.message}")
+            continue
+        found.append({"path": path, "weight": weight, "updates": rows})
+    return found, said
+
+
+def _loadable(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    from lora_fx.formats.io import is_adapter
+
+    plain = ((p, w) for p, w in paths if not p.endswith((".onnx", ".pt2", ".data")))
+    return [(path, weight) for path, weight in plain if is_adapter(path)]
+
+
+# The group of all commands, and every way out of it.
 
 
 class LazyGroup(click.Group):
@@ -322,7 +481,7 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
         echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
     if "--json" in argv and not error.told:
         command = next((a for a in argv if a in COMMANDS), "")
-        emit(True, command, "", ok=False, error=error.message, hint=error.hint)
+        show(result(False, command=command, error=error.message, hint=error.hint))
     sys.exit(error.exit_code)
 
 

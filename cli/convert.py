@@ -7,9 +7,9 @@ from typing import Any, cast
 import click
 
 from lora_fx.adapter.experts import LAYOUTS
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
@@ -17,7 +17,7 @@ from lora_fx.text import Json
 NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 
 
-@report_command("convert")
+@click.command("convert", cls=ReportCommand)
 @click.argument("adapter")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")
 @click.option(
@@ -49,7 +49,6 @@ def command(
     base: str | None,
     model: str | None,
     force: bool,
-    as_json: bool,
     **options: Any,
 ) -> None:
     r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
@@ -107,4 +106,4 @@ def command(
     note(*notes)
     fields["updates"] = len(loaded)
     said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
-    emit(as_json, "convert", said, inputs=[{"adapter": adapter}], outputs=[output], **fields)
+    emit(said, inputs=[{"adapter": adapter}], outputs=[output], **fields)

@@ -22,7 +22,7 @@ from lora_fx.cli.output import emit, note, say
 )
 @click.option("--quick", is_flag=True, help="A short run: few steps, no demand on the accuracy.")
 @result_options
-def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
+def command(output: str, quick: bool, force: bool) -> None:
     """Teach all-MiniLM-L6-v2 where in the standard library a docstring stands.
 
     The data are this machine's own Python files; nothing is downloaded. A linear probe is fitted,
@@ -41,6 +41,6 @@ def command(output: str, quick: bool, force: bool, as_json: bool) -> None:
         out.mkdir()
         result = run(out, Size.of(quick), say)
     emit(
-        as_json, "demo", table(result, Path(output)), refused=refusal(result),
+        table(result, Path(output)), refused=refusal(result),
         outputs=[output], facts=result.facts, seconds=result.seconds, failures=result.failures,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from lora_fx.formats.servers import SERVERS
     help="Also say what this program would read, misread, drop or refuse.",
 )
 @json_option
-def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
+def command(base: str, adapter: str, **options: Any) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
 
     BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run. The options are
@@ -42,5 +42,5 @@ def command(base: str, adapter: str, as_json: bool, **options: Any) -> None:
     note(*report.warnings, warns=True)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
     fields.pop("parity")
-    emit(as_json, text=lines(report), **fields)
+    emit(lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
@@ -19,10 +20,9 @@ from lora_fx.cli.options import (
     selectors_option,
 )
 from lora_fx.cli.output import emit, note, table, wrote
-from lora_fx.cli.report_option import report_command
 
 
-@report_command("export")
+@click.command("export", cls=ReportCommand)
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
@@ -52,9 +52,7 @@ from lora_fx.cli.report_option import report_command
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
 @model_options
 @result_options
-def command(
-    model: str, adapters: tuple[str, ...], output: str, mode: str, as_json: bool, **options: Any
-) -> None:
+def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **options: Any) -> None:
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
     In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, in mode
@@ -106,4 +104,4 @@ def command(
         report = export(cap, output, opset=opset, **options)
         inputs = cap.inputs.to_json()
     said = f"{report}{table(report)}\n{wrote(report)}"
-    emit(as_json, text=said, **{**report.to_json(), "inputs": inputs})
+    emit(said, **{**report.to_json(), "inputs": inputs})

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import result_options, seed_option, selectors_option, trust_option
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.report_option import report_command
 
 
-@report_command("extract")
+@click.command("extract", cls=ReportCommand)
 @click.argument("base")
 @click.argument("tuned")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -33,7 +33,7 @@ from lora_fx.cli.report_option import report_command
 @seed_option("Of the random subspaces.")
 @trust_option
 @result_options
-def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 
     Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
@@ -52,7 +52,7 @@ def command(base: str, tuned: str, output: str, force: bool, as_json: bool, **op
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)
     text, inputs = f"{result}\nwrote {output}", [{"base": base, "tuned": tuned}]
-    emit(as_json, "extract", text, inputs=inputs, outputs=[output], **result.to_json())
+    emit(text, inputs=inputs, outputs=[output], **result.to_json())
 
 
 def _progress() -> Callable[[float], None]:

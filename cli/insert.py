@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     CAPTURE,
     START,
@@ -20,11 +21,10 @@ from lora_fx.cli.options import (
     target_options,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_command
 from lora_fx.text import Json
 
 
-@report_command("insert")
+@click.command("insert", cls=ReportCommand)
 @click.argument("model")
 @click.option(
     "-o",
@@ -39,7 +39,7 @@ from lora_fx.text import Json
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @model_options
 @result_options
-def command(model: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+def command(model: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 
     OUT is an adapter folder or .safetensors file (a start for any trainer; PEFT loads it), or a
@@ -61,7 +61,7 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
 
     check_output(output, force=force, names=ADAPTER_FILES)
     if model.endswith(".onnx"):
-        _onnx(model, output, force, as_json, options)
+        _onnx(model, output, force, options)
         return
     loaded, cap = captured(model, options)
     start = start_from(loaded, cap, options)
@@ -75,10 +75,10 @@ def command(model: str, output: str, force: bool, as_json: bool, **options: Any)
         said = save_adapter(module.adapter(), output, force=force)
     note(*said)
     fields = {"inputs": cap.inputs.to_json(), "outputs": [output], **report.to_json()}
-    emit(as_json, "insert", f"{report}\nwrote {output}", warnings=report.notes, **fields)
+    emit(f"{report}\nwrote {output}", warnings=report.notes, **fields)
 
 
-def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) -> None:
+def _onnx(model: str, output: str, force: bool, options: Json) -> None:
     from lora_fx.errors import LoraFxError
     from lora_fx.passes.verbs.insert_onnx import insert_onnx
 
@@ -93,4 +93,4 @@ def _onnx(model: str, output: str, force: bool, as_json: bool, options: Json) ->
     note(*report.warnings, warns=True)
     count, trained = len(report.details["targets"]), report.details["trained"]
     said = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
-    emit(as_json, text=said, **{**report.to_json(), "inputs": [{"model": model}]})
+    emit(said, **{**report.to_json(), "inputs": [{"model": model}]})

@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, note, progress_bar
-from lora_fx.cli.report_option import report_command
 from lora_fx.text import Json
 
 ONNX = {"names": "map", "delta": "delta", "run": "run"}
 """Options that .onnx files alone have: argument → option."""
 
 
-@report_command("merge")
+@click.command("merge", cls=ReportCommand)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
@@ -33,7 +33,7 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @result_options
-def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
     BASE is a Hugging Face folder, a .safetensors or an .onnx file; it and ADAPTER may be of the
@@ -54,7 +54,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
 
     threads = options.pop("threads")
     if base.endswith(".onnx"):
-        _onnx(base, adapters, out, options, as_json)
+        _onnx(base, adapters, out, options)
         return
     of_onnx = {option: options.pop(name) for name, option in ONNX.items()}
     if wrong := [option for option, value in of_onnx.items() if value]:
@@ -66,16 +66,16 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
         note(*plan.notes)
-        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
+        emit(str(plan), inputs=inputs, **plan.to_json())
         return
     with progress_bar() as progress:
         report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
     note(*report.warnings, warns=True)
     outputs = list(report.outputs)
-    emit(as_json, "merge", lines(report), inputs=inputs, outputs=outputs, **report_json(report))
+    emit(lines(report), inputs=inputs, outputs=outputs, **report_json(report))
 
 
-def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json, as_json: bool) -> None:
+def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map
     from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
@@ -86,8 +86,8 @@ def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json, as_json
     if dry_run:
         plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
         note(*plan.graph.notes)
-        emit(as_json, "merge", str(plan), inputs=inputs, **plan.to_json())
+        emit(str(plan), inputs=inputs, **plan.to_json())
         return
     report = merge(base, given, out, **options)
     note(*report.warnings, warns=True)
-    emit(as_json, text=lines(report), **{**report.to_json(), "inputs": inputs})
+    emit(lines(report), **{**report.to_json(), "inputs": inputs})

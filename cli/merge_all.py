@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, say
-from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.text import JsonView, table
 
@@ -32,7 +32,7 @@ def _line(row: JsonView) -> str:
     return f"{row['adapter']}: {_result(row)}{why}"
 
 
-@report_command("merge-all")
+@click.command("merge-all", cls=ReportCommand)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="DIR", help="The folder of the outputs.")
@@ -46,7 +46,7 @@ def _line(row: JsonView) -> str:
 )
 @merge_options
 @result_options
-def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
+def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 
     One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
@@ -57,7 +57,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
     """
     load_numpy()
-    from lora_fx.checkpoint.merge_all import jobs_of, merge_all
+    from lora_fx.checkpoint.merge import jobs_of, merge_all
     from lora_fx.files.checkpoint import open_checkpoint
 
     processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
@@ -94,4 +94,4 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, **opt
     inputs = [{"base": base, "adapters": list(adapters)}]
     shown = [(r["adapter"], _result(r), r["out"] if r["ok"] else "") for r in rows]
     text = "\n".join(table([("adapter", "result", "output"), *shown])) if rows else ""
-    emit(as_json, "merge-all", text, inputs=inputs, outputs=outputs, merges=rows, refused=refused)
+    emit(text, inputs=inputs, outputs=outputs, merges=rows, refused=refused)

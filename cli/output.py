@@ -36,8 +36,6 @@ def wrote(report: Report) -> str:
 
 
 def emit(
-    as_json: bool,
-    command: str,
     text: str,
     *,
     ok: bool = True,
@@ -45,7 +43,7 @@ def emit(
     refused: LoraFxError | None = None,
     **fields: object,
 ) -> None:
-    """The result: text for people, or the one JSON object of docs/json.md; and its --report.
+    """The result: text for people, or with --json the object of docs/json.md; and its --report.
 
     `refused` ends the command after its result was shown: the object says ok = false, and the
     error follows on stderr with its exit code.
@@ -53,10 +51,8 @@ def emit(
     if refused is not None:
         ok, refused.told = False, True
         fields |= {"error": refused.message, "hint": refused.hint}
-    page = _run().get("report")  # what --report left here
-    if as_json or page:
-        whole = result(command, ok, warnings, **fields)
-    if page:
+    whole = result(ok, warnings, **fields)
+    if page := _run().get("report"):  # what --report left here
         try:
             with explained("the page"):
                 say(f"wrote {page(whole)}")
@@ -66,13 +62,18 @@ def emit(
                 raise
             told = f"{', '.join(outputs)} was written, and its page was not: {e.message}"
             raise LoraFxError(told, e.hint, exit_code=1) from e
-    if as_json:
-        end_line()
-        click.echo(json.dumps(strict_json(whole), indent=1, default=str))
+    if _run().get("json"):
+        show(whole)
     elif text:
         echo(text)
     if refused is not None:
         raise refused
+
+
+def show(whole: Json) -> None:
+    """Print the JSON object of a result."""
+    end_line()
+    click.echo(json.dumps(strict_json(whole), indent=1, default=str))
 
 
 def echo(text: str, *, err: bool = False, red: bool = False) -> None:
@@ -83,12 +84,13 @@ def echo(text: str, *, err: bool = False, red: bool = False) -> None:
     click.echo(click.style(said, fg="red") if shown else said, err=err)
 
 
-def result(command: str, ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
+def result(ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
     """The one JSON object of docs/json.md; what was noted stands before the warnings."""
     from lora_fx import __version__
 
+    ctx = click.get_current_context(silent=True)
     said = dict.fromkeys([*_run().get("notes", ()), *warnings])
-    head = {"command": command, "version": __version__, "ok": ok}
+    head = {"command": ctx.info_name if ctx else "", "version": __version__, "ok": ok}
     return {**head, "inputs": [], "outputs": [], "warnings": list(said), **fields}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     FROM_1,
     captured,
@@ -19,11 +20,10 @@ from lora_fx.cli.options import (
     some_batches,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_command
 from lora_fx.text import Json
 
 
-@report_command("plan")
+@click.command("plan", cls=ReportCommand)
 @click.argument("model")
 @click.argument("data", required=False)
 @click.option("-o", "--output", required=True, metavar="PLAN", help="A .json file.")
@@ -49,9 +49,7 @@ from lora_fx.text import Json
 @seed_option("Of the choice of examples.")
 @model_options
 @result_options
-def command(
-    model: str, data: str | None, output: str, force: bool, as_json: bool, **options: Any
-) -> None:
+def command(model: str, data: str | None, output: str, force: bool, **options: Any) -> None:
     r"""Plan a rank for every target of MODEL under one budget, and write it.
 
     One pass over DATA (as for train) says where low rank is worth its cost. insert and train take
@@ -65,7 +63,7 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.plan import plan
-    from lora_fx.targets.ranking import METHODS
+    from lora_fx.targets.budget import METHODS
 
     check_output(output, force=force)
     if not output.endswith(".json"):
@@ -83,4 +81,4 @@ def command(
     rows = [found[r.key].to_json(r.rank, r.alpha) for r in made.rows]
     fields: Json = {"inputs": cap.inputs.to_json(), "outputs": [output], "targets": rows}
     fields |= {k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")}
-    emit(as_json, "plan", f"{made}\nwrote {output}", **fields)
+    emit(f"{made}\nwrote {output}", **fields)

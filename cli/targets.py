@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
 @json_option
-def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
+def command(model: str, training: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
     No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
@@ -40,7 +40,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
-        from lora_fx.checkpoint.targets import file_targets
+        from lora_fx.checkpoint.model_families import file_targets
 
         found = file_targets(model)
     elif model.endswith(".onnx"):
@@ -59,7 +59,7 @@ def command(model: str, training: bool, as_json: bool, **options: Any) -> None:
             "the lines above say what was refused and why",
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
-    emit(as_json, "targets", str(found), refused=refused, **fields)
+    emit(str(found), refused=refused, **fields)
 
 
 def _of_onnx(model: str) -> Found:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     batches_of,
     captured,
@@ -21,11 +22,10 @@ from lora_fx.cli.options import (
     target_options,
 )
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.report_option import report_command
 from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 
 
-@report_command("train")
+@click.command("train", cls=ReportCommand)
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
@@ -40,7 +40,7 @@ from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stat
 @target_options
 @model_options
 @result_options
-def command(model: str, data: str, output: str, force: bool, as_json: bool, **options: Any) -> None:
+def command(model: str, data: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
     DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
@@ -99,4 +99,4 @@ def command(model: str, data: str, output: str, force: bool, as_json: bool, **op
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
         fields |= {"examples": examples, **report.to_json()}
         said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
-        emit(as_json, "train", said, warnings=made.notes, **fields)
+        emit(said, warnings=made.notes, **fields)

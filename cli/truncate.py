@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     adapter_of,
     captured,
@@ -16,14 +17,13 @@ from lora_fx.cli.options import (
     trust_option,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.cli.report_option import report_command
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
 TABLE = ("table", "model", "label", "loss", "weights")
 
 
-@report_command("truncate")
+@click.command("truncate", cls=ReportCommand)
 @click.argument("adapter")
 @click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")
 @click.option("--rank", "-r", type=int, help="No update has a higher one.")
@@ -38,9 +38,7 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
 @trust_option
 @result_options
-def command(
-    adapter: str, output: str | None, trust: bool, force: bool, as_json: bool, **goal: Any
-) -> None:
+def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: Any) -> None:
     r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
 
     Give one goal. No model is needed; the error is exact. --table needs a model and data, and says
@@ -60,7 +58,7 @@ def command(
     if options["table"]:
         given = [k for k, v in {**goal, "output": output or None}.items() if v is not None]
         said, fields = _table(adapter, given, trust, options)
-        emit(as_json, "truncate", said, inputs=inputs, **fields)
+        emit(said, inputs=inputs, **fields)
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
@@ -73,7 +71,7 @@ def command(
         note("no rank was dropped: the adapter is within the goal as it is")
     note(*save_adapter(result.adapter, output, force=force))
     said, fields = f"{result}\nwrote {output}", result.to_json()
-    emit(as_json, "truncate", said, inputs=inputs, outputs=[output], **fields)
+    emit(said, inputs=inputs, outputs=[output], **fields)
 
 
 def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tuple[str, Json]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     CAPTURE,
     adapter_of,
@@ -17,10 +18,9 @@ from lora_fx.cli.options import (
     split_weight,
 )
 from lora_fx.cli.output import emit
-from lora_fx.cli.report_option import report_command
 
 
-@report_command("verify")
+@click.command("verify", cls=ReportCommand)
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -36,7 +36,7 @@ from lora_fx.cli.report_option import report_command
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @model_options
 @json_option
-def command(a: str, b: str, as_json: bool, **options: Any) -> None:
+def command(a: str, b: str, **options: Any) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
 
     Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
@@ -75,5 +75,5 @@ def command(a: str, b: str, as_json: bool, **options: Any) -> None:
         beside = extra[0] if len(extra) == 1 else extra or None
         report = verify(one, two, arrays, adapter=beside, **options)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}
-    emit(as_json, text=lines(report), **fields)
+    emit(lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

@@ -26,8 +26,8 @@ from lora_fx.adapter.lowrank import LowRank, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import V
-from lora_fx.ir.graph import Deferred, Emitter, Graph, Site
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.quantised import ZeroPoints
@@ -262,7 +262,7 @@ def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -
 
 def _add(wide: Array, updates: list[tuple[Target, LowRank]]) -> None:
     """Put each update into its region of W, in the dtype that W has here."""
-    e: Emitter[Array] = NumpyEmitter()
+    e: Ops[Array] = NumpyEmitter()
     for target, low in updates:
         part = wide[tuple(slice(lo, hi) for lo, hi in target.region)]
         layout, work = low.layout or target.layout, wide.dtype

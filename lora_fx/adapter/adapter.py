@@ -12,14 +12,13 @@ import numpy.typing as npt
 
 from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.fused import other_split, place
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.svd import truncated
+from lora_fx.adapter.lowrank import Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.targets.found import Found
+from lora_fx.targets.found import Found, select_names
 from lora_fx.targets.regions import (
     check_disjoint,
     each_use,
@@ -30,7 +29,6 @@ from lora_fx.targets.regions import (
     own_use,
     tied,
 )
-from lora_fx.targets.selectors import select_names
 from lora_fx.targets.target import base_name, split_use
 from lora_fx.text import Json, JsonView, html, human, near, some
 

@@ -35,7 +35,6 @@ _EXPERTS = re.compile(
 )
 
 
-_WHOLE = frozenset({"qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "interns1_pro"})
 _SPARSE = "block_sparse_moe"
 _TELL = "--base FOLDER has the model; or --model-type TYPE, as its config.json has it"
 

@@ -31,8 +31,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank, grouped, scale_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, near
-from lora_fx.ir.emitter import V
-from lora_fx.ir.graph import Emitter
+from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.layout import Layout
 
 
@@ -64,7 +63,7 @@ class Lora:
         """
         return low
 
-    def change(self, e: Emitter[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
+    def change(self, e: Ops[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
         """W' − W in the stored shape.
 
         Args:
@@ -103,7 +102,7 @@ class Dora(Lora):
         factors(size, sums, where)  # raises for a row that has no direction
         return replace(low, variant="lora", magnitude=size.reshape(weight.shape[:-1]))
 
-    def change(self, e: Emitter[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
+    def change(self, e: Ops[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
         """m/‖V‖ · V − W."""
         new = rescaled(e, layout, e.op("add", w, delta), magnitude)
         return e.op("add", new, e.op("mul", w, -1.0))
@@ -220,7 +219,7 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
     return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))
 
 
-def rescaled(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
+def rescaled(e: Ops[V], layout: Layout, v: V, magnitude: V | None) -> V:
     """diag(magnitude / ‖V‖) · V in the stored shape, in any IR.
 
     The norm is no function of the factors for gradients (section 4.3 of the paper), as in PEFT.
@@ -235,7 +234,7 @@ def rescaled(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
     return layout.to_stored(e, rows)
 
 
-def stretch(e: Emitter[V], layout: Layout, v: V, magnitude: V | None) -> V:
+def stretch(e: Ops[V], layout: Layout, v: V, magnitude: V | None) -> V:
     """Magnitude / ‖V‖ as [*batch, out, 1]; see `rescaled`."""
     norm = e.op("detach", e.op("norm", layout.from_stored(e, v)))
     column = e.op("reshape", magnitude, shape=(*layout.batch_shape, layout.out_size, 1))

@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.svd import above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
-from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, uses
+from lora_fx.checkpoint.match import check_scaled, tie_of
+from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
-from lora_fx.checkpoint.targets import targets_of
-from lora_fx.checkpoint.tied import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
@@ -31,8 +29,7 @@ from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
-from lora_fx.targets.found import Found
-from lora_fx.targets.selectors import select, select_names, split
+from lora_fx.targets.found import Found, select, select_names, split
 from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16

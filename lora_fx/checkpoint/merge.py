@@ -8,33 +8,39 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.plain_lora import Approximated, as_lora
+from lora_fx.adapter.truncate import Approximated, as_lora
 from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
-from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
-from lora_fx.checkpoint.provenance import adapter_hash
-from lora_fx.checkpoint.requantise import in_all, refuse_loss
+from lora_fx.checkpoint.provenance import adapter_hash, history
+from lora_fx.checkpoint.requantise import HINT, in_all, refuse_loss
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained
-from lora_fx.files.atomic import check_output, check_space, replacing
+from lora_fx.files.atomic import BUSY, check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
-from lora_fx.files.hub import local
-from lora_fx.files.read import remember, remembering, trusting
+from lora_fx.files.hub import known_as, local
+from lora_fx.files.read import inode_of, remember, remembering, run_of_files, trusting
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
-from lora_fx.text import Json, some, table
+from lora_fx.text import Json, JsonView, some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
@@ -218,7 +224,7 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
 
 
 def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    """An adapter as plain LoRA, see lora_fx.adapter.plain_lora; the base where a ΔW needs W."""
+    """An adapter as plain LoRA, see lora_fx.adapter.truncate; the base where a ΔW needs W."""
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
 
@@ -327,3 +333,196 @@ def lines(report: Report) -> str:
     if anew := report.details.get("requantised"):
         said.append(f"in all: kept {anew['kept']:.1%} of the update, noise {anew['noise']:.2f}")
     return "\n".join([*said, f"wrote {report.outputs[0]}"])
+
+
+# merge-all: one base, many adapters, one merged checkpoint each.
+#
+# Every merge is a process of its own, so that a damaged adapter, or one that needs more memory than
+# there is, fails alone. What one machine of several does is decided by position only: adapter k of
+# the sorted list belongs to shard k mod n, so a scheduler's array job needs no coordination.
+
+
+_WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Seconds between tries at an output that another merge is writing."""
+
+
+_ENDING = r"\.(safetensors|onnx_adapter|bin|onnx)$"
+"""What a name loses; a version, as in llama-3.2, is no ending."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter of a fleet: its path, its weight, and where its checkpoint goes."""
+
+    adapter: str
+    weight: float
+    out: Path
+
+
+def jobs_of(
+    adapters: Sequence[tuple[str, float]],
+    folder: Path,
+    shard: tuple[int, int] = (1, 1),
+    suffix: str = "",
+) -> list[Job]:
+    """The jobs of one shard; outputs are named by the ends of the paths that tell them apart.
+
+    Args:
+        adapters: (path, weight).
+        folder: Where the outputs go.
+        shard: (i, n), i from 1 to n.
+        suffix: What the outputs' names end in, where they are files.
+
+    Raises:
+        LoraFxError: The same adapter twice, or no such shard.
+    """
+    i, n = shard
+    if not 1 <= i <= n:
+        raise LoraFxError(f"no shard {i}/{n}", "shards are counted from 1/n to n/n")
+    names = _output_names([path for path, _ in adapters])
+    whole = sorted(
+        (Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters),
+        key=lambda job: job.out.name,
+    )
+    return whole[i - 1 :: n]
+
+
+def _output_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path → the shortest end of it that no other path has, with `__` for separators.
+
+    >>> _output_names(["a/x", "b/x", "y.safetensors"])
+    {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
+    """
+    parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(known_as(p)))).parts for p in paths}
+    if len(set(parts.values())) < len(paths):
+        twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
+        raise LoraFxError(f"{twice} is there twice", "give every adapter once")
+    depth = dict.fromkeys(paths, 1)
+    while True:
+        names = {p: "__".join(parts[p][-depth[p] :]) for p in paths}
+        clash = [p for p in paths if [*names.values()].count(names[p]) > 1]
+        if not clash:
+            return names
+        for p in clash:
+            depth[p] += 1
+
+
+def merge_all(
+    base: str,
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    force: bool,
+    arguments: Sequence[str] = (),
+    options: JsonView | None = None,
+) -> Iterator[Json]:
+    """Merge every job; one result each, as they finish.
+
+    Args:
+        base: The checkpoint.
+        jobs: See jobs_of.
+        processes: How many merges run at a time.
+        force: Replace outputs that exist; without it one that is this very merge is kept.
+        arguments: What `lora-fx merge` is given for all of them.
+        options: The same as keywords of `MergeOptions`.
+
+    Yields:
+        {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
+        output that was there already. Of others "tensors" is how many changed, "ratio" the
+        largest ‖Δ‖/‖W‖ of one, and "gain" the least share of an update that rounding kept.
+    """
+    if (run := run_of_files()) is not None:
+        run.outputs |= {job.out: inode_of(job.out) for job in jobs}
+    threads = max(1, cores() // max(1, processes))
+    extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
+    running = _Running(base, extra, None if force else options or {})
+    with ThreadPoolExecutor(max(1, processes)) as pool:
+        futures = [pool.submit(running.result, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if type(error) is not KeyboardInterrupt:  # Ctrl-C has reached the children as well
+                running.stop()
+            raise
+
+
+class _Running:
+    """The merges that run now.
+
+    Args:
+        base: The checkpoint.
+        extra: Arguments of every merge.
+        options: Keywords of `MergeOptions`, by which an output that is kept is known; None: none
+            is.
+    """
+
+    def __init__(self, base: str, extra: Sequence[str], options: JsonView | None) -> None:
+        self.base, self.extra, self.options = base, extra, options
+        self._lock, self._stopped = Lock(), False
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def run(self, command: Sequence[str]) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr of a command."""
+        pipe = subprocess.PIPE
+        with self._lock:
+            if self._stopped:
+                return -signal.SIGTERM, "", ""
+            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+            self._processes.add(process)
+        out, err = process.communicate()
+        with self._lock:
+            self._processes.discard(process)
+        return process.returncode, out, err
+
+    def stop(self) -> None:
+        """End them, each with its own clean-up, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.terminate()
+
+    def result(self, job: Job) -> Json:
+        """Merge one, and say how it went; see merge_all."""
+        row: Json = {"adapter": job.adapter, "out": str(job.out), "ok": True}
+        try:
+            return row | self._merged(job)
+        except LoraFxError as error:
+            return row | {"ok": False, "error": error.message, "hint": error.hint}
+
+    def _merged(self, job: Job) -> Json:
+        if self._is_kept(job):
+            return {"kept": True}
+        adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
+        command = [sys.executable, "-m", "lora_fx.cli", "merge", self.base, adapter]
+        for wait in (*_WAITS, None):
+            code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.extra])
+            if wait is None or code != 2 or BUSY not in out:
+                break
+            time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
+        try:
+            said = json.loads(out)
+        except ValueError:
+            last = err.strip().splitlines()
+            why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
+            return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
+        if code == 2 and self._is_kept(job):
+            return {"kept": True}
+        row: Json = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
+        if not said["ok"]:
+            return row | {"error": said["error"], "hint": said["hint"]}
+        changed = said.get("tensors") or []
+        row["tensors"] = len(changed)
+        for name, worst in (("ratio", max), ("gain", min)):
+            row[name] = worst((t[name] for t in changed if t.get(name) is not None), default=None)
+        return row
+
+    def _is_kept(self, job: Job) -> bool:
+        """True where an output is there that this very merge would write; by its own record."""
+        if self.options is None or not job.out.exists():
+            return False
+        out = open_checkpoint(job.out)
+        plan = plan_merge(self.base, [(job.adapter, job.weight)], MergeOptions(**self.options))
+        names = {*plan.base.tensors, *plan.added}
+        return set(out.tensors) == names and history(out) == json.loads(plan.record())

@@ -18,13 +18,27 @@ from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
-from lora_fx.checkpoint.int8 import HINT, Int8, int8_of, refuse_codes, stored_as
-from lora_fx.checkpoint.match import Placed, match
+from lora_fx.checkpoint.match import (
+    Placed,
+    at_its_use,
+    check_unknown,
+    match,
+    of_one_use,
+    spread,
+    tie_and_names,
+)
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.checkpoint.requantise import in_all, sampled
-from lora_fx.checkpoint.tied import at_its_use, check_unknown, of_one_use, spread, tie_and_names
+from lora_fx.checkpoint.requantise import (
+    HINT,
+    Int8,
+    in_all,
+    int8_of,
+    refuse_codes,
+    sampled,
+    stored_as,
+)
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, near, stamp
 from lora_fx.files.checkpoint import Checkpoint

@@ -35,9 +35,8 @@ from lora_fx.checkpoint.fold import (
     read_block,
     rows_per_block,
 )
-from lora_fx.checkpoint.int8 import TOP, Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
-from lora_fx.checkpoint.requantise import spans
+from lora_fx.checkpoint.requantise import TOP, Int8, spans
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, stats_of
-from lora_fx.dtypes import DTYPES
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, read_block, stats_of
+from lora_fx.dtypes import DTYPES, FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight, Written
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.quantised.read import altered, scheme_of
+from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
+from lora_fx.targets.target import base_name
+from lora_fx.text import JsonView
 
 LEAST = 0.5
 """What has to be kept of an update in all, unless loss is allowed."""
@@ -58,13 +64,17 @@ def recoded(
         if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
             raise fold.error(old, new, new, rows.start)
     after, parts = weight.recode(q, rows, new, delta)
-    there = after.dequantise()
-    still = int(np.count_nonzero(there == old))
+    return _measured(old, new, delta, after.dequantise()), after, parts
+
+
+def _measured(weight: Array, new: Array, delta: Array, there: Array) -> Stats:
+    """What arrived, by value: W, W + Δ, Δ, and what is there now, which is overwritten."""
+    still = int(np.count_nonzero(there == weight))
     missed = (new - there).reshape(-1)
-    there -= old
-    stats = stats_of(old, delta, there, still)
+    there -= weight
+    stats = stats_of(weight, delta, there, still)
     stats.error = float(np.dot(missed, missed))
-    return stats, after, parts
+    return stats
 
 
 def joined(parts: Sequence[Written]) -> list[Written]:
@@ -128,3 +138,245 @@ def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> li
         fold = prepared(fold, info)
         found.append(recoded(info.weight, info.weight.read(rows), fold, rows)[0])
     return found
+
+
+# Weights stored as codes of 8 bits with a scale a row, and an update folded into them.
+#
+#     W[i, j] = codes[i, j] · scales[i] / unit        unit 127: bitsandbytes' LLM.int8, whose scales
+#                                                     are the rows' largest values; 1: others
+#
+# W + Δ is quantised anew, row by row: the largest value of a row becomes code ±127, all others are
+# rounded to the nearest code, ties to even. A row with no update, or of zeros, keeps its scale.
+
+
+TOP = 127
+"""The largest code that is written; -128 is read, but has no positive twin."""
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How a weight [rows, columns] of int8 codes is stored.
+
+    Attributes:
+        scheme: How it is quantised, for people.
+        name: The name of the tensor of scales.
+        scales: Where that lies in the base; one number a row.
+        unit: What the scales are divided by.
+    """
+
+    scheme: str
+    name: str
+    scales: TensorInfo
+    unit: float
+
+    def rms(self, codes: TensorInfo, count: int = 16) -> float:
+        """Root mean square of W, from rows at its start, middle and end."""
+        rows, columns = codes.shape
+        n, squares = min(count, rows), 0.0
+        for low in (0, (rows - n) // 2, rows - n):
+            step = self.steps(read_block(self.scales, low, low + n, 1))
+            weight = read_block(codes, low, low + n, columns) * step
+            squares += float(np.sum(weight**2))
+        return math.sqrt(squares / (3 * n * columns))
+
+    def steps(self, scales: Array) -> Array:
+        """What one code is worth, [rows, 1] fp64."""
+        return np.asarray(scales.astype(np.float64) / self.unit)
+
+    def scale(self, largest: Array) -> Array:
+        """The scales, in fp64, that make the largest value of a row code 127."""
+        return np.asarray(largest.astype(np.float64) * self.unit / TOP)
+
+    def stored(self, exact: Array) -> Array:
+        """Scales in the dtype of the base's; one that is not zero does not become zero."""
+        narrow = exact.astype(self.dtype)
+        return np.where((narrow == 0) & (exact != 0), np.array(self.tiny, self.dtype), narrow)
+
+    @property
+    def dtype(self) -> NumpyDtype:
+        """The dtype of the scales."""
+        return numpy_dtype(self.scales.dtype)
+
+    @property
+    def tiny(self) -> float:
+        """The smallest scale that is not zero."""
+        return float(finfo(self.dtype).smallest_subnormal)
+
+    def block(
+        self, fold: TensorFold, codes: Array, scales: Array, low: int, space: Space
+    ) -> tuple[Array, Array, Stats]:
+        """New codes and scales of rows, and what changed.
+
+        Args:
+            fold: What is added.
+            codes: Rows low ≤ i < low + len(codes) as stored, [n, columns].
+            scales: Theirs, [n, 1].
+            low: The first row.
+            space: The calling thread's; the codes lie in it.
+
+        Raises:
+            LoraFxError: A value that is no number, or a scale beyond the range of its dtype.
+        """
+        shape, single = codes.shape, np.dtype(np.float32)
+        weight = space.array("weight", shape, single)
+        with np.errstate(all="ignore"):  # what is no number is looked for below, and named
+            old = self.steps(scales)
+            np.multiply(codes, old, out=weight)
+            new, delta = fold.sum(weight, low, space)
+            largest = np.maximum(new.max(axis=1, keepdims=True), -new.min(axis=1, keepdims=True))
+            if not np.isfinite(largest).all():
+                raise fold.error(weight, new, new, low)
+            keep = ~np.any(delta, axis=1, keepdims=True)
+            moved = np.where(keep | (largest == 0), scales, self.stored(self.scale(largest)))
+            self._check(moved, largest, low)
+            steps = self.steps(moved)
+            quotient = space.array("quotient", shape, np.dtype(np.float64))
+            np.divide(new, np.where(steps == 0, 1.0, steps), out=quotient)
+            np.clip(np.rint(quotient, out=quotient), -TOP, TOP, out=quotient)
+            result = space.array("result", shape, np.dtype(np.int8))
+            np.copyto(result, quotient, casting="unsafe")
+            np.copyto(result, codes, where=keep)
+            there = space.array("there", shape, single)
+            np.multiply(result, steps, out=there)  # a code that stays has moved where its scale did
+            stats = _measured(weight, new, delta, there)
+            stats.own = float(np.sum(old**2)) * shape[1] / 12
+            if not math.isfinite(stats.along + stats.weight + stats.error):
+                raise fold.error(weight, new, new, low)
+        return result, moved, stats
+
+    def _check(self, scales: Array, largest: Array, low: int) -> None:
+        bad = np.flatnonzero(~np.isfinite(scales.astype(np.float64)))
+        if bad.size:
+            raise LoraFxError(
+                f"tensor {self.name!r}: {self.scales.dtype} cannot hold the scale of row "
+                f"{low + int(bad[0])}, whose largest value is {float(largest[bad[0], 0]):g}",
+                "the adapter or its scale is broken",
+            )
+
+
+# Weights that are stored quantised: which an update can be folded into, and why not the others.
+#
+# Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
+# back to the same codes and the adapter is lost; in FP8 the same holds for most of it. int8 with a
+# scale a row keeps most of it. Two layouts of it are taken, by what their own libraries write:
+#
+# ===================  ===============  ============================  ==================
+# scheme               codes            scales                        W[i, j]
+# ===================  ===============  ============================  ==================
+# bitsandbytes         NAME.weight      NAME.SCB [out]                codes · SCB / 127
+# compressed-tensors   NAME.weight      NAME.weight_scale [out, 1]    codes · scale
+# ===================  ===============  ============================  ==================
+
+
+HINT = (
+    "merge into the unquantised original and quantise after, or keep the adapter as a branch "
+    "of its own"
+)
+LOST = "codes take an update only where that is asked for"
+
+
+def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> None:
+    """Raise where a weight that an adapter means is there as codes only, under other names."""
+    for key in keys:
+        name = base_name(key)
+        scheme, here = scheme_of(name, base.tensors), base.tensors.get(name)
+        if here is not None:
+            _refuse_empty(name, here)
+        method = config.get("quantization_config")
+        if not scheme and here is None and name.endswith(".weight") and isinstance(method, dict):
+            module = name.removesuffix("weight")
+            if any(n.startswith(module) for n in base.tensors):
+                scheme = f"{method.get('quant_method', 'quantised')}, as config.json says"
+        if scheme and (here is None or here.dtype not in (*FLOATING, "int8")):
+            raise _refusal(name, here, scheme, base)
+
+
+def stored_as(
+    name: str, info: TensorInfo, base: Checkpoint, entries: Iterable[Entry] = ()
+) -> Int8 | None:
+    """How a weight is stored that an update can be folded into; None where as plain floats.
+
+    Args:
+        name: The tensor's name.
+        info: Where it lies in the base.
+        base: The checkpoint.
+        entries: The updates; a tensor without scales that is replaced whole may be of any dtype.
+
+    Raises:
+        LoraFxError: Codes that nothing can be folded into, with the reason.
+    """
+    if isinstance(info, CodesInfo):
+        return None  # what is made of codes are floats
+    scheme = scheme_of(name, base.tensors)
+    _refuse_empty(name, info)
+    entries = list(entries)
+    replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
+    if (info.dtype in FLOATING or replaced) and not scheme:
+        return None
+    if info.dtype != "int8":
+        raise _refusal(name, info, scheme, base)
+    if any(isinstance(e, Full) for e in entries):
+        raise _refusal(name, info, scheme, base, "a whole float tensor cannot take its place")
+    found, why = _int8(name, info, base)
+    if found is None:
+        raise _refusal(name, info, scheme, base, why)
+    return found
+
+
+def int8_of(name: str, base: Checkpoint) -> Int8 | None:
+    """The layout of a weight's int8 codes, where it is one of those above."""
+    info = base.tensors[name]
+    return _int8(name, info, base)[0] if info.dtype == "int8" else None
+
+
+def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
+    """The layout of int8 codes, or why it is none of those that are taken."""
+    module, tensors = name.removesuffix(".weight"), base.tensors
+    scb, scale = tensors.get(f"{module}.SCB"), tensors.get(f"{module}.weight_scale")
+    if (scb is None) == (scale is None) or not name.endswith(".weight"):
+        return None, "its scales are not there as SCB or weight_scale"
+    if len(info.shape) != 2:
+        return None, f"its shape is {list(info.shape)}; expected [out, in]"
+    rows = info.shape[0]
+    if scb is not None:
+        if scb.shape != (rows,) or scb.dtype not in FLOATING:
+            return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
+        form = tensors.get(f"{module}.weight_format")
+        order = (
+            int(stored_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
+        )
+        if order:
+            return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+        return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""
+    assert scale is not None
+    for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
+        if f"{module}.{other}" in tensors:
+            return None, f"{other} beside it: only symmetric codes with a scale a row are taken"
+    if scale.shape != (rows, 1) or scale.dtype not in FLOATING:
+        what = f"weight_scale is {scale.dtype} {list(scale.shape)}"
+        return None, f"{what}; expected a float a row, [{rows}, 1]"
+    config = base.config().get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+        return None, "config.json does not say that weight_scale is that of compressed-tensors"
+    if why := altered(config):
+        return None, why
+    return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
+
+
+def _refuse_empty(name: str, info: TensorInfo) -> None:
+    if 0 in info.shape:
+        raise LoraFxError(
+            f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
+            "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again",
+        )
+
+
+def _refusal(
+    name: str, info: TensorInfo | None, scheme: str, base: Checkpoint, why: str = LOST
+) -> LoraFxError:
+    where, what = (info.file, info.dtype) if info else (base.path, "stored as codes")
+    return LoraFxError(
+        f"{where}: tensor {name!r} is {what}{f' ({scheme})' if scheme else ''}; expected "
+        f"a float weight, or int8 with a scale a row: {why}",
+        HINT,
+    )

@@ -25,9 +25,9 @@ from lora_fx.checkpoint.merge_plan import (
     TensorChange,
     make_plan,
 )
+from lora_fx.checkpoint.model_families import targets_of
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
-from lora_fx.checkpoint.targets import targets_of
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING

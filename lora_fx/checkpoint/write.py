@@ -33,10 +33,9 @@ from lora_fx.checkpoint.fold import (
     read_rows,
     rows_per_block,
 )
-from lora_fx.checkpoint.int8 import Int8
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
+from lora_fx.checkpoint.requantise import Int8, joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
@@ -176,7 +175,7 @@ class _Run:
 
     def _create(self, path: Path, size: int) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self.stack.callback(os.close, fd)
         os.ftruncate(fd, size)
         self.made.append(fd)
@@ -185,7 +184,7 @@ class _Run:
 
     def _open(self, path: Path) -> int:
         if path not in self.sources:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            fd = os.open(path, os.O_RDONLY)
             self.stack.callback(os.close, fd)
             self.sources[path] = fd
         return self.sources[path]

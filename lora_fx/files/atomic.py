@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -19,7 +20,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained
-from lora_fx.files.copying import fcntl
 from lora_fx.files.ownership import check_apart, check_replaceable, write_contents
 from lora_fx.files.read import inode_of, run_of_files
 
@@ -217,22 +217,20 @@ def sync(path: Path) -> None:
             sync(child)
         _sync_folder(path)
     elif stat.S_ISREG(mode):
-        # Windows syncs only what is open for writing.
-        _fsync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        _fsync(path)
 
 
 def _sync_folder(path: Path) -> None:
-    if os.name == "posix":  # folders cannot be opened elsewhere
-        try:
-            _fsync(path, os.O_RDONLY)
-        except OSError as error:
-            # Some network file systems sync no folders.
-            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP):
-                raise
+    try:
+        _fsync(path)
+    except OSError as error:
+        # Some network file systems sync no folders.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
-def _fsync(path: Path, flags: int) -> None:
-    fd = os.open(path, flags | getattr(os, "O_BINARY", 0))
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -352,7 +350,7 @@ def _discard(holder: Path, target: Path) -> None:
 # one process could hold a file that has lost its name and another the file that took it. The
 # library filelock would leave its file beside every output.
 #
-# Where there is no flock (Windows, some network file systems) filelock holds the lock: who creates
+# Where there is no flock (some network file systems) filelock holds the lock: who creates
 # the file has it, and writes process and host into it, by which that of a dead process is known.
 
 _TRIES = 1000  # each lost one means that another run ended in between
@@ -367,7 +365,7 @@ def locked(target: Path) -> Iterator[None]:
         OSError: The lock file cannot be made.
     """
     lock = target.with_name(f".{target.name}.lock")
-    fd = _acquire(lock, target) if hasattr(fcntl, "flock") else None
+    fd = _acquire(lock, target)
     if fd is None:
         with _marked(lock, target):
             yield
@@ -423,7 +421,7 @@ def _marked(lock: Path, target: Path) -> Iterator[None]:
 
 def _open(lock: Path) -> tuple[int, bool]:
     """A descriptor, and whether the file was made by this call."""
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_RDWR | os.O_NOFOLLOW
     for _ in range(_TRIES):
         with contextlib.suppress(FileExistsError):
             return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True

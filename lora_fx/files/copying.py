@@ -1,23 +1,17 @@
 """Bytes from file to file by the fastest way that the system has.
 
 Descriptors with offsets, so that threads share them: nothing here moves a file position that
-others see, but for the ways without pread and pwrite, which take turns.
+others see, but for sendfile, which takes turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
-from typing import Any
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CHUNK = 1 << 20
 """Bytes that are copied through memory at once."""
@@ -71,8 +65,6 @@ def _in_kernel(source: int, target: int, source_at: int, target_at: int, count: 
 
 
 def _by_sendfile(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    if not hasattr(os, "sendfile"):
-        return 0
     with _position:
         before = os.lseek(target, 0, os.SEEK_CUR)
         os.lseek(target, target_at, os.SEEK_SET)
@@ -90,7 +82,7 @@ def read_at(fd: int, count: int, at: int) -> bytes:
     """
     parts, missing = [], count
     while missing:
-        part = _pread(fd, missing, at + count - missing)
+        part = os.pread(fd, missing, at + count - missing)
         if not part:
             raise OSError(f"the file ends at byte {at + count - missing}, expected {at + count}")
         parts.append(part)
@@ -100,9 +92,6 @@ def read_at(fd: int, count: int, at: int) -> bytes:
 
 def read_into(fd: int, data: memoryview, at: int) -> None:
     """Fill `data` with the bytes from `at`; as `read_at`, without an object of its own."""
-    if not hasattr(os, "preadv"):
-        data[:] = read_at(fd, len(data), at)
-        return
     end, rest = at + len(data), data
     while rest:
         n = os.preadv(fd, [rest], end - len(rest))
@@ -115,26 +104,10 @@ def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
     """All of `data` at `at`, however often the system has to be asked."""
     rest = memoryview(data).cast("B")
     while rest:
-        n = _pwrite(fd, rest, at)
+        n = os.pwrite(fd, rest, at)
         if n <= 0:
             raise OSError(errno.EIO, f"{len(rest)} bytes to write and none written")
         rest, at = rest[n:], at + n
-
-
-def _pread(fd: int, count: int, at: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(fd, count, at)
-    with _position:  # Windows
-        os.lseek(fd, at, os.SEEK_SET)
-        return os.read(fd, count)
-
-
-def _pwrite(fd: int, data: memoryview, at: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(fd, data, at)
-    with _position:
-        os.lseek(fd, at, os.SEEK_SET)
-        return os.write(fd, data)
 
 
 def preallocate(fd: int, size: int) -> None:
@@ -161,8 +134,6 @@ def reflink(source: Path, target: Path) -> bool:
     Raises:
         OSError: `source` cannot be read, or `target` exists or cannot be made.
     """
-    if not hasattr(fcntl, "ioctl"):
-        return False
     made = False
     with open(source, "rb") as read, open(target, "xb") as write:
         try:

@@ -137,9 +137,8 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
         LoraFxError: It is not there, cannot be read, is no regular file, or is larger.
     """
     name = os.fspath(path)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         if os.path.isdir(path):
             raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error

@@ -144,6 +144,16 @@ class File:
             self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
         return master
 
+    def vector(self, name: str, array: Array, size: int) -> Array:
+        """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""
+        if array.size != size or size not in array.shape:
+            raise self.error(
+                name,
+                f"has shape {list(array.shape)}; expected {size} numbers, one for each row of B",
+                "does it come from the same file as B?",
+            )
+        return self.master(name, array).reshape(-1)
+
     def check_finite(self, name: str, array: Array) -> None:
         """Raise for a float tensor that holds NaN or Inf."""
         if not finite(array):
@@ -251,16 +261,9 @@ class PeftFile(File):
             )
         return self.master(name, array)
 
-    def vector(self, name: str, size: int) -> Array:
-        """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""
-        array = self.tensors[name]
-        if array.size != size or size not in array.shape:
-            raise self.error(
-                name,
-                f"has shape {list(array.shape)}; expected {size} numbers, one for each row of B",
-                "does it come from the same file as B?",
-            )
-        return self.master(name, array).reshape(-1)
+    def numbers(self, name: str, size: int) -> Array:
+        """The vector of a name."""
+        return self.vector(name, self.tensors[name], size)
 
     def full(self, name: str) -> Full:
         """A whole tensor; narrow floats become fp32, other dtypes stay."""

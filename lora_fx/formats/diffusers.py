@@ -29,7 +29,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -157,22 +156,15 @@ def _entries(
     if stored is not None and alpha is not None and stored != alpha:
         raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
     number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
-    low = LowRank(a, b, number, variant=variant, op=op, kernel=kernel)
-    entries: dict[str, Entry] = {}
-    if "lora_magnitude_vector" in parts:
-        scale = file.master(f"{module}.lora_magnitude_vector", parts["lora_magnitude_vector"])
-        if scale.size != len(b) or len(b) not in scale.shape:
-            raise file.error(
-                f"{module}.lora_magnitude_vector",
-                f"is {list(scale.shape)}; expected {len(b)} numbers, one for each row",
-            )
-        low = replace(low, magnitude=scale.reshape(-1))
-    if "lora_B.bias" in parts:
-        bias = file.master(f"{module}.lora_B.bias", parts["lora_B.bias"])
-        if bias.shape != (len(b),):
-            raise file.error(f"{module}.lora_B.bias", f"is {list(bias.shape)}; not [{len(b)}]")
-        entries[f"{module}.bias"] = Dense(bias, low.scale)
-    return {f"{module}.weight": low, **entries}
+    beside = {
+        part: file.vector(f"{module}.{part}", parts[part], len(b))
+        for part in ("lora_magnitude_vector", "lora_B.bias")
+        if part in parts
+    }
+    length, bias = beside.get("lora_magnitude_vector"), beside.get("lora_B.bias")
+    low = LowRank(a, b, number, variant=variant, magnitude=length, op=op, kernel=kernel)
+    own: dict[str, Entry] = {f"{module}.weight": low}
+    return own if bias is None else {**own, f"{module}.bias": Dense(bias, low.scale)}
 
 
 class _Configs:

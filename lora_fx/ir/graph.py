@@ -248,9 +248,6 @@ class Kind(Protocol):
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Which axes of an operand of this shape are batch, out and in."""
 
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The op itself from primitives, without bias."""
-
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
         """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
 

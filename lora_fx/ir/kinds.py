@@ -1,8 +1,9 @@
 """What a contraction is, in no IR: its axes, its low-rank branch and its weight form.
 
-A Kind knows which axes of the weight operand are batch, out and in, how to run the op on other
-operands (`apply`), and how to compute the low-rank part of the output without the product b·a
-(`branch`), where such a form exists. The weight form W + s·b·a needs no Kind: `delta`.
+A Kind knows which axes of the weight operand are batch, out and in, and how to compute the low-rank
+part of the output without the product b·a (`branch`), where such a form exists. Those of a product
+or a convolution also run the op on other operands, from primitives (`apply`). The weight form
+W + s·b·a needs no Kind: `delta`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_fx.ir.emitter import V
+from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region, Reshape
 
 
-def delta(e: Emitter[V], layout: Layout, a: V, b: V, scale: float) -> V:
+def delta(e: Ops[V], layout: Layout, a: V, b: V, scale: float) -> V:
     """s·b·a in the stored shape: b @ a first, then the scale, as PEFT does."""
     return layout.to_stored(e, e.op("mul", e.op("matmul", b, a), scale))
 
 
-def pad_region(e: Emitter[V], value: V, region: Region, shape: tuple[int, ...]) -> V:
+def pad_region(e: Ops[V], value: V, region: Region, shape: tuple[int, ...]) -> V:
     """A region's value with zeros around it, in the whole stored shape."""
     before = tuple(lo for lo, _ in region)
     after = tuple(n - hi for n, (_, hi) in zip(shape, region, strict=True))
@@ -45,14 +46,6 @@ class Apart:
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """See Kind."""
         return ()
-
-
-class OwnNode(Apart):
-    """A Kind of an op that has more operands than x and w: only the IR's own node can run it."""
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """The site's own op."""
-        return e.like(site, x, w)
 
 
 @dataclass(frozen=True)
@@ -154,13 +147,9 @@ class Lookup(Apart):
 class Embedding(Lookup):
     """A gather of rows."""
 
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One gather."""
-        return e.op("gather", w, x)
-
 
 @dataclass(frozen=True)
-class EmbeddingBag(OwnNode, Lookup):
+class EmbeddingBag(Lookup):
     """Rows gathered by ids and reduced a bag at a time by sum, mean or max."""
 
     mode: str = "sum"
@@ -171,7 +160,7 @@ class EmbeddingBag(OwnNode, Lookup):
 
 
 @dataclass(frozen=True)
-class Grouped(OwnNode):
+class Grouped(Apart):
     """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
 
     name = "grouped"  # as the experts of a mixture are
@@ -193,7 +182,7 @@ class Grouped(OwnNode):
 
 
 @dataclass(frozen=True)
-class WeightForm(OwnNode):
+class WeightForm(Apart):
     """A contraction whose low-rank part cannot be had from its output: only W + s·b·a.
 
     The gates of a recurrent op (the low-rank part would have to run at every step inside it), a

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
 
 def driver_present() -> bool:
     """True when the NVIDIA driver's library loads."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        ctypes.CDLL(name)
+        ctypes.CDLL("libcuda.so.1")
     except OSError:
         return False
     return True

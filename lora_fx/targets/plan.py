@@ -11,9 +11,8 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, check_format, near_path
 from lora_fx.files.read import read_json
-from lora_fx.targets.found import Found
+from lora_fx.targets.found import Found, select, select_names
 from lora_fx.targets.regions import check_disjoint, contains, keys_of, of_several, tied
-from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import HEAD_ROWS, Target, split_use
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
@@ -219,7 +218,7 @@ class RankPlan:
 
     Attributes:
         rows: One for each target, with rank 0 where it is left out.
-        method: A name of lora_fx.targets.ranking.
+        method: A name of lora_fx.targets.budget.
         budget: The text that was asked for.
         unit: What costs are counted in: params or flops.
         limit: The budget in its unit.

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import V
-from lora_fx.ir.graph import Emitter, Site
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
 from lora_fx.targets.target import Target, base_name, make_key, split_key, split_use
@@ -68,7 +68,7 @@ def check_disjoint(targets: Iterable[Target]) -> None:
 
 
 def widen(
-    e: Emitter[V], whole: Layout, narrow: Layout, start: tuple[int, ...], a: V, b: V, rank: int
+    e: Ops[V], whole: Layout, narrow: Layout, start: tuple[int, ...], a: V, b: V, rank: int
 ) -> tuple[V, V]:
     """Factors of a part with zeros around them, as factors of the whole.
 

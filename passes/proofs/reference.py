@@ -40,7 +40,7 @@ from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
-from lora_fx.onnx.graph.quantised import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find

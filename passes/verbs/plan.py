@@ -3,7 +3,7 @@
     Σ cost_k · r_k ≤ budget,   taken greedily by gain_k(r)/cost_k
 
 One calibration pass reads what the method wants (lora_fx.passes.verbs.calibrate), the method says
-what the next rank of each target is worth (lora_fx.targets.ranking), and the budget is spent in
+what the next rank of each target is worth (lora_fx.targets.budget), and the budget is spent in
 that order (lora_fx.targets.budget). alpha = scale · rank, so that the scale of every update is the
 same and a rank does not change its learning rate.
 """
@@ -28,9 +28,17 @@ from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import Selectors
-from lora_fx.targets.budget import allocate, cost_of, limit_of, parse_budget
+from lora_fx.targets.budget import (
+    METHODS,
+    Calibration,
+    Moments,
+    TargetStatistics,
+    allocate,
+    cost_of,
+    limit_of,
+    parse_budget,
+)
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
-from lora_fx.targets.ranking import METHODS, Calibration, Moments, TargetStatistics
 from lora_fx.targets.regions import own_use
 from lora_fx.targets.target import Target
 from lora_fx.text import Json
@@ -60,7 +68,7 @@ def plan(
         kwargs: Example inputs by keyword.
         data: Batches by argument name, with a column of labels; none are needed for uniform.
         budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.targets.budget).
-        method: uniform, importance, kfac or eva (lora_fx.targets.ranking).
+        method: uniform, importance, kfac or eva (lora_fx.targets.budget).
         loss: ce, mse, or a function of (output, labels).
         include: Selectors, as for insert.
         exclude: Selectors of targets that get no rank.

@@ -32,8 +32,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.inputs import generator
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
-from lora_fx.targets.budget import allocate
-from lora_fx.targets.ranking import METHODS
+from lora_fx.targets.budget import METHODS, allocate
 
 CONTROL = "random"
 DIM, HEADS, WIDE, CLASSES = 32, 4, 128, 5

@@ -16,14 +16,14 @@ from lora_fx.checkpoint.merge import merge
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.quantised.base import parts_of
-from lora_fx.files.quantised.fp8 import fp8_blocks
+from lora_fx.files.quantised.floats import fp8_blocks
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import stored
 from lora_fx.ir.quantised import Quantised
 from tests.checkpoint.made import Array, adapter, checkpoint
 from tests.checkpoint.test_dequantise import FEW, GOLDEN, PLAIN, base, update
 from tests.cli.test_cli import run
+from tests.files.quantised.rows import parts_of
 from tests.files.quantised.rows import read as read_row
 
 

@@ -142,7 +142,7 @@ def test_files_of_one_model(tmp_path: Path) -> None:
         ({"unet.x.alpha": np.array(0.0)}, None, "is 0"),
         ({"unet.x.alpha": np.array(2.0)}, CONFIG, "is 2; the header's .* says 10"),
         ({"unet.x.lora_magnitude_vector": B}, None, "expected 8 numbers"),
-        ({"unet.x.lora_B.bias": A[0]}, None, r"\[6\]; not \[8\]"),
+        ({"unet.x.lora_B.bias": A[0]}, None, "expected 8 numbers"),
         ({}, {**CONFIG, "unet.r": 5}, "rank 4; .* says 5"),
         ({}, {"unet.r": 4}, "lora_alpha is missing"),
         ({}, {**CONFIG, "unet.alora_invocation_tokens": [1]}, "aLoRA"),

@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.base import PeftFile
 from lora_fx.formats.io import load_adapter
-from lora_fx.formats.peft.read import decode
+from lora_fx.formats.peft.file import decode
 from lora_fx.formats.peft.write import encode
 from lora_fx.formats.servers import (
     DROPS,

@@ -8,7 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ from lora_fx.compare import compare, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Input, Inputs, default_dynamic, merge_dynamic
 from lora_fx.ir.layout import Layout, layout_of
-from lora_fx.ir.numpy_emitter import NumpyEmitter, conv
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Cast, Opaque, Permute, Reshape, Slice, View, track
 from lora_fx.passes.fold import fold_value
 from lora_fx.targets.plan import default_alpha
@@ -170,34 +169,6 @@ def test_fold_rounds_once(dtype: str, rank: int, seed: int, alpha: float) -> Non
     eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     gap = np.abs(value.astype(np.float64) - exact)
     assert (gap <= 0.5 * eps * np.maximum(np.abs(exact), 2.0**-14) * (1 + 1e-3) + 1e-6).all()
-
-
-@pytest.mark.filterwarnings("ignore:Using padding=.same.")
-@pytest.mark.parametrize("n", [1, 2, 3])
-@given(data=st.data())
-@settings(max_examples=25, deadline=None)
-def test_numpy_conv_equals_torchs(n: int, data: Any) -> None:
-    pick = data.draw
-    groups = pick(st.sampled_from([1, 2]))
-    kernel = tuple(pick(st.integers(1, 3)) for _ in range(n))
-    dilation = tuple(pick(st.integers(1, 2)) for _ in range(n))
-    stride = tuple(pick(st.integers(1, 2)) for _ in range(n))
-    padding = pick(st.one_of(st.just("valid"), st.tuples(*[st.integers(0, 2)] * n)))
-    if pick(st.booleans()):
-        padding, stride = "same", (1,) * n
-    x = np.random.default_rng(0).standard_normal((2, 2 * groups, *([7] * n)))
-    w = np.random.default_rng(1).standard_normal((3 * groups, 2, *kernel))
-    op = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[n - 1]
-    want = op(
-        torch.from_numpy(x),
-        torch.from_numpy(w),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-    )
-    got = conv(x, w, stride, padding, dilation, groups)
-    np.testing.assert_allclose(got, want.numpy(), atol=1e-10)
 
 
 def test_rel_fails_loudly() -> None:

@@ -15,12 +15,11 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
 from lora_fx.checkpoint.fold import arithmetic
-from lora_fx.checkpoint.int8 import HINT, stored_as
 from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
-from lora_fx.checkpoint.requantise import refuse_loss, sampled
+from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.read import scheme_of

@@ -15,13 +15,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.difference import read_floats
-from lora_fx.checkpoint.int8 import Int8, stored_as
-from lora_fx.checkpoint.match import match, stacked
+from lora_fx.checkpoint.match import match, stacked, tie_and_names
 from lora_fx.checkpoint.merge_plan import MergeOptions, recoded_weights
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.renaming import Renaming, renaming
-from lora_fx.checkpoint.tied import tie_and_names
+from lora_fx.checkpoint.requantise import Int8, stored_as
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
@@ -214,7 +213,7 @@ def sample(info: TensorInfo, count: int = 4096) -> Array:
 
 # A PEFT adapter read without judging it: what is there, under whatever names, sound or not.
 #
-# `peft.read` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
+# `peft.file` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
 # tensors are only sorted by their names, and nothing is refused but what is no file of tensors.
 
 

@@ -2,8 +2,7 @@
 
 A format is a function of the parts of one weight. It checks their headers, says the format, the
 bits and the shape of the weight, and hands back a `QuantisedWeight`, whose `read` then reads the
-parts themselves, or what some rows of the weight need of them. Live modules and tests give arrays:
-`parts_of`.
+parts themselves, or what some rows of the weight need of them.
 """
 
 from __future__ import annotations
@@ -181,12 +180,6 @@ class Parts:
     def wrong(self, part: str, found: str, expected: str) -> LoraFxError:
         """The error of a part."""
         return wrong(f"{self.module}.{part}", found, expected)
-
-
-def parts_of(module: str, arrays: Mapping[str, Array]) -> Parts:
-    """Arrays by their last names as the parts of a module."""
-    full = {f"{module}.{name}": array for name, array in arrays.items()}
-    return Parts(module, full)
 
 
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:

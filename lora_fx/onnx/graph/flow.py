@@ -1,7 +1,7 @@
 """Data flow from stored tensors: which values of an ONNX graph are weights, and through which View.
 
-Tensors are stored as initialisers (of the graph or of an If, Loop or Scan body) and in Constant
-nodes. A body reads the values of the graphs around it, so one walk over all nodes follows both.
+Tensors are initialisers (of the graph or of a body) or Constant nodes. A body reads the values of
+the graphs around it, so one walk over all nodes follows both.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from lora_fx.ir.emitter import Parameter
 from lora_fx.ir.graph import Site
 from lora_fx.ir.kinds import Shape, WeightForm
 from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
-from lora_fx.onnx.graph.ops import DATA_OPS, OnnxOp, OnnxOperand, attr, row_of
-from lora_fx.onnx.graph.quantised import (
+from lora_fx.onnx.graph.ops import (
+    DATA_OPS,
     FOREIGN,
     NO_PLACE,
     QUANTISER,
     UNSCALED,
     Codes,
+    OnnxOp,
+    OnnxOperand,
+    attr,
     check_scales,
     may_weigh,
     narrow,
     quantiser,
+    row_of,
     scaled,
 )
 from lora_fx.targets.target import base_name
@@ -214,11 +218,9 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if weight is not None and _through(flow, node, weight):
         return
     row = row_of(node)
-    if row is not None:
-        found = _uses(flow, node, row)
+    if row is not None and (found := _uses(flow, node, row)):
         flow.found += found
-        if found:
-            return
+        return
     if not _computes(flow, node):
         flow.data_flops += _data(node)
 

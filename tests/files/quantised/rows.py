@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.files.quantised import onnx, torchao
-from lora_fx.files.quantised.awq import awq
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
-from lora_fx.files.quantised.bitsandbytes import four_bits, int8
-from lora_fx.files.quantised.compressed_tensors import compressed
-from lora_fx.files.quantised.fp4 import mxfp4, mxfp4_stack, nvfp4
-from lora_fx.files.quantised.fp8 import fp8, fp8_blocks
-from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.quantised import torchao
+from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.floats import fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
+from lora_fx.files.quantised.read import awq, compressed, four_bits, gptq, int8
 from lora_fx.ir.quantised import Quantised
+from tests.files.quantised import operators
+
+
+def parts_of(module: str, arrays: Mapping[str, Array]) -> Parts:
+    """Arrays by their last names as the parts of a module."""
+    return Parts(module, {f"{module}.{name}": array for name, array in arrays.items()})
+
 
 GOLDEN = Path(__file__).parent / "golden.json"
 Arrays = Mapping[str, Array]
@@ -43,16 +46,16 @@ WEIGHTS: dict[str, Callable[[Parts, Options], QuantisedWeight]] = {
 READERS: dict[str, Read] = {
     "torchao": lambda a, o: torchao.affine("m.weight", a["qdata"], a["scale"], a.get("zero"), **o),
     "torchao nf4": lambda a, o: torchao.nf4("m.weight", tuple(o["shape"]), **a),
-    "DequantizeLinear": lambda a, o: onnx.dequantize_linear(
+    "DequantizeLinear": lambda a, o: operators.dequantize_linear(
         "m.weight", a["x"], a["scale"], a.get("zero"), **o
     ),
-    "MatMulNBits": lambda a, o: onnx.matmul_nbits(
+    "MatMulNBits": lambda a, o: operators.matmul_nbits(
         "m.weight", a["b"], a["scale"], a.get("zero"), tuple(o["shape"]), o["bits"]
     ),
-    "MatMulBnb4": lambda a, o: onnx.matmul_bnb4(
+    "MatMulBnb4": lambda a, o: operators.matmul_bnb4(
         "m.weight", a["b"], a["absmax"], tuple(o["shape"]), o["quant_type"], o["block"]
     ),
-    "GatherBlockQuantized": lambda a, o: onnx.gather_block_quantized(
+    "GatherBlockQuantized": lambda a, o: operators.gather_block_quantized(
         "m.weight", a["x"], a["scale"], a.get("zero"), **o
     ),
 }

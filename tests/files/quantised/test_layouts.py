@@ -14,15 +14,13 @@ from hypothesis import strategies as st
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
-from lora_fx.files.quantised.awq import awq
-from lora_fx.files.quantised.base import Parts, QuantisedWeight, parts_of
-from lora_fx.files.quantised.bitsandbytes import four_bits
-from lora_fx.files.quantised.compressed_tensors import compressed
-from lora_fx.files.quantised.fp4 import mxfp4_stack
-from lora_fx.files.quantised.fp8 import fp8_blocks
-from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.floats import fp8_blocks, mxfp4_stack
+from lora_fx.files.quantised.read import awq, compressed, four_bits, gptq
 from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
+from tests.files.quantised import operators
+from tests.files.quantised.rows import parts_of
 from tests.ir.test_quantised import stream, weights
 
 many = settings(max_examples=60, deadline=None)
@@ -198,7 +196,7 @@ def test_matmul_nbits(bits: int, block: int, out: int, length: int, kind: str, s
         given_zero = zero = (rng.random((out, count)) * 9).astype(np.float32)
     filled = np.pad(codes, ((0, 0), (0, count * block - length)))
     b = words(filled.reshape(-1, block), bits, 8).reshape(out, count, -1)
-    q = onnx.matmul_nbits("w", b, scale, given_zero, (out, length), bits)
+    q = operators.matmul_nbits("w", b, scale, given_zero, (out, length), bits)
     groups = np.arange(length) // block
     want = (codes.astype(np.float32) - zero[:, groups].astype(np.float32)) * scale[:, groups]
     assert np.array_equal(q.dequantise(), want.astype(np.float32))
@@ -225,11 +223,11 @@ def test_a_weight_as_an_operator_is_the_same_or_refused(
         if q.levels is not None:
             kind, block, four = arrays_of("w", q)
             told = int(kind == "nf4")
-            again = onnx.matmul_bnb4("w", four["codes"], four["scale"], q.shape, told, block)
+            again = operators.matmul_bnb4("w", four["codes"], four["scale"], q.shape, told, block)
         else:
             assume(q.unit == 1)  # one factor cannot round twice
             n = onnx.as_matmul_nbits("w", q)
-            again = onnx.matmul_nbits("w", n.b, n.scales, n.zero_points, q.shape, n.bits)
+            again = operators.matmul_nbits("w", n.b, n.scales, n.zero_points, q.shape, n.bits)
             assert again.block == (1, n.block_size) and n.block_size in (16, 32, 64, 128)
     except LoraFxError as error:
         assert re.search(r"^w: |(weight|tensor) 'w'", error.message)
@@ -249,7 +247,7 @@ def test_a_scale_a_row_and_blocks_of_no_power_of_two(block: int) -> None:
     n = onnx.as_matmul_nbits("w", q)
     assert n.bits == 8 and n.zero_points is None
     assert n.block_size == {16: 16, 48: 16, 96: 32, 4096: 128, 80: 16}[block]
-    again = onnx.matmul_nbits("w", n.b, n.scales, None, (3, 200), 8)
+    again = operators.matmul_nbits("w", n.b, n.scales, None, (3, 200), 8)
     assert np.array_equal(again.dequantise(), q.dequantise())
 
 

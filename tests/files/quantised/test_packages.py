@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lora_fx.files.quantised import onnx
-from lora_fx.files.quantised.base import parts_of
 from lora_fx.fx.codes import arrays_of
+from tests.files.quantised import operators
 from tests.files.quantised.packages import PACKAGES, rows_of
-from tests.files.quantised.rows import READERS, WEIGHTS, Row, golden, mark, read
+from tests.files.quantised.rows import READERS, WEIGHTS, Row, golden, mark, parts_of, read
 
 GOLDEN = golden()
 
@@ -79,16 +79,16 @@ def test_as_an_operator_it_is_the_same_weight(row: Row) -> None:
         return
     taken = False
     if q.levels is not None:
-        if q.block[0] < 16 or not any(np.array_equal(q.levels, t) for t in onnx.QUANT_TYPES):
+        if q.block[0] < 16 or not any(np.array_equal(q.levels, t) for t in operators.QUANT_TYPES):
             return
         kind, block, four = arrays_of("w", q)
         told = int(kind == "nf4")
-        again = onnx.matmul_bnb4("w", four["codes"], four["scale"], q.shape, told, block)
+        again = operators.matmul_bnb4("w", four["codes"], four["scale"], q.shape, told, block)
         taken = True
     elif q.codes.dtype.kind in "iu" and q.codes.dtype.itemsize == 1 and q.block[1] >= 16:
         q = dataclasses.replace(q, order=None)  # which the operator has not, and its caller does
         n = onnx.as_matmul_nbits("w", q)
-        again = onnx.matmul_nbits("w", n.b, n.scales, n.zero_points, q.shape, n.bits)
+        again = operators.matmul_nbits("w", n.b, n.scales, n.zero_points, q.shape, n.bits)
         assert again.block[1] == n.block_size
         q = dataclasses.replace(q, scale=q.scale.astype(np.float32) * np.float32(q.unit), unit=1.0)
         taken = True

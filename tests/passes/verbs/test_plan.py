@@ -17,9 +17,8 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.plan import plan
-from lora_fx.targets.budget import cost_of
+from lora_fx.targets.budget import METHODS, cost_of
 from lora_fx.targets.plan import read_plan
-from lora_fx.targets.ranking import METHODS
 from tests.table import ROWS, Model, example
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -80,7 +79,7 @@ def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
     from lora_fx.passes.verbs.calibrate import calibrate
     from lora_fx.passes.verbs.open import capture
-    from lora_fx.targets.ranking import STATISTICS, TargetStatistics
+    from lora_fx.targets.budget import STATISTICS, TargetStatistics
 
     cap = capture(net(), (X[:2],))
     target = lora_fx.find(net(), (X[:2],))[key]
