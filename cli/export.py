@@ -47,6 +47,7 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
+@click.option("--no-repeat", is_flag=True, help="Do equal layers each anew: slower, an equal file.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
@@ -85,6 +86,7 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
         )
     opset, names = options.pop("opset"), options.pop("names")
     updates, loss = named_adapters(adapters), options.pop("loss")
+    options["repeat"] = not options["no_repeat"]
     options["loss"] = loss and loss_of(loss)
     given = {k: options.pop(k) for k in CAPTURE}
     options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates

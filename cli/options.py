@@ -180,7 +180,6 @@ def captured(
     given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
     wanted = parse_dynamic(dynamic) or None
     if is_program(model):
-        refuse_given(model, ("no_repeat",))
         if weights:
             raise LoraFxError(f"{model} holds its weights", "leave --weights out")
         cap: Captured = open_program(model, (), given, wanted, static, trust=trust, meta=meta)

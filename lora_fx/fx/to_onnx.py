@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -31,9 +32,16 @@ from lora_fx.progress import stage
 from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 OPSET = 20
 LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
 """Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
+
+
+Types = Sequence[tuple["ir.Shape | None", "ir.TypeProtocol | None"]]
+"""Of the values that a node gives."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,11 @@ class OnnxProgram:
 
 
 def to_onnx(
-    module: CapturedModule, opset: int = OPSET, apart: Mapping[str, Target] | None = None
+    module: CapturedModule,
+    opset: int = OPSET,
+    apart: Mapping[str, Target] | None = None,
+    *,
+    repeat: bool = True,
 ) -> OnnxProgram:
     """Translate the eval program of a module without branches.
 
@@ -57,6 +69,7 @@ def to_onnx(
         opset: The opset of the file.
         apart: Weights that get an initialiser of their own, by its name: what the target's uses
             read, which the exporter would compute from, join, or store once for several uses.
+        repeat: Do once what is the same for many nodes; the long way gives the same file.
 
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
@@ -83,9 +96,10 @@ def to_onnx(
 
     def program() -> ExportedProgram:
         given = (*tensors, *weights.values())
-        return program_of(flat, given, dims) or export_program(flat, given, dims)
+        known = program_of(flat, given, dims) if repeat else None
+        return known or export_program(flat, given, dims)
 
-    model = translated(program, [*names, *weights], outputs, own, opset)
+    model = translated(program, [*names, *weights], outputs, own, opset, repeat=repeat)
     mark_data(model, own)
     owner = model.graph
     for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
@@ -101,6 +115,8 @@ def translated(
     outputs: Sequence[str],
     own: Collection[str],
     opset: int,
+    *,
+    repeat: bool = True,
 ) -> Any:
     """A program as an onnx_ir.Model.
 
@@ -110,16 +126,15 @@ def translated(
         outputs: Those of its outputs.
         own: The names of weights, which stay as they are.
         opset: The opset of the file.
+        repeat: As in `to_onnx`.
 
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
     said = silenced(contextlib.redirect_stdout, LEAST)
-    by_kind = patched(ExportedProgram, run_decompositions=lowered)
-    # it parses the source of 500 functions for every model, half of what a small one costs
-    once = patched(**_registry())
+    quick = repeating() if repeat else contextlib.nullcontext()
     translating = stage("translating to ONNX")
-    with translating, said, weights_apart(own), recurrent_shapes(), by_kind, once, torch.no_grad():
+    with translating, said, weights_apart(own), recurrent_shapes(), quick, torch.no_grad():
         try:
             onnx = torch.onnx.export(
                 program(),
@@ -238,28 +253,66 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
     rewrites = patched(rewriter, **({name: kept} if kept else {}))
-    exact, quick, typed = exact_constants(), _matched_by_operator(), _typed_by_values()
-    with rewrites, patched(joining, **own), fold, exact, quick, typed:
+    with rewrites, patched(joining, **own), fold, exact_constants():
         yield
 
 
-def _matched_by_operator() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def repeating() -> Iterator[None]:
+    """A block in which the exporter does once, to the same graph, what it would for every node."""
+    # it parses the source of 500 functions for every model, half of what a small one costs
+    once, by_kind = patched(**_registry()), patched(ExportedProgram, run_decompositions=lowered)
+    typed, inferred = _typed_by_values(), _inferred_once()
+    with once, by_kind, _matched_by_operator(), typed, _translated_once(), inferred:
+        yield
+
+
+@contextlib.contextmanager
+def _matched_by_operator() -> Iterator[None]:
     """A block in which a rule looks at nodes of its own operator only.
 
-    The exporter tries every rule at every node, and rules of several outputs list the whole graph
-    each time: a sixth of what a small model costs, and most of what a deep one does.
+    The exporter tries every rule at every node, and a rule of several outputs tries every node of
+    the graph as the second one, though both read one value: most of what a deep model costs.
     """
-    from onnxscript.rewriter._basics import MatchResult
     from onnxscript.rewriter._matcher import SimplePatternMatcher
+    from onnxscript.rewriter._pattern_ir import Var
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
 
-    match = SimplePatternMatcher.match
+    rewrite, match = RewriteRule.try_rewrite, SimplePatternMatcher.match
+    places: dict[ir.Node, int] = {}
 
-    def quick(self: Any, model: Any, graph: Any, node: Any, **options: Any) -> Any:
-        if not self.pattern.output_nodes[0].op.matches(node.op_type):
-            return MatchResult().fail("another operator")
+    def quick(
+        self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
+    ) -> object:
+        own = self._matcher.pattern.output_nodes[0].op.matches(node.op_type)
+        return rewrite(self, model, graph, node, **options) if own else None
+
+    def near(
+        self: SimplePatternMatcher, model: ir.Model, graph: Any, node: ir.Node, **options: Any
+    ) -> object:
+        first, *others = self.pattern.output_nodes
+        read = zip(first.inputs, node.inputs, strict=False) if others else ()
+        shared = [v for p, v in read if isinstance(p, Var) and all(p in o.inputs for o in others)]
+        if shared and shared[0] is not None:
+            nodes = {use.node for use in shared[0].uses() if use.node.graph is node.graph}
+            if not nodes <= places.keys():
+                places.update((n, i) for i, n in enumerate(node.graph or ()))
+            graph = _Few(sorted(nodes, key=places.__getitem__), node.graph)
         return match(self, model, graph, node, **options)
 
-    return patched(SimplePatternMatcher, match=quick)
+    with patched(RewriteRule, try_rewrite=quick), patched(SimplePatternMatcher, match=near):
+        yield
+
+
+@dataclass(frozen=True)
+class _Few:
+    """A few nodes of a graph, in its order."""
+
+    nodes: Sequence[ir.Node]
+    graph: ir.Graph | None
+
+    def __iter__(self) -> Iterator[ir.Node]:
+        return iter(self.nodes)
 
 
 def _typed_by_values() -> contextlib.AbstractContextManager[None]:
@@ -272,10 +325,115 @@ def _typed_by_values() -> contextlib.AbstractContextManager[None]:
     run = promotion._TypePromotionInterpreter.run_node
 
     def known(self: Any, node: fx.Node) -> Any:
-        rule = promotion.get_type_promotion_rule(node, self.type_promotion_table)
-        return run(self, node) if rule or value(node) is None else value(node)
+        if value(node) is None:
+            return run(self, node)
+        if rule := promotion.get_type_promotion_rule(node, self.type_promotion_table):
+            with self._set_current_node(node):  # what is put in beside it has its marks
+                self._maybe_promote_node(node, rule)
+        return value(node)
 
     return patched(promotion._TypePromotionInterpreter, run_node=known)
+
+
+def _translated_once() -> contextlib.AbstractContextManager[None]:
+    """A block in which a function of operators is run once for all nodes that give it the same.
+
+    What it made is copied for the others: the same nodes between other values. Constants that the
+    exporter shares among nodes stay shared.
+    """
+    import onnx_ir as ir
+    from onnxscript import evaluator
+    from torch.onnx._internal.exporter import _dispatching as dispatching
+    from torch.onnx._internal.exporter._tensors import SymbolicTensor
+
+    known: dict[Hashable, tuple[Sequence[ir.Value], Sequence[tuple[ir.Node, Types]], object]] = {}
+    farms, dispatch = list[object](), dispatching.dispatch
+
+    def replayed(function: Callable[..., object], *args: object, **named: object) -> object:
+        recorder: Any = evaluator.default()
+        values = [v for v in pytree.tree_leaves((args, named)) if isinstance(v, ir.Value)]
+        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
+        key = function, id(recorder.constant_farm), _seen((args, named), order)
+        if key not in known:
+            made = function(*args, **named)
+            shared = set(recorder.constant_farm.values())
+            nodes = [n for n in recorder.nodes if n.outputs[0] not in shared]
+            if not any("GRAPH" in a.type.name for n in nodes for a in n.attributes.values()):
+                farms.append(recorder.constant_farm)  # held, so that no other one has its id
+                # the exporter will set other shapes for the last of them
+                known[key] = tuple(order), [(n, _types(n.outputs)) for n in nodes], made
+            return made
+        before, parts, made = known[key]
+        at: dict[ir.Value | None, Any] = dict(zip(before, order, strict=True))
+        for node, types in parts:
+            outputs = [SymbolicTensor(recorder.opset) for _ in types]
+            _give(types, outputs)
+            inputs = [at.get(v, v) for v in node.inputs]
+            own = [ir.Attr(a.name, a.type, copy.copy(a.value)) for a in node.attributes.values()]
+            at |= zip(node.outputs, outputs, strict=True)
+            recorder.nodes.append(
+                ir.Node(node.domain, node.op_type, inputs, own, outputs=outputs,
+                        overload=node.overload, version=node.version)
+            )  # fmt: skip
+        return pytree.tree_map_only(ir.Value, lambda v: at.get(v, v), made)
+
+    def dispatched(node: fx.Node, table: Any) -> tuple[object, str]:
+        function, message = dispatch(node, table)
+        return function and partial(replayed, function), message
+
+    return patched(dispatching, dispatch=dispatched)
+
+
+def _inferred_once() -> contextlib.AbstractContextManager[None]:
+    """A block in which shapes are inferred once for all nodes that read the same.
+
+    onnx infers them in C++, after node and types were written as protobufs: half of what folding
+    constants costs.
+    """
+    from onnxscript.optimizer._constant_folding import FoldConstantsPass as Folding
+
+    known: dict[Hashable, Types] = {}
+    infer = Folding._do_inference
+
+    def inferred(self: Folding, node: ir.Node) -> None:
+        values = (*node.inputs, *node.outputs)
+        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
+        given = tuple((a.name, _seen(a.value, order)) for a in node.attributes.values())
+        key = node.domain, node.op_type, given, _seen(values, order)
+        if key in known:
+            _give(known[key], node.outputs)
+        else:
+            infer(self, node)
+            known[key] = _types(node.outputs)
+
+    return patched(Folding, _do_inference=inferred)
+
+
+def _types(values: Iterable[ir.Value]) -> Types:
+    return [(None if v.shape is None else v.shape.copy(), copy.copy(v.type)) for v in values]
+
+
+def _give(types: Types, values: Iterable[ir.Value]) -> None:
+    """Let values have types; copies, since the exporter changes them in place."""
+    for v, (shape, of) in zip(values, types, strict=True):
+        v.shape, v.type = None if shape is None else shape.copy(), copy.copy(of)
+
+
+def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
+    """What can be told of arguments; their values by place in an order, type, shape and number."""
+    if isinstance(x, (list, tuple)):
+        return tuple(_seen(y, order) for y in x)
+    if isinstance(x, Mapping):
+        return tuple((k, _seen(y, order)) for k, y in x.items())
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return type(x), repr(x)
+    if not hasattr(x, "const_value"):
+        return object()  # like nothing else: a tensor, a body, a type
+    known, shape = x.const_value, None
+    if x.shape is not None:
+        shape = tuple(d if isinstance(d, int) else str(d) for d in x.shape)
+    number = repr(known.numpy().tolist()) if known is not None and known.size <= 20 else None
+    return order[x], type(x.type), x.dtype, repr(x.name == ""), shape, number
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

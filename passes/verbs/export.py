@@ -88,6 +88,7 @@ def export(
     weight_decay: float | None = None,
     clip: float | None = None,
     tol: float | None = None,
+    repeat: bool = True,
     progress: Listener | None = None,
 ) -> Report:
     """Write an ONNX file of a model with an adapter folded in, or with switchable targets.
@@ -144,6 +145,8 @@ def export(
         tol: Instead of the gate of float16, int8 or level 4, and above it: the largest max|a − b| /
             max|b| of an output that is accepted. What was reached is reported; the fold, and files
             without such a precision, keep their gates.
+        repeat: Trace and translate what a model has many times, its layers, once. False goes the
+            exporter's own way, which takes longer and gives an equal file.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:
@@ -158,7 +161,7 @@ def export(
         external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
         precision=precision, places=repository_of(triton, path, max_batch), cache=cache,
         within=within, accuracy_level=accuracy_level, tol=tol, loss=loss, optimizer=optimizer,
-        weight_decay=weight_decay, clip=clip,
+        weight_decay=weight_decay, clip=clip, repeat=repeat,
     )  # fmt: skip
     check_output(path, force=force)
     if genai is not None and (not cache or mode not in ("merged", "switch")):
@@ -185,9 +188,10 @@ def export(
             places, notes = [*places, copy], [*notes, *copy.notes]
         options = replace(options, adapters=adapters, places=places)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
-        if args or kwargs or dynamic or opset:
+        if args or kwargs or dynamic or opset or not repeat:
+            told = "args, kwargs, dynamic, opset and repeat have no say"
             raise LoraFxError(
-                f"{fspath(model)} is a graph as it is: args, kwargs, dynamic and opset have no say",
+                f"{fspath(model)} is a graph as it is: {told}",
                 "leave them out; inputs={name: array} gives real data",
             )
         if mode == "train":
@@ -217,7 +221,10 @@ def export(
                 "leave one out",
             )
         model, adapters, said = quantised_base(
-            model, adapters, quantise, lambda m: captured_of(m, args, kwargs, dynamic)
+            model,
+            adapters,
+            quantise,
+            lambda m: captured_of(m, args, kwargs, dynamic, repeat=repeat),
         )
         notes += said
         options = replace(options, adapters=adapters)

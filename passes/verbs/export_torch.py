@@ -75,7 +75,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         demand(parity, "the fold differs from the unfolded model")
     opset = options.opset or OPSET
-    made = to_onnx(folded, opset)
+    made = to_onnx(folded, opset, repeat=options.repeat)
     at_level(made.model, options.accuracy_level)
     mask_by_infinity(made.model)
     if precision == "bfloat16":
@@ -158,7 +158,7 @@ def _branched(
         if adapter is not None:
             raise _folded()
         return model
-    cap = captured_of(model, args, kwargs, options.dynamic)
+    cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
@@ -185,7 +185,7 @@ def export_slots(
     elif isinstance(model, CapturedModule):
         raise _folded()
     adapters = by_name(options)
-    captured = captured_of(model, args, kwargs, options.dynamic)
+    captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = TorchReference(
@@ -195,15 +195,14 @@ def export_slots(
         level_gate(options),
     )
     if options.mode == "batch":
-        opset = options.opset or OPSET
-        graph, widened = _base(reference, opset, tied=False)
+        graph, widened = _base(reference, options, tied=False)
         said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
         # codes of kernels are made numbers by plain operators, and no product reads them
         named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
         coded = [k for k in named_keys if base_name(k) in forms(captured.model)]
         apart = _lost(reference, graph, coded)
         if apart:
-            graph, _ = _base(reference, opset, tied=False, apart=apart)
+            graph, _ = _base(reference, options, tied=False, apart=apart)
         sources = _sources(reference.base, graph, apart)
         return write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
@@ -217,11 +216,10 @@ def switchable(
     reference: TorchReference, keys: Sequence[str], options: ExportOptions
 ) -> tuple[OnnxGraph, list[str]]:
     """The base in ONNX with a target for every key that can have one, and what has to be said."""
-    opset = options.opset or OPSET
-    graph, widened = _base(reference, opset, tied=True)
+    graph, widened = _base(reference, options, tied=True)
     apart = _lost(reference, graph, keys)
     if apart:
-        graph, _ = _base(reference, opset, tied=True, apart=apart)
+        graph, _ = _base(reference, options, tied=True, apart=apart)
     return graph, [WIDENED] if widened else []
 
 
@@ -240,10 +238,14 @@ def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> d
 
 
 def _base(
-    reference: TorchReference, opset: int, *, tied: bool, apart: Mapping[str, Target] | None = None
+    reference: TorchReference,
+    options: ExportOptions,
+    *,
+    tied: bool,
+    apart: Mapping[str, Target] | None = None,
 ) -> tuple[OnnxGraph, bool]:
     """The model in ONNX, its own names on weights and dimensions; whether it had bfloat16."""
-    made = to_onnx(reference.base, opset, apart)
+    made = to_onnx(reference.base, options.opset or OPSET, apart, repeat=options.repeat)
     mask_by_infinity(made.model)
     widened = widen(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None

@@ -101,7 +101,7 @@ def _adapted(
             )
         module = model
     else:
-        captured = captured_of(model, args, kwargs, options.dynamic)
+        captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
         _refuse_base(captured.model)
         chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
         if adapter is None:
@@ -210,6 +210,7 @@ class _Files:
             step.outputs,
             set(step.frozen),
             options.opset or OPSET,
+            repeat=options.repeat,
         )
         restore_weight_names(model, named_tensors(module)[0])
         free = graph.traced.door.free(module.captured.requested)

@@ -25,6 +25,7 @@ def captured_of(
     dynamic: Dynamic | None = None,
     *,
     meta: bool = False,
+    repeat: bool = True,
 ) -> Captured:
     """The capture of a model; a Captured or a captured module brings its own.
 
@@ -44,10 +45,10 @@ def captured_of(
         return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model), meta=meta)
-        cap = capture_loaded(loaded, args, kwargs, dynamic)
+        cap = capture_loaded(loaded, args, kwargs, dynamic, repeat=repeat)
         cap.notes += loaded.notes
         return cap
-    return capture(model, args, kwargs, dynamic)
+    return capture(model, args, kwargs, dynamic, repeat=repeat)
 
 
 def capture_loaded(

@@ -208,6 +208,7 @@ class ExportOptions:
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
     tol: float | None = None
+    repeat: bool = True
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""

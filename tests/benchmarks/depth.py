@@ -1,0 +1,104 @@
+"""CPU time of a verb as a model grows deeper, beside torch's own, and the line of its growth.
+
+    python -m tests.benchmarks.depth [export capture ...] [--layers 4 8 16 32] [--rounds 1]
+
+A random Llama of so many layers, with a free batch and length. A row is a line of ROWS. Of every
+row the least CPU time of some rounds is printed for each depth, its ratio to the first row's, and
+seconds = a + b·layers, by least squares: b is what a layer costs, and a residual says how far the
+times are from a line. CPU time of the process on one thread; all rows run in turn, A B C A B C ….
+What is imported on first use is paid for by a model of one layer, which is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import lora_fx
+from lora_fx.onnx.bench import interleave, timed
+from tests.benchmarks.capture import FREE, LENGTH, WORDS, llama
+from tests.benchmarks.interleave import processor
+
+Args = tuple[Any, ...]
+
+
+def torch_onnx(model: nn.Module, args: Args, folder: Path, sizes: Any = FREE) -> object:
+    """Export by torch alone."""
+    out = folder / "torch.onnx"
+    return torch.onnx.export(
+        model, args, out, dynamo=True, dynamic_shapes=sizes, optimize=True, verbose=False
+    )
+
+
+ROWS: dict[str, Callable[[nn.Module, Args, Path], object]] = {
+    "torch.onnx.export": torch_onnx,
+    "torch.onnx.export, fixed sizes": partial(torch_onnx, sizes=None),
+    "torch.export": lambda m, args, _: torch.export.export(m, args, dynamic_shapes=FREE),
+    "capture": lambda m, args, _: lora_fx.capture(m, args),
+    "export": lambda m, args, to: lora_fx.export(m, to / "m.onnx", args, force=True),
+    "export, repeat=False": lambda m, args, to: lora_fx.export(
+        m, to / "m.onnx", args, force=True, repeat=False
+    ),
+}
+"""Name → what is timed, given a model in eval mode, its arguments, and a folder to write to."""
+
+
+def line(layers: Sequence[int], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """(a, b, the largest |residual| as a part of the time) of seconds = a + b·layers."""
+    b, a = np.polyfit(layers, seconds, 1)
+    off = max(abs(a + b * n - s) / s for n, s in zip(layers, seconds, strict=True))
+    return float(a), float(b), off
+
+
+def table(layers: Sequence[int], times: Mapping[str, Sequence[float]]) -> str:
+    """Seconds and ratios by depth, and the line, a row a line."""
+    heads = "".join(f"{n:>8} {'ratio':>5}" for n in layers)
+    lines = [f"{'layers':32}{heads} {'a':>7} {'b':>7} {'off':>5}"]
+    base = next(iter(times.values()))
+    for name, mine in times.items():
+        cells = "".join(f"{s:8.2f} {s / of:5.2f}" for s, of in zip(mine, base, strict=True))
+        a, b, off = line(layers, mine) if len(layers) > 1 else (0.0, mine[0] / layers[0], 0.0)
+        lines.append(f"{name:32}{cells} {a:7.2f} {b:7.3f} {off:5.0%}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table of all depths, and what is known of it after each."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.depth")
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=1)
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    print(f"{processor()}, torch {torch.__version__}, {datetime.date.today()}")
+    print(f"width {given.width}, the least of {given.rounds} rounds: seconds of CPU")
+    args = (torch.randint(0, WORDS, (2, LENGTH)),)
+    times: dict[str, list[float]] = {row: [] for row in given.rows or ROWS}
+    with tempfile.TemporaryDirectory() as name:
+        for layers in (1, *given.layers):
+            model = llama(layers, given.width)
+            runs = {r: partial(timed, partial(ROWS[r], model, args, Path(name))) for r in times}
+            rounds = given.rounds if layers > 1 else 1
+            found = interleave(runs, rounds, warmup=0, before=gc.collect)
+            if layers > 1:
+                for row, samples in found.items():
+                    times[row].append(min(s.cpu for s in samples))
+                    print(f"{layers:3} {row:32} {times[row][-1]:8.2f}", flush=True)
+    print(table(given.layers, times))
+
+
+if __name__ == "__main__":
+    main()
