@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -64,6 +65,7 @@ def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
     emit = Maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
     held = [emit.get_attr(str(f.target)) for f in factors]
+    ranks: list[Any]
     ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
     if free and len(held) == len(group):
         ranks = [emit.call(aten.sym_size.int, (a, 0)) for a in held]

@@ -211,6 +211,7 @@ class Attachment:
                 )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
+            self.updates = dict(updates)
         else:
             self.install(updates)
         adapted.put_whole(self.model, found, self._originals)
@@ -220,7 +221,8 @@ class Attachment:
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As the model's own; adapters of other ranks ≥ 2 and the same scale compile nothing."""
         model: Any = self.model
-        super(type(model), model).compile(*args, **kwargs)
+        own: Any = super(type(model), model)  # a compile of the user's class is not skipped
+        own.compile(*args, **kwargs)
         adapted.compile_ranks(self.model, self.updates)
 
     def check_base(self, adapter: Adapter) -> None:

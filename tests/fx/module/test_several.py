@@ -236,6 +236,8 @@ def test_compiled_ranks(verb: str) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for adapter in (ranks[8], ranks[16], ranks[4], Adapter(mixed)):
             m.load_adapter(adapter)
+            held = m.adapter().lowrank
+            assert all(np.allclose(held[k].b, u.b) for k, u in adapter.lowrank.items())
             y = m(x)
             y.square().sum().backward()
             wide = {k: kept[k] + torch.from_numpy(d) for k, d in adapter.deltas().items()}
