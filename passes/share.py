@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -36,9 +37,11 @@ class Share:
 
     Attributes:
         blocks: Paths of modules that will be functions of their own; products stay in one.
+        free: Read the ranks from the a's at every call, since others may take their place.
     """
 
     blocks: Sequence[str] = ()
+    free: bool = False
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds one product for each value."""
@@ -51,18 +54,22 @@ class Share:
             held[-1].append(p)
         several = [g for held in groups.values() for g in held if len(g) > 1]
         for group in several:
-            _join(graph, group)
+            _join(graph, group, self.free)
         if several:
             graph.graph.eliminate_dead_code()
         return PassResult(graph, bool(several))
 
 
-def _join(graph: FxGraph, group: Sequence[Projection]) -> None:
+def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
     first = group[0]
     emit = Maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
+    held = [emit.get_attr(str(f.target)) for f in factors]
+    ranks: list[Any]
     ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
-    a = emit.call(aten.cat.default, ([emit.get_attr(str(f.target)) for f in factors],))
+    if free and len(held) == len(group):
+        ranks = [emit.call(aten.sym_size.int, (a, 0)) for a in held]
+    a = emit.call(aten.cat.default, (held,))
     cast = emit.call(aten.type_as.default, (a, first.x))
     turned = emit.call(aten.permute.default, (cast, [1, 0]))
     t = emit.call(aten.matmul.default, (first.x, turned))

@@ -143,10 +143,17 @@ def relearning(
 def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
     """All of the updates that a program depends on: everything but the numbers in a and b.
 
-    The scale is part of it, since it is a constant in the graph.
+    The scale is part of it, since it is a constant in the graph. The rank is where a weight is
+    reshaped on the way to its matrix; a plain one has the same nodes at any rank.
     """
+
+    def width(u: LowRank, shape: tuple[int, ...]) -> tuple[int, ...]:
+        held = u.layout
+        plain = held and len(held.in_) == len(held.out) == 1 and not held.batch
+        return shape[1:] if plain and not u.frozen else shape
+
     return {
-        k: (halves(k, u)[0].a.value.shape, u.frozen, u.scale, u.layout, u.use, u.variant,
+        k: (width(u, halves(k, u)[0].a.value.shape), u.frozen, u.scale, u.layout, u.use, u.variant,
             u.magnitude is None)
         for k, u in updates.items()
     }  # fmt: skip

@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -211,11 +211,19 @@ class Attachment:
                 )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
+            self.updates = dict(updates)
         else:
             self.install(updates)
         adapted.put_whole(self.model, found, self._originals)
         self.metadata = dict(found.metadata)
         self.check_base(adapter)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As the model's own; adapters of other ranks ≥ 2 and the same scale compile nothing."""
+        model: Any = self.model
+        own: Any = super(type(model), model)  # a compile of the user's class is not skipped
+        own.compile(*args, **kwargs)
+        adapted.compile_ranks(self.model, self.updates)
 
     def check_base(self, adapter: Adapter) -> None:
         """Put a note into the report if an adapter says that it was trained on other weights."""

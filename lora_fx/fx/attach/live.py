@@ -5,7 +5,7 @@ The class becomes a subclass of the user's, by the same name, with
     a property for each adapted leaf     every read of `module.leaf` gives W + s·B·A
     a forward                            y + B(A x)·s, or reads that differ inside this forward
     a fixed `training`                   batch norms that keep their running statistics
-    adapter, load_adapter, report        at the root
+    adapter, load_adapter, report, compile   at the root
 
 The stored Parameter stays in `_parameters` under its name: state_dict, optimizers, `.to()` and
 FSDP see what they saw before. What an instance needs lies in one attribute, `_lora_fx`.
@@ -29,7 +29,7 @@ from lora_fx.fx.attach.eager_emitter import Bound
 
 STATE = "_lora_fx"
 REGISTRY = "_lora_fx_attached"
-METHODS = ("adapter", "load_adapter", "report")
+METHODS = ("adapter", "load_adapter", "report", "compile")
 """Methods that the root gains, unless the model has something of its own by that name."""
 ALWAYS, INSIDE, OUTSIDE = "always", "inside", "outside"
 

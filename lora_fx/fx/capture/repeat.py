@@ -6,10 +6,10 @@ later call of a block like it is one opaque node. In the graph that comes out, s
 a copy of the nodes between the marks, over its own tensors and arguments.
 
 Blocks are alike when their classes, the shapes of their tensors, the way they are called and every
-attribute that the traced one read are the same. What blocks ask outside of themselves, such as a
-counter, cannot be seen: so a graph with copies is run beside the model. A call that leaves something behind (a tensor
-written in place, an attribute) or makes what a copy cannot (sizes that values decide, outputs that
-are no tensors) is no pattern for others.
+attribute that the traced one read are the same. What they ask outside of themselves, such as a
+counter, cannot be seen: so a graph with copies is run beside the model. A call that leaves
+something behind (a tensor written in place, an attribute) or makes what a copy cannot (sizes that
+values decide, outputs that are no tensors) is no pattern for others.
 """
 
 from __future__ import annotations

@@ -224,6 +224,14 @@ class AdaptedModule(CapturedModule):
                     parameter_of(self, slot.name).requires_grad_(lone and slot.trained)
         self._active = wanted
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module's; adapters of other ranks ≥ 2 and the same scale need no other compilation.
+
+        The scale is alpha/rank. `torch.compile(module)` compiles anew for every rank.
+        """
+        super().compile(*args, **kwargs)
+        compile_ranks(self, self._updates)
+
     def scale(self, factor: float) -> None:
         """Multiply every low-rank update of the active adapter by a factor."""
         self._put(self.adapter().weighted(factor))
@@ -277,11 +285,36 @@ def held_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Pa
 
 
 def fill(root: nn.Module, updates: Updates) -> None:
-    """Write the values of updates into the tensors of their shapes that a tree holds."""
+    """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
     settle(root)
-    for key, update in updates.items():
-        for slot in slots_of(key, update):
-            put(slot.name, parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value)))
+    slots = [slot for key, update in updates.items() for slot in slots_of(key, update)]
+    if any(parameter_of(root, s.name).shape != s.value.shape for s in slots):
+        refuse_shards(root)
+    for slot in slots:
+        old, value = parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value))
+        if old.shape == value.shape:
+            put(slot.name, old, value)
+        else:
+            new = nn.Parameter(value.to(old), old.requires_grad)
+            owner(root, slot.name)[0].register_parameter(slot.name.rpartition(".")[2], new)
+    free_ranks(root, updates)
+
+
+def free_ranks(root: nn.Module, updates: Updates) -> None:
+    """Tell torch.compile that the ranks of a tree's tensors may change."""
+    for held in held_tensors(root, updates).values():
+        torch._dynamo.maybe_mark_dynamic(held["a"], held["a"].dim() - 2)
+        torch._dynamo.maybe_mark_dynamic(held["b"], held["b"].dim() - 1)
+
+
+def compile_ranks(root: nn.Module, updates: Updates) -> None:
+    """Let a module whose `compile` was called take other ranks without another compilation."""
+    free_ranks(root, updates)
+    # sizes of parameters are constants to dynamo, whatever is marked, unless these say no: the
+    # second for what it reaches through one of torch's own modules
+    static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    free = torch._dynamo.config.patch(dict.fromkeys(static, False))
+    root._compiled_call_impl = free(root._compiled_call_impl)
 
 
 def fitted(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +18,7 @@ from lora_fx.adapter.adapter import Adapter, mix
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.attach.attachment import attachment
 from lora_fx.ir.layout import plain_layout
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -192,3 +194,56 @@ def test_mixes_that_cannot_be() -> None:
     ):
         with pytest.raises(LoraFxError, match=words):
             mix(parts, how=how, rank=rank)
+
+
+class Feeding(nn.Module):
+    """A norm feeds two layers, and a gate one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.q, self.k = nn.LayerNorm(18), nn.Linear(18, 20), nn.Linear(18, 20)
+        self.down = nn.Linear(20, 17)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        made: torch.Tensor = self.down(F.silu(self.q(x)) * self.k(x))
+        return made
+
+
+@pytest.mark.parametrize("verb", ["insert", "attach"])
+def test_compiled_ranks(verb: str) -> None:
+    """Adapters of other ranks run through the first compilation, with their own numbers."""
+    x, model = torch.randn(3, 7, 18), Feeding()
+    kept = {n: p.detach().double() for n, p in model.named_parameters()}
+    ranks: dict[int, Adapter] = {}
+    for rank in (4, 8, 16):
+        made = lora_fx.insert(Feeding(), (x,), rank=rank, seed=rank, dead="allow")
+        rng = np.random.default_rng(rank)
+        update = {k: replace(u, b=rng.normal(size=u.b.shape)) for k, u in made.updates.items()}
+        ranks[rank] = Adapter(update)
+    mixed = {k: ranks[4 if k.startswith("q") else 8].entries[k] for k in ranks[4].entries}
+    m: Any = lora_fx.insert(model, (x,), rank=4) if verb == "insert" else model
+    if verb == "attach":
+        lora_fx.attach(m, (x,), rank=4)
+    m.train()
+    m(x)  # captured before it is compiled
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    m.compile(backend="aot_eager", fullgraph=True)
+    m.load_adapter(ranks[4])
+    m(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for adapter in (ranks[8], ranks[16], ranks[4], Adapter(mixed)):
+            m.load_adapter(adapter)
+            held = m.adapter().lowrank
+            assert all(np.allclose(held[k].b, u.b) for k, u in adapter.lowrank.items())
+            y = m(x)
+            y.square().sum().backward()
+            wide = {k: kept[k] + torch.from_numpy(d) for k, d in adapter.deltas().items()}
+            want = torch.func.functional_call(Feeding().double(), {**kept, **wide}, (x.double(),))
+            assert rel(y.detach().numpy(), want.detach().numpy()) < 2e-6
+            grads = [p.grad for pair in (m if verb == "insert" else attachment(m)).slots().values()
+                     for p in pair]  # fmt: skip
+            assert all(g is not None and g.abs().max() > 0 for g in grads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
