@@ -231,7 +231,7 @@ def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch
             return op(*args, **kwargs)
         own = {w.untyped_storage().data_ptr(): i for i, w in enumerate(weights)}
 
-        def pack(t: torch.Tensor) -> Any:
+        def pack(t: torch.Tensor) -> object:
             i = own.get(t.untyped_storage().data_ptr())
             return t if i is None else (i, t.size(), t.stride(), t.storage_offset())
 

@@ -324,7 +324,7 @@ def _typed_by_values() -> contextlib.AbstractContextManager[None]:
 
     run = promotion._TypePromotionInterpreter.run_node
 
-    def known(self: Any, node: fx.Node) -> Any:
+    def known(self: Any, node: fx.Node) -> object:
         if value(node) is None:
             return run(self, node)
         if rule := promotion.get_type_promotion_rule(node, self.type_promotion_table):
@@ -364,7 +364,7 @@ def _translated_once() -> contextlib.AbstractContextManager[None]:
                 known[key] = tuple(order), [(n, _types(n.outputs)) for n in nodes], made
             return made
         before, parts, made = known[key]
-        at: dict[ir.Value | None, Any] = dict(zip(before, order, strict=True))
+        at: dict[ir.Value | None, ir.Value] = dict(zip(before, order, strict=True))
         for node, types in parts:
             outputs = [SymbolicTensor(recorder.opset) for _ in types]
             _give(types, outputs)
@@ -604,7 +604,7 @@ def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
 def _of_pairs(op: Any) -> Callable[..., Tensor]:
     """unsqueeze, select or expand of the pairs that a complex tensor is."""
 
-    def of_pairs(x: Tensor, where: Any, *rest: Any) -> Tensor:
+    def of_pairs(x: Tensor, where: Any, *rest: object) -> Tensor:
         where = (where if where >= 0 else where - 1) if isinstance(where, int) else [*where, 2]
         return torch.view_as_complex(op(torch.view_as_real(x), where, *rest))
 

@@ -218,7 +218,7 @@ class Attachment:
         self.metadata = dict(found.metadata)
         self.check_base(adapter)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: object, **kwargs: object) -> None:
         """As the model's own; adapters of other ranks ≥ 2 and the same scale compile nothing."""
         model: Any = self.model
         own: Any = super(type(model), model)  # a compile of the user's class is not skipped

@@ -78,7 +78,7 @@ class Signature:
         names = sorted(named, key=lambda k: (self.order.get(k, last), k))
         return {k: named[k] for k in names if not self._idle(k, named[k])}
 
-    def _idle(self, name: str, value: Any) -> bool:
+    def _idle(self, name: str, value: object) -> bool:
         if value is None:
             return True
         default = self.defaults.get(name, _EMPTY)
@@ -184,7 +184,7 @@ def output_name(path: str) -> str:
 
 def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
-    parts: list[Any] = []
+    parts: list[object] = []
     for k, v in named.items():
         parts.append(k)
         if not isinstance(v, torch.Tensor):

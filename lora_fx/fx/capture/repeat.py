@@ -113,7 +113,7 @@ class TracedCall:
     call: Sequence[object]
     read: set[tuple[str, str]] = field(default_factory=set)
     made: list[object] = field(default_factory=list)
-    spec: Any = None
+    spec: pytree.TreeSpec = field(default_factory=pytree.LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
         """Write down that the call asked a module for an attribute."""
@@ -342,7 +342,7 @@ def _described(
         return None
     if not _tracked(given):
         return None
-    tracer: Any = get_proxy_mode()
+    tracer = get_proxy_mode()
     first: dict[int, int] = {}
     parts: list[object] = [spec, id(tracer), torch.is_grad_enabled()]
     parts += [first.setdefault(id(t), i) for i, t in enumerate(given)]
@@ -367,7 +367,7 @@ def _sized(call: Sequence[object]) -> list[object]:
 
 def _tracked(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the graph has a node for each of these tensors, which are as any other."""
-    mode: Any = get_proxy_mode()
+    mode = get_proxy_mode()
     strided = all(t.layout is torch.strided for t in tensors)
     return (
         mode is not None

@@ -224,7 +224,7 @@ class AdaptedModule(CapturedModule):
                     parameter_of(self, slot.name).requires_grad_(lone and slot.trained)
         self._active = wanted
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: object, **kwargs: object) -> None:
         """As nn.Module's; adapters of other ranks ≥ 2 and the same scale need no other compilation.
 
         The scale is alpha/rank. `torch.compile(module)` compiles anew for every rank.

@@ -253,7 +253,7 @@ def step_of(
     def step(*leaves: Any) -> tuple[Any, ...]:
         left = list(leaves)
 
-        def take(count: int) -> list[Any]:
+        def take(count: int) -> list[Tensor]:
             taken, left[:] = left[:count], left[count:]
             return taken
 
@@ -388,7 +388,7 @@ def _differentiable() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Tensor:
+def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
     """The product of a dimension, or of all, by halves."""
     if dim is None:
         x, dim = x.flatten(), 0
