@@ -41,11 +41,21 @@ def torch_onnx(model: nn.Module, args: Args, folder: Path, sizes: Any = FREE) ->
     )
 
 
+def attach(model: nn.Module, args: Args, _: Path) -> object:
+    """Attach, and leave the model as it was."""
+    lora_fx.attach(model, args)
+    return lora_fx.detach(model)
+
+
 ROWS: dict[str, Callable[[nn.Module, Args, Path], object]] = {
     "torch.onnx.export": torch_onnx,
     "torch.onnx.export, fixed sizes": partial(torch_onnx, sizes=None),
     "torch.export": lambda m, args, _: torch.export.export(m, args, dynamic_shapes=FREE),
     "capture": lambda m, args, _: lora_fx.capture(m, args),
+    "capture, repeat=False": lambda m, args, _: lora_fx.capture(m, args, repeat=False),
+    "find": lambda m, args, _: lora_fx.find(m, args),
+    "attach": attach,
+    "insert": lambda m, args, _: lora_fx.insert(m, args),
     "export": lambda m, args, to: lora_fx.export(m, to / "m.onnx", args, force=True),
     "export, repeat=False": lambda m, args, to: lora_fx.export(
         m, to / "m.onnx", args, force=True, repeat=False
