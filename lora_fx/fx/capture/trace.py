@@ -145,9 +145,7 @@ def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: 
     try:
         with repeats.watching():
             traced = _trace(entry, named, requested)
-    except Exception:
-        if not repeats.copies:
-            raise
+    except Exception:  # of the model's, which comes again, or because blocks are watched
         return _trace(entry, named, requested)
     traced.copies = repeats.copies
     return traced
