@@ -348,9 +348,6 @@ class Captured:
         with trace.batched_experts(source.module) if portable else contextlib.nullcontext():
             try:
                 traced = self._trace(source, training, named, requested)
-                own = traced.copies and source is self.source and self._has_values()
-                if own and not self._as_the_model(traced, named, training):
-                    traced = self._trace(source, training, named, requested, repeat=False)
             except CaptureError as e:
                 traced = self._lower(e, source, training, named)
         self._settle(traced)
@@ -413,11 +410,13 @@ class Captured:
 
     def _as_the_model(self, traced: Traced, named: Named, training: bool) -> bool:
         """Whether a graph with copies of blocks gives the model's numbers."""
-        with alike(self.model, training=training):
+        layers = trace.EveryLayer([]) if training else contextlib.nullcontext()
+        with alike(self.model, training=training), layers:
             same = self._runs_as(
                 traced, pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
             )
         if not same:
+            self.repeat = False
             self.notes.append("blocks that look alike are not: each was traced by itself")
         return same
 
@@ -436,8 +435,10 @@ class Captured:
                 return True
             torch.manual_seed(0)
             got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
-        pairs = zip(got, pytree.tree_leaves(call.without_cache(want)), strict=True)
-        return all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
+        wanted = pytree.tree_leaves(call.without_cache(want))
+        pairs = zip(got, wanted, strict=False)
+        near = all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
+        return near and len(got) == len(wanted)
 
     def settle(self, idle: Collection[Condition]) -> None:
         """Take these of what was doubtful for conditions of no meaning, and the rest for true."""
@@ -458,19 +459,20 @@ class Captured:
         training: bool,
         named: Named,
         requested: Requested,
-        *,
-        repeat: bool = True,
     ) -> Traced:
         mode = "train" if training else "eval"
         with stage(f"capturing, {mode} mode"), as_it_was(source.module, training):
             try:
                 entry = RootModule(source.module, self.signature, source.forward)
-                traced = trace.trace(entry, named, requested, repeat=repeat and self.repeat)
+                traced = trace.trace(entry, named, requested, repeat=self.repeat)
             except LoraFxError:
                 raise
             except Exception as e:
                 raise explain(e, type(self.model).__name__, training) from e
         self._name_constants(traced)
+        own = traced.copies and source is self.source and self._has_values()
+        if own and not self._as_the_model(traced, named, training):
+            return self._trace(source, training, named, requested)
         return traced
 
     def _name_constants(self, traced: Traced) -> None:
@@ -511,8 +513,10 @@ def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
     return x * factor if x.is_floating_point() else x.clone()
 
 
-def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+def _near(a: object, b: torch.Tensor) -> bool:
+    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def all_tensors(model: nn.Module) -> dict[str, Any]:

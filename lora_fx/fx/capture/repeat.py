@@ -6,10 +6,11 @@ later call of a block like it is one opaque node. In the graph that comes out, s
 a copy of the nodes between the marks, over its own tensors and arguments.
 
 Blocks are alike when their classes, the shapes of their tensors, the way they are called and every
-attribute that the traced one read are the same. What they ask outside of themselves, such as a
-counter, cannot be seen: so a graph with copies is run beside the model. A call that leaves
-something behind (a tensor written in place, an attribute) or makes what a copy cannot (sizes that
-values decide, outputs that are no tensors) is no pattern for others.
+attribute that the traced one read are the same. What blocks ask outside of themselves, such as a
+counter, or read through `vars`, cannot be seen: so a graph with copies is run beside the model. A
+call that leaves something behind (a tensor written in place, an attribute) or makes what a copy
+cannot (sizes that values decide, outputs that are no tensors) is no pattern for others. Where a
+graph shows that blocks share values that they are not given, it is traced again without copies.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -52,6 +54,7 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _OWN = {"_parameters", "_buffers", "_modules", "training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MISSING = object()
+Held = Mapping[tuple[str, str], object]
 
 
 class NotRepeated(Exception):
@@ -71,9 +74,19 @@ class Block:
         held = ((*m._parameters.values(), *m._buffers.values()) for m in self.modules.values())
         return [t for own in held for t in own if t is not None]
 
-    def state(self) -> list[list[object]]:
-        """What else its modules hold, to see whether a call has left something behind."""
-        return [[*held, *_identities(held.values())] for held in map(_held, self.modules.values())]
+    def held(self) -> dict[tuple[str, str], object]:
+        """What else its modules hold now, by path and name."""
+        return {(p, k): v for p, m in self.modules.items() for k, v in _held(m).items()}
+
+    def state(self) -> list[object]:
+        """What its modules hold, to see whether a call has left something behind."""
+        held = self.held()
+        return [*held, *_identities(held.values()), *map(id, self.tensors())]
+
+    def as_found(self) -> bool:
+        """Whether it has the modules still that it was compared with others by, and no hooks."""
+        now = dict(self.modules[""].named_modules(remove_duplicate=False))
+        return [*map(id, now.values())] == [*map(id, self.modules.values())] and not _altered(now)
 
 
 @dataclass(eq=False)
@@ -103,6 +116,8 @@ class TracedCall:
         key: What its marks in the graph say.
         block: Whose call it was.
         call: How it was called; its sizes may be symbols.
+        given: The tensors that it was called with, and those of its block.
+        held: What its block held then: a model may put something else in its place.
         read: Those of the family's differences that it read.
         made: Its outputs, flat.
         spec: Their tree.
@@ -111,7 +126,9 @@ class TracedCall:
     key: int
     block: Block
     call: Sequence[object]
-    read: set[tuple[str, str]] = field(default_factory=set)
+    given: Sequence[torch.Tensor]
+    held: Held
+    read: set[tuple[str, str]]
     made: list[object] = field(default_factory=list)
     spec: pytree.TreeSpec = field(default_factory=pytree.LeafSpec)
 
@@ -123,9 +140,8 @@ class TracedCall:
                 self.read.add((path, name))
 
     def holds_for(self, block: Block) -> bool:
-        """Whether what the call read is the same in another block."""
-        pairs = ((self.block.modules[p], block.modules[p], name) for p, name in self.read)
-        return all(_same(_attribute(a, n), _attribute(b, n)) for a, b, n in pairs)
+        """Whether a block holds now what the call may have read, as it was then."""
+        return _differing(self.held, block.held()) <= self.block.family.differ - self.read
 
 
 _KEYS = count()
@@ -153,6 +169,7 @@ class Repeats:
     def __init__(self, model: nn.Module) -> None:
         self.open: list[TracedCall] = []
         self.copies = 0
+        self.patches = contextlib.ExitStack()
         families: dict[object, BlockFamily] = {}
         for module in dict.fromkeys(model.modules()):
             below = dict(module.named_modules(remove_duplicate=False))
@@ -162,7 +179,8 @@ class Repeats:
         self.families = list(families.values())
         for family in families.values():
             first = family.blocks[0].modules
-            family.differ = set(_differences([b.modules for b in family.blocks]))
+            held = family.blocks[0].held()
+            family.differ = {n for b in family.blocks for n in _differing(held, b.held())}
             family.fixed = {(p, n) for p, n in family.differ if hasattr(type(first[p]), n)}
         # torch calls modules by proxies over their __dict__
         blocks = [b for f in self.families for b in f.blocks]
@@ -171,7 +189,7 @@ class Repeats:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """A block that traces the model: calls of blocks like earlier ones are one node each."""
-        with contextlib.ExitStack() as patches:
+        with self.patches as patches:
             for kind in dict.fromkeys(type(b.modules[""]) for b in self.blocks.values()):
                 patches.enter_context(patched(kind, forward=self._forward(kind.forward)))
             pairs = {
@@ -189,6 +207,19 @@ class Repeats:
                     for pattern in family.patterns:
                         _patterns.pop(pattern.key, None)
 
+    def _without_cache(self, x: Any) -> Any:
+        """None for a cache that is empty: it gives nothing, and what it keeps is no output."""
+        if type(x).__module__ != "transformers.cache_utils":
+            return x
+        layered = [c for c in (x, *vars(x).values()) if hasattr(c, "layers")]
+        new = [c for c in layered if c.layers is not _MISSING]
+        held = (t for c in new for layer in c.layers for t in vars(layer).values())
+        if any(isinstance(t, torch.Tensor) and t.dim() > 1 for t in held):
+            return x
+        for c in new:  # a model that asks for its layers later on is traced the long way
+            self.patches.enter_context(patched(c, layers=_MISSING))
+        return None
+
     def _attribute(self, name: str) -> property:
         """An attribute that says when it is read."""
 
@@ -199,14 +230,19 @@ class Repeats:
                 raise AttributeError(name)  # nn.Module looks among its tensors then
             return module.__dict__[name]
 
-        return property(get, lambda module, value: module.__dict__.update({name: value}))
+        def put(module: nn.Module, value: object) -> None:
+            module.__dict__[name] = value
+
+        return property(get, put, lambda module: module.__dict__.pop(name))
 
     def _forward(self, original: Callable[..., object]) -> Callable[..., object]:
         def forward(module: nn.Module, *args: object, **kwargs: object) -> object:
-            run = partial(original, module)
             if torch.compiler.is_dynamo_compiling():  # the body of a higher-order op
-                return run(*args, **kwargs)
+                return original(module, *args, **kwargs)
+            run = partial(original, module)
             block = self.blocks.get(id(module.__dict__))
+            args = tuple(map(self._without_cache, args))
+            kwargs = {k: self._without_cache(x) for k, x in kwargs.items()}
             if block is None or block.family.broken or any(p.block is block for p in self.open):
                 return run(*args, **kwargs)
             if len(block.family.blocks) == 1 and not block.called:
@@ -219,18 +255,16 @@ class Repeats:
     def _call(
         self,
         block: Block,
-        run: Callable[..., object],
+        run: partial[object],
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> object:
-        # a cache that is empty gives nothing, and what it would keep is no output of a capture
-        bare = [None if _is_empty_cache(x) else x for x in args]
-        named = {k: None if _is_empty_cache(x) else x for k, x in kwargs.items()}
-        leaves, spec = pytree.tree_flatten((bare, named))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         given = [*(x for x in leaves if isinstance(x, torch.Tensor)), *block.tensors()]
-        call = _described(leaves, spec, given)
+        call = _described(leaves, spec, given) if block.as_found() else None
         if call is None:
             return run(*args, **kwargs)
+        call += [run.func, *(m.__dict__["training"] for m in block.modules.values())]
         for pattern in block.family.patterns:
             if _sized(pattern.call) == _sized(call) and pattern.holds_for(block):
                 self.copies += 1
@@ -239,36 +273,34 @@ class Repeats:
                         outer.reads(block.modules[path], name)
                 made = iter(AGAIN(given, pattern.key))
                 out = [next(made) if isinstance(m, torch.Tensor) else m for m in pattern.made]
+                passed = dict(zip(map(id, pattern.given), given, strict=True))
+                out = [passed.get(id(m), x) for m, x in zip(pattern.made, out, strict=True)]
                 return pytree.tree_unflatten(out, pattern.spec)
-        pattern = TracedCall(next(_KEYS), block, call, set(block.family.fixed))
+        held = {k: copy(v) if type(v) in _CONTAINERS else v for k, v in block.held().items()}
+        pattern = TracedCall(next(_KEYS), block, call, given, held, {*block.family.fixed})
 
         def left() -> object:
             """What the call may leave behind, as it is now."""
-            containers = _identities(pytree.tree_leaves((bare, named)))
+            containers = _identities(pytree.tree_leaves((args, kwargs)))
             return [*(t._version for t in given), _decided(given)], block.state(), containers
 
         before = left()
         START(given, pattern.key)
         self.open.append(pattern)
         try:
-            result = run(*bare, **named)
+            result = run(*args, **kwargs)
         finally:
             self.open.pop()
-        leaves, pattern.spec = pytree.tree_flatten(result)
-        pattern.made = leaves
+        pattern.made, pattern.spec = pytree.tree_flatten(result)
         tensors = [m for m in pattern.made if isinstance(m, torch.Tensor)]
         plain = all(isinstance(m, (torch.Tensor, *PLAIN)) for m in pattern.made)
         if plain and _tracked(tensors) and before == left():
-            END(tensors, pattern.key)
+            END([*tensors, *given], pattern.key)  # a cast that does nothing is now an argument
             _patterns[pattern.key] = pattern
             block.family.patterns.append(pattern)
         else:
             block.family.broken = True
         return result
-
-
-def _is_empty_cache(x: Any) -> bool:
-    return type(x).__module__ == "transformers.cache_utils" and not x.get_seq_length()
 
 
 def _identities(values: Iterable[object]) -> list[object]:
@@ -281,10 +313,6 @@ def _identities(values: Iterable[object]) -> list[object]:
 def _held(module: nn.Module) -> dict[str, object]:
     """What a module holds beside its tensors, modules and hooks."""
     return {k: v for k, v in module.__dict__.items() if k not in _OWN and "_hooks" not in k}
-
-
-def _attribute(module: nn.Module, name: str) -> object:
-    return module.__dict__.get(name, _MISSING)
 
 
 def _altered(modules: Mapping[str, nn.Module]) -> bool:
@@ -310,13 +338,9 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
     )
 
 
-def _differences(blocks: Sequence[Mapping[str, nn.Module]]) -> Iterator[tuple[str, str]]:
-    for path in blocks[0]:
-        held = [_held(modules[path]) for modules in blocks]
-        for name in dict.fromkeys(n for h in held for n in h):
-            first, *others = (h.get(name, _MISSING) for h in held)
-            if not all(_same(first, other) for other in others):
-                yield path, name
+def _differing(a: Held, b: Held) -> set[tuple[str, str]]:
+    names = a.keys() | b.keys()
+    return {n for n in names if not _same(a.get(n, _MISSING), b.get(n, _MISSING))}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -349,11 +373,9 @@ def _described(
     for x in leaves:
         if isinstance(x, torch.Tensor):
             parts += [x.dtype, x.device, x.requires_grad, *x.shape, *x.stride()]
-        elif isinstance(x, _NUMBERS):
-            parts.append(x)
         elif isinstance(x, PLAIN):
             parts.append((type(x), x))
-        elif inspect.isroutine(x) or isinstance(x, type):
+        elif inspect.isroutine(x) or isinstance(x, (type, *_NUMBERS)):
             parts.append(x)
         else:
             return None
@@ -368,12 +390,9 @@ def _sized(call: Sequence[object]) -> list[object]:
 def _tracked(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether the graph has a node for each of these tensors, which are as any other."""
     mode = get_proxy_mode()
-    strided = all(t.layout is torch.strided for t in tensors)
-    return (
-        mode is not None
-        and strided
-        and all(get_proxy_slot(t, mode.tracer, None) is not None for t in tensors)
-    )
+    if mode is None or any(t.layout is not torch.strided for t in tensors):
+        return False
+    return all(get_proxy_slot(t, mode.tracer, None) is not None for t in tensors)
 
 
 def _decided(given: Sequence[torch.Tensor]) -> int:
@@ -400,7 +419,7 @@ def write_out(module: fx.GraphModule) -> None:
             key = node.args[1]
             if key not in starts or key not in ends:
                 raise NotRepeated
-            _copy(graph, starts[key], ends[key], node)
+            _copy(module, starts[key], ends[key], node)
     for mark in (*starts.values(), *ends.values()):
         graph.erase_node(mark)
     marks = {START, END, AGAIN}
@@ -409,18 +428,34 @@ def write_out(module: fx.GraphModule) -> None:
             raise NotRepeated
 
 
-def _copy(graph: fx.Graph, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value(node), (*_NUMBERS, int, float))
+
+
+def _copy(module: fx.GraphModule, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
+    graph = module.graph
     given, theirs, made = (cast("list[fx.Node]", n.args[0]) for n in (start, call, end))
     env = dict(zip(given, theirs, strict=True))
-    inner = start.next
+    inside, at = list[fx.Node](), start
+    while (at := at.next) is not end:
+        inside.append(at)
+    here = {*given, *inside, end}
     with graph.inserting_before(call):
-        while inner is not end:
-            number = isinstance(value(inner), (*_NUMBERS, int, float))  # the same in every call
-            if not number and inner.target not in (START, END, aten._assert_scalar.default):
-                new = graph.node_copy(inner, lambda n: env.get(n, n))
-                new.meta["nn_module_stack"] = _moved(inner, start, call)
-                env[inner] = new
-            inner = inner.next
+        for inner in inside:
+            if _is_number(inner) or inner.target in (START, END, aten._assert_scalar.default):
+                continue  # numbers are the same in every call
+            read = {n for n in inner.all_input_nodes if n.op != "get_attr" and not _is_number(n)}
+            if inner.op != "get_attr" and inner not in made:
+                read.update(inner.users)
+            if read - here:  # other calls would not share it
+                raise NotRepeated
+            new = graph.node_copy(inner, lambda n: env.get(n, n))
+            new.meta["nn_module_stack"] = _moved(inner, start, call)
+            body = getattr(module, str(inner.target), None) if inner.op == "get_attr" else None
+            if isinstance(body, fx.GraphModule):  # passes edit a body for the one call of it
+                new.target = f"{inner.target}_{new.name}"
+                module.add_submodule(new.target, deepcopy(body))
+            env[inner] = new
     for user in list(call.users):
         if user.target is operator.getitem:
             result = made[cast("int", user.args[1])]

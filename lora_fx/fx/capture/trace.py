@@ -145,9 +145,7 @@ def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: 
     try:
         with repeats.watching():
             traced = _trace(entry, named, requested)
-    except Exception:
-        if not repeats.copies:
-            raise
+    except Exception:  # of the model's, which comes again, or because blocks are watched
         return _trace(entry, named, requested)
     traced.copies = repeats.copies
     return traced
@@ -283,7 +281,13 @@ class _Drawn(float):
         return float(self)
 
 
-class _EveryLayer(TorchFunctionMode):
+class EveryLayer(TorchFunctionMode):
+    """A block in which no layer is dropped at random.
+
+    Args:
+        said: Gets a note where one would be.
+    """
+
     def __init__(self, said: list[str]) -> None:
         super().__init__()
         self.said = said
@@ -325,7 +329,7 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
 
     before = _drawn_outside()
     watched = patched(function, apply=classmethod(noted)), patched(tensor, register_hook=hooked)
-    with watched[0], watched[1], _EveryLayer(said) if model.training else contextlib.nullcontext():
+    with watched[0], watched[1], EveryLayer(said) if model.training else contextlib.nullcontext():
         yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
     if _drawn_outside() != before:
         raise CaptureError(

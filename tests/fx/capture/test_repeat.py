@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.capture import Captured
 
 WIDTH = 6
@@ -240,6 +241,110 @@ class Stack(nn.Module):
         return x
 
 
+class Replaces(Block):
+    """Puts another tensor in the place of a buffer."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x):
+        self.mean = 0.5 * self.mean + x.mean((0, 1))
+        return super().forward(x) + self.mean
+
+
+class Deletes(Block):
+    """Takes an attribute away and gives it back, and says so by no other sign."""
+
+    def forward(self, x):
+        index = self.index
+        del self.index
+        self.index = index
+        return super().forward(x) * (1.0 + index)
+
+
+class Given(Block):
+    """Its model gives it something before a call: an attribute, or a thing that all hold."""
+
+    shift = 0.0
+    held: ClassVar[dict[str, list[torch.Tensor]]] = {"seen": [], "read": []}
+
+    def forward(self, x):
+        self.held["seen"].append(x.mean())
+        return super().forward(x) + self.shift + sum(self.held["read"])
+
+
+class Gives(nn.Module):
+    """A model that does something before each call of a block, and one block, or one a call."""
+
+    def __init__(self, before: str, kind: type[Block] = Given, blocks: int = 3) -> None:
+        super().__init__()
+        self.before = before
+        self.blocks = nn.ModuleList([kind(i) for i in range(blocks)])
+        self.others = nn.ModuleList([nn.Linear(WIDTH, 10) for _ in range(3)])
+
+    def forward(self, x):
+        heard = []
+        seen, read = Given.held["seen"], Given.held["read"]
+        seen.clear(), read.clear()
+        hooks = []
+        for i, other in enumerate(self.others):
+            block = self.blocks[i % len(self.blocks)]
+            if self.before == "attribute":
+                block.shift = float(i)
+            elif self.before == "module":
+                block.up = other
+            elif self.before == "mode":
+                block.train(i == 1)
+            elif self.before == "hook":
+                hooks.append(block.up.register_forward_hook(lambda m, a, y: heard.append(y)))
+            elif self.before == "value":
+                read[:] = [x * float(i)]
+            x = block(x)
+        for hook in hooks:
+            hook.remove()
+        x = x + sum(seen) if self.before == "read" else x
+        seen.clear(), read.clear()
+        return x, *heard
+
+
+class Doubled(Block):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OfBoth(nn.Module):
+    """A class whose forward calls that of another one, which is called by itself too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(0), Doubled(1)
+
+    def forward(self, x):
+        return self.second(self.second(self.second(self.first(x))))
+
+
+class Passes(Block):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class WritesWhatCameBack(nn.Module):
+    """A block gives its argument back, and the model writes in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Passes(i) for i in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            given = x * 1.0
+            y, same = block(given)
+            same.mul_(2.0)
+            x = y + given
+        return x
+
+
 class Attention(nn.Module):
     """Sizes are computed in a block (heads times batch), and are the same in every one."""
 
@@ -339,6 +444,9 @@ ALIKE = {  # name: (model, copies in eval mode)
     "experts": (lambda: Stack(Mixture), 2 + 2),  # of the first block's experts, and of blocks
     "later_experts": (lambda: Stack(LaterExperts), 3 * 2 + 2),  # and what is in the experts
     "in_branches": (InBranches, 1),
+    "of_both": (OfBoth, 1),
+    "mode": (lambda: Gives("mode", Drops), 1),
+    "writes_back": (WritesWhatCameBack, 2),
 }
 APART = {
     "by_index": lambda: Stack(ByIndex),
@@ -353,6 +461,14 @@ APART = {
     "hooked": lambda: Stack(Hooked),
     "around_all": lambda: AroundAll(Block),
     "two_arguments": TwoArguments,
+    "replaces": lambda: Stack(Replaces),
+    "deletes": lambda: Stack(Deletes),
+    "attribute": lambda: Gives("attribute"),
+    "attribute_of_one": lambda: Gives("attribute", blocks=1),
+    "module_of_one": lambda: Gives("module", Block, blocks=1),
+    "hook": lambda: Gives("hook", Block),
+    "reads_outside": lambda: Gives("value"),
+    "writes_outside": lambda: Gives("read"),
 }
 
 
@@ -383,10 +499,11 @@ def captures(model: nn.Module, training: bool = False):
 def test_copies_are_the_graph_of_the_long_way(name):
     make, copies = ALIKE[name]
     torch.manual_seed(0)
-    (cap, ours), (_, long) = captures(make(), training=name in ("dropout", "experts"))
+    (cap, ours), (_, long) = captures(make(), training=name in ("dropout", "experts", "mode"))
     assert (ours.copies, long.copies) == (copies, 0)
     assert rows(ours.graph) == rows(long.graph)
     assert ours.door.conditions == long.door.conditions
+    assert ours.modeless == long.modeless
     assert not any("alike" in n for n in cap.notes)
 
 
@@ -406,6 +523,42 @@ def test_what_a_copy_cannot_know_is_found_by_running():
     assert any("look alike" in n for n in cap.notes)
     assert ours.copies == 0
     assert rows(ours.graph) == rows(long.graph)
+
+
+def test_numbers_are_compared_where_sizes_had_to_be_fixed(monkeypatch):
+    torch.manual_seed(0)
+    model = Outside().requires_grad_(False)
+    x = torch.randn(2, 5, WIDTH)
+    real = Captured._trace
+
+    def fixed(self, source, training, named, requested, **more):
+        if requested:
+            raise CaptureError("sizes have to be fixed", "")
+        return real(self, source, training, named, requested, **more)
+
+    monkeypatch.setattr(Captured, "_trace", fixed)
+    cap = Captured(model, (x,))
+    (got,) = fx.Interpreter(cap.eval).run(x, enable_io_processing=False)
+    torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-6)
+    assert any("look alike" in n for n in cap.notes)
+
+
+class InBodies(Block):
+    def forward(self, x):
+        return x + torch.cond(
+            x.sum() > 0, lambda x: x + 1, lambda x: super(InBodies, self).forward(x), (x,)
+        )
+
+
+def test_copies_have_bodies_of_their_own():
+    """A pass edits the body of a higher-order op for the one node that calls it."""
+    (_, ours), _ = captures(Stack(InBodies))
+    read = [
+        n.args[1] for n in ours.graph.nodes if n.op == "call_function" and "cond" in str(n.target)
+    ]
+    assert ours.copies == 2
+    assert len({n.target for n in read}) == len(read) == 3
+    assert {n.target for n in read} <= ours.bodies.keys()
 
 
 def test_classes_and_modules_are_as_they_were():
@@ -433,6 +586,39 @@ def test_a_decoder_with_its_default_cache():
     assert any("'cache'" in n for n in cap.notes)
     (got,) = fx.Interpreter(cap.eval).run(ids, enable_io_processing=False)
     torch.testing.assert_close(got, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-6)
+
+
+class Prefill(nn.Module):
+    """A decoder whose keys are outputs: its cache cannot be left out."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, ids):
+        out = self.decoder(ids, use_cache=True)
+        return out.logits, [layer.keys for layer in out.past_key_values.layers]
+
+
+@pytest.mark.parametrize("name", ["keys", "attentions"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_decoder_that_gives_more_than_its_logits(name, device):
+    """What a model reads of its layers by a cache or by hooks is there as it is the long way."""
+    transformers = pytest.importorskip("transformers")
+    more = {"output_attentions": True, "use_cache": False} if name == "attentions" else {}
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        attn_implementation="eager", **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model = (model if more else Prefill(model)).to(device).requires_grad_(False)
+    ids = torch.randint(0, 31, (2, 7))
+    caps = [Captured(model, (ids,), repeat=repeat) for repeat in (True, False)]
+    ours, long = (cap.traced(False, cap.named) for cap in caps)
+    assert rows(ours.graph) == rows(long.graph)
+    assert not any("alike" in n for n in caps[0].notes)
 
 
 def test_nodes_grow_with_depth_and_traced_ops_do_not(monkeypatch):
