@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.train import processes as shares
+from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes
 from tests.cli.test_cli import run
 from tests.cli.test_train_cli import MODEL
 from tests.fx.train.test_processes import free_ports
@@ -95,18 +100,61 @@ def by_hand(*argv: str, until: Path | None = None) -> list[tuple[int, str, str]]
     return [(p.returncode, *out) for p, out in zip(started, outs, strict=True)]
 
 
-def test_an_error_in_one_process_ends_all(home: Path) -> None:
-    first, second = by_hand(*TRAIN, "-o", "a", "--loss", "odd.py:odd", "--save-state", "state",
-                            "--save-every", "1", "--json")  # fmt: skip
-    assert first[0] == second[0] == 2
-    assert "Error" not in first[2] and first[1] == ""
-    errors = [line for line in second[2].splitlines() if line.startswith("Error: ")]
+FAILS = (*TRAIN, "-o", "a", "--loss", "odd.py:odd", "--save-state", "state", "--save-every", "1",
+         "--json")  # fmt: skip
+
+
+def fails_silently(done: tuple[int, str, str]) -> None:
+    code, out, err = done
+    assert code == 2 and "Error" not in err and out == ""
+
+
+def fails_in_words(done: tuple[int, str, str], home: Path) -> None:
+    code, out, err = done
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
     line = LOSS.splitlines().index('        raise ValueError("the third call")') + 1
     said = f"odd.py:odd failed at {home}/odd.py:{line}: ValueError: the third call"
-    assert errors == [f"Error: {said}"]
-    assert not json.loads(second[1])["ok"]
+    assert code == 2 and errors == [f"Error: {said}"]
+    assert not json.loads(out)["ok"]
+
+
+def only_the_state_is_left(home: Path) -> None:
     assert json.loads((home / "state" / "state.json").read_text())["step"] == 2
     assert not (home / "a").exists()
+
+
+@pytest.mark.slow  # both sides are in the next one, and test_processes.py has what passes between
+def test_an_error_in_one_process_ends_all(home: Path) -> None:
+    first, second = by_hand(*FAILS)
+    fails_silently(first)
+    fails_in_words(second, home)
+    only_the_state_is_left(home)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_error_is_said_by_the_process_that_has_it(
+    elsewhere: bool,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @contextlib.contextmanager
+    def joined(cuda: bool = False) -> Iterator[Processes]:
+        try:
+            yield ALONE
+        except LoraFxError as e:
+            if elsewhere:
+                raise Elsewhere("process 1 failed", "see its error", exit_code=e.exit_code) from e
+            raise
+
+    monkeypatch.setattr(shares, "processes", joined)
+    monkeypatch.setenv("RANK", "1")  # of the loss
+    done = run(capsys, *FAILS)
+    if elsewhere:
+        fails_silently(done)
+    else:
+        fails_in_words(done, home)
+    only_the_state_is_left(home)
 
 
 @pytest.mark.slow
