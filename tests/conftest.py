@@ -73,6 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection of a test goes through it again
 
 
 @pytest.fixture

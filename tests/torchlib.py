@@ -102,7 +102,9 @@ def keep_lines() -> None:
     from torch.utils import _traceback
 
     late = partial(traceback.FrameSummary, lookup_line=False)
-    vars(_traceback)["traceback"] = types.SimpleNamespace(**vars(traceback) | {"FrameSummary": late})
+    vars(_traceback)["traceback"] = types.SimpleNamespace(
+        **vars(traceback) | {"FrameSummary": late}
+    )
 
 
 for keep in (keep_torchlib, keep_ops, keep_annotations, keep_slots, keep_lines):
