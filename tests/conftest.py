@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 # Two processes of one thread each use two cores better than one process of two. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     gc.collect()
     gc.freeze()  # what is imported stays: no collection of a test goes through it again
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """No example of a docstring stands in tests/, so none is looked for: the product's are."""
+    return [c for c in (yield) if not isinstance(c, DoctestModule)]
 
 
 @pytest.fixture

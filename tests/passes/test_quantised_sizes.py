@@ -29,7 +29,7 @@ def llama() -> Captured:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=1,
+        vocab_size=1000, hidden_size=256, intermediate_size=1536, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
