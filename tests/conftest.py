@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 # Two processes of one thread each use two cores better than one process of two. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +43,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, 8)
 
 
+def _one_thread() -> None:
+    """Sessions of ONNX Runtime have one thread where nobody asks for a number.
+
+    The runtime's threads spin after a run in wait for the next, on the core of another process:
+    to open a tiny model and run it thrice took 2 to 4 ms on two cores, with one thread 0.4.
+    """
+    import onnxruntime
+
+    opened = onnxruntime.InferenceSession.__init__
+
+    def open_(self: Any, model: Any, sess_options: Any = None, *args: Any, **kwargs: Any) -> None:
+        options = sess_options or onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.intra_op_num_threads or 1
+        opened(self, model, options, *args, **kwargs)
+
+    onnxruntime.InferenceSession.__init__ = open_
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks for marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give what `slow.txt` lists the mark `slow`.
@@ -48,11 +68,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     This runs where tests do. The process that hands them out collects none, and needs no torch.
     """
     importlib.import_module("tests.torchlib")
+    _one_thread()
     lines = Path(__file__).with_name("slow.txt").read_text("utf-8").splitlines()
     slow = {line for line in lines if line and not line.startswith("#")}
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection of a test goes through it again
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """No example of a docstring stands in tests/, so none is looked for: the product's are."""
+    return [c for c in (yield) if not isinstance(c, DoctestModule)]
 
 
 @pytest.fixture

@@ -89,9 +89,9 @@ def imports(module: Module) -> set[str]:
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for n in ast.walk(block)
     }
-    names: set[str] = set()
+    names, left_out = set[str](), inner | guarded
     for node in ast.walk(module.tree):
-        if id(node) in inner | guarded:
+        if id(node) in left_out:
             continue
         if isinstance(node, ast.Import):
             names |= {a.name for a in node.names}

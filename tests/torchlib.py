@@ -1,18 +1,23 @@
-"""What torch reads anew for each file that it exports or loads, read once a process.
+"""What torch does anew for each model that it traces, exports or loads, done once a process.
 
 That are onnxscript's functions of torch's ops, half a second each time; the dispatcher's ops, once
 for each of 24 namespaces, and the annotations of 5,000 of their kernels, a quarter of the export of
 a small model; and the annotations of a .pt2 file's schema, once a node. The tests export a thousand
-files. Where torch's own tables are others one day, they are read as torch does.
+files. While torch traces, nn.Module has other methods, and the slots of its 2,000 subclasses are
+looked through for each, four times a trace; and of the stack of each node, 80 frames, it reads
+every line to keep two. Where torch's own tables are others one day, it is left as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import traceback
 import types
 import typing
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 
@@ -67,6 +72,41 @@ def keep_annotations() -> None:
     vars(serialize)["typing"] = types.SimpleNamespace(**kept)
 
 
-for keep in (keep_torchlib, keep_ops, keep_annotations):
-    with contextlib.suppress(ImportError, AttributeError):
+def keep_slots() -> None:
+    """Let torch exchange methods of nn.Module in its namespace alone.
+
+    The slots of a class and its subclasses, which setattr goes through, call whatever function
+    stands there, before and after. What was looked up is dropped, as by setattr.
+    """
+    from torch.fx import _symbolic_trace
+    from torch.nn import Module
+
+    patched: Any = _symbolic_trace._PatchedFnSetAttr
+    (names,) = (x for x in gc.get_referents(Module.__dict__) if isinstance(x, dict))
+    modified = ctypes.pythonapi.PyType_Modified
+    modified.argtypes, modified.restype = [ctypes.py_object], None
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        if owner is Module and name in names:
+            names[name] = value
+            modified(owner)
+        else:
+            setattr(owner, name, value)
+
+    patched.patch = lambda self: put(self.frame_dict, self.fn_name, self.new_fn)
+    patched.revert = lambda self: put(self.frame_dict, self.fn_name, self.orig_fn)
+
+
+def keep_lines() -> None:
+    """Let torch read the lines of those frames alone that it keeps."""
+    from torch.utils import _traceback
+
+    late = partial(traceback.FrameSummary, lookup_line=False)
+    vars(_traceback)["traceback"] = types.SimpleNamespace(
+        **vars(traceback) | {"FrameSummary": late}
+    )
+
+
+for keep in (keep_torchlib, keep_ops, keep_annotations, keep_slots, keep_lines):
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
         keep()

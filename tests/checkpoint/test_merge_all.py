@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,21 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i in range(4):
         save_adapter(adapter(i), tmp_path / f"run{i}" / "adapter")
     return tmp_path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merges run in this process, one after the other; the test of each starts processes."""
+    one = threading.Lock()
+
+    def run_here(_: _Running, command: Sequence[str]) -> tuple[Any, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with one, said[0], said[1], pytest.raises(SystemExit) as end:
+            main(list(command[3:]))  # behind python -m lora_fx.cli
+        return end.value.code, out.getvalue(), err.getvalue()
+
+    monkeypatch.setattr(_Running, "run", run_here)
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -111,6 +129,7 @@ def test_people_get_a_table(
     assert "run1/adapter: failed: it is damaged (Hint: write it again)" in err
 
 
+@pytest.mark.usefixtures("here")
 def test_a_bad_one_fails_alone(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = fleet / "run2" / "adapter" / "adapter_model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -124,6 +143,7 @@ def test_a_bad_one_fails_alone(fleet: Path, capsys: pytest.CaptureFixture[str]) 
     ]
 
 
+@pytest.mark.usefixtures("here")
 def test_an_interrupted_fleet_goes_on(fleet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, *RUNS[:2], "-o", "out")
     before = (fleet / "out" / "run0__adapter.safetensors").stat().st_mtime_ns

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lora_fx.fx.train import processes as shares
+from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes
 from tests.cli.test_cli import run
 from tests.cli.test_train_cli import MODEL
 from tests.fx.train.test_processes import free_ports
@@ -95,18 +99,61 @@ def by_hand(*argv: str, until: Path | None = None) -> list[tuple[int, str, str]]
     return [(p.returncode, *out) for p, out in zip(started, outs, strict=True)]
 
 
-def test_an_error_in_one_process_ends_all(home: Path) -> None:
-    first, second = by_hand(*TRAIN, "-o", "a", "--loss", "odd.py:odd", "--save-state", "state",
-                            "--save-every", "1", "--json")  # fmt: skip
-    assert first[0] == second[0] == 2
-    assert "Error" not in first[2] and first[1] == ""
-    errors = [line for line in second[2].splitlines() if line.startswith("Error: ")]
+FAILS = (*TRAIN, "-o", "a", "--loss", "odd.py:odd", "--json")
+KEEPS = ("--save-state", "state", "--save-every", "1")
+
+
+def fails_silently(done: tuple[int, str, str]) -> None:
+    code, out, err = done
+    assert code == 2 and "Error" not in err and out == ""
+
+
+def fails_in_words(done: tuple[int, str, str], home: Path) -> None:
+    code, out, err = done
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
     line = LOSS.splitlines().index('        raise ValueError("the third call")') + 1
     said = f"odd.py:odd failed at {home}/odd.py:{line}: ValueError: the third call"
-    assert errors == [f"Error: {said}"]
-    assert not json.loads(second[1])["ok"]
-    assert json.loads((home / "state" / "state.json").read_text())["step"] == 2
+    assert code == 2 and errors == [f"Error: {said}"]
+    assert not json.loads(out)["ok"]
+
+
+def only_a_state_is_left(home: Path, step: int) -> None:
+    assert json.loads((home / "state" / "state.json").read_text())["step"] == step
     assert not (home / "a").exists()
+
+
+@pytest.mark.slow  # both sides are in the next one, and test_processes.py has what passes between
+def test_an_error_in_one_process_ends_all(home: Path) -> None:
+    first, second = by_hand(*FAILS, *KEEPS)
+    fails_silently(first)
+    fails_in_words(second, home)
+    only_a_state_is_left(home, 2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_is_said_by_the_process_that_has_it(
+    first: bool, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first process, which hears of the error of another and has kept a state; the other."""
+
+    @contextlib.contextmanager
+    def joined(cuda: bool = False) -> Iterator[Processes]:
+        try:
+            yield ALONE
+        except Exception as e:
+            if first:
+                raise Elsewhere("process 1 failed", "see its error", exit_code=2) from e
+            raise
+
+    monkeypatch.setattr(shares, "processes", joined)
+    monkeypatch.setenv("RANK", "1")  # of the loss
+    done = run(capsys, *FAILS, *(KEEPS if first else ()))
+    if first:
+        fails_silently(done)
+        only_a_state_is_left(home, 1)  # this one validates alone, which is the loss's first call
+    else:
+        fails_in_words(done, home)
+        assert not (home / "a").exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from lora_fx.files.read import inside, remember, remembering
 from tests.checkpoint.made import adapter, factors
 from tests.faults import Faults
 
+ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
 
 
@@ -170,8 +173,9 @@ def _write_together(folder: Path, part_name: str = "a.onnx_adapter") -> None:
             part.write_text("data")
 
 
-@pytest.mark.parametrize("before", ["old", ""])
-def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(memory: Path, before: str) -> None:
+def killed_at_any_call(memory: Path, before: str) -> None:
+    """Every call in a fork of its own: to be run by a process that is small."""
+
     def made(name: str) -> Path:
         folder = memory / name
         folder.mkdir()
@@ -202,6 +206,14 @@ def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(memory: Path, befo
         left = {n: (folder / n).read_text() for n in names}
         assert left.pop("a.onnx_adapter", "") == ("data" if named else before), where
         assert left == {"m.onnx": "model", "b.onnx_adapter": "data"}, where
+
+
+@pytest.mark.parametrize("before", ["old", ""])
+def test_a_kill_at_any_call_leaves_nothing_after_the_next_run(memory: Path, before: str) -> None:
+    code = f"from {__name__} import *; killed_at_any_call(Path(sys.argv[1]), sys.argv[2])"
+    command = [sys.executable, "-c", code, str(memory), before]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_is_not_replaced_costs_no_work(pair: tuple[Path, Path]) -> None:

@@ -58,14 +58,14 @@ class Pixels(nn.Module):
 
 
 def text() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    config = BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+    config = BertConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4,
                         intermediate_size=80, vocab_size=96, max_position_embeddings=32,
                         initializer_range=0.2)  # fmt: skip
     return BertModel(config, add_pooling_layer=False).eval(), (TOKENS,)
 
 
 def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    config = LlamaConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+    config = LlamaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=2, intermediate_size=80, vocab_size=96,
                          tie_word_embeddings=False, initializer_range=0.2)  # fmt: skip
     return LlamaForCausalLM(config).eval(), (TOKENS,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -287,17 +288,32 @@ def loss_in_torch(module: Any, batch: dict[str, Any], own: bool) -> Tensor:
     return F.cross_entropy(scores_of(module(**batch)).flatten(0, -2), labels.flatten())
 
 
+Step = Callable[[str, str], tuple[Any, Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Step:
+    """(capture, adapted module, file of its step) of a row of MODELS, proven on a provider."""
+
+    @functools.cache
+    def made(name: str, provider: str) -> tuple[Any, Any, Path]:
+        build, options = MODELS[name]
+        model, args, kwargs = (*build(), {})[:3]
+        cap = lora_fx.capture(model, args, kwargs, static=options.get("static", ()))
+        module = lora_fx.insert(cap, rank=3, alpha=4.5, include=options.get("include"))
+        path = tmp_path_factory.mktemp("step") / "step.onnx"
+        report = lora_fx.export(module, path, mode="train", provider=provider, clip=CLIP)
+        assert {p.of for p in report.parity} == {"base", "random", "step"}
+        return cap, module, path
+
+    return made
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("name", rows())
-def test_steps_equal_those_of_torch(tmp_path: Path, name: str, provider: str) -> None:
-    build, options = MODELS[name]
-    model, args, kwargs = (*build(), {})[:3]
-    cap = lora_fx.capture(model, args, kwargs, static=options.get("static", ()))
-    module = lora_fx.insert(cap, rank=3, alpha=4.5, include=options.get("include"))
+def test_steps_equal_those_of_torch(step: Step, name: str, provider: str) -> None:
+    cap, module, path = step(name, provider)
     own = "labels" in cap.signature.keywords
-    path = tmp_path / "step.onnx"
-    report = lora_fx.export(module, path, mode="train", provider=provider, clip=CLIP)
-    assert {p.of for p in report.parity} == {"base", "random", "step"}
     session = TrainSession(path, LR, provider)
     assert session.provider == provider
     assert {v.device_name() for v in session._held.values()} == {provider}
@@ -319,15 +335,15 @@ def test_steps_equal_those_of_torch(tmp_path: Path, name: str, provider: str) ->
         np.testing.assert_allclose(ours.lowrank[key].b, u.b, atol=1e-4)
         assert np.abs(u.b).max() > 5e-3
     inputs = module.sample((2, 5))
-    forward = Session(tmp_path / "step.switch.onnx", provider)
+    forward = Session(path.with_name("step.switch.onnx"), provider)
     forward.load("trained", ours)
     expected = module.flat(inputs)
     for name, value in forward.run(arrays_of(inputs), adapter="trained").items():
         np.testing.assert_allclose(value, expected[name], atol=1e-3 * np.abs(expected[name]).max())
     base = sum(p.nbytes for p in {id(p): p for p in cap.model.parameters()}.values())
     base += sum(b.nbytes for b in cap.model.buffers())
-    assert (tmp_path / "step.onnx.data").stat().st_size <= 1.02 * base + 4096
-    graph = onnx_ir.load(tmp_path / "step.onnx").graph
+    assert path.with_name("step.onnx.data").stat().st_size <= 1.02 * base + 4096
+    graph = onnx_ir.load(path).graph
     assert [n for n, v in graph.initializers.items() if not v.uses()] == []
 
 
@@ -388,11 +404,9 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
 }
 
 
-def test_labels_that_torch_refuses_are_refused(tmp_path: Path) -> None:
+def test_labels_that_torch_refuses_are_refused(step: Step) -> None:
     """ONNX counts a label of -1 from the end, and as many labels in another shape would run."""
-    path = tmp_path / "step.onnx"
-    lora_fx.export(Mlp(), path, (torch.randn(3, 5, 8),), mode="train", rank=2, provider="cpu")
-    session = TrainSession(path, LR, "cpu")
+    session = TrainSession(step("mlp", "cpu")[-1], LR, "cpu")
     x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
     for labels, words in BAD_LABELS.values():
         with pytest.raises(LoraFxError, match=re.escape(words)):

@@ -181,8 +181,8 @@ def test_two_uses_in_one_forward_cannot_be_told_apart() -> None:
 
 @pytest.mark.parametrize("include", ["lm_head", "wte", "lm_head,wte"])
 def test_a_tied_head_of_gpt2(include: str) -> None:
-    cap, _, kwargs = captured("hf_gpt2")
-    inserted = lora_fx.insert(captured("hf_gpt2")[0], rank=2, include=include)
+    cap, _, kwargs = captured("hf_gpt2/1")
+    inserted = lora_fx.insert(captured("hf_gpt2/1")[0], rank=2, include=include)
     model = lora_fx.attach(cap, rank=2, include=include)
     tensors = [m._parameters["weight"] for m in (model.lm_head, model.transformer.wte)]
     assert tensors[0] is tensors[1]

@@ -45,11 +45,11 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
           "gate_up_proj"]  # fmt: skip
 
 
-def built(name: str) -> nn.Module:
+def built(name: str, **more: Any) -> nn.Module:
     tf = pytest.importorskip("transformers")
     model, config, own = FAMILIES[name]
     torch.manual_seed(0)
-    made: nn.Module = getattr(tf, model)(getattr(tf, config)(**{**SIZES, **own})).eval()
+    made: nn.Module = getattr(tf, model)(getattr(tf, config)(**{**SIZES, **own, **more})).eval()
     assert made.config.use_cache, "the default of every family"
     return made
 
@@ -167,7 +167,7 @@ def test_insert_gives_the_same_numbers(name: str) -> None:
 
 
 def test_what_trainers_ask_the_module_of_insert() -> None:
-    model = built("llama")
+    model = built("llama", num_hidden_layers=1)
     module: Any = lora_fx.insert(model, (), {"input_ids": ids(0)}, rank=RANK)
     assert module.config is model.config
     assert (module.device, module.dtype) == (torch.device("cpu"), torch.float32)

@@ -35,8 +35,8 @@ def test_refusals() -> None:
 
 
 def test_load_adapter_and_base() -> None:
-    cap, _, kwargs = captured("hf_bert")
-    inserted = lora_fx.insert(captured("hf_bert")[0], rank=3, also_train="classifier")
+    cap, _, kwargs = captured("hf_bert/1")
+    inserted = lora_fx.insert(captured("hf_bert/1")[0], rank=3, also_train="classifier")
     randomise(inserted)
     with torch.no_grad():
         inserted.classifier.weight.add_(1.0)
@@ -46,7 +46,7 @@ def test_load_adapter_and_base() -> None:
     model.load_adapter(inserted.adapter())
     assert gap(model(**kwargs), inserted(**kwargs)) < 1e-6
     assert adapter_gap(model.adapter(), inserted.adapter()) == 0.0
-    other = lora_fx.attach(captured("hf_bert")[0], adapter=inserted.adapter())
+    other = lora_fx.attach(captured("hf_bert/1")[0], adapter=inserted.adapter())
     assert gap(other(**kwargs), inserted(**kwargs)) < 1e-6
     lora_fx.detach(other)
     assert gap(other(**kwargs), base) == 0.0
@@ -61,7 +61,7 @@ def test_load_adapter_and_base() -> None:
         )
         == 0.0
     )
-    wider = lora_fx.insert(captured("hf_bert")[0], rank=1, include="*")
+    wider = lora_fx.insert(captured("hf_bert/1")[0], rank=1, include="*")
     with pytest.raises(lora_fx.LoraFxError, match="was not adapted when"):
         model.load_adapter(wider.adapter())
     with attachment(model).base():
@@ -70,8 +70,8 @@ def test_load_adapter_and_base() -> None:
 
 @pytest.mark.parametrize("stats", ["frozen", "update"])
 def test_batch_norms_in_train_mode(stats: str) -> None:
-    cap, args, kwargs = captured("tv_resnet18")
-    inserted = lora_fx.insert(captured("tv_resnet18")[0], rank=2, norm_stats=stats).train()
+    cap, args, kwargs = captured("tv_resnet18/1")
+    inserted = lora_fx.insert(captured("tv_resnet18/1")[0], rank=2, norm_stats=stats).train()
     before = state(cap.model)
     model = lora_fx.attach(cap, rank=2, norm_stats=stats).train()
     first, second = (train(m, args, kwargs, steps=2, lr=1e-4) for m in (inserted, model))

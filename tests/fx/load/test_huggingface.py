@@ -28,7 +28,7 @@ def bert(**more: Any) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40,
         max_position_embeddings=16, num_labels=10, **{**SMALL, **more},
     )  # fmt: skip
     return BertForSequenceClassification(config)
@@ -38,7 +38,7 @@ def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(n_positions=16, n_embd=24, n_layer=2, n_head=3, bos_token_id=1, eos_token_id=2,
+        GPT2Config(n_positions=16, n_embd=24, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2,
                    **SMALL)
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
-        ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40,
                   image_size=[16, 24], patch_size=8, num_channels=1)
     )  # fmt: skip
 
@@ -87,9 +87,9 @@ def edit(folder: Path, **changes: Any) -> None:
 
 IDS: dict[str, tuple[int, ...]] = {"input_ids": (2, 5), "attention_mask": (2, 5)}
 FOLDERS: dict[str, tuple[Callable[[], Any], dict[str, tuple[int, ...]], int]] = {
-    "bert": (bert, IDS, 17),
-    "gpt2": (gpt2, IDS, 10),
-    "vit": (vit, {"pixel_values": (2, 1, 16, 24)}, 14),
+    "bert": (bert, IDS, 11),
+    "gpt2": (gpt2, IDS, 6),
+    "vit": (vit, {"pixel_values": (2, 1, 16, 24)}, 8),
     "t5": (t5, IDS | {"decoder_input_ids": (2, 5)}, 19),
     "whisper": (whisper, {"input_features": (2, 8, 12), "decoder_input_ids": (2, 5)}, 20),
 }
@@ -130,7 +130,7 @@ def test_a_pickled_folder(shards: str, tmp_path: Path) -> None:
     refused(tmp_path, "pickles", "trust=True")
     for meta in (False, True):
         loaded = load_model(tmp_path, trust=True, meta=meta)
-        assert len(found(loaded).targets) == 17 and not loaded.notes
+        assert len(found(loaded).targets) == 11 and not loaded.notes
     state = load_model(tmp_path, trust=True).module.state_dict()
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,13 @@ STEPS, ROWS = 20, 3
 
 
 @pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps the precision of the last Trainer for the whole process."""
+def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps the precision of the last Trainer for the whole process.
+
+    A Trainer looks for garbage several times, half a second each among the objects of a suite.
+    """
+    memory = pytest.importorskip("accelerate.utils.memory")
+    monkeypatch.setattr(memory, "gc", types.SimpleNamespace(collect=int))
     _reset()
     yield
     _reset()

@@ -1,13 +1,15 @@
-"""One process of the tests of DDP, FSDP2 and torch.distributed.checkpoint; torchrun starts it.
+"""One process of the tests of DDP, FSDP2 and torch.distributed.checkpoint.
 
-`torchrun --nproc_per_node=2 -m tests.fx.train.loops_worker NAME FOLDER` trains the model NAME in
-every way of WAYS, and process 0 writes {way: losses} to losses.json, and the adapters beside it.
+`python -m tests.fx.train.loops_worker NAME FOLDER`, in two processes that know of each other as
+torchrun tells them, trains the model NAME in every way of WAYS, and process 0 writes {way: losses}
+to losses.json, and the adapters beside it.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import sys
 import warnings
@@ -245,6 +247,7 @@ def main() -> None:
     and C++ says "terminate called without an active exception".
     """
     warnings.simplefilter("ignore")
+    importlib.import_module("tests.torchlib")
     dist.init_process_group("gloo")
     every_way(sys.argv[1], Path(sys.argv[2]))
     gc.collect()  # modules and their hooks are circles

@@ -21,6 +21,7 @@ import lora_fx
 from tests.fx.attach.attached import adapter_gap
 from tests.fx.train import loops_worker as worker
 from tests.fx.train import quantised_worker
+from tests.fx.train.test_processes import free_ports
 from tests.test_samples import SAMPLES
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -40,11 +41,33 @@ def torchrun(folder: Path, *command: str) -> str:
     return done.stdout
 
 
+def two_processes(folder: Path, *command: str) -> None:
+    """Run in two processes without torchrun, which is a third one that imports torch."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1)[0]}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=SAMPLES.parent,
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [p.communicate(timeout=280)[1] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+    assert [p.returncode for p in started] == [0, 0], "\n".join(said)[-6000:]
+
+
 @pytest.mark.parametrize(
     "name", ["tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("hf_gpt2", "hf_llama"))]
 )
 def test_the_losses_and_adapters_of_one_process(name: str, tmp_path: Path) -> None:
-    torchrun(tmp_path, "-m", worker.__name__, name, str(tmp_path))
+    two_processes(tmp_path, "-m", worker.__name__, name, str(tmp_path))
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert list(losses) == list(worker.WAYS)
     start = worker.made(name)

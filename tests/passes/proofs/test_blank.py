@@ -64,19 +64,17 @@ def test_a_row_of_small_numbers(labels: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     config = ViTConfig(**small, image_size=8, patch_size=4, num_labels=labels)
-    model, x = ViTForImageClassification(config).eval(), torch.randn(2, 3, 8, 8)
+    cap = lora_fx.capture(ViTForImageClassification(config).eval(), (torch.randn(2, 3, 8, 8),))
     adapters = []
     for seed in range(2):
-        module = lora_fx.insert(model, (x,), rank=2, seed=seed)
+        module = lora_fx.insert(cap, rank=2, seed=seed)
         torch.manual_seed(seed)
         with torch.no_grad():
             for p in module.parameters():
                 if p.requires_grad:
                     p.normal_()
         adapters.append(module.adapter())
-    assert lora_fx.export(
-        model, tmp_path / "b.onnx", (x,), adapters=adapters, mode="batch", provider="cpu"
-    )
+    assert lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider="cpu")
 
 
 def test_what_is_zero_everywhere_or_on_one_side_proves_nothing(tmp_path: Path) -> None:
