@@ -295,6 +295,7 @@ class EveryLayer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        """Run a function; a lone number that is drawn is one that drops nothing."""
         if func is torch.rand and len(args) == 1 and args[0] in ([], ()):
             self.said[:] = ["no layer is dropped in train mode: a graph has all of them"]
             return _Drawn(1.0)

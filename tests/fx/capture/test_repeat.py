@@ -6,7 +6,7 @@ made the long way, node for node; a model whose blocks differ in what they do mu
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.trace import Traced
 
 WIDTH = 6
 
@@ -29,12 +30,12 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.down = nn.Linear(10, WIDTH)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return x + self.down(self.act(self.up(x)))
 
 
 class ByIndex(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) * (1.0 + self.index)
 
 
@@ -45,7 +46,7 @@ class OfTwo(Block):
         super().__init__(index)
         self.act.kind = "odd" if index % 2 else "even"
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         y = super().forward(x)
         return -y if self.act.kind == "odd" else y
 
@@ -58,7 +59,7 @@ class ByClassDefault(Block):
         if index:
             self.shift = 0.5 * index
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) + self.shift
 
 
@@ -69,7 +70,7 @@ class HeldTensor(Block):
         super().__init__(index)
         self.scale = torch.tensor(1.0 + index)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) * self.scale
 
 
@@ -80,7 +81,7 @@ class Counts(Block):
         super().__init__(index)
         self.register_buffer("seen", torch.zeros(()))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.seen.add_(1.0)
         return super().forward(x) + self.seen
 
@@ -88,7 +89,7 @@ class Counts(Block):
 class Remembers(Block):
     """Leaves an attribute behind, which the model reads."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         y = super().forward(x)
         self.last = y.mean()
         return y
@@ -101,7 +102,7 @@ class Collects(Block):
         super().__init__(index)
         self.seen: list[torch.Tensor] = []
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.seen.append(x.mean())
         return super().forward(x)
 
@@ -109,7 +110,7 @@ class Collects(Block):
 class Appends(Block):
     """Puts something into a list that it is given."""
 
-    def forward(self, x, also):
+    def forward(self, x: Any, also: Any) -> Any:  # type: ignore[override]
         also.append(x.mean())
         return super().forward(x)
 
@@ -119,26 +120,26 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Appends(i) for i in range(3)])
 
-    def forward(self, x):
-        also = []
+    def forward(self, x: Any) -> Any:
+        also: list[Any] = []
         for block in self.blocks:
             x = block(x, also)
         return x + sum(also)
 
 
 class WritesArgument(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         x.add_(1.0)
         return super().forward(x)
 
 
 class OutputNoTensor(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x), {1, 2}
 
 
 class OutputsAndNone(Block):
-    def forward(self, x, also=None):
+    def forward(self, x: Any, also: Any = None) -> Any:
         y = super().forward(x)
         return {"y": y, "also": also, "again": (y * 2, 3)}
 
@@ -151,7 +152,7 @@ class Tied(Block):
         self.first = nn.Linear(WIDTH, WIDTH)
         self.second = self.first if index == 1 else nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(self.second(self.first(x)))
 
 
@@ -162,26 +163,26 @@ class Hooked(Block):
 
 
 class Drops(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return nn.functional.dropout(super().forward(x), 0.3, self.training)
 
 
 class Casts(Block):
     """A cast to what a tensor is already: torch's trace takes its result for the argument."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return x.to(torch.float32) + super().forward(x.to(torch.float32))
 
 
 class NoGradient(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         with torch.no_grad():
             y = super().forward(x)
         return x + y
 
 
 class Autocast(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x).float()
 
@@ -192,12 +193,12 @@ class Expert(nn.Module):
         self.index = index
         self.body = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, WIDTH))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.body(x)
 
 
 class ScaledExpert(Expert):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) * (1 + self.index)
 
 
@@ -208,7 +209,7 @@ class Mixture(Block):
         super().__init__(index)
         self.experts = nn.ModuleList([self.expert(i) for i in range(3)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) + sum(e(x) for e in self.experts)
 
 
@@ -230,7 +231,7 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([kind(i) for i in range(depth)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         for block in self.blocks:
             out = block(x)
             x = out if isinstance(out, torch.Tensor) else pytree.tree_leaves(out)[0]
@@ -246,9 +247,10 @@ class Replaces(Block):
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
+        self.mean: torch.Tensor
         self.register_buffer("mean", torch.zeros(WIDTH))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.mean = 0.5 * self.mean + x.mean((0, 1))
         return super().forward(x) + self.mean
 
@@ -256,7 +258,7 @@ class Replaces(Block):
 class Deletes(Block):
     """Takes an attribute away and gives it back, and says so by no other sign."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         index = self.index
         del self.index
         self.index = index
@@ -269,7 +271,7 @@ class Given(Block):
     shift = 0.0
     held: ClassVar[dict[str, list[torch.Tensor]]] = {"seen": [], "read": []}
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.held["seen"].append(x.mean())
         return super().forward(x) + self.shift + sum(self.held["read"])
 
@@ -283,10 +285,11 @@ class Gives(nn.Module):
         self.blocks = nn.ModuleList([kind(i) for i in range(blocks)])
         self.others = nn.ModuleList([nn.Linear(WIDTH, 10) for _ in range(3)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         heard = []
         seen, read = Given.held["seen"], Given.held["read"]
-        seen.clear(), read.clear()
+        seen.clear()
+        read.clear()
         hooks = []
         for i, other in enumerate(self.others):
             block = self.blocks[i % len(self.blocks)]
@@ -304,12 +307,13 @@ class Gives(nn.Module):
         for hook in hooks:
             hook.remove()
         x = x + sum(seen) if self.before == "read" else x
-        seen.clear(), read.clear()
+        seen.clear()
+        read.clear()
         return x, *heard
 
 
 class Doubled(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x) * 2
 
 
@@ -320,12 +324,12 @@ class OfBoth(nn.Module):
         super().__init__()
         self.first, self.second = Block(0), Doubled(1)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.second(self.second(self.second(self.first(x))))
 
 
 class Passes(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return super().forward(x), x
 
 
@@ -336,7 +340,7 @@ class WritesWhatCameBack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Passes(i) for i in range(3)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         for block in self.blocks:
             given = x * 1.0
             y, same = block(given)
@@ -353,7 +357,7 @@ class Attention(nn.Module):
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.layers(x)
 
 
@@ -364,7 +368,7 @@ class Shared(nn.Module):
         super().__init__()
         self.block = Block(0)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.block(self.block(self.block(x)))
 
 
@@ -375,7 +379,7 @@ class TwoArguments(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([_Mixing(i) for i in range(3)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         y = torch.tanh(x)
         y = self.blocks[0](x, y)
         y = self.blocks[1](y, y)
@@ -383,7 +387,7 @@ class TwoArguments(nn.Module):
 
 
 class _Mixing(Block):
-    def forward(self, x, y, scale=1.0):
+    def forward(self, x: Any, y: Any, scale: float = 1.0) -> Any:  # type: ignore[override]
         return super().forward(x) - scale * y
 
 
@@ -396,7 +400,7 @@ class Outside(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([_Asking(i) for i in range(3)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.calls.clear()
         for block in self.blocks:
             x = block(x)
@@ -404,7 +408,7 @@ class Outside(nn.Module):
 
 
 class _Asking(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         Outside.calls.append(1)
         return super().forward(x) * len(Outside.calls)
 
@@ -412,7 +416,7 @@ class _Asking(Block):
 class AroundAll(Stack):
     """Autocast around the blocks."""
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x)
 
@@ -424,7 +428,7 @@ class InBranches(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Block(i) for i in range(4)])
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         first, second, third, fourth = self.blocks
         x = torch.cond(x.sum() > 0, lambda x: first(x), lambda x: second(x), (x,))
         return fourth(third(x))
@@ -487,7 +491,7 @@ def rows(graph: fx.Graph) -> list[object]:
     return result
 
 
-def captures(model: nn.Module, training: bool = False):
+def captures(model: nn.Module, training: bool = False) -> list[tuple[Captured, Traced]]:
     """(with copies, the long way) of a model."""
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
     model.requires_grad_(False)  # else the first block alone has an argument without gradient
@@ -496,7 +500,7 @@ def captures(model: nn.Module, training: bool = False):
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_copies_are_the_graph_of_the_long_way(name):
+def test_copies_are_the_graph_of_the_long_way(name: str) -> None:
     make, copies = ALIKE[name]
     torch.manual_seed(0)
     (cap, ours), (_, long) = captures(make(), training=name in ("dropout", "experts", "mode"))
@@ -508,7 +512,7 @@ def test_copies_are_the_graph_of_the_long_way(name):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_what_differs_is_traced_by_itself(name):
+def test_what_differs_is_traced_by_itself(name: str) -> None:
     torch.manual_seed(0)
     (cap, ours), (_, long) = captures(APART[name]())
     assert ours.copies == 0
@@ -516,7 +520,7 @@ def test_what_differs_is_traced_by_itself(name):
     assert not any("alike" in n for n in cap.notes)
 
 
-def test_what_a_copy_cannot_know_is_found_by_running():
+def test_what_a_copy_cannot_know_is_found_by_running() -> None:
     """A counter outside the blocks: the copies' numbers are not the model's, so none is kept."""
     torch.manual_seed(0)
     (cap, ours), (_, long) = captures(Outside())
@@ -525,16 +529,16 @@ def test_what_a_copy_cannot_know_is_found_by_running():
     assert rows(ours.graph) == rows(long.graph)
 
 
-def test_numbers_are_compared_where_sizes_had_to_be_fixed(monkeypatch):
+def test_numbers_are_compared_where_sizes_had_to_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Outside().requires_grad_(False)
     x = torch.randn(2, 5, WIDTH)
     real = Captured._trace
 
-    def fixed(self, source, training, named, requested, **more):
+    def fixed(self: Any, source: Any, training: bool, named: Any, requested: Any) -> Any:
         if requested:
             raise CaptureError("sizes have to be fixed", "")
-        return real(self, source, training, named, requested, **more)
+        return real(self, source, training, named, requested)
 
     monkeypatch.setattr(Captured, "_trace", fixed)
     cap = Captured(model, (x,))
@@ -544,13 +548,13 @@ def test_numbers_are_compared_where_sizes_had_to_be_fixed(monkeypatch):
 
 
 class InBodies(Block):
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return x + torch.cond(
             x.sum() > 0, lambda x: x + 1, lambda x: super(InBodies, self).forward(x), (x,)
         )
 
 
-def test_copies_have_bodies_of_their_own():
+def test_copies_have_bodies_of_their_own() -> None:
     """A pass edits the body of a higher-order op for the one node that calls it."""
     (_, ours), _ = captures(Stack(InBodies))
     read = [
@@ -561,7 +565,7 @@ def test_copies_have_bodies_of_their_own():
     assert {n.target for n in read} <= ours.bodies.keys()
 
 
-def test_classes_and_modules_are_as_they_were():
+def test_classes_and_modules_are_as_they_were() -> None:
     model = Stack(OfTwo, 4)
     model.requires_grad_(False)
     before = [dict(vars(k)) for k in (OfTwo, Block, nn.GELU)]
@@ -571,7 +575,7 @@ def test_classes_and_modules_are_as_they_were():
     assert [dict(m.__dict__) for m in model.modules()] == held
 
 
-def test_a_decoder_with_its_default_cache():
+def test_a_decoder_with_its_default_cache() -> None:
     """The cache that a decoder makes is empty, so its layers are alike without it."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -595,14 +599,14 @@ class Prefill(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, ids):
+    def forward(self, ids: torch.Tensor) -> Any:
         out = self.decoder(ids, use_cache=True)
         return out.logits, [layer.keys for layer in out.past_key_values.layers]
 
 
 @pytest.mark.parametrize("name", ["keys", "attentions"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_decoder_that_gives_more_than_its_logits(name, device):
+def test_a_decoder_that_gives_more_than_its_logits(name: str, device: str) -> None:
     """What a model reads of its layers by a cache or by hooks is there as it is the long way."""
     transformers = pytest.importorskip("transformers")
     more = {"output_attentions": True, "use_cache": False} if name == "attentions" else {}
@@ -621,16 +625,19 @@ def test_a_decoder_that_gives_more_than_its_logits(name, device):
     assert not any("alike" in n for n in caps[0].notes)
 
 
-def test_nodes_grow_with_depth_and_traced_ops_do_not(monkeypatch):
+def test_nodes_grow_with_depth_and_traced_ops_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch traces of a deep model is one block: its ops are counted as they are run."""
     from torch.fx.experimental import proxy_tensor
 
-    traced = []
+    traced: list[int] = []
     original = proxy_tensor.proxy_call
-    monkeypatch.setattr(
-        proxy_tensor, "proxy_call", lambda *a, **k: traced.append(1) or original(*a, **k)
-    )
-    counts = {}
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traced.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(proxy_tensor, "proxy_call", counted)
+    counts: dict[object, int] = {}
     for depth in (2, 10):
         traced.clear()
         (cap, ours), _ = captures(Stack(Block, depth))
