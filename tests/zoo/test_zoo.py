@@ -16,6 +16,9 @@ import torch
 
 import lora_fx
 from lora_fx.compare import FOLD_TOL, ORT_TOL
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.tensors import has_values
+from tests.fx.capture.test_repeat import rows
 from tests.providers import PROVIDERS
 from tests.zoo import checks, flops
 from tests.zoo.models import ZOO
@@ -39,6 +42,25 @@ def plain_attention() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     yield
     torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_blocks_that_repeat_are_as_the_long_way(name: str, training: bool) -> None:
+    """Graphs, conditions, pinned sizes, notes and the form of the outputs."""
+    s, found = checks.built(name), list[object]()
+    for repeat in (True, False):
+        cap = Captured(s.model, s.args, s.kwargs, repeat=repeat)
+        traced = cap.traced(training, cap.named)
+        for node in traced.graph.find_nodes(op="get_attr"):
+            if "lifted_tensor" in str(node.target):  # a copy has the constant of its pattern
+                constant = traced.constants[str(node.target)]
+                node.target = f"{constant.tolist()}" if has_values(constant) else ""
+        door = sorted(map(str, traced.door.conditions)), sorted(map(str, traced.doubtful))
+        said = traced.pinned, traced.cuts, traced.left_out, traced.own_gradients, traced.modeless
+        found.append((rows(traced.graph), door, said, cap.notes, str(traced.out_spec)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", CAPTURED)
