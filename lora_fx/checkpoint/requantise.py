@@ -19,8 +19,9 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, NumpyDtype, finfo, numpy_dty
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight, Written
+from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.quantised.read import altered, scheme_of
+from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
 from lora_fx.targets.target import base_name

@@ -281,8 +281,7 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         return True
     if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
         _computes(flow, node)  # its scale and zero point
-        codes = Codes(node.op_type, 8, scaled=False)
-        flow.weights[node.outputs[0]] = replace(weight, codes=codes)
+        flow.weights[node.outputs[0]] = replace(weight, codes=Codes(node.op_type, 8, scaled=False))
         return True
     rule = None if node.domain else VIEWS.get(node.op_type)
     if rule is None:
@@ -294,8 +293,8 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         steps = rule(node, weight.shape, i)
         if steps is None:
             return False
-        view = weight.view.then(*steps)
-        flow.weights[out] = replace(weight, view=view, shape=after(weight.shape, steps))
+        shape = after(weight.shape, steps)
+        flow.weights[out] = replace(weight, view=weight.view.then(*steps), shape=shape)
     return True
 
 
@@ -336,9 +335,10 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     def shape(slot: int) -> Shape | None:
         value = operand(node, slot)
         known = flow.weight_of(value)
-        if known is None or known.view.picked is None:
-            return shape_of(value) if known is None else known.shape
-        return shape_of(value) or (None,) * len(known.shape)  # as many matrices as data picks
+        if known is not None and known.view.picked is None:
+            return known.shape
+        # of matrices that data picks, there are as many as it picks
+        return shape_of(value) or (None if known is None else (None,) * len(known.shape))
 
     result = []
     for use in row.uses(node, shape):
@@ -368,12 +368,7 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
 
 
 def _coded(
-    flow: OnnxFlow,
-    node: ir.Node,
-    row: OnnxOp,
-    use: OnnxOperand,
-    weight: OnnxWeight,
-    codes: Codes,
+    flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, codes: Codes
 ) -> OnnxWeightUse:
     """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
     y, source, why = node.outputs[0], None, ""

@@ -14,8 +14,10 @@ import numpy as np
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.bitsandbytes import four_bits, int8
+from lora_fx.files.quantised.compressed_tensors import compressed
 from lora_fx.files.quantised.floats import fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
-from lora_fx.files.quantised.read import awq, compressed, four_bits, gptq, int8
+from lora_fx.files.quantised.gptq import awq, gptq
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators
 
