@@ -47,7 +47,6 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
 @click.option("--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai.")
 @click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
-@click.option("--no-repeat", is_flag=True, help="Do equal layers each anew: slower, an equal file.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
