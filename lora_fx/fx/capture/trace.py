@@ -566,11 +566,11 @@ class Pinned:
 
 # The experts of a mixture, in a form that a graph can hold.
 #
-# transformers computes experts in three forms, of the same numbers. Eager loops over the experts that
-# the values chose, which no export follows and a recorded run writes down for the example's values
-# only: a capture takes one grouped product instead. For that one ONNX has no op, nor has ATen where
-# torch lacks the kernel: a capture for export takes the batched form, which gathers every row's
-# matrices and has common ops.
+# transformers computes experts in three forms, of the same numbers. Eager loops over the experts
+# that the values chose, which no export follows and a recorded run writes down for the example's
+# values only: a capture takes one grouped product instead. For that one ONNX has no op, nor has
+# ATen where torch lacks the kernel: a capture for export takes the batched form, which gathers
+# every row's matrices by common ops.
 
 
 EAGER, GROUPED, BATCHED = "eager", "grouped_mm", "batched_mm"
@@ -596,15 +596,17 @@ def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str
     said: tuple[str, ...] = ()
     with contextlib.ExitStack() as switched:
         for experts in (m for m in model.modules() if hasattr(m, "_apply_gate")):
-            config: Any = experts.config
-            own = getattr(config, name, None) or EAGER
+            config = getattr(experts, "config", None)
+            if not hasattr(config, name):  # another library's
+                continue
+            own = getattr(config, name) or EAGER
             form = BATCHED if portable or not _aligned(experts) else GROUPED
             if own == EAGER or (own == GROUPED and portable):
                 switched.enter_context(patched(config, **{name: form}))
             if own == EAGER:
                 said = (
-                    f"experts that run in a loop (experts_implementation={EAGER!r}) are captured as "
-                    f"{form!r}, which has the same numbers; the model keeps its loop",
+                    f"experts that run in a loop (experts_implementation={EAGER!r}) are captured "
+                    f"as {form!r}, which has the same numbers; the model keeps its loop",
                 )
         yield said
 
