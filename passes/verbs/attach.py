@@ -39,7 +39,9 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import OtherReader, Site, T
+from lora_fx.ir.view import Permute, View
 from lora_fx.passes.find import find as find_graph
+from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, changed
 from lora_fx.passes.proofs.attached import (
     Explicit,
@@ -246,6 +248,8 @@ def _partial(
 #     output form    the module's forward returns y + B(A x)·s: only where the graph shows that
 #                    this forward is one op on the weight, and that every use of the weight that
 #                    the update reaches is in it
+#     stacks         the products of `module.leaf` [experts, …] give y + B(A x)·s, whichever op
+#                    they are: transformers has several, and takes another one to decode
 #     weight form    every read of `module.leaf` gives W + s·B·A, or DoRA's W': everywhere else
 #
 # An output head whose uses all lie inside has both: trainers that never make all logits read its
@@ -285,6 +289,10 @@ class GraphPlanner(Planner):
             module, leaf = owner(root, name)
             self.owners.setdefault(canonical, {})[paths[id(module)], leaf] = None
         self.clean = self._clean(graph) if whole else frozenset()
+        uses = (
+            (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
+        )
+        self.stacks = {s.id: stack for s, stack in uses if stack and s.id not in self.clean}
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
@@ -293,7 +301,7 @@ class GraphPlanner(Planner):
             site.id
             for site in graph.sites()
             if not site.refusal
-            and not isinstance(site.kind, kinds.WeightForm)
+            and not isinstance(site.kind, (kinds.WeightForm, kinds.Grouped))
             and site.scope in self.path_of
             and one_argument(graph.root.get_submodule(site.scope))
             and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
@@ -310,9 +318,10 @@ class GraphPlanner(Planner):
         branches: dict[str, tuple[Program, Program]] = {}
         if self.graph is not None:
             evals, trains = (
-                _Recorded(self.graph).run(updates, self.dropout, training=t) for t in (False, True)
+                _Recorded(self.graph, self.stacks).run(updates, self.dropout, training=t)
+                for t in (False, True)
             )
-            branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean}
+            branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
         grouped: dict[str, list[tuple[Target, LowRank]]] = {}
         for key, update in updates.items():
             target = self.found[key]
@@ -401,7 +410,10 @@ class GraphPlanner(Planner):
             (only,) = programs if len(programs) == 1 else (None,)
             form = result.setdefault(path, Form())
             where = places[next(iter(places))]
-            if alone and path not in by_weight and only is not None:
+            if only is not None and own[0].id in self.stacks:
+                if path not in by_weight and where == ALWAYS:
+                    form.stacks[leaf] = only
+            elif alone and path not in by_weight and only is not None:
                 form.output, where = only, OUTSIDE
                 lookup = any(site.op == "embedding" for site in own)
                 if known or lookup or all(t.role != "head" for t, _ in group):
@@ -428,11 +440,24 @@ def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
     return e.program(total)
 
 
+def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
+    """The use as a grouped product with all of a stack [experts, …]; None where it is none."""
+    read = site_layout(site, shape)
+    if read is None or len(shape) != 3 or read[1].shape != shape or read[1].batch != (0,):
+        return None
+    axes = (0, *read[1].in_, *read[1].out)
+    view, operand = View((Permute(axes),)), tuple(shape[axis] for axis in axes)
+    # rows of whole 16 bytes, whatever dtype and kernel the model is switched to
+    attrs = {"rank_multiple": 8}
+    return replace(site, kind=kinds.Grouped(), view=view, operand=operand, attrs=attrs)
+
+
 class _Recorded:
     """A Graph whose emitters record: what Insert would add to each output, site by site."""
 
-    def __init__(self, graph: FxGraph) -> None:
+    def __init__(self, graph: FxGraph, stacks: Mapping[str, Site]) -> None:
         self.graph = graph
+        self.stacks = stacks
         self.emitters: dict[str, Recorder] = {}
         self.programs: dict[str, Program] = {}
 
@@ -449,7 +474,7 @@ class _Recorded:
     def changed(self) -> None: ...
 
     def sites(self) -> Sequence[Site]:
-        return self.graph.sites()
+        return [self.stacks.get(site.id, site) for site in self.graph.sites()]
 
     def parameters(self) -> Sequence[Parameter]:
         return self.graph.parameters()

@@ -21,7 +21,7 @@ from lora_fx.adapter.factors import SIDES, frame, slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
-from lora_fx.fx.attach.live import METHODS, REGISTRY, ActiveAdapter, Live, restore, swap
+from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, ActiveAdapter, Live, restore, swap
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
@@ -109,7 +109,8 @@ class Attachment:
             module = root.get_submodule(path)
             weights = {leaf: (bound(p, root), where) for leaf, (p, where) in form.weights.items()}
             output = form.output and (bound(form.output[0], root), bound(form.output[1], root))
-            lives[id(module)] = module, Live(self.switch, weights, output)
+            stacks = {k: (bound(e, root), bound(t, root)) for k, (e, t) in form.stacks.items()}
+            lives[id(module)] = module, Live(self.switch, weights, output, stacks)
         for module in root.modules() if self._frozen_norms else ():
             if keeps_statistics(module):
                 lives.setdefault(id(module), (module, Live(self.switch)))[1].frozen = True
@@ -231,7 +232,10 @@ class Attachment:
 
     def weight_form(self) -> list[str]:
         """Which weights are computed as W + s·B·A, and what that costs."""
-        read = [(p, leaf) for p, f in self.forms.items() if not f.output for leaf in f.weights]
+        read = list[tuple[str, str]]()
+        for path, form in ((p, f) for p, f in self.forms.items() if not f.output):
+            apart = {*form.stacks} - self.model.get_submodule(path).__dict__[STATE].formed
+            read += [(path, leaf) for leaf in form.weights if leaf not in apart]
         if not read:
             return []
         homes = {(id(self.model.get_submodule(path)), leaf) for path, leaf in read}
@@ -294,9 +298,13 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 @dataclass
 class Form:
-    """What one module gets: programs by leaf and where they apply, or a branch."""
+    """What one module gets: programs by leaf and where they apply, or a branch.
+
+    A leaf that is a stack of matrices has the branches of its products too.
+    """
 
     weights: dict[str, tuple[Program, str]] = field(default_factory=dict)
+    stacks: dict[str, tuple[Program, Program]] = field(default_factory=dict)
     output: tuple[Program, Program] | None = None
 
 

@@ -22,10 +22,10 @@ from lora_fx.fx.graph.nodes import reached
 from lora_fx.fx.tensors import owner, padding
 from lora_fx.ir.emitter import Role
 from lora_fx.ir.graph import Site
-from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum
+from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum, Grouped
 
-INPUTS = 2
-"""A call brings two values: the activation or the stored weight, and the op's result."""
+INPUTS = 3
+"""A call brings the activation or the stored weight, the op's result, and the op of a stack."""
 
 
 def _conv(name: str) -> Callable[..., torch.Tensor]:
@@ -53,6 +53,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
     "conv": _conv("conv"),
     "conv_transpose": _conv("conv_transpose"),
+    "through": lambda op, x, w: op(x, w),
     "gather": lambda w, ids, padding_idx=None: F.embedding(ids, w, padding_idx),
     "dropout": lambda x, p: F.dropout(x, p, training=True),
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
@@ -93,10 +94,10 @@ class Bound:
     constants: tuple[float, ...]
     steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
 
-    def __call__(self, first: torch.Tensor, second: torch.Tensor | None = None) -> object:
+    def __call__(self, first: torch.Tensor, second: object = None, op: object = None) -> object:
         """Run the program on the values of one call."""
         tensors = [module._parameters[leaf] for module, leaf in self.places]
-        values: list[object] = [first, second, *tensors, *self.constants]
+        values: list[object] = [first, second, op, *tensors, *self.constants]
         for prim, operands, attrs in self.steps:
             values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
         return values[-1]
@@ -137,6 +138,8 @@ class Recorder:
         """Record the site's op; a lookup keeps its padding row, which has no gradient."""
         if site.op == "embedding":
             return self.op("gather", w, x, padding_idx=self.padding)
+        if isinstance(site.kind, Grouped):
+            return self.op("through", self.input(2), x, w)
         if isinstance(site.kind, (Einsum, Conv, ConvTranspose)):
             return site.kind.apply(self, site, x, w)
         return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form

@@ -2,7 +2,7 @@
 
 The class becomes a subclass of the user's, by the same name, with
 
-    a property for each adapted leaf     every read of `module.leaf` gives W + s·B·A
+    a property for each adapted leaf     every read of `module.leaf` gives W + s·B·A, or a LiveStack
     a forward                            y + B(A x)·s, or reads that differ inside this forward
     a fixed `training`                   batch norms that keep their running statistics
     adapter, load_adapter, report, compile   at the root
@@ -17,12 +17,14 @@ import copyreg
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Bound
@@ -56,12 +58,16 @@ class Live:
         weights: For each leaf, the program of W + ΔW and which reads it serves: always, or only
             those inside or outside of this module's own forward.
         output: The programs of the branch in eval and in train mode.
+        stacks: The same for the products of each leaf that is a stack of matrices.
+        formed: Those of these leaves whose W + ΔW something has asked for.
         inside: True while the module's own forward runs, where a weight asks for that.
     """
 
     switch: ActiveAdapter
     weights: dict[str, tuple[Bound, str]] = field(default_factory=dict)
     output: tuple[Bound, Bound] | None = None
+    stacks: dict[str, tuple[Bound, Bound]] = field(default_factory=dict)
+    formed: set[str] = field(default_factory=set)
     inside: bool = False
     frozen: bool = False
     gained: tuple[str, ...] = ()
@@ -79,9 +85,116 @@ def _reader(leaf: str) -> property:
         program, where = live.weights[leaf]
         if not live.switch.on or (where != ALWAYS and live.inside != (where == INSIDE)):
             return w
+        # what is sharded or made from codes has a type of its own
+        if leaf in live.stacks and type(w) is nn.Parameter:
+            return LiveStack(w, live, leaf, live.stacks[leaf][int(self.training)])
         return program(w)
 
     return property(read)
+
+
+Op = Callable[..., object]
+Given = Mapping[str, object]
+PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm"}
+PRODUCTS |= {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
+
+
+@dataclass(eq=False)
+class LiveStack:
+    """What a read of W [experts, …] with an update gives: products with x have its branch beside.
+
+    torch hands over every op that takes one. A product may come after a transpose, or after data
+    has picked matrices; whatever else takes a stack gets W + ΔW.
+
+    Attributes:
+        stored: W.
+        live: What its module knows.
+        leaf: Its name there.
+        branch: The program of a product's result with the branch in it.
+        turned: True after a transpose of the matrices.
+        picks: What picked along the first axis.
+    """
+
+    stored: torch.Tensor
+    live: Live
+    leaf: str
+    branch: Bound
+    turned: bool = False
+    picks: tuple[int | torch.Tensor, ...] = ()
+
+    def view(self, w: torch.Tensor) -> torch.Tensor:
+        """A tensor [experts, …] as an op reads the stack."""
+        for ids in self.picks:
+            w = w[ids]
+        return w.mT if self.turned else w
+
+    def formed(self) -> torch.Tensor:
+        """W + ΔW as an op reads it."""
+        self.live.formed.add(self.leaf)
+        return self.view(cast(torch.Tensor, self.live.weights[self.leaf][0](self.stored)))
+
+    def transpose(self, *axes: int) -> torch.Tensor | LiveStack:
+        """The stack with two axes exchanged."""
+        if self.picks or {axis % 3 for axis in axes} != {1, 2}:
+            return self.formed().transpose(*axes)
+        return replace(self, turned=not self.turned)
+
+    def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor | LiveStack:
+        """Matrices of the stack; anything else of W + ΔW."""
+        if self.picks or not isinstance(index, (int, torch.Tensor)):
+            return self.formed()[index]
+        return replace(self, picks=(index,))
+
+    def __getattr__(self, name: str) -> object:
+        """What W + ΔW has; what W has too is read there."""
+        return getattr(self.view(self.stored) if name in METADATA else self.formed(), name)
+
+    def __len__(self) -> int:
+        """How many matrices there are."""
+        return len(self.view(self.stored))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Those of W + ΔW."""
+        return iter(self.formed())
+
+    def __matmul__(self, x: torch.Tensor) -> object:
+        """Every matrix times x."""
+        return torch.matmul(self, x)  # type: ignore[arg-type]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Op, types: object, args: Sequence[object] = (), kwargs: Given | None = None
+    ) -> object:
+        """Run an op that takes a stack."""
+        given = {k: v for k, v in (kwargs or {}).items() if v is not None}
+        stacks = [w for w in args[:2] if isinstance(w, cls)]
+        xs = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.dim() > 1]
+        extra = {*given} - {"offs"} or len(args) + len(given) > 2 + ("grouped" in func.__name__)
+        if func.__name__ in PRODUCTS and len(stacks) == len(xs) == 1 and not extra:
+            return stacks[0].product(func, xs[0], args, given)
+        args, given = pytree.tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
+        return func(*args, **given)
+
+    def product(self, func: Op, x: torch.Tensor, args: Sequence[object], given: Given) -> object:
+        """The op on W and x with the branch beside it."""
+        left, last = args[0] is self, func.__name__ == "linear"
+
+        def op(x: torch.Tensor, w: torch.Tensor) -> object:
+            return func(*((w, x) if left else (x, w)), *args[2:], **given)
+
+        def through(x: torch.Tensor, w: torch.Tensor) -> object:
+            for ids in self.picks:  # w [experts, in, out] of a factor
+                w = w[ids]
+            return op(x, w.mT if left or last else w)
+
+        def run(x: torch.Tensor) -> object:
+            return self.branch(x, op(x, self.view(self.stored)), through)
+
+        if self.picks and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # the copies that data picks, one a row, are made again in backward and not kept
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
 
 
 def _flat() -> property:

@@ -345,11 +345,13 @@ class Captured:
         new = default_dynamic(call.describe(named))
         unknown = {n: d for n, d in new.items() if n not in self.inputs.names}
         requested = trace.less({**self.requested, **unknown}, fixed)
-        with trace.batched_experts(source.module) if portable else contextlib.nullcontext():
+        with trace.traceable_experts(source.module, portable=portable) as said:
             try:
                 traced = self._trace(source, training, named, requested)
             except CaptureError as e:
                 traced = self._lower(e, source, training, named)
+        if not portable:
+            traced.notes = (*traced.notes, *said)
         self._settle(traced)
         cache = "is left out: a key-value cache is no tensor"
         left = [f"the output {n!r} {cache}" for n in traced.left_out]

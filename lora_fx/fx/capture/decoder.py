@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
-from lora_fx.fx.capture.trace import batched_experts
+from lora_fx.fx.capture.trace import traceable_experts
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
@@ -132,7 +132,7 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
 
         # made without the config, no layer of it drops what a sliding window has passed
         given = {_cache_name(model.forward): DynamicCache()}
-        with mode, batched_experts(copied), torch.no_grad():
+        with mode, traceable_experts(copied, portable=True), torch.no_grad():
             ids = torch.zeros(ROWS, NOW, dtype=torch.int64, device=_device(model))
             out = copied(input_ids=ids, use_cache=True, **given)
     except Exception as e:  # a model may raise anything

@@ -564,15 +564,16 @@ class Pinned:
         return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
-# The experts of a mixture, in a form that other runtimes have.
+# The experts of a mixture, in a form that a graph can hold.
 #
-# transformers computes experts by one grouped product, for which ONNX has no op, nor has ATen where
-# torch lacks the kernel. Its batched form gathers every row's matrices instead: the same numbers by
-# common ops. A capture for export takes that form by itself. (The third form, eager, loops over
-# nonzero(), which Mixtral's export fails on.)
+# transformers computes experts in three forms, of the same numbers. Eager loops over the experts
+# that the values chose, which no export follows and a recorded run writes down for the example's
+# values only: a capture takes one grouped product instead. For that one ONNX has no op, nor has
+# ATen where torch lacks the kernel: a capture for export takes the batched form, which gathers
+# every row's matrices by common ops.
 
 
-GROUPED, BATCHED = "grouped_mm", "batched_mm"
+EAGER, GROUPED, BATCHED = "eager", "grouped_mm", "batched_mm"
 
 
 def has_grouped(graph: fx.Graph) -> bool:
@@ -581,12 +582,36 @@ def has_grouped(graph: fx.Graph) -> bool:
 
 
 @contextlib.contextmanager
-def batched_experts(model: nn.Module) -> Iterator[None]:
-    """A context in which transformers' experts run in their batched form."""
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str, ...]]:
+    """A context in which transformers' experts run in a form that a graph can hold.
+
+    Args:
+        model: The model; its configs are put back.
+        portable: Take the form that other runtimes have.
+
+    Yields:
+        What has to be said: which form stands for a loop.
+    """
     name = "_experts_implementation_internal"  # the public setter also reaches into sub-configs
+    said: tuple[str, ...] = ()
     with contextlib.ExitStack() as switched:
-        for config in configs.values():
-            if getattr(config, name, None) == GROUPED:
-                switched.enter_context(patched(config, **{name: BATCHED}))
-        yield
+        for experts in (m for m in model.modules() if hasattr(m, "_apply_gate")):
+            config = getattr(experts, "config", None)
+            if not hasattr(config, name):  # another library's
+                continue
+            own = getattr(config, name) or EAGER
+            form = BATCHED if portable or not _aligned(experts) else GROUPED
+            if own == EAGER or (own == GROUPED and portable):
+                switched.enter_context(patched(config, **{name: form}))
+            if own == EAGER:
+                said = (
+                    f"experts that run in a loop (experts_implementation={EAGER!r}) are captured "
+                    f"as {form!r}, which has the same numbers; the model keeps its loop",
+                )
+        yield said
+
+
+def _aligned(experts: nn.Module) -> bool:
+    """True where the grouped product takes these matrices: in bfloat16 torch's kernel traces it."""
+    narrow = [p for p in experts.parameters() if p.dtype == torch.bfloat16 and p.dim() == 3]
+    return not any(n * p.element_size() % 16 for p in narrow for n in p.shape[1:])
