@@ -259,11 +259,18 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
-    """A block in which the exporter does once, to the same graph, what it would for every node."""
+    """A block in which the exporter does once, to the same graph, what it would for every node.
+
+    Its parts are torch's and onnxscript's own; what a version of them lacks goes the long way.
+    """
     # it parses the source of 500 functions for every model, half of what a small one costs
-    once, by_kind = patched(**_registry()), patched(ExportedProgram, run_decompositions=lowered)
-    typed, inferred = _typed_by_values(), _inferred_once()
-    with once, by_kind, _matched_by_operator(), typed, _translated_once(), inferred:
+    once, by_kind = partial(patched, **_registry()), partial(patched, ExportedProgram)
+    parts = (once, partial(by_kind, run_decompositions=lowered), _matched_by_operator,
+             _typed_by_values, _translated_once, _inferred_once)  # fmt: skip
+    with contextlib.ExitStack() as held:
+        for part in parts:
+            with contextlib.suppress(ImportError, AttributeError):
+                held.enter_context(part())
         yield
 
 
