@@ -107,7 +107,7 @@ class Batch:
             for s, form in zip(sites, forms, strict=True)
         ]
         keys = [
-            (graph.activation(s), r, str(a.shape), a.dtype)
+            (graph.at(s).node.graph, graph.activation(s), r, str(a.shape), a.dtype)
             for s, r, (a, _) in zip(sites, rows, stacks, strict=True)
         ]
         for site, row, form, (a, b), key in zip(sites, rows, forms, stacks, keys, strict=True):

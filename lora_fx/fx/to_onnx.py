@@ -39,7 +39,6 @@ OPSET = 20
 LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
 """Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
 
-
 Types = Sequence[tuple["ir.Shape | None", "ir.TypeProtocol | None"]]
 """Of the values that a node gives."""
 
@@ -260,10 +259,13 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
     """A block in which the exporter does once, to the same graph, what it would for every node."""
+    by_kind = partial(patched, ExportedProgram, run_decompositions=lowered)
+    quick = (_matched_by_operator, _typed_by_values, _translated_once, _inferred_once)
     # it parses the source of 500 functions for every model, half of what a small one costs
-    once, by_kind = patched(**_registry()), patched(ExportedProgram, run_decompositions=lowered)
-    typed, inferred = _typed_by_values(), _inferred_once()
-    with once, by_kind, _matched_by_operator(), typed, _translated_once(), inferred:
+    with patched(**_registry()), contextlib.ExitStack() as held:
+        for part in (by_kind, *quick):  # what a version lacks goes the long way
+            with contextlib.suppress(ImportError, AttributeError):
+                held.enter_context(part())
         yield
 
 
@@ -450,7 +452,6 @@ def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 # - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
 #   MatMulBnb4 for codes that are places of a table. Any other reader gets numbers by plain ops.
-
 
 aten = torch.ops.aten
 

@@ -140,7 +140,8 @@ class BatchEmitter(OnnxEmitter):
         order = (axis, *(k for k in range(r) if k != axis))
         plain = r == 3 and self.rows.exact
         low = int(b.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
-        products = self.own.products.setdefault((x, *tables), [])
+        scope = self.found and self.found.node.graph  # a branch of an If sees nothing of the other
+        products = self.own.products.setdefault((scope, x, *tables), [])
         if not products:
             width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
             first = self.call("Transpose", x, perm=list(order)) if axis else x
@@ -279,7 +280,7 @@ class RowAdapters(OnnxEmitter):
         assert node is not None
         super().__init__(graph, node, NAME, before=False)
         self._made: dict[tuple[object, ...], ir.Value] = {}
-        self.products: dict[tuple[ir.Value, ...], list[ir.Value]] = {}
+        self.products: dict[tuple[object, ...], list[ir.Value]] = {}
         self.ids, self.count, self.scales = ids, count, scales
         self.size = size = self.call("Shape", ids)
         (used,) = self.results("Unique", ids, count=1)

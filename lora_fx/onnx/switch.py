@@ -71,6 +71,12 @@ def reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]
             for reader, j in list(user.outputs[0].uses()):
                 reader.replace_input_with(j, new)
             body.remove(user, safe=True)
+        elif user.op_type == "Gather" and i == perm[0] == user.attributes.get_int("axis", 0) == 0:
+            # matrices that data picks: a transpose behind it would be fused into the product, and
+            # ONNX Runtime 1.31 leaves one of rank 0 unwritten
+            user.replace_input_with(0, new)
+            user.outputs[0].shape = None
+            reread(graph, user.outputs[0], user.outputs[0], perm)
         else:
             e = OnnxEmitter(graph, user, user.metadata_props.get(MARK, ""), before=True)
             turned = e.call("Transpose", new, perm=list(perm))

@@ -146,7 +146,7 @@ def export(
             max|b| of an output that is accepted. What was reached is reported; the fold, and files
             without such a precision, keep their gates.
         repeat: Trace and translate what a model has many times, its layers, once. False goes the
-            exporter's own way, which takes longer and gives an equal file.
+            exporter's own way, which takes longer and gives a file that computes the same.
         progress: Called with a line once a stage of the work has taken a second, and at its end.
 
     Raises:

@@ -315,3 +315,35 @@ def test_a_wrong_stack_is_not_written(
     with pytest.raises(NoEffectError, match="mixed batch"):
         lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch")
     assert not list(tmp_path.iterdir())
+
+
+class Either(nn.Module):
+    """One of two layers reads x; equal in shape, and both read it from outside their branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+        chosen: torch.Tensor = torch.cond(flag.sum() > 0, self.one, self.two, (x,))
+        return chosen
+
+
+def test_layers_of_two_branches_share_no_product(tmp_path: Path) -> None:
+    """What one branch of an If computes is not there in the other."""
+    model, x, flag = Either().eval(), torch.randn(3, 4, 6), torch.ones(2)
+    cap = lora_fx.capture(model, (x, flag), static=["flag"])
+    adapters = [adapter(cap, s, s + 1) for s in (1, 2)]
+    lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch", provider="cpu")
+    run, ids = open_session(tmp_path / "b.onnx", "cpu").run, np.array([2, 0, 1])
+    for sign, name in ((1, "one"), (-1, "two")):
+        feeds = {"x": x.numpy(), "flag": sign * flag.numpy(), "adapter_ids": ids}
+        (got,) = run(feeds).values()
+        layer = model.get_submodule(name)
+        for row, i in enumerate(ids):
+            w = layer.weight.detach().double().numpy()
+            if i:
+                w = w + adapters[i - 1].deltas(dtype="float64")[f"{name}.weight"]
+            wanted = x[row].double().numpy() @ w.T + layer.bias.detach().double().numpy()
+            assert rel(got[row], wanted) < 2e-6, (name, i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,13 +13,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript.rewriter._rewrite_rule import RewriteRule
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn import functional as F
+from torch.onnx._internal.exporter._building import OpRecorder
 
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
+from lora_fx.fx.lowering import lowered
 from lora_fx.fx.module.module import plain
 from lora_fx.fx.tensors import patched
 from tests.zoo.shared import captured
@@ -150,10 +155,28 @@ def test_the_graph_is_that_of_the_long_way(
     assert sum(long[0].values()) > 5
 
 
+OWN = (
+    "onnxscript.optimizer._constant_folding.FoldConstantsPass._do_inference",
+    "torch.onnx._internal.exporter._dispatching.dispatch",
+    "torch.onnx._internal.fx.passes.type_promotion._TypePromotionInterpreter",
+)
+"""What the short way puts something in the place of, and a later version may lack."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_a_version_lacks_goes_the_long_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other parts are still short, and all of them are as they were afterwards."""
+    thing, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    before = OpRecorder.eval, RewriteRule.try_rewrite, ExportedProgram.run_decompositions
+    monkeypatch.delattr(thing, attribute)
+    with to_onnx.repeating():
+        assert ExportedProgram.run_decompositions is lowered
+        assert not hasattr(thing, attribute)
+    assert (OpRecorder.eval, RewriteRule.try_rewrite, ExportedProgram.run_decompositions) == before
+
+
 def test_layers_cost_no_more_functions_and_inferences(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second layer and all after it are copies: as many calls for three layers as for two."""
-    from torch.onnx._internal.exporter._building import OpRecorder
-
     run, infer = OpRecorder.eval, onnx.shape_inference.infer_node_outputs
     seen: Counter[str] = Counter()
 

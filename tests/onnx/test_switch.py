@@ -350,3 +350,41 @@ def test_a_tied_table_that_is_stored_twice(tmp_path: Path) -> None:
     assert {*manifest_of(tmp_path / "all.onnx").slots} == {"embed.weight", "mid.weight"}
     lora_fx.export(model, tmp_path / "s.onnx", args, **options)
     assert {*manifest_of(tmp_path / "s.onnx").slots} == {"embed.weight@head.weight", "mid.weight"}
+
+
+class Picked(nn.Module):
+    """Matrices of a stack that data picks, one for each row: x W, or W x."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.w = left, nn.Parameter(torch.randn(4, 6, 9))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        w = self.w[ids]
+        return w @ x[..., None] if self.left else x[:, None] @ w
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_picked_matrices_at_rank_0_and_at_others(left: bool, tmp_path: Path) -> None:
+    """No transpose that ONNX Runtime would fuse into a product of rank 0 and leave unwritten."""
+    model, x = Picked(left).eval(), torch.randn(5, 9 if left else 6)
+    picks = torch.tensor([3, 0, 0, 2, 3])
+    made = lora_fx.insert(model, (x, picks), rank=3, dead="allow").adapter()
+    rng = np.random.default_rng(0)
+    given = {
+        k: replace(u, b=rng.normal(size=u.b.shape).astype(np.float32))
+        for k, u in made.lowrank.items()
+    }
+    one = Adapter(given)
+    path = tmp_path / "m.onnx"
+    lora_fx.export(model, path, (x, picks), mode="switch", adapters={"one": one}, provider="cpu")
+    session = Session(path, provider="cpu")
+    session.load("one", path.with_name("one.onnx_adapter"))
+    feeds = {"x": x.numpy(), "ids": picks.numpy()}
+    for name, delta in ((None, 0), ("one", one.deltas(dtype="float64")["w"])):
+        (got,) = session.run(feeds, adapter=name).values()
+        w = (model.w.detach().double().numpy() + delta)[picks.numpy()]
+        xs = x.double().numpy()
+        want = w @ xs[..., None] if left else xs[:, None] @ w
+        assert rel(got, want) < 2e-6
