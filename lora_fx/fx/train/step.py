@@ -445,12 +445,12 @@ def pooled(
     k, s, p = ([*v] * (3 // len(v)) for v in (kernel, stride or kernel, padding))
     dilated = pool is F.max_pool2d and bool(more)
     d = [*more[0]] * (3 // len(more[0])) if dilated else []
-    divisor = None if pool is F.max_pool2d or len(more) < 3 else more[2]
+    divisor = None if dilated or len(more) < 3 else more[2]
     rest = [*more[dilated:2], *([1] if divisor else [])]
     planes = pool(x.flatten(-4, -3), k[1:], s[1:], p[1:], *([d[1:]] if d else []), *rest)
-    columns = planes.unflatten(-3, x.shape[-4:-2]).flatten(-2)
+    columns = planes.reshape(*x.shape[:-2], -1)
     made = pool(columns, [k[0], 1], [s[0], 1], [p[0], 0], *([[d[0], 1]] if d else []), *rest)
-    made = made.unflatten(-1, planes.shape[-2:])
+    made = made.reshape(*made.shape[:-1], *planes.shape[-2:])
     return made / divisor if divisor else made
 
 
@@ -462,12 +462,13 @@ def samples(x: Tensor, *how: Any) -> Tensor:
 
 def distances(a: Tensor, b: Tensor, p: float = 2.0, _: int | None = None) -> Tensor:
     """The distance of every row of a from every row of b; its gradient at 0 is 0."""
-    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+    norm: Callable[..., Tensor] = torch.linalg.vector_norm
+    return norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
 
 
 def scattered(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """The elements of the source, in their order, at the places of the mask."""
-    x, mask = torch.broadcast_tensors(x, mask)
+    x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]
     before = mask.flatten().cumsum(0).reshape(x.shape) - 1
     return torch.where(mask, source.flatten()[before.clamp(min=0)], x)
 
