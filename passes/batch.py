@@ -158,7 +158,7 @@ def read_layout(site: Site, source: StoredWeight) -> Layout:
         tracked = track(source.shape, (*turn, *site.view.steps, *axes.steps))
         layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque as e:
-        raise LoraFxError(f"{site.parameter!r}: {e}", "mode merged has no such limit") from e
+        raise LoraFxError(f"{site.parameter!r}: {e}", "use mode merged or switch") from e
     if layout.stored != source.shape or layout.batch_shape:
         what = "a stack of matrices" if layout.batch_shape else "a use of a part of the tensor"
         raise LoraFxError(

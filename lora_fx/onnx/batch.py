@@ -84,7 +84,7 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
     """
     site, kind = found.site, found.site.kind
     where = f"{site.parameter!r} ({site.op}, node {site.id})"
-    other = "switch" if site.no_fold else "merged"
+    other = "switch" if site.no_fold else "merged or switch"
     hint = f"exclude the target from the adapters, or use mode {other}"
     x = found.x
     if site.refusal:

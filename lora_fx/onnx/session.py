@@ -110,8 +110,9 @@ def open_session(
             really there, else CPU with a note.
         threads: How many; 0 leaves the number to the runtime.
         rewrites: Let the runtime rewrite the graph.
-        exact: Products with block-wise DequantizeLinear are computed in floats. Unasked, the
-            runtime makes int8 of their activations (level 4 of MatMulNBits): rel 5e-3.
+        exact: Products are computed in float32. Unasked, the runtime makes int8 of activations at
+            block-wise DequantizeLinear (level 4 of MatMulNBits): rel 5e-3, and CUDA multiplies in
+            TF32, with 10 bits of each factor.
         patterns: Keep one block of memory for all values of a run at sizes seen before.
         external: Arrays in the place of initialisers that lie in a data file, of equal shapes
             and dtypes.
@@ -143,7 +144,8 @@ def open_session(
     usable = provider != "cpu" and "cuda" in providers()
     if usable and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    wanted = ["CUDAExecutionProvider"] * usable + ["CPUExecutionProvider"]
+    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"} if exact else {})
+    wanted = [*[cuda] * usable, "CPUExecutionProvider"]
     try:
         session = ort.InferenceSession(fspath(path), options, providers=wanted)
     except Exception as e:  # the runtime's exceptions have no common base
@@ -285,6 +287,7 @@ class Session:
         threads: How many; 0 leaves the number to the runtime.
         adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
             file in any format. Without one it is the base model.
+        exact: As in open_session; False is faster, and less exact, on a GPU and over codes.
 
     Attributes:
         manifest: What an adapter has to bring.
@@ -303,6 +306,7 @@ class Session:
         threads: int = 0,
         *,
         adapter: Adapter | str | PathLike[str] | None = None,
+        exact: bool = True,
     ) -> None:
         external = None
         if adapter is not None:
@@ -313,7 +317,7 @@ class Session:
                     "session.load(name, adapter), then session.run(inputs, adapter=name)",
                 )
             external = manifest.padded(tensors_of(adapter, manifest))
-        opened = open_session(path, provider, threads, external=external)
+        opened = open_session(path, provider, threads, exact=exact, external=external)
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
         self.manifest = _manifest(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":

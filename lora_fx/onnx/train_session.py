@@ -93,6 +93,7 @@ class TrainSession:
         adapter: What to start from: an adapter, or its file in any format. Without one it is the
             start that export wrote beside the file, as `STEM.onnx_adapter`.
         seed: The first of the seeds of dropout; each step takes the next one.
+        exact: Products on a GPU are of float32; False lets them be of TF32, which is faster.
 
     Attributes:
         manifest: The slots, and what the step does.
@@ -112,6 +113,7 @@ class TrainSession:
         *,
         adapter: Adapter | str | PathLike[str] | None = None,
         seed: int = 0,
+        exact: bool = True,
     ) -> None:
         self.manifest = manifest_of(path)
         if self.manifest.mode != "train":
@@ -121,7 +123,7 @@ class TrainSession:
             )
         # A block for all values of a step comes on top of what the first step took, and makes
         # none faster: gpt2 at 2 × 256 had 1554 MB resident, and has 1168.
-        opened = open_session(path, provider, threads, patterns=False)
+        opened = open_session(path, provider, threads, exact=exact, patterns=False)
         self.session, self.provider, self._note = opened.session, opened.provider, opened.note
         self.ranges = conditions_of(opened.metadata, fspath(path))
         self.lr, self._seed = lr, seed

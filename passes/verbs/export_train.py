@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch._export.verifier import SpecViolationError
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
@@ -75,6 +76,11 @@ def export_step(
             f"torch finds no loss or gradient for drawn labels: {one_line(e, 200)}",
             "name labels in the example, as kwargs={'labels': …}; of their sizes, those that the "
             "model's inputs do not share are fixed by --static labels:1",
+        ) from e
+    except (TypeError, SpecViolationError) as e:
+        raise LoraFxError(
+            f"torch traces no step of this model: {type(e).__name__}: {one_line(e, 200)}",
+            "lora-fx train trains it in torch",
         ) from e
     finally:
         module.train(was)

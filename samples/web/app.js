@@ -6,7 +6,7 @@
 // network as it was.
 
 import * as ort from './ort.wasm.min.mjs';
-import {read, write} from './onnx_adapter.js';
+import {SERVED, read, write} from './onnx_adapter.js';
 
 ort.env.wasm.numThreads = 1; // more need headers that a plain server does not send
 ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
@@ -279,9 +279,9 @@ function turned({dims: [rows, columns], data}) {
     (_, i) => data[i % rows * columns + Math.floor(i / rows)])};
 }
 
-function download(name, adapter) {
+function download(name, adapter, version) {
   const link = element('a');
-  link.href = URL.createObjectURL(new Blob([write(adapter)]));
+  link.href = URL.createObjectURL(new Blob([write(adapter, version)]));
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
@@ -346,7 +346,7 @@ $('train').onclick = async () => {
 $('adapters').onchange = showReading;
 $('save').onclick = () => download('adapter.onnx_adapter', Object.fromEntries(
   Object.entries(state.yours).map(([name, tensor]) => [name, turned(tensor)])));
-$('serve').onclick = () => download('served.onnx_adapter', state.yours);
+$('serve').onclick = () => download('served.onnx_adapter', state.yours, SERVED);
 matchMedia('(prefers-color-scheme: dark)').onchange = show;
 chips();
 followPointer();

@@ -8,6 +8,9 @@
 
 const FLOAT = 1, FORMAT = 1;
 
+/** The adapter_version of files with A and B as the inputs of a graph have them: "LFX1". */
+export const SERVED = 0x4C465831;
+
 /** The tensors of a file, {dims, data} by name. Throws where it is no such file. */
 export function read(buffer) {
   const view = new DataView(buffer);
@@ -38,7 +41,7 @@ export function read(buffer) {
 }
 
 /** A file of tensors, {dims, data} by name, data of float32. */
-export function write(tensors) {
+export function write(tensors, version = 1) {
   const entries = Object.entries(tensors).map(
     ([name, {dims, data}]) => ({name: new TextEncoder().encode(name), dims, data}));
   // 80 bytes are more than a table, its place in the list, three lengths and what aligns them take
@@ -62,7 +65,7 @@ export function write(tensors) {
   [12, 20, 4, 8, 12, 16].forEach(short); // both kinds of table have four fields of 4 bytes
   refer(0, 4, 0);
   const root = table(fields);
-  [FORMAT, 1, 1].forEach((value, i) => view.setInt32(root + 4 * i, value, true));
+  [FORMAT, version, 1].forEach((value, i) => view.setInt32(root + 4 * i, value, true));
   refer(root + 12);
   int(entries.length);
   const list = at;

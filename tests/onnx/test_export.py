@@ -15,6 +15,7 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import CaptureError, LoraFxError, NoEffectError
+from lora_fx.onnx import Session, TrainSession
 from lora_fx.onnx import session as sessions
 from lora_fx.onnx.session import open_session
 from tests.providers import PROVIDERS
@@ -221,6 +222,30 @@ def test_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"junk")
     with pytest.raises(LoraFxError, match=r"bad\.onnx: ONNX Runtime cannot load it"):
         open_session(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize(("exact", "wanted"), [(True, {"use_tf32": "0"}), (False, {})])
+def test_products_on_a_gpu_are_of_float32_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool, wanted: dict[str, str]
+) -> None:
+    """ONNX Runtime's use_tf32 is on by default, and 10 bits of a factor miss every gate."""
+    import onnxruntime as ort
+
+    path, own, seen = tmp_path / "m.onnx", ort.InferenceSession, []
+
+    def opened(file: str, options: Any, providers: list[Any]) -> Any:
+        seen.append(providers)
+        return own(file, options, providers=["CPUExecutionProvider"])
+
+    module = lora_fx.insert(nn.Linear(5, 3), (torch.randn(4, 5),), rank=2)
+    lora_fx.export(module, path, mode="train", provider="cpu")
+    monkeypatch.setattr(sessions, "providers", lambda: ["cuda", "cpu"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    open_session(path, exact=exact)
+    Session(path.with_suffix(".switch.onnx"), exact=exact)
+    TrainSession(path, exact=exact)
+    assert seen == [[("CUDAExecutionProvider", wanted), "CPUExecutionProvider"]] * 3
 
 
 def test_a_size_of_zero_is_an_error() -> None:

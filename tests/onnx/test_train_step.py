@@ -22,7 +22,13 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
-from lora_fx.fx.train.step import attention_with_dropout, average_backward, dropped, product
+from lora_fx.fx.train.step import (
+    _differentiable,
+    attention_with_dropout,
+    average_backward,
+    dropped,
+    product,
+)
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.providers import PROVIDERS
@@ -38,6 +44,7 @@ class Out:
 
 
 register_dataclass(Out)
+aten = torch.ops.aten
 LR, STEPS, CLIP = 2e-3, 20, 0.1
 
 
@@ -469,6 +476,69 @@ def test_a_product_by_halves_is_torchs() -> None:
         torch.testing.assert_close(product(x, dim), x.prod(dim))
         torch.testing.assert_close(product(x, dim, True), x.prod(dim, keepdim=True))
         torch.testing.assert_close(product(x), x.prod())
+
+
+APART: dict[str, tuple[Any, tuple[int, ...], list[tuple[Any, ...]]]] = {
+    "mean 1": (aten.adaptive_avg_pool1d, (2, 3, 11), [([4],), ([1],), ([13],)]),
+    "mean 3": (aten.adaptive_avg_pool3d, (2, 3, 5, 6, 7), [([2, 3, 4],), ([1, 1, 1],)]),
+    "maximum 1": (aten.adaptive_max_pool1d, (2, 3, 11), [([4],), ([1],)]),
+    "maximum 2": (aten.adaptive_max_pool2d, (2, 3, 7, 10), [([3, 4],), ([1, 1],), ([7, 2],)]),
+    "maximum 3": (aten.adaptive_max_pool3d, (2, 3, 5, 6, 7), [([2, 3, 4],)]),
+    "average": (aten.avg_pool3d, (2, 3, 5, 6, 7), [
+        ([2, 3, 2],), ([2],), ([2, 3, 2], [2, 1, 2], [1, 0, 1]), ([3], [2], [1], True),
+        ([3], [2], [1], True, False), ([3], [2], [1], False, True, 5),
+        ([2, 3, 2], [1, 2, 3], [1], True, False, 7),
+    ]),
+    "maximum": (aten.max_pool3d, (2, 3, 5, 6, 7), [
+        ([2, 3, 2],), ([2, 3, 2], [2, 1, 2], [1, 0, 1]), ([2], [2], [1], [2]),
+        ([3, 2, 2], [2], [1], [1, 2, 1], True),
+    ]),
+    "average of one": (aten.avg_pool3d, (3, 5, 6, 7), [([2, 3, 2], [2, 1, 2], [1, 0, 1])]),
+    "windows": (aten.unfold, (3, 9, 4), [(1, 3, 2), (-2, 4, 3), (0, 2, 1), (2, 4, 1)]),
+    "products": (aten.cumprod, (3, 7, 4), [(0,), (1,), (-1,)]),
+}  # fmt: skip
+"""Operators that come apart before autograd, by another way than torch's: shapes and arguments."""
+
+
+def same_gradients(op: Any, tensors: list[Tensor], *how: Any) -> None:
+    """Values and gradients are those of torch's own operator, in fp64."""
+    made = []
+    for run in (_differentiable()[op.default], op.default):
+        given = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        y = run(*given, *how)
+        y = y[0] if isinstance(y, tuple) else y
+        weigh = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        wanted = [t for t in given if t.requires_grad]
+        made.append([y.detach(), *torch.autograd.grad((y * weigh).sum(), wanted)])
+    assert made[1][0].numel() and all(bool(t.any()) for t in made[1])
+    torch.testing.assert_close(*made)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_operators_that_come_apart_are_torchs(name: str) -> None:
+    op, shape, rows = APART[name]
+    torch.manual_seed(0)
+    for how in rows:
+        same_gradients(op, [torch.randn(shape, dtype=torch.float64)], *how)
+
+
+def test_a_product_with_a_zero_in_it_has_gradients() -> None:
+    """Where torch divides by the elements, a zero needs a way of its own."""
+    x = torch.randn(3, 7, dtype=torch.float64)
+    x[1, 2] = x[2, 1] = x[2, 4] = 0.0
+    same_gradients(aten.cumprod, [x], 1)
+
+
+def test_distances_and_scattered_elements_are_torchs() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(2, n, 5, dtype=torch.float64) for n in (4, 6))
+    b[:, 1] = a[:, 2]  # a distance of 0
+    for p in (2.0, 1.0, 3.0):
+        same_gradients(aten.cdist, [a, b], p)
+    x, source = torch.randn(2, 3, 5).double(), torch.randn(4, 7).double()
+    mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)) > 0.6
+    for places in (mask, (torch.arange(30).reshape(2, 3, 5) % 3 == 1)):
+        same_gradients(aten.masked_scatter, [x, places, source])
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
