@@ -407,7 +407,7 @@ def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: objec
     return x.movedim(0, dim) if keepdim else x[0]
 
 
-def products(x: Tensor, dim: int, **_: Any) -> Tensor:
+def products(x: Tensor, dim: int, **_: object) -> Tensor:
     """The products of all elements up to each, by doubling how far they reach."""
     x, reach = x.movedim(dim, 0), 1
     while reach < len(x):
