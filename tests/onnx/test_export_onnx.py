@@ -248,7 +248,7 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
         ("the output would replace the input", {"adapters": ADAPTERS, "mode": "switch"}),
         ("is no target of the model|adapter tensor", {"adapters": {"x": odd()}, "mode": "switch"}),
         ("holds the whole tensor 'fc.bias'", {"adapters": {"x": whole()}, "mode": "batch"}),
-        ("opset have no say", {"adapters": ADAPTERS["de"], "opset": 18}),
+        ("opset and repeat have no say", {"adapters": ADAPTERS["de"], "opset": 18}),
         ("no input is named 'z'", {"mode": "switch", "inputs": {"z": ids()}}),
         ("would ignore", {"mode": "switch", "optimise": True}),
         ("does not run at", {"mode": "switch", "inputs": {"ids": np.array([[999]])}}),

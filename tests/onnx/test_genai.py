@@ -255,7 +255,7 @@ def test_refusals(name: str, source: Path) -> None:
     [
         ({}, "no file of mode merged without a cache", "cache=True"),
         ({"cache": True, "mode": "load"}, "no file of mode load with a cache", "mode='merged'"),
-        ({"cache": True, "mode": "batch"}, "mode batch has no cache", "merged"),
+        ({"cache": True, "mode": "batch"}, "no file of mode batch with a cache", "merged"),
     ],
 )
 def test_modes(source: Path, options: dict[str, Any], words: str, hint: str) -> None:

@@ -427,7 +427,8 @@ class Captured:
 
     def _runs_as(self, traced: Traced, named: Named) -> bool:
         """Whether a graph gives the model's numbers, in the model's mode, where the model runs."""
-        graph = self._over_tensors(traced, traced.graph)
+        view = traced.fx_graph(self.model, self.model.training)  # which reads codes as numbers
+        graph = self._over_tensors(traced, view.graph)
         leaves = pytree.tree_leaves(dict(named))
         with torch.no_grad():
             try:
@@ -436,7 +437,10 @@ class Captured:
             except Exception:  # it need not be an input that the model takes
                 return True
             torch.manual_seed(0)
-            got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
+            try:
+                got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
+            except Exception:  # a graph that is not the model's may not run
+                return False
         wanted = pytree.tree_leaves(call.without_cache(want))
         pairs = zip(got, wanted, strict=False)
         near = all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor))

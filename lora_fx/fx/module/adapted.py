@@ -292,7 +292,9 @@ def fill(root: nn.Module, updates: Updates) -> None:
         refuse_shards(root)
     for slot in slots:
         old, value = parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value))
-        if old.shape == value.shape:
+        # of another rank, one size is another; parts that some tool keeps elsewhere are refused
+        pairs = zip(old.shape, value.shape, strict=False)
+        if old.dim() != value.dim() or sum(a != b for a, b in pairs) != 1:
             put(slot.name, old, value)
         else:
             new = nn.Parameter(value.to(old), old.requires_grad)
