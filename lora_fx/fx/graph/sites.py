@@ -283,7 +283,7 @@ def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
     marks = torch.arange(size).view([-1 if i == axis else 1 for i in range(len(shape))])
     runs: list[tuple[int, int, bool, Step]] = []
     for marked, step in _leaves(node, marks.expand(shape)):
-        seen = torch.unique(marked)
+        seen = torch.bincount(marked.reshape(-1)).nonzero()[:, 0]  # unique() sorts them all
         if not len(seen):
             continue  # the empty rest of a partial rotation
         lo, hi = int(seen[0]), int(seen[-1]) + 1
