@@ -18,6 +18,8 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import Traced
 
 WIDTH = 6
+ALL = 2**63 - 1
+aten = torch.ops.aten
 
 
 class Block(nn.Module):
@@ -478,8 +480,13 @@ APART = {
 
 def rows(graph: fx.Graph) -> list[object]:
     """A graph without the names of its nodes: ops, operands, shapes, and the modules of each."""
-    at = {n: i for i, n in enumerate(n for n in graph.nodes if n.op != "get_attr")}
-    spelled = {n: str(n.target) if n.op == "get_attr" else f"%{at[n]}" for n in graph.nodes}
+    # torch leaves a cut of everything out where it knows by then that it is one (Mamba's layer 1)
+    whole = [n for n in graph.nodes if n.target is aten.slice.Tensor and n.args[2:] == (0, ALL)]
+    held = [n for n in graph.nodes if n.op != "get_attr" and n not in whole]
+    at = {n: i for i, n in enumerate(held)}
+    spelled = {n: str(n.target) if n.op == "get_attr" else f"%{at.get(n)}" for n in graph.nodes}
+    for n in whole:
+        spelled[n] = spelled[n.args[0]]
     result: list[object] = []
     for n in at:
         operands = fx.node.map_arg((n.args, n.kwargs), lambda x: spelled[x])
