@@ -489,7 +489,10 @@ def rows(graph: fx.Graph) -> list[object]:
         spelled[n] = spelled[n.args[0]]
     result: list[object] = []
     for n in at:
-        operands = fx.node.map_arg((n.args, n.kwargs), lambda x: spelled[x])
+        args = (
+            n.args[:1] if n.target is aten._assert_scalar.default else n.args
+        )  # without its words
+        operands = fx.node.map_arg((args, n.kwargs), lambda x: spelled[x])
         made = pytree.tree_leaves(n.meta.get("val"))
         shapes = [(t.dtype, t.dim()) for t in made if isinstance(t, torch.Tensor)]
         path = [path for path, _ in (n.meta.get("nn_module_stack") or {}).values()]
