@@ -534,7 +534,10 @@ def _one(
         group = found[split[0]]
         taken.update(group.names.values())
         batch = (row["layout"] or {}).get("batch")
-        if batch or "weight" in candidates(source.config, group.module):
+        # the end of its name may be that of another one's parameter: h.h.weight beside h.weight
+        modules = source.config.get("target_modules")
+        listed = isinstance(modules, list) and group.module in modules
+        if batch or (not listed and "weight" in candidates(source.config, group.module)):
             low = one_stack(key, group, source, reader.ranks, reader.alphas)
             low = replace(low, variant=reader.variant)
             low = low if batch else replace(low, a=low.a[0], b=low.b[0])

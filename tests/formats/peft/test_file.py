@@ -303,3 +303,14 @@ def test_any_adapter_survives(
         assert len(uses) > 1 and "both act on" in str(error)
         return
     same(peft.read(where), adapter)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_module_whose_name_ends_like_a_stack(tmp_path: Path, same: Same, alpha: float) -> None:
+    """PEFT's comparison of endings finds h.weight in h.h.weight, which is another one's rank."""
+    stack = Layout((2, 1, 1), (0,), (1,), (2,), (2, 1, 1))
+    a, b = np.ones((2, 1, 1), np.float32), np.ones((2, 1, 1), np.float32)
+    plain = LowRank(np.array([[1.0], [2.0]], np.float32), np.ones((3, 2), np.float32), 1.0)
+    adapter = Adapter({"h.weight": LowRank(a, b, alpha, stack), "h.h.weight": plain})
+    peft.write(adapter, tmp_path / "x")
+    same(peft.read(tmp_path / "x"), adapter)
