@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.ir.emitter import Parameter, Role
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
@@ -38,7 +38,6 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
-from lora_fx.silence import silenced
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
