@@ -16,8 +16,8 @@ from lora_fx.adapter.lowrank import Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found, select_names
 from lora_fx.targets.regions import (
     check_disjoint,

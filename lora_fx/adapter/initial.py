@@ -32,8 +32,8 @@ from lora_fx.adapter.variant import QaLora, named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.inputs import generator
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout
-from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.budget import Moments
 from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan

@@ -15,8 +15,7 @@ from dataclasses import replace
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Region
+from lora_fx.ir.layout import Layout, Region
 from lora_fx.targets.target import Target, base_name, make_key, split_key, split_use
 
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Region
+from lora_fx.ir.graph import Parameter, Site
+from lora_fx.ir.layout import Layout, Region
 from lora_fx.text import Json
 
 
