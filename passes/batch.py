@@ -29,8 +29,7 @@ from lora_fx.ir.layout import Layout, Opaque, Permute, layout_of, track
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.regions import widen
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.target import base_name, split_key, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:

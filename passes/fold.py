@@ -34,9 +34,7 @@ from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reads_otherwise
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target, not_storable
+from lora_fx.targets.target import Found, Target, applies, not_storable, overlap
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,7 @@ from lora_fx.ir.kinds import swap_last
 from lora_fx.ir.layout import Layout, Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies, contains, relative, widen
-from lora_fx.targets.target import Target, base_name
+from lora_fx.targets.target import Found, Target, applies, base_name, contains, relative, widen
 
 Pair = tuple[Target, LowRank]
 

@@ -53,10 +53,8 @@ from lora_fx.passes.proofs.attached import (
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.regions import applies
-from lora_fx.targets.target import Target, split_use
+from lora_fx.targets.target import Found, Target, applies, split_use
 
 
 @told
