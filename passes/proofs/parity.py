@@ -232,8 +232,9 @@ def own_errors(
     elif is_real(example):  # what is drawn need not fit
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
-    drawn = random_ops(model.graph(False).graph)  # in fp64 torch draws other numbers
-    exactly: Callable[[Named], dict[str, Array]] = model.flat if drawn else _wide(model)
+    graph, exactly = model.graph(False).graph, model.flat
+    if not random_ops(graph):  # in fp64 torch draws other numbers
+        exactly = _wide(model, graph)
     runs: list[tuple[Named, dict[str, Array]]] = []
     for call in calls:
         try:
@@ -266,12 +267,12 @@ def _grow(
     return worst
 
 
-def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
-    """The eval graph in fp64: every float is one, and every cast to a narrower one is to fp64.
+def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
+    """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
-    run = Wide(model, graph=model.graph(False).graph)
+    run = Wide(model, graph=graph)
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
@@ -286,14 +287,11 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 class Wide(fx.Interpreter):
     """A graph in fp64."""
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What the graph holds, in fp64."""
-        return self.read(super().get_attr(target, args, kwargs))
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64."""
-        args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
+        if target is not torch.ops.aten.embedding.default:
+            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
+        return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
         """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
