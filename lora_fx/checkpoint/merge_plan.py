@@ -489,17 +489,16 @@ class TensorChange:
             "gain": None,
             "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
                      "own": None} if self.int8 else None,
-            "requantised": {"format": self.codes.weight.format, "scales": self.codes.weight.scales,
-                            "kept": None, "noise": None} if self.codes else None,
+            "requantised": {"format": self.codes.weight.format,
+                            "scales": self.codes.weight.anew.scales, "kept": None,
+                            "noise": None} if self.codes and self.codes.weight.anew else None,
         }  # fmt: skip
 
     @property
     def scales(self) -> TensorChange | None:
         """What becomes of its scales; None for floats."""
-        if self.int8 is None:
-            return None
-        info, what = self.int8.scales, (f"new scales of {self.name}",)
-        return TensorChange(self.int8.name, info, info.dtype, what=what, scales_of=self.name)
+        int8 = self.int8
+        return None if int8 is None else _scales(int8.name, int8.scales, self.name)
 
 
 def change_of(
@@ -557,35 +556,26 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if name in base.tensors and (int8 := int8_of(name, base)) is not None:
+    if name in base.tensors and int8_of(name, base) is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
-        scales = change.scales
-        assert scales is not None and int8 is not None
-        return {name: change, scales.name: scales}
+        return {c.name: c for c in (change, change.scales) if c is not None}
     weight = info.weight
-    why = "" if weight.recode else f"{weight.format} is read, and not written"
+    anew, why = weight.anew, f"{weight.format} is read, and not written"
     if any(isinstance(p.entry, Full) for p in placed):
-        why = "the adapter replaces it whole, by floats"
-    if why:
+        anew, why = None, "the adapter replaces it whole, by floats"
+    if anew is None:
         raise LoraFxError(f"{base.path}: {name!r} cannot be quantised anew: {why}", "--dequantise")
     change = change_of(name, info, placed, base, "float32")
-    how = f"requantised, {weight.scales} scales"
-    first, *rest = (base.tensors[n] for n in weight.recoded)
-    codes, *scale_names = weight.recoded
-    found = {
-        codes: replace(
-            change,
-            name=codes,
-            source=first,
-            dtype=first.dtype,
-            what=(*change.what, how),
-            codes=info,
-        )
-    }
-    for part, part_info in zip(scale_names, rest, strict=True):
-        what = (f"new scales of {name}",)
-        found[part] = TensorChange(part, part_info, part_info.dtype, what=what, scales_of=name)
-    return found
+    codes, *scales = anew.recoded
+    source, what = base.tensors[codes], (*change.what, f"requantised, {anew.scales} scales")
+    change = replace(change, name=codes, source=source, dtype=source.dtype, what=what, codes=info)
+    return {codes: change, **{n: _scales(n, base.tensors[n], name) for n in scales}}
+
+
+def _scales(name: str, info: TensorInfo, weight: str) -> TensorChange:
+    """What becomes of the scales of a weight that is quantised anew."""
+    what = (f"new scales of {weight}",)
+    return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
 
 
 def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:

@@ -199,7 +199,7 @@ def _ratio_codes(
     before: QuantisedWeight, after: QuantisedWeight, exact: TensorFold, low: int, high: int
 ) -> float:
     """Codes are the nearest by their scales, and the whole is no worse than by exact scales."""
-    assert before.recode is not None
+    assert before.anew is not None
     first = low - low % before.shape[-2]
     start = low - (low - first) % before.step
     rows = slice(*next(spans(before, high - start + before.step - 1, start)))
@@ -210,7 +210,7 @@ def _ratio_codes(
     narrow = want.astype(np.float32)
     nearest, there = (x.dequantise() for x in (made.nearest(narrow, after.bits), made))
     ratio = _rows(np.abs(there - want), np.abs(nearest - want) + slack).max(initial=0.0)
-    best = before.recode(q, rows, narrow, (want - old).astype(np.float32))[0].dequantise()
+    best = before.anew.recode(q, rows, narrow, (want - old).astype(np.float32))[0].dequantise()
     whole = float(np.linalg.norm(there - want))
     allowed = 1.1 * float(np.linalg.norm(best - want)) + float(np.linalg.norm(slack))
     return max(float(ratio) / 1.001, whole / allowed if whole else 0.0)

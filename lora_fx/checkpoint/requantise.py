@@ -19,8 +19,8 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, NumpyDtype, finfo, numpy_dty
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight, Written
-from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
+from lora_fx.files.quantised.integers import altered
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
@@ -58,13 +58,13 @@ def recoded(
     Raises:
         LoraFxError: A value that is no number.
     """
-    assert weight.recode is not None
+    assert weight.anew is not None
     old = q.dequantise()
     with np.errstate(all="ignore"):  # what is no number is looked for below, and named
         new, delta = fold.sum(old, rows.start, Space())
         if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
             raise fold.error(old, new, new, rows.start)
-    after, parts = weight.recode(q, rows, new, delta)
+    after, parts = weight.anew.recode(q, rows, new, delta)
     return _measured(old, new, delta, after.dequantise()), after, parts
 
 
@@ -130,7 +130,7 @@ def refuse_loss(every: Iterable[Stats], where: object) -> None:
 
 def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> list[Stats]:
     """Of some rows in the middle of some of these weights."""
-    some = [(info, fold) for info, fold in folds if info.weight.recode is not None]
+    some = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     some = some[:: max(1, len(some) // count)][:count]
     found = []
     for info, fold in some:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -67,6 +67,20 @@ class Recode(Protocol):
         """
 
 
+class Recoding(NamedTuple):
+    """How a weight is quantised anew.
+
+    Attributes:
+        recode: Quantises rows anew.
+        recoded: The tensors that it writes, the codes first.
+        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
+    """
+
+    recode: Recode
+    recoded: tuple[str, ...]
+    scales: Literal["stored", "new"] = "stored"
+
+
 @dataclass(frozen=True)
 class QuantisedWeight:
     """A quantised weight that lies in a checkpoint.
@@ -78,9 +92,7 @@ class QuantisedWeight:
         read: Reads it, or some of its rows: those of [∏ shape[:-1], shape[-1]], and of a stack
             those of one of its matrices.
         step: Rows can be read from each multiple of this on.
-        recode: Quantises rows anew; None where that is not done.
-        recoded: The tensors that it writes, the codes first.
-        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
+        anew: How it is quantised anew; None where that is not done.
     """
 
     format: str
@@ -88,9 +100,7 @@ class QuantisedWeight:
     shape: tuple[int, ...]
     read: Read
     step: int = 1
-    recode: Recode | None = None
-    recoded: tuple[str, ...] = ()
-    scales: Literal["stored", "new"] = "stored"
+    anew: Recoding | None = None
 
     def rows(self, low: int, high: int) -> Array:
         """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
@@ -194,8 +204,8 @@ def rescaling(
     rule: Callable[[Array], Array],
     scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
     pack: Callable[[Array], Array] = lambda codes: codes,
-) -> Recode:
-    """What quantises rows anew with new scales for the blocks that change.
+) -> Recoding:
+    """New scales for the blocks that change, and the nearest codes.
 
     Args:
         parts: Of the module.
@@ -216,29 +226,36 @@ def rescaling(
         every = [Written(codes, pack(new.codes), rows.start), Written(scales, stored, some.start)]
         return new, every
 
-    return recode
+    return Recoding(recode, (codes, scales), "new")
 
 
 def by_stored_scales(
-    name: str, bits: int, pack: Callable[[Array], Array], axis: int = 0, each: int = 1
-) -> Recode:
-    """What quantises rows anew by the scales that are there, to the nearest codes.
+    parts: Parts,
+    part: str,
+    bits: int,
+    pack: Callable[[Array], Array] = lambda codes: codes,
+    axis: int | None = 0,
+    place: Callable[[int], int] = lambda row: row,
+) -> Recoding:
+    """The nearest codes by the scales that are there.
 
     Args:
-        name: The tensor of codes.
+        parts: Of the module.
+        part: That of codes.
         bits: Of a code.
         pack: Codes of some rows → as they are stored.
-        axis: Which axis of the tensor counts rows.
-        each: How many rows are one step of it.
+        axis: Which axis of the tensor counts rows; None: its bytes do.
+        place: Where a row begins along it.
     """
+    name = f"{parts.module}.{part}"
 
     def recode(
         q: Quantised, rows: slice, weight: Array, delta: Array
     ) -> tuple[Quantised, list[Written]]:
         new = q.nearest(weight, bits)
-        return new, [Written(name, pack(new.in_place()), rows.start // each, axis)]
+        return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
 
-    return recode
+    return Recoding(recode, (name,))
 
 
 def packed_range(rows: slice, codes: int, words: int = 1) -> slice:

@@ -12,10 +12,16 @@ from collections.abc import Iterable, Mapping
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight
-from lora_fx.files.quantised.bitsandbytes import four_bits, int8
-from lora_fx.files.quantised.compressed_tensors import altered, compressed
-from lora_fx.files.quantised.floats import EXPONENTS, fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.floats import (
+    EXPONENTS,
+    four_bits,
+    fp8,
+    fp8_blocks,
+    mxfp4,
+    mxfp4_stack,
+    nvfp4,
+)
+from lora_fx.files.quantised.integers import altered, awq, compressed, gptq, int8
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
