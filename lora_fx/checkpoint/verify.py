@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
@@ -26,7 +25,7 @@ from lora_fx.checkpoint.merge_plan import (
     make_plan,
 )
 from lora_fx.checkpoint.model_families import targets_of
-from lora_fx.checkpoint.prove import ROWS, prove
+from lora_fx.checkpoint.prove import ROWS, prove, unlike
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report

@@ -14,7 +14,6 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, grouped
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import read_floats
 from lora_fx.checkpoint.match import match, stacked, tie_and_names
 from lora_fx.checkpoint.merge_plan import MergeOptions, recoded_weights
 from lora_fx.checkpoint.model_families import Tie
@@ -26,7 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
+from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_floats, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
 from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import config_of
