@@ -326,16 +326,6 @@ def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) ->
     )
 
 
-def recoded_weights(base: Checkpoint) -> dict[str, TensorInfo]:
-    """The quantised weights that a merge takes by option only, as floats."""
-    every = dequantised(base, "bfloat16").tensors
-    return {
-        n: t
-        for n, t in every.items()
-        if isinstance(t, CodesInfo) and not (n in base.tensors and int8_of(n, base))
-    }
-
-
 def _home(base: Checkpoint, source: str | None) -> str:
     """The shard of a new tensor: that of what it is a copy of, else the last."""
     shards = [n for n, header in base.shards.items() if source in header.tensors]
@@ -556,7 +546,7 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if name in base.tensors and int8_of(name, base) is not None:
+    if int8_of(name, base) is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
         return {c.name: c for c in (change, change.scales) if c is not None}
     weight = info.weight

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, read_block, stats_of
+from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, stats_of
 from lora_fx.dtypes import DTYPES, FLOATING, Array, NumpyDtype, finfo, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
@@ -170,16 +170,6 @@ class Int8:
     scales: TensorInfo
     unit: float
 
-    def rms(self, codes: TensorInfo, count: int = 16) -> float:
-        """Root mean square of W, from rows at its start, middle and end."""
-        rows, columns = codes.shape
-        n, squares = min(count, rows), 0.0
-        for low in (0, (rows - n) // 2, rows - n):
-            step = self.steps(read_block(self.scales, low, low + n, 1))
-            weight = read_block(codes, low, low + n, columns) * step
-            squares += float(np.sum(weight**2))
-        return math.sqrt(squares / (3 * n * columns))
-
     def steps(self, scales: Array) -> Array:
         """What one code is worth, [rows, 1] fp64."""
         return np.asarray(scales.astype(np.float64) / self.unit)
@@ -326,8 +316,8 @@ def stored_as(
 
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
     """The layout of a weight's int8 codes, where it is one of those above."""
-    info = base.tensors[name]
-    return _int8(name, info, base)[0] if info.dtype == "int8" else None
+    info = base.tensors.get(name)
+    return _int8(name, info, base)[0] if info is not None and info.dtype == "int8" else None
 
 
 def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
