@@ -433,7 +433,7 @@ class TensorChange:
         value: The whole new tensor; None where it is folded.
         what: The kinds, ranks and scales of its updates, for people.
         earlier: Merges before this one, oldest first; only where verify looks back.
-        int8: How it is stored where it is quantised anew; None for floats.
+        int8: How it is stored where that is int8, which is quantised anew without being asked.
         scales_of: Where the tensor is the scales of such a weight, and is written with it: its
             name; else empty.
         codes: The weight that it holds the codes of, where these are made anew; `name` and
@@ -480,9 +480,14 @@ class TensorChange:
             "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
                      "own": None} if self.int8 else None,
             "requantised": {"format": self.codes.weight.format,
-                            "scales": self.codes.weight.anew.scales, "kept": None,
-                            "noise": None} if self.codes and self.codes.weight.anew else None,
+                            "scales": self.codes.weight.anew.scales, "kept": None, "noise": None}
+            if self.codes and self.codes.weight.anew and self.requantised else None,
         }  # fmt: skip
+
+    @property
+    def requantised(self) -> bool:
+        """True where its codes are made anew because that was asked for."""
+        return self.codes is not None and self.int8 is None
 
     @property
     def scales(self) -> TensorChange | None:
@@ -532,10 +537,14 @@ def change_of(
         sizes = math.prod(info.shape[:split]), math.prod(info.shape[split:])
         matrices.append(Matrix(*sizes, ()))
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
+    codes = None
     if int8 is not None:
         _check_int8(name, info, matrix)
+        weight = int8.weight(info)
+        codes = CodesInfo("float32", info.shape, info.file, info.start, info.stop, weight)
     what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
-    return TensorChange(name, info, out, TensorFold(name, matrix, rows), what=what, int8=int8)
+    fold = TensorFold(name, matrix, rows)
+    return TensorChange(name, info, out, fold, what=what, int8=int8, codes=codes)
 
 
 def requantised(

@@ -38,7 +38,7 @@ from lora_fx.checkpoint.fold import (
     rows_per_block,
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
-from lora_fx.checkpoint.requantise import TOP, Int8, spans
+from lora_fx.checkpoint.requantise import spans
 from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight
@@ -65,7 +65,7 @@ def prove(
     for name in (*plan.base.tensors, *plan.added):
         if name not in out.tensors:
             yield Difference(name, "is missing")
-    anew = any(c.codes for c in plan.changes.values())
+    anew = any(c.requantised for c in plan.changes.values())
     weights = quantised_weights(out.tensors, out.config()) if anew else {}
 
     def tensor(name: str) -> list[Difference]:
@@ -113,10 +113,11 @@ def _recomputed(
             return  # said of the scales
     for low, high in _samples(change, rows):
         if change.int8 is not None:
-            ratio = _ratio_int8(change, change.int8, stages[0].fold, out, low, high)
+            made = dataclasses.replace(change.int8, scales=out.tensors[change.int8.name])
+            ratio = _ratio_codes(change, made.weight(info), stages[0].fold, low, high)
         elif change.codes is not None:
-            made = weights[stages[0].fold.name]
-            ratio = _ratio_codes(change.codes.weight, made, stages[0].fold, low, high)
+            made_anew = weights[stages[0].fold.name]
+            ratio = _ratio_codes(change, made_anew, stages[0].fold, low, high)
         else:
             ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
@@ -175,48 +176,39 @@ def _ratio(
     return float(_rows(np.abs(new - want), allowed).max(initial=0.0))
 
 
-def _ratio_int8(
-    change: TensorChange, int8: Int8, exact: TensorFold, out: Checkpoint, low: int, high: int
-) -> float:
-    """As _ratio, for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
-    columns = exact.matrix.columns
-    codes = read_block(change.source, low, high, columns)
-    new = read_block(out.tensors[change.name], low, high, columns)
-    before, scales = (read_block(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
-    old = codes * int8.steps(before)
-    want, size = _stage(exact, old, low, high)
-    slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
-    steps = int8.steps(scales)
-    limit = TOP * steps
-    rounded = _rows(np.abs(new * steps - np.clip(want, -limit, limit)), np.abs(steps) / 2 + slack)
-    largest = int8.scale(np.abs(want).max(axis=1, keepdims=True, initial=0.0))
-    room = int8.scale(slack.max(axis=1, keepdims=True, initial=0.0))
-    room = room + half_ulp(largest, int8.scales.dtype) + np.where(largest < int8.tiny, int8.tiny, 0)
-    scaled = _rows(np.abs(scales.astype(np.float64) - largest), room)
-    same = scales.view(np.uint8) == before.view(np.uint8)
-    kept = np.where(same.all(axis=1), _rows(np.abs(new * steps - want), slack), np.inf)
-    return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
-
-
 def _ratio_codes(
-    before: QuantisedWeight, after: QuantisedWeight, exact: TensorFold, low: int, high: int
+    change: TensorChange, made: QuantisedWeight, exact: TensorFold, low: int, high: int
 ) -> float:
     """Codes are the nearest by their scales, and the whole is no worse than by exact scales."""
-    assert before.anew is not None
+    assert change.codes is not None and change.codes.weight.anew is not None
+    before = change.codes.weight
     first = low - low % before.shape[-2]
     start = low - (low - first) % before.step
     rows = slice(*next(spans(before, high - start + before.step - 1, start)))
-    q, made = before.read(rows), after.read(rows)
+    q, after = before.read(rows), made.read(rows)
     old = q.dequantise().astype(np.float64)
     want, size = _stage(exact, old, rows.start, rows.stop)
     slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
     narrow = want.astype(np.float32)
-    nearest, there = (x.dequantise() for x in (made.nearest(narrow, after.bits), made))
-    ratio = _rows(np.abs(there - want), np.abs(nearest - want) + slack).max(initial=0.0)
-    best = before.anew.recode(q, rows, narrow, (want - old).astype(np.float32))[0].dequantise()
-    whole = float(np.linalg.norm(there - want))
-    allowed = 1.1 * float(np.linalg.norm(best - want)) + float(np.linalg.norm(slack))
-    return max(float(ratio) / 1.001, whole / allowed if whole else 0.0)
+    there = after.dequantise()
+    if not np.isfinite(there).all():
+        return math.inf
+    nearest = after.nearest(narrow, made.bits).dequantise()
+    error = np.abs(there - want)
+    ratio = float(_rows(error, np.abs(nearest - want) + slack).max(initial=0.0)) / 1.001
+    best = change.codes.weight.anew.recode(q, rows, narrow, (want - old).astype(np.float32))[0]
+    whole = float(np.linalg.norm(error))
+    allowed = 1.1 * float(np.linalg.norm(best.dequantise() - want)) + float(np.linalg.norm(slack))
+    ratio = max(ratio, whole / allowed if whole else 0.0)
+    if change.int8 is None or not ratio <= 1.0:
+        return ratio
+    # a row may keep a scale that holds W + Δ as fp32 sees it
+    largest = np.abs(want).max(axis=1, keepdims=True, initial=0.0)
+    exactly, room = change.int8.scale(largest), slack.max(axis=1, keepdims=True) / change.int8.top
+    scaled = np.abs(after.scale - exactly) / (room + half_ulp(exactly, change.int8.scales.dtype))
+    same = after.scale.view(np.uint8) == q.scale.view(np.uint8)
+    kept = np.where(same.all(axis=1), _rows(error, slack), np.inf)
+    return max(ratio, float(np.minimum(scaled[:, 0], kept).max(initial=0.0)))
 
 
 def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:

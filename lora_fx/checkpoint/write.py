@@ -35,7 +35,7 @@ from lora_fx.checkpoint.fold import (
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.requantise import Int8, joined, ranges, recoded, spans
+from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
@@ -227,8 +227,6 @@ class _Run:
             return
         fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
-        if change.int8 is not None:
-            self._open(change.int8.scales.file)
         step = rows_per_block(fold.matrix.columns)
         if change.codes is not None:
             for low, high in spans(change.codes.weight, step * RUN_OF_CODES):
@@ -260,14 +258,10 @@ class _Run:
                 old = window(start, start + n)
             else:
                 old = read_rows(source, change.source, start, n, columns, space)
-            if change.int8 is not None:
-                new, found = self._quantised(change.int8, fold, old, start, space)
-            else:
-                new, found = fold.block(old, start, change.dtype, space)
+            new, found = fold.block(old, start, change.dtype, space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
-        scales = (high - low) * change.int8.dtype.itemsize if change.int8 is not None else 0
-        return (high - low) * row + scales, change.name, stats
+        return (high - low) * row, change.name, stats
 
     def _recoded(
         self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
@@ -277,7 +271,7 @@ class _Run:
         q, every = weight.read(slice(low, high)), []
         for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
             here = q.cut(slice(start - low, stop - low))
-            found, _, parts = recoded(weight, here, fold, slice(start, stop))
+            found, parts = recoded(weight, here, fold, slice(start, stop))
             stats.add(found)
             every += parts
         for part in joined(every):
@@ -286,16 +280,6 @@ class _Run:
             for offset, data in ranges(part, self.plan.base.tensors[part.name]):
                 write_at(fd, data, at + offset)
         return count, change.name, stats
-
-    def _quantised(
-        self, int8: Int8, fold: TensorFold, codes: Array, low: int, space: Space
-    ) -> tuple[Array, Stats]:
-        """New codes and what changed; the new scales are written here."""
-        scales = read_rows(self.sources[int8.scales.file], int8.scales, low, len(codes), 1)
-        new, moved, stats = int8.block(fold, codes, scales, low, space)
-        fd, at = self.places[int8.name]
-        write_at(fd, _bytes(moved), at + low * moved.itemsize)
-        return new, stats
 
 
 def _bytes(array: Array) -> memoryview:

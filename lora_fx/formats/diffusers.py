@@ -93,22 +93,11 @@ def read(path: str | Path) -> Adapter:
     path = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(path)
     file = File(str(path))
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        found = _part(name)
-        if found is None:
-            raise file.error(
-                name,
-                "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …",
-                "was the file edited?",
-            )
-        module, part = found
-        if part in groups.setdefault(module, {}):
-            raise file.error(name, f"is a second {part} of {module!r}; expected one")
-        groups[module][part] = array
+    what = "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …"
+    unknown = partial(file.error, what=what, hint="was the file edited?")
     configs = _Configs(header, file)
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
+    for module, parts in file.modules(tensors, _part, unknown).items():
         entries |= _entries(module, parts, configs, file)
     file.notes.extend(configs.notes())
     entries, metadata, named = base.restore(entries, header, str(path))

@@ -71,9 +71,9 @@ _PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bi
 def detect(seen: FileHead) -> bool:
     """True for a file with tensors of these names that are not PEFT's."""
     if base.FIELD in seen.metadata:
-        return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)
+        return any(".lora_down." in n or _part(n) for n in seen.names)
     return any(
-        ((m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(PREFIX))
+        ((part := _part(n)) and part[1] != "alpha" and not n.startswith(PREFIX))
         or n.endswith((".oft_blocks", ".oft_diag"))
         for n in seen.names
     )
@@ -92,19 +92,19 @@ def read(path: str | Path) -> Adapter:
     """
     tensors, header = read_tensors(Path(path))
     file = File(str(path))
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        match = _PART.fullmatch(name)
-        if match is None:
-            raise _unknown(name, file)
-        groups.setdefault(match[1], {})[match[2]] = array
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
+    for module, parts in file.modules(tensors, _part, partial(_unknown, file=file)).items():
         entries |= _entries(module, parts, file)
     entries, metadata, named = base.restore(entries, header, str(path))
     told = taken_names(metadata)
     names = told if named else ForeignNames("kohya")
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """(module, the end of the name) of a tensor."""
+    match = _PART.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:

@@ -222,7 +222,15 @@ def rescaling(
     ) -> tuple[Quantised, list[Written]]:
         some = packed_range(rows, high)
         stored = q.rescaled(parts.read(names[1], some), weight, delta, rule)
-        new = replace(q, scale=scale_of(stored).reshape(q.scale.shape)).nearest(weight, 4)
+        steps = scale_of(stored).reshape(q.scale.shape)
+        if not np.isfinite(steps).all():
+            bad = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
+            raise LoraFxError(
+                f"tensor {scales!r}: {stored.dtype} cannot hold the scale of row "
+                f"{rows.start + bad}, whose largest value is {np.abs(weight[bad]).max():g}",
+                "the adapter or its scale is broken",
+            )
+        new = replace(q, scale=steps).nearest(weight, 8)
         every = [Written(codes, pack(new.codes), rows.start), Written(scales, stored, some.start)]
         return new, every
 
