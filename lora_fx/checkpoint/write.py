@@ -472,39 +472,29 @@ def _is_file_of_base(file: Path) -> bool:
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names."""
-    if plan.base.of is not None:
-        _index_of_view(plan, folder)
-        return
-    if plan.base.index is None:
-        return
-    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
-    data = read_bytes(plan.base.index)
-    if not same:
-        index = json.loads(data)
-        index["weight_map"] |= dict(plan.added)
-        metadata = index.get("metadata")
-        if isinstance(metadata, dict) and "total_size" in metadata:
-            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
-            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-            metadata["total_size"] = sum(sizes.values())
-        if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
-            metadata["total_parameters"] += sum(
-                math.prod(plan.changes[n].shape) for n in plan.added
-            )
-        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-    (folder / plan.base.index.name).write_bytes(data)
+    """The index, byte for byte where it still holds, else with its sums and new names.
 
-
-def _index_of_view(plan: MergePlan, folder: Path) -> None:
-    """The index of new shards, where there are several."""
-    shards = plan.base.shards
-    if len(shards) == 1:
+    Of a view's shards, where there are several, it is new.
+    """
+    base, index = plan.base, Json()
+    if base.of is not None and len(base.shards) > 1:
+        homes = {n: shard for shard, header in base.shards.items() for n in header.tensors}
+        index = {"metadata": {"total_size": 0}, "weight_map": homes}
+        name = f"{next(iter(base.shards)).partition('-0')[0]}.safetensors.index.json"
+    elif base.of is None and base.index is not None:
+        index, name = read_json(base.index), base.index.name
+        if not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values()):
+            (folder / name).write_bytes(read_bytes(base.index))
+            return
+    if not index:
         return
-    sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
-    sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-    homes = {n: shard for shard, header in shards.items() for n in header.tensors}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes | {**plan.added}}
-    stem = next(iter(shards)).partition("-0")[0]
+    index["weight_map"] |= dict(plan.added)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        sizes = {n: t.stop - t.start for n, t in base.tensors.items()}
+        sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+        metadata["total_size"] = sum(sizes.values())
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(math.prod(plan.changes[n].shape) for n in plan.added)
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / name).write_text(text, encoding="utf-8")

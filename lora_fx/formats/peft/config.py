@@ -324,14 +324,18 @@ class Pattern:
 def targets(config: JsonView, module: str) -> bool:
     """True when PEFT would put an adapter on this module, by target_modules alone."""
     wanted = config.get("target_modules")
-    if wanted is None or wanted == "all-linear":
-        return True
+    try:
+        return wanted in (None, "all-linear") or _named(wanted, module) is not None
+    except PatternError:
+        return False
+
+
+def _named(wanted: object, module: str) -> str | None:
+    """What names a module: a pattern as a whole, or an entry of a list that is its end."""
     if isinstance(wanted, str):
-        try:
-            return matched(wanted, module, whole=True) is not None
-        except PatternError:
-            return False
-    return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
+        return wanted if matched(wanted, module, whole=True) else None
+    names = _texts(wanted)
+    return module if module in names else next((n for n in names if module.endswith(f".{n}")), None)
 
 
 def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
@@ -420,28 +424,17 @@ def wanted_by(config: JsonView, module: str) -> str | None:
 
 def _wanted_by(config: JsonView, module: str) -> str | None:
     out = config.get("exclude_modules")
-    if isinstance(out, str) and out and matched(out, module, whole=True):
-        return None
-    if isinstance(out, list) and any(_ends(module, name) for name in out):
+    if out and _named(out, module):
         return None
     for saved in listed_whole(config):
         if matched(rf"(^|.*\.){saved}($|\..*)", module):
             return None
     targets = config.get("target_modules")
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            return None if _NOT_LINEAR.search(module) else targets
-        return targets if matched(targets, module, whole=True) else None
-    if not isinstance(targets, list):
-        return None
-    if module in targets:
-        return module
-    name = next((t for t in targets if _ends(module, t)), None)
-    return name if name is not None and _layer_is_meant(config, module) else None
-
-
-def _ends(module: str, name: object) -> bool:
-    return isinstance(name, str) and (module == name or module.endswith(f".{name}"))
+    if targets == "all-linear":
+        return None if _NOT_LINEAR.search(module) else "all-linear"
+    name = _named(targets, module)
+    by_end = isinstance(targets, list) and name != module
+    return name if not by_end or _layer_is_meant(config, module) else None
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:
