@@ -7,6 +7,7 @@ the size of the checkpoints; errors are measured on the fp32 factors, element by
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -205,14 +206,7 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
     """The update of one tensor and its row."""
-    held: dict[int, tuple[Array, float, float]] = {}
-
-    def delta(i: int) -> tuple[Array, float, float]:
-        if i not in held:
-            held.clear()  # one matrix at a time
-            held[i] = pair.delta(i)
-        return held[i]
-
+    delta = functools.lru_cache(1)(pair.delta)  # one matrix at a time
     limit = min(options.limit, pair.rows, pair.columns)
     k = limit if options.energy is None else min(limit, RANK)
     while True:

@@ -396,15 +396,9 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
-
-    def kept(name: str) -> str:
-        return dtype if name in FLOATING else name
-
-    return {
-        key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
-        for key, full in adapter.full.items()
-        if rename.info(key, base.tensors) is None
-    }
+    new = {k: v.value for k, v in adapter.full.items() if rename.info(k, base.tensors) is None}
+    kinds = {k: dtype if v.dtype.name in FLOATING else v.dtype.name for k, v in new.items()}
+    return {k: TensorInfo(kinds[k], v.shape, shard, 0, 0) for k, v in new.items()}
 
 
 # What becomes of one tensor of a checkpoint: all updates that mean it, checked against it.

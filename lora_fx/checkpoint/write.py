@@ -245,19 +245,17 @@ class _Run:
         return change.nbytes, change.name, None
 
     def _rows(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        source, (fd, at) = self.sources[change.source.file], self.places[change.name]
+        (fd, at), info = self.places[change.name], change.source
         stats, columns = Stats(), fold.matrix.columns
-        info = change.source
-        window = info.weight.window(low, high) if isinstance(info, CodesInfo) else None
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)
         space: Space = self.spaces.__dict__.setdefault("space", Space())
+        read: Callable[[int, int], Array]
+        read = partial(read_rows, self.sources[info.file], info, columns=columns, space=space)
+        if isinstance(info, CodesInfo):
+            read = info.weight.window(low, high)
         for start in range(low, high, step):
-            n = min(step, high - start)
-            if window is not None:
-                old = window(start, start + n)
-            else:
-                old = read_rows(source, change.source, start, n, columns, space)
+            old = read(start, min(high, start + step))
             new, found = fold.block(old, start, change.dtype, space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)

@@ -51,20 +51,13 @@ class Written:
     matrix: int | None = None
 
 
-class Recode(Protocol):
-    """Quantises rows that were read anew."""
+Recoded = tuple[Quantised, list[Written]]
+Recode = Callable[[Quantised, slice, Array, Array], Recoded]
+"""Quantises rows that were read anew: what is stored then, and where.
 
-    def __call__(
-        self, q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
-        """What is stored then, and where.
-
-        Args:
-            q: The rows as they were.
-            rows: Which rows, as `read` takes them.
-            weight: Their new values, fp32.
-            delta: How much of them is new.
-        """
+It is given the rows as they were, which rows, as `read` takes them, their new values in fp32, and
+how much of them is new.
+"""
 
 
 class Recoding(NamedTuple):
@@ -217,9 +210,7 @@ def rescaling(
     """
     codes, scales = (f"{parts.module}.{n}" for n in names)
 
-    def recode(
-        q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
+    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
         some = packed_range(rows, high)
         stored = q.rescaled(parts.read(names[1], some), weight, delta, rule)
         steps = scale_of(stored).reshape(q.scale.shape)
@@ -257,9 +248,7 @@ def by_stored_scales(
     """
     name = f"{parts.module}.{part}"
 
-    def recode(
-        q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
+    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
         new = q.nearest(weight, bits)
         return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
 

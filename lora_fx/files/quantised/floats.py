@@ -27,6 +27,7 @@ from lora_fx.files.quantised.base import (
     FLOAT8,
     Parts,
     QuantisedWeight,
+    Recoded,
     Recoding,
     Written,
     by_stored_scales,
@@ -262,9 +263,7 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
         scale = powers(parts, matrix(scales, expert, some), scales).T
         return checked(f"{parts.module}.{name}", Quantised(codes, scale, None, (32, 1), E2M1))
 
-    def recode(
-        q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
+    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
         expert, low = divmod(rows.start, length)
         groups = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
         before = matrix(scales, expert, groups).T

@@ -13,13 +13,16 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number
+
+if TYPE_CHECKING:
+    import regex
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -210,7 +213,7 @@ SECONDS, IN_ALL = 1.0, 10.0
 _spent = [0.0]
 
 
-def matched(pattern: str, module: str, *, whole: bool = False) -> Any:
+def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
     """As re.match, or re.fullmatch for `whole`, in bounded time.
 
     Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
@@ -222,7 +225,9 @@ def matched(pattern: str, module: str, *, whole: bool = False) -> Any:
     return _timed(_compiled(pattern), module, whole)
 
 
-def _timed(pattern: Any, module: str, whole: bool = False) -> Any:
+def _timed(
+    pattern: regex.Pattern[str], module: str, whole: bool = False
+) -> regex.Match[str] | None:
     start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
         return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
@@ -246,7 +251,7 @@ class PatternError(ValueError):
 
 
 @functools.lru_cache(maxsize=512)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     """A pattern as PEFT's `re` reads it, for `regex`, which alone can stop.
 
     `regex` takes more for a pattern: braces that count nothing are fuzzy to it, and plain in `re`.

@@ -13,6 +13,7 @@ by JSON under `lora_fx` in the header. Files without that JSON are read as PEFT 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -71,7 +72,12 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     tensors, config, file, notes = source.tensors, source.config, source.name, source.notes
     notes += fields.check_config(config, source.config_file)
     reader = _Reader(source)
-    described, metadata = own_sections(ours, file)
+    if ours:
+        check_format(ours, f"{file}: metadata lora_fx")
+    described, told = (ours.get("entries"), ours.get("metadata")) if ours else ({}, {})
+    if not isinstance(described, dict) or not isinstance(told, dict):
+        raise LoraFxError(f"{file}: metadata lora_fx is damaged", "convert the adapter again")
+    metadata = dict(told)
     entries: dict[str, Entry] = {}
     own_entries(described, reader, groups(tensors, file), entries)
     left = {name: value for name, value in tensors.items() if name not in reader.taken}
@@ -127,7 +133,8 @@ class _Reader:
             outer = unwrapped(lead)
             if self._is_stacked(outer):
                 if not lead.endswith(f".{WRAPPER}"):
-                    levels = self._levels(lead, found)
+                    deeper = (lead + f".{WRAPPER}" * i for i in itertools.count())
+                    levels = [found[n] for n in itertools.takewhile(found.__contains__, deeper)]
                     stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
                     self.modules.append(outer)
                     for key, low in stacks.items():
@@ -267,14 +274,6 @@ class _Reader:
         listed = self.config.get("target_modules") not in (None, "all-linear")
         own = listed and fields.targets(self.config, module)
         return not own and bool(candidates(self.config, module))
-
-    def _levels(self, lead: str, found: Mapping[str, Group]) -> list[Group]:
-        """The wrappers of a module's parameters, outermost first."""
-        levels = []
-        while lead in found:
-            levels.append(found[lead])
-            lead = f"{lead}.{WRAPPER}"
-        return levels
 
     def _check_place(self, group: Group, found: Mapping[str, Group]) -> None:
         """Raise for a layer inside a wrapper that is none of PEFT's known ones."""
@@ -442,17 +441,6 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
 #   config where the tensors have PEFT's names, since people edit it; else they are here, with
 #   "magnitude" for DoRA. "swapped" says that a is Bᵀ and b is Aᵀ.
 # * `{"full"}`, `{"dense", "scale", "layout", "extra"}`, `{"rows", "index"}`: names of tensors.
-
-
-def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
-    """The entries and the metadata of our JSON; both empty for files of PEFT."""
-    if not ours:
-        return {}, {}
-    found, metadata = ours.get("entries"), ours.get("metadata")
-    check_format(ours, f"{file}: metadata lora_fx")
-    if not isinstance(found, dict) or not isinstance(metadata, dict):
-        raise LoraFxError(f"{file}: metadata lora_fx is damaged", "convert the adapter again")
-    return found, dict(metadata)
 
 
 def own_entries(
