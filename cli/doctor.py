@@ -35,7 +35,7 @@ def command(base: str, adapter: str, **options: Any) -> None:
     lora-fx doctor ./llama-awq ./adapter --dequantise
     lora-fx doctor ./mixtral ./adapter --server vllm
     """
-    from lora_fx.checkpoint.doctor.doctor import doctor, lines
+    from lora_fx.checkpoint.doctor import doctor, lines
 
     del options["link"]  # which changes nothing of what is written
     report = doctor(base, adapter, **options)

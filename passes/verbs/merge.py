@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
-from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, Adapters, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
@@ -24,6 +23,7 @@ from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, trusting
+from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
