@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import signal
 import sys
 import threading
@@ -20,9 +21,11 @@ from typing import Any, NoReturn
 
 import click
 
+from lora_fx import __version__
 from lora_fx.cli.options import FORCE, config_options, in_groups, saving_config, split_weight
 from lora_fx.cli.output import echo, note, result, say, show, stages
 from lora_fx.errors import LoraFxError, explain, one_line
+from lora_fx.files.atomic import check_output, replacing, sweep
 from lora_fx.files.read import Remembered, remember, remembering, trusting
 from lora_fx.progress import stage, telling
 from lora_fx.text import Json, JsonView, near
@@ -86,11 +89,17 @@ class FileCommand(click.Command):
             remember(*input_paths(ctx.params))  # the folders in the cache
             ctx.find_root().ensure_object(dict)["json"] = ctx.params.get("as_json")
             given, ctx.params = ctx.params, {k: v for k, v in ctx.params.items() if k in self.own}
-            return self.carry_out(ctx, given)
-
-    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
-        """Call the function of the command, with its own arguments and options."""
-        return super().invoke(ctx)
+            if (report := given.get("report")) is None:
+                return super().invoke(ctx)
+            _check_page(report, given["force"], ctx.params)
+            write = functools.partial(write_page, report, given["force"])
+            ctx.find_root().obj["report"] = write
+            try:
+                return super().invoke(ctx)
+            except LoraFxError as e:
+                if e.exit_code == 1 and not e.told:
+                    write(result(False, error=e.message, hint=e.hint))
+                raise
 
     def _local(self, text: str, weighted: bool) -> str:
         """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
@@ -125,8 +134,6 @@ def _check_outputs(given: JsonView, *, inside: bool) -> None:
             told = (" lies in " if within else " is also ").join(options)
             raise LoraFxError(told, "choose a name beside it" if within else "choose another name")
     if inside and not given.get("force") and any(t[:3] == "hf:" for t in texts_of(given, MODELS)):
-        from lora_fx.files.atomic import check_output
-
         for output in {"output", "out"} & named.keys():  # gigabytes are downloaded before the rest
             check_output(named[output])
 
@@ -177,25 +184,9 @@ class ReportCommand(FileCommand):
         told = "Write the result as a page."
         self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
 
-    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
-        """Call the function, with a page of its result where one is asked for."""
-        if given["report"] is None:
-            return super().carry_out(ctx, given)
-        report, force = given["report"], given["force"]
-        _check_page(report, force, ctx.params)
-        ctx.find_root().obj["report"] = functools.partial(write_page, report, force)
-        try:
-            return super().carry_out(ctx, given)
-        except LoraFxError as e:
-            if e.exit_code == 1 and not e.told:
-                write_page(report, force, result(False, error=e.message, hint=e.hint))
-            raise
-
 
 def _check_page(report: str, force: bool, given: JsonView) -> None:
     """Refuse, before any work, a page that cannot be written or that would be something else."""
-    from lora_fx.files.atomic import check_output
-
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
     if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
@@ -207,7 +198,6 @@ def _check_page(report: str, force: bool, given: JsonView) -> None:
 
 def write_page(path: str, force: bool, shown: JsonView) -> str:
     """Write the page of a result, all of it or nothing; its path."""
-    from lora_fx.files.atomic import replacing
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
@@ -239,8 +229,6 @@ def _once(adapters: list[Json], told: JsonView) -> None:
 
 def when(began: dict[str, float]) -> Json:
     """When the command began, in local time, how many seconds it took, and on which machine."""
-    import platform
-
     start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
     seconds = time.monotonic() - began["seconds"]
     return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
@@ -248,10 +236,6 @@ def when(began: dict[str, float]) -> Json:
 
 def versions() -> dict[str, str]:
     """{library: version} of those that are installed; nothing is imported."""
-    import platform
-
-    from lora_fx import __version__
-
     found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
     return {**found, "platform": platform.platform(terse=True)}
 
@@ -344,8 +328,6 @@ class LazyGroup(click.Group):
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from lora_fx import __version__
-
     click.echo(f"lora-fx {__version__}")
     found = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
     for name, number in found.items():
@@ -408,10 +390,9 @@ def two_runtimes() -> str:
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Every command is in COMMANDS."""
-    argv = (ctx.obj or {}).get("argv")  # main's
-    notes: Json = {"notes": [], "warned": set()}
     began = {"when": time.time(), "seconds": time.monotonic()}
-    ctx.obj = {"verbose": verbose, "quiet": quiet, "argv": argv, "began": began, **notes}
+    run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
+    ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv
     ctx.with_resource(telling(stages()))
 
 
@@ -438,8 +419,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint = near((e.message.split("'") * 2)[1], choices, hint)
         _fail(LoraFxError(e.format_message(), hint), argv, files)
     except (KeyboardInterrupt, click.Abort) as e:
-        from lora_fx.files.atomic import sweep
-
         for target in files.outputs:
             sweep(target)
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import click
 
-from lora_fx.adapter.experts import LAYOUTS
+from lora_fx.adapter.fused import LAYOUTS
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note

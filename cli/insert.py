@@ -80,7 +80,7 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
 
 def _onnx(model: str, output: str, force: bool, options: Json) -> None:
     from lora_fx.errors import LoraFxError
-    from lora_fx.passes.verbs.insert_onnx import insert_onnx
+    from lora_fx.passes.verbs.adapt import insert_onnx
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")

@@ -65,12 +65,8 @@ def command(model: str, training: bool, **options: Any) -> None:
 def _of_onnx(model: str) -> Found:
     from dataclasses import replace
 
-    from lora_fx.onnx.graph.graph import OnnxGraph
-    from lora_fx.onnx.load import load
-    from lora_fx.onnx.names import restore_weight_names
+    from lora_fx.onnx.names import named_graph
     from lora_fx.passes.find import find
 
-    opened = load(model)
-    restore_weight_names(opened)
-    graph = OnnxGraph(opened)
+    graph, _ = named_graph(model)
     return replace(find(graph), notes=tuple(graph.notes))

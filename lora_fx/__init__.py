@@ -29,50 +29,33 @@ _NAMES = {
     "lora_fx.passes.verbs.verify": ("verify",),
 }
 """Module → the names that are imported from it on first use."""
-__all__ = [
-    "AdaptedModule",
-    "Adapter",
-    "Captured",
-    "Full",
-    "LoraFxError",
-    "LowRank",
-    "__version__",
-    "attach",
-    "capture",
-    "detach",
-    "doctor",
-    "export",
-    "extract",
-    "find",
-    "fold",
-    "insert",
-    "load_adapter",
-    "load_model",
-    "merge",
-    "plan",
-    "save_adapter",
-    "truncate",
-    "verify",
-]
+_PUBLIC = sorted(["__version__", *(n for names in _NAMES.values() for n in names)])
 
-if TYPE_CHECKING:
-    from lora_fx.adapter.adapter import Adapter
-    from lora_fx.adapter.lowrank import Full, LowRank
-    from lora_fx.adapter.truncate import truncate
-    from lora_fx.checkpoint.doctor.doctor import doctor
-    from lora_fx.checkpoint.extract import extract
-    from lora_fx.errors import LoraFxError
-    from lora_fx.formats.io import load_adapter, save_adapter
-    from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.models import load_model
-    from lora_fx.fx.module.adapted import AdaptedModule
-    from lora_fx.passes.verbs.adapt import find, fold, insert
-    from lora_fx.passes.verbs.attach import attach, detach
-    from lora_fx.passes.verbs.export import export
-    from lora_fx.passes.verbs.merge import merge
-    from lora_fx.passes.verbs.open import capture
-    from lora_fx.passes.verbs.plan import plan
-    from lora_fx.passes.verbs.verify import verify
+if TYPE_CHECKING:  # the same names, for whoever reads types
+    from lora_fx.adapter.adapter import Adapter as Adapter
+    from lora_fx.adapter.lowrank import Full as Full
+    from lora_fx.adapter.lowrank import LowRank as LowRank
+    from lora_fx.adapter.truncate import truncate as truncate
+    from lora_fx.checkpoint.doctor.doctor import doctor as doctor
+    from lora_fx.checkpoint.extract import extract as extract
+    from lora_fx.errors import LoraFxError as LoraFxError
+    from lora_fx.formats.io import load_adapter as load_adapter
+    from lora_fx.formats.io import save_adapter as save_adapter
+    from lora_fx.fx.capture.capture import Captured as Captured
+    from lora_fx.fx.load.models import load_model as load_model
+    from lora_fx.fx.module.adapted import AdaptedModule as AdaptedModule
+    from lora_fx.passes.verbs.adapt import find as find
+    from lora_fx.passes.verbs.adapt import fold as fold
+    from lora_fx.passes.verbs.adapt import insert as insert
+    from lora_fx.passes.verbs.attach import attach as attach
+    from lora_fx.passes.verbs.attach import detach as detach
+    from lora_fx.passes.verbs.export import export as export
+    from lora_fx.passes.verbs.merge import merge as merge
+    from lora_fx.passes.verbs.open import capture as capture
+    from lora_fx.passes.verbs.plan import plan as plan
+    from lora_fx.passes.verbs.verify import verify as verify
+else:
+    __all__ = _PUBLIC
 
 
 def __getattr__(name: str) -> Any:
@@ -85,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC})

@@ -10,9 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.fused import other_split, place
-from lora_fx.adapter.lowrank import Full, LowRank, truncated
+from lora_fx.adapter.lowrank import LEARNS, Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError

@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.lowrank import (
+    LEARNS,
     LowRank,
     Triplets,
     balanced,

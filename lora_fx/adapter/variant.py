@@ -16,7 +16,7 @@ lora: Hu et al. 2021 (2106.09685). rslora: Kalajdzievski 2023 (2312.03732). dora
 (2402.09353). lora-fa: Zhang et al. 2023 (2308.03303). lora+: Hayou et al. 2024 (2402.12354).
 qalora: Xu et al. 2023 (2309.14717).
 
-A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.factors`.
+A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.lowrank`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Lora:
         return delta
 
     def rates(self, lr: float) -> dict[str, float]:
-        """The learning rate of each field of `lora_fx.adapter.factors`."""
+        """The learning rate of each field of `lora_fx.adapter.lowrank`."""
         return {"a": lr, "b": lr * self.ratio, "magnitude": lr * self.ratio}
 
 

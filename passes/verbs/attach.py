@@ -17,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import learning
 from lora_fx.adapter.initial import Init
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, learning
 from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -50,7 +49,7 @@ from lora_fx.passes.proofs.attached import (
     prove_trained,
     random_values,
 )
-from lora_fx.passes.verbs.build_module import found_in, start_of
+from lora_fx.passes.verbs.open import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan

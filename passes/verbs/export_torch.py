@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 
 from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
-from lora_fx.errors import LoraFxError
+from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
+from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import forms
-from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
@@ -36,14 +40,15 @@ from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_files import (
     by_name,
+    named,
+    optimised,
     report_of,
     save_within,
     write_batch,
     write_switch,
 )
-from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.optimise import optimised
-from lora_fx.passes.verbs.options import ExportOptions
+from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.target import Target, applies, base_name, own_use
 from lora_fx.text import Json
 
@@ -161,6 +166,35 @@ def _branched(
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
+def quantised_base(
+    model: object,
+    args: Sequence[object],
+    kwargs: Named | None,
+    options: ExportOptions,
+    wanted: Wanted,
+) -> tuple[Captured, ExportAdapters | None, list[str]]:
+    """The quantised capture of what export is given, the adapters that ride on it, and notes.
+
+    A module that insert returned brings its own adapter where none are given.
+    """
+    model, adapters = opened(model), options.adapters
+    if isinstance(model, AdaptedModule) and adapters is None:
+        adapters = model.adapter()
+    given = named(adapters).values() if adapters else ()
+    every = [a for a in given if isinstance(a, Adapter)]
+    cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+    new = quantised(cap, wanted, {name for a in every for name in a.full})
+    with torch.no_grad():
+        before, after = (plain(c).flat(c.named) for c in (cap, new))
+    off = compare(after, before, {}, 1.0).rel
+    new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
+    base = Base()
+    for i, adapter in enumerate(every, 1):
+        base.check(adapter.metadata, new.model, f"adapter {i}" if len(every) > 1 else "the adapter")
+    new.notes += base.said
+    return new, adapters, new.notes[len(cap.notes) :]
+
+
 def _folded() -> LoraFxError:
     return LoraFxError(
         "this module's weights are folded already", "export the original with adapters=…"
@@ -276,3 +310,35 @@ def _sources(
         elif theirs.ndim == 2 and ours.shape == theirs.T.shape and np.array_equal(ours, theirs.T):
             result[stored.name] = (p.name, StoredWeight(p.shape, turned=True))
     return result
+
+
+# A second try with eager attention, where a model of transformers offers it.
+#
+# Some kernels of attention cannot be traced, or have no translation; the plain products of `eager`
+# compute the same. The model itself is as it was afterwards.
+
+
+REFUSED = "torch's ONNX exporter refused the model"
+"""How errors of the translation begin."""
+
+
+def may_help(model: object, error: LoraFxError) -> bool:
+    """True where the model could not be captured or translated, and has another attention."""
+    source = model.model if isinstance(model, Captured) else model
+    now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
+    failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
+    return failed and now not in (None, "eager") and hasattr(source, "set_attn_implementation")
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[Any]:
+    """The model with eager attention while the block runs; a capture is one of it, anew."""
+    source: Any = model.model if isinstance(model, Captured) else model
+    was = source.config._attn_implementation
+    source.set_attn_implementation("eager")
+    try:
+        if isinstance(model, Captured):
+            model = Captured(source, (), model.named, model.requested)
+        yield model
+    finally:
+        source.set_attn_implementation(was)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter.experts import Family, family_of
+from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
