@@ -335,7 +335,7 @@ BATCH = 32
 
 def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
     """Keyword arguments of insert; empty for a start that reads no data. Takes its options out."""
-    from lora_fx.adapter.initial import OF_DATA
+    from lora_fx.adapter.variant import OF_DATA
 
     init, (data, label, loss) = options["init"], (options.pop(k) for k in START)
     if init not in OF_DATA:

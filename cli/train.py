@@ -55,7 +55,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
     refuse_beside(options["plan"])
-    from lora_fx.adapter.initial import OF_DATA
+    from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device

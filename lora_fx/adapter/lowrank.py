@@ -65,7 +65,7 @@ class LowRank:
         tied: True where it applies to all uses of a tensor that several modules share.
         twins: Other names of that tensor in a file: what they name changes alike.
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
-            is for; see `lora_fx.adapter.initial.residual`. Empty for the base as it is.
+            is for; see `lora_fx.adapter.variant.residual`. Empty for the base as it is.
         layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
         group: How many inputs QA-LoRA reads as one, so that ΔW is constant over them; see
             `grouped`. 0 for other updates.

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.initial import OF_DATA, Init, initial
 from lora_fx.adapter.lowrank import LowRank, slots_of
-from lora_fx.adapter.variant import VariantName
+from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
@@ -127,7 +126,7 @@ def insert(
             it is left out, and said. keep: it is said. auto: an error if include or plan named
             it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
         init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
-            lora-ga, see lora_fx.adapter.initial. The base is never changed.
+            lora-ga, see lora_fx.adapter.variant. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels), for lora-ga.
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:

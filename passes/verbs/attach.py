@@ -17,9 +17,8 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.initial import Init
 from lora_fx.adapter.lowrank import LowRank, learning
-from lora_fx.adapter.variant import VariantName
+from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached

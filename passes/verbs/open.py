@@ -13,9 +13,8 @@ from os import PathLike, fspath
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.initial import OF_DATA, OF_WEIGHT, initial
 from lora_fx.adapter.lowrank import LowRank, relearning
-from lora_fx.adapter.variant import named_variant, variant_of
+from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin

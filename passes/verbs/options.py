@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.initial import OF_DATA, check_init
-from lora_fx.adapter.variant import named_variant
+from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError, expect, near
