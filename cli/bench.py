@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import json_option, load_npz
+from lora_fx.cli.options import load_npz
 from lora_fx.cli.output import emit
 
 
@@ -24,7 +24,6 @@ from lora_fx.cli.output import emit
 @click.option("--rounds", type=int, default=15, help="Rounds that count.")
 @click.option("--threads", type=int, default=1, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", help="auto, cpu or cuda.")
-@json_option
 def command(files: tuple[str, ...], **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
 

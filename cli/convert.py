@@ -8,7 +8,7 @@ import click
 
 from lora_fx.adapter.fused import LAYOUTS
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
+from lora_fx.cli.options import force_option, fuse_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
@@ -41,7 +41,7 @@ NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 @selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
 @selectors_option("--exclude", "Of the adapter: updates to leave out.")
 @trust_option
-@result_options
+@force_option
 def command(
     adapter: str,
     output: str,

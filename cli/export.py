@@ -10,13 +10,13 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     CAPTURE,
     captured,
+    force_option,
     load_npz,
     loss_of,
     model_options,
     named_adapters,
     quantise_option,
     refuse_given,
-    result_options,
     selectors_option,
 )
 from lora_fx.cli.output import emit, note, table, wrote
@@ -51,7 +51,7 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
 @model_options
-@result_options
+@force_option
 def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **options: Any) -> None:
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import result_options, seed_option, selectors_option, trust_option
+from lora_fx.cli.options import force_option, seed_option, selectors_option, trust_option
 from lora_fx.cli.output import emit, note, say
 
 
@@ -32,7 +32,7 @@ from lora_fx.cli.output import emit, note, say
 )
 @seed_option("Of the random subspaces.")
 @trust_option
-@result_options
+@force_option
 def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 

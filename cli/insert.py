@@ -11,12 +11,12 @@ from lora_fx.cli.options import (
     CAPTURE,
     START,
     captured,
+    force_option,
     label_option,
     load_npz,
     model_options,
     refuse_beside,
     refuse_given,
-    result_options,
     start_from,
     target_options,
 )
@@ -38,7 +38,7 @@ from lora_fx.text import Json
 @label_option("Its labels.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @model_options
-@result_options
+@force_option
 def command(model: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import load_numpy, merge_options, result_options, split_weight
+from lora_fx.cli.options import force_option, load_numpy, merge_options, split_weight
 from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.text import Json
 
@@ -32,7 +32,7 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest.")
 @click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
-@result_options
+@force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
+from lora_fx.cli.options import arguments, force_option, load_numpy, merge_options, split_weight
 from lora_fx.cli.output import emit, say
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.text import JsonView, table
@@ -45,7 +45,7 @@ def _line(row: JsonView) -> str:
     help="This machine's part of the list.",
 )
 @merge_options
-@result_options
+@force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 

@@ -10,11 +10,11 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     FROM_1,
     captured,
+    force_option,
     label_option,
     loss_of,
     max_length_option,
     model_options,
-    result_options,
     seed_option,
     selectors_option,
     some_batches,
@@ -48,7 +48,7 @@ from lora_fx.text import Json
 @selectors_option("--exclude", "Targets to leave out.")
 @seed_option("Of the choice of examples.")
 @model_options
-@result_options
+@force_option
 def command(model: str, data: str | None, output: str, force: bool, **options: Any) -> None:
     r"""Plan a rank for every target of MODEL under one budget, and write it.
 

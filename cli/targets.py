@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import CAPTURE, captured, first_given, json_option, model_options
+from lora_fx.cli.options import CAPTURE, captured, first_given, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 @click.argument("model")
 @model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
-@json_option
 def command(model: str, training: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 

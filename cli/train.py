@@ -10,19 +10,22 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     batches_of,
     captured,
-    check_shares,
+    force_option,
     held,
     label_option,
+    loop_options,
     loss_of,
     max_length_option,
     model_options,
     refuse_beside,
-    result_options,
+    saving_of,
+    settings_of,
+    stateful,
     tables_of,
     target_options,
+    together,
 )
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 
 
 @click.command("train", cls=ReportCommand)
@@ -39,7 +42,7 @@ from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stat
 @loop_options
 @target_options
 @model_options
-@result_options
+@force_option
 def command(model: str, data: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -65,7 +68,6 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     with together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
         check_device(device)
-        check_shares(options)
         curve = options.pop("curve")
         settings, saving = settings_of(options), saving_of(options, curve, force)
         loaded, cap = captured(model, options)

@@ -10,9 +10,9 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.options import (
     adapter_of,
     captured,
+    force_option,
     label_option,
     loss_of,
-    result_options,
     training_data,
     trust_option,
 )
@@ -37,7 +37,7 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--loss", default="ce", help="Of --table, as for train.")
 @click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
 @trust_option
-@result_options
+@force_option
 def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: Any) -> None:
     r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
 

@@ -8,15 +8,7 @@ from typing import Any
 import click
 
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    CAPTURE,
-    adapter_of,
-    captured,
-    json_option,
-    load_npz,
-    model_options,
-    split_weight,
-)
+from lora_fx.cli.options import CAPTURE, adapter_of, captured, load_npz, model_options, split_weight
 from lora_fx.cli.output import emit
 
 
@@ -35,7 +27,6 @@ from lora_fx.cli.output import emit
 @click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @model_options
-@json_option
 def command(a: str, b: str, **options: Any) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
 
