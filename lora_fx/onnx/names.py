@@ -103,6 +103,23 @@ def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
     return OnnxGraph(model), renamed
 
 
+def give_own_names(
+    model: ir.Model,
+    first: Mapping[str, str] | None,
+    symbols: Mapping[tuple[str, int], str],
+) -> None:
+    """Give an exported model the names of its weights and dimensions, and take traces out of it.
+
+    Args:
+        model: The model, edited in place.
+        first: As in restore_weight_names.
+        symbols: As in rename_dimensions.
+    """
+    restore_weight_names(model, first)
+    rename_dimensions(model, symbols)
+    strip_traces(model)
+
+
 def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:
     """Rename `val_N` initialisers to the parameter that the exporter folded them from.
 

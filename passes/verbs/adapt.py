@@ -26,7 +26,7 @@ from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.ir.graph import Graph, Role
+from lora_fx.ir.graph import Role
 from lora_fx.onnx.manifest import PROPERTY, listed
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, output
@@ -36,15 +36,7 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.passes.verbs.open import (
-    Wanted,
-    build_module,
-    captured_of,
-    found_in,
-    learnt,
-    opened,
-    quantised,
-)
+from lora_fx.passes.verbs.open import Wanted, build_module, captured_of, found_in, opened, quantised
 from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
 from lora_fx.targets.plan import GivenRanks, Plan
@@ -70,8 +62,7 @@ def find(
         training: Look at the train graph; the result is the same.
     """
     if isinstance(model, CapturedModule):
-        graph: Graph[Any] = model.graph(training)
-        return replace(find_graph(graph), **{**learnt(model.captured), "notes": ()})
+        return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
         return find_graph(model)
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
-from lora_fx.formats.io import AdapterLike
+from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -34,14 +34,7 @@ from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.export_files import by_name, optimise_file, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
-from lora_fx.passes.verbs.options import (
-    ExportOptions,
-    Mode,
-    Precision,
-    Provider,
-    Selectors,
-    opened_adapters,
-)
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Provider, Selectors
 from lora_fx.progress import Listener, told
 from lora_fx.targets.target import Found
 from lora_fx.text import Json
@@ -49,6 +42,10 @@ from lora_fx.text import Json
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
     from lora_fx.passes.verbs.open import Wanted
+
+
+Mode = Literal["merged", "switch", "load", "batch", "train"]
+Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
 @told
@@ -233,6 +230,29 @@ def export(
             report = run(again, args, kwargs, options)
         failed = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*notes, *report.warnings, failed))
+
+
+def opened_adapters(
+    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
+) -> ExportAdapters | None:
+    """The adapters of an export, read where they are paths, which then are their names."""
+    if given is None or isinstance(given, Adapter):
+        return given
+    if mode == "merged" and isinstance(given, (str, PathLike)):
+        return as_adapter(given)
+    if isinstance(given, Mapping):
+        return {name: as_adapter(a) for name, a in given.items()}
+    every = [given] if isinstance(given, (str, PathLike)) else list(given)
+    paths = [a for a in every if isinstance(a, (str, PathLike))]
+    if len(paths) < len(every):
+        return [as_adapter(a) for a in every]
+    found: dict[str, Adapter] = {}
+    for path in paths:
+        name = adapter_name(path)
+        if name in found:
+            raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
+        found[name] = as_adapter(path)
+    return found
 
 
 # export of an .onnx file, from whatever framework, without torch.

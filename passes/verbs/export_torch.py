@@ -24,13 +24,7 @@ from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import (
-    mark_changed,
-    mask_by_infinity,
-    rename_dimensions,
-    restore_weight_names,
-    strip_traces,
-)
+from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
 from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.optimise.stages import RewriteStage
 from lora_fx.onnx.session import open_session
@@ -90,11 +84,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         warnings.append("bfloat16: ONNX Runtime's CPU has few ops for it")
     elif widen(made.model):
         warnings.append(WIDENED)
-    restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
+    names = named_tensors(branched.captured.model)[0]
+    give_own_names(made.model, names, made.symbols)
     values = {n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
-    rename_dimensions(made.model, made.symbols)
-    strip_traces(made.model)
     model = made.model
     conditions = onnx_conditions(branched.conditions())
     stages: list[RewriteStage] = []
@@ -282,9 +275,7 @@ def _base(
     mask_by_infinity(made.model)
     widened = widen(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None
-    restore_weight_names(made.model, names)
-    rename_dimensions(made.model, made.symbols)
-    strip_traces(made.model)
+    give_own_names(made.model, names, made.symbols)
     return OnnxGraph(made.model), widened
 
 

@@ -42,7 +42,7 @@ from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import ExportAdapters, InsertOptions, Selectors
 from lora_fx.targets.plan import make_plan
 from lora_fx.targets.target import Found, Target, check_storable, own_use
-from lora_fx.text import Json, human
+from lora_fx.text import human
 
 
 def captured_of(
@@ -321,14 +321,10 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     return module
 
 
-def found_in(cap: Captured, training: bool = False) -> Found:
-    """The targets of a capture, with what had to be said and pinned on the way to it."""
-    return replace(find(cap.fx_graph(training)), **learnt(cap))
-
-
-def learnt(cap: Captured) -> Json:
-    """What a capture fixed, holds for, and had to say: fields of Found."""
-    return {"pinned": tuple(cap.pinned), "ranges": cap.ranges, "notes": tuple(cap.notes)}
+def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
+    """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
+    found = find(graph or cap.fx_graph(training))
+    return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=tuple(cap.notes))
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
