@@ -6,25 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    batches_of,
-    captured,
-    force_option,
-    held,
-    label_option,
-    loop_options,
-    loss_of,
-    max_length_option,
-    model_options,
-    refuse_beside,
-    saving_of,
-    settings_of,
-    stateful,
-    tables_of,
-    target_options,
-    together,
-)
 from lora_fx.cli.output import emit, note, say
 
 
@@ -32,17 +15,17 @@ from lora_fx.cli.output import emit, note, say
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
-@label_option("Column to predict.")
+@shared.label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--validation", type=float, default=0.1, help="Share held out.")
 @click.option("--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA.")
-@max_length_option
+@shared.max_length_option
 @click.option("--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
-@loop_options
-@target_options
-@model_options
-@force_option
+@shared.loop_options
+@shared.target_options
+@shared.model_options
+@shared.force_option
 def command(model: str, data: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -57,7 +40,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
-    refuse_beside(options["plan"])
+    shared.refuse_beside(options["plan"])
     from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
@@ -65,18 +48,19 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
 
-    with together(options.pop("device")) as (world, device):
+    with shared.together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
         check_device(device)
         curve = options.pop("curve")
-        settings, saving = settings_of(options), saving_of(options, curve, force)
-        loaded, cap = captured(model, options)
-        training, validation = tables_of(data, loaded, cap, options)
-        loss = loss_of(options.pop("loss"))
+        settings, saving = shared.settings_of(options), shared.saving_of(options, curve, force)
+        loaded, cap = shared.captured(model, options)
+        training, validation = shared.tables_of(data, loaded, cap, options)
+        loss = shared.loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
-            options |= {"data": batches_of(training), "loss": loss}
+            options |= {"data": shared.batches_of(training), "loss": loss}
         recompute = options.pop("activation_checkpointing")
-        module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
+        module = shared.held(cap) if cap.adapter is not None else insert(cap, **options)
+        module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()
 
@@ -84,7 +68,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             if step == steps or step % max(1, steps // 10) == 0:
                 say(f"step {step}/{steps}: loss {value:.4f}")
 
-        with stateful(saving):
+        with shared.stateful(saving):
             report = fit(
                 module, training, validation, loss, settings, progress, saving=saving, world=world
             )

@@ -36,7 +36,7 @@ from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.layout import Layout
 from lora_fx.targets.budget import Moments
 from lora_fx.targets.plan import Entry, Plan
-from lora_fx.targets.target import Found, Target, check_storable, of_several, own_use
+from lora_fx.targets.target import Found, Target, check_storable, own_use
 
 
 @dataclass(frozen=True)
@@ -327,8 +327,8 @@ def initial(
         seen = (moments or {}).get(key)
         a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
-        twins = tuple(target.parameter.aliases) if of_several(target) else ()
-        low = replace(low, op=target.op, tied=of_several(target), twins=twins)
+        twins = tuple(target.parameter.aliases) if target.of_several else ()
+        low = replace(low, op=target.op, tied=target.of_several, twins=twins)
         if b.any() and init != "orthogonal":
             low = _with_frozen(low, scale)
         updates[key] = kind.prepared(low, weight, repr(key))

@@ -31,16 +31,8 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
+from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
-from lora_fx.passes.verbs.export_files import (
-    by_name,
-    named,
-    optimised,
-    report_of,
-    save_within,
-    write_batch,
-    write_switch,
-)
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.target import Target, applies, base_name, own_use
@@ -94,7 +86,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     wanted = feeds_of(branched, inputs) if options.optimise or precision in GATES else ()
     feeds = [f for _, f, extra in wanted if not extra]
     if options.optimise:
-        model, stages = optimised(model, feeds, provider)
+        model, stages = files.optimised(model, feeds, provider)
         mark_changed(model, values)
     tol = level_gate(options)
     if precision in GATES:
@@ -103,7 +95,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
         for model in (model, made.model):  # noqa: B020
-            told = save_within(made_file, model, conditions, guards(branched), options)
+            told = files.save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
             rewritten = any(s.kept for s in stages) and precision not in GATES
@@ -127,7 +119,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     details |= rows_of(branched.captured)
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
-    return report_of(made_file.files, session.provider, (*parity, *runtime), warnings, details)
+    parity += runtime
+    return files.report_of(made_file.files, session.provider, parity, warnings, details)
 
 
 def level_gate(options: ExportOptions) -> float:
@@ -173,7 +166,7 @@ def quantised_base(
     model, adapters = opened(model), options.adapters
     if isinstance(model, AdaptedModule) and adapters is None:
         adapters = model.adapter()
-    given = named(adapters).values() if adapters else ()
+    given = files.named(adapters).values() if adapters else ()
     every = [a for a in given if isinstance(a, Adapter)]
     cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     new = quantised(cap, wanted, {name for a in every for name in a.full})
@@ -210,7 +203,7 @@ def export_slots(
             options = replace(options, adapters=model.adapter())
     elif isinstance(model, CapturedModule):
         raise _folded()
-    adapters = by_name(options)
+    adapters = files.by_name(options)
     captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
@@ -230,12 +223,14 @@ def export_slots(
         if apart:
             graph, _ = _base(reference, options, tied=False, apart=apart)
         sources = _sources(reference.base, graph, apart)
-        return write_batch(graph, reference, sources, bound, options, said)
+        return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, said = switchable(reference, keys, options)
     said = [*(str(p) for p in captured.pinned), *said]
     at_level(graph.model, options.accuracy_level)
-    return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
+    return files.write_switch(
+        graph, reference, keys, bound, options, said, loose=loose, found=found
+    )
 
 
 def switchable(
@@ -284,7 +279,7 @@ def _sources(
 ) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side, held = base.graph(False), forms(base)
-    names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
+    names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
         p = names.get(stored.name)

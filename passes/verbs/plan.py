@@ -31,7 +31,6 @@ from lora_fx.passes.verbs.options import Selectors
 from lora_fx.targets.budget import METHODS, Budget, Calibration, Moments, TargetStatistics, allocate
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.target import Target, own_use
-from lora_fx.text import Json
 from lora_fx.text import table as columns
 
 
@@ -138,10 +137,6 @@ class Cut:
     loss: float
     spread_error: float
     spread_loss: float
-
-    def to_json(self) -> Json:
-        """One row of `table[]` in docs/json.md."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
