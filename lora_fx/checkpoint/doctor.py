@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.experts import Family, family_of
+from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.checkpoint.fold import arithmetic

@@ -31,8 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
