@@ -412,7 +412,8 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     notes: Json = {"notes": [], "warned": set()}
     began = {"when": time.time(), "seconds": time.monotonic()}
     ctx.obj = {"verbose": verbose, "quiet": quiet, "argv": argv, "began": began, **notes}
-    ctx.with_resource(telling(stages()))
+    # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
+    ctx.with_resource(telling(stages() if os.environ.get("RANK", "0") == "0" else None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
