@@ -563,7 +563,8 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     began = {"when": time.time(), "seconds": time.monotonic()}
     run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
     ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv
-    ctx.with_resource(telling(stages()))
+    # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
+    ctx.with_resource(telling(stages() if os.environ.get("RANK", "0") == "0" else None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def model(pair: Pair) -> Iterator[Finding]:
     kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
     keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
     theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
-    ours = f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}"
+    ours = f"is a {own}" if own else f"has {next(iter((*pair.misfits, *pair.tensors)), 'nothing')}"
     why = next(iter(pair.misfits.values()), "").partition(": ")[2]
     yield Finding(
         keys,
