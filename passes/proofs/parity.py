@@ -249,18 +249,19 @@ def own_errors(
         except (RuntimeError, TypeError, ValueError):
             exactly, exact = model.flat, ours
         runs.append((named, exact))
-        yield _grow(worst, ours, exact)
+        yield grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
     for seed in range(4 * len(seeds)) if few else seeds:
         _move(model, moved, seed)
         for named, values in runs:
-            yield _grow(worst, moved.flat(named), values)
+            yield grow(worst, moved.flat(named), values)
 
 
-def _grow(
+def grow(
     worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
 ) -> dict[str, float]:
+    """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
         found = rel(value, exact[name])
         worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
@@ -294,10 +295,15 @@ class Wide(fx.Interpreter):
         return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
-        """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-        if isinstance(x, torch.dtype):
-            return torch.float64 if x.is_floating_point else x
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        """See widened."""
+        return widened(x)
+
+
+def widened(x: Any) -> Any:
+    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -305,9 +311,15 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            if p.is_floating_point():
-                signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1
-                q.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
+            q.copy_(nearby(p, generator))
+
+
+def nearby(x: Any, generator: torch.Generator) -> Any:
+    """A tensor with every float moved by half a unit of its last place, up or down."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
 
 
 def torch_run(module: CapturedModule) -> Run:
