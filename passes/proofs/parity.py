@@ -232,7 +232,8 @@ def own_errors(
     elif is_real(example):  # what is drawn need not fit
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
-    graph, exactly = model.graph(False).graph, model.flat
+    graph = model.graph(False).graph
+    exactly: Callable[[Named], dict[str, Array]] = model.flat
     if not random_ops(graph):  # in fp64 torch draws other numbers
         exactly = _wide(model, graph)
     runs: list[tuple[Named, dict[str, Array]]] = []
