@@ -249,11 +249,9 @@ def stored_as(
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in FLOATING or replaced) and not scheme:
         return None
-    if info.dtype != "int8":
-        raise _refusal(name, info, scheme, base)
-    if any(isinstance(e, Full) for e in entries):
-        raise _refusal(name, info, scheme, base, "a whole float tensor cannot take its place")
-    found, why = _int8(name, info, base)
+    found, why = _int8(name, info, base) if info.dtype == "int8" else (None, LOST)
+    if info.dtype == "int8" and any(isinstance(e, Full) for e in entries):
+        found, why = None, "a whole float tensor cannot take its place"
     if found is None:
         raise _refusal(name, info, scheme, base, why)
     return found
