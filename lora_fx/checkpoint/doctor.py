@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.experts import Family, family_of
+from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.checkpoint.fold import arithmetic
@@ -82,7 +82,7 @@ def model(pair: Pair) -> Iterator[Finding]:
     kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
     keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
     theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
-    ours = f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}"
+    ours = f"is a {own}" if own else f"has {next(iter((*pair.misfits, *pair.tensors)), 'nothing')}"
     why = next(iter(pair.misfits.values()), "").partition(": ")[2]
     yield Finding(
         keys,

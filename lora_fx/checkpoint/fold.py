@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Change, Dense, Rotation
-from lora_fx.adapter.variant import factors, squares
+from lora_fx.adapter.variant import factors, residual, squares
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into

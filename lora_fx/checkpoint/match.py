@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import (
+from lora_fx.adapter.fused import (
     FAMILIES,
     IN_OUT_EXPERTS,
     ExpertLayout,
@@ -24,8 +24,8 @@ from lora_fx.adapter.experts import (
     family_of,
     laid,
     peft_turns,
+    place,
 )
-from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import (

@@ -574,7 +574,7 @@ def read(path: str | Path) -> Adapter:
           op conv2d and its kernel with in = C_in · ∏k; op experts and `layer` for a parameter,
           `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.fused.place` before
           keys are matched; `mutated` where the update is meant for
-          `lora_fx.adapter.initial.residual` of the base weight.
+          `lora_fx.adapter.variant.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that
           were trained whole.
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.adapter.factors import asked
+from lora_fx.adapter.lowrank import asked
 from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
