@@ -393,6 +393,8 @@ def _differentiable() -> Table:
         aten.cumprod.default: products,
         aten.prod.default: product,
         aten.prod.dim_int: product,
+        aten.embedding_bag.default: bags,
+        aten.embedding_bag.padding_idx: bags,
     }
 
 
@@ -414,6 +416,29 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
         x = torch.cat([x[:reach], x[reach:] * x[:-reach]])
         reach *= 2
     return x.movedim(0, dim)
+
+
+def bags(
+    w: Tensor, places: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *more: Any
+) -> tuple[Tensor, None, None, None]:
+    """The sums, means or maxima of the rows of bags: each from where it starts to the next."""
+    weights, ends, left_out = (*more[1:], *(None, False, None)[len(more[1:]) :])
+    starts = starts[:-1] if ends else starts
+    after = torch.arange(places.shape[0], device=w.device) >= starts[:, None]
+    inside = after & ~F.pad(after[1:], [0, 0, 0, 1])
+    if left_out is not None:
+        inside = inside & (places != left_out)
+    rows = F.embedding(places, w)
+    if weights is not None:
+        rows = rows * weights[:, None]
+    if mode == 2:
+        held = inside.any(1, keepdim=True)
+        top = torch.where(inside[..., None], rows, -torch.inf).amax(1)
+        return torch.where(held, top, 0.0), None, None, None
+    share = inside.to(w.dtype)
+    if mode == 1:
+        share = share / share.sum(1, keepdim=True).clamp(min=1)
+    return share @ rows, None, None, None
 
 
 def adaptive_means(x: Tensor, sizes: Sequence[int]) -> Tensor:
