@@ -27,9 +27,9 @@ from lora_fx.onnx.names import (
     restore_weight_names,
     strip_traces,
 )
-from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow, widen
-from lora_fx.onnx.optimise.stages import RewriteStage
+from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run

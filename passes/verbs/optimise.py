@@ -1,6 +1,6 @@
 """optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
 
-The stages are lora_fx.onnx.optimise.stages.STAGES; a file's inputs come from its signature.
+The stages are lora_fx.onnx.stages.STAGES; a file's inputs come from its signature.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from lora_fx.files.read import remember
 from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import mark_changed, restore_weight_names, strip_traces
-from lora_fx.onnx.optimise.precision import narrow
-from lora_fx.onnx.optimise.stages import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.session import feeds_of_sizes, open_session, signature
+from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.options import ExportOptions
 

@@ -27,8 +27,8 @@ from lora_fx.compare import STEPS
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
-from lora_fx.onnx.optimise.stages import Feeds, WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
+from lora_fx.onnx.stages import Feeds, WorstError, peaks
 from lora_fx.silence import silenced
 
 PRECISION = "lora_fx.precision"

@@ -1,5 +1,7 @@
 """Rewrites as transactions: apply to a clone, run it, keep it only where it is the same model.
 
+The rewrites are passes that onnx_ir's own pass manager runs too.
+
 Every stage is compared with the graph that came in, in ONNX Runtime, at all the sizes given; one
 that raises, does not load, changes the inputs or outputs, or differs is rolled back by itself.
 """
@@ -12,18 +14,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lora_fx.compare import ORT_TOL, compare, sizes_text
+from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.graph.flow import made_by
+from lora_fx.onnx.graph.flow import constant, made_by
+from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.names import exact_constants, unfolded
-from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.silence import silenced
@@ -62,6 +65,150 @@ class FuseForRuntime(ir.passes.InPlacePass):
         with silenced(contextlib.redirect_stdout):
             _, counts = optimize_for_ort(model)
         return ir.passes.PassResult(model, any(counts.values()))
+
+
+# Gemm(Reshape(x, [-1, k]), W, b) → MatMul(x, W) + b, with x as it was before it was flattened.
+#
+# The exporter writes GPT-2's Conv1D as Reshape, Gemm, Reshape; fusions look for MatMul and Add on
+# [batch, length, k]. Dimensions may be symbols. Gemms of flat matrices are left alone: the runtime
+# has a kernel for them. Rows keep their order, so what reshapes the product may go on doing so; a
+# reshape to the shape that the product has now goes away.
+
+
+@dataclass(frozen=True)
+class GemmToMatMul(ir.passes.InPlacePass):
+    """Gemms with alpha = beta = 1 of flattened activations."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type == "Gemm" and not node.domain:
+                changed |= _rewrite(model, node)
+        return ir.passes.PassResult(model, changed)
+
+
+def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
+    x, w = gemm.inputs[0], gemm.inputs[1]
+    flat = made_by(x, "Reshape")
+    attributes = gemm.attributes
+    scales = attributes.get_float("alpha", 1.0), attributes.get_float("beta", 1.0)
+    plain = scales == (1.0, 1.0) and not attributes.get_int("transA", 0)
+    if x is None or flat is None or not plain:
+        return False
+    source = flat.inputs[0]
+    target = constant(flat.inputs[1])
+    if source is None or source.shape is None or target is None or w is None:
+        return False
+    sizes, shape = [int(n) for n in target.ravel()], list(source.shape)
+    if len(sizes) != 2 or sizes[0] != -1 or len(shape) < 3 or sizes[1] < 1:
+        return False
+    out = gemm.outputs[0]
+    if out.shape is None or not isinstance(out.shape[-1], int):
+        return False
+    uses = [u.node for u in out.uses()]
+    if not uses or out.is_graph_output() or not all(_keeps_order(n, out) for n in uses):
+        return False
+    new: list[ir.Node] = []
+    lead = shape[:-1]
+    if shape[-1] != sizes[1]:  # heads and their width in one: [b, s, heads, width] → [b, s, k]
+        if len(shape) != 4 or not all(isinstance(n, int) for n in shape[2:]):
+            return False
+        if int(shape[2]) * int(shape[3]) != sizes[1]:  # type: ignore[arg-type]
+            return False
+        lead = shape[:2]
+        rows = np.array([0, 0, sizes[1]], np.int64)
+        to = add_initialiser(model.graph, f"{out.name}_rows", rows)
+        new.append(ir.node("Reshape", [source, to]))
+        source = new[-1].outputs[0]
+        source.name = f"{out.name}_in"
+        source.type, source.shape = x.type, ir.Shape([*lead, sizes[1]])
+    if attributes.get_int("transB", 0):
+        new.append(ir.node("Transpose", [w], {"perm": [1, 0]}))
+        w = new[-1].outputs[0]
+    full = ir.Shape([*lead, out.shape[-1]])
+    new.append(ir.node("MatMul", [source, w]))
+    if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+        bias = gemm.inputs[2]
+        if bias.shape is None or len(bias.shape) > 1:  # a bias by rows has no place in 3-d
+            return False
+        new[-1].outputs[0].type, new[-1].outputs[0].shape = out.type, full
+        new.append(ir.node("Add", [new[-1].outputs[0], bias]))
+    y = new[-1].outputs[0]
+    y.type, y.shape = out.type, full
+    for i, n in enumerate(new):
+        n.name = f"{out.name}_{n.op_type}"
+        n.outputs[0].name = n.outputs[0].name or f"{out.name}_{i}"
+    model.graph.insert_before(gemm, new)
+    for after in uses:
+        kept = after.outputs[0]
+        if kept.shape is not None and kept.shape == full and not kept.is_graph_output():
+            kept.replace_all_uses_with(y)
+            model.graph.remove(after, safe=True)
+        else:
+            after.replace_input_with(0, y)
+    model.graph.remove(gemm, safe=True)
+    return True
+
+
+def _keeps_order(node: ir.Node, value: ir.Value) -> bool:
+    """A Reshape of the value that copies no dimension from it (no 0 in its target)."""
+    if node.op_type != "Reshape" or node.domain or node.inputs[0] is not value:
+        return False
+    if node.attributes.get_int("allowzero", 0):
+        return True
+    target = constant(node.inputs[1])
+    return target is not None and bool((target != 0).all())
+
+
+# (x·W + bias) + delta → (x·W + delta) + bias, where delta is a chain of products of the same x.
+#
+# Fusions of a bias (BiasGelu, the bias of attention) look for it last, and one of them takes any
+# last operand for a bias. A residual is no such chain and stays where it is.
+
+
+DEPTH = 8
+"""Nodes from delta back to x: two products, scales, casts."""
+
+
+@dataclass(frozen=True)
+class DeltaBeforeBias(ir.passes.InPlacePass):
+    """Low-rank branches that were added after the bias."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Edit the model in place."""
+        from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+        # the matcher itself refuses an inner sum that something else reads, or that is an output
+        rules = RewriteRuleSet([RewriteRule(_bias_first, _delta_first, _swaps)], commute=True)
+        return ir.passes.PassResult(model, bool(rules.apply_to_model(model)))
+
+
+def _bias_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> object:
+    return op.Add(op.Add(product, bias), delta)
+
+
+def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> object:
+    total = op.Add(product, delta)
+    total.name, total.type, total.shape = f"{product.name}_delta", product.type, product.shape
+    return op.Add(total, bias)
+
+
+def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
+    made = made_by(product, "MatMul")
+    x = None if made is None else made.inputs[0]
+    return bias.const_value is not None and x is not None and _reaches(delta, x, 0, DEPTH)
+
+
+def _reaches(value: ir.Value, x: ir.Value, products: int, left: int) -> bool:
+    """Value is x times two matrices or more, by products, scales and casts only."""
+    if value is x:
+        return products >= 2
+    node = value.producer()
+    if node is None or not left or node.op_type not in ("MatMul", "Mul", "Cast"):
+        return False
+    more = products + (node.op_type == "MatMul")
+    return any(v is not None and _reaches(v, x, more, left - 1) for v in node.inputs)
 
 
 # SkipLayerNormalization(x, skip, …) → LayerNormalization(Sum(x, skip)), for the CPU.
@@ -205,57 +352,61 @@ def apply_stages(
         stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
         provider: auto, cpu or cuda.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        base = _open(model, Path(folder) / "base.onnx", provider)
-        wanted = [base.run(f) for f in feeds]
-        rows: list[RewriteStage] = []
-        if stages is None:
-            stages = {**STAGES, **(CPU_STAGES if base.provider == "cpu" else {})}
-        for i, (name, rewrite) in enumerate(stages.items()):
-            candidate, session = model.clone(), base
-            error: float | None = None
-            try:
-                if not rewrite(candidate).modified:
-                    continue
-                why = _renamed(model, candidate)
-                if not why:
-                    session = _open(candidate, Path(folder) / f"{i}.onnx", provider)
-                    why, error = _difference(session, feeds, wanted)
-            except Exception as e:  # a library's rewrite may raise anything; so may the runtime
-                why = one_line(e, 160) or type(e).__name__
-            nodes = sum(1 for _ in candidate.graph.all_nodes())
-            size = weight_bytes(candidate)
-            row = RewriteStage(name, not why, why, nodes, size, error=error)
-            rows.append(row if why else _timed(row, base, session, feeds[0]))
-            model = model if why else candidate
-        return model, rows
+    error = WorstError(model, feeds, provider)
+    rows: list[RewriteStage] = []
+    if stages is None:
+        stages = {**STAGES, **(CPU_STAGES if error.base.provider == "cpu" else {})}
+    for name, rewrite in stages.items():
+        candidate, session = model.clone(), error.base
+        worst: float | None = None
+        try:
+            if not rewrite(candidate).modified:
+                continue
+            why = _renamed(model, candidate)
+            if not why:
+                session = _open(candidate, provider)
+                found = error.compared(session)
+                why = next(map(_over, (p for p in found if not p.ok)), "")
+                worst = max(p.rel for p in found)
+        except Exception as e:  # a library's rewrite may raise anything; so may the runtime
+            why = one_line(e, 160) or type(e).__name__
+        nodes = sum(1 for _ in candidate.graph.all_nodes())
+        finite = worst if worst is not None and math.isfinite(worst) else None
+        row = RewriteStage(name, not why, why, nodes, weight_bytes(candidate), error=finite)
+        rows.append(row if why else _timed(row, error.base, session, feeds[0]))
+        model = model if why else candidate
+    return model, rows
 
 
 class WorstError:
     """Candidate → the largest difference of its outputs to a model's; infinite if it fails.
 
     Attributes:
+        base: The model's session.
         failure: Why the last candidate did not load or run; empty where it did.
     """
 
     def __init__(self, model: ir.Model, feeds: Feeds, provider: str) -> None:
         self._feeds, self._provider, self.failure = feeds, provider, ""
-        with tempfile.TemporaryDirectory() as folder:
-            base = _open(model, Path(folder) / "base.onnx", provider)
-            self._wanted = [base.run(f) for f in feeds]
+        self.base = _open(model, provider)
+        self._wanted = [self.base.run(f) for f in feeds]
 
     def __call__(self, candidate: ir.Model) -> float:
         """The largest max|a − b| / max|b|."""
         self.failure = ""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                run = _open(candidate, Path(folder) / "candidate.onnx", self._provider).run
-                both = zip(self._feeds, self._wanted, strict=True)
-                found = [compare(run(f), w, {}, ORT_TOL).rel for f, w in both]
-            except Exception as e:  # the runtime's exceptions have no common base
-                self.failure = f" ({one_line(e, 160)})"
-                return math.inf
-            return max(found)
+        try:
+            return max(p.rel for p in self.compared(_open(candidate, self._provider)))
+        except Exception as e:  # the runtime's exceptions have no common base
+            self.failure = f" ({one_line(e, 160)})"
+            return math.inf
+
+    def compared(self, session: RuntimeSession) -> list[Parity]:
+        """A session's outputs beside the model's, at every size."""
+        both = zip(self._feeds, self._wanted, strict=True)
+        return [
+            compare(session.run(f), want, {k: v.shape for k, v in f.items()}, ORT_TOL)
+            for f, want in both
+        ]
 
 
 def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
@@ -264,12 +415,11 @@ def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
     shown = [v for n in copy.graph for v in n.outputs if v.name and not v.is_graph_output()]
     copy.graph.outputs.extend(v for v in shown if v.dtype == ir.DataType.FLOAT)
     found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        session = _open(copy, Path(folder) / "shown.onnx", provider)
-        for feed in feeds:
-            for name, value in {**feed, **session.run(feed)}.items():
-                if value.dtype == np.float32 and value.size:
-                    found[name] = max(found.get(name, 0.0), float(np.abs(value).max()))
+    session = _open(copy, provider)
+    for feed in feeds:
+        for name, value in {**feed, **session.run(feed)}.items():
+            if value.dtype == np.float32 and value.size:
+                found[name] = max(found.get(name, 0.0), float(np.abs(value).max()))
     return found
 
 
@@ -283,18 +433,9 @@ def _renamed(before: ir.Model, after: ir.Model) -> str:
     return ""
 
 
-def _difference(session: RuntimeSession, feeds: Feeds, wanted: Feeds) -> tuple[str, float | None]:
-    """Where outputs differ by more than the gate, or nothing; and the largest rel, if finite."""
-    worst = 0.0
-    for feed, want in zip(feeds, wanted, strict=True):
-        shapes = {k: v.shape for k, v in feed.items()}
-        got = compare(session.run(feed), want, shapes, ORT_TOL)
-        worst = max(worst, got.rel)
-        if not got.ok:
-            where = sizes_text(shapes)
-            why = f"output {got.output!r} at {where}: rel {got.rel:.2e}, the gate is {ORT_TOL:.1e}"
-            return why, worst if math.isfinite(worst) else None
-    return "", worst
+def _over(p: Parity) -> str:
+    """Where an output differs by more than the gate."""
+    return f"output {p.output!r} at {sizes_text(p.sizes)}: rel {p.rel:.2e}, the gate is {p.tol:.1e}"
 
 
 def _timed(
@@ -305,12 +446,14 @@ def _timed(
     return replace(row, seconds=cpu["median"], ratio=cpu["ratio"])
 
 
-def _open(model: ir.Model, path: Path, provider: str) -> RuntimeSession:
-    save(model, path)
-    try:
-        return open_session(path, provider, threads=1)
-    except LoraFxError as e:
-        message = e.message.partition("cannot load it: ")[2] or e.message
-        raise LoraFxError(
-            f"ONNX Runtime cannot load it: {message}", "report this: it is a mistake of lora-fx"
-        ) from e
+def _open(model: ir.Model, provider: str) -> RuntimeSession:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        try:
+            return open_session(path, provider, threads=1)
+        except LoraFxError as e:
+            message = e.message.partition("cannot load it: ")[2] or e.message
+            raise LoraFxError(
+                f"ONNX Runtime cannot load it: {message}", "report this: it is a mistake of lora-fx"
+            ) from e
