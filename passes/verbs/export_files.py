@@ -25,8 +25,8 @@ from lora_fx.inputs import SIZES
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.manifest import guard_within, say_within
 from lora_fx.onnx.names import copies_of
-from lora_fx.onnx.ranges import guard_within, say_within
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, open_session, write_adapter
 from lora_fx.passes.batch import Batch, StoredWeight
