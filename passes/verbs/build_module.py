@@ -23,11 +23,10 @@ from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact
-from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.fuse import Fuse, Share
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute, RecomputeWeights
-from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
 from lora_fx.targets.found import Found
 from lora_fx.targets.regions import own_use

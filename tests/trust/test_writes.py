@@ -20,10 +20,9 @@ import lora_fx
 from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes.clean import Clean
-from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.fuse import Fuse, Share
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
-from lora_fx.passes.share import Share
 from tests.fx.module.test_module import perturb
 
 
