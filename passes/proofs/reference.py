@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -56,7 +56,15 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class Reference(Protocol):
-    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
+    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime.
+
+    Attributes:
+        ceiling: The widest gate that rounding can ask for.
+        mixes: True where activations of a whole batch share a range, so that no row is alone.
+    """
+
+    ceiling: float
+    mixes: bool
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -71,14 +79,6 @@ class Reference(Protocol):
 
     def guards(self) -> tuple[Condition, ...]:
         """The conditions outside which a file of this model may be another model."""
-
-    @property
-    def ceiling(self) -> float:
-        """The widest gate that rounding can ask for."""
-
-    @property
-    def mixes(self) -> bool:
-        """True where activations of a whole batch share a range, so that no row is alone."""
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
@@ -125,8 +125,10 @@ class OnnxReference:
                     f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
                 )
         rough = graph is not None and rounds_activations(graph.model)
-        self._step = STEP if rough else 0.0
-        self._made: dict[Any, Path] = {}
+        self._step, self.ceiling = (STEP, COARSE) if rough else (0.0, CEILING)
+        self.mixes = graph is not None and shares_ranges(graph.model)
+        self._names = [o.name for o in session.session.get_outputs()]
+        self._made: dict[tuple[object, ...], Path] = {}
         self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
 
     @property
@@ -142,16 +144,6 @@ class OnnxReference:
     def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""
         return ()
-
-    @property
-    def ceiling(self) -> float:
-        """See Reference."""
-        return COARSE if self._step else CEILING
-
-    @property
-    def mixes(self) -> bool:
-        """See Reference."""
-        return self.graph is not None and shares_ranges(self.graph.model)
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
@@ -171,7 +163,7 @@ class OnnxReference:
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
         """
-        worst: dict[str, float] = dict.fromkeys(self._outputs_of(), self._step)
+        worst: dict[str, float] = dict.fromkeys(self._names, self._step)
         yield worst
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates, moved=True) if updates else None
@@ -228,9 +220,8 @@ class OnnxReference:
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        names = self._outputs_of()
         try:
-            values = session.session.run(names, dict(feeds))
+            values = session.session.run(self._names, dict(feeds))
         except Exception as e:  # the runtime's exceptions have no common base
             known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
             text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
@@ -238,10 +229,7 @@ class OnnxReference:
                 f"the model does not run at {text}: {one_line(e, 160)}",
                 "give real data with --inputs FILE.npz",
             ) from e
-        return dict(zip(names, values, strict=True))
-
-    def _outputs_of(self) -> list[str]:
-        return [o.name for o in self.session.session.get_outputs()]
+        return dict(zip(self._names, values, strict=True))
 
     def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None
@@ -258,10 +246,8 @@ class OnnxReference:
 
     def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
-        key = (
-            moved,
-            *((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()),
-        )
+        rows = ((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items())
+        key = (moved, *rows)
         if key not in self._made:
             assert self.graph is not None
             graph = self.graph.clone()
