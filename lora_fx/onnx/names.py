@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by
+from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.graph.ops import row_of
 
@@ -169,7 +169,7 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, mapping)) + r")\b")
 
-    for value in _values(model):
+    for value in values_of(model):
         if value.shape is not None:
             # sizes of inputs that have to be equal have one symbol, and names of their own
             value.shape = ir.Shape(
@@ -181,19 +181,14 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
             )
 
 
-def _values(model: ir.Model) -> list[ir.Value]:
-    made = (v for n in model.graph.all_nodes() for v in n.outputs if v is not None)
-    return [*model.graph.inputs, *made]
-
-
 def strip_traces(model: ir.Model) -> None:
     """Drop the metadata that names source files of the machine the model was exported on.
 
     What lora-fx wrote stays.
     """
     graph = model.graph
-    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *_values(model)]
-    for thing in [*things, *graph.initializers.values()]:
+    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *values_of(model)]
+    for thing in things:
         for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
             del thing.metadata_props[key]
     graph.metadata_props.clear()

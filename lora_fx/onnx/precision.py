@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph.flow import bodies_of
+from lora_fx.onnx.graph.flow import bodies_of, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.onnx.stages import Feeds, WorstError, peaks
@@ -104,9 +104,7 @@ def narrow(
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     """The values of a model that are in bfloat16, bodies included."""
-    values = {v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())}
-    values |= {v for n in model.graph.all_nodes() for v in n.outputs}
-    return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
+    return [v for v in values_of(model) if v.dtype is ir.DataType.BFLOAT16]
 
 
 def at_level(model: ir.Model, level: int) -> None:
@@ -115,16 +113,17 @@ def at_level(model: ir.Model, level: int) -> None:
     Raises:
         LoraFxError: The model has none.
     """
+    if not level:
+        return
     products = [n for n in model.graph.all_nodes() if n.op_type == "MatMulNBits"]
-    if level and not products:
+    if not products:
         raise LoraFxError(
             f"accuracy level {level} is of products over int4 or int8 codes, and there is none",
             "nf4 and fp4 are always computed in floats",
         )
-    for node in products if level else ():
+    for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-    if level:
-        model.metadata_props[PRECISION] = f"level {level}"
+    model.metadata_props[PRECISION] = f"level {level}"
 
 
 def widen(model: ir.Model) -> bool:
@@ -148,9 +147,7 @@ def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
-def _half(
-    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float], tol: float
-) -> Narrowed:
+def _half(model: ir.Model, error: WorstError, high: Mapping[str, float], tol: float) -> Narrowed:
     named = _named(model)
     order = [str(n.name) for n in named.graph]
     islands = [
@@ -183,7 +180,7 @@ def _half(
                 return Narrowed(made, found, tuple(islands))
             raise LoraFxError(
                 f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
-                f"gate is {tol:.1e}{getattr(error, 'failure', '')}",
+                f"gate is {tol:.1e}{error.failure}",
                 "the model needs float32's range or precision in too many places; --tol accepts "
                 "more",
             )

@@ -24,7 +24,7 @@ from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.graph.flow import constant, made_by
+from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand, remove_unread
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.save import save, weight_bytes
@@ -96,11 +96,10 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     plain = scales == (1.0, 1.0) and not attributes.get_int("transA", 0)
     if x is None or flat is None or not plain:
         return False
-    source = flat.inputs[0]
-    target = constant(flat.inputs[1])
-    if source is None or source.shape is None or target is None or w is None:
+    source, sizes = flat.inputs[0], numbers(flat, "shape", 1)
+    if source is None or source.shape is None or sizes is None or w is None:
         return False
-    sizes, shape = [int(n) for n in target.ravel()], list(source.shape)
+    shape = list(source.shape)
     if len(sizes) != 2 or sizes[0] != -1 or len(shape) < 3 or sizes[1] < 1:
         return False
     out = gemm.outputs[0]
@@ -128,8 +127,7 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
         w = new[-1].outputs[0]
     full = ir.Shape([*lead, out.shape[-1]])
     new.append(ir.node("MatMul", [source, w]))
-    if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
-        bias = gemm.inputs[2]
+    if (bias := operand(gemm, 2)) is not None:
         if bias.shape is None or len(bias.shape) > 1:  # a bias by rows has no place in 3-d
             return False
         new[-1].outputs[0].type, new[-1].outputs[0].shape = out.type, full
@@ -139,7 +137,7 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     for i, n in enumerate(new):
         n.name = f"{out.name}_{n.op_type}"
         n.outputs[0].name = n.outputs[0].name or f"{out.name}_{i}"
-    model.graph.insert_before(gemm, new)
+    gemm.prepend(new)
     for after in uses:
         kept = after.outputs[0]
         if kept.shape is not None and kept.shape == full and not kept.is_graph_output():
@@ -252,21 +250,20 @@ def _split(fused: ir.Node) -> bool:
     epsilon = fused.attributes.get_float("epsilon", DEFAULT_EPSILON)
     operands = [total.outputs[0], gamma, *([] if beta is None else [beta])]
     norm = ir.node(NORMS[fused.op_type], operands, {"axis": -1, "epsilon": epsilon})
-    assert fused.graph is not None
-    fused.graph.insert_before(fused, [total, norm])
+    fused.prepend([total, norm])
     total.outputs[0].name = f"{fused.outputs[0].name}_sum"
     total.outputs[0].type, total.outputs[0].shape = fused.outputs[0].type, fused.outputs[0].shape
     _take_over(fused.outputs[0], norm.outputs[0])
     if len(fused.outputs) > 3:
         _take_over(fused.outputs[3], total.outputs[0])
-    fused.graph.remove(fused, safe=True)
+    remove_unread(fused)
     return True
 
 
 def _hold(norm: ir.Node) -> bool:
     """Sum for an Add of two activations of one shape: a bias is a constant, or smaller."""
     add = made_by(norm.inputs[0], "Add")
-    if add is None or add.graph is None:
+    if add is None:
         return False
     a, b = add.inputs
     if a is None or b is None or a.shape is None or a.shape != b.shape:
@@ -274,9 +271,9 @@ def _hold(norm: ir.Node) -> bool:
     if a.const_value is not None or b.const_value is not None:
         return False
     total = ir.node("Sum", [a, b])
-    add.graph.insert_before(add, [total])
+    add.prepend(total)
     _take_over(add.outputs[0], total.outputs[0])
-    add.graph.remove(add, safe=True)
+    remove_unread(add)
     return True
 
 

@@ -6,6 +6,7 @@ the graphs around it, so one walk over all nodes follows both.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -29,7 +30,6 @@ from lora_fx.onnx.graph.ops import (
     Codes,
     OnnxOp,
     OnnxOperand,
-    attr,
     check_scales,
     may_weigh,
     narrow,
@@ -58,8 +58,7 @@ class Store:
     @property
     def tensor(self) -> ir.TensorProtocol:
         """The tensor that is stored there now."""
-        node = self.value.producer()
-        found = self.value.const_value if node is None else node.attributes["value"].as_tensor()
+        found = ir.convenience.get_const_tensor(self.value)
         assert found is not None
         return found
 
@@ -273,7 +272,7 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
     tensor = flow.stores[weight.name].tensor
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
-        axis, block = int(attr(node, "axis", 1)), int(attr(node, "block_size", 0))
+        axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
         check_scales(node, 1, weight.shape, axis, block)
         codes = Codes(node.op_type, tensor.dtype.bitwidth)
         behind = _stored(flow, (v for v in node.inputs if v is not None))
@@ -304,13 +303,11 @@ SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
 
 def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of codes that were cast, with scales or zero points."""
-    known = [flow.weights.get(v) for v in node.inputs if v is not None]
-    if len(known) != 2 or any(w is None for w in known):
+    known = [flow.weights[v] for v in node.inputs if v in flow.weights]
+    if len(known) != 2:
         return False
-    weight, other = sorted(known, key=lambda w: -math.prod(w.shape) if w else 0)
-    if weight is None or other is None or weight.codes is None or weight.codes.scaled:
-        return False
-    if len(other.shape) > len(weight.shape):
+    weight, other = sorted(known, key=lambda w: -math.prod(w.shape))
+    if weight.codes is None or weight.codes.scaled or len(other.shape) > len(weight.shape):
         return False
     codes = replace(weight.codes, scaled=SCALING[node.op_type])
     behind = (*(weight.behind or (weight.name,)), other.name)
@@ -326,9 +323,18 @@ def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 def shape_of(value: ir.Value | None) -> Shape | None:
     """The sizes of a value, whole numbers or symbols; None where the file does not say."""
-    if value is None or value.shape is None:
-        return None
-    return tuple(value.shape)
+    return None if value is None or value.shape is None else tuple(value.shape)
+
+
+def values_of(model: ir.Model) -> list[ir.Value]:
+    """Inputs, initialisers and what nodes make, bodies included."""
+    stored = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
+    return [*dict.fromkeys(stored), *(v for n in model.graph.all_nodes() for v in n.outputs)]
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of dimensions of a value; None where it is unknown."""
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
@@ -442,8 +448,6 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
 
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """
-    import ast
-
     props = node.metadata_props
     try:
         scopes = ast.literal_eval(props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -480,11 +484,8 @@ def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...], result: ir
 
 def _data(node: ir.Node) -> int:
     """FLOPs of one product of activations; 0 for everything else."""
-    known = node.op_type in ("MatMul", "Gemm", "Einsum", "FusedMatMul")
-    if not known and (node.domain, node.op_type) not in DATA_OPS:
-        return 0
-    first, y = shape_of(node.inputs[0]), shape_of(node.outputs[0])
-    if not first or y is None:
+    first, y = shape_of(operand(node, 0)), shape_of(node.outputs[0])
+    if (node.domain, node.op_type) not in DATA_OPS or not first or y is None:
         return 0
     return 2 * _count(y) * _count(first[-1:])
 
@@ -509,23 +510,24 @@ def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op and not node.domain else None
 
 
+def remove_unread(node: ir.Node | None) -> None:
+    """Remove a node that nothing reads, and those before it that nothing reads then."""
+    if node is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        return
+    assert node.graph is not None
+    before = [v.producer() for v in node.inputs if v is not None]
+    node.graph.remove(node, safe=True)
+    for maker in before:
+        remove_unread(maker)
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The array of an initialiser or a Constant; None for anything else."""
-    if value is None:
-        return None
     # an initialiser that is an input too can be overridden in every run: no constant
-    if value.const_value is not None and not value.is_graph_input():
-        return value.const_value.numpy()
-    node = value.producer()
-    if node is None or node.op_type != "Constant":
+    if value is None or value.is_graph_input():
         return None
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor().numpy()
-        if name in ("value_int", "value_ints", "value_float", "value_floats"):
-            kind = np.int64 if "int" in name else np.float32
-            return np.array(attribute.value, kind)
-    return None
+    found = ir.convenience.get_const_tensor(value)
+    return None if found is None else found.numpy()
 
 
 def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:

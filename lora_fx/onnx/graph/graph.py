@@ -173,7 +173,7 @@ class OnnxGraph(Analysed):
 
     def emit_first(self, mark: str) -> OnnxEmitter:
         """An emitter before all nodes, for what is computed of initialisers."""
-        return OnnxEmitter(self, next(iter(self.model.graph)), mark, before=True)
+        return OnnxEmitter(self, self.model.graph[0], mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
         """Let every user but the branch itself read y; an output of a graph keeps its name.
@@ -445,12 +445,10 @@ class OnnxEmitter:
             new.metadata_props[VIEW] = "of the weight form"
         for value in new.outputs:
             value.name = self.owner.fresh(f"{self.mark}_lora")
-        graph = self.node.graph
-        assert graph is not None
         if self.before:
-            graph.insert_before(self.node, new)
+            self.node.prepend(new)
         else:
-            graph.insert_after(self.last, new)
+            self.last.append(new)
             self.last = new
         self.owner.changed()
         return new.outputs[0]
