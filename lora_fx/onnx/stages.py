@@ -22,14 +22,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand, remove_unread
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
-from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 Feeds = Sequence[Mapping[str, Array]]
