@@ -42,7 +42,7 @@ from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.passes.proofs.attached import (
+from lora_fx.passes.proofs.effect import (
     Explicit,
     InGraph,
     eval_mode,

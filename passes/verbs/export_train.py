@@ -42,8 +42,7 @@ from lora_fx.onnx.save import Output, save_beside
 from lora_fx.onnx.session import open_session, write_adapter
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse, Share
-from lora_fx.passes.proofs.gradients import prove_step
-from lora_fx.passes.proofs.parity import TorchReference, arrays_of
+from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
 from lora_fx.passes.verbs.export_torch import switchable
