@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
 
 from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank
@@ -261,13 +260,14 @@ def _part(e: Emitter[V], stored: V, target: Target) -> V:
     return stored
 
 
-def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None) -> tuple[V, V]:
+def factors(
+    e: Emitter[V], half: Half, like: V, role: Role, scale: float | None = None
+) -> tuple[V, V]:
     """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
 
     def stored(slot: FactorTensor) -> V:
         own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
-        made: V = e.parameter(slot.name, slot.value, own)
-        return made
+        return e.parameter(slot.name, slot.value, own)
 
     a = stored(half.a)
     if half.group > 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
@@ -40,7 +40,6 @@ from lora_fx.fx.capture.capture import Captured, alike
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
-from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
@@ -275,7 +274,7 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
-    run = Wide(model, graph=model.graph(False).graph)
+    run = GraphRun(model, model.graph(False).graph)
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
@@ -287,20 +286,34 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
     return exactly
 
 
-class Wide(fx.Interpreter):
-    """A graph in fp64."""
+class GraphRun(fx.Interpreter):
+    """A graph over other tensors by name, and in fp64 unless `wide` is False."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        graph: fx.Graph | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        wide: bool = True,
+    ) -> None:
+        super().__init__(module, graph=graph)
+        self.tensors, self.wide = tensors or {}, wide
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What the graph holds, in fp64."""
-        return self.read(super().get_attr(target, args, kwargs))
+        """What the graph holds, or what stands in its place."""
+        own = self.tensors.get(target)
+        return self.read(super().get_attr(target, args, kwargs)) if own is None else own
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64."""
+        """The result of an op."""
         args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
         return super().call_function(target, args, kwargs)
 
     def read(self, x: Any) -> Any:
         """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+        if not self.wide:
+            return x
         if isinstance(x, torch.dtype):
             return torch.float64 if x.is_floating_point else x
         return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -429,24 +442,24 @@ def prove_step(
         labelled: The whole call of a batch without labels, and its labels.
         arrays: A user's inputs instead of sampled ones.
     """
-    module: Any = graph.flat
-    owner: AdaptedModule = graph.module
     results: list[Parity] = []
-    generator = np.random.default_rng(0)
+    owner, generator = graph.module, np.random.default_rng(0)
     for named, _, extra in feeds_of(owner, arrays):
         try:
             named, labels = labelled(named)
         except (IndexError, RuntimeError, ValueError) as e:
             if not extra:
                 raise
-            leave_out(owner, shapes_of(arrays_of(named)), f"the model does not run there: {e}")
+            leave_out(
+                graph.module, shapes_of(arrays_of(named)), f"the model does not run there: {e}"
+            )
             continue
         feeds = {**arrays_of(named), "labels": labels}
         shapes = shapes_of(feeds)
         if refused := graph.traced.door.refused(pytree.tree_leaves(dict(named))):
             leave_out(owner, shapes, f"another path: {refused.message}")
             continue
-        held = {s.name: _drawn(s, attrgetter(s.tensor)(module), generator) for s in slots}
+        held = {s.name: _drawn(s, attrgetter(s.tensor)(graph.flat), generator) for s in slots}
         numbers = {"step": np.array(TAKEN, np.int64), "seed": np.array(SEED, np.int64)}
         given = {**feeds, **held, **numbers, "lr": np.array(LR, np.float32)}
         step = _Torch(graph, slots, update)
@@ -520,7 +533,8 @@ class _Torch:
         held = {s.name: (self._own(given[s.name]) / s.scale).requires_grad_(s.trained)
                 for s in self.slots}  # fmt: skip
         by_tensor = {s.tensor: held[s.name] for s in self.slots}
-        run = _Run(self.graph.flat, by_tensor, wide=self.dtype is torch.float64)
+        wide = self.dtype is torch.float64
+        run = GraphRun(self.graph.flat, tensors=by_tensor, wide=wide)
         inputs = [torch.tensor(given[n]) for n in self.graph.names]
         labels = torch.tensor(given["labels"])
         with torch.enable_grad(), alike(self.graph.module):
@@ -531,21 +545,3 @@ class _Torch:
     def _own(self, array: Array) -> Tensor:
         """An array of the file as the module lays it out."""
         return from_numpy(np.swapaxes(array, -1, -2).copy()).to(self.dtype)
-
-
-class _Run(Wide):
-    """A train program over tensors of its own by name, in fp32 or fp64."""
-
-    def __init__(
-        self, module: fx.GraphModule, tensors: Mapping[str, Tensor], *, wide: bool
-    ) -> None:
-        super().__init__(module)
-        self.tensors, self.wide = tensors, wide
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in self.tensors:
-            return self.tensors[target]
-        return super().get_attr(target, args, kwargs)
-
-    def read(self, x: Any) -> Any:
-        return super().read(x) if self.wide else x

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
+from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.flow import (
@@ -214,12 +214,12 @@ class OnnxGraph(Analysed):
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
 
-    def picked(self, site: Site, e: Any) -> ir.Value:
+    def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
         """What the last Gather on the weight's way takes, as a list."""
         value = self.at(site).node.inputs[site.slot[0]]
         while value is not None and (node := value.producer()) is not None:
             if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
-                ids: ir.Value = e.op("reshape", node.inputs[1], shape=(-1,))
+                ids = e.op("reshape", node.inputs[1], shape=(-1,))
                 ids.shape = ir.Shape([None])  # by which the walk knows a list of them
                 return ids
             value = node.inputs[0]
