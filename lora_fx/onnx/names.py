@@ -84,7 +84,7 @@ def mark_data(model: ir.Model, weights: Collection[str]) -> None:
     """Mark the constants that weights are multiplied by, or looked up at: they are no weights."""
     flow, names = follow(model), set(weights)
     for node in filter(_is_site, model.graph.all_nodes()):
-        known = [flow.stores[w.name].value for v in node.inputs if (w := flow.weight_of(v))]
+        known = [flow.stores[w.name] for v in node.inputs if (w := flow.weight_of(v))]
         others = [v for v in known if not _of(v) & names]
         for value in others if len(others) < len(known) else ():
             value.metadata_props[DATA] = node.op_type
@@ -210,7 +210,7 @@ def mask_by_infinity(model: ir.Model) -> None:
         added = made_by(softmax.inputs[0], "Add") if softmax is not None else None
         for value in added.inputs if added is not None else ():
             where = made_by(value, "Where")
-            low = constant(where.inputs[2]) if where is not None else None
+            low = None if where is None else constant(where.inputs[2])
             if where is not None and low is not None and low.size == 1 and low.item() < LOWEST:
                 name = f"{where.outputs[0].name}_left_out"
                 infinity = np.full(low.shape, -np.inf, low.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,7 +146,9 @@ def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
-def _half(model: ir.Model, error: WorstError, high: Mapping[str, float], tol: float) -> Narrowed:
+def _half(
+    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float], tol: float
+) -> Narrowed:
     named = _named(model)
     order = [str(n.name) for n in named.graph]
     islands = [
@@ -179,7 +181,7 @@ def _half(model: ir.Model, error: WorstError, high: Mapping[str, float], tol: fl
                 return Narrowed(made, found, tuple(islands))
             raise LoraFxError(
                 f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
-                f"gate is {tol:.1e}{error.failure}",
+                f"gate is {tol:.1e}{getattr(error, 'failure', '')}",
                 "the model needs float32's range or precision in too many places; --tol accepts "
                 "more",
             )
@@ -281,7 +283,7 @@ class ToHalf(ir.passes.InPlacePass):
         for node in nodes:
             if node.op_type == "Cast" and node.attributes["to"].as_int() == FULL:
                 node.attributes["to"] = ir.AttrInt64("to", int(HALF))
-        for value in mine - outputs:
+        for value in mine:
             value.type = ir.TensorType(HALF)
         for value in outputs:
             self._end(graph, value)
@@ -315,21 +317,15 @@ class ToHalf(ir.passes.InPlacePass):
             made.shape = value.shape
             maker = value.producer()
             if maker is None:
-                graph.insert_before(graph[0], node)
+                graph[0].prepend(node)
             else:
-                assert isinstance(maker.graph, ir.Graph)
-                maker.graph.insert_after(maker, node)
+                maker.append(node)
         self._casts[id(value), to] = made
         return made
 
     def _end(self, graph: ir.Graph, value: ir.Value) -> None:
         """An output of the graph keeps its name and dtype, and a cast makes it."""
-        maker, name = value.producer(), value.name
-        assert maker is not None
-        value.name = f"{name}_half"
-        value.type = ir.TensorType(HALF)
+        name, value.name = value.name, f"{value.name}_half"
         full = self._as(graph, value, FULL)
         full.name = name
-        for i, out in enumerate(graph.outputs):
-            if out is value:
-                graph.outputs[i] = full
+        graph.outputs[graph.outputs.index(value)] = full

@@ -522,9 +522,8 @@ class TrainSession:
         own = {"lr", "step", *(["seed"] if self.manifest.training["seed"] else [])}
         self._shapes = {i.name: i.shape for i in self.session.get_inputs()}
         slots = self.manifest.slots.values()
-        states = [n for names in self.manifest.training["states"].values() for n in names]
-        held = {n for s in slots for n in (s.a, s.b)} | set(states)
-        self._states = states
+        self._states = [n for s in self.manifest.training["states"].values() for n in s]
+        held = {n for s in slots for n in (s.a, s.b)} | set(self._states)
         self._batch = [n for n in self._shapes if n not in own | held]
         if adapter is None:
             adapter = Path(path).with_suffix(".onnx_adapter")

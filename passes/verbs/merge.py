@@ -255,8 +255,8 @@ class OnnxMergePlan:
             {"key": n, "tensor": n, "shape": list(v.shape), "rank": None, "scale": None}
             for n, v in self.matched.whole.items()
         ]
-        stores = self.graph.flow.stores
-        return [{**row, "bytes": stores[row["tensor"]].tensor.nbytes} for row in rows]
+        stored = self.graph.flow.tensor
+        return [{**row, "bytes": stored(row["tensor"]).nbytes} for row in rows]
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""

@@ -48,29 +48,6 @@ DATA = "lora_fx.data"
 
 
 @dataclass(frozen=True)
-class Store:
-    """Where a tensor is stored: the value of an initialiser, or of a Constant node."""
-
-    name: str
-    value: ir.Value
-
-    @property
-    def tensor(self) -> ir.TensorProtocol:
-        """The tensor that is stored there now."""
-        found = ir.convenience.get_const_tensor(self.value)
-        assert found is not None
-        return found
-
-    def put(self, tensor: ir.TensorProtocol) -> None:
-        """Store another tensor in its place."""
-        node = self.value.producer()
-        if node is None:
-            self.value.const_value = tensor
-        else:
-            node.attributes["value"] = ir.AttrTensor("value", tensor)
-
-
-@dataclass(frozen=True)
 class OnnxWeight:
     """A value that is one stored tensor seen through a View."""
 
@@ -118,14 +95,15 @@ class OnnxFlow:
     """What one walk over a model finds.
 
     Attributes:
-        stores: Every stored tensor by name; the model's own come first, in file order.
+        stores: The value of every stored tensor, an initialiser's or a Constant's, by name; the
+            model's own come first, in file order.
         weights: Values that are a stored tensor seen through views.
         computed: Values that are made of stored tensors alone, or of one that a loop carries.
         found: Every use of one, in execution order.
         data_flops: FLOPs of the products of activations.
     """
 
-    stores: dict[str, Store] = field(default_factory=dict)
+    stores: dict[str, ir.Value] = field(default_factory=dict)
     weights: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     computed: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     found: list[OnnxWeightUse] = field(default_factory=list)
@@ -135,23 +113,38 @@ class OnnxFlow:
         """The weight that a value is, or that it is computed from."""
         return None if value is None else self.weights.get(value) or self.computed.get(value)
 
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        """The tensor that is stored under a name now."""
+        found = ir.convenience.get_const_tensor(self.stores[name])
+        assert found is not None
+        return found
+
+    def put(self, name: str, tensor: ir.TensorProtocol) -> None:
+        """Store another tensor in the place of one."""
+        node = self.stores[name].producer()
+        if node is None:
+            self.stores[name].const_value = tensor
+        else:
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
+
     def parameters(self) -> list[Parameter]:
         """Floating tensors that no pass added, codes of weights, and what may be such codes."""
         coded = {f.site.parameter: f for f in self.found if f.codes is not None}
         result = []
-        for name, store in self.stores.items():
-            dtype, use = tensor_dtype(store.tensor.dtype), coded.get(name)
-            if use is None and not ("float" in dtype or narrow(store.tensor)):
+        for name, value in self.stores.items():
+            tensor, use = self.tensor(name), coded.get(name)
+            dtype = tensor_dtype(tensor.dtype)
+            if use is None and not ("float" in dtype or narrow(tensor)):
                 continue
-            shape = (use.use.stored if use else ()) or tuple(store.tensor.shape.numpy())
-            alias = (str(store.value.name),) * _is_odd(store.value)
-            if use is None or use.codes is None:
+            shape = (use.use.stored if use else ()) or tuple(tensor.shape.numpy())
+            alias = (str(value.name),) * _is_odd(value)
+            kept = use.codes if use else None
+            if kept is None:
                 result.append(Parameter(name, shape, dtype, alias))
-                continue
-            plain = QUANTISER.sub("", name)
-            alias += (plain,) * (plain not in self.stores)
-            kept = use.codes
-            result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
+            else:
+                plain = QUANTISER.sub("", name)
+                alias += (plain,) * (plain not in self.stores)
+                result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
         return result
 
 
@@ -181,10 +174,9 @@ def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if _is_odd(value):  # such come last, so that a plain name is the key of its own tensor
         own = re.sub(r"[@\[\]]", "_", own)
     name = free_name(own, flow.stores)  # a body may use a name again
-    store = Store(name, value)
-    flow.stores[name] = store
+    flow.stores[name] = value
     if DATA not in value.metadata_props:
-        flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
+        flow.weights[value] = OnnxWeight(name, View(), tuple(flow.tensor(name).shape.numpy()))
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
@@ -226,7 +218,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
-    floats = [w for w in known.values() if may_weigh(flow.stores[w.name].tensor)]
+    floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
     names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
     if not names:
         return False
@@ -269,7 +261,7 @@ def _root(value: ir.Value | None) -> ir.Value | None:
 
 def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
-    tensor = flow.stores[weight.name].tensor
+    tensor = flow.tensor(weight.name)
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
         axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
         check_scales(node, 1, weight.shape, axis, block)
@@ -350,7 +342,7 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         weight = flow.weight_of(operand(node, use.weight))
         if weight is None:
             continue
-        tensor = flow.stores[weight.name].tensor
+        tensor = flow.tensor(weight.name)
         codes = use.codes or weight.codes
         if codes is None and row.op == "embedding" and narrow(tensor):
             codes = Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
@@ -377,7 +369,7 @@ def _coded(
 ) -> OnnxWeightUse:
     """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
     y, source, why = node.outputs[0], None, ""
-    made = weight.codes.bits if weight.codes else flow.stores[weight.name].tensor.dtype.bitwidth
+    made = weight.codes.bits if weight.codes else flow.tensor(weight.name).dtype.bitwidth
     codes = replace(codes, bits=codes.bits or made)
     if row.integer:
         source = quantiser(node.inputs[use.x])
@@ -403,7 +395,7 @@ def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -
     ONNX's inference knows nothing of other domains; ids are no numbers of that dtype.
     """
     cast = [s.dtype for s in weight.view.steps if isinstance(s, Cast)]
-    dtype = numpy_dtype(cast[-1]) if cast else flow.stores[weight.name].tensor.dtype.numpy()
+    dtype = numpy_dtype(cast[-1]) if cast else flow.tensor(weight.name).dtype.numpy()
     ids = use.kind.name == "embedding"
     for value in (None if ids else node.inputs[use.x], node.outputs[0]):
         if value is not None and value.dtype is None:

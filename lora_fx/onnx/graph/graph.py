@@ -26,7 +26,6 @@ from lora_fx.onnx.graph.flow import (
     WAS,
     OnnxFlow,
     OnnxWeightUse,
-    Store,
     bodies_of,
     constant,
     dtype_name,
@@ -82,7 +81,7 @@ class OnnxGraph(Analysed):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
         self._names = 0
         self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[str, ir.Value] = {}
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -121,14 +120,14 @@ class OnnxGraph(Analysed):
 
     def read(self, name: str) -> Array:
         """The value of a stored tensor."""
-        return self.flow.stores[name].tensor.numpy()
+        return self.flow.tensor(name).numpy()
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that reads the value.
 
         It maps a tensor of a data file anew each time, so that nothing keeps it in memory.
         """
-        tensor = self.flow.stores[name].tensor
+        tensor = self.flow.tensor(name)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
             shape = tuple(tensor.shape.numpy())
             dtype, start = tensor.dtype.numpy(), tensor.offset or 0
@@ -154,7 +153,7 @@ class OnnxGraph(Analysed):
         """The stored tensor that the site reads."""
         if site.parameter not in self._stores:
             self.flow  # noqa: B018
-        return self._stores[site.parameter].value
+        return self._stores[site.parameter]
 
     def output(self, site: Site) -> ir.Value:
         """The product of the site."""
@@ -255,13 +254,13 @@ class OnnxGraph(Analysed):
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through views of their own."""
         for site in sites:
-            self.rebase(site, self.flow.stores[stored].value)
+            self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
-            store = self.flow.stores[name]
-            store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
+            # no other flow: nothing to drop
+            self.flow.put(name, as_tensor(value, str(self.flow.tensor(name).name)))
             return name
         stored = free_name(f"{name}_folded", self.flow.stores, "_")
         add_initialiser(self.model.graph, stored, value)
@@ -308,9 +307,8 @@ class OnnxGraph(Analysed):
 
     def store(self, name: str, value: Array) -> None:
         """Store another value [stored shape] in a tensor, in the dtype that it has."""
-        store = self.flow.stores[name]
-        dtype = store.tensor.dtype.numpy()
-        store.put(ir.tensor(value.astype(dtype), name=store.tensor.name))
+        was = self.flow.tensor(name)
+        self.flow.put(name, ir.tensor(value.astype(was.dtype.numpy()), name=was.name))
 
     def clone(self) -> OnnxGraph:
         """The same graph in new nodes; tensors are shared."""
