@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import itertools
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -267,8 +268,6 @@ def output(
 
 
 def _free(target: Path) -> Path:
-    path, i = target.with_name(f"{target.name}.data"), 0
-    while path.exists() or path.is_symlink():
-        i += 1
-        path = target.with_name(f"{target.name}.{i}.data")
-    return path
+    names = (f"{target.name}.{i}.data" for i in itertools.count(1))
+    paths = map(target.with_name, itertools.chain([f"{target.name}.data"], names))
+    return next(path for path in paths if not (path.exists() or path.is_symlink()))

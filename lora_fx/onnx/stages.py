@@ -101,41 +101,37 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
     shape = list(source.shape)
     if len(sizes) != 2 or sizes[0] != -1 or len(shape) < 3 or sizes[1] < 1:
         return False
-    out = gemm.outputs[0]
+    out, bias = gemm.outputs[0], operand(gemm, 2)
     if out.shape is None or not isinstance(out.shape[-1], int):
         return False
     uses = [u.node for u in out.uses()]
     if not uses or out.is_graph_output() or not all(_keeps_order(n, out) for n in uses):
         return False
+    if bias is not None and (bias.shape is None or len(bias.shape) > 1):
+        return False  # a bias by rows has no place in 3-d
+    lead, width = shape[:-1], sizes[1]
+    joined = shape[-1] != width  # heads and their width in one: [b, s, heads, width] → [b, s, k]
+    if joined:
+        lead, heads = shape[:2], [n for n in shape[2:] if isinstance(n, int)]
+        if len(shape) != 4 or len(heads) != 2 or math.prod(heads) != width:
+            return False
     new: list[ir.Node] = []
-    lead = shape[:-1]
-    if shape[-1] != sizes[1]:  # heads and their width in one: [b, s, heads, width] → [b, s, k]
-        if len(shape) != 4 or not all(isinstance(n, int) for n in shape[2:]):
-            return False
-        if int(shape[2]) * int(shape[3]) != sizes[1]:  # type: ignore[arg-type]
-            return False
-        lead = shape[:2]
-        rows = np.array([0, 0, sizes[1]], np.int64)
-        to = add_initialiser(model.graph, f"{out.name}_rows", rows)
-        new.append(ir.node("Reshape", [source, to]))
-        source = new[-1].outputs[0]
-        source.name = f"{out.name}_in"
-        source.type, source.shape = x.type, ir.Shape([*lead, sizes[1]])
+
+    def made(op: str, *inputs: ir.Value, sizes: ir.Shape | None, **given: list[int]) -> ir.Value:
+        new.append(ir.node(op, inputs, given, name=f"{out.name}_{op}"))
+        value = new[-1].outputs[0]
+        value.name, value.type, value.shape = f"{out.name}_{len(new)}", out.type, sizes
+        return value
+
+    if joined:
+        to = add_initialiser(model.graph, f"{out.name}_rows", np.array([0, 0, width], np.int64))
+        source = made("Reshape", source, to, sizes=ir.Shape([*lead, width]))
     if attributes.get_int("transB", 0):
-        new.append(ir.node("Transpose", [w], {"perm": [1, 0]}))
-        w = new[-1].outputs[0]
+        w = made("Transpose", w, sizes=None, perm=[1, 0])
     full = ir.Shape([*lead, out.shape[-1]])
-    new.append(ir.node("MatMul", [source, w]))
-    if (bias := operand(gemm, 2)) is not None:
-        if bias.shape is None or len(bias.shape) > 1:  # a bias by rows has no place in 3-d
-            return False
-        new[-1].outputs[0].type, new[-1].outputs[0].shape = out.type, full
-        new.append(ir.node("Add", [new[-1].outputs[0], bias]))
-    y = new[-1].outputs[0]
-    y.type, y.shape = out.type, full
-    for i, n in enumerate(new):
-        n.name = f"{out.name}_{n.op_type}"
-        n.outputs[0].name = n.outputs[0].name or f"{out.name}_{i}"
+    y = made("MatMul", source, w, sizes=full)
+    if bias is not None:
+        y = made("Add", y, bias, sizes=full)
     gemm.prepend(new)
     for after in uses:
         kept = after.outputs[0]

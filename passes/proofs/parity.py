@@ -209,6 +209,8 @@ def _narrow(reference: CapturedModule) -> set[str]:
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
+SEEDS = (0, 1, 2)
+"""Of the inputs, and of the moves of weights, by which a model's rounding is told."""
 FEW = 8
 """Numbers of an output, a loss, of which three moves of the weights tell too little."""
 
@@ -217,7 +219,6 @@ def own_errors(
     model: CapturedModule,
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
 ) -> Iterator[dict[str, float]]:
     """Per output, how far rounding moves a model's values: the largest so far of several inputs.
 
@@ -229,7 +230,7 @@ def own_errors(
     sizes = model.captured.inputs.checks if sizes is None else sizes
     example = model._in_own_dtype()
     calls: list[Callable[[], Named]]
-    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in seeds]
+    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in SEEDS]
     if arrays is not None:
         calls.insert(0, partial(model.sample, sizes[0], arrays))
     elif is_real(example):  # what is drawn need not fit
@@ -254,7 +255,7 @@ def own_errors(
         yield _grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
-    for seed in range(4 * len(seeds)) if few else seeds:
+    for seed in range(4 * len(SEEDS)) if few else SEEDS:
         _move(model, moved, seed)
         for named, values in runs:
             yield _grow(worst, moved.flat(named), values)

@@ -406,7 +406,8 @@ def add_initialiser(
 
 OF_CODES = {"bits", "block_size", "gather_axis", "quantize_axis"}
 """Attributes of a lookup of codes, which one of floats does not have."""
-PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum"}
+PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum",
+         "transpose": "Transpose"}  # fmt: skip
 """Primitives that are a node of the same operands and attributes."""
 
 
@@ -486,8 +487,6 @@ class OnnxEmitter:
             one, wide = self._ints(*shape, 1), self._ints(*shape, attrs["times"])
             wide = self.call("Expand", self.call("Reshape", xs[0], one), wide)
             return self.call("Reshape", wide, self._ints(*shape[:-1], -1))
-        if prim == "transpose":
-            return self.call("Transpose", xs[0], perm=list(attrs["perm"]))
         if prim == "reshape":
             return self.call("Reshape", xs[0], self._ints(*attrs["shape"]))
         if prim == "slice":
