@@ -1,4 +1,17 @@
-"""fuse: the products of branches, of several ops one.
+"""fuse: what several ops spell out, one op does: in a capture, and in the branches beside it.
+
+    attention(q, k, v, mask)            mask[…, i, j] = (j ≤ i), or 0 there and −∞ elsewhere
+        → attention(q, k, v, is_causal)
+    attention(q, k, v, mask)            mask true everywhere    → attention(q, k, v)
+    attention(q, rep(k), rep(v))        each head repeated n times → attention(q, k, v, enable_gqa)
+    x/2·(1 + F(r(x)))                   F = erf, r = x/√2, or F = tanh …  → gelu(x)
+    dropout(x, 0), a slice that is all of x → x
+
+Each is proven from the graph: a mask by formulas of its coordinates, which hold at every size
+(lora_fx.fx.patterns.attention), repeated heads by shapes, GELU by its polynomials
+(lora_fx.fx.patterns.gelu). A mask that depends on an input, is changed in place, or that no rule
+describes, stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's
+gradient is that of the chain; in 16 bits one op rounds once where the chain rounds at every step.
 
 tᵢ = x·aᵢᵀ for i = 1 … n        becomes        (t₁ … tₙ) = split(x·[a₁; …; aₙ]ᵀ)
 
@@ -15,8 +28,7 @@ written apart from y, no scaled copy of b is made or kept, and in 16 bits the su
 With b = 0 it adds an exact zero as before. Left alone: a result of one axis, factors that are read
 through a view, and branches of other forms.
 
-These passes are torch's own: they read the nodes that the fx emitter writes, and addmm with a scale
-is ATen's.
+These passes are torch's own: the ops are ATen's, and branches the nodes that the fx emitter writes.
 """
 
 from __future__ import annotations
@@ -28,14 +40,54 @@ from operator import getitem
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import Writes
+from lora_fx.fx.graph.flow import Writes, written
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import block_of, shape_of, value
+from lora_fx.fx.graph.nodes import argument, block_of, shape_of, value
+from lora_fx.fx.patterns.attention import ATTENTION, Formulas, is_whole, plain_mask, shared_heads
 from lora_fx.fx.patterns.elementwise import Maker, Projection, operands, projections
+from lora_fx.fx.patterns.gelu import gelu_of
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Fold masks, repeated heads, GELUs and steps that do nothing."""
+
+    def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
+        """Edit the graph; a second run finds nothing to fold."""
+        changed = written(graph.graph)
+        formulas = Formulas(changed)
+        modified = False
+        for node in list(graph.graph.nodes):
+            if node.target is ATTENTION:
+                modified |= plain_mask(node, formulas)
+                modified |= shared_heads(node)
+            elif _does_nothing(node) and node not in changed:
+                node.replace_all_uses_with(node.args[0])
+                graph.graph.erase_node(node)
+                modified = True
+            elif (found := gelu_of(node, changed)) is not None:
+                _one_gelu(graph.graph, node, *found)
+                modified = True
+        if modified:
+            graph.graph.eliminate_dead_code()
+        return PassResult(graph, modified)
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        return argument(node, "p") == 0.0 or not argument(node, "train")
+    return is_whole(node)
+
+
+def _one_gelu(graph: fx.Graph, node: fx.Node, x: fx.Node, approximate: str) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_function(aten.gelu.default, (x,), {"approximate": approximate})
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
 
 
 @dataclass(frozen=True)

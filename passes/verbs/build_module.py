@@ -20,10 +20,9 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
-from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact
-from lora_fx.passes.fuse import Fuse, Share
+from lora_fx.passes.fuse import Clean, Fuse, Share
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute, RecomputeWeights

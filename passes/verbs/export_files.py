@@ -31,8 +31,7 @@ from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, open_session, write_adapter
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.batch import prove_rows
-from lora_fx.passes.proofs.reference import Reference, Run
+from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
 from lora_fx.targets.target import Found, base_name, own_use

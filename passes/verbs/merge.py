@@ -34,8 +34,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.merge import prove_merge
-from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, table
 
