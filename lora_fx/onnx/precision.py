@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,18 +165,15 @@ def _half(
         _drop_unread(made)
         return made, error(made)
 
+    def fails(count: int) -> bool:
+        """Whether the first so many nodes, islands among them left out, are too many in float16."""
+        return not tried({*islands, *order[count:]})[1] <= GATES["float16"]
+
     while True:
         made, found = tried(islands)
         if found <= GATES["float16"]:
             return Narrowed(made, found, tuple(islands))
-        first, last = 0, len(order)
-        while last - first > 1:
-            k = (first + last) // 2
-            if tried({*islands, *order[k:]})[1] <= GATES["float16"]:
-                first = k
-            else:
-                last = k
-        name = order[last - 1]
+        name = order[bisect_left(range(1, len(order)), True, key=fails)]
         if name in islands or len(islands) >= most:
             if found <= tol:
                 return Narrowed(made, found, tuple(islands))
