@@ -8,6 +8,7 @@ end with its seconds; what is over at once is never told.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,24 @@ def told(verb: Callable[P, T]) -> Callable[P, T]:
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         progress: Any = kwargs.get("progress")
-        with telling(progress):
+        with telling(progress), _collecting_own():
             return verb(*args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def _collecting_own() -> Iterator[None]:
+    """A block in which the garbage collector leaves alone what was there before.
+
+    Looking at every object of torch and of the user's model again and again, which a program of
+    some thousand nodes makes it do, was an eighth of insert's time on a model of 30 layers.
+    """
+    if gc.get_freeze_count():  # a caller has frozen them, or the verb that this one is part of
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

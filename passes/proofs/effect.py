@@ -21,8 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of, with_values
-from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
 from lora_fx.compare import EPSILON, FOLD_TOL, ORT_TOL, STEPS, Parity, compare
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array

@@ -19,9 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank
-from lora_fx.checkpoint.difference import same_bytes
+from lora_fx.adapter.lowrank import LowRank, slots_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -39,6 +37,7 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast

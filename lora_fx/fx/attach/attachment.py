@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import SIDES, frame, slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import SIDES, LowRank, frame, slots_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, ActiveAdapter, Live, restore, swap
