@@ -13,15 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.graph.flow import (
-    DATA,
-    VIEWS,
-    constant,
-    follow,
-    free_name,
-    made_by,
-    values_of,
-)
+from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by, values_of
 from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
 from lora_fx.onnx.load import load
