@@ -257,8 +257,8 @@ def training_data(
 ) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
-    from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.huggingface import tokenizer_of
+    from lora_fx.fx.load.models import call_function
     from lora_fx.fx.train.language_data import language_table
 
     folder = loaded.tokenizer_folder
@@ -350,7 +350,7 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
 
 def loss_of(text: str) -> str | Loss:
     """Ce or mse as they are, the function of module:NAME."""
-    from lora_fx.fx.load.factory import load_function
+    from lora_fx.fx.load.models import load_function
 
     loss: str | Loss = load_function(text) if ":" in text else text
     return loss

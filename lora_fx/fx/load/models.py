@@ -7,9 +7,16 @@ tensors alone, and no code is run but the user's own factory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,17 +27,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, near_path, one_line
+from lora_fx.errors import LoraFxError, near, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.silence import silenced
-from lora_fx.text import near, some
+from lora_fx.text import some
 
 FORMS = (
     "MODEL is a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
@@ -326,3 +332,150 @@ def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
                 if long != short and long.endswith(f".{short}"):
                     return f"the file's names {verb} the prefix {long.removesuffix(short)!r}"
     return "is it the state_dict of this very model?"
+
+
+# A user's factory: the function that builds a model and its example inputs.
+
+
+RETURNS = (
+    "a factory returns (module, args, kwargs): the model and example inputs for one call, such as "
+    "(model, (torch.randn(2, 3),), {})"
+)
+Result = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def call_factory(spec: str) -> Result:
+    """Import and call `package.module:FACTORY` or `path/file.py:FACTORY`.
+
+    Raises:
+        LoraFxError: The code cannot be imported or raises (file and line are named), the name is
+            not there, or what it returns is not a model with inputs.
+    """
+    with _found(spec) as factory:
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
+        return _unpack(spec, _run(spec, factory))
+
+
+def load_function(spec: str) -> Any:
+    """The function of `package.module:NAME` or `path/file.py:NAME`, such as a loss.
+
+    Raises:
+        LoraFxError: As call_factory; so does the function, where it raises.
+    """
+    with _found(spec) as function:
+        if not callable(function):
+            raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
+
+        @functools.wraps(function)
+        def run(*args: object) -> Any:
+            return _run(spec, lambda: function(*args))
+
+        return run
+
+
+def call_function(spec: str) -> object:
+    """What such a function returns when it is called without arguments."""
+    with _found(spec) as function:
+        return _run(spec, function)
+
+
+@contextlib.contextmanager
+def _found(spec: str) -> Iterator[Any]:
+    """What a spec names, with its folder importable while the block runs."""
+    where, _, name = spec.rpartition(":")
+    is_file = where.endswith(".py")
+    if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
+        raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
+    path = Path(where).absolute()
+    if is_file and not path.is_file():
+        raise LoraFxError(f"{where}: no such file", near_path(where))
+    with _importable(path.parent if is_file else Path.cwd()):
+        found: object = _run(
+            where, lambda: _from_file(path) if is_file else importlib.import_module(where)
+        )
+        for part in name.split("."):
+            if not hasattr(found, part):
+                names = [n for n, v in vars(found).items() if callable(v) and n[0] != "_"]
+                raise LoraFxError(
+                    f"{where} has no {name!r}", near(part, names, f"it has {', '.join(names[:5])}")
+                )
+            found = getattr(found, part)
+        yield found
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Run a file as a module of its own name under a prefix, so that it shadows no other."""
+    name = f"lora_fx_user_{path.stem}"
+    made = importlib.util.spec_from_file_location(name, path)
+    assert made is not None and made.loader is not None
+    module = importlib.util.module_from_spec(made)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        made.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _run(what: str, call: Callable[[], object]) -> object:
+    """Call the user's code; what it raises becomes one line with file and line."""
+    try:
+        return call()
+    except LoraFxError:
+        raise
+    except (Exception, SystemExit) as e:
+        text = one_line(f"{type(e).__name__}: {e}", 200)
+        hint = "-v prints the traceback"
+        if isinstance(e, ModuleNotFoundError) and e.name and f"{what}.".startswith(f"{e.name}."):
+            hint = "run from the folder that holds it, or give path/file.py:FACTORY"
+            hint = near(what, ("timm", "torchvision"), hint, cutoff=0.8)
+        place = _line_of(e)
+        raise LoraFxError(f"{what} failed{f' at {place}' if place else ''}: {text}", hint) from e
+
+
+def _line_of(error: BaseException) -> str:
+    """file:line of the innermost frame of the user's own code, or an empty text."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    ours = str(Path(__file__).parent.parent) + os.sep
+    stdlib = sysconfig.get_paths()["stdlib"] + os.sep
+    inner = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if not path.startswith(("<", ours, stdlib)) and "site-packages" not in path:
+            inner = f"{path}:{line}"
+    return inner
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`folder` on sys.path while the user's code is imported and called, as python itself does."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(str(folder))
+
+
+def _unpack(spec: str, result: object) -> Result:
+    parts = result if isinstance(result, tuple) else (result,)
+    if not parts or len(parts) > 3 or not isinstance(parts[0], nn.Module):
+        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
+    args: object = parts[1] if len(parts) > 1 else ()
+    kwargs: object = parts[2] if len(parts) > 2 else {}
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
+        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
+    if not args and not kwargs:
+        raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
+    return parts[0], tuple(args), dict(kwargs)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(type(v).__name__ for v in value)})"
+    return f"a {type(value).__name__}"
