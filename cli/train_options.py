@@ -17,9 +17,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
-    from lora_fx.fx.train.optimizer import Settings
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving
+    from lora_fx.fx.train.state import Saving, Settings
 
 ABOVE_0 = click.FloatRange(min=0, min_open=True)
 FROM_0 = click.FloatRange(min=0)
@@ -114,7 +113,7 @@ def settings_of(options: Json) -> Settings:
 
     Batches that are accumulated are one larger batch that runs in as many more parts.
     """
-    from lora_fx.fx.train.optimizer import Settings
+    from lora_fx.fx.train.state import Settings
 
     if options["schedule"] == "constant" and first_given("warmup"):
         raise LoraFxError(
