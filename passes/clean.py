@@ -8,10 +8,10 @@
     dropout(x, 0), a slice that is all of x → x
 
 Each is proven from the graph: a mask by formulas of its coordinates, which hold at every size
-(lora_fx.fx.patterns.attention), repeated heads by shapes, GELU by its polynomials
-(lora_fx.fx.patterns.gelu). A mask that depends on an input, is changed in place, or that no rule
-describes, stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's
-gradient is that of the chain; in 16 bits one op rounds once where the chain rounds at every step.
+(lora_fx.fx.graph.patterns), repeated heads by shapes, GELU by the numbers that the chain makes. A
+mask that depends on an input, is changed in place, or that no rule describes, stays. Torch's
+definition of is_causal is j ≤ i, from the upper left corner. GELU's gradient is that of the chain;
+in 16 bits one op rounds once where the chain rounds at every step.
 
 This pass is torch's own: the ops are ATen's.
 """
@@ -26,8 +26,14 @@ from torch import fx
 from lora_fx.fx.graph.flow import written
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
-from lora_fx.fx.patterns.attention import ATTENTION, Formulas, is_whole, plain_mask, shared_heads
-from lora_fx.fx.patterns.gelu import gelu_of
+from lora_fx.fx.graph.patterns import (
+    ATTENTION,
+    Formulas,
+    gelu_of,
+    is_whole,
+    plain_mask,
+    shared_heads,
+)
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

@@ -20,8 +20,17 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.factors import SIDES, frame, slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach.eager_emitter import Program, bound
-from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, ActiveAdapter, Live, restore, swap
+from lora_fx.fx.attach.live import (
+    METHODS,
+    REGISTRY,
+    STATE,
+    ActiveAdapter,
+    Live,
+    Program,
+    bound,
+    restore,
+    swap,
+)
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates

@@ -37,12 +37,12 @@ from lora_fx.fx.capture.call import (
     without_cache,
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
-from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
 from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
+from lora_fx.fx.lowering import inline_regions, split_products, without_vmap
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
 from lora_fx.silence import silenced

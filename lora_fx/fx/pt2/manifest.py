@@ -16,7 +16,7 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.pt2.check import LEAF, named_children
+from lora_fx.fx.pt2.archive import LEAF, named_children
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.text import Json, JsonView
 

@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.module import scope_class
-from lora_fx.fx.pt2.archive import Archive
-from lora_fx.fx.pt2.check import clean_program
+from lora_fx.fx.pt2.archive import Archive, clean_program
 from lora_fx.fx.tensors import owner
 from lora_fx.text import Json, JsonView
 

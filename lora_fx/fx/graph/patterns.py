@@ -1,15 +1,26 @@
-"""scaled_dot_product_attention as a graph has it, with what its masks and heads really are."""
+"""Ops that a graph spells out: attention with what its masks and heads really are, and GELU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
-from lora_fx.fx.graph.nodes import argument, op_name, overloads, shape_of, value
+from lora_fx.fx.graph.nodes import (
+    argument,
+    aten_ops,
+    dtype_of,
+    op_name,
+    overloads,
+    reached,
+    shape_of,
+    value,
+)
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -444,3 +455,61 @@ def negated(truth: Where) -> Where | None:
 def causal(diagonal: int = 0) -> Where:
     """True where j ≤ i + diagonal, for a query i and a key j on the last two axes."""
     return where({coordinate(-1).plus(coordinate(-2), -1).plus(Affine(-diagonal))})
+
+
+# GELU written out in elementwise steps, recognised by what it computes.
+#
+# Such a chain is x/2·(1 + F(r(x))), r = x/√2 for F = erf, and r = √(2/π)·(x + .044715·x³) for tanh
+# (Hendrycks and Gimpel, arXiv 1606.08415), its factors in any order. It runs on numbers, and what
+# comes out is compared.
+
+
+STEPS = aten_ops(
+    "add.Tensor add.Scalar sub.Tensor sub.Scalar mul.Tensor mul.Scalar div.Tensor div.Scalar "
+    "pow.Tensor_Scalar square tanh erf"
+)
+FUNCTIONS = aten_ops("tanh erf")
+POINTS = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
+"""Numbers on both sides of 0, up to where GELU is x, or 0."""
+CLOSE = 1e-7
+"""Constants of one formula are written with eight digits or more."""
+LONGEST = 26
+"""More nodes than any such chain has."""
+
+
+def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
+    """(x, approximate) where a node is the GELU of x in several steps; None where it is not.
+
+    Args:
+        node: A product or a sum.
+        written: Nodes that some op changes in place.
+    """
+    if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor):
+        return None
+    walk = reached([node], lambda n: n.all_input_nodes if n.target in STEPS else [])
+    near = list(islice(walk, 1, LONGEST))
+    for x in near if any(n.target in FUNCTIONS for n in near) else ():
+        if dtype_of(x) != dtype_of(node) or not isinstance(
+            made := _computed(node, x, written), torch.Tensor
+        ):
+            continue
+        for approximate in ("none", "tanh"):
+            if torch.allclose(made, F.gelu(POINTS, approximate=approximate), CLOSE, CLOSE):
+                return x, approximate
+    return None
+
+
+def _computed(
+    node: object, x: fx.Node, written: Collection[fx.Node]
+) -> torch.Tensor | float | None:
+    """What a chain makes of POINTS in the place of x; None where it reads anything else."""
+    if node is x:
+        return POINTS
+    if isinstance(node, (int, float)):
+        return node
+    if not isinstance(node, fx.Node) or node.target not in STEPS or node in written:
+        return None
+    if dtype_of(node) != dtype_of(x) or node.kwargs:
+        return None
+    parts = [_computed(a, x, written) for a in node.args]
+    return None if any(p is None for p in parts) else node.target(*parts)  # type: ignore[operator]
