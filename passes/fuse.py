@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.elementwise import Maker, operands
+from lora_fx.fx.graph.elementwise import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.passes.base import PassResult
@@ -68,14 +68,14 @@ def _end_of(node: fx.Node) -> _End | None:
 
 
 def _fuse(node: fx.Node, end: _End) -> None:
-    emit, y, t = Maker(node, node), end.y, end.t
+    emit, y, t = maker(node, node), end.y, end.t
     deep = len(shape_of(y) or ()) > 2
     if deep:
-        y, t = (emit.call(aten.flatten.using_ints, (v, 0, -2)) for v in (y, t))
-    b = emit.call(aten.type_as.default, (end.b, end.x))
-    turned = emit.call(aten.permute.default, (b, [1, 0]))
-    new = emit.call(aten.addmm.default, (y, t, turned), {"alpha": end.s})
+        y, t = (emit(aten.flatten.using_ints, (v, 0, -2)) for v in (y, t))
+    b = emit(aten.type_as.default, (end.b, end.x))
+    turned = emit(aten.permute.default, (b, [1, 0]))
+    new = emit(aten.addmm.default, (y, t, turned), {"alpha": end.s})
     if deep:
-        new = emit.call(aten.view_as.default, (new, end.y))
+        new = emit(aten.view_as.default, (new, end.y))
     new.meta["val"] = value(end.y)
     node.replace_all_uses_with(new)

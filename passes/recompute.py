@@ -31,10 +31,10 @@ from torch import fx
 
 from lora_fx.fx.graph.elementwise import (
     Chain,
-    Maker,
     Projection,
     chain_of,
     differentiable_nodes,
+    maker,
     projections,
 )
 from lora_fx.fx.graph.flow import FxWeight, written
@@ -135,13 +135,13 @@ def _replace(
     if any(u < x for users in outer.values() for u in users):
         return False  # read before x is made: the call would come too late
     made = [x, *(n for n, users in outer.items() if users)]
-    emit = Maker(x, group[0].node)
-    factors = [tuple(emit.get_attr(str(a.target)) for a in p.factors) for p in group]
-    call = emit.call(region(_code(chain, made)), (factors, *chain.given))
+    emit = maker(x, group[0].node)
+    factors = [tuple(emit(str(a.target)) for a in p.factors) for p in group]
+    call = emit(region(_code(chain, made)), (factors, *chain.given))
     flows[call] = True
     idle = [*(n for p in group for n in _reads(p)), *chain.steps]
     for i, old in enumerate([*made, *(p.node for p in group)]):
-        new = emit.call(getitem, (call, i))
+        new = emit(getitem, (call, i))
         if "val" in old.meta:
             new.meta["val"] = old.meta["val"]
         flows[new] = flows.get(old, True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.elementwise import Maker, Projection, projections
+from lora_fx.fx.graph.elementwise import Projection, maker, projections
 from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import block_of
@@ -62,17 +62,17 @@ class Share:
 
 def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
     first = group[0]
-    emit = Maker(first.node, first.node)
+    emit = maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
-    held = [emit.get_attr(str(f.target)) for f in factors]
+    held = [emit(str(f.target)) for f in factors]
     ranks: list[Any]
     ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
     if free and len(held) == len(group):
-        ranks = [emit.call(aten.sym_size.int, (a, 0)) for a in held]
-    a = emit.call(aten.cat.default, (held,))
-    cast = emit.call(aten.type_as.default, (a, first.x))
-    turned = emit.call(aten.permute.default, (cast, [1, 0]))
-    t = emit.call(aten.matmul.default, (first.x, turned))
-    parts = emit.call(aten.split_with_sizes.default, (t, ranks, -1))
+        ranks = [emit(aten.sym_size.int, (a, 0)) for a in held]
+    a = emit(aten.cat.default, (held,))
+    cast = emit(aten.type_as.default, (a, first.x))
+    turned = emit(aten.permute.default, (cast, [1, 0]))
+    t = emit(aten.matmul.default, (first.x, turned))
+    parts = emit(aten.split_with_sizes.default, (t, ranks, -1))
     for i, p in enumerate(group):
-        p.node.replace_all_uses_with(emit.call(getitem, (parts, i)))
+        p.node.replace_all_uses_with(emit(getitem, (parts, i)))

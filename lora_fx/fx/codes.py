@@ -28,7 +28,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +153,7 @@ def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
     return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
 
 
-DEQUANTISE = torch.ops.lora_fx.dequantise.default
+DEQUANTISE: Callable[..., torch.Tensor] = torch.ops.lora_fx.dequantise.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +164,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 # one op, so that a branch beside it reads x before it is rounded, and is added behind
 torch.library.define("lora_fx::linear_in", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.impl("lora_fx::linear_in", "CompositeImplicitAutograd", product)
-LINEAR_IN = torch.ops.lora_fx.linear_in.default
+LINEAR_IN: Callable[..., torch.Tensor] = torch.ops.lora_fx.linear_in.default
 
 
 # The tree.
@@ -285,8 +285,7 @@ def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> tor
     """The weight that a parameter's codes stand for, in a dtype."""
     module, leaf = owner(root, name)
     parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    made: torch.Tensor = DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
-    return made
+    return DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:

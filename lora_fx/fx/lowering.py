@@ -36,7 +36,15 @@ from torch.fx.node import Argument, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import Writes, written_by
-from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, hint, value
+from lora_fx.fx.graph.nodes import (
+    NO_GRAD,
+    aten_ops,
+    dtype_of,
+    hint,
+    reached,
+    replace_parts,
+    value,
+)
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -67,7 +75,7 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
         if node.op == "get_attr" or not _alone(node):
             return _whole(program, table)
         if _comes_apart(node, table):
-            kinds.setdefault(_kind(node), []).append(node)
+            kinds.setdefault((node.target, _known((node.args, node.kwargs))), []).append(node)
     if kinds:
         parts = _parts([nodes[0] for nodes in kinds.values()], program, table)
         if not all(_sizes_known(part, program.graph) for part in parts):
@@ -103,12 +111,8 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
     return target in table or (target._can_decompose() and not _kept(target))
 
 
-def _kind(node: fx.Node) -> Hashable:
-    """What a decomposition can see of a node."""
-    return node.target, _known(node.args), _known(node.kwargs)
-
-
 def _known(x: Any) -> Hashable:
+    """What a decomposition can see of an argument."""
     if isinstance(x, fx.Node):
         return "node", _known(value(x))
     if isinstance(x, torch.Tensor):
@@ -150,10 +154,8 @@ def _giving(target: Any) -> OpOverload | None:
     plain = getattr(packet, target._overloadname, None) if packet is not None else None
     if plain is None or plain._schema.is_mutable:
         return None
-    same = [str(a.type) for a in plain._schema.arguments] == [
-        str(a.type) for a in target._schema.arguments
-    ]
-    return plain if same else None
+    given, written = ([str(a.type) for a in op._schema.arguments] for op in (plain, target))
+    return plain if given == written else None
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,11 @@ def _between(
     graph: fx.Graph, begin: Sequence[fx.Node], end: Sequence[fx.Node]
 ) -> tuple[fx.Node, ...]:
     """The nodes from inputs to values, in order; sizes are found by what they are."""
-    wanted, queue = set[fx.Node](), list(end)
-    while queue:
-        node = queue.pop()
-        if node not in wanted and node not in begin and not isinstance(value(node), NUMBERS):
-            wanted.add(node)
-            queue += node.all_input_nodes
+
+    def inside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        return [n for n in nodes if n not in begin and not isinstance(value(n), NUMBERS)]
+
+    wanted = set(reached(inside(end), lambda n: inside(n.all_input_nodes)))
     return tuple(n for n in graph.nodes if n in wanted)
 
 
@@ -255,11 +256,7 @@ def _replace(graph: fx.Graph, parts: Mapping[fx.Node, _Part]) -> None:
         ends = [made[n] for n in part.outputs]
         if isinstance(value(node), torch.Tensor):
             node.replace_all_uses_with(ends[0])
-        else:
-            for user in list(node.users):
-                user.replace_all_uses_with(ends[user.args[1]])
-                graph.erase_node(user)
-        graph.erase_node(node)
+        replace_parts(node, ends)
 
 
 def _of(
@@ -273,17 +270,13 @@ def _of(
     if name not in sizes:
         target: Any = node.target
         # a size may be read of another part's input, which is not here
-        if place := _places([*made.values(), *_inputs(graph)]).get(name):
+        if place := _places([*made.values(), *graph.find_nodes(op="placeholder")]).get(name):
             target, args, kwargs = aten.sym_size.int, place, {}
         else:
             args, kwargs = _with(node, (_of(graph, x, made, sizes) for x in _reads(node)))
         sizes[name] = graph.call_function(target, args, kwargs)
         sizes[name].meta["val"] = number
     return sizes[name]
-
-
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="placeholder"))
 
 
 def _places(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
@@ -294,14 +287,13 @@ def _places(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
 
 def _sizes_known(part: _Part, graph: fx.Graph) -> bool:
     """Whether every size that a part reads is one of its inputs', or of the graph's."""
-    known, queue = _places([*part.inputs, *_inputs(graph)]), list(part.nodes)
-    while queue:
-        for node in (n for n in _reads(queue.pop()) if isinstance(value(n), NUMBERS)):
-            if str(value(node).node.expr) not in known:
-                if node.target is aten.sym_size.int:
-                    return False
-                queue.append(node)
-    return True
+    known = _places([*part.inputs, *graph.find_nodes(op="placeholder")])
+
+    def unknown(node: fx.Node) -> list[fx.Node]:
+        numbers = [n for n in _reads(node) if isinstance(value(n), NUMBERS)]
+        return [n for n in numbers if str(value(n).node.expr) not in known]
+
+    return all(n.target is not aten.sym_size.int for n in reached(part.nodes, unknown))
 
 
 def _sign(program: ExportedProgram) -> None:
@@ -453,11 +445,7 @@ def _inline(
                 env[inner] = new
         if no_grad:
             results = map_arg(results, lambda n: _detached(node, n))
-    for user in list(node.users):
-        if user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-    graph.erase_node(node)
+    replace_parts(node, results)
     if not body.users:
         graph.erase_node(body)
 

@@ -242,13 +242,12 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         state = pickled(path)
     places = {}
     for name, t in state.items():
-        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
-            places[name] = (str(t.dtype).removeprefix("torch."), tuple(t.shape), -1)
-            continue
-        first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
-        start, shape = int(t.storage_offset()) * t.element_size(), tuple(t.shape)
-        fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
-        at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
+        at, shape = -1, tuple(t.shape)
+        if t.layout is torch.strided and not (t.is_neg() or t.is_conj()):
+            first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
+            start = int(t.storage_offset()) * t.element_size()
+            fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
+            at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
         places[name] = (str(t.dtype).removeprefix("torch."), shape, at)
     return places
 

@@ -433,7 +433,7 @@ def _inseparable(target: Target, why: str) -> LoraFxError:
 def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
     """W with the updates of one parameter in it, in its stored shape."""
     e = Recorder()
-    w = total = e.input(0)
+    w = total = Value(0)
     for target, update in group:
         total = changed(e, target, update, w, total, Role.TRAIN)
     return e.program(total)

@@ -132,10 +132,6 @@ class Recorder:
         self.made.append(entry)
         return Value(len(self.made) - 1)
 
-    def input(self, index: int) -> Value:
-        """The place of a value that a call brings."""
-        return Value(index)
-
     def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
         """Record one primitive of the closed set; see lora_fx.ir.view.Ops."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
@@ -147,7 +143,7 @@ class Recorder:
         if site.op == "embedding":
             return self.op("gather", w, x, padding_idx=self.padding)
         if isinstance(site.kind, Grouped):
-            return self.op("through", self.input(2), x, w)
+            return self.op("through", Value(2), x, w)
         if isinstance(site.kind, (Einsum, Conv, ConvTranspose)):
             return site.kind.apply(self, site, x, w)
         return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form
@@ -398,18 +394,6 @@ def _with_bracket(plain: Forward) -> Forward:
     return forward
 
 
-def _frozen_training() -> property:
-    """A property in place of `training` that reads False.
-
-    What train() and eval() set is kept, and comes back with detach.
-    """
-
-    def write(self: nn.Module, value: bool) -> None:
-        self.__dict__["training"] = value
-
-    return property(lambda self: False, write)
-
-
 def _forwarded(name: str) -> Callable[..., object]:
     def method(self: nn.Module, *args: object, **kwargs: object) -> object:
         return getattr(self.__dict__[REGISTRY], name)(*args, **kwargs)
@@ -443,8 +427,10 @@ def live_class(
         names["forward"] = _with_bracket(base.forward)
     if branch:
         names["forward"] = _with_branch(names.get("forward", base.forward))
-    if frozen:
-        names["training"] = _frozen_training()
+    if frozen:  # what train() and eval() set is kept, and comes back with detach
+        names["training"] = property(
+            lambda self: False, lambda self, mode: self.__dict__.update(training=mode)
+        )
     metaclass: Any = type(base)
     result: type[nn.Module] = _metaclass(metaclass)(base.__name__, (base,), names)
     return result

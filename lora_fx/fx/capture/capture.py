@@ -676,13 +676,10 @@ def weightless(
     numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
         device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
-        own = t.dtype if q is None else q.dtype
-        want = dtype if dtype is not None and own.is_floating_point else own
+        like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
+        want = dtype if dtype is not None and like.is_floating_point() else like.dtype
         with mode:
-            if q is None:
-                fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
-            else:
-                fake = torch.empty(q.shape, dtype=want, device=device)
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=want, device=device)
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
     if numbers:

@@ -165,7 +165,8 @@ class Learnt:
 
     def bound(self, symbol: Any, bounds: Any) -> None:
         """Turn the range of one symbol into conditions, or into a fixed size."""
-        low, high = (_whole(n) for n in (bounds.lower, bounds.upper))
+        ends = (bounds.lower, bounds.upper)
+        low, high = (int(n) if n.is_Integer and n < 1 << 31 else None for n in ends)
         i, d = place = self.symbols[symbol]
         if low is not None and low == high:
             self.fixed[place] = self.log.of_bound(symbol, low + 1).line
@@ -289,13 +290,6 @@ def _said(node: fx.Node) -> str:
     """The expression in the message of an assert."""
     text = str(node.args[1]) if len(node.args) > 1 else ""
     return text.partition("for expression ")[2].rpartition(" on node ")[0]
-
-
-def _whole(n: object) -> int | None:
-    try:
-        return found if (found := int(str(n))) < 1 << 31 else None
-    except (OverflowError, TypeError, ValueError, AttributeError):
-        return None
 
 
 _SPELLED: dict[Any, str] = {

@@ -7,15 +7,15 @@ steps keep costs bytes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from lora_fx.fx.graph.nodes import MARK, aten_ops, dtype_of, is_marked, make_marked, numel, value
-from lora_fx.fx.tensors import owner
 
 aten = torch.ops.aten
 
@@ -157,6 +157,8 @@ def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool
         root: Holds the tensors.
     """
     found: dict[fx.Node, bool] = {}
+    named = root.named_parameters(remove_duplicate=False)
+    trained = {n for n, p in named if p.requires_grad}
     for node in graph.nodes:
         v = value(node)
         if isinstance(v, torch.Tensor) and not v.is_floating_point():
@@ -164,16 +166,10 @@ def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool
         elif node.op == "placeholder":
             found[node] = isinstance(v, torch.Tensor)
         elif node.op == "get_attr":
-            found[node] = _trained(root, str(node.target))
+            found[node] = str(node.target) in trained
         else:
             found[node] = any(found.get(i, False) for i in node.all_input_nodes)
     return found
-
-
-def _trained(root: nn.Module, name: str) -> bool:
-    module, leaf = owner(root, name)
-    p = module._parameters.get(leaf)
-    return p is not None and p.requires_grad
 
 
 @dataclass(frozen=True)
@@ -208,23 +204,9 @@ def operands(node: object, target: object) -> tuple[Any, ...]:
     return tuple(node.args) if not node.kwargs else ()
 
 
-@dataclass(frozen=True)
-class Maker:
-    """Makes nodes before one of a graph, in the module of that one and marked as a branch's.
+def maker(before: fx.Node, branch: fx.Node) -> Callable[..., fx.Node]:
+    """What makes nodes before one of a graph, in its module and with the mark of a branch.
 
-    Attributes:
-        before: Where.
-        branch: Whose mark they get.
+    It takes an op or function, args and kwargs, or the name of a tensor alone: see make_marked.
     """
-
-    before: fx.Node
-    branch: fx.Node
-
-    def get_attr(self, name: str) -> fx.Node:
-        """Read a tensor of the tree."""
-        return self.call(name, None)
-
-    def call(self, target: Any, args: Any, kwargs: Any = None) -> fx.Node:
-        """Run one op or function."""
-        site = self.branch.meta["custom"][MARK]["site"]
-        return make_marked(self.before, self.before, site, target, args, kwargs)
+    return partial(make_marked, before, before, branch.meta["custom"][MARK]["site"])

@@ -299,10 +299,6 @@ Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
 """The steps of a view from its node and the shape of what it views; None where it is no view."""
 
 
-def _same(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    return []
-
-
 def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:
     def steps(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
         n = len(shape)
@@ -340,11 +336,6 @@ def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     return [Slice(axis, start, start + out[axis])]
 
 
-def _narrow(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    axis, start, length = (int(argument(node, k)) for k in ("dim", "start", "length"))
-    return [Slice(axis % len(shape), start, start + length)]
-
-
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     i = argument(node, "index")
     return _one(node, shape, i) if isinstance(i, int) else None  # another one is computed
@@ -376,20 +367,12 @@ def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
     Without it, the experts of a mixture in batched form are no weights and go unreached.
     """
-    if len(shape) < 3:
-        return None
+    one = node.target is aten.index_select.default and int(argument(node, "dim")) == 0
     if node.target is aten.index.Tensor:
         ids = node.args[1]
         lone = isinstance(ids, (tuple, list)) and len(ids) == 1 and isinstance(ids[0], Node)
         one = lone and len(shape_of(ids[0]) or ()) == 1  # type: ignore[index]
-        return [Gather(0)] if one else None
-    if node.target is aten.index_select.default and int(argument(node, "dim")) == 0:
-        return [Gather(0)]
-    return None
-
-
-def _dropout(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    return None if argument(node, "train") else []
+    return [Gather(0)] if one and len(shape) > 2 else None
 
 
 SPLITS = aten_ops(
@@ -416,14 +399,16 @@ VIEWS: Mapping[object, Rule] = {
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
     **dict.fromkeys(_RESHAPES, _reshape),
     aten.slice.Tensor: _slice,
-    aten.narrow.default: _narrow,
+    aten.narrow.default: _slice,
     aten.select.int: _select,
     operator.getitem: _item,
     **dict.fromkeys(
         aten_ops("to.dtype to.dtype_layout to.device to.other type_as _to_copy"), _cast
     ),
-    aten.dropout.default: _dropout,
-    **dict.fromkeys(aten_ops("contiguous clone detach alias lift_fresh_copy"), _same),
+    aten.dropout.default: lambda node, shape: None if argument(node, "train") else [],
+    **dict.fromkeys(
+        aten_ops("contiguous clone detach alias lift_fresh_copy"), lambda node, shape: []
+    ),
 }
 
 

@@ -403,14 +403,10 @@ OpCall = tuple[Any, tuple[Any, ...]]
 """An op and what it takes."""
 
 
-def _mul(x: fx.Node, y: fx.Node | float) -> OpCall:
-    return aten.mul.Scalar if isinstance(y, (int, float)) else aten.mul.Tensor, (x, y)
-
-
 PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "matmul": lambda x, y: (aten.matmul.default, (x, y)),
     "add": lambda x, y: (aten.add.Tensor, (x, y)),
-    "mul": _mul,
+    "mul": lambda x, y: (aten.mul.Tensor if isinstance(y, fx.Node) else aten.mul.Scalar, (x, y)),
     "div": lambda x, y: (aten.div.Tensor, (x, y)),
     "norm": lambda x: (aten.linalg_vector_norm.default, (x, 2, [-1], True)),
     "detach": lambda x: (aten.detach.default, (x,)),
@@ -418,10 +414,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "reshape": lambda x, shape: (aten.reshape.default, (x, list(shape))),
     "repeat": lambda x, times: (aten.repeat_interleave.self_int, (x, times, -1)),
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
-    "pad": lambda x, before, after: (
-        aten.constant_pad_nd.default,
-        (x, tensors.padding(before, after), 0.0),
-    ),
+    "pad": lambda x, **sides: (aten.constant_pad_nd.default, (x, tensors.padding(**sides), 0.0)),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
     "gather": lambda x, ids: (aten.index.Tensor, (x, [ids])),
     "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),

@@ -310,12 +310,9 @@ def _choice(f: Formulas, node: fx.Node) -> Formula | None:
         return None
     if not isinstance(one, Affine) or not isinstance(other, Affine) or one.k or other.k:
         return None
-    if one.c == 0 and other.c <= LOWEST:
-        return truth.as_("open")
-    opposite = negated(truth)
-    if other.c == 0 and one.c <= LOWEST and opposite is not None:
-        return opposite.as_("open")
-    return None
+    if other.c == 0:
+        truth, one, other = negated(truth), other, one
+    return truth.as_("open") if truth and one.c == 0 and other.c <= LOWEST else None
 
 
 def _steps(f: Formulas, node: fx.Node) -> Formula | None:
@@ -471,6 +468,7 @@ STEPS = aten_ops(
 FUNCTIONS = aten_ops("tanh erf")
 POINTS = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
 """Numbers on both sides of 0, up to where GELU is x, or 0."""
+GELUS = {kind: F.gelu(POINTS, approximate=kind) for kind in ("none", "tanh")}
 CLOSE = 1e-7
 """Constants of one formula are written with eight digits or more."""
 LONGEST = 26
@@ -489,12 +487,9 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
     walk = reached([node], lambda n: n.all_input_nodes if n.target in STEPS else [])
     near = list(islice(walk, 1, LONGEST))
     for x in near if any(n.target in FUNCTIONS for n in near) else ():
-        if dtype_of(x) != dtype_of(node) or not isinstance(
-            made := _computed(node, x, written), torch.Tensor
-        ):
-            continue
-        for approximate in ("none", "tanh"):
-            if torch.allclose(made, F.gelu(POINTS, approximate=approximate), CLOSE, CLOSE):
+        made = _computed(node, x, written)
+        for approximate, wanted in GELUS.items():
+            if isinstance(made, torch.Tensor) and torch.allclose(made, wanted, CLOSE, CLOSE):
                 return x, approximate
     return None
 

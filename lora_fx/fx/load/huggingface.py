@@ -177,14 +177,12 @@ def _class(
     """The first architecture that transformers has; the plain model where none is named."""
     names = raw.get("architectures")
     if not names:
-        mapping = transformers.MODEL_MAPPING
-        if type(config) not in mapping:
-            raise _unknown(transformers, folder, raw)
-        cls = mapping[type(config)]
-        plain: type[PreTrainedModel] = cls[0] if isinstance(cls, tuple) else cls
-        return plain
-    for name in names if isinstance(names, list) else ():
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        plain = transformers.MODEL_MAPPING.get(type(config))
+        known = list(plain) if isinstance(plain, tuple) else [plain]
+    else:
+        named = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+        known = [getattr(transformers, name, None) for name in named]
+    for cls in known:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     raise _unknown(transformers, folder, raw)
@@ -268,10 +266,9 @@ def _of_codes(
         module = _on_meta(cls, config, path) if meta else cls._from_config(config)
     own = dict(module.named_parameters())
     if lost := sorted(found.keys() - own.keys()):
-        raise LoraFxError(
+        raise _misfit(
             f"{path}: {type(module).__name__} has no parameters for {len(lost)} quantised weights: "
-            f"{some(lost, 4)}",
-            "is config.json that of these weights?",
+            f"{some(lost, 4)}"
         )
     plain = module.state_dict().keys() - found.keys()
     stored = {} if meta else {back.get(n, n): t for n, t in _state(path).items()}
@@ -281,9 +278,8 @@ def _of_codes(
         layer = module.get_submodule(name.rpartition(".")[0])
         turned, shape = type(layer).__name__ == "Conv1D", own[name].shape
         if weight.bits and weight.shape != tuple(shape[::-1] if turned else shape):
-            raise LoraFxError(
-                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}",
-                "is config.json that of these weights?",
+            raise _misfit(
+                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}"
             )
         if meta:
             kind = weight.format.rpartition(" ")[2]
@@ -294,9 +290,7 @@ def _of_codes(
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as e:
-        raise LoraFxError(
-            f"{path}: {one_line(e, 200)}", "is config.json that of these weights?"
-        ) from e
+        raise _misfit(f"{path}: {one_line(e, 200)}") from e
     module.tie_weights()
     empty = [n for n, p in module.named_parameters() if p.is_meta and not meta]
     if empty:
@@ -360,24 +354,16 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 def _judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) -> tuple[str, ...]:
     """Refuse weights that do not fit; say which are random."""
     for name, found, expected in sorted(info["mismatched_keys"]):
-        raise LoraFxError(
-            f"{path}: tensor {name!r} is {list(found)}, expected {list(expected)}",
-            "is config.json that of these weights?",
-        )
+        raise _misfit(f"{path}: tensor {name!r} is {list(found)}, expected {list(expected)}")
     problems = [*info["error_msgs"], *(info.get("conversion_errors") or {}).values()]
     if problems:
-        raise LoraFxError(
-            f"{path}: {one_line(problems[0], 200)}", "is config.json of these weights?"
-        )
+        raise _misfit(f"{path}: {one_line(problems[0], 200)}")
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     total = len(module.state_dict())
     if (strict and (missing or unexpected)) or 2 * len(missing) > total:
         what = [f"{len(n)} of its tensors {w}: {some(n, 4)}" for n, w in
                 ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
-        raise LoraFxError(
-            f"{path} does not fit {type(module).__name__}: {'; '.join(what)}",
-            "is config.json that of these weights?",
-        )
+        raise _misfit(f"{path} does not fit {type(module).__name__}: {'; '.join(what)}")
     notes = []
     if missing:
         notes.append(
@@ -386,6 +372,10 @@ def _judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool)
     if unexpected:
         notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
     return tuple(notes)
+
+
+def _misfit(what: str) -> LoraFxError:
+    return LoraFxError(what, "is config.json that of these weights?")
 
 
 def _no_cache(module: nn.Module) -> None:

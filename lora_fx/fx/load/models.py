@@ -205,10 +205,8 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
             "give file.py:FACTORY, returning (module, args, kwargs)",
         )
     known = inspect.signature(builder).parameters
-    options = {"weights": None}
-    if "weights_backbone" in known:  # its default downloads
-        options["weights_backbone"] = None
-    module = builder(**options)
+    # the default of a backbone downloads
+    module = builder(**{n: None for n in ("weights", "weights_backbone") if n in known})
     side = 299 if name == "inception_v3" else 224
     return module, (2, 3, 16, side, side) if group == "video" else (2, 3, side, side)
 

@@ -55,12 +55,11 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     graph.set_codegen(fx.graph.CodeGen())
     code = graph.python_code("self")
     file = f"<lora_fx {name}>"
-    space = dict(code.globals)
+    space: dict[str, Callable[..., object]] = dict(code.globals)
     exec(compile(code.src, file, "exec"), space)
     # tracebacks and debuggers look the source up here
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
-    function: Callable[..., object] = space["forward"]
-    return function
+    return space["forward"]
 
 
 def made_in(graph: fx.Graph, path: str) -> list[fx.Node]:

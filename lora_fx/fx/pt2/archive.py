@@ -169,12 +169,9 @@ class Archive:
                 f"{member} ({name!r}) is a pickle, which can run code, and is not read",
                 "--trust reads it as weights only; or save a model of plain tensors",
             )
+        data = io.BytesIO(self.read(member))
         try:
-            value: object = torch.load(
-                io.BytesIO(self.read(member)), map_location="cpu", weights_only=True
-            )
-        except LoraFxError:
-            raise
+            value: object = torch.load(data, map_location="cpu", weights_only=True)
         except Exception as e:  # pickles fail as they like
             raise self.bad(
                 f"{member} ({name!r}) holds more than tensors: {one_line(e, 120)}",

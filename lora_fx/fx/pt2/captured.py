@@ -233,14 +233,11 @@ class FileCaptured(Captured):
         traced.pinned = [
             replace(p, op="the export") if p.op == UNKNOWN else p for p in traced.pinned
         ]
-        if name in self._stored:
+        if self._own:
             # what a kernel asked of sizes while the file was written is no condition of the model
-            traced.door = replace(traced.door, conditions=self._stored[name])
-            traced.doubtful = []
-        elif self._own:
             ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
-            traced.door = replace(traced.door, conditions=(*traced.door.conditions, *ones))
-            traced.doubtful = []
+            held = self._stored.get(name, (*traced.door.conditions, *ones))
+            traced.door, traced.doubtful = replace(traced.door, conditions=held), []
         self._traces[name] = traced
         return traced
 
@@ -281,25 +278,24 @@ class FileSignature(Signature):
 
 def signature_of(named: JsonView) -> inspect.Signature:
     """A signature of these arguments; constants have themselves as defaults."""
-    params: list[inspect.Parameter] = []
-    kind: Any = kinds.POSITIONAL_OR_KEYWORD
-    for name, value in named.items():
-        if params and params[-1].default is not kinds.empty and not is_constant(value):
-            kind = kinds.KEYWORD_ONLY
-        params.append(_held(name, kind, value))
-    return inspect.Signature(params)
+    plain = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in named]
+    return held_signature(inspect.Signature(plain), named)
 
 
 def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:
-    """The part of a signature that `named` gives; what follows a gap is by keyword only."""
+    """The part of a signature that `named` gives.
+
+    By keyword only is what follows a gap, and a tensor behind a constant.
+    """
     params: list[inspect.Parameter] = []
     gap = False
     for p in full.parameters.values():
         if p.name not in named:
             gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
             continue
+        defaults = bool(params) and params[-1].default is not kinds.empty
+        gap = gap or (defaults and not is_constant(named[p.name]))
         kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
-        gap = gap or is_constant(named[p.name])
         params.append(_held(p.name, kind, named[p.name]))
     rest = (k for k in named if k not in full.parameters)
     params += [_held(name, kinds.KEYWORD_ONLY, named[name]) for name in rest]

@@ -69,7 +69,10 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
             f"{one_line(f'{type(e).__name__}: {last}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
-    return LoadedProgram(program, state, volatile, named, _classes(program))
+    # the first node that was made in a module says its class
+    scopes = [scopes_of(n) for n in reversed(program.graph.nodes)]
+    classes = {path: cls for found in scopes for path, cls in found.items()}
+    return LoadedProgram(program, state, volatile, named, classes)
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
@@ -102,15 +105,6 @@ def example_of(place: torch.Tensor) -> torch.Tensor:
     if place.dtype.is_floating_point or place.dtype.is_complex:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.dtype)
     return (torch.arange(math.prod(shape)) % 2).reshape(shape).to(place.dtype)
-
-
-def _classes(program: ExportedProgram) -> dict[str, str]:
-    """{path: class name} from the module stacks of the nodes."""
-    result: dict[str, str] = {}
-    for node in program.graph.nodes:
-        for path, name in scopes_of(node).items():
-            result.setdefault(path, name)
-    return result
 
 
 def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset()) -> nn.Module:

@@ -334,8 +334,7 @@ def _sizes_kept(
     if env is None:
         yield
         return
-    noted = patched(env, _check_frozen=lambda expr, result: asked.append((expr, result)))
-    with noted:
+    with patched(env, _check_frozen=lambda expr, result: asked.append((expr, result))):
         yield
     for expr, result in asked:
         if not getattr(result, "is_number", False):  # a condition: the proof runs other sizes
