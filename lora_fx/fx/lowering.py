@@ -404,24 +404,18 @@ def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
     """
     for node in list(module.graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:
-            enabled, body, *given = node.args
-            off = no_grad or not enabled
-            _inline(module, node, body, given, no_grad=off, cast=None)
+            _inline(module, node, node.args[1:], no_grad or not node.args[0], None)
         elif node.target is higher.wrap_with_autocast:
-            _, dtype, enabled, _, body, *given = node.args
+            _, dtype, enabled, *_ = node.args
             cast = (dtype or torch.bfloat16) if enabled else None
-            _inline(module, node, body, given, no_grad=no_grad, cast=cast)
+            _inline(module, node, node.args[4:], no_grad, cast)
 
 
 def _inline(
-    module: fx.GraphModule,
-    node: fx.Node,
-    body: fx.Node,
-    given: list[Argument],
-    *,
-    no_grad: bool,
-    cast: torch.dtype | None,
+    module: fx.GraphModule, node: fx.Node, call: Any, no_grad: bool, cast: torch.dtype | None
 ) -> None:
+    """Put the nodes of a body in the place of the one that runs it: call is (body, *arguments)."""
+    body, *given = call
     graph, part = module.graph, operator.attrgetter(str(body.target))(module)
     inline_regions(part, no_grad=no_grad)
     env: dict[fx.Node, Argument] = {}

@@ -28,7 +28,7 @@ from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY, Program, R
 from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.codes import keep_trainable, let_pack
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule

@@ -31,7 +31,7 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.codes import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched

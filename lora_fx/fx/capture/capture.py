@@ -29,8 +29,8 @@ from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
 from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
-from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
+from lora_fx.fx.codes import plain_layers
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors, parameter_of

@@ -295,18 +295,20 @@ def _said(node: fx.Node) -> str:
 _SPELLED: dict[Any, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//",
     operator.mod: "%", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
-    operator.eq: "==", operator.ne: "!=",
+    operator.eq: "==", operator.ne: "!=", operator.or_: "or", operator.and_: "and",
 }  # fmt: skip
 _CALLED = {torch.sym_max: "max", torch.sym_min: "min"}
 _DECIDES = {*_SPELLED, *_CALLED} - {operator.add, operator.sub, operator.mul}
-_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+_NEGATED = {
+    "<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "==", "or": "and", "and": "or"
+}  # fmt: skip
 
 
 def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition | None:
     """The comparison that an assert's node computes; None where it is not one of sizes."""
     sizes: dict[Size, str] = {}
     try:
-        text = _test(test, names, sizes, negated=False)
+        text = _spell(test, names, sizes)[1:-1]
     except (KeyError, AttributeError):
         return None
     if not sizes or len(text) > 4000:
@@ -315,34 +317,27 @@ def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition
     return Condition(text, rows, guard.line, guard.kind == DEMAND)
 
 
-def _test(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str], *, negated: bool) -> str:
-    """A comparison, or two, as text; raises KeyError where it is anything else."""
-    if node.target is torch.sym_not:
-        return _test(node.args[0], names, sizes, negated=not negated)
-    if node.target in (operator.or_, operator.and_):
-        word = "or" if (node.target is operator.or_) != negated else "and"
-        return f" {word} ".join(f"({_test(a, names, sizes, negated=negated)})" for a in node.args)
-    sign = _SPELLED[node.target]
-    left, right = (_spell(a, names, sizes) for a in node.args)
-    other = _NEGATED[sign]
-    return f"{left} {other if negated else sign} {right}"
+def _spell(
+    node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str], negated: bool = False
+) -> str:
+    """A comparison, or an expression of sizes, as text.
 
-
-def _spell(node: object, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
-    """An expression of sizes as text; raises KeyError where it is made of anything else."""
+    Raises:
+        KeyError: It is made of anything else; so does AttributeError.
+    """
     if type(node) is int:
         return str(node)
-    if not isinstance(node, fx.Node):
-        raise KeyError(node)
     if node.target is aten.sym_size.int:
         place, d = node.args
-        size = (names[place], int(d))  # type: ignore[index, arg-type]
-        return sizes.setdefault(size, f"s{len(sizes)}")
+        return sizes.setdefault((names[place], int(d)), f"s{len(sizes)}")
+    if node.target is torch.sym_not:
+        return _spell(node.args[0], names, sizes, not negated)
     if node.target in _CALLED:
         return f"{_CALLED[node.target]}({', '.join(_spell(a, names, sizes) for a in node.args)})"
     sign = _SPELLED[node.target]
-    left, right = node.args
-    return f"({_spell(left, names, sizes)} {sign} {_spell(right, names, sizes)})"
+    inner = negated and sign in ("or", "and")
+    left, right = (_spell(a, names, sizes, inner) for a in node.args)
+    return f"({left} {_NEGATED[sign] if negated else sign} {right})"
 
 
 def put_asserts(

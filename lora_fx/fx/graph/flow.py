@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,7 @@ def weight_flow(
     root: nn.Module | None,
     names: Mapping[str, str],
     given: Mapping[fx.Node, FxWeight] | None = None,
+    layers: Collection[fx.Node] = (),
 ) -> FxFlow:
     """Follow every parameter through a graph.
 
@@ -108,22 +109,10 @@ def weight_flow(
         root: The tree that holds the parameters.
         names: Any name of a parameter → its first name.
         given: Placeholders that are weights, in the body of a higher-order op.
+        layers: Such products that are layers; a first walk finds them.
     """
-    flow = _follow(graph, root, names, given or {}, set())
-    layers = {p for p in flow.products if _is_layer(flow, p)}
-    return _follow(graph, root, names, given or {}, layers) if layers else flow
-
-
-def _follow(
-    graph: fx.Graph,
-    root: nn.Module | None,
-    names: Mapping[str, str],
-    given: Mapping[fx.Node, FxWeight],
-    layers: set[fx.Node],
-) -> FxFlow:
-    """Walk the graph once in execution order, with these products taken as layers."""
     flow = FxFlow()
-    for node, weight in given.items():
+    for node, weight in (given or {}).items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
     changed = written(graph)
     for node in graph.nodes:
@@ -140,7 +129,8 @@ def _follow(
         known = flow.weights.get(node)
         if node in changed and known is not None and known.name:
             flow.weights[node] = replace(known, edited="an in-place edit")
-    return flow
+    found = {p for p in flow.products if _is_layer(flow, p)} if not layers else None
+    return weight_flow(graph, root, names, given, found) if found else flow
 
 
 def _is_layer(flow: FxFlow, product: fx.Node) -> bool:

@@ -94,11 +94,9 @@ class FxGraph(Analysed):
                 computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
         result = []
         for name, others in self._aliases.items():
-            t, q = parameter_of(self.root, name), self.held.get(name)
-            if q is None:
-                new = Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others))
-            else:
-                new = Parameter(name, q.shape, dtype_name(q.dtype), tuple(others), q.format, q.bits)
+            q = self.held.get(name)
+            of, form = (q, (q.format, q.bits)) if q else (parameter_of(self.root, name), ())
+            new = Parameter(name, tuple(of.shape), dtype_name(of.dtype), tuple(others), *form)
             result.append(new)
             result += computed.get(name, {}).values()
         return result
@@ -133,12 +131,9 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        held = self.held.get(name)
-        return to_numpy(
-            parameter_of(self.root, name)
-            if held is None
-            else codes.whole(self.root, name, held, held.dtype)
-        )
+        if (held := self.held.get(name)) is not None:
+            return to_numpy(codes.whole(self.root, name, held, held.dtype))
+        return to_numpy(parameter_of(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""

@@ -85,7 +85,11 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         config = _config(transformers, folder, raw)
         cls = _class(transformers, folder, raw, config)
         notes = _settle(config, folder, raw, cls)
-        module, more = _build(cls, config, folder, weights, raw, meta)
+        path = weights or folder
+        if getattr(config, "quantization_config", None) is None:
+            module, more = _of_floats(cls, config, path, meta, strict=weights is not None)
+        else:
+            module, more = _of_codes(cls, config, path, raw, meta)
     module.config._name_or_path = str(folder)
     _no_cache(module)
     notes += _pad(module)
@@ -177,7 +181,7 @@ def _class(
     """The first architecture that transformers has; the plain model where none is named."""
     names = raw.get("architectures")
     if not names:
-        plain = transformers.MODEL_MAPPING.get(type(config))
+        plain = transformers.MODEL_MAPPING.get(type(config), None)
         known = list(plain) if isinstance(plain, tuple) else [plain]
     else:
         named = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
@@ -205,20 +209,13 @@ def _settle(
     return tuple(notes)
 
 
-def _build(
-    cls: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    folder: Path,
-    weights: Path | None,
-    raw: JsonView,
-    meta: bool,
+def _of_floats(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, meta: bool, *, strict: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    if getattr(config, "quantization_config", None) is not None:
-        return _of_codes(cls, config, weights or folder, raw, meta)
     try:
         if meta:
-            return _on_meta(cls, config, folder), ()
-        state = _state(weights or folder)
+            return _on_meta(cls, config, path), ()
+        state = _state(path)
         module, info = cls.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True,
             ignore_mismatched_sizes=True, local_files_only=True,
@@ -227,10 +224,11 @@ def _build(
         raise
     except Exception as e:  # model classes raise whatever their config makes them raise
         raise LoraFxError(
-            f"{folder}: {cls.__name__} cannot be built: {type(e).__name__}: {one_line(e, 200)}",
+            f"{config.name_or_path}: {cls.__name__} cannot be built: "
+            f"{type(e).__name__}: {one_line(e, 200)}",
             "is config.json that of this model?",
         ) from e
-    return module, _judge(module, info, weights or folder, strict=weights is not None)
+    return module, _judge(module, info, path, strict=strict)
 
 
 def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:

@@ -29,6 +29,8 @@ from lora_fx.text import Json, JsonView
 MANIFEST = "data/extra/lora_fx.json"
 AGAIN = "write it again: torch.export.save(program, FILE)"
 BROKEN = "the file is damaged or was not written by torch.export.save"
+Place = tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]
+"""The member that a tensor lies in, its dtype, sizes and strides, and its first element there."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Archive:
     root: str
     trust: bool = False
     meta: bool = False
-    tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    tensors: dict[tuple[Place, bool, bool], torch.Tensor] = field(default_factory=dict)
     _raw: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -125,23 +127,16 @@ class Archive:
         strides = tuple(_count(n) for n in about["strides"])
         offset = _count(about["storage_offset"])
         param, grad = bool(row.get("is_param")), bool(about.get("requires_grad"))
-        key = (member, dtype, sizes, strides, offset, param, grad)
+        key = ((member, dtype, sizes, strides, offset), param, grad)
         if key not in self.tensors:
-            made = self._view(member, name, dtype, sizes, strides, offset)
+            made = self._view(name, key[0])
             if param:
                 made = torch.nn.Parameter(made, requires_grad=grad and made.is_floating_point())
             self.tensors[key] = made
         return self.tensors[key]
 
-    def _view(
-        self,
-        member: str,
-        name: str,
-        dtype: torch.dtype,
-        sizes: tuple[int, ...],
-        strides: tuple[int, ...],
-        offset: int,
-    ) -> torch.Tensor:
+    def _view(self, name: str, place: Place) -> torch.Tensor:
+        member, dtype, sizes, strides, offset = place
         if len(sizes) != len(strides):
             raise self.bad(f"{name!r} has {len(sizes)} sizes and {len(strides)} strides")
         steps = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))

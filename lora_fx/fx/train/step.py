@@ -380,7 +380,8 @@ def _differentiable() -> dict[Any, Callable[..., Any]]:
     """What comes apart before autograd sees it: its gradient is an operator that never does."""
     known = decomposition_table
     return {
-        **{getattr(aten, f"adaptive_avg_pool{d}d").default: adaptive_means for d in (1, 3)},
+        aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
+        aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
         **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
         aten.adaptive_avg_pool2d.default: known[aten._adaptive_avg_pool2d.default],
         aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
@@ -415,17 +416,13 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
     return x.movedim(0, dim)
 
 
-def adaptive_means(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The means of as many windows as asked for, one axis after the other."""
-    return _by_axes(torch.mean, x, sizes)
-
-
 def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
     """The maxima of as many windows as asked for, one axis after the other; no places."""
     return _by_axes(lambda part, axis: part.max(axis)[0], x, sizes), None
 
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What as many windows as asked for come to, one axis after the other."""
     for axis, n in enumerate(sizes, x.dim() - len(sizes)):
         bounds = [(i * x.shape[axis] // n, -(-(i + 1) * x.shape[axis] // n)) for i in range(n)]
         x = torch.stack([reduce(x.narrow(axis, lo, hi - lo), axis) for lo, hi in bounds], axis)
