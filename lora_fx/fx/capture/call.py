@@ -30,8 +30,8 @@ class Signature:
     Its `bind` uses plain loops only, so that torch.compile can trace it.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.signature = inspect.signature(forward)
+    def __init__(self, forward: Callable[..., Any] | inspect.Signature) -> None:
+        self.signature = inspect.signature(forward) if callable(forward) else forward
         kinds = inspect.Parameter
         params = self.signature.parameters.values()
 

@@ -140,15 +140,13 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
     repeats = Repeats(entry.source) if repeat else None
-    if repeats is None or not repeats.families:
-        return _trace(entry, named, requested)
-    try:
-        with repeats.watching():
+    if repeats is not None and repeats.families:
+        # an error is the model's, and comes again, or comes of the watching
+        with contextlib.suppress(Exception), repeats.watching():
             traced = _trace(entry, named, requested)
-    except Exception:  # of the model's, which comes again, or because blocks are watched
-        return _trace(entry, named, requested)
-    traced.copies = repeats.copies
-    return traced
+            traced.copies = repeats.copies
+            return traced
+    return _trace(entry, named, requested)
 
 
 def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:

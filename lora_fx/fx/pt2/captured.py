@@ -27,14 +27,6 @@ from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
-from lora_fx.fx.pt2.manifest import (
-    FORMAT,
-    adapter_names,
-    is_constant,
-    read_adapter,
-    read_arguments,
-    read_signature,
-)
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView
@@ -87,7 +79,7 @@ class FileCaptured(Captured):
 
     def _read(self, manifest: JsonView) -> None:
         if manifest:
-            check_format(manifest, f"{self.path}: its manifest", FORMAT)
+            check_format(manifest, f"{self.path}: its manifest", program.FORMAT)
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)
@@ -99,8 +91,8 @@ class FileCaptured(Captured):
                 if n in programs:
                     self.programs.setdefault(mode == "train", []).append(n)
             tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
-            named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
-            signature = held_signature(read_signature(manifest["parameters"]), named)
+            named = program.read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
+            signature = held_signature(program.read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
             modes = {n: program.mode_of(g) for n, g in graphs.items()}
@@ -108,12 +100,12 @@ class FileCaptured(Captured):
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
         self.signature = FileSignature(self.path, signature)
-        self.named = {k: v for k, v in named.items() if not is_constant(v)}
+        self.named = {k: v for k, v in named.items() if not program.is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
-        self.adapter: Adapter | None = read_adapter(manifest, state)
+        self.adapter: Adapter | None = program.read_adapter(manifest, state)
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
-        self.model = program.tree_of(order, adapter_names(manifest))
+        self.model = program.tree_of(order, program.adapter_names(manifest))
         for p in programs.values():
             said = p.program.graph_signature
             names = {**said.inputs_to_parameters, **said.inputs_to_buffers}
@@ -259,10 +251,7 @@ class FileSignature(Signature):
     """A Signature of the held arguments only; another call is one LoraFxError that names them."""
 
     def __init__(self, path: str, signature: inspect.Signature) -> None:
-        def forward() -> None: ...
-
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        super().__init__(forward)
+        super().__init__(signature)
         self.path = path
 
     def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
@@ -294,7 +283,7 @@ def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signatur
             gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
             continue
         defaults = bool(params) and params[-1].default is not kinds.empty
-        gap = gap or (defaults and not is_constant(named[p.name]))
+        gap = gap or (defaults and not program.is_constant(named[p.name]))
         kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
         params.append(_held(p.name, kind, named[p.name]))
     rest = (k for k in named if k not in full.parameters)
@@ -304,7 +293,7 @@ def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signatur
 
 def _held(name: str, kind: Any, value: object) -> inspect.Parameter:
     """A parameter of an argument that a file holds; a constant is its own default."""
-    return kinds(name, kind, default=value if is_constant(value) else kinds.empty)
+    return kinds(name, kind, default=value if program.is_constant(value) else kinds.empty)
 
 
 def call_text(named: JsonView) -> str:
@@ -314,7 +303,7 @@ def call_text(named: JsonView) -> str:
         if isinstance(x, torch.Tensor):
             parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
         else:
-            parts.append(f"{name}={x!r}" if is_constant(x) else name)
+            parts.append(f"{name}={x!r}" if program.is_constant(x) else name)
     return f"({', '.join(parts)})"
 
 

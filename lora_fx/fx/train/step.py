@@ -559,25 +559,21 @@ def _seed_dropouts(graph: fx.Graph) -> bool:
         seed = graph.placeholder("seed")
     seed.meta["val"] = torch.zeros((), dtype=torch.int64)
     for i, node in enumerate(found):
-        attention = node.target is aten.scaled_dot_product_attention.default
-        p = argument(node, "dropout_p" if attention else "p")
-        if not attention:
-            node.target, node.args, node.kwargs = dropped, (node.args[0], p, seed, i), {}
+        if node.target is aten.dropout.default:
+            node.target, node.args = dropped, (node.args[0], argument(node, "p"), seed, i)
+            node.kwargs = {}
             continue
-        named = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
-        mask = argument(node, "attn_mask")
-        node.target = attention_with_dropout
-        node.args = (*node.args[:3], mask, p, seed, i)
-        node.kwargs = named
+        mask, p = argument(node, "attn_mask"), argument(node, "dropout_p")
+        node.kwargs = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
+        node.target, node.args = attention_with_dropout, (*node.args[:3], mask, p, seed, i)
     return True
 
 
 def _drops(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return bool(argument(node, "train")) and argument(node, "p") > 0
-    return node.target is aten.scaled_dot_product_attention.default and bool(
-        argument(node, "dropout_p")
-    )
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return attention and bool(argument(node, "dropout_p"))
 
 
 def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:
