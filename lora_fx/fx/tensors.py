@@ -105,22 +105,19 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     entries = dict(adapter.entries)
     for key, entry in adapter.entries.items():
-        if key not in tensors or not isinstance(entry, Dense | ReplacedRows | LowRank):
+        if key not in tensors:
             continue
-        if isinstance(entry, LowRank):
-            if entry.mutated:
-                stored = to_numpy(tensors[key])
-                turned = adapter.metadata.get("fan_in_fan_out")
-                entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
-            continue
-        value = to_numpy(tensors[key]).astype(np.float32)
-        if isinstance(entry, ReplacedRows):
-            value[list(entry.index)] = entry.value
-        elif value.ndim == 1 and value.shape == entry.value.shape:
-            value += np.float32(entry.scale) * entry.value
-        else:
-            continue
-        entries[key] = Full(value)
+        if isinstance(entry, LowRank) and entry.mutated:
+            stored = to_numpy(tensors[key])
+            turned = adapter.metadata.get("fan_in_fan_out")
+            entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
+        elif isinstance(entry, Dense | ReplacedRows):
+            value = to_numpy(tensors[key]).astype(np.float32)
+            if isinstance(entry, ReplacedRows):
+                value[list(entry.index)] = entry.value
+                entries[key] = Full(value)
+            elif value.ndim == 1 and value.shape == entry.value.shape:
+                entries[key] = Full(value + np.float32(entry.scale) * entry.value)
     return replace(adapter, entries=entries)
 
 

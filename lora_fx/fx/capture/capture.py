@@ -51,7 +51,7 @@ class ModelSource:
         forward: What a capture calls.
         mode: The mode of the fake tensors.
         live: True when `module` is the user's own.
-        why: The reason why it could not be copied.
+        why: The reason why it could not be copied, and what follows.
         copies: The same in other dtypes, made on first use.
     """
 
@@ -77,6 +77,7 @@ class ModelSource:
             return cls(copied, _hooked(copied), mode)
         except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
             why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
+            why += ": captures trace the model itself, in its own dtype only"
             return cls(model, _hooked(model), None, live=True, why=why)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
@@ -138,11 +139,7 @@ class Captured:
         self.repeat = repeat
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
-        self.notes: list[str] = list(said)
-        if self.source.why:
-            self.notes.append(
-                f"{self.source.why}: captures trace the model itself, in its own dtype only"
-            )
+        self.notes: list[str] = [*said, *filter(None, [self.source.why])]
         try:
             self.named = self.signature.bind(tuple(args), dict(kwargs or {}))
         except TypeError as e:

@@ -291,30 +291,24 @@ def check_fit(
     here = {ties.get(name, name) for name in found}
     missing = [n for n in wanted if ties.get(n, n) not in here and n not in set(optional)]
     unexpected = [n for n in found if n not in wanted]
-    shared = [(n, found[n], wanted[n]) for n in found if n in wanted]
-    shapes = [
-        f"{n} {list(t.shape)} (expected {list(w[0])})" for n, t, w in shared if t.shape != w[0]
-    ]
-    kinds = [
-        f"{n} {t.dtype} (expected {w[1]})"
-        for n, t, w in shared
-        if t.dtype != w[1] and not (t.dtype in FLOATING and w[1] in FLOATING)
-    ]
-    wrong = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shapes,
-        "of another kind": kinds,
-    }
+    wrong: dict[str, list[str]] = {"missing": missing, "unexpected": unexpected}
+    wrong |= {"of another shape": [], "of another kind": []}
+    casts: dict[tuple[str, str], list[str]] = {}
+    for name in (n for n in found if n in wanted):
+        t, (shape, dtype) = found[name], wanted[name]
+        if t.shape != shape:
+            said = f"{name} {list(t.shape)} (expected {list(shape)})"
+            wrong["of another shape"].append(said)
+        if t.dtype != dtype:
+            casts.setdefault((t.dtype, dtype), []).append(name)
+            if not {t.dtype, dtype} <= {*FLOATING}:
+                said = f"{name} {t.dtype} (expected {dtype})"
+                wrong["of another kind"].append(said)
     problems = [f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names]
     if problems:
         raise LoraFxError(
             f"{where} does not fit the model: {'; '.join(problems)}", _hint(here, wanted)
         )
-    casts: dict[tuple[str, str], list[str]] = {}
-    for name, t, (_, dtype) in shared:
-        if t.dtype != dtype:
-            casts.setdefault((t.dtype, dtype), []).append(name)
     return tuple(f"{where}: cast from {a} to {b}: {_some(n)}" for (a, b), n in casts.items())
 
 

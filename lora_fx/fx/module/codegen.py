@@ -117,8 +117,8 @@ def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:
             continue
         if any(i in needs for i in node.all_input_nodes):
             needs.add(node)
-            continue
-        strays.append(node)
+        else:
+            strays.append(node)
     late = needs - member
     if any(i in late for n in body for i in n.all_input_nodes):
         return False
