@@ -161,16 +161,10 @@ def _inside(
     start = FxWeight("w", View(), shape, places[i], ("w",))
     inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
     flow = weight_flow(body.graph, None, {}, {places[i]: start})
-    for node in body.graph.nodes:
-        row = ops.row_of(node)
-        uses = body_uses(node, flow.weights, inner) if row is None else row.uses(node)
-        for use in uses:
-            w = flow.weights.get(ops.pick(node, use.weight))
-            if w is None or use.refusal or w.edited:
-                continue
-            axes = use.kind.axes(tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()))
-            steps = w.view.steps + axes.steps
-            yield Axes(axes.batch, axes.out, axes.in_, steps), site_flops(node, use)
+    for site, found in uses(body.graph, flow, inner):
+        if not site.refusal:
+            axes = site.kind.axes(site.operand)
+            yield replace(axes, steps=found.weight.view.steps + axes.steps), site.flops
 
 
 # What reads a weight and is no site: an index, a norm, a sum, the model's output.
