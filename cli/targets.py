@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
-    from lora_fx.targets.found import Found
+    from lora_fx.targets.target import Found
 
 
 @click.command("targets", cls=FileCommand)

@@ -23,16 +23,13 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout, layout_of
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.ir.view import Opaque, Permute, track
+from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.layout import Layout, Opaque, Permute, layout_of, track
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.regions import widen
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.target import base_name, split_key, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:

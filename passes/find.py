@@ -21,14 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Graph, Site
-from lora_fx.ir.layout import Layout, layout_of, plain_layout
-from lora_fx.ir.view import Opaque, Region, Step, track
-from lora_fx.targets.found import Found, Refusal, Unreached
+from lora_fx.ir.graph import Graph, Parameter, Site
+from lora_fx.ir.layout import Layout, Opaque, Region, Step, layout_of, plain_layout, track
 from lora_fx.targets.plan import default_plan
-from lora_fx.targets.regions import overlap
-from lora_fx.targets.target import Target, make_key, role_of
+from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
 
 ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
 

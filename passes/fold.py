@@ -26,18 +26,15 @@ from lora_fx.adapter.lowrank import LowRank, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
-from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.layout import Region
 from lora_fx.ir.quantised import ZeroPoints
-from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reads_otherwise
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target, not_storable
+from lora_fx.targets.target import Found, Target, applies, not_storable, overlap
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from lora_fx.adapter.lowrank import Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.targets.found import Found, select_names
-from lora_fx.targets.regions import (
+from lora_fx.targets.plan import select_names
+from lora_fx.targets.target import (
+    Found,
+    base_name,
     check_disjoint,
     each_use,
     modules,
@@ -27,9 +29,9 @@ from lora_fx.targets.regions import (
     of_several,
     of_use,
     own_use,
+    split_use,
     tied,
 )
-from lora_fx.targets.target import base_name, split_use
 from lora_fx.text import Json, JsonView, html, human, near, some
 
 

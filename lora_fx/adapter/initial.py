@@ -32,13 +32,11 @@ from lora_fx.adapter.variant import QaLora, named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, near
 from lora_fx.inputs import generator
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout
-from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.budget import Moments
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
-from lora_fx.targets.regions import of_several, own_use
-from lora_fx.targets.target import Target, check_storable
+from lora_fx.targets.target import Found, Target, check_storable, of_several, own_use
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
 INITS = get_args(Init)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array
 from lora_fx.inputs import generator
+from lora_fx.ir.emitter import product
 from lora_fx.ir.layout import Layout
-from lora_fx.ir.numpy_emitter import product
 from lora_fx.text import short
 
 

@@ -29,7 +29,8 @@ from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.inputs import generator
-from lora_fx.targets.found import Found, select, select_names, split
+from lora_fx.targets.plan import select, select_names, split
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16

@@ -20,8 +20,7 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.graph import Site
+from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser

@@ -31,7 +31,7 @@ from lora_fx.files.read import json_object, open_input
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
-from lora_fx.targets.regions import own_use
+from lora_fx.targets.target import own_use
 from lora_fx.text import Json, JsonView, near
 
 if TYPE_CHECKING:

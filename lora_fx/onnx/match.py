@@ -27,9 +27,7 @@ from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import keys_of, of_use
-from lora_fx.targets.target import Target, base_name, split_use
+from lora_fx.targets.target import Found, Target, base_name, keys_of, of_use, split_use
 from lora_fx.text import near
 
 FOLDED = 8192

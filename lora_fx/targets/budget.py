@@ -24,9 +24,7 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Found, Target, applies
 
 FULL = 0.98
 """Share of a budget that has to be used, where ranks allow it."""

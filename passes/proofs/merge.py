@@ -20,7 +20,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched
 from lora_fx.passes.fold import Fold, fold_rows
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 
 PROOF_ROWS = 4
 """Rows of every touched tensor that are computed again."""

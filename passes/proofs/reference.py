@@ -37,8 +37,8 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.inputs import SIZES, Extents, Inputs, Named
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.view import Cast
+from lora_fx.ir.graph import Role
+from lora_fx.ir.layout import Cast
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.save import save

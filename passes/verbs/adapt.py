@@ -27,8 +27,8 @@ from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
+from lora_fx.targets.target import Found
 
 
 def find(

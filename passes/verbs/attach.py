@@ -36,9 +36,8 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import OtherReader, Site, T
-from lora_fx.ir.view import Permute, View
+from lora_fx.ir.graph import OtherReader, Parameter, Role, Site, T
+from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, changed
@@ -53,10 +52,8 @@ from lora_fx.passes.proofs.attached import (
 from lora_fx.passes.verbs.build_module import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.regions import applies
-from lora_fx.targets.target import Target, split_use
+from lora_fx.targets.target import Found, Target, applies, split_use
 
 
 @told

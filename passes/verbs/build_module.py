@@ -29,9 +29,7 @@ from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.options import InsertOptions
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import own_use
-from lora_fx.targets.target import check_storable
+from lora_fx.targets.target import Found, check_storable, own_use
 from lora_fx.text import Json
 
 

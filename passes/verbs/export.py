@@ -45,7 +45,7 @@ from lora_fx.passes.verbs.options import (
     opened_adapters,
 )
 from lora_fx.progress import Listener, told
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 from lora_fx.text import Json
 
 if TYPE_CHECKING:

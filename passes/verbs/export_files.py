@@ -35,9 +35,7 @@ from lora_fx.passes.proofs.batch import prove_rows
 from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import own_use
-from lora_fx.targets.target import base_name
+from lora_fx.targets.target import Found, base_name, own_use
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:

@@ -44,8 +44,7 @@ from lora_fx.passes.verbs.export_files import (
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.optimise import optimised
 from lora_fx.passes.verbs.options import ExportOptions
-from lora_fx.targets.regions import applies, own_use
-from lora_fx.targets.target import Target, base_name
+from lora_fx.targets.target import Target, applies, base_name, own_use
 from lora_fx.text import Json
 
 

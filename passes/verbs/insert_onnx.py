@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
-from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Role
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import PROPERTY, listed

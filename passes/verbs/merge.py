@@ -36,7 +36,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.merge import prove_merge
 from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, table
 
 StrPath = str | PathLike[str]

@@ -22,8 +22,8 @@ from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError, expect, near
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.targets.found import Found, select_names
-from lora_fx.targets.plan import GivenRanks, Plan, make_plan
+from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
+from lora_fx.targets.target import Found
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss

@@ -39,8 +39,7 @@ from lora_fx.targets.budget import (
     parse_budget,
 )
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
-from lora_fx.targets.regions import own_use
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, own_use
 from lora_fx.text import Json
 from lora_fx.text import table as columns
 

@@ -22,9 +22,8 @@ from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.export_files import named
 from lora_fx.passes.verbs.open import opened
 from lora_fx.passes.verbs.options import ExportAdapters, Selectors
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Found, Target
 from lora_fx.text import human
 
 KINDS = ("nf4", "int4", "int8")

@@ -36,8 +36,7 @@ from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
-from lora_fx.targets.found import Found
-from lora_fx.targets.target import base_name
+from lora_fx.targets.target import Found, base_name
 from lora_fx.text import human
 
 

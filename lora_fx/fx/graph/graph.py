@@ -28,8 +28,7 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
+from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
 
 
@@ -416,7 +415,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.view.Ops is, but for conv."""
+"""What node each primitive of lora_fx.ir.emitter.Ops is, but for conv."""
 
 
 class FxEmitter:
@@ -435,7 +434,7 @@ class FxEmitter:
         return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
         if prim == "conv":
             return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, near, near_path, one_line
+from lora_fx.errors import LoraFxError, near, near_path, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -35,7 +35,6 @@ from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.silence import silenced
 from lora_fx.text import some
 
 FORMS = (

@@ -42,7 +42,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, html, human, short
 
 Updates = Mapping[str, LowRank]

@@ -15,10 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
+from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.flow import (
@@ -38,7 +37,6 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
-from lora_fx.silence import silenced
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -463,7 +461,7 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.mark)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
         made = self._op(prim, *xs, **attrs)
         # onnx_ir infers no types, and later casts ask for this one
         first = next((x for x in xs if isinstance(x, ir.Value)), None)

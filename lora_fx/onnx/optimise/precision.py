@@ -24,12 +24,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, silenced
 from lora_fx.onnx.graph.flow import bodies_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.optimise.stages import Feeds, WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
-from lora_fx.silence import silenced
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}

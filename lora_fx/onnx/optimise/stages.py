@@ -19,14 +19,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_fx.compare import ORT_TOL, compare, sizes_text
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import made_by
 from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session
-from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 Feeds = Sequence[Mapping[str, Array]]
