@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import linecache
 import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -638,19 +637,16 @@ def explain(error: Exception, name: str, training: bool) -> CaptureError:
 
 def _user_line(error: BaseException) -> str:
     """file:line `code` of the innermost frame that is neither torch's nor ours."""
-    ours = __file__.rpartition("/lora_fx/")[0]
-    inner = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        path = frame.f_code.co_filename
-        own = path.startswith(("<", f"{ours}/lora_fx/", f"{ours}/passes/", f"{ours}/cli/"))
+    root = __file__.rpartition("/lora_fx/")[0]
+    ours = ("<", *(f"{root}/{folder}/" for folder in ("lora_fx", "passes", "cli")))
+    said = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = frame.filename
         standard = "/lib/python3" in path and "site-packages" not in path
-        if "/torch/" in path or own or (standard and frame.f_code.co_name != "<module>"):
-            continue
-        inner = (path, line)
-    if inner is None:
-        return ""
-    code = linecache.getline(*inner).strip()
-    return f"{inner[0]}:{inner[1]} `{code}`"
+        library = "/torch/" in path or (standard and frame.name != "<module>")
+        if not library and not path.startswith(ours):
+            said = f"{path}:{frame.lineno} `{frame.line}`"
+    return said
 
 
 def weightless(

@@ -29,7 +29,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.conditions import BINARY, SEARCHED, Condition, Size, broken, parsed
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.graph.nodes import hint, shape_of, value
+from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.tensors import patched
 
 aten = torch.ops.aten
@@ -399,13 +399,12 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
     found: set[int] = set()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor:
-            shape, d = getattr(value(node.args[0]), "shape", ()), node.args[1:2]
-            free = bool(shape) and isinstance(shape[d[0] if d else 0], torch.SymInt)
-            numbers = [a for a in node.args[2:4] if type(a) is int and free]
+            shape, d = shape_of(node.args[0]) or (), argument(node, "dim")
+            sizes, numbers = shape[d : d + 1 or None], node.args[2:4]
         elif node.target in _DECIDES:
-            free = any(isinstance(value(a), torch.SymInt) for a in node.args)
-            numbers = [a for a in node.args if type(a) is int and free]
+            sizes, numbers = tuple(map(value, node.args)), node.args
         else:
             continue
-        found |= {abs(n) for n in numbers if 1 < abs(n) < 1 << 31}
+        if any(isinstance(n, torch.SymInt) for n in sizes):
+            found |= {abs(n) for n in numbers if type(n) is int and 1 < abs(n) < 1 << 31}
     return tuple(sorted(found))

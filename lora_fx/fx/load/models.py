@@ -452,18 +452,16 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _unpack(spec: str, result: object) -> Result:
-    parts = result if isinstance(result, tuple) else (result,)
-    if not parts or len(parts) > 3 or not isinstance(parts[0], nn.Module):
-        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
-    args: object = parts[1] if len(parts) > 1 else ()
-    kwargs: object = parts[2] if len(parts) > 2 else {}
-    if isinstance(args, torch.Tensor):
-        args = (args,)
-    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict):
+    parts: list[object] = list(result) if isinstance(result, tuple) else [result]
+    parts += (None, (), {})[len(parts) :]  # what is left out is empty
+    module, args, kwargs, *more = parts
+    args = (args,) if isinstance(args, torch.Tensor) else args
+    called = isinstance(args, (tuple, list)) and isinstance(kwargs, dict)
+    if more or not isinstance(module, nn.Module) or not called:
         raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
     if not args and not kwargs:
         raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
-    return parts[0], tuple(args), dict(kwargs)
+    return module, tuple(args), dict(kwargs)
 
 
 def _describe(value: object) -> str:
