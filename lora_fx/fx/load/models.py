@@ -454,14 +454,13 @@ def _importable(folder: Path) -> Iterator[None]:
 def _unpack(spec: str, result: object) -> Result:
     parts: list[object] = list(result) if isinstance(result, tuple) else [result]
     parts += (None, (), {})[len(parts) :]  # what is left out is empty
-    module, args, kwargs, *more = parts
-    args = (args,) if isinstance(args, torch.Tensor) else args
-    called = isinstance(args, (tuple, list)) and isinstance(kwargs, dict)
-    if more or not isinstance(module, nn.Module) or not called:
-        raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
-    if not args and not kwargs:
-        raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
-    return module, tuple(args), dict(kwargs)
+    match parts:
+        case [nn.Module() as module, torch.Tensor() | tuple() | list() as args, dict() as kwargs]:
+            given = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+            if given or kwargs:
+                return module, given, dict(kwargs)
+            raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
+    raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
 
 
 def _describe(value: object) -> str:
