@@ -248,6 +248,8 @@ FUNCTIONS = frozenset((
 POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
 CONSTANTS = ("true", "false", "oo")
 SYMBOL = re.compile(r"[A-Za-z_]+\d+")
+TEXTS = {"Symbol": SYMBOL, **dict.fromkeys(("Float", "Integer"), re.compile(r"-?[\d.e+-]+"))}
+"""Functions that take a text → what it may be."""
 NAME = re.compile(r"[A-Za-z_]\w*", re.A)
 PATH = re.compile(r"[\w.+\-~/@ ,:\[\]]*", re.A)
 NODES = (
@@ -384,26 +386,21 @@ def check_expression(text: object, where: str) -> None:
     for node in ast.walk(tree):
         if not isinstance(node, NODES) or isinstance(node, ast.MatMult):
             raise bad
-        if isinstance(node, ast.Call):
-            if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
-                raise bad
-            allowed.add(id(node.func))
-            texts = [a for a in node.args if isinstance(a, ast.Constant)]
-            texts = [a for a in texts if isinstance(a.value, str)]
-            good = SYMBOL if node.func.id == "Symbol" else re.compile(r"-?[\d.e+-]+")
-            if node.func.id in ("Symbol", "Float", "Integer"):
-                allowed |= {id(a) for a in texts if good.fullmatch(str(a.value))}
         if _is_power(node):
             inner = [n for n in ast.walk(node) if n is not node]
             if any(_is_power(n) for n in inner) or not _small(node):
                 raise bad  # nested powers of numbers take forever
-        if isinstance(node, ast.Name):
-            if not (id(node) in allowed or node.id in CONSTANTS or SYMBOL.fullmatch(node.id)):
+        match node:  # a call comes before what it is called with
+            case ast.Call(ast.Name(name), args) if name in FUNCTIONS:
+                texts = [a for a in args if isinstance(a, ast.Constant) and type(a.value) is str]
+                good = [a for a in texts if name in TEXTS and TEXTS[name].fullmatch(str(a.value))]
+                allowed |= {id(n) for n in (node.func, *good)}
+            case ast.Name(name) if name in CONSTANTS or SYMBOL.fullmatch(name):
+                pass
+            case ast.Constant(int() | float()):
+                pass
+            case ast.Call() | ast.Name() | ast.Constant() if id(node) not in allowed:
                 raise bad
-        elif isinstance(node, ast.Constant) and (
-            not isinstance(node.value, (int, float)) and id(node) not in allowed
-        ):
-            raise bad
 
 
 def _is_power(node: ast.AST) -> bool:
@@ -414,10 +411,10 @@ def _is_power(node: ast.AST) -> bool:
 
 def _small(power: ast.AST) -> bool:
     """True where the exponent of a power holds no number above 64."""
-    exponent = power.right if isinstance(power, ast.BinOp) else getattr(power, "args", [])[-1:]
-    parts = exponent if isinstance(exponent, list) else [exponent]
-    numbers = [n.value for p in parts for n in ast.walk(p) if isinstance(n, ast.Constant)]
-    products = [n for p in parts for n in ast.walk(p) if isinstance(n, ast.BinOp)]
+    parts = [power.right] if isinstance(power, ast.BinOp) else getattr(power, "args", [])[-1:]
+    nodes = [n for p in parts for n in ast.walk(p)]
+    numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
+    products = any(isinstance(n, ast.BinOp) for n in nodes)
     return not products and all(abs(n) <= 64 for n in numbers if isinstance(n, (int, float)))
 
 
