@@ -7,11 +7,11 @@
     x/2·(1 + F(r(x)))                   F = erf, r = x/√2, or F = tanh …  → gelu(x)
     dropout(x, 0), a slice that is all of x → x
 
-Each is proven from the graph: a mask by formulas of its coordinates, which hold at every size
-(lora_fx.fx.graph.patterns), repeated heads by shapes, GELU by the numbers that the chain makes. A
-mask that depends on an input, is changed in place, or that no rule describes, stays. Torch's
-definition of is_causal is j ≤ i, from the upper left corner. GELU's gradient is that of the chain;
-in 16 bits one op rounds once where the chain rounds at every step.
+Each is found in the graph (lora_fx.fx.graph.patterns): a mask by what it lets through at small
+sizes and at such as are beyond all numbers in it, repeated heads by shapes, GELU by the numbers
+that the chain makes. A mask that depends on an input, is changed in place, or is made by other ops,
+stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's gradient is that
+of the chain; in 16 bits one op rounds once where the chain rounds at every step.
 
 This pass is torch's own: the ops are ATen's.
 """
@@ -19,6 +19,7 @@ This pass is torch's own: the ops are ATen's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import fx
@@ -28,9 +29,9 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.graph.patterns import (
     ATTENTION,
-    Formulas,
     gelu_of,
     is_whole,
+    mask_form,
     plain_mask,
     shared_heads,
 )
@@ -46,11 +47,11 @@ class Clean:
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds nothing to fold."""
         changed = written(graph.graph)
-        formulas = Formulas(changed)
+        form_of = cache(partial(mask_form, written=changed))
         modified = False
         for node in list(graph.graph.nodes):
             if node.target is ATTENTION:
-                modified |= plain_mask(node, formulas)
+                modified |= plain_mask(node, form_of)
                 modified |= shared_heads(node)
             elif _does_nothing(node) and node not in changed:
                 node.replace_all_uses_with(node.args[0])
