@@ -81,8 +81,7 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
             "pip install 'lora-fx[hf]'",
         ) from e
     with quiet_transformers():
-        config = _config(transformers, folder, raw)
-        cls = _class(transformers, folder, raw, config)
+        config, cls = _architecture(transformers, folder, raw)
         notes = _settle(config, folder, raw, cls)
         path = weights or folder
         if getattr(config, "quantization_config", None) is None:
@@ -158,13 +157,19 @@ def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxErr
     )
 
 
-def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrainedConfig:
-    mapping = transformers.CONFIG_MAPPING
+def _architecture(
+    transformers: ModuleType, folder: Path, raw: JsonView
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config, and the first class in it that transformers has; where none is, the plain model.
+
+    Raises:
+        LoraFxError: transformers knows no such model, or has an error for the config.
+    """
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in mapping:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise _unknown(transformers, folder, raw)
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as e:  # config classes raise whatever their fields make them raise
@@ -172,12 +177,6 @@ def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrained
             f"{folder}/config.json: {one_line(f'{type(e).__name__}: {e}', 200)}",
             f"does transformers {transformers.__version__} know this config?",
         ) from e
-
-
-def _class(
-    transformers: ModuleType, folder: Path, raw: JsonView, config: PreTrainedConfig
-) -> type[PreTrainedModel]:
-    """The first architecture that transformers has; the plain model where none is named."""
     names = raw.get("architectures")
     if not names:
         plain = transformers.MODEL_MAPPING.get(type(config), None)
@@ -187,7 +186,7 @@ def _class(
         known = [getattr(transformers, name, None) for name in named]
     for cls in known:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
+            return config, cls
     raise _unknown(transformers, folder, raw)
 
 
@@ -361,14 +360,11 @@ def _judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool)
         what = [f"{len(n)} of its tensors {w}: {some(n, 4)}" for n, w in
                 ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
         raise _misfit(f"{path} does not fit {type(module).__name__}: {'; '.join(what)}")
-    notes = []
-    if missing:
-        notes.append(
-            f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"
-        )
-    if unexpected:
-        notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
-    return tuple(notes)
+    notes = (
+        (missing, f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"),
+        (unexpected, f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}"),
+    )
+    return tuple(note for names, note in notes if names)
 
 
 def _misfit(what: str) -> LoraFxError:
