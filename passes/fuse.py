@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.elementwise import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
+from lora_fx.fx.graph.patterns import maker, operands
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

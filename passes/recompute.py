@@ -4,7 +4,7 @@ x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a�
 
 with the same numbers, in forward and in backward. Autograd kept x for ∂L/∂aᵢ, and what the steps of
 f keep; the region keeps v only, and a frozen layer that reads x keeps nothing of it. What f is, and
-whether keeping v is less, is read from the graph: see lora_fx.fx.graph.elementwise. Left alone:
+whether keeping v is less, is read from the graph: see lora_fx.fx.graph.patterns. Left alone:
 values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
 place, whose branch has a dropout of its own, and branches in another block than their input.
 
@@ -29,7 +29,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.elementwise import (
+from lora_fx.fx.graph.flow import FxWeight, written
+from lora_fx.fx.graph.graph import FxGraph, replaced
+from lora_fx.fx.graph.nodes import block_of, is_marked, reached
+from lora_fx.fx.graph.ops import Path, pick, row_of
+from lora_fx.fx.graph.patterns import (
     Chain,
     Projection,
     chain_of,
@@ -37,10 +41,6 @@ from lora_fx.fx.graph.elementwise import (
     maker,
     projections,
 )
-from lora_fx.fx.graph.flow import FxWeight, written
-from lora_fx.fx.graph.graph import FxGraph, replaced
-from lora_fx.fx.graph.nodes import block_of, is_marked, reached
-from lora_fx.fx.graph.ops import Path, pick, row_of
 from lora_fx.fx.graph.sites import slots
 from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult
