@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.models import LoadedModel
+    from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.objective import Loss
 
@@ -170,7 +170,8 @@ def captured(
 ) -> tuple[LoadedModel, Captured]:
     """(LoadedModel, Captured) of a MODEL argument; takes its options out and prints notes."""
     from lora_fx.fx.capture.decoder import decoder
-    from lora_fx.fx.load.models import LoadedModel, load_model
+    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.fx.load.models import load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic

@@ -448,14 +448,12 @@ class Namer:
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
     """How a value is computed, as a text that is equal for equal computations."""
     if node not in memo:
-        if node.op != "call_function":
-            memo[node] = str(node.target)
-        else:
-            inner: object = fx.node.map_aggregate(
-                (node.args, node.kwargs),
-                lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
-            )
-            memo[node] = f"{op_name(node)}{inner}"
+        inner: object = fx.node.map_aggregate(
+            (node.args, node.kwargs),
+            lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
+        )
+        called = node.op == "call_function"
+        memo[node] = f"{op_name(node)}{inner}" if called else str(node.target)
     return memo[node]
 
 

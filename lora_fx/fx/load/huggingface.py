@@ -12,7 +12,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -50,16 +50,27 @@ _IMPLEMENTATIONS = {
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model of a folder."""
+class LoadedModel:
+    """A module in eval mode and inputs that it can be called with.
+
+    Attributes:
+        module: The model.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        origin: What was asked for.
+        notes: What has to be said: random weights, casts, code that was not run.
+        tokenizer_folder: The folder that holds a tokenizer for it, if one does.
+    """
 
     module: nn.Module
-    kwargs: dict[str, torch.Tensor]
-    notes: tuple[str, ...]
-    tokenizer: Path | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    notes: tuple[str, ...] = ()
+    tokenizer_folder: Path | None = None
 
 
-def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> Built:
+def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> LoadedModel:
     """The model of a folder.
 
     Args:
@@ -91,8 +102,9 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     module.config._name_or_path = str(folder)
     _no_cache(module)
     notes += _pad(module)
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
+    given, tokenizer = examples(module), any((folder / name).exists() for name in TOKENIZERS)
+    held = folder if tokenizer else None
+    return LoadedModel(module.eval(), (), given, str(folder), notes + more, held)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -199,11 +211,11 @@ def _settle(
         notes.append(
             f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
         )
-    for field, known in _IMPLEMENTATIONS.items():
-        value = getattr(config, field, None)
+    for name, known in _IMPLEMENTATIONS.items():
+        value = getattr(config, name, None)
         if value not in (None, "eager", *known):  # may name a kernel on a hub
-            setattr(config, field, None)
-            notes.append(f"{folder}: {field.strip('_')} {value!r} is ignored")
+            setattr(config, name, None)
+            notes.append(f"{folder}: {name.strip('_')} {value!r} is ignored")
     return tuple(notes)
 
 
@@ -507,9 +519,9 @@ def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
             return (BATCH, int(_find(config, "max_length")), int(bins))
         channels = getattr(config, "audio_channels", None)  # of codecs
         return (BATCH, int(channels), SAMPLES) if channels else (BATCH, SAMPLES)
-    for field in ("input_feat_per_channel", "feature_projection_input_dim"):
-        if _find(config, field):
-            return (BATCH, FRAMES, int(_find(config, field)))
+    for name in ("input_feat_per_channel", "feature_projection_input_dim"):
+        if _find(config, name):
+            return (BATCH, FRAMES, int(_find(config, name)))
     if bins and longest:  # whisper: the encoder halves its fixed window
         return (BATCH, int(bins), 2 * int(longest))
     return (BATCH, FRAMES, int(bins or 80))

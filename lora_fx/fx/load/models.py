@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.text import some
 
@@ -43,27 +43,6 @@ FORMS = (
 )
 T = TypeVar("T")
 RESERVED = ("timm", "torchvision")
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A module in eval mode and inputs that it can be called with.
-
-    Attributes:
-        module: The model.
-        args: Positional example inputs.
-        kwargs: Keyword example inputs.
-        origin: What was asked for.
-        notes: What has to be said: random weights, casts, code that was not run.
-        tokenizer_folder: The folder that holds a tokenizer for it, if one does.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    origin: str = ""
-    notes: tuple[str, ...] = ()
-    tokenizer_folder: Path | None = None
 
 
 def load_model(
@@ -110,8 +89,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if library in RESERVED and name:
         return _reserved(text, library, name, file, meta)
     if text and path.is_dir():
-        built = load_folder(path, file, meta=meta)
-        return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
+        return load_folder(path, file, meta=meta)
     if path.suffix in REFUSED:
         why, hint = REFUSED[path.suffix]
         hint = hint.format(file=text)
@@ -186,7 +164,7 @@ def _on(meta: bool, make: Callable[[], T]) -> T:
 def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     plain = name.partition(".")[0]
     if ":" in name or "/" in name or not timm.is_model(plain):  # hf-hub: and the like download
-        raise _no_name("timm", name, timm.list_models())
+        raise LoraFxError(f"timm has no model {name!r}", near(name, timm.list_models()))
     module = timm.create_model(name, pretrained=False)
     size = (getattr(module, "default_cfg", None) or {}).get("input_size") or (3, 224, 224)
     return module, (2, *size)
@@ -195,7 +173,7 @@ def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
 def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     models = torchvision.models
     if name.lower() not in models.list_models():
-        raise _no_name("torchvision", name, models.list_models())
+        raise LoraFxError(f"torchvision has no model {name!r}", near(name, models.list_models()))
     builder = models.get_model_builder(name)
     group = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
     if group in ("detection", "optical_flow", "quantization"):
@@ -208,10 +186,6 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
     module = builder(**{n: None for n in ("weights", "weights_backbone") if n in known})
     side = 299 if name == "inception_v3" else 224
     return module, (2, 3, 16, side, side) if group == "video" else (2, 3, side, side)
-
-
-def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
-    return LoraFxError(f"{library} has no model {name!r}", near(name, names))
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -453,6 +427,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _unpack(spec: str, result: object) -> Result:
     parts: list[object] = list(result) if isinstance(result, tuple) else [result]
+    kinds = ", ".join(type(part).__name__ for part in parts)
     parts += (None, (), {})[len(parts) :]  # what is left out is empty
     match parts:
         case [nn.Module() as module, torch.Tensor() | tuple() | list() as args, dict() as kwargs]:
@@ -460,10 +435,5 @@ def _unpack(spec: str, result: object) -> Result:
             if given or kwargs:
                 return module, given, dict(kwargs)
             raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
-    raise LoraFxError(f"{spec} returned {_describe(result)}", RETURNS)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(type(v).__name__ for v in value)})"
-    return f"a {type(value).__name__}"
+    found = f"({kinds})" if isinstance(result, tuple) else f"a {kinds}"
+    raise LoraFxError(f"{spec} returned {found}", RETURNS)

@@ -194,6 +194,8 @@ class Recomputing:
         activation_checkpointing_kwargs: Named | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
+        *,
+        gradient_checkpointing_kwargs: Named | None = None,
     ) -> None:
         """In train mode, save only the inputs of each block, and run it again in backward.
 
@@ -201,12 +203,13 @@ class Recomputing:
             activation_checkpointing_kwargs: For torch.utils.checkpoint.checkpoint.
             every_n_layers: Only block 0, n, 2n, …
             offload: Keep the saved inputs in host memory.
+            gradient_checkpointing_kwargs: The older name of the first.
 
         Raises:
             LoraFxError: A model without blocks, blocks that cannot be run apart, an unknown
                 option, or reentrant checkpointing.
         """
-        options = dict(activation_checkpointing_kwargs or {})
+        options = dict(activation_checkpointing_kwargs or gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise LoraFxError(
                 "reentrant checkpointing gives the adapters no gradients: no input of a frozen "
@@ -243,15 +246,7 @@ class Recomputing:
         """Whether any block is recomputed."""
         return any(block.recompute for block in self._blocks().values())
 
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: Named | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """The older name of activation_checkpointing_enable."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
-
+    gradient_checkpointing_enable = activation_checkpointing_enable  # the older names
     gradient_checkpointing_disable = activation_checkpointing_disable
     is_gradient_checkpointing = is_activation_checkpointing
 
