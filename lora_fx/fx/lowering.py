@@ -177,9 +177,7 @@ def _parts(nodes: Sequence[fx.Node], program: ExportedProgram, table: Table) -> 
     for node, of, starts in zip(nodes, reads, places, strict=True):
         with fakes:
             given = iter([_start(graph, p, value(x)) for p, x in zip(starts, of, strict=True)])
-        call = _with(node, given)
-        made = graph.call_function(node.target, *call)  # type: ignore[arg-type]
-        made.meta["val"] = value(node)
+        made = _valued(graph, value(node), node.target, *_with(node, given))
         ends += _values(graph, made)
     graph.output(tuple(ends))
     whole = signed(graph, [p for starts in places for p in starts], {})
@@ -209,20 +207,22 @@ def _start(graph: fx.Graph, place: fx.Node, val: Any) -> Any:
         place.meta["val"] = val
         return place
     place.meta["val"] = torch.empty(val)
-    size = graph.call_function(aten.sym_size.int, (place, 0))
-    size.meta["val"] = val
-    return size
+    return _valued(graph, val, aten.sym_size.int, (place, 0))
+
+
+def _valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
+    """A new node with its value; `call` is its args and kwargs."""
+    new = graph.call_function(target, *call)
+    new.meta["val"] = val
+    return new
 
 
 def _values(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """The tensors that a node gives, each as a node."""
-    val, found = value(node), list[fx.Node]()
+    val = value(node)
     if isinstance(val, torch.Tensor):
         return [node]
-    for i, part in enumerate(val):
-        found.append(graph.call_function(operator.getitem, (node, i)))
-        found[-1].meta["val"] = part
-    return found
+    return [_valued(graph, part, operator.getitem, (node, i)) for i, part in enumerate(val)]
 
 
 def _between(
@@ -268,14 +268,13 @@ def _of(
     number = value(node)
     name = str(number.node.expr)
     if name not in sizes:
-        target: Any = node.target
         # a size may be read of another part's input, which is not here
         if place := _places([*made.values(), *graph.find_nodes(op="placeholder")]).get(name):
-            target, args, kwargs = aten.sym_size.int, place, {}
+            call = aten.sym_size.int, place
         else:
-            args, kwargs = _with(node, (_of(graph, x, made, sizes) for x in _reads(node)))
-        sizes[name] = graph.call_function(target, args, kwargs)
-        sizes[name].meta["val"] = number
+            read = (_of(graph, x, made, sizes) for x in _reads(node))
+            call = node.target, *_with(node, read)
+        sizes[name] = _valued(graph, number, *call)
     return sizes[name]
 
 

@@ -36,11 +36,6 @@ class AdapterTensors(nn.Module):
         )
 
 
-def adapter_tensors(path: str) -> nn.Module:
-    """A place for an adapter's tensors, for `owner` to put where there is none."""
-    return AdapterTensors()
-
-
 _MISSING = object()
 
 

@@ -260,13 +260,12 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
         for d, n in enumerate(shape or ()):
             if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
                 found.symbols.setdefault(n.node.expr, (i, d))
-    for node in list(graph.nodes):
-        if node.target is aten._assert_scalar.default:
-            guard = log.of(_said(node))
-            condition = _of_node(node.args[0], places, guard)
-            if condition is not None:
-                found.sort(condition, guard)
-                graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        guard = log.of(_said(node))
+        condition = _of_node(node.args[0], places, guard)
+        if condition is not None:
+            found.sort(condition, guard)
+            graph.erase_node(node)
     for symbol, bounds in program.range_constraints.items():
         if symbol in found.symbols:
             found.bound(symbol, bounds)

@@ -484,10 +484,9 @@ def clean_module(
     inline_regions(module)
     without_vmap(graph)
     write_out(module)
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            # these bake dtype and device in: .to(bf16) and autocast would fail on them
-            graph.erase_node(node)
+    # these bake dtype and device in: .to(bf16) and autocast would fail on them
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
     learnt = learn(program, graph, names, log)
     fixed = tuple(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s)

@@ -459,7 +459,7 @@ class FxEmitter:
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""
         root = self.owner.root
-        module, leaf = owner(root, name, create=tensors.adapter_tensors)
+        module, leaf = owner(root, name, create=lambda _: tensors.AdapterTensors())
         if leaf not in module._parameters:  # a later graph finds it there
             # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
             # not: so a run gives the same bits again, also from a file.

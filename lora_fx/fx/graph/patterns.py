@@ -332,12 +332,14 @@ def _walk(
 ) -> tuple[list[fx.Node], list[fx.Node]] | None:
     """(steps, what they read): every cheap node whose users are all among the steps."""
     steps: dict[fx.Node, None] = {}
-    trail, todo, node = _trail(x), {x}, x
+    # what x is a view of: others may read it too
+    trail = set(reached([x], lambda n: n.all_input_nodes[:1] if n.target in VIEWS else []))
+    todo, node = {x}, x
     while todo:
         if node in todo:
             todo.remove(node)
             inside = all(u in steps for u in node.users)
-            if (inside or node is x or node in trail) and _cheap(node, x, written, sums):
+            if (inside or node in trail) and _cheap(node, x, written, sums):
                 steps[node] = None
                 todo |= {i for i in node.all_input_nodes if i.target in CHEAP}
         node = node.prev
@@ -346,15 +348,6 @@ def _walk(
     if x not in steps or any(g in written for g in given):
         return None
     return None if all(n.target in VIEWS | CASTS for n in order) else (order, list(given))
-
-
-def _trail(x: fx.Node) -> list[fx.Node]:
-    """The values that x is a view of: others may read them too."""
-    trail = []
-    while x.target in VIEWS and isinstance(x.args[0], fx.Node):
-        x = x.args[0]
-        trail.append(x)
-    return trail
 
 
 def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:
@@ -395,14 +388,12 @@ def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node
 
 def stored(node: fx.Node) -> fx.Node:
     """The node whose memory a value lies in, through views and casts to its own dtype."""
-    while True:
-        source = node.args[0] if node.args else None
-        if node.op != "call_function" or not isinstance(source, fx.Node):
-            return node
+    source = node.args[0] if node.args else None
+    if node.op == "call_function" and isinstance(source, fx.Node):
         same = node.target in CASTS and dtype_of(node) == dtype_of(source)
-        if node.target not in VIEWS and not same:
-            return node
-        node = source
+        if same or node.target in VIEWS:
+            return stored(source)
+    return node
 
 
 def nbytes(node: fx.Node) -> int:

@@ -82,7 +82,9 @@ class FileCaptured(Captured):
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)
-        signature = signature_of(named)
+        # of a file without a manifest: constants have themselves as defaults
+        plain = inspect.Signature([kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in named])
+        signature = held_signature(plain, named)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         self.programs: dict[bool, list[str]] = {}
         if manifest:
@@ -262,12 +264,6 @@ class FileSignature(Signature):
             raise LoraFxError(
                 f"{self.path} holds the program for {self.signature}: {e}", NO_SOURCE
             ) from e
-
-
-def signature_of(named: JsonView) -> inspect.Signature:
-    """A signature of these arguments; constants have themselves as defaults."""
-    plain = [kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in named]
-    return held_signature(inspect.Signature(plain), named)
 
 
 def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:

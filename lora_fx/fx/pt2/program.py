@@ -163,11 +163,10 @@ def tensor_places(program: ExportedProgram) -> list[torch.Tensor]:
 
 def strip_branches(graph: fx.Graph) -> None:
     """Take out what insert put in: a marked sum of a value and a branch is that value again."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and is_marked(node) and node.target is aten.add.Tensor:
-            y, branch = node.args[:2]
-            if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
-                node.replace_all_uses_with(y)
+    for node in filter(is_marked, graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        y, branch = node.args[:2]
+        if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
+            node.replace_all_uses_with(y)
     for node in reversed(list(graph.nodes)):
         if is_marked(node):
             if not node.users:
