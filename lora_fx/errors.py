@@ -74,6 +74,10 @@ class MisfitError(LoraFxError):
         super().__init__(message, "was the adapter trained on another model?")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
+
+
 def stamp(number: int = 1) -> dict[str, int]:
     """What the JSON of every file of ours begins with: the number of its format.
 

@@ -91,7 +91,7 @@ def _search(graph: Graph[Any]) -> Found:
         tuple(unreached),
         graph.data_flops(),
         optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
-        shapes={n: p.shape for p in parameters.values() for n in (p.name, *p.aliases)},
+        shapes={n: p.shape for p in parameters.values() for n in p.names},
     )
 
 
@@ -149,7 +149,7 @@ def _target(
     lead = next((u for u in uses if u.site.op != "embedding"), uses[0])
     layout = (lead.layout if lead.region == region else None) or plain_layout(stored)
     sites = tuple(u.site for u in uses)
-    names = [n.removesuffix(".weight") for n in (p.name, *p.aliases)]
+    names = [n.removesuffix(".weight") for n in p.names]
     role = role_of(names, sites, layout, tables)
     key = make_key(p.name, region, p.shape)
     parts = _parts(p, region, layout, uses)

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
-from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, halves, slots_of
 from lora_fx.adapter.variant import stretch, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds

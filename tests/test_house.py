@@ -35,7 +35,6 @@ ORDER = (
     ("lora_fx.onnx.optimise", "lora_fx.onnx"),
     ("lora_fx.formats.peft", "lora_fx.formats"),
     ("lora_fx.checkpoint",),
-    ("lora_fx.checkpoint.doctor",),
     ("lora_fx.fx",),
     ("lora_fx.passes",),
     ("lora_fx.passes.proofs",),

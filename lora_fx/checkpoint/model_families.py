@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_fx.adapter.experts import IN_OUT_EXPERTS
-from lora_fx.adapter.fused import QKV
+from lora_fx.adapter.fused import IN_OUT_EXPERTS, QKV
 from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import model_config, tensors, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors

@@ -61,7 +61,7 @@ def _beside(x: Array, y: Array | float) -> Array:
     return np.asarray(y, x.dtype) if isinstance(y, (int, float)) else y
 
 
-PRIMS: Mapping[str, Callable[..., Any]] = {
+PRIMS: Mapping[str, Callable[..., object]] = {
     "matmul": np.matmul,
     "add": lambda x, y: x + _beside(x, y),
     "mul": lambda x, y: x * _beside(x, y),

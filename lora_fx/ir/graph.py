@@ -101,6 +101,11 @@ class Parameter:
     format: str = ""
     bits: int = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the canonical one first."""
+        return (self.name, *self.aliases)
+
 
 class Emitter(Ops[V], Protocol[V]):
     """Builds nodes in one IR, at the place where it was made: before or after one site."""

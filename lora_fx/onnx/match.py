@@ -27,7 +27,7 @@ from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
-from lora_fx.targets.target import Found, Target, base_name, keys_of, of_use, split_use
+from lora_fx.targets.target import Found, Target, base_name, split_use
 from lora_fx.text import near
 
 FOLDED = 8192
@@ -126,7 +126,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
 def _scoped(adapter: Adapter, found: Found) -> Found:
     """The targets, which then also go by the module path of the nodes that read them."""
     every = (*found.targets, *found.optional)
-    own = {n for t in every for n in (t.parameter.name, *t.parameter.aliases)}
+    own = {n for t in every for n in t.parameter.names}
     paths: dict[str, dict[str, Target]] = {}
     for t in every:
         for scope in {s.scope for s in t.sites if s.scope}:
@@ -280,8 +280,8 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
     lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
     meant = []
     for t in stored:
-        keys = keys_of(t, [s for s in t.sites if (s.op == "embedding") == lookup])
-        meant += [t if k == t.key else of_use(t, split_use(k)[1]) for k in keys]
+        keys = t.keys_of([s for s in t.sites if (s.op == "embedding") == lookup])
+        meant += [t if k == t.key else t.of_use(split_use(k)[1]) for k in keys]
     reached = [t for t in meant if t is not None]
     if use != "op:embedding" and sum(len(t.sites) for t in reached) != 1:
         raise LoraFxError(  # which of the file's nodes is that use, nothing tells

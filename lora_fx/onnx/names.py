@@ -6,6 +6,7 @@ import ast
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from os import PathLike
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,9 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array
 from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by
-from lora_fx.onnx.graph.graph import add_initialiser
+from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.onnx.load import load
 
 CHANGED = "lora_fx.changed"
 """Metadata key of a weight that is no longer the parameter whose name it has."""
@@ -88,6 +90,34 @@ def mark_data(model: ir.Model, weights: Collection[str]) -> None:
         others = [v for v in known if not _of(v) & names]
         for value in others if len(others) < len(known) else ():
             value.metadata_props[DATA] = node.op_type
+
+
+def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
+    """The graph of a file, and how many tensors got names that the exporter's metadata tells.
+
+    Raises:
+        LoraFxError: As load; an opset that is not read.
+    """
+    model = load(path)
+    renamed = restore_weight_names(model)
+    return OnnxGraph(model), renamed
+
+
+def give_own_names(
+    model: ir.Model,
+    first: Mapping[str, str] | None,
+    symbols: Mapping[tuple[str, int], str],
+) -> None:
+    """Give an exported model the names of its weights and dimensions, and take traces out of it.
+
+    Args:
+        model: The model, edited in place.
+        first: As in restore_weight_names.
+        symbols: As in rename_dimensions.
+    """
+    restore_weight_names(model, first)
+    rename_dimensions(model, symbols)
+    strip_traces(model)
 
 
 def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:

@@ -22,15 +22,8 @@ from lora_fx.targets.target import (
     base_name,
     check_disjoint,
     contains,
-    each_use,
-    keys_of,
-    modules,
-    of_several,
-    of_use,
-    part,
     split_region,
     split_use,
-    tied,
 )
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
@@ -82,7 +75,7 @@ def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for t in (*found.targets, *found.optional):
         if t.key in hits:
-            chosen |= dict.fromkeys(keys_of(t, hits[t.key]))
+            chosen |= dict.fromkeys(t.keys_of(hits[t.key]))
         chosen |= {k: None for k in apart if base_name(k) == t.parameter.name}
     for key in [k for k in chosen if not split_use(k)[1]]:  # uses apart come before the whole
         own = [found[k] for k in chosen if split_use(k)[1] and split_use(k)[0] == key]
@@ -110,8 +103,8 @@ def _uses(t: Target, text: str) -> list[str]:
     def hit(use: str) -> bool:
         return _suffix(use, glob) or _suffix(use.removesuffix(".weight"), glob)
 
-    uses = [u for u in each_use(t) if hit(u)] or [u for u in modules(t) if hit(u)] or [glob]
-    found = [one for u in uses if (one := of_use(t, u)) is not None]
+    uses = [u for u in t.each_use if hit(u)] or [u for u in t.modules if hit(u)] or [glob]
+    found = [one for u in uses if (one := t.of_use(u)) is not None]
     return [t.key if one.sites == t.sites else one.key for one in found]
 
 
@@ -123,7 +116,7 @@ def _parts(t: Target, text: str) -> list[str]:
     name, region = split_region(text)
     if text.startswith("re:") or not region or _match(t, name) is None:
         return []
-    found = part(t, t.parameter.name + region)
+    found = t.part(t.parameter.name + region)
     return [found.key] if found is not None else []
 
 
@@ -171,11 +164,11 @@ def _match(t: Target, text: str) -> Sequence[Site] | None:
         lookup = rest == "embedding" and "embedding" in t.uses
         if not lookup and t.role != rest:
             return None
-        return [s for s in t.sites if not tied(t) or (s.op == "embedding") == lookup]
+        return [s for s in t.sites if not t.tied or (s.op == "embedding") == lookup]
     if colon and head in ("op", "class"):
         return [s for s in t.sites if rest == (s.op if head == "op" else s.module_class)] or None
     region = t.key[len(base_name(t.key)) :]
-    for name in (t.parameter.name, *t.parameter.aliases):
+    for name in t.parameter.names:
         short = name.removesuffix(".weight")
         literal = text == name + region or text.removesuffix(".weight") == short + region
         if literal or _suffix(short, text) or _suffix(name, text):
@@ -327,7 +320,7 @@ def make_plan(
                 )
             notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
             r = limits[key]
-        if of_several(found[key]) and tied(found[key]):
+        if found[key].of_several and found[key].tied:
             uses = " and ".join(found[key].uses)
             notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
         al = default_alpha(r) if al is None else float(al)
@@ -339,7 +332,7 @@ def make_plan(
 
 def _default_uses(t: Target) -> tuple[str, ...]:
     """The uses of a target that the default plan takes: a lookup has no matmul."""
-    return keys_of(t, [s for s in t.sites if s.op != "embedding"] if tied(t) else t.sites)
+    return t.keys_of([s for s in t.sites if s.op != "embedding"] if t.tied else t.sites)
 
 
 def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
@@ -351,7 +344,7 @@ def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     excluded = [o for o in map(found.__getitem__, gone) if o.parameter.name == t.parameter.name]
     taken = {s.id for o in excluded if contains(o.region, t.region) for s in o.sites}
     sites = [s for s in t.sites if s.id not in taken]
-    return keys_of(found[split_use(key)[0]], sites) if sites else ()
+    return found[split_use(key)[0]].keys_of(sites) if sites else ()
 
 
 def _asked(

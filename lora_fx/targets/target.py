@@ -139,6 +139,100 @@ class Target:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
 
+    @property
+    def tied(self) -> bool:
+        """True when a lookup shares the tensor with another op."""
+        return "embedding" in self.uses and len(self.uses) > 1
+
+    @property
+    def of_several(self) -> bool:
+        """True for one update of all uses, where a lookup or several modules share the tensor.
+
+        No file of another tool can say that.
+        """
+        return not split_use(self.key)[1] and (self.tied or len(self.modules) > 1)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of a tensor in whose modules it is used."""
+        scopes = {s.scope for s in self.sites if s.scope}
+        return tuple(n for n in self.parameter.names if n.rpartition(".")[0] in scopes)
+
+    @property
+    def each_use(self) -> tuple[str, ...]:
+        """A name for every use: its alias or op where that is its alone, else the call."""
+        result = []
+        for i, site in enumerate(self.sites):
+            own = [
+                n for n in self.parameter.names if site.scope and n.rpartition(".")[0] == site.scope
+            ]
+            options = [*own, f"op:{site.op}"]
+            alone = (u for u in options if [s.id for s in self.sites if applies(u, s)] == [site.id])
+            result.append(next(alone, f"call:{i}"))
+        return tuple(result)
+
+    def named_use(self, name: str, *, lookup: bool) -> str:
+        """The use that one name of a tied tensor means: its own module's, else the matmul's.
+
+        Of an update of a lookup it is the lookup, whatever the name.
+        """
+        scope = name.rpartition(".")[0]
+        if not lookup and any(s.scope == scope for s in self.sites):
+            return name
+        op = ""
+        for site in (s for s in self.sites if (s.op == "embedding") == lookup):
+            for known in self.parameter.names:
+                if site.scope and known.rpartition(".")[0] == site.scope:
+                    return known
+            op = op or f"op:{site.op}"
+        return op
+
+    def of_use(self, use: str) -> Target | None:
+        """The target with some of its uses, under the key `NAME@USE`; None where it has none."""
+        known = use.startswith(("op:", "call:")) or use in self.parameter.names
+        if use.startswith("call:"):
+            sites = tuple(s for i, s in enumerate(self.sites) if use == f"call:{i}")
+        else:
+            sites = tuple(s for s in self.sites if known and applies(use, s))
+        if not sites:
+            return None
+        name, bracket, region = self.key.partition("[")
+        op = next((s.op for s in sites if s.op != "embedding"), "embedding")
+        return replace(self, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
+
+    def keys_of(self, sites: Iterable[Site]) -> tuple[str, ...]:
+        """Keys of the updates that reach some uses and no other; its own for all uses."""
+        left = {s.id for s in sites}
+        if all(s.id in left for s in self.sites):
+            return (self.key,)
+        calls = (f"call:{i}" for i in range(len(self.sites)))
+        names = (*self.modules, *(f"op:{o}" for o in self.uses), *calls)
+        known = [one for n in names if (one := self.of_use(n)) is not None]
+        reached = [(one.key, {s.id for s in one.sites}) for one in known]
+        result = [key for key, ids in reached if ids == left][:1]
+        for key, ids in reached if not result else ():
+            if ids <= left:
+                result.append(key)
+                left -= ids
+        return tuple(result)
+
+    def part(self, key: str, role: str = "") -> Target | None:
+        """The target of a key that names a region within this one; None where it names none."""
+        if base_name(key) not in self.parameter.names or key == base_name(key):
+            return None
+        try:
+            _, region = split_key(key, self.parameter.shape)
+        except ValueError:
+            return None
+        if len(region) != len(self.region) or not contains(self.region, region):
+            return None
+        layout = self.layout.narrow(relative(region, self.region))
+        if layout is None:
+            return None
+        name = make_key(self.parameter.name, region, self.parameter.shape)
+        found = role or next((r for r, k in self.parts if k == name), self.role)
+        return replace(self, key=name, region=region, layout=layout, role=found, parts=())
+
     def to_json(self, rank: int | None = None, alpha: float | None = None) -> Json:
         """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
         return {
@@ -265,24 +359,6 @@ def relative(inner: Region, outer: Region) -> Region:
     return tuple((c - a, d - a) for (a, _), (c, d) in zip(outer, inner, strict=True))
 
 
-def part(t: Target, key: str, role: str = "") -> Target | None:
-    """The target of a key that names a region within `t`; None where it is no such region."""
-    if base_name(key) not in (t.parameter.name, *t.parameter.aliases) or key == base_name(key):
-        return None
-    try:
-        _, region = split_key(key, t.parameter.shape)
-    except ValueError:
-        return None
-    if len(region) != len(t.region) or not contains(t.region, region):
-        return None
-    layout = t.layout.narrow(relative(region, t.region))
-    if layout is None:
-        return None
-    name = make_key(t.parameter.name, region, t.parameter.shape)
-    found = role or next((r for r, k in t.parts if k == name), t.role)
-    return replace(t, key=name, region=region, layout=layout, role=found, parts=())
-
-
 def check_disjoint(targets: Iterable[Target]) -> None:
     """Raise where two regions of one tensor overlap at one of its uses."""
     by_name: dict[str, list[Target]] = {}
@@ -349,36 +425,6 @@ def widen(
 # update is not bound to a model: there a key is a file's name of a module.
 
 
-def tied(t: Target) -> bool:
-    """True when a lookup shares the tensor with another op."""
-    return "embedding" in t.uses and len(t.uses) > 1
-
-
-def of_several(t: Target) -> bool:
-    """True for one update of all uses, where a lookup or several modules share the tensor.
-
-    No file of another tool can say that.
-    """
-    return not split_use(t.key)[1] and (tied(t) or len(modules(t)) > 1)
-
-
-def named_use(t: Target, name: str, *, lookup: bool) -> str:
-    """The use that one name of a tied tensor means: its own module's, else the matmul's.
-
-    Of an update of a lookup it is the lookup, whatever the name.
-    """
-    scope = name.rpartition(".")[0]
-    if not lookup and any(s.scope == scope for s in t.sites):
-        return name
-    op = ""
-    for site in (s for s in t.sites if (s.op == "embedding") == lookup):
-        for known in (t.parameter.name, *t.parameter.aliases):
-            if site.scope and known.rpartition(".")[0] == site.scope:
-                return known
-        op = op or f"op:{site.op}"
-    return op
-
-
 def applies(use: str, site: Site) -> bool:
     """True when an update with this `use` reaches a site of its target."""
     if not use or use.startswith("call:"):  # a call is in the key, and its target has no other site
@@ -388,59 +434,10 @@ def applies(use: str, site: Site) -> bool:
     return site.scope == use.rpartition(".")[0]
 
 
-def of_use(t: Target, use: str) -> Target | None:
-    """The target with some of its uses only, under the key `NAME@USE`; None where it has none."""
-    known = use.startswith(("op:", "call:")) or use in (t.parameter.name, *t.parameter.aliases)
-    if use.startswith("call:"):
-        sites = tuple(s for i, s in enumerate(t.sites) if use == f"call:{i}")
-    else:
-        sites = tuple(s for s in t.sites if known and applies(use, s))
-    if not sites:
-        return None
-    name, bracket, region = t.key.partition("[")
-    op = next((s.op for s in sites if s.op != "embedding"), "embedding")
-    return replace(t, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
-
-
-def each_use(t: Target) -> tuple[str, ...]:
-    """A name for every use of a target: its alias or op where that is its alone, else the call."""
-    names = (t.parameter.name, *t.parameter.aliases)
-    result = []
-    for i, site in enumerate(t.sites):
-        own = [n for n in names if site.scope and n.rpartition(".")[0] == site.scope]
-        options = [*own, f"op:{site.op}"]
-        alone = (u for u in options if [s.id for s in t.sites if applies(u, s)] == [site.id])
-        result.append(next(alone, f"call:{i}"))
-    return tuple(result)
-
-
 def own_use(key: str) -> str:
     """What `LowRank.use` says of a key's use: nothing of a call, which no other place can tell."""
     use = split_use(key)[1]
     return "" if use.startswith("call:") else use
-
-
-def keys_of(t: Target, sites: Iterable[Site]) -> tuple[str, ...]:
-    """Keys of the updates that reach some uses of a target and no other; its own for all uses."""
-    left = {s.id for s in sites}
-    if all(s.id in left for s in t.sites):
-        return (t.key,)
-    names = (*modules(t), *(f"op:{o}" for o in t.uses), *(f"call:{i}" for i in range(len(t.sites))))
-    known = [one for n in names if (one := of_use(t, n)) is not None]
-    reached = [(one.key, {s.id for s in one.sites}) for one in known]
-    result = [key for key, ids in reached if ids == left][:1]
-    for key, ids in reached if not result else ():
-        if ids <= left:
-            result.append(key)
-            left -= ids
-    return tuple(result)
-
-
-def modules(t: Target) -> tuple[str, ...]:
-    """The names of a tensor in whose modules it is used."""
-    names = (t.parameter.name, *t.parameter.aliases)
-    scopes = {s.scope for s in t.sites if s.scope}
-    return tuple(n for n in names if n.rpartition(".")[0] in scopes)
 
 
 # What find saw of a model: targets, refusals, parameters out of reach.
@@ -487,10 +484,10 @@ class Found:
         plain, use = split_use(key)
         if use:
             shared = self.get(plain)
-            return None if shared is None else of_use(shared, use)
+            return None if shared is None else shared.of_use(use)
         if not key.endswith("]"):
             return None
-        every = (part(t, key) for t in (*self.targets, *self.optional))
+        every = (t.part(key) for t in (*self.targets, *self.optional))
         return next((t for t in every if t is not None), None)
 
     @property

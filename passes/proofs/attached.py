@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of, with_values
-from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
 from lora_fx.compare import EPSILON, ORT_TOL, STEPS, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.compare import EPSILON
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import Named
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.graph import OnnxGraph

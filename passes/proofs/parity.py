@@ -232,8 +232,9 @@ def own_errors(
     elif is_real(example):  # what is drawn need not fit
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
-    drawn = random_ops(model.graph(False).graph)  # in fp64 torch draws other numbers
-    exactly: Callable[[Named], dict[str, Array]] = model.flat if drawn else _wide(model)
+    graph, exactly = model.graph(False).graph, model.flat
+    if not random_ops(graph):  # in fp64 torch draws other numbers
+        exactly = _wide(model, graph)
     runs: list[tuple[Named, dict[str, Array]]] = []
     for call in calls:
         try:
@@ -248,30 +249,31 @@ def own_errors(
         except (RuntimeError, TypeError, ValueError):
             exactly, exact = model.flat, ours
         runs.append((named, exact))
-        yield _grow(worst, ours, exact)
+        yield grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
     for seed in range(4 * len(seeds)) if few else seeds:
         _move(model, moved, seed)
         for named, values in runs:
-            yield _grow(worst, moved.flat(named), values)
+            yield grow(worst, moved.flat(named), values)
 
 
-def _grow(
+def grow(
     worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
 ) -> dict[str, float]:
+    """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
         found = rel(value, exact[name])
         worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
     return worst
 
 
-def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
-    """The eval graph in fp64: every float is one, and every cast to a narrower one is to fp64.
+def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
+    """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
-    run = Wide(model, graph=model.graph(False).graph)
+    run = Wide(model, graph=graph)
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
@@ -286,20 +288,22 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 class Wide(fx.Interpreter):
     """A graph in fp64."""
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What the graph holds, in fp64."""
-        return self.read(super().get_attr(target, args, kwargs))
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64."""
-        args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
+        if target is not torch.ops.aten.embedding.default:
+            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
+        return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
-        """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-        if isinstance(x, torch.dtype):
-            return torch.float64 if x.is_floating_point else x
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        """See widened."""
+        return widened(x)
+
+
+def widened(x: Any) -> Any:
+    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -307,9 +311,15 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            if p.is_floating_point():
-                signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1
-                q.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
+            q.copy_(nearby(p, generator))
+
+
+def nearby(x: Any, generator: torch.Generator) -> Any:
+    """A tensor with every float moved by half a unit of its last place, up or down."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
 
 
 def torch_run(module: CapturedModule) -> Run:

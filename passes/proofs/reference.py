@@ -18,8 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, slots_of
 from lora_fx.compare import (
     CEILING,
     COARSE,

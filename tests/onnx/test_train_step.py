@@ -402,6 +402,34 @@ def test_another_scale_is_the_files_and_is_said(tmp_path: Path) -> None:
     assert session.note == ""
 
 
+def test_the_first_step_of_adamw_moves_every_element_by_its_rate(tmp_path: Path) -> None:
+    """Its corrections are 1 − 0.9 and 1 − 0.999 to the last digits of float32."""
+    path = tmp_path / "s.onnx"
+    lora_fx.export(nn.Linear(9, 8), path, (torch.randn(4, 9),), mode="train", provider="cpu")
+    session = TrainSession(path, 0.25, "cpu")
+    session.step({"input": torch.randn(7, 9).numpy(), "labels": np.arange(7)})
+    (low,) = session.adapter().lowrank.values()
+    # where a gradient is near 1e-8, its size and not the correction decides
+    assert np.median(np.abs(low.b)) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_batch_norm_trains_on_no_single_row(tmp_path: Path) -> None:
+    """Torch refuses one, so the step does, and is made for all other sizes."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 9))
+    path = tmp_path / "s.onnx"
+    report = lora_fx.export(model, path, (torch.randn(3, 8),), mode="train", provider="cpu")
+    assert [dict(p.sizes)["input"] for p in report.parity if p.of == "step"] == [
+        (2, 8),
+        (3, 8),
+        (3, 8),
+    ]
+    (left,) = report.details["unproven"]
+    assert left["sizes"]["input"] == [1, 8] and "another path" in left["reason"]
+    session = TrainSession(path, LR, "cpu")
+    with pytest.raises(LoraFxError, match="'input' has size 1 in dimension 0"):
+        session.step({"input": np.ones((1, 8), np.float32), "labels": np.array([1])})
+
+
 BAD_LABELS: dict[str, tuple[Any, str]] = {
     "below": (np.array([[0, -1, 2], [3, -100, 5]]), "ONNX Runtime fails"),
     "above": (np.array([[0, 6, 2], [3, -100, 5]]), "ONNX Runtime fails"),

@@ -13,10 +13,8 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of, with_values
-from lora_fx.adapter.initial import INITS, OF_DATA, initial
-from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.adapter.variant import VARIANTS
+from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
+from lora_fx.adapter.variant import INITS, OF_DATA, VARIANTS, initial
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
@@ -358,8 +359,12 @@ class FxGraph(Analysed):
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].name = node.name
+            new = env[node] = graph.create_node(node.op, node.target, None, None, node.name)
+            # set afterwards: create_node looks for symbols among its arguments, a third of its time
+            new.args, new.kwargs = (map_arg(a, env.__getitem__) for a in (node.args, node.kwargs))
+            new.meta, new.type = dict(node.meta), node.type
+            if new.name != node.name:
+                new.name = node.name
         graph.set_codegen(self.graph._codegen)
         other = FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
         other.share(self._named)

@@ -15,8 +15,16 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
-from lora_fx.adapter.factors import asked, frame, learning, relearning, slots_of, with_values
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import (
+    Full,
+    LowRank,
+    asked,
+    frame,
+    learning,
+    relearning,
+    slots_of,
+    with_values,
+)
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint import provenance
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype

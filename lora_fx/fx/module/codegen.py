@@ -24,6 +24,9 @@ from lora_fx.fx.capture.call import Door
 from lora_fx.fx.graph.nodes import scopes_of
 from lora_fx.inputs import Named
 
+CALLS = ("call_function", "call_module")
+"""What a node does that computes something."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -42,8 +45,9 @@ def compile_program(
     A block whose nodes cannot be gathered in one place stays part of the whole.
     """
     codes = {}
+    made = {n: scopes_of(n) for n in graph.nodes if n.op in CALLS} if blocks else {}
     for path in blocks:
-        part = outline(graph, path, ident)
+        part = outline(graph, path, ident, [n for n in graph.nodes if path in made.get(n, ())])
         if part is not None:
             codes[path] = function(part, f"{ident}:{path}")
     codes[""] = function(graph, ident)
@@ -62,18 +66,11 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return space["forward"]
 
 
-def made_in(graph: fx.Graph, path: str) -> list[fx.Node]:
-    """The nodes of a graph that were made inside the module at this path."""
-    made = (n for n in graph.nodes if n.op in ("call_function", "call_module"))
-    return [n for n in made if path in scopes_of(n)]
-
-
-def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
-    """Move the nodes made inside one module into a graph of their own, called by a node.
+def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.Graph | None:
+    """Move the nodes made inside one module, in their order, into a graph called by a node.
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-    body = made_in(graph, path)
     member = set(body)
     if not body or not _gather(graph, body, member):
         return None
@@ -253,7 +250,7 @@ class Recomputing:
 
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
-    return {path for path in blocks if made_in(graph, path)}
+    return {p for n in graph.nodes if n.op in CALLS for p in scopes_of(n)} & set(blocks)
 
 
 def apart(blocks: Named, inlined: set[str]) -> None:

@@ -484,12 +484,12 @@ def decide_doubts(module: CapturedModule) -> None:
         if tried[key]:
             idle.append(condition)
     captured.settle(idle)
-    module._programs.compiled.clear()
 
 
 def _same_at(module: CapturedModule, named: Named) -> bool:
     captured = module.captured
-    with quiet(), torch.no_grad(), module.base():
+    once = replace(module._programs, codes={}, compiled={}, blocks=False)
+    with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=once):
         try:
             with alike(captured.model, training=False):
                 theirs = captured.signature.call(captured.model, copied(named))

@@ -16,8 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import FIELDS, slots_of, with_values
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import FIELDS, Full, LowRank, slots_of, with_values
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, one_line, stamp
 from lora_fx.fx.capture.trace import Traced

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
@@ -82,8 +82,8 @@ class Update:
             share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
             gradients = [g * share for g in gradients]
         made: list[Tensor] = []
-        # in fp32 1 − 0.999 loses 4 digits
-        left = [1 - torch.pow(beta, step.double()) for beta in BETAS]
+        # in fp32 1 − 0.999 loses 4 digits, and so does a power whose base the exporter has in fp32
+        left = [1 - torch.exp(step.double() * math.log(beta)) for beta in BETAS]
         first, second = 1 / left[0], 1 / left[1].sqrt()
         for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
             rate = lr * slot.rate
