@@ -178,7 +178,7 @@ def output_name(path: str) -> str:
     return onnx_name(name)
 
 
-def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
+def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
     parts: list[object] = []
     for k, v in named.items():

@@ -158,7 +158,7 @@ class Captured:
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
         self.inputs = self.inputs.with_dims(self.requested)
-        self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
+        self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self.idle: frozenset[object] | None = None
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
@@ -250,7 +250,7 @@ class Captured:
         return found
 
     @cached_property
-    def _example_key(self) -> tuple[Any, ...]:
+    def _example_key(self) -> tuple[object, ...]:
         return program_key(self.named, pytree.tree_leaves(dict(self.named)))
 
     def _elsewhere(

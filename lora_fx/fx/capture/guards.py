@@ -78,16 +78,16 @@ class GuardLog:
         """The guard of an expression as torch prints it."""
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
-    def of_equal(self, symbols: set[Any]) -> Guard:
+    def of_equal(self, symbols: set[object]) -> Guard:
         """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
         for guard in self.guards.values():
-            own: set[Any] = getattr(guard.expression, "free_symbols", set())
+            own: set[object] = getattr(guard.expression, "free_symbols", set())
             equal = getattr(guard.expression, "rel_op", "") == "==" and len(own) > 1
             if guard.kind == BRANCH and equal and own & symbols:
                 return guard
         return Guard(None, DEMAND, UNKNOWN)
 
-    def of_bound(self, symbol: Any, outside: int) -> Guard:
+    def of_bound(self, symbol: object, outside: int) -> Guard:
         """The guard that keeps a symbol from a value."""
         for guard in self.guards.values():
             own = getattr(guard.expression, "free_symbols", None) == {symbol}
@@ -144,7 +144,7 @@ class Learnt:
     names: Sequence[str]
     sizes: list[Shape | None]
     log: GuardLog
-    symbols: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    symbols: dict[object, tuple[int, int]] = field(default_factory=dict)
     conditions: list[Condition] = field(default_factory=list)
     doubtful: list[Condition] = field(default_factory=list)
     fixed: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -291,7 +291,7 @@ def _said(node: fx.Node) -> str:
     return text.partition("for expression ")[2].rpartition(" on node ")[0]
 
 
-_SPELLED: dict[Any, str] = {
+_SPELLED: dict[object, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//",
     operator.mod: "%", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
     operator.eq: "==", operator.ne: "!=", operator.or_: "or", operator.and_: "and",

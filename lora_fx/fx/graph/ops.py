@@ -183,8 +183,8 @@ def _recurrent(node: Node) -> Iterator[FxOperand]:
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-def _table() -> dict[Any, FxOp]:
-    rows: dict[Any, FxOp] = {
+def _table() -> dict[object, FxOp]:
+    rows: dict[object, FxOp] = {
         aten.linear.default: FxOp("linear", _linear, bias=2),
         aten.matmul.default: FxOp("matmul", _matmul),
         aten.mm.default: FxOp("mm", _matmul),

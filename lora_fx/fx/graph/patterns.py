@@ -98,7 +98,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
     return (k, int(times)) if repeats and joins else None
 
 
-def _sizes(node: Any) -> tuple[str, ...]:
+def _sizes(node: object) -> tuple[str, ...]:
     return tuple(str(s) for s in shape_of(node) or ())
 
 
