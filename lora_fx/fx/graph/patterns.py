@@ -126,9 +126,10 @@ def is_whole(node: fx.Node) -> bool:
 
 MASKING = {
     *overloads(None, "arange", "ones", "zeros", "full", "new_ones", "new_zeros", "new_full"),
-    *overloads(None, "add", "sub", "le", "lt", "ge", "gt", "eq", "ne", "diff", "cumsum"),
+    *overloads(None, "add", "sub", "diff", "cumsum", "where", "masked_fill"),
+    *overloads(None, "le", "lt", "ge", "gt", "eq", "ne"),
     *overloads(None, "bitwise_and", "logical_and", "__and__", "bitwise_not", "logical_not"),
-    *overloads(None, "tril", "triu", "where", "masked_fill", "to", "_to_copy", "clone", "alias"),
+    *overloads(None, "tril", "triu", "to", "_to_copy", "clone", "alias"),
     *overloads(None, "expand", "unsqueeze", "transpose", "slice", "index"),
 }
 LOWEST = -1e30
