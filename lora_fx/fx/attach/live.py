@@ -353,14 +353,15 @@ def _flat() -> property:
     They store that list anew when a weight has changed. Stored parameters are kept and not what
     was computed from them, since a computed tensor cannot be deep-copied.
     """
+    return property(
+        lambda self: [getattr(self, n) for n in self._flat_weights_names],
+        lambda self, _: self.__dict__.update(_flat_weights=_stored(self)),
+    )
 
-    def read(self: Any) -> list[torch.Tensor]:
-        return [getattr(self, n) for n in self._flat_weights_names]
 
-    def write(self: Any, value: object) -> None:
-        self.__dict__["_flat_weights"] = [self._parameters.get(n) for n in self._flat_weights_names]
-
-    return property(read, write)
+def _stored(module: nn.RNNBase) -> list[nn.Parameter | None]:
+    """The parameters of a recurrent module, in the order of its op."""
+    return [module._parameters.get(n) for n in module._flat_weights_names]
 
 
 def _with_branch(plain: Forward) -> Forward:
@@ -485,6 +486,5 @@ def restore(module: nn.Module, base: type[nn.Module]) -> None:
     module.__class__ = base
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # its references are to weights that were computed
-        flat = [module._parameters.get(n) for n in module._flat_weights_names]
-        module._flat_weights = flat
+        module._flat_weights = flat = _stored(module)
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]

@@ -322,16 +322,15 @@ def chain_of(
         differentiable: Nodes through which a gradient can flow.
         written: Nodes that some op changes in place.
     """
-    walks = (_walk(x, written, sums) for sums in (False, True))
-    chains = [_weigh(x, *found, differentiable) for found in walks if found is not None]
-    best = max(chains, key=lambda chain: chain.gain, default=None)
+    walks = (_walk(x, differentiable, written, sums) for sums in (False, True))
+    best = max(filter(None, walks), key=lambda chain: chain.gain, default=None)
     return best if best is not None and 4 * best.gain >= nbytes(x) else None
 
 
 def _walk(
-    x: fx.Node, written: Collection[fx.Node], sums: bool
-) -> tuple[list[fx.Node], list[fx.Node]] | None:
-    """(steps, what they read): every cheap node whose users are all among the steps."""
+    x: fx.Node, differentiable: Mapping[fx.Node, bool], written: Collection[fx.Node], sums: bool
+) -> Chain | None:
+    """The chain of every cheap node whose users are all among the steps."""
     steps: dict[fx.Node, None] = {}
     # what x is a view of: others may read it too
     trail = set(reached([x], lambda n: n.all_input_nodes[:1] if n.target in VIEWS else []))
@@ -346,9 +345,14 @@ def _walk(
         node = node.prev
     order = list(reversed(steps))
     given = dict.fromkeys(i for n in order for i in n.all_input_nodes if i not in steps)
-    if x not in steps or any(g in written for g in given):
+    views = all(n.target in VIEWS | CASTS for n in order)
+    if x not in steps or views or any(g in written for g in given):
         return None
-    return None if all(n.target in VIEWS | CASTS for n in order) else (order, list(given))
+    held = {stored(x), *(stored(n) for step in order for n in keeps(step, differentiable))}
+    kept = {n for n in held if n.op != "get_attr"}
+    reads = {stored(g) for g in given if g.op != "get_attr"}
+    gain = sum(map(nbytes, kept - reads)) - sum(map(nbytes, reads - kept))
+    return Chain(tuple(order), tuple(given), gain)
 
 
 def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:
@@ -360,16 +364,6 @@ def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) 
         data = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
         return sum(2 * nbytes(a) > nbytes(x) for a in data) < 2
     return True
-
-
-def _weigh(
-    x: fx.Node, steps: list[fx.Node], given: list[fx.Node], differentiable: Mapping[fx.Node, bool]
-) -> Chain:
-    held = {stored(x), *(stored(n) for step in steps for n in keeps(step, differentiable))}
-    kept = {n for n in held if n.op != "get_attr"}
-    reads = {stored(g) for g in given if g.op != "get_attr"}
-    gain = sum(map(nbytes, kept - reads)) - sum(map(nbytes, reads - kept))
-    return Chain(tuple(steps), tuple(given), gain)
 
 
 def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node]:
