@@ -38,7 +38,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import argument, random_ops, value
+from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import patched
@@ -269,7 +269,7 @@ def step_of(
                       for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
             weights |= {s.tensor: learnt[s.name].transpose(-1, -2) for s in slots}
             at = inputs[graph.names.index("labels")] if graph.own else lab[0]
-            loss = graph.loss(_Held(flat, weights), inputs, at)
+            loss = graph.loss(_Held(weights, flat.graph), inputs, at)
             leaves = tuple(learnt[s.name] for s in trained)
             gradients = torch.autograd.grad(loss, leaves)
         before = [(learnt[s.name].detach(), *(m[i] for m in moments))
@@ -301,15 +301,8 @@ def step_of(
     return Step(signed(made.graph, nodes[len(given) :], frozen), inputs, outputs, frozen)
 
 
-class _Held(fx.Interpreter):
-    """A graph run on tensors by name."""
-
-    def __init__(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(module)
-        self.tensors = tensors
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.tensors[target]
+class _Held(OverTensors):
+    """A graph run on tensors by name, by ops that have a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(_differentiable().get(target, target), args, kwargs)
