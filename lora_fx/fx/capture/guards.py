@@ -343,9 +343,7 @@ def put_asserts(
     graph: fx.Graph, places: Mapping[str, fx.Node], conditions: Sequence[Condition]
 ) -> None:
     """Write conditions on sizes into a graph, where an export and torch's own loader see them."""
-    with graph.inserting_after(list(places.values())[-1]):
-        tail = graph.call_function(aten.sym_size.int, (next(iter(places.values())), 0))
-    with graph.inserting_before(tail):
+    with graph.inserting_before(list(places.values())[-1].next):
         for c in conditions:
             if all(n in places for _, n, _ in c.sizes):
                 sizes = {
@@ -353,7 +351,6 @@ def put_asserts(
                 }
                 test = c.build(lambda op, xs: graph.call_function(_OPERATORS[op], tuple(xs)), sizes)
                 graph.call_function(aten._assert_scalar.default, (test, f"{c}"))
-    graph.erase_node(tail)
 
 
 def drop_layout(
