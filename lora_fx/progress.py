@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,8 +77,7 @@ def told(verb: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        progress: Any = kwargs.get("progress")
-        with telling(progress), _collecting_less():
+        with telling(kwargs.get("progress")), _collecting_less():  # type: ignore[arg-type]
             return verb(*args, **kwargs)
 
     return run

@@ -111,7 +111,7 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
     return target in table or (target._can_decompose() and not _kept(target))
 
 
-def _known(x: Any) -> Hashable:
+def _known(x: object) -> Hashable:
     """What a decomposition can see of an argument."""
     if isinstance(x, fx.Node):
         return "node", _known(value(x))
