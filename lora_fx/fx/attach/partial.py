@@ -113,20 +113,12 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
         if not any(kept):
             continue
         try:
-            graphs.append(_read(model, code, inputs, kept))
+            data = tuple(x for x, n in zip(inputs, kept, strict=True) if n is None)
+            captured = Captured(_Stretch(model, code, kept), data)
+            graphs.append(FxGraph(captured.traced(False, captured.named).graph, model))
         except (LoraFxError, RuntimeError, AssertionError) as e:
             failed.append(f"partial graph {i} cannot be read: {one_line(e, 120)}")
     return PartialGraphs(model, graphs, failed)
-
-
-def _read(
-    model: nn.Module, code: fx.GraphModule, inputs: Sequence[object], names: Sequence[str | None]
-) -> FxGraph:
-    stretch = _Stretch(model, code, names)
-    data = tuple(x for x, n in zip(inputs, names, strict=True) if n is None)
-    captured = Captured(stretch, data)
-    traced = captured.traced(False, captured.named)
-    return FxGraph(traced.graph, model)
 
 
 # Whether a module's forward is just one op on its weight, read from the captured graph.

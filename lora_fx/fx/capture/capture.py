@@ -626,15 +626,12 @@ def explain(error: Exception, name: str, training: bool) -> CaptureError:
     mode = "train" if training else "eval"
     where = _user_line(error) or f"{name}.forward"
     text = f"{type(error).__name__}: {error}"
-    known = next(((why, todo) for cause, why, todo in _CAUSES if re.search(cause, text)), None)
-    if known is not None:
-        why, todo = known
-    elif any(words in text for words in _SIZES):
+    why = one_line(text, 160)
+    todo = "check that the model runs on the example inputs; -v prints the traceback"
+    if any(words in text for words in _SIZES):
         why = f"sizes do not fit: {one_line(error, 160)}"
         todo = "check the example inputs against what the model expects"
-    else:
-        why = one_line(text, 160)
-        todo = "check that the model runs on the example inputs; -v prints the traceback"
+    why, todo = next(((w, t) for cause, w, t in _CAUSES if re.search(cause, text)), (why, todo))
     return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
 
 

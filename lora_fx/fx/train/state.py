@@ -403,7 +403,10 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     for name in trail.moved:
         of, like = f"adam/{name}/", optimizer.like(name)
         optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
-    _put_rng(_like(f"rng/{world.rank}", None, tensors, where), named[next(iter(named))].device)
+    rng, size = _like(f"rng/{world.rank}", None, tensors, where), torch.get_rng_state().numel()
+    torch.set_rng_state(rng[:size])
+    if (device := optimizer.trained[0].device).type == "cuda":
+        torch.cuda.set_rng_state(rng[size:], device)
     return trail
 
 
@@ -443,13 +446,6 @@ def _like(
             "the state is damaged: start anew",
         )
     return found.to(like.device)
-
-
-def _put_rng(row: torch.Tensor, device: torch.device) -> None:
-    size = torch.get_rng_state().numel()
-    torch.set_rng_state(row[:size])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(row[size:], device)
 
 
 # A run's state on disk: a folder of state.json and state.safetensors, replaced as a whole.
