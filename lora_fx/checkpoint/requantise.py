@@ -45,7 +45,7 @@ def spans(
 
 
 def recoded(
-    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice
+    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
     """Rows with their update, quantised anew: what changed, and what to write where.
 
@@ -54,6 +54,7 @@ def recoded(
         q: The rows as they are.
         fold: What is added.
         rows: Which rows.
+        space: The calling thread's.
 
     Raises:
         LoraFxError: A value that is no number.
@@ -61,7 +62,7 @@ def recoded(
     assert weight.anew is not None
     old = q.dequantise()
     with np.errstate(all="ignore"):  # what is no number is looked for, and named
-        new, delta = fold.sum(old, rows.start, Space())
+        new, delta = fold.sum(old, rows.start, space)
         if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
             raise fold.error(old, new, new, rows.start)
         after, parts = weight.anew.recode(q, rows, new, delta)
@@ -133,7 +134,7 @@ def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> li
         every = [*spans(info.weight, max(1, BLOCK // info.shape[-1]))]
         rows = slice(*every[len(every) // 2])
         fold = prepared(fold, info)
-        found.append(recoded(info.weight, info.weight.read(rows), fold, rows)[0])
+        found.append(recoded(info.weight, info.weight.read(rows), fold, rows, Space())[0])
     return found
 
 
