@@ -19,7 +19,7 @@ from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -69,6 +69,9 @@ class FileCommand(click.Command):
     No output takes the place of an input.
     """
 
+    reports: ClassVar = False
+    """True where --report is an option too."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         told = "Print one JSON object."
@@ -77,6 +80,9 @@ class FileCommand(click.Command):
         self.own = {p.name for p in self.params} - {"config", "save_config", "as_json"}
         if "force" not in self.own:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
+        if self.reports:
+            told = "Write the result as a page."
+            self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run it, with ~ as the home folder, and models of the Hub as their folders in the cache.
@@ -146,12 +152,11 @@ def _check_outputs(given: JsonView, *, inside: bool) -> None:
             check_output(named[output])
 
 
-def _at_home(value: Any) -> Any:
+def _at_home(value: object) -> object:
     """A value of an argument or option with ~ as the home folder, where it begins a path."""
     if isinstance(value, tuple):
         return tuple(_at_home(v) for v in value)
-    home = isinstance(value, str) and value.startswith("~")
-    return os.path.expanduser(value) if home else value
+    return os.path.expanduser(value) if isinstance(value, str) and value[:1] == "~" else value
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -187,10 +192,7 @@ class ReportCommand(FileCommand):
     answer, and an answer that is an error with exit code 1 makes a page too.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        told = "Write the result as a page."
-        self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
+    reports = True
 
 
 def _check_page(report: str, force: bool, given: JsonView) -> None:
