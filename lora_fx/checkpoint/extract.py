@@ -22,7 +22,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
-from lora_fx.dtypes import FLOATING, Array
+from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
@@ -305,10 +305,11 @@ class TensorPair:
     columns: int
 
     @property
-    def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
+    def dtype(self) -> NumpyDtype:
         """The dtype of Δ: fp64 where either side is, else fp32."""
-        wide = "float64" in (self.base.dtype, self.tuned.dtype)
-        return np.dtype(np.float64) if wide else np.dtype(np.float32)
+        return np.dtype(
+            "float64" if "float64" in (self.base.dtype, self.tuned.dtype) else "float32"
+        )
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
         """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.
