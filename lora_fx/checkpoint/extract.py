@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -261,23 +261,21 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 
 def _notes(
     rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
-) -> list[str]:
-    notes = []
+) -> Iterator[str]:
     for r in rows:
         said, kept = f"{r.key}: rank {r.rank}", 1 - r.relative**2
         if not r.enough:
-            notes.append(f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²")
+            yield f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²"
         elif kept < LITTLE:
             asked = f"was it trained whole? --whole {r.key} takes it so"
-            notes.append(f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}")
+            yield f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}"
         if kinds[r.key].tied:
-            notes.append(f"{r.key}: the table is the output head too, and the update acts on both")
+            yield f"{r.key}: the table is the output head too, and the update acts on both"
     if left_out:
-        notes.append(
+        yield (
             "vectors that differ and are not in the adapter, which --also-full "
             f"would take: {', '.join(left_out)}"
         )
-    return notes
 
 
 # The difference tuned − base of one tensor, one matrix at a time.
