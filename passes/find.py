@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
 from lora_fx.ir.layout import Layout, Opaque, Region, Step, layout_of, plain_layout, track
 from lora_fx.targets.plan import default_plan
@@ -31,7 +31,7 @@ ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: re
 ROUNDED = "folding would round the update away"
 
 
-def find(graph: Graph[Any]) -> Found:
+def find(graph: Graph[V]) -> Found:
     """Targets, refusals and unreached parameters of a graph, in definition order.
 
     The answer is kept on the graph, and on its clones, until one of them is edited.
@@ -39,7 +39,7 @@ def find(graph: Graph[Any]) -> Found:
     return graph.kept("found", lambda: _search(graph), by_name=True)
 
 
-def _search(graph: Graph[Any]) -> Found:
+def _search(graph: Graph[V]) -> Found:
     parameters = {p.name: p for p in graph.parameters()}
     odd = {n for n in parameters if n.endswith("]") or "@" in n}  # see base_name
     uses: dict[str, list[_Use]] = {}

@@ -262,21 +262,16 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 def _notes(
     rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
 ) -> list[str]:
-    notes = [
-        f"{r.key}: rank {r.rank} is the cap and holds {1 - r.relative**2:.1%} of ‖Δ‖²"
-        for r in rows
-        if not r.enough
-    ]
-    notes += [
-        f"{r.key}: rank {r.rank} keeps {1 - r.relative**2:.0%} of ‖Δ‖²: was it trained whole? "
-        f"--whole {r.key} takes it so"
-        for r in rows
-        if r.enough and 1 - r.relative**2 < LITTLE
-    ]
-    both = [r.key for r in rows if kinds[r.key].tied]
-    notes += [
-        f"{key}: the table is the output head too, and the update acts on both" for key in both
-    ]
+    notes = []
+    for r in rows:
+        said, kept = f"{r.key}: rank {r.rank}", 1 - r.relative**2
+        if not r.enough:
+            notes.append(f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²")
+        elif kept < LITTLE:
+            asked = f"was it trained whole? --whole {r.key} takes it so"
+            notes.append(f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}")
+        if kinds[r.key].tied:
+            notes.append(f"{r.key}: the table is the output head too, and the update acts on both")
     if left_out:
         notes.append(
             "vectors that differ and are not in the adapter, which --also-full "

@@ -162,7 +162,7 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
         refusal = error
     raw = Raw()
     with contextlib.suppress(LoraFxError):  # its reader has said so
-        raw = (read_raw(path) if _of_peft(path) else None) or raw
+        raw = read_raw(path)
     if refusal is not None and read is None and raw.file is None:
         raise refusal
     read = raw.adapter() if read is None else read
@@ -177,14 +177,6 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     return Pair(
         checkpoint, tensors, codes, tie, path, raw, read, refusal, rename, misfits, digest, options
     )
-
-
-def _of_peft(path: Path) -> bool:
-    """True for what is PEFT's, or no format's that is known."""
-    try:
-        return format_of(path) == "peft"
-    except LoraFxError:
-        return path.exists()
 
 
 def _misfit(
@@ -298,13 +290,16 @@ class Raw:
         return float("nan") if alpha is None else alpha
 
 
-def read_raw(path: str | Path) -> Raw | None:
-    """The file of an adapter of PEFT; None for a file that has neither its config nor its names.
+def read_raw(path: Path) -> Raw:
+    """The file of an adapter of PEFT; an empty one where it has neither its config nor its names.
 
     Raises:
         LoraFxError: Not a file of tensors, or a config that is no JSON.
     """
-    file = tensor_file(Path(path))
+    file = tensor_file(path)
+    with contextlib.suppress(LoraFxError):  # of no format that is known
+        if format_of(path) != "peft":
+            return Raw()
     tensors, header = read_tensors(file)
     ours: JsonView = {}
     with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
@@ -313,7 +308,7 @@ def read_raw(path: str | Path) -> Raw | None:
     raw = Raw(file, tensors, config or {})
     for name in tensors if raw.config.get("peft_type", "LORA") == "LORA" else ():
         _sort(name, raw)
-    return raw if config is not None or raw.updates else None
+    return raw if config is not None or raw.updates else Raw()
 
 
 def _sort(name: str, raw: Raw) -> None:

@@ -164,7 +164,7 @@ class Int8:
     scheme: str
     name: str
     scales: TensorInfo
-    unit: float
+    unit: int
 
     @property
     def top(self) -> np.float32:
@@ -249,11 +249,9 @@ def stored_as(
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in FLOATING or replaced) and not scheme:
         return None
-    if info.dtype != "int8":
-        raise _refusal(name, info, scheme, base)
-    if any(isinstance(e, Full) for e in entries):
-        raise _refusal(name, info, scheme, base, "a whole float tensor cannot take its place")
-    found, why = _int8(name, info, base)
+    found, why = _int8(name, info, base) if info.dtype == "int8" else (None, LOST)
+    if info.dtype == "int8" and any(isinstance(e, Full) for e in entries):
+        found, why = None, "a whole float tensor cannot take its place"
     if found is None:
         raise _refusal(name, info, scheme, base, why)
     return found
@@ -268,35 +266,33 @@ def int8_of(name: str, base: Checkpoint) -> Int8 | None:
 def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
     """The layout of int8 codes, or why it is none of those that are taken."""
     module, tensors = name.removesuffix(".weight"), base.tensors
-    scb, scale = tensors.get(f"{module}.SCB"), tensors.get(f"{module}.weight_scale")
-    if (scb is None) == (scale is None) or not name.endswith(".weight"):
+    found = [part for part in ("SCB", "weight_scale") if f"{module}.{part}" in tensors]
+    if len(found) != 1 or not name.endswith(".weight"):
         return None, "its scales are not there as SCB or weight_scale"
     if len(info.shape) != 2:
         return None, f"its shape is {list(info.shape)}; expected [out, in]"
-    rows = info.shape[0]
-    if scb is not None:
-        if scb.shape != (rows,) or scb.dtype not in FLOATING:
-            return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
+    scales, rows, why = tensors[f"{module}.{found[0]}"], info.shape[0], ""
+    if found == ["SCB"]:
+        scheme, unit, shape, expected = "bitsandbytes", TOP, [rows], f"float32 [{rows}]"
         form = tensors.get(f"{module}.weight_format")
-        order = (
-            int(stored_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
-        )
+        order = stored_bytes(form, 0, 1)[0] if form is not None and form.stop > form.start else 0
         if order:
-            return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
-        return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""
-    assert scale is not None
-    for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
-        if f"{module}.{other}" in tensors:
-            return None, f"{other} beside it: only symmetric codes with a scale a row are taken"
-    if scale.shape != (rows, 1) or scale.dtype not in FLOATING:
-        what = f"weight_scale is {scale.dtype} {list(scale.shape)}"
-        return None, f"{what}; expected a float a row, [{rows}, 1]"
-    config = base.config().get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        return None, "config.json does not say that weight_scale is that of compressed-tensors"
-    if why := altered(config):
-        return None, why
-    return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
+            why = f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+    else:
+        scheme, unit, shape = "compressed-tensors", 1, [rows, 1]
+        expected = f"a float a row, [{rows}, 1]"
+        config = base.config().get("quantization_config")
+        if not isinstance(config, dict) or config.get("quant_method") != scheme:
+            why = f"config.json does not say that weight_scale is that of {scheme}"
+        else:
+            why = altered(config)
+        for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
+            if f"{module}.{other}" in tensors:
+                why = f"{other} beside it: only symmetric codes with a scale a row are taken"
+    if not why and ([*scales.shape] != shape or scales.dtype not in FLOATING):
+        why = f"{found[0]} is {scales.dtype} {list(scales.shape)}; expected {expected}"
+    made = Int8(f"{scheme} int8", f"{module}.{found[0]}", scales, unit)
+    return (None, why) if why else (made, "")
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:

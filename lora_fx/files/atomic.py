@@ -588,17 +588,11 @@ def kind_of(file: Path) -> str | None:
         return "a loss curve of lora-fx"
     if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
         return "a config of lora-fx"
-    if head.lstrip()[:1] == b"{":
-        return "JSON of lora-fx" if _is_own_json(file) else None
+    with contextlib.suppress(LoraFxError):
+        found = json_object(file.read_bytes(), str(file)) if head.lstrip()[:1] == b"{" else {}
+        if isinstance(found.get("version"), int) and "format" in found:
+            return "JSON of lora-fx"
     return None
-
-
-def _is_own_json(file: Path) -> bool:
-    try:
-        found = json_object(file.read_bytes(), str(file))
-    except LoraFxError:
-        return False
-    return isinstance(found.get("version"), int) and "format" in found
 
 
 def _foreign(folder: Path, names: Collection[str] | None) -> list[str]:

@@ -112,25 +112,25 @@ def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, E
             raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
         entries[key] = Dense(masters.pop(part))
     magnitude = masters.pop("dora_scale", None)
-    weight: Entry | None = None
-    if "lora" in kinds:
-        weight = _lowrank(module, masters, alpha, magnitude, file)
+    methods = [kind for kind in kinds if kind in ("hada", "lokr", "lora")]
+    if len(methods) > 1 or (methods and f"{module}.weight" in entries):
+        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
+    if methods == ["lora"]:
+        weight: Entry = _lowrank(module, masters, alpha, magnitude, file)
     elif magnitude is not None:
         raise file.error(
             module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
         )
-    elif "hada" in kinds:
-        weight = lycoris.loha(masters, alpha, file, module)
-    elif "lokr" in kinds:
-        weight = lycoris.lokr(masters, alpha, file, module)
-    elif alpha is not None and entries:
-        file.notes.append(f"{file.name}: {module + '.alpha'!r} is not read: diff takes no scale")
+    elif methods:
+        read = lycoris.loha if methods == ["hada"] else lycoris.lokr
+        weight = read(masters, alpha, file, module)
     elif not entries:
         raise file.error(module, "has an alpha and nothing else")
-    if weight is None:
+    else:
+        if alpha is not None:
+            alone = f"{module}.alpha"
+            file.notes.append(f"{file.name}: {alone!r} is not read: diff takes no scale")
         return entries
-    if f"{module}.weight" in entries or len({"lora", "hada", "lokr"} & set(kinds)) > 1:
-        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
     return {f"{module}.weight": weight, **entries}
 
 

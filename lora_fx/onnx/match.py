@@ -84,10 +84,10 @@ def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
 
     Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
     """
-    said, stores = [], graph.flow.stores
-    for name, store in stores.items():
-        meta = store.value.metadata_props.get(FOLDED_FROM, "")
-        alike = (n for n in changed if repr(n) in meta or _begins(store.tensor, stores[n].tensor))
+    said, tensor = [], graph.flow.tensor
+    for name, value in graph.flow.stores.items():
+        meta = value.metadata_props.get(FOLDED_FROM, "")
+        alike = (n for n in changed if repr(n) in meta or _begins(tensor(name), tensor(n)))
         if name not in changed and (source := next(alike, "")):
             said.append(
                 f"{name!r} may be computed from {source!r} and is not changed: export again"
@@ -112,7 +112,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
     the convolution did not have `NAME_bias`; files of ours say it in their metadata.
     """
     name = found[key].parameter.name
-    value = graph.flow.stores[name].value
+    value = graph.flow.stores[name]
     beside = (operand(user, 2) for user, _ in value.uses())
     joined = any(bias is not None and bias.name == f"{name}_bias" for bias in beside)
     if joined or CHANGED in value.metadata_props:
@@ -208,18 +208,18 @@ def _whole(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, 
     """The name in the file and the value as it lies there."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key
-    store = graph.flow.stores.get(name)
-    if store is None:
+    stored = graph.flow.stores.get(name)
+    if stored is None:
         raise LoraFxError(
             f"adapter tensor {key!r} is not in the model", near(key, graph.flow.stores)
         )
-    if len(store.value.uses()) > 1:
+    if len(stored.uses()) > 1:
         raise LoraFxError(
-            f"adapter tensor {key!r} is to be replaced, and {len(store.value.uses())} nodes read "
+            f"adapter tensor {key!r} is to be replaced, and {len(stored.uses())} nodes read "
             f"{name!r}: the exporter joined equal constants",
             "export a model with the adapter's whole tensors in it, and merge the rest",
         )
-    value, shape = entry.value, tuple(store.tensor.shape.numpy())
+    value, shape = entry.value, tuple(graph.flow.tensor(name).shape.numpy())
     turned = target is not None and target.op != "embedding" and target.layout.out == (1,)
     if turned and value.ndim == 2:
         value = value.T  # a file of torch has [out, in]

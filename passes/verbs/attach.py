@@ -40,7 +40,7 @@ from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.passes.proofs import attached as proofs
+from lora_fx.passes.proofs import effect as proofs
 from lora_fx.passes.verbs.open import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told

@@ -30,8 +30,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.merge import prove_merge
-from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.passes.verbs.export_files import by_name, optimise_file, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Provider, Selectors

@@ -28,17 +28,16 @@ from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
+from lora_fx.onnx.manifest import guard_within, say_within
 from lora_fx.onnx.names import copies_of, mark_changed, restore_weight_names, strip_traces
-from lora_fx.onnx.optimise.precision import narrow
-from lora_fx.onnx.optimise.stages import Rewrite, RewriteStage, apply_stages
-from lora_fx.onnx.ranges import guard_within, say_within
+from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature, write_adapter
+from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.batch import prove_rows
-from lora_fx.passes.proofs.reference import Reference, Run
+from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
 from lora_fx.targets.target import Found, base_name, own_use
@@ -324,7 +323,7 @@ def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
 
 # optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
 #
-# The stages are lora_fx.onnx.optimise.stages.STAGES; a file's inputs come from its signature.
+# The stages are lora_fx.onnx.stages.STAGES; a file's inputs come from its signature.
 
 
 def optimised(

@@ -25,9 +25,9 @@ from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
-from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow, widen
-from lora_fx.onnx.optimise.stages import RewriteStage
+from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run

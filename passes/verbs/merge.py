@@ -33,8 +33,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.merge import prove_merge
-from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, table
 
@@ -254,8 +253,8 @@ class OnnxMergePlan:
             {"key": n, "tensor": n, "shape": list(v.shape), "rank": None, "scale": None}
             for n, v in self.matched.whole.items()
         ]
-        stores = self.graph.flow.stores
-        return [{**row, "bytes": stores[row["tensor"]].tensor.nbytes} for row in rows]
+        stored = self.graph.flow.tensor
+        return [{**row, "bytes": stored(row["tensor"]).nbytes} for row in rows]
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""

@@ -230,7 +230,7 @@ class ExportOptions:
             raise LoraFxError("a server takes no training step", "--triton with --mode switch")
 
     def _check_tol(self, tol: float) -> None:
-        from lora_fx.onnx.optimise.precision import GATES  # as in output
+        from lora_fx.onnx.precision import GATES  # as in output
 
         expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
         rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""

@@ -336,7 +336,7 @@ class CapturedModule(Recomputing, Scope):
         self._dtype = base_dtype(self) or fn(told).dtype
         return result
 
-    def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> object:
         """As nn.Module's; storage shared with the user's model is copied first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
