@@ -107,8 +107,8 @@ def test_every_export_takes_pefts_adapters(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_optimised_decoders_with_a_cache_survive(name: str, tmp_path: Path) -> None:
     from lora_fx.fx.capture.decoder import decoder
-    from tests.onnx.optimise.test_survive import fused, kinds
     from tests.onnx.test_decoder import adapter
+    from tests.onnx.test_survive import fused, kinds
 
     cap = decoder({"gpt2": gpt2, "llama": llama}[name]())
     given = {"base": None, "all": adapter(cap, 1, 3)}

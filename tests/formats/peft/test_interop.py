@@ -28,7 +28,7 @@ pytest.importorskip("transformers")
 from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from lora_fx.passes.verbs.insert_onnx import insert_onnx  # noqa: E402
+from lora_fx.passes.verbs.adapt import insert_onnx  # noqa: E402
 
 TARGETS = ["fc", "up", "emb", "c1", "c2", "point", "gpt"]
 
@@ -167,7 +167,7 @@ def test_peft_loads_what_we_write(tmp_path: Path, variant: str) -> None:
 class Run(Tiny):
     """Every layer of Tiny in one graph; its ONNX operators are Gemm, MatMul, Gather and Conv."""
 
-    def forward(self, words: Any, image: Any) -> Any:
+    def forward(self, words: Any, image: Any) -> Any:  # type: ignore[override]
         x = self.fc(self.emb(words))  # [batch, words, 10]
         y = self.point(self.c2(image)).mean((2, 3))  # [batch, 5]
         z = self.c1(self.gpt(image[:, :, 0]))  # [batch, 4, 5]
