@@ -164,7 +164,7 @@ def run(
             stats = write(plan, stage, workers=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
             whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
-            anew = [s for n, s in stats.items() if plan.changes[n].codes is not None]
+            anew = [s for n, s in stats.items() if plan.changes[n].requantised]
             if stats and not moved and not whole:
                 wider = "--dequantise" if anew else "a wider --dtype"
                 raise NoEffectError(
@@ -261,7 +261,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
         if rows[name]["requantised"] is not None:
             rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
     codes = {n for n in stats if plan.changes[n].int8 is not None}
-    anew = {n for n in stats if plan.changes[n].codes is not None}
+    anew = {n for n in stats if plan.changes[n].requantised}
     for names, how in (
         (stats.keys() - codes - anew, "rounded, {}: --dtype float16 or float32 keeps more"),
         (codes, "quantised to int8 anew, {}: " + HINT),

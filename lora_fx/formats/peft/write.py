@@ -269,8 +269,9 @@ def _one_each(told: Mapping[str, PeftForm]) -> None:
 # those of `lora_fx.formats.peft.names`.
 
 
-_LINEAR_OPS = frozenset(("", "linear", "addmm", "matmul", "mm", "matmul_nbits"))
-_CONV_OPS = frozenset(("", "conv1d", "conv2d", "conv3d"))
+# Of torch, and of ONNX: gemm, conv and the products with 4-bit weights.
+_LINEAR_OPS = ("", "linear", "addmm", "matmul", "mm", "gemm", "matmul_nbits", "matmul_bnb4")
+_CONV_OPS = ("", "conv1d", "conv2d", "conv3d", "conv")
 OUT = f".{WRAPPER}.out_proj"
 """Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
 

@@ -32,15 +32,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, random_ops, value
-from lora_fx.fx.lowering import signed, without_writes
+from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import patched
 from lora_fx.fx.to_onnx import flat_program, mend_squeeze
@@ -360,7 +359,7 @@ UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.
 # What comes apart before the exporter sees it: all that it has no operator for, and these.
 
 
-def _table() -> dict[Any, Callable[..., Any]]:
+def _table() -> Table:
     from torch.onnx._internal.exporter import _decomp
 
     from lora_fx.fx.to_onnx import registry
@@ -369,7 +368,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     return {**_decomp.create_onnx_friendly_decomposition_table(known), **_own()}
 
 
-def _own() -> dict[Any, Callable[..., Any]]:
+def _own() -> Table:
     return {
         aten.nll_loss_forward.default: nll_loss,
         aten.convolution_backward.default: convolution_backward,
@@ -378,7 +377,7 @@ def _own() -> dict[Any, Callable[..., Any]]:
 
 
 @functools.cache
-def _differentiable() -> dict[Any, Callable[..., Any]]:
+def _differentiable() -> Table:
     """What comes apart before autograd sees it: its gradient is an operator that never does."""
     known = decomposition_table
     return {
