@@ -415,8 +415,8 @@ def bags(
     w: Tensor, places: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *more: Any
 ) -> tuple[Tensor, None, None, None]:
     """The sums, means or maxima of the rows of bags: each from where it starts to the next."""
-    rest: tuple[Any, ...] = (None, False, None)[len(more[1:]) :]
-    weights, ends, left_out = (*more[1:], *rest)
+    rest: list[Any] = [*more[1:], *(None, False, None)[len(more[1:]) :]]
+    weights, ends, left_out = rest
     starts = starts[:-1] if ends else starts
     after = torch.arange(places.shape[0], device=w.device) >= starts[:, None]
     inside = after & ~F.pad(after[1:], [0, 0, 0, 1])
