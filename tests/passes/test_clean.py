@@ -70,6 +70,24 @@ def within(x: Tensor) -> Tensor:
     return (gap >= 0) & (gap < 3)
 
 
+def within_a_float(x: Tensor) -> Tensor:
+    gap = arange(x)[:, None] - arange(x)[None, :]
+    return (gap >= 0) & (gap < 7.5)
+
+
+def within_a_fill(x: Tensor) -> Tensor:
+    gap = arange(x)[:, None] - arange(x)[None, :]
+    return (gap >= 0) & (gap < torch.full((length(x),), 7.0, dtype=torch.int64))
+
+
+def within_a_sum(x: Tensor) -> Tensor:
+    """One number that is read four times."""
+    two = torch.full((length(x),), 2, dtype=torch.int64)
+    four = two + two
+    gap = arange(x)[:, None] - arange(x)[None, :]
+    return (gap >= 0) & (gap - four < four)
+
+
 def one_more(x: Tensor) -> Tensor:
     return lower(x, 1)
 
@@ -137,13 +155,37 @@ def test_causal_masks(mask: Mask) -> None:
     )
 
 
-OTHERS = [within, one_more, transposed, of_data, in_place, penalty, from_the_end]
+OTHERS = [
+    within,
+    within_a_float,
+    within_a_fill,
+    within_a_sum,
+    one_more,
+    transposed,
+    of_data,
+    in_place,
+    penalty,
+    from_the_end,
+]
 
 
 @pytest.mark.parametrize("mask", OTHERS, ids=lambda m: m.__name__)
 def test_masks_that_only_look_like_it(mask: Mask) -> None:
-    _, after = checked(Attend(mask), Clean(), torch.randn(2, 6, 8), (6, 9, 3))
+    _, after = checked(Attend(mask), Clean(), torch.randn(2, 6, 8), (6, 9, 3, 12))
     assert "(named_x, named_x, named_x, " in after
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:0"])
+def test_masks_of_other_devices(device: str) -> None:
+    """A program is cleaned where it is opened: this machine may have no such device."""
+    graph = capture(Attend(lower), (torch.randn(2, 6, 8),)).fx_graph(training=True)
+    made = [n for n in graph.graph.nodes if "device" in n.kwargs]
+    for node in made:
+        node.kwargs = {**node.kwargs, "device": torch.device(device)}
+    assert made
+    Clean()(graph)
+    (node,) = (n for n in graph.graph.nodes if n.op == "call_function")
+    assert node.args[3:5] == (None, True) or node.kwargs == {"is_causal": True}
 
 
 def test_a_mask_that_lets_everything_through() -> None:

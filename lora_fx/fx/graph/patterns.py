@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.node import Argument, map_arg
+from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import SHAPE_ONLY
@@ -150,12 +151,9 @@ def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
     if any(not _is_given(n) and (n.target not in MASKING or n in written) for n in made):
         return ""
     sizes = [value(n).node.expr for n in made if isinstance(value(n), torch.SymInt)]
-    leaves = pytree.tree_leaves([(n.args, n.kwargs) for n in made])
-    numbers = {int(a) for size in sizes for a in size.atoms() if a.is_Integer}
-    numbers |= {a for a in leaves if type(a) is int and a != END}
     ends = [n.node.expr for n in (shape_of(mask) or ())[-2:] if isinstance(n, torch.SymInt)]
     lengths = {s for end in ends for s in end.free_symbols}
-    most = sum(map(abs, numbers))
+    most = _largest(made)
     if lengths and most > LARGEST:
         return ""
     # where queries and keys have fixed lengths, each of their places is looked at
@@ -172,6 +170,22 @@ def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
     if forms == {"causal"} and "1" not in _sizes(mask)[-2:]:
         return "causal"
     return "open" if forms == {"open"} else ""
+
+
+def _largest(made: Sequence[fx.Node]) -> int:
+    """How far the last of some nodes may look: all numbers behind it, as often as they are read."""
+    reach: dict[fx.Node, int] = {}
+    for node in made:
+        number = value(node)
+        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        if isinstance(number, torch.SymInt):
+            leaves = [int(a) for a in number.node.expr.atoms() if a.is_Integer]
+        numbers = (a for a in leaves if isinstance(a, (int, float)) and a != END and a > LOWEST)
+        reach[node] = sum(
+            min(math.ceil(abs(a)), LARGEST + 1) if a < math.inf else 0 for a in numbers
+        )
+        reach[node] += sum(reach.get(n, 0) for n in leaves if isinstance(n, fx.Node))
+    return reach[made[-1]]
 
 
 def _is_given(node: fx.Node) -> bool:
@@ -192,8 +206,12 @@ def _form_at(made: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
     """The form of the last of some nodes, run at sizes by their symbols; empty for any other."""
     values: dict[fx.Node, Argument] = {}
 
-    def read(node: fx.Node) -> Argument:
-        return values[node] if node in values else torch.empty(0, dtype=dtype_of(node))
+    def read(x: Any) -> Argument:
+        if isinstance(x, torch.device):
+            return torch.device("cpu")  # that of the capture may be meta, or of another machine
+        if isinstance(x, fx.Node) and x not in values:
+            return torch.empty(0, dtype=dtype_of(x))
+        return values[x] if isinstance(x, fx.Node) else x
 
     mask = torch.ones(())
     for node in made:
@@ -204,7 +222,7 @@ def _form_at(made: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
         elif isinstance(number, int):
             values[node] = number
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), read)
+            args, kwargs = map_aggregate((node.args, node.kwargs), read)
             values[node] = mask = node.target(*args, **kwargs)  # type: ignore[operator]
             adds = mask.is_floating_point() and bool(((mask == 0) | (mask <= LOWEST)).all())
             truths = bool(((mask == 0) | (mask == 1)).all())
