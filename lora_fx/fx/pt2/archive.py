@@ -207,8 +207,7 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     members = archive.members
     if "serialized_exported_program.json" in names:
         raise archive.bad("an archive of an older torch", f"{AGAIN}, with torch 2.9 or newer")
-    foreign = not all(n.startswith(root) for n in names) or "archive_format" not in members
-    if foreign or bytes(archive.read("archive_format")) != b"pt2":
+    if not all(n.startswith(root) for n in names) or "archive_format" not in members:
         raise archive.bad("a zip, but no .pt2 archive")
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -216,6 +215,8 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     packed = next((i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED), None)
     if packed:
         raise archive.bad(f"{packed} is compressed; torch stores members as they are")
+    if bytes(archive.read("archive_format")) != b"pt2":  # not earlier: it may be a bomb
+        raise archive.bad("a zip, but no .pt2 archive")
     version = bytes(archive.read("archive_version")) if "archive_version" in members else b"0"
     if version != b"0":
         raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)

@@ -87,6 +87,11 @@ def test_bad_files(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         for name in old.namelist():
             z.writestr(name, old.read(name))
     assert "is compressed" in refused(path, capsys)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, zipfile.ZipFile(clean) as old:
+        for name in old.namelist():  # not read before it is refused: it may be a bomb
+            bomb = name.endswith("/archive_format")
+            z.writestr(name, bytes(1 << 20) if bomb else old.read(name))
+    assert "is compressed" in refused(path, capsys)
 
 
 def test_a_flipped_bit_is_seen(clean: Path, tmp_path: Path) -> None:
