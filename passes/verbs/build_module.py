@@ -165,7 +165,7 @@ def learnt(cap: Captured) -> Json:
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
     """The passes of train programs, in order."""
     paths = tuple(blocks)
-    return [Clean(), Share(paths, free=True), Fuse(), Recompute(paths), RecomputeWeights()]
+    return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
 
 
 def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
