@@ -109,16 +109,19 @@ def ending(y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float) -> torch
 
 class _Ending(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float) -> Any:
+    def forward(
+        ctx: Any, y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(t, b)
         ctx.s = s
         rows, turned = t.flatten(0, -2).type_as(y), b.type_as(y).t()
         total = y.flatten(0, -2).addmm_(rows, turned, alpha=s)
         # no view of y: what a Function gives as a view may not be written to
-        return aten._unsafe_view.default(total, y.shape)
+        result: torch.Tensor = aten._unsafe_view.default(total, y.shape)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         t, b = ctx.saved_tensors
         g, rows = grad.flatten(0, -2), t.flatten(0, -2).type_as(grad)
         dt = torch.mm(g, b.type_as(g)).mul_(ctx.s)

@@ -304,7 +304,7 @@ class _Recomputed(torch.autograd.Function):
         return (*made, *(product(made[0], group) for group in groups))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         values = [next(saved) if o is None else o[0] for o in ctx.others]
         n, twice = sum(ctx.counts), torch.is_grad_enabled()
