@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import json_option, load_npz
 from lora_fx.cli.output import emit
 
 
@@ -24,7 +24,6 @@ from lora_fx.cli.output import emit
 @click.option("--rounds", type=int, default=15, help="Rounds that count.")
 @click.option("--threads", type=int, default=1, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", help="auto, cpu or cuda.")
-@json_option
 def command(files: tuple[str, ...], **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
 
@@ -36,7 +35,7 @@ def command(files: tuple[str, ...], **options: Any) -> None:
     from lora_fx.onnx.bench import SIZES, bench
 
     wanted = [_size(s) for s in options.pop("sizes")] or SIZES
-    arrays = load_npz(options.pop("inputs_file")) or None
+    arrays = shared.load_npz(options.pop("inputs_file")) or None
     found = bench(files, sizes=wanted, inputs=arrays, **options)
     rounds, threads = options["rounds"], options["threads"]
     head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {options['provider']}"

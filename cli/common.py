@@ -1,31 +1,37 @@
-"""The command group, and what every command shares: errors, JSON, notes, exit codes, pages."""
+"""The command group, and what every command shares: errors, configs, exit codes, pages."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
+import json
 import os
+import platform
 import signal
 import sys
 import threading
 import time
+import tomllib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import click
+from click.core import ParameterSource
 
-from lora_fx.cli.options import FORCE, config_options, in_groups, saving_config, split_weight
+from lora_fx import __version__
+from lora_fx.cli.options import FORCE, GIVEN, in_groups, split_weight
 from lora_fx.cli.output import echo, note, result, say, show, stages
-from lora_fx.errors import LoraFxError, explain, one_line
-from lora_fx.files.read import Remembered, remember, remembering, trusting
+from lora_fx.errors import LoraFxError, Terminated, explain, one_line
+from lora_fx.files.atomic import check_output, replacing, sweep
+from lora_fx.files.read import Remembered, read_text, remember, remembering, trusting
 from lora_fx.progress import stage, telling
-from lora_fx.text import Json, JsonView, near
+from lora_fx.text import Json, JsonView, is_number, is_whole, near, some
 
 COMMANDS = {
     "targets": "List what an adapter can attach to, and why the rest cannot.",
@@ -58,14 +64,25 @@ SHOWN = ("merge", "extract", "train")
 
 
 class FileCommand(click.Command):
-    """A command with --config, whose inputs are remembered: no output takes the place of one."""
+    """A command with --json and --config, whose inputs are remembered.
+
+    No output takes the place of an input.
+    """
+
+    reports: ClassVar = False
+    """True where --report is an option too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        told = "Print one JSON object."
+        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=told))
         self.params += config_options()
         self.own = {p.name for p in self.params} - {"config", "save_config", "as_json"}
         if "force" not in self.own:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
+        if self.reports:
+            told = "Write the result as a page."
+            self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
 
     def invoke(self, ctx: click.Context) -> object:
         """Run it, with ~ as the home folder, and models of the Hub as their folders in the cache.
@@ -86,11 +103,17 @@ class FileCommand(click.Command):
             remember(*input_paths(ctx.params))  # the folders in the cache
             ctx.find_root().ensure_object(dict)["json"] = ctx.params.get("as_json")
             given, ctx.params = ctx.params, {k: v for k, v in ctx.params.items() if k in self.own}
-            return self.carry_out(ctx, given)
-
-    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
-        """Call the function of the command, with its own arguments and options."""
-        return super().invoke(ctx)
+            if (report := given.get("report")) is None:
+                return super().invoke(ctx)
+            _check_page(report, given["force"], ctx.params)
+            write = functools.partial(write_page, report, given["force"])
+            ctx.find_root().obj["report"] = write
+            try:
+                return super().invoke(ctx)
+            except LoraFxError as e:
+                if e.exit_code == 1 and not e.told:
+                    write(result(False, error=e.message, hint=e.hint))
+                raise
 
     def _local(self, text: str, weighted: bool) -> str:
         """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
@@ -125,18 +148,15 @@ def _check_outputs(given: JsonView, *, inside: bool) -> None:
             told = (" lies in " if within else " is also ").join(options)
             raise LoraFxError(told, "choose a name beside it" if within else "choose another name")
     if inside and not given.get("force") and any(t[:3] == "hf:" for t in texts_of(given, MODELS)):
-        from lora_fx.files.atomic import check_output
-
         for output in {"output", "out"} & named.keys():  # gigabytes are downloaded before the rest
             check_output(named[output])
 
 
-def _at_home(value: Any) -> Any:
+def _at_home(value: object) -> object:
     """A value of an argument or option with ~ as the home folder, where it begins a path."""
     if isinstance(value, tuple):
         return tuple(_at_home(v) for v in value)
-    home = isinstance(value, str) and value.startswith("~")
-    return os.path.expanduser(value) if home else value
+    return os.path.expanduser(value) if isinstance(value, str) and value[:1] == "~" else value
 
 
 def input_paths(given: JsonView) -> list[Path]:
@@ -172,30 +192,11 @@ class ReportCommand(FileCommand):
     answer, and an answer that is an error with exit code 1 makes a page too.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        told = "Write the result as a page."
-        self.params.append(click.Option(["--report"], metavar="PAGE.html", help=told))
-
-    def carry_out(self, ctx: click.Context, given: JsonView) -> object:
-        """Call the function, with a page of its result where one is asked for."""
-        if given["report"] is None:
-            return super().carry_out(ctx, given)
-        report, force = given["report"], given["force"]
-        _check_page(report, force, ctx.params)
-        ctx.find_root().obj["report"] = functools.partial(write_page, report, force)
-        try:
-            return super().carry_out(ctx, given)
-        except LoraFxError as e:
-            if e.exit_code == 1 and not e.told:
-                write_page(report, force, result(False, error=e.message, hint=e.hint))
-            raise
+    reports = True
 
 
 def _check_page(report: str, force: bool, given: JsonView) -> None:
     """Refuse, before any work, a page that cannot be written or that would be something else."""
-    from lora_fx.files.atomic import check_output
-
     if not report.endswith((".html", ".htm")):
         raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
     if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
@@ -207,7 +208,6 @@ def _check_page(report: str, force: bool, given: JsonView) -> None:
 
 def write_page(path: str, force: bool, shown: JsonView) -> str:
     """Write the page of a result, all of it or nothing; its path."""
-    from lora_fx.files.atomic import replacing
     from lora_fx.report.page import page
 
     ctx = click.get_current_context()
@@ -239,8 +239,6 @@ def _once(adapters: list[Json], told: JsonView) -> None:
 
 def when(began: dict[str, float]) -> Json:
     """When the command began, in local time, how many seconds it took, and on which machine."""
-    import platform
-
     start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
     seconds = time.monotonic() - began["seconds"]
     return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
@@ -248,10 +246,6 @@ def when(began: dict[str, float]) -> Json:
 
 def versions() -> dict[str, str]:
     """{library: version} of those that are installed; nothing is imported."""
-    import platform
-
-    from lora_fx import __version__
-
     found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
     return {**found, "platform": platform.platform(terse=True)}
 
@@ -308,6 +302,168 @@ def _loadable(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(path, weight) for path, weight in plain if is_adapter(path)]
 
 
+# --config FILE and --save-config FILE: what a command is given, as a table of a TOML file.
+#
+#     [train]
+#     model = "model.py:build"
+#     rank = 16
+#     include = ["q_proj", "v_proj"]
+#
+# Keys are the names of options and arguments, with - or _. The command line wins.
+
+
+OWN = ("config", "save_config")
+
+
+def config_options() -> list[click.Option]:
+    """Options of every command."""
+    return [
+        click.Option(
+            ["--config"],
+            metavar="FILE.toml",
+            is_eager=True,  # what it says is there before a required option is missed
+            callback=_read,
+            help="What stands in its table of this command.",
+        ),
+        click.Option(["--save-config"], metavar="FILE.toml", help="Write what --config reads."),
+    ]
+
+
+def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    """Make the table of a config file what the command has where its line says nothing."""
+    if path is None:
+        return None
+    path = os.path.expanduser(path)
+    remember(path)
+    text, name = read_text(path), ctx.info_name or ""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise LoraFxError(f"{path}: not TOML: {e}", f"[{name}], and lines such as rank = 8") from e
+    assert ctx.parent is not None and isinstance(ctx.parent.command, click.Group)
+    commands = ctx.parent.command.list_commands(ctx)
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise LoraFxError(f"{path}: {key!r} stands in no table", f"put it below [{name}]")
+        if key not in commands:
+            hint = near(key, commands, "lora-fx --help lists the commands")
+            raise LoraFxError(f"{path}: [{key}] is no command", hint)
+    if name not in tables:
+        has = f"it has {some([f'[{t}]' for t in tables])}" if tables else "it is empty"
+        raise LoraFxError(f"{path}: no table [{name}]", has)
+    ctx.default_map = _checked(ctx, path, tables[name])
+    return path
+
+
+def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
+    """{parameter: value} of a table, each of the type of its option."""
+    known = {key: p for p in ctx.command.params if p.name not in OWN for key in _keys(p)}
+    found: Json = {}
+    for key, value in table.items():
+        where = f"{path}: [{ctx.info_name}] {key}"
+        param = known.get(key.replace("_", "-"))
+        if param is None or param.name is None:
+            hint = near(key.replace("_", "-"), known, f"{ctx.command_path} --help lists them")
+            raise LoraFxError(f"{where}: no such option", hint)
+        if param.name in found:
+            raise LoraFxError(f"{where}: given twice", "leave one of them out")
+        found[param.name] = _value(ctx, param, value, where)
+    if found.get("trust"):
+        note(f"{path} says trust: pickles are read, by torch's unpickler that runs no code")
+    return found
+
+
+def _keys(param: click.Parameter) -> list[str]:
+    """The names that a parameter has in a file; the first is the one that is written."""
+    long = [o.removeprefix("--") for o in param.opts if o.startswith("--")]
+    return long or [(param.name or "").replace("_", "-")]
+
+
+def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
+    """A value of a file as click takes it from a default."""
+    many = param.nargs == -1 or getattr(param, "multiple", False)
+    kind, fits, example = _type(param)
+    whole = value if isinstance(value, list) and many else [value]
+    for part in whole:
+        if not fits(part):
+            said = one_line(json.dumps(value, default=str, ensure_ascii=False), 80)
+            raise LoraFxError(
+                f"{where} = {said}; expected {kind}{' or a list of them' if many else ''}",
+                f"for example {_keys(param)[0]} = {example}",
+            )
+        try:
+            param.type.convert(part, param, ctx)
+        except click.BadParameter as e:
+            choices = getattr(param.type, "choices", ())
+            raise LoraFxError(f"{where}: {e.message}", near(str(part), choices, example)) from e
+    return list(whole) if many else value
+
+
+def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
+    """What a value of a parameter has to be: in words, as a test, and an example."""
+    if getattr(param, "is_flag", False):
+        return "true or false", lambda x: isinstance(x, bool), "true"
+    if isinstance(param.type, type(click.INT)):
+        return "a whole number", is_whole, "8"
+    if isinstance(param.type, type(click.FLOAT)):
+        return "a number", is_number, "0.5"
+    return "a text", lambda x: isinstance(x, str), '"…"'
+
+
+@contextlib.contextmanager
+def saving_config(ctx: click.Context) -> Iterator[None]:
+    """A block at whose end the config of --save-config is written, unless it refused its input."""
+    path, force = ctx.params.get("save_config"), bool(ctx.params.get("force"))
+    if not path or os.environ.get("RANK", "0") != "0":  # the first of several processes writes it
+        yield
+        return
+    if not path.endswith(".toml"):
+        raise LoraFxError(f"--save-config {path} does not end in .toml", "--save-config run.toml")
+    check_output(path, force=force)
+    text = config_text(ctx)
+    refused = False
+    try:
+        yield
+    except BaseException as e:
+        answer = isinstance(e, click.exceptions.Exit) or getattr(e, "exit_code", 2) == 1
+        refused = not answer
+        raise
+    finally:
+        if not refused:
+            with replacing(path, force=force) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            say(f"wrote {path}")
+
+
+def config_text(ctx: click.Context) -> str:
+    """What the command was given, as a file that --config reads."""
+    lines = [f"# lora-fx {ctx.info_name} --config FILE", f"[{ctx.info_name}]"]
+    for param in ctx.command.params:
+        name = param.name or ""
+        source = ctx.get_parameter_source(name)
+        if name in OWN or source not in (*GIVEN, ParameterSource.ENVIRONMENT):
+            continue
+        value = ctx.params[name]
+        if value is None or value == ():
+            continue
+        values = value if isinstance(value, tuple) else [value]
+        said = [_toml(v) for v in values]
+        text = f"[{', '.join(said)}]" if isinstance(value, tuple) else said[0]
+        lines.append(f"{_keys(param)[0]} = {text}")
+    return "\n".join([*lines, ""])
+
+
+def _toml(value: object) -> str:
+    """A value as TOML has it."""
+    if isinstance(value, float):
+        return repr(value)  # inf and nan are other words in JSON
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        hint = "rename the file, or leave --save-config out"
+        raise LoraFxError(f"{text} is not UTF-8, and a .toml file is", hint)
+    return text
+
+
 # The group of all commands, and every way out of it.
 
 
@@ -344,8 +500,6 @@ class LazyGroup(click.Group):
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from lora_fx import __version__
-
     click.echo(f"lora-fx {__version__}")
     found = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
     for name, number in found.items():
@@ -408,11 +562,11 @@ def two_runtimes() -> str:
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     """Every command is in COMMANDS."""
-    argv = (ctx.obj or {}).get("argv")  # main's
-    notes: Json = {"notes": [], "warned": set()}
     began = {"when": time.time(), "seconds": time.monotonic()}
-    ctx.obj = {"verbose": verbose, "quiet": quiet, "argv": argv, "began": began, **notes}
-    ctx.with_resource(telling(stages()))
+    run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
+    ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv
+    # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
+    ctx.with_resource(telling(stages() if os.environ.get("RANK", "0") == "0" else None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -438,8 +592,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint = near((e.message.split("'") * 2)[1], choices, hint)
         _fail(LoraFxError(e.format_message(), hint), argv, files)
     except (KeyboardInterrupt, click.Abort) as e:
-        from lora_fx.files.atomic import sweep
-
         for target in files.outputs:
             sweep(target)
         ended = isinstance(e, Terminated) or isinstance(e.__cause__, Terminated)
@@ -486,10 +638,6 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
 
 
 # SIGTERM as Ctrl-C: what a command was writing is removed on the way out.
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import click
 
-from lora_fx.adapter.experts import LAYOUTS
+from lora_fx.adapter.fused import LAYOUTS
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import fuse_options, result_options, selectors_option, trust_option
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
@@ -37,11 +37,11 @@ NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
-@fuse_options
-@selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
-@selectors_option("--exclude", "Of the adapter: updates to leave out.")
-@trust_option
-@result_options
+@shared.fuse_options
+@shared.selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
+@shared.selectors_option("--exclude", "Of the adapter: updates to leave out.")
+@shared.trust_option
+@shared.force_option
 def command(
     adapter: str,
     output: str,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import result_options
 from lora_fx.cli.output import emit, note, say
 
 
@@ -21,7 +21,7 @@ from lora_fx.cli.output import emit, note, say
     help="Folder for adapter/, model.onnx and report.json.",
 )
 @click.option("--quick", is_flag=True, help="A short run: few steps, no demand on the accuracy.")
-@result_options
+@shared.force_option
 def command(output: str, quick: bool, force: bool) -> None:
     """Teach all-MiniLM-L6-v2 where in the standard library a docstring stands.
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import json_option, merge_options
 from lora_fx.cli.output import emit, note
 from lora_fx.formats.servers import SERVERS
 
@@ -15,13 +15,12 @@ from lora_fx.formats.servers import SERVERS
 @click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
-@merge_options
+@shared.merge_options
 @click.option(
     "--server",
     type=click.Choice([*SERVERS]),
     help="Also say what this program would read, misread, drop or refuse.",
 )
-@json_option
 def command(base: str, adapter: str, **options: Any) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
 
@@ -35,7 +34,7 @@ def command(base: str, adapter: str, **options: Any) -> None:
     lora-fx doctor ./llama-awq ./adapter --dequantise
     lora-fx doctor ./mixtral ./adapter --server vllm
     """
-    from lora_fx.checkpoint.doctor.doctor import doctor, lines
+    from lora_fx.checkpoint.doctor import doctor, lines
 
     del options["link"]  # which changes nothing of what is written
     report = doctor(base, adapter, **options)

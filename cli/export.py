@@ -6,19 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    CAPTURE,
-    captured,
-    load_npz,
-    loss_of,
-    model_options,
-    named_adapters,
-    quantise_option,
-    refuse_given,
-    result_options,
-    selectors_option,
-)
 from lora_fx.cli.output import emit, note, table, wrote
 
 
@@ -27,8 +16,8 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
 @click.option("--mode", default="merged", help="merged, switch, load, batch or train.")
-@selectors_option("--include", "Of switch, load, train: targets.")
-@selectors_option("--exclude", "Of switch, load, train: leave out.")
+@shared.selectors_option("--include", "Of switch, load, train: targets.")
+@shared.selectors_option("--exclude", "Of switch, load, train: leave out.")
 @click.option("--rank", type=int, help="Of load: the largest; of train, 8.")
 @click.option("--loss", help="Of train: ce, mse or module:function.")
 @click.option("--optimizer", help="Of train: adamw or sgd.")
@@ -41,7 +30,7 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option(
     "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
 )
-@quantise_option
+@shared.quantise_option
 @click.option("--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8.")
 @click.option("--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this.")
 @click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
@@ -50,8 +39,8 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
 @click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
-@model_options
-@result_options
+@shared.model_options
+@shared.force_option
 def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **options: Any) -> None:
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
@@ -84,24 +73,24 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
             f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
         )
     opset, names = options.pop("opset"), options.pop("names")
-    updates, loss = named_adapters(adapters), options.pop("loss")
+    updates, loss = shared.named_adapters(adapters), options.pop("loss")
     options["repeat"] = not options["no_repeat"]
-    options["loss"] = loss and loss_of(loss)
-    given = {k: options.pop(k) for k in CAPTURE}
+    options["loss"] = loss and shared.loss_of(loss)
+    given = {k: options.pop(k) for k in shared.CAPTURE}
     options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
-    options |= {"mode": mode, "inputs": load_npz(given["inputs_file"]) or None}
+    options |= {"mode": mode, "inputs": shared.load_npz(given["inputs_file"]) or None}
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 
-        own = [n for n in CAPTURE if n != "inputs_file"]
-        refuse_given(model, ("opset", *own, "quantise", "accuracy_level"))
+        own = [n for n in shared.CAPTURE if n != "inputs_file"]
+        shared.refuse_given(model, ("opset", *own, "quantise", "accuracy_level"))
         report = export(model, output, names=read_map(names), **options)
         inputs = [{"model": model}]
         note(*report.warnings, warns=True)
     else:
         if names:
             raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-        _, cap = captured(model, given, cache=options["cache"])
+        _, cap = shared.captured(model, given, cache=options["cache"])
         report = export(cap, output, opset=opset, **options)
         inputs = cap.inputs.to_json()
     said = f"{report}{table(report)}\n{wrote(report)}"

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import result_options, seed_option, selectors_option, trust_option
 from lora_fx.cli.output import emit, note, say
 
 
@@ -20,19 +20,19 @@ from lora_fx.cli.output import emit, note, say
 @click.option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
 @click.option("--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖².")
 @click.option("--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]")
-@selectors_option("--include", "Weights to look at.")
-@selectors_option("--exclude", "Tensors to leave out.")
+@shared.selectors_option("--include", "Weights to look at.")
+@shared.selectors_option("--exclude", "Tensors to leave out.")
 @click.option("--also-full", is_flag=True, help="Take norms and biases that differ, whole.")
-@selectors_option("--whole", "Tensors to take whole where they differ, such as a head.")
+@shared.selectors_option("--whole", "Tensors to take whole where they differ, such as a head.")
 @click.option("--allow-missing", is_flag=True, help="Leave out tensors that do not fit.")
 @click.option(
     "--fan-in-fan-out/--no-fan-in-fan-out",
     default=None,
     help="Linear weights are stored [in, out].  [default: config.json says]",
 )
-@seed_option("Of the random subspaces.")
-@trust_option
-@result_options
+@shared.seed_option("Of the random subspaces.")
+@shared.trust_option
+@shared.force_option
 def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 

@@ -6,20 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    CAPTURE,
-    START,
-    captured,
-    label_option,
-    load_npz,
-    model_options,
-    refuse_beside,
-    refuse_given,
-    result_options,
-    start_from,
-    target_options,
-)
 from lora_fx.cli.output import emit, note
 from lora_fx.text import Json
 
@@ -33,12 +21,12 @@ from lora_fx.text import Json
     metavar="OUT",
     help="Folder, .safetensors, .pt2; .onnx from .onnx.",
 )
-@target_options
+@shared.target_options
 @click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads.")
-@label_option("Its labels.")
+@shared.label_option("Its labels.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
-@model_options
-@result_options
+@shared.model_options
+@shared.force_option
 def command(model: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert untrained branches and write them.
 
@@ -54,7 +42,7 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     lora-fx insert model.py:build -o model.pt2
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
-    refuse_beside(options["plan"])
+    shared.refuse_beside(options["plan"])
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.passes.verbs.adapt import insert
@@ -63,8 +51,8 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     if model.endswith(".onnx"):
         _onnx(model, output, force, options)
         return
-    loaded, cap = captured(model, options)
-    start = start_from(loaded, cap, options)
+    loaded, cap = shared.captured(model, options)
+    start = shared.start_from(loaded, cap, options)
     module = insert(cap, **options, **start)
     report = module.report()
     if output.endswith(".pt2"):
@@ -80,14 +68,14 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
 
 def _onnx(model: str, output: str, force: bool, options: Json) -> None:
     from lora_fx.errors import LoraFxError
-    from lora_fx.passes.verbs.insert_onnx import insert_onnx
+    from lora_fx.passes.verbs.adapt import insert_onnx
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
-    arrays = load_npz(options.pop("inputs_file")) or None
-    capture = [n for n in CAPTURE if n != "inputs_file"]
-    no_say = ("also_train", "dropout", "quantise", *START, *capture)
-    refuse_given(model, no_say)
+    arrays = shared.load_npz(options.pop("inputs_file")) or None
+    capture = [n for n in shared.CAPTURE if n != "inputs_file"]
+    no_say = ("also_train", "dropout", "quantise", *shared.START, *capture)
+    shared.refuse_given(model, no_say)
     kept = {k: v for k, v in options.items() if k not in no_say}
     report = insert_onnx(model, output, inputs=arrays, force=force, **kept)
     note(*report.warnings, warns=True)

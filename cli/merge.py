@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, note, progress_bar
 from lora_fx.text import Json
 
@@ -27,12 +27,12 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
     help="Several adapters: their exact sum, or a mix of their factors.",
 )
 @click.option("--rank", type=int, help="Of an svd mix.")
-@merge_options
+@shared.merge_options
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
 @click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest.")
 @click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
-@result_options
+@shared.force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
@@ -46,7 +46,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     lora-fx merge bert.onnx ./adapter -o merged.onnx
     """
     if options["how"] != "svd":
-        load_numpy()
+        shared.load_numpy()
     from lora_fx.checkpoint.merge import lines, plan_merge, report_json, run
     from lora_fx.checkpoint.merge_plan import MergeOptions
     from lora_fx.errors import LoraFxError
@@ -62,7 +62,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     dry_run, link, force = (options.pop(name) for name in ("dry_run", "link", "force"))
     if not dry_run:
         check_output(out, force=force)
-    plan = plan_merge(base, [split_weight(a) for a in adapters], MergeOptions(**options))
+    plan = plan_merge(base, [shared.split_weight(a) for a in adapters], MergeOptions(**options))
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
         note(*plan.notes)
@@ -80,7 +80,7 @@ def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json) -> None
     from lora_fx.onnx.match import read_map
     from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
 
-    given = [split_weight(a) for a in adapters]
+    given = [shared.split_weight(a) for a in adapters]
     inputs = [{"base": base, "adapters": list(adapters)}]
     dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
     if dry_run:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import arguments, load_numpy, merge_options, result_options, split_weight
 from lora_fx.cli.output import emit, say
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.text import JsonView, table
@@ -44,8 +44,8 @@ def _line(row: JsonView) -> str:
     metavar="i/n",
     help="This machine's part of the list.",
 )
-@merge_options
-@result_options
+@shared.merge_options
+@shared.force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 
@@ -56,14 +56,14 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     lora-fx merge-all ./llama adapters/* -o merged -j 4
     lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
     """
-    load_numpy()
+    shared.load_numpy()
     from lora_fx.checkpoint.merge import jobs_of, merge_all
     from lora_fx.files.checkpoint import open_checkpoint
 
     processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
     # A base that cannot be read is one error, not one for every adapter.
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
-    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
+    jobs = jobs_of([shared.split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise LoraFxError(f"{out} is no folder", "choose another output")
@@ -71,9 +71,9 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     keywords = {k: v for k, v in options.items() if k != "link"}
-    rows = []
+    rows, said = [], shared.arguments(options)
     for row in merge_all(
-        base, jobs, processes=processes, force=force, arguments=arguments(options), options=keywords
+        base, jobs, processes=processes, force=force, arguments=said, options=keywords
     ):
         rows.append(row)
         say(_line(row))

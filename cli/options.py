@@ -1,13 +1,12 @@
-"""Options that commands share, those of train, configs, and how arguments become a model."""
+"""Options that commands share, those of train, and how arguments become a model."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +14,8 @@ import click
 from click.core import ParameterSource
 
 from lora_fx.cli.output import note, say
-from lora_fx.errors import LoraFxError, near, one_line
-from lora_fx.text import Json, JsonView, is_number, is_whole, some
+from lora_fx.errors import LoraFxError, Terminated
+from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
@@ -25,9 +24,11 @@ if TYPE_CHECKING:
     from lora_fx.fx.load.models import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.objective import Loss
+    from lora_fx.fx.train.optimizer import Settings
+    from lora_fx.fx.train.processes import Processes
+    from lora_fx.fx.train.state import Saving
 
 FROM_1 = click.IntRange(min=1)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 FORCE = "Replace an output that exists."
 force_option = click.option("--force", is_flag=True, help=FORCE)
 
@@ -59,11 +60,13 @@ def seed_option(of: str) -> Callable[[Command], Command]:
     return click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=of)
 
 
-max_length_option = click.option(
-    "--max-length",
-    type=FROM_1,
-    metavar="N",
-    help="Tokens of a text.  [default: 128; 1024 for causal language models]",
+def number_option(name: str, text: str, default: int | None = None) -> Callable[[Command], Command]:
+    """The option of a whole number from 1 on."""
+    return click.option(name, type=FROM_1, metavar="N", default=default, help=text)
+
+
+max_length_option = number_option(
+    "--max-length", "Tokens of a text.  [default: 128; 1024 for causal language models]"
 )
 
 
@@ -78,8 +81,8 @@ def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Comma
     return add
 
 
-result_options = combined([force_option, json_option])
-"""Options of every command that writes something."""
+GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+"""Where what the user asked for stands: on the command line, or in a config."""
 
 
 def first_given(*names: str) -> str:
@@ -335,7 +338,7 @@ BATCH = 32
 
 def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
     """Keyword arguments of insert; empty for a start that reads no data. Takes its options out."""
-    from lora_fx.adapter.initial import OF_DATA
+    from lora_fx.adapter.variant import OF_DATA
 
     init, (data, label, loss) = options["init"], (options.pop(k) for k in START)
     if init not in OF_DATA:
@@ -477,169 +480,172 @@ def load_numpy() -> None:
         del os.environ[name]
 
 
-# --config FILE and --save-config FILE: what a command is given, as a table of a TOML file.
-#
-#     [train]
-#     model = "model.py:build"
-#     rank = 16
-#     include = ["q_proj", "v_proj"]
-#
-# Keys are the names of options and arguments, with - or _. The command line wins.
+# Options of the loop of train, states, processes.
 
 
-OWN = ("config", "save_config")
-GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
-"""Where what the user asked for stands: on the command line, or in a config."""
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+FROM_0 = click.FloatRange(min=0)
+SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
-def config_options() -> list[click.Option]:
-    """Options of every command."""
-    return [
-        click.Option(
-            ["--config"],
-            metavar="FILE.toml",
-            is_eager=True,  # what it says is there before a required option is missed
-            callback=_read,
-            help="What stands in its table of this command.",
+class OfLaunch(click.Option):
+    """An option that `accelerate launch` always gives, by its environment: a config wins."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Nothing where the table of --config has the option."""
+        return None if self.name in (ctx.default_map or {}) else super().resolve_envvar_value(ctx)
+
+
+loop_options = combined(
+    [
+        click.option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA."),
+        number_option("--steps", "Steps, instead of epochs."),
+        click.option("--batch-size", type=FROM_1, default=32, help="Examples a step."),
+        click.option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate."),
+        click.option(
+            "--schedule",
+            default="cosine",
+            metavar="NAME",
+            help="Of the rate: cosine, linear, constant, constant_with_warmup or inverse_sqrt.",
         ),
-        click.Option(["--save-config"], metavar="FILE.toml", help="Write what --config reads."),
+        click.option(
+            "--optimizer",
+            default="adamw_torch",
+            metavar="NAME",
+            help="adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
+        ),
+        click.option("--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."),
+        click.option("--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."),
+        click.option(
+            "--clip", type=FROM_0, default=1.0, help="Longest gradient (norm); 0 for any."
+        ),
+        click.option("--checks", type=FROM_1, default=10, help="Validations in the run."),
+        number_option("--patience", "Validations in vain that end the run."),
+        click.option(
+            "--accumulate",
+            type=FROM_1,
+            default=1,
+            metavar="N",
+            cls=OfLaunch,
+            envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            help="Parts that a step runs in, one after another, to save memory.",
+        ),
+        number_option(
+            "--gradient-accumulation-steps", "Batches of --batch-size that make one step.", 1
+        ),
+        click.option(
+            "--activation-checkpointing", is_flag=True, help="Recompute blocks in backward."
+        ),
+        click.option(
+            "--mixed-precision",
+            type=click.Choice(["no", "bf16"]),
+            default="no",
+            cls=OfLaunch,
+            envvar="ACCELERATE_MIXED_PRECISION",
+            help="bf16: products in bfloat16; what is trained stays float32.",
+        ),
+        click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
+        number_option(
+            "--save-every", "Steps between two states.  [default: one at every validation]"
+        ),
+        number_option(
+            "--save-total-limit",
+            "Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
+        ),
+        click.option(
+            "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
+        ),
     ]
+)
+"""Options of the loop, and those of its states."""
 
 
-def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
-    """Make the table of a config file what the command has where its line says nothing."""
-    if path is None:
-        return None
-    from lora_fx.files.read import read_text, remember
+def settings_of(options: Json) -> Settings:
+    """Takes the loop's settings out of a command's options.
 
-    path = os.path.expanduser(path)
-    remember(path)
-    text, name = read_text(path), ctx.info_name or ""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise LoraFxError(f"{path}: not TOML: {e}", f"[{name}], and lines such as rank = 8") from e
-    assert ctx.parent is not None and isinstance(ctx.parent.command, click.Group)
-    commands = ctx.parent.command.list_commands(ctx)
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise LoraFxError(f"{path}: {key!r} stands in no table", f"put it below [{name}]")
-        if key not in commands:
-            hint = near(key, commands, "lora-fx --help lists the commands")
-            raise LoraFxError(f"{path}: [{key}] is no command", hint)
-    if name not in tables:
-        has = f"it has {some([f'[{t}]' for t in tables])}" if tables else "it is empty"
-        raise LoraFxError(f"{path}: no table [{name}]", has)
-    ctx.default_map = _checked(ctx, path, tables[name])
-    return path
+    Batches that are accumulated are one larger batch that runs in as many more parts.
+    """
+    from lora_fx.fx.train.optimizer import Settings
+
+    check_shares(options)
+    if options["schedule"] == "constant" and first_given("warmup"):
+        raise LoraFxError(
+            "--warmup has no say for --schedule constant", "--schedule constant_with_warmup has one"
+        )
+    batches = options.pop("gradient_accumulation_steps")
+    options |= {name: batches * options[name] for name in ("batch_size", "accumulate")}
+    names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too
+    return Settings(seed=options["seed"], **{name: options.pop(name) for name in names})
 
 
-def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
-    """{parameter: value} of a table, each of the type of its option."""
-    known = {key: p for p in ctx.command.params if p.name not in OWN for key in _keys(p)}
-    found: Json = {}
-    for key, value in table.items():
-        where = f"{path}: [{ctx.info_name}] {key}"
-        param = known.get(key.replace("_", "-"))
-        if param is None or param.name is None:
-            hint = near(key.replace("_", "-"), known, f"{ctx.command_path} --help lists them")
-            raise LoraFxError(f"{where}: no such option", hint)
-        if param.name in found:
-            raise LoraFxError(f"{where}: given twice", "leave one of them out")
-        found[param.name] = _value(ctx, param, value, where)
-    if found.get("trust"):
-        note(f"{path} says trust: pickles are read, by torch's unpickler that runs no code")
-    return found
+def saving_of(options: Json, curve: str | None, force: bool) -> Saving:
+    """Takes what says where states are out of a command's options; checks what is written."""
+    from lora_fx.files.atomic import check_output
+    from lora_fx.fx.train.state import Saving, check_folder
 
-
-def _keys(param: click.Parameter) -> list[str]:
-    """The names that a parameter has in a file; the first is the one that is written."""
-    long = [o.removeprefix("--") for o in param.opts if o.startswith("--")]
-    return long or [(param.name or "").replace("_", "-")]
-
-
-def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
-    """A value of a file as click takes it from a default."""
-    many = param.nargs == -1 or getattr(param, "multiple", False)
-    kind, fits, example = _type(param)
-    whole = value if isinstance(value, list) and many else [value]
-    for part in whole:
-        if not fits(part):
-            said = one_line(json.dumps(value, default=str, ensure_ascii=False), 80)
-            raise LoraFxError(
-                f"{where} = {said}; expected {kind}{' or a list of them' if many else ''}",
-                f"for example {_keys(param)[0]} = {example}",
-            )
-        try:
-            param.type.convert(part, param, ctx)
-        except click.BadParameter as e:
-            choices = getattr(param.type, "choices", ())
-            raise LoraFxError(f"{where}: {e.message}", near(str(part), choices, example)) from e
-    return list(whole) if many else value
-
-
-def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
-    """What a value of a parameter has to be: in words, as a test, and an example."""
-    if getattr(param, "is_flag", False):
-        return "true or false", lambda x: isinstance(x, bool), "true"
-    if isinstance(param.type, type(click.INT)):
-        return "a whole number", is_whole, "8"
-    if isinstance(param.type, type(click.FLOAT)):
-        return "a number", is_number, "0.5"
-    return "a text", lambda x: isinstance(x, str), '"…"'
+    every, limit, resume = (options.pop(n) for n in ("save_every", "save_total_limit", "resume"))
+    folder = options.pop("save_state") or resume
+    if curve:
+        check_output(curve, force=force)
+    if (every or limit) and not folder:
+        option = "--save-every" if every else "--save-total-limit"
+        raise LoraFxError(f"{option}, but no state is kept", "--save-state DIR")
+    if folder:
+        again = resume is not None and Path(folder).resolve() == Path(resume).resolve()
+        check_folder(folder, force=force or again, own=again, limit=limit)
+    return Saving(folder, every, resume, limit)
 
 
 @contextlib.contextmanager
-def saving_config(ctx: click.Context) -> Iterator[None]:
-    """A block at whose end the config of --save-config is written, unless it refused its input."""
-    path, force = ctx.params.get("save_config"), bool(ctx.params.get("force"))
-    if not path or os.environ.get("RANK", "0") != "0":  # the first of several processes writes it
-        yield
-        return
-    from lora_fx.files.atomic import check_output, replacing
+def together(device: str) -> Iterator[tuple[Processes, str]]:
+    """The processes of the run, of which the first alone prints; a place for each on `device`.
 
-    if not path.endswith(".toml"):
-        raise LoraFxError(f"--save-config {path} does not end in .toml", "--save-config run.toml")
-    check_output(path, force=force)
-    text = config_text(ctx)
-    refused = False
+    Yields (Processes, device). A process that ends because another one failed says nothing.
+    """
+    from lora_fx.fx.train.processes import Elsewhere, one_by_accelerate, processes
+
+    try:
+        with processes(device.startswith("cuda")) as world:
+            if not world.first:
+                click.get_current_context().find_root().obj["quiet"] = True
+            if world.size > 1:
+                note(f"{world.size} processes: each takes a share of every batch")
+                device = f"cuda:{world.local}" if device == "cuda" else device
+            elif one_by_accelerate():
+                note(
+                    "accelerate launch --cpu started one process: it starts several by MPI alone "
+                    "(--mpirun_hostfile); --multi_gpu or torchrun starts them"
+                )
+            try:
+                yield world, device
+            except KeyboardInterrupt as stop:  # which came to all of them
+                if world.first:
+                    raise
+                raise click.exceptions.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    except Elsewhere as e:
+        raise click.exceptions.Exit(e.exit_code) from None
+
+
+@contextlib.contextmanager
+def stateful(saving: Saving) -> Iterator[None]:
+    """What is stopped in this block says which state it leaves."""
+    from lora_fx.fx.train.state import step_of
+
+    before = None if saving.resume else _written(saving.folder)
     try:
         yield
-    except BaseException as e:
-        answer = isinstance(e, click.exceptions.Exit) or getattr(e, "exit_code", 2) == 1
-        refused = not answer
+    except (KeyboardInterrupt, LoraFxError) as stop:
+        folder = saving.folder if _written(saving.folder) != before else None
+        step = step_of(folder) if folder else None
+        said = f"{folder} holds the state of step {step}"
+        if step is not None and isinstance(stop, KeyboardInterrupt):
+            stop.left = f"{said}: --resume {folder} goes on from there"  # type: ignore[attr-defined]
+        elif step is not None and not saving.resume:
+            say(said)
         raise
-    finally:
-        if not refused:
-            with replacing(path, force=force) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            say(f"wrote {path}")
 
 
-def config_text(ctx: click.Context) -> str:
-    """What the command was given, as a file that --config reads."""
-    lines = [f"# lora-fx {ctx.info_name} --config FILE", f"[{ctx.info_name}]"]
-    for param in ctx.command.params:
-        name = param.name or ""
-        source = ctx.get_parameter_source(name)
-        if name in OWN or source not in (*GIVEN, ParameterSource.ENVIRONMENT):
-            continue
-        value = ctx.params[name]
-        if value is None or value == ():
-            continue
-        values = value if isinstance(value, tuple) else [value]
-        said = [_toml(v) for v in values]
-        text = f"[{', '.join(said)}]" if isinstance(value, tuple) else said[0]
-        lines.append(f"{_keys(param)[0]} = {text}")
-    return "\n".join([*lines, ""])
-
-
-def _toml(value: object) -> str:
-    """A value as TOML has it."""
-    if isinstance(value, float):
-        return repr(value)  # inf and nan are other words in JSON
-    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        hint = "rename the file, or leave --save-config out"
-        raise LoraFxError(f"{text} is not UTF-8, and a .toml file is", hint)
-    return text
+def _written(folder: str | None) -> tuple[int, int] | None:
+    """Tells one state from the next; None where there is none."""
+    path = Path(folder or "")
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None

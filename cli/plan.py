@@ -6,19 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    FROM_1,
-    captured,
-    label_option,
-    loss_of,
-    max_length_option,
-    model_options,
-    result_options,
-    seed_option,
-    selectors_option,
-    some_batches,
-)
 from lora_fx.cli.output import emit, note
 from lora_fx.text import Json
 
@@ -40,15 +29,15 @@ from lora_fx.text import Json
     help="What a rank is worth; all but uniform read DATA.",
 )
 @click.option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
-@label_option("Column to predict.")
+@shared.label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
-@click.option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
-@max_length_option
-@selectors_option("--include", "Targets to choose from.")
-@selectors_option("--exclude", "Targets to leave out.")
-@seed_option("Of the choice of examples.")
-@model_options
-@result_options
+@click.option("--examples", type=shared.FROM_1, default=1024, help="Of DATA, at most.")
+@shared.max_length_option
+@shared.selectors_option("--include", "Targets to choose from.")
+@shared.selectors_option("--exclude", "Targets to leave out.")
+@shared.seed_option("Of the choice of examples.")
+@shared.model_options
+@shared.force_option
 def command(model: str, data: str | None, output: str, force: bool, **options: Any) -> None:
     r"""Plan a rank for every target of MODEL under one budget, and write it.
 
@@ -70,9 +59,9 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
     if METHODS[options["method"]].wanted and not data:
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
-    loaded, cap = captured(model, options)
-    batches = some_batches(data, loaded, cap, options)
-    loss = loss_of(options.pop("loss"))
+    loaded, cap = shared.captured(model, options)
+    batches = shared.some_batches(data, loaded, cap, options)
+    loss = shared.loss_of(options.pop("loss"))
     made = plan(cap, data=batches, loss=loss, name=model, **options)
     made.save(output, force=force)
     note(*made.notes)

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.options import CAPTURE, captured, first_given, json_option, model_options
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
-    from lora_fx.targets.found import Found
+    from lora_fx.targets.target import Found
 
 
 @click.command("targets", cls=FileCommand)
 @click.argument("model")
-@model_options
+@shared.model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
-@json_option
 def command(model: str, training: bool, **options: Any) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
@@ -35,8 +34,8 @@ def command(model: str, training: bool, **options: Any) -> None:
     """
     inputs: list[Json] = [{"model": model}]
     tensors = Path(model).is_file() and model.endswith((".safetensors", ".bin"))
-    no_say = [n for n in (*CAPTURE, "training") if n != "trust" or not tensors]
-    if (tensors or model.endswith(".onnx")) and (option := first_given(*no_say)):
+    no_say = [n for n in (*shared.CAPTURE, "training") if n != "trust" or not tensors]
+    if (tensors or model.endswith(".onnx")) and (option := shared.first_given(*no_say)):
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
@@ -50,7 +49,7 @@ def command(model: str, training: bool, **options: Any) -> None:
     else:
         from lora_fx.passes.verbs.adapt import find
 
-        _, cap = captured(model, options, meta=True)
+        _, cap = shared.captured(model, options, meta=True)
         found, inputs = find(cap, training=training), cap.inputs.to_json()
     refused = None
     if not (found.targets or tensors):
@@ -65,12 +64,8 @@ def command(model: str, training: bool, **options: Any) -> None:
 def _of_onnx(model: str) -> Found:
     from dataclasses import replace
 
-    from lora_fx.onnx.graph.graph import OnnxGraph
-    from lora_fx.onnx.load import load
-    from lora_fx.onnx.names import restore_weight_names
+    from lora_fx.onnx.names import named_graph
     from lora_fx.passes.find import find
 
-    opened = load(model)
-    restore_weight_names(opened)
-    graph = OnnxGraph(opened)
+    graph, _ = named_graph(model)
     return replace(find(graph), notes=tuple(graph.notes))

@@ -6,40 +6,26 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    batches_of,
-    captured,
-    check_shares,
-    held,
-    label_option,
-    loss_of,
-    max_length_option,
-    model_options,
-    refuse_beside,
-    result_options,
-    tables_of,
-    target_options,
-)
 from lora_fx.cli.output import emit, note, say
-from lora_fx.cli.train_options import loop_options, saving_of, settings_of, stateful, together
 
 
 @click.command("train", cls=ReportCommand)
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
-@label_option("Column to predict.")
+@shared.label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--validation", type=float, default=0.1, help="Share held out.")
 @click.option("--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA.")
-@max_length_option
+@shared.max_length_option
 @click.option("--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
-@loop_options
-@target_options
-@model_options
-@result_options
+@shared.loop_options
+@shared.target_options
+@shared.model_options
+@shared.force_option
 def command(model: str, data: str, output: str, force: bool, **options: Any) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
@@ -54,27 +40,27 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
-    refuse_beside(options["plan"])
-    from lora_fx.adapter.initial import OF_DATA
+    shared.refuse_beside(options["plan"])
+    from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
 
-    with together(options.pop("device")) as (world, device):
+    with shared.together(options.pop("device")) as (world, device):
         check_output(output, force=force, names=ADAPTER_FILES)
         check_device(device)
-        check_shares(options)
         curve = options.pop("curve")
-        settings, saving = settings_of(options), saving_of(options, curve, force)
-        loaded, cap = captured(model, options)
-        training, validation = tables_of(data, loaded, cap, options)
-        loss = loss_of(options.pop("loss"))
+        settings, saving = shared.settings_of(options), shared.saving_of(options, curve, force)
+        loaded, cap = shared.captured(model, options)
+        training, validation = shared.tables_of(data, loaded, cap, options)
+        loss = shared.loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
-            options |= {"data": batches_of(training), "loss": loss}
+            options |= {"data": shared.batches_of(training), "loss": loss}
         recompute = options.pop("activation_checkpointing")
-        module = (held(cap) if cap.adapter is not None else insert(cap, **options)).to(device)
+        module = shared.held(cap) if cap.adapter is not None else insert(cap, **options)
+        module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()
 
@@ -82,7 +68,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             if step == steps or step % max(1, steps // 10) == 0:
                 say(f"step {step}/{steps}: loss {value:.4f}")
 
-        with stateful(saving):
+        with shared.stateful(saving):
             report = fit(
                 module, training, validation, loss, settings, progress, saving=saving, world=world
             )

@@ -6,16 +6,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    adapter_of,
-    captured,
-    label_option,
-    loss_of,
-    result_options,
-    training_data,
-    trust_option,
-)
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
@@ -33,11 +25,11 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
 @click.option("--table", metavar="DATA", help="Print its loss at every rank, and no more.")
 @click.option("--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on.")
-@label_option("Of --table.")
+@shared.label_option("Of --table.")
 @click.option("--loss", default="ce", help="Of --table, as for train.")
 @click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
-@trust_option
-@result_options
+@shared.trust_option
+@shared.force_option
 def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: Any) -> None:
     r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
 
@@ -66,7 +58,7 @@ def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: 
         if options[name]:
             raise LoraFxError(f"--{name} has no say without --table DATA", "leave it out")
     check_output(output, force=force, names=ADAPTER_FILES)
-    result = truncation(adapter_of(adapter), **goal)
+    result = truncation(shared.adapter_of(adapter), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")
     note(*save_adapter(result.adapter, output, force=force))
@@ -86,9 +78,9 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
     if not options["model"]:
         raise LoraFxError("--table needs the model", "--model MODEL")
     asked: Json = {"weights": options["weights"], "dynamic": (), "static": (), "trust": trust}
-    loaded, cap = captured(options["model"], asked)
-    data = training_data(options["table"], loaded, cap, options["label"])
-    result = held_out(cap, adapter_of(adapter), data, loss_of(options["loss"]))
+    loaded, cap = shared.captured(options["model"], asked)
+    data = shared.training_data(options["table"], loaded, cap, options["label"])
+    result = held_out(cap, shared.adapter_of(adapter), data, shared.loss_of(options["loss"]))
     note(*result.notes)
-    rows = [row.to_json() for row in result.rows]
+    rows = [vars(row) for row in result.rows]
     return str(result), {"table": rows, "examples": result.examples}

@@ -7,16 +7,8 @@ from typing import Any
 
 import click
 
+from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.options import (
-    CAPTURE,
-    adapter_of,
-    captured,
-    json_option,
-    load_npz,
-    model_options,
-    split_weight,
-)
 from lora_fx.cli.output import emit
 
 
@@ -34,8 +26,7 @@ from lora_fx.cli.output import emit
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
 @click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
-@model_options
-@json_option
+@shared.model_options
 def command(a: str, b: str, **options: Any) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
 
@@ -56,22 +47,22 @@ def command(a: str, b: str, **options: Any) -> None:
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verbs.verify import verify
 
-    model = {k: options.pop(k) for k in CAPTURE}
+    model = {k: options.pop(k) for k in shared.CAPTURE}
     adapters, everything = options.pop("adapters"), options.pop("everything")
     fits = is_adapter(b)
     gone = ":" not in b and not Path(b).exists()
     if not options["run"] and is_tensor_file(a) and (fits or is_tensor_file(b) or gone):
-        given = [pair if (pair := split_weight(x))[0] != x else x for x in adapters]
+        given = [pair if (pair := shared.split_weight(x))[0] != x else x for x in adapters]
         rows = None if everything else ROWS
         report = verify(a, b, adapter=given or None, tol=options["tol"], rows=rows)
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        report = verify(captured(a, model, meta=True)[1], adapter_of(b))
+        report = verify(shared.captured(a, model, meta=True)[1], shared.adapter_of(b))
     else:
-        one, two = (m if m.endswith(".onnx") else captured(m, {**model})[1] for m in (a, b))
-        arrays = load_npz(model["inputs_file"]) or None
-        extra = [adapter_of(x).weighted(w) for x, w in map(split_weight, adapters)]
+        one, two = (m if m.endswith(".onnx") else shared.captured(m, {**model})[1] for m in (a, b))
+        arrays = shared.load_npz(model["inputs_file"]) or None
+        extra = [shared.adapter_of(x).weighted(w) for x, w in map(shared.split_weight, adapters)]
         beside = extra[0] if len(extra) == 1 else extra or None
         report = verify(one, two, arrays, adapter=beside, **options)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}

@@ -13,7 +13,7 @@ _NAMES = {
     "lora_fx.adapter.adapter": ("Adapter",),
     "lora_fx.adapter.lowrank": ("Full", "LowRank"),
     "lora_fx.adapter.truncate": ("truncate",),
-    "lora_fx.checkpoint.doctor.doctor": ("doctor",),
+    "lora_fx.checkpoint.doctor": ("doctor",),
     "lora_fx.checkpoint.extract": ("extract",),
     "lora_fx.errors": ("LoraFxError",),
     "lora_fx.formats.io": ("load_adapter", "save_adapter"),
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.adapter.lowrank import Full, LowRank
     from lora_fx.adapter.truncate import truncate
-    from lora_fx.checkpoint.doctor.doctor import doctor
+    from lora_fx.checkpoint.doctor import doctor
     from lora_fx.checkpoint.extract import extract
     from lora_fx.errors import LoraFxError
     from lora_fx.formats.io import load_adapter, save_adapter

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 class LoraFxError(Exception):
@@ -69,6 +72,10 @@ class MisfitError(LoraFxError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "was the adapter trained on another model?")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
 
 
 def stamp(number: int = 1) -> dict[str, int]:
@@ -267,3 +274,30 @@ def explained(
         if only and error.errno not in only:
             raise
         raise explain(error, path if itself else error.filename or path) from error
+
+
+# Blocks in which libraries say nothing: no warning, no log below a level, nothing printed.
+
+
+@contextlib.contextmanager
+def silenced(
+    redirect: Callable[[io.StringIO], contextlib.AbstractContextManager[object]] | None = None,
+    levels: Mapping[str, int] | None = None,
+) -> Iterator[None]:
+    """A block without warnings: one that is an error is none there.
+
+    Args:
+        redirect: contextlib.redirect_stdout or redirect_stderr, for what is printed there.
+        levels: Name of a logger → the least level that it writes.
+    """
+    loggers = {logging.getLogger(name): level for name, level in (levels or {}).items()}
+    before = [(logger, logger.level) for logger in loggers]
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings(), (redirect or contextlib.nullcontext)(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)

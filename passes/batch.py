@@ -8,7 +8,7 @@ B. An adapter with several updates of one use (parts of a fused weight) takes th
 Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
 
 This pass has to know which axis of an activation holds the rows of the batch. The walk that tells
-(`lora_fx.onnx.row_provenance`) is one over ONNX ops, so the pass runs on ONNX only.
+(`lora_fx.onnx.batch.provenance`) is one over ONNX ops, so the pass runs on ONNX only.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout, layout_of
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.ir.view import Opaque, Permute, track
+from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.layout import Layout, Opaque, Permute, layout_of, track
+from lora_fx.onnx import batch
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
+from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.regions import widen
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.target import base_name, split_key, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -74,10 +73,6 @@ class Batch:
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
         """Edit the graph; one that has the branches already is left alone."""
-        from lora_fx.onnx import batch
-        from lora_fx.onnx.row_provenance import SAME, RowAxis, provenance
-        from lora_fx.onnx.switch import Flat
-
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
         wanted = {base_name(k) for updates in self.adapters.values() for k in updates}
@@ -91,12 +86,12 @@ class Batch:
                 "exclude the target from the adapters",
             )
         symbol = batch.batch_symbol(graph.model)
-        states = provenance(graph.model, symbol)
-        rows = [states.get(graph.activation(s), SAME) for s in sites]
+        states = batch.provenance(graph.model, symbol)
+        rows = [states.get(graph.activation(s), batch.SAME) for s in sites]
         forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
             first = str(value.shape[0]) if value.shape else ""
-            if first != symbol and states.get(value, SAME) != RowAxis(0):
+            if first != symbol and states.get(value, batch.SAME) != batch.RowAxis(0):
                 raise LoraFxError(
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
@@ -124,8 +119,6 @@ class Batch:
         self, graph: OnnxGraph, site: Site, dtype: str, form: str
     ) -> tuple[ir.Value, ir.Value]:
         """A and B of all adapters for a use, as initialisers."""
-        from lora_fx.onnx import batch
-
         key, source = self.sources[site.parameter]
         layout = read_layout(site, source)
         work = numpy_dtype(dtype_name(graph.output(site)) or dtype)

@@ -19,23 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Graph, Site
-from lora_fx.ir.layout import Layout, layout_of, plain_layout
-from lora_fx.ir.view import Opaque, Region, Step, track
-from lora_fx.targets.found import Found, Refusal, Unreached
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Graph, Parameter, Site
+from lora_fx.ir.layout import Layout, Opaque, Region, Step, layout_of, plain_layout, track
 from lora_fx.targets.plan import default_plan
-from lora_fx.targets.regions import overlap
-from lora_fx.targets.target import Target, make_key, role_of
+from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
 
 ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
 
 ROUNDED = "folding would round the update away"
 
 
-def find(graph: Graph[Any]) -> Found:
+def find(graph: Graph[V]) -> Found:
     """Targets, refusals and unreached parameters of a graph, in definition order.
 
     The answer is kept on the graph, and on its clones, until one of them is edited.
@@ -43,7 +39,7 @@ def find(graph: Graph[Any]) -> Found:
     return graph.kept("found", lambda: _search(graph), by_name=True)
 
 
-def _search(graph: Graph[Any]) -> Found:
+def _search(graph: Graph[V]) -> Found:
     parameters = {p.name: p for p in graph.parameters()}
     odd = {n for n in parameters if n.endswith("]") or "@" in n}  # see base_name
     uses: dict[str, list[_Use]] = {}
@@ -95,7 +91,7 @@ def _search(graph: Graph[Any]) -> Found:
         tuple(unreached),
         graph.data_flops(),
         optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
-        shapes={n: p.shape for p in parameters.values() for n in (p.name, *p.aliases)},
+        shapes={n: p.shape for p in parameters.values() for n in p.names},
     )
 
 
@@ -153,7 +149,7 @@ def _target(
     lead = next((u for u in uses if u.site.op != "embedding"), uses[0])
     layout = (lead.layout if lead.region == region else None) or plain_layout(stored)
     sites = tuple(u.site for u in uses)
-    names = [n.removesuffix(".weight") for n in (p.name, *p.aliases)]
+    names = [n.removesuffix(".weight") for n in p.names]
     role = role_of(names, sites, layout, tables)
     key = make_key(p.name, region, p.shape)
     parts = _parts(p, region, layout, uses)

@@ -26,18 +26,15 @@ from lora_fx.adapter.lowrank import LowRank, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
-from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.layout import Region
 from lora_fx.ir.quantised import ZeroPoints
-from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
-from lora_fx.passes.insert import reads_otherwise
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies, overlap
-from lora_fx.targets.target import Target, not_storable
+from lora_fx.passes.insert import reached
+from lora_fx.targets.target import Found, Target, not_storable, overlap
 
 
 @dataclass(frozen=True)
@@ -101,29 +98,16 @@ class Fold:
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
         found = find(graph)
-        groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
-        targets: dict[str, Target] = {}
-        for key in self.updates:
-            target = found.get(key)
-            if target is None:
-                if not self.applied or reads_otherwise(found, key):
-                    raise LoraFxError(
-                        f"{key!r} is no target of this graph: it reads other parts of the tensor",
-                        "fold with these arguments as the example",
-                    )
-                continue
+        hint = "fold with these arguments as the example"
+        targets, sites = reached(found, self.updates, required=not self.applied, hint=hint)
+        for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 into = exact(graph, target, self.updates[key])
                 if isinstance(into, str):
                     raise not_storable(target, into)
                 self.moved[key] = into
-            targets[key] = target
-        reached: dict[str, tuple[Site, list[str]]] = {}
-        for key, target in targets.items():
-            for site in target.sites:
-                if applies(self.updates[key].use, site):
-                    reached.setdefault(site.id, (site, []))[1].append(key)
-        for site, keys in reached.values():
+        groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
+        for site, keys in sites:
             groups.setdefault((site.parameter, tuple(keys)), []).append(site)
         modified = False
         for (name, folded), members in groups.items():

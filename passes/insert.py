@@ -23,23 +23,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
 
-from lora_fx.adapter.factors import FactorTensor, Half, halves, slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, halves, slots_of
 from lora_fx.adapter.variant import stretch, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
-from lora_fx.ir.emitter import Role, V
-from lora_fx.ir.graph import Emitter, Factors, Graph, Site
+from lora_fx.ir.emitter import V
+from lora_fx.ir.graph import Emitter, Factors, Graph, Role, Site
 from lora_fx.ir.kinds import swap_last
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Region
+from lora_fx.ir.layout import Layout, Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies, contains, relative, widen
-from lora_fx.targets.target import Target, base_name
+from lora_fx.targets.target import Found, Target, applies, base_name, contains, relative, widen
 
 Pair = tuple[Target, LowRank]
 
@@ -67,22 +62,13 @@ class Insert:
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph; sites that carry a branch already are left alone."""
+        hint = "capture with these arguments as the example"
+        required = self.missing == "error"
+        targets, sites = reached(find(graph), self.updates, required=required, hint=hint)
         done = graph.adapted()
-        found = find(graph)
-        here: dict[str, tuple[Site, list[Pair]]] = {}
-        for key, update in self.updates.items():
-            target = found.get(key)
-            if target is None:
-                if self.missing == "error" or reads_otherwise(found, key):
-                    raise LoraFxError(
-                        f"{key!r} is no target of this graph: it reads other parts of the tensor",
-                        "capture with these arguments as the example",
-                    )
-                continue
-            for site in target.sites:
-                if site.id not in done and applies(update.use, site):
-                    here.setdefault(site.id, (site, []))[1].append((target, update))
-        for site, pairs in here.values():
+        here = [(site, keys) for site, keys in sites if site.id not in done]
+        for site, keys in here:
+            pairs = [(targets[k], self.updates[k]) for k in keys]
             # One update of a site without an output form puts all of them into the weight form: the
             # two do not mix at one op.
             if not self._output_form(graph, site, pairs):
@@ -198,9 +184,36 @@ def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
     return "flipped" if not layout.batch_shape and seen == layout.transposed() else ""
 
 
-def reads_otherwise(found: Found, key: str) -> bool:
-    """True when a graph uses a key's parameter, but in other parts than the key says."""
-    return any(t.parameter.name == base_name(key) for t in found.targets)
+def reached(
+    found: Found, updates: Mapping[str, LowRank], *, required: bool, hint: str
+) -> tuple[dict[str, Target], list[tuple[Site, list[str]]]]:
+    """The targets of updates by key, and each site that some of them reach, with their keys.
+
+    Args:
+        found: The targets of a graph.
+        updates: The updates by key.
+        required: Every key has to be a target of the graph.
+        hint: What to do about one that has to be and is none.
+
+    Raises:
+        LoraFxError: A key that is no target and has to be, or whose parameter the graph uses in
+            other parts than the key says.
+    """
+    targets: dict[str, Target] = {}
+    sites: dict[str, tuple[Site, list[str]]] = {}
+    for key, update in updates.items():
+        target = found.get(key)
+        if target is None:
+            if required or any(t.parameter.name == base_name(key) for t in found.targets):
+                raise LoraFxError(
+                    f"{key!r} is no target of this graph: it reads other parts of the tensor", hint
+                )
+            continue
+        targets[key] = target
+        for site in target.sites:
+            if applies(update.use, site):
+                sites.setdefault(site.id, (site, []))[1].append(key)
+    return targets, list(sites.values())
 
 
 def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, role: Role) -> V:
@@ -246,13 +259,14 @@ def _part(e: Emitter[V], stored: V, target: Target) -> V:
     return stored
 
 
-def factors(e: Any, half: Half, like: V, role: Role, scale: float | None = None) -> tuple[V, V]:
+def factors(
+    e: Emitter[V], half: Half, like: V, role: Role, scale: float | None = None
+) -> tuple[V, V]:
     """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
 
     def stored(slot: FactorTensor) -> V:
         own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
-        made: V = e.parameter(slot.name, slot.value, own)
-        return made
+        return e.parameter(slot.name, slot.value, own)
 
     a = stored(half.a)
     if half.group > 1:

@@ -112,13 +112,8 @@ def _reread(node: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) ->
     weights = [pick(node, p) for p in paths]
     steps = [n for n in reached(weights, lambda n: n.all_input_nodes if n in chains else [])]
     given = [n for n in steps if n not in chains]
-    code, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for n in given:
-        env[n] = code.placeholder(n.name)
-    for n in sorted(n for n in steps if n in chains):
-        env[n] = code.node_copy(n, env.__getitem__)
-    code.output(tuple(env[w] for w in weights))
-    make = partial(function(code, f"codes of {node.name}"), None)
+    made = sorted(n for n in steps if n in chains)
+    make = _code(given, made, weights, f"codes of {node.name}")
     with node.graph.inserting_before(node):
         rest = node.args
         for path in paths:
@@ -141,8 +136,9 @@ def _replace(
     made = [x, *(n for n, users in outer.items() if users)]
     emit = Maker(x, group[0].node)
     factors = [tuple(emit.get_attr(str(a.target)) for a in p.factors) for p in group]
+    code = _code(chain.given, chain.steps, made, f"recomputed {x.name}")
     formula = gelu_tanh if made == [x] and _is_gelu_tanh(chain) else None
-    call = emit.call(region(_code(chain, made), formula), (factors, *chain.given))
+    call = emit.call(region(code, formula), (factors, *chain.given))
     flows[call] = True
     idle = [*(n for p in group for n in _reads(p)), *chain.steps]
     for i, old in enumerate([*made, *(p.node for p in group)]):
@@ -173,15 +169,17 @@ def _is_gelu_tanh(chain: Chain) -> bool:
     return same and done == [(aten.gelu.default, {"approximate": "tanh"})]
 
 
-def _code(chain: Chain, made: Sequence[fx.Node]) -> Code:
-    """The steps of a chain as one function of what they read."""
+def _code(
+    given: Sequence[fx.Node], steps: Sequence[fx.Node], made: Sequence[fx.Node], name: str
+) -> Code:
+    """Some steps of a graph as one function: what they are given → what they make."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in chain.given:
+    for node in given:
         env[node] = graph.placeholder(node.name)
-    for node in chain.steps:
+    for node in steps:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in made))
-    return partial(function(graph, f"recomputed {made[0].name}"), None)
+    return partial(function(graph, name), None)
 
 
 # A region of a train program that keeps its inputs only, and runs again in backward.

@@ -112,6 +112,9 @@ def test_a_command_is_told_when_piped_without_control_characters(tmp_path: Path)
     assert all(c.isprintable() or c == "\n" for c in done.stderr)
     quiet = subprocess.run(command(tmp_path, "--force", "-q"), capture_output=True, check=True)
     assert quiet.stderr == b""
+    other = {**os.environ, "RANK": "1"}  # of several processes, the second
+    told = subprocess.run(command(tmp_path, "--force"), capture_output=True, check=True, env=other)
+    assert told.stderr.startswith(b"note: PEFT") and b"convert" not in told.stderr
 
 
 def test_a_terminal_sees_the_same(tmp_path: Path) -> None:

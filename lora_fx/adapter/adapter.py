@@ -10,26 +10,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.adapter.factors import LEARNS
 from lora_fx.adapter.fused import other_split, place
-from lora_fx.adapter.lowrank import Full, LowRank, truncated
+from lora_fx.adapter.lowrank import LEARNS, Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.targets.found import Found, select_names
-from lora_fx.targets.regions import (
-    check_disjoint,
-    each_use,
-    modules,
-    named_use,
-    of_several,
-    of_use,
-    own_use,
-    tied,
-)
-from lora_fx.targets.target import base_name, split_use
+from lora_fx.targets.plan import select_names
+from lora_fx.targets.target import Found, base_name, check_disjoint, own_use, split_use
 from lora_fx.text import Json, JsonView, html, human, near, some
 
 
@@ -295,12 +284,12 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
     layout, use = target.layout, named or entry.use
     lookup = entry.op == "embedding"
-    if tied(target) and entry.layout is None:  # a file names a module, so it means one use
+    if target.tied and entry.layout is None:  # a file names a module, so it means one use
         if not entry.tied:  # there the file means all uses
-            use = use or named_use(target, key, lookup=lookup)
+            use = use or target.named_use(key, lookup=lookup)
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = _turned(key, entry)
-    elif entry.layout is None and key in (shared := modules(target)) and len(shared) > 1:
+    elif entry.layout is None and key in (shared := target.modules) and len(shared) > 1:
         use = use or key
     if entry.layout == layout.transposed():
         # PEFT and extract go by the stored axes, or a table's name; the graph by what it contracts.
@@ -314,15 +303,15 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "
             f"the weight {list(layout.stored)} needs A {list(a)} and B {list(b)}"
         )
-    own = of_use(target, use) if use and target.sites else target
+    own = target.of_use(use) if use and target.sites else target
     if own is None:
         raise LoraFxError(
             f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
-            f"its uses are {', '.join(each_use(target))}",
+            f"its uses are {', '.join(target.each_use)}",
         )
     if len(own.sites) < len(target.sites):
         target = own
-    several = of_several(target)
+    several = target.of_several
     twins = tuple(target.parameter.aliases) if several else ()
     entry = replace(entry, layout=layout, use=own_use(target.key), op=target.op)
     return target.key, replace(entry, tied=several, twins=twins)

@@ -15,18 +15,9 @@ from functools import partial
 
 import numpy as np
 
+from lora_fx.adapter import lowrank
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import LEARNS
-from lora_fx.adapter.lowrank import (
-    LowRank,
-    Triplets,
-    balanced,
-    distance,
-    leading,
-    product_svd,
-    product_values,
-    squared_distance,
-)
+from lora_fx.adapter.lowrank import LEARNS, LowRank, Triplets
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect
@@ -177,7 +168,7 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
     name, value = _goal(goal)
     updates = _updates(adapter)
-    parts = {k: product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
+    parts = {k: lowrank.product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
     spectra = {k: gains(s) for k, (_, s, _) in parts.items()}
     costs = {k: (u.a.size + u.b.size) // u.rank for k, u in updates.items()}
     norm = math.sqrt(math.fsum(float(x.sum()) for x in spectra.values()))
@@ -259,10 +250,10 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
             entries[key] = entry if entry.variant == "lora" else plain
             error = 0.0
         elif new:
-            a, b = balanced(u, s, vt, new)
+            a, b = lowrank.balanced(u, s, vt, new)
             whole = replace(entry, alpha=float(new), variant="lora", frozen=0)
             entries[key] = replace(whole, a=a, b=b)
-            error = distance(entry.a, entry.b * np.float64(entry.scale), a, b)
+            error = lowrank.distance(entry.a, entry.b * np.float64(entry.scale), a, b)
         rows.append(Truncated(key, entry.rank, new, norm, error, saved))
     metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
     made = replace(adapter, entries=entries, metadata=metadata)
@@ -304,7 +295,8 @@ def _row(key: str, entry: Entry, most: int) -> Json:
         "sigma": None,
     }
     if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
-        values = np.sort(abs(entry.scale) * product_values(entry.a, entry.b), axis=None)[::-1]
+        values = abs(entry.scale) * lowrank.product_values(entry.a, entry.b)
+        values = np.sort(values, axis=None)[::-1]
         total = float(np.sum(values**2))
         row["sigma"] = [float(f"{x:.{3 if i else 6}g}") for i, x in enumerate(values[:most])]
         row["norm"] = float(f"{total**0.5:.6g}")
@@ -381,7 +373,7 @@ def as_lora(
         entries[key] = replace(
             low, kernel=getattr(entry, "kernel", ()), op=getattr(entry, "op", "")
         )
-        error = math.sqrt(squared_distance(delta, low.a, low.b))
+        error = math.sqrt(lowrank.squared_distance(delta, low.a, low.b))
         norm = float(np.linalg.norm(delta.astype(np.float64)))
         rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
     return replace(adapter, entries=entries), rows
@@ -410,12 +402,12 @@ def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
     count = min(rank or 16, *delta.shape)
     total = float(np.square(delta, dtype=np.float64).sum())
     while True:
-        u, s, vt = leading(delta, count, rng)
+        u, s, vt = lowrank.leading(delta, count, rng)
         held = np.cumsum(np.square(s)) / total if total else np.ones(len(s))
         if energy is None or held[-1] >= energy or count == min(delta.shape):
             break
         count = min(4 * count, *delta.shape)
     if energy is not None:
         count = min(int(np.searchsorted(held, energy * (1 - 1e-12))) + 1, count)
-    a, b = balanced(u, s, vt, count)
+    a, b = lowrank.balanced(u, s, vt, count)
     return LowRank(a, b, float(count))

@@ -1,4 +1,4 @@
-"""The variants that insert trains: what each holds, what it makes of W, and how it learns.
+"""The variants that insert trains: what each makes of W, how it learns, what it starts from.
 
 =======  ==========================================  ==================  ========================
 name     W'                                          trained             in PEFT's files
@@ -16,23 +16,27 @@ lora: Hu et al. 2021 (2106.09685). rslora: Kalajdzievski 2023 (2312.03732). dora
 (2402.09353). lora-fa: Zhang et al. 2023 (2308.03303). lora+: Hayou et al. 2024 (2402.12354).
 qalora: Xu et al. 2023 (2309.14717).
 
-A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.factors`.
+A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.lowrank`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, grouped, scale_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, grouped, scale_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, near
-from lora_fx.ir.emitter import Ops, V
+from lora_fx.inputs import generator
+from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.layout import Layout
+from lora_fx.targets.budget import Moments
+from lora_fx.targets.plan import Entry, Plan
+from lora_fx.targets.target import Found, Target, check_storable, own_use
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Lora:
         return delta
 
     def rates(self, lr: float) -> dict[str, float]:
-        """The learning rate of each field of `lora_fx.adapter.factors`."""
+        """The learning rate of each field of `lora_fx.adapter.lowrank`."""
         return {"a": lr, "b": lr * self.ratio, "magnitude": lr * self.ratio}
 
 
@@ -239,3 +243,319 @@ def stretch(e: Ops[V], layout: Layout, v: V, magnitude: V | None) -> V:
     norm = e.op("detach", e.op("norm", layout.from_stored(e, v)))
     column = e.op("reshape", magnitude, shape=(*layout.batch_shape, layout.out_size, 1))
     return e.op("div", column, norm)
+
+
+# The values that an update starts from. The base weight is never changed.
+#
+# ===========  ==========================================  =======  ==============================
+# name         a, b                                        reads    source
+# ===========  ==========================================  =======  ==============================
+# kaiming      a uniform in ±1/√in; b = 0                  nothing  PEFT's default
+# gaussian     a normal with variance 1/r²; b = 0          nothing  PEFT
+# orthogonal   b·a = 0, neither of them zero; even r       nothing  PEFT
+# pissa        s·b·a = the best rank-r part of W           W        Meng et al. 2024, 2404.02948
+# olora        b·a = Q_r R_r of W = QR                     W        Büyükakyüz 2024, 2406.01775
+# eva          a = the first r principal axes of x; b = 0  data     Paischer et al., 2410.07170
+# lora-ga      singular vectors of ∂L/∂W: a the first r,   data     Wang et al. 2024, 2407.05000
+#              b the next r
+# ===========  ==========================================  =======  ==============================
+#
+# Where s·b·a is not zero at the start (pissa, olora, lora-ga), the papers take it off W. Here W
+# stays, and −s·b₀a₀ is a frozen half of the update: ΔW = s·(b·a − b₀a₀), of rank 2r and zero at the
+# start. Such an adapter is plain LoRA for every reader, and `truncate` brings its rank back.
+
+
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+INITS = get_args(Init)
+OF_WEIGHT = frozenset({"pissa", "olora"})
+OF_DATA: Mapping[str, str] = {"eva": "inputs", "lora-ga": "gradient"}
+"""The statistic that a start reads, by the start's name."""
+GAMMA = 16.0
+"""LoRA-GA's γ, which says how large an update starts; its authors' and PEFT's default."""
+
+
+def check_init(init: str) -> None:
+    """Raise for a start that is not known."""
+    if init not in INITS:
+        raise LoraFxError(
+            f"no init {init!r}", near(init, INITS, f"the starts are {', '.join(INITS)}")
+        )
+
+
+def initial(
+    found: Found,
+    plan: Plan,
+    variant: str = "lora",
+    seed: int = 0,
+    init: str = "kaiming",
+    read: Callable[[str], Array] | None = None,
+    moments: Mapping[str, Moments] | None = None,
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """The updates of a plan at their start, and notes on ranks that a start cannot have.
+
+    Args:
+        found: The model's targets.
+        plan: Target key → rank and alpha.
+        variant: A name of `lora_fx.adapter.variant`.
+        seed: Each target draws from (seed, key).
+        init: A name of the table above.
+        read: The stored tensor of a parameter, for pissa, olora, and DoRA's magnitudes.
+        moments: By key, for eva and lora-ga.
+
+    Raises:
+        LoraFxError: A name that is not known, a rank that the start cannot have, a part of W that
+            is not unique, a row of W without a direction.
+    """
+    check_init(init)
+    kind = named_variant(variant)
+    if isinstance(kind, QaLora) and init != "kaiming":
+        raise LoraFxError(
+            f"init {init!r} gives every input a column of A; qalora has one for a group of them",
+            "leave --init out",
+        )
+    updates, notes = {}, []
+    for key, entry in plan.entries.items():
+        target = found[key]
+        fitted = _fitted(key, entry, target.layout, init)
+        if fitted.rank != entry.rank:
+            notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
+        weight = None
+        if read is not None and (init in OF_WEIGHT or not kind.branches):
+            check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
+            weight = matrix(target, read(target.parameter.name))
+        scale = kind.scale(fitted.alpha, fitted.rank)
+        seen = (moments or {}).get(key)
+        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
+        low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
+        twins = tuple(target.parameter.aliases) if target.of_several else ()
+        low = replace(low, op=target.op, tied=target.of_several, twins=twins)
+        if b.any() and init != "orthogonal":
+            low = _with_frozen(low, scale)
+        updates[key] = kind.prepared(low, weight, repr(key))
+    return updates, tuple(notes)
+
+
+def matrix(target: Target, stored: Array) -> Array:
+    """The part of a stored tensor that a target is, as [*batch, out, in] in fp64."""
+    part = stored[tuple(slice(lo, hi) for lo, hi in target.region)].astype(np.float64)
+    return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
+
+
+def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
+    """The entry with the highest rank that the start allows; alpha/rank stays."""
+    rank = entry.rank
+    if init == "orthogonal":
+        rank -= rank % 2 if entry.rank == layout.max_rank else 0
+        if rank % 2 or not rank:
+            raise LoraFxError(
+                f"{key!r}: an orthogonal start has an even rank, not {entry.rank}",
+                "--rank 8, or exclude it",
+            )
+    if init == "lora-ga":  # a and b are different singular vectors
+        rank = min(rank, layout.max_rank // 2)
+        if not rank:
+            raise LoraFxError(
+                f"{key!r}: LoRA-GA takes two singular vectors a rank; its smaller side is 1",
+                "exclude it",
+            )
+    return replace(entry, rank=rank, alpha=entry.alpha * rank / entry.rank)
+
+
+def _with_frozen(low: LowRank, scale: float) -> LowRank:
+    """The update with −b₀a₀ in its last ranks, so that it is zero."""
+    a, b = np.concatenate([low.a, low.a], -2), np.concatenate([low.b, -low.b], -1)
+    alpha = alpha_of(scale, 2 * low.rank, low.variant)
+    return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank)
+
+
+def _start(
+    key: str,
+    layout: Layout,
+    rank: int,
+    scale: float,
+    seed: int,
+    init: str,
+    weight: Array | None,
+    seen: Moments | None,
+) -> tuple[Array, Array]:
+    """A [*batch, rank, in] and b [*batch, out, rank], fp32."""
+    if init == "kaiming":
+        return draw(key, layout, rank, seed)
+    zero = np.zeros((*layout.batch_shape, layout.out_size, rank), np.float32)
+    if init == "gaussian":
+        shape = (*layout.batch_shape, rank, layout.in_size)
+        return (generator(key, seed).standard_normal(shape) / rank).astype(np.float32), zero
+    if init == "orthogonal":
+        return _orthogonal(key, layout, rank, seed)
+    if init in OF_WEIGHT:
+        assert weight is not None
+        return _each(weight, lambda w: _of_weight(w, rank, scale, init))
+    field = OF_DATA[init]
+    value = getattr(seen, field, None)
+    if value is None:
+        raise LoraFxError(
+            f"{key!r}: {init} starts from data, and calibration could not read this target",
+            "exclude it, or take another --init",
+        )
+    wide = np.asarray(value, np.float64)
+    if init == "eva":
+        if wide.ndim == 1:  # of one-hot x: the rows that are looked up most
+            axes = np.zeros((len(wide), rank))
+            axes[np.argsort(-wide, kind="stable")[:rank], np.arange(rank)] = 1.0
+        else:
+            axes = np.linalg.eigh(wide)[1][..., ::-1][..., :rank]  # eigh ascends
+        return np.ascontiguousarray(np.swapaxes(axes, -1, -2), np.float32), zero
+    if not np.isfinite(wide).all() or not wide.any():
+        raise LoraFxError(
+            f"{key!r}: its gradient is zero or not finite, so LoRA-GA has no start",
+            "exclude it, or look at the data",
+        )
+    return _each(wide, lambda g: _of_gradient(g, rank))
+
+
+def _each(matrices: Array, function: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Factors a and b of every matrix of a stack, in fp32."""
+    made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
+    sides = (np.stack(side).astype(np.float32) for side in zip(*made, strict=True))
+    a, b = (side.reshape(*matrices.shape[:-2], *side.shape[1:]) for side in sides)
+    return a, b
+
+
+def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> tuple[Array, Array]:
+    """Rows of one orthogonal matrix, the odd ones for a and the even ones for b."""
+    rng = generator(key, seed)
+    q = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))[0]
+    odd, even = q[..., 0::2, :], q[..., 1::2, :]
+    half = (*layout.batch_shape, rank // 2)
+    right = rng.standard_normal((*half, layout.in_size)) / 10
+    left = rng.standard_normal((*half, layout.out_size)) / 10
+    a, b = np.swapaxes(odd, -1, -2) @ right, np.swapaxes(left, -1, -2) @ even
+    return a.astype(np.float32), b.astype(np.float32)
+
+
+def _of_weight(weight: Array, rank: int, scale: float, init: str) -> tuple[Array, Array]:
+    left, right = _part(weight, rank, init)
+    if init == "olora":
+        return right, left
+    wide = left.shape[0] <= right.shape[1]  # then left is orthonormal, and right has the σ
+    sigma = np.linalg.norm(right, axis=1) if wide else np.linalg.norm(left, axis=0)
+    root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny)) ** (1 if wide else -1)
+    left, right = left * root, right / root[:, None]  # √σ for each side
+    return right / math.sqrt(scale), left / math.sqrt(scale)
+
+
+def _of_gradient(gradient: Array, rank: int) -> tuple[Array, Array]:
+    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+    size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
+    return vt[:rank] * size, u[:, rank : 2 * rank] * size
+
+
+# The part that an initialisation took off the base weight, redone from the base alone.
+#
+# PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W and train on the
+# residual W₀ = W − s·b₀a₀, which PEFT computes again whenever it loads such an adapter. So the
+# merged weight is W₀ + s·ba and not W + s·ba. KaSA (arXiv:2412.06071) trains on W without its
+# least singular parts.
+#
+# ======  ===============================  ==============================================
+# name    s·b₀a₀                           unique
+# ======  ===============================  ==============================================
+# pissa   the best rank-r part of W        where σ_r > σ_{r+1} (Eckart and Young 1936)
+# olora   s · Q_r R_r of W = QR            where the first r columns of W are independent
+# kasa    the last r singular parts of W   where σ_{k−r} > σ_{k−r+1}, k the smaller side
+# ======  ===============================  ==============================================
+#
+# Q_r R_r is the projection of W onto its first r columns, so signs of the QR do not matter. PEFT
+# computes in fp32, on whatever device; here in fp64, which differs from it by rounding alone. The
+# residual is rounded to W's dtype, in which PEFT keeps it.
+
+
+_GAP = 1e-5
+"""Below this (σ_r − σ_{r+1})/σ₁, fp32 on another device would take another part off."""
+_INDEPENDENT = 1e-5
+"""Below this ratio of the least |R_ii| to the largest, the first columns count as dependent."""
+
+
+def residual(weight: Array, low: LowRank, where: str) -> Array:
+    """The weight W₀ that was trained on, in W's dtype.
+
+    Args:
+        weight: [out, in] of the base, in its own dtype; the whole matrix.
+        low: An update that is `mutated`.
+        where: The weight, for messages.
+
+    Raises:
+        LoraFxError: The part is not unique, or the rank does not fit.
+    """
+    left, right = removed(weight, low, where)
+    part = np.asarray((left @ right).astype(np.float32))
+    return np.asarray((weight.astype(np.float32) - part).astype(weight.dtype))
+
+
+def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
+    """The update of the base itself, of rank 2r: −s·b₀a₀ is a frozen half of it.
+
+    Args and errors are those of `residual`.
+    """
+    left, right = removed(weight, low, where)
+    a = np.concatenate([low.a, right.astype(np.float32)], -2)
+    scale = low.scale or 1.0  # of an update of scale 0 the part is left
+    b = np.concatenate([low.b * np.float32(low.scale / scale), np.float32(-left / scale)], -1)
+    alpha = alpha_of(scale, len(a), low.variant)
+    return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank, mutated="")
+
+
+def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
+    """The factors of the part s·b₀a₀, in fp64; see `residual`."""
+    how, rank, least = low.mutated, low.rank, min(weight.shape)
+    if weight.ndim != 2 or not 0 < rank <= least - (how == "kasa"):
+        raise MisfitError(f"{where}: {list(weight.shape)} has no {how} start of rank {rank}")
+    wide = weight.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise LoraFxError(
+            f"{where}: the base has NaN or infinite values", "start from a sound base"
+        )
+    left, right = _part(wide, rank, how, where)
+    return left * (low.scale if how == "olora" else 1.0), right
+
+
+def _part(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, Array]:
+    """The part's two factors, [out, rank] and [rank, in] in fp64; OLoRA's still lacks the s.
+
+    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
+    is given where the part is to be redone: then one that is not unique is an error.
+    """
+    if how == "olora":
+        return _projected(weight, rank, where)
+    return _singular(weight, rank, how, where)
+
+
+def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:
+    """The first or the last singular parts, by the eigenvectors of the smaller Gram matrix."""
+    flat = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    values, vectors = np.linalg.eigh(flat @ flat.T)  # ascending
+    sigma = np.sqrt(np.maximum(values[::-1], 0))
+    last = rank if how == "pissa" else len(sigma) - rank
+    if where and last < len(sigma) and sigma[last - 1] - sigma[last] <= _GAP * sigma[0]:
+        raise LoraFxError(
+            f"{where}: singular values {last} and {last + 1} are equal to fp32 "
+            f"({sigma[last - 1]:g}, {sigma[last]:g}), so the part that {how} took is not unique",
+            "save the adapter again with path_initial_model_for_weight_conversion",
+        )
+    vectors = vectors[:, ::-1]
+    taken = vectors[:, :rank] if how == "pissa" else vectors[:, last:]
+    rest = taken.T @ flat
+    return (taken, rest) if flat is weight else (rest.T, taken.T)
+
+
+def _projected(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
+    """The projection onto the first columns."""
+    q, r = np.linalg.qr(weight[:, :rank])
+    size = np.abs(np.diag(r))
+    if where and size.min() <= _INDEPENDENT * size.max():
+        raise LoraFxError(
+            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
+            "off is not unique",
+            "save the adapter again with path_initial_model_for_weight_conversion",
+        )
+    return q, q.T @ weight

@@ -7,8 +7,9 @@ the size of the checkpoints; errors are measured on the fp32 factors, element by
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,18 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.difference import TensorPair, pairs, read_floats, same_bytes
 from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
-from lora_fx.dtypes import FLOATING, Array
+from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
-from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.safetensors import TensorInfo, Tensors, read_floats, same_bytes
 from lora_fx.inputs import generator
-from lora_fx.targets.found import Found, select, select_names, split
+from lora_fx.targets.plan import select, select_names, split
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16
@@ -155,14 +156,15 @@ def extraction(
     unchanged: list[str] = []
     left_out: list[str] = []
     done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
-    for pair in pairs({k: old[k] for k in scope}, new, {k: u.lead for k, u in kinds.items()}):
-        change, row = _change(pair, kinds[pair.key], options)
+    for key in scope:
+        pair = pair_of(key, old[key], new[key], kinds[key].lead)
+        change, row = _change(pair, kinds[key], options)
         if change is None:
-            unchanged.append(pair.key)
-        elif isinstance(change, Full) and not options.also_full and pair.key not in full:
-            left_out.append(pair.key)
+            unchanged.append(key)
+        elif isinstance(change, Full) and not options.also_full and key not in full:
+            left_out.append(key)
         else:
-            entries[pair.key] = change
+            entries[key] = change
         if row is not None:
             rows.append(row)
         done += pair.base.stop - pair.base.start
@@ -204,14 +206,7 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
     """The update of one tensor and its row."""
-    held: dict[int, tuple[Array, float, float]] = {}
-
-    def delta(i: int) -> tuple[Array, float, float]:
-        if i not in held:
-            held.clear()  # one matrix at a time
-            held[i] = pair.delta(i)
-        return held[i]
-
+    delta = functools.lru_cache(1)(pair.delta)  # one matrix at a time
     limit = min(options.limit, pair.rows, pair.columns)
     k = limit if options.energy is None else min(limit, RANK)
     while True:
@@ -266,28 +261,99 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 
 def _notes(
     rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
-) -> list[str]:
-    notes = [
-        f"{r.key}: rank {r.rank} is the cap and holds {1 - r.relative**2:.1%} of ‖Δ‖²"
-        for r in rows
-        if not r.enough
-    ]
-    notes += [
-        f"{r.key}: rank {r.rank} keeps {1 - r.relative**2:.0%} of ‖Δ‖²: was it trained whole? "
-        f"--whole {r.key} takes it so"
-        for r in rows
-        if r.enough and 1 - r.relative**2 < LITTLE
-    ]
-    both = [r.key for r in rows if kinds[r.key].tied]
-    notes += [
-        f"{key}: the table is the output head too, and the update acts on both" for key in both
-    ]
+) -> Iterator[str]:
+    for r in rows:
+        said, kept = f"{r.key}: rank {r.rank}", 1 - r.relative**2
+        if not r.enough:
+            yield f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²"
+        elif kept < LITTLE:
+            asked = f"was it trained whole? --whole {r.key} takes it so"
+            yield f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}"
+        if kinds[r.key].tied:
+            yield f"{r.key}: the table is the output head too, and the update acts on both"
     if left_out:
-        notes.append(
+        yield (
             "vectors that differ and are not in the adapter, which --also-full "
             f"would take: {', '.join(left_out)}"
         )
-    return notes
+
+
+# The difference tuned − base of one tensor, one matrix at a time.
+#
+# Both files are read by blocks; what is held is one Δ in fp32 (fp64 where either side is) and two
+# blocks.
+
+
+BLOCK = 1 << 18
+"""Elements of one block."""
+
+
+@dataclass(frozen=True)
+class TensorPair:
+    """The same tensor of two checkpoints, seen as `batch` matrices of rows × columns as stored.
+
+    Elements are numbered in stored order, so that a matrix and a block of its rows are ranges.
+    """
+
+    key: str
+    base: TensorInfo
+    tuned: TensorInfo
+    batch: int
+    rows: int
+    columns: int
+
+    @property
+    def dtype(self) -> NumpyDtype:
+        """The dtype of Δ: fp64 where either side is, else fp32."""
+        return np.dtype(
+            "float64" if "float64" in (self.base.dtype, self.tuned.dtype) else "float32"
+        )
+
+    def delta(self, batch: int) -> tuple[Array, float, float]:
+        """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.
+
+        Raises:
+            LoraFxError: NaN or infinite values on either side.
+        """
+        size = self.rows * self.columns
+        result = np.empty(size, self.dtype)
+        changed = original = 0.0
+        for lo in range(0, size, BLOCK):
+            hi = min(lo + BLOCK, size)
+            at = batch * size
+            old = read_floats(self.base, at + lo, at + hi, self.dtype)
+            new = read_floats(self.tuned, at + lo, at + hi, self.dtype)
+            for info, block in ((self.base, old), (self.tuned, new)):
+                if not math.isfinite(_squares(block)) and not np.isfinite(block).all():
+                    count = int(np.count_nonzero(~np.isfinite(block)))
+                    raise LoraFxError(
+                        f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
+                        "more); expected finite ones",
+                        "training may have diverged; use an earlier checkpoint, or --exclude the "
+                        "tensor",
+                    )
+            np.subtract(new, old, out=result[lo:hi])
+            changed += _squares(result[lo:hi])
+            original += _squares(old)
+        if not math.isfinite(changed):
+            raise LoraFxError(
+                f"{self.tuned.file}: tensor {self.key!r} minus that of {self.base.file} overflows",
+                "are the two of one model? --exclude leaves the tensor out",
+            )
+        return result.reshape(self.rows, self.columns), changed, original
+
+
+def pair_of(key: str, base: TensorInfo, tuned: TensorInfo, lead: int) -> TensorPair:
+    """A tensor of two checkpoints, of which `lead` leading axes count matrices."""
+    shape = base.shape or (1,)
+    sizes = math.prod(shape[:lead]), shape[lead], math.prod(shape[lead + 1 :])
+    return TensorPair(key, base, tuned, *sizes)
+
+
+def _squares(block: Array) -> float:
+    wide = block.astype(np.float64, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(wide, wide))
 
 
 # What an extraction found: an adapter, and how near each update is to its Δ.

@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Change, Dense, Rotation
-from lora_fx.adapter.variant import factors, squares
+from lora_fx.adapter.variant import factors, residual, squares
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.ir.view import Region
+from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.layout import Region
 
 BLOCK = 1 << 19
 """Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
@@ -273,22 +272,23 @@ def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) 
     step = rows_per_block(fold.matrix.columns)
     with open_input(source.file) as f:
         for low in range(p.top, p.bottom, step):
-            n = min(step, p.bottom - low)
-            delta = p.delta(low, low + n)
-            old = read_rows(f.fileno(), source, low, n, fold.matrix.columns)[:, p.left : p.right]
+            high = min(low + step, p.bottom)
+            delta = p.delta(low, high)
+            old = read_rows(f.fileno(), source, low, high, fold.matrix.columns)
+            old = old[:, p.left : p.right]
             if i in fold.residuals:
-                old = fold.residuals[i][low - p.top : low - p.top + n]
+                old = fold.residuals[i][low - p.top : high - p.top]
             sums += squares((old.astype(delta.dtype) + delta).T)
     return sums
 
 
 def read_rows(
-    fd: int, info: TensorInfo, low: int, count: int, columns: int, space: Space | None = None
+    fd: int, info: TensorInfo, low: int, high: int, columns: int, space: Space | None = None
 ) -> Array:
-    """Rows low ≤ i < low + count of a stored tensor that is seen with `columns` columns."""
+    """Rows low ≤ i < high of a stored tensor that is seen with `columns` columns."""
     if isinstance(info, CodesInfo):
-        return info.weight.rows(low, low + count)
-    old = (space or Space()).array("old", (count, columns), numpy_dtype(info.dtype))
+        return info.weight.rows(low, high)
+    old = (space or Space()).array("old", (high - low, columns), numpy_dtype(info.dtype))
     row = old.itemsize * columns
     try:
         read_into(fd, old.view(np.uint8).reshape(-1).data, info.start + low * row)
@@ -301,7 +301,7 @@ def read_rows(
 def read_block(info: TensorInfo, low: int, high: int, columns: int) -> Array:
     """Rows low ≤ i < high of a stored tensor, as `read_rows` gives them; its file is opened."""
     with open_input(info.file) as f:
-        return read_rows(f.fileno(), info, low, high - low, columns)
+        return read_rows(f.fileno(), info, low, high, columns)
 
 
 # A stored tensor as a matrix of rows, and the rectangles of it that an adapter changes.

@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import (
+from lora_fx.adapter.fused import (
     FAMILIES,
     IN_OUT_EXPERTS,
     ExpertLayout,
@@ -23,8 +24,8 @@ from lora_fx.adapter.experts import (
     family_of,
     laid,
     peft_turns,
+    place,
 )
-from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import (
@@ -41,8 +42,7 @@ from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, kno
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
-from lora_fx.ir.layout import Layout, plain_layout
-from lora_fx.ir.view import Region
+from lora_fx.ir.layout import Layout, Region, plain_layout
 from lora_fx.targets.target import base_name, split_key, split_use
 from lora_fx.text import JsonView, near, some
 
@@ -153,22 +153,13 @@ def match(
 
 def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming) -> Adapter:
     """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
-
-    def shape_of(name: str) -> tuple[int, ...] | None:
-        info = rename.info(name, tensors)
-        return info.shape if info else None
-
+    shape_of = partial(rename.shape, tensors=tensors)
     entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
     return replace(adapter, entries=entries)
 
 
 _EXPERT = re.compile(r"\.experts(\.|$)")
 _NTH = re.compile(r"\.experts\.(\d+)\.")
-
-
-def _rank_in(rename: Renaming, tensors: Tensors, key: str) -> int:
-    info = rename.info(key, tensors)
-    return len(info.shape) if info else 0
 
 
 def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str | None) -> Adapter:
@@ -181,7 +172,8 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
             tensors = open_checkpoint(base).tensors
             rename = renaming(adapter, tensors, config, [])
             # parameters that are one matrix, such as routers, stay as PEFT has them
-            flat = {k: e for k, e in adapter.entries.items() if _rank_in(rename, tensors, k) == 2}
+            sizes = {k: rename.shape(k, tensors) or () for k in adapter.entries}
+            flat = {k: e for k, e in adapter.entries.items() if len(sizes[k]) == 2}
             rest = {k: e for k, e in adapter.entries.items() if k not in flat}
             placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
             adapter = replace(adapter, entries={**flat, **placed.entries})
@@ -558,21 +550,18 @@ def check_unknown(
     heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}
     if tie is not None or untied or not generates(config.get("architectures") or []):
         return
-    for p in placed if heads else ():
-        rows = heads.get(p.tensor, ())[:1]
-        others = (t.shape[:1] for n, t in tensors.items() if n not in heads and len(t.shape) == 2)
-        if rows and rows not in others and not (isinstance(p.entry, LowRank) and p.entry.tied):
-            raise LoraFxError(
-                f"{base.path}: {p.tensor!r} is the output head, and the file has no other tensor "
-                f"of {rows[0]} rows: it is the embedding too, and the update would change both",
-                "load the base in transformers and save it again, which names the embedding",
-            )
-    if heads:
-        return
+    others = {t.shape[0] for n, t in tensors.items() if n not in heads and len(t.shape) == 2}
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()
+        of_both = isinstance(p.entry, LowRank) and p.entry.tied
         looked_up = isinstance(p.entry, ReplacedRows) or lookup(p.entry)
-        if looked_up and len(shape) == 2 and shape[0] in sizes:
+        if p.tensor in heads and shape[0] not in others and not of_both:
+            raise LoraFxError(
+                f"{base.path}: {p.tensor!r} is the output head, and the file has no other tensor "
+                f"of {shape[0]} rows: it is the embedding too, and the update would change both",
+                "load the base in transformers and save it again, which names the embedding",
+            )
+        if not heads and looked_up and len(shape) == 2 and shape[0] in sizes:
             raise LoraFxError(
                 f"{base.path}: {p.tensor!r} is a table of all tokens, the file has no output head "
                 "of a known name, and config.json does not say that the two are untied; merged, "

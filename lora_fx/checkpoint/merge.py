@@ -164,7 +164,7 @@ def run(
             stats = write(plan, stage, workers=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
             whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
-            anew = [s for n, s in stats.items() if plan.changes[n].codes is not None]
+            anew = [s for n, s in stats.items() if plan.changes[n].requantised]
             if stats and not moved and not whole:
                 wider = "--dequantise" if anew else "a wider --dtype"
                 raise NoEffectError(
@@ -261,7 +261,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
         if rows[name]["requantised"] is not None:
             rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
     codes = {n for n in stats if plan.changes[n].int8 is not None}
-    anew = {n for n in stats if plan.changes[n].codes is not None}
+    anew = {n for n in stats if plan.changes[n].requantised}
     for names, how in (
         (stats.keys() - codes - anew, "rounded, {}: --dtype float16 or float32 keeps more"),
         (codes, "quantised to int8 anew, {}: " + HINT),
@@ -281,27 +281,25 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
-def _said(plan: MergePlan) -> list[str]:
-    said = []
+def _said(plan: MergePlan) -> Iterator[str]:
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
-        said.append(f"{plan.base.path}: its weights are pickles; the output's are safetensors")
+        yield f"{plan.base.path}: its weights are pickles; the output's are safetensors"
     left = plan.base.companions()[1]
     if left:
-        said.append(f"not copied, hidden or other copies of the weights: {some(left, 5)}")
+        yield f"not copied, hidden or other copies of the weights: {some(left, 5)}"
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
         kept = f"{REPORTS[0]} is the base's own and is kept"
-        said.append(f"{kept}: the report is {name}" if name else f"{kept}: no report is written")
+        yield f"{kept}: the report is {name}" if name else f"{kept}: no report is written"
     config = plan.base.config()
     said_dtype = config.get("dtype") or config.get("torch_dtype")
     if plan.options.dtype and said_dtype not in (None, plan.options.dtype):
-        said.append(
+        yield (
             f"config.json still says dtype {said_dtype}: transformers rounds to it when it loads, "
             "unless it is told another"
         )
     if plan.tie is not None:
-        said.append(f"untied: {plan.tie.head} is a tensor of its own, as config.json now says")
-    return said
+        yield f"untied: {plan.tie.head} is a tensor of its own, as config.json now says"
 
 
 def report_json(report: Report) -> Json:

@@ -52,7 +52,7 @@ from lora_fx.files.quantised.dequantise import (
     view_notes,
 )
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.targets.regions import overlap
+from lora_fx.targets.target import overlap
 from lora_fx.text import Json, human, size_in_bytes, table
 
 
@@ -326,16 +326,6 @@ def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) ->
     )
 
 
-def recoded_weights(base: Checkpoint) -> dict[str, TensorInfo]:
-    """The quantised weights that a merge takes by option only, as floats."""
-    every = dequantised(base, "bfloat16").tensors
-    return {
-        n: t
-        for n, t in every.items()
-        if isinstance(t, CodesInfo) and not (n in base.tensors and int8_of(n, base))
-    }
-
-
 def _home(base: Checkpoint, source: str | None) -> str:
     """The shard of a new tensor: that of what it is a copy of, else the last."""
     shards = [n for n, header in base.shards.items() if source in header.tensors]
@@ -406,15 +396,9 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
-
-    def kept(name: str) -> str:
-        return dtype if name in FLOATING else name
-
-    return {
-        key: TensorInfo(kept(full.value.dtype.name), tuple(full.value.shape), shard, 0, 0)
-        for key, full in adapter.full.items()
-        if rename.info(key, base.tensors) is None
-    }
+    new = {k: v.value for k, v in adapter.full.items() if rename.info(k, base.tensors) is None}
+    kinds = {k: dtype if v.dtype.name in FLOATING else v.dtype.name for k, v in new.items()}
+    return {k: TensorInfo(kinds[k], v.shape, shard, 0, 0) for k, v in new.items()}
 
 
 # What becomes of one tensor of a checkpoint: all updates that mean it, checked against it.
@@ -423,12 +407,8 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 _APART = "merge one adapter after the other"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What an earlier merge did to a tensor: its fold, and the dtype that it rounded to."""
-
-    fold: TensorFold
-    dtype: str
+Stage = tuple[TensorFold, str]
+"""What a merge does to a tensor: its fold, and the dtype that it rounds to."""
 
 
 @dataclass(frozen=True)
@@ -443,7 +423,7 @@ class TensorChange:
         value: The whole new tensor; None where it is folded.
         what: The kinds, ranks and scales of its updates, for people.
         earlier: Merges before this one, oldest first; only where verify looks back.
-        int8: How it is stored where it is quantised anew; None for floats.
+        int8: How it is stored where that is int8, which is quantised anew without being asked.
         scales_of: Where the tensor is the scales of such a weight, and is written with it: its
             name; else empty.
         codes: The weight that it holds the codes of, where these are made anew; `name` and
@@ -489,17 +469,21 @@ class TensorChange:
             "gain": None,
             "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
                      "own": None} if self.int8 else None,
-            "requantised": {"format": self.codes.weight.format, "scales": self.codes.weight.scales,
-                            "kept": None, "noise": None} if self.codes else None,
+            "requantised": {"format": self.codes.weight.format,
+                            "scales": self.codes.weight.anew.scales, "kept": None, "noise": None}
+            if self.codes and self.codes.weight.anew and self.requantised else None,
         }  # fmt: skip
+
+    @property
+    def requantised(self) -> bool:
+        """True where its codes are made anew because that was asked for."""
+        return self.codes is not None and self.int8 is None
 
     @property
     def scales(self) -> TensorChange | None:
         """What becomes of its scales; None for floats."""
-        if self.int8 is None:
-            return None
-        info, what = self.int8.scales, (f"new scales of {self.name}",)
-        return TensorChange(self.int8.name, info, info.dtype, what=what, scales_of=self.name)
+        int8 = self.int8
+        return None if int8 is None else _scales(int8.name, int8.scales, self.name)
 
 
 def change_of(
@@ -543,10 +527,14 @@ def change_of(
         sizes = math.prod(info.shape[:split]), math.prod(info.shape[split:])
         matrices.append(Matrix(*sizes, ()))
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
+    codes = None
     if int8 is not None:
         _check_int8(name, info, matrix)
+        weight = int8.weight(info)
+        codes = CodesInfo("float32", info.shape, info.file, info.start, info.stop, weight)
     what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
-    return TensorChange(name, info, out, TensorFold(name, matrix, rows), what=what, int8=int8)
+    fold = TensorFold(name, matrix, rows)
+    return TensorChange(name, info, out, fold, what=what, int8=int8, codes=codes)
 
 
 def requantised(
@@ -557,35 +545,26 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if name in base.tensors and (int8 := int8_of(name, base)) is not None:
+    if int8_of(name, base) is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
-        scales = change.scales
-        assert scales is not None and int8 is not None
-        return {name: change, scales.name: scales}
+        return {c.name: c for c in (change, change.scales) if c is not None}
     weight = info.weight
-    why = "" if weight.recode else f"{weight.format} is read, and not written"
+    anew, why = weight.anew, f"{weight.format} is read, and not written"
     if any(isinstance(p.entry, Full) for p in placed):
-        why = "the adapter replaces it whole, by floats"
-    if why:
+        anew, why = None, "the adapter replaces it whole, by floats"
+    if anew is None:
         raise LoraFxError(f"{base.path}: {name!r} cannot be quantised anew: {why}", "--dequantise")
     change = change_of(name, info, placed, base, "float32")
-    how = f"requantised, {weight.scales} scales"
-    first, *rest = (base.tensors[n] for n in weight.recoded)
-    codes, *scale_names = weight.recoded
-    found = {
-        codes: replace(
-            change,
-            name=codes,
-            source=first,
-            dtype=first.dtype,
-            what=(*change.what, how),
-            codes=info,
-        )
-    }
-    for part, part_info in zip(scale_names, rest, strict=True):
-        what = (f"new scales of {name}",)
-        found[part] = TensorChange(part, part_info, part_info.dtype, what=what, scales_of=name)
-    return found
+    codes, *scales = anew.recoded
+    source, what = base.tensors[codes], (*change.what, f"requantised, {anew.scales} scales")
+    change = replace(change, name=codes, source=source, dtype=source.dtype, what=what, codes=info)
+    return {codes: change, **{n: _scales(n, base.tensors[n], name) for n in scales}}
+
+
+def _scales(name: str, info: TensorInfo, weight: str) -> TensorChange:
+    """What becomes of the scales of a weight that is quantised anew."""
+    what = (f"new scales of {weight}",)
+    return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
 
 
 def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:

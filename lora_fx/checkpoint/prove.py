@@ -1,7 +1,8 @@
-"""Is a merged checkpoint what its plan says? Reopened, and compared with the base.
+"""Is a merged checkpoint what its plan says? And how the tensors of any two checkpoints differ.
 
-Untouched tensors are compared byte by byte. Rows of every touched tensor are computed again in
-fp64, by the definition, and compared within what fp32 and one rounding allow:
+What was merged is reopened. Untouched tensors are compared with the base's byte by byte. Rows of
+every touched tensor are computed again in fp64, by the definition, and compared within what
+fp32 and one rounding allow:
 
     |new − exact| ≤ ½ ulp(exact) + u·(|W| + |exact| + Σ (r + 3)·s·|B||A|)
 
@@ -13,18 +14,19 @@ weight is quantised anew, so its scales are those of the largest exact values of
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Rotation
-from lora_fx.checkpoint.difference import Difference, same_bytes
 from lora_fx.checkpoint.fold import (
+    BLOCK,
     Rectangle,
     Space,
     TensorFold,
@@ -36,12 +38,13 @@ from lora_fx.checkpoint.fold import (
     rows_per_block,
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
-from lora_fx.checkpoint.requantise import TOP, Int8, spans
-from lora_fx.dtypes import Array, finfo, numpy_dtype
+from lora_fx.checkpoint.requantise import spans
+from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored_elements
+from lora_fx.text import Json, strict_json
 
 Weights = Mapping[str, QuantisedWeight]
 ROWS = 4
@@ -62,7 +65,7 @@ def prove(
     for name in (*plan.base.tensors, *plan.added):
         if name not in out.tensors:
             yield Difference(name, "is missing")
-    anew = any(c.codes for c in plan.changes.values())
+    anew = any(c.requantised for c in plan.changes.values())
     weights = quantised_weights(out.tensors, out.config()) if anew else {}
 
     def tensor(name: str) -> list[Difference]:
@@ -110,10 +113,11 @@ def _recomputed(
             return  # said of the scales
     for low, high in _samples(change, rows):
         if change.int8 is not None:
-            ratio = _ratio_int8(change, change.int8, stages[0].fold, out, low, high)
+            made = replace(change.int8, scales=out.tensors[change.int8.name])
+            ratio = _ratio_codes(change, made.weight(info), stages[0][0], low, high)
         elif change.codes is not None:
-            made = weights[stages[0].fold.name]
-            ratio = _ratio_codes(change.codes.weight, made, stages[0].fold, low, high)
+            made_anew = weights[stages[0][0].name]
+            ratio = _ratio_codes(change, made_anew, stages[0][0], low, high)
         else:
             ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
@@ -143,77 +147,65 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
 def _exact(change: TensorChange) -> list[Stage]:
     """The folds of a change, oldest first, with every factor in fp64."""
     assert change.fold is not None
-    stages = [*change.earlier, Stage(change.fold, change.dtype)]
-    wide = [
-        Stage(TensorFold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
-        for s in stages
-    ]
-    first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.weight))
-    return [first, *wide[1:]]  # later ones need no more than rows: verify allows no other
+    stages = [*change.earlier, (change.fold, change.dtype)]
+    wide = [(replace(f, matrix=in_dtype(f.matrix, np.float64)), dtype) for f, dtype in stages]
+    (first, dtype), *later = wide  # which need no more than rows: verify allows no other
+    return [(prepared(first, change.weight), dtype), *later]
 
 
 def _ratio(
     change: TensorChange, stages: list[Stage], info: TensorInfo, low: int, high: int
 ) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
-    columns = stages[0].fold.matrix.columns
+    columns = stages[0][0].matrix.columns
     want = read_block(change.source, low, high, columns).astype(np.float64)
     new = read_block(info, low, high, columns).astype(np.float64)
     allowed, dtype = np.zeros_like(want), change.source.dtype
-    for stage in stages:
-        want, size = _stage(stage.fold, want, low, high)
-        for row in stage.fold.rows:
+    for fold, narrow in stages:
+        want, size = _stage(fold, want, low, high)
+        for row in fold.rows:
             if low <= row < high:
                 allowed[row - low] = 0.0  # what was there before is gone
-        u = float(np.finfo(arithmetic(dtype, stage.dtype)).eps)
-        rounded = half_ulp(np.abs(want) + allowed, stage.dtype)
+        u = float(np.finfo(arithmetic(dtype, narrow)).eps)
+        rounded = half_ulp(np.abs(want) + allowed, narrow)
         allowed = allowed + rounded + u * (np.abs(want) + size)
-        dtype = stage.dtype
+        dtype = narrow
     return float(_rows(np.abs(new - want), allowed).max(initial=0.0))
 
 
-def _ratio_int8(
-    change: TensorChange, int8: Int8, exact: TensorFold, out: Checkpoint, low: int, high: int
-) -> float:
-    """As _ratio, for codes and scales; a row may keep a scale that holds W + Δ as fp32 sees it."""
-    columns = exact.matrix.columns
-    codes = read_block(change.source, low, high, columns)
-    new = read_block(out.tensors[change.name], low, high, columns)
-    before, scales = (read_block(t, low, high, 1) for t in (int8.scales, out.tensors[int8.name]))
-    old = codes * int8.steps(before)
-    want, size = _stage(exact, old, low, high)
-    slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
-    steps = int8.steps(scales)
-    limit = TOP * steps
-    rounded = _rows(np.abs(new * steps - np.clip(want, -limit, limit)), np.abs(steps) / 2 + slack)
-    largest = int8.scale(np.abs(want).max(axis=1, keepdims=True, initial=0.0))
-    room = int8.scale(slack.max(axis=1, keepdims=True, initial=0.0))
-    room = room + half_ulp(largest, int8.scales.dtype) + np.where(largest < int8.tiny, int8.tiny, 0)
-    scaled = _rows(np.abs(scales.astype(np.float64) - largest), room)
-    same = scales.view(np.uint8) == before.view(np.uint8)
-    kept = np.where(same.all(axis=1), _rows(np.abs(new * steps - want), slack), np.inf)
-    return float(np.minimum(np.maximum(rounded, scaled), kept).max(initial=0.0))
-
-
 def _ratio_codes(
-    before: QuantisedWeight, after: QuantisedWeight, exact: TensorFold, low: int, high: int
+    change: TensorChange, made: QuantisedWeight, exact: TensorFold, low: int, high: int
 ) -> float:
     """Codes are the nearest by their scales, and the whole is no worse than by exact scales."""
-    assert before.recode is not None
+    assert change.codes is not None and change.codes.weight.anew is not None
+    before = change.codes.weight
     first = low - low % before.shape[-2]
     start = low - (low - first) % before.step
     rows = slice(*next(spans(before, high - start + before.step - 1, start)))
-    q, made = before.read(rows), after.read(rows)
+    q, after = before.read(rows), made.read(rows)
     old = q.dequantise().astype(np.float64)
     want, size = _stage(exact, old, rows.start, rows.stop)
     slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
     narrow = want.astype(np.float32)
-    nearest, there = (x.dequantise() for x in (made.nearest(narrow, after.bits), made))
-    ratio = _rows(np.abs(there - want), np.abs(nearest - want) + slack).max(initial=0.0)
-    best = before.recode(q, rows, narrow, (want - old).astype(np.float32))[0].dequantise()
-    whole = float(np.linalg.norm(there - want))
-    allowed = 1.1 * float(np.linalg.norm(best - want)) + float(np.linalg.norm(slack))
-    return max(float(ratio) / 1.001, whole / allowed if whole else 0.0)
+    there = after.dequantise()
+    if not np.isfinite(there).all():
+        return math.inf
+    nearest = after.nearest(narrow, made.bits).dequantise()
+    error = np.abs(there - want)
+    ratio = float(_rows(error, np.abs(nearest - want) + slack).max(initial=0.0)) / 1.001
+    best = change.codes.weight.anew.recode(q, rows, narrow, (want - old).astype(np.float32))[0]
+    whole = float(np.linalg.norm(error))
+    allowed = 1.1 * float(np.linalg.norm(best.dequantise() - want)) + float(np.linalg.norm(slack))
+    ratio = max(ratio, whole / allowed if whole else 0.0)
+    if change.int8 is None or not ratio <= 1.0:
+        return ratio
+    # a row may keep a scale that holds W + Δ as fp32 sees it
+    largest = np.abs(want).max(axis=1, keepdims=True, initial=0.0)
+    exactly, room = change.int8.scale(largest), slack.max(axis=1, keepdims=True) / change.int8.top
+    scaled = np.abs(after.scale - exactly) / (room + half_ulp(exactly, change.int8.scales.dtype))
+    same = after.scale.view(np.uint8) == q.scale.view(np.uint8)
+    kept = np.where(same.all(axis=1), _rows(error, slack), np.inf)
+    return max(ratio, float(np.minimum(scaled[:, 0], kept).max(initial=0.0)))
 
 
 def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:
@@ -243,11 +235,11 @@ def _size(p: Rectangle, low: int, high: int, weight: Array) -> Array:
     """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
     c = p.change
     if isinstance(c, Rotation):
-        wide = dataclasses.replace(c, turn=np.abs(c.turn))
+        wide = replace(c, turn=np.abs(c.turn))
         return np.asarray(wide.of(np.abs(weight)) * (c.turn.shape[-1] + 3))
     if isinstance(c, LowRank):
-        absolute = dataclasses.replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
-        size = dataclasses.replace(p, change=absolute).delta(low, high) * (c.rank + 3)
+        absolute = replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
+        size = replace(p, change=absolute).delta(low, high) * (c.rank + 3)
     else:
         size = np.abs(p.delta(low, high)) * 64.0
     return np.asarray(size)
@@ -259,3 +251,88 @@ def half_ulp(x: Array, dtype: str) -> Array:
     _, exponent = np.frexp(np.abs(x))
     low = np.maximum(np.where(x == 0, int(info.minexp), exponent - 1), int(info.minexp))
     return np.asarray(np.ldexp(0.5 * (1 + 2.0**-10), low - int(info.nmant)))
+
+
+# Two checkpoints compared tensor by tensor: names, shapes, dtypes and values, streamed.
+#
+# rel = max|a − b| / max|b| of a tensor, both in fp64. Equal bytes are equal, whatever they mean;
+# NaN or an infinity on one side only, and a difference where b is all zero, are infinite.
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not what it should be.
+
+    Attributes:
+        tensor: Its name.
+        what: In words.
+        ratio: In the proof of a merge, the largest error over what is allowed.
+        rel: Between two files, max|a − b| / max|b|.
+        max_abs: Between two files, max|a − b|.
+        elements: How many elements of two files differ.
+    """
+
+    tensor: str
+    what: str
+    ratio: float = math.inf
+    rel: float = math.inf
+    max_abs: float = math.inf
+    elements: int | None = None
+
+    def to_json(self) -> Json:
+        """Plain values; an infinite difference is null."""
+        row: Json = strict_json(vars(self))
+        return {"key": row.pop("tensor"), **row}
+
+
+def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
+    """Every tensor of `a` that is not that of `b`, the reference.
+
+    Args:
+        a: Tensors of one checkpoint.
+        b: Tensors of the other.
+        tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
+            they differ.
+    """
+    yield from (Difference(name, "is missing in A", elements=0) for name in b if name not in a)
+    for name, ours in a.items():
+        theirs = b.get(name)
+        if theirs is None:
+            yield Difference(name, "is missing in B", elements=0)
+        elif ours.shape != theirs.shape:
+            what = f"is {list(ours.shape)}; expected {list(theirs.shape)}"
+            yield Difference(name, what, elements=0)
+        elif ours.dtype != theirs.dtype and not tol:
+            yield Difference(name, f"is {ours.dtype}; expected {theirs.dtype}", elements=0)
+        else:
+            found = _values(name, ours, theirs)
+            if found is not None and not found.rel <= tol:
+                yield found
+
+
+def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
+    """How the values of two tensors of one shape differ; None where they are equal."""
+    if same_bytes(ours, theirs):
+        return None
+    if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
+        return Difference(name, "its bytes differ", elements=0)
+    gap = top = 0.0
+    count = 0
+    size = math.prod(ours.shape)
+    for low in range(0, size, BLOCK):
+        x, y = (stored_elements(t, low, min(low + BLOCK, size)) for t in (ours, theirs))
+        count += int(np.count_nonzero(x != y))
+        wide, reference = x.astype(np.float64), y.astype(np.float64)
+        finite = np.isfinite(reference)
+        same = np.isfinite(wide) == finite
+        if not same.all() or not np.array_equal(wide[~finite], reference[~finite]):
+            what = "has NaN or infinite values where the other has not"
+            return Difference(name, what, elements=0)
+        gap = max(gap, float(np.abs(wide - reference)[finite].max(initial=0.0)))
+        top = max(top, float(np.abs(reference)[finite].max(initial=0.0)))
+    if not count:  # −0 and 0
+        return None
+    rel = gap / top if top else math.inf
+    share = count / size
+    what = f"{count} of {size} elements ({share:.1%}) differ, by up to {gap:.2e} (rel {rel:.2e})"
+    return Difference(name, what, math.inf, max(rel, math.ulp(0.0)), gap, count)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,9 @@ from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.copying import read_at
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import json_value, open_input
-from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.read import json_value
+from lora_fx.files.safetensors import TensorInfo, Tensors, stored_bytes, stored_elements
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
 
@@ -59,15 +58,11 @@ def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
     """A hash of both ends of these tensors, by name, which tells a base from its fine-tunes."""
     whole = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
-        whole.update(name.encode() + b"\0" + _both_ends(info, SAMPLE))
+        size = info.stop - info.start
+        first = stored_bytes(info, 0, min(SAMPLE, size))
+        last = stored_bytes(info, max(0, size - SAMPLE), size)
+        whole.update(name.encode() + b"\0" + first.tobytes() + last.tobytes())
     return whole.hexdigest()
-
-
-def _both_ends(info: TensorInfo, size: int) -> bytes:
-    """The first and the last `size` bytes of a stored tensor; they overlap where it is short."""
-    with open_input(info.file) as f:
-        starts = (info.start, max(info.start, info.stop - size))
-        return b"".join(read_at(f.fileno(), min(size, info.stop - i), i) for i in starts)
 
 
 def adapter_hash(adapter: Adapter) -> str:
@@ -286,14 +281,25 @@ def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
 
 def _read(info: TensorInfo, dtype: str) -> Array:
     """Both ends of a stored tensor, cast."""
+    first, last = stretches(info, ENDS, (0.0, 1.0))
+    return cast(np.concatenate([first[:ENDS], last[-ENDS:]]), dtype)
+
+
+def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Array]:
+    """Some `count` elements of a tensor at each of these places, 0 its start and 1 its end.
+
+    Fewer where it is shorter; more of codes, which are read by whole rows.
+    """
     if isinstance(info, CodesInfo):
-        columns = info.shape[-1]
-        rows, few = math.prod(info.shape[:-1]), -(-ENDS // columns)
-        first = info.weight.rows(0, min(few, rows)).reshape(-1)[:ENDS]
-        last = info.weight.rows(max(0, rows - few), rows).reshape(-1)[-ENDS:]
-        return cast(np.concatenate([first, last]), dtype)
-    stored = numpy_dtype(info.dtype)
-    return cast(np.frombuffer(_both_ends(info, ENDS * stored.itemsize), stored), dtype)
+        rows = math.prod(info.shape[:-1])
+        few = min(rows, -(-count // info.shape[-1]))
+        starts = (int(place * (rows - few)) for place in places)
+        return [info.weight.rows(at, at + few).reshape(-1) for at in starts]
+    # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
+    size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
+    few = min(count, size)
+    starts = (int(place * (size - few)) for place in places)
+    return [stored_elements(info, at, at + few) for at in starts]
 
 
 def cast(values: Array, dtype: str) -> Array:

@@ -56,6 +56,11 @@ class Renaming:
         stack = self.stack(name)
         return stack.info if stack else tensors.get(self(name))
 
+    def shape(self, name: str, tensors: Tensors) -> tuple[int, ...] | None:
+        """The shape of that tensor."""
+        info = self.info(name, tensors)
+        return info.shape if info else None
+
     def back(self, name: str, *, loaded: bool = False) -> str:
         """The adapter's name of a tensor of the checkpoint, or of the model that loads it."""
         if loaded:

@@ -14,13 +14,13 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, read_block, stats_of
-from lora_fx.dtypes import DTYPES, FLOATING, Array, NumpyDtype, finfo, numpy_dtype
+from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, stats_of
+from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight, Written
-from lora_fx.files.quantised.compressed_tensors import altered
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, rescaling
 from lora_fx.files.quantised.dequantise import CodesInfo
+from lora_fx.files.quantised.integers import altered
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
@@ -45,51 +45,46 @@ def spans(
 
 
 def recoded(
-    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice
-) -> tuple[Stats, Quantised, list[Written]]:
-    """Rows with their update, quantised anew: what changed, the value, and what to write where.
+    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice, space: Space
+) -> tuple[Stats, list[Written]]:
+    """Rows with their update, quantised anew: what changed, and what to write where.
 
     Args:
         weight: The weight.
         q: The rows as they are.
         fold: What is added.
         rows: Which rows.
+        space: The calling thread's.
 
     Raises:
         LoraFxError: A value that is no number.
     """
-    assert weight.recode is not None
+    assert weight.anew is not None
     old = q.dequantise()
-    with np.errstate(all="ignore"):  # what is no number is looked for below, and named
-        new, delta = fold.sum(old, rows.start, Space())
+    with np.errstate(all="ignore"):  # what is no number is looked for, and named
+        new, delta = fold.sum(old, rows.start, space)
         if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
             raise fold.error(old, new, new, rows.start)
-    after, parts = weight.recode(q, rows, new, delta)
-    return _measured(old, new, delta, after.dequantise()), after, parts
-
-
-def _measured(weight: Array, new: Array, delta: Array, there: Array) -> Stats:
-    """What arrived, by value: W, W + Δ, Δ, and what is there now, which is overwritten."""
-    still = int(np.count_nonzero(there == weight))
-    missed = (new - there).reshape(-1)
-    there -= weight
-    stats = stats_of(weight, delta, there, still)
+        after, parts = weight.anew.recode(q, rows, new, delta)
+    there = after.dequantise()
+    still, missed = int(np.count_nonzero(there == old)), (new - there).reshape(-1)
+    stats = stats_of(old, delta, np.subtract(there, old, out=there), still)
     stats.error = float(np.dot(missed, missed))
-    return stats
+    steps = q.scale.astype(np.float64) * q.unit
+    stats.own = float(np.mean(steps**2)) * old.size / 12
+    return stats, parts
 
 
-def joined(parts: Sequence[Written]) -> list[Written]:
+def joined(parts: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
     found: dict[str, list[Written]] = {}
     for part in parts:
         found.setdefault(part.name, []).append(part)
-    result: list[Written] = []
     for every in found.values():
         axis = every[0].axis
         if axis and len(every) > 1:
             every = [replace(every[0], data=np.concatenate([p.data for p in every], axis))]
-        result += every
-    return result
+        yield from every
 
 
 def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
@@ -128,20 +123,18 @@ def refuse_loss(every: Iterable[Stats], where: object) -> None:
         )
 
 
-def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> list[Stats]:
+def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> Iterator[Stats]:
     """Of some rows in the middle of some of these weights."""
-    some = [(info, fold) for info, fold in folds if info.weight.recode is not None]
+    some = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     some = some[:: max(1, len(some) // count)][:count]
-    found = []
     for info, fold in some:
         every = [*spans(info.weight, max(1, BLOCK // info.shape[-1]))]
         rows = slice(*every[len(every) // 2])
         fold = prepared(fold, info)
-        found.append(recoded(info.weight, info.weight.read(rows), fold, rows)[0])
-    return found
+        yield recoded(info.weight, info.weight.read(rows), fold, rows, Space())[0]
 
 
-# Weights stored as codes of 8 bits with a scale a row, and an update folded into them.
+# Weights stored as codes of 8 bits with a scale a row: what is quantised anew without being asked.
 #
 #     W[i, j] = codes[i, j] · scales[i] / unit        unit 127: bitsandbytes' LLM.int8, whose scales
 #                                                     are the rows' largest values; 1: others
@@ -151,7 +144,7 @@ def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> li
 
 
 TOP = 127
-"""The largest code that is written; -128 is read, but has no positive twin."""
+"""The code of the largest value of a row."""
 
 
 @dataclass(frozen=True)
@@ -161,98 +154,37 @@ class Int8:
     Attributes:
         scheme: How it is quantised, for people.
         name: The name of the tensor of scales.
-        scales: Where that lies in the base; one number a row.
+        scales: Where that lies; one number a row.
         unit: What the scales are divided by.
     """
 
     scheme: str
     name: str
     scales: TensorInfo
-    unit: float
+    unit: int
 
-    def rms(self, codes: TensorInfo, count: int = 16) -> float:
-        """Root mean square of W, from rows at its start, middle and end."""
-        rows, columns = codes.shape
-        n, squares = min(count, rows), 0.0
-        for low in (0, (rows - n) // 2, rows - n):
-            step = self.steps(read_block(self.scales, low, low + n, 1))
-            weight = read_block(codes, low, low + n, columns) * step
-            squares += float(np.sum(weight**2))
-        return math.sqrt(squares / (3 * n * columns))
-
-    def steps(self, scales: Array) -> Array:
-        """What one code is worth, [rows, 1] fp64."""
-        return np.asarray(scales.astype(np.float64) / self.unit)
+    @property
+    def top(self) -> np.float32:
+        """The largest value of a row over its scale."""
+        return np.float32(TOP / self.unit)
 
     def scale(self, largest: Array) -> Array:
-        """The scales, in fp64, that make the largest value of a row code 127."""
-        return np.asarray(largest.astype(np.float64) * self.unit / TOP)
+        """The scales that make the largest value of a row code 127; none of them is zero."""
+        tiny = float(finfo(self.scales.dtype).smallest_subnormal)
+        return np.asarray(np.maximum(largest / self.top, largest.dtype.type(tiny)))
 
-    def stored(self, exact: Array) -> Array:
-        """Scales in the dtype of the base's; one that is not zero does not become zero."""
-        narrow = exact.astype(self.dtype)
-        return np.where((narrow == 0) & (exact != 0), np.array(self.tiny, self.dtype), narrow)
+    def weight(self, codes: TensorInfo) -> QuantisedWeight:
+        """The weight whose codes lie there."""
+        module, _, part = self.name.rpartition(".")
+        parts = Parts(module, {f"{module}.weight": codes, self.name: self.scales})
 
-    @property
-    def dtype(self) -> NumpyDtype:
-        """The dtype of the scales."""
-        return numpy_dtype(self.scales.dtype)
+        def read(rows: slice = ALL) -> Quantised:
+            scale = parts.read(part, rows).reshape(-1, 1)
+            block = 1, codes.shape[1]
+            return Quantised(parts.read("weight", rows), scale, None, block, unit=1 / self.unit)
 
-    @property
-    def tiny(self) -> float:
-        """The smallest scale that is not zero."""
-        return float(finfo(self.dtype).smallest_subnormal)
-
-    def block(
-        self, fold: TensorFold, codes: Array, scales: Array, low: int, space: Space
-    ) -> tuple[Array, Array, Stats]:
-        """New codes and scales of rows, and what changed.
-
-        Args:
-            fold: What is added.
-            codes: Rows low ≤ i < low + len(codes) as stored, [n, columns].
-            scales: Theirs, [n, 1].
-            low: The first row.
-            space: The calling thread's; the codes lie in it.
-
-        Raises:
-            LoraFxError: A value that is no number, or a scale beyond the range of its dtype.
-        """
-        shape, single = codes.shape, np.dtype(np.float32)
-        weight = space.array("weight", shape, single)
-        with np.errstate(all="ignore"):  # what is no number is looked for below, and named
-            old = self.steps(scales)
-            np.multiply(codes, old, out=weight)
-            new, delta = fold.sum(weight, low, space)
-            largest = np.maximum(new.max(axis=1, keepdims=True), -new.min(axis=1, keepdims=True))
-            if not np.isfinite(largest).all():
-                raise fold.error(weight, new, new, low)
-            keep = ~np.any(delta, axis=1, keepdims=True)
-            moved = np.where(keep | (largest == 0), scales, self.stored(self.scale(largest)))
-            self._check(moved, largest, low)
-            steps = self.steps(moved)
-            quotient = space.array("quotient", shape, np.dtype(np.float64))
-            np.divide(new, np.where(steps == 0, 1.0, steps), out=quotient)
-            np.clip(np.rint(quotient, out=quotient), -TOP, TOP, out=quotient)
-            result = space.array("result", shape, np.dtype(np.int8))
-            np.copyto(result, quotient, casting="unsafe")
-            np.copyto(result, codes, where=keep)
-            there = space.array("there", shape, single)
-            np.multiply(result, steps, out=there)  # a code that stays has moved where its scale did
-            stats = _measured(weight, new, delta, there)
-            stats.own = float(np.sum(old**2)) * shape[1] / 12
-            if not math.isfinite(stats.along + stats.weight + stats.error):
-                raise fold.error(weight, new, new, low)
-        return result, moved, stats
-
-    def _check(self, scales: Array, largest: Array, low: int) -> None:
-        bad = np.flatnonzero(~np.isfinite(scales.astype(np.float64)))
-        if bad.size:
-            raise LoraFxError(
-                f"tensor {self.name!r}: {self.scales.dtype} cannot hold the scale of row "
-                f"{low + int(bad[0])}, whose largest value is {float(largest[bad[0], 0]):g}",
-                "the adapter or its scale is broken",
-            )
+        anew = rescaling(parts, ("weight", part), 1, self.scale)
+        return QuantisedWeight(self.scheme, 8, codes.shape, read, 1, anew)
 
 
 # Weights that are stored quantised: which an update can be folded into, and why not the others.
@@ -314,11 +246,9 @@ def stored_as(
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in FLOATING or replaced) and not scheme:
         return None
-    if info.dtype != "int8":
-        raise _refusal(name, info, scheme, base)
-    if any(isinstance(e, Full) for e in entries):
-        raise _refusal(name, info, scheme, base, "a whole float tensor cannot take its place")
-    found, why = _int8(name, info, base)
+    found, why = _int8(name, info, base) if info.dtype == "int8" else (None, LOST)
+    if info.dtype == "int8" and any(isinstance(e, Full) for e in entries):
+        found, why = None, "a whole float tensor cannot take its place"
     if found is None:
         raise _refusal(name, info, scheme, base, why)
     return found
@@ -326,42 +256,40 @@ def stored_as(
 
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
     """The layout of a weight's int8 codes, where it is one of those above."""
-    info = base.tensors[name]
-    return _int8(name, info, base)[0] if info.dtype == "int8" else None
+    info = base.tensors.get(name)
+    return _int8(name, info, base)[0] if info is not None and info.dtype == "int8" else None
 
 
 def _int8(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
     """The layout of int8 codes, or why it is none of those that are taken."""
     module, tensors = name.removesuffix(".weight"), base.tensors
-    scb, scale = tensors.get(f"{module}.SCB"), tensors.get(f"{module}.weight_scale")
-    if (scb is None) == (scale is None) or not name.endswith(".weight"):
+    found = [part for part in ("SCB", "weight_scale") if f"{module}.{part}" in tensors]
+    if len(found) != 1 or not name.endswith(".weight"):
         return None, "its scales are not there as SCB or weight_scale"
     if len(info.shape) != 2:
         return None, f"its shape is {list(info.shape)}; expected [out, in]"
-    rows = info.shape[0]
-    if scb is not None:
-        if scb.shape != (rows,) or scb.dtype not in FLOATING:
-            return None, f"SCB is {scb.dtype} {list(scb.shape)}; expected float32 [{rows}]"
+    scales, rows, why = tensors[f"{module}.{found[0]}"], info.shape[0], ""
+    if found == ["SCB"]:
+        scheme, unit, shape, expected = "bitsandbytes", TOP, [rows], f"float32 [{rows}]"
         form = tensors.get(f"{module}.weight_format")
-        order = (
-            int(stored_bytes(form, 0, 1)[0]) if form is not None and form.stop > form.start else 0
-        )
+        order = stored_bytes(form, 0, 1)[0] if form is not None and form.stop > form.start else 0
         if order:
-            return None, f"weight_format is {order}, an order for GPUs; expected 0, row by row"
-        return Int8("bitsandbytes int8", f"{module}.SCB", scb, float(TOP)), ""
-    assert scale is not None
-    for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
-        if f"{module}.{other}" in tensors:
-            return None, f"{other} beside it: only symmetric codes with a scale a row are taken"
-    if scale.shape != (rows, 1) or scale.dtype not in FLOATING:
-        what = f"weight_scale is {scale.dtype} {list(scale.shape)}"
-        return None, f"{what}; expected a float a row, [{rows}, 1]"
-    config = base.config().get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
-        return None, "config.json does not say that weight_scale is that of compressed-tensors"
-    if why := altered(config):
-        return None, why
-    return Int8("compressed-tensors int8", f"{module}.weight_scale", scale, 1.0), ""
+            why = f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+    else:
+        scheme, unit, shape = "compressed-tensors", 1, [rows, 1]
+        expected = f"a float a row, [{rows}, 1]"
+        config = base.config().get("quantization_config")
+        if not isinstance(config, dict) or config.get("quant_method") != scheme:
+            why = f"config.json does not say that weight_scale is that of {scheme}"
+        else:
+            why = altered(config)
+        for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
+            if f"{module}.{other}" in tensors:
+                why = f"{other} beside it: only symmetric codes with a scale a row are taken"
+    if not why and ([*scales.shape] != shape or scales.dtype not in FLOATING):
+        why = f"{found[0]} is {scales.dtype} {list(scales.shape)}; expected {expected}"
+    made = Int8(f"{scheme} int8", f"{module}.{found[0]}", scales, unit)
+    return (None, why) if why else (made, "")
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:

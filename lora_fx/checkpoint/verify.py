@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.difference import unlike
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_plan import (
     HOWS,
@@ -21,12 +20,11 @@ from lora_fx.checkpoint.merge_plan import (
     Given,
     MergeOptions,
     MergePlan,
-    Stage,
     TensorChange,
     make_plan,
 )
 from lora_fx.checkpoint.model_families import targets_of
-from lora_fx.checkpoint.prove import ROWS, prove
+from lora_fx.checkpoint.prove import ROWS, prove, unlike
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.write import untied
 from lora_fx.compare import Report
@@ -69,25 +67,27 @@ def verify_files(
         LoraFxError: Files that cannot be read, adapters that cannot be merged into the base.
     """
     first, second = open_checkpoint(Path(a)), open_checkpoint(Path(b))
-    chain: MergeHistory | None = None
+    plan: MergePlan | None = None
+    recorded: Sequence[Recorded] = ()
+    notes: Sequence[str] = ()
     with explained(a):
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
             every = _listed(adapter)
-            chain = chain_of(first, second, given(every, base=Path(b)), [_pair(x) for x in every])
-            wrong = prove(chain.plan, first, rows=rows, workers=cores())
+            parts, stated = given(every, base=Path(b)), [_pair(x) for x in every]
+            plan, recorded, notes = chain_of(first, second, parts, stated)
+            wrong = prove(plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
-    names = {*first.tensors, *second.tensors, *(chain.plan.changes if chain else ())}
+    names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}
     details: Json = {"tensors": len(names), "equal": len(names) - len({d.tensor for d in found})}
-    if chain is not None:
-        details["touched"] = len(chain.plan.changes)
+    if plan is not None:
+        details["touched"] = len(plan.changes)
         details["rows"] = "all" if rows is None else rows
-        details["recorded"] = [r.to_json() for r in chain.recorded]
+        details["recorded"] = [r.to_json() for r in recorded]
     details["differences"] = [d.to_json() for d in found]
-    ok = not found and (chain is None or all(r.given for r in chain.recorded))
-    notes = tuple(dict.fromkeys(chain.notes)) if chain else ()
-    return Report("verify", ok, warnings=notes, details=details)
+    ok = not found and all(r.given for r in recorded)
+    return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=details)
 
 
 def _pair(adapter: object) -> bool:
@@ -166,18 +166,9 @@ class Recorded:
         return f"merge {self.merge}: one of hash {self.hash[:12]}{weight}, not given"
 
 
-@dataclass(frozen=True)
-class MergeHistory:
-    """The plan of all merges, what the file records, and what should be said."""
-
-    plan: MergePlan
-    recorded: tuple[Recorded, ...]
-    notes: tuple[str, ...]
-
-
 def chain_of(
     merged: Checkpoint, base: Checkpoint, given: Sequence[Given], stated: Sequence[bool]
-) -> MergeHistory:
+) -> tuple[MergePlan, list[Recorded], list[str]]:
     """What the merges should have done, in the dtypes that they have done it in.
 
     Args:
@@ -185,6 +176,9 @@ def chain_of(
         base: What it is compared with.
         given: The adapters, in any order.
         stated: For each, whether its weight was given, instead of being the recorded one.
+
+    Returns:
+        The plan of all merges, what the file records, and what should be said.
 
     Raises:
         LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge
@@ -222,7 +216,7 @@ def chain_of(
     full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
     if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
         notes.append(f"{merged.path} says that it was made from another base than {base.path}")
-    return MergeHistory(_joined(plans, merged), tuple(recorded), tuple(notes))
+    return _joined(plans, merged), recorded, notes
 
 
 def _assigned(
@@ -332,6 +326,6 @@ def _then(
             "verify each merge against what it started from",
         )
     dtype = plan.options.dtype if plan.options.dtype and first.dtype in FLOATING else first.dtype
-    earlier = (*first.earlier, Stage(one, first.dtype))
+    earlier = (*first.earlier, (one, first.dtype))
     what = (*first.what, *second.what)
     return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)

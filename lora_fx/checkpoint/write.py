@@ -35,7 +35,7 @@ from lora_fx.checkpoint.fold import (
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.requantise import Int8, joined, ranges, recoded, spans
+from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
@@ -227,8 +227,6 @@ class _Run:
             return
         fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
-        if change.int8 is not None:
-            self._open(change.int8.scales.file)
         step = rows_per_block(fold.matrix.columns)
         if change.codes is not None:
             for low, high in spans(change.codes.weight, step * RUN_OF_CODES):
@@ -247,27 +245,26 @@ class _Run:
         return change.nbytes, change.name, None
 
     def _rows(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        source, (fd, at) = self.sources[change.source.file], self.places[change.name]
+        (fd, at), info = self.places[change.name], change.source
         stats, columns = Stats(), fold.matrix.columns
-        info = change.source
-        window = info.weight.window(low, high) if isinstance(info, CodesInfo) else None
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)
-        space: Space = self.spaces.__dict__.setdefault("space", Space())
+        read: Callable[[int, int], Array]
+        read = partial(read_rows, self.sources[info.file], info, columns=columns, space=self._space)
+        if isinstance(info, CodesInfo):
+            read = info.weight.window(low, high)
         for start in range(low, high, step):
-            n = min(step, high - start)
-            if window is not None:
-                old = window(start, start + n)
-            else:
-                old = read_rows(source, change.source, start, n, columns, space)
-            if change.int8 is not None:
-                new, found = self._quantised(change.int8, fold, old, start, space)
-            else:
-                new, found = fold.block(old, start, change.dtype, space)
+            old = read(start, min(high, start + step))
+            new, found = fold.block(old, start, change.dtype, self._space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
-        scales = (high - low) * change.int8.dtype.itemsize if change.int8 is not None else 0
-        return (high - low) * row + scales, change.name, stats
+        return (high - low) * row, change.name, stats
+
+    @property
+    def _space(self) -> Space:
+        """The calling thread's."""
+        space: Space = self.spaces.__dict__.setdefault("space", Space())
+        return space
 
     def _recoded(
         self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
@@ -277,7 +274,7 @@ class _Run:
         q, every = weight.read(slice(low, high)), []
         for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
             here = q.cut(slice(start - low, stop - low))
-            found, _, parts = recoded(weight, here, fold, slice(start, stop))
+            found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
             stats.add(found)
             every += parts
         for part in joined(every):
@@ -286,16 +283,6 @@ class _Run:
             for offset, data in ranges(part, self.plan.base.tensors[part.name]):
                 write_at(fd, data, at + offset)
         return count, change.name, stats
-
-    def _quantised(
-        self, int8: Int8, fold: TensorFold, codes: Array, low: int, space: Space
-    ) -> tuple[Array, Stats]:
-        """New codes and what changed; the new scales are written here."""
-        scales = read_rows(self.sources[int8.scales.file], int8.scales, low, len(codes), 1)
-        new, moved, stats = int8.block(fold, codes, scales, low, space)
-        fd, at = self.places[int8.name]
-        write_at(fd, _bytes(moved), at + low * moved.itemsize)
-        return new, stats
 
 
 def _bytes(array: Array) -> memoryview:
@@ -488,39 +475,29 @@ def _is_file_of_base(file: Path) -> bool:
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names."""
-    if plan.base.of is not None:
-        _index_of_view(plan, folder)
-        return
-    if plan.base.index is None:
-        return
-    same = not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values())
-    data = read_bytes(plan.base.index)
-    if not same:
-        index = json.loads(data)
-        index["weight_map"] |= dict(plan.added)
-        metadata = index.get("metadata")
-        if isinstance(metadata, dict) and "total_size" in metadata:
-            sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
-            sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-            metadata["total_size"] = sum(sizes.values())
-        if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
-            metadata["total_parameters"] += sum(
-                math.prod(plan.changes[n].shape) for n in plan.added
-            )
-        data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-    (folder / plan.base.index.name).write_bytes(data)
+    """The index, byte for byte where it still holds, else with its sums and new names.
 
-
-def _index_of_view(plan: MergePlan, folder: Path) -> None:
-    """The index of new shards, where there are several."""
-    shards = plan.base.shards
-    if len(shards) == 1:
+    Of a view's shards, where there are several, it is new.
+    """
+    base, index = plan.base, Json()
+    if base.of is not None and len(base.shards) > 1:
+        homes = {n: shard for shard, header in base.shards.items() for n in header.tensors}
+        index = {"metadata": {"total_size": 0}, "weight_map": homes}
+        name = f"{next(iter(base.shards)).partition('-0')[0]}.safetensors.index.json"
+    elif base.of is None and base.index is not None:
+        index, name = read_json(base.index), base.index.name
+        if not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values()):
+            (folder / name).write_bytes(read_bytes(base.index))
+            return
+    if not index:
         return
-    sizes = {n: t.stop - t.start for n, t in plan.base.tensors.items()}
-    sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-    homes = {n: shard for shard, header in shards.items() for n in header.tensors}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes | {**plan.added}}
-    stem = next(iter(shards)).partition("-0")[0]
+    index["weight_map"] |= dict(plan.added)
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        sizes = {n: t.stop - t.start for n, t in base.tensors.items()}
+        sizes |= {n: c.nbytes for n, c in plan.changes.items()}
+        metadata["total_size"] = sum(sizes.values())
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(math.prod(plan.changes[n].shape) for n in plan.added)
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / name).write_text(text, encoding="utf-8")

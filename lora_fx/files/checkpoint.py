@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.ownership import CONTENTS, is_ours
+from lora_fx.files.atomic import CONTENTS, is_ours
 from lora_fx.files.read import AGAIN, inside, read_json, trusted, within
 from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
@@ -54,19 +54,15 @@ def model_config(file: Path) -> Json:
     config = read_json(file, constants=True)  # which Python writes for infinite limits
     for part in (config, text_config(config)):
         for name, kinds in _FIELDS.items():
-            value = part.get(name)
-            if value is not None and type(value) not in kinds:
+            value, wanted = part.get(name), " or ".join(k.__name__ for k in kinds)
+            fits = value is None or type(value) in kinds
+            if fits and name == "architectures":
+                fits, wanted = all(isinstance(n, str) for n in value or ()), "texts"
+            if not fits:
                 raise LoraFxError(
-                    f"{file}: {name} is {one_line(repr(value), 80)}; expected "
-                    f"{' or '.join(k.__name__ for k in kinds)}",
+                    f"{file}: {name} is {one_line(repr(value), 80)}; expected {wanted}",
                     "correct the file, or download it again",
                 )
-        names = part.get("architectures") or []
-        if not all(isinstance(name, str) for name in names):
-            raise LoraFxError(
-                f"{file}: architectures is {one_line(repr(names), 80)}; expected texts",
-                "correct the file, or download it again",
-            )
     return config
 
 

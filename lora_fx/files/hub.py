@@ -20,10 +20,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from lora_fx.errors import LoraFxError, explain, one_line
+from lora_fx.errors import LoraFxError, explain, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES
 from lora_fx.progress import stage
-from lora_fx.silence import silenced
 from lora_fx.text import human, some
 
 PREFIX = "hf:"

@@ -5,7 +5,7 @@ an index, the data of an ONNX tensor) or in a folder that is copied whole is ano
 resolved inside that folder, and no link may lead out of it. The Hugging Face cache is the one
 exception, since the files of a snapshot there are links to `blobs` of the same repository.
 
-Within a block of `remembering`, whatever is read is remembered, and `ownership` lets no output
+Within a block of `remembering`, whatever is read is remembered, and `atomic` lets no output
 take its place.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,11 +176,34 @@ class File:
             raise self.error(name, f"is {array.dtype} {list(array.shape)}; expected one number")
         value = float(array.reshape(()))
         if not math.isfinite(value) or value == 0.0:
-            raise LoraFxError(
-                f"{self.name}: {name!r} is {value:g}; expected a finite number that is not 0",
+            raise self.error(
+                name,
+                f"is {value:g}; expected a finite number that is not 0",
                 "some readers take 0 as the rank and some as no effect; write the number you mean",
             )
         return value
+
+    def modules(
+        self,
+        tensors: Mapping[str, Array],
+        split: Callable[[str], tuple[str, str] | None],
+        unknown: Callable[[str], LoraFxError],
+    ) -> dict[str, dict[str, Array]]:
+        """Tensors by the module that they are of, and by what they are of it.
+
+        Args:
+            tensors: By the names of the file.
+            split: Name → the two; None for a name of another kind of file.
+            unknown: Such a name → the error.
+        """
+        found: dict[str, dict[str, Array]] = {}
+        for name, array in tensors.items():
+            at = split(name)
+            if at is None:
+                raise unknown(name)
+            if found.setdefault(at[0], {}).setdefault(at[1], array) is not array:
+                raise self.error(name, f"is a second {at[1]} of {at[0]!r}; expected one")
+        return found
 
     def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
         """An error about one tensor."""

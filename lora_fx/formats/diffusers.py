@@ -39,16 +39,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base
+from lora_fx.formats import base, naming
 from lora_fx.formats.base import File, FileHead
-from lora_fx.formats.naming import (
-    COMPONENTS,
-    ForeignNames,
-    guess_component,
-    has_home,
-    split_component,
-    taken_names,
-)
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.write import module_form, to_tensors
@@ -72,7 +64,7 @@ def detect(seen: FileHead) -> bool:
     if HEADER in seen.metadata:
         return any(_part(n) for n in seen.names)
     return any(
-        (part := _part(n)) and part[1] in "AB" and (has_home(n) or _OLD.fullmatch(n))
+        (part := _part(n)) and part[1] in "AB" and (naming.has_home(n) or _OLD.fullmatch(n))
         for n in seen.names
     )
 
@@ -93,29 +85,18 @@ def read(path: str | Path) -> Adapter:
     path = path / WEIGHTS if path.is_dir() else path
     tensors, header = read_tensors(path)
     file = File(str(path))
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        found = _part(name)
-        if found is None:
-            raise file.error(
-                name,
-                "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …",
-                "was the file edited?",
-            )
-        module, part = found
-        if part in groups.setdefault(module, {}):
-            raise file.error(name, f"is a second {part} of {module!r}; expected one")
-        groups[module][part] = array
+    what = "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …"
+    unknown = partial(file.error, what=what, hint="was the file edited?")
     configs = _Configs(header, file)
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
+    for module, parts in file.modules(tensors, _part, unknown).items():
         entries |= _entries(module, parts, configs, file)
     file.notes.extend(configs.notes())
     entries, metadata, named = base.restore(entries, header, str(path))
-    components = {split_component(key)[0] for key in entries} - {""}
-    names = taken_names(metadata)
-    if not named and any(has_home(key) for key in entries):
-        names = ForeignNames("diffusers", tuple(sorted(components)))
+    components = {naming.split_component(key)[0] for key in entries} - {""}
+    names = naming.taken_names(metadata)
+    if not named and any(naming.has_home(key) for key in entries):
+        names = naming.ForeignNames("diffusers", tuple(sorted(components)))
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
@@ -134,7 +115,7 @@ def _part(name: str) -> tuple[str, str] | None:
         elif leaf == "to_out":
             leaf = "to_out.0"
         # Before components were written only a UNet had processors.
-        lead = "" if split_component(module)[0] else "unet."
+        lead = "" if naming.split_component(module)[0] else "unet."
         return f"{lead}{module}.{leaf}", "alpha" if match[4] else _HALF[match[3]]
     if match := _PAIR.fullmatch(name):
         return match[1], _HALF[match[2] or match[3]]
@@ -175,7 +156,7 @@ class _Configs:
         self.where = f"{file.name}: {HEADER}"
         self.configs: dict[str, Json] = {}
         for key, value in json_object(header.get(HEADER, "{}"), self.where).items():
-            component, field = split_component(key)
+            component, field = naming.split_component(key)
             self.configs.setdefault(component, {})[field] = value
         self.alphas: dict[str, Pattern] = {}
         for component, config in self.configs.items():
@@ -189,7 +170,7 @@ class _Configs:
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:
         """(alpha, variant) of one module; no alpha where the header has no config of it."""
-        component, rest = split_component(module)
+        component, rest = naming.split_component(module)
         component, rest = (component, rest) if component in self.alphas else ("", module)
         if component not in self.alphas:
             return None, "lora"
@@ -231,13 +212,13 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         if not isinstance(entry, LowRank):
             raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
         form = module_form(key, entry, _refused)
-        component, rest = split_component(form.module)
-        component = component or guess_component(form.module)
+        component, rest = naming.split_component(form.module)
+        component = component or naming.guess_component(form.module)
         if not component:
             raise _refused(
                 key,
                 "no component is named",
-                f"put one before the keys: {', '.join(c + '.' for c in COMPONENTS)}",
+                f"put one before the keys: {', '.join(c + '.' for c in naming.COMPONENTS)}",
             )
         name = f"{component}.{rest}"
         names[key] = f"{name}.weight"

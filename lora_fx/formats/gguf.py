@@ -45,7 +45,7 @@ from types import ModuleType
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import experts_of
+from lora_fx.adapter.fused import experts_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array

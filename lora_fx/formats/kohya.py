@@ -39,15 +39,8 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation,
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, lycoris
+from lora_fx.formats import base, lycoris, naming
 from lora_fx.formats.base import File, FileHead
-from lora_fx.formats.naming import (
-    COMPONENTS,
-    ForeignNames,
-    guess_component,
-    split_component,
-    taken_names,
-)
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.write import module_form, to_tensors
 
@@ -71,9 +64,9 @@ _PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bi
 def detect(seen: FileHead) -> bool:
     """True for a file with tensors of these names that are not PEFT's."""
     if base.FIELD in seen.metadata:
-        return any(".lora_down." in n or _PART.fullmatch(n) for n in seen.names)
+        return any(".lora_down." in n or _part(n) for n in seen.names)
     return any(
-        ((m := _PART.fullmatch(n)) and m[2] != "alpha" and not n.startswith(PREFIX))
+        ((part := _part(n)) and part[1] != "alpha" and not n.startswith(PREFIX))
         or n.endswith((".oft_blocks", ".oft_diag"))
         for n in seen.names
     )
@@ -92,19 +85,19 @@ def read(path: str | Path) -> Adapter:
     """
     tensors, header = read_tensors(Path(path))
     file = File(str(path))
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        match = _PART.fullmatch(name)
-        if match is None:
-            raise _unknown(name, file)
-        groups.setdefault(match[1], {})[match[2]] = array
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
+    for module, parts in file.modules(tensors, _part, partial(_unknown, file=file)).items():
         entries |= _entries(module, parts, file)
     entries, metadata, named = base.restore(entries, header, str(path))
-    told = taken_names(metadata)
-    names = told if named else ForeignNames("kohya")
+    told = naming.taken_names(metadata)
+    names = told if named else naming.ForeignNames("kohya")
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """(module, the end of the name) of a tensor."""
+    match = _PART.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
@@ -119,25 +112,25 @@ def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, E
             raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
         entries[key] = Dense(masters.pop(part))
     magnitude = masters.pop("dora_scale", None)
-    weight: Entry | None = None
-    if "lora" in kinds:
-        weight = _lowrank(module, masters, alpha, magnitude, file)
+    methods = [kind for kind in kinds if kind in ("hada", "lokr", "lora")]
+    if len(methods) > 1 or (methods and f"{module}.weight" in entries):
+        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
+    if methods == ["lora"]:
+        weight: Entry = _lowrank(module, masters, alpha, magnitude, file)
     elif magnitude is not None:
         raise file.error(
             module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
         )
-    elif "hada" in kinds:
-        weight = lycoris.loha(masters, alpha, file, module)
-    elif "lokr" in kinds:
-        weight = lycoris.lokr(masters, alpha, file, module)
-    elif alpha is not None and entries:
-        file.notes.append(f"{file.name}: {module + '.alpha'!r} is not read: diff takes no scale")
+    elif methods:
+        read = lycoris.loha if methods == ["hada"] else lycoris.lokr
+        weight = read(masters, alpha, file, module)
     elif not entries:
         raise file.error(module, "has an alpha and nothing else")
-    if weight is None:
+    else:
+        if alpha is not None:
+            alone = f"{module}.alpha"
+            file.notes.append(f"{file.name}: {alone!r} is not read: diff takes no scale")
         return entries
-    if f"{module}.weight" in entries or len({"lora", "hada", "lokr"} & set(kinds)) > 1:
-        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
     return {f"{module}.weight": weight, **entries}
 
 
@@ -246,9 +239,9 @@ def file_name(module: str, *, second: bool) -> str:
     >>> file_name("text_encoder.text_model.fc1", second=True), file_name("h.0.fc", second=False)
     ('lora_te1_text_model_fc1', 'lycoris_h_0_fc')
     """
-    component, rest = split_component(module)
-    component = component or guess_component(module)
-    prefix = COMPONENTS[component].prefixes[0] if component else "lycoris_"
+    component, rest = naming.split_component(module)
+    component = component or naming.guess_component(module)
+    prefix = naming.COMPONENTS[component].prefixes[0] if component else "lycoris_"
     if component == "text_encoder" and second:
         prefix = "lora_te1_"
     return prefix + rest.replace(".", "_")

@@ -35,7 +35,7 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, FileHead, refused
-from lora_fx.targets.regions import own_use
+from lora_fx.targets.target import own_use
 from lora_fx.text import is_whole
 
 SUFFIXES = (".onnx_adapter",)

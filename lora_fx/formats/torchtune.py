@@ -33,6 +33,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +51,16 @@ from lora_fx.text import Json, JsonView, is_number
 
 SUFFIXES = (".safetensors",)
 FOLDER = False
-_PART = re.compile(r"(.+)\.(lora_[ab])\.weight|(.+)\.(magnitude)")
-_LAYER = re.compile(r"layers\.(\d+)\.(attn|mlp)\.(\w+)")
+_PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _NAMES = {
-    ("attn", "q_proj"): "self_attn.q_proj",
-    ("attn", "k_proj"): "self_attn.k_proj",
-    ("attn", "v_proj"): "self_attn.v_proj",
-    ("attn", "output_proj"): "self_attn.o_proj",
-    ("mlp", "w1"): "mlp.gate_proj",
-    ("mlp", "w2"): "mlp.down_proj",
-    ("mlp", "w3"): "mlp.up_proj",
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
 }
 _NEIGHBOURS = frozenset(("llama", "mistral", "gemma", "gemma2"))
 _HALVES = frozenset(("qwen2",))
@@ -88,13 +89,9 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     tensors, _ = read_tensors(path)
     file = File(str(path))
     config = _config(path.parent / "adapter_config.json", file)
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in tensors.items():
-        match = _PART.fullmatch(name)
-        if match is None:
-            raise file.error(name, "is not a name that torchtune gives", "was the file edited?")
-        module, part = (match[1], match[2]) if match[1] else (match[3], match[4])
-        groups.setdefault(module, {})[part] = file.master(name, array)
+    what = "is not a name that torchtune gives"
+    unknown = partial(file.error, what=what, hint="was the file edited?")
+    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, _part, unknown)
     homes = [path.parent] if base is None else [Path(base), path.parent]
     files = [home / "config.json" for home in homes]
     model = next((file for file in files if file.is_file()), files[0])
@@ -103,6 +100,12 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
         low = _lowrank(module, parts, config, file)
         entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
+
+
+def _part(name: str) -> tuple[str, str] | None:
+    """(module, lora_a, lora_b or magnitude) of a tensor's name."""
+    match = _PART.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def to_halves(rows: Array, heads: int) -> Array:
@@ -215,8 +218,7 @@ def _name(module: str, file: File) -> str:
     if module == "output":
         return "lm_head"
     match = _LAYER.fullmatch(module)
-    name = match and _NAMES.get((match[2], match[3]))
-    if match is None or name is None:
-        known = ", ".join(leaf for _, leaf in _NAMES)
+    if match is None or match[2] not in _NAMES:
+        known = ", ".join(name.partition(".")[2] for name in _NAMES)
         raise file.error(module, f"is a module without a known name; known: {known}, output")
-    return f"model.layers.{match[1]}.{name}"
+    return f"model.layers.{match[1]}.{_NAMES[match[2]]}"

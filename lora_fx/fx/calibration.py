@@ -27,8 +27,7 @@ from lora_fx.fx.tensors import padding
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Gather
+from lora_fx.ir.layout import Gather, Layout
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
 """The uses of a graph to watch, with the keys of the updates that reach them."""

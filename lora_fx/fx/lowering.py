@@ -105,7 +105,7 @@ def _kind(node: fx.Node) -> Hashable:
     return node.target, _known(node.args), _known(node.kwargs)
 
 
-def _known(x: Any) -> Hashable:
+def _known(x: object) -> Hashable:
     if isinstance(x, fx.Node):
         return "node", _known(value(x))
     if isinstance(x, torch.Tensor):

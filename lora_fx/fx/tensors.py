@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.initial import on_base
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
+from lora_fx.adapter.variant import on_base
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, one_line
-from lora_fx.silence import silenced
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.targets.target import split_region
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
 from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
@@ -29,7 +29,6 @@ from lora_fx.fx.tensors import from_numpy, patched, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import exact_constants, mark_data, unfolded
 from lora_fx.progress import stage
-from lora_fx.silence import silenced
 from lora_fx.targets.target import Target
 
 if TYPE_CHECKING:

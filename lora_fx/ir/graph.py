@@ -1,20 +1,20 @@
 """The protocols that let one set of passes serve several IRs: Graph, Emitter and Site.
 
 A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implement them;
-`lora_fx.ir.numpy_emitter` is the emitter that computes with numpy at once.
+`lora_fx.ir.emitter.NumpyEmitter` computes with numpy at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from lora_fx.dtypes import Array
-from lora_fx.ir.emitter import Ops, Parameter, Role, V
-from lora_fx.ir.layout import Layout
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.layout import Layout, Step, View
 from lora_fx.ir.quantised import ZeroPoints
-from lora_fx.ir.view import Step, View
 
 T = TypeVar("T")
 
@@ -77,6 +77,34 @@ class OtherReader:
     parameter: str
     op: str
     view: View
+
+
+class Role(Enum):
+    """What a parameter that an emitter adds is for."""
+
+    TRAIN = "train"
+    FROZEN = "frozen"
+    OPTIONAL_INPUT = "optional input"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One stored tensor: all its names (the first is the canonical one), shape and dtype.
+
+    `format` and `bits` say how it is quantised; the shape is that of the numbers then.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()
+    format: str = ""
+    bits: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names, the canonical one first."""
+        return (self.name, *self.aliases)
 
 
 class Emitter(Ops[V], Protocol[V]):

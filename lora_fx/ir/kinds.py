@@ -13,8 +13,7 @@ from typing import Any
 
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Region, Reshape
+from lora_fx.ir.layout import Layout, Region, Reshape
 
 
 def delta(e: Ops[V], layout: Layout, a: V, b: V, scale: float) -> V:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_fx.onnx.session import Session
-    from lora_fx.onnx.train_session import TrainSession
+    from lora_fx.onnx.session import Session, TrainSession
 
 __all__ = ["Session", "TrainSession"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Session":
-        from lora_fx.onnx.session import Session
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        from lora_fx.onnx import session
 
-        return Session
-    if name == "TrainSession":
-        from lora_fx.onnx.train_session import TrainSession
-
-        return TrainSession
+        return getattr(session, name)
     raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

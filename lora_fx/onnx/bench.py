@@ -43,12 +43,12 @@ class Timings:
         """One row for each model, with `cpu` and `wall` as `summary` gives them."""
         first = next(iter(self.samples.values()))
 
-        def summed(mine: Sequence[Sample], clock: str) -> Json:
-            own, base = ([getattr(s, clock) for s in samples] for samples in (mine, first))
-            return summary(own, base)
+        def seconds(samples: Sequence[Sample], clock: str) -> list[float]:
+            return [getattr(s, clock) for s in samples]
 
         return [
-            {"model": name, "cpu": summed(mine, "cpu"), "wall": summed(mine, "wall")}
+            {"model": name}
+            | {c: summary(seconds(mine, c), seconds(first, c)) for c in ("cpu", "wall")}
             for name, mine in self.samples.items()
         ]
 

@@ -94,8 +94,7 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def _node_count(file: Path, proto: onnx.ModelProto) -> int:
     """Nodes of the model once every call of a function is written out."""
     bodies = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
-    known: dict[tuple[str, str, str], int] = {}
-    open_: set[tuple[str, str, str]] = set()
+    known: dict[tuple[str, str, str], int | None] = {}  # None while a body is counted
 
     def count(nodes: Iterable[onnx.NodeProto]) -> int:
         found = 0
@@ -108,13 +107,13 @@ def _node_count(file: Path, proto: onnx.ModelProto) -> int:
         return found
 
     def of_function(name: tuple[str, str, str]) -> int:
-        if name in open_:
-            raise _damaged(f"{file}: the function {name[1]!r} calls itself")
         if name not in known:
-            open_.add(name)
+            known[name] = None
             known[name] = count(bodies[name])
-            open_.remove(name)
-        return known[name]
+        found = known[name]
+        if found is None:
+            raise _damaged(f"{file}: the function {name[1]!r} calls itself")
+        return found
 
     try:
         return count(proto.graph.node)

@@ -27,9 +27,7 @@ from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import keys_of, of_use
-from lora_fx.targets.target import Target, base_name, split_use
+from lora_fx.targets.target import Found, Target, base_name, split_use
 from lora_fx.text import near
 
 FOLDED = 8192
@@ -86,10 +84,10 @@ def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:
 
     Its metadata may tell; else equal rows do, of a weight that onnxscript would fold.
     """
-    said, stores = [], graph.flow.stores
-    for name, store in stores.items():
-        meta = store.value.metadata_props.get(FOLDED_FROM, "")
-        alike = (n for n in changed if repr(n) in meta or _begins(store.tensor, stores[n].tensor))
+    said, tensor = [], graph.flow.tensor
+    for name, value in graph.flow.stores.items():
+        meta = value.metadata_props.get(FOLDED_FROM, "")
+        alike = (n for n in changed if repr(n) in meta or _begins(tensor(name), tensor(n)))
         if name not in changed and (source := next(alike, "")):
             said.append(
                 f"{name!r} may be computed from {source!r} and is not changed: export again"
@@ -114,7 +112,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
     the convolution did not have `NAME_bias`; files of ours say it in their metadata.
     """
     name = found[key].parameter.name
-    value = graph.flow.stores[name].value
+    value = graph.flow.stores[name]
     beside = (operand(user, 2) for user, _ in value.uses())
     joined = any(bias is not None and bias.name == f"{name}_bias" for bias in beside)
     if joined or CHANGED in value.metadata_props:
@@ -128,7 +126,7 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
 def _scoped(adapter: Adapter, found: Found) -> Found:
     """The targets, which then also go by the module path of the nodes that read them."""
     every = (*found.targets, *found.optional)
-    own = {n for t in every for n in (t.parameter.name, *t.parameter.aliases)}
+    own = {n for t in every for n in t.parameter.names}
     paths: dict[str, dict[str, Target]] = {}
     for t in every:
         for scope in {s.scope for s in t.sites if s.scope}:
@@ -210,18 +208,18 @@ def _whole(key: str, entry: Full, graph: OnnxGraph, found: Found) -> tuple[str, 
     """The name in the file and the value as it lies there."""
     target = found.get(key)
     name = target.parameter.name if target is not None else key
-    store = graph.flow.stores.get(name)
-    if store is None:
+    stored = graph.flow.stores.get(name)
+    if stored is None:
         raise LoraFxError(
             f"adapter tensor {key!r} is not in the model", near(key, graph.flow.stores)
         )
-    if len(store.value.uses()) > 1:
+    if len(stored.uses()) > 1:
         raise LoraFxError(
-            f"adapter tensor {key!r} is to be replaced, and {len(store.value.uses())} nodes read "
+            f"adapter tensor {key!r} is to be replaced, and {len(stored.uses())} nodes read "
             f"{name!r}: the exporter joined equal constants",
             "export a model with the adapter's whole tensors in it, and merge the rest",
         )
-    value, shape = entry.value, tuple(store.tensor.shape.numpy())
+    value, shape = entry.value, tuple(graph.flow.tensor(name).shape.numpy())
     turned = target is not None and target.op != "embedding" and target.layout.out == (1,)
     if turned and value.ndim == 2:
         value = value.T  # a file of torch has [out, in]
@@ -282,8 +280,8 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
     lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
     meant = []
     for t in stored:
-        keys = keys_of(t, [s for s in t.sites if (s.op == "embedding") == lookup])
-        meant += [t if k == t.key else of_use(t, split_use(k)[1]) for k in keys]
+        keys = t.keys_of([s for s in t.sites if (s.op == "embedding") == lookup])
+        meant += [t if k == t.key else t.of_use(split_use(k)[1]) for k in keys]
     reached = [t for t in meant if t is not None]
     if use != "op:embedding" and sum(len(t.sites) for t in reached) != 1:
         raise LoraFxError(  # which of the file's nodes is that use, nothing tells

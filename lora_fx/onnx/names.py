@@ -6,15 +6,17 @@ import ast
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from os import PathLike
 from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by
-from lora_fx.onnx.graph.graph import add_initialiser
+from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by, values_of
+from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.onnx.load import load
 
 CHANGED = "lora_fx.changed"
 """Metadata key of a weight that is no longer the parameter whose name it has."""
@@ -84,10 +86,38 @@ def mark_data(model: ir.Model, weights: Collection[str]) -> None:
     """Mark the constants that weights are multiplied by, or looked up at: they are no weights."""
     flow, names = follow(model), set(weights)
     for node in filter(_is_site, model.graph.all_nodes()):
-        known = [flow.stores[w.name].value for v in node.inputs if (w := flow.weight_of(v))]
+        known = [flow.stores[w.name] for v in node.inputs if (w := flow.weight_of(v))]
         others = [v for v in known if not _of(v) & names]
         for value in others if len(others) < len(known) else ():
             value.metadata_props[DATA] = node.op_type
+
+
+def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
+    """The graph of a file, and how many tensors got names that the exporter's metadata tells.
+
+    Raises:
+        LoraFxError: As load; an opset that is not read.
+    """
+    model = load(path)
+    renamed = restore_weight_names(model)
+    return OnnxGraph(model), renamed
+
+
+def give_own_names(
+    model: ir.Model,
+    first: Mapping[str, str] | None,
+    symbols: Mapping[tuple[str, int], str],
+) -> None:
+    """Give an exported model the names of its weights and dimensions, and take traces out of it.
+
+    Args:
+        model: The model, edited in place.
+        first: As in restore_weight_names.
+        symbols: As in rename_dimensions.
+    """
+    restore_weight_names(model, first)
+    rename_dimensions(model, symbols)
+    strip_traces(model)
 
 
 def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:
@@ -169,7 +199,7 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
         return
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, mapping)) + r")\b")
 
-    for value in _values(model):
+    for value in values_of(model):
         if value.shape is not None:
             # sizes of inputs that have to be equal have one symbol, and names of their own
             value.shape = ir.Shape(
@@ -181,19 +211,14 @@ def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -
             )
 
 
-def _values(model: ir.Model) -> list[ir.Value]:
-    made = (v for n in model.graph.all_nodes() for v in n.outputs if v is not None)
-    return [*model.graph.inputs, *made]
-
-
 def strip_traces(model: ir.Model) -> None:
     """Drop the metadata that names source files of the machine the model was exported on.
 
     What lora-fx wrote stays.
     """
     graph = model.graph
-    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *_values(model)]
-    for thing in [*things, *graph.initializers.values()]:
+    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *values_of(model)]
+    for thing in things:
         for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
             del thing.metadata_props[key]
     graph.metadata_props.clear()
@@ -215,7 +240,7 @@ def mask_by_infinity(model: ir.Model) -> None:
         added = made_by(softmax.inputs[0], "Add") if softmax is not None else None
         for value in added.inputs if added is not None else ():
             where = made_by(value, "Where")
-            low = constant(where.inputs[2]) if where is not None else None
+            low = None if where is None else constant(where.inputs[2])
             if where is not None and low is not None and low.size == 1 and low.item() < LOWEST:
                 name = f"{where.outputs[0].name}_left_out"
                 infinity = np.full(low.shape, -np.inf, low.dtype)

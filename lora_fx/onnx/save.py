@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
+import itertools
 import secrets
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import EXISTS, Beside, replacing
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.switch import reread
 
 EXTERNAL_OVER = 256 << 20
 """With more bytes of weights than this they go to `NAME.onnx.data`; protobuf ends at 2 GiB."""
@@ -91,6 +96,56 @@ def _with_data(
         for value, was in kept.items():
             value.const_value = was
     return [path, path.with_name(data)]
+
+
+def save_beside(model: ir.Model, path: Path, other: Path) -> int:
+    """Write a model that reads the tensors in the data file of another; returns the bytes left.
+
+    A tensor that is stored transposed there is read so, with a Transpose where a reader needs one.
+
+    Args:
+        model: The model, edited in place. Its tensors that are not found lie in its own file.
+        path: Where to write.
+        other: A saved file of that folder.
+    """
+    graph = OnnxGraph(model)
+    held = [v for v in ir.load(other).graph.initializers.values() if _large(v)]
+    known = {_digest(v): v.const_value for v in held}
+    left = 0
+    for value in [v for v in model.graph.initializers.values() if _large(v)]:
+        assert value.const_value is not None
+        same = known.get(_digest(value))
+        turned = known.get(_digest(value, turned=True)) if same is None else None
+        if turned is not None:
+            name = str(value.name)
+            new = ir.Value(name=name, type=value.type, shape=ir.Shape(turned.shape.numpy()))
+            new.metadata_props.update(value.metadata_props)
+            new.const_value = turned
+            del model.graph.initializers[name]
+            model.graph.initializers[name] = new
+            reread(graph, value, new, (1, 0))
+        elif same is not None:
+            value.const_value = same
+        else:
+            left += value.const_value.nbytes
+    ir.save(model, path)
+    return left
+
+
+def _large(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.nbytes >= INLINE
+
+
+def _digest(value: ir.Value, *, turned: bool = False) -> tuple[object, ...] | None:
+    """What tells a tensor from others: its dtype, shape and bytes; of a matrix its transpose's."""
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    if turned:
+        if array.ndim != 2:
+            return None
+        array = array.T
+    data = np.ascontiguousarray(array)
+    return str(value.const_value.dtype), data.shape, hashlib.sha256(data.data).hexdigest()
 
 
 class Place(Protocol):
@@ -213,8 +268,6 @@ def output(
 
 
 def _free(target: Path) -> Path:
-    path, i = target.with_name(f"{target.name}.data"), 0
-    while path.exists() or path.is_symlink():
-        i += 1
-        path = target.with_name(f"{target.name}.{i}.data")
-    return path
+    names = (f"{target.name}.{i}.data" for i in itertools.count(1))
+    paths = map(target.with_name, itertools.chain([f"{target.name}.data"], names))
+    return next(path for path in paths if not (path.exists() or path.is_symlink()))

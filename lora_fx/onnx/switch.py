@@ -10,13 +10,12 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter.factors import slot_names
+from lora_fx.adapter.lowrank import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.graph.flow import MARK, constant, made_by
+from lora_fx.onnx.graph.flow import MARK, constant, made_by, rank, remove_unread
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.manifest import SwitchSlot
-from lora_fx.onnx.row_provenance import rank
 from lora_fx.targets.target import Target
 
 
@@ -159,17 +158,10 @@ def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
             total = flat.made(add, "Reshape", total, shape, **keep_zeros(flat.graph))
         total.shape = old.shape
     total.type = old.type
-    delta = next(v for v in add.inputs if v is not y)
-    outer = delta.producer() if delta is not None else None
-    inner = outer.inputs[0].producer() if outer is not None and outer.inputs[0] else None
-    ir.convenience.replace_all_uses_with(old, total, replace_graph_outputs=True)
+    old.replace_all_uses_with(total, replace_graph_outputs=True)
     if total.is_graph_output():
         total.name, old.name = old.name, total.name
-    body = add.graph
-    assert body is not None
-    for dead in (bias, add, outer, inner, y.producer() if bias else None):
-        if dead is not None:
-            body.remove(dead, safe=True)
+    remove_unread(old.producer())
 
 
 # A layer, its branch and its bias on flat rows, where all that follows reshapes the result.
@@ -231,43 +223,41 @@ class Flat:
             if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
                 continue
             for y, delta in (add.inputs, add.inputs[::-1]):
-                product = y.producer() if y is not None else None
-                if product is None or y is None or delta is None or MARK in product.metadata_props:
+                product = made_by(y, "MatMul")
+                if product is None or MARK in product.metadata_props:
                     continue
-                x, w = product.inputs[0], product.inputs[1] if len(product.inputs) > 1 else None
-                bias = reshaped_bias(add, x, y) if x is not None else None
-                if bias is None or x is None or w is None or w.shape is None:
+                x, w = product.inputs
+                bias = reshaped_bias(add, x, y)
+                if bias is None:
                     continue
+                assert x is not None and y is not None and delta is not None
+                assert w is not None and w.shape is not None
                 width, out = w.shape.numpy()
                 whole = self.layer(add, bias, y, self.rows(add, x, int(width)))
                 total = self.made(add, "Add", whole, self.rows(add, delta, int(out)))
                 total.type = bias.outputs[0].type
                 bias.outputs[0].replace_all_uses_with(total)
-                assert add.graph is not None
-                add.graph.remove((bias, add, product), safe=True)
+                remove_unread(bias)
                 break
         self.graph.changed()
 
 
-def reshaped_bias(add: ir.Node, x: ir.Value, y: ir.Value) -> ir.Node | None:
+def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.Node | None:
     """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
-    product, uses = made_by(y, "MatMul"), add.outputs[0].uses()
-    if product is None or len(y.uses()) != 1:
+    left, w = _product(y) or (None, None)
+    # of codes the runtime knows MatMul alone
+    if left is not x or rank(x) is None or rank(w) != 2 or made_by(w, "DequantizeLinear"):
         return None
-    if made_by(product.inputs[1], "DequantizeLinear"):  # of codes the runtime knows MatMul alone
+    total = add.outputs[0]
+    readers = [u.node for u in total.uses()]
+    after = made_by(readers[0].outputs[0], "Add") if len(readers) == 1 else None
+    if after is None or after.graph is not add.graph or total.is_graph_output():
         return None
-    w, after = product.inputs[1], next(iter(uses)).node if len(uses) == 1 else None
-    if product.inputs[0] is not x or rank(w) != 2 or rank(x) is None:
+    bias, out = next(v for v in after.inputs if v is not total), after.outputs[0]
+    if bias is None or bias.const_value is None or rank(bias) != 1:
         return None
-    if add.outputs[0].is_graph_output():
-        return None
-    if after is None or after.op_type != "Add" or after.domain or after.graph is not add.graph:
-        return None
-    bias, out = next(v for v in after.inputs if v is not add.outputs[0]), after.outputs[0]
-    if bias is None or bias.const_value is None or rank(bias) != 1 or out.is_graph_output():
-        return None
-    heads = [u.node for u in out.uses()]
-    flat = bool(heads) and all(
+    heads = [] if out.is_graph_output() else out.consumers()
+    flat = heads and all(
         n.op_type == "Reshape" and n.inputs[0] is out and _no_zero(n.inputs[1]) for n in heads
     )
     return after if flat else None

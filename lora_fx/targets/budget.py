@@ -24,9 +24,7 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import applies
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Found, Target, applies
 
 FULL = 0.98
 """Share of a budget that has to be used, where ranks allow it."""
@@ -48,63 +46,58 @@ class Budget:
         """What costs are counted in: params or flops."""
         return "flops" if self.kind.startswith("flops") else "params"
 
+    @classmethod
+    def of(cls, text: str) -> Budget:
+        """A budget from its text.
 
-def parse_budget(text: str) -> Budget:
-    """A budget from its text.
+        >>> Budget.of("flops:2%").kind, Budget.of("uniform:8").number
+        ('flops%', 8.0)
+        """
+        kind, _, number = text.partition(":")
+        percent = kind == "flops" and number.endswith("%")
+        try:
+            value = float(number.removesuffix("%") if percent else number)
+        except ValueError:
+            value = math.nan
+        whole = percent or value == math.floor(value) if math.isfinite(value) else False
+        if kind not in ("params", "flops", "uniform") or not (whole and value > 0):
+            raise LoraFxError(f"no budget {text!r}", FORMS)
+        return cls(text, "flops%" if percent else kind, value)
 
-    >>> parse_budget("flops:2%").kind, parse_budget("uniform:8").number
-    ('flops%', 8.0)
-    """
-    kind, _, number = text.partition(":")
-    percent = kind == "flops" and number.endswith("%")
-    try:
-        value = float(number.removesuffix("%") if percent else number)
-    except ValueError:
-        value = math.nan
-    whole = percent or value == math.floor(value) if math.isfinite(value) else False
-    if kind not in ("params", "flops", "uniform") or not (whole and value > 0):
-        raise LoraFxError(f"no budget {text!r}", FORMS)
-    return Budget(text, "flops%" if percent else kind, value)
+    def cost(self, target: Target, use: str) -> int:
+        """What one rank costs: elements of a and b, or FLOPs of the uses that an update has."""
+        layout = target.layout
+        if self.unit == "params":
+            return layout.parameters(1)
+        ratio = (layout.out_size + layout.in_size) / (layout.out_size * layout.in_size)
+        flops = sum(s.flops for s in target.sites if applies(use, s))
+        lookup = 2 * layout.out_size  # an embedding multiplies only by b
+        return max(round(flops * ratio), lookup)
 
+    def limit(self, found: Found, costs: Mapping[str, int], most: Mapping[str, int]) -> int:
+        """The budget in its unit.
 
-def cost_of(target: Target, use: str, unit: str) -> int:
-    """What one rank costs: elements of a and b, or FLOPs of the uses that an update has."""
-    layout = target.layout
-    if unit == "params":
-        return layout.parameters(1)
-    ratio = (layout.out_size + layout.in_size) / (layout.out_size * layout.in_size)
-    flops = sum(s.flops for s in target.sites if applies(use, s))
-    lookup = 2 * layout.out_size  # an embedding multiplies only by b
-    return max(round(flops * ratio), lookup)
+        Args:
+            found: The model, for a share of its FLOPs.
+            costs: Cost of one rank, by key.
+            most: The highest rank, by key.
 
-
-def limit_of(
-    budget: Budget, found: Found, costs: Mapping[str, int], most: Mapping[str, int]
-) -> int:
-    """The budget in its unit.
-
-    Args:
-        budget: As it was asked for.
-        found: The model, for a share of its FLOPs.
-        costs: Cost of one rank, by key.
-        most: The highest rank, by key.
-
-    Raises:
-        LoraFxError: The budget does not pay for a single rank.
-    """
-    if budget.kind == "uniform":
-        return sum(c * min(int(budget.number), most[k]) for k, c in costs.items())
-    limit = budget.number
-    if budget.kind == "flops%":
-        limit *= (found.flops["reached"] + found.flops["refused"]) / 100
-    cheapest = min(costs, key=lambda k: costs[k])
-    if limit < costs[cheapest]:
-        raise LoraFxError(
-            f"the budget {budget.text} is {int(limit)} {budget.unit}; one rank of {cheapest!r} "
-            f"takes {costs[cheapest]}, and no target takes less",
-            "allow more",
-        )
-    return int(limit)
+        Raises:
+            LoraFxError: The budget does not pay for a single rank.
+        """
+        if self.kind == "uniform":
+            return sum(c * min(int(self.number), most[k]) for k, c in costs.items())
+        limit = self.number
+        if self.kind == "flops%":
+            limit *= (found.flops["reached"] + found.flops["refused"]) / 100
+        cheapest = min(costs, key=lambda k: costs[k])
+        if limit < costs[cheapest]:
+            raise LoraFxError(
+                f"the budget {self.text} is {int(limit)} {self.unit}; one rank of {cheapest!r} "
+                f"takes {costs[cheapest]}, and no target takes less",
+                "allow more",
+            )
+        return int(limit)
 
 
 def allocate(

@@ -1,17 +1,18 @@
-"""Targets, their keys and their roles: what an adapter can attach to, how text names it."""
+"""Targets, their keys, roles, parts and uses, and what find saw of a model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Layout
-from lora_fx.ir.view import Region
-from lora_fx.text import Json
+from lora_fx.conditions import Condition
+from lora_fx.errors import LoraFxError, near
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.graph import Parameter, Site
+from lora_fx.ir.layout import Layout, Region
+from lora_fx.text import Json, html, human, some, table
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
@@ -138,6 +139,100 @@ class Target:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
 
+    @property
+    def tied(self) -> bool:
+        """True when a lookup shares the tensor with another op."""
+        return "embedding" in self.uses and len(self.uses) > 1
+
+    @property
+    def of_several(self) -> bool:
+        """True for one update of all uses, where a lookup or several modules share the tensor.
+
+        No file of another tool can say that.
+        """
+        return not split_use(self.key)[1] and (self.tied or len(self.modules) > 1)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names of a tensor in whose modules it is used."""
+        scopes = {s.scope for s in self.sites if s.scope}
+        return tuple(n for n in self.parameter.names if n.rpartition(".")[0] in scopes)
+
+    @property
+    def each_use(self) -> tuple[str, ...]:
+        """A name for every use: its alias or op where that is its alone, else the call."""
+        result = []
+        for i, site in enumerate(self.sites):
+            own = [
+                n for n in self.parameter.names if site.scope and n.rpartition(".")[0] == site.scope
+            ]
+            options = [*own, f"op:{site.op}"]
+            alone = (u for u in options if [s.id for s in self.sites if applies(u, s)] == [site.id])
+            result.append(next(alone, f"call:{i}"))
+        return tuple(result)
+
+    def named_use(self, name: str, *, lookup: bool) -> str:
+        """The use that one name of a tied tensor means: its own module's, else the matmul's.
+
+        Of an update of a lookup it is the lookup, whatever the name.
+        """
+        scope = name.rpartition(".")[0]
+        if not lookup and any(s.scope == scope for s in self.sites):
+            return name
+        op = ""
+        for site in (s for s in self.sites if (s.op == "embedding") == lookup):
+            for known in self.parameter.names:
+                if site.scope and known.rpartition(".")[0] == site.scope:
+                    return known
+            op = op or f"op:{site.op}"
+        return op
+
+    def of_use(self, use: str) -> Target | None:
+        """The target with some of its uses, under the key `NAME@USE`; None where it has none."""
+        known = use.startswith(("op:", "call:")) or use in self.parameter.names
+        if use.startswith("call:"):
+            sites = tuple(s for i, s in enumerate(self.sites) if use == f"call:{i}")
+        else:
+            sites = tuple(s for s in self.sites if known and applies(use, s))
+        if not sites:
+            return None
+        name, bracket, region = self.key.partition("[")
+        op = next((s.op for s in sites if s.op != "embedding"), "embedding")
+        return replace(self, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
+
+    def keys_of(self, sites: Iterable[Site]) -> tuple[str, ...]:
+        """Keys of the updates that reach some uses and no other; its own for all uses."""
+        left = {s.id for s in sites}
+        if all(s.id in left for s in self.sites):
+            return (self.key,)
+        calls = (f"call:{i}" for i in range(len(self.sites)))
+        names = (*self.modules, *(f"op:{o}" for o in self.uses), *calls)
+        known = [one for n in names if (one := self.of_use(n)) is not None]
+        reached = [(one.key, {s.id for s in one.sites}) for one in known]
+        result = [key for key, ids in reached if ids == left][:1]
+        for key, ids in reached if not result else ():
+            if ids <= left:
+                result.append(key)
+                left -= ids
+        return tuple(result)
+
+    def part(self, key: str, role: str = "") -> Target | None:
+        """The target of a key that names a region within this one; None where it names none."""
+        if base_name(key) not in self.parameter.names or key == base_name(key):
+            return None
+        try:
+            _, region = split_key(key, self.parameter.shape)
+        except ValueError:
+            return None
+        if len(region) != len(self.region) or not contains(self.region, region):
+            return None
+        layout = self.layout.narrow(relative(region, self.region))
+        if layout is None:
+            return None
+        name = make_key(self.parameter.name, region, self.parameter.shape)
+        found = role or next((r for r, k in self.parts if k == name), self.role)
+        return replace(self, key=name, region=region, layout=layout, role=found, parts=())
+
     def to_json(self, rank: int | None = None, alpha: float | None = None) -> Json:
         """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
         return {
@@ -238,3 +333,277 @@ def role_by_name(name: str) -> str:
     ('q', '')
     """
     return next((role for role, rule in _RULES if rule.search(name)), "")
+
+
+# Parts of a target: a region of its tensor as a target of its own.
+#
+# A fused weight (q, k, v in one matrix; gate and up; a stack of experts) is one target unless a
+# selector, a plan or an adapter asks for its parts. The part's factors are the whole's with zeros
+# around them, so every op that serves the whole serves a part:
+#
+#     ΔW[part] = s·b·a   ⇔   ΔW = s·pad(b)·pad(a)
+
+
+def overlap(r: Region, s: Region) -> bool:
+    """True when two regions of one tensor share an element."""
+    return all(a < d and c < b for (a, b), (c, d) in zip(r, s, strict=True))
+
+
+def contains(outer: Region, inner: Region) -> bool:
+    """True when a region lies within another."""
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))
+
+
+def relative(inner: Region, outer: Region) -> Region:
+    """The bounds of a region within another."""
+    return tuple((c - a, d - a) for (a, _), (c, d) in zip(outer, inner, strict=True))
+
+
+def check_disjoint(targets: Iterable[Target]) -> None:
+    """Raise where two regions of one tensor overlap at one of its uses."""
+    by_name: dict[str, list[Target]] = {}
+    for t in targets:
+        for other in by_name.setdefault(t.parameter.name, []):
+            common = {s.id for s in t.sites} & {s.id for s in other.sites}
+            if overlap(t.region, other.region) and (common or not t.sites):
+                raise LoraFxError(
+                    f"{other.key!r} and {t.key!r} share elements of one tensor",
+                    "regions of one parameter, and its uses, must not overlap",
+                )
+        by_name[t.parameter.name].append(t)
+
+
+def widen(
+    e: Ops[V], whole: Layout, narrow: Layout, start: tuple[int, ...], a: V, b: V, rank: int
+) -> tuple[V, V]:
+    """Factors of a part with zeros around them, as factors of the whole.
+
+    Args:
+        whole: Layout of the whole target.
+        narrow: Layout of the part.
+        start: Where the part begins, for each axis of the layouts' `shape`.
+        a: The factor [*batch, rank, in] of the part.
+        b: The factor [*batch, out, rank] of the part.
+        rank: The rank of both.
+    """
+    lead = len(whole.batch)
+
+    def spread(x: V, axes: tuple[int, ...], *, rank_first: bool) -> V:
+        order = (*whole.batch, *axes)
+        if all(whole.shape[i] == narrow.shape[i] for i in order):
+            return x
+        at = lead if rank_first else len(order)
+        before = [start[i] for i in order]
+        split = [narrow.shape[i] for i in order]
+        after = [whole.shape[i] - narrow.shape[i] - start[i] for i in order]
+        for values, filler in ((before, 0), (after, 0), (split, rank)):
+            values.insert(at, filler)
+        if len(axes) != 1:
+            x = e.op("reshape", x, shape=tuple(split))
+        x = e.op("pad", x, before=tuple(before), after=tuple(after))
+        if len(axes) != 1:
+            size = whole.in_size if rank_first else whole.out_size
+            side = (rank, size) if rank_first else (size, rank)
+            x = e.op("reshape", x, shape=(*whole.batch_shape, *side))
+        return x
+
+    return spread(a, whole.in_, rank_first=True), spread(b, whole.out, rank_first=False)
+
+
+# Which uses of a tied, shared or repeated tensor an update reaches.
+#
+# A tensor has one key, and by default one update for all its uses. A use is named by
+#
+# ==========  ===================================================================
+# alias       a name of the parameter: the uses inside that name's module
+# op:NAME     the uses by that op
+# call:N      the N-th use in execution order, from 0
+# ==========  ===================================================================
+#
+# A key without `@` is an update of all uses, and `NAME@USE` one of these uses alone, so that
+# another use of the tensor can have an update of its own. `LowRank.use` says the same where an
+# update is not bound to a model: there a key is a file's name of a module.
+
+
+def applies(use: str, site: Site) -> bool:
+    """True when an update with this `use` reaches a site of its target."""
+    if not use or use.startswith("call:"):  # a call is in the key, and its target has no other site
+        return True
+    if use.startswith("op:"):
+        return site.op == use[3:]
+    return site.scope == use.rpartition(".")[0]
+
+
+def own_use(key: str) -> str:
+    """What `LowRank.use` says of a key's use: nothing of a call, which no other place can tell."""
+    use = split_use(key)[1]
+    return "" if use.startswith("call:") else use
+
+
+# What find saw of a model: targets, refusals, parameters out of reach.
+
+
+@dataclass(frozen=True)
+class Found:
+    """What find saw of a model, in definition order.
+
+    Attributes:
+        targets: What can be adapted.
+        refusals: Uses of parameters that cannot, with the reason.
+        unreached: Parameters of two or more dimensions that no weight matmul uses.
+        data_flops: FLOPs of the matmuls between activations, at the example's sizes.
+        pinned: Dimensions that the capture had to fix.
+        ranges: The sizes that the captured graph is true for; elsewhere another one is captured.
+        notes: What had to be said on the way.
+        optional: Weights that are refused by default only: `include` can name them.
+        shapes: Stored shape by parameter name, aliases too.
+    """
+
+    targets: tuple[Target, ...]
+    refusals: tuple[Refusal, ...] = ()
+    unreached: tuple[Unreached, ...] = ()
+    data_flops: int = 0
+    pinned: tuple[Any, ...] = ()
+    ranges: tuple[Condition, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+    optional: tuple[Target, ...] = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, key: str) -> Target:
+        """The target of a key, of one of its aliases, of a region within it, or of one use."""
+        target = self.get(key)
+        if target is None:
+            raise LoraFxError(f"{key!r} is no target of the model", near(key, self.by_key))
+        return target
+
+    def get(self, key: str) -> Target | None:
+        """The target of a key, as by indexing; None where there is none."""
+        whole = self.by_key.get(key)
+        if whole is not None:
+            return whole
+        plain, use = split_use(key)
+        if use:
+            shared = self.get(plain)
+            return None if shared is None else shared.of_use(use)
+        if not key.endswith("]"):
+            return None
+        every = (t.part(key) for t in (*self.targets, *self.optional))
+        return next((t for t in every if t is not None), None)
+
+    @property
+    def by_key(self) -> Mapping[str, Target]:
+        """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
+        every = (*self.targets, *self.optional)
+        names = {a: t for t in every if "[" not in t.key for a in t.parameter.aliases}
+        return {**names, **{t.key: t for t in every}}
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """FLOPs of one forward that targets reach, that no branch does, and between activations."""
+        return {
+            "reached": sum(t.flops for t in self.targets),
+            "refused": sum(r.flops for r in self.refusals),
+            "data": self.data_flops,
+        }
+
+    @property
+    def reached_share(self) -> float:
+        """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
+        flops = self.flops
+        total = flops["reached"] + flops["refused"]
+        unknown = any("insert" in r.verbs for r in self.refusals)  # a product of unknown size
+        return flops["reached"] / total if total else float(not unknown)
+
+    def to_json(self) -> Json:
+        """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
+        return {
+            "targets": [t.to_json() for t in self.targets],
+            "refusals": [r.to_json() for r in self.refusals],
+            "unreached": [u.to_json() for u in self.unreached],
+            "pinned": [p.to_json() for p in self.pinned],
+            "ranges": [c.to_json() for c in self.ranges],
+            "flops": self.flops,
+            "reached_share": round(self.reached_share, 6),
+        }
+
+    def __repr__(self) -> str:
+        """The targets and their shapes, and how much cannot be adapted."""
+        shapes = [f"{t.key} {list(t.parameter.shape)}" for t in self.targets]
+        return f"Found({some(shapes) or 'no target'}; {len(self.refusals)} refusals)"
+
+    def _repr_html_(self) -> str:
+        """The table of targets, for notebooks."""
+        return html(f"{len(self.targets)} targets", self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
+        total = max(1, self.flops["reached"] + self.flops["refused"])
+        formats = any(t.parameter.format for t in self.targets)
+        head += ("format",) * formats
+        rows = [
+            (
+                t.key,
+                "+".join(t.uses),
+                "×".join(map(str, (*t.layout.batch_shape, t.layout.in_size))),
+                str(t.layout.out_size),
+                str(len(t.sites)),
+                f"{t.flops / total:6.1%}",
+                t.role or "+".join(r or "?" for r, _ in t.parts),
+                "yes" if t.default else f"no: {t.why_not}",
+                *(f"{t.parameter.format} {t.parameter.bits or ''}".strip(),) * formats,
+            )
+            for t in self.targets
+        ]
+        return [head, *rows]
+
+    def __str__(self) -> str:
+        """A table for people."""
+        total = max(1, self.flops["reached"] + self.flops["refused"])
+        lines = table(self._rows()) if self.targets else ["no target"]
+        if any(t.sites for t in self.targets):
+            lines.append(
+                f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
+                f"({human(self.flops['reached'])} of {human(total)}; "
+                f"between activations {human(self.data_flops)})"
+            )
+        lines += [f"also read: {t.said}" for t in self.targets if t.said]
+        coded = [r for r in self.refusals if r.verbs and "insert" not in r.verbs]
+        if coded:
+            more = f" and {len(coded) - 1} more" * (len(coded) > 1)
+            verbs = " or ".join(coded[0].verbs)
+            lines.append(f"no {verbs}, only branches: {coded[0].key}{more}: {coded[0].reason}")
+        rest = [r for r in self.refusals if r not in coded]
+        lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in rest]
+        lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
+        lines += [f"pinned: {p}" for p in self.pinned]
+        lines += [f"captured for: {c}" for c in self.ranges]
+        lines += [f"note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A use of a parameter that cannot be adapted, and why; `verbs` refuse it even by its name."""
+
+    key: str
+    op: str
+    reason: str
+    flops: int = 0
+    verbs: tuple[str, ...] = ("insert", "attach", "fold", "merge", "export")
+
+    def to_json(self) -> Json:
+        """One row of `refusals[]`."""
+        return {**vars(self), "verbs": list(self.verbs)}
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """A parameter of two or more dimensions that no weight matmul uses."""
+
+    key: str
+    shape: tuple[int, ...]
+    reason: str
+
+    def to_json(self) -> Json:
+        """One row of `unreached[]`."""
+        return {**vars(self), "shape": list(self.shape)}

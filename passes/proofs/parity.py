@@ -7,14 +7,19 @@ their own epsilon, and by the adapter's effect.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
@@ -39,7 +44,8 @@ from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
-from lora_fx.fx.tensors import has_values, to_numpy
+from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
+from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
 from lora_fx.inputs import Extents, Inputs, Named
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.progress import stage
@@ -206,6 +212,8 @@ def _narrow(reference: CapturedModule) -> set[str]:
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
+SEEDS = (0, 1, 2)
+"""Of the inputs, and of the moves of weights, by which a model's rounding is told."""
 FEW = 8
 """Numbers of an output, a loss, of which three moves of the weights tell too little."""
 
@@ -214,7 +222,6 @@ def own_errors(
     model: CapturedModule,
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
-    seeds: Sequence[int] = (0, 1, 2),
 ) -> Iterator[dict[str, float]]:
     """Per output, how far rounding moves a model's values: the largest so far of several inputs.
 
@@ -226,14 +233,16 @@ def own_errors(
     sizes = model.captured.inputs.checks if sizes is None else sizes
     example = model._in_own_dtype()
     calls: list[Callable[[], Named]]
-    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in seeds]
+    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in SEEDS]
     if arrays is not None:
         calls.insert(0, partial(model.sample, sizes[0], arrays))
     elif is_real(example):  # what is drawn need not fit
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
-    drawn = random_ops(model.graph(False).graph)  # in fp64 torch draws other numbers
-    exactly: Callable[[Named], dict[str, Array]] = model.flat if drawn else _wide(model)
+    graph = model.graph(False).graph
+    exactly: Callable[[Named], dict[str, Array]] = model.flat
+    if not random_ops(graph):  # in fp64 torch draws other numbers
+        exactly = _wide(model, graph)
     runs: list[tuple[Named, dict[str, Array]]] = []
     for call in calls:
         try:
@@ -248,30 +257,31 @@ def own_errors(
         except (RuntimeError, TypeError, ValueError):
             exactly, exact = model.flat, ours
         runs.append((named, exact))
-        yield _grow(worst, ours, exact)
+        yield grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
-    for seed in range(4 * len(seeds)) if few else seeds:
+    for seed in range(4 * len(SEEDS)) if few else SEEDS:
         _move(model, moved, seed)
         for named, values in runs:
-            yield _grow(worst, moved.flat(named), values)
+            yield grow(worst, moved.flat(named), values)
 
 
-def _grow(
+def grow(
     worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
 ) -> dict[str, float]:
+    """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
         found = rel(value, exact[name])
         worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
     return worst
 
 
-def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
-    """The eval graph in fp64: every float is one, and every cast to a narrower one is to fp64.
+def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
+    """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
-    run = Wide(model, graph=model.graph(False).graph)
+    run = Wide(model, graph=graph)
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
@@ -286,20 +296,22 @@ def _wide(model: CapturedModule) -> Callable[[Named], dict[str, Array]]:
 class Wide(fx.Interpreter):
     """A graph in fp64."""
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What the graph holds, in fp64."""
-        return self.read(super().get_attr(target, args, kwargs))
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64."""
-        args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
+        if target is not torch.ops.aten.embedding.default:
+            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
+        return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
-        """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-        if isinstance(x, torch.dtype):
-            return torch.float64 if x.is_floating_point else x
-        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        """See widened."""
+        return widened(x)
+
+
+def widened(x: Any) -> Any:
+    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -307,9 +319,15 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            if p.is_floating_point():
-                signs = torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1
-                q.copy_(p * (1 + signs * torch.finfo(p.dtype).eps / 2))
+            q.copy_(nearby(p, generator))
+
+
+def nearby(x: Any, generator: torch.Generator) -> Any:
+    """A tensor with every float moved by half a unit of its last place, up or down."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
 
 
 def torch_run(module: CapturedModule) -> Run:
@@ -390,3 +408,188 @@ class TorchReference:
         if self._last[0] is not adapter:
             self._last = (adapter, self.branched(adapter).eval())
         return self._last[1]
+
+
+# A training step is torch's: ONNX Runtime's loss, gradients and update at every size.
+#
+# What it has to equal is the train program, not rewritten, run with autograd and followed by
+# torch.optim. A and B are drawn, so that every gradient has something to say; the optimizer's
+# states are of the size of the gradients, but zero at the first size, where m' is the gradient
+# itself. Gates are widened by the model's own rounding, as for any export: that of the same step in
+# fp64, and of weights moved by half a unit of their last place.
+
+
+LR, TAKEN, SEED = 1e-2, 3, 5
+"""The rate, the number of the step and the seed at which steps are compared."""
+DRAWN = 0.05
+"""The deviation of drawn elements of B."""
+MOVES = 12
+"""Times that every weight is moved by half a unit of its last place: a loss is one number."""
+DRAWS = 3
+"""Of A and B. Where rounding turns a ReLU, a gradient is another one: no proof can be had there."""
+
+
+def prove_step(
+    run: Run,
+    graph: TrainGraph,
+    slots: Sequence[Slot],
+    update: Update,
+    labelled: Callable[[Named], tuple[Named, Array]],
+    arrays: Named | None,
+) -> list[Parity]:
+    """Compare a step at every size; `run` gives {output: array} of {input: array}.
+
+    Args:
+        run: The file in ONNX Runtime.
+        graph: The train program, whose scales are the module's own.
+        slots: A and B of every update.
+        update: The optimizer's part.
+        labelled: The whole call of a batch without labels, and its labels.
+        arrays: A user's inputs instead of sampled ones.
+    """
+    results: list[Parity] = []
+    owner, generator = graph.module, np.random.default_rng(0)
+    for named, _, extra in feeds_of(owner, arrays):
+        try:
+            named, labels = labelled(named)
+        except (IndexError, RuntimeError, ValueError) as e:
+            if not extra:
+                raise
+            leave_out(owner, shapes_of(arrays_of(named)), f"the model does not run there: {e}")
+            continue
+        feeds = {**arrays_of(named), "labels": labels}
+        shapes = shapes_of(feeds)
+        if refused := graph.traced.door.refused(pytree.tree_leaves(dict(named))):
+            leave_out(owner, shapes, f"another path: {refused.message}")
+            continue
+        step = _Torch(graph, slots, update)
+        for draw in range(DRAWS):
+            held = {
+                s.name: _drawn(s, attrgetter(s.tensor)(graph.flat), generator, draw) for s in slots
+            }
+            numbers = {"step": np.array(TAKEN, np.int64), "seed": np.array(SEED, np.int64)}
+            given = {**feeds, **held, **numbers, "lr": np.array(LR, np.float32)}
+            sizes = step.gradients(given)
+            for s in (s for s in slots if s.trained) if STATES[update.optimizer] else ():
+                size = max(float(np.sqrt(np.mean(sizes[s.name] ** 2))), 1e-6)
+                moved = 0.5 * bool(results) * size
+                m = moved * generator.standard_normal(held[s.name].shape)
+                v = size**2 * generator.uniform(0.5, 1.5, m.shape)
+                given |= {f"{s.name}.m": m.astype(np.float32), f"{s.name}.v": v.astype(np.float32)}
+            expected, known = step(given), dict[str, float]()
+            gates = {n: Gate(ORT_TOL, CEILING) for n in expected}
+            own = partial(_rounding, step, given, expected, known)
+            with stage(f"comparing a step at {sizes_text(shapes)}"):
+                found = compare_fairly(run(given), expected, shapes, gates, own, of="step")
+            if found.ok or 4 * known.get(found.output, 0.0) < CEILING:
+                break
+        results.append(found)
+    return results
+
+
+def _rounding(
+    step: _Torch,
+    given: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    known: dict[str, float],
+) -> Iterator[dict[str, float]]:
+    """How far rounding moves each output, written into `known`: at first that of fp32 itself."""
+    exact = replace(step, wide=True)(given)
+    yield grow(known, expected, exact)
+    for seed in range(MOVES):
+        yield grow(known, replace(step, seed=seed)(given), exact)
+
+
+def _drawn(slot: Slot, tensor: Tensor, generator: np.random.Generator, draw: int) -> Array:
+    """At first what the module has, B drawn where it is 0; then moved. As the file has them."""
+    start = np.swapaxes(to_numpy(tensor.detach()), -1, -2) * np.float32(slot.scale)
+    drawn = generator.standard_normal(start.shape) * DRAWN
+    moved = start if start.any() and not draw else start + drawn
+    return np.ascontiguousarray(moved, np.float32)
+
+
+@dataclass(frozen=True)
+class _Torch:
+    """The step by autograd and torch.optim, in fp32 or fp64, or of weights moved by a seed."""
+
+    graph: TrainGraph
+    slots: Sequence[Slot]
+    update: Update
+    wide: bool = False
+    seed: int | None = None
+
+    def gradients(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """∂L of the module's own tensors, by the names of slots."""
+        held, _ = self._backward(given)
+        return {n: to_numpy(w.grad) for n, w in held.items() if w.grad is not None}
+
+    def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs of a step."""
+        held, loss = self._backward(given)
+        trained = [s for s in self.slots if s.trained]
+        adam = self.update.optimizer == "adamw"
+        if self.update.clip:
+            torch.nn.utils.clip_grad_norm_([held[s.name] for s in trained], self.update.clip)
+        groups = [{"params": [held[s.name]], "lr": LR * s.rate} for s in trained]
+        kind: Any = torch.optim.AdamW if adam else torch.optim.SGD
+        optimizer = kind(groups, lr=LR, weight_decay=self.update.weight_decay)
+        for s in trained if adam else ():
+            moments = {n: self._own(given[f"{s.name}.{x}"])
+                       for n, x in (("exp_avg", "m"), ("exp_avg_sq", "v"))}  # fmt: skip
+            optimizer.state[held[s.name]] = {"step": torch.tensor(TAKEN - 1.0), **moments}
+        optimizer.step()
+        made = {"loss": to_numpy(loss.detach())}
+        for s in trained:
+            w = held[s.name]
+            made[f"{s.name}.next"] = np.swapaxes(to_numpy(w.detach()), -1, -2) * s.scale
+            for n, x in (("exp_avg", "m"), ("exp_avg_sq", "v")) if adam else ():
+                made[f"{s.name}.{x}.next"] = np.swapaxes(to_numpy(optimizer.state[w][n]), -1, -2)
+        return made
+
+    def _backward(self, given: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensors of the module by the names of slots, with gradients, and the loss."""
+        held = {s.name: (self._own(given[s.name]) / s.scale).requires_grad_(s.trained)
+                for s in self.slots}  # fmt: skip
+        by_tensor = {s.tensor: held[s.name] for s in self.slots}
+        run = _Run(self.graph.flat, by_tensor, self.wide, self.seed)
+        inputs = [torch.tensor(given[n]) for n in self.graph.names]
+        labels = torch.tensor(given["labels"])
+        wide = _WideLoss() if self.wide else contextlib.nullcontext()
+        with torch.enable_grad(), alike(self.graph.module), wide:
+            loss = self.graph.loss(run, [run.read(x) for x in inputs], run.read(labels))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return held, loss
+
+    def _own(self, array: Array) -> Tensor:
+        """An array of the file as the module lays it out."""
+        dtype = np.float64 if self.wide else np.float32
+        return from_numpy(np.swapaxes(array, -1, -2).astype(dtype))
+
+
+class _WideLoss(TorchFunctionMode):
+    """A loss in fp64: one that takes scores in float32 would round them as the fp32 step does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
+        args, kwargs = fx.node.map_aggregate((args, dict(kwargs or {})), widened)
+        return func(*args, **kwargs)
+
+
+class _Run(Wide):
+    """A train program over tensors of its own by name, in fp32 or fp64."""
+
+    def __init__(
+        self, module: fx.GraphModule, tensors: Mapping[str, Tensor], wide: bool, seed: int | None
+    ) -> None:
+        super().__init__(module)
+        self.tensors, self.wide = tensors, wide
+        self.moves = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.tensors:
+            return self.tensors[target]
+        held = super().get_attr(target, args, kwargs)
+        return nearby(held, self.moves) if self.moves else held
+
+    def read(self, x: Any) -> Any:
+        return super().read(x) if self.wide else x

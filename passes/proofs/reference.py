@@ -2,24 +2,24 @@
 
 Of an .onnx file, run in ONNX Runtime, it is made here, without torch; parity.py has that of a
 captured model. The branches' factors are inputs, so that adapters of the same keys and ranks share
-one session.
+one session. The rows of a batch graph are compared with it here, and the tensors of a merged file
+with those of its base.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, slots_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -27,6 +27,7 @@ from lora_fx.compare import (
     Gate,
     Parity,
     compare_fairly,
+    demand,
     gates_of,
     narrow_gate,
     rel,
@@ -36,17 +37,23 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.view import Cast
+from lora_fx.ir.graph import Role
+from lora_fx.ir.layout import Cast
+from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.onnx.batch import IDS, SCALES
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
+from lora_fx.onnx.load import load
+from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
 from lora_fx.passes.find import find
+from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
 from lora_fx.progress import stage
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Found, Target
 from lora_fx.text import Json
 
 STEP = 2.0**-8
@@ -56,7 +63,15 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class Reference(Protocol):
-    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime."""
+    """A model whose graph was not rewritten: in torch, or a file in ONNX Runtime.
+
+    Attributes:
+        ceiling: The widest gate that rounding can ask for.
+        mixes: True where activations of a whole batch share a range, so that no row is alone.
+    """
+
+    ceiling: float
+    mixes: bool
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -71,14 +86,6 @@ class Reference(Protocol):
 
     def guards(self) -> tuple[Condition, ...]:
         """The conditions outside which a file of this model may be another model."""
-
-    @property
-    def ceiling(self) -> float:
-        """The widest gate that rounding can ask for."""
-
-    @property
-    def mixes(self) -> bool:
-        """True where activations of a whole batch share a range, so that no row is alone."""
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """Inputs by their ONNX names, symbols at (batch, other); a user's own where given."""
@@ -125,8 +132,10 @@ class OnnxReference:
                     f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
                 )
         rough = graph is not None and rounds_activations(graph.model)
-        self._step = STEP if rough else 0.0
-        self._made: dict[Any, Path] = {}
+        self._step, self.ceiling = (STEP, COARSE) if rough else (0.0, CEILING)
+        self.mixes = graph is not None and shares_ranges(graph.model)
+        self._names = [o.name for o in session.session.get_outputs()]
+        self._made: dict[tuple[object, ...], Path] = {}
         self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
 
     @property
@@ -142,16 +151,6 @@ class OnnxReference:
     def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""
         return ()
-
-    @property
-    def ceiling(self) -> float:
-        """See Reference."""
-        return COARSE if self._step else CEILING
-
-    @property
-    def mixes(self) -> bool:
-        """See Reference."""
-        return self.graph is not None and shares_ranges(self.graph.model)
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
@@ -171,7 +170,7 @@ class OnnxReference:
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
         """
-        worst: dict[str, float] = dict.fromkeys(self._outputs_of(), self._step)
+        worst: dict[str, float] = dict.fromkeys(self._names, self._step)
         yield worst
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates, moved=True) if updates else None
@@ -228,9 +227,8 @@ class OnnxReference:
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        names = self._outputs_of()
         try:
-            values = session.session.run(names, dict(feeds))
+            values = session.session.run(self._names, dict(feeds))
         except Exception as e:  # the runtime's exceptions have no common base
             known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
             text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
@@ -238,10 +236,7 @@ class OnnxReference:
                 f"the model does not run at {text}: {one_line(e, 160)}",
                 "give real data with --inputs FILE.npz",
             ) from e
-        return dict(zip(names, values, strict=True))
-
-    def _outputs_of(self) -> list[str]:
-        return [o.name for o in self.session.session.get_outputs()]
+        return dict(zip(self._names, values, strict=True))
 
     def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None
@@ -258,10 +253,8 @@ class OnnxReference:
 
     def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
-        key = (
-            moved,
-            *((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items()),
-        )
+        rows = ((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items())
+        key = (moved, *rows)
         if key not in self._made:
             assert self.graph is not None
             graph = self.graph.clone()
@@ -297,3 +290,215 @@ def reference_of(
     """The reference of a file, and room for its variants while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
         yield OnnxReference(graph, source, provider, Path(folder), arrays)
+
+
+# Rows of a batch graph: every row of mixed batches equals its adapter alone.
+#
+# Every adapter and the base run unfolded, in the reference, on the rows that they got in shuffled,
+# mixed batches; an id is repeated. The reference runs on the row itself, twice over, so that
+# nothing of the other rows is in it.
+
+
+AT_ONCE = 16
+"""Rows of one batch of the check."""
+
+
+def prove_rows(
+    run: Run,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    rowed: Sequence[str],
+    *,
+    fixed: bool,
+    scales: bool,
+) -> list[Parity]:
+    """Every id at least once, row by row.
+
+    Args:
+        run: {input: array} → {output: array}, of the batch graph.
+        reference: The model without adapters.
+        adapters: Bound, in the order of their ids.
+        rowed: Inputs that have the batch dimension.
+        fixed: The inputs are a user's own: one size.
+        scales: The graph takes weights by row.
+
+    Raises:
+        NoEffectError: A row that differs.
+    """
+    if reference.mixes:
+        return list(_together(run, reference, adapters, rowed, scales=scales))
+    batches = list(_batches(reference, len(adapters), rowed, fixed))
+    rng = np.random.default_rng(1)
+    got, weights = [], []
+    for feeds, ids in batches:
+        w = rng.uniform(0.5, 1.5, len(ids)).astype(np.float32) if scales else np.ones(len(ids))
+        weights.append(w)
+        got.append(run({**feeds, IDS: ids, **({SCALES: w} if scales else {})}))
+    wanted: list[dict[int, dict[str, Array]]] = [{} for _ in batches]
+    for i, adapter in enumerate([None, *adapters.values()]):
+        for k, (feeds, ids) in enumerate(batches):
+            for row in map(int, np.flatnonzero(ids == i)):
+                given = adapter.weighted(float(weights[k][row])) if adapter and scales else adapter
+                two = partial(np.repeat, repeats=2, axis=0)
+                alone = {n: two(v[row : row + 1]) if n in rowed else v for n, v in feeds.items()}
+                wanted[k][row] = {n: v[:1] for n, v in reference.run(given)(alone).items()}
+    names = ["", *adapters]
+    found = []
+    for k, (feeds, ids) in enumerate(batches):
+        # all rows at once: what one row rounds by may be large beside its own numbers
+        whole = {
+            n: np.concatenate([wanted[k][r][n] for r in range(len(ids))]) for n in wanted[k][0]
+        }
+        own = partial(_own_errors, reference, [adapters[names[i]] if i else None for i in {*ids}])
+        parity = compare_fairly(
+            got[k], whole, {n: v.shape for n, v in feeds.items()},
+            gates_of(whole, reference.ceiling), own, of="mixed batch",
+        )  # fmt: skip
+        found.append(parity)
+        if not parity.ok:
+            ours, theirs = got[k][parity.output], whole[parity.output]
+            row = int(np.argmax([rel(ours[r], theirs[r]) for r in range(len(ids))]))
+            whose = f"{names[ids[row]] or 'the base'!r} (id {ids[row]})"
+            demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
+    return found
+
+
+def _own_errors(
+    reference: Reference, adapters: Sequence[Adapter | None]
+) -> Iterator[Mapping[str, float]]:
+    """Per output, how far rounding moves any of these: the more, the longer it is asked."""
+    worst: dict[str, float] = {}
+    for adapter in adapters:
+        for found in reference.own_errors(adapter):
+            worst |= {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
+            yield worst
+
+
+def _together(
+    run: Run,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    rowed: Sequence[str],
+    *,
+    scales: bool,
+) -> Iterator[Parity]:
+    """Every id for a whole batch, and a mixed one with its rows in another order.
+
+    For models whose activations have one range over all rows: a row alone is another row there.
+    """
+    feeds = reference.feeds((4, SIZES[0][1]))
+    rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+    weight = 0.75 if scales else 1.0
+    more = {SCALES: np.full(rows, weight, np.float32)} if scales else {}
+    shapes = {n: v.shape for n, v in feeds.items()}
+    ids = np.arange(rows, dtype=np.int64) % (len(adapters) + 1)
+    back = {n: v[::-1].copy() if n in rowed else v for n, v in feeds.items()}
+    turned = {n: v[::-1] for n, v in run({**back, IDS: ids[::-1].copy(), **more}).items()}
+    tried: list[tuple[str, Adapter | None, Named]] = [("mixed rows", None, turned)]
+    expected: list[Named] = [run({**feeds, IDS: ids, **more})]
+    for i, (name, adapter) in enumerate({"the base": None, **adapters}.items()):
+        adapter = adapter.weighted(weight) if adapter and scales else adapter
+        tried.append((name, adapter, run({**feeds, IDS: np.full(rows, i, np.int64), **more})))
+        expected.append(reference.run(adapter)(feeds))
+    for (name, adapter, ours), wanted in zip(tried, expected, strict=True):
+        own, gates = partial(reference.own_errors, adapter), gates_of(wanted, reference.ceiling)
+        parity = compare_fairly(ours, wanted, shapes, gates, own, of=name)
+        demand([parity], "a batch differs")
+        yield parity
+
+
+def _batches(
+    reference: Reference, count: int, rowed: Sequence[str], fixed: bool
+) -> Iterator[tuple[dict[str, Array], Array]]:
+    """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
+    lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
+    order = np.random.default_rng(0).permutation(count + 1)
+    todo = [*order.tolist(), int(order[-1]) or 1, 0]
+    number = 0
+    while todo or (not fixed and number < len(lengths)):
+        rows = min(max(len(todo), 4), AT_ONCE)
+        feeds = reference.feeds((rows, lengths[number % len(lengths)]), number)
+        rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+        part, todo = todo[:rows], todo[rows:]
+        part += [int(order[(number + j) % len(order)]) for j in range(rows - len(part))]
+        number += 1
+        yield feeds, np.array(part, np.int64)
+    last = int(order[order > 0][-1])
+    for pattern in ((last, 0, 0, last), (last, last)):  # few adapters share one product
+        feeds = reference.feeds((len(pattern), SIZES[0][1]), number)
+        rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+        yield feeds, np.array([pattern[j % len(pattern)] for j in range(rows)], np.int64)
+
+
+# A merged .onnx file, tensor by tensor: nothing is run.
+#
+# What no update touches has the base's bytes, and rows of everything else are computed again in
+# fp64.
+
+
+PROOF_ROWS = 4
+"""Rows of every touched tensor that are computed again."""
+
+
+def prove_merge(
+    temporary: Path,
+    target: Path,
+    before: Named,
+    changed: set[str],
+    found: Found,
+    matched: Matched,
+    fold: Fold,
+) -> OnnxGraph:
+    """Open what was written, and compare it with what it has to be."""
+    written = OnnxGraph(load(temporary))
+    for name in before:
+        if name not in changed and not same_bytes(written.reader(name)(), before[name]()):
+            raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
+    for name, wrong in _wrong_rows(written, before, found, fold):
+        raise LoraFxError(
+            f"{target}: not written: {name!r} is off by {wrong:.2e}",
+            "was the base changed meanwhile? if not, this is a mistake of lora-fx",
+        )
+    for name, value in matched.whole.items():
+        if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):
+            raise LoraFxError(
+                f"{target}: not written: {name!r} is not the adapter's",
+                "report this: it is a mistake of lora-fx",
+            )
+    return written
+
+
+def _wrong_rows(
+    written: OnnxGraph, before: Named, found: Found, fold: Fold
+) -> Iterator[tuple[str, float]]:
+    rng = np.random.default_rng()
+    idents = {f"{f.parameter}|{'|'.join(f.keys)}": f for f in fold.report}
+    for name in dict.fromkeys(fold.applied.values()):  # parts of one tensor lie in one constant
+        parts = [idents[i] for i, stored in fold.applied.items() if stored == name]
+        if (moved := fold.moved.get(parts[0].keys[0])) is not None:
+            yield from _wrong_zeros(written, name, *moved)
+            continue
+        pairs = [(found[k], fold.updates[k]) for f in parts for k in f.keys]
+        base, got = before[parts[0].parameter](), written.reader(name)()
+        if base.ndim != 2:
+            rows = slice(None)
+        else:
+            first = int(rng.integers(0, max(1, base.shape[0] - PROOF_ROWS + 1)))
+            rows = slice(first, min(base.shape[0], first + PROOF_ROWS))
+        exact = fold_rows(base, pairs, rows)
+        eps = EPSILON.get(base.dtype.name, 8 * 2.0**-23 if base.dtype == np.float32 else 2.0**-40)
+        size = np.abs(exact).max(initial=0.0) + np.abs(base[rows].astype(np.float64)).max(initial=0)
+        gap = float(np.abs(got[rows].astype(np.float64) - exact).max(initial=0.0))
+        if not gap <= eps * size:
+            yield name, gap
+
+
+def _wrong_zeros(
+    written: OnnxGraph, name: str, old: ZeroPoints, delta: Array
+) -> Iterator[tuple[str, float]]:
+    """Zero points of codes that are not the old ones less Δ/scale."""
+    zero = written.reader(name)().astype(np.float64) if delta.any() else old.zero
+    size = (np.abs(zero) + np.abs(old.zero.astype(np.float64))) * np.abs(old.scale)
+    gap = np.abs(old.change(zero) - delta)
+    if not (gap <= EPSILON.get(old.scale.dtype.name, 2.0**-23) * size).all():
+        yield name, float(gap.max())

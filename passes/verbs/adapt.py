@@ -1,16 +1,23 @@
-"""The public verbs: capture and passes composed. lora_fx/__init__.py only names them."""
+"""find, insert and fold, of a model of torch or of an .onnx file: capture and passes composed."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from lora_fx.adapter.adapter import bind
-from lora_fx.adapter.initial import Init
-from lora_fx.adapter.variant import VariantName
-from lora_fx.errors import LoraFxError
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.lowrank import LowRank, slots_of
+from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial
+from lora_fx.compare import Report, demand
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -19,16 +26,21 @@ from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.ir.graph import Graph
+from lora_fx.ir.graph import Role
+from lora_fx.onnx.manifest import PROPERTY, listed
+from lora_fx.onnx.names import named_graph
+from lora_fx.onnx.save import EXTERNAL_OVER, output
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.verbs.build_module import build_module, found_in, learnt
-from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
-from lora_fx.passes.verbs.quantise import Wanted, quantised
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.verbs.open import Wanted, build_module, captured_of, found_in, opened, quantised
+from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
+from lora_fx.targets.target import Found
 
 
 def find(
@@ -50,8 +62,7 @@ def find(
         training: Look at the train graph; the result is the same.
     """
     if isinstance(model, CapturedModule):
-        graph: Graph[Any] = model.graph(training)
-        return replace(find_graph(graph), **{**learnt(model.captured), "notes": ()})
+        return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
         return find_graph(model)
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
@@ -106,7 +117,7 @@ def insert(
             it is left out, and said. keep: it is said. auto: an error if include or plan named
             it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
         init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
-            lora-ga, see lora_fx.adapter.initial. The base is never changed.
+            lora-ga, see lora_fx.adapter.variant. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: ce, mse, or a function of (output, labels), for lora-ga.
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:
@@ -189,3 +200,100 @@ def fold(
     module.folded = tuple(rewrite.report)
     assert isinstance(module, FoldedModule)
     return module
+
+
+# insert for .onnx files: branches of trainable shapes beside the weights, and a list of them.
+#
+# A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
+# is proven, and that a B other than zero moves the outputs, target by target. A and B are
+# initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs;
+# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.manifest` reads them back.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxInsertOptions(BranchOptions):
+    """What an insert into an .onnx file is asked for.
+
+    Attributes:
+        inputs: Arrays by input name for the check, instead of sampled ones.
+        provider: auto, cpu or cuda.
+        external_over: Bytes of weights above which they go to a file of their own.
+        force: Replace an existing file.
+    """
+
+    inputs: Named | None = None
+    provider: str = "auto"
+    external_over: int = EXTERNAL_OVER
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise for a name that is not known, and for a start that reads data."""
+        super().__post_init__()
+        if self.init in OF_DATA:
+            raise LoraFxError(
+                f"init {self.init!r} starts from data, and an .onnx file has no gradients",
+                "kaiming, gaussian, orthogonal, pissa or olora",
+            )
+
+
+@remembering()
+@blaming
+def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **options: Any) -> Report:
+    """Write the file with untrained branches.
+
+    Args:
+        source: The file; it is not changed.
+        path: Where to write.
+        options: Those of OnnxInsertOptions; rank, plan and so on mean what they do in
+            `lora_fx.insert`. A dead target is one that changes no output.
+
+    Raises:
+        LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
+        NoEffectError: A target that changes no output; nothing is written.
+    """
+    asked = OnnxInsertOptions(**options)
+    source, target = Path(source), Path(path)
+    remember(source)
+    check_output(target, force=asked.force)
+    graph, _ = named_graph(source)
+    if PROPERTY in graph.model.metadata_props:
+        raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")
+    found = find_graph(graph)
+    plan = asked.planned(found)
+    updates, lowered = initial(found, plan, asked.variant, asked.seed, asked.init, graph.read)
+    notes = [*graph.notes, *plan.notes, *lowered, *(t for k in updates if (t := found[k].said))]
+    with reference_of(source, graph, asked.provider, asked.inputs) as reference:
+        if asked.dead != "allow":
+            idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
+            lost = asked.dead == "error" or len(idle) == len(updates)
+            if idle and lost and asked.dead != "keep":
+                raise NoEffectError(
+                    f"{idle[0]!r} and {len(idle) - 1} more change no output" if len(idle) > 1
+                    else f"{idle[0]!r} changes no output",
+                    "--dead drop leaves such targets out; --inputs gives real data",
+                )  # fmt: skip
+            told = "" if asked.dead == "keep" else "left out, "
+            notes += [f"{k}: {told}it changes no output" for k in idle]
+            updates = {k: u for k, u in updates.items() if not told or k not in idle}
+        rewritten = graph.clone()
+        Insert(updates, role=Role.TRAIN)(rewritten)
+        rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))
+        rewritten.lint()
+        with output(target, force=asked.force) as made:
+            made.save(rewritten.model, asked.external_over)
+            session = open_session(made.path, asked.provider)
+            parity = reference.prove(session.run, None, "base")
+            demand(parity, "untrained branches change the outputs")
+    notes += [session.note] if session.note else []
+    outputs = tuple(map(str, made.files))
+    slots = [slot for k, u in updates.items() for slot in slots_of(k, u)]
+    trained = sum(slot.value.size for slot in slots if slot.trained)
+    rows = [found[k].to_json(u.rank, u.alpha) for k, u in updates.items()]
+    details = {"targets": rows, "trained": trained}
+    return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
+
+
+def _visible(update: LowRank) -> LowRank:
+    """The update with a b that is not zero."""
+    b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
+    return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)

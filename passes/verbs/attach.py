@@ -17,10 +17,8 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import learning
-from lora_fx.adapter.initial import Init
-from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import VariantName
+from lora_fx.adapter.lowrank import LowRank, learning
+from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
@@ -37,27 +35,17 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import OtherReader, Site, T
-from lora_fx.ir.view import Permute, View
+from lora_fx.ir.graph import OtherReader, Parameter, Role, Site, T
+from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, changed
-from lora_fx.passes.proofs.attached import (
-    Explicit,
-    InGraph,
-    eval_mode,
-    prove_live,
-    prove_trained,
-    random_values,
-)
-from lora_fx.passes.verbs.build_module import found_in, start_of
+from lora_fx.passes.proofs import effect as proofs
+from lora_fx.passes.verbs.open import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
-from lora_fx.targets.found import Found
 from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.regions import applies
-from lora_fx.targets.target import Target, split_use
+from lora_fx.targets.target import Found, Target, applies, split_use
 
 
 @told
@@ -145,7 +133,7 @@ def attach(
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
     alone = recorded and not any(k.endswith("~") or u.use for k, u in updates.items())
-    probe = {k: random_values(k, u) for k, u in updates.items()}
+    probe = {k: proofs.random_values(k, u) for k, u in updates.items()}
     state = Attachment(
         model,
         planner,
@@ -160,14 +148,14 @@ def attach(
     try:
         state.install(probe)
         if updates:
-            reference: InGraph | Explicit
+            reference: proofs.InGraph | proofs.Explicit
             if cap is None or alone:
-                reference = Explicit(state, signature, named)
+                reference = proofs.Explicit(state, signature, named)
             else:
-                reference = InGraph(state, cap, Adapter(probe, learning(probe)))
-            prove_live(state, reference, probe)
+                reference = proofs.InGraph(state, cap, Adapter(probe, learning(probe)))
+            proofs.prove_live(state, reference, probe)
         if updates and options.dead != "allow":
-            idle = prove_trained(state, cap, signature, named, options.dead)
+            idle = proofs.prove_trained(state, cap, signature, named, options.dead)
             if idle:
                 state.say(*start.without(idle).notes[len(start.notes) :])
                 updates = {k: u for k, u in updates.items() if k not in idle}
@@ -225,7 +213,7 @@ def _partial(
         CaptureError: The model does not run on these inputs, or no graph shows a weight.
     """
     layers = keep_trainable(model)
-    with eval_mode(model):
+    with proofs.eval_mode(model):
         try:
             graphs = partial_graphs(model, lambda: model(*args, **(kwargs or {})))
         except Exception as e:

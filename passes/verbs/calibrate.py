@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fx.adapter.initial import matrix
+from lora_fx.adapter.variant import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
@@ -33,8 +33,7 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
 from lora_fx.targets.budget import STATISTICS, WIDE, Calibration, Moments, Sums
-from lora_fx.targets.regions import applies, contains, relative
-from lora_fx.targets.target import Target
+from lora_fx.targets.target import Target, applies, contains, relative
 
 Batch = Named
 

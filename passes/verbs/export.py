@@ -5,52 +5,46 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import CaptureError, LoraFxError, expect_path
+from lora_fx.errors import LoraFxError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
-from lora_fx.formats.io import AdapterLike
+from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
-from lora_fx.onnx.names import restore_weight_names
+from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external
 from lora_fx.onnx.triton import repository_of
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.merge import prove_merge
-from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.passes.verbs.export_files import by_name, write_batch, write_switch
+from lora_fx.passes.proofs.reference import prove_merge, reference_of
+from lora_fx.passes.verbs.export_files import by_name, optimise_file, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
-from lora_fx.passes.verbs.optimise import optimise_file
-from lora_fx.passes.verbs.options import (
-    ExportOptions,
-    Mode,
-    Precision,
-    Provider,
-    Selectors,
-    opened_adapters,
-)
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Provider, Selectors
 from lora_fx.progress import Listener, told
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
-    from lora_fx.passes.verbs.quantise import Wanted
+    from lora_fx.passes.verbs.open import Wanted
+
+
+Mode = Literal["merged", "switch", "load", "batch", "train"]
+Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
 @told
@@ -207,28 +201,20 @@ def export(
         return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.passes.verbs.export_torch import export_merged, export_slots
-    from lora_fx.passes.verbs.open import captured_of
+    from lora_fx.passes.verbs import export_torch
 
     if quantise and mode == "train":
         raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
-        from lora_fx.passes.verbs.quantise import quantised_base
-
         if precision is not None:
             raise LoraFxError(
                 f"precision {precision!r} beside quantise: both say how weights are stored",
                 "leave one out",
             )
-        model, adapters, said = quantised_base(
-            model,
-            adapters,
-            quantise,
-            lambda m: captured_of(m, args, kwargs, dynamic, repeat=repeat),
-        )
+        model, adapters, said = export_torch.quantised_base(model, args, kwargs, options, quantise)
         notes += said
         options = replace(options, adapters=adapters)
-    run = export_merged if mode == "merged" else export_slots
+    run = export_torch.export_merged if mode == "merged" else export_torch.export_slots
     if mode == "train":
         from lora_fx.passes.verbs.export_train import export_step
 
@@ -237,12 +223,35 @@ def export(
         report = run(model, args, kwargs, options)
         return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
-        if not may_help(model, e):
+        if not export_torch.may_help(model, e):
             raise
-        with eager(model) as again:
+        with export_torch.eager(model) as again:
             report = run(again, args, kwargs, options)
         failed = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*notes, *report.warnings, failed))
+
+
+def opened_adapters(
+    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
+) -> ExportAdapters | None:
+    """The adapters of an export, read where they are paths, which then are their names."""
+    if given is None or isinstance(given, Adapter):
+        return given
+    if mode == "merged" and isinstance(given, (str, PathLike)):
+        return as_adapter(given)
+    if isinstance(given, Mapping):
+        return {name: as_adapter(a) for name, a in given.items()}
+    every = [given] if isinstance(given, (str, PathLike)) else list(given)
+    paths = [a for a in every if isinstance(a, (str, PathLike))]
+    if len(paths) < len(every):
+        return [as_adapter(a) for a in every]
+    found: dict[str, Adapter] = {}
+    for path in paths:
+        name = adapter_name(path)
+        if name in found:
+            raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
+        found[name] = as_adapter(path)
+    return found
 
 
 # export of an .onnx file, from whatever framework, without torch.
@@ -264,9 +273,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     if options.mode == "merged":
         return _merged_file(source, options)
     adapters = by_name(options)
-    model = load(source)
-    renamed = restore_weight_names(model)
-    graph = OnnxGraph(model)
+    graph, renamed = named_graph(source)
     found = find(graph)
     bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
     said = [*graph.notes]
@@ -337,39 +344,3 @@ def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
     said = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, made.files))
     return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})
-
-
-# A second try with eager attention, where a model of transformers offers it.
-#
-# Some kernels of attention cannot be traced, or have no translation; the plain products of `eager`
-# compute the same. The model itself is as it was afterwards.
-
-
-REFUSED = "torch's ONNX exporter refused the model"
-"""How errors of the translation begin."""
-
-
-def may_help(model: object, error: LoraFxError) -> bool:
-    """True where the model could not be captured or translated, and has another attention."""
-    from lora_fx.fx.capture.capture import Captured  # opens torch, which .onnx files do without
-
-    source: Any = model.model if isinstance(model, Captured) else model
-    now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
-    failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
-    return failed and now not in (None, "eager") and hasattr(source, "set_attn_implementation")
-
-
-@contextlib.contextmanager
-def eager(model: Any) -> Iterator[Any]:
-    """The model with eager attention while the block runs; a capture is one of it, anew."""
-    from lora_fx.fx.capture.capture import Captured
-
-    source: Any = model.model if isinstance(model, Captured) else model
-    was = source.config._attn_implementation
-    source.set_attn_implementation("eager")
-    try:
-        if isinstance(model, Captured):
-            model = Captured(source, (), model.named, model.requested)
-        yield model
-    finally:
-        source.set_attn_implementation(was)

@@ -1,4 +1,4 @@
-"""export in modes switch, load and batch: the base graph with adapters, proven with each one.
+"""The files of export: a base with adapters to choose from, proven with each one; an optimised one.
 
 switch   A and B are inputs with defaults, chosen run by run
 load     A and B are initialisers in the data file, W + (A B)ᵀ is folded by ONNX Runtime when a
@@ -9,6 +9,7 @@ batch    every row of a batch picks an adapter of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,27 +22,30 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.inputs import SIZES
+from lora_fx.files.read import remember
+from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import copies_of
-from lora_fx.onnx.ranges import guard_within, say_within
+from lora_fx.onnx.load import load
+from lora_fx.onnx.manifest import guard_within, say_within
+from lora_fx.onnx.names import copies_of, mark_changed, restore_weight_names, strip_traces
+from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
-from lora_fx.onnx.session import Session, open_session, write_adapter
+from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature, write_adapter
+from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.batch import prove_rows
-from lora_fx.passes.proofs.reference import Reference, Run
+from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
-from lora_fx.targets.found import Found
-from lora_fx.targets.regions import own_use
-from lora_fx.targets.target import base_name
+from lora_fx.targets.target import Found, base_name, own_use
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
 
 RANK = 4
 """The rank of the random adapter that stands in where none is given."""
@@ -315,3 +319,56 @@ def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
     if isinstance(adapters, Mapping):
         return dict(adapters)
     return {f"adapter_{i}": a for i, a in enumerate(adapters, 1)}
+
+
+# optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
+#
+# The stages are lora_fx.onnx.stages.STAGES; a file's inputs come from its signature.
+
+
+def optimised(
+    model: ir.Model,
+    feeds: Sequence[Named],
+    provider: str,
+    stages: Mapping[str, Rewrite] | None = None,
+) -> tuple[ir.Model, list[RewriteStage]]:
+    """The model after the stages, with its weights' own names and no traces, and their rows."""
+    made, rows = apply_stages(model, feeds, stages, provider)
+    restore_weight_names(made)
+    strip_traces(made)
+    return made, rows
+
+
+@blaming
+def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report:
+    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
+
+    Args:
+        source: The file; it is not changed.
+        options: What export is asked for: the stages, a precision after them, or both.
+
+    Raises:
+        LoraFxError: The file does not load or run; nothing is written.
+    """
+    remember(source)
+    provider, precision = options.provider, options.precision
+    opened = load(source)
+    restore_weight_names(opened)
+    stored = opened.graph.initializers.items()
+    values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
+    session = open_session(source, provider)
+    feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
+    model, stages = optimised(opened, feeds, provider, None if options.optimise else {})
+    mark_changed(model, values)
+    said = [session.note] if session.note else []
+    if precision:
+        made = narrow(model, precision, feeds, provider, options.tol)
+        model = made.model
+        said.append(made.said(precision))
+    with options.output() as made_file:
+        made_file.save(model)
+    nodes = sum(1 for _ in model.graph.all_nodes())
+    rows = [s.to_json() for s in stages]
+    details = {"provider": session.provider, "mode": "optimised", "nodes": nodes, "stages": rows}
+    outputs = tuple(map(str, made_file.files))
+    return Report("export", True, (), outputs, tuple(said), details)

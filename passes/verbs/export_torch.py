@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 
 from lora_fx.adapter.adapter import Adapter, bind
-from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, demand
-from lora_fx.errors import LoraFxError
+from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
+from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import forms
-from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import (
-    mark_changed,
-    mask_by_infinity,
-    rename_dimensions,
-    restore_weight_names,
-    strip_traces,
-)
-from lora_fx.onnx.optimise.precision import GATES, at_level, in_bfloat16, narrow, widen
-from lora_fx.onnx.optimise.stages import RewriteStage
+from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
+from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
+from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
-from lora_fx.passes.verbs.export_files import (
-    by_name,
-    report_of,
-    save_within,
-    write_batch,
-    write_switch,
-)
-from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.optimise import optimised
-from lora_fx.passes.verbs.options import ExportOptions
-from lora_fx.targets.regions import applies, own_use
-from lora_fx.targets.target import Target, base_name
+from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
+from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
+from lora_fx.targets.target import Target, applies, base_name, own_use
 from lora_fx.text import Json
 
 
@@ -86,18 +76,17 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         warnings.append("bfloat16: ONNX Runtime's CPU has few ops for it")
     elif widen(made.model):
         warnings.append(WIDENED)
-    restore_weight_names(made.model, named_tensors(branched.captured.model)[0])
+    names = named_tensors(branched.captured.model)[0]
+    give_own_names(made.model, names, made.symbols)
     values = {n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]}
     mark_changed(made.model, values)
-    rename_dimensions(made.model, made.symbols)
-    strip_traces(made.model)
     model = made.model
     conditions = onnx_conditions(branched.conditions())
     stages: list[RewriteStage] = []
     wanted = feeds_of(branched, inputs) if options.optimise or precision in GATES else ()
     feeds = [f for _, f, extra in wanted if not extra]
     if options.optimise:
-        model, stages = optimised(model, feeds, provider)
+        model, stages = files.optimised(model, feeds, provider)
         mark_changed(model, values)
     tol = level_gate(options)
     if precision in GATES:
@@ -106,7 +95,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
         for model in (model, made.model):  # noqa: B020
-            told = save_within(made_file, model, conditions, guards(branched), options)
+            told = files.save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
             rewritten = any(s.kept for s in stages) and precision not in GATES
@@ -130,7 +119,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     details |= rows_of(branched.captured)
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
-    return report_of(made_file.files, session.provider, (*parity, *runtime), warnings, details)
+    parity += runtime
+    return files.report_of(made_file.files, session.provider, parity, warnings, details)
 
 
 def level_gate(options: ExportOptions) -> float:
@@ -162,6 +152,35 @@ def _branched(
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
+def quantised_base(
+    model: object,
+    args: Sequence[object],
+    kwargs: Named | None,
+    options: ExportOptions,
+    wanted: Wanted,
+) -> tuple[Captured, ExportAdapters | None, list[str]]:
+    """The quantised capture of what export is given, the adapters that ride on it, and notes.
+
+    A module that insert returned brings its own adapter where none are given.
+    """
+    model, adapters = opened(model), options.adapters
+    if isinstance(model, AdaptedModule) and adapters is None:
+        adapters = model.adapter()
+    given = files.named(adapters).values() if adapters else ()
+    every = [a for a in given if isinstance(a, Adapter)]
+    cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+    new = quantised(cap, wanted, {name for a in every for name in a.full})
+    with torch.no_grad():
+        before, after = (plain(c).flat(c.named) for c in (cap, new))
+    off = compare(after, before, {}, 1.0).rel
+    new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
+    base = Base()
+    for i, adapter in enumerate(every, 1):
+        base.check(adapter.metadata, new.model, f"adapter {i}" if len(every) > 1 else "the adapter")
+    new.notes += base.said
+    return new, adapters, new.notes[len(cap.notes) :]
+
+
 def _folded() -> LoraFxError:
     return LoraFxError(
         "this module's weights are folded already", "export the original with adapters=…"
@@ -184,7 +203,7 @@ def export_slots(
             options = replace(options, adapters=model.adapter())
     elif isinstance(model, CapturedModule):
         raise _folded()
-    adapters = by_name(options)
+    adapters = files.by_name(options)
     captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
@@ -204,12 +223,14 @@ def export_slots(
         if apart:
             graph, _ = _base(reference, options, tied=False, apart=apart)
         sources = _sources(reference.base, graph, apart)
-        return write_batch(graph, reference, sources, bound, options, said)
+        return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, said = switchable(reference, keys, options)
     said = [*(str(p) for p in captured.pinned), *said]
     at_level(graph.model, options.accuracy_level)
-    return write_switch(graph, reference, keys, bound, options, said, loose=loose, found=found)
+    return files.write_switch(
+        graph, reference, keys, bound, options, said, loose=loose, found=found
+    )
 
 
 def switchable(
@@ -249,9 +270,7 @@ def _base(
     mask_by_infinity(made.model)
     widened = widen(made.model)
     names = named_tensors(reference.base.captured.model)[0] if tied else None
-    restore_weight_names(made.model, names)
-    rename_dimensions(made.model, made.symbols)
-    strip_traces(made.model)
+    give_own_names(made.model, names, made.symbols)
     return OnnxGraph(made.model), widened
 
 
@@ -260,7 +279,7 @@ def _sources(
 ) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side, held = base.graph(False), forms(base)
-    names = {n: p for p in torch_side.parameters() for n in (p.name, *p.aliases)}
+    names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
         p = names.get(stored.name)
@@ -277,3 +296,35 @@ def _sources(
         elif theirs.ndim == 2 and ours.shape == theirs.T.shape and np.array_equal(ours, theirs.T):
             result[stored.name] = (p.name, StoredWeight(p.shape, turned=True))
     return result
+
+
+# A second try with eager attention, where a model of transformers offers it.
+#
+# Some kernels of attention cannot be traced, or have no translation; the plain products of `eager`
+# compute the same. The model itself is as it was afterwards.
+
+
+REFUSED = "torch's ONNX exporter refused the model"
+"""How errors of the translation begin."""
+
+
+def may_help(model: object, error: LoraFxError) -> bool:
+    """True where the model could not be captured or translated, and has another attention."""
+    source = model.model if isinstance(model, Captured) else model
+    now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
+    failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
+    return failed and now not in (None, "eager") and hasattr(source, "set_attn_implementation")
+
+
+@contextlib.contextmanager
+def eager(model: Any) -> Iterator[Any]:
+    """The model with eager attention while the block runs; a capture is one of it, anew."""
+    source: Any = model.model if isinstance(model, Captured) else model
+    was = source.config._attn_implementation
+    source.set_attn_implementation("eager")
+    try:
+        if isinstance(model, Captured):
+            model = Captured(source, (), model.named, model.requested)
+        yield model
+    finally:
+        source.set_attn_implementation(was)

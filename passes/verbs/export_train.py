@@ -8,6 +8,7 @@ X.onnx_adapter        what A and B start from
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.compare import ORT_TOL, Report, demand, rel
+from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
@@ -36,17 +38,12 @@ from lora_fx.fx.to_onnx import OPSET, translated
 from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.inputs import SIZES, Named
-from lora_fx.onnx.manifest import PROPERTY, Manifest, row_of
+from lora_fx.onnx.manifest import PROPERTY, Manifest, guard_within, row_of, say_within
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
-from lora_fx.onnx.ranges import guard_within, say_within
-from lora_fx.onnx.save import Output
+from lora_fx.onnx.save import Output, save_beside
 from lora_fx.onnx.session import open_session, write_adapter
-from lora_fx.onnx.train_session import save_beside
-from lora_fx.passes.clean import Clean
-from lora_fx.passes.fuse import Fuse
-from lora_fx.passes.proofs.gradients import prove_step
-from lora_fx.passes.proofs.parity import TorchReference, arrays_of
-from lora_fx.passes.share import Share
+from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
 from lora_fx.passes.verbs.export_torch import switchable
@@ -71,6 +68,8 @@ def export_step(
     was = module.training
     try:
         return step.write()
+    except LoraFxError:  # a SizeError is a ValueError too
+        raise
     except (AssertionError, IndexError, RuntimeError, ValueError) as e:
         raise LoraFxError(
             f"torch finds no loss or gradient for drawn labels: {one_line(e, 200)}",
@@ -246,23 +245,27 @@ class _Files:
 
         One row is contiguous, so `labels[..., 1:].contiguous()` would refuse a batch of 1.
         """
-        traced, module = graph.traced, self.module
         for size in SIZES:
-            named, labels = self._labelled(module.sample(size))
-            door, leaves = traced.door, pytree.tree_leaves(named)
-            broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
-            if not broken or not broken <= {*traced.doubtful}:
-                continue
-            given = {**arrays_of(named), "labels": labels, "seed": np.array(0)}
-            losses = []
-            for each in (graph, train_graph(module, named, self.loss)):
-                inputs = [torch.tensor(given[n]) for n in each.names]
-                with torch.no_grad(), alike(module):
-                    run = fx.Interpreter(each.flat)
-                    losses.append(to_numpy(each.loss(run, inputs, torch.tensor(labels))))
-            if rel(losses[0], losses[1]) < ORT_TOL:
-                kept = tuple(c for c in door.conditions if c not in broken)
-                traced.door = replace(door, conditions=kept)
+            with contextlib.suppress(SizeError):  # a batch norm trains on no single row
+                self._settle_at(graph, self.module.sample(size))
+
+    def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
+        traced, module = graph.traced, self.module
+        named, labels = self._labelled(sample)
+        door, leaves = traced.door, pytree.tree_leaves(named)
+        broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
+        if not broken or not broken <= {*traced.doubtful}:
+            return
+        given = {**arrays_of(named), "labels": labels, "seed": np.array(0)}
+        losses = []
+        for each in (graph, train_graph(module, named, self.loss)):
+            inputs = [torch.tensor(given[n]) for n in each.names]
+            with torch.no_grad(), alike(module):
+                run = fx.Interpreter(each.flat)
+                losses.append(to_numpy(each.loss(run, inputs, torch.tensor(labels))))
+        if rel(losses[0], losses[1]) < ORT_TOL:
+            kept = tuple(c for c in door.conditions if c not in broken)
+            traced.door = replace(door, conditions=kept)
 
     def _manifest(self, manifest: Manifest, seeded: bool) -> Manifest:
         """The manifest of the step: fixed ranks, and what the step does."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
-from lora_fx.checkpoint.difference import same_bytes
 from lora_fx.checkpoint.merge import GAIN, Adapters, given
 from lora_fx.checkpoint.merge_plan import Given
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
@@ -24,19 +23,18 @@ from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError, expect_path
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, trusting
+from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched, match
-from lora_fx.onnx.names import restore_weight_names
+from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, Place, is_external, output, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.merge import prove_merge
-from lora_fx.passes.proofs.reference import reference_of
-from lora_fx.targets.found import Found
+from lora_fx.passes.proofs.reference import prove_merge, reference_of
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, table
 
 StrPath = str | PathLike[str]
@@ -255,8 +253,8 @@ class OnnxMergePlan:
             {"key": n, "tensor": n, "shape": list(v.shape), "rank": None, "scale": None}
             for n, v in self.matched.whole.items()
         ]
-        stores = self.graph.flow.stores
-        return [{**row, "bytes": stores[row["tensor"]].tensor.nbytes} for row in rows]
+        stored = self.graph.flow.tensor
+        return [{**row, "bytes": stored(row["tensor"]).nbytes} for row in rows]
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""
@@ -285,11 +283,9 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
     source = Path(base)
     with trusting(options.trust):
         parts = given(adapters)
-    model = load(source)
-    merges = merges_of(model.metadata_props.get(METADATA), str(source))
+    graph, renamed = named_graph(source)
+    merges = merges_of(graph.model.metadata_props.get(METADATA), str(source))
     refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
-    renamed = restore_weight_names(model)
-    graph = OnnxGraph(model)
     found = find(graph)
     matched = _sum(parts, graph, found, options)
     return OnnxMergePlan(graph, found, tuple(parts), matched, renamed, merges)

@@ -1,21 +1,46 @@
-"""What a verb is given, as a capture: a module, a function, a file, or a module of ours."""
+"""What a verb is given, as a capture or as a module: opened, quantised, built and proven.
+
+It may be a module, a function, a file, or a module of ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 
+from torch import nn
+
+from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.lowrank import LowRank, relearning
+from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
+from lora_fx.fx.codes import beside, taken, tensors_of
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.passes.verbs.build_module import build_module
-from lora_fx.passes.verbs.options import ExportAdapters, InsertOptions
+from lora_fx.passes.find import find
+from lora_fx.passes.fold import exact
+from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.effect import prove_effect
+from lora_fx.passes.quantise import Quantise, turned_rows
+from lora_fx.passes.recompute import Recompute, RecomputeWeights
+from lora_fx.passes.verbs.calibrate import calibrate
+from lora_fx.passes.verbs.options import ExportAdapters, InsertOptions, Selectors
+from lora_fx.targets.plan import make_plan
+from lora_fx.targets.target import Found, Target, check_storable, own_use
+from lora_fx.text import human
 
 
 def captured_of(
@@ -174,3 +199,239 @@ def capture(
     cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
     cap.traced(False, cap.named)
     return cap
+
+
+# The module of a capture and its updates, proven; and what those updates start from.
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a module with branches begins with.
+
+    Attributes:
+        adapter: Its updates, and the metadata that it goes on with.
+        whole: The tensors that are trained whole.
+        notes: What has to be said.
+        bound: The adapter that was given, in the model's keys.
+    """
+
+    adapter: Adapter
+    whole: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    bound: Adapter | None = None
+
+    def without(self, idle: Collection[str]) -> Start:
+        """The same, less the targets that no gradient reaches."""
+        kept = {k: u for k, u in self.adapter.entries.items() if k not in idle}
+        left = (f"{k}: left out, no gradient reaches it at the example's sizes" for k in idle)
+        adapter = replace(self.adapter, entries=kept)
+        return replace(self, adapter=adapter, notes=(*self.notes, *left))
+
+
+def start_of(model: nn.Module, cap: Captured | None, found: Found, options: InsertOptions) -> Start:
+    """The updates of the adapter that was given, or new ones of the targets that are asked for.
+
+    Args:
+        model: Where the tensors are.
+        cap: The model's capture; None where no single graph can hold it.
+        found: Its targets.
+        options: What the verb is asked for.
+
+    Raises:
+        LoraFxError: No target, an adapter that does not fit, a start that cannot be had.
+    """
+    if options.adapter is not None:
+        bound = bind(with_base(options.adapter, model), found)
+        updates, metadata = relearning(bound.lowrank, bound.metadata)
+        metadata["dropout"] = options.dropout
+        for key, u in updates.items():
+            if u.mutated or not variant_of(u).branches:
+                check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
+        said = tuple(text for k in updates if (text := found[k].said))
+        return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
+    plan = options.planned(found, named_tensors(model)[0], options.also_train)
+    moments, said = None, tuple[str, ...]()
+    if options.init in OF_DATA:
+        if cap is None or options.data is None:
+            raise LoraFxError(
+                f"init {options.init!r} needs a model that one graph can hold, and data",
+                "kaiming, gaussian, orthogonal, pissa or olora",
+            )
+        uses = {key: own_use(key) for key in plan.entries}
+        seen = calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
+        moments, said = seen.moments, seen.notes
+    read: Callable[[str], Array] | None = None
+    if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
+        read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
+    made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
+    read_too = (text for k in made if (text := found[k].said))
+    graph = cap.fx_graph() if cap and any(u.group for u in made.values()) else None
+    coded = [k for k, u in made.items() if u.group and found[k].no_fold]
+    lost = [(k, exact(graph, found[k], made[k])) for k in coded] if graph else []
+    never = (f"{k} will not be folded: {why}" for k, why in lost if isinstance(why, str))
+    notes = (*plan.notes, *options.notes, *said, *notes, *read_too, *never)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers
+    base = origin(name) if isinstance(name, str) and name else {}
+    metadata = reading(found, made, {"dropout": options.dropout, **base})
+    return Start(Adapter(made, metadata), plan.also_train, notes)
+
+
+def adapted_module(
+    cap: Captured, found: Found, start: Start, options: InsertOptions
+) -> AdaptedModule:
+    """The module with these updates, before anything is proven of it."""
+
+    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
+        return Insert(now, dropout=options.dropout, training=training, missing="skip")
+
+    module = with_signature(AdaptedModule, cap)(
+        cap,
+        found,
+        start.adapter,
+        inserter,
+        also_train=start.whole,
+        norm_stats=options.norm_stats,
+        notes=start.notes,
+        speedups=speedups if options.fast else plainly,
+    )
+    assert isinstance(module, AdaptedModule)
+    return module
+
+
+def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
+    """The module that insert returns: every target is proven to take effect, unless dead="allow".
+
+    Raises:
+        NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
+    """
+    found = found_in(cap)
+    start = start_of(cap.model, cap, found, options)
+    module = adapted_module(cap, found, start, options)
+    if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
+        idle = prove_effect(module, options.dead)
+        if idle:
+            module = adapted_module(cap, found, start.without(idle), options)
+            prove_effect(module)
+    if start.bound is not None and start.bound.full:
+        module.load_adapter(start.bound)
+    if options.adapter is not None:
+        module.check_base(options.adapter)
+    return module
+
+
+def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
+    """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
+    found = find(graph or cap.fx_graph(training))
+    return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=tuple(cap.notes))
+
+
+def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
+    """The passes of train programs, in order."""
+    paths = tuple(blocks)
+    return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
+
+
+def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
+    """Those of a program that is run as it was captured: no weight as numbers is kept."""
+    return [RecomputeWeights()]
+
+
+# A capture whose weights are quantised: the base of an insert, a training or an export.
+
+
+KINDS = ("nf4", "int4", "int8")
+Wanted = str | Sequence[str] | Mapping[str, Selectors]
+"""KIND, for the default plan's weights, KIND=SELECTORS, or several; or {kind: selectors}."""
+
+
+def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
+    """The same capture over another tree, which holds codes for some weights.
+
+    Args:
+        cap: The capture; neither it nor its model is changed.
+        wanted: What is quantised, and how.
+        leave: Parameters that are trained whole, and stay as they are.
+
+    Raises:
+        LoraFxError: A kind that is not known, a selector without a match, a model that cannot be
+            copied.
+    """
+    found = find(cap.fx_graph())
+    kinds, notes = _chosen(cap.model, found, parse(wanted), leave)
+    new = copy.copy(cap)
+    new.model = beside(cap.model)
+    new.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in cap.tracings.items()}
+    before = sum(parameter_of(cap.model, n).nbytes for n in kinds)
+    Quantise(kinds)(cap.fx_graph(root=new.model))
+    after = sum(t.nbytes for n in kinds for t in tensors_of(new.model, n))
+    said = " and ".join(dict.fromkeys(kinds.values()))
+    size = f"{len(kinds)} weights, {human(before)}B as floats, {human(after)}B as codes"
+    new.notes = [*cap.notes, f"quantised to {said}: {size}", *notes]
+    return new
+
+
+def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
+    """Kinds, each with selectors, or None for the default plan.
+
+    >>> parse("nf4"), parse(["int4", "int4=lm_head,embed"])
+    ([('nf4', None)], [('int4', None), ('int4', 'lm_head,embed')])
+    """
+    if isinstance(wanted, Mapping):
+        return list(wanted.items())
+    texts: object = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise LoraFxError(
+            f"quantise={wanted!r} is no kind", f"{', '.join(KINDS)}, or {{kind: selectors}}"
+        )
+    parts = (text.partition("=") for text in texts)
+    return [(kind, selectors or None) for kind, _, selectors in parts]
+
+
+def _chosen(
+    model: nn.Module,
+    found: Found,
+    asked: Sequence[tuple[str, Selectors]],
+    leave: Collection[str],
+) -> tuple[dict[str, str], list[str]]:
+    """Parameter → kind, and what had to be left in float."""
+    kinds: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for kind, selectors in sorted(asked, key=lambda item: item[1] is None):  # named first
+        if kind not in KINDS:
+            raise LoraFxError(f"no kind {kind!r} of quantised weights", ", ".join(KINDS))
+        keys = make_plan(found, {}, rank=1, include=selectors).entries
+        for name in dict.fromkeys(found[k].parameter.name for k in keys):
+            why = _why_not(found, name, leave)
+            if not why and (other := taken(model, name)):
+                why = f"its module has a {other} already"
+            if why and selectors:
+                raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")
+            table = any("embedding" in t.uses for t in _targets(found, name))
+            if not why and not selectors and table:
+                why = "it is a lookup table too"
+            if why:
+                left[name] = why
+            elif kinds.setdefault(name, kind) != kind and selectors:
+                raise LoraFxError(f"{name}: {kinds[name]} and {kind} name it", "name it once")
+    if not kinds:
+        raise LoraFxError(
+            "no weight is left to quantise", "; ".join(f"{n}: {w}" for n, w in left.items())
+        )
+    return kinds, [f"{name}: left in float, {why}" for name, why in left.items()]
+
+
+def _targets(found: Found, name: str) -> list[Target]:
+    return [t for t in (*found.targets, *found.optional) if t.parameter.name == name]
+
+
+def _why_not(found: Found, name: str, leave: Collection[str]) -> str:
+    target = _targets(found, name)[0]
+    if target.parameter.format:
+        return f"it is quantised ({target.parameter.format}), and keeps its bytes"
+    if name in leave:
+        return "it is trained whole"
+    if name.endswith("~"):
+        return "it is computed from other parameters"
+    if turned_rows(found, name) is None:
+        return "its uses agree on no rows"
+    return ""

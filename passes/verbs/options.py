@@ -10,27 +10,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.initial import OF_DATA, check_init
-from lora_fx.adapter.variant import named_variant
+from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import LoraFxError, expect, near
-from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.targets.found import Found, select_names
-from lora_fx.targets.plan import GivenRanks, Plan, make_plan
+from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
+from lora_fx.targets.target import Found
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.objective import Loss
     from lora_fx.onnx.manifest import Manifest
     from lora_fx.onnx.save import Output, Place
 
-Mode = Literal["merged", "switch", "load", "batch", "train"]
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
 Provider = Literal["auto", "cpu", "cuda"]
@@ -38,29 +34,6 @@ Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 """One, or several: by name, or in the order of their ids."""
-
-
-def opened_adapters(
-    given: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None, mode: str
-) -> ExportAdapters | None:
-    """The adapters of an export, read where they are paths, which then are their names."""
-    if given is None or isinstance(given, Adapter):
-        return given
-    if mode == "merged" and isinstance(given, (str, PathLike)):
-        return as_adapter(given)
-    if isinstance(given, Mapping):
-        return {name: as_adapter(a) for name, a in given.items()}
-    every = [given] if isinstance(given, (str, PathLike)) else list(given)
-    paths = [a for a in every if isinstance(a, (str, PathLike))]
-    if len(paths) < len(every):
-        return [as_adapter(a) for a in every]
-    found: dict[str, Adapter] = {}
-    for path in paths:
-        name = adapter_name(path)
-        if name in found:
-            raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
-        found[name] = as_adapter(path)
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +132,6 @@ MODES: Mapping[str, tuple[str, ...]] = {
 }
 """Mode of export → the options that it alone has; load has those of switch too, train of both."""
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-Precision = Literal["float32", "bfloat16", "float16", "int8", "fp32", "bf16", "fp16"]
 
 
 def _given(option: object) -> bool:
@@ -258,7 +230,7 @@ class ExportOptions:
             raise LoraFxError("a server takes no training step", "--triton with --mode switch")
 
     def _check_tol(self, tol: float) -> None:
-        from lora_fx.onnx.optimise.precision import GATES  # as in output
+        from lora_fx.onnx.precision import GATES  # as in output
 
         expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
         rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.initial import matrix
 from lora_fx.adapter.truncate import truncation
+from lora_fx.adapter.variant import matrix
 from lora_fx.data import Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -28,20 +28,9 @@ from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import Selectors
-from lora_fx.targets.budget import (
-    METHODS,
-    Calibration,
-    Moments,
-    TargetStatistics,
-    allocate,
-    cost_of,
-    limit_of,
-    parse_budget,
-)
+from lora_fx.targets.budget import METHODS, Budget, Calibration, Moments, TargetStatistics, allocate
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
-from lora_fx.targets.regions import own_use
-from lora_fx.targets.target import Target
-from lora_fx.text import Json
+from lora_fx.targets.target import Target, own_use
 from lora_fx.text import table as columns
 
 
@@ -84,7 +73,7 @@ def plan(
     """
     if method not in METHODS:
         raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
-    asked, way = parse_budget(budget), METHODS[method]
+    asked, way = Budget.of(budget), METHODS[method]
     if not scale > 0:
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
     if way.wanted and data is None:
@@ -93,9 +82,9 @@ def plan(
     found = find(cap)
     chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)
     uses = {key: own_use(key) for key in chosen.entries}
-    costs = {key: cost_of(found[key], use, asked.unit) for key, use in uses.items()}
+    costs = {key: asked.cost(found[key], use) for key, use in uses.items()}
     most = {key: found[key].layout.max_rank for key in uses}
-    limit = limit_of(asked, found, costs, most)
+    limit = asked.limit(found, costs, most)
     seen = Calibration(dict.fromkeys(uses, Moments()))
     if way.wanted and data is not None:
         seen = calibrate(cap, uses, data, loss, way.wanted)
@@ -148,10 +137,6 @@ class Cut:
     loss: float
     spread_error: float
     spread_loss: float
-
-    def to_json(self) -> Json:
-        """One row of `table[]` in docs/json.md."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)

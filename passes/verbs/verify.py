@@ -153,7 +153,7 @@ def verify_run(
 
 def _gate(*sessions: RuntimeSession) -> float:
     """The gate of the precision that files were written in, which export held them to."""
-    from lora_fx.onnx.optimise.precision import GATES, PRECISION
+    from lora_fx.onnx.precision import GATES, PRECISION
 
     return max(GATES.get(s.metadata.get(PRECISION, ""), ORT_TOL) for s in sessions)
 

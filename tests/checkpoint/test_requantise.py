@@ -263,8 +263,8 @@ def test_the_top_is_that_of_the_dtype(kind: str) -> None:
     top = float(ml_dtypes.finfo(kind).max)
     arrays = {"weight": (w / 4 * top).astype(kind), "weight_scale_inv": np.full((1, 1), 4 / top)}
     weight = fp8_blocks(parts_of("m", arrays), {})
-    assert weight.recode is not None
-    found, _ = weight.recode(weight.read(slice(0, 32)), slice(0, 32), w * 2, w)
+    assert weight.anew is not None
+    found, _ = weight.anew.recode(weight.read(slice(0, 32)), slice(0, 32), w * 2, w)
     assert np.abs(found.dequantise() - w * 2).max() <= np.abs(w * 2).max() / 7
     assert float(found.scale.max()) == pytest.approx(float(np.abs(w * 2).max()) / top)
 
@@ -277,8 +277,8 @@ def test_scales_that_are_said_to_be_powers_of_two() -> None:
         "weight_scale_inv": np.ones((1, 1), "f4"),
     }
     weight = fp8_blocks(parts_of("m", arrays), {"scale_fmt": "ue8m0"})
-    assert weight.recode is not None
-    found, _ = weight.recode(weight.read(slice(0, 32)), slice(0, 32), w * 3, w)
+    assert weight.anew is not None
+    found, _ = weight.anew.recode(weight.read(slice(0, 32)), slice(0, 32), w * 3, w)
     assert np.frexp(found.scale)[0].max() == 0.5
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import LAYOUTS, family_of, laid
+from lora_fx.adapter.fused import LAYOUTS, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
 from lora_fx.files.safetensors import read_tensors, write_tensors

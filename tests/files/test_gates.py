@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.atomic import CONTENTS, Beside, replacing
 from lora_fx.files.checkpoint import model_config
-from lora_fx.files.ownership import CONTENTS
 from lora_fx.files.read import inside, remember, remembering
 from tests.checkpoint.made import adapter, factors
 from tests.faults import Faults

@@ -68,7 +68,7 @@ def test_a_header_whose_length_begins_as_a_pickle(tmp_path: Path, length: int) -
 
 
 def test_needs_no_torch() -> None:
-    names = "lora_fx.files.checkpoint, lora_fx.checkpoint.merge, lora_fx.checkpoint.doctor.doctor"
+    names = "lora_fx.files.checkpoint, lora_fx.checkpoint.merge, lora_fx.checkpoint.doctor"
     code = f"import sys, {names}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

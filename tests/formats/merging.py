@@ -13,12 +13,12 @@ import numpy as np
 from lora_fx.adapter import variant
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
-from lora_fx.adapter.initial import residual
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
+from lora_fx.adapter.variant import residual
 from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.emitter import NumpyEmitter
 
 Tensors = dict[str, Array]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.experts import LAYOUTS, _alpha, family_of, laid
+from lora_fx.adapter.fused import LAYOUTS, _alpha, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors

@@ -15,9 +15,8 @@ from lora_fx.adapter.lowrank import LowRank, draw, scale_of
 from lora_fx.compare import compare, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Input, Inputs, default_dynamic, merge_dynamic
-from lora_fx.ir.layout import Layout, layout_of
-from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.ir.view import Cast, Opaque, Permute, Reshape, Slice, View, track
+from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.layout import Cast, Layout, Opaque, Permute, Reshape, Slice, View, layout_of, track
 from lora_fx.passes.fold import fold_value
 from lora_fx.targets.plan import default_alpha
 from lora_fx.targets.target import Target, make_key, split_key
@@ -157,7 +156,7 @@ def test_fold_rounds_once(dtype: str, rank: int, seed: int, alpha: float) -> Non
     rng = np.random.default_rng(seed)
     base = rng.standard_normal((9, 7)).astype(kind)
     low = LowRank(*draw("k", layout, rank, seed, "probe"), alpha, layout)
-    from lora_fx.ir.emitter import Parameter
+    from lora_fx.ir.graph import Parameter
 
     target = Target("k", Parameter("k", (9, 7), dtype), ((0, 9), (0, 7)), layout, "linear", ())
     value, _ = fold_value(base, [(target, low)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_fx.ir import numpy_emitter as module
-from lora_fx.ir.numpy_emitter import product
+from lora_fx.ir import emitter as module
+from lora_fx.ir.emitter import product
 
 CASES = [
     (rows, rank, columns)

@@ -35,7 +35,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import Session, open_session, signature
 from lora_fx.passes.find import find
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 
 from .graph.coded import NF4
 

@@ -26,6 +26,7 @@ from lora_fx.fx.train.step import (
     _differentiable,
     attention_with_dropout,
     average_backward,
+    bags,
     dropped,
     product,
 )
@@ -99,6 +100,19 @@ class Raw(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.einsum("bsd,dhe->bshe", torch.tanh(self.table(ids) @ self.w), self.u)
+
+
+class Bags(nn.Module):
+    """Means of rows of a table, and maxima of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.EmbeddingBag(20, 8), nn.EmbeddingBag(20, 8, mode="max")
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.a(ids)) * self.b(ids))
 
 
 class Recurrent(nn.Module):
@@ -238,6 +252,7 @@ def zoo(name: str) -> Callable[[], tuple[Any, ...]]:
 MODELS: dict[str, tuple[Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
     "mlp": (lambda: (Mlp(), (torch.randn(3, 5, 8),)), {}),
     "products": (lambda: (Raw(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
+    "bags": (lambda: (Bags(), (torch.randint(0, 20, (3, 5)),)), {"include": "*"}),
     "convolutions": (lambda: (Convolutions(), (torch.randn(3, 3, 17, 20),)), {"include": "*"}),
     "circular": (lambda: (Circular(), (torch.randn(3, 6, 11),)), {"include": "*"}),
     "windows": (lambda: (Windows(), (torch.randn(3, 3, 11, 15),)), {"include": "*"}),
@@ -402,6 +417,34 @@ def test_another_scale_is_the_files_and_is_said(tmp_path: Path) -> None:
     assert session.note == ""
 
 
+def test_the_first_step_of_adamw_moves_every_element_by_its_rate(tmp_path: Path) -> None:
+    """Its corrections are 1 − 0.9 and 1 − 0.999 to the last digits of float32."""
+    path = tmp_path / "s.onnx"
+    lora_fx.export(nn.Linear(9, 8), path, (torch.randn(4, 9),), mode="train", provider="cpu")
+    session = TrainSession(path, 0.25, "cpu")
+    session.step({"input": torch.randn(7, 9).numpy(), "labels": np.arange(7)})
+    (low,) = session.adapter().lowrank.values()
+    # where a gradient is near 1e-8, its size and not the correction decides
+    assert np.median(np.abs(low.b)) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_batch_norm_trains_on_no_single_row(tmp_path: Path) -> None:
+    """Torch refuses one, so the step does, and is made for all other sizes."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 9))
+    path = tmp_path / "s.onnx"
+    report = lora_fx.export(model, path, (torch.randn(3, 8),), mode="train", provider="cpu")
+    assert [dict(p.sizes)["input"] for p in report.parity if p.of == "step"] == [
+        (2, 8),
+        (3, 8),
+        (3, 8),
+    ]
+    (left,) = report.details["unproven"]
+    assert left["sizes"]["input"] == [1, 8] and "another path" in left["reason"]
+    session = TrainSession(path, LR, "cpu")
+    with pytest.raises(LoraFxError, match="'input' has size 1 in dimension 0"):
+        session.step({"input": np.ones((1, 8), np.float32), "labels": np.array([1])})
+
+
 BAD_LABELS: dict[str, tuple[Any, str]] = {
     "below": (np.array([[0, -1, 2], [3, -100, 5]]), "ONNX Runtime fails"),
     "above": (np.array([[0, 6, 2], [3, -100, 5]]), "ONNX Runtime fails"),
@@ -539,6 +582,23 @@ def test_distances_and_scattered_elements_are_torchs() -> None:
     mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)) > 0.6
     for places in (mask, (torch.arange(30).reshape(2, 3, 5) % 3 == 1)):
         same_gradients(aten.masked_scatter, [x, places, source])
+
+
+def test_bags_of_rows_are_torchs() -> None:
+    """Empty bags, one row twice, rows that are left out, weights of rows, an end that is given."""
+    w = torch.randn(11, 6).double()
+    places, starts = torch.tensor([4, 1, 1, 9, 0, 4, 10]), torch.tensor([0, 3, 3, 5])
+    for mode in range(3):
+        same_gradients(aten.embedding_bag, [w, places, starts], False, mode)
+        same_gradients(aten.embedding_bag, [w, places, starts], False, mode, False, None, True)
+    weights = torch.randn(7).double()
+    same_gradients(aten.embedding_bag, [w, places, starts], False, 0, False, weights)
+    for mode, left_out in ((0, 4), (1, 1), (2, 9)):
+        ours, theirs = (
+            op(w, places, starts, False, mode, False, None, False, left_out)[0]
+            for op in (bags, aten.embedding_bag.padding_idx)
+        )
+        torch.testing.assert_close(ours, theirs)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {

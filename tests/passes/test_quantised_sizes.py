@@ -13,8 +13,7 @@ import torch
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import forms, tensors_of, whole
-from lora_fx.passes.verbs.open import capture
-from lora_fx.passes.verbs.quantise import quantised
+from lora_fx.passes.verbs.open import capture, quantised
 from tests.fx.train.saved_bytes import saved_bytes
 
 pytest.importorskip("transformers")

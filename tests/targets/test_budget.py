@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.targets.budget import allocate, parse_budget
+from lora_fx.targets.budget import Budget, allocate
 from lora_fx.targets.plan import Ranked, RankPlan, read_plan
 
 
@@ -55,8 +55,8 @@ def test_ranks_are_exchanged_where_the_budget_would_stay_empty() -> None:
 )
 def test_no_budget(text: str) -> None:
     with pytest.raises(LoraFxError, match="no budget"):
-        parse_budget(text)
-    assert parse_budget("flops:0.5%").number == 0.5 and parse_budget("params:1e6").unit == "params"
+        Budget.of(text)
+    assert Budget.of("flops:0.5%").number == 0.5 and Budget.of("params:1e6").unit == "params"
 
 
 def planned() -> RankPlan:

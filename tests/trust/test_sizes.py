@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.conditions import SizeError
 from lora_fx.fx.pt2.captured import open_program
-from lora_fx.onnx.ranges import PROPERTY
+from lora_fx.onnx.manifest import RANGES
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
@@ -212,7 +212,7 @@ def test_within_leaves_the_guard_out_and_the_ranges_in(tmp_path: Path) -> None:
     assert trusted.details["ranges"] == checked.details["ranges"]
     assert trusted.details["nodes"] < checked.details["nodes"]
     session = ort.InferenceSession(str(tmp_path / "b.onnx"), providers=["CPUExecutionProvider"])
-    held = session.get_modelmeta().custom_metadata_map[PROPERTY]
+    held = session.get_modelmeta().custom_metadata_map[RANGES]
     assert "s0 <= 7" in held
     assert str(Path(__file__).parent) not in held
 

@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.compare import Parity, rel
-from lora_fx.errors import one_line
-from lora_fx.silence import silenced
+from lora_fx.errors import one_line, silenced
 
 from . import checks, flops
 from .models import ZOO

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 
 from .oracles import Subject
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,20 +51,27 @@ class Written:
     matrix: int | None = None
 
 
-class Recode(Protocol):
-    """Quantises rows that were read anew."""
+Recoded = tuple[Quantised, list[Written]]
+Recode = Callable[[Quantised, slice, Array, Array], Recoded]
+"""Quantises rows that were read anew: what is stored then, and where.
 
-    def __call__(
-        self, q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
-        """What is stored then, and where.
+It is given the rows as they were, which rows, as `read` takes them, their new values in fp32, and
+how much of them is new.
+"""
 
-        Args:
-            q: The rows as they were.
-            rows: Which rows, as `read` takes them.
-            weight: Their new values, fp32.
-            delta: How much of them is new.
-        """
+
+class Recoding(NamedTuple):
+    """How a weight is quantised anew.
+
+    Attributes:
+        recode: Quantises rows anew.
+        recoded: The tensors that it writes, the codes first.
+        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
+    """
+
+    recode: Recode
+    recoded: tuple[str, ...]
+    scales: Literal["stored", "new"] = "stored"
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,7 @@ class QuantisedWeight:
         read: Reads it, or some of its rows: those of [∏ shape[:-1], shape[-1]], and of a stack
             those of one of its matrices.
         step: Rows can be read from each multiple of this on.
-        recode: Quantises rows anew; None where that is not done.
-        recoded: The tensors that it writes, the codes first.
-        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
+        anew: How it is quantised anew; None where that is not done.
     """
 
     format: str
@@ -88,9 +93,7 @@ class QuantisedWeight:
     shape: tuple[int, ...]
     read: Read
     step: int = 1
-    recode: Recode | None = None
-    recoded: tuple[str, ...] = ()
-    scales: Literal["stored", "new"] = "stored"
+    anew: Recoding | None = None
 
     def rows(self, low: int, high: int) -> Array:
         """Rows low ≤ i < high of the weight, as `read` counts them, in fp32."""
@@ -194,8 +197,8 @@ def rescaling(
     rule: Callable[[Array], Array],
     scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
     pack: Callable[[Array], Array] = lambda codes: codes,
-) -> Recode:
-    """What quantises rows anew with new scales for the blocks that change.
+) -> Recoding:
+    """New scales for the blocks that change, and the nearest codes.
 
     Args:
         parts: Of the module.
@@ -207,38 +210,49 @@ def rescaling(
     """
     codes, scales = (f"{parts.module}.{n}" for n in names)
 
-    def recode(
-        q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
+    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
         some = packed_range(rows, high)
         stored = q.rescaled(parts.read(names[1], some), weight, delta, rule)
-        new = replace(q, scale=scale_of(stored).reshape(q.scale.shape)).nearest(weight, 4)
+        steps = scale_of(stored).reshape(q.scale.shape)
+        if not np.isfinite(steps).all():
+            bad = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
+            raise LoraFxError(
+                f"tensor {scales!r}: {stored.dtype} cannot hold the scale of row "
+                f"{rows.start + bad}, whose largest value is {np.abs(weight[bad]).max():g}",
+                "the adapter or its scale is broken",
+            )
+        new = replace(q, scale=steps).nearest(weight, 8)
         every = [Written(codes, pack(new.codes), rows.start), Written(scales, stored, some.start)]
         return new, every
 
-    return recode
+    return Recoding(recode, (codes, scales), "new")
 
 
 def by_stored_scales(
-    name: str, bits: int, pack: Callable[[Array], Array], axis: int = 0, each: int = 1
-) -> Recode:
-    """What quantises rows anew by the scales that are there, to the nearest codes.
+    parts: Parts,
+    part: str,
+    bits: int,
+    pack: Callable[[Array], Array] = lambda codes: codes,
+    axis: int | None = 0,
+    place: Callable[[int], int] = lambda row: row,
+) -> Recoding:
+    """The nearest codes by the scales that are there.
 
     Args:
-        name: The tensor of codes.
+        parts: Of the module.
+        part: That of codes.
         bits: Of a code.
         pack: Codes of some rows → as they are stored.
-        axis: Which axis of the tensor counts rows.
-        each: How many rows are one step of it.
+        axis: Which axis of the tensor counts rows; None: its bytes do.
+        place: Where a row begins along it.
     """
+    name = f"{parts.module}.{part}"
 
-    def recode(
-        q: Quantised, rows: slice, weight: Array, delta: Array
-    ) -> tuple[Quantised, list[Written]]:
+    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
         new = q.nearest(weight, bits)
-        return new, [Written(name, pack(new.in_place()), rows.start // each, axis)]
+        return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
 
-    return recode
+    return Recoding(recode, (name,))
 
 
 def packed_range(rows: slice, codes: int, words: int = 1) -> slice:

@@ -11,11 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.quantised import floats
 from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight
-from lora_fx.files.quantised.bitsandbytes import four_bits, int8
-from lora_fx.files.quantised.compressed_tensors import altered, compressed
-from lora_fx.files.quantised.floats import EXPONENTS, fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.integers import altered, awq, compressed, gptq, int8
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
@@ -93,13 +91,13 @@ def parts_beside(weights: Iterable[str], tensors: Held) -> dict[str, str]:
 def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
     if f"{name}_blocks" in tensors:
         module, _, last = name.rpartition(".")
-        return mxfp4_stack(Parts(module, tensors), last)
+        return floats.mxfp4_stack(Parts(module, tensors), last)
     parts = Parts(name.removesuffix(".weight"), tensors)
     told = config.get("quantization_config")
     said: JsonView = told if isinstance(told, dict) else {}
     method = said.get("quant_method")
     if any(parts.has(f"weight.quant_state.bitsandbytes__{kind}") for kind in ("nf4", "fp4")):
-        return four_bits(parts)
+        return floats.four_bits(parts)
     if parts.has("SCB"):
         return int8(parts)
     if parts.has("qweight") and (layout := _layout(said)):
@@ -109,13 +107,13 @@ def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
     if not why and parts.has(scaled):
         narrow = parts.has("weight") and parts.dtype("weight") in FLOAT8
         if parts.has("weight_global_scale") or parts.has("weight_scale_2"):
-            return nvfp4(parts)
+            return floats.nvfp4(parts)
         if narrow and scaled == "weight_scale_inv":
-            return fp8_blocks(parts, said)
-        if parts.has("weight_packed") and parts.dtype(scaled) in EXPONENTS:
-            return mxfp4(parts)
-        if narrow and (method != "compressed-tensors" or parts.dtype(scaled) in EXPONENTS):
-            return fp8(parts)
+            return floats.fp8_blocks(parts, said)
+        if parts.has("weight_packed") and parts.dtype(scaled) in floats.EXPONENTS:
+            return floats.mxfp4(parts)
+        if narrow and (method != "compressed-tensors" or parts.dtype(scaled) in floats.EXPONENTS):
+            return floats.fp8(parts)
         if method == "compressed-tensors":
             return compressed(parts)
     scheme = scheme_of(name, tensors)

@@ -13,13 +13,16 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number
+
+if TYPE_CHECKING:
+    import regex
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -41,7 +44,7 @@ such an adapter as W + s·B·A."""
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
 REDONE = ("pissa", "olora")
-"""Names that change the base in a way that `lora_fx.adapter.initial` can redo from the base
+"""Names that change the base in a way that `lora_fx.adapter.variant` can redo from the base
 alone."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""
@@ -210,7 +213,7 @@ SECONDS, IN_ALL = 1.0, 10.0
 _spent = [0.0]
 
 
-def matched(pattern: str, module: str, *, whole: bool = False) -> Any:
+def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
     """As re.match, or re.fullmatch for `whole`, in bounded time.
 
     Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
@@ -222,7 +225,9 @@ def matched(pattern: str, module: str, *, whole: bool = False) -> Any:
     return _timed(_compiled(pattern), module, whole)
 
 
-def _timed(pattern: Any, module: str, whole: bool = False) -> Any:
+def _timed(
+    pattern: regex.Pattern[str], module: str, whole: bool = False
+) -> regex.Match[str] | None:
     start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
         return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
@@ -246,7 +251,7 @@ class PatternError(ValueError):
 
 
 @functools.lru_cache(maxsize=512)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str) -> regex.Pattern[str]:
     """A pattern as PEFT's `re` reads it, for `regex`, which alone can stop.
 
     `regex` takes more for a pattern: braces that count nothing are fuzzy to it, and plain in `re`.
@@ -324,14 +329,18 @@ class Pattern:
 def targets(config: JsonView, module: str) -> bool:
     """True when PEFT would put an adapter on this module, by target_modules alone."""
     wanted = config.get("target_modules")
-    if wanted is None or wanted == "all-linear":
-        return True
+    try:
+        return wanted in (None, "all-linear") or _named(wanted, module) is not None
+    except PatternError:
+        return False
+
+
+def _named(wanted: object, module: str) -> str | None:
+    """What names a module: a pattern as a whole, or an entry of a list that is its end."""
     if isinstance(wanted, str):
-        try:
-            return matched(wanted, module, whole=True) is not None
-        except PatternError:
-            return False
-    return any(module == name or module.endswith(f".{name}") for name in _texts(wanted))
+        return wanted if matched(wanted, module, whole=True) else None
+    names = _texts(wanted)
+    return module if module in names else next((n for n in names if module.endswith(f".{n}")), None)
 
 
 def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
@@ -420,28 +429,17 @@ def wanted_by(config: JsonView, module: str) -> str | None:
 
 def _wanted_by(config: JsonView, module: str) -> str | None:
     out = config.get("exclude_modules")
-    if isinstance(out, str) and out and matched(out, module, whole=True):
-        return None
-    if isinstance(out, list) and any(_ends(module, name) for name in out):
+    if out and _named(out, module):
         return None
     for saved in listed_whole(config):
         if matched(rf"(^|.*\.){saved}($|\..*)", module):
             return None
     targets = config.get("target_modules")
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            return None if _NOT_LINEAR.search(module) else targets
-        return targets if matched(targets, module, whole=True) else None
-    if not isinstance(targets, list):
-        return None
-    if module in targets:
-        return module
-    name = next((t for t in targets if _ends(module, t)), None)
-    return name if name is not None and _layer_is_meant(config, module) else None
-
-
-def _ends(module: str, name: object) -> bool:
-    return isinstance(name, str) and (module == name or module.endswith(f".{name}"))
+    if targets == "all-linear":
+        return None if _NOT_LINEAR.search(module) else "all-linear"
+    name = _named(targets, module)
+    by_end = isinstance(targets, list) and name != module
+    return name if not by_end or _layer_is_meant(config, module) else None
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:

@@ -13,6 +13,7 @@ by JSON under `lora_fx` in the header. Files without that JSON are read as PEFT 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -30,21 +31,7 @@ from lora_fx.files.read import json_object, read_json
 from lora_fx.files.safetensors import is_float, read_tensors, write_tensors
 from lora_fx.formats import lycoris
 from lora_fx.formats.base import FileHead, PeftFile, holds, metadata_text
-from lora_fx.formats.peft.config import (
-    ORIGIN,
-    TRAINS,
-    VERSION,
-    Pattern,
-    check_config,
-    forget_time,
-    group_of,
-    listed_whole,
-    mutation,
-    saved_whole,
-    target_facts,
-    targets,
-    whole_factor,
-)
+from lora_fx.formats.peft import config as fields
 from lora_fx.formats.peft.names import (
     DELTA,
     OWN,
@@ -83,9 +70,14 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
         ours: The JSON under `lora_fx` in its header; empty for files of PEFT.
     """
     tensors, config, file, notes = source.tensors, source.config, source.name, source.notes
-    notes += check_config(config, source.config_file)
+    notes += fields.check_config(config, source.config_file)
     reader = _Reader(source)
-    described, metadata = own_sections(ours, file)
+    if ours:
+        check_format(ours, f"{file}: metadata lora_fx")
+    described, told = (ours.get("entries"), ours.get("metadata")) if ours else ({}, {})
+    if not isinstance(described, dict) or not isinstance(told, dict):
+        raise LoraFxError(f"{file}: metadata lora_fx is damaged", "convert the adapter again")
+    metadata = dict(told)
     entries: dict[str, Entry] = {}
     own_entries(described, reader, groups(tensors, file), entries)
     left = {name: value for name, value in tensors.items() if name not in reader.taken}
@@ -93,17 +85,17 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     for pattern in (reader.ranks, reader.alphas):
         notes += pattern.notes()
     whole = [k.rpartition(".")[0] for k, entry in entries.items() if isinstance(entry, Full)]
-    listed = dict.fromkeys(listed_whole(config))
-    there = {n for n in listed for m in whole if saved_whole({"modules_to_save": [n]}, m)}
+    listed = dict.fromkeys(fields.listed_whole(config))
+    there = {n for n in listed for m in whole if fields.saved_whole({"modules_to_save": [n]}, m)}
     heads = {*HEADS} if config.get("task_type") in CLASSIFIES and there & {*HEADS} else set()
     for module in (m for m in listed if m not in there | heads):
         notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
-    metadata |= target_facts(config, reader.modules, file, notes)
+    metadata |= fields.target_facts(config, reader.modules, file, notes)
     if ours:  # which names each update, and the config names modules in full
         del metadata["peft"]
-        if config.get(VERSION):
-            metadata["peft"] = {VERSION: config[VERSION]}
-    metadata |= {field: config[field] for field in ORIGIN if config.get(field)}
+        if config.get(fields.VERSION):
+            metadata["peft"] = {fields.VERSION: config[fields.VERSION]}
+    metadata |= {field: config[field] for field in fields.ORIGIN if config.get(field)}
     if config.get("fan_in_fan_out"):
         metadata["fan_in_fan_out"] = True
     kept = metadata.get("dropout") if config.get("target_parameters") else 0.0  # PEFT wants it 0
@@ -128,8 +120,8 @@ class _Reader:
         """Compile the patterns."""
         config = source.config
         self.source, self.config, self.file = source, config, source.name
-        self.ranks = Pattern(config, "rank_pattern", "r", source.config_file)
-        self.alphas = Pattern(config, "alpha_pattern", "lora_alpha", source.config_file)
+        self.ranks = fields.Pattern(config, "rank_pattern", "r", source.config_file)
+        self.alphas = fields.Pattern(config, "alpha_pattern", "lora_alpha", source.config_file)
         self.variant = "rslora" if config.get("use_rslora") else "lora"
         self.modules: list[str] = []
         self.taken: set[str] = set()
@@ -141,7 +133,8 @@ class _Reader:
             outer = unwrapped(lead)
             if self._is_stacked(outer):
                 if not lead.endswith(f".{WRAPPER}"):
-                    levels = self._levels(lead, found)
+                    deeper = (lead + f".{WRAPPER}" * i for i in itertools.count())
+                    levels = [found[n] for n in itertools.takewhile(found.__contains__, deeper)]
                     stacks = read_stacks(levels, self.source, self.ranks, self.alphas, self.variant)
                     self.modules.append(outer)
                     for key, low in stacks.items():
@@ -164,12 +157,12 @@ class _Reader:
         """The update of one layer in PEFT's shapes."""
         a_name = group.names["a"]
         halves = ((half, self.source.factor(group.names[half])) for half in "ab")
-        a, b = (whole_factor(self.config, group.module, *half, self.file) for half in halves)
+        a, b = (fields.whole_factor(self.config, group.module, *half, self.file) for half in halves)
         a, b, op, kernel = from_tensors(group.kind, a, b, f"{self.file}: {a_name!r}")
         seen = unwrapped(group.lead.removesuffix(_OUT))  # PEFT wraps out_proj inside
         attention = f"{group.lead.removesuffix(_OUT)}{_OUT}" in found
         self.modules.append(seen)
-        if not (targets(self.config, group.module) or targets(self.config, seen)):
+        if not (fields.targets(self.config, group.module) or fields.targets(self.config, seen)):
             raise LoraFxError(
                 f"{self.file}: {a_name!r} is of a module that target_modules leaves out; PEFT "
                 "would drop it",
@@ -197,12 +190,12 @@ class _Reader:
             layer=FileLayer(group.lead) if attention else None,
         )  # fmt: skip
         # PEFT pools the inputs of GPTQ's linear layers alone, and ignores the flag at all others
-        size = group_of(self.config) if group.kind == "linear" and not attention else 0
+        size = fields.group_of(self.config) if group.kind == "linear" and not attention else 0
         return grouped(low, size) if size else low
 
     def _mutated(self, group: Group, *, plain: bool) -> str:
         """How PEFT changed the base of an update; raises where it changes none of that kind."""
-        changed = mutation(self.config)
+        changed = fields.mutation(self.config)
         if not changed or group.kind == "embedding":
             return ""  # PEFT leaves embeddings as they are
         if not plain:
@@ -261,14 +254,12 @@ class _Reader:
             return found
         result = dict(found)
         for lead, group in found.items():
-            if group.kind != "linear" or targets(self.config, group.module):
-                continue
-            for other in found.values():
-                if other.kind == "embedding" and self._turned(group, other):
-                    other.tied.append(f"{group.module}.weight")
-                    self.modules.append(group.module)
-                    del result[lead]
-                    break
+            tables = (t for t in found.values() if t.kind == "embedding" and self._turned(group, t))
+            head = group.kind == "linear" and not fields.targets(self.config, group.module)
+            if head and (table := next(tables, None)):
+                table.tied.append(f"{group.module}.weight")
+                self.modules.append(group.module)
+                del result[lead]
         return result
 
     def _turned(self, head: Group, table: Group) -> bool:
@@ -279,16 +270,8 @@ class _Reader:
     def _is_stacked(self, module: str) -> bool:
         """True for a module whose parameters are targets; PEFT lets no module be one as well."""
         listed = self.config.get("target_modules") not in (None, "all-linear")
-        own = listed and targets(self.config, module)
+        own = listed and fields.targets(self.config, module)
         return not own and bool(candidates(self.config, module))
-
-    def _levels(self, lead: str, found: Mapping[str, Group]) -> list[Group]:
-        """The wrappers of a module's parameters, outermost first."""
-        levels = []
-        while lead in found:
-            levels.append(found[lead])
-            lead = f"{lead}.{WRAPPER}"
-        return levels
 
     def _check_place(self, group: Group, found: Mapping[str, Group]) -> None:
         """Raise for a layer inside a wrapper that is none of PEFT's known ones."""
@@ -332,7 +315,7 @@ def read_rest(
     Raises:
         LoraFxError: A tensor that PEFT would not read, or that the config contradicts.
     """
-    idle = [f".{part}" for field, (part, _) in TRAINS.items() if source.config.get(field)]
+    idle = [f".{part}" for field, (part, _) in fields.TRAINS.items() if source.config.get(field)]
     for name in names:
         short = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
         if any(part in short for part in idle):
@@ -439,7 +422,7 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
         source.notes.append(f"{source.name}: {name!r} is a copy of the base weight; not read")
         return False
     if not name.startswith(OWN) and ".lora_" not in short and module:
-        if saved_whole(source.config, module):
+        if fields.saved_whole(source.config, module):
             return True
         if low_rank and value.ndim == 2 and short.endswith(".weight"):
             # PEFT stores resized embeddings and heads so, without listing them, beside updates.
@@ -456,17 +439,6 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
 #   config where the tensors have PEFT's names, since people edit it; else they are here, with
 #   "magnitude" for DoRA. "swapped" says that a is Bᵀ and b is Aᵀ.
 # * `{"full"}`, `{"dense", "scale", "layout", "extra"}`, `{"rows", "index"}`: names of tensors.
-
-
-def own_sections(ours: JsonView, file: str) -> tuple[Json, Json]:
-    """The entries and the metadata of our JSON; both empty for files of PEFT."""
-    if not ours:
-        return {}, {}
-    found, metadata = ours.get("entries"), ours.get("metadata")
-    check_format(ours, f"{file}: metadata lora_fx")
-    if not isinstance(found, dict) or not isinstance(metadata, dict):
-        raise LoraFxError(f"{file}: metadata lora_fx is damaged", "convert the adapter again")
-    return found, dict(metadata)
 
 
 def own_entries(
@@ -600,7 +572,7 @@ def read(path: str | Path) -> Adapter:
           op conv2d and its kernel with in = C_in · ∏k; op experts and `layer` for a parameter,
           `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.fused.place` before
           keys are matched; `mutated` where the update is meant for
-          `lora_fx.adapter.initial.residual` of the base weight.
+          `lora_fx.adapter.variant.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that
           were trained whole.
 
@@ -636,7 +608,7 @@ def read(path: str | Path) -> Adapter:
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     """The config inside our JSON or beside the file, None where there is neither; and its place."""
-    forget_time()
+    fields.forget_time()
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
         return dict(ours["config"]), f"{file}: config in metadata lora_fx"

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import SIDES, frame, slots_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import SIDES, LowRank, frame, slots_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.eager_emitter import Program, bound
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, ActiveAdapter, Live, restore, swap
@@ -27,8 +26,7 @@ from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
 from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
-from lora_fx.targets.found import Found
-from lora_fx.targets.target import base_name
+from lora_fx.targets.target import Found, base_name
 from lora_fx.text import human
 
 

@@ -20,8 +20,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import reached
 from lora_fx.fx.tensors import owner, padding
-from lora_fx.ir.emitter import Role
-from lora_fx.ir.graph import Site
+from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum, Grouped
 
 INPUTS = 3
@@ -59,7 +58,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),
 }
-"""What runs each primitive of lora_fx.ir.view.Ops."""
+"""What runs each primitive of lora_fx.ir.layout.Ops."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Recorder:
         return Value(index)
 
     def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
-        """Record one primitive of the closed set; see lora_fx.ir.view.Ops."""
+        """Record one primitive of the closed set; see lora_fx.ir.layout.Ops."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
         return self._add("step", prim, tuple(o.index for o in operands), fixed)

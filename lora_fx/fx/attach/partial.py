@@ -23,8 +23,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.patterns.elementwise import VIEWS
 from lora_fx.fx.tensors import parameter_of
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Analysed, OtherReader, Site
+from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
 from lora_fx.ir.kinds import Einsum
 
 

@@ -32,7 +32,7 @@ from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import random_ops
+from lora_fx.fx.graph.nodes import OverTensors, random_ops
 from lora_fx.fx.tensors import AdapterTensors, parameter_of
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.progress import stage
@@ -205,10 +205,13 @@ class Captured:
         return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
 
     def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
-        # what the weightless source holds in the place of the model's tensors is fake
-        tensors = traced.constants | all_tensors(self.model) | traced.bodies
+        tensors = self._tensors(traced)
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
+
+    def _tensors(self, traced: Traced) -> dict[str, Any]:
+        # what the weightless source holds in the place of the model's tensors is fake
+        return traced.constants | all_tensors(self.model) | traced.bodies
 
     def allows(self, training: bool, norm_stats: str = "frozen") -> None:
         """Raise LoraFxError where a mode cannot be run: a file may hold the other one only."""
@@ -428,7 +431,6 @@ class Captured:
     def _runs_as(self, traced: Traced, named: Named) -> bool:
         """Whether a graph gives the model's numbers, in the model's mode, where the model runs."""
         view = traced.fx_graph(self.model, self.model.training)  # which reads codes as numbers
-        graph = self._over_tensors(traced, view.graph)
         leaves = pytree.tree_leaves(dict(named))
         with torch.no_grad():
             try:
@@ -438,7 +440,8 @@ class Captured:
                 return True
             torch.manual_seed(0)
             try:
-                got = fx.Interpreter(graph).run(*leaves, enable_io_processing=False)
+                run = OverTensors(self._tensors(traced), view.graph)
+                got = run.run(*leaves, enable_io_processing=False)
             except Exception:  # a graph that is not the model's may not run
                 return False
         wanted = pytree.tree_leaves(call.without_cache(want))

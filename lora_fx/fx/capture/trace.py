@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import Condition
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, silenced
 from lora_fx.fx.capture.call import (
     Door,
     OverTree,
@@ -45,7 +45,6 @@ from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
-from lora_fx.silence import silenced
 from lora_fx.text import Json
 
 aten = torch.ops.aten

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
@@ -28,8 +29,7 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
+from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
 
 
@@ -364,8 +364,12 @@ class FxGraph(Analysed):
         graph = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            env[node] = graph.node_copy(node, env.__getitem__)
-            env[node].name = node.name
+            new = env[node] = graph.create_node(node.op, node.target, None, None, node.name)
+            # set afterwards: create_node looks for symbols among its arguments, a third of its time
+            new.args, new.kwargs = (map_arg(a, env.__getitem__) for a in (node.args, node.kwargs))
+            new.meta, new.type = dict(node.meta), node.type
+            if new.name != node.name:
+                new.name = node.name
         graph.set_codegen(self.graph._codegen)
         other = FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
         other.share(self._named)
@@ -428,7 +432,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.view.Ops is, but for conv."""
+"""What node each primitive of lora_fx.ir.layout.Ops is, but for conv."""
 
 
 class FxEmitter:
@@ -447,7 +451,7 @@ class FxEmitter:
         return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
         if prim == "conv":
             return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx import Node
 
 from lora_fx.ir.kinds import Shape
@@ -174,3 +174,15 @@ def is_marked(node: fx.Node, site: str | None = None) -> bool:
     """True for nodes that a pass emitted, for `site` or for any."""
     found = node.meta.get("custom", {}).get(MARK)
     return found is not None and (site is None or found["site"] == site)
+
+
+class OverTensors(fx.Interpreter):
+    """A graph over tensors by name, to run once: a GraphModule would be compiled first."""
+
+    def __init__(self, tensors: Mapping[str, Any], graph: fx.Graph) -> None:
+        super().__init__(nn.Module(), graph=graph)
+        self.tensors = tensors
+
+    def fetch_attr(self, target: str) -> Any:
+        """What the graph reads by this name."""
+        return self.tensors[target]

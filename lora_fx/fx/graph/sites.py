@@ -30,8 +30,8 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
+from lora_fx.ir.layout import View
 from lora_fx.ir.quantised import no_fold
-from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 Bodies = Mapping[str, fx.GraphModule]

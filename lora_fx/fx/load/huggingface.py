@@ -24,14 +24,13 @@ from torch import nn
 from lora_fx.checkpoint.renaming import loaded_of
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
 from lora_fx.fx.tensors import patched, pickled
-from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:

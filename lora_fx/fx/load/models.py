@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, near_path, one_line
+from lora_fx.errors import LoraFxError, near_path, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -29,7 +29,6 @@ from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.factory import call_factory
 from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.silence import silenced
 from lora_fx.text import near, some
 
 FORMS = (

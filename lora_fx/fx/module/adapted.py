@@ -15,8 +15,16 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
-from lora_fx.adapter.factors import asked, frame, learning, relearning, slots_of, with_values
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import (
+    Full,
+    LowRank,
+    asked,
+    frame,
+    learning,
+    relearning,
+    slots_of,
+    with_values,
+)
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint import provenance
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
@@ -42,7 +50,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 from lora_fx.text import Json, html, human, short
 
 Updates = Mapping[str, LowRank]

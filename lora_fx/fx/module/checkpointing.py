@@ -18,7 +18,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.module.codegen import made_in
+from lora_fx.fx.graph.nodes import scopes_of
+from lora_fx.fx.module.codegen import CALLS
 from lora_fx.inputs import Named
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
@@ -142,7 +143,7 @@ class Recomputing:
 
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
-    return {path for path in blocks if made_in(graph, path)}
+    return {p for n in graph.nodes if n.op in CALLS for p in scopes_of(n)} & set(blocks)
 
 
 def apart(blocks: Named, inlined: set[str]) -> None:

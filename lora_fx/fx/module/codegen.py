@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 from lora_fx.fx.capture.call import Door
 from lora_fx.fx.graph.nodes import scopes_of
 
+CALLS = ("call_function", "call_module")
+"""What a node does that computes something."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -36,8 +39,9 @@ def compile_program(
     A block whose nodes cannot be gathered in one place stays part of the whole.
     """
     codes = {}
+    made = {n: scopes_of(n) for n in graph.nodes if n.op in CALLS} if blocks else {}
     for path in blocks:
-        part = outline(graph, path, ident)
+        part = outline(graph, path, ident, [n for n in graph.nodes if path in made.get(n, ())])
         if part is not None:
             codes[path] = function(part, f"{ident}:{path}")
     codes[""] = function(graph, ident)
@@ -57,18 +61,11 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return function
 
 
-def made_in(graph: fx.Graph, path: str) -> list[fx.Node]:
-    """The nodes of a graph that were made inside the module at this path."""
-    made = (n for n in graph.nodes if n.op in ("call_function", "call_module"))
-    return [n for n in made if path in scopes_of(n)]
-
-
-def outline(graph: fx.Graph, path: str, ident: str) -> fx.Graph | None:
-    """Move the nodes made inside one module into a graph of their own, called by a node.
+def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.Graph | None:
+    """Move the nodes made inside one module, in their order, into a graph called by a node.
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-    body = made_in(graph, path)
     member = set(body)
     if not body or not _gather(graph, body, member):
         return None

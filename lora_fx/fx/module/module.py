@@ -336,7 +336,7 @@ class CapturedModule(Recomputing, Scope):
         self._dtype = base_dtype(self) or fn(told).dtype
         return result
 
-    def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> object:
         """As nn.Module's; storage shared with the user's model is copied first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
@@ -485,12 +485,12 @@ def decide_doubts(module: CapturedModule) -> None:
         if tried[key]:
             idle.append(condition)
     captured.settle(idle)
-    module._programs.compiled.clear()
 
 
 def _same_at(module: CapturedModule, named: Named) -> bool:
     captured = module.captured
-    with quiet(), torch.no_grad(), module.base():
+    once = replace(module._programs, codes={}, compiled={}, blocks=False)
+    with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=once):
         try:
             with alike(captured.model, training=False):
                 theirs = captured.signature.call(captured.model, copied(named))

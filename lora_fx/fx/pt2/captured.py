@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
-from lora_fx.errors import LoraFxError, check_format
+from lora_fx.errors import LoraFxError, check_format, silenced
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
@@ -36,7 +36,6 @@ from lora_fx.fx.pt2.manifest import (
     read_signature,
 )
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
-from lora_fx.silence import silenced
 from lora_fx.text import Json, JsonView
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.factors import FIELDS, slots_of, with_values
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import FIELDS, Full, LowRank, slots_of, with_values
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.capture.trace import Traced

@@ -27,13 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.adapter.factors import asked
+from lora_fx.adapter.lowrank import asked
 from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, stamp
-from lora_fx.files.atomic import check_output, replacing
-from lora_fx.files.ownership import CURVE
+from lora_fx.files.atomic import CURVE, check_output, replacing
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,15 +32,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lora_fx.adapter.factors import slots_of
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, random_ops, value
-from lora_fx.fx.lowering import signed, without_writes
+from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import patched
 from lora_fx.fx.to_onnx import flat_program, mend_squeeze
@@ -82,8 +82,8 @@ class Update:
             share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
             gradients = [g * share for g in gradients]
         made: list[Tensor] = []
-        # in fp32 1 − 0.999 loses 4 digits
-        left = [1 - torch.pow(beta, step.double()) for beta in BETAS]
+        # in fp32 1 − 0.999 loses 4 digits, and so does a power whose base the exporter has in fp32
+        left = [1 - torch.exp(step.double() * math.log(beta)) for beta in BETAS]
         first, second = 1 / left[0], 1 / left[1].sqrt()
         for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
             rate = lr * slot.rate
@@ -359,7 +359,7 @@ UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.
 # What comes apart before the exporter sees it: all that it has no operator for, and these.
 
 
-def _table() -> dict[Any, Callable[..., Any]]:
+def _table() -> Table:
     from torch.onnx._internal.exporter import _decomp
 
     from lora_fx.fx.to_onnx import registry
@@ -368,7 +368,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     return {**_decomp.create_onnx_friendly_decomposition_table(known), **_own()}
 
 
-def _own() -> dict[Any, Callable[..., Any]]:
+def _own() -> Table:
     return {
         aten.nll_loss_forward.default: nll_loss,
         aten.convolution_backward.default: convolution_backward,
@@ -377,7 +377,7 @@ def _own() -> dict[Any, Callable[..., Any]]:
 
 
 @functools.cache
-def _differentiable() -> dict[Any, Callable[..., Any]]:
+def _differentiable() -> Table:
     """What comes apart before autograd sees it: its gradient is an operator that never does."""
     known = decomposition_table
     return {
@@ -393,6 +393,8 @@ def _differentiable() -> dict[Any, Callable[..., Any]]:
         aten.cumprod.default: products,
         aten.prod.default: product,
         aten.prod.dim_int: product,
+        aten.embedding_bag.default: bags,
+        aten.embedding_bag.padding_idx: bags,
     }
 
 
@@ -414,6 +416,29 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
         x = torch.cat([x[:reach], x[reach:] * x[:-reach]])
         reach *= 2
     return x.movedim(0, dim)
+
+
+def bags(
+    w: Tensor, places: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *more: Any
+) -> tuple[Tensor, None, None, None]:
+    """The sums, means or maxima of the rows of bags: each from where it starts to the next."""
+    weights, ends, left_out = (*more[1:], *(None, False, None)[len(more[1:]) :])
+    starts = starts[:-1] if ends else starts
+    after = torch.arange(places.shape[0], device=w.device) >= starts[:, None]
+    inside = after & ~F.pad(after[1:], [0, 0, 0, 1])
+    if left_out is not None:
+        inside = inside & (places != left_out)
+    rows = F.embedding(places, w)
+    if weights is not None:
+        rows = rows * weights[:, None]
+    if mode == 2:
+        held = inside.any(1, keepdim=True)
+        top = torch.where(inside[..., None], rows, -torch.inf).amax(1)
+        return torch.where(held, top, 0.0), None, None, None
+    share = inside.to(w.dtype)
+    if mode == 1:
+        share = share / share.sum(1, keepdim=True).clamp(min=1)
+    return share @ rows, None, None, None
 
 
 def adaptive_means(x: Tensor, sizes: Sequence[int]) -> Tensor:

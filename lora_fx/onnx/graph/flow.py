@@ -6,6 +6,7 @@ the graphs around it, so one walk over all nodes follows both.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import re
@@ -16,10 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.ir.emitter import Parameter
-from lora_fx.ir.graph import Site
+from lora_fx.ir.graph import Parameter, Site
 from lora_fx.ir.kinds import Shape, WeightForm
-from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
+from lora_fx.ir.layout import Cast, Gather, Permute, Reshape, Slice, Step, View
 from lora_fx.onnx.graph.ops import (
     DATA_OPS,
     FOREIGN,
@@ -29,7 +29,6 @@ from lora_fx.onnx.graph.ops import (
     Codes,
     OnnxOp,
     OnnxOperand,
-    attr,
     check_scales,
     may_weigh,
     narrow,
@@ -46,30 +45,6 @@ WAS = "lora_fx.was"
 """Metadata key of a site's value whose own name went to the sum with its branches."""
 DATA = "lora_fx.data"
 """Metadata key of a constant that a product or a lookup has for its input: no weight."""
-
-
-@dataclass(frozen=True)
-class Store:
-    """Where a tensor is stored: the value of an initialiser, or of a Constant node."""
-
-    name: str
-    value: ir.Value
-
-    @property
-    def tensor(self) -> ir.TensorProtocol:
-        """The tensor that is stored there now."""
-        node = self.value.producer()
-        found = self.value.const_value if node is None else node.attributes["value"].as_tensor()
-        assert found is not None
-        return found
-
-    def put(self, tensor: ir.TensorProtocol) -> None:
-        """Store another tensor in its place."""
-        node = self.value.producer()
-        if node is None:
-            self.value.const_value = tensor
-        else:
-            node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 @dataclass(frozen=True)
@@ -120,14 +95,15 @@ class OnnxFlow:
     """What one walk over a model finds.
 
     Attributes:
-        stores: Every stored tensor by name; the model's own come first, in file order.
+        stores: The value of every stored tensor, an initialiser's or a Constant's, by name; the
+            model's own come first, in file order.
         weights: Values that are a stored tensor seen through views.
         computed: Values that are made of stored tensors alone, or of one that a loop carries.
         found: Every use of one, in execution order.
         data_flops: FLOPs of the products of activations.
     """
 
-    stores: dict[str, Store] = field(default_factory=dict)
+    stores: dict[str, ir.Value] = field(default_factory=dict)
     weights: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     computed: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     found: list[OnnxWeightUse] = field(default_factory=list)
@@ -137,23 +113,38 @@ class OnnxFlow:
         """The weight that a value is, or that it is computed from."""
         return None if value is None else self.weights.get(value) or self.computed.get(value)
 
+    def tensor(self, name: str) -> ir.TensorProtocol:
+        """The tensor that is stored under a name now."""
+        found = ir.convenience.get_const_tensor(self.stores[name])
+        assert found is not None
+        return found
+
+    def put(self, name: str, tensor: ir.TensorProtocol) -> None:
+        """Store another tensor in the place of one."""
+        node = self.stores[name].producer()
+        if node is None:
+            self.stores[name].const_value = tensor
+        else:
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
+
     def parameters(self) -> list[Parameter]:
         """Floating tensors that no pass added, codes of weights, and what may be such codes."""
         coded = {f.site.parameter: f for f in self.found if f.codes is not None}
         result = []
-        for name, store in self.stores.items():
-            dtype, use = tensor_dtype(store.tensor.dtype), coded.get(name)
-            if use is None and not ("float" in dtype or narrow(store.tensor)):
+        for name, value in self.stores.items():
+            tensor, use = self.tensor(name), coded.get(name)
+            dtype = tensor_dtype(tensor.dtype)
+            if use is None and not ("float" in dtype or narrow(tensor)):
                 continue
-            shape = (use.use.stored if use else ()) or tuple(store.tensor.shape.numpy())
-            alias = (str(store.value.name),) * _is_odd(store.value)
-            if use is None or use.codes is None:
+            shape = (use.use.stored if use else ()) or tuple(tensor.shape.numpy())
+            alias = (str(value.name),) * _is_odd(value)
+            kept = use.codes if use else None
+            if kept is None:
                 result.append(Parameter(name, shape, dtype, alias))
-                continue
-            plain = QUANTISER.sub("", name)
-            alias += (plain,) * (plain not in self.stores)
-            kept = use.codes
-            result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
+            else:
+                plain = QUANTISER.sub("", name)
+                alias += (plain,) * (plain not in self.stores)
+                result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
         return result
 
 
@@ -183,10 +174,9 @@ def _store(flow: OnnxFlow, value: ir.Value) -> None:
     if _is_odd(value):  # such come last, so that a plain name is the key of its own tensor
         own = re.sub(r"[@\[\]]", "_", own)
     name = free_name(own, flow.stores)  # a body may use a name again
-    store = Store(name, value)
-    flow.stores[name] = store
+    flow.stores[name] = value
     if DATA not in value.metadata_props:
-        flow.weights[value] = OnnxWeight(name, View(), tuple(store.tensor.shape.numpy()))
+        flow.weights[value] = OnnxWeight(name, View(), tuple(flow.tensor(name).shape.numpy()))
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
@@ -228,7 +218,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
-    floats = [w for w in known.values() if may_weigh(flow.stores[w.name].tensor)]
+    floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
     names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
     if not names:
         return False
@@ -271,9 +261,9 @@ def _root(value: ir.Value | None) -> ir.Value | None:
 
 def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
     """Note what a node makes of a weight where it only views it."""
-    tensor = flow.stores[weight.name].tensor
+    tensor = flow.tensor(weight.name)
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
-        axis, block = int(attr(node, "axis", 1)), int(attr(node, "block_size", 0))
+        axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
         check_scales(node, 1, weight.shape, axis, block)
         codes = Codes(node.op_type, tensor.dtype.bitwidth)
         behind = _stored(flow, (v for v in node.inputs if v is not None))
@@ -304,13 +294,11 @@ SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
 
 def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of codes that were cast, with scales or zero points."""
-    known = [flow.weights.get(v) for v in node.inputs if v is not None]
-    if len(known) != 2 or any(w is None for w in known):
+    known = [flow.weights[v] for v in node.inputs if v in flow.weights]
+    if len(known) != 2:
         return False
-    weight, other = sorted(known, key=lambda w: -math.prod(w.shape) if w else 0)
-    if weight is None or other is None or weight.codes is None or weight.codes.scaled:
-        return False
-    if len(other.shape) > len(weight.shape):
+    weight, other = sorted(known, key=lambda w: -math.prod(w.shape))
+    if weight.codes is None or weight.codes.scaled or len(other.shape) > len(weight.shape):
         return False
     codes = replace(weight.codes, scaled=SCALING[node.op_type])
     behind = (*(weight.behind or (weight.name,)), other.name)
@@ -326,9 +314,18 @@ def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 def shape_of(value: ir.Value | None) -> Shape | None:
     """The sizes of a value, whole numbers or symbols; None where the file does not say."""
-    if value is None or value.shape is None:
-        return None
-    return tuple(value.shape)
+    return None if value is None or value.shape is None else tuple(value.shape)
+
+
+def values_of(model: ir.Model) -> list[ir.Value]:
+    """Inputs, initialisers and what nodes make, bodies included."""
+    stored = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
+    return [*dict.fromkeys(stored), *(v for n in model.graph.all_nodes() for v in n.outputs)]
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of dimensions of a value; None where it is unknown."""
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
@@ -345,7 +342,7 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
         weight = flow.weight_of(operand(node, use.weight))
         if weight is None:
             continue
-        tensor = flow.stores[weight.name].tensor
+        tensor = flow.tensor(weight.name)
         codes = use.codes or weight.codes
         if codes is None and row.op == "embedding" and narrow(tensor):
             codes = Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
@@ -372,7 +369,7 @@ def _coded(
 ) -> OnnxWeightUse:
     """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
     y, source, why = node.outputs[0], None, ""
-    made = weight.codes.bits if weight.codes else flow.stores[weight.name].tensor.dtype.bitwidth
+    made = weight.codes.bits if weight.codes else flow.tensor(weight.name).dtype.bitwidth
     codes = replace(codes, bits=codes.bits or made)
     if row.integer:
         source = quantiser(node.inputs[use.x])
@@ -398,7 +395,7 @@ def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -
     ONNX's inference knows nothing of other domains; ids are no numbers of that dtype.
     """
     cast = [s.dtype for s in weight.view.steps if isinstance(s, Cast)]
-    dtype = numpy_dtype(cast[-1]) if cast else flow.stores[weight.name].tensor.dtype.numpy()
+    dtype = numpy_dtype(cast[-1]) if cast else flow.tensor(weight.name).dtype.numpy()
     ids = use.kind.name == "embedding"
     for value in (None if ids else node.inputs[use.x], node.outputs[0]):
         if value is not None and value.dtype is None:
@@ -442,8 +439,6 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
 
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """
-    import ast
-
     props = node.metadata_props
     try:
         scopes = ast.literal_eval(props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -480,11 +475,8 @@ def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...], result: ir
 
 def _data(node: ir.Node) -> int:
     """FLOPs of one product of activations; 0 for everything else."""
-    known = node.op_type in ("MatMul", "Gemm", "Einsum", "FusedMatMul")
-    if not known and (node.domain, node.op_type) not in DATA_OPS:
-        return 0
-    first, y = shape_of(node.inputs[0]), shape_of(node.outputs[0])
-    if not first or y is None:
+    first, y = shape_of(operand(node, 0)), shape_of(node.outputs[0])
+    if (node.domain, node.op_type) not in DATA_OPS or not first or y is None:
         return 0
     return 2 * _count(y) * _count(first[-1:])
 
@@ -509,23 +501,24 @@ def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op and not node.domain else None
 
 
+def remove_unread(node: ir.Node | None) -> None:
+    """Remove a node that nothing reads, and those before it that nothing reads then."""
+    if node is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        return
+    assert node.graph is not None
+    before = [v.producer() for v in node.inputs if v is not None]
+    node.graph.remove(node, safe=True)
+    for maker in before:
+        remove_unread(maker)
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """The array of an initialiser or a Constant; None for anything else."""
-    if value is None:
-        return None
     # an initialiser that is an input too can be overridden in every run: no constant
-    if value.const_value is not None and not value.is_graph_input():
-        return value.const_value.numpy()
-    node = value.producer()
-    if node is None or node.op_type != "Constant":
+    if value is None or value.is_graph_input():
         return None
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor().numpy()
-        if name in ("value_int", "value_ints", "value_float", "value_floats"):
-            kind = np.int64 if "int" in name else np.float32
-            return np.array(attribute.value, kind)
-    return None
+    found = ir.convenience.get_const_tensor(value)
+    return None if found is None else found.numpy()
 
 
 def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:

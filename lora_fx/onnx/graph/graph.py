@@ -15,10 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.ir.emitter import Parameter, Role
-from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Site
+from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.flow import (
@@ -27,7 +26,6 @@ from lora_fx.onnx.graph.flow import (
     WAS,
     OnnxFlow,
     OnnxWeightUse,
-    Store,
     bodies_of,
     constant,
     dtype_name,
@@ -38,7 +36,6 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
-from lora_fx.silence import silenced
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -84,7 +81,7 @@ class OnnxGraph(Analysed):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
         self._names = 0
         self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
-        self._stores: dict[str, Store] = {}
+        self._stores: dict[str, ir.Value] = {}
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -123,14 +120,14 @@ class OnnxGraph(Analysed):
 
     def read(self, name: str) -> Array:
         """The value of a stored tensor."""
-        return self.flow.stores[name].tensor.numpy()
+        return self.flow.tensor(name).numpy()
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that reads the value.
 
         It maps a tensor of a data file anew each time, so that nothing keeps it in memory.
         """
-        tensor = self.flow.stores[name].tensor
+        tensor = self.flow.tensor(name)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
             shape = tuple(tensor.shape.numpy())
             dtype, start = tensor.dtype.numpy(), tensor.offset or 0
@@ -156,7 +153,7 @@ class OnnxGraph(Analysed):
         """The stored tensor that the site reads."""
         if site.parameter not in self._stores:
             self.flow  # noqa: B018
-        return self._stores[site.parameter].value
+        return self._stores[site.parameter]
 
     def output(self, site: Site) -> ir.Value:
         """The product of the site."""
@@ -173,7 +170,7 @@ class OnnxGraph(Analysed):
 
     def emit_first(self, mark: str) -> OnnxEmitter:
         """An emitter before all nodes, for what is computed of initialisers."""
-        return OnnxEmitter(self, next(iter(self.model.graph)), mark, before=True)
+        return OnnxEmitter(self, self.model.graph[0], mark, before=True)
 
     def replace_output(self, site: Site, y: ir.Value) -> None:
         """Let every user but the branch itself read y; an output of a graph keeps its name.
@@ -216,12 +213,12 @@ class OnnxGraph(Analysed):
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
 
-    def picked(self, site: Site, e: Any) -> ir.Value:
+    def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
         """What the last Gather on the weight's way takes, as a list."""
         value = self.at(site).node.inputs[site.slot[0]]
         while value is not None and (node := value.producer()) is not None:
             if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
-                ids: ir.Value = e.op("reshape", node.inputs[1], shape=(-1,))
+                ids = e.op("reshape", node.inputs[1], shape=(-1,))
                 ids.shape = ir.Shape([None])  # by which the walk knows a list of them
                 return ids
             value = node.inputs[0]
@@ -257,13 +254,13 @@ class OnnxGraph(Analysed):
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through views of their own."""
         for site in sites:
-            self.rebase(site, self.flow.stores[stored].value)
+            self.rebase(site, self.flow.stores[stored])
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
-            store = self.flow.stores[name]
-            store.put(as_tensor(value, str(store.tensor.name)))  # no other flow: nothing to drop
+            # no other flow: nothing to drop
+            self.flow.put(name, as_tensor(value, str(self.flow.tensor(name).name)))
             return name
         stored = free_name(f"{name}_folded", self.flow.stores, "_")
         add_initialiser(self.model.graph, stored, value)
@@ -310,9 +307,8 @@ class OnnxGraph(Analysed):
 
     def store(self, name: str, value: Array) -> None:
         """Store another value [stored shape] in a tensor, in the dtype that it has."""
-        store = self.flow.stores[name]
-        dtype = store.tensor.dtype.numpy()
-        store.put(ir.tensor(value.astype(dtype), name=store.tensor.name))
+        was = self.flow.tensor(name)
+        self.flow.put(name, ir.tensor(value.astype(was.dtype.numpy()), name=was.name))
 
     def clone(self) -> OnnxGraph:
         """The same graph in new nodes; tensors are shared."""
@@ -410,7 +406,8 @@ def add_initialiser(
 
 OF_CODES = {"bits", "block_size", "gather_axis", "quantize_axis"}
 """Attributes of a lookup of codes, which one of floats does not have."""
-PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum"}
+PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum",
+         "transpose": "Transpose"}  # fmt: skip
 """Primitives that are a node of the same operands and attributes."""
 
 
@@ -445,12 +442,10 @@ class OnnxEmitter:
             new.metadata_props[VIEW] = "of the weight form"
         for value in new.outputs:
             value.name = self.owner.fresh(f"{self.mark}_lora")
-        graph = self.node.graph
-        assert graph is not None
         if self.before:
-            graph.insert_before(self.node, new)
+            self.node.prepend(new)
         else:
-            graph.insert_after(self.last, new)
+            self.last.append(new)
             self.last = new
         self.owner.changed()
         return new.outputs[0]
@@ -463,7 +458,7 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.mark)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.view.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
         made = self._op(prim, *xs, **attrs)
         # onnx_ir infers no types, and later casts ask for this one
         first = next((x for x in xs if isinstance(x, ir.Value)), None)
@@ -492,8 +487,6 @@ class OnnxEmitter:
             one, wide = self._ints(*shape, 1), self._ints(*shape, attrs["times"])
             wide = self.call("Expand", self.call("Reshape", xs[0], one), wide)
             return self.call("Reshape", wide, self._ints(*shape[:-1], -1))
-        if prim == "transpose":
-            return self.call("Transpose", xs[0], perm=list(attrs["perm"]))
         if prim == "reshape":
             return self.call("Reshape", xs[0], self._ints(*attrs["shape"]))
         if prim == "slice":

@@ -7,10 +7,10 @@ those that ONNX Runtime's own optimizers write.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import onnx_ir as ir
 
@@ -85,10 +85,7 @@ def _expect(node: ir.Node, slot: int, wanted: Sequence[tuple[int, ...]], what: s
     found = sizes(value)
     if value is None or found is None:
         return
-    count = 1
-    for n in found:
-        count *= n
-    if found not in wanted and (count,) not in wanted:
+    if found not in wanted and (math.prod(found),) not in wanted:
         shapes = " or ".join(str(list(w)) for w in dict.fromkeys(wanted))
         raise damaged(node, f"{what} {value.name!r} are {list(found)}; expected {shapes}")
 
@@ -274,12 +271,6 @@ class OnnxOp:
     integer: bool = False
 
 
-def attr(node: ir.Node, name: str, default: object) -> Any:
-    """The value of a node's attribute, or the default where it has none."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value
-
-
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     first, second = shape(0), shape(1)
     for slot, x, w, left in ((1, first, second, False), (0, second, first, True)):
@@ -294,10 +285,12 @@ LEFT_TURNED = Einsum("...in", "io", "...on", "left")
 """The kind wᵀ [out, in] @ x [..., in, n], with w stored [in, out]."""
 
 
-def _turned(
-    node: ir.Node, shape: Shapes, turns: tuple[bool, bool], gain: float
-) -> Iterator[OnnxOperand]:
+def _turned(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """A product of two matrices of which each may be read transposed."""
+    number, gain = node.attributes.get_int, node.attributes.get_float("alpha", 1.0)
+    turns = bool(number("transA", 0)), bool(number("transB", 0))
+    if number("transBatchA", 0) or number("transBatchB", 0):  # of FusedMatMul
+        turns = True, True
     for slot in (1, 0):
         w, own, other = shape(slot), turns[slot], turns[1 - slot]
         if w is None:
@@ -316,23 +309,17 @@ def _turned(
 
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    turns = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
-    for use in _turned(node, shape, turns, float(attr(node, "alpha", 1.0))):
-        if attr(node, "activation", "") and not use.refusal:  # FusedGemm: no place for a sum
+    activated = node.attributes.get_string("activation", "")
+    for use in _turned(node, shape):
+        if activated and not use.refusal:  # FusedGemm: no place for a sum
             axes = use.kind.axes(shape(use.weight) or ())
             use = replace(use, kind=WeightForm("linear", axes))
         yield use
 
 
-def _fused_matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    turns = bool(attr(node, "transA", 0)), bool(attr(node, "transB", 0))
-    if attr(node, "transBatchA", 0) or attr(node, "transBatchB", 0):
-        turns = True, True
-    yield from _turned(node, shape, turns, float(attr(node, "alpha", 1.0)))
-
-
 def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    w, groups, turned = shape(1), int(attr(node, "group", 1)), node.op_type == "ConvTranspose"
+    w, groups = shape(1), node.attributes.get_int("group", 1)
+    turned = node.op_type == "ConvTranspose"
     if w is None:
         return
     if len(w) < 3:
@@ -340,7 +327,7 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         return
     lone = groups > 1 and (w[0] == groups if turned else w[1] == 1)
     kind: Kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
-    if attr(node, "activation", ""):  # FusedConv: the activation leaves no place for a sum
+    if node.attributes.get_string("activation", ""):  # FusedConv: it leaves no place for a sum
         kind = WeightForm("conv", kind.axes(w))
     yield OnnxOperand(1, 0, kind, DEPTHWISE if lone else "", allowed=lone)
 
@@ -348,13 +335,13 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     w = shape(0)
     if w is not None and len(w) >= 2:
-        axis = int(attr(node, "axis", 0))
+        axis = node.attributes.get_int("axis", 0)
         why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
         yield OnnxOperand(0, 1, kinds.Embedding(), why)
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    equation = str(attr(node, "equation", "")).replace(" ", "")
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
     written = equation.partition("->")[0].split(",")
     shapes = [shape(i) for i in range(len(node.inputs))]
     if any(s is None and "." in t for s, t in zip(shapes, written, strict=True)):
@@ -370,28 +357,22 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         yield OnnxOperand(i, other, kind, why)
 
 
-def _recurrent(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
-    for slot in (1, 2):
-        yield OnnxOperand(slot, 0, WeightForm("recurrent", Axes((0,), (1,), (2,))))
+def _whole(kind: str, axes: Axes, *slots: int) -> Uses:
+    """Weights whose product never leaves the node, which therefore reads W + ΔW."""
 
+    def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+        for slot in slots:
+            yield OnnxOperand(slot, 0, WeightForm(kind, axes))
 
-def _packed_qkv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """q, k and v [in, 3·out] of fused attention in one; their product never leaves the node."""
-    yield OnnxOperand(1, 0, WeightForm("linear", Axes((), (1,), (0,))))
-
-
-def _embed_layer_norm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    for slot in (2, 3, 4):
-        yield OnnxOperand(slot, 0, WeightForm("embedding", Axes((), (1,), (0,))))
+    return uses
 
 
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
-    n, k, bits = int(attr(node, "N", 0)), int(attr(node, "K", 0)), int(attr(node, "bits", 4))
-    flat = node.op_type == "MatMulBnb4"
-    check_blocks(node, n, k, bits, int(attr(node, "block_size", 0)), flat=flat)
-    why = "" if attr(node, "transB", 1) else NO_PLACE.format("a product with W itself (transB 0)")
+    number, flat = node.attributes.get_int, node.op_type == "MatMulBnb4"
+    n, k, bits = number("N", 0), number("K", 0), number("bits", 4)
+    check_blocks(node, n, k, bits, number("block_size", 0), flat=flat)
+    why = "" if number("transB", 1) else NO_PLACE.format("a product with W itself (transB 0)")
     codes = Codes(node.op_type, bits)
     yield OnnxOperand(1, 0, kinds.linear(), why, stored=(n, k), codes=codes)
 
@@ -401,11 +382,11 @@ def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     w, codes = shape(0), node.inputs[0]
     if w is None or len(w) < 2 or codes is None:
         return
-    bits = int(attr(node, "bits", 4))
+    number = node.attributes.get_int
+    axis, bits = number("gather_axis", 0), number("bits", 4)
     dense = 8 // bits if codes.dtype is ir.DataType.UINT8 and bits in (2, 4) else 1
     w = (*w[:-1], w[-1] * dense)
-    axis, along = int(attr(node, "gather_axis", 0)), int(attr(node, "quantize_axis", 1))
-    check_scales(node, 2, w, along, int(attr(node, "block_size", 128)))
+    check_scales(node, 2, w, number("quantize_axis", 1), number("block_size", 128))
     why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
     yield OnnxOperand(0, 1, kinds.Embedding(), why, stored=w, codes=Codes(node.op_type, bits))
 
@@ -442,7 +423,11 @@ def _inside(*slots: int) -> Uses:
     return uses
 
 
-_RECURRENT = {n: OnnxOp(n.lower(), _recurrent, many=True) for n in ("LSTM", "GRU", "RNN")}
+_GATES = _whole("recurrent", Axes((0,), (1,), (2,)), 1, 2)
+"""W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
+_QKV = _whole("linear", Axes((), (1,), (0,)), 1)
+"""q, k and v [in, 3·out] of fused attention in one."""
+_TABLES = _whole("embedding", Axes((), (1,), (0,)), 2, 3, 4)
 OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "MatMul"): OnnxOp("matmul", _matmul),
     ("", "Gemm"): OnnxOp("gemm", _gemm, bias=2),
@@ -450,14 +435,14 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "ConvTranspose"): OnnxOp("conv_transpose", _conv, bias=2),
     ("", "Gather"): OnnxOp("embedding", _gather),
     ("", "Einsum"): OnnxOp("einsum", _einsum),
-    **{("", k): row for k, row in _RECURRENT.items()},
-    (MS, "FusedMatMul"): OnnxOp("matmul", _fused_matmul),
-    (MS, "TransposeMatMul"): OnnxOp("matmul", _fused_matmul),
+    **{("", n): OnnxOp(n.lower(), _GATES, many=True) for n in ("LSTM", "GRU", "RNN")},
+    (MS, "FusedMatMul"): OnnxOp("matmul", _turned),
+    (MS, "TransposeMatMul"): OnnxOp("matmul", _turned),
     (MS, "FusedGemm"): OnnxOp("gemm", _gemm, bias=2),
     (MS, "FusedConv"): OnnxOp("conv", _conv, bias=2),
-    (MS, "Attention"): OnnxOp("attention", _packed_qkv, bias=2),
-    (MS, "PackedAttention"): OnnxOp("attention", _packed_qkv, bias=2),
-    (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _embed_layer_norm, many=True),
+    (MS, "Attention"): OnnxOp("attention", _QKV, bias=2),
+    (MS, "PackedAttention"): OnnxOp("attention", _QKV, bias=2),
+    (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _TABLES, many=True),
     (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, twin="MatMul"),
     (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, twin="MatMul"),
     (MS, "GatherBlockQuantized"): OnnxOp("embedding", _gather_blocks, twin="Gather"),
@@ -477,8 +462,11 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     (MS, "MatMulNBitsQkv"): OnnxOp("matmul_nbits", _inside(3, 6, 9), many=True),
 }
 
-DATA_OPS = {("", "Attention"), (MS, "MultiHeadAttention"), (MS, "GroupQueryAttention")}
-"""Matmuls between activations, which no row adapts."""
+DATA_OPS = {
+    *(("", name) for name in ("MatMul", "Gemm", "Einsum", "Attention")),
+    *((MS, name) for name in ("FusedMatMul", "MultiHeadAttention", "GroupQueryAttention")),
+}
+"""Ops that may be matmuls between activations, which no row adapts."""
 
 
 def row_of(node: ir.Node) -> OnnxOp | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lora_fx
-from lora_fx.checkpoint.doctor.doctor import CHECKS, lines
+from lora_fx.checkpoint.doctor import CHECKS, lines
 from tests.checkpoint.doctor import pairs
 from tests.checkpoint.doctor.pairs import save_adapter, save_base
 from tests.checkpoint.doctor.test_doctor import alarms, run

@@ -15,6 +15,7 @@ import lora_fx
 from tests.checkpoint.doctor import pairs, sound
 from tests.checkpoint.doctor.sound import codes, image, new_head, normal_rng, simple, tied
 from tests.checkpoint.doctor.tiny import (
+    ATTN1,
     CONFIGS,
     LINEAR,
     TO_Q,
@@ -233,6 +234,10 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "gpt2 onto bert": (other_base("gpt2", "c_attn"), ("transformer.h.0.attn.c_attn", "is a bert")),
     "another width": (wide_llama, ("an adapter of big-llama; the base is a llama", "32 × 32")),
+    "another width of a unet": (
+        image({f"{TO_Q}.lora_down.weight": normal(2, 9), f"{TO_Q}.lora_up.weight": normal(8, 2)}),
+        (f"; the base has {ATTN1}.to_q.weight: tensor [8, 6]", "8 × 9"),
+    ),
     "another width of one layer": (one_wide, (Q.replace("0", "1"), "16 × 18")),
     "a text encoder's onto a unet": (text, ("lora_te_text_model", "; the base has conv_in.weight")),
     "more layers than the base": (more_layers, (Q.replace("0", "7"), "--allow-unused")),

@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.files.quantised import torchao
 from lora_fx.files.quantised.base import Parts, QuantisedWeight
-from lora_fx.files.quantised.bitsandbytes import four_bits, int8
-from lora_fx.files.quantised.compressed_tensors import compressed
-from lora_fx.files.quantised.floats import fp8, fp8_blocks, mxfp4, mxfp4_stack, nvfp4
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.floats import (
+    four_bits,
+    fp8,
+    fp8_blocks,
+    mxfp4,
+    mxfp4_stack,
+    nvfp4,
+)
+from lora_fx.files.quantised.integers import awq, compressed, gptq, int8
+from lora_fx.fx.capture.quantised_layers import affine, nf4
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators
 
@@ -46,8 +51,8 @@ WEIGHTS: dict[str, Callable[[Parts, Options], QuantisedWeight]] = {
 }
 """Formats of checkpoints."""
 READERS: dict[str, Read] = {
-    "torchao": lambda a, o: torchao.affine("m.weight", a["qdata"], a["scale"], a.get("zero"), **o),
-    "torchao nf4": lambda a, o: torchao.nf4("m.weight", tuple(o["shape"]), **a),
+    "torchao": lambda a, o: affine("m.weight", a["qdata"], a["scale"], a.get("zero"), **o),
+    "torchao nf4": lambda a, o: nf4("m.weight", tuple(o["shape"]), **a),
     "DequantizeLinear": lambda a, o: operators.dequantize_linear(
         "m.weight", a["x"], a["scale"], a.get("zero"), **o
     ),

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import lora_fx
-from lora_fx.adapter.initial import on_base, residual
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import on_base, residual
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from tests.formats.merging import check_with_peft, numbers, randomise

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
+import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
@@ -25,6 +27,8 @@ pytest.importorskip("transformers")
 
 from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from lora_fx.passes.verbs.adapt import insert_onnx  # noqa: E402
 
 TARGETS = ["fc", "up", "emb", "c1", "c2", "point", "gpt"]
 
@@ -158,6 +162,36 @@ def test_peft_loads_what_we_write(tmp_path: Path, variant: str) -> None:
     close(deltas(model), want)
     norm = model.base_model.model.norm.modules_to_save["default"]
     np.testing.assert_array_equal(norm.weight.detach().numpy(), np.arange(6))
+
+
+class Run(Tiny):
+    """Every layer of Tiny in one graph; its ONNX operators are Gemm, MatMul, Gather and Conv."""
+
+    def forward(self, words: Any, image: Any) -> Any:  # type: ignore[override]
+        x = self.fc(self.emb(words))  # [batch, words, 10]
+        y = self.point(self.c2(image)).mean((2, 3))  # [batch, 5]
+        z = self.c1(self.gpt(image[:, :, 0]))  # [batch, 4, 5]
+        h = self.block["fc"](x).mean(1)  # [batch, 7]
+        return self.block["up"](h) + self.head(h).sum(1, keepdim=True) + y + z.mean(1)
+
+
+def test_peft_loads_what_an_onnx_file_holds(tmp_path: Path) -> None:
+    base = tmp_path / "base.onnx"
+    rng = torch.Generator().manual_seed(0)
+    words, image = torch.arange(8).view(2, 4), torch.randn(2, 3, 7, 6, generator=rng)
+    lora_fx.export(Run().eval(), base, (words, image), provider="cpu")
+    assert {n.op_type for n in onnx.load(base).graph.node} >= {"Gemm", "MatMul", "Gather", "Conv"}
+    insert_onnx(base, tmp_path / "slots.onnx", rank=2, include="*", provider="cpu")
+    adapter = load_adapter(tmp_path / "slots.onnx")
+    for low in adapter.lowrank.values():
+        low.b[:] = np.random.default_rng(1).standard_normal(low.b.shape)
+    assert save_adapter(adapter, tmp_path / "x") == ()
+    model = peft.PeftModel.from_pretrained(Run(), str(tmp_path / "x"))
+    torchs = {k: tuple(p.shape) for k, p in Run().named_parameters()}
+    found = adapter.deltas().items()  # a MatMul has the weight of a Linear as [in, out]
+    close(deltas(model), {k: w if w.shape == torchs[k] else w.T for k, w in found})
+    names = (*TARGETS, "block.fc", "block.up", "head")
+    assert set(adapter.lowrank) == {f"{n}.weight" for n in names if n != "up"}
 
 
 def test_names_without_dots_adapt_nothing_else(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.load.models import LoadedModel, load_model
 from lora_fx.passes.find import find
 from lora_fx.passes.verbs.open import capture
-from lora_fx.targets.found import Found
+from lora_fx.targets.target import Found
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

@@ -13,7 +13,7 @@ import pytest
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
-from lora_fx.ir.emitter import Role
+from lora_fx.ir.graph import Role
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

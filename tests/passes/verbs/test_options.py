@@ -10,7 +10,7 @@ import pytest
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
-from lora_fx.passes.verbs.options import opened_adapters
+from lora_fx.passes.verbs.export import opened_adapters
 
 ONE = Adapter({"fc.weight": LowRank(np.ones((2, 3), "f4"), np.ones((5, 2), "f4"), 2.0)})
 OTHER = Adapter({"fc.weight": LowRank(np.ones((1, 3), "f4"), np.ones((5, 1), "f4"), 1.0)})

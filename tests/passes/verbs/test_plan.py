@@ -17,7 +17,7 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.plan import plan
-from lora_fx.targets.budget import METHODS, cost_of
+from lora_fx.targets.budget import METHODS, Budget
 from lora_fx.targets.plan import read_plan
 from tests.table import ROWS, Model, example
 
@@ -87,7 +87,9 @@ def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     moments = calibrate(cap, {key: ""}, DATA, "ce", way.wanted or STATISTICS).moments[key]
     weight = net().get_parameter(key).detach().double().numpy()
     made = way.gains(
-        TargetStatistics(target.layout, cost_of(target, "", "params"), moments, lambda: weight)
+        TargetStatistics(
+            target.layout, Budget.of("params:1").cost(target, ""), moments, lambda: weight
+        )
     )
     assert made is not None and made.shape == (target.layout.max_rank,)
     return made

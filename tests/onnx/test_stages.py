@@ -13,9 +13,9 @@ import pytest
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.optimise.stages import SplitSkipNorm
 from lora_fx.onnx.session import open_session
-from tests.onnx.optimise.test_survive import fused
+from lora_fx.onnx.stages import SplitSkipNorm
+from tests.onnx.test_survive import fused
 
 WIDTH = 6
 INPUTS = "float[b, s, 6] x, float[b, s, 6] h"

@@ -1,35 +1,53 @@
-"""doctor's checks of an adapter against its base. A check yields its findings."""
+"""doctor: everything that is wrong with a base and an adapter, not only what is found first.
+
+A check is a row of CHECKS: its name, and a function from the Pair to its findings. Only headers
+and samples of the base are read.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.experts import Family, family_of
+from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry, Rotation
-from lora_fx.checkpoint.doctor.pair import ERROR, NOTE, WARNING, Finding, Pair, norm, sample
+from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import model_types
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.pair import (
+    ERROR,
+    NOTE,
+    OF_FILE,
+    WARNING,
+    Check,
+    Finding,
+    Pair,
+    about,
+    norm,
+    open_pair,
+    sample,
+)
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
-from lora_fx.dtypes import FLOATING, Array, finfo
-from lora_fx.errors import LoraFxError
+from lora_fx.compare import Report
+from lora_fx.dtypes import FLOATING, finfo
+from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.files.hub import local
 from lora_fx.files.quantised.read import scheme_of
-from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
-from lora_fx.formats.peft.file import KINDS
-from lora_fx.formats.peft.names import PREFIX
+from lora_fx.files.read import trusting
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json, is_number, near
+from lora_fx.text import Json, near, some, table
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
@@ -39,12 +57,6 @@ TAKEN = (
 _VOCABULARY = re.compile(
     r"(^|\.)(\w*embed\w*|wte|shared|lm_head|embed_out|output_projection|word_embeddings)\.\w+$"
 )
-
-
-def _about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterator[Finding]:
-    """An error of all these keys; nothing where there are none."""
-    if keys:
-        yield Finding(keys, found, expected, hint)
 
 
 def _lost(pair: Pair) -> list[str]:
@@ -70,7 +82,7 @@ def model(pair: Pair) -> Iterator[Finding]:
     kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
     keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
     theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
-    ours = f"is a {own}" if own else f"has {next(iter(pair.tensors), 'nothing')}"
+    ours = f"is a {own}" if own else f"has {next(iter((*pair.misfits, *pair.tensors)), 'nothing')}"
     why = next(iter(pair.misfits.values()), "").partition(": ")[2]
     yield Finding(
         keys,
@@ -252,7 +264,7 @@ def values(pair: Pair) -> Iterator[Finding]:
     known = ((key, pair.tensor(key)) for key in pair.adapter.entries)
     floats = ((key, info) for key, info in known if info is not None and info.dtype in FLOATING)
     broken = [key for key, info in floats if not np.isfinite(sample(info)).all()]
-    yield from _about(
+    yield from about(
         broken,
         "their tensors of the base have NaN or infinite values",
         "finite numbers",
@@ -274,7 +286,7 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
 def effect(pair: Pair) -> Iterator[Finding]:
     """No update is larger than its weight."""
     never = [k for k, low in pair.adapter.lowrank.items() if _overflows(pair, k, low)]
-    yield from _about(
+    yield from about(
         never,
         "the update is beyond what the tensor's dtype can hold",
         "finite numbers",
@@ -337,7 +349,7 @@ def tied(pair: Pair) -> Iterator[Finding]:
         plan = _plan(pair, sound, lenient=True)
     except LoraFxError:
         return  # another check, or the last, tells
-    yield from _about(
+    yield from about(
         plan.one_use,
         f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
         "an update of both uses, or a base whose head is a tensor of its own",
@@ -359,220 +371,12 @@ def merged(pair: Pair) -> Iterator[Finding]:
 
 def added(pair: Pair) -> Iterator[Finding]:
     """Whole tensors that the base lacks, such as a new head."""
-    yield from _about(
+    yield from about(
         [k for k in pair.adapter.full if pair.tensor(k) is None],
         "whole tensors that the base has not, such as a new head",
         "tensors of the base",
         "lora-fx merge --add writes them into the output",
     )
-
-
-# doctor's checks of an adapter's file and config by themselves. A check yields its findings.
-
-
-GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
-
-
-def config(pair: Pair) -> Iterator[Finding]:
-    """adapter_config.json is there, and says nothing that has no weight form."""
-    if pair.raw.file is None:
-        return  # not of PEFT
-    if not pair.raw.config:
-        yield Finding(
-            [str(pair.path)],
-            "no adapter_config.json beside the tensors or inside the file",
-            "one: ranks, scales and targets are stored there",
-            "take it from where the adapter comes from",
-        )
-    kind = pair.raw.config.get("peft_type")
-    if pair.raw.config and kind not in KINDS:
-        yield Finding(["peft_type"], f"peft_type = {kind!r}", " or ".join(KINDS), MERGE)
-    for name, (why, hint) in REFUSED.items():
-        value = pair.raw.config.get(name)
-        if value not in (None, False, [], {}, ""):
-            yield Finding([name], f"{name} = {value!r}: {why}", "it off", hint)
-
-
-def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number; alpha, of LoHa and LoKr. OFT has none."""
-    kind = pair.raw.config.get("peft_type")
-    if kind not in KINDS or kind == "OFT":
-        return
-    name = "lora_alpha" if kind == "LORA" else "alpha"
-    value = pair.raw.config.get(name)
-    if not is_number(value) or not np.isfinite(value):
-        found = f"no {name}" if value is None else f"{name} = {value!r}"
-        yield Finding(
-            [name],
-            f"{found}; PEFT would take 8 without a word",
-            f"a number: the scale of every update is {name} / r",
-            f"add the {name} that the adapter was trained with",
-        )
-
-
-def ranks(pair: Pair) -> Iterator[Finding]:
-    """The ranks of the tensors are those of the config."""
-    if not pair.raw.config or pair.raw.config.get("target_parameters"):
-        return
-    try:
-        pattern = Pattern(pair.raw.config, "rank_pattern", "r", "")
-    except LoraFxError:
-        return  # told by patterns
-    wrong: dict[tuple[int, float], list[str]] = {}
-    for key, low in pair.adapter.lowrank.items():
-        want = pattern.of(key.removesuffix(".weight"))
-        known = key in pair.raw.updates and key.endswith(".weight")
-        if known and want is not None and want != low.rank:
-            wrong.setdefault((low.rank, want), []).append(key)
-    for (rank, want), keys in wrong.items():
-        expected = f"rank {want:g}, as the config says: the scale would be in doubt"
-        yield Finding(keys, f"rank {rank}", expected, "correct r or rank_pattern")
-
-
-def patterns(pair: Pair) -> Iterator[Finding]:
-    """Every entry of rank_pattern and alpha_pattern matches a module of the adapter."""
-    keys = [*pair.raw.updates, *pair.adapter.lowrank]  # of modules; of parameters too
-    modules = [k.removesuffix(".weight") for k in keys]
-    for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        try:
-            pattern = Pattern(pair.raw.config, table, default, str(pair.path))
-        except LoraFxError as error:
-            yield Finding([table], error.message, "patterns and numbers", "correct the config")
-            continue
-        for module in modules:
-            pattern.of(module)
-        for name in sorted(pattern.unmatched):
-            found, hint = pattern.unused(name)
-            yield Finding(
-                [name],
-                found,
-                "a module's name or the end of one; PEFT ignores it without a word",
-                "is it a mistake in the name? then the adapter was trained without its number; "
-                f"correct it, or take it out; {hint}",
-                WARNING,
-            )
-
-
-def start(pair: Pair) -> Iterator[Finding]:
-    """init_lora_weights left the base as it is: no PiSSA, OLoRA, … that was not converted."""
-    value = pair.raw.config.get("init_lora_weights", True)
-    if value in (True, False, None, *KEEPS_BASE):
-        return
-    redone = str(value).lower() in REDONE
-    yield Finding(
-        list(pair.adapter.lowrank),
-        f"init_lora_weights = {value!r}: a part of every base weight was taken off before training",
-        "an adapter that was converted: on the original weights this one is wrong",
-        "lora-fx merge takes that part off again; other tools do not"
-        if redone
-        else "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)",
-        WARNING if redone else ERROR,
-    )
-
-
-def dora(pair: Pair) -> Iterator[Finding]:
-    """use_dora is on where there are magnitudes, and off where there are none."""
-    on = bool(pair.raw.config.get("use_dora"))
-    odd = [k for k, p in pair.raw.updates.items() if ("magnitude" in p.names) != on]
-    if on:
-        yield from _about(
-            odd,
-            "use_dora is on, but they have no lora_magnitude_vector",
-            "a magnitude for each",
-            "correct use_dora, or save the adapter again",
-        )
-    else:
-        yield from _about(
-            odd,
-            "lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
-            "use_dora true, or no magnitudes",
-            "set use_dora to true if it was trained with DoRA",
-        )
-
-
-def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
-    return [name for name, value in pair.raw.tensors.items() if test(value)]
-
-
-def numbers(pair: Pair) -> Iterator[Finding]:
-    """No NaN, no infinity."""
-    yield from _about(
-        _bad(pair, lambda value: is_float(value) and not finite(value)),
-        "NaN or infinite values",
-        "finite numbers",
-        "training has diverged; use an earlier checkpoint",
-    )
-
-
-def dtypes(pair: Pair) -> Iterator[Finding]:
-    """Float tensors."""
-    names = _bad(pair, lambda value: not is_float(value))
-    names = [n for n in names if re.search(r"\.(lora|hada|lokr)_|\.weight$", n)]
-    yield from _about(
-        names,
-        f"dtype {', '.join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))}",
-        "float32, float16 or bfloat16",
-        "the adapter was quantised or cast; save it again in a float dtype",
-    )
-
-
-def sizes(pair: Pair) -> Iterator[Finding]:
-    """No empty tensors, in the adapter or in what it changes of the base."""
-    yield from _about(_bad(pair, lambda value: not value.size), "size 0", "values", GATHER)
-    empty = [k for k in pair.adapter.entries if (t := pair.tensor(k)) and 0 in t.shape]
-    yield from _about(empty, "their tensors of the base have size 0", "weights", GATHER)
-
-
-def halves(pair: Pair) -> Iterator[Finding]:
-    """A and B come in pairs whose shapes fit each other."""
-    for key, why in pair.raw.broken.items():
-        if "it has" in why:
-            yield Finding([key], why, "A and B", "the file is incomplete: save or fetch it again")
-        elif "; expected" in why:
-            found, _, expected = why.partition("; expected ")
-            yield Finding([key], found, expected, "do A and B come from the same file?")
-
-
-def names(pair: Pair) -> Iterator[Finding]:
-    """Every tensor has the prefix that PEFT writes."""
-    by_prefix: dict[str, list[str]] = {}
-    for name, prefix in pair.raw.prefixes.items():
-        by_prefix.setdefault(prefix, []).append(name)
-    for prefix, these in by_prefix.items():
-        what = f"the prefix {prefix!r} before PEFT's" if prefix else f"no prefix {PREFIX!r}"
-        yield Finding(
-            these,
-            f"names with {what}: PEFT would load none of them",
-            f"{PREFIX}MODULE.lora_A.weight and so on",
-            f"take {prefix!r} off the names" if prefix else f"put {PREFIX!r} before the names",
-        )
-
-
-def dropped(pair: Pair) -> Iterator[Finding]:
-    """target_modules has every module that the file has an update of."""
-    fields = {**pair.raw.config, "modules_to_save": None}
-    listed = fields.get("target_modules")
-    if not listed or listed == "all-linear" or fields.get("target_parameters"):
-        return
-    out = [
-        key
-        for key, part in pair.raw.updates.items()
-        if key.endswith(".weight")
-        and part.names.get("a", "").startswith(PREFIX)
-        and not _named(fields, part.names["a"], key)
-    ]
-    yield from _about(
-        out,
-        "target_modules leaves them out: PEFT would drop their updates",
-        "names in target_modules for all that the file holds",
-        "correct target_modules in adapter_config.json",
-    )
-
-
-def _named(fields: Json, name: str, key: str) -> bool:
-    outer = name.removeprefix(PREFIX).partition(".base_layer.")[0]
-    tied = fields.get("ensure_weight_tying")
-    return any(wanted_by(fields, m) for m in (key.removesuffix(".weight"), outer)) or bool(tied)
 
 
 def trained(pair: Pair) -> Iterator[Finding]:
@@ -609,3 +413,152 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
         yield Finding(names, what, "what it applies as it was trained", hint)
     if not shapes:
         yield Finding([], "a file of another format", "one of PEFT's", "lora-fx convert -o FOLDER")
+
+
+# All checks, and what they come to.
+
+
+CHECKS: dict[str, Check] = {
+    **OF_FILE,
+    "model": model,
+    "prefix": prefix,
+    "unused keys": unused,
+    "missing keys": missing,
+    "vocabulary": vocabulary,
+    "shapes": shapes,
+    "tied weights": tied,
+    "quantised base": quantised,
+    "base": base,
+    "base values": values,
+    "merged before": merged,
+    "new tensors": added,
+    "training": trained,
+    "effect": effect,
+}
+LAST = "merge"
+"""The check that says what no other has: lora-fx merge would take the pair."""
+
+BY_READER = {*OF_FILE, "model"}
+"""Checks of the adapter by itself, and whether it is of the base's model: what its reader tells."""
+VALUES = ("base values", "training", "effect")
+"""Checks of numbers, which a merge sees as it is carried out, and its plan does not."""
+SERVED = "server"
+"""The check of what a program makes of the adapter, where one is named."""
+
+
+def doctor(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    server: str | None = None,
+    **options: Any,
+) -> Report:
+    """What is wrong with a base and an adapter.
+
+    Args:
+        base: A Hugging Face folder or a `.safetensors` file.
+        adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
+        server: vllm, sglang or peft: also say what that program would read, misread or drop.
+        options: Those of `lora_fx.merge` that the pair is to be merged with, such as
+            dequantise=True; trust=True reads pickles.
+
+    Returns:
+        A Report that is true where no finding is an error; `details["findings"]` has them all,
+        `details["updates"]` rank, scale and ‖ΔW‖/‖W‖ of every update.
+
+    Raises:
+        LoraFxError: One of the two cannot be read at all.
+    """
+    asked = MergeOptions(**options)
+    base, adapter = local(base), local(adapter)
+    with explained(base), trusting(asked.trust):
+        pair = open_pair(Path(base), Path(adapter), asked)
+        findings: list[Finding] = []
+        for name, check in CHECKS.items():
+            findings += [replace(f, check=name) for f in check(pair)]
+        rows = [_update(pair, key, entry) for key, entry in pair.adapter.entries.items()]
+        plan = planned(pair)
+        findings += _more(pair, findings, plan)
+        if isinstance(plan, MergePlan):
+            findings = [_taken(f, asked) for f in findings]
+        if server:
+            findings += [replace(f, check=SERVED) for f in served(pair, server)]
+    findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
+    details = {
+        "used": sum(r["tensor"] is not None for r in rows),
+        "unused": sum(r["tensor"] is None for r in rows),
+        "missing": len(absent_of(pair.adapter, pair.tensors, pair.rename)),
+        "findings": [f.to_json() for f in findings],
+        "updates": rows,
+        "merge": plan.message if isinstance(plan, LoraFxError) else "",
+    }
+    notes = [*pair.adapter.metadata.get("notes", ())]
+    notes += plan.notes if isinstance(plan, MergePlan) else ()
+    notes = [n for n in dict.fromkeys(notes) if not any(f.found in n for f in findings)]
+    ok = not any(f.severity == ERROR for f in findings)
+    return Report("doctor", ok, warnings=tuple(notes), details=details)
+
+
+def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) -> Iterator[Finding]:
+    """Why merge refuses the pair, or would once what the checks found is mended."""
+    errors = [f for f in findings if f.severity == ERROR and f.check not in VALUES]
+    told = {k for f in errors for k in f.keys}
+    clear = errors and (pair.refusal is None or BY_READER & {f.check for f in errors})
+    if clear and told >= pair.adapter.entries.keys():
+        return
+    left = planned(pair, told) if clear else plan
+    if isinstance(left, LoraFxError):
+        yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
+
+
+def _taken(finding: Finding, asked: MergeOptions) -> Finding:
+    """What merge takes is no error: a note where an option of the hint takes it, else a warning."""
+    if finding.severity != ERROR or finding.check in VALUES:
+        return finding
+    on = [f"--{n.replace('_', '-')}" for n, value in vars(asked).items() if value is True]
+    wanted = any(option in finding.hint for option in on)
+    return replace(finding, severity=NOTE if wanted else WARNING)
+
+
+def _update(pair: Pair, key: str, entry: Entry) -> Json:
+    """One row of `updates[]`; of a stack that the base has apart, the first tensor is named."""
+    stack = pair.rename.stack(base_name(key))
+    name = stack.parts[0].tensor if stack else pair.rename(key)
+    scale = getattr(entry, "scale", None)
+    return {
+        "key": key,
+        "tensor": name if pair.tensor(key) is not None else None,
+        "kind": name_of(entry),
+        "rank": getattr(entry, "rank", None),
+        "scale": scale if scale is not None and math.isfinite(scale) else None,
+        "ratio": pair.ratio(key),
+    }
+
+
+def lines(report: Report) -> str:
+    """The report for people: updates, the checklist, what was found."""
+    d = report.details
+    rows = [("update", "kind", "rank", "scale", "‖ΔW‖/‖W‖")]
+    for r in d["updates"]:
+        scale = "?" if r["rank"] and r["scale"] is None else _number(r["scale"], ".6g")
+        key = r["key"] if r["tensor"] else f"{r['key']} (not in the base)"
+        rows.append((key, r["kind"], _number(r["rank"], "d"), scale, _number(r["ratio"], ".2e")))
+    text = [*table([(*r,) for r in rows])]
+    worst: dict[str, str] = {}
+    for f in d["findings"]:
+        worst.setdefault(f["check"], f["severity"])
+        text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
+        for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
+            text += [f"  {label:<10}{f[name]}"] if f[name] else []
+    width = max(map(len, CHECKS))
+    text += ["", *(f"{name:<{width}}  {worst.get(name, 'ok')}" for name in (*CHECKS, LAST))]
+    errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
+    verdict = f"healthy; warnings: {warned}" if warned else "healthy"
+    bad = any(f["severity"] == ERROR and f["check"] != SERVED for f in d["findings"])
+    advice = "do not merge this pair" if bad else "do not serve it so"
+    text += ["", verdict if report else f"errors: {errors}; {advice}"]
+    text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
+    return "\n".join(map(visible, text))
+
+
+def _number(value: object, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
-from lora_fx.errors import LoraFxError
-from lora_fx.onnx.graph.flow import bodies_of
+from lora_fx.errors import LoraFxError, silenced
+from lora_fx.onnx.graph.flow import bodies_of, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
-from lora_fx.onnx.optimise.stages import Feeds, WorstError, peaks
 from lora_fx.onnx.save import weight_bytes
-from lora_fx.silence import silenced
+from lora_fx.onnx.stages import Feeds, WorstError, peaks
 
 PRECISION = "lora_fx.precision"
 GATES = {"float16": 8 * 2.0**-10, "int8": STEPS, "level 4": STEPS}
@@ -104,9 +104,7 @@ def narrow(
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     """The values of a model that are in bfloat16, bodies included."""
-    values = {v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())}
-    values |= {v for n in model.graph.all_nodes() for v in n.outputs}
-    return [v for v in values if v.dtype is ir.DataType.BFLOAT16]
+    return [v for v in values_of(model) if v.dtype is ir.DataType.BFLOAT16]
 
 
 def at_level(model: ir.Model, level: int) -> None:
@@ -115,16 +113,17 @@ def at_level(model: ir.Model, level: int) -> None:
     Raises:
         LoraFxError: The model has none.
     """
+    if not level:
+        return
     products = [n for n in model.graph.all_nodes() if n.op_type == "MatMulNBits"]
-    if level and not products:
+    if not products:
         raise LoraFxError(
             f"accuracy level {level} is of products over int4 or int8 codes, and there is none",
             "nf4 and fp4 are always computed in floats",
         )
-    for node in products if level else ():
+    for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-    if level:
-        model.metadata_props[PRECISION] = f"level {level}"
+    model.metadata_props[PRECISION] = f"level {level}"
 
 
 def widen(model: ir.Model) -> bool:
@@ -166,18 +165,15 @@ def _half(
         _drop_unread(made)
         return made, error(made)
 
+    def fails(count: int) -> bool:
+        """Whether the first so many nodes, islands among them left out, are too many in float16."""
+        return not tried({*islands, *order[count:]})[1] <= GATES["float16"]
+
     while True:
         made, found = tried(islands)
         if found <= GATES["float16"]:
             return Narrowed(made, found, tuple(islands))
-        first, last = 0, len(order)
-        while last - first > 1:
-            k = (first + last) // 2
-            if tried({*islands, *order[k:]})[1] <= GATES["float16"]:
-                first = k
-            else:
-                last = k
-        name = order[last - 1]
+        name = order[bisect_left(range(1, len(order)), True, key=fails)]
         if name in islands or len(islands) >= most:
             if found <= tol:
                 return Narrowed(made, found, tuple(islands))
@@ -285,7 +281,7 @@ class ToHalf(ir.passes.InPlacePass):
         for node in nodes:
             if node.op_type == "Cast" and node.attributes["to"].as_int() == FULL:
                 node.attributes["to"] = ir.AttrInt64("to", int(HALF))
-        for value in mine - outputs:
+        for value in mine:
             value.type = ir.TensorType(HALF)
         for value in outputs:
             self._end(graph, value)
@@ -319,21 +315,15 @@ class ToHalf(ir.passes.InPlacePass):
             made.shape = value.shape
             maker = value.producer()
             if maker is None:
-                graph.insert_before(graph[0], node)
+                graph[0].prepend(node)
             else:
-                assert isinstance(maker.graph, ir.Graph)
-                maker.graph.insert_after(maker, node)
+                maker.append(node)
         self._casts[id(value), to] = made
         return made
 
     def _end(self, graph: ir.Graph, value: ir.Value) -> None:
         """An output of the graph keeps its name and dtype, and a cast makes it."""
-        maker, name = value.producer(), value.name
-        assert maker is not None
-        value.name = f"{name}_half"
-        value.type = ir.TensorType(HALF)
+        name, value.name = value.name, f"{value.name}_half"
         full = self._as(graph, value, FULL)
         full.name = name
-        for i, out in enumerate(graph.outputs):
-            if out is value:
-                graph.outputs[i] = full
+        graph.outputs[graph.outputs.index(value)] = full

@@ -17,9 +17,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.optimise.gemm import DeltaBeforeBias, GemmToMatMul
-from lora_fx.onnx.optimise.stages import FuseForRuntime, apply_stages
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.stages import DeltaBeforeBias, FuseForRuntime, GemmToMatMul, apply_stages
 
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")
 SIZES = ((2, 5), (3, 7), (1, 11))

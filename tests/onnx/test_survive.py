@@ -1,6 +1,6 @@
 """Optimised exports of many models: none breaks, and an adapter costs no fusion.
 
-`python -m tests.onnx.optimise.test_survive [NAME...]` prints a line for every model and adapter.
+`python -m tests.onnx.test_survive [NAME...]` prints a line for every model and adapter.
 """
 
 from __future__ import annotations

@@ -1,1 +1,0 @@
-"""Rewrites of an onnx_ir model: passes that onnx_ir's own pass manager runs too."""
