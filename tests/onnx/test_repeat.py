@@ -43,7 +43,8 @@ def _bytes(tensor: Any) -> str:
 def tree(model: Any) -> tuple[Counter[str], list[Any]]:
     """The nodes of a model, each with its types and all that it is computed of, and its outputs.
 
-    Names of values, of dimensions, and the order of nodes that do not read each other are left out.
+    Nodes of branches are among them. Names of values, of dimensions, and the order of nodes that do
+    not read each other are left out.
     """
     known: dict[Any, str] = {None: "none"}
 
@@ -56,7 +57,8 @@ def tree(model: Any) -> tuple[Counter[str], list[Any]]:
     def told(attribute: Any) -> str:
         held = attribute.value
         if attribute.type == ir.AttributeType.GRAPH:
-            held = [n.op_type for n in held]
+            walk(held)
+            held = [of(v) for v in held.outputs]
         return f"{attribute.name}={_bytes(held) if hasattr(held, 'tobytes') else held}"
 
     def shape(value: Any) -> list[Any]:
@@ -64,13 +66,17 @@ def tree(model: Any) -> tuple[Counter[str], list[Any]]:
         return [d if isinstance(d, int) else "any" for d in known]
 
     nodes: Counter[str] = Counter()
-    for node in model.graph:
-        attributes = sorted(map(told, node.attributes.values()))
-        types = [(v.dtype, shape(v)) for v in node.outputs]
-        text = f"{node.domain}.{node.op_type}{[of(v) for v in node.inputs]}{attributes}{types}"
-        made = f"{node.op_type} {hashlib.md5(text.encode()).hexdigest()}"
-        nodes[made] += 1
-        known |= {v: f"{made}.{i}" for i, v in enumerate(node.outputs)}
+
+    def walk(graph: Any) -> None:
+        for node in graph:
+            attributes = sorted(map(told, node.attributes.values()))
+            types = [(v.dtype, shape(v)) for v in node.outputs]
+            text = f"{node.domain}.{node.op_type}{[of(v) for v in node.inputs]}{attributes}{types}"
+            made = f"{node.op_type} {hashlib.md5(text.encode()).hexdigest()}"
+            nodes[made] += 1
+            known.update((v, f"{made}.{i}") for i, v in enumerate(node.outputs))
+
+    walk(model.graph)
     return nodes, [(v.name, of(v), v.dtype) for v in model.graph.outputs]
 
 

@@ -34,7 +34,10 @@ TARGETS = ["fc", "up", "emb", "c1", "c2", "point", "gpt"]
 
 
 class Tiny(nn.Module):
-    """One rectangular layer of every class that PEFT adapts, two of them of the same ending."""
+    """One rectangular layer of every class that PEFT adapts, two of them of the same ending.
+
+    Its operators in ONNX are Gemm, MatMul, Gather and Conv.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +51,12 @@ class Tiny(nn.Module):
         self.norm = nn.LayerNorm(6)
         self.head = nn.Linear(7, 3)
 
-    def forward(self, x: Any) -> Any:
-        return self.head(self.block["fc"](self.fc(self.emb(x))))
+    def forward(self, words: Any, image: Any) -> Any:
+        x = self.fc(self.emb(words))  # [batch, words, 10]
+        y = self.point(self.c2(image)).mean((2, 3))  # [batch, 5]
+        z = self.c1(self.gpt(image[:, :, 0]))  # [batch, 4, 5]
+        h = self.block["fc"](x).mean(1)  # [batch, 7]
+        return self.block["up"](h) + self.head(h).sum(1, keepdim=True) + y + z.mean(1)
 
 
 @pytest.fixture(autouse=True)
@@ -164,30 +171,19 @@ def test_peft_loads_what_we_write(tmp_path: Path, variant: str) -> None:
     np.testing.assert_array_equal(norm.weight.detach().numpy(), np.arange(6))
 
 
-class Run(Tiny):
-    """Every layer of Tiny in one graph; its ONNX operators are Gemm, MatMul, Gather and Conv."""
-
-    def forward(self, words: Any, image: Any) -> Any:  # type: ignore[override]
-        x = self.fc(self.emb(words))  # [batch, words, 10]
-        y = self.point(self.c2(image)).mean((2, 3))  # [batch, 5]
-        z = self.c1(self.gpt(image[:, :, 0]))  # [batch, 4, 5]
-        h = self.block["fc"](x).mean(1)  # [batch, 7]
-        return self.block["up"](h) + self.head(h).sum(1, keepdim=True) + y + z.mean(1)
-
-
 def test_peft_loads_what_an_onnx_file_holds(tmp_path: Path) -> None:
     base = tmp_path / "base.onnx"
     rng = torch.Generator().manual_seed(0)
     words, image = torch.arange(8).view(2, 4), torch.randn(2, 3, 7, 6, generator=rng)
-    lora_fx.export(Run().eval(), base, (words, image), provider="cpu")
+    lora_fx.export(Tiny().eval(), base, (words, image), provider="cpu")
     assert {n.op_type for n in onnx.load(base).graph.node} >= {"Gemm", "MatMul", "Gather", "Conv"}
     insert_onnx(base, tmp_path / "slots.onnx", rank=2, include="*", provider="cpu")
     adapter = load_adapter(tmp_path / "slots.onnx")
     for low in adapter.lowrank.values():
         low.b[:] = np.random.default_rng(1).standard_normal(low.b.shape)
     assert save_adapter(adapter, tmp_path / "x") == ()
-    model = peft.PeftModel.from_pretrained(Run(), str(tmp_path / "x"))
-    torchs = {k: tuple(p.shape) for k, p in Run().named_parameters()}
+    model = peft.PeftModel.from_pretrained(Tiny(), str(tmp_path / "x"))
+    torchs = {k: tuple(p.shape) for k, p in Tiny().named_parameters()}
     found = adapter.deltas().items()  # a MatMul has the weight of a Linear as [in, out]
     close(deltas(model), {k: w if w.shape == torchs[k] else w.T for k, w in found})
     names = (*TARGETS, "block.fc", "block.up", "head")
