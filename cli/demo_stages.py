@@ -55,7 +55,7 @@ def run(out: Path, size: Size, say: Say) -> Result:
 
     import lora_fx
     from lora_fx.data import Buckets, Table
-    from lora_fx.fx import minilm
+    from lora_fx.fx.load import minilm
     from lora_fx.fx.train.loop import Settings, fit
     from lora_fx.onnx.session import open_session
 

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.models import LoadedModel
+    from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.objective import Loss
-    from lora_fx.fx.train.optimizer import Settings
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving
+    from lora_fx.fx.train.state import Saving, Settings
 
 FROM_1 = click.IntRange(min=1)
 FORCE = "Replace an output that exists."
@@ -173,7 +172,8 @@ def captured(
 ) -> tuple[LoadedModel, Captured]:
     """(LoadedModel, Captured) of a MODEL argument; takes its options out and prints notes."""
     from lora_fx.fx.capture.decoder import decoder
-    from lora_fx.fx.load.models import LoadedModel, load_model
+    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.fx.load.models import load_model
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
@@ -260,8 +260,8 @@ def training_data(
 ) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
-    from lora_fx.fx.load.factory import call_function
     from lora_fx.fx.load.huggingface import tokenizer_of
+    from lora_fx.fx.load.models import call_function
     from lora_fx.fx.train.language_data import language_table
 
     folder = loaded.tokenizer_folder
@@ -353,7 +353,7 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
 
 def loss_of(text: str) -> str | Loss:
     """Ce or mse as they are, the function of module:NAME."""
-    from lora_fx.fx.load.factory import load_function
+    from lora_fx.fx.load.models import load_function
 
     loss: str | Loss = load_function(text) if ":" in text else text
     return loss
@@ -565,7 +565,7 @@ def settings_of(options: Json) -> Settings:
 
     Batches that are accumulated are one larger batch that runs in as many more parts.
     """
-    from lora_fx.fx.train.optimizer import Settings
+    from lora_fx.fx.train.state import Settings
 
     check_shares(options)
     if options["schedule"] == "constant" and first_given("warmup"):

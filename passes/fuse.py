@@ -7,11 +7,11 @@
     x/2·(1 + F(r(x)))                   F = erf, r = x/√2, or F = tanh …  → gelu(x)
     dropout(x, 0), a slice that is all of x → x
 
-Each is proven from the graph: a mask by formulas of its coordinates, which hold at every size
-(lora_fx.fx.patterns.attention), repeated heads by shapes, GELU by its polynomials
-(lora_fx.fx.patterns.gelu). A mask that depends on an input, is changed in place, or that no rule
-describes, stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's
-gradient is that of the chain; in 16 bits one op rounds once where the chain rounds at every step.
+Each is found in the graph (lora_fx.fx.graph.patterns): a mask by what it lets through at small
+sizes and at such as are beyond all numbers in it, repeated heads by shapes, GELU by the numbers
+that the chain makes. A mask that depends on an input, is changed in place, or is made by other ops,
+stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's gradient is that
+of the chain; in 16 bits one op rounds once where the chain rounds at every step.
 
 tᵢ = x·aᵢᵀ for i = 1 … n        becomes        (t₁ … tₙ) = split(x·[a₁; …; aₙ]ᵀ)
 
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from operator import getitem
 
 import torch
@@ -43,9 +44,18 @@ from torch import fx
 from lora_fx.fx.graph.flow import Writes, written
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, block_of, shape_of, value
-from lora_fx.fx.patterns.attention import ATTENTION, Formulas, is_whole, plain_mask, shared_heads
-from lora_fx.fx.patterns.elementwise import Maker, Projection, operands, projections
-from lora_fx.fx.patterns.gelu import gelu_of
+from lora_fx.fx.graph.patterns import (
+    ATTENTION,
+    Projection,
+    gelu_of,
+    is_whole,
+    maker,
+    mask_form,
+    operands,
+    plain_mask,
+    projections,
+    shared_heads,
+)
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.base import PassResult
 
@@ -59,11 +69,11 @@ class Clean:
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds nothing to fold."""
         changed = written(graph.graph)
-        formulas = Formulas(changed)
+        form_of = cache(partial(mask_form, written=changed))
         modified = False
         for node in list(graph.graph.nodes):
             if node.target is ATTENTION:
-                modified |= plain_mask(node, formulas)
+                modified |= plain_mask(node, form_of)
                 modified |= shared_heads(node)
             elif _does_nothing(node) and node not in changed:
                 node.replace_all_uses_with(node.args[0])
@@ -121,20 +131,20 @@ class Share:
 
 def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
     first = group[0]
-    emit = Maker(first.node, first.node)
+    emit = maker(first.node, first.node)
     factors = [a for p in group for a in p.factors]
-    held = [emit.get_attr(str(f.target)) for f in factors]
+    held = [emit(str(f.target)) for f in factors]
     ranks: list[int] | list[fx.Node]
     ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
     if free and len(held) == len(group):
-        ranks = [emit.call(aten.sym_size.int, (a, 0)) for a in held]
-    a = emit.call(aten.cat.default, (held,))
-    cast = emit.call(aten.type_as.default, (a, first.x))
-    turned = emit.call(aten.permute.default, (cast, [1, 0]))
-    t = emit.call(aten.matmul.default, (first.x, turned))
-    parts = emit.call(aten.split_with_sizes.default, (t, ranks, -1))
+        ranks = [emit(aten.sym_size.int, (a, 0)) for a in held]
+    a = emit(aten.cat.default, (held,))
+    cast = emit(aten.type_as.default, (a, first.x))
+    turned = emit(aten.permute.default, (cast, [1, 0]))
+    t = emit(aten.matmul.default, (first.x, turned))
+    parts = emit(aten.split_with_sizes.default, (t, ranks, -1))
     for i, p in enumerate(group):
-        p.node.replace_all_uses_with(emit.call(getitem, (parts, i)))
+        p.node.replace_all_uses_with(emit(getitem, (parts, i)))
 
 
 @dataclass(frozen=True)
@@ -163,14 +173,14 @@ def _fuse(node: fx.Node) -> bool:
     source, rank = (operands(x, aten.dropout.default) or [x])[0], len(shape_of(y) or ())
     if rank < 2 or value(source) is None or value(y).dtype != value(source).dtype:
         return False
-    emit, left, right = Maker(node, node), y, t
+    emit, left, right = maker(node, node), y, t
     if rank > 2:
-        left, right = (emit.call(aten.flatten.using_ints, (v, 0, -2)) for v in (y, t))
-    b = emit.call(aten.type_as.default, (b, x))
-    turned = emit.call(aten.permute.default, (b, [1, 0]))
-    new = emit.call(aten.addmm.default, (left, right, turned), {"alpha": float(s)})
+        left, right = (emit(aten.flatten.using_ints, (v, 0, -2)) for v in (y, t))
+    b = emit(aten.type_as.default, (b, x))
+    turned = emit(aten.permute.default, (b, [1, 0]))
+    new = emit(aten.addmm.default, (left, right, turned), {"alpha": float(s)})
     if rank > 2:
-        new = emit.call(aten.view_as.default, (new, y))
+        new = emit(aten.view_as.default, (new, y))
     new.meta["val"] = value(y)
     node.replace_all_uses_with(new)
     return True

@@ -4,7 +4,7 @@ x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a�
 
 with the same numbers, in forward and in backward. Autograd kept x for ∂L/∂aᵢ, and what the steps of
 f keep; the region keeps v only, and a frozen layer that reads x keeps nothing of it. What f is, and
-whether keeping v is less, is read from the graph: see lora_fx.fx.patterns.elementwise. Left alone:
+whether keeping v is less, is read from the graph: see lora_fx.fx.graph.patterns. Left alone:
 values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
 place, whose branch has a dropout of its own, and branches in another block than their input.
 
@@ -33,16 +33,16 @@ from lora_fx.fx.graph.flow import FxWeight, written
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.graph.nodes import block_of, is_marked, reached
 from lora_fx.fx.graph.ops import Path, pick, row_of
-from lora_fx.fx.graph.sites import slots
-from lora_fx.fx.module.codegen import function
-from lora_fx.fx.patterns.elementwise import (
+from lora_fx.fx.graph.patterns import (
     Chain,
-    Maker,
     Projection,
     chain_of,
     differentiable_nodes,
+    maker,
     projections,
 )
+from lora_fx.fx.graph.sites import slots
+from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult
 
 
@@ -130,14 +130,14 @@ def _replace(
     if any(u < x for users in outer.values() for u in users):
         return False  # read before x is made: the call would come too late
     made = [x, *(n for n, users in outer.items() if users)]
-    emit = Maker(x, group[0].node)
-    factors = [tuple(emit.get_attr(str(a.target)) for a in p.factors) for p in group]
+    emit = maker(x, group[0].node)
+    factors = [tuple(emit(str(a.target)) for a in p.factors) for p in group]
     code = _code(chain.given, chain.steps, made, f"recomputed {x.name}")
-    call = emit.call(region(code), (factors, *chain.given))
+    call = emit(region(code), (factors, *chain.given))
     flows[call] = True
     idle = [*(n for p in group for n in _reads(p)), *chain.steps]
     for i, old in enumerate([*made, *(p.node for p in group)]):
-        new = emit.call(getitem, (call, i))
+        new = emit(getitem, (call, i))
         if "val" in old.meta:
             new.meta["val"] = old.meta["val"]
         flows[new] = flows.get(old, True)

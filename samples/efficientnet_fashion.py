@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import lora_fx
-from lora_fx.fx import minilm
+from lora_fx.fx.load import minilm
 from lora_fx.onnx.session import open_session
 
 quick = "--quick" in sys.argv

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
-from lora_fx.dtypes import FLOATING, Array
+from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
@@ -261,23 +261,21 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 
 def _notes(
     rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
-) -> list[str]:
-    notes = []
+) -> Iterator[str]:
     for r in rows:
         said, kept = f"{r.key}: rank {r.rank}", 1 - r.relative**2
         if not r.enough:
-            notes.append(f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²")
+            yield f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²"
         elif kept < LITTLE:
             asked = f"was it trained whole? --whole {r.key} takes it so"
-            notes.append(f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}")
+            yield f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}"
         if kinds[r.key].tied:
-            notes.append(f"{r.key}: the table is the output head too, and the update acts on both")
+            yield f"{r.key}: the table is the output head too, and the update acts on both"
     if left_out:
-        notes.append(
+        yield (
             "vectors that differ and are not in the adapter, which --also-full "
             f"would take: {', '.join(left_out)}"
         )
-    return notes
 
 
 # The difference tuned − base of one tensor, one matrix at a time.
@@ -305,10 +303,11 @@ class TensorPair:
     columns: int
 
     @property
-    def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
+    def dtype(self) -> NumpyDtype:
         """The dtype of Δ: fp64 where either side is, else fp32."""
-        wide = "float64" in (self.base.dtype, self.tuned.dtype)
-        return np.dtype(np.float64) if wide else np.dtype(np.float32)
+        return np.dtype(
+            "float64" if "float64" in (self.base.dtype, self.tuned.dtype) else "float32"
+        )
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
         """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.

@@ -281,27 +281,25 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
-def _said(plan: MergePlan) -> list[str]:
-    said = []
+def _said(plan: MergePlan) -> Iterator[str]:
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
-        said.append(f"{plan.base.path}: its weights are pickles; the output's are safetensors")
+        yield f"{plan.base.path}: its weights are pickles; the output's are safetensors"
     left = plan.base.companions()[1]
     if left:
-        said.append(f"not copied, hidden or other copies of the weights: {some(left, 5)}")
+        yield f"not copied, hidden or other copies of the weights: {some(left, 5)}"
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
         kept = f"{REPORTS[0]} is the base's own and is kept"
-        said.append(f"{kept}: the report is {name}" if name else f"{kept}: no report is written")
+        yield f"{kept}: the report is {name}" if name else f"{kept}: no report is written"
     config = plan.base.config()
     said_dtype = config.get("dtype") or config.get("torch_dtype")
     if plan.options.dtype and said_dtype not in (None, plan.options.dtype):
-        said.append(
+        yield (
             f"config.json still says dtype {said_dtype}: transformers rounds to it when it loads, "
             "unless it is told another"
         )
     if plan.tie is not None:
-        said.append(f"untied: {plan.tie.head} is a tensor of its own, as config.json now says")
-    return said
+        yield f"untied: {plan.tie.head} is a tensor of its own, as config.json now says"
 
 
 def report_json(report: Report) -> Json:

@@ -407,12 +407,8 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
 _APART = "merge one adapter after the other"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What an earlier merge did to a tensor: its fold, and the dtype that it rounded to."""
-
-    fold: TensorFold
-    dtype: str
+Stage = tuple[TensorFold, str]
+"""What a merge does to a tensor: its fold, and the dtype that it rounds to."""
 
 
 @dataclass(frozen=True)

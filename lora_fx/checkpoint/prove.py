@@ -14,12 +14,12 @@ weight is quantised anew, so its scales are those of the largest exact values of
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -113,11 +113,11 @@ def _recomputed(
             return  # said of the scales
     for low, high in _samples(change, rows):
         if change.int8 is not None:
-            made = dataclasses.replace(change.int8, scales=out.tensors[change.int8.name])
-            ratio = _ratio_codes(change, made.weight(info), stages[0].fold, low, high)
+            made = replace(change.int8, scales=out.tensors[change.int8.name])
+            ratio = _ratio_codes(change, made.weight(info), stages[0][0], low, high)
         elif change.codes is not None:
-            made_anew = weights[stages[0].fold.name]
-            ratio = _ratio_codes(change, made_anew, stages[0].fold, low, high)
+            made_anew = weights[stages[0][0].name]
+            ratio = _ratio_codes(change, made_anew, stages[0][0], low, high)
         else:
             ratio = _ratio(change, stages, info, low, high)
         if not ratio <= worst:
@@ -147,32 +147,29 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
 def _exact(change: TensorChange) -> list[Stage]:
     """The folds of a change, oldest first, with every factor in fp64."""
     assert change.fold is not None
-    stages = [*change.earlier, Stage(change.fold, change.dtype)]
-    wide = [
-        Stage(TensorFold(s.fold.name, in_dtype(s.fold.matrix, np.float64), s.fold.rows), s.dtype)
-        for s in stages
-    ]
-    first = dataclasses.replace(wide[0], fold=prepared(wide[0].fold, change.weight))
-    return [first, *wide[1:]]  # later ones need no more than rows: verify allows no other
+    stages = [*change.earlier, (change.fold, change.dtype)]
+    wide = [(replace(f, matrix=in_dtype(f.matrix, np.float64)), dtype) for f, dtype in stages]
+    (first, dtype), *later = wide  # which need no more than rows: verify allows no other
+    return [(prepared(first, change.weight), dtype), *later]
 
 
 def _ratio(
     change: TensorChange, stages: list[Stage], info: TensorInfo, low: int, high: int
 ) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
-    columns = stages[0].fold.matrix.columns
+    columns = stages[0][0].matrix.columns
     want = read_block(change.source, low, high, columns).astype(np.float64)
     new = read_block(info, low, high, columns).astype(np.float64)
     allowed, dtype = np.zeros_like(want), change.source.dtype
-    for stage in stages:
-        want, size = _stage(stage.fold, want, low, high)
-        for row in stage.fold.rows:
+    for fold, narrow in stages:
+        want, size = _stage(fold, want, low, high)
+        for row in fold.rows:
             if low <= row < high:
                 allowed[row - low] = 0.0  # what was there before is gone
-        u = float(np.finfo(arithmetic(dtype, stage.dtype)).eps)
-        rounded = half_ulp(np.abs(want) + allowed, stage.dtype)
+        u = float(np.finfo(arithmetic(dtype, narrow)).eps)
+        rounded = half_ulp(np.abs(want) + allowed, narrow)
         allowed = allowed + rounded + u * (np.abs(want) + size)
-        dtype = stage.dtype
+        dtype = narrow
     return float(_rows(np.abs(new - want), allowed).max(initial=0.0))
 
 
@@ -238,11 +235,11 @@ def _size(p: Rectangle, low: int, high: int, weight: Array) -> Array:
     """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
     c = p.change
     if isinstance(c, Rotation):
-        wide = dataclasses.replace(c, turn=np.abs(c.turn))
+        wide = replace(c, turn=np.abs(c.turn))
         return np.asarray(wide.of(np.abs(weight)) * (c.turn.shape[-1] + 3))
     if isinstance(c, LowRank):
-        absolute = dataclasses.replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
-        size = dataclasses.replace(p, change=absolute).delta(low, high) * (c.rank + 3)
+        absolute = replace(c, a=np.abs(c.a), b=np.abs(c.b), alpha=abs(c.alpha))
+        size = replace(p, change=absolute).delta(low, high) * (c.rank + 3)
     else:
         size = np.abs(p.delta(low, high)) * 64.0
     return np.asarray(size)
@@ -262,7 +259,7 @@ def half_ulp(x: Array, dtype: str) -> Array:
 # NaN or an infinity on one side only, and a difference where b is all zero, are infinite.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Difference:
     """A tensor that is not what it should be.
 

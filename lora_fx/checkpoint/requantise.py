@@ -45,7 +45,7 @@ def spans(
 
 
 def recoded(
-    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice
+    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
     """Rows with their update, quantised anew: what changed, and what to write where.
 
@@ -54,6 +54,7 @@ def recoded(
         q: The rows as they are.
         fold: What is added.
         rows: Which rows.
+        space: The calling thread's.
 
     Raises:
         LoraFxError: A value that is no number.
@@ -61,7 +62,7 @@ def recoded(
     assert weight.anew is not None
     old = q.dequantise()
     with np.errstate(all="ignore"):  # what is no number is looked for, and named
-        new, delta = fold.sum(old, rows.start, Space())
+        new, delta = fold.sum(old, rows.start, space)
         if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
             raise fold.error(old, new, new, rows.start)
         after, parts = weight.anew.recode(q, rows, new, delta)
@@ -74,18 +75,16 @@ def recoded(
     return stats, parts
 
 
-def joined(parts: Sequence[Written]) -> list[Written]:
+def joined(parts: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
     found: dict[str, list[Written]] = {}
     for part in parts:
         found.setdefault(part.name, []).append(part)
-    result: list[Written] = []
     for every in found.values():
         axis = every[0].axis
         if axis and len(every) > 1:
             every = [replace(every[0], data=np.concatenate([p.data for p in every], axis))]
-        result += every
-    return result
+        yield from every
 
 
 def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
@@ -124,17 +123,15 @@ def refuse_loss(every: Iterable[Stats], where: object) -> None:
         )
 
 
-def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> list[Stats]:
+def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> Iterator[Stats]:
     """Of some rows in the middle of some of these weights."""
     some = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     some = some[:: max(1, len(some) // count)][:count]
-    found = []
     for info, fold in some:
         every = [*spans(info.weight, max(1, BLOCK // info.shape[-1]))]
         rows = slice(*every[len(every) // 2])
         fold = prepared(fold, info)
-        found.append(recoded(info.weight, info.weight.read(rows), fold, rows)[0])
-    return found
+        yield recoded(info.weight, info.weight.read(rows), fold, rows, Space())[0]
 
 
 # Weights stored as codes of 8 bits with a scale a row: what is quantised anew without being asked.

@@ -20,7 +20,6 @@ from lora_fx.checkpoint.merge_plan import (
     Given,
     MergeOptions,
     MergePlan,
-    Stage,
     TensorChange,
     make_plan,
 )
@@ -327,6 +326,6 @@ def _then(
             "verify each merge against what it started from",
         )
     dtype = plan.options.dtype if plan.options.dtype and first.dtype in FLOATING else first.dtype
-    earlier = (*first.earlier, Stage(one, first.dtype))
+    earlier = (*first.earlier, (one, first.dtype))
     what = (*first.what, *second.what)
     return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)

@@ -249,17 +249,22 @@ class _Run:
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
         step = rows_per_block(columns)
-        space: Space = self.spaces.__dict__.setdefault("space", Space())
         read: Callable[[int, int], Array]
-        read = partial(read_rows, self.sources[info.file], info, columns=columns, space=space)
+        read = partial(read_rows, self.sources[info.file], info, columns=columns, space=self._space)
         if isinstance(info, CodesInfo):
             read = info.weight.window(low, high)
         for start in range(low, high, step):
             old = read(start, min(high, start + step))
-            new, found = fold.block(old, start, change.dtype, space)
+            new, found = fold.block(old, start, change.dtype, self._space)
             write_at(fd, _bytes(new), at + start * row)
             stats.add(found)
         return (high - low) * row, change.name, stats
+
+    @property
+    def _space(self) -> Space:
+        """The calling thread's."""
+        space: Space = self.spaces.__dict__.setdefault("space", Space())
+        return space
 
     def _recoded(
         self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
@@ -269,7 +274,7 @@ class _Run:
         q, every = weight.read(slice(low, high)), []
         for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
             here = q.cut(slice(start - low, stop - low))
-            found, parts = recoded(weight, here, fold, slice(start, stop))
+            found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
             stats.add(found)
             every += parts
         for part in joined(every):

@@ -28,7 +28,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,13 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.quantised.floats import E2M1
 from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
+from lora_fx.fx.tensors import (
+    from_numpy,
+    named_tensors,
+    owner,
+    parameter_of,
+    replace_parameter,
+)
 from lora_fx.ir.quantised import FP4, NF4, Quantised, packed
 
 PARTS = ("scale", "zero", "order")
@@ -153,7 +159,7 @@ def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
     return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
 
 
-DEQUANTISE = torch.ops.lora_fx.dequantise.default
+DEQUANTISE: Callable[..., torch.Tensor] = torch.ops.lora_fx.dequantise.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -164,7 +170,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 # one op, so that a branch beside it reads x before it is rounded, and is added behind
 torch.library.define("lora_fx::linear_in", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 torch.library.impl("lora_fx::linear_in", "CompositeImplicitAutograd", product)
-LINEAR_IN = torch.ops.lora_fx.linear_in.default
+LINEAR_IN: Callable[..., torch.Tensor] = torch.ops.lora_fx.linear_in.default
 
 
 # The tree.
@@ -285,8 +291,7 @@ def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> tor
     """The weight that a parameter's codes stand for, in a dtype."""
     module, leaf = owner(root, name)
     parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    made: torch.Tensor = DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
-    return made
+    return DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:

@@ -1,9 +1,10 @@
-"""A program in the operators that an exporter has: one node of every kind is decomposed.
+"""Lowering: what one node holds as nodes of its own, for passes and in an exporter's operators.
 
-torch.export decomposes by running the whole program again with symbolic sizes, which is most of
-what an export costs. Layers are one block many times: nodes of one operator that read the same
-shapes, dtypes and constants come apart alike. So a program of one node a kind is decomposed, and
-what became of each stands in for all of its kind.
+Of a program for an exporter one node of every kind is decomposed. torch.export decomposes by
+running the whole program again with symbolic sizes, which is most of what an export costs. Layers
+are one block many times: nodes of one operator that read the same shapes, dtypes and constants come
+apart alike. So a program of one node a kind is decomposed, and what became of each stands in for
+all of its kind.
 """
 
 from __future__ import annotations
@@ -30,10 +31,20 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import Argument, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import Writes, written_by
-from lora_fx.fx.graph.nodes import hint, value
+from lora_fx.fx.graph.nodes import (
+    NO_GRAD,
+    aten_ops,
+    dtype_of,
+    hint,
+    reached,
+    replace_parts,
+    value,
+)
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -64,7 +75,7 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
         if node.op == "get_attr" or not _alone(node):
             return _whole(program, table)
         if _comes_apart(node, table):
-            kinds.setdefault(_kind(node), []).append(node)
+            kinds.setdefault((node.target, _known((node.args, node.kwargs))), []).append(node)
     if kinds:
         parts = _parts([nodes[0] for nodes in kinds.values()], program, table)
         if not all(_sizes_known(part, program.graph) for part in parts):
@@ -100,12 +111,8 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
     return target in table or (target._can_decompose() and not _kept(target))
 
 
-def _kind(node: fx.Node) -> Hashable:
-    """What a decomposition can see of a node."""
-    return node.target, _known(node.args), _known(node.kwargs)
-
-
 def _known(x: object) -> Hashable:
+    """What a decomposition can see of an argument."""
     if isinstance(x, fx.Node):
         return "node", _known(value(x))
     if isinstance(x, torch.Tensor):
@@ -147,10 +154,8 @@ def _giving(target: Any) -> OpOverload | None:
     plain = getattr(packet, target._overloadname, None) if packet is not None else None
     if plain is None or plain._schema.is_mutable:
         return None
-    same = [str(a.type) for a in plain._schema.arguments] == [
-        str(a.type) for a in target._schema.arguments
-    ]
-    return plain if same else None
+    given, written = ([str(a.type) for a in op._schema.arguments] for op in (plain, target))
+    return plain if given == written else None
 
 
 @dataclass(frozen=True)
@@ -172,9 +177,7 @@ def _parts(nodes: Sequence[fx.Node], program: ExportedProgram, table: Table) -> 
     for node, of, starts in zip(nodes, reads, places, strict=True):
         with fakes:
             given = iter([_start(graph, p, value(x)) for p, x in zip(starts, of, strict=True)])
-        call = _with(node, given)
-        made = graph.call_function(node.target, *call)  # type: ignore[arg-type]
-        made.meta["val"] = value(node)
+        made = _valued(graph, value(node), node.target, *_with(node, given))
         ends += _values(graph, made)
     graph.output(tuple(ends))
     whole = signed(graph, [p for starts in places for p in starts], {})
@@ -204,32 +207,33 @@ def _start(graph: fx.Graph, place: fx.Node, val: Any) -> Any:
         place.meta["val"] = val
         return place
     place.meta["val"] = torch.empty(val)
-    size = graph.call_function(aten.sym_size.int, (place, 0))
-    size.meta["val"] = val
-    return size
+    return _valued(graph, val, aten.sym_size.int, (place, 0))
+
+
+def _valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
+    """A new node with its value; `call` is its args and kwargs."""
+    new = graph.call_function(target, *call)
+    new.meta["val"] = val
+    return new
 
 
 def _values(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
     """The tensors that a node gives, each as a node."""
-    val, found = value(node), list[fx.Node]()
+    val = value(node)
     if isinstance(val, torch.Tensor):
         return [node]
-    for i, part in enumerate(val):
-        found.append(graph.call_function(operator.getitem, (node, i)))
-        found[-1].meta["val"] = part
-    return found
+    return [_valued(graph, part, operator.getitem, (node, i)) for i, part in enumerate(val)]
 
 
 def _between(
     graph: fx.Graph, begin: Sequence[fx.Node], end: Sequence[fx.Node]
 ) -> tuple[fx.Node, ...]:
     """The nodes from inputs to values, in order; sizes are found by what they are."""
-    wanted, queue = set[fx.Node](), list(end)
-    while queue:
-        node = queue.pop()
-        if node not in wanted and node not in begin and not isinstance(value(node), NUMBERS):
-            wanted.add(node)
-            queue += node.all_input_nodes
+
+    def inside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        return [n for n in nodes if n not in begin and not isinstance(value(n), NUMBERS)]
+
+    wanted = set(reached(inside(end), lambda n: inside(n.all_input_nodes)))
     return tuple(n for n in graph.nodes if n in wanted)
 
 
@@ -252,11 +256,7 @@ def _replace(graph: fx.Graph, parts: Mapping[fx.Node, _Part]) -> None:
         ends = [made[n] for n in part.outputs]
         if isinstance(value(node), torch.Tensor):
             node.replace_all_uses_with(ends[0])
-        else:
-            for user in list(node.users):
-                user.replace_all_uses_with(ends[user.args[1]])
-                graph.erase_node(user)
-        graph.erase_node(node)
+        replace_parts(node, ends)
 
 
 def _of(
@@ -268,19 +268,14 @@ def _of(
     number = value(node)
     name = str(number.node.expr)
     if name not in sizes:
-        target: Any = node.target
         # a size may be read of another part's input, which is not here
-        if place := _places([*made.values(), *_inputs(graph)]).get(name):
-            target, args, kwargs = aten.sym_size.int, place, {}
+        if place := _places([*made.values(), *graph.find_nodes(op="placeholder")]).get(name):
+            call = aten.sym_size.int, place
         else:
-            args, kwargs = _with(node, (_of(graph, x, made, sizes) for x in _reads(node)))
-        sizes[name] = graph.call_function(target, args, kwargs)
-        sizes[name].meta["val"] = number
+            read = (_of(graph, x, made, sizes) for x in _reads(node))
+            call = node.target, *_with(node, read)
+        sizes[name] = _valued(graph, number, *call)
     return sizes[name]
-
-
-def _inputs(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="placeholder"))
 
 
 def _places(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
@@ -291,14 +286,13 @@ def _places(nodes: Iterable[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
 
 def _sizes_known(part: _Part, graph: fx.Graph) -> bool:
     """Whether every size that a part reads is one of its inputs', or of the graph's."""
-    known, queue = _places([*part.inputs, *_inputs(graph)]), list(part.nodes)
-    while queue:
-        for node in (n for n in _reads(queue.pop()) if isinstance(value(n), NUMBERS)):
-            if str(value(node).node.expr) not in known:
-                if node.target is aten.sym_size.int:
-                    return False
-                queue.append(node)
-    return True
+    known = _places([*part.inputs, *graph.find_nodes(op="placeholder")])
+
+    def unknown(node: fx.Node) -> list[fx.Node]:
+        numbers = [n for n in _reads(node) if isinstance(value(n), NUMBERS)]
+        return [n for n in numbers if str(value(n).node.expr) not in known]
+
+    return all(n.target is not aten.sym_size.int for n in reached(part.nodes, unknown))
 
 
 def _sign(program: ExportedProgram) -> None:
@@ -389,3 +383,180 @@ def signed(
         {},
         [ModuleCallEntry("", call)],
     )
+
+
+# What torch holds in one node as nodes of its own: no_grad, autocast, vmap, chains of products.
+
+
+aten = torch.ops.aten
+higher = torch.ops.higher_order
+CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
+"""Beginnings of ops whose dtype the model chose, whatever autocast would."""
+CHAINS = aten_ops("linalg_multi_dot chain_matmul")
+
+
+def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
+    """Replace every call of a no_grad or autocast body by the body's own nodes.
+
+    What runs in them is the model's like everything else: its weights are targets. What the
+    regions did to gradients and dtypes is written out as detach and casts.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is higher.wrap_with_set_grad_enabled:
+            _inline(module, node, node.args[1:], no_grad or not node.args[0], None)
+        elif node.target is higher.wrap_with_autocast:
+            _, dtype, enabled, *_ = node.args
+            cast = (dtype or torch.bfloat16) if enabled else None
+            _inline(module, node, node.args[4:], no_grad, cast)
+
+
+def _inline(
+    module: fx.GraphModule, node: fx.Node, call: Any, no_grad: bool, cast: torch.dtype | None
+) -> None:
+    """Put the nodes of a body in the place of the one that runs it: call is (body, *arguments)."""
+    body, *given = call
+    graph, part = module.graph, operator.attrgetter(str(body.target))(module)
+    inline_regions(part, no_grad=no_grad)
+    env: dict[fx.Node, Argument] = {}
+    arguments = iter(given)
+    results: Any = ()
+    with graph.inserting_before(node):
+        for inner in part.graph.nodes:
+            if inner.op == "placeholder":
+                outer = next(arguments)
+                env[inner] = _detached(node, outer) if no_grad else outer
+            elif inner.op == "output":
+                results = map_arg(inner.args[0], lambda n: env[n])
+            else:
+                new = graph.node_copy(inner, lambda n: env[n])
+                if inner.op == "get_attr":
+                    new.target = f"{body.target}.{inner.target}"
+                if cast is not None:
+                    _cast_inputs(graph, new, cast)
+                if no_grad:
+                    new.meta[NO_GRAD] = True
+                env[inner] = new
+        if no_grad:
+            results = map_arg(results, lambda n: _detached(node, n))
+    replace_parts(node, results)
+    if not body.users:
+        graph.erase_node(body)
+
+
+def _detached(region: fx.Node, node: Any) -> Any:
+    """The value without its gradient; tensors of the model and numbers have none to lose."""
+    floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)
+    if not floating or node.op == "get_attr" or not v.is_floating_point():
+        return node
+    new = region.graph.call_function(aten.detach.default, (node,))
+    new.meta = {"val": v, "nn_module_stack": region.meta.get("nn_module_stack", {})}
+    return new
+
+
+def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
+    """Cast a node's floating operands as autocast did when the graph was recorded.
+
+    Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
+    fp32 have an fp32 result of narrow operands.
+    """
+    made = value(node)
+    if isinstance(made, (tuple, list)):
+        made = next((m for m in made if isinstance(m, torch.Tensor)), None)
+    chosen = str(node.target).startswith(CHOSEN)
+    if chosen or not isinstance(made, torch.Tensor) or not made.is_floating_point():
+        return
+    dtypes = {i: dtype_of(i) for i in node.all_input_nodes}
+    operands = [i for i, dtype in dtypes.items() if dtype and dtype.is_floating_point]
+    seen = {dtypes[i] for i in operands}
+    wanted = made.dtype
+    mixed = seen != {wanted} and wanted in (dtype, torch.float32)
+    if not mixed or (wanted is torch.float32 and torch.float32 in seen):
+        return  # plain type promotion
+    with graph.inserting_before(node):
+        for i in operands:
+            if dtypes[i] is not wanted:
+                new = graph.call_function(aten.to.dtype, (i, wanted))
+                new.meta = {**i.meta, "nn_module_stack": node.meta.get("nn_module_stack", {})}
+                new.meta["val"] = value(i).to(wanted)
+                node.replace_input_with(i, new)
+
+
+def without_vmap(graph: fx.Graph) -> None:
+    """The plain operations that torch.vmap makes, instead of its own.
+
+    A level of batching is entered and left by nodes without users, and what lies between holds
+    there alone: no pass could move it, share it or drop it.
+    """
+    depth, body = 0, list[fx.Node]()
+    for node in list(graph.nodes):
+        name = getattr(node.target, "__name__", "")
+        depth += name == "_vmap_increment_nesting"
+        if depth and node.op == "call_function":
+            body.append(node)
+        if name == "_vmap_decrement_nesting" and not (depth := depth - 1):
+            _batched(graph, body)
+            body = []
+
+
+def _batched(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
+    """Trace the nodes of one vmap again, below its levels, and put what it runs in their place."""
+    read = dict.fromkeys(n for node in body for n in node.all_input_nodes)
+    given = [n for n in read if n not in body]
+    kept = [n for n in body if any(user not in body for user in n.users)]
+    values = [n.meta["val"] for n in given]
+
+    def run(*arguments: Argument) -> list[Argument]:
+        env = dict(zip(given, arguments, strict=True))
+        for node in body:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [env[n] for n in kept]
+
+    with detect_fake_mode(values) or contextlib.nullcontext():
+        plain = make_fx(run)(*values).graph
+    places = dict(zip(plain.find_nodes(op="placeholder"), given, strict=True))
+    with graph.inserting_before(body[-1]):
+        results = graph.graph_copy(plain, places)
+    for node, new in zip(kept, results, strict=True):  # type: ignore[arg-type]
+        node.replace_all_uses_with(new)
+    for node in reversed(body):
+        graph.erase_node(node)
+
+
+# Chains of products, written as products of two, which have rows in the op table.
+#
+# A chain is associative. It starts at its first activation and goes outwards, x, W₁, W₂ as
+# (x W₁) W₂, so that each weight stands alone in one product with an activation.
+
+
+def split_products(graph: fx.Graph) -> None:
+    """Rewrite every chain of a graph; torch may choose another order, so last bits may differ."""
+    moving: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "placeholder" and not any(n in moving for n in node.all_input_nodes):
+            continue
+        moving.add(node)
+        if node.target in CHAINS:
+            with graph.inserting_before(node):
+                new = _chain(node, moving)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+            moving.add(new)
+
+
+def _chain(node: fx.Node, moving: Collection[fx.Node]) -> fx.Node:
+    factors: Any = node.args[0]
+    start = next(i for i, f in enumerate(factors) if f in moving)
+    y: fx.Node = factors[start]
+    for f in reversed(factors[:start]):
+        y = _product(node, f, y)
+    for f in factors[start + 1 :]:
+        y = _product(node, y, f)
+    return y
+
+
+def _product(node: fx.Node, *factors: fx.Node) -> fx.Node:
+    """A product in the place of a chain, in its scope."""
+    new = node.graph.call_function(aten.matmul.default, factors)
+    new.meta = {**node.meta, "val": aten.matmul.default(*map(value, factors))}
+    return new

@@ -36,11 +36,6 @@ class AdapterTensors(nn.Module):
         )
 
 
-def adapter_tensors(path: str) -> nn.Module:
-    """A place for an adapter's tensors, for `owner` to put where there is none."""
-    return AdapterTensors()
-
-
 _MISSING = object()
 
 
@@ -104,22 +99,19 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
     tensors = dict(model.named_parameters(remove_duplicate=False))
     entries = dict(adapter.entries)
     for key, entry in adapter.entries.items():
-        if key not in tensors or not isinstance(entry, Dense | ReplacedRows | LowRank):
+        if key not in tensors:
             continue
-        if isinstance(entry, LowRank):
-            if entry.mutated:
-                stored = to_numpy(tensors[key])
-                turned = adapter.metadata.get("fan_in_fan_out")
-                entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
-            continue
-        value = to_numpy(tensors[key]).astype(np.float32)
-        if isinstance(entry, ReplacedRows):
-            value[list(entry.index)] = entry.value
-        elif value.ndim == 1 and value.shape == entry.value.shape:
-            value += np.float32(entry.scale) * entry.value
-        else:
-            continue
-        entries[key] = Full(value)
+        if isinstance(entry, LowRank) and entry.mutated:
+            stored = to_numpy(tensors[key])
+            turned = adapter.metadata.get("fan_in_fan_out")
+            entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
+        elif isinstance(entry, Dense | ReplacedRows):
+            value = to_numpy(tensors[key]).astype(np.float32)
+            if isinstance(entry, ReplacedRows):
+                value[list(entry.index)] = entry.value
+                entries[key] = Full(value)
+            elif value.ndim == 1 and value.shape == entry.value.shape:
+                entries[key] = Full(value + np.float32(entry.scale) * entry.value)
     return replace(adapter, entries=entries)
 
 
@@ -241,13 +233,12 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         state = pickled(path)
     places = {}
     for name, t in state.items():
-        if t.layout is not torch.strided or t.is_neg() or t.is_conj():
-            places[name] = (str(t.dtype).removeprefix("torch."), tuple(t.shape), -1)
-            continue
-        first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
-        start, shape = int(t.storage_offset()) * t.element_size(), tuple(t.shape)
-        fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
-        at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
+        at, shape = -1, tuple(t.shape)
+        if t.layout is torch.strided and not (t.is_neg() or t.is_conj()):
+            first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
+            start = int(t.storage_offset()) * t.element_size()
+            fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
+            at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
         places[name] = (str(t.dtype).removeprefix("torch."), shape, at)
     return places
 

@@ -14,17 +14,7 @@ from pathlib import Path
 from lora_fx.errors import LoraFxError, check_format, near_path
 from lora_fx.files.read import read_json
 from lora_fx.ir.graph import Site
-from lora_fx.targets.target import (
-    HEAD_ROWS,
-    ROLES,
-    Found,
-    Target,
-    base_name,
-    check_disjoint,
-    contains,
-    split_region,
-    split_use,
-)
+from lora_fx.targets.target import Found, Target, base_name, check_disjoint, split_region, split_use
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
 # Selectors: how users name targets. The API's list is the CLI's comma list.
@@ -42,6 +32,9 @@ from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number
 #
 # A weight that is refused by default only (depthwise) is taken where a selector names nothing else.
 # A bare word that is no name is tried as a role. A selector that matches nothing is an error.
+
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head", "embedding", "router")
 
 
 def split(selectors: str | Sequence[str]) -> list[str]:
@@ -81,16 +74,9 @@ def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
         own = [found[k] for k in chosen if split_use(k)[1] and split_use(k)[0] == key]
         if own and {s.id for t in own for s in t.sites} == {s.id for s in found[key].sites}:
             del chosen[key]
-    return [
-        k
-        for k in chosen
-        if split_use(k)[1] or not any(_covers(found[o], found[k]) for o in chosen if o != k)
-    ]
-
-
-def _covers(whole: Target, t: Target) -> bool:
-    one = whole.parameter.name == t.parameter.name and not split_use(whole.key)[1]
-    return one and contains(whole.region, t.region)
+    whole = {k: found[k] for k in chosen if not split_use(k)[1]}
+    inner = [k for k, t in whole.items() if any(w.holds(t) for o, w in whole.items() if o != k)]
+    return [k for k in chosen if k not in inner]
 
 
 def _uses(t: Target, text: str) -> list[str]:
@@ -193,6 +179,10 @@ def _near(text: str, names: Sequence[str]) -> str:
 
 
 # The default plan, and the Plan that options ask for.
+
+
+HEAD_ROWS = 1000
+"""A table of fewer rows is no vocabulary: a small classifier is adapted like any other layer."""
 
 
 def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -341,8 +331,7 @@ def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     left = [part for _, part in t.parts if part not in gone]
     if len(left) < len(t.parts):
         return left
-    excluded = [o for o in map(found.__getitem__, gone) if o.parameter.name == t.parameter.name]
-    taken = {s.id for o in excluded if contains(o.region, t.region) for s in o.sites}
+    taken = {s.id for o in map(found.__getitem__, gone) if o.holds(t) for s in o.sites}
     sites = [s for s in t.sites if s.id not in taken]
     return found[split_use(key)[0]].keys_of(sites) if sites else ()
 

@@ -94,7 +94,7 @@ class Target:
         layout: How [*batch, out, in] of an update lies in the region.
         op: The op of the first use that is no lookup; `uses` has every op.
         sites: Every use in the graph; empty where targets come from tensor names alone.
-        role: One of ROLES, or an empty text.
+        role: One of `lora_fx.targets.plan.ROLES`, or an empty text.
         default: Whether the default plan takes it; if not, `why_not` is the reason.
         parts: (role, key) of each part that a fused weight holds.
         other_readers: Ops that read the tensor for more than these products, such as a norm: an
@@ -138,6 +138,11 @@ class Target:
     def uses(self) -> tuple[str, ...]:
         """The ops that read this tensor, each once, in execution order."""
         return tuple(dict.fromkeys(s.op for s in self.sites))
+
+    def holds(self, other: Target) -> bool:
+        """True where the other's region is of the same tensor, and lies in this one's."""
+        same = self.parameter.name == other.parameter.name
+        return same and contains(self.region, other.region)
 
     @property
     def tied(self) -> bool:
@@ -284,10 +289,6 @@ def not_storable(target: Target, what: str) -> LoraFxError:
 # has such a table's shape. The rest is read from the module's name, by the names that the
 # published architectures use.
 
-
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head", "embedding", "router")
-HEAD_ROWS = 1000
-"""A table of fewer rows is no vocabulary: a small classifier is adapted like any other layer."""
 
 _NAMES = (
     ("router", r"router|(mlp|moe|block_sparse_moe|feed_forward)\.gate"),

@@ -22,8 +22,7 @@ from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
-from lora_fx.fx.attach.eager_emitter import Program, Recorder, Value
-from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
+from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY, Program, Recorder, Value
 from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
 from lora_fx.fx.capture.call import Called, Signature
 from lora_fx.fx.capture.capture import Captured
@@ -422,7 +421,7 @@ def _inseparable(target: Target, why: str) -> LoraFxError:
 def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
     """W with the updates of one parameter in it, in its stored shape."""
     e = Recorder()
-    w = total = e.input(0)
+    w = total = Value(0)
     for target, update in group:
         total = changed(e, target, update, w, total, Role.TRAIN)
     return e.program(total)

@@ -23,7 +23,8 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import beside, taken, tensors_of
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.load.models import LoadedModel, load_model
+from lora_fx.fx.load.huggingface import LoadedModel
+from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program

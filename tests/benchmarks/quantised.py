@@ -47,7 +47,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli.demo_stages import Size, topics
 from lora_fx.compare import rel
 from lora_fx.data import Buckets, Table
-from lora_fx.fx import minilm
+from lora_fx.fx.load import minilm
 from lora_fx.fx.train.loop import Settings, fit
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load

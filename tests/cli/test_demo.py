@@ -11,7 +11,7 @@ import pytest
 from lora_fx.cli import demo_stages
 from lora_fx.cli.demo_stages import VOLUMES, Result, Size, _judge, refusal, table, topics
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import minilm
+from lora_fx.fx.load import minilm
 
 GOOD: dict[str, Any] = {
     "probe": 0.56, "before": 0.56, "after": 0.65, "moved": 9, "loss": [1.0, 0.5],

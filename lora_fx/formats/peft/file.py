@@ -254,14 +254,12 @@ class _Reader:
             return found
         result = dict(found)
         for lead, group in found.items():
-            if group.kind != "linear" or fields.targets(self.config, group.module):
-                continue
-            for other in found.values():
-                if other.kind == "embedding" and self._turned(group, other):
-                    other.tied.append(f"{group.module}.weight")
-                    self.modules.append(group.module)
-                    del result[lead]
-                    break
+            tables = (t for t in found.values() if t.kind == "embedding" and self._turned(group, t))
+            head = group.kind == "linear" and not fields.targets(self.config, group.module)
+            if head and (table := next(tables, None)):
+                table.tied.append(f"{group.module}.weight")
+                self.modules.append(group.module)
+                del result[lead]
         return result
 
     def _turned(self, head: Group, table: Group) -> bool:

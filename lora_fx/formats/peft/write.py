@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -488,17 +488,15 @@ def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], 
     return [m for m in chosen if not any(m.startswith(f"{o}.") for o in chosen)], odd
 
 
-def partly_held(whole: list[str], full: Mapping[str, Full]) -> list[str]:
+def partly_held(whole: list[str], full: Mapping[str, Full]) -> Iterator[str]:
     """Notes on modules of which the adapter may hold only some tensors."""
-    notes = []
     for module in whole:
         leaves = sorted(k.removeprefix(f"{module}.") for k in full if k.startswith(f"{module}."))
         if leaves != ["bias", "weight"]:
-            notes.append(
+            yield (
                 f"PEFT will load modules_to_save {module!r} only if the module has no other "
                 f"tensors than {', '.join(leaves)}"
             )
-    return notes
 
 
 def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:

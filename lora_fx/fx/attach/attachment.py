@@ -19,12 +19,21 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import SIDES, LowRank, frame, slots_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach.eager_emitter import Program, bound
-from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, ActiveAdapter, Live, restore, swap
+from lora_fx.fx.attach.live import (
+    METHODS,
+    REGISTRY,
+    STATE,
+    ActiveAdapter,
+    Live,
+    Program,
+    bound,
+    restore,
+    swap,
+)
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
-from lora_fx.fx.tensors import AdapterTensors, adapter_tensors, owner, parameter_of, patched
+from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found, base_name
 from lora_fx.text import human
@@ -87,7 +96,7 @@ class Attachment:
             held = (home._parameters.get(leaf), *home.parameters(), *home.buffers())
             device = next(t.device for t in held if t is not None)
             for slot in slots_of(key, update):
-                module, leaf = owner(self.model, slot.name, create=adapter_tensors)
+                module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
                 # fp32 masters, whatever the base's dtype
                 tensor = torch.tensor(slot.value, dtype=torch.float32, device=device)
                 module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))

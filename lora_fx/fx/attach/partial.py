@@ -21,7 +21,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
-from lora_fx.fx.patterns.elementwise import VIEWS
+from lora_fx.fx.graph.patterns import VIEWS
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
 from lora_fx.ir.kinds import Einsum
@@ -113,20 +113,12 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
         if not any(kept):
             continue
         try:
-            graphs.append(_read(model, code, inputs, kept))
+            data = tuple(x for x, n in zip(inputs, kept, strict=True) if n is None)
+            captured = Captured(_Stretch(model, code, kept), data)
+            graphs.append(FxGraph(captured.traced(False, captured.named).graph, model))
         except (LoraFxError, RuntimeError, AssertionError) as e:
             failed.append(f"partial graph {i} cannot be read: {one_line(e, 120)}")
     return PartialGraphs(model, graphs, failed)
-
-
-def _read(
-    model: nn.Module, code: fx.GraphModule, inputs: Sequence[object], names: Sequence[str | None]
-) -> FxGraph:
-    stretch = _Stretch(model, code, names)
-    data = tuple(x for x, n in zip(inputs, names, strict=True) if n is None)
-    captured = Captured(stretch, data)
-    traced = captured.traced(False, captured.named)
-    return FxGraph(traced.graph, model)
 
 
 # Whether a module's forward is just one op on its weight, read from the captured graph.

@@ -30,8 +30,8 @@ class Signature:
     Its `bind` uses plain loops only, so that torch.compile can trace it.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.signature = inspect.signature(forward)
+    def __init__(self, forward: Callable[..., Any] | inspect.Signature) -> None:
+        self.signature = inspect.signature(forward) if callable(forward) else forward
         kinds = inspect.Parameter
         params = self.signature.parameters.values()
 
@@ -108,17 +108,13 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             pytree.register_dataclass(type(leaf))
             return without_cache(out, left_out)
-    pairs: list[tuple[object, object]] = []
-    if isinstance(out, dict):
-        pairs = list(out.items())
-    elif type(out) is tuple:
-        pairs = list(enumerate(out))
-    caches = [k for k, v in pairs if type(v).__module__ == "transformers.cache_utils"]
+    held = dict(enumerate(out)) if type(out) is tuple else out if isinstance(out, dict) else {}
+    caches = [k for k, v in held.items() if type(v).__module__ == "transformers.cache_utils"]
     if not caches:
         return out
     if left_out is not None:
         left_out += [str(k) for k in caches]
-    kept = {str(k): v for k, v in pairs if k not in caches}
+    kept = {str(k): v for k, v in held.items() if k not in caches}
     return tuple(kept.values()) if type(out) is tuple else type(out)(**kept)
 
 
@@ -182,7 +178,7 @@ def output_name(path: str) -> str:
     return onnx_name(name)
 
 
-def program_key(named: Named, leaves: Sequence[Any]) -> tuple[Any, ...]:
+def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
     parts: list[object] = []
     for k, v in named.items():
@@ -359,12 +355,9 @@ def _rows_reached(place: fx.Node) -> list[int]:
         dtypes = {u: dtype_of(u) for u in node.users if u.target in _PASS}
         return [u for u, dtype in dtypes.items() if dtype and not dtype.is_floating_point]
 
-    rows = []
-    for node in reached([place], onwards):
-        for user in node.users:
-            if user.target is aten.embedding.default and user.args[1] is node:
-                rows += [int(n) for n in (shape_of(user.args[0]) or ())[:1]]
-    return rows
+    readers = ((user, node) for node in reached([place], onwards) for user in node.users)
+    lookups = (u for u, ids in readers if u.target is aten.embedding.default and u.args[1] is ids)
+    return [int(n) for u in lookups for n in (shape_of(u.args[0]) or ())[:1]]
 
 
 def sample_call(
@@ -400,5 +393,4 @@ def filled(named: Named, arrays: Named, device: torch.device | None = None) -> d
         from_numpy(arrays[n]).to(device, x.dtype) if isinstance(x, torch.Tensor) else x
         for n, x in leaves_of(named)
     ]
-    result: dict[str, Any] = pytree.tree_unflatten(new, pytree.tree_structure(dict(named)))
-    return result
+    return dict(pytree.tree_unflatten(new, pytree.tree_structure(dict(named))))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import linecache
 import re
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -51,7 +50,7 @@ class ModelSource:
         forward: What a capture calls.
         mode: The mode of the fake tensors.
         live: True when `module` is the user's own.
-        why: The reason why it could not be copied.
+        why: The reason why it could not be copied, and what follows.
         copies: The same in other dtypes, made on first use.
     """
 
@@ -77,6 +76,7 @@ class ModelSource:
             return cls(copied, _hooked(copied), mode)
         except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
             why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
+            why += ": captures trace the model itself, in its own dtype only"
             return cls(model, _hooked(model), None, live=True, why=why)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
@@ -138,11 +138,7 @@ class Captured:
         self.repeat = repeat
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
-        self.notes: list[str] = list(said)
-        if self.source.why:
-            self.notes.append(
-                f"{self.source.why}: captures trace the model itself, in its own dtype only"
-            )
+        self.notes: list[str] = [*said, *filter(None, [self.source.why])]
         try:
             self.named = self.signature.bind(tuple(args), dict(kwargs or {}))
         except TypeError as e:
@@ -162,7 +158,7 @@ class Captured:
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
         self.inputs = self.inputs.with_dims(self.requested)
-        self.tracings: dict[tuple[Any, ...], list[Traced]] = {}
+        self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self.idle: frozenset[object] | None = None
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
@@ -254,7 +250,7 @@ class Captured:
         return found
 
     @cached_property
-    def _example_key(self) -> tuple[Any, ...]:
+    def _example_key(self) -> tuple[object, ...]:
         return program_key(self.named, pytree.tree_leaves(dict(self.named)))
 
     def _elsewhere(
@@ -630,33 +626,27 @@ def explain(error: Exception, name: str, training: bool) -> CaptureError:
     mode = "train" if training else "eval"
     where = _user_line(error) or f"{name}.forward"
     text = f"{type(error).__name__}: {error}"
-    known = next(((why, todo) for cause, why, todo in _CAUSES if re.search(cause, text)), None)
-    if known is not None:
-        why, todo = known
-    elif any(words in text for words in _SIZES):
+    why = one_line(text, 160)
+    todo = "check that the model runs on the example inputs; -v prints the traceback"
+    if any(words in text for words in _SIZES):
         why = f"sizes do not fit: {one_line(error, 160)}"
         todo = "check the example inputs against what the model expects"
-    else:
-        why = one_line(text, 160)
-        todo = "check that the model runs on the example inputs; -v prints the traceback"
+    why, todo = next(((w, t) for cause, w, t in _CAUSES if re.search(cause, text)), (why, todo))
     return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
 
 
 def _user_line(error: BaseException) -> str:
     """file:line `code` of the innermost frame that is neither torch's nor ours."""
-    ours = __file__.rpartition("/lora_fx/")[0]
-    inner = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        path = frame.f_code.co_filename
-        own = path.startswith(("<", f"{ours}/lora_fx/", f"{ours}/passes/", f"{ours}/cli/"))
+    root = __file__.rpartition("/lora_fx/")[0]
+    ours = ("<", *(f"{root}/{folder}/" for folder in ("lora_fx", "passes", "cli")))
+    said = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = frame.filename
         standard = "/lib/python3" in path and "site-packages" not in path
-        if "/torch/" in path or own or (standard and frame.f_code.co_name != "<module>"):
-            continue
-        inner = (path, line)
-    if inner is None:
-        return ""
-    code = linecache.getline(*inner).strip()
-    return f"{inner[0]}:{inner[1]} `{code}`"
+        library = "/torch/" in path or (standard and frame.name != "<module>")
+        if not library and not path.startswith(ours):
+            said = f"{path}:{frame.lineno} `{frame.line}`"
+    return said
 
 
 def weightless(
@@ -679,13 +669,10 @@ def weightless(
     numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
         device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
-        own = t.dtype if q is None else q.dtype
-        want = dtype if dtype is not None and own.is_floating_point else own
+        like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
+        want = dtype if dtype is not None and like.is_floating_point() else like.dtype
         with mode:
-            if q is None:
-                fake = torch.empty_strided(t.shape, t.stride(), dtype=want, device=device)
-            else:
-                fake = torch.empty(q.shape, dtype=want, device=device)
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=want, device=device)
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
     if numbers:

@@ -29,7 +29,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.conditions import BINARY, SEARCHED, Condition, Size, broken, parsed
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.graph.nodes import hint, shape_of, value
+from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.tensors import patched
 
 aten = torch.ops.aten
@@ -78,16 +78,16 @@ class GuardLog:
         """The guard of an expression as torch prints it."""
         return self.guards.get(text, Guard(None, BRANCH, UNKNOWN))
 
-    def of_equal(self, symbols: set[Any]) -> Guard:
+    def of_equal(self, symbols: set[object]) -> Guard:
         """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
         for guard in self.guards.values():
-            own: set[Any] = getattr(guard.expression, "free_symbols", set())
+            own: set[object] = getattr(guard.expression, "free_symbols", set())
             equal = getattr(guard.expression, "rel_op", "") == "==" and len(own) > 1
             if guard.kind == BRANCH and equal and own & symbols:
                 return guard
         return Guard(None, DEMAND, UNKNOWN)
 
-    def of_bound(self, symbol: Any, outside: int) -> Guard:
+    def of_bound(self, symbol: object, outside: int) -> Guard:
         """The guard that keeps a symbol from a value."""
         for guard in self.guards.values():
             own = getattr(guard.expression, "free_symbols", None) == {symbol}
@@ -144,7 +144,7 @@ class Learnt:
     names: Sequence[str]
     sizes: list[Shape | None]
     log: GuardLog
-    symbols: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    symbols: dict[object, tuple[int, int]] = field(default_factory=dict)
     conditions: list[Condition] = field(default_factory=list)
     doubtful: list[Condition] = field(default_factory=list)
     fixed: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -165,7 +165,8 @@ class Learnt:
 
     def bound(self, symbol: Any, bounds: Any) -> None:
         """Turn the range of one symbol into conditions, or into a fixed size."""
-        low, high = (_whole(n) for n in (bounds.lower, bounds.upper))
+        ends = (bounds.lower, bounds.upper)
+        low, high = (int(n) if n.is_Integer and n < 1 << 31 else None for n in ends)
         i, d = place = self.symbols[symbol]
         if low is not None and low == high:
             self.fixed[place] = self.log.of_bound(symbol, low + 1).line
@@ -259,13 +260,12 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
         for d, n in enumerate(shape or ()):
             if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol:
                 found.symbols.setdefault(n.node.expr, (i, d))
-    for node in list(graph.nodes):
-        if node.target is aten._assert_scalar.default:
-            guard = log.of(_said(node))
-            condition = _of_node(node.args[0], places, guard)
-            if condition is not None:
-                found.sort(condition, guard)
-                graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
+        guard = log.of(_said(node))
+        condition = _of_node(node.args[0], places, guard)
+        if condition is not None:
+            found.sort(condition, guard)
+            graph.erase_node(node)
     for symbol, bounds in program.range_constraints.items():
         if symbol in found.symbols:
             found.bound(symbol, bounds)
@@ -291,28 +291,23 @@ def _said(node: fx.Node) -> str:
     return text.partition("for expression ")[2].rpartition(" on node ")[0]
 
 
-def _whole(n: object) -> int | None:
-    try:
-        return found if (found := int(str(n))) < 1 << 31 else None
-    except (OverflowError, TypeError, ValueError, AttributeError):
-        return None
-
-
-_SPELLED: dict[Any, str] = {
+_SPELLED: dict[object, str] = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.floordiv: "//",
     operator.mod: "%", operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=",
-    operator.eq: "==", operator.ne: "!=",
+    operator.eq: "==", operator.ne: "!=", operator.or_: "or", operator.and_: "and",
 }  # fmt: skip
 _CALLED = {torch.sym_max: "max", torch.sym_min: "min"}
 _DECIDES = {*_SPELLED, *_CALLED} - {operator.add, operator.sub, operator.mul}
-_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+_NEGATED = {
+    "<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "==", "or": "and", "and": "or"
+}  # fmt: skip
 
 
 def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition | None:
     """The comparison that an assert's node computes; None where it is not one of sizes."""
     sizes: dict[Size, str] = {}
     try:
-        text = _test(test, names, sizes, negated=False)
+        text = _spell(test, names, sizes)[1:-1]
     except (KeyError, AttributeError):
         return None
     if not sizes or len(text) > 4000:
@@ -321,43 +316,34 @@ def _of_node(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condition
     return Condition(text, rows, guard.line, guard.kind == DEMAND)
 
 
-def _test(node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str], *, negated: bool) -> str:
-    """A comparison, or two, as text; raises KeyError where it is anything else."""
-    if node.target is torch.sym_not:
-        return _test(node.args[0], names, sizes, negated=not negated)
-    if node.target in (operator.or_, operator.and_):
-        word = "or" if (node.target is operator.or_) != negated else "and"
-        return f" {word} ".join(f"({_test(a, names, sizes, negated=negated)})" for a in node.args)
-    sign = _SPELLED[node.target]
-    left, right = (_spell(a, names, sizes) for a in node.args)
-    other = _NEGATED[sign]
-    return f"{left} {other if negated else sign} {right}"
+def _spell(
+    node: Any, names: Mapping[fx.Node, str], sizes: dict[Size, str], negated: bool = False
+) -> str:
+    """A comparison, or an expression of sizes, as text.
 
-
-def _spell(node: object, names: Mapping[fx.Node, str], sizes: dict[Size, str]) -> str:
-    """An expression of sizes as text; raises KeyError where it is made of anything else."""
+    Raises:
+        KeyError: It is made of anything else; so does AttributeError.
+    """
     if type(node) is int:
         return str(node)
-    if not isinstance(node, fx.Node):
-        raise KeyError(node)
     if node.target is aten.sym_size.int:
         place, d = node.args
-        size = (names[place], int(d))  # type: ignore[index, arg-type]
-        return sizes.setdefault(size, f"s{len(sizes)}")
+        return sizes.setdefault((names[place], int(d)), f"s{len(sizes)}")
+    if node.target is torch.sym_not:
+        return _spell(node.args[0], names, sizes, not negated)
     if node.target in _CALLED:
         return f"{_CALLED[node.target]}({', '.join(_spell(a, names, sizes) for a in node.args)})"
     sign = _SPELLED[node.target]
-    left, right = node.args
-    return f"({_spell(left, names, sizes)} {sign} {_spell(right, names, sizes)})"
+    inner = negated and sign in ("or", "and")
+    left, right = (_spell(a, names, sizes, inner) for a in node.args)
+    return f"({left} {_NEGATED[sign] if negated else sign} {right})"
 
 
 def put_asserts(
     graph: fx.Graph, places: Mapping[str, fx.Node], conditions: Sequence[Condition]
 ) -> None:
     """Write conditions on sizes into a graph, where an export and torch's own loader see them."""
-    with graph.inserting_after(list(places.values())[-1]):
-        tail = graph.call_function(aten.sym_size.int, (next(iter(places.values())), 0))
-    with graph.inserting_before(tail):
+    with graph.inserting_before(list(places.values())[-1].next):
         for c in conditions:
             if all(n in places for _, n, _ in c.sizes):
                 sizes = {
@@ -365,7 +351,6 @@ def put_asserts(
                 }
                 test = c.build(lambda op, xs: graph.call_function(_OPERATORS[op], tuple(xs)), sizes)
                 graph.call_function(aten._assert_scalar.default, (test, f"{c}"))
-    graph.erase_node(tail)
 
 
 def drop_layout(
@@ -410,13 +395,12 @@ def constants_of(graph: fx.Graph) -> tuple[int, ...]:
     found: set[int] = set()
     for node in graph.nodes:
         if node.target is aten.slice.Tensor:
-            shape, d = getattr(value(node.args[0]), "shape", ()), node.args[1:2]
-            free = bool(shape) and isinstance(shape[d[0] if d else 0], torch.SymInt)
-            numbers = [a for a in node.args[2:4] if type(a) is int and free]
+            shape, d = shape_of(node.args[0]) or (), argument(node, "dim")
+            sizes, numbers = shape[d : d + 1 or None], node.args[2:4]
         elif node.target in _DECIDES:
-            free = any(isinstance(value(a), torch.SymInt) for a in node.args)
-            numbers = [a for a in node.args if type(a) is int and free]
+            sizes, numbers = tuple(map(value, node.args)), node.args
         else:
             continue
-        found |= {abs(n) for n in numbers if 1 < abs(n) < 1 << 31}
+        if any(isinstance(n, torch.SymInt) for n in sizes):
+            found |= {abs(n) for n in numbers if type(n) is int and 1 < abs(n) < 1 << 31}
     return tuple(sorted(found))

@@ -50,8 +50,7 @@ class PlainLinear(nn.Linear):
         """x·W̃ᵀ + bias."""
         dtype = (self.compute if self.training else None) or x.dtype
         given = x, _in(self.weight, dtype), _in(self.bias, dtype)
-        made: torch.Tensor = F.linear(*given) if dtype == x.dtype else LINEAR_IN(*given)
-        return made
+        return F.linear(*given) if dtype == x.dtype else LINEAR_IN(*given)
 
 
 def _in(t: Any, dtype: torch.dtype) -> Any:

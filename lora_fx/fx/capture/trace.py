@@ -37,12 +37,12 @@ from lora_fx.fx.capture.call import (
     without_cache,
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
-from lora_fx.fx.capture.inline import inline_regions, split_products, without_vmap
 from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
+from lora_fx.fx.lowering import inline_regions, split_products, without_vmap
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
 from lora_fx.text import Json
@@ -139,15 +139,13 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
     repeats = Repeats(entry.source) if repeat else None
-    if repeats is None or not repeats.families:
-        return _trace(entry, named, requested)
-    try:
-        with repeats.watching():
+    if repeats is not None and repeats.families:
+        # an error is the model's, and comes again, or comes of the watching
+        with contextlib.suppress(Exception), repeats.watching():
             traced = _trace(entry, named, requested)
-    except Exception:  # of the model's, which comes again, or because blocks are watched
-        return _trace(entry, named, requested)
-    traced.copies = repeats.copies
-    return traced
+            traced.copies = repeats.copies
+            return traced
+    return _trace(entry, named, requested)
 
 
 def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
@@ -486,10 +484,9 @@ def clean_module(
     inline_regions(module)
     without_vmap(graph)
     write_out(module)
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            # these bake dtype and device in: .to(bf16) and autocast would fail on them
-            graph.erase_node(node)
+    # these bake dtype and device in: .to(bf16) and autocast would fail on them
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
     learnt = learn(program, graph, names, log)
     fixed = tuple(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s)

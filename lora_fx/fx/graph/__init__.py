@@ -1,1 +1,1 @@
-"""The torch.fx side of the IR: op table, data flow, sites and emitter."""
+"""The torch.fx side of the IR: op table, data flow, sites, emitter and idioms."""

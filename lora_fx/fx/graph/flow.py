@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,7 @@ def weight_flow(
     root: nn.Module | None,
     names: Mapping[str, str],
     given: Mapping[fx.Node, FxWeight] | None = None,
+    layers: Collection[fx.Node] = (),
 ) -> FxFlow:
     """Follow every parameter through a graph.
 
@@ -108,22 +109,10 @@ def weight_flow(
         root: The tree that holds the parameters.
         names: Any name of a parameter → its first name.
         given: Placeholders that are weights, in the body of a higher-order op.
+        layers: Such products that are layers; a first walk finds them.
     """
-    flow = _follow(graph, root, names, given or {}, set())
-    layers = {p for p in flow.products if _is_layer(flow, p)}
-    return _follow(graph, root, names, given or {}, layers) if layers else flow
-
-
-def _follow(
-    graph: fx.Graph,
-    root: nn.Module | None,
-    names: Mapping[str, str],
-    given: Mapping[fx.Node, FxWeight],
-    layers: set[fx.Node],
-) -> FxFlow:
-    """Walk the graph once in execution order, with these products taken as layers."""
     flow = FxFlow()
-    for node, weight in given.items():
+    for node, weight in (given or {}).items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
     changed = written(graph)
     for node in graph.nodes:
@@ -140,7 +129,8 @@ def _follow(
         known = flow.weights.get(node)
         if node in changed and known is not None and known.name:
             flow.weights[node] = replace(known, edited="an in-place edit")
-    return flow
+    found = {p for p in flow.products if _is_layer(flow, p)} if not layers else None
+    return weight_flow(graph, root, names, given, found) if found else flow
 
 
 def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
@@ -299,10 +289,6 @@ Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
 """The steps of a view from its node and the shape of what it views; None where it is no view."""
 
 
-def _same(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    return []
-
-
 def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:
     def steps(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
         n = len(shape)
@@ -340,11 +326,6 @@ def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     return [Slice(axis, start, start + out[axis])]
 
 
-def _narrow(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    axis, start, length = (int(argument(node, k)) for k in ("dim", "start", "length"))
-    return [Slice(axis % len(shape), start, start + length)]
-
-
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     i = argument(node, "index")
     return _one(node, shape, i) if isinstance(i, int) else None  # another one is computed
@@ -376,20 +357,12 @@ def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
     Without it, the experts of a mixture in batched form are no weights and go unreached.
     """
-    if len(shape) < 3:
-        return None
+    one = node.target is aten.index_select.default and int(argument(node, "dim")) == 0
     if node.target is aten.index.Tensor:
         ids = node.args[1]
         lone = isinstance(ids, (tuple, list)) and len(ids) == 1 and isinstance(ids[0], Node)
         one = lone and len(shape_of(ids[0]) or ()) == 1  # type: ignore[index]
-        return [Gather(0)] if one else None
-    if node.target is aten.index_select.default and int(argument(node, "dim")) == 0:
-        return [Gather(0)]
-    return None
-
-
-def _dropout(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    return None if argument(node, "train") else []
+    return [Gather(0)] if one and len(shape) > 2 else None
 
 
 SPLITS = aten_ops(
@@ -416,14 +389,16 @@ VIEWS: Mapping[object, Rule] = {
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
     **dict.fromkeys(_RESHAPES, _reshape),
     aten.slice.Tensor: _slice,
-    aten.narrow.default: _narrow,
+    aten.narrow.default: _slice,
     aten.select.int: _select,
     operator.getitem: _item,
     **dict.fromkeys(
         aten_ops("to.dtype to.dtype_layout to.device to.other type_as _to_copy"), _cast
     ),
-    aten.dropout.default: _dropout,
-    **dict.fromkeys(aten_ops("contiguous clone detach alias lift_fresh_copy"), _same),
+    aten.dropout.default: lambda node, shape: None if argument(node, "train") else [],
+    **dict.fromkeys(
+        aten_ops("contiguous clone detach alias lift_fresh_copy"), lambda node, shape: []
+    ),
 }
 
 
@@ -473,14 +448,12 @@ class Namer:
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
     """How a value is computed, as a text that is equal for equal computations."""
     if node not in memo:
-        if node.op != "call_function":
-            memo[node] = str(node.target)
-        else:
-            inner: object = fx.node.map_aggregate(
-                (node.args, node.kwargs),
-                lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
-            )
-            memo[node] = f"{op_name(node)}{inner}"
+        inner: object = fx.node.map_aggregate(
+            (node.args, node.kwargs),
+            lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
+        )
+        called = node.op == "call_function"
+        memo[node] = f"{op_name(node)}{inner}" if called else str(node.target)
     return memo[node]
 
 

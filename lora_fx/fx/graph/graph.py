@@ -94,11 +94,9 @@ class FxGraph(Analysed):
                 computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
         result = []
         for name, others in self._aliases.items():
-            t, q = parameter_of(self.root, name), self.held.get(name)
-            if q is None:
-                new = Parameter(name, tuple(t.shape), dtype_name(t.dtype), tuple(others))
-            else:
-                new = Parameter(name, q.shape, dtype_name(q.dtype), tuple(others), q.format, q.bits)
+            q = self.held.get(name)
+            of, form = (q, (q.format, q.bits)) if q else (parameter_of(self.root, name), ())
+            new = Parameter(name, tuple(of.shape), dtype_name(of.dtype), tuple(others), *form)
             result.append(new)
             result += computed.get(name, {}).values()
         return result
@@ -133,12 +131,9 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        held = self.held.get(name)
-        return to_numpy(
-            parameter_of(self.root, name)
-            if held is None
-            else codes.whole(self.root, name, held, held.dtype)
-        )
+        if (held := self.held.get(name)) is not None:
+            return to_numpy(codes.whole(self.root, name, held, held.dtype))
+        return to_numpy(parameter_of(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""
@@ -407,14 +402,10 @@ OpCall = tuple[Any, tuple[Any, ...]]
 """An op and what it takes."""
 
 
-def _mul(x: fx.Node, y: fx.Node | float) -> OpCall:
-    return aten.mul.Scalar if isinstance(y, (int, float)) else aten.mul.Tensor, (x, y)
-
-
 PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "matmul": lambda x, y: (aten.matmul.default, (x, y)),
     "add": lambda x, y: (aten.add.Tensor, (x, y)),
-    "mul": _mul,
+    "mul": lambda x, y: (aten.mul.Tensor if isinstance(y, fx.Node) else aten.mul.Scalar, (x, y)),
     "div": lambda x, y: (aten.div.Tensor, (x, y)),
     "norm": lambda x: (aten.linalg_vector_norm.default, (x, 2, [-1], True)),
     "detach": lambda x: (aten.detach.default, (x,)),
@@ -422,17 +413,14 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "reshape": lambda x, shape: (aten.reshape.default, (x, list(shape))),
     "repeat": lambda x, times: (aten.repeat_interleave.self_int, (x, times, -1)),
     "slice": lambda x, axis, start, stop: (aten.slice.Tensor, (x, axis, start, stop)),
-    "pad": lambda x, before, after: (
-        aten.constant_pad_nd.default,
-        (x, tensors.padding(before, after), 0.0),
-    ),
+    "pad": lambda x, **sides: (aten.constant_pad_nd.default, (x, tensors.padding(**sides), 0.0)),
     "einsum": lambda x, y, equation: (aten.einsum.default, (equation, [x, y])),
     "gather": lambda x, ids: (aten.index.Tensor, (x, [ids])),
     "dropout": lambda x, p: (aten.dropout.default, (x, p, True)),
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.layout.Ops is, but for conv."""
+"""What node each primitive of lora_fx.ir.emitter.Ops is, but for conv."""
 
 
 class FxEmitter:
@@ -451,7 +439,7 @@ class FxEmitter:
         return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> fx.Node:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
         if prim == "conv":
             return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:
@@ -476,7 +464,7 @@ class FxEmitter:
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""
         root = self.owner.root
-        module, leaf = owner(root, name, create=tensors.adapter_tensors)
+        module, leaf = owner(root, name, create=lambda _: tensors.AdapterTensors())
         if leaf not in module._parameters:  # a later graph finds it there
             # In torch's own memory, which is aligned, and row by row, which factors of an SVD are
             # not: so a run gives the same bits again, also from a file.

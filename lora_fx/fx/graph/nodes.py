@@ -115,6 +115,14 @@ def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator
         queue.extend(dict.fromkeys(new))
 
 
+def replace_parts(node: Node, parts: Sequence[Node]) -> None:
+    """Let what picks the parts of a node's result read these; the node goes."""
+    for user in list(node.users):
+        user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
 def random_ops(graph: fx.Graph) -> list[str]:
     """The ops of a graph that draw random numbers; a dropout that is off draws none."""
     seeded = [

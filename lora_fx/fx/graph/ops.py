@@ -107,10 +107,6 @@ def _einsum(node: Node) -> Iterator[FxOperand]:
         yield FxOperand((1, i), (1, other), kind, {}, why)
 
 
-def _addbmm(node: Node) -> Iterator[FxOperand]:
-    yield from _pair(node, ["bni", "bio", "no"], 1)
-
-
 def _inner(node: Node) -> Iterator[FxOperand]:
     m, n = (len(shape_of(o) or ()) for o in node.args)
     if m and n:
@@ -187,8 +183,8 @@ def _recurrent(node: Node) -> Iterator[FxOperand]:
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
-def _table() -> dict[Any, FxOp]:
-    rows: dict[Any, FxOp] = {
+def _table() -> dict[object, FxOp]:
+    rows: dict[object, FxOp] = {
         aten.linear.default: FxOp("linear", _linear, bias=2),
         aten.matmul.default: FxOp("matmul", _matmul),
         aten.mm.default: FxOp("mm", _matmul),
@@ -197,7 +193,7 @@ def _table() -> dict[Any, FxOp]:
         aten.addmm.default: FxOp("addmm", _addmm, bias=0),
         aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
         aten.addmv.default: FxOp("addmv", _addmm, bias=0),
-        aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
+        aten.addbmm.default: FxOp("addbmm", lambda n: _pair(n, ["bni", "bio", "no"], 1), bias=0),
         aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),
         aten.tensordot.default: FxOp("tensordot", _tensordot),

@@ -65,7 +65,9 @@ def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[tuple[Site, 
         ]
         if row is not None and not row.many and len(found) > 1:
             own = [f for f in found if f.weight.name]
-            found = own if len(own) == 1 else [_both(found[0])]
+            # of two weights neither is an activation
+            both = replace(found[0].weight, edited=f"{op_name(node)} with another weight")
+            found = own if len(own) == 1 else [replace(found[0], weight=both)]
         if node in flow.behind and row is not None:
             continue  # a constant times a parameter: a computed weight, read later on
         for f in found:
@@ -111,12 +113,6 @@ def _result(node: fx.Node) -> fx.Node:
     return node
 
 
-def _both(found: FxWeightUse) -> FxWeightUse:
-    """A product of two weights: neither operand is an activation."""
-    weight = replace(found.weight, edited=f"{op_name(found.node)} with another weight")
-    return replace(found, weight=weight)
-
-
 # Weights that only the body of a higher-order op multiplies by: cond, while_loop, map.
 #
 # The parameter is an operand of the higher-order op, and the body says what it is for. An update
@@ -142,7 +138,8 @@ def _operands(node: fx.Node, held: Bodies) -> tuple[list[fx.GraphModule], list[o
     """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return [], []
-    bodies = {i: b for i, a in enumerate(node.args) if (b := _body(a, held)) is not None}
+    reads = {i: a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"}
+    bodies = {i: held[str(a.target)] for i, a in reads.items() if str(a.target) in held}
     last = max(bodies, default=-1)
     paths: list[ops.Path] = []
     for i, arg in enumerate(node.args[last + 1 :], last + 1):
@@ -151,11 +148,6 @@ def _operands(node: fx.Node, held: Bodies) -> tuple[list[fx.GraphModule], list[o
         else:
             paths.append((i,))
     return list(bodies.values()), paths
-
-
-def _body(arg: Any, held: Bodies) -> fx.GraphModule | None:
-    reads = isinstance(arg, fx.Node) and arg.op == "get_attr"
-    return held.get(str(arg.target)) if reads else None
 
 
 def _inside(
@@ -169,16 +161,10 @@ def _inside(
     start = FxWeight("w", View(), shape, places[i], ("w",))
     inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
     flow = weight_flow(body.graph, None, {}, {places[i]: start})
-    for node in body.graph.nodes:
-        row = ops.row_of(node)
-        uses = body_uses(node, flow.weights, inner) if row is None else row.uses(node)
-        for use in uses:
-            w = flow.weights.get(ops.pick(node, use.weight))
-            if w is None or use.refusal or w.edited:
-                continue
-            axes = use.kind.axes(tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()))
-            steps = w.view.steps + axes.steps
-            yield Axes(axes.batch, axes.out, axes.in_, steps), site_flops(node, use)
+    for site, found in uses(body.graph, flow, inner):
+        if not site.refusal:
+            axes = site.kind.axes(site.operand)
+            yield replace(axes, steps=found.weight.view.steps + axes.steps), site.flops
 
 
 # What reads a weight and is no site: an index, a norm, a sum, the model's output.

@@ -12,7 +12,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -50,16 +50,27 @@ _IMPLEMENTATIONS = {
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model of a folder."""
+class LoadedModel:
+    """A module in eval mode and inputs that it can be called with.
+
+    Attributes:
+        module: The model.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        origin: What was asked for.
+        notes: What has to be said: random weights, casts, code that was not run.
+        tokenizer_folder: The folder that holds a tokenizer for it, if one does.
+    """
 
     module: nn.Module
-    kwargs: dict[str, torch.Tensor]
-    notes: tuple[str, ...]
-    tokenizer: Path | None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    notes: tuple[str, ...] = ()
+    tokenizer_folder: Path | None = None
 
 
-def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> Built:
+def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False) -> LoadedModel:
     """The model of a folder.
 
     Args:
@@ -81,15 +92,19 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
             "pip install 'lora-fx[hf]'",
         ) from e
     with quiet_transformers():
-        config = _config(transformers, folder, raw)
-        cls = _class(transformers, folder, raw, config)
+        config, cls = _architecture(transformers, folder, raw)
         notes = _settle(config, folder, raw, cls)
-        module, more = _build(cls, config, folder, weights, raw, meta)
+        path = weights or folder
+        if getattr(config, "quantization_config", None) is None:
+            module, more = _of_floats(cls, config, path, meta, strict=weights is not None)
+        else:
+            module, more = _of_codes(cls, config, path, raw, meta)
     module.config._name_or_path = str(folder)
     _no_cache(module)
     notes += _pad(module)
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    return Built(module.eval(), examples(module), notes + more, folder if has_tokenizer else None)
+    given, tokenizer = examples(module), any((folder / name).exists() for name in TOKENIZERS)
+    held = folder if tokenizer else None
+    return LoadedModel(module.eval(), (), given, str(folder), notes + more, held)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -154,13 +169,19 @@ def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxErr
     )
 
 
-def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrainedConfig:
-    mapping = transformers.CONFIG_MAPPING
+def _architecture(
+    transformers: ModuleType, folder: Path, raw: JsonView
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """The config, and the first class in it that transformers has; where none is, the plain model.
+
+    Raises:
+        LoraFxError: transformers knows no such model, or has an error for the config.
+    """
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in mapping:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise _unknown(transformers, folder, raw)
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as e:  # config classes raise whatever their fields make them raise
@@ -168,24 +189,16 @@ def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrained
             f"{folder}/config.json: {one_line(f'{type(e).__name__}: {e}', 200)}",
             f"does transformers {transformers.__version__} know this config?",
         ) from e
-
-
-def _class(
-    transformers: ModuleType, folder: Path, raw: JsonView, config: PreTrainedConfig
-) -> type[PreTrainedModel]:
-    """The first architecture that transformers has; the plain model where none is named."""
     names = raw.get("architectures")
     if not names:
-        mapping = transformers.MODEL_MAPPING
-        if type(config) not in mapping:
-            raise _unknown(transformers, folder, raw)
-        cls = mapping[type(config)]
-        plain: type[PreTrainedModel] = cls[0] if isinstance(cls, tuple) else cls
-        return plain
-    for name in names if isinstance(names, list) else ():
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        plain = transformers.MODEL_MAPPING.get(type(config), None)
+        known = list(plain) if isinstance(plain, tuple) else [plain]
+    else:
+        named = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+        known = [getattr(transformers, name, None) for name in named]
+    for cls in known:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
+            return config, cls
     raise _unknown(transformers, folder, raw)
 
 
@@ -198,28 +211,21 @@ def _settle(
         notes.append(
             f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
         )
-    for field, known in _IMPLEMENTATIONS.items():
-        value = getattr(config, field, None)
+    for name, known in _IMPLEMENTATIONS.items():
+        value = getattr(config, name, None)
         if value not in (None, "eager", *known):  # may name a kernel on a hub
-            setattr(config, field, None)
-            notes.append(f"{folder}: {field.strip('_')} {value!r} is ignored")
+            setattr(config, name, None)
+            notes.append(f"{folder}: {name.strip('_')} {value!r} is ignored")
     return tuple(notes)
 
 
-def _build(
-    cls: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    folder: Path,
-    weights: Path | None,
-    raw: JsonView,
-    meta: bool,
+def _of_floats(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, path: Path, meta: bool, *, strict: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    if getattr(config, "quantization_config", None) is not None:
-        return _of_codes(cls, config, weights or folder, raw, meta)
     try:
         if meta:
-            return _on_meta(cls, config, folder), ()
-        state = _state(weights or folder)
+            return _on_meta(cls, config, path), ()
+        state = _state(path)
         module, info = cls.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True,
             ignore_mismatched_sizes=True, local_files_only=True,
@@ -228,10 +234,11 @@ def _build(
         raise
     except Exception as e:  # model classes raise whatever their config makes them raise
         raise LoraFxError(
-            f"{folder}: {cls.__name__} cannot be built: {type(e).__name__}: {one_line(e, 200)}",
+            f"{config.name_or_path}: {cls.__name__} cannot be built: "
+            f"{type(e).__name__}: {one_line(e, 200)}",
             "is config.json that of this model?",
         ) from e
-    return module, _judge(module, info, weights or folder, strict=weights is not None)
+    return module, _judge(module, info, path, strict=strict)
 
 
 def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
@@ -267,10 +274,9 @@ def _of_codes(
         module = _on_meta(cls, config, path) if meta else cls._from_config(config)
     own = dict(module.named_parameters())
     if lost := sorted(found.keys() - own.keys()):
-        raise LoraFxError(
+        raise _misfit(
             f"{path}: {type(module).__name__} has no parameters for {len(lost)} quantised weights: "
-            f"{some(lost, 4)}",
-            "is config.json that of these weights?",
+            f"{some(lost, 4)}"
         )
     plain = module.state_dict().keys() - found.keys()
     stored = {} if meta else {back.get(n, n): t for n, t in _state(path).items()}
@@ -280,9 +286,8 @@ def _of_codes(
         layer = module.get_submodule(name.rpartition(".")[0])
         turned, shape = type(layer).__name__ == "Conv1D", own[name].shape
         if weight.bits and weight.shape != tuple(shape[::-1] if turned else shape):
-            raise LoraFxError(
-                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}",
-                "is config.json that of these weights?",
+            raise _misfit(
+                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}"
             )
         if meta:
             kind = weight.format.rpartition(" ")[2]
@@ -293,9 +298,7 @@ def _of_codes(
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as e:
-        raise LoraFxError(
-            f"{path}: {one_line(e, 200)}", "is config.json that of these weights?"
-        ) from e
+        raise _misfit(f"{path}: {one_line(e, 200)}") from e
     module.tie_weights()
     empty = [n for n, p in module.named_parameters() if p.is_meta and not meta]
     if empty:
@@ -359,32 +362,25 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 def _judge(module: PreTrainedModel, info: JsonView, path: Path, *, strict: bool) -> tuple[str, ...]:
     """Refuse weights that do not fit; say which are random."""
     for name, found, expected in sorted(info["mismatched_keys"]):
-        raise LoraFxError(
-            f"{path}: tensor {name!r} is {list(found)}, expected {list(expected)}",
-            "is config.json that of these weights?",
-        )
+        raise _misfit(f"{path}: tensor {name!r} is {list(found)}, expected {list(expected)}")
     problems = [*info["error_msgs"], *(info.get("conversion_errors") or {}).values()]
     if problems:
-        raise LoraFxError(
-            f"{path}: {one_line(problems[0], 200)}", "is config.json of these weights?"
-        )
+        raise _misfit(f"{path}: {one_line(problems[0], 200)}")
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     total = len(module.state_dict())
     if (strict and (missing or unexpected)) or 2 * len(missing) > total:
         what = [f"{len(n)} of its tensors {w}: {some(n, 4)}" for n, w in
                 ((missing, "are missing"), (unexpected, "are unexpected")) if n]  # fmt: skip
-        raise LoraFxError(
-            f"{path} does not fit {type(module).__name__}: {'; '.join(what)}",
-            "is config.json that of these weights?",
-        )
-    notes = []
-    if missing:
-        notes.append(
-            f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"
-        )
-    if unexpected:
-        notes.append(f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}")
-    return tuple(notes)
+        raise _misfit(f"{path} does not fit {type(module).__name__}: {'; '.join(what)}")
+    notes = (
+        (missing, f"random weights: {len(missing)} tensors are not in {path}: {some(missing, 4)}"),
+        (unexpected, f"unused: {len(unexpected)} tensors of {path}: {some(unexpected, 4)}"),
+    )
+    return tuple(note for names, note in notes if names)
+
+
+def _misfit(what: str) -> LoraFxError:
+    return LoraFxError(what, "is config.json that of these weights?")
 
 
 def _no_cache(module: nn.Module) -> None:
@@ -523,9 +519,9 @@ def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
             return (BATCH, int(_find(config, "max_length")), int(bins))
         channels = getattr(config, "audio_channels", None)  # of codecs
         return (BATCH, int(channels), SAMPLES) if channels else (BATCH, SAMPLES)
-    for field in ("input_feat_per_channel", "feature_projection_input_dim"):
-        if _find(config, field):
-            return (BATCH, FRAMES, int(_find(config, field)))
+    for name in ("input_feat_per_channel", "feature_projection_input_dim"):
+        if _find(config, name):
+            return (BATCH, FRAMES, int(_find(config, name)))
     if bins and longest:  # whisper: the encoder halves its fixed window
         return (BATCH, int(bins), 2 * int(longest))
     return (BATCH, FRAMES, int(bins or 80))

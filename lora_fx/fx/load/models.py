@@ -7,10 +7,17 @@ tensors alone, and no code is run but the user's own factory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -20,16 +27,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, near_path, one_line, silenced
+from lora_fx.errors import LoraFxError, near, near_path, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.load.factory import call_factory
-from lora_fx.fx.load.huggingface import load_folder
+from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
-from lora_fx.text import near, some
+from lora_fx.text import some
 
 FORMS = (
     "MODEL is a Hugging Face folder, hf:ORG/NAME, package.module:FACTORY, path/file.py:FACTORY, "
@@ -37,27 +43,6 @@ FORMS = (
 )
 T = TypeVar("T")
 RESERVED = ("timm", "torchvision")
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A module in eval mode and inputs that it can be called with.
-
-    Attributes:
-        module: The model.
-        args: Positional example inputs.
-        kwargs: Keyword example inputs.
-        origin: What was asked for.
-        notes: What has to be said: random weights, casts, code that was not run.
-        tokenizer_folder: The folder that holds a tokenizer for it, if one does.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    origin: str = ""
-    notes: tuple[str, ...] = ()
-    tokenizer_folder: Path | None = None
 
 
 def load_model(
@@ -104,8 +89,7 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if library in RESERVED and name:
         return _reserved(text, library, name, file, meta)
     if text and path.is_dir():
-        built = load_folder(path, file, meta=meta)
-        return LoadedModel(built.module, (), built.kwargs, text, built.notes, built.tokenizer)
+        return load_folder(path, file, meta=meta)
     if path.suffix in REFUSED:
         why, hint = REFUSED[path.suffix]
         hint = hint.format(file=text)
@@ -180,7 +164,7 @@ def _on(meta: bool, make: Callable[[], T]) -> T:
 def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     plain = name.partition(".")[0]
     if ":" in name or "/" in name or not timm.is_model(plain):  # hf-hub: and the like download
-        raise _no_name("timm", name, timm.list_models())
+        raise LoraFxError(f"timm has no model {name!r}", near(name, timm.list_models()))
     module = timm.create_model(name, pretrained=False)
     size = (getattr(module, "default_cfg", None) or {}).get("input_size") or (3, 224, 224)
     return module, (2, *size)
@@ -189,7 +173,7 @@ def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
 def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     models = torchvision.models
     if name.lower() not in models.list_models():
-        raise _no_name("torchvision", name, models.list_models())
+        raise LoraFxError(f"torchvision has no model {name!r}", near(name, models.list_models()))
     builder = models.get_model_builder(name)
     group = builder.__module__.removeprefix("torchvision.models.").partition(".")[0]
     if group in ("detection", "optical_flow", "quantization"):
@@ -198,16 +182,10 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
             "give file.py:FACTORY, returning (module, args, kwargs)",
         )
     known = inspect.signature(builder).parameters
-    options = {"weights": None}
-    if "weights_backbone" in known:  # its default downloads
-        options["weights_backbone"] = None
-    module = builder(**options)
+    # the default of a backbone downloads
+    module = builder(**{n: None for n in ("weights", "weights_backbone") if n in known})
     side = 299 if name == "inception_v3" else 224
     return module, (2, 3, 16, side, side) if group == "video" else (2, 3, side, side)
-
-
-def _no_name(library: str, name: str, names: list[str]) -> LoraFxError:
-    return LoraFxError(f"{library} has no model {name!r}", near(name, names))
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -286,30 +264,24 @@ def check_fit(
     here = {ties.get(name, name) for name in found}
     missing = [n for n in wanted if ties.get(n, n) not in here and n not in set(optional)]
     unexpected = [n for n in found if n not in wanted]
-    shared = [(n, found[n], wanted[n]) for n in found if n in wanted]
-    shapes = [
-        f"{n} {list(t.shape)} (expected {list(w[0])})" for n, t, w in shared if t.shape != w[0]
-    ]
-    kinds = [
-        f"{n} {t.dtype} (expected {w[1]})"
-        for n, t, w in shared
-        if t.dtype != w[1] and not (t.dtype in FLOATING and w[1] in FLOATING)
-    ]
-    wrong = {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": shapes,
-        "of another kind": kinds,
-    }
+    wrong: dict[str, list[str]] = {"missing": missing, "unexpected": unexpected}
+    wrong |= {"of another shape": [], "of another kind": []}
+    casts: dict[tuple[str, str], list[str]] = {}
+    for name in (n for n in found if n in wanted):
+        t, (shape, dtype) = found[name], wanted[name]
+        if t.shape != shape:
+            said = f"{name} {list(t.shape)} (expected {list(shape)})"
+            wrong["of another shape"].append(said)
+        if t.dtype != dtype:
+            casts.setdefault((t.dtype, dtype), []).append(name)
+            if not {t.dtype, dtype} <= {*FLOATING}:
+                said = f"{name} {t.dtype} (expected {dtype})"
+                wrong["of another kind"].append(said)
     problems = [f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names]
     if problems:
         raise LoraFxError(
             f"{where} does not fit the model: {'; '.join(problems)}", _hint(here, wanted)
         )
-    casts: dict[tuple[str, str], list[str]] = {}
-    for name, t, (_, dtype) in shared:
-        if t.dtype != dtype:
-            casts.setdefault((t.dtype, dtype), []).append(name)
     return tuple(f"{where}: cast from {a} to {b}: {_some(n)}" for (a, b), n in casts.items())
 
 
@@ -325,3 +297,143 @@ def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
                 if long != short and long.endswith(f".{short}"):
                     return f"the file's names {verb} the prefix {long.removesuffix(short)!r}"
     return "is it the state_dict of this very model?"
+
+
+# A user's factory: the function that builds a model and its example inputs.
+
+
+RETURNS = (
+    "a factory returns (module, args, kwargs): the model and example inputs for one call, such as "
+    "(model, (torch.randn(2, 3),), {})"
+)
+Result = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+
+def call_factory(spec: str) -> Result:
+    """Import and call `package.module:FACTORY` or `path/file.py:FACTORY`.
+
+    Raises:
+        LoraFxError: The code cannot be imported or raises (file and line are named), the name is
+            not there, or what it returns is not a model with inputs.
+    """
+    with _found(spec) as factory:
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise LoraFxError(f"{spec} is a {type(factory).__name__}, not a factory", RETURNS)
+        return _unpack(spec, _run(spec, factory))
+
+
+def load_function(spec: str) -> Any:
+    """The function of `package.module:NAME` or `path/file.py:NAME`, such as a loss.
+
+    Raises:
+        LoraFxError: As call_factory; so does the function, where it raises.
+    """
+    with _found(spec) as function:
+        if not callable(function):
+            raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
+
+        @functools.wraps(function)
+        def run(*args: object) -> Any:
+            return _run(spec, lambda: function(*args))
+
+        return run
+
+
+def call_function(spec: str) -> object:
+    """What such a function returns when it is called without arguments."""
+    with _found(spec) as function:
+        return _run(spec, function)
+
+
+@contextlib.contextmanager
+def _found(spec: str) -> Iterator[Any]:
+    """What a spec names, with its folder importable while the block runs."""
+    where, _, name = spec.rpartition(":")
+    is_file = where.endswith(".py")
+    if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
+        raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
+    path = Path(where).absolute()
+    if is_file and not path.is_file():
+        raise LoraFxError(f"{where}: no such file", near_path(where))
+    with _importable(path.parent if is_file else Path.cwd()):
+        found: object = _run(
+            where, lambda: _from_file(path) if is_file else importlib.import_module(where)
+        )
+        for part in name.split("."):
+            if not hasattr(found, part):
+                names = [n for n, v in vars(found).items() if callable(v) and n[0] != "_"]
+                raise LoraFxError(
+                    f"{where} has no {name!r}", near(part, names, f"it has {', '.join(names[:5])}")
+                )
+            found = getattr(found, part)
+        yield found
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Run a file as a module of its own name under a prefix, so that it shadows no other."""
+    name = f"lora_fx_user_{path.stem}"
+    made = importlib.util.spec_from_file_location(name, path)
+    assert made is not None and made.loader is not None
+    module = importlib.util.module_from_spec(made)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    try:
+        made.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _run(what: str, call: Callable[[], object]) -> object:
+    """Call the user's code; what it raises becomes one line with file and line."""
+    try:
+        return call()
+    except LoraFxError:
+        raise
+    except (Exception, SystemExit) as e:
+        text = one_line(f"{type(e).__name__}: {e}", 200)
+        hint = "-v prints the traceback"
+        if isinstance(e, ModuleNotFoundError) and e.name and f"{what}.".startswith(f"{e.name}."):
+            hint = "run from the folder that holds it, or give path/file.py:FACTORY"
+            hint = near(what, ("timm", "torchvision"), hint, cutoff=0.8)
+        place = _line_of(e)
+        raise LoraFxError(f"{what} failed{f' at {place}' if place else ''}: {text}", hint) from e
+
+
+def _line_of(error: BaseException) -> str:
+    """file:line of the innermost frame of the user's own code, or an empty text."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    ours = str(Path(__file__).parent.parent) + os.sep
+    stdlib = sysconfig.get_paths()["stdlib"] + os.sep
+    inner = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if not path.startswith(("<", ours, stdlib)) and "site-packages" not in path:
+            inner = f"{path}:{line}"
+    return inner
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`folder` on sys.path while the user's code is imported and called, as python itself does."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(str(folder))
+
+
+def _unpack(spec: str, result: object) -> Result:
+    parts: list[object] = list(result) if isinstance(result, tuple) else [result]
+    kinds = ", ".join(type(part).__name__ for part in parts)
+    parts += (None, (), {})[len(parts) :]  # what is left out is empty
+    match parts:
+        case [nn.Module() as module, torch.Tensor() | tuple() | list() as args, dict() as kwargs]:
+            given = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+            if given or kwargs:
+                return module, given, dict(kwargs)
+            raise LoraFxError(f"{spec} returned no example inputs", RETURNS)
+    found = f"({kinds})" if isinstance(result, tuple) else f"a {kinds}"
+    raise LoraFxError(f"{spec} returned {found}", RETURNS)

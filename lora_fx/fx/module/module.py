@@ -30,8 +30,7 @@ from lora_fx.fx.capture.trace import has_grouped, quiet
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.checkpointing import Recomputing, apart, checkpointer, left_in
-from lora_fx.fx.module.codegen import Compiled
+from lora_fx.fx.module.codegen import Compiled, Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 

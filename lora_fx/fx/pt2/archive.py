@@ -1,4 +1,4 @@
-"""The .pt2 archive, read by hand: JSON members and raw tensors, and no pickle unasked.
+"""The .pt2 archive, read by hand: checked JSON members and raw tensors, and no pickle unasked.
 
 `torch.export.load` runs what a file's pickles say (sample inputs, pickled weights). Here the zip
 is opened by Python's own module, sample inputs are left alone, and tensors are built from raw
@@ -7,11 +7,15 @@ bytes by what the JSON says of them, their checksums compared.
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 import math
+import re
 import weakref
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +29,8 @@ from lora_fx.text import Json, JsonView
 MANIFEST = "data/extra/lora_fx.json"
 AGAIN = "write it again: torch.export.save(program, FILE)"
 BROKEN = "the file is damaged or was not written by torch.export.save"
+Place = tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]
+"""The member that a tensor lies in, its dtype, sizes and strides, and its first element there."""
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Archive:
     root: str
     trust: bool = False
     meta: bool = False
-    tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
+    tensors: dict[tuple[Place, bool, bool], torch.Tensor] = field(default_factory=dict)
     _raw: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -121,23 +127,16 @@ class Archive:
         strides = tuple(_count(n) for n in about["strides"])
         offset = _count(about["storage_offset"])
         param, grad = bool(row.get("is_param")), bool(about.get("requires_grad"))
-        key = (member, dtype, sizes, strides, offset, param, grad)
+        key = ((member, dtype, sizes, strides, offset), param, grad)
         if key not in self.tensors:
-            made = self._view(member, name, dtype, sizes, strides, offset)
+            made = self._view(name, key[0])
             if param:
                 made = torch.nn.Parameter(made, requires_grad=grad and made.is_floating_point())
             self.tensors[key] = made
         return self.tensors[key]
 
-    def _view(
-        self,
-        member: str,
-        name: str,
-        dtype: torch.dtype,
-        sizes: tuple[int, ...],
-        strides: tuple[int, ...],
-        offset: int,
-    ) -> torch.Tensor:
+    def _view(self, name: str, place: Place) -> torch.Tensor:
+        member, dtype, sizes, strides, offset = place
         if len(sizes) != len(strides):
             raise self.bad(f"{name!r} has {len(sizes)} sizes and {len(strides)} strides")
         steps = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
@@ -165,12 +164,9 @@ class Archive:
                 f"{member} ({name!r}) is a pickle, which can run code, and is not read",
                 "--trust reads it as weights only; or save a model of plain tensors",
             )
+        data = io.BytesIO(self.read(member))
         try:
-            value: object = torch.load(
-                io.BytesIO(self.read(member)), map_location="cpu", weights_only=True
-            )
-        except LoraFxError:
-            raise
+            value: object = torch.load(data, map_location="cpu", weights_only=True)
         except Exception as e:  # pickles fail as they like
             raise self.bad(
                 f"{member} ({name!r}) holds more than tensors: {one_line(e, 120)}",
@@ -211,7 +207,8 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     members = archive.members
     if "serialized_exported_program.json" in names:
         raise archive.bad("an archive of an older torch", f"{AGAIN}, with torch 2.9 or newer")
-    if not all(n.startswith(root) for n in names) or "archive_format" not in members:
+    foreign = not all(n.startswith(root) for n in names) or "archive_format" not in members
+    if foreign or bytes(archive.read("archive_format")) != b"pt2":
         raise archive.bad("a zip, but no .pt2 archive")
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
@@ -219,8 +216,6 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     packed = next((i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED), None)
     if packed:
         raise archive.bad(f"{packed} is compressed; torch stores members as they are")
-    if bytes(archive.read("archive_format")) != b"pt2":
-        raise archive.bad("a zip, but no .pt2 archive")
     version = bytes(archive.read("archive_version")) if "archive_version" in members else b"0"
     if version != b"0":
         raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)
@@ -229,3 +224,242 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     if not archive.programs:
         raise archive.bad("holds no program (models/NAME.json)", AGAIN)
     return archive
+
+
+# What the JSON of a program may say before torch's deserialiser sees it.
+#
+# torch evaluates a program's text in three places: size expressions go through `sympy.sympify`
+# (eval), operator names are looked up in all of torch, and names of values become Python code when
+# the graph is compiled. So expressions are parsed and held to a small grammar, operators must be
+# aten's, symbolic arithmetic, one of a few of control flow or our own, and names must be names.
+# What else torch would import or evaluate (guards, tree classes, source functions) is taken out.
+
+
+FUNCTIONS = frozenset((
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Min", "Max", "Abs",
+    "Equality", "Unequality", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "StrictLessThan", "LessThan",
+    "StrictGreaterThan", "GreaterThan", "And", "Or", "Not", "floor", "ceiling", "FloorDiv",
+    "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
+    "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv",
+    "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity",
+    "IsNonOverlappingAndDenseIndicator",
+))  # fmt: skip
+POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
+CONSTANTS = ("true", "false", "oo")
+SYMBOL = re.compile(r"[A-Za-z_]+\d+")
+TEXTS = {"Symbol": SYMBOL, **dict.fromkeys(("Float", "Integer"), re.compile(r"-?[\d.e+-]+"))}
+"""Functions that take a text → what it may be."""
+NAME = re.compile(r"[A-Za-z_]\w*", re.A)
+PATH = re.compile(r"[\w.+\-~/@ ,:\[\]]*", re.A)
+NODES = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.keyword,
+    ast.Name, ast.Constant, ast.Load, ast.operator, ast.unaryop, ast.cmpop, ast.boolop,
+)  # fmt: skip
+SYMBOLIC = frozenset((
+    "_operator.eq", "_operator.ne", "_operator.le", "_operator.ge", "_operator.lt",
+    "_operator.gt", "_operator.neg", "_operator.pos", "_operator.mul", "_operator.add",
+    "_operator.sub", "_operator.floordiv", "_operator.mod", "_operator.pow",
+    "_operator.truediv", "_operator.and_", "_operator.or_", "_operator.lshift",
+    "_operator.rshift", "_operator.getitem", "torch.sym_not", "torch.sym_int",
+    "torch.sym_float", "torch.sym_ite", "torch.sym_max", "torch.sym_min", "torch.sym_sqrt",
+    "math.trunc", "math.ceil", "math.floor",
+))  # fmt: skip
+NESTED = frozenset((
+    "torch.ops.higher_order.cond", "torch.ops.higher_order.wrap_with_set_grad_enabled",
+    "torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.while_loop",
+    "torch.ops.higher_order.scan", "torch.ops.higher_order.map_impl",
+))  # fmt: skip
+OURS = ("torch.ops.lora_fx.dequantise.default", "torch.ops.lora_fx.linear_in.default")
+FILES = ("from_file",)
+"""aten operators that open a file of the machine."""
+NAMES = ("name", "as_name", "user_input_name")
+PATHS = ("parameter_name", "buffer_name", "tensor_constant_name", "fqn")
+TABLES = ("tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values")
+KEPT = ("nn_module_stack", "custom", "stack_trace")
+
+
+def clean_program(data: Json, where: str) -> Json:
+    """The program's JSON with what torch would evaluate checked or taken out; edits `data`.
+
+    Args:
+        data: models/NAME.json.
+        where: FILE: MEMBER, for messages.
+
+    Raises:
+        LoraFxError: An expression, operator, name or structure that is not allowed.
+    """
+    try:
+        module = data["graph_module"]
+        roots = [e for e in module["module_call_graph"] if e["fqn"] == ""]
+        call = roots[0]["signature"]
+        tuples = module.get("treespec_namedtuple_fields") or {}
+        fields = {k: list(v["field_names"]) for k, v in tuples.items()}
+        call["in_spec"] = plain_tree(call["in_spec"], fields, where)
+        call["out_spec"] = plain_tree(call["out_spec"], fields, where)
+        module["module_call_graph"] = roots[:1]
+        module["metadata"], module["treespec_namedtuple_fields"] = {}, {}
+        data["guards_code"], data["verifiers"] = [], ["TRAINING"]
+        for text in data["range_constraints"]:  # a symbol, or a size computed of one: s32 + 1
+            check_expression(text, where)
+        for name in call.get("forward_arg_names") or ():
+            _name(name, where)
+        _walk(data, where)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
+        raise LoraFxError(
+            f"{where} is no exported program: {type(e).__name__} {e}", "write the file again"
+        ) from e
+    except RecursionError as e:
+        raise LoraFxError(f"{where} is nested too deeply", "write the file again") from e
+    return data
+
+
+def _walk(value: object, where: str) -> None:
+    if isinstance(value, list):
+        for v in value:
+            _walk(v, where)
+        return
+    if not isinstance(value, dict):
+        return
+    for key, v in list(value.items()):
+        if key == "expr_str":
+            check_expression(v, where)
+        elif key in ("target", "as_operator"):
+            check_operator(v, where)
+        elif key in NAMES and isinstance(v, str) and v:
+            _name(v, where)
+        elif key in PATHS and not (isinstance(v, str) and PATH.fullmatch(v)):
+            raise _refused(where, f"the name {v!r}")
+        elif key == "metadata" and isinstance(v, dict):
+            value[key] = {k: t for k, t in v.items() if k in KEPT and isinstance(t, str)}
+            continue
+        elif key in ("custom_obj_values", "as_custom_obj", "custom_obj") and v:
+            raise _refused(where, "a custom Python object")
+        elif key in TABLES and isinstance(v, dict):
+            for name in v:
+                _name(name, where)
+        _walk(v, where)
+
+
+def _refused(where: str, what: str) -> LoraFxError:
+    return LoraFxError(
+        f"{where} holds {what}, which could run code and is not opened",
+        "open only files whose origin you know; a program that torch.export.save wrote passes",
+    )
+
+
+def _name(value: object, where: str) -> None:
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise _refused(where, f"{str(value)[:60]!r} as the name of a value")
+
+
+def check_operator(target: object, where: str) -> None:
+    """Refuse every operator but aten's, symbolic arithmetic, a few of control flow, and ours."""
+    if target in SYMBOLIC or target in NESTED or target in OURS:
+        return
+    parts = target.split(".") if isinstance(target, str) else []
+    if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5 and parts[3] not in FILES:
+        packet = getattr(torch.ops.aten, parts[3], None)
+        known = isinstance(packet, torch._ops.OpOverloadPacket)
+        if known and parts[4] in packet.overloads():  # type: ignore[union-attr]
+            return
+    raise LoraFxError(
+        f"{where} calls {str(target)[:80]!r}, which is no operator of aten",
+        "programs with custom operators cannot be opened; insert from the source",
+    )
+
+
+def check_expression(text: object, where: str) -> None:
+    """Refuse a size expression that is more than arithmetic of sizes.
+
+    >>> check_expression("Mul(Integer(5), Symbol('s28', positive=True, integer=True))", "f")
+    >>> check_expression("(s0 + 1) // 2", "f")
+    """
+    bad = _refused(where, f"the size expression {str(text)[:60]!r}")
+    if not isinstance(text, str) or len(text) > 4000 or not text.isascii() or "\n" in text:
+        raise bad
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
+        raise bad from e
+    allowed: set[int] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, NODES) or isinstance(node, ast.MatMult):
+            raise bad
+        if _is_power(node):
+            inner = [n for n in ast.walk(node) if n is not node]
+            if any(_is_power(n) for n in inner) or not _small(node):
+                raise bad  # nested powers of numbers take forever
+        match node:  # a call comes before what it is called with
+            case ast.Call(ast.Name(name), args) if name in FUNCTIONS:
+                texts = [a for a in args if isinstance(a, ast.Constant) and type(a.value) is str]
+                good = [a for a in texts if name in TEXTS and TEXTS[name].fullmatch(str(a.value))]
+                allowed |= {id(n) for n in (node.func, *good)}
+            case ast.Name(name) if name in CONSTANTS or SYMBOL.fullmatch(name):
+                pass
+            case ast.Constant(int() | float()):
+                pass
+            case ast.Call() | ast.Name() | ast.Constant() if id(node) not in allowed:
+                raise bad
+
+
+def _is_power(node: ast.AST) -> bool:
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, (ast.Pow, ast.LShift))
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in POWERS
+
+
+def _small(power: ast.AST) -> bool:
+    """True where the exponent of a power holds no number above 64."""
+    parts = [power.right] if isinstance(power, ast.BinOp) else getattr(power, "args", [])[-1:]
+    nodes = [n for p in parts for n in ast.walk(p)]
+    numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
+    products = any(isinstance(n, ast.BinOp) for n in nodes)
+    return not products and all(abs(n) <= 64 for n in numbers if isinstance(n, (int, float)))
+
+
+# --- what goes in and comes out ------------------------------------------------------------------
+
+LEAF: Json = {"type": None, "context": None, "children_spec": []}
+
+
+def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
+    """A tree of arguments or outputs with classes replaced by dicts and tuples.
+
+    A class whose names are known (an output class of transformers, a named tuple) becomes a dict
+    of them, so nothing needs to be imported to call the program.
+    """
+    version, tree = json.loads(text)
+    if version != 1:
+        raise LoraFxError(f"{where}: trees of version {version!r}, not 1", "another torch wrote it")
+    return json.dumps([1, _plain(tree, fields, where)])
+
+
+def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
+    kind, context = tree["type"], tree["context"]
+    children = [_plain(c, fields, where) for c in tree["children_spec"]]
+    if kind is None:
+        return LEAF
+    if kind in ("builtins.tuple", "builtins.list"):
+        return {"type": kind, "context": "null", "children_spec": children}
+    names: Any = None
+    if kind in ("builtins.dict", "collections.OrderedDict") or isinstance(context, str):
+        names = json.loads(context) if isinstance(context, str) else context
+    if kind == "collections.namedtuple" or names is None or isinstance(names, str):
+        names = fields.get(str(names if isinstance(names, str) else context), names)
+    found = named_children(names, children)
+    if found is None:
+        raise LoraFxError(
+            f"{where}: the structure {str(kind)[:80]!r} is not known",
+            "export a model that takes and returns tensors, tuples, lists and dicts",
+        )
+    return found
+
+
+def named_children(names: Any, children: Sequence[Json]) -> Json | None:
+    """A container as a dict of its children; None where what its type keeps is no names of them."""
+    if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
+        names = names[0]  # a dataclass: its fields, and those that are None
+    fit = isinstance(names, (list, tuple)) and len(names) == len(children)
+    if not fit or not all(isinstance(n, (str, int)) for n in names):
+        return None
+    return {"type": "builtins.dict", "context": json.dumps(list(names)), "children_spec": children}

@@ -27,14 +27,6 @@ from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
-from lora_fx.fx.pt2.manifest import (
-    FORMAT,
-    adapter_names,
-    is_constant,
-    read_adapter,
-    read_arguments,
-    read_signature,
-)
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.text import Json, JsonView
 
@@ -86,11 +78,13 @@ class FileCaptured(Captured):
 
     def _read(self, manifest: JsonView) -> None:
         if manifest:
-            check_format(manifest, f"{self.path}: its manifest", FORMAT)
+            check_format(manifest, f"{self.path}: its manifest", program.FORMAT)
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)
-        signature = signature_of(named)
+        # of a file without a manifest: constants have themselves as defaults
+        plain = inspect.Signature([kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in named])
+        signature = held_signature(plain, named)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         self.programs: dict[bool, list[str]] = {}
         if manifest:
@@ -98,8 +92,8 @@ class FileCaptured(Captured):
                 if n in programs:
                     self.programs.setdefault(mode == "train", []).append(n)
             tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
-            named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
-            signature = held_signature(read_signature(manifest["parameters"]), named)
+            named = program.read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
+            signature = held_signature(program.read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
             modes = {n: program.mode_of(g) for n, g in graphs.items()}
@@ -107,12 +101,12 @@ class FileCaptured(Captured):
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
         self.signature = FileSignature(self.path, signature)
-        self.named = {k: v for k, v in named.items() if not is_constant(v)}
+        self.named = {k: v for k, v in named.items() if not program.is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
-        self.adapter: Adapter | None = read_adapter(manifest, state)
+        self.adapter: Adapter | None = program.read_adapter(manifest, state)
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
-        self.model = program.tree_of(order, adapter_names(manifest))
+        self.model = program.tree_of(order, program.adapter_names(manifest))
         for p in programs.values():
             said = p.program.graph_signature
             names = {**said.inputs_to_parameters, **said.inputs_to_buffers}
@@ -232,14 +226,11 @@ class FileCaptured(Captured):
         traced.pinned = [
             replace(p, op="the export") if p.op == UNKNOWN else p for p in traced.pinned
         ]
-        if name in self._stored:
+        if self._own:
             # what a kernel asked of sizes while the file was written is no condition of the model
-            traced.door = replace(traced.door, conditions=self._stored[name])
-            traced.doubtful = []
-        elif self._own:
             ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
-            traced.door = replace(traced.door, conditions=(*traced.door.conditions, *ones))
-            traced.doubtful = []
+            held = self._stored.get(name, (*traced.door.conditions, *ones))
+            traced.door, traced.doubtful = replace(traced.door, conditions=held), []
         self._traces[name] = traced
         return traced
 
@@ -261,10 +252,7 @@ class FileSignature(Signature):
     """A Signature of the held arguments only; another call is one LoraFxError that names them."""
 
     def __init__(self, path: str, signature: inspect.Signature) -> None:
-        def forward() -> None: ...
-
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        super().__init__(forward)
+        super().__init__(signature)
         self.path = path
 
     def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
@@ -278,27 +266,20 @@ class FileSignature(Signature):
             ) from e
 
 
-def signature_of(named: JsonView) -> inspect.Signature:
-    """A signature of these arguments; constants have themselves as defaults."""
-    params: list[inspect.Parameter] = []
-    kind: Any = kinds.POSITIONAL_OR_KEYWORD
-    for name, value in named.items():
-        if params and params[-1].default is not kinds.empty and not is_constant(value):
-            kind = kinds.KEYWORD_ONLY
-        params.append(_held(name, kind, value))
-    return inspect.Signature(params)
-
-
 def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:
-    """The part of a signature that `named` gives; what follows a gap is by keyword only."""
+    """The part of a signature that `named` gives.
+
+    By keyword only is what follows a gap, and a tensor behind a constant.
+    """
     params: list[inspect.Parameter] = []
     gap = False
     for p in full.parameters.values():
         if p.name not in named:
             gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
             continue
+        defaults = bool(params) and params[-1].default is not kinds.empty
+        gap = gap or (defaults and not program.is_constant(named[p.name]))
         kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
-        gap = gap or is_constant(named[p.name])
         params.append(_held(p.name, kind, named[p.name]))
     rest = (k for k in named if k not in full.parameters)
     params += [_held(name, kinds.KEYWORD_ONLY, named[name]) for name in rest]
@@ -307,7 +288,7 @@ def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signatur
 
 def _held(name: str, kind: Any, value: object) -> inspect.Parameter:
     """A parameter of an argument that a file holds; a constant is its own default."""
-    return kinds(name, kind, default=value if is_constant(value) else kinds.empty)
+    return kinds(name, kind, default=value if program.is_constant(value) else kinds.empty)
 
 
 def call_text(named: JsonView) -> str:
@@ -317,7 +298,7 @@ def call_text(named: JsonView) -> str:
         if isinstance(x, torch.Tensor):
             parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
         else:
-            parts.append(f"{name}={x!r}" if is_constant(x) else name)
+            parts.append(f"{name}={x!r}" if program.is_constant(x) else name)
     return f"({', '.join(parts)})"
 
 

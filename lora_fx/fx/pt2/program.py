@@ -1,10 +1,12 @@
-"""One program of a .pt2 file: deserialised from checked JSON, its call described."""
+"""The programs of a .pt2 file: deserialised from checked JSON, their call, and the manifest."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -13,12 +15,16 @@ from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import FIELDS, Full, LowRank, slots_of, with_values
+from lora_fx.adapter.updates import from_json, to_json
+from lora_fx.errors import LoraFxError, one_line, stamp
+from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
-from lora_fx.fx.module.module import scope_class
-from lora_fx.fx.pt2.archive import Archive
-from lora_fx.fx.pt2.check import clean_program
-from lora_fx.fx.tensors import owner
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule, scope_class
+from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
+from lora_fx.fx.tensors import owner, to_numpy
 from lora_fx.text import Json, JsonView
 
 
@@ -70,7 +76,10 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
             f"{one_line(f'{type(e).__name__}: {last}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
-    return LoadedProgram(program, state, volatile, named, _classes(program))
+    # the first node that was made in a module says its class
+    scopes = [scopes_of(n) for n in reversed(program.graph.nodes)]
+    classes = {path: cls for found in scopes for path, cls in found.items()}
+    return LoadedProgram(program, state, volatile, named, classes)
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
@@ -103,15 +112,6 @@ def example_of(place: torch.Tensor) -> torch.Tensor:
     if place.dtype.is_floating_point or place.dtype.is_complex:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.dtype)
     return (torch.arange(math.prod(shape)) % 2).reshape(shape).to(place.dtype)
-
-
-def _classes(program: ExportedProgram) -> dict[str, str]:
-    """{path: class name} from the module stacks of the nodes."""
-    result: dict[str, str] = {}
-    for node in program.graph.nodes:
-        for path, name in scopes_of(node).items():
-            result.setdefault(path, name)
-    return result
 
 
 def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset()) -> nn.Module:
@@ -162,11 +162,10 @@ def tensor_places(program: ExportedProgram) -> list[torch.Tensor]:
 
 def strip_branches(graph: fx.Graph) -> None:
     """Take out what insert put in: a marked sum of a value and a branch is that value again."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and is_marked(node) and node.target is aten.add.Tensor:
-            y, branch = node.args[:2]
-            if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
-                node.replace_all_uses_with(y)
+    for node in filter(is_marked, graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        y, branch = node.args[:2]
+        if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
+            node.replace_all_uses_with(y)
     for node in reversed(list(graph.nodes)):
         if is_marked(node):
             if not node.users:
@@ -261,3 +260,167 @@ def says(modals: Iterable[Modal]) -> str:
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         parts.append(f"{op}{f' of {first}' if first else ''}{more}")
     return ", ".join(parts)
+
+
+# The manifest of our own .pt2 files: the call, the programs and the adapter, as JSON.
+
+
+FORMAT = 2
+"""That of a file with several programs of one mode, of which sizes choose; others have 1."""
+_KINDS = {k.name: k for k in inspect._ParameterKind}
+
+
+def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
+    """What a reader needs beside the programs.
+
+    Args:
+        module: What is saved.
+        programs: {program name: (training, what it was made from)}.
+    """
+    modes = [training for training, _ in programs.values()]
+    captured = module.captured
+    inputs = captured.bounded_inputs()
+    made: Json = {
+        **stamp(FORMAT if len(modes) > len({*modes}) else 1),
+        "programs": {name: "train" if m else "eval" for name, (m, _) in programs.items()},
+        "class": type(module).__name__,
+        "parameters": [_parameter(p) for p in captured.signature.signature.parameters.values()],
+        "arguments": _arguments(captured.named),
+        "inputs": {
+            s.name: {"dims": {str(d): n for d, n in s.dims.items()}, "high": s.high}
+            for s in inputs.specs
+        },
+        "not_one": sorted([n, d] for n, d in module.not_one),
+        "conditions": {
+            name: [c.stored() for c in traced.door.conditions]
+            for name, (_, traced) in programs.items()
+        },
+        "norm_stats": module._norm_stats,
+        "adapter": None,
+    }
+    if isinstance(module, AdaptedModule):
+        made["adapter"] = _adapter(module)
+    return made
+
+
+def _adapter(module: AdaptedModule) -> Json:
+    rows = {}
+    for key, u in module.updates.items():
+        rows[key] = {
+            **{slot.field: slot.name for slot in slots_of(key, u)},
+            **to_json(u, "frozen", "rank", "alpha", "scale", "variant", "use"),
+            "role": module.found[key].role,
+            **to_json(u, "layout", "extra"),
+        }
+    metadata = module.adapter().metadata
+    return {"updates": rows, "also_train": list(module._also), "metadata": _plain(metadata)}
+
+
+def read_adapter(manifest: JsonView, state: Mapping[str, torch.Tensor]) -> Adapter | None:
+    """The adapter of a file's manifest, its tensors taken from `state`; None without one."""
+    data = manifest.get("adapter")
+    if data is None:
+        return None
+    entries: dict[str, LowRank | Full] = {}
+    for key, row in data["updates"].items():
+        values = {f: _values(state, row[f]) for f in FIELDS if f in row}
+        low = from_json(LowRank(values["a"], values["b"], 0.0), row)
+        entries[key] = low = with_values(low, values)
+        if low.rank != row["rank"]:
+            raise LoraFxError(
+                f"the manifest says rank {row['rank']} of {key!r}, its tensors {low.rank}",
+                "the file is damaged",
+            )
+    for name in data["also_train"]:
+        entries[name] = Full(_values(state, name))
+    return Adapter(entries, dict(data["metadata"]))
+
+
+def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
+    t = state[name].detach()
+    if t.device.type == "meta":
+        t = torch.zeros(t.shape)
+    return to_numpy(t.float() if t.is_floating_point() else t).copy()
+
+
+def adapter_names(manifest: JsonView) -> frozenset[str]:
+    """Names of the low-rank tensors in a file."""
+    rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
+    return frozenset(row[side] for row in rows for side in FIELDS if side in row)
+
+
+# --- the call ------------------------------------------------------------------------------------
+
+
+def is_constant(value: object) -> bool:
+    """True for arguments that a program has built in."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _parameter(p: inspect.Parameter) -> Json:
+    row: Json = {"name": p.name, "kind": p.kind.name}
+    if p.default is not inspect.Parameter.empty:
+        row["default"] = p.default if is_constant(p.default) else None
+    return row
+
+
+def read_signature(rows: list[JsonView]) -> inspect.Signature:
+    """The signature that `make_manifest` wrote."""
+    empty = inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
+        for r in rows
+    ]
+    return inspect.Signature(parameters)
+
+
+def _arguments(value: object) -> object:
+    """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": True}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _arguments(v) for k, v in value.items()}}
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return {type(value).__name__: [_arguments(v) for v in value]}
+    if is_constant(value):
+        return {"constant": value}
+    raise LoraFxError(
+        f"an argument of type {type(value).__name__} cannot be written to a .pt2 file",
+        "capture with tensors, numbers, tuples, lists and dicts",
+    )
+
+
+def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
+    """The tree with example tensors in their places; takes them off `tensors`."""
+    ((kind, inner),) = tree.items()
+    if kind == "tensor":
+        return tensors.pop(0)
+    if kind == "dict":
+        return {k: read_arguments(v, tensors) for k, v in inner.items()}
+    if kind in ("tuple", "list"):
+        parts = [read_arguments(v, tensors) for v in inner]
+        return tuple(parts) if kind == "tuple" else parts
+    return inner
+
+
+def _plain(value: object) -> Any:
+    """What JSON can hold of some metadata; the rest is left out."""
+    if isinstance(value, Mapping):
+        pairs = {str(k): _plain(v) for k, v in value.items()}
+        return {k: v for k, v in pairs.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if is_constant(value) else None
+
+
+def plain_spec(spec: Any) -> Json:
+    """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
+    if spec.is_leaf():
+        return LEAF
+    children = [plain_spec(c) for c in spec.children()]
+    names: Any = spec.context
+    if isinstance(names, type) and hasattr(names, "_fields"):
+        names = list(names._fields)
+    found = None if spec.type in (tuple, list) else named_children(names, children)
+    kind = f"builtins.{'list' if spec.type is list else 'tuple'}"
+    return found or {"type": kind, "context": "null", "children_spec": children}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +20,10 @@ from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
 from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
-from lora_fx.fx.pt2.manifest import make_manifest, plain_spec
-from lora_fx.fx.pt2.program import tensor_places
+from lora_fx.fx.pt2.program import make_manifest, plain_spec, tensor_places
 from lora_fx.fx.to_onnx import flat_program
 from lora_fx.inputs import Named
+from lora_fx.text import Json
 
 Paths = Sequence[tuple[Named, Traced]]
 """The paths of the model's code in a mode, each with a call that takes it; the example's first."""
@@ -137,22 +136,18 @@ def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
 
 def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
     """models/NAME.json: with the module's outputs, without paths of this machine."""
-    data = json.loads(serialize(program).exported_program)
+
+    def strip(row: Json) -> Json:
+        if isinstance(told := row.get("metadata"), dict):
+            stack = (told.get("nn_module_stack") or "").replace(ENTRY, type(module).__name__)
+            kept = {"nn_module_stack": stack, "custom": told.get("custom")}
+            row["metadata"] = {k: v for k, v in kept.items() if v}
+        return row
+
+    data = json.loads(serialize(program).exported_program, object_hook=strip)
     whole = data["graph_module"]
     whole["module_call_graph"] = whole["module_call_graph"][:1]
     whole["module_call_graph"][0]["signature"]["out_spec"] = spec
     data["guards_code"] = []
 
-    def strip(value: Any) -> None:
-        for v in value.values() if isinstance(value, dict) else value:
-            if isinstance(v, (dict, list)):
-                strip(v)
-        if isinstance(value, dict) and isinstance(value.get("metadata"), dict):
-            kept = {k: value["metadata"].get(k) for k in ("nn_module_stack", "custom")}
-            if kept["nn_module_stack"]:
-                stack = kept["nn_module_stack"].replace(ENTRY, type(module).__name__)
-                kept["nn_module_stack"] = stack
-            value["metadata"] = {k: v for k, v in kept.items() if v}
-
-    strip(data)
     return json.dumps(data).encode()

@@ -16,9 +16,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train import state
 from lora_fx.fx.train.objective import UNKNOWN, Loss, Objective, objective
-from lora_fx.fx.train.optimizer import Optimizer, Settings
 from lora_fx.fx.train.processes import ALONE, Processes
-from lora_fx.fx.train.state import Facts, Saving, Trail, TrainReport
+from lora_fx.fx.train.state import Facts, Optimizer, Saving, Settings, Trail, TrainReport
 
 __all__ = ["Saving", "Settings", "fit"]
 

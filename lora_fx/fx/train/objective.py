@@ -150,9 +150,8 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets) -> list[str]:
         return []
     check_labels(labels, scores.shape[1])
     used = len(np.unique(labels[labels != IGNORED].numpy()))
-    if used < scores.shape[1]:
-        return [f"the data has {used} labels, the model scores {scores.shape[1]} classes"]
-    return []
+    said = f"the data has {used} labels, the model scores {scores.shape[1]} classes"
+    return [said] if used < scores.shape[1] else []
 
 
 def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:

@@ -130,13 +130,11 @@ def found_processes(environ: Mapping[str, str]) -> Processes:
     """This process, by the variables that a launcher set; ALONE without."""
 
     def number(names: Sequence[str], default: int) -> int:
-        name = next((n for n in names if n in environ), "")
-        if not name:
-            return default
-        text = environ[name]
-        if not text.isdecimal():
-            raise LoraFxError(f"{name} is {text!r}, no number", "torchrun sets it")
-        return int(text)
+        for name in filter(environ.__contains__, names):
+            if not environ[name].isdecimal():
+                raise LoraFxError(f"{name} is {environ[name]!r}, no number", "torchrun sets it")
+            return int(environ[name])
+        return default
 
     size = number(SIZE, 1)
     if size < 2:

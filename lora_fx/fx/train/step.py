@@ -38,7 +38,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import argument, random_ops, value
+from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import patched
@@ -269,7 +269,7 @@ def step_of(
                       for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
             weights |= {s.tensor: learnt[s.name].transpose(-1, -2) for s in slots}
             at = inputs[graph.names.index("labels")] if graph.own else lab[0]
-            loss = graph.loss(_Held(flat, weights), inputs, at)
+            loss = graph.loss(_Held(weights, flat.graph), inputs, at)
             leaves = tuple(learnt[s.name] for s in trained)
             gradients = torch.autograd.grad(loss, leaves)
         before = [(learnt[s.name].detach(), *(m[i] for m in moments))
@@ -301,15 +301,8 @@ def step_of(
     return Step(signed(made.graph, nodes[len(given) :], frozen), inputs, outputs, frozen)
 
 
-class _Held(fx.Interpreter):
-    """A graph run on tensors by name."""
-
-    def __init__(self, module: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(module)
-        self.tensors = tensors
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.tensors[target]
+class _Held(OverTensors):
+    """A graph run on tensors by name, by ops that have a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(_differentiable().get(target, target), args, kwargs)
@@ -334,8 +327,7 @@ def _sizes_kept(
     if env is None:
         yield
         return
-    noted = patched(env, _check_frozen=lambda expr, result: asked.append((expr, result)))
-    with noted:
+    with patched(env, _check_frozen=lambda expr, result: asked.append((expr, result))):
         yield
     for expr, result in asked:
         if not getattr(result, "is_number", False):  # a condition: the proof runs other sizes
@@ -381,7 +373,8 @@ def _differentiable() -> Table:
     """What comes apart before autograd sees it: its gradient is an operator that never does."""
     known = decomposition_table
     return {
-        **{getattr(aten, f"adaptive_avg_pool{d}d").default: adaptive_means for d in (1, 3)},
+        aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
+        aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
         **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
         aten.adaptive_avg_pool2d.default: known[aten._adaptive_avg_pool2d.default],
         aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
@@ -422,7 +415,8 @@ def bags(
     w: Tensor, places: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *more: Any
 ) -> tuple[Tensor, None, None, None]:
     """The sums, means or maxima of the rows of bags: each from where it starts to the next."""
-    weights, ends, left_out = (*more[1:], *(None, False, None)[len(more[1:]) :])
+    rest: list[Any] = [*more[1:], *(None, False, None)[len(more[1:]) :]]
+    weights, ends, left_out = rest
     starts = starts[:-1] if ends else starts
     after = torch.arange(places.shape[0], device=w.device) >= starts[:, None]
     inside = after & ~F.pad(after[1:], [0, 0, 0, 1])
@@ -441,17 +435,13 @@ def bags(
     return share @ rows, None, None, None
 
 
-def adaptive_means(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The means of as many windows as asked for, one axis after the other."""
-    return _by_axes(torch.mean, x, sizes)
-
-
 def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
     """The maxima of as many windows as asked for, one axis after the other; no places."""
     return _by_axes(lambda part, axis: part.max(axis)[0], x, sizes), None
 
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What as many windows as asked for come to, one axis after the other."""
     for axis, n in enumerate(sizes, x.dim() - len(sizes)):
         bounds = [(i * x.shape[axis] // n, -(-(i + 1) * x.shape[axis] // n)) for i in range(n)]
         x = torch.stack([reduce(x.narrow(axis, lo, hi - lo), axis) for lo, hi in bounds], axis)
@@ -588,25 +578,21 @@ def _seed_dropouts(graph: fx.Graph) -> bool:
         seed = graph.placeholder("seed")
     seed.meta["val"] = torch.zeros((), dtype=torch.int64)
     for i, node in enumerate(found):
-        attention = node.target is aten.scaled_dot_product_attention.default
-        p = argument(node, "dropout_p" if attention else "p")
-        if not attention:
-            node.target, node.args, node.kwargs = dropped, (node.args[0], p, seed, i), {}
+        if node.target is aten.dropout.default:
+            node.target, node.args = dropped, (node.args[0], argument(node, "p"), seed, i)
+            node.kwargs = {}
             continue
-        named = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
-        mask = argument(node, "attn_mask")
-        node.target = attention_with_dropout
-        node.args = (*node.args[:3], mask, p, seed, i)
-        node.kwargs = named
+        mask, p = argument(node, "attn_mask"), argument(node, "dropout_p")
+        node.kwargs = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
+        node.target, node.args = attention_with_dropout, (*node.args[:3], mask, p, seed, i)
     return True
 
 
 def _drops(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return bool(argument(node, "train")) and argument(node, "p") > 0
-    return node.target is aten.scaled_dot_product_attention.default and bool(
-        argument(node, "dropout_p")
-    )
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return attention and bool(argument(node, "dropout_p"))
 
 
 def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:

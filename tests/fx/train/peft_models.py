@@ -13,7 +13,7 @@ from sources import smollm2
 from torch import nn
 
 from lora_fx.cli.demo_stages import topics
-from lora_fx.fx import minilm
+from lora_fx.fx.load import minilm
 from lora_fx.onnx.session import open_session
 
 TOKENS = 512

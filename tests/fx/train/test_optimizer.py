@@ -13,8 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import inputs_of
-from lora_fx.fx.train.optimizer import OPTIMIZERS, SCHEDULES, Settings, factor
-from lora_fx.fx.train.state import Saving
+from lora_fx.fx.train.state import OPTIMIZERS, SCHEDULES, Saving, Settings, factor
 from tests.fx.train.test_loop import adapted, table
 from tests.fx.train.test_state import Cut, S, cut_at
 from tests.fx.train.test_watch import noise

@@ -15,8 +15,7 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import UNKNOWN, objective
-from lora_fx.fx.train.optimizer import Settings, factor
-from lora_fx.fx.train.state import Saving
+from lora_fx.fx.train.state import Saving, Settings, factor
 from tests.fx.train.test_loop import Net, adapted, table
 from tests.fx.train.two_processes import Tokens, token_model, tokens
 

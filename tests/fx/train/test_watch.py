@@ -12,8 +12,7 @@ import torch
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.optimizer import Settings
-from lora_fx.fx.train.state import TrainReport, verdict
+from lora_fx.fx.train.state import Settings, TrainReport, verdict
 from tests.fx.train.test_loop import adapted, table
 
 

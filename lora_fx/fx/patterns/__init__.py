@@ -1,1 +1,0 @@
-"""Shapes of graphs that passes look for: attention, GELU, chains of elementwise operations."""
