@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pty
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,66 @@ def test_a_verb_keeps_its_name_and_its_result() -> None:
         return x + 1
 
     assert (verb(2), verb.__name__, verb.__doc__) == (3, "verb", "Its words.")
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """Python's own: that of the tests looks at less."""
+    before = gc.get_threshold()
+    gc.unfreeze()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*before)
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("collector")
+def test_verbs_in_threads_leave_the_collector_as_it_was() -> None:
+    """The one that began first ends first: the other may not put back what it found."""
+    first, second = threading.Event(), threading.Event()
+
+    @told
+    def verb(begun: threading.Event, end: threading.Event) -> None:
+        begun.set()
+        assert end.wait(60)
+
+    before = gc.get_threshold(), gc.get_freeze_count()
+    ends = threading.Event(), threading.Event()
+    threads = [
+        threading.Thread(target=verb, args=a) for a in zip((first, second), ends, strict=True)
+    ]
+    for begun, thread in zip((first, second), threads, strict=True):
+        thread.start()
+        assert begun.wait(60)
+    assert gc.get_threshold()[0] >= progress.YOUNG
+    for end, thread in zip(ends, threads, strict=True):
+        end.set()
+        thread.join()
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
+
+
+class Circle:
+    """Garbage that the collector alone finds, with things it holds."""
+
+    def __init__(self) -> None:
+        self.own, self.held = self, [[] for _ in range(20_000)]  # type: ignore[var-annotated]
+
+
+@pytest.mark.usefixtures("collector")
+def test_garbage_between_verbs_is_collected() -> None:
+    """Setting old objects apart starts Python's own count anew, again and again."""
+
+    @told
+    def verb() -> None:
+        pass
+
+    gc.collect()
+    verb()
+    left = []
+    for _ in range(100):
+        left.append(weakref.ref(Circle()))
+        verb()
+    assert sum(ref() is not None for ref in left) < 60
 
 
 def test_a_line_a_stage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,8 +119,8 @@ def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:
 
     def made(op: str, *inputs: ir.Value, sizes: ir.Shape | None, **given: list[int]) -> ir.Value:
         new.append(ir.node(op, inputs, given, name=f"{out.name}_{op}"))
-        value = new[-1].outputs[0]
-        value.name, value.type, value.shape = f"{out.name}_{len(new)}", out.type, sizes
+        value = new[-1].outputs[0]  # NAME_1 would be torch's name of the next product
+        value.name, value.type, value.shape = new[-1].name, out.type, sizes
         return value
 
     if joined:

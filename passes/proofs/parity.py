@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -295,6 +296,17 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
 
 class Wide(fx.Interpreter):
     """A graph in fp64."""
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether an op writes into a tensor, which the ops after it read."""
+        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
+        return any(s is not None and s.is_mutable for s in schemas)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
+        held = super().get_attr(target, args, kwargs)
+        return self.read(held) if self.writes else held
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""

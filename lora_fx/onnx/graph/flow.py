@@ -121,11 +121,11 @@ class OnnxFlow:
 
     def put(self, name: str, tensor: ir.TensorProtocol) -> None:
         """Store another tensor in the place of one."""
-        node = self.stores[name].producer()
-        if node is None:
-            self.stores[name].const_value = tensor
-        else:
+        value, node = self.stores[name], self.stores[name].producer()
+        if node is not None:
             node.attributes["value"] = ir.AttrTensor("value", tensor)
+        if node is None or value.const_value is not None:  # passes give a Constant's value one too
+            value.const_value = tensor
 
     def parameters(self) -> list[Parameter]:
         """Floating tensors that no pass added, codes of weights, and what may be such codes."""
@@ -503,9 +503,10 @@ def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
 
 def remove_unread(node: ir.Node | None) -> None:
     """Remove a node that nothing reads, and those before it that nothing reads then."""
-    if node is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+    if node is None or node.graph is None:  # it may have been removed as what is before another
         return
-    assert node.graph is not None
+    if any(v.uses() or v.is_graph_output() for v in node.outputs):
+        return
     before = [v.producer() for v in node.inputs if v is not None]
     node.graph.remove(node, safe=True)
     for maker in before:

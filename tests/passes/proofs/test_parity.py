@@ -31,6 +31,26 @@ def test_one_input_that_rounds_well_does_not_narrow_the_gate() -> None:
     assert all_of(own_errors(adapted, zeros)) == all_of(own_errors(adapted))
 
 
+class Cache(nn.Module):
+    """A model that writes into a buffer, and reads all of it afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("rows", torch.zeros(3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.rows[1] = y[0].detach()
+        return y + self.rows.sum(0)
+
+
+def test_what_is_written_into_a_buffer_is_read_in_fp64_too() -> None:
+    torch.manual_seed(0)
+    adapted = lora_fx.insert(Cache().eval(), (torch.randn(3, 8),), rank=2)
+    assert 0 < all_of(own_errors(adapted))["output"] < 1e-6
+
+
 @pytest.mark.parametrize(("width", "moves"), [(1, 12), (64, 3)])
 def test_few_numbers_are_moved_more_often(
     width: int, moves: int, monkeypatch: pytest.MonkeyPatch
