@@ -329,7 +329,7 @@ def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
     """The passes of train programs, in order."""
     paths = tuple(blocks)
-    return [Clean(), Share(paths, free=True), Fuse(), Recompute(paths), RecomputeWeights()]
+    return [Clean(), Share(paths, free=True), Fuse(True), Recompute(paths), RecomputeWeights()]
 
 
 def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:

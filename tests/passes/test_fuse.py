@@ -64,6 +64,34 @@ def test_numbers(cap: Captured) -> None:
             same(found[0], found[1], 1e-5)
 
 
+def test_a_sum_that_is_written_to() -> None:
+    """What follows may write to the sum, which lies where the layer's result lay."""
+
+    class Into(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = self.o(torch.relu_(self.q(x))) * self.k(x).sum(-1, keepdim=True)
+            return made
+
+    x = torch.randn(3, 7, 6)
+    fast, plain = pair(Into, x)
+    want = gradients(plain, x)
+    for _ in range(2):
+        same(gradients(fast, x), want, 1e-5)
+
+
+def test_two_branches_of_one_layer_are_added_apart() -> None:
+    """A layer's result that something else reads too is not written over."""
+
+    class Twice(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.q(x)
+            return self.o(y) * y.sum(-1, keepdim=True) * self.k(x).sum(-1, keepdim=True)
+
+    x = torch.randn(3, 7, 6)
+    fast, plain = pair(Twice, x)
+    same(gradients(fast, x), gradients(plain, x), 1e-5)
+
+
 def test_start_is_an_exact_zero(cap: Captured) -> None:
     x = torch.randn(3, 7, 6)
     m = lora_fx.insert(cap, rank=2).train()

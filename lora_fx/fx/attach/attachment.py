@@ -219,7 +219,7 @@ class Attachment:
                 )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
-            self.updates = dict(updates)
+            self.updates = {key: updates[key] for key in self.updates}
         else:
             self.install(updates)
         adapted.put_whole(self.model, found, self._originals)

@@ -366,6 +366,8 @@ class Captured:
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> Traced:
         """The rungs below an export with free sizes: with fixed ones, then one recorded run."""
+        if TAKEN in error.message:  # no program can hold that name, however it is captured
+            raise error
         why = one_line(error.message, 200)
         leaves = dict(call.leaves_of(named))
         with contextlib.suppress(CaptureError):
@@ -593,6 +595,7 @@ def base_dtype(model: nn.Module) -> torch.dtype | None:
 # Why a model could not be captured: the line of the user's code, the cause, what to do.
 
 
+TAKEN = "torch.fx has a use of its own for the name of a module, such as graph, that holds weights"
 _CAUSES = (
     (
         "GuardOnDataDependentSymNode|data-dependent",
@@ -606,7 +609,7 @@ _CAUSES = (
     ),
     (
         "references nonexistent attribute",
-        "torch.fx has a use of its own for the name of a module, such as graph, that holds weights",
+        TAKEN,
         "rename the module",
     ),
     ("numpy", "numpy is called on a tensor", "use torch's own functions"),
