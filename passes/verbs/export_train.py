@@ -42,8 +42,10 @@ from lora_fx.onnx.manifest import PROPERTY, Manifest, guard_within, row_of, say_
 from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.onnx.save import Output, save_beside
 from lora_fx.onnx.session import open_session, write_adapter
-from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.clean import Clean
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
+from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
 from lora_fx.passes.verbs.export_torch import switchable

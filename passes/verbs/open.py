@@ -30,13 +30,15 @@ from lora_fx.fx.module.module import CapturedModule, with_signature
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.inputs import Dynamic, Named
+from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact
-from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.recompute import Recompute, RecomputeWeights
+from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import ExportAdapters, InsertOptions, Selectors
 from lora_fx.targets.plan import make_plan

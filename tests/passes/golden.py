@@ -31,11 +31,13 @@ from torch import fx, nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.open import capture
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "passes"

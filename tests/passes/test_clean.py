@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.passes.fuse import Clean
+from lora_fx.passes.clean import Clean
 from lora_fx.passes.verbs.open import capture
 from tests.passes.test_golden import text
 

@@ -9,9 +9,10 @@ from torch import nn
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.passes.fuse import Fuse, Share
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.open import capture
 from tests.passes.test_golden import text, updates
 from tests.passes.test_recompute import Net, gradients, pair, same

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 import lora_fx
 from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.passes.fuse import Clean, Fuse, Share
+from lora_fx.passes.clean import Clean
+from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.share import Share
 from tests.fx.module.test_module import perturb
 
 
