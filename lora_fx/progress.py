@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,45 +84,25 @@ def told(verb: Callable[P, T]) -> Callable[P, T]:
 
 
 _COLLECTOR = threading.Lock()
-_running: list[contextlib.ExitStack] = []
-"""One for each verb that runs, in any thread; the first has what undoes the change."""
-_stayed = [0]
-"""Blocks of memory that were in use when a verb began and the collector had looked at them."""
+_before: list[tuple[int, int, int]] = []
+"""The collector's thresholds when each verb began that runs in any thread; the first: a user's."""
 
 
 @contextlib.contextmanager
 def _collecting_less() -> Iterator[None]:
-    """A block in which the garbage collector looks at fewer objects, and less often.
+    """A block in which the garbage collector looks at objects less often.
 
     Programs of some thousand nodes are made of objects that stay, which Python walks again and
     again beside all of torch and of the user's model: an eighth of insert's time at 30 layers.
     """
     with _COLLECTOR:
-        _running.append(contextlib.ExitStack())
-        if len(_running) == 1:
-            _freeze(_running[0])
+        _before.append(gc.get_threshold())
+        if len(_before) == 1 and _before[0][0]:  # not where a user has turned it off
+            gc.set_threshold(max(YOUNG, _before[0][0]), *_before[0][1:])
     try:
         yield
     finally:
         with _COLLECTOR:
-            _running.pop().close()
-
-
-def _freeze(after: contextlib.ExitStack) -> None:
-    """Set what is there apart from new objects until `after` is closed.
-
-    That starts the count anew after which Python looks at old objects: where one verb follows
-    another it never would. So it does here, once they are a quarter more, which is its own rule.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(max(YOUNG, before[0]) if before[0] else 0, *before[1:])
-    after.callback(gc.set_threshold, *before)
-    if gc.get_freeze_count():  # by a caller
-        return
-    count = sys.getallocatedblocks()  # at once; counting what is frozen takes 20 ms beside torch
-    if grown := gc.isenabled() and 4 * count > 5 * (_stayed[0] or count):
-        gc.collect()
-        count = sys.getallocatedblocks()
-    _stayed[0] = count if grown else min(count, _stayed[0] or count)
-    gc.freeze()
-    after.callback(gc.unfreeze)
+            first = _before.pop()
+            if not _before:
+                gc.set_threshold(*first)
