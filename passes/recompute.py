@@ -410,7 +410,8 @@ def gelu_tanh(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
     for (part, *dy), (y, *dx) in zip(*rows, strict=True):
         v = part.float()
-        z = torch.addcmul(first, v, v, value=0.044715 * ROOT).mul_(v)
+        # σ is 0 or 1 long before; where x³ overflows, ∞·0 would be no slope
+        z = torch.addcmul(first, v, v, value=0.044715 * ROOT).mul_(v).clamp_(-1e4, 1e4)
         s = torch.sigmoid(z)
         y.copy_(v * s)
         for g, to in zip(dy, dx, strict=True):

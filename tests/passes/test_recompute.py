@@ -222,6 +222,12 @@ def test_gelu_tanh(dtype: torch.dtype) -> None:
         assert errors[0] <= 2 * errors[1] or torch.equal(mine, their)
 
 
+def test_gelu_tanh_has_a_slope_where_its_cube_overflows() -> None:
+    x = torch.tensor([-1e20, -1e14, 1e14, 1e20])
+    y, dx = gelu_tanh(x, torch.ones(4))
+    assert y.tolist() == [0, 0, *x[2:].tolist()] and dx.tolist() == [0, 0, 1, 1]
+
+
 def test_autocast() -> None:
     torch.manual_seed(0)  # not what the tests before this one left: 16 bits decide little
     x = torch.randn(3, 7, 6)
