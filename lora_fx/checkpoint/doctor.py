@@ -20,13 +20,13 @@ import numpy as np
 from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
+from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.pair import (
     ERROR,
     NOTE,
-    OF_FILE,
     WARNING,
     Check,
     Finding,

@@ -19,8 +19,8 @@ from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, rescaling
+from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.quantised.integers import altered
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised

@@ -13,7 +13,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.quantised import floats
 from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight
-from lora_fx.files.quantised.integers import altered, awq, compressed, gptq, int8
+from lora_fx.files.quantised.bitsandbytes import four_bits, int8
+from lora_fx.files.quantised.compressed_tensors import altered, compressed
+from lora_fx.files.quantised.gptq import awq, gptq
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
@@ -97,7 +99,7 @@ def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
     said: JsonView = told if isinstance(told, dict) else {}
     method = said.get("quant_method")
     if any(parts.has(f"weight.quant_state.bitsandbytes__{kind}") for kind in ("nf4", "fp4")):
-        return floats.four_bits(parts)
+        return four_bits(parts)
     if parts.has("SCB"):
         return int8(parts)
     if parts.has("qweight") and (layout := _layout(said)):

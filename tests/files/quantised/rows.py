@@ -13,15 +13,16 @@ import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.bitsandbytes import four_bits, int8
+from lora_fx.files.quantised.compressed_tensors import compressed
 from lora_fx.files.quantised.floats import (
-    four_bits,
     fp8,
     fp8_blocks,
     mxfp4,
     mxfp4_stack,
     nvfp4,
 )
-from lora_fx.files.quantised.integers import awq, compressed, gptq, int8
+from lora_fx.files.quantised.gptq import awq, gptq
 from lora_fx.fx.capture.quantised_layers import affine, nf4
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators

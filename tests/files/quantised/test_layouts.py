@@ -15,8 +15,10 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
 from lora_fx.files.quantised.base import Parts, QuantisedWeight
-from lora_fx.files.quantised.floats import four_bits, fp8_blocks, mxfp4_stack
-from lora_fx.files.quantised.integers import awq, compressed, gptq
+from lora_fx.files.quantised.bitsandbytes import four_bits
+from lora_fx.files.quantised.compressed_tensors import compressed
+from lora_fx.files.quantised.floats import fp8_blocks, mxfp4_stack
+from lora_fx.files.quantised.gptq import awq, gptq
 from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 from tests.files.quantised import operators
