@@ -388,7 +388,6 @@ def signed(
 # What torch holds in one node as nodes of its own: no_grad, autocast, vmap, chains of products.
 
 
-aten = torch.ops.aten
 higher = torch.ops.higher_order
 CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
 """Beginnings of ops whose dtype the model chose, whatever autocast would."""

@@ -9,13 +9,15 @@ from torch import nn
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.passes.fuse import Fuse
+from lora_fx.passes.fuse import Fuse, ending
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.open import capture
 from tests.passes.test_golden import text, updates
 from tests.passes.test_recompute import Net, gradients, pair, same
+
+aten = torch.ops.aten
 
 
 class Two(nn.Module):
@@ -80,17 +82,18 @@ def test_a_sum_that_is_written_to() -> None:
         same(gradients(fast, x), want, 1e-5)
 
 
-def test_two_branches_of_one_layer_are_added_apart() -> None:
-    """A layer's result that something else reads too is not written over."""
-
-    class Twice(Two):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.q(x)
-            return self.o(y) * y.sum(-1, keepdim=True) * self.k(x).sum(-1, keepdim=True)
-
-    x = torch.randn(3, 7, 6)
-    fast, plain = pair(Twice, x)
-    same(gradients(fast, x), gradients(plain, x), 1e-5)
+@pytest.mark.parametrize("read", [False, True])
+def test_a_result_that_something_else_reads_is_not_written_over(cap: Captured, read: bool) -> None:
+    graph = inserted(cap, "o.weight")
+    (total,) = (n for n in graph.graph.nodes if n.target is aten.add.Tensor)
+    if read:
+        with graph.graph.inserting_after(total):
+            other = graph.graph.call_function(aten.neg.default, (total.args[0],))
+        end = graph.graph.output_node()
+        end.args = ((*end.args[0], other),)
+    assert Fuse(into=True)(graph).modified
+    found = {n.target for n in graph.graph.nodes} & {ending, aten.addmm.default}
+    assert found == {aten.addmm.default if read else ending}
 
 
 def test_start_is_an_exact_zero(cap: Captured) -> None:

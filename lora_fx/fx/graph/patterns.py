@@ -297,9 +297,6 @@ def _computed(
 # costs a pass over memory, which is little beside a matrix product; keeping its result and what its
 # steps keep costs bytes.
 
-
-aten = torch.ops.aten
-
 VIEWS = aten_ops("view reshape _unsafe_view flatten.using_ints unflatten.int")
 CASTS = aten_ops("to.dtype _to_copy type_as")
 NOTHING = aten_ops("mean.dim neg mul.Scalar add.Scalar sub.Scalar")
