@@ -90,7 +90,7 @@ def test_a_result_that_something_else_reads_is_not_written_over(cap: Captured, r
         with graph.graph.inserting_after(total):
             other = graph.graph.call_function(aten.neg.default, (total.args[0],))
         end = graph.graph.output_node()
-        end.args = ((*end.args[0], other),)
+        end.args = ((*end.all_input_nodes, other),)
     assert Fuse(into=True)(graph).modified
     found = {n.target for n in graph.graph.nodes} & {ending, aten.addmm.default}
     assert found == {aten.addmm.default if read else ending}
