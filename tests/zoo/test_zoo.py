@@ -130,7 +130,8 @@ def test_fold_and_onnx_runtime(name: str, provider: str, tmp_path: Path) -> None
     assert report and all(p.ok for p in parity)
     sizes = {tuple(p.sizes.values()) for p in parity}
     assert len(sizes) >= 3
-    assert len(parity) == len(checks.runtime_parity(report)) == 4, "the example comes last"
+    assert len(parity) >= 4, "limits of a length are sizes of their own; the example comes last"
+    assert [p.sizes for p in parity] == [p.sizes for p in checks.runtime_parity(report)]
     if ZOO[name].fast:  # these do not need the wider gate
         assert max(p.rel for p in parity) < FOLD_TOL
         assert max(p.rel for p in report.parity) < ORT_TOL
