@@ -245,8 +245,9 @@ def _reader(leaf: str) -> property:
 
 Op = Callable[..., object]
 Given = Mapping[str, object]
-PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm"}
-PRODUCTS |= {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+PRODUCTS = {"linear": 2, "matmul": 2, "__matmul__": 2, "bmm": 2, "mm": 2}
+PRODUCTS |= {"grouped_mm": 3, "_grouped_mm": 3, "grouped_mm_fallback": 3}
+"""Names of products, and how many arguments they may have for a branch: the third is `offs`."""
 METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
 
 
@@ -320,8 +321,8 @@ class LiveStack:
         given = {k: v for k, v in (kwargs or {}).items() if v is not None}
         stacks = [w for w in args[:2] if isinstance(w, cls)]
         xs = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.dim() > 1]
-        extra = {*given} - {"offs"} or len(args) + len(given) > 2 + ("grouped" in func.__name__)
-        if func.__name__ in PRODUCTS and len(stacks) == len(xs) == 1 and not extra:
+        extra = {*given} - {"offs"} or len(args) + len(given) > PRODUCTS.get(func.__name__, 0)
+        if len(stacks) == len(xs) == 1 and not extra:
             return stacks[0].product(func, xs[0], args, given)
         args, given = pytree.tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
         return func(*args, **given)
