@@ -98,6 +98,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
     with probe(trained) as pairs:
         for training in (False, True):
             mode = "train" if training else "eval"
+            before = {n: b._version for n, b in _buffers(trained.model)}
             try:
                 size = _gradients(trained, named, pairs, training)
             except Exception as e:  # of the user's code, too
@@ -112,11 +113,19 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 notes.append(f"{mode} mode is not proven: no output is a real number")
                 continue
             modes.append(mode)
+            moved = [n for n, b in _buffers(trained.model) if before.get(n) != b._version]
+            if training and moved:
+                notes.append(f"training moves {some(moved)}, which no adapter's file holds")
             middle = float(np.median([v for v in size.values() if np.isfinite(v)] or [0.0]))
             for key, v in size.items():
                 if v <= DEAD * middle and trained.updates[key].scale:  # a weight of 0 is no fault
                     found.setdefault(key, []).append(mode)
     return Effect({k: tuple(m) for k, m in found.items()}, tuple(modes), tuple(notes))
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Those that count how often they were written to."""
+    return [(n, b) for n, b in model.named_buffers() if not b.is_inference()]
 
 
 @contextlib.contextmanager

@@ -181,10 +181,11 @@ class Captured:
 
     @property
     def ranges(self) -> tuple[Condition, ...]:
-        """The sizes at which the model takes the path that was captured, and no other."""
+        """The sizes, each once, at which the path that was captured is the one that is taken."""
         door = self.traced(False, self.named).door
         told = (c for c in door.conditions if not c.demanded or any(c.bounds()))
-        return tuple(c for c in told if not self.inputs.implied(c))
+        rows = {str(c.to_json()): c for c in told if not self.inputs.implied(c)}
+        return tuple(rows.values())
 
     @property
     def eval(self) -> fx.GraphModule:

@@ -480,7 +480,7 @@ class Effect:
     Attributes:
         dead: Key → the modes in which no gradient reaches it.
         modes: The modes that were proven.
-        notes: What could not be proven, and why.
+        notes: What could not be proven, and why; and what training moves beside the adapter.
     """
 
     dead: Mapping[str, tuple[str, ...]]
