@@ -63,13 +63,19 @@ def test_blocks_that_repeat_are_as_the_long_way(name: str, training: bool) -> No
     assert found[0] == found[1]
 
 
+ROUNDED = {"hf_masked_image"}
+"""transformers adds a mask that masks nothing to a bias where it is traced, and not elsewhere:
+attention has another kernel then."""
+
+
 @pytest.mark.parametrize("name", CAPTURED)
 def test_zero_b_changes_nothing_in_both_modes(name: str) -> None:
     """To the bit, but for a GELU in many steps, which train programs compute in one."""
+    equal = checks.near if name in ROUNDED else checks.same
     s = checks.built(name)
     module = checks.adapted(name, norm_stats="update")
     with torch.no_grad():
-        assert checks.same(module(*s.args, **s.kwargs), s.model(*s.args, **s.kwargs))
+        assert equal(module(*s.args, **s.kwargs), s.model(*s.args, **s.kwargs))
         if not ZOO[name].trains:
             return
         own = copy.deepcopy(s.model).train()
