@@ -117,7 +117,7 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
     axes = site.kind.axes(site.operand)
     try:
         tracked = track(shape, site.view.steps + axes.steps)
-        return tracked.region, layout_of(tracked, axes.batch, axes.out, axes.in_)
+        return tuple(tracked.region), layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque:
         return None
 
@@ -125,7 +125,7 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
 def _region(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
     """The part of a parameter that a view shows: all of it where the view mixes its axes."""
     try:
-        return track(shape, steps).region
+        return tuple(track(shape, steps).region)
     except Opaque:
         return tuple((0, n) for n in shape)
 

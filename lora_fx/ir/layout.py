@@ -16,9 +16,9 @@ from lora_fx.ir.emitter import Ops, V
 
 @dataclass(frozen=True)
 class Permute:
-    """A transpose: axis i of the result is axis dims[i] of the input."""
+    """A transpose: axis i of the result is axis perm[i] of the input."""
 
-    dims: tuple[int, ...]
+    perm: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Gather:
 
 
 Step = Permute | Reshape | Slice | Cast | Gather
+_PRIMS = {Permute: "transpose", Reshape: "reshape", Slice: "slice", Cast: "cast"}
+"""Step → the primitive of `Ops` that it is; its fields are the attributes."""
 Region = tuple[tuple[int, int], ...]
 """Half-open bounds per stored axis."""
 
@@ -76,18 +78,12 @@ class View:
         `ids` are what a Gather picks, in a list.
         """
         for step in self.steps:
-            if isinstance(step, Permute):
-                value = emitter.op("transpose", value, perm=step.dims)
-            elif isinstance(step, Reshape):
-                value = emitter.op("reshape", value, shape=step.shape)
-            elif isinstance(step, Slice):
-                value = emitter.op("slice", value, axis=step.axis, start=step.start, stop=step.stop)
-            elif isinstance(step, Gather):
-                if ids is None:
-                    raise Opaque("what is gathered depends on data")
-                value = emitter.op("gather", value, ids)
+            if not isinstance(step, Gather):
+                value = emitter.op(_PRIMS[type(step)], value, **vars(step))
+            elif ids is None:
+                raise Opaque("what is gathered depends on data")
             else:
-                value = emitter.op("cast", value, dtype=step.dtype)
+                value = emitter.op("gather", value, ids)
         return value
 
     @property
@@ -98,22 +94,67 @@ class View:
             if isinstance(step, Gather):
                 axis = step.axis if axis is None else -1
             elif axis not in (None, -1) and not isinstance(step, Cast):
-                axis = step.dims.index(axis) if isinstance(step, Permute) else -1
+                axis = step.perm.index(axis) if isinstance(step, Permute) else -1
         return axis
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tracked:
-    """Where the axes of an operand lie in the stored tensor.
+    """Where the axes of an operand lie in the stored tensor, after the steps so far.
 
     An atom is a run of one stored axis that the steps kept together; `stored[i]` lists the atoms
     of stored axis i, major first, `axes[j]` those of operand axis j, `size` their lengths.
     """
 
-    region: Region
-    stored: tuple[tuple[int, ...], ...]
-    axes: tuple[tuple[int, ...], ...]
+    region: list[tuple[int, int]]
+    stored: list[list[int]]
+    axes: list[list[int]]
     size: dict[int, int]
+
+    def regroup(self, shape: tuple[int, ...]) -> None:
+        """Follow a reshape: the same atoms, and parts of them, make up other axes."""
+        # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
+        queue = [atom for axis in self.axes for atom in axis if self.size[atom] != 1]
+        self.axes = []
+        for want in shape:
+            group: list[int] = []
+            while want > 1:
+                if not queue:
+                    raise Opaque("reshape to more elements")
+                atom = queue.pop(0)
+                have = self.size[atom]
+                if have > want:  # split it: the rest belongs to the next axis
+                    if have % want:
+                        raise Opaque("reshape across stored axes")
+                    minor = max(self.size) + 1
+                    self.size[atom], self.size[minor] = want, have // want
+                    home = next(row for row in self.stored if atom in row)
+                    home.insert(home.index(atom) + 1, minor)
+                    queue.insert(0, minor)
+                    have = want
+                if want % have:
+                    raise Opaque("reshape across stored axes")
+                want //= have
+                group.append(atom)
+            self.axes.append(group)
+        if queue:
+            raise Opaque("reshape to fewer elements")
+
+    def narrow(self, step: Slice) -> None:
+        """Follow a slice: less of one stored axis is read."""
+        axis = self.axes[step.axis]
+        if (step.start, step.stop) == (0, math.prod(self.size[a] for a in axis)):
+            return
+        if len(axis) != 1:
+            raise Opaque("slice of an axis that joins several stored axes")
+        atom = axis[0]
+        home = next(i for i, row in enumerate(self.stored) if atom in row)
+        if self.stored[home][0] != atom:
+            raise Opaque("slice inside a stored axis that is not contiguous")
+        inner = math.prod(self.size[a] for a in self.stored[home][1:])
+        first = self.region[home][0]
+        self.region[home] = (first + step.start * inner, first + step.stop * inner)
+        self.size[atom] = step.stop - step.start
 
 
 def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
@@ -122,72 +163,18 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
     Raises:
         Opaque: A reshape or slice cuts across stored axes.
     """
-    size = dict(enumerate(shape))
-    stored = [[i] for i in range(len(shape))]
-    axes = [[i] for i in range(len(shape))]
-    region = [(0, n) for n in shape]
+    atoms = range(len(shape))
+    found = Tracked(
+        [(0, n) for n in shape], [[i] for i in atoms], [[i] for i in atoms], dict(enumerate(shape))
+    )
     for step in steps:
         if isinstance(step, Permute):
-            axes = [axes[d] for d in step.dims]
+            found.axes = [found.axes[d] for d in step.perm]
         elif isinstance(step, Reshape):
-            axes = _regroup(axes, step.shape, size, stored)
+            found.regroup(step.shape)
         elif isinstance(step, Slice):
-            _narrow(axes[step.axis], step, size, stored, region)
-    return Tracked(tuple(region), tuple(map(tuple, stored)), tuple(map(tuple, axes)), size)
-
-
-def _regroup(
-    axes: list[list[int]], shape: tuple[int, ...], size: dict[int, int], stored: list[list[int]]
-) -> list[list[int]]:
-    # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
-    queue = [atom for axis in axes for atom in axis if size[atom] != 1]
-    result = []
-    for want in shape:
-        group: list[int] = []
-        while want > 1:
-            if not queue:
-                raise Opaque("reshape to more elements")
-            atom = queue.pop(0)
-            have = size[atom]
-            if have > want:  # split it: the rest belongs to the next axis
-                if have % want:
-                    raise Opaque("reshape across stored axes")
-                minor = max(size) + 1
-                size[atom], size[minor] = want, have // want
-                home = next(row for row in stored if atom in row)
-                home.insert(home.index(atom) + 1, minor)
-                queue.insert(0, minor)
-                have = want
-            if want % have:
-                raise Opaque("reshape across stored axes")
-            want //= have
-            group.append(atom)
-        result.append(group)
-    if queue:
-        raise Opaque("reshape to fewer elements")
-    return result
-
-
-def _narrow(
-    axis: list[int],
-    step: Slice,
-    size: dict[int, int],
-    stored: list[list[int]],
-    region: list[tuple[int, int]],
-) -> None:
-    whole = math.prod(size[a] for a in axis)
-    if (step.start, step.stop) == (0, whole):
-        return
-    if len(axis) != 1:
-        raise Opaque("slice of an axis that joins several stored axes")
-    atom = axis[0]
-    home = next(i for i, row in enumerate(stored) if atom in row)
-    if stored[home][0] != atom:
-        raise Opaque("slice inside a stored axis that is not contiguous")
-    inner = math.prod(size[a] for a in stored[home][1:])
-    first = region[home][0]
-    region[home] = (first + step.start * inner, first + step.stop * inner)
-    size[atom] = step.stop - step.start
+            found.narrow(step)
+    return found
 
 
 # The layout of an update.
