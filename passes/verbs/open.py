@@ -73,25 +73,10 @@ def captured_of(
         return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model), meta=meta)
-        cap = capture_loaded(loaded, args, kwargs, dynamic, repeat=repeat)
+        cap = capture(loaded, args, kwargs, dynamic, repeat=repeat)
         cap.notes += loaded.notes
         return cap
     return capture(model, args, kwargs, dynamic, repeat=repeat)
-
-
-def capture_loaded(
-    loaded: LoadedModel,
-    args: Sequence[object] = (),
-    kwargs: Named | None = None,
-    dynamic: Dynamic | None = None,
-    static: Sequence[str] = (),
-    *,
-    repeat: bool = True,
-) -> Captured:
-    """The capture of a loaded model, on its own example where no other is given."""
-    if not args and not kwargs:
-        args, kwargs = loaded.args, loaded.kwargs
-    return capture(loaded.module, args, kwargs, dynamic, static, repeat=repeat)
 
 
 def with_cache(
@@ -183,8 +168,8 @@ def capture(
     """Capture a model with example inputs.
 
     Args:
-        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
-            .pt2 file, which needs no inputs.
+        model: An nn.Module, a function of tensors, a bound method of a module, the path of a .pt2
+            file, which needs no inputs, or what load_model returned, which has an example.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
@@ -199,6 +184,10 @@ def capture(
     """
     if is_program(model):
         return open_program(model, args, kwargs, dynamic, static)
+    if isinstance(model, LoadedModel):
+        if not args and not kwargs:
+            args, kwargs = model.args, model.kwargs
+        model = model.module
     cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
     cap.traced(False, cap.named)
     return cap
