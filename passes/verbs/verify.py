@@ -67,31 +67,28 @@ def verify(
     Raises:
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
-    if trust:
-        with trusting():
-            return verify(
-                a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
-            )
-    if tol is not None and not 0 <= tol < math.inf:
-        raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
-    a, b = (local(m) if _is_path(m) else m for m in (a, b))
-    for path in filter(_is_path, (a, b)):
-        if not Path(path).exists():
-            raise LoraFxError(f"{path}: cannot be read: no such file or folder", near_path(path))
-    fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
-    if is_tensor_file(a) and not run:
-        if fits:
-            return fits_files(a, b)
-        if is_tensor_file(b):
-            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
-    if fits and _is_path(a) and str(a).endswith(".onnx"):
-        return fits_switch(a, b)
-    if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
-        return verify_onnx(a, b, inputs, adapter, tol, provider)
-
-    if fits and not isinstance(b, Adapter):
-        b = load_adapter(b)
-    return verify_run(a, b, inputs, None if adapter is None else _one(adapter), tol, provider)
+    with trusting(trust):
+        if tol is not None and not 0 <= tol < math.inf:
+            raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
+        a, b = (local(m) if _is_path(m) else m for m in (a, b))
+        for path in filter(_is_path, (a, b)):
+            if not Path(path).exists():
+                raise LoraFxError(
+                    f"{path}: cannot be read: no such file or folder", near_path(path)
+                )
+        fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
+        if is_tensor_file(a) and not run:
+            if fits:
+                return fits_files(a, b)
+            if is_tensor_file(b):
+                return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+        if fits and _is_path(a) and str(a).endswith(".onnx"):
+            return fits_switch(a, b)
+        if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
+            return verify_onnx(a, b, inputs, adapter, tol, provider)
+        if fits and not isinstance(b, Adapter):
+            b = load_adapter(b)
+        return verify_run(a, b, inputs, None if adapter is None else _one(adapter), tol, provider)
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
@@ -134,11 +131,11 @@ def verify_run(
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_run
-    from lora_fx.passes.verbs.open import opened
+    from lora_fx.passes.verbs.open import captured_of, opened
 
     if isinstance(b, Adapter):
         return _fits(a, b)
-    a, b = (opened(_folder(m)) for m in (a, b))
+    a, b = (opened(captured_of(m) if _is_path(m) and Path(m).is_dir() else m) for m in (a, b))
     file, other = (a, b) if _is_path(a) else (b, a)
     if _is_path(file):
         session, module = open_session(file, provider), _module(other, adapter)
@@ -156,13 +153,6 @@ def _gate(*sessions: RuntimeSession) -> float:
     from lora_fx.onnx.precision import GATES, PRECISION
 
     return max(GATES.get(s.metadata.get(PRECISION, ""), ORT_TOL) for s in sessions)
-
-
-def _folder(model: object) -> object:
-    """The capture of a Hugging Face folder; anything else as it is."""
-    from lora_fx.passes.verbs.open import captured_of
-
-    return captured_of(model) if _is_path(model) and Path(model).is_dir() else model
 
 
 def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
