@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
-from lora_fx.ir.graph import OtherReader, Parameter, Role, Site, T
+from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
@@ -280,6 +280,11 @@ class GraphPlanner(Planner):
             (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
         )
         self.stacks = {s.id: stack for s, stack in uses if stack and s.id not in self.clean}
+        targets = (
+            replace(t, sites=tuple(self.stacks.get(s.id, s) for s in t.sites))
+            for t in found.targets
+        )
+        self.stacked = replace(found, targets=tuple(targets))
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
@@ -305,7 +310,7 @@ class GraphPlanner(Planner):
         branches: dict[str, tuple[Program, Program]] = {}
         if self.graph is not None:
             evals, trains = (
-                _Recorded(self.graph, self.stacks).run(updates, self.dropout, training=t)
+                _Recorded(self.graph, self.stacked).run(updates, self.dropout, training=t)
                 for t in (False, True)
             )
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
@@ -442,9 +447,8 @@ def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
 class _Recorded:
     """A Graph whose emitters record: what Insert would add to each output, site by site."""
 
-    def __init__(self, graph: FxGraph, stacks: Mapping[str, Site]) -> None:
-        self.graph = graph
-        self.stacks = stacks
+    def __init__(self, graph: FxGraph, found: Found) -> None:
+        self.graph, self.found = graph, found
         self.emitters: dict[str, Recorder] = {}
         self.programs: dict[str, Program] = {}
 
@@ -455,22 +459,10 @@ class _Recorded:
         Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
         return self.programs
 
-    def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        return compute()  # it hides parts of the graph, so what is found here holds here only
+    def kept(self, what: str, compute: object, *, by_name: bool = False) -> Found:
+        return self.found  # the one analysis that Insert asks for
 
     def changed(self) -> None: ...
-
-    def sites(self) -> Sequence[Site]:
-        return [self.stacks.get(site.id, site) for site in self.graph.sites()]
-
-    def parameters(self) -> Sequence[Parameter]:
-        return self.graph.parameters()
-
-    def other_readers(self) -> Sequence[OtherReader]:
-        return ()
-
-    def data_flops(self) -> int:
-        return 0
 
     def adapted(self) -> frozenset[str]:
         return frozenset()
