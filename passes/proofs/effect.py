@@ -475,6 +475,17 @@ def prove_live(
     Raises:
         LoraFxError: It differs; the message names the targets that differ when alone.
     """
+
+    def found_with(updates: Mapping[str, LowRank]) -> Parity:
+        state.fill(updates)
+        reference.put(updates)
+        return reference.check()
+
+    def alone(key: str) -> Parity:
+        """The comparison with every other update at zero."""
+        rest = {k: replace(u, b=np.zeros_like(u.b)) for k, u in probe.items() if k != key}
+        return found_with({**probe, **rest})
+
     try:
         with state.watch() as ran:
             found = reference.check()
@@ -487,10 +498,10 @@ def prove_live(
             if math.isfinite(found.rel):
                 break
             probe = {k: replace(u, b=u.b * np.float32(0.1)) for k, u in probe.items()}
-            found = _with(state, reference, probe)
+            found = found_with(probe)
         if found.ok:
             return
-        guilty = [k for k in probe if not _alone(state, reference, probe, k).ok]
+        guilty = [k for k in probe if not alone(k).ok]
     except LoraFxError:
         raise
     except Exception as e:
@@ -505,19 +516,3 @@ def prove_live(
         "or reads it for more than the matmuls that were found",
         "exclude it, or use lora_fx.insert",
     )
-
-
-def _alone(
-    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank], key: str
-) -> Parity:
-    """The comparison with every other update at zero."""
-    only = {k: u if k == key else replace(u, b=np.zeros_like(u.b)) for k, u in probe.items()}
-    return _with(state, reference, only)
-
-
-def _with(
-    state: Attachment, reference: InGraph | Explicit, updates: Mapping[str, LowRank]
-) -> Parity:
-    state.fill(updates)
-    reference.put(updates)
-    return reference.check()
