@@ -269,10 +269,11 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             columns[name] = _array(values, where, name)
     if texts:
         if tokenizer is None:
-            row = next((i for i, v in enumerate(raw[texts[0]]) if not _is_number(v)), 0)
+            values = raw[texts[0]]
+            row = next((i for i, v in enumerate(values) if isinstance(_numbers([v])[0], str)), 0)
             raise LoraFxError(
                 f"{where}: column {texts[0]!r} is text (row {row + 1}: "
-                f"{one_line(repr(str(raw[texts[0]][row])), 40)}) and the model has no tokenizer",
+                f"{one_line(repr(str(values[row])), 40)}) and the model has no tokenizer",
                 "use a Hugging Face folder with a tokenizer, or numeric columns",
             )
         joined = [" ".join(raw[n][i] for n in texts) for i in range(lengths[texts[0]])]
@@ -297,14 +298,6 @@ def _joined(batches: Any, where: str) -> dict[str, object]:
 
 def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else "empty" if value is None else "a number"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
