@@ -219,10 +219,11 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     first = {alias: parameter.name for parameter in stored for alias in parameter.aliases}
     for key, entry in _resplit(adapter, found).items():
         bound: LowRank | Full
-        if isinstance(entry, Full):
-            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
-        else:
+        if isinstance(entry, LowRank):
             name, bound = _bind_lowrank(key, entry, found)
+        else:
+            assert isinstance(entry, Full)  # check_plain
+            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
         if name in entries:
             raise LoraFxError(
                 f"adapter keys name {name!r} twice ({key!r} is an alias)",
@@ -254,17 +255,14 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
     return {**kept, **({OTHER_READERS: rows} if rows else {})}
 
 
-def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
+def _resplit(adapter: Adapter, found: Found) -> dict[str, Entry]:
     """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
-    entries: dict[str, LowRank | Full] = {}
+    entries: dict[str, Entry] = {}
     for key, entry in adapter.entries.items():
-        if not isinstance(entry, LowRank):
-            assert isinstance(entry, Full)  # check_plain
-            entries[key] = entry
-        elif found.get(key) is not None:
-            entries[key] = entry
-        else:
+        if isinstance(entry, LowRank) and found.get(key) is None:
             entries |= other_split(key, entry, found) or {key: entry}
+        else:
+            entries[key] = entry
     return entries
 
 

@@ -324,8 +324,10 @@ def initial(
             check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
             weight = matrix(target, read(target.parameter.name))
         scale = kind.scale(fitted.alpha, fitted.rank)
-        seen = (moments or {}).get(key)
-        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
+        source = weight
+        if init in OF_DATA:
+            source = getattr((moments or {}).get(key), OF_DATA[init], None)
+        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, source)
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
         twins = tuple(target.parameter.aliases) if target.of_several else ()
         low = replace(low, op=target.op, tied=target.of_several, twins=twins)
@@ -369,16 +371,9 @@ def _with_frozen(low: LowRank, scale: float) -> LowRank:
 
 
 def _start(
-    key: str,
-    layout: Layout,
-    rank: int,
-    scale: float,
-    seed: int,
-    init: str,
-    weight: Array | None,
-    seen: Moments | None,
+    key: str, layout: Layout, rank: int, scale: float, seed: int, init: str, source: Array | None
 ) -> tuple[Array, Array]:
-    """A [*batch, rank, in] and b [*batch, out, rank], fp32."""
+    """A [*batch, rank, in] and b [*batch, out, rank], fp32; `source` is what the start reads."""
     if init == "kaiming":
         return draw(key, layout, rank, seed)
     zero = np.zeros((*layout.batch_shape, layout.out_size, rank), np.float32)
@@ -388,16 +383,14 @@ def _start(
     if init == "orthogonal":
         return _orthogonal(key, layout, rank, seed)
     if init in OF_WEIGHT:
-        assert weight is not None
-        return _each(weight, lambda w: _of_weight(w, rank, scale, init))
-    field = OF_DATA[init]
-    value = getattr(seen, field, None)
-    if value is None:
+        assert source is not None
+        return _each(source, lambda w: _of_weight(w, rank, scale, init))
+    if source is None:
         raise LoraFxError(
             f"{key!r}: {init} starts from data, and calibration could not read this target",
             "exclude it, or take another --init",
         )
-    wide = np.asarray(value, np.float64)
+    wide = np.asarray(source, np.float64)
     if init == "eva":
         if wide.ndim == 1:  # of one-hot x: the rows that are looked up most
             axes = np.zeros((len(wide), rank))

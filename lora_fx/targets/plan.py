@@ -299,7 +299,9 @@ def make_plan(
         )
     entries, notes = {}, []
     for key in chosen:
-        r, al = _asked(key, ranks, rank, alpha)
+        given = (ranks or {}).get(key, rank)
+        asked = given if isinstance(given, Mapping) else {"rank": given}
+        r, al = int(asked.get("rank", rank)), asked.get("alpha", alpha)
         if r <= 0:
             raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
         if r > limits[key]:
@@ -334,15 +336,6 @@ def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     taken = {s.id for o in map(found.__getitem__, gone) if o.holds(t) for s in o.sites}
     sites = [s for s in t.sites if s.id not in taken]
     return found[split_use(key)[0]].keys_of(sites) if sites else ()
-
-
-def _asked(
-    key: str, ranks: JsonView | None, rank: int, alpha: float | None
-) -> tuple[int, float | None]:
-    given = (ranks or {}).get(key, rank)
-    if isinstance(given, Mapping):
-        return int(given.get("rank", rank)), given.get("alpha", alpha)
-    return int(given), alpha
 
 
 def _known(found: Found, ranks: JsonView, where: str) -> JsonView:
