@@ -74,6 +74,13 @@ class MisfitError(LoraFxError):
         super().__init__(message, "was the adapter trained on another model?")
 
 
+class MistakeError(LoraFxError):
+    """Something that no user can mend: lora-fx is wrong."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "report this: it is a mistake of lora-fx")
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
 

@@ -36,7 +36,7 @@ from lora_fx.compare import (
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, one_line
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named
 from lora_fx.ir.graph import Role
@@ -461,10 +461,7 @@ def prove_merge(
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):
-            raise LoraFxError(
-                f"{target}: not written: {name!r} is not the adapter's",
-                "report this: it is a mistake of lora-fx",
-            )
+            raise MistakeError(f"{target}: not written: {name!r} is not the adapter's")
     return written
 
 

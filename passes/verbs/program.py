@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.capture.capture import alike, all_tensors
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
@@ -166,7 +166,4 @@ def _by_torch(file: Path) -> nn.Module:
     try:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:
-        raise LoraFxError(
-            f"torch does not load the program again: {one_line(e)}",
-            "report this: it is a mistake of lora-fx",
-        ) from e
+        raise MistakeError(f"torch does not load the program again: {one_line(e)}") from e
