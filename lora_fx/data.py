@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, near, near_path, one_line
+from lora_fx.errors import LoraFxError, expect_name, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
 from lora_fx.text import Json
 
@@ -239,10 +239,8 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
     if not raw or not len(next(iter(raw.values()))):
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
-    if label and label not in raw:
-        raise LoraFxError(
-            f"{where}: no column {label!r}", near(label, raw, f"the columns are {', '.join(raw)}")
-        )
+    if label:
+        expect_name(label, raw, f"{where}: no column", f"the columns are {', '.join(raw)}")
     label = label or next((n for n in LABELS if n in raw), "")
     lengths = {k: len(v) for k, v in raw.items()}
     if len(set(lengths.values())) > 1:

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 
 class LoraFxError(Exception):
@@ -215,6 +215,19 @@ def near(
         return none
     *most, last = (os.path.join(folder, n) for n in close)
     return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
+
+
+def expect_name(name: str, names: Collection[str], what: str, none: str) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        name: The name.
+        names: Those that are known; the nearest of them is the hint.
+        what: What there is none of, such as "no variant".
+        none: The hint where no known name is near.
+    """
+    if name not in names:
+        raise LoraFxError(f"{what} {name!r}", near(name, names, none))
 
 
 def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:

@@ -30,7 +30,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, grouped, scale_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError, near
+from lora_fx.errors import LoraFxError, MisfitError, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.layout import Layout
@@ -158,10 +158,7 @@ def named_variant(name: str) -> Lora:
     kind, _, size = name.partition(":")
     if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
         return QaLora(kind, group=int(size))
-    if name not in VARIANTS:
-        raise LoraFxError(
-            f"no variant {name!r}", near(name, VARIANTS, f"the variants are {', '.join(VARIANTS)}")
-        )
+    expect_name(name, VARIANTS, "no variant", f"the variants are {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
@@ -276,10 +273,7 @@ GAMMA = 16.0
 
 def check_init(init: str) -> None:
     """Raise for a start that is not known."""
-    if init not in INITS:
-        raise LoraFxError(
-            f"no init {init!r}", near(init, INITS, f"the starts are {', '.join(INITS)}")
-        )
+    expect_name(init, INITS, "no init", f"the starts are {', '.join(INITS)}")
 
 
 def initial(

@@ -38,7 +38,7 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, MistakeError, one_line
 from lora_fx.files.safetensors import same_bytes
-from lora_fx.inputs import SIZES, Extents, Inputs, Named
+from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
@@ -127,10 +127,7 @@ class OnnxReference:
         specs = tuple(replace(s, high=found.get(s.name)) for s in said.specs)
         self.inputs = replace(said, specs=specs)
         for name in self.arrays:
-            if name not in self.inputs.names:
-                raise LoraFxError(
-                    f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
-                )
+            expect_input(name, self.inputs.names)
         rough = graph is not None and rounds_activations(graph.model)
         self._step, self.ceiling = (STEP, COARSE) if rough else (0.0, CEILING)
         self.mixes = graph is not None and shares_ranges(graph.model)
