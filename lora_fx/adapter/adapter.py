@@ -28,15 +28,12 @@ class FileNames(Protocol):
     @property
     def format(self) -> str:
         """Whose names they are: kohya or diffusers."""
-        ...
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
         """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
-        ...
 
     def to_json(self) -> Json:
         """What a file of the adapter keeps of this in its metadata."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,7 @@ def attach(
         if options.adapter is not None:
             state.check_base(options.adapter)
     except BaseException:
-        state.uninstall()
-        del model.__dict__[REGISTRY]
+        detach(model)
         raise
     return model
 
