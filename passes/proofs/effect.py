@@ -332,11 +332,8 @@ class InGraph:
     def __init__(self, state: Attachment, cap: Captured, adapter: Adapter) -> None:
         self.state = state
         self.cap = cap
-        module: AdaptedModule = with_signature(AdaptedModule, cap)(
-            cap, state.found, adapter, weight_form
-        )
-        module._programs.blocks = False  # it runs once
-        self.module = module
+        self.module = with_signature(AdaptedModule, cap)(cap, state.found, adapter, weight_form)
+        self.module._programs.blocks = False  # it runs once
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
         """Take these updates from now on, of the same shapes."""

@@ -198,7 +198,6 @@ def fold(
     source = model if isinstance(model, CapturedModule) else cap
     module = with_signature(FoldedModule, cap)(source, rewrite, bound)
     module.folded = tuple(rewrite.report)
-    assert isinstance(module, FoldedModule)
     return module
 
 

@@ -66,7 +66,6 @@ def calibrate(
     module = with_signature(Watched, cap)(
         cap, seen.choose, seen.inputs, weights=weights, results=results
     )
-    assert isinstance(module, Watched)
     total, count = 0.0, 0
     for i, batch in enumerate(data):
         n = len(next(iter(batch.values())))

@@ -148,8 +148,7 @@ def module_of(captured: FileCaptured) -> CapturedModule:
     """The module of an opened file."""
     adapter = captured.adapter
     if adapter is None:
-        module: CapturedModule = with_signature(CapturedModule, captured)(captured)
-        return module
+        return with_signature(CapturedModule, captured)(captured)
     options = InsertOptions(
         adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
     )
@@ -276,7 +275,7 @@ def adapted_module(
     def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
-    module = with_signature(AdaptedModule, cap)(
+    return with_signature(AdaptedModule, cap)(
         cap,
         found,
         start.adapter,
@@ -286,8 +285,6 @@ def adapted_module(
         notes=start.notes,
         speedups=speedups if options.fast else plainly,
     )
-    assert isinstance(module, AdaptedModule)
-    return module
 
 
 def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:

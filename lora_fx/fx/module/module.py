@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -413,7 +413,10 @@ def copied(named: Named) -> dict[str, Any]:
     return result
 
 
-def with_signature(base: type[Any], captured: Captured) -> type[Any]:
+M = TypeVar("M", bound=CapturedModule)
+
+
+def with_signature(base: type[M], captured: Captured) -> type[M]:
     """A subclass by the model's class name whose forward has the original signature."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -428,7 +431,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = "The original call."
     names = {"forward": forward, **_face(captured.model)}
-    return type(type(captured.model).__name__, (base,), names)
+    return cast("type[M]", type(type(captured.model).__name__, (base,), names))
 
 
 def _face(model: nn.Module) -> dict[str, object]:
@@ -573,6 +576,6 @@ class FoldedModule(CapturedModule):
 
 def plain(captured: Captured) -> CapturedModule:
     """The captured model as a module, with no adapter."""
-    module: CapturedModule = with_signature(CapturedModule, captured)(captured)
+    module = with_signature(CapturedModule, captured)(captured)
     decide_doubts(module)
     return module
