@@ -61,12 +61,8 @@ def _search(graph: Graph[V]) -> Found:
         if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
     # the shapes of the lookup tables: a matmul of the same shape is an output head
-    tables = [
-        (u.layout.in_size, u.layout.out_size)
-        for group in uses.values()
-        for u in group
-        if u.site.op == "embedding" and u.layout is not None
-    ]
+    lookups = [u.layout for group in uses.values() for u in group if u.site.op == "embedding"]
+    tables = [(layout.in_size, layout.out_size) for layout in lookups if layout is not None]
     readers: dict[str, list[tuple[str, Region]]] = {}
     for r in (r for r in graph.other_readers() if r.parameter in parameters):
         shape = parameters[r.parameter].shape if r.parameter in uses else ()

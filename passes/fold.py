@@ -201,12 +201,8 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
     """The uses of a parameter that read nothing of these regions of it."""
-    return [
-        s
-        for t in (*found.targets, *found.optional)
-        if t.parameter.name == name and not any(overlap(t.region, r) for r in regions)
-        for s in t.sites
-    ]
+    own = (t for t in (*found.targets, *found.optional) if t.parameter.name == name)
+    return [s for t in own if not any(overlap(t.region, r) for r in regions) for s in t.sites]
 
 
 ROWS = 1 << 20

@@ -518,15 +518,9 @@ class Found:
 
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
-        return {
-            "targets": [t.to_json() for t in self.targets],
-            "refusals": [r.to_json() for r in self.refusals],
-            "unreached": [u.to_json() for u in self.unreached],
-            "pinned": [p.to_json() for p in self.pinned],
-            "ranges": [c.to_json() for c in self.ranges],
-            "flops": self.flops,
-            "reached_share": round(self.reached_share, 6),
-        }
+        names = ("targets", "refusals", "unreached", "pinned", "ranges")
+        rows = {name: [row.to_json() for row in getattr(self, name)] for name in names}
+        return {**rows, "flops": self.flops, "reached_share": round(self.reached_share, 6)}
 
     def __repr__(self) -> str:
         """The targets and their shapes, and how much cannot be adapted."""
