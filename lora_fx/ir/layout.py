@@ -311,29 +311,24 @@ def layout_of(
     parts = [[a for axis in axes for a in tracked.axes[axis]] for axes in (batch, out, in_)]
     # A size of 1 says nothing about the order of axes, and two uses may place it differently.
     parts = [[a for a in part if tracked.size[a] != 1] for part in parts]
+    place = {a: (p, i) for p, part in enumerate(parts) for i, a in enumerate(part)}
     runs: list[tuple[int, list[int]]] = []  # (part, atoms), in stored order
     for row in tracked.stored:
         fresh = True
         for atom in (a for a in row if tracked.size[a] != 1):
-            part = next((p for p, atoms in enumerate(parts) if atom in atoms), -1)
-            if part < 0:
+            if atom not in place:
                 raise Opaque("a stored axis is not read")
-            if not fresh and runs[-1][0] == part:
-                last = parts[part].index(runs[-1][1][-1])
-                if part and parts[part][last + 1 : last + 2] == [atom]:
-                    runs[-1][1].append(atom)
-                    continue
-            runs.append((part, [atom]))
+            part, i = place[atom]
+            if part and not fresh and place[runs[-1][1][-1]] == (part, i - 1):
+                runs[-1][1].append(atom)
+            else:
+                runs.append((part, [atom]))
             fresh = False
         if fresh:  # an axis of size 1: keep it, as out if out is empty, else as in
             runs.append((-1, []))
-    sides = [
-        sorted(
-            (i for i, (p, _) in enumerate(runs) if p == part),
-            key=lambda i, part=part: parts[part].index(runs[i][1][0]),  # type: ignore[misc]
-        )
-        for part in range(3)
-    ]
+    sides = [[i for i, (p, _) in enumerate(runs) if p == part] for part in range(3)]
+    for side in sides:
+        side.sort(key=lambda i: place[runs[i][1][0]])
     for i, (part, _) in enumerate(runs):
         if part < 0:
             sides[1 if not sides[1] else 2].append(i)
