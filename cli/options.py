@@ -195,11 +195,10 @@ def captured(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        cap = (
-            decoder(loaded.module, repeat=not whole)
-            if cache
-            else capture(loaded, (), given, wanted, static, repeat=not whole)
-        )
+        if cache:
+            cap = decoder(loaded.module, repeat=not whole)
+        else:
+            cap = capture(loaded, (), given, wanted, static, repeat=not whole)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap

@@ -304,8 +304,7 @@ def _row(key: str, entry: Entry, most: int) -> Json:
 def _shape(entry: Entry) -> list[int]:
     if isinstance(entry, LowRank):
         return list(entry.layout.stored if entry.layout is not None else entry.shape)
-    value = getattr(entry, "value", None)
-    return list(value.shape) if value is not None else list(getattr(entry, "shape", ()))
+    return list(getattr(getattr(entry, "value", entry), "shape", ()))
 
 
 # Any update as plain LoRA: ΔW by its method's formula, then the best b·a of few ranks.

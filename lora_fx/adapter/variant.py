@@ -512,9 +512,17 @@ def _part(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, A
     One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
     is given where the part is to be redone: then one that is not unique is an error.
     """
-    if how == "olora":
-        return _projected(weight, rank, where)
-    return _singular(weight, rank, how, where)
+    if how != "olora":
+        return _singular(weight, rank, how, where)
+    q, r = np.linalg.qr(weight[:, :rank])
+    size = np.abs(np.diag(r))
+    if where and size.min() <= _INDEPENDENT * size.max():
+        raise LoraFxError(
+            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
+            "off is not unique",
+            "save the adapter again with path_initial_model_for_weight_conversion",
+        )
+    return q, q.T @ weight
 
 
 def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:
@@ -533,16 +541,3 @@ def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Ar
     taken = vectors[:, :rank] if how == "pissa" else vectors[:, last:]
     rest = taken.T @ flat
     return (taken, rest) if flat is weight else (rest.T, taken.T)
-
-
-def _projected(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
-    """The projection onto the first columns."""
-    q, r = np.linalg.qr(weight[:, :rank])
-    size = np.abs(np.diag(r))
-    if where and size.min() <= _INDEPENDENT * size.max():
-        raise LoraFxError(
-            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
-            "off is not unique",
-            "save the adapter again with path_initial_model_for_weight_conversion",
-        )
-    return q, q.T @ weight
