@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import NumpyEmitter
@@ -66,7 +66,7 @@ class Batch:
         targets: Receives what the manifest says of each target.
     """
 
-    adapters: Mapping[str, Mapping[str, LowRank]]
+    adapters: Mapping[str, Updates]
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
@@ -161,7 +161,7 @@ def read_layout(site: Site, source: StoredWeight) -> Layout:
 
 
 def _joined(
-    name: str, updates: Mapping[str, LowRank], source: StoredWeight, layout: Layout, gain: float
+    name: str, updates: Updates, source: StoredWeight, layout: Layout, gain: float
 ) -> Pair | None:
     """All updates that an adapter has of one parameter as [rank, in], [out, rank] of a use."""
     mine = [(key, low) for key, low in updates.items() if base_name(key) == name]

@@ -20,11 +20,11 @@ alone. DoRA's g = m/‖V‖ multiplies the rows of V = W + s·b·a:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, halves, slots_of
+from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, Updates, halves, slots_of
 from lora_fx.adapter.variant import stretch, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
@@ -53,7 +53,7 @@ class Insert:
         weight_form: Take the weight form everywhere, as a reference for the output forms.
     """
 
-    updates: Mapping[str, LowRank]
+    updates: Updates
     dropout: float = 0.0
     training: bool = False
     role: Role = Role.TRAIN
@@ -185,7 +185,7 @@ def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
 
 
 def reached(
-    found: Found, updates: Mapping[str, LowRank], *, required: bool, hint: str
+    found: Found, updates: Updates, *, required: bool, hint: str
 ) -> tuple[dict[str, Target], list[tuple[Site, list[str]]]]:
     """The targets of updates by key, and each site that some of them reach, with their keys.
 

@@ -17,7 +17,7 @@ from itertools import permutations
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, Updates, alpha_of
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
@@ -192,7 +192,7 @@ def place(
     return result
 
 
-def _names(module: str, lows: Mapping[str, LowRank]) -> set[str]:
+def _names(module: str, lows: Updates) -> set[str]:
     """Every name that an entry may mean."""
     result = set()
     for key, low in lows.items():
@@ -200,7 +200,7 @@ def _names(module: str, lows: Mapping[str, LowRank]) -> set[str]:
     return result
 
 
-def _readings(module: str, lows: Mapping[str, LowRank], shape_of: Shapes) -> Iterator[Reading]:
+def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
     for way in permutations(sorted(_names(module, lows)), len(lows)):
         named = list(zip(lows, lows.values(), way, strict=True))
         if any(not low.candidates and key != name for key, low, name in named):
@@ -406,7 +406,7 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
 
 
 def _way(
-    module: str, lows: Mapping[str, LowRank], family: Family | None, version: str
+    module: str, lows: Updates, family: Family | None, version: str
 ) -> tuple[dict[str, tuple[int, ...]], bool]:
     """[E, out, in] by name as the file has in and out, and True where it has them swapped."""
     for pair in permutations(lows, 2):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_values
 from lora_fx.compare import EPSILON, FOLD_TOL, ORT_TOL, STEPS, Parity, compare
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
@@ -62,7 +62,7 @@ class Trained:
     """
 
     model: nn.Module
-    updates: Mapping[str, LowRank]
+    updates: Updates
     example: Named
     call: Callable[[Named], object]
     sample: Callable[[int], Named]
@@ -290,7 +290,7 @@ def _gradients_of(
     return [torch.zeros_like(w) if g is None else g for g, w in pairs]
 
 
-def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
+def weight_form(now: Updates, training: bool) -> Rewriter:
     """The pass that puts W + s·b·a at every site: the reference of output forms."""
     return Insert(now, missing="skip", weight_form=True)
 
@@ -335,7 +335,7 @@ class InGraph:
         self.module = with_signature(AdaptedModule, cap)(cap, state.found, adapter, weight_form)
         self.module._programs.blocks = False  # it runs once
 
-    def put(self, updates: Mapping[str, LowRank]) -> None:
+    def put(self, updates: Updates) -> None:
         """Take these updates from now on, of the same shapes."""
         self.module.load_adapter(Adapter(updates))
 
@@ -366,7 +366,7 @@ class Explicit:
     def __init__(self, state: Attachment, signature: Signature, named: Named) -> None:
         self.state, self.signature, self.named = state, signature, named
 
-    def put(self, updates: Mapping[str, LowRank]) -> None:
+    def put(self, updates: Updates) -> None:
         """The live model has them already."""
 
     def check(self) -> Parity:
@@ -461,9 +461,7 @@ def prove_trained(
 
 
 @stage("comparing the live model with the graph")
-def prove_live(
-    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank]
-) -> None:
+def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates) -> None:
     """Raise unless the attached model gives the reference's numbers with `probe` installed.
 
     Modules whose branch does not run, because some fused path reads their weight, change to the
@@ -473,7 +471,7 @@ def prove_live(
         LoraFxError: It differs; the message names the targets that differ when alone.
     """
 
-    def found_with(updates: Mapping[str, LowRank]) -> Parity:
+    def found_with(updates: Updates) -> Parity:
         state.fill(updates)
         reference.put(updates)
         return reference.check()

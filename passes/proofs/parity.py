@@ -268,9 +268,7 @@ def own_errors(
             yield grow(worst, moved.flat(named), values)
 
 
-def grow(
-    worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
-) -> dict[str, float]:
+def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
     """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
         found = rel(value, exact[name])

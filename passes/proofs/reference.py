@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, slots_of
+from lora_fx.adapter.lowrank import Updates, slots_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -235,7 +235,7 @@ class OnnxReference:
             ) from e
         return dict(zip(self._names, values, strict=True))
 
-    def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> RuntimeSession:
+    def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:
@@ -248,7 +248,7 @@ class OnnxReference:
         found = find(self.graph)
         return [found[k] for k in keys]
 
-    def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
+    def _path(self, updates: Updates, *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
         rows = ((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items())
         key = (moved, *rows)
@@ -273,7 +273,7 @@ class OnnxReference:
         return self._made[key]
 
 
-def _factors(updates: Mapping[str, LowRank]) -> dict[str, Array]:
+def _factors(updates: Updates) -> dict[str, Array]:
     scaled = {
         k: replace(u, b=u.b * np.float32(u.scale), frozen=0, group=0) for k, u in updates.items()
     }

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, learning
+from lora_fx.adapter.lowrank import Updates, learning
 from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -38,7 +38,7 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
-from lora_fx.passes.insert import Insert, changed
+from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
 from lora_fx.passes.verbs.open import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
@@ -298,9 +298,7 @@ class GraphPlanner(Planner):
             and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
 
-    def forms(
-        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
-    ) -> dict[str, Form]:
+    def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """Module path → Form.
 
         Raises:
@@ -313,7 +311,7 @@ class GraphPlanner(Planner):
                 for t in (False, True)
             )
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
-        grouped: dict[str, list[tuple[Target, LowRank]]] = {}
+        grouped: dict[str, list[Pair]] = {}
         for key, update in updates.items():
             target = self.found[key]
             grouped.setdefault(target.parameter.name, []).append((target, update))
@@ -341,7 +339,7 @@ class GraphPlanner(Planner):
                     lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
         return lost
 
-    def misread(self, updates: Mapping[str, LowRank]) -> dict[str, str]:
+    def misread(self, updates: Updates) -> dict[str, str]:
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
         some = {k: u for k, u in updates.items() if self.found[k].other_readers}
         forms = self.forms(some) if some else {}
@@ -356,7 +354,7 @@ class GraphPlanner(Planner):
     def _place(
         self,
         name: str,
-        group: Sequence[tuple[Target, LowRank]],
+        group: Sequence[Pair],
         branches: Mapping[str, tuple[Program, Program]],
         by_weight: frozenset[str],
         result: dict[str, Form],
@@ -422,7 +420,7 @@ def _inseparable(target: Target, why: str) -> LoraFxError:
     )
 
 
-def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
+def weight_form(group: Sequence[Pair]) -> Program:
     """W with the updates of one parameter in it, in its stored shape."""
     e = Recorder()
     w = total = Value(0)
@@ -451,9 +449,7 @@ class _Recorded:
         self.emitters: dict[str, Recorder] = {}
         self.programs: dict[str, Program] = {}
 
-    def run(
-        self, updates: Mapping[str, LowRank], dropout: float, *, training: bool
-    ) -> dict[str, Program]:
+    def run(self, updates: Updates, dropout: float, *, training: bool) -> dict[str, Program]:
         """Site id → the program of its new output; sites in weight form have none."""
         Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
         return self.programs

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.lowrank import LowRank, relearning
+from lora_fx.adapter.lowrank import Updates, relearning
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -272,7 +272,7 @@ def adapted_module(
 ) -> AdaptedModule:
     """The module with these updates, before anything is proven of it."""
 
-    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
+    def inserter(now: Updates, training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
     return with_signature(AdaptedModule, cap)(

@@ -18,6 +18,7 @@ from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.lowrank import (
     Full,
     LowRank,
+    Updates,
     asked,
     frame,
     learning,
@@ -53,8 +54,6 @@ from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, html, human, short
 
-Updates = Mapping[str, LowRank]
-"""Low-rank updates by key."""
 Inserter = Callable[[Updates, bool], Rewriter]
 Speedups = Callable[[Sequence[str]], list[Rewriter]]
 """The passes that make train programs cheaper, for the paths of a module's blocks."""
