@@ -97,16 +97,14 @@ class Batch:
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
-        stacks = [
-            self._stacks(graph, s, dtypes[s.parameter], form)
-            for s, form in zip(sites, forms, strict=True)
-        ]
-        keys = [
-            (graph.at(s).node.graph, graph.activation(s), r, str(a.shape), a.dtype)
-            for s, r, (a, _) in zip(sites, rows, stacks, strict=True)
-        ]
-        for site, row, form, (a, b), key in zip(sites, rows, forms, stacks, keys, strict=True):
-            beside = [other for (other, _), k in zip(stacks, keys, strict=True) if k == key]
+        uses, alike = [], dict[object, list[ir.Value]]()
+        for site, row, form in zip(sites, rows, forms, strict=True):
+            a, b = self._stacks(graph, site, dtypes[site.parameter], form)
+            read = graph.at(site).node.graph, graph.activation(site)
+            beside = alike.setdefault((*read, row, str(a.shape), a.dtype), [])
+            beside.append(a)
+            uses.append((site, row, form, a, b, beside))
+        for site, row, form, a, b, beside in uses:
             e = batch.BatchEmitter(graph, site, own, row)
             x, y = graph.activation(site), graph.output(site)
             graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))

@@ -213,21 +213,16 @@ def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]
 
 def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
     """True where an update can be one of a parameter of this shape."""
-    rank = _rank(low, name)
-    if shape is None or rank is None or len(shape) not in (2, 3):
+    told: tuple[int, float] | None = (low.rank, low.alpha)
+    if low.candidates:
+        told = low.candidates.get(name.rpartition(".")[2])
+    if shape is None or told is None or len(shape) not in (2, 3):
         return False
     rows = low.a.shape[-2] * (low.a.shape[0] if low.a.ndim == 3 else 1)
     out, in_ = low.b.shape[-2], low.a.shape[-1]
     experts = shape[0] if len(shape) == 3 else 1
     sides = (in_, out) if turned and len(shape) == 3 else (out, in_)
-    return rows == rank * experts and shape[-2:] == sides
-
-
-def _rank(low: LowRank, name: str) -> int | None:
-    if not low.candidates:
-        return low.rank
-    told = low.candidates.get(name.rpartition(".")[2])
-    return None if told is None else told[0]
+    return rows == told[0] * experts and shape[-2:] == sides
 
 
 def _only(

@@ -321,7 +321,6 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 # is an effect to compare. Gradients are those of the live model itself, in both modes.
 
 
-Arrays = dict[str, Array]
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The gates of the explicit reference, which rounds W + s·b·a in another order."""
 
@@ -354,7 +353,7 @@ class InGraph:
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
         return (sampled or prove(lambda _: adapted, module, arrays=given, tol=tol))[0]
 
-    def _live(self, feeds: Mapping[str, Array]) -> Arrays:
+    def _live(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with eval_mode(self.state.model):
             named = named_of(self.cap.named, feeds)
             return by_output(self.cap.signature.call(self.state.model, named))

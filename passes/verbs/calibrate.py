@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module.module import CapturedModule, with_signature
+from lora_fx.fx.module.module import with_signature
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss, loss_function
 from lora_fx.inputs import Named
@@ -87,9 +87,7 @@ def calibrate(
     return Calibration(moments, tuple(seen.notes), count, mean, seen.dead)
 
 
-def _run(
-    module: CapturedModule, batch: Batch, loss: str | Loss, *, backward: bool
-) -> Tensor | None:
+def _run(module: Watched, batch: Batch, loss: str | Loss, *, backward: bool) -> Tensor | None:
     """The loss of a batch; None where none is wanted."""
     signature = module.captured.signature
     device = next((p.device for p in module.parameters()), None)
