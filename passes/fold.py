@@ -99,7 +99,8 @@ class Fold:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
         found = find(graph)
         hint = "fold with these arguments as the example"
-        targets, sites = reached(found, self.updates, required=not self.applied, hint=hint)
+        uses = {key: update.use for key, update in self.updates.items()}
+        targets, sites = reached(found, uses, required=not self.applied, hint=hint)
         for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 into = exact(graph, target, self.updates[key])

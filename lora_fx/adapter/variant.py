@@ -53,10 +53,6 @@ class Lora:
     ratio: float = 1.0
     branches: ClassVar[bool] = True
 
-    def scale(self, alpha: float, rank: int) -> float:
-        """The factor s before b·a."""
-        return scale_of(alpha, rank, self.name)
-
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
         """The update with the tensors that this variant has beside a and b.
 
@@ -88,10 +84,6 @@ class Dora(Lora):
     """The rows of W + s·b·a are given lengths of their own, which are trained."""
 
     branches = False
-
-    def scale(self, alpha: float, rank: int) -> float:
-        """The factor s, which is that of lora: the magnitude is not part of it."""
-        return scale_of(alpha, rank)
 
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
         """The magnitude starts at the lengths of W's own rows, so that W' = W.
@@ -317,7 +309,7 @@ def initial(
         if read is not None and (init in OF_WEIGHT or not kind.branches):
             check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
             weight = matrix(target, read(target.parameter.name))
-        scale = kind.scale(fitted.alpha, fitted.rank)
+        scale = scale_of(fitted.alpha, fitted.rank, kind.name)
         source = weight
         if init in OF_DATA:
             source = getattr((moments or {}).get(key), OF_DATA[init], None)

@@ -32,8 +32,9 @@ from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
+from lora_fx.passes.insert import reached
 from lora_fx.targets.budget import STATISTICS, WIDE, Calibration, Moments, Sums
-from lora_fx.targets.target import Target, applies, contains, relative
+from lora_fx.targets.target import Target, contains, relative
 
 Batch = Named
 
@@ -130,21 +131,13 @@ class _Seen:
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
         """The uses of the wanted targets in a program."""
-        found = find(graph)
-        here: dict[str, tuple[Site, tuple[str, ...]]] = {}
-        for key, use in self.uses.items():
-            target = found.get(key)
-            if target is None:
-                continue  # these arguments do not reach it
-            self.targets[key] = target
-            for site in target.sites:
-                if applies(use, site):
-                    here[site.id] = site, (*here.get(site.id, (site, ()))[1], key)
-        for site, keys in here.values():
+        targets, here = reached(find(graph), self.uses)  # those that these arguments reach
+        self.targets |= targets
+        for site, keys in here:
             for key in keys if self.wanted != {"gradient"} else ():
                 if not readable(site):
                     self.say(key, f"its {site.op} shows no inputs and gradients of its own")
-        return list(here.values())
+        return [(site, tuple(keys)) for site, keys in here]
 
     def inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
         """Add the x of one use; positions that are padding have none."""
