@@ -178,10 +178,7 @@ def _parts(
 
 def _stored_axis(layout: Layout, axis: int) -> int | None:
     """The stored axis that one axis of a layout is the whole of."""
-    marks = layout.starts(tuple((1, n) for n in layout.stored))
-    whole = [i for i, m in enumerate(marks) if m]
-    stored = sum(1 for i in whole if i <= axis) - 1
-    return stored if axis in whole and layout.stored[stored] == layout.shape[axis] else None
+    return next((i for i, own in enumerate(layout.split()) if [*own] == [axis]), None)
 
 
 def _merge(refusals: Sequence[Refusal]) -> list[Refusal]:

@@ -233,7 +233,7 @@ class Layout:
             bounds: Half-open, per stored axis of this layout.
         """
         shape = list(self.shape)
-        for axes, (lo, hi), n in zip(self._axes(), bounds, self.stored, strict=True):
+        for axes, (lo, hi), n in zip(self.split(), bounds, self.stored, strict=True):
             if (lo, hi) != (0, n):
                 if len(axes) != 1 or not 0 <= lo < hi <= n:
                     return None
@@ -243,10 +243,10 @@ class Layout:
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
         """Where a part that `narrow` allows begins, per axis of `shape`."""
-        first = {axes[0]: lo for axes, (lo, _) in zip(self._axes(), bounds, strict=True) if axes}
+        first = {axes[0]: lo for axes, (lo, _) in zip(self.split(), bounds, strict=True) if axes}
         return tuple(first.get(axis, 0) for axis in range(len(self.shape)))
 
-    def _axes(self) -> list[range]:
+    def split(self) -> list[range]:
         """The axes of `shape` that each stored axis is split into."""
         result, at = [], 0
         for n in self.stored:

@@ -240,7 +240,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
                 check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
         said = tuple(text for k in updates if (text := found[k].said))
         return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
-    plan = options.planned(found, named_tensors(model)[0], options.also_train)
+    plan = options.planned(found, named_tensors(model)[0])
     moments, said = None, tuple[str, ...]()
     if options.init in OF_DATA:
         if cap is None or options.data is None:

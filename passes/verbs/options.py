@@ -65,15 +65,13 @@ class BranchOptions:
         if self.dead not in ("error", "drop", "keep", "allow"):
             raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
 
-    def planned(
-        self, found: Found, names: Mapping[str, str] | None = None, also_train: Selectors = None
-    ) -> Plan:
+    def planned(self, found: Found, names: Mapping[str, str] | None = None) -> Plan:
         """The plan of a model's targets; see `lora_fx.targets.plan.make_plan`."""
         if isinstance(self.plan, Plan):
             return self.plan
         return make_plan(
             found, names or {}, rank=self.rank, alpha=self.alpha, include=self.include,
-            exclude=self.exclude, also_train=also_train, ranks=self.plan,
+            exclude=self.exclude, also_train=getattr(self, "also_train", None), ranks=self.plan,
         )  # fmt: skip
 
 
