@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, expect_name, near_path, one_line
+from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
 from lora_fx.text import Json
 
@@ -219,8 +219,7 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
             f"{path}: data of an unknown kind {suffix!r}",
             near_path(path, ".npz, .jsonl, .csv or module:loader"),
         )
-    if not Path(path).is_file():
-        raise LoraFxError(f"{path}: no such file", near_path(path, "give a path to the data"))
+    expect_file(path, "give a path to the data")
     return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
 
 

@@ -246,6 +246,12 @@ _SIBLINGS = 2000
 """Names of a folder that are compared; all of a hundred thousand would take a second."""
 
 
+def expect_file(path: str | os.PathLike[str], none: str) -> None:
+    """Refuse the path of a file that is not there; the hint is as that of `near_path`."""
+    if not os.path.isfile(path):
+        raise LoraFxError(f"{os.fspath(path)}: no such file", near_path(path, none))
+
+
 # Errors of the operating system.
 
 

@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
-from pathlib import Path
 
-from lora_fx.errors import LoraFxError, check_format, near_path
+from lora_fx.errors import LoraFxError, check_format, expect_file
 from lora_fx.files.read import read_json
 from lora_fx.ir.graph import Site
 from lora_fx.targets.target import Found, Target, base_name, check_disjoint, split_region, split_use
@@ -460,10 +459,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
         LoraFxError: No such file, no JSON, a field or a value that no plan has.
     """
     where = fspath(path)
-    if not Path(where).is_file():
-        raise LoraFxError(
-            f"{where}: no such file", near_path(where, "lora-fx plan MODEL DATA -o FILE writes one")
-        )
+    expect_file(where, "lora-fx plan MODEL DATA -o FILE writes one")
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")

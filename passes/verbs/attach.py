@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -119,7 +120,8 @@ def attach(
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
     except CaptureError as e:
-        cap, planner = None, _partial(model, args, kwargs, dropout, e)
+        call = partial(model, *args, **(kwargs or {}))
+        cap, planner = None, _partial(model, call, dropout, e)
     start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
     lost: dict[str, str] = {}
@@ -199,11 +201,7 @@ def _module(model: object) -> nn.Module:
 
 
 def _partial(
-    model: nn.Module,
-    args: Sequence[object],
-    kwargs: Named | None,
-    dropout: float,
-    error: CaptureError,
+    model: nn.Module, call: Callable[[], object], dropout: float, error: CaptureError
 ) -> GraphPlanner:
     """Targets from dynamo's partial graphs; the report says so.
 
@@ -213,7 +211,7 @@ def _partial(
     layers = keep_trainable(model)
     with proofs.eval_mode(model):
         try:
-            graphs = partial_graphs(model, lambda: model(*args, **(kwargs or {})))
+            graphs = partial_graphs(model, call)
         except Exception as e:
             raise error from e
         finally:

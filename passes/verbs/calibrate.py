@@ -36,13 +36,11 @@ from lora_fx.passes.insert import reached
 from lora_fx.targets.budget import STATISTICS, WIDE, Calibration, Moments, Sums
 from lora_fx.targets.target import Target, contains, relative
 
-Batch = Named
-
 
 def calibrate(
     cap: Captured,
     uses: Mapping[str, str],
-    data: Iterable[Batch],
+    data: Iterable[Named],
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
@@ -88,7 +86,7 @@ def calibrate(
     return Calibration(moments, tuple(seen.notes), count, mean, seen.dead)
 
 
-def _run(module: Watched, batch: Batch, loss: str | Loss, *, backward: bool) -> Tensor | None:
+def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
     """The loss of a batch; None where none is wanted."""
     signature = module.captured.signature
     device = next((p.device for p in module.parameters()), None)
@@ -106,7 +104,7 @@ def _run(module: Watched, batch: Batch, loss: str | Loss, *, backward: bool) -> 
     return compute(out, given.get(label)) if backward else None
 
 
-def _mask(batch: Batch) -> Tensor | None:
+def _mask(batch: Named) -> Tensor | None:
     """The attention mask [examples, positions] of a batch of texts."""
     mask = batch.get("attention_mask")
     found = None if mask is None else _tensor(mask)
