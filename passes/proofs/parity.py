@@ -349,26 +349,25 @@ def torch_run(module: CapturedModule) -> Run:
 # A captured torch model as the reference of an export.
 
 
+@dataclass(eq=False)
 class TorchReference:
     """Adapters are the branches that insert adds.
 
-    Args:
+    Attributes:
         captured: The base model.
         branched: What adds an adapter's branches to it.
         arrays: A user's inputs by name, instead of sampled ones.
         tol: The gate.
     """
 
-    def __init__(
-        self,
-        captured: Captured,
-        branched: Callable[[Adapter], CapturedModule],
-        arrays: Named | None = None,
-        tol: float = ORT_TOL,
-    ) -> None:
-        self.branched, self.arrays, self.tol = branched, arrays, tol
-        self.base = plain(captured)
-        self.base.eval()
+    captured: Captured
+    branched: Callable[[Adapter], CapturedModule]
+    arrays: Named | None = None
+    tol: float = ORT_TOL
+
+    def __post_init__(self) -> None:
+        """Make the module of the base."""
+        self.base = plain(self.captured).eval()
         self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -100,10 +100,11 @@ class Reference(Protocol):
         """Compare at every size; `of` is the word for it in the report."""
 
 
+@dataclass(eq=False)
 class OnnxReference:
     """See Reference; made by `reference_of`.
 
-    Args:
+    Attributes:
         graph: The base; not changed. Without it no adapter can be added.
         source: Its file.
         provider: auto, cpu or cuda.
@@ -111,17 +112,16 @@ class OnnxReference:
         arrays: A user's inputs by name, instead of sampled ones.
     """
 
-    def __init__(
-        self,
-        graph: OnnxGraph | None,
-        source: Path,
-        provider: str,
-        folder: Path,
-        arrays: Named | None,
-    ) -> None:
-        self.graph, self.source, self.folder = graph, source, folder
-        self.session = session = open_session(source, provider)
-        self.arrays = dict(arrays or {})
+    graph: OnnxGraph | None
+    source: Path
+    provider: str
+    folder: Path
+    arrays: Named
+
+    def __post_init__(self) -> None:
+        """Open the file; raises for an array that is no input of it."""
+        graph = self.graph
+        self.session = session = open_session(self.source, self.provider)
         found = {} if graph is None else highest(graph)
         said = signature(session)
         specs = tuple(replace(s, high=found.get(s.name)) for s in said.specs)
@@ -286,7 +286,7 @@ def reference_of(
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
-        yield OnnxReference(graph, source, provider, Path(folder), arrays)
+        yield OnnxReference(graph, source, provider, Path(folder), arrays or {})
 
 
 # Rows of a batch graph: every row of mixed batches equals its adapter alone.
