@@ -341,11 +341,10 @@ class GraphPlanner(Planner):
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
         some = {k: u for k, u in updates.items() if self.found[k].other_readers}
         forms = self.forms(some) if some else {}
-        targets = {k: self.found[k] for k in some}
         return {
-            k: f"{t.said}, and a matmul reads it outside a module of its own"
-            for k, t in targets.items()
-            for path, leaf in self.owners.get(t.parameter.name, ())
+            k: f"{self.found[k].said}, and a matmul reads it outside a module of its own"
+            for k in some
+            for path, leaf in self.owners.get(self.found[k].parameter.name, ())
             if path in forms and leaf in forms[path].weights
         }
 
