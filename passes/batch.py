@@ -97,7 +97,8 @@ class Batch:
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
-        uses, alike = [], dict[object, list[ir.Value]]()
+        uses = []
+        alike: dict[object, list[ir.Value]] = {}  # A of the uses that read one value
         for site, row, form in zip(sites, rows, forms, strict=True):
             a, b = self._stacks(graph, site, dtypes[site.parameter], form)
             read = graph.at(site).node.graph, graph.activation(site)
