@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -198,7 +198,8 @@ def captured(
         if cache:
             cap = decoder(loaded.module, repeat=not whole)
         else:
-            cap = capture(loaded, (), given, wanted, static, repeat=not whole)
+            quiet = replace(loaded, notes=())  # they were told above
+            cap = capture(quiet, (), given, wanted, static, repeat=not whole)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap

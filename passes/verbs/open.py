@@ -72,10 +72,7 @@ def captured_of(
     if is_program(model):
         return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
-        loaded = load_model(fspath(model), meta=meta)
-        cap = capture(loaded, args, kwargs, dynamic, repeat=repeat)
-        cap.notes += loaded.notes
-        return cap
+        model = load_model(fspath(model), meta=meta)
     return capture(model, args, kwargs, dynamic, repeat=repeat)
 
 
@@ -186,7 +183,9 @@ def capture(
     if isinstance(model, LoadedModel):
         if not args and not kwargs:
             args, kwargs = model.args, model.kwargs
-        model = model.module
+        cap = capture(model.module, args, kwargs, dynamic, static, repeat=repeat)
+        cap.notes += model.notes
+        return cap
     cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
     cap.traced(False, cap.named)
     return cap
