@@ -337,7 +337,7 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
 def nearby(x: Any, generator: torch.Generator) -> Any:
     """A tensor with its floats moved by up to a unit of their last place, by lot.
 
-    In 32 bits half of them stay, 1 + ε/2 being 1, and half move: more than rounding would by itself.
+    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
