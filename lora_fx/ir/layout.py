@@ -256,31 +256,24 @@ class Layout:
             result.append(range(first, at))
         return result
 
-    def from_stored(self, e: Ops[V], value: V) -> V:
-        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
+    def _matrix(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes of `shape` as [*batch, out, in] has them, their sizes, and its own shape."""
         order = self.batch + self.out + self.in_
         whole = (*self.batch_shape, self.out_size, self.in_size)
-        if tuple(self.shape) != self.stored:
-            value = e.op("reshape", value, shape=self.shape)
-        if order != tuple(range(len(order))):
-            value = e.op("transpose", value, perm=order)
-        if tuple(self.shape[i] for i in order) != whole:
-            value = e.op("reshape", value, shape=whole)
-        return value
+        return order, tuple(self.shape[i] for i in order), whole
+
+    def from_stored(self, e: Ops[V], value: V) -> V:
+        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
+        order, split, whole = self._matrix()
+        value = _reshaped(e, value, self.stored, self.shape)
+        return _reshaped(e, _permuted(e, value, order), split, whole)
 
     def to_stored(self, e: Ops[V], delta: V) -> V:
         """Bring a value from [*batch, out, in] to the stored shape, in any IR."""
-        order = self.batch + self.out + self.in_
-        split = tuple(self.shape[i] for i in order)
+        order, split, whole = self._matrix()
         inverse = tuple(order.index(i) for i in range(len(order)))
-        whole = (*self.batch_shape, self.out_size, self.in_size)
-        if split != whole:
-            delta = e.op("reshape", delta, shape=split)
-        if inverse != tuple(range(len(inverse))):
-            delta = e.op("transpose", delta, perm=inverse)
-        if tuple(self.shape) != self.stored:
-            delta = e.op("reshape", delta, shape=self.stored)
-        return delta
+        delta = _permuted(e, _reshaped(e, delta, whole, split), inverse)
+        return _reshaped(e, delta, self.shape, self.stored)
 
     def to_json(self) -> dict[str, list[int]]:
         """The five fields as plain lists, for manifests and file headers."""
@@ -290,6 +283,14 @@ class Layout:
     def from_json(cls, data: dict[str, list[int]]) -> Layout:
         """The Layout that `to_json` wrote."""
         return cls(**{k: tuple(v) for k, v in data.items()})
+
+
+def _reshaped(e: Ops[V], value: V, have: tuple[int, ...], want: tuple[int, ...]) -> V:
+    return value if have == want else e.op("reshape", value, shape=want)
+
+
+def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
+    return value if perm == tuple(range(len(perm))) else e.op("transpose", value, perm=perm)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
