@@ -291,8 +291,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         entry = _turned(key, entry)
     if entry.magnitude is not None:
         entry = replace(entry, magnitude=_lengths(key, entry, layout))
-    a = (*layout.batch_shape, entry.rank, layout.in_size)
-    b = (*layout.batch_shape, layout.out_size, entry.rank)
+    a, b = layout.factor_shapes(entry.rank)
     if entry.a.shape != a or entry.b.shape != b:
         raise MisfitError(
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "

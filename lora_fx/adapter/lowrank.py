@@ -203,8 +203,7 @@ def draw(
     a with variance 1/in and b with variance 1/rank, for proofs of effect.
     """
     rng = generator(key, seed)
-    a_shape = (*layout.batch_shape, rank, layout.in_size)
-    b_shape = (*layout.batch_shape, layout.out_size, rank)
+    a_shape, b_shape = layout.factor_shapes(rank)
     if which == "probe":
         a = rng.standard_normal(a_shape) / math.sqrt(layout.in_size)
         b = rng.standard_normal(b_shape) / math.sqrt(rank)

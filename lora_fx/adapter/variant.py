@@ -362,10 +362,10 @@ def _start(
     """A [*batch, rank, in] and b [*batch, out, rank], fp32; `source` is what the start reads."""
     if init == "kaiming":
         return draw(key, layout, rank, seed)
-    zero = np.zeros((*layout.batch_shape, layout.out_size, rank), np.float32)
+    a_shape, b_shape = layout.factor_shapes(rank)
+    zero = np.zeros(b_shape, np.float32)
     if init == "gaussian":
-        shape = (*layout.batch_shape, rank, layout.in_size)
-        return (generator(key, seed).standard_normal(shape) / rank).astype(np.float32), zero
+        return (generator(key, seed).standard_normal(a_shape) / rank).astype(np.float32), zero
     if init == "orthogonal":
         return _orthogonal(key, layout, rank, seed)
     if init in OF_WEIGHT:

@@ -222,6 +222,10 @@ class Layout:
         """Number of elements in a and b together."""
         return math.prod(self.batch_shape) * rank * (self.out_size + self.in_size)
 
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a, [*batch, rank, in], and of b, [*batch, out, rank]."""
+        return (*self.batch_shape, rank, self.in_size), (*self.batch_shape, self.out_size, rank)
+
     def transposed(self) -> Layout:
         """The layout of a use that reads the tensor the other way round."""
         return Layout(self.shape, self.batch, self.in_, self.out, self.stored)
