@@ -106,7 +106,7 @@ class Tracked:
     of stored axis i, major first, `axes[j]` those of operand axis j, `size` their lengths.
     """
 
-    region: list[tuple[int, int]]
+    region: Region
     stored: list[list[int]]
     axes: list[list[int]]
     size: dict[int, int]
@@ -152,8 +152,9 @@ class Tracked:
         if self.stored[home][0] != atom:
             raise Opaque("slice inside a stored axis that is not contiguous")
         inner = math.prod(self.size[a] for a in self.stored[home][1:])
-        first = self.region[home][0]
-        self.region[home] = (first + step.start * inner, first + step.stop * inner)
+        first, read = self.region[home][0], self.region
+        bounds = (first + step.start * inner, first + step.stop * inner)
+        self.region = (*read[:home], bounds, *read[home + 1 :])
         self.size[atom] = step.stop - step.start
 
 
@@ -164,9 +165,8 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
         Opaque: A reshape or slice cuts across stored axes.
     """
     atoms = range(len(shape))
-    found = Tracked(
-        [(0, n) for n in shape], [[i] for i in atoms], [[i] for i in atoms], dict(enumerate(shape))
-    )
+    region = tuple((0, n) for n in shape)
+    found = Tracked(region, [[i] for i in atoms], [[i] for i in atoms], dict(enumerate(shape)))
     for step in steps:
         if isinstance(step, Permute):
             found.axes = [found.axes[d] for d in step.perm]
@@ -175,6 +175,14 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
         elif isinstance(step, Slice):
             found.narrow(step)
     return found
+
+
+def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
+    """The part of a parameter that a view shows: all of it where the view mixes its axes."""
+    try:
+        return track(shape, steps).region
+    except Opaque:
+        return tuple((0, n) for n in shape)
 
 
 # The layout of an update.
