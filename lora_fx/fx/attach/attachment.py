@@ -74,7 +74,7 @@ class Attachment:
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
         self._packs = keep_trainable(model)
-        self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
+        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._originals = {n: parameter_of(self.model, n).detach().clone() for n in self._also}
 
@@ -104,8 +104,7 @@ class Attachment:
             parameter_of(self.model, n).requires_grad_(n in self._also)
         try:
             for module, live in self._lives():
-                base = type(module)
-                self._swapped.append((module, base, swap(module, live)))
+                self._swapped.append((module, swap(module, live)))
         except LoraFxError:
             self.remove()
             raise
@@ -136,14 +135,14 @@ class Attachment:
         Raises:
             LoraFxError: Another tool has changed a module's class since.
         """
-        for module, _, new in self._swapped:
+        for module, new in self._swapped:
             if type(module) is not new:
                 raise LoraFxError(
                     f"a {new.__name__} became {type(module).__name__} by another tool after attach",
                     "undo that first, or save model.adapter() and load the model again",
                 )
-        for module, base, _ in self._swapped:
-            restore(module, base)
+        for module, _ in self._swapped:
+            restore(module)
         self._swapped.clear()
         for module in list(self.model.modules()):
             for name in SIDES:
