@@ -236,6 +236,12 @@ class Door:
             if fixed is not None
         }
 
+    def fixed(self, requested: Requested) -> dict[Size, int]:
+        """The sizes that should be dynamic and are not."""
+        held = ((n, fixed) for n, fixed in zip(self.names, self.sizes, strict=True) if fixed)
+        pairs = ((n, d, fixed) for n, fixed in held for d in requested.get(n, {}) if d < len(fixed))
+        return {(n, d): size for n, d, fixed in pairs if (size := fixed[d]) is not None}
+
     def check(self, leaves: Sequence[Any]) -> None:
         """Raise what refused gives."""
         error = self.refused(leaves)

@@ -492,15 +492,14 @@ def clean_module(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s)
         for s in learnt.sizes
     )
-    pinned = []
-    for i, (name, s) in enumerate(zip(names, fixed, strict=True)):
-        for d in requested.get(name, {}):
-            if s is not None and d < len(s) and (n := s[d]) is not None:
-                pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
+    door = Door(tuple(names), fixed, tuple(learnt.conditions))
+    pinned = [
+        Pinned(n, d, size, learnt.fixed.get((names.index(n), d), UNKNOWN))
+        for (n, d), size in door.fixed(requested).items()
+    ]
     constants, bodies = _constants(module, graph)
     cuts = constants_of(graph)
     _finish(graph)
-    door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
 

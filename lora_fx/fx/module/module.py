@@ -25,7 +25,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
+from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype, copied
 from lora_fx.fx.capture.trace import has_grouped, quiet
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
@@ -405,12 +405,6 @@ def by_output(out: Any) -> dict[str, Array]:
     """The tensors among a model's outputs, by name."""
     leaves = leaves_of({"": out})
     return {output_name(n): to_numpy(v) for n, v in leaves if isinstance(v, torch.Tensor)}
-
-
-def copied(named: Named) -> dict[str, Any]:
-    """The arguments with a copy of every tensor."""
-    result: dict[str, Any] = pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
-    return result
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
