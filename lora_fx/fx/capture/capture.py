@@ -113,6 +113,8 @@ class Captured:
     adapter: Adapter | None = None
     quantised: nn.Module | None = None
     repeat = True
+    idle: frozenset[object] | None = None
+    _limits_known = False
     live = False  # True where the model itself trains, and the graph shows its targets
 
     def __init__(
@@ -157,10 +159,8 @@ class Captured:
         )
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
-        self.idle: frozenset[object] | None = None
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
-        self._limits_known = False
 
     def __repr__(self) -> str:
         """The model's class, and the signature with its dimensions."""
