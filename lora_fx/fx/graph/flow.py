@@ -317,13 +317,11 @@ def _cast(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     axis = int(argument(node, "dim", 0)) % len(shape)
-    n, out = shape[axis], _static(shape_of(node))
-    start, step = argument(node, "start"), argument(node, "step", 1)
-    start = 0 if start is None else start
-    if out is None or step != 1 or not isinstance(start, int):
+    out, start, step = _static(shape_of(node)), argument(node, "start"), argument(node, "step", 1)
+    if out is None or step != 1 or not isinstance(start, int | None):
         return None
-    start = min(max(start + n if start < 0 else start, 0), n)
-    return [Slice(axis, start, start + out[axis])]
+    first = slice(start, None).indices(shape[axis])[0]
+    return [Slice(axis, first, first + out[axis])]
 
 
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
