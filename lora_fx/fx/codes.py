@@ -269,14 +269,13 @@ def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def forms(root: nn.Module) -> dict[str, Stored]:
     """First name of a parameter that is stored as codes → what they stand for."""
-    names: dict[str, str] | None = None
+    held = {p: m.__dict__[HELD] for p, m in root.named_modules() if m.__dict__.get(HELD)}
+    names = named_tensors(root)[0] if held else {}
     found: dict[str, Stored] = {}
-    for path, module in root.named_modules():
-        for leaf, stored in (module.__dict__.get(HELD) or {}).items():
-            names = named_tensors(root)[0] if names is None else names
-            name = names.get(f"{path}.{leaf}".lstrip("."))
-            if name is not None:
-                found.setdefault(name, stored)
+    for path, stored in held.items():
+        for leaf, q in stored.items():
+            if name := names.get(f"{path}.{leaf}".lstrip(".")):
+                found.setdefault(name, q)
     return found
 
 

@@ -267,7 +267,6 @@ def says(modals: Iterable[Modal]) -> str:
 
 FORMAT = 2
 """That of a file with several programs of one mode, of which sizes choose; others have 1."""
-_KINDS = {k.name: k for k in inspect._ParameterKind}
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
@@ -366,9 +365,9 @@ def _parameter(p: inspect.Parameter) -> Json:
 
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
-    empty = inspect.Parameter.empty
+    empty, kinds = inspect.Parameter.empty, inspect._ParameterKind
     parameters = [
-        inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
+        inspect.Parameter(str(r["name"]), kinds[r["kind"]], default=r.get("default", empty))
         for r in rows
     ]
     return inspect.Signature(parameters)
