@@ -273,7 +273,7 @@ class Attachment:
             for n in METHODS
             if n in self._taken()
         ]
-        notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
+        notes = (*self._notes, *self._sampled.said, *self.found.notes, *forms)
         made = adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
         return replace(made, effect=self.effect)
 
@@ -318,7 +318,6 @@ class Planner:
     """Decides the forms of a set of updates; see passes/verbs/attach.py. Copies share it."""
 
     found: Found
-    notes: tuple[str, ...] = ()
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """The form of every module, by path; modules in `by_weight` get no branch."""

@@ -69,11 +69,8 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
 """What runs each primitive of lora_fx.ir.emitter.Ops."""
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(int):
     """A value of a recording, which is its place in the list of values."""
-
-    index: int
 
 
 Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
@@ -135,7 +132,7 @@ class Recorder:
         """Record one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
-        return self._add("step", prim, tuple(o.index for o in operands), fixed)
+        return self._add("step", prim, tuple(operands), fixed)
 
     def like(self, site: Site, x: Value, w: Value) -> Value:
         """Record the site's op; a lookup keeps its padding row, which has no gradient."""
@@ -159,7 +156,7 @@ class Recorder:
             LoraFxError: A primitive that PRIMS lacks.
         """
         made = self.made
-        needed = reached([result.index], lambda i: made[i][2] if made[i][0] == "step" else ())
+        needed = reached([int(result)], lambda i: made[i][2] if made[i][0] == "step" else ())
         groups: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
         for i in sorted({*range(INPUTS), *needed}):
             groups[made[i][0]].append(i)

@@ -33,8 +33,9 @@ from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import stored_of
 from lora_fx.fx.codes import whole as whole_weight
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
+from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups, decide_doubts
 from lora_fx.fx.tensors import (
     device_of,
     from_numpy,
@@ -56,8 +57,6 @@ from lora_fx.text import Json, html, human, short
 Updates = Mapping[str, LowRank]
 """Low-rank updates by key."""
 Inserter = Callable[[Updates, bool], Rewriter]
-Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 DEFAULT = "default"
@@ -98,11 +97,8 @@ class AdaptedModule(CapturedModule):
         self._graph(False, captured.named)  # registers the adapter's tensors
         self._sampled.now(self._updates, self)  # while tensors are whole
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._inserter(self._updates, training)]
-
-    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
-        return self._fast(blocks) if training and self._fast is not None else []
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        self._inserter(self._updates, training)(graph)
 
     def inserting(self, inserter: Inserter) -> contextlib.AbstractContextManager[None]:
         """A block in which other passes make the branches, in programs of their own."""

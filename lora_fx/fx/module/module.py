@@ -26,15 +26,19 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype, copied
-from lora_fx.fx.capture.trace import has_grouped, quiet
+from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.codegen import Compiled, Recomputing, apart, checkpointer, left_in
+from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
+Program = tuple[str, Traced]
+"""The name of its code, and what it was made from: the sizes that it takes, its outputs' tree."""
+Speedups = Callable[[Sequence[str]], list[Rewriter]]
+"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 # The tree that holds a model's tensors, and the weightless copy that holds its code.
@@ -157,7 +161,7 @@ class Programs:
 
     captured: Captured
     codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
-    compiled: dict[tuple[object, ...], list[Compiled]] = field(default_factory=dict)
+    compiled: dict[tuple[object, ...], list[Program]] = field(default_factory=dict)
     blocks: bool = True
     inlined: set[str] = field(default_factory=set)
 
@@ -169,6 +173,8 @@ class Programs:
 
 class CapturedModule(Recomputing, Scope):
     """A captured model as a module again: original names, signature and output type."""
+
+    _fast: Speedups | None = None
 
     def __init__(
         self,
@@ -207,21 +213,16 @@ class CapturedModule(Recomputing, Scope):
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
         key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
-        for program in programs.compiled.get(key, ()):
-            if program.door.admits(leaves):
+        for ident, traced in programs.compiled.get(key, ()):  # noqa: B007 - it is used behind
+            if traced.door.admits(leaves):
                 break
         else:
-            program = self._capture(key, named)
-        out = programs.codes[program.id, ""](self, *leaves)
-        return pytree.tree_unflatten(list(out), program.out_spec)
+            ident, traced = self._capture(key, named)
+        out = programs.codes[ident, ""](self, *leaves)
+        return pytree.tree_unflatten(list(out), traced.out_spec)
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        """The passes that turn a captured graph into this module's program."""
-        return []
-
-    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
-        """Passes that change what a program costs, not its numbers."""
-        return []
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        """Turn a captured graph into this module's program."""
 
     def graph(
         self, training: bool = False, *, portable: bool = False, named: Named | None = None
@@ -244,20 +245,21 @@ class CapturedModule(Recomputing, Scope):
         self._place_bodies(graph)
         if training and self._norm_stats == "frozen" and freeze_norms(graph.graph):
             graph.changed()
-        for rewrite in self._rewriters(training) if self._adapted else ():
-            rewrite(graph)
+        if self._adapted:
+            self._rewrite(graph, training)
         graph.lint()
         return graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _capture(self, key: tuple[object, ...], named: Named) -> Compiled:
+    def _capture(self, key: tuple[object, ...], named: Named) -> Program:
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
         traced.door.check(pytree.tree_leaves(named))
         graph = self._graph(self.training, named)
         blocks = self._blocks() if programs.blocks else {}
-        for speed in self._speedups(self.training, tuple(blocks)) if self._adapted else ():
+        fast = self._fast if self.training and self._adapted else None
+        for speed in fast(tuple(blocks)) if fast is not None else ():
             speed(graph)
         graph.lint()
         ident = f"program_{sum(map(len, programs.compiled.values()))}"
@@ -265,9 +267,8 @@ class CapturedModule(Recomputing, Scope):
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
-        program = Compiled(ident, traced.door, traced.out_spec)
-        programs.compiled.setdefault(key, []).append(program)
-        return program
+        programs.compiled.setdefault(key, []).append((ident, traced))
+        return ident, traced
 
     def _blocks(self) -> dict[str, Scope]:
         """Path → the parts that programs call."""
@@ -525,9 +526,8 @@ def freeze_norms(graph: fx.Graph) -> bool:
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
-        return False
-    place = node.args[0]
+    adds = node.target in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor)
+    place = node.args[0] if adds else None
     if not isinstance(place, fx.Node) or place.op != "get_attr":
         return False
     return str(place.target).endswith("num_batches_tracked")
@@ -554,8 +554,8 @@ class FoldedModule(CapturedModule):
             tensors.replace_parameter(self, old, new)
         self._graph(False, captured.named)
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._rewriter]
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        self._rewriter(graph)
 
     def train(self, mode: bool = True) -> FoldedModule:
         """A folded model has no train mode."""
