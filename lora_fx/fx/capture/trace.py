@@ -138,7 +138,7 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
-    repeats = Repeats(entry.source) if repeat else None
+    repeats = Repeats(entry.source()) if repeat else None
     if repeats is not None and repeats.families:
         # an error is the model's, and comes again, or comes of the watching
         with contextlib.suppress(Exception), repeats.watching():
@@ -160,7 +160,8 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     named = pytree.tree_unflatten(apart(large), spec)
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
-    with log.listening(), _watched(entry.source) as seen, _modes_read(entry.source) as read:
+    model = entry.source()
+    with log.listening(), _watched(model) as seen, _modes_read(model) as read:
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
@@ -221,7 +222,7 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
         made[:] = [out_spec]
         return flat
 
-    source = entry.source
+    source = entry.source()
     with quiet(), torch.no_grad(), _scopes(source), _watched(source) as seen:
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
@@ -395,6 +396,7 @@ class RootModule(OverTree):
         forward: What is called.
 
     Attributes:
+        source: Gives the model.
         left_out: Gives the names of the outputs of the last run that are no tensors.
     """
 
@@ -408,13 +410,8 @@ class RootModule(OverTree):
 
         # Functions, since torch.export puts back what lists and tuples of a module held.
         self._call: Callable[[dict[str, Any]], Any] = call
-        self._source: Callable[[], nn.Module] = lambda: source
+        self.source: Callable[[], nn.Module] = lambda: source
         self.left_out: Callable[[], list[str]] = lambda: left_out
-
-    @property
-    def source(self) -> nn.Module:
-        """The model."""
-        return self._source()
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""

@@ -35,16 +35,12 @@ class LoadedProgram:
     Attributes:
         program: What torch made of the JSON.
         state: Parameters and buffers by name, those that state_dict leaves out included.
-        volatile: Names of the buffers that state_dict leaves out.
         named: {argument: example value}: tensors of the example's sizes, and constants.
-        classes: {module path: class name}, as far as nodes say.
     """
 
     program: ExportedProgram
     state: Mapping[str, torch.Tensor]
-    volatile: frozenset[str]
     named: JsonView
-    classes: Mapping[str, str]
 
 
 def load_program(archive: Archive, name: str) -> LoadedProgram:
@@ -61,8 +57,8 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
         serialized = _dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
         program = ExportedProgramDeserializer().deserialize(serialized, weights, constants)
         signature = program.graph_signature
-        volatile = frozenset(signature.non_persistent_buffers)
-        state = {**weights, **{n: constants[n] for n in constants if n in volatile}}
+        volatile = signature.non_persistent_buffers
+        state = {**weights, **{n: t for n, t in constants.items() if n in volatile}}
         outputs, spec = len(signature.user_outputs), program.call_spec.out_spec
         if spec.num_leaves != outputs:
             raise archive.bad(f"{member} has {outputs} outputs and a tree of {spec.num_leaves}")
@@ -76,10 +72,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
             f"{one_line(f'{type(e).__name__}: {last}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
-    # the first node that was made in a module says its class
-    scopes = [scopes_of(n) for n in reversed(program.graph.nodes)]
-    classes = {path: cls for found in scopes for path, cls in found.items()}
-    return LoadedProgram(program, state, volatile, named, classes)
+    return LoadedProgram(program, state, named)
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
@@ -121,7 +114,9 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
         programs: Their tensors are joined; one tensor under two names stays one.
         skip: Names to leave out (an adapter's).
     """
-    classes = {"": "Program", **{k: v for p in reversed(programs) for k, v in p.classes.items()}}
+    # the first node that was made in a module says its class
+    nodes = (n for loaded in reversed(programs) for n in reversed(loaded.program.graph.nodes))
+    classes = {"": "Program", **{path: cls for n in nodes for path, cls in scopes_of(n).items()}}
 
     def scope(path: str) -> nn.Module:
         name = classes.get(path, "")
@@ -130,6 +125,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
 
     root = scope("")
     for loaded in programs:
+        volatile = loaded.program.graph_signature.non_persistent_buffers
         for name, t in loaded.state.items():
             if name in skip:
                 continue
@@ -139,7 +135,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
             if isinstance(t, nn.Parameter):
                 module.register_parameter(leaf, t)
             else:
-                module.register_buffer(leaf, t, persistent=name not in loaded.volatile)
+                module.register_buffer(leaf, t, persistent=name not in volatile)
     for module in root.modules():
         digits = [n.isdigit() for n in module._modules]
         if type(module).__name__ == "Scope" and digits and all(digits):
