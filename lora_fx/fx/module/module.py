@@ -107,12 +107,7 @@ def skeleton(
         memo: id of an original → its counterpart; keeps ties and shared modules.
         own: ids of parameters that get a copy of their storage (they will be trained).
         root: The object to fill, for the top of the tree.
-
-    Raises:
-        LoraFxError: The top of the tree holds something under a name that `root` has a use for.
     """
-    if root is not None:
-        _check_free(module, type(root))
     if id(module) in memo:
         done: nn.Module = memo[id(module)]
         return done
@@ -186,6 +181,7 @@ class CapturedModule(Recomputing, Scope):
         tree: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.__class__ = with_signature(type(self), captured)
         tree = captured.model if tree is None else tree
         self._programs = Programs(captured, blocks=blocks)
         self._norm_stats = norm_stats
@@ -197,6 +193,7 @@ class CapturedModule(Recomputing, Scope):
                 f"{coded[0]} is quantised, and cannot be trained whole",
                 "leave it out of also_train: a branch beside it trains",
             )
+        _check_free(tree, type(self))
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
         skeleton(tree, {}, ids, self)
         self._dtype = base_dtype(self) or captured.base_dtype
@@ -540,10 +537,8 @@ class FoldedModule(CapturedModule):
     """A model with an adapter folded into its weights; eval mode only, no branches."""
 
     def __init__(
-        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
+        self, captured: Captured, tree: nn.Module, rewriter: Rewriter, adapter: Adapter
     ) -> None:
-        tree = model if isinstance(model, CapturedModule) else None
-        captured = model.captured if isinstance(model, CapturedModule) else model
         super().__init__(captured, tree=tree)
         decide_doubts(self)
         self._rewriter = rewriter
@@ -567,6 +562,6 @@ class FoldedModule(CapturedModule):
 
 def plain(captured: Captured) -> CapturedModule:
     """The captured model as a module, with no adapter."""
-    module: CapturedModule = with_signature(CapturedModule, captured)(captured)
+    module = CapturedModule(captured)
     decide_doubts(module)
     return module
