@@ -184,10 +184,8 @@ class FxGraph(Analysed):
             self._writes = Writes(self.graph)
         if x not in self._writes.order or not self._writes.between(x, node):
             return x
-        with self.graph.inserting_before(node):
-            copy = self.graph.call_function(aten.clone.default, (x,))
-        copy.meta = {k: v for k, v in x.meta.items() if k in ("val", "nn_module_stack")}
-        mark(copy, site.id)
+        copy = make_marked(node, x, site.id, aten.clone.default, (x,))
+        copy.meta["val"] = value(x)
         return copy
 
     def weight(self, site: Site) -> fx.Node:

@@ -231,7 +231,6 @@ Step = tuple[fx.Node, fx.Node]
 
 CUTS = SPLITS | aten_ops("slice.Tensor select.int narrow")
 GATES = aten_ops("silu gelu relu sigmoid tanh")
-ATTENTION = {aten.scaled_dot_product_attention.default}
 LIMIT = 8
 """More parts than this are heads, or steps of a loop, and have no roles."""
 LARGEST = 1 << 22
@@ -335,7 +334,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
     queue, seen = list(steps), set[fx.Node]()
     while queue and len(seen) < FAR:
         node, source = queue.pop(0)
-        if node.target in ATTENTION or (node.target in DATA_PRODUCTS and _is_data(node)):
+        if node.target in ops.DATA_OPS or (node.target in DATA_PRODUCTS and _is_data(node)):
             first = node.target is aten.baddbmm.default
             yield from ((node, path[-1] - first) for path in slots(node, source))
         elif node not in seen and ops.row_of(node) is None and node.op == "call_function":
@@ -345,7 +344,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
 
 def _in_attention(node: fx.Node, operand: int) -> str:
     """What a product uses an operand for: softmax(q kᵀ) v, in any order of the factors."""
-    if node.target in ATTENTION:
+    if node.target in ops.DATA_OPS:
         return "qkv"[operand] if operand in (0, 1, 2) else ""
     factors = _factors(node)
     if len(factors) != 2 or operand not in (0, 1):
@@ -437,7 +436,7 @@ def data_flops(node: fx.Node) -> int:
     y = shape_of(node)
     if y is None:
         return 0
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in ops.DATA_OPS:
         q, k, v = (shape_of(a) or () for a in node.args[:3])
         return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
     if node.target is aten.einsum.default:
