@@ -112,15 +112,7 @@ class FxGraph(Analysed):
     def data_flops(self) -> int:
         """FLOPs of the matmuls that no weight takes part in."""
         taken = {found.node for _, found in self._uses()}
-        total = 0
-        for node in self.graph.nodes:
-            if node in taken or is_marked(node) or node.op != "call_function":
-                continue
-            row = ops.row_of(node)
-            product = row is not None and not row.op.startswith("embedding")
-            if product or node.target in ops.DATA_OPS:
-                total += data_flops(node)
-        return total
+        return sum(data_flops(n) for n in self.graph.nodes if n not in taken and not is_marked(n))
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites that carry a branch, read from the marks of its nodes."""
@@ -131,9 +123,7 @@ class FxGraph(Analysed):
         for site, found in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
                 return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        if (held := self.held.get(name)) is not None:
-            return to_numpy(codes.whole(self.root, name, held, held.dtype))
-        return to_numpy(parameter_of(self.root, name))
+        return to_numpy(codes.numbers(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""

@@ -432,9 +432,10 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
 
 
 def data_flops(node: fx.Node) -> int:
-    """FLOPs of one product of activations; an einsum multiplies along every letter."""
-    y = shape_of(node)
-    if y is None:
+    """FLOPs of one product of activations, 0 for anything else; an einsum has every letter's."""
+    y, row = shape_of(node), ops.row_of(node)
+    product = row is not None and not row.op.startswith("embedding")
+    if y is None or not (product or node.target in ops.DATA_OPS):
         return 0
     if node.target in ops.DATA_OPS:
         q, k, v = (shape_of(a) or () for a in node.args[:3])
@@ -446,7 +447,6 @@ def data_flops(node: fx.Node) -> int:
         return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
     if op_name(node).startswith("conv"):
         return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
-    row = ops.row_of(node)
     at = 1 if row is not None and row.bias == 0 else 0
     first, second = (shape_of(a) or () for a in node.args[at : at + 2])
     if op_name(node) in ("addbmm", "inner", "tensordot"):  # no axis of a stack in the result
