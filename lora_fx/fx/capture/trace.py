@@ -138,8 +138,7 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
-    repeats = Repeats(entry.source()) if repeat else None
-    if repeats is not None and repeats.families:
+    if repeat and (repeats := Repeats(entry.source())).families:
         # an error is the model's, and comes again, or comes of the watching
         with contextlib.suppress(Exception), repeats.watching():
             traced = _trace(entry, named, requested)

@@ -21,7 +21,7 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, check_format, silenced
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
-from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
+from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.trace import Traced, clean_module, match_places
 from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
@@ -129,7 +129,8 @@ class FileCaptured(Captured):
                         f"{self.path} fixes {name} dimension {d}", "export it as dynamic"
                     )
         self.inputs = self.inputs.with_dims(self.requested)
-        self._banned = [(n, d) for n, d in manifest.get("not_one", [])]
+        ones = manifest.get("not_one", [])  # as 0.1 wrote
+        self._not_one = [Condition("s0 != 1", (("s0", n, d),)) for n, d in ones]
         self._stored = {
             name: tuple(Condition.read(row) for row in rows)
             for name, rows in manifest.get("conditions", {}).items()
@@ -217,13 +218,10 @@ class FileCaptured(Captured):
         match_places(module.graph, leaves)
         names = leaf_names(self.named)
         traced = clean_module(module, loaded.program, names, self.requested, GuardLog())
-        traced.pinned = [
-            replace(p, op="the export") if p.op == UNKNOWN else p for p in traced.pinned
-        ]
+        traced.pinned = [replace(p, op="the export") for p in traced.pinned]
         if self._own:
             # what a kernel asked of sizes while the file was written is no condition of the model
-            ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
-            held = self._stored.get(name, (*traced.door.conditions, *ones))
+            held = self._stored.get(name, (*traced.door.conditions, *self._not_one))
             traced.door, traced.doubtful = replace(traced.door, conditions=held), []
         self._settle(traced)
         self.tracings[name,] = [traced]

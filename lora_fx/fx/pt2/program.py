@@ -275,7 +275,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
     modes = [training for training, _ in programs.values()]
     captured = module.captured
     inputs = captured.bounded_inputs()
-    made: Json = {
+    return {
         **stamp(FORMAT if len(modes) > len({*modes}) else 1),
         "programs": {name: "train" if m else "eval" for name, (m, _) in programs.items()},
         "class": type(module).__name__,
@@ -291,11 +291,8 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
             for name, (_, traced) in programs.items()
         },
         "norm_stats": module._norm_stats,
-        "adapter": None,
+        "adapter": _adapter(module) if isinstance(module, AdaptedModule) else None,
     }
-    if isinstance(module, AdaptedModule):
-        made["adapter"] = _adapter(module)
-    return made
 
 
 def _adapter(module: AdaptedModule) -> Json:
