@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -314,14 +314,13 @@ class Form:
     output: tuple[Program, Program] | None = None
 
 
-class Planner:
+class Planner(Protocol):
     """Decides the forms of a set of updates; see passes/verbs/attach.py. Copies share it."""
 
     found: Found
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """The form of every module, by path; modules in `by_weight` get no branch."""
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, object]) -> Planner:
         """The planner itself: the graph behind it is never changed."""

@@ -228,7 +228,5 @@ def row_of(node: Node) -> FxOp | None:
     """The row of a node's op; None where the table has none."""
     if node.op != "call_function":
         return None
-    row = OPS.get(node.target)
-    if row is None and (schema := getattr(node.target, "_schema", None)) is not None:
-        row = BY_NAME.get(schema.name)
-    return row
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return OPS.get(node.target) or BY_NAME.get(name)

@@ -409,6 +409,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     """A subclass by the model's class name whose forward has the original signature."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original call."""
         return self._run(args, kwargs)
 
     inner, kinds = captured.signature.signature, inspect.Parameter
@@ -418,7 +419,6 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     # Trainer reads it to drop the columns of a data set that the model does not take
     signature = inner.replace(parameters=[me, *params])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = "The original call."
     names = {"forward": forward, **_face(captured.model)}
     return type(type(captured.model).__name__, (base,), names)
 
