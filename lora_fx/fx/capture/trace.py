@@ -38,7 +38,6 @@ from lora_fx.fx.capture.call import (
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.repeat import Repeats, write_out
-from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
@@ -89,8 +88,7 @@ class Traced:
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
         """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
         graph = FxGraph(self.graph, root, training=training, bodies=self.bodies).clone()
-        if any(HELD in m.__dict__ for m in root.modules()):
-            graph.read_codes()
+        graph.read_codes()
         graph.share(self.analyses)
         return graph
 
