@@ -254,8 +254,7 @@ class Door:
 
     def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
         """The sizes that a condition speaks of."""
-        names = self.names
-        return {(n, d): leaves[names.index(n)].shape[d] for _, n, d in condition.sizes}
+        return {(n, d): leaves[self.names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
 def as_module(model: object) -> nn.Module:

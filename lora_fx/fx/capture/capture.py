@@ -273,8 +273,7 @@ class Captured:
         From each one goes on outside each of its conditions and fixed sizes. Where a loop over the
         steps fixes a size, another one is fixed too, and not worth a place of its own.
         """
-        found: list[tuple[Named, Traced]] = []
-        found.append((self.named, self.traced(training, self.named, dtype)))
+        found: list[tuple[Named, Traced]] = [(self.named, self.traced(training, self.named, dtype))]
         for named, traced in found:
             fixed = traced.door.fixed(self.requested)
             pins = [Condition(f"s0 == {n}", (("s0", *size),)) for size, n in fixed.items()]
