@@ -198,11 +198,23 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 
 
 def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Entries that are picked by (row number, position), as transformers' masks pick them."""
-    data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
-    if data != FIRST or y is None or x is None or x.shape is None or not len(y):
+    """Entries of leading axes, or picked by (row number, position), as transformers' masks are."""
+    data, ids, y, x = (
+        _state(node, states, 0),
+        _state(node, states, 1),
+        node.outputs[0],
+        node.inputs[0],
+    )
+    picks = node.inputs[1].shape if node.inputs[1] else None
+    if data.axis is None or ids.axis is not None or picks is None or _attr(node, "batch_dims", 0):
         return None
-    return FIRST if str(y[0]) == batch == str(x.shape[0]) else None
+    depth = picks[-1]
+    if isinstance(depth, int) and depth <= data.axis:
+        return replace(data, axis=data.axis + len(picks) - 1 - depth)
+    if data.axis or data.inner or x is None or not x.shape or not y.shape:
+        return None
+    now, was = _elements([str(y.shape[0])]), _elements([str(x.shape[0])])
+    return data if now == was and batch in was[1] else None
 
 
 def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:

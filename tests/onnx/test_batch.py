@@ -250,6 +250,12 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
     "gather rows": ("i = ArgMax<axis=0>(x) y = GatherElements<axis=0>(x, i)", {}, None),
     "largest": ("y, i = TopK<axis=1>(x, two)", {}, row_axis.RowAxis(0)),
     "largest rows": ("y, i = TopK<axis=0>(x, two)", {}, None),
+    "one of the first axis": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = GatherND(t, last)",
+        {},
+        row_axis.RowAxis(1),
+    ),
+    "one of the rows": ("y = GatherND(x, last)", {}, None),
     "pad": ("y = Pad(x, sides)", {}, row_axis.RowAxis(0)),
     "pad rows": ("y = Pad(x, ends)", {}, None),
     "inner": (
@@ -285,11 +291,16 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
 def test_rows_are_where_the_walk_says(case: str) -> None:
     """Row 1 of three is changed: what changes in y is where row 1 is said to be."""
     body, shapes, claim = ROWS[case]
-    sizes = {"two": [2], "sides": [0, 1, 0, 0, 0, 2], "ends": [1, 0, 0, 0, 0, 0]}
+    sizes: dict[str, list[Any]] = {
+        "two": [2],
+        "sides": [0, 1, 0, 0, 0, 2],
+        "ends": [1, 0, 0, 0, 0, 0],
+    }
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
-    sizes |= {"front": [1, -1, 24]}
+    sizes |= {"front": [1, -1, 24], "last": [[2]]}
+    tensors = {k: np.array(v) for k, v in sizes.items()}
     given = ", ".join(
-        f"int64[{len(v)}] {k} = {{{', '.join(map(str, v))}}}" for k, v in sizes.items()
+        f"int64{[*v.shape]} {k} = {{{', '.join(map(str, v.ravel()))}}}" for k, v in tensors.items()
     )
     text = f"""<ir_version: 8, opset_import: ["" : 18]>
     g (float[batch, 4, 6] x) => (y) <{given}> {{ {body} }}"""
