@@ -18,7 +18,7 @@ from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, s
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, rescaling
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written
 from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.read import scheme_of
@@ -183,7 +183,7 @@ class Int8:
             block = 1, codes.shape[1]
             return Quantised(parts.read("weight", rows), scale, None, block, unit=1 / self.unit)
 
-        anew = rescaling(parts, ("weight", part), 1, self.scale)
+        anew = parts.rescaling(("weight", part), 1, self.scale)
         return QuantisedWeight(self.scheme, 8, codes.shape, read, 1, anew)
 
 
