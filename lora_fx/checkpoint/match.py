@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -94,9 +93,9 @@ def match(
     adapter = adapter.resolved(tensors)
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
-    adapter = stacked(adapter, tensors, config, rename)
+    adapter = stacked(adapter, rename)
     placed, lost = [], []
-    turned = turned_weights(adapter, tensors, config, rename, where, notes)
+    turned = turned_weights(adapter, rename, where, notes)
     for key, entry in adapter.entries.items():
         use = use_of(key, entry)
         name = rename(use if use in tensors else base_name(key))  # the alias it acts through
@@ -137,7 +136,7 @@ def match(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
             )
         notes.append(f"left out, the base has no such tensor: {some(lost)}")
-    absent = absent_of(adapter, tensors, rename)
+    absent = absent_of(adapter, rename)
     if absent:
         name, by = next(iter(absent.items()))
         said = (
@@ -151,10 +150,10 @@ def match(
     return placed, notes
 
 
-def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming) -> Adapter:
+def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
     """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
-    shape_of = partial(rename.shape, tensors=tensors)
-    entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
+    turned = stacks_turned(adapter, rename.config)
+    entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)
 
 
@@ -169,13 +168,12 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
         config = config_of(base)
         types = types or model_types(config) or frozenset({""})  # of no family
         if any(low.op == "experts" for low in adapter.lowrank.values()):
-            tensors = open_checkpoint(base).tensors
-            rename = renaming(adapter, tensors, config, [])
+            rename = renaming(adapter, open_checkpoint(base).tensors, config, [])
             # parameters that are one matrix, such as routers, stay as PEFT has them
-            sizes = {k: rename.shape(k, tensors) or () for k in adapter.entries}
+            sizes = {k: rename.shape(k) or () for k in adapter.entries}
             flat = {k: e for k, e in adapter.entries.items() if len(sizes[k]) == 2}
             rest = {k: e for k, e in adapter.entries.items() if k not in flat}
-            placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
+            placed = stacked(replace(adapter, entries=rest), rename)
             adapter = replace(adapter, entries={**flat, **placed.entries})
         count = experts_of({**config, **text_config(config)})
         there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
@@ -355,12 +353,7 @@ def lookup(entry: Entry) -> bool:
 
 
 def turned_weights(
-    adapter: Adapter,
-    tensors: Tensors,
-    config: JsonView,
-    rename: Renaming,
-    where: str,
-    notes: list[str],
+    adapter: Adapter, rename: Renaming, where: str, notes: list[str]
 ) -> frozenset[str]:
     """Names of square weights that are stored [in, out].
 
@@ -368,7 +361,7 @@ def turned_weights(
         LoraFxError: fan_in_fan_out, where the model has no such layer.
     """
     votes: Votes = {}
-    square: list[str] = []
+    square, tensors = list[str](), rename.tensors
     for key, entry in adapter.entries.items():
         name = rename(base_name(key))
         info = tensors.get(name)
@@ -382,7 +375,7 @@ def turned_weights(
         elif matrix in (sides, sides[::-1]):
             votes.setdefault(_kind(name, info), set()).add(matrix == sides[::-1])
     flag = bool(adapter.metadata.get("fan_in_fan_out"))
-    kinds = model_types(config)
+    kinds = model_types(rename.config)
     seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
     linear = seen == {False} or (not seen and bool(kinds))
     if flag and square and linear and not kinds & CONV1D_MODELS:

@@ -396,7 +396,7 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
-    new = {k: v.value for k, v in adapter.full.items() if rename.info(k, base.tensors) is None}
+    new = {k: v.value for k, v in adapter.full.items() if rename.info(k) is None}
     kinds = {k: dtype if v.dtype.name in FLOATING else v.dtype.name for k, v in new.items()}
     return {k: TensorInfo(kinds[k], v.shape, shard, 0, 0) for k, v in new.items()}
 
