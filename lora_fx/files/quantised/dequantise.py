@@ -49,14 +49,12 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
     config = base.config()
     with _naming(base.path):
         weights = quantised_weights(base.tensors, config)
+        for weight in (w for w in weights.values() if not w.bits):
+            weight.read()  # raises: says what it is and why it is not read
     if not weights:
         raise LoraFxError(
             f"{base.path}: none of its weights is quantised", "merge without --dequantise"
         )
-    for weight in weights.values():
-        if not weight.bits:
-            with _naming(base.path):
-                weight.read()  # raises: says what it is and why it is not read
     gone = parts_beside(weights, base.tensors)
     seen: dict[str, TensorInfo] = {}
     for tensor, info in base.tensors.items():
@@ -161,13 +159,10 @@ def _shards(
         groups[-1][name] = info
         room -= sizes[name]
     stem = next((s for s in STEMS if first.startswith(s)), STEMS[0])  # which transformers finds
-    if len(groups) == 1:
-        return {f"{stem}.safetensors": Header(groups[0], metadata)}
     count = len(groups)
-    return {
-        f"{stem}-{i:05}-of-{count:05}.safetensors": Header(group, metadata)
-        for i, group in enumerate(groups, 1)
-    }
+    names = [f"{stem}-{i + 1:05}-of-{count:05}" for i in range(count)] if count > 1 else [stem]
+    each = zip(names, groups, strict=True)
+    return {f"{name}.safetensors": Header(group, metadata) for name, group in each}
 
 
 def _settings(config: JsonView, dtype: str) -> Json:

@@ -367,9 +367,14 @@ def saved_whole(config: JsonView, module: str) -> bool:
 def conflicts(saved: str, module: str) -> bool:
     """True when PEFT, told to save `saved` whole, leaves out or wraps a low-rank `module`."""
     try:
-        return module.endswith(saved) or bool(matched(rf"(^|.*\.){saved}($|\..*)", module))
+        return module.endswith(saved) or bool(matched(_around(saved), module))
     except PatternError:  # PEFT takes the name for a pattern, and would fail on this one
         return True
+
+
+def _around(saved: str) -> str:
+    """The pattern by which PEFT takes a module for one in modules_to_save, or inside of one."""
+    return rf"(^|.*\.){saved}($|\..*)"
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -421,25 +426,19 @@ def wanted_by(config: JsonView, module: str) -> str | None:
     >>> wanted_by({"target_modules": ["q"], "exclude_modules": "layers.0.*"}, "layers.0.q") is None
     True
     """
+    out, targets = config.get("exclude_modules"), config.get("target_modules")
     try:
-        return _wanted_by(config, module)
+        if out and _named(out, module):
+            return None
+        if any(matched(_around(saved), module) for saved in listed_whole(config)):
+            return None
+        if targets == "all-linear":
+            return None if _NOT_LINEAR.search(module) else "all-linear"
+        name = _named(targets, module)
+        by_end = isinstance(targets, list) and name != module
+        return name if not by_end or _layer_is_meant(config, module) else None
     except PatternError:
         return None  # PEFT would fail on such a pattern
-
-
-def _wanted_by(config: JsonView, module: str) -> str | None:
-    out = config.get("exclude_modules")
-    if out and _named(out, module):
-        return None
-    for saved in listed_whole(config):
-        if matched(rf"(^|.*\.){saved}($|\..*)", module):
-            return None
-    targets = config.get("target_modules")
-    if targets == "all-linear":
-        return None if _NOT_LINEAR.search(module) else "all-linear"
-    name = _named(targets, module)
-    by_end = isinstance(targets, list) and name != module
-    return name if not by_end or _layer_is_meant(config, module) else None
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:
@@ -447,14 +446,10 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or None
-    if patterns is None:
-        tries = [r".*?\.[^.]*\.(\d+)\."]
-    else:
-        names = [patterns] if isinstance(patterns, str) else patterns
-        tries = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names]
+    names = config.get("layers_pattern") or []
+    names = [names] if isinstance(names, str) else names
     meant = layers if isinstance(layers, list) else [layers]
-    for pattern in tries:
+    for pattern in [rf"(?:^|.*?\.){n}\.(\d+)\." for n in names] or [r".*?\.[^.]*\.(\d+)\."]:
         if found := matched(pattern, module):
             return len(found[1]) < 20 and int(found[1]) in meant
     return False
