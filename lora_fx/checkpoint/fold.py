@@ -347,6 +347,11 @@ class Rectangle:
         """The start that took a part off the base which the change is for; else empty."""
         return self.change.mutated if isinstance(self.change, LowRank) else ""
 
+    def moved(self, down: int, along: int) -> Rectangle:
+        """The same so many rows and columns further."""
+        top, bottom, left, right = self.top + down, self.bottom + down, self.left, self.right
+        return replace(self, top=top, bottom=bottom, left=left + along, right=right + along)
+
     def delta(
         self, low: int, high: int, out: Array | None = None, weight: Array | None = None
     ) -> Array:
@@ -426,37 +431,24 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
         return whole(shape, change)
     inner = whole(tuple(hi - lo for lo, hi in bounds), change)
     for split in range(1, len(shape) + 1):
-        rows = _run(shape[:split], bounds[:split])
-        columns = _run(shape[split:], bounds[split:])
-        if rows is None or columns is None:
-            continue
-        if (rows[1] - rows[0], columns[1] - columns[0]) != (inner.rows, inner.columns):
-            continue
-        parts = []
-        for p in inner.parts:
-            top, bottom = p.top + rows[0], p.bottom + rows[0]
-            left, right = p.left + columns[0], p.right + columns[0]
-            parts.append(replace(p, top=top, bottom=bottom, left=left, right=right))
-        return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), tuple(parts))
+        rows, columns = _run(shape[:split], bounds[:split]), _run(shape[split:], bounds[split:])
+        if rows and columns and (len(rows), len(columns)) == (inner.rows, inner.columns):
+            parts = tuple(p.moved(rows.start, columns.start) for p in inner.parts)
+            return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
         "lora-fx fold and export can apply it to the model itself",
     )
 
 
-def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
     """The flat range that bounds take of axes; None where it has gaps."""
     low, high = 0, 1
-    open_ = True  # every axis so far is a single index
     for (lo, hi), n in zip(bounds, shape, strict=True):
-        if open_:
-            low, high = low * n + lo, low * n + hi  # so far one index, or none
-            open_ = hi - lo == 1
-        elif (lo, hi) != (0, n):
+        if high - low > 1 and (lo, hi) != (0, n):
             return None
-        else:
-            low, high = low * n, high * n
-    return low, high
+        low, high = low * n + lo, (high - 1) * n + hi
+    return range(low, high)
 
 
 def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
