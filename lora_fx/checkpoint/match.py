@@ -235,10 +235,8 @@ def _bounds(key: str, info: TensorInfo) -> Region:
         bounds = split_key(key, info.shape)[1]
     except ValueError:
         bounds = ()
-    fits = len(bounds) == len(info.shape)
-    if not fits or not all(
-        0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=True)
-    ):
+    inside = (0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=False))
+    if len(bounds) != len(info.shape) or not all(inside):
         raise MisfitError(f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}")
     return bounds
 

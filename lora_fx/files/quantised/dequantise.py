@@ -14,10 +14,9 @@ from pathlib import Path
 from lora_fx.dtypes import DTYPES, FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import STEMS, Checkpoint
-from lora_fx.files.quantised.base import ALL, QuantisedWeight, Read
+from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
-from lora_fx.ir.quantised import Quantised
 from lora_fx.text import Json, JsonView, some
 
 SHARD = 5_000_000_000
@@ -61,7 +60,7 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
         if tensor not in gone:
             seen[tensor] = info
         elif (name := gone[tensor]) not in seen:
-            weight = replace(weights[name], read=_named(weights[name].read, info.file))
+            weight = replace(weights[name], read=_naming(info.file)(weights[name].read))
             shape = weight.shape
             seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
     sizes = {n: _size(t, dtype) for n, t in seen.items()}
@@ -126,14 +125,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except LoraFxError as error:
         raise LoraFxError(f"{path}: {error.message}", error.hint) from error
-
-
-def _named(read: Read, path: Path) -> Read:
-    def named(rows: slice = ALL) -> Quantised:
-        with _naming(path):
-            return read(rows)
-
-    return named
 
 
 def _size(info: TensorInfo, dtype: str) -> int:
