@@ -270,15 +270,13 @@ def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) 
     """Sums of squares of W + ΔW along its columns, fp64."""
     sums = np.zeros(p.right - p.left, np.float64)
     step = rows_per_block(fold.matrix.columns)
-    with open_input(source.file) as f:
-        for low in range(p.top, p.bottom, step):
-            high = min(low + step, p.bottom)
-            delta = p.delta(low, high)
-            old = read_rows(f.fileno(), source, low, high, fold.matrix.columns)
-            old = old[:, p.left : p.right]
-            if i in fold.residuals:
-                old = fold.residuals[i][low - p.top : high - p.top]
-            sums += squares((old.astype(delta.dtype) + delta).T)
+    for low in range(p.top, p.bottom, step):
+        high = min(low + step, p.bottom)
+        delta = p.delta(low, high)
+        old = read_block(source, low, high, fold.matrix.columns)[:, p.left : p.right]
+        if i in fold.residuals:
+            old = fold.residuals[i][low - p.top : high - p.top]
+        sums += squares((old.astype(delta.dtype) + delta).T)
     return sums
 
 

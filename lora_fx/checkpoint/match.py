@@ -106,18 +106,17 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
-        twins = [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
-        twins = [n for n in twins if n in tensors]
-        if name not in tensors and twins:  # a tied tensor is stored under one of its names
-            name = twins[0]
-        if name not in tensors:
+        twins = map(rename, entry.twins) if isinstance(entry, LowRank) else ()
+        names = [n for n in (name, *twins) if n in tensors]
+        if not names:
             lost.append(key)
             continue
+        name = names[0]  # a tied tensor is stored under one of its names
         info = tensors[name]
         bounds = _bounds(key, info)
         bound = _bound(key, entry, info, bounds, name in turned)
         # What PEFT tied to this tensor changes alike.
-        alike = [n for n in twins if n != name and tensors[n].shape == info.shape]
+        alike = [n for n in names if n != name and tensors[n].shape == info.shape]
         placed += (Placed(key, n, bounds, bound) for n in (name, *alike))
     if lost:
         whole = all(isinstance(adapter.entries[key], Full) for key in lost)

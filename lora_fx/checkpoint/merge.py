@@ -169,8 +169,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         adapters = [adapters]
     result = []
     for item in adapters:
-        adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
-        where, path = "the adapter", None
+        pair = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+        (adapter, weight), where, path = pair, "the adapter", None
         known = isinstance(adapter, (str, os.PathLike, Adapter))
         if not known or not isinstance(weight, (int, float)):
             raise LoraFxError(
@@ -180,7 +180,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(local(adapter))
             adapter = load_adapter(path, most=most, base=base, resolve=False)
-        result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
+        digest = adapter_hash(adapter)
+        result.append(Given(adapter, float(weight), where, digest, path, pair is item))
     return result
 
 

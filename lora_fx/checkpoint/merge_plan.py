@@ -58,13 +58,17 @@ from lora_fx.text import Json, human, size_in_bytes, table
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter, its weight, its name in messages, its hash without the weight, its path."""
+    """An adapter, its weight, its name in messages, its hash without the weight, its path.
+
+    `stated` is True where the weight was given, and not left at 1.
+    """
 
     adapter: Adapter
     weight: float
     where: str
     hash: str
     path: Path | None = None
+    stated: bool = False
 
     def record(self) -> Json:
         """What the metadata of a merge keeps of it."""

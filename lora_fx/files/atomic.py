@@ -493,11 +493,6 @@ def write_contents(folder: Path) -> None:
     (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
 
 
-def is_ours(folder: Path) -> bool:
-    """True for a folder that has such a list."""
-    return (folder / CONTENTS).is_file()
-
-
 def check_apart(target: Path) -> None:
     """Refuse an output that exists and is, holds or hard-links an input of this run.
 

@@ -50,30 +50,20 @@ def copy_range(source: int, target: int, source_at: int, target_at: int, count: 
             break
         done += n
     # sendfile was no faster than this between two file systems, and threads took turns at it
+    chunk = memoryview(bytearray(min(CHUNK, count - done)))
     while done < count:
-        data = read_at(source, min(CHUNK, count - done), source_at + done)
+        data = chunk[: count - done]
+        read_into(source, data, source_at + done)
         write_at(target, data, target_at + done)
         done += len(data)
 
 
-def read_at(fd: int, count: int, at: int) -> bytes:
-    """Exactly `count` bytes from `at`.
+def read_into(fd: int, data: memoryview, at: int) -> None:
+    """Fill `data` with the bytes from `at`.
 
     Raises:
         OSError: The file ends before (without errno), or cannot be read.
     """
-    parts, missing = [], count
-    while missing:
-        part = os.pread(fd, missing, at + count - missing)
-        if not part:
-            raise OSError(f"the file ends at byte {at + count - missing}, expected {at + count}")
-        parts.append(part)
-        missing -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def read_into(fd: int, data: memoryview, at: int) -> None:
-    """Fill `data` with the bytes from `at`; as `read_at`, without an object of its own."""
     end, rest = at + len(data), data
     while rest:
         n = os.preadv(fd, [rest], end - len(rest))

@@ -213,7 +213,9 @@ SECONDS, IN_ALL = 1.0, 10.0
 _spent = [0.0]
 
 
-def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+def matched(
+    pattern: str | regex.Pattern[str], module: str, *, whole: bool = False
+) -> regex.Match[str] | None:
     """As re.match, or re.fullmatch for `whole`, in bounded time.
 
     Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
@@ -222,12 +224,7 @@ def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[st
         PatternError: It is no pattern.
         LoraFxError: It takes longer than SECONDS.
     """
-    return _timed(_compiled(pattern), module, whole)
-
-
-def _timed(
-    pattern: regex.Pattern[str], module: str, whole: bool = False
-) -> regex.Match[str] | None:
+    pattern = _compiled(pattern) if isinstance(pattern, str) else pattern
     start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
         return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
@@ -291,7 +288,7 @@ class Pattern:
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
         self.seen.add(module)
-        hits = [k for k, pattern in self.regexes.items() if _timed(pattern, module)]
+        hits = [k for k, pattern in self.regexes.items() if matched(pattern, module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
         other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)
