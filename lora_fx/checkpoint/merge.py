@@ -6,7 +6,6 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -214,14 +213,8 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
 
 
 def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
-    rows, warnings = {n: c.to_json() for n, c in plan.changes.items()}, list(plan.notes)
-    for name, s in stats.items():
-        ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
-        rows[name] |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
-        if rows[name]["int8"] is not None:
-            rows[name]["int8"] |= {"error": s.missed, "own": s.coarse}
-        if rows[name]["requantised"] is not None:
-            rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
+    rows = [c.to_json(stats.get(name)) for name, c in plan.changes.items()]
+    warnings = list(plan.notes)
     codes = {n for n in stats if plan.changes[n].int8 is not None}
     anew = {n for n in stats if plan.changes[n].requantised}
     for names, how in (
@@ -237,7 +230,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
                 f"when {how.format(worst)}"
             )
     warnings += _said(plan)
-    details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
+    details = {**plan.to_json(), "tensors": rows, "base_verified": not plan.unverified}
     kept, noise = in_all(stats[n] for n in anew)
     details["requantised"] = {"kept": kept, "noise": noise} if anew else None
     return Report("merge", True, (), (str(target),), tuple(warnings), details)

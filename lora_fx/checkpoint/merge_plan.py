@@ -17,7 +17,7 @@ import numpy as np
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
-from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
+from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.match import (
     Placed,
     at_its_use,
@@ -483,21 +483,22 @@ class TensorChange:
         """How many bytes the output's tensor has."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
-    def to_json(self) -> Json:
-        """A row of `tensors[]` in docs/json.md; what only a merge knows is null."""
+    def to_json(self, s: Stats | None = None) -> Json:
+        """A row of `tensors[]` in docs/json.md; what only a merge knows, `s`, is null before."""
+        missed, gain = (s.missed, s.gain) if s else (None, None)
         return {
             "key": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "updates": list(self.what),
             "bytes": self.nbytes,
-            "ratio": None,
-            "lost": None,
-            "gain": None,
-            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
-                     "own": None} if self.int8 else None,
+            "ratio": s.ratio if s and math.isfinite(s.ratio) else None,  # of a tensor of zeros
+            "lost": s.lost if s else None,
+            "gain": gain,
+            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": missed,
+                     "own": s.coarse if s else None} if self.int8 else None,
             "requantised": {"format": self.codes.weight.format,
-                            "scales": self.codes.weight.anew.scales, "kept": None, "noise": None}
+                            "scales": self.codes.weight.anew.scales, "kept": gain, "noise": missed}
             if self.codes and self.codes.weight.anew and self.requantised else None,
         }  # fmt: skip
 

@@ -106,20 +106,18 @@ def _recomputed(
         return
     worst, at = 0.0, 0
     stages = _exact(change)
-    scales = change.scales
-    if scales is not None:
+    made = weights[stages[0][0].name] if change.requantised else None
+    int8, scales = change.int8, change.scales
+    if int8 is not None and scales is not None:
         there = out.tensors.get(scales.name)
         if there is None or (there.dtype, there.shape) != (scales.dtype, scales.shape):
             return  # said of the scales
+        made = replace(int8, scales=there).weight(info)
     for low, high in _samples(change, rows):
-        if change.int8 is not None:
-            made = replace(change.int8, scales=out.tensors[change.int8.name])
-            ratio = _ratio_codes(change, made.weight(info), stages[0][0], low, high)
-        elif change.codes is not None:
-            made_anew = weights[stages[0][0].name]
-            ratio = _ratio_codes(change, made_anew, stages[0][0], low, high)
-        else:
+        if made is None:
             ratio = _ratio(change, stages, info, low, high)
+        else:
+            ratio = _ratio_codes(change, made, stages[0][0], low, high)
         if not ratio <= worst:
             worst, at = ratio, low
     if not worst <= 1.0:
