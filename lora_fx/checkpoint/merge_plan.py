@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from lora_fx.checkpoint.requantise import (
     int8_of,
     refuse_codes,
     sampled,
+    spans,
     stored_as,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
@@ -472,6 +473,15 @@ class TensorChange:
     def weight(self) -> TensorInfo:
         """Where W is read."""
         return self.codes or self.source
+
+    def spans(self, most: int) -> Iterator[tuple[int, int]]:
+        """Ranges of about `most` of the rows that are folded, each of which can be done alone."""
+        assert self.fold is not None
+        if self.codes is not None:
+            yield from spans(self.codes.weight, most)
+            return
+        for low in range(0, self.fold.matrix.rows, most):
+            yield low, min(self.fold.matrix.rows, low + most)
 
     @property
     def shape(self) -> tuple[int, ...]:

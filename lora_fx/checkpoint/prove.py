@@ -129,12 +129,7 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
-        step = max(1, rows_per_block(matrix.columns) // 4)
-        if change.codes is not None:
-            yield from spans(change.codes.weight, step)
-            return
-        for low in range(0, matrix.rows, step):
-            yield low, min(matrix.rows, low + step)
+        yield from change.spans(max(1, rows_per_block(matrix.columns) // 4))
         return
     digest = hashlib.sha256(change.name.encode()).digest()
     some = random.Random(int.from_bytes(digest[:8], "little"))  # numpy's is slow to import

@@ -39,7 +39,6 @@ from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
-from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input, read_bytes, read_json
 from lora_fx.files.safetensors import TensorInfo
@@ -227,15 +226,10 @@ class _Run:
             return
         fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
-        step = rows_per_block(fold.matrix.columns)
-        if change.codes is not None:
-            for low, high in spans(change.codes.weight, step * RUN_OF_CODES):
-                yield partial(self._recoded, change, change.codes.weight, fold, low, high)
-            return
-        step *= RUN_OF_CODES if isinstance(change.source, CodesInfo) else RUN
-        for low in range(0, fold.matrix.rows, step):
-            high = min(fold.matrix.rows, low + step)
-            yield partial(self._rows, change, fold, low, high)
+        run = RUN_OF_CODES if isinstance(change.weight, CodesInfo) else RUN
+        work = self._rows if change.codes is None else self._recoded
+        for low, high in change.spans(rows_per_block(fold.matrix.columns) * run):
+            yield partial(work, change, fold, low, high)
 
     def _replace(self, change: TensorChange) -> Done:
         assert change.value is not None
@@ -266,11 +260,10 @@ class _Run:
         space: Space = self.spaces.__dict__.setdefault("space", Space())
         return space
 
-    def _recoded(
-        self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
-    ) -> Done:
+    def _recoded(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
         """Codes of rows made anew, and their scales where the format makes new ones."""
-        stats, count = Stats(), 0
+        assert change.codes is not None
+        stats, count, weight = Stats(), 0, change.codes.weight
         q, every = weight.read(slice(low, high)), []
         for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
             here = q.cut(slice(start - low, stop - low))
