@@ -15,7 +15,7 @@ import math
 import operator
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,12 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+
+    def __getitem__(self, i: int) -> TensorInfo:
+        """Entry i along the first axis."""
+        size = (self.stop - self.start) // self.shape[0]
+        at = self.start + i * size
+        return replace(self, shape=self.shape[1:], start=at, stop=at + size)
 
 
 Tensors = Mapping[str, TensorInfo]

@@ -29,7 +29,6 @@ from lora_fx.files.quantised.base import (
     Recoding,
     Written,
 )
-from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised, packed, unpacked
 from lora_fx.text import JsonView, is_whole
 
@@ -234,16 +233,9 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
     length = groups * 32
 
     def matrix(part: str, expert: int, columns: slice) -> Array:
-        whole = parts.tensors[f"{parts.module}.{part}"]
-        if isinstance(whole, TensorInfo):
-            size = (whole.stop - whole.start) // experts
-            at = whole.start + expert * size
-            one: TensorInfo | Array = replace(
-                whole, shape=whole.shape[1:], start=at, stop=at + size
-            )
-        else:
-            one = whole[expert]
-        return replace(parts, tensors={f"{parts.module}.{part}": one}).read(part, columns, 1)
+        name = f"{parts.module}.{part}"
+        one = replace(parts, tensors={name: parts.tensors[name][expert]})
+        return one.read(part, columns, 1)
 
     def read(rows: slice = ALL) -> Quantised:
         if rows == ALL:
