@@ -190,8 +190,7 @@ def _rows(pair: Pair, key: str) -> tuple[int, int] | None:
 def vocabulary(pair: Pair) -> Iterator[Finding]:
     """Embedding and head have the base's number of rows."""
     for key in pair.misfits:
-        rows = _rows(pair, key)
-        if rows:
+        if rows := _rows(pair, key):
             more = "grown" if rows[0] > rows[1] else "cut"
             yield Finding(
                 [key],

@@ -247,14 +247,13 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
     parts = [*enumerate(fold.matrix.parts)]
-    residuals = {i: _residual(fold, p, source) for i, p in parts if p.mutated}
-    fold = replace(fold, residuals=residuals) if residuals else fold
+    fold = replace(fold, residuals={i: _residual(fold, p, source) for i, p in parts if p.mutated})
     columns = {
         i: factors(p.magnitude, _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
         for i, p in parts
         if p.magnitude is not None and p.transposed
     }
-    return replace(fold, columns=columns) if columns else fold
+    return replace(fold, columns=columns)
 
 
 def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:

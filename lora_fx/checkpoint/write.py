@@ -103,7 +103,7 @@ class _Run:
 
     def __init__(self, plan: MergePlan, workers: int, progress: Progress | None) -> None:
         self.plan, self.stack, self.workers = plan, contextlib.ExitStack(), max(1, workers)
-        self.progress, self.done, self.total = progress, 0, 1
+        self.progress, self.done, self.total = progress or (lambda done, total: None), 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
         self.reserved: list[Job] = []  # first of all jobs: a full disk shows at once
@@ -143,8 +143,7 @@ class _Run:
             write_at(fd, shard.head, 0)
         for source, target, size in self.heads:
             copy_range(source, target, 0, 0, size)
-        if self.progress is not None:
-            self.progress(self.total, self.total)
+        self.progress(self.total, self.total)
         return stats
 
     def _work(
@@ -168,8 +167,7 @@ class _Run:
             if self.done - self.flushed >= FLUSH and self.flush.done():
                 self.flush.result()  # an error is said once: later calls would not say it again
                 self.flushed, self.flush = self.done, disk.submit(flushed, self.made)
-            if self.progress is not None:
-                self.progress(self.done, self.total)
+            self.progress(self.done, self.total)
         return stats
 
     def _create(self, path: Path, size: int) -> int:
