@@ -319,12 +319,12 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         elif name in sources:
             change = replace(change, what=("added",))
         changes[name] = change
-        if (scales := change.scales) is not None:
-            _check_free(scales.name, by_tensor, base)
-            changes[scales.name] = scales
-    int8 = [c.name for c in changes.values() if c.int8 is not None]
-    if int8 and options.dtype is not None:
-        stay = f"{len(int8)} int8 tensors stay int8, {int8[0]} among them"
+        if (int8 := change.int8) is not None:
+            _check_free(int8.name, by_tensor, base)
+            changes[int8.name] = _scales(int8.name, int8.scales, name)
+    narrow = [c.name for c in changes.values() if c.int8 is not None]
+    if narrow and options.dtype is not None:
+        stay = f"{len(narrow)} int8 tensors stay int8, {narrow[0]} among them"
         notes.append(f"--dtype {options.dtype}: {stay}")
     notes += view_notes(stored)
     homes = {n: _home(stored, copies.get(n)) for n in sources}
@@ -517,12 +517,6 @@ class TensorChange:
         """True where its codes are made anew because that was asked for."""
         return self.codes is not None and self.int8 is None
 
-    @property
-    def scales(self) -> TensorChange | None:
-        """What becomes of its scales; None for floats."""
-        int8 = self.int8
-        return None if int8 is None else _scales(int8.name, int8.scales, self.name)
-
 
 def change_of(
     name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
@@ -583,9 +577,9 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if int8_of(name, base) is not None:
+    if (int8 := int8_of(name, base)) is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
-        return {c.name: c for c in (change, change.scales) if c is not None}
+        return {name: change, int8.name: _scales(int8.name, int8.scales, name)}
     weight = info.weight
     anew, why = weight.anew, f"{weight.format} is read, and not written"
     if any(isinstance(p.entry, Full) for p in placed):

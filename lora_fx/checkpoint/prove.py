@@ -107,10 +107,9 @@ def _recomputed(
     worst, at = 0.0, 0
     stages = _exact(change)
     made = weights[stages[0][0].name] if change.requantised else None
-    int8, scales = change.int8, change.scales
-    if int8 is not None and scales is not None:
-        there = out.tensors.get(scales.name)
-        if there is None or (there.dtype, there.shape) != (scales.dtype, scales.shape):
+    if (int8 := change.int8) is not None:
+        there, old = out.tensors.get(int8.name), int8.scales
+        if there is None or (there.dtype, there.shape) != (old.dtype, old.shape):
             return  # said of the scales
         made = replace(int8, scales=there).weight(info)
     for low, high in _samples(change, rows):
