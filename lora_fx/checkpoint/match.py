@@ -302,9 +302,8 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     rows, rest = shape[n], math.prod(shape[n + 1 :])
     lead, tail = tuple(range(n)), tuple(range(n + 1, len(shape)))
     straight = Layout(shape, lead, (n,), tail, shape) if (rows, rest) == (out, in_) else None
-    swapped = None
-    if len(shape) == n + 2 and (rows, rest) == (in_, out):
-        swapped = Layout(shape, lead, (n + 1,), (n,), shape)
+    fits = len(shape) == n + 2 and (rows, rest) == (in_, out)
+    swapped = Layout(shape, lead, (n + 1,), (n,), shape) if fits else None
     if lookup(change) or (turned and swapped):
         return swapped
     return straight or swapped
@@ -431,9 +430,8 @@ def _turned(
     if len(near) == 1:
         return True in near
     pure = bool(kinds) and kinds <= CONV1D_MODELS  # all parts of the model have such layers
-    if pure or (conv1d and kinds & CONV1D_MODELS):
-        return True
-    return flag and not kinds & CONV1D_MODELS
+    known = bool(kinds & CONV1D_MODELS)
+    return pure or (conv1d if known else flag)
 
 
 def _named(leaf: str) -> bool:

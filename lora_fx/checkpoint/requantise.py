@@ -225,7 +225,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
 
 
 def stored_as(
-    name: str, info: TensorInfo, base: Checkpoint, entries: Iterable[Entry] = ()
+    name: str, info: TensorInfo, base: Checkpoint, entries: Sequence[Entry]
 ) -> Int8 | None:
     """How a weight is stored that an update can be folded into; None where as plain floats.
 
@@ -242,7 +242,6 @@ def stored_as(
         return None  # what is made of codes are floats
     scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
-    entries = list(entries)
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in FLOATING or replaced) and not scheme:
         return None

@@ -177,14 +177,12 @@ def from_tensors(
 
 def unknown_name(name: str, where: str) -> LoraFxError:
     """What to raise for a tensor that PEFT would not have written."""
-    at = name.find(PREFIX)
+    at, hint = name.find(PREFIX), "was the file saved with save_pretrained?"
     if at > 0:
         hint = f"PEFT's name is {name[at:]!r}: take the prefix {name[:at]!r} off every name"
     elif at < 0 and ".lora_" in name:
         core = name.removeprefix("base_model.").removeprefix("module.")
-        hint = f"the nearest name is {PREFIX + core!r}; was the file saved with save_pretrained?"
-    else:
-        hint = "was the file saved with save_pretrained?"
+        hint = f"the nearest name is {PREFIX + core!r}; {hint}"
     return LoraFxError(
         f"{where}: {name!r} is not a name that PEFT gives; expected {PREFIX}X.lora_A.weight, "
         "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "
