@@ -355,16 +355,13 @@ class Shard:
 
 def _runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
     """Untouched tensors that lie one behind the other, in what is read as in what is written."""
-    run: list[TensorSlot] = []
-    for slot in slots:
-        here = (slot.source.file, slot.source.start)
-        if run and (slot.change or here != (run[-1].source.file, run[-1].source.stop)):
-            yield run
-            run = []
-        if slot.change is None:
-            run.append(slot)
-    if run:
-        yield run
+
+    def shift(slot: TensorSlot) -> tuple[Path, int] | None:
+        return None if slot.change else (slot.source.file, slot.source.start - slot.start)
+
+    for where, run in itertools.groupby(slots, shift):
+        if where is not None:
+            yield [*run]
 
 
 def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:
