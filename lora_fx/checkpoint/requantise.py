@@ -93,13 +93,10 @@ def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
     if part.axis is None:
         yield part.low, data.reshape(-1).view(np.uint8).data
         return
-    shape, size, start = info.shape, DTYPES[info.dtype].bits // 8, 0
-    if part.matrix is not None:
-        shape = shape[1:]
-        start = part.matrix * math.prod(shape) * size
-    inner = math.prod(shape[part.axis + 1 :]) * size
-    for i, run in enumerate(data.reshape(math.prod(shape[: part.axis]), -1)):
-        at = start + (i * shape[part.axis] + part.low) * inner
+    here = info if part.matrix is None else info[part.matrix]
+    inner = math.prod(here.shape[part.axis + 1 :]) * DTYPES[info.dtype].bits // 8
+    for i, run in enumerate(data.reshape(math.prod(here.shape[: part.axis]), -1)):
+        at = here.start - info.start + (i * here.shape[part.axis] + part.low) * inner
         yield at, run.view(np.uint8).data
 
 
