@@ -28,6 +28,7 @@ from lora_fx.files.quantised.base import (
     Recoded,
     Recoding,
     Written,
+    packed_range,
 )
 from lora_fx.ir.quantised import Quantised, packed, unpacked
 from lora_fx.text import JsonView, is_whole
@@ -55,8 +56,8 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
     parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *blocks)
 
     def read(rows: slice = ALL) -> Quantised:
-        some = ALL if rows == ALL else slice(rows.start // high, -(-rows.stop // high))
-        codes, scale = parts.read("weight", rows), parts.read("weight_scale_inv", some)
+        codes = parts.read("weight", rows)
+        scale = parts.read("weight_scale_inv", packed_range(rows, high))
         q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
         return parts.checked(q)
 
@@ -237,21 +238,24 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
         one = replace(parts, tensors={name: parts.tensors[name][expert]})
         return one.read(part, columns, 1)
 
+    def place(rows: slice) -> tuple[int, slice]:
+        """The expert, and the groups of its inputs."""
+        expert, low = divmod(rows.start, length)
+        return expert, packed_range(slice(low, low + rows.stop - rows.start), 32)
+
     def read(rows: slice = ALL) -> Quantised:
         if rows == ALL:
             each = [read(slice(e * length, (e + 1) * length)) for e in range(experts)]
             codes = np.stack([q.codes for q in each])
             return Quantised(codes, np.stack([q.scale for q in each]), None, (1, 32, 1), E2M1)
-        expert, low = divmod(rows.start, length)
-        some = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
+        expert, some = place(rows)
         words = matrix(blocks, expert, some)
         codes = unpacked(words.reshape(out, -1), 4).T
         scale = powers(parts, matrix(scales, expert, some), scales).T
         return parts.checked(Quantised(codes, scale, None, (32, 1), E2M1), name)
 
     def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-        expert, low = divmod(rows.start, length)
-        groups = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
+        expert, groups = place(rows)
         before = matrix(scales, expert, groups).T
         after = q.rescaled(before, weight, delta, exponents(2))
         new = replace(q, scale=powers(parts, after, scales)).nearest(weight, 4)

@@ -136,9 +136,8 @@ def _check_whole(group: Group, where: str) -> None:
     for have, missing in _PARTNERS:
         if have in group.names and missing not in group.names:
             half = missing.upper()
-            other = f"{PREFIX}{group.lead}.lora_{half}.weight"
-            if group.kind == "embedding":
-                other = f"{PREFIX}{group.lead}.lora_embedding_{half}"
+            end = f"embedding_{half}" if group.kind == "embedding" else f"{half}.weight"
+            other = f"{PREFIX}{group.lead}.lora_{end}"
             raise LoraFxError(
                 f"{where}: {group.names[have]!r} has no partner; expected {other!r} beside it",
                 "the file is incomplete; save or fetch it again",
