@@ -248,15 +248,13 @@ def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> O
 
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     """Factors of the stored matrices as an update."""
-    layout = use.layout
-    assert layout is not None  # vectors do not come here
     a, b = (np.stack(side) for side in zip(*factors, strict=True))
     if use.swapped:
         a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     if not use.lead:
         a, b = a[0], b[0]
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return LowRank(a, b, float(b.shape[-1]), layout, op=use.op, tied=use.tied)
+    return LowRank(a, b, float(b.shape[-1]), use.layout, op=use.op, tied=use.tied)
 
 
 def _notes(

@@ -25,7 +25,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.emitter import NumpyEmitter
-from lora_fx.ir.layout import Region
+from lora_fx.ir.layout import Layout, Region
 
 BLOCK = 1 << 19
 """Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
@@ -387,7 +387,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     turned = (*layout.batch, *layout.in_, *layout.out)
     as_stored = tuple(range(len(straight)))
     if as_stored not in (straight, turned):
-        return _materialised(shape, change)
+        return _materialised(shape, change, layout)
     transposed = as_stored != straight
     rows, columns = layout.out_size, layout.in_size
     if transposed:
@@ -399,7 +399,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     return Matrix(count * rows, columns, tuple(parts))
 
 
-def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
+def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
     """ΔW computed at once, in the stored order."""
     if not isinstance(change, LowRank) or change.magnitude is not None:
         raise LoraFxError(
@@ -407,8 +407,6 @@ def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
             "cannot be merged",
             "only lora and rslora can take such an order",
         )
-    layout = change.layout
-    assert layout is not None
     count = math.prod(layout.batch_shape)
     every = slice(None)
     matrices = np.stack([change.block(i, every, every) for i in range(count)])

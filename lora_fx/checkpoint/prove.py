@@ -99,13 +99,12 @@ def _recomputed(
     if change.scales_of:
         return  # looked at with the codes
     if change.fold is None:
-        assert change.value is not None
         want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(info.shape)
         if not same_bytes(info, want):
             yield Difference(change.name, "is not the adapter's whole tensor")
         return
     worst, at = 0.0, 0
-    stages = _exact(change)
+    stages = _exact(change, change.fold)
     made = weights[stages[0][0].name] if change.requantised else None
     if (int8 := change.int8) is not None:
         there, old = out.tensors.get(int8.name), int8.scales
@@ -136,10 +135,9 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
         yield row, row + 1
 
 
-def _exact(change: TensorChange) -> list[Stage]:
+def _exact(change: TensorChange, last: TensorFold) -> list[Stage]:
     """The folds of a change, oldest first, with every factor in fp64."""
-    assert change.fold is not None
-    stages = [*change.earlier, (change.fold, change.dtype)]
+    stages = [*change.earlier, (last, change.dtype)]
     wide = [(replace(f, matrix=in_dtype(f.matrix, np.float64)), dtype) for f, dtype in stages]
     (first, dtype), *later = wide  # which need no more than rows: verify allows no other
     return [(prepared(first, change.weight), dtype), *later]
