@@ -19,6 +19,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
@@ -303,9 +304,7 @@ class TensorPair:
     @property
     def dtype(self) -> NumpyDtype:
         """The dtype of Δ: fp64 where either side is, else fp32."""
-        return np.dtype(
-            "float64" if "float64" in (self.base.dtype, self.tuned.dtype) else "float32"
-        )
+        return np.dtype(arithmetic(self.base.dtype, self.tuned.dtype))
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
         """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.

@@ -523,16 +523,14 @@ def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> 
     )
 
 
-def check_unknown(
-    placed: Iterable[Placed], tie: Tie | None, base: Checkpoint, config: JsonView
-) -> None:
+def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
     """Raise where an update means one use of a tensor that may be table and head as well.
 
     That is a table of all tokens of a model that generates and stores no head, or stores the table
     more than once, under names that are not known here; or a head beside which nothing else has
     a row for every token.
     """
-    tensors = base.tensors
+    tensors, config = base.tensors, base.config()
     sizes = {c.get("vocab_size") for c in (config, text_config(config))}
     untied = config.get("tie_word_embeddings") is False
     heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}

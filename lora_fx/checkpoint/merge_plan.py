@@ -288,7 +288,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             )
         placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
         known |= new
-    check_unknown(placed, tie, base, config)
+    check_unknown(placed, tie, base)
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
     copies: dict[str, str] = {}

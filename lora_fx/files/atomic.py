@@ -516,9 +516,7 @@ def check_apart(target: Path) -> None:
             )
 
 
-def check_replaceable(
-    target: Path, new: Path | None = None, names: Collection[str] | None = None
-) -> None:
+def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
     """Refuse to replace what is not of lora-fx's making.
 
     Args:
