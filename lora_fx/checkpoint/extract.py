@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -129,18 +128,16 @@ def extract(
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
         whole=whole, trust=trust,
     )  # fmt: skip
-    return extraction(base, tuned, **vars(options)).adapter
+    return extraction(base, tuned, options).adapter
 
 
 def extraction(
     base: str | Path,
     tuned: str | Path,
-    *,
+    options: ExtractOptions,
     progress: Callable[[float], None] | None = None,
-    **asked: Any,
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
-    options = ExtractOptions(**asked)
     base, tuned = local(base), local(tuned)
     with trusting(options.trust):
         sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
