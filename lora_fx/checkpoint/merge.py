@@ -425,12 +425,10 @@ class _Running:
             process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
             self._processes.add(process)
         out, err = process.communicate()
-        with self._lock:
-            self._processes.discard(process)
         return process.returncode, out, err
 
     def stop(self) -> None:
-        """End them, each with its own clean-up, and start no more."""
+        """End those that go on, each with its own clean-up, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
