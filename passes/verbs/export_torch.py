@@ -35,7 +35,7 @@ from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
-from lora_fx.targets.target import Target, applies, base_name, own_use
+from lora_fx.targets.target import Target, applies, own_use
 from lora_fx.text import Json
 
 
@@ -214,14 +214,12 @@ def export_slots(
         level_gate(options),
     )
     if options.mode == "batch":
-        graph, widened = _base(reference, options, tied=False)
+        graph, widened = _base(reference, options, tied=True)
         said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
-        # codes of kernels are made numbers by plain operators, and no product reads them
         named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
-        coded = [k for k in named_keys if base_name(k) in forms(captured.model)]
-        apart = _lost(reference, graph, coded)
+        apart = _lost(reference, graph, [*named_keys])
         if apart:
-            graph, _ = _base(reference, options, tied=False, apart=apart)
+            graph, _ = _base(reference, options, tied=True, apart=apart)
         sources = _sources(reference.base, graph, apart)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
@@ -282,10 +280,13 @@ def _sources(
     names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
+        if alone := apart.keys() & {*stored.names}:
+            result[stored.name] = (alone.pop(), StoredWeight(stored.shape))
+            continue
         p = names.get(stored.name)
         if p is None or len(p.shape) < 2:
             continue
-        if p.format and stored.name not in apart:
+        if p.format:
             # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
             result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
