@@ -318,8 +318,7 @@ class TensorPair:
             old = read_floats(self.base, at + lo, at + hi, self.dtype)
             new = read_floats(self.tuned, at + lo, at + hi, self.dtype)
             for info, block in ((self.base, old), (self.tuned, new)):
-                if not math.isfinite(_squares(block)) and not np.isfinite(block).all():
-                    count = int(np.count_nonzero(~np.isfinite(block)))
+                if count := np.count_nonzero(~np.isfinite(block)):
                     raise LoraFxError(
                         f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
                         "more); expected finite ones",
