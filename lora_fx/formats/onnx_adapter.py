@@ -141,7 +141,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
 def _full(name: str, array: Array, file: File) -> Full:
     if not is_float(array):
         return Full(array)
-    file.master(name, array)  # empty or not finite
+    file.check(name, array)
     return Full(array if array.dtype.itemsize >= 4 else array.astype(np.float32))
 
 

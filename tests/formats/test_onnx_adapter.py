@@ -75,6 +75,14 @@ def test_narrow_dtypes(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(low.b, narrow["x.lora_B"].astype(np.float32), strict=True)
 
 
+def test_a_whole_tensor_in_fp64_stays_so(tmp_path: Path) -> None:
+    file = tmp_path / "x.onnx_adapter"
+    write_file(file, {"w": np.array([0.1, 0.2])}, {"adapter_version": 1, "model_version": 1})
+    adapter = load_adapter(file)
+    np.testing.assert_array_equal(adapter.full["w"].value, np.array([0.1, 0.2]), strict=True)
+    assert adapter.metadata["notes"] == []
+
+
 def test_the_runtime_runs_it(tmp_path: Path) -> None:
     """A graph that takes K.lora_A and K.lora_B as optional inputs; base without the adapter."""
     w = RNG.standard_normal((8, 6)).astype(np.float32)
