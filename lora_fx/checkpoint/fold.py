@@ -219,11 +219,6 @@ def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
     return Stats(w.size, still, float(np.dot(w, w)), float(np.dot(d, d)), float(np.dot(m, d)))
 
 
-def rows_per_block(columns: int) -> int:
-    """Rows of a block of about BLOCK elements; more for very wide tensors, never below WINDOW."""
-    return max(1, BLOCK // max(1, columns * WINDOW)) * WINDOW
-
-
 def arithmetic(source: str, dtype: str) -> Floating:
     """What a tensor is folded in: fp32, or fp64 where it is stored so before or after."""
     return np.float64 if "float64" in (source, dtype) else np.float32
@@ -268,7 +263,7 @@ def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
 def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) -> Array:
     """Sums of squares of W + ΔW along its columns, fp64."""
     sums = np.zeros(p.right - p.left, np.float64)
-    step = rows_per_block(fold.matrix.columns)
+    step = fold.matrix.rows_per_block
     for low in range(p.top, p.bottom, step):
         high = min(low + step, p.bottom)
         delta = p.delta(low, high)
@@ -377,6 +372,11 @@ class Matrix:
     rows: int
     columns: int
     parts: tuple[Rectangle, ...]
+
+    @property
+    def rows_per_block(self) -> int:
+        """For a block of about BLOCK elements; more of very wide tensors, never below WINDOW."""
+        return max(1, BLOCK // max(1, self.columns * WINDOW)) * WINDOW
 
 
 def whole(shape: tuple[int, ...], change: Change) -> Matrix:

@@ -35,7 +35,6 @@ from lora_fx.checkpoint.fold import (
     one_blas_thread,
     prepared,
     read_block,
-    rows_per_block,
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.checkpoint.requantise import spans
@@ -127,7 +126,7 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
-        yield from change.spans(max(1, rows_per_block(matrix.columns) // 4))
+        yield from change.spans(max(1, matrix.rows_per_block // 4))
         return
     digest = hashlib.sha256(change.name.encode()).digest()
     some = random.Random(int.from_bytes(digest[:8], "little"))  # numpy's is slow to import

@@ -24,15 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import (
-    Space,
-    Stats,
-    TensorFold,
-    one_blas_thread,
-    prepared,
-    read_rows,
-    rows_per_block,
-)
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
@@ -226,7 +218,7 @@ class _Run:
         self._open(change.source.file)
         run = RUN_OF_CODES if isinstance(change.weight, CodesInfo) else RUN
         work = self._rows if change.codes is None else self._recoded
-        for low, high in change.spans(rows_per_block(fold.matrix.columns) * run):
+        for low, high in change.spans(fold.matrix.rows_per_block * run):
             yield partial(work, change, fold, low, high)
 
     def _replace(self, change: TensorChange) -> Done:
@@ -240,7 +232,7 @@ class _Run:
         (fd, at), info = self.places[change.name], change.source
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
-        step = rows_per_block(columns)
+        step = fold.matrix.rows_per_block
         read: Callable[[int, int], Array]
         read = partial(read_rows, self.sources[info.file], info, columns=columns, space=self._space)
         if isinstance(info, CodesInfo):
@@ -263,7 +255,7 @@ class _Run:
         assert change.codes is not None
         stats, count, weight = Stats(), 0, change.codes.weight
         q, every = weight.read(slice(low, high)), []
-        for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
+        for start, stop in spans(weight, fold.matrix.rows_per_block, low, high):
             here = q.cut(slice(start - low, stop - low))
             found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
             stats.add(found)
