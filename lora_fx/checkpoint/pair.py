@@ -262,17 +262,15 @@ class Raw:
         op, kernel = "", a.shape[:0]
         if not key.endswith("]") and a.ndim >= 2:
             a, b, op, kernel = from_tensors(part.kind, a, b, key)
-        variant = "rslora" if self.config.get("use_rslora") else "lora"
-        low = LowRank(a, b, self._alpha(key), None, variant, op=op, kernel=kernel)
-        size = group_of(self.config) if part.kind == "linear" else 0
-        return grouped(low, size) if size > 0 else low
-
-    def _alpha(self, key: str) -> float:
         alpha = None
         with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
             alpha = pattern.of(key.removesuffix(".weight"))
-        return float("nan") if alpha is None else alpha
+        alpha = math.nan if alpha is None else alpha
+        variant = "rslora" if self.config.get("use_rslora") else "lora"
+        low = LowRank(a, b, alpha, None, variant, op=op, kernel=kernel)
+        size = group_of(self.config) if part.kind == "linear" else 0
+        return grouped(low, size) if size > 0 else low
 
 
 def read_raw(path: Path) -> Raw:

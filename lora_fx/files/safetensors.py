@@ -405,7 +405,6 @@ def reading(info: TensorInfo) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        why = "ends inside a tensor while it is read"
-        if e.strerror:
-            why = f"cannot be read: {e.strerror}"
+        torn = "ends inside a tensor while it is read"
+        why = f"cannot be read: {e.strerror}" if e.strerror else torn
         raise LoraFxError(f"{info.file}: {why}", AGAIN) from e
