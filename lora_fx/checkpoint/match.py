@@ -386,7 +386,7 @@ def turned_weights(
             f"{where}: nothing says how square weights are stored, {flat[0]} among them; taken as "
             "[out, in]"
         )
-    return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag=flag))
+    return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag))
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
@@ -414,9 +414,7 @@ def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:
     return len(info.shape), name.partition(".")[0], module.rpartition(".")[2]
 
 
-def _turned(
-    name: str, info: TensorInfo, votes: Votes, kinds: frozenset[str], *, flag: bool
-) -> bool:
+def _turned(name: str, info: TensorInfo, votes: Votes, kinds: frozenset[str], flag: bool) -> bool:
     dims, part, _ = kind = _kind(name, info)
     own = votes.get(kind, set())
     if len(own) == 1:
