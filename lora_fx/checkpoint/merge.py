@@ -6,7 +6,6 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -54,25 +53,11 @@ def merge(
     adapters: Adapters,
     out: str | os.PathLike[str],
     *,
-    how: str = "sum",
-    rank: int | None = None,
-    dtype: str | None = None,
-    allow_unused: bool = False,
-    untie: bool = False,
-    add: bool = False,
-    again: bool = False,
-    allow_missing: bool = False,
-    any_base: bool = False,
-    other_readers: bool = False,
-    trust: bool = False,
-    dequantise: bool = False,
-    requantise: bool = False,
-    lossy: bool = False,
-    max_shard_size: int | str | None = None,
     link: bool = False,
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Report:
     """Fold adapters into a checkpoint and write a new one of the same kind.
 
@@ -81,30 +66,11 @@ def merge(
             file; it is not changed.
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
-        how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
-        rank: The rank of an svd mix.
-        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
-            were where None.
-        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
-        untie: Write a tied head as a tensor of its own where an update means one use only.
-        add: Add whole tensors that the base lacks, such as a new head.
-        again: Fold an adapter that the base's metadata says is in it already.
-        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
-        any_base: Fold an adapter that says it was trained on other weights than these.
-        other_readers: Fold an update of a weight that more than its products read (a norm, an
-            index), which the update does not reach, and a merge does.
-        trust: Read pickles, by torch's unpickler that runs no code; safetensors are written.
-        dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
-            quantization_config goes, and the shards are new.
-        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
-            the update is reported, and less than half of it in all is refused.
-        lossy: Do not refuse that.
-        max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
-            where None.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
         workers: Threads; as many as there are cores where None.
         progress: Called with bytes done and bytes in all.
+        options: Those of `MergeOptions`.
 
     Returns:
         A Report; `details["tensors"]` has, for every touched tensor, ‖Δ‖/‖W‖ (ratio), the share
@@ -116,23 +82,17 @@ def merge(
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
-    options = MergeOptions(
-        how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
-        again=again, allow_missing=allow_missing, any_base=any_base,
-        other_readers=other_readers, trust=trust, dequantise=dequantise,
-        requantise=requantise, lossy=lossy,
-        max_shard_size=max_shard_size,
-    )  # fmt: skip
+    asked = MergeOptions(**options)
     check_output(out, force=force)
-    plan = plan_merge(base, adapters, options)
+    plan = plan_merge(base, adapters, asked)
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
 
 def plan_merge(
-    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions | None = None
+    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    options, base = options or MergeOptions(), local(base)
+    base = local(base)
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
         parts = given(adapters, 2 * opened.elements, Path(base))
@@ -208,8 +168,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         adapters = [adapters]
     result = []
     for item in adapters:
-        adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
-        where, path = "the adapter", None
+        pair = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+        (adapter, weight), where, path = pair, "the adapter", None
         known = isinstance(adapter, (str, os.PathLike, Adapter))
         if not known or not isinstance(weight, (int, float)):
             raise LoraFxError(
@@ -219,7 +179,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(local(adapter))
             adapter = load_adapter(path, most=most, base=base, resolve=False)
-        result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
+        digest = adapter_hash(adapter)
+        result.append(Given(adapter, float(weight), where, digest, path, pair is item))
     return result
 
 
@@ -252,14 +213,8 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
 
 
 def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
-    rows, warnings = {n: c.to_json() for n, c in plan.changes.items()}, list(plan.notes)
-    for name, s in stats.items():
-        ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
-        rows[name] |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
-        if rows[name]["int8"] is not None:
-            rows[name]["int8"] |= {"error": s.missed, "own": s.coarse}
-        if rows[name]["requantised"] is not None:
-            rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
+    rows = [c.to_json(stats.get(name)) for name, c in plan.changes.items()]
+    warnings = list(plan.notes)
     codes = {n for n in stats if plan.changes[n].int8 is not None}
     anew = {n for n in stats if plan.changes[n].requantised}
     for names, how in (
@@ -275,7 +230,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
                 f"when {how.format(worst)}"
             )
     warnings += _said(plan)
-    details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
+    details = {**plan.to_json(), "tensors": rows, "base_verified": not plan.unverified}
     kept, noise = in_all(stats[n] for n in anew)
     details["requantised"] = {"kept": kept, "noise": noise} if anew else None
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
@@ -470,12 +425,10 @@ class _Running:
             process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
             self._processes.add(process)
         out, err = process.communicate()
-        with self._lock:
-            self._processes.discard(process)
         return process.returncode, out, err
 
     def stop(self) -> None:
-        """End them, each with its own clean-up, and start no more."""
+        """End those that go on, each with its own clean-up, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
