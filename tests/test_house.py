@@ -247,6 +247,7 @@ def test_heavy_libraries_stay_in_their_folder() -> None:
 
 VERBS = (
     "checkpoint.extract.extract",
+    "checkpoint.merge.merge",
     "passes.verbs.adapt.insert",
     "passes.verbs.attach.attach",
     "passes.verbs.export.export",

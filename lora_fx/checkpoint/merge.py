@@ -53,11 +53,25 @@ def merge(
     adapters: Adapters,
     out: str | os.PathLike[str],
     *,
+    how: str = "sum",
+    rank: int | None = None,
+    dtype: str | None = None,
+    allow_unused: bool = False,
+    untie: bool = False,
+    add: bool = False,
+    again: bool = False,
+    allow_missing: bool = False,
+    any_base: bool = False,
+    other_readers: bool = False,
+    trust: bool = False,
+    dequantise: bool = False,
+    requantise: bool = False,
+    lossy: bool = False,
+    max_shard_size: int | str | None = None,
     link: bool = False,
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Report:
     """Fold adapters into a checkpoint and write a new one of the same kind.
 
@@ -66,11 +80,30 @@ def merge(
             file; it is not changed.
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
+        how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
+        rank: The rank of an svd mix.
+        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
+            were where None.
+        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
+        untie: Write a tied head as a tensor of its own where an update means one use only.
+        add: Add whole tensors that the base lacks, such as a new head.
+        again: Fold an adapter that the base's metadata says is in it already.
+        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
+        any_base: Fold an adapter that says it was trained on other weights than these.
+        other_readers: Fold an update of a weight that more than its products read (a norm, an
+            index), which the update does not reach, and a merge does.
+        trust: Read pickles, by torch's unpickler that runs no code; safetensors are written.
+        dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
+            quantization_config goes, and the shards are new.
+        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
+            the update is reported, and less than half of it in all is refused.
+        lossy: Do not refuse that.
+        max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
+            where None.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
         workers: Threads; as many as there are cores where None.
         progress: Called with bytes done and bytes in all.
-        options: Those of `MergeOptions`.
 
     Returns:
         A Report; `details["tensors"]` has, for every touched tensor, ‖Δ‖/‖W‖ (ratio), the share
@@ -82,17 +115,23 @@ def merge(
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
-    asked = MergeOptions(**options)
+    options = MergeOptions(
+        how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
+        again=again, allow_missing=allow_missing, any_base=any_base,
+        other_readers=other_readers, trust=trust, dequantise=dequantise,
+        requantise=requantise, lossy=lossy,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
     check_output(out, force=force)
-    plan = plan_merge(base, adapters, asked)
+    plan = plan_merge(base, adapters, options)
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
 
 def plan_merge(
-    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions
+    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions | None = None
 ) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    base = local(base)
+    options, base = options or MergeOptions(), local(base)
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
         parts = given(adapters, 2 * opened.elements, Path(base))

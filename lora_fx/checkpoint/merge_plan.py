@@ -82,30 +82,7 @@ _RECORDED = ("allow_unused", "allow_missing", "other_readers", "dequantise", "re
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Which numbers a merge writes, and what it accepts; an object that exists is in order.
-
-    Attributes:
-        how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
-        rank: The rank of an svd mix.
-        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
-            were where None.
-        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
-        untie: Write a tied head as a tensor of its own where an update means one use only.
-        add: Add whole tensors that the base lacks, such as a new head.
-        again: Fold an adapter that the base's metadata says is in it already.
-        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
-        any_base: Fold an adapter that says it was trained on other weights than these.
-        other_readers: Fold an update of a weight that more than its products read (a norm, an
-            index), which the update does not reach, and a merge does.
-        trust: Read pickles, by torch's unpickler that runs no code; safetensors are written.
-        dequantise: Write the weights of a quantised checkpoint as floats, in `dtype` or bfloat16;
-            quantization_config goes, and the shards are new.
-        requantise: Write W̃ + Δ back in the codes of a quantised checkpoint; what that keeps of
-            the update is reported, and less than half of it in all is refused.
-        lossy: Do not refuse that.
-        max_shard_size: Bytes of the tensors of such a shard, or a text such as 2GB; 5 GB
-            where None.
-    """
+    """Which numbers a merge writes, and what it accepts; an object that exists is in order."""
 
     how: str = "sum"
     rank: int | None = None

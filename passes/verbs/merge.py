@@ -325,8 +325,7 @@ def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Re
         base: A Hugging Face folder, a `.safetensors` or an `.onnx` file; it is not changed.
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
-        options: link, force, workers and progress of `lora_fx.checkpoint.merge.merge` and those of
-            `lora_fx.checkpoint.merge_plan.MergeOptions`; of an `.onnx` file those of
+        options: Those of `lora_fx.checkpoint.merge.merge`; of an `.onnx` file those of
             `lora_fx.passes.verbs.merge.OnnxMergeOptions`.
 
     Raises:

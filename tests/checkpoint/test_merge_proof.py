@@ -12,7 +12,6 @@ import pytest
 from lora_fx.checkpoint import write
 from lora_fx.checkpoint.fold import TensorFold
 from lora_fx.checkpoint.merge import merge, plan_merge
-from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.prove import ROWS, _samples
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
@@ -69,7 +68,7 @@ def test_one_wrong_bit_of_a_copy_is_caught(
 
 def test_rows_of_the_proof(scene: Path) -> None:
     """Distinct, all over the tensor, the same in every run."""
-    change = plan_merge(scene / "base", [scene / "adapter"], MergeOptions()).changes[f"{Q}.weight"]
+    change = plan_merge(scene / "base", [scene / "adapter"]).changes[f"{Q}.weight"]
     rows = list(_samples(change, ROWS))
     assert rows == list(_samples(change, ROWS)) and len(set(rows)) == ROWS == 4
     assert all(0 <= low < high == low + 1 <= 96 for low, high in rows)
