@@ -26,7 +26,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, with_signature
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.inputs import Dynamic, Named
@@ -145,7 +145,7 @@ def module_of(captured: FileCaptured) -> CapturedModule:
     """The module of an opened file."""
     adapter = captured.adapter
     if adapter is None:
-        return with_signature(CapturedModule, captured)(captured)
+        return CapturedModule(captured)
     options = InsertOptions(
         adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
     )
@@ -274,7 +274,7 @@ def adapted_module(
     def inserter(now: Updates, training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
-    return with_signature(AdaptedModule, cap)(
+    return AdaptedModule(
         cap,
         found,
         start.adapter,

@@ -32,12 +32,11 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import stored_of
-from lora_fx.fx.codes import whole as whole_weight
+from lora_fx.fx.codes import numbers
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
+from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups, decide_doubts
 from lora_fx.fx.tensors import (
-    device_of,
     from_numpy,
     is_sharded,
     named_tensors,
@@ -55,8 +54,6 @@ from lora_fx.targets.target import Found
 from lora_fx.text import Json, html, human, short
 
 Inserter = Callable[[Updates, bool], Rewriter]
-Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 DEFAULT = "default"
@@ -97,11 +94,8 @@ class AdaptedModule(CapturedModule):
         self._graph(False, captured.named)  # registers the adapter's tensors
         self._sampled.now(self._updates, self)  # while tensors are whole
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._inserter(self._updates, training)]
-
-    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
-        return self._fast(blocks) if training and self._fast is not None else []
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        self._inserter(self._updates, training)(graph)
 
     def inserting(self, inserter: Inserter) -> contextlib.AbstractContextManager[None]:
         """A block in which other passes make the branches, in programs of their own."""
@@ -260,14 +254,10 @@ class AdaptedModule(CapturedModule):
                 for slot in slots_of(key, update):
                     m, leaf = owner(self, slot.name)
                     del m._parameters[leaf]
-            device = device_of(self)
             self._updates = dict(bound.lowrank)  # the passes read it
             self._programs.compiled.clear()
             self._programs.codes.clear()
             self._graph(False, self._programs.captured.named)
-            for tensors in self.tensors().values():
-                for tensor in tensors.values():
-                    tensor.data = tensor.data.to(device)
         originals = dict(self.captured.model.named_parameters())
         put_whole(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
@@ -570,8 +560,7 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
-    if (stored := stored_of(root, name)) is not None:  # the numbers that its codes stand for
-        tensor = whole_weight(root, name, stored, stored.dtype)
+    tensor = numbers(root, name)
     if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)
