@@ -522,13 +522,21 @@ def constant(value: ir.Value | None) -> Array | None:
     return None if found is None else found.numpy()
 
 
-def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:
-    """The whole numbers that an op takes as an attribute, or as an operand in later opsets."""
+def numbers(
+    node: ir.Node, name: str, slot: int, absent: list[int] | None = None
+) -> list[int] | None:
+    """The whole numbers that an op takes as an attribute, or as an operand in later opsets.
+
+    None where they are not known, and `absent` where the node leaves them out.
+    """
     if name in node.attributes:
         found = node.attributes[name].value
         return [int(found)] if isinstance(found, int) else [int(n) for n in found]
-    value = constant(operand(node, slot))
-    return None if value is None else [int(n) for n in value.reshape(-1)]
+    given = operand(node, slot)
+    value = constant(given)
+    if value is None:
+        return absent if given is None else None
+    return [int(n) for n in value.reshape(-1)]
 
 
 def dtype_name(value: ir.Value | None) -> str:
@@ -576,11 +584,10 @@ def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _squeeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axes = numbers(node, "axes", 1)
-    if axes is None and operand(node, 1) is not None:
+    axes = numbers(node, "axes", 1, [k for k, n in enumerate(shape) if n == 1])
+    if axes is None:
         return None
-    ones = (k for k, n in enumerate(shape) if n == 1)
-    gone = set(ones) if axes is None else {a % len(shape) for a in axes}
+    gone = {a % len(shape) for a in axes}
     return [Reshape(tuple(n for k, n in enumerate(shape) if k not in gone))]
 
 
@@ -595,7 +602,6 @@ def _unsqueeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _flatten(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     at = node.attributes.get_int("axis", 1)
-    at = at + len(shape) if at < 0 else at
     return [Reshape((math.prod(shape[:at]), math.prod(shape[at:])))]
 
 
@@ -611,12 +617,9 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     starts, stops = numbers(node, "starts", 1), numbers(node, "ends", 2)
     if starts is None or stops is None:
         return None
-    axes, strides = numbers(node, "axes", 3), numbers(node, "steps", 4)
-    if axes is None and operand(node, 3) is not None:
+    axes = numbers(node, "axes", 3, list(range(len(starts))))
+    if axes is None or set(numbers(node, "steps", 4, [1]) or ()) != {1}:
         return None
-    if operand(node, 4) is not None and set(strides or (0,)) != {1}:
-        return None
-    axes = list(range(len(starts))) if axes is None else axes
     steps: list[Step] = []
     for axis, start, stop in zip(axes, starts, stops, strict=True):
         # Python's slices clamp as ONNX does: ends are often INT64_MAX
@@ -627,13 +630,12 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     axis = node.attributes.get_int("axis", 0) % len(shape)
-    sizes = numbers(node, "split", 1)
+    # without sizes, all parts are equal and the last may be shorter
+    part = -(-shape[axis] // len(node.outputs))
+    equal = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
+    sizes = numbers(node, "split", 1, equal)
     if sizes is None:
-        if operand(node, 1) is not None:
-            return None
-        # without sizes, all parts are equal and the last may be shorter
-        part = -(-shape[axis] // len(node.outputs))
-        sizes = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
+        return None
     start = sum(sizes[:i])
     return [Slice(axis, start, start + sizes[i])]
 
@@ -650,17 +652,14 @@ def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _gather_nd(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    ids = node.inputs[1]
     batched = node.attributes.get_int("batch_dims", 0)
-    one = ids is not None and ids.shape is not None and ids.shape[-1] == 1
+    one = (shape_of(node.inputs[1]) or (0,))[-1] == 1
     return _picked(node, shape, 2) if one and not batched else None
 
 
-def _picked(node: ir.Node, shape: tuple[int, ...], rank: int) -> Steps:
+def _picked(node: ir.Node, shape: tuple[int, ...], dims: int) -> Steps:
     """Stacked matrices that data picks along the first axis; ids of other ranks make new axes."""
-    ids = node.inputs[1]
-    known = ids is not None and ids.shape is not None and len(ids.shape) == rank
-    return [Gather(0)] if known and len(shape) > 2 else None
+    return [Gather(0)] if rank(node.inputs[1]) == dims and len(shape) > 2 else None
 
 
 VIEWS: Mapping[str, Rule] = {
