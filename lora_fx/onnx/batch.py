@@ -26,7 +26,6 @@ from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.onnx.graph.flow import (
     OnnxWeightUse,
     bodies_of,
-    constant,
     dtype_name,
     numbers,
     operand,
@@ -390,6 +389,7 @@ class RowAxis:
 SAME = RowAxis()
 FIRST = RowAxis(0)
 States = Mapping[ir.Value, RowAxis]
+Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 
 
 def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
@@ -428,7 +428,7 @@ def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     return None if any(s.axis is not None for s in others) else _state(node, states, 0)
 
 
-def _along(default: int) -> Callable[[ir.Node, States, int, str], RowAxis | None]:
+def _along(default: int) -> Rule:
     """The rule of an op along one axis, which must not be the batch.
 
     LayerNormalization works along that axis and all that follow.
@@ -503,9 +503,14 @@ def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
 
 
-def _slice(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
-    return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+def _beside(name: str, slot: int) -> Rule:
+    """The rule of an op along axes that it names: rows stay where none of them is the batch."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, name, slot)
+        return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+
+    return rule
 
 
 def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -549,25 +554,19 @@ def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return None if summed else _meet([(a, ra), (b, rb)])
 
 
-def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    a = _keep(node, states, i, batch)
-    return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
+def _front(holds: Callable[[ir.Node, int], bool]) -> Rule:
+    """The rule of an op that leaves rows in front, where this holds of it and of a result."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state = _keep(node, states, i, batch)
+        return state if state is not None and state.axis == 0 and holds(node, i) else None
+
+    return rule
 
 
 def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
     return _keep(node, states, i, batch) if i == 0 else SAME
-
-
-def _flatten(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state = _state(node, states, 0)
-    return state if state.axis == 0 and _attr(node, "axis", 1) == 1 else None
-
-
-def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows of an op over [batch, channels, *size] stay in front."""
-    a = _keep(node, states, i, batch)
-    return a if a is not None and a.axis == 0 and i == 0 else None
 
 
 def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -586,48 +585,38 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return RowAxis(y.index(letter), exact)
 
 
-def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows stay where they are; CumSum takes its axis as an operand."""
-    state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
-    if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
-        return None
-    return state
-
-
-Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
 Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
 Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
 Tanh ThresholdedRelu Where Xor"""
 _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
-_WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
-GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
+_WINDOWS = """AveragePool BatchNormalization Conv ConvInteger ConvTranspose DepthToSpace
+GlobalAveragePool GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
 
 _OF_CODES = "MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
     **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys(_WINDOWS.split(), _window),
+    **dict.fromkeys(_WINDOWS.split(), _front(lambda node, i: i == 0)),  # [batch, channels, *size]
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
     **dict.fromkeys(_OF_CODES.split(), _along(-1)),
-    "ConvInteger": _window,
     "GatherBlockQuantized": _gather,
     "Concat": _concat,
-    "CumSum": _cumsum,
+    "CumSum": _beside("axis", 1),
     "Einsum": _einsum,
     "Expand": _expand,
-    "Flatten": _flatten,
+    "Flatten": _front(lambda node, i: _attr(node, "axis", 1) == 1),
     "Gather": _gather,
     "GatherND": _gather_nd,
-    "Gemm": _gemm,
+    "Gemm": _front(lambda node, i: not _attr(node, "transA", 0)),
     "MatMul": _matmul,
     "Reshape": _reshape,
-    "Slice": _slice,
+    "Slice": _beside("axes", 3),
     "Split": _along(0),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
