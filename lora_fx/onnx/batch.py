@@ -80,7 +80,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Row
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
     checked = e.call("Where", e.call("Less", raw, zero), over, raw)
-    return RowAdapters(graph, checked, count, weights, batch)
+    return RowAdapters(e, checked, count, weights, batch)
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
@@ -117,10 +117,8 @@ class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
-        found = owner.at(site)
-        last = found.y.producer()
-        assert last is not None
-        super().__init__(owner, last, site.id, found, before=False)
+        e = owner.emit(site)
+        super().__init__(owner, e.node, site.id, e.found, before=False)
         self.site, self.own, self.rows = site, own, rows
 
     def branch(
@@ -273,7 +271,7 @@ class RowAdapters(OnnxEmitter):
     """Which adapter each row has, and the nodes that decide, before everything that reads them.
 
     Args:
-        graph: The graph, whose inputs the next two are.
+        first: What emits before all nodes of the graph, whose inputs the next two are.
         ids: The adapters' numbers, checked, [batch].
         count: How many adapters there are, the base among them.
         scales: Weights by row [batch], where they were asked for.
@@ -281,11 +279,9 @@ class RowAdapters(OnnxEmitter):
     """
 
     def __init__(
-        self, graph: OnnxGraph, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
+        self, first: OnnxEmitter, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
     ) -> None:
-        node = ids.producer()
-        assert node is not None
-        super().__init__(graph, node, NAME, before=False)
+        super().__init__(first.owner, first.node, NAME, before=True)
         self._made: dict[tuple[object, ...], ir.Value] = {}
         self.products: dict[tuple[object, ...], list[ir.Value]] = {}
         self.ids, self.count, self.scales = ids, count, scales
@@ -591,15 +587,15 @@ HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish 
 Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
 Tanh ThresholdedRelu Where Xor"""
 _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
-_WINDOWS = """AveragePool BatchNormalization Conv ConvInteger ConvTranspose DepthToSpace
-GlobalAveragePool GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
+_WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
+GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
 
 _OF_CODES = "MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
     **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys(_WINDOWS.split(), _front(lambda node, i: i == 0)),  # [batch, channels, *size]
+    **dict.fromkeys((*_WINDOWS.split(), "ConvInteger"), _front(lambda node, i: i == 0)),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
     ),

@@ -9,6 +9,7 @@ batch    every row of a batch picks an adapter of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,14 +163,21 @@ def write_switch(
         warnings += save_within(
             made_file, graph.model, reference.conditions, reference.guards(), options, slots
         )
-        serve = _serving(made_file.path, options.provider, load)
-        run, session = serve(None)
-        parity = reference.prove(run, None, "base")
+        session = Session(made_file.path, options.provider)
+        parity = reference.prove(session.run, None, "base")
         feeds = reference.feeds(SIZES[0])
-        base = run(feeds)
+        base = session.run(feeds)
+
+        def serve(adapter: Adapter) -> Run:
+            """What runs with an adapter: the one session, or in mode load one of its own."""
+            if load:
+                return Session(made_file.path, options.provider, adapter=adapter).run
+            session.load("adapter", adapter)
+            return partial(session.run, adapter="adapter")
+
         tried = adapters or {"random": _random(layouts, switch.rank or RANK, serve, feeds, base)}
         for name, adapter in tried.items():
-            run, _ = serve(adapter)
+            run = serve(adapter)
             changed = run(feeds)
             if all(np.array_equal(changed[k], base[k]) for k in base):
                 if not adapters:
@@ -184,9 +192,8 @@ def write_switch(
                 write_adapter(adapters[name], manifest, part)
         made_file.adapters += paths.values()
         more = options.also(made_file, manifest) if options.also else Companions()
-    parity, warnings = [*parity, *more.parity], [*warnings, *more.warnings]
-    if session.note:
-        warnings.append(session.note)
+    parity += more.parity
+    warnings += [*more.warnings, *filter(None, [session.note])]
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     files = [*made_file.files, *more.files]
@@ -206,10 +213,6 @@ def report_of(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), whole)
 
 
-Serve = Callable[[Adapter | None], tuple[Run, Session]]
-"""Adapter → what runs with it; None is the base."""
-
-
 def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
     """Raise for what cannot be chosen run by run, or row by row."""
     for name, adapter in adapters.items():
@@ -221,24 +224,10 @@ def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
             )
 
 
-def _serving(path: Path, provider: str, load: bool) -> Serve:
-    """Adapter → what runs with it: one session for all, or one for each in mode load."""
-    shared = None if load else Session(path, provider)
-
-    def serve(adapter: Adapter | None) -> tuple[Run, Session]:
-        session = shared or Session(path, provider, adapter=adapter)
-        if adapter is None or load:
-            return session.run, session
-        session.load("adapter", adapter)
-        return (lambda feeds: session.run(feeds, adapter="adapter")), session
-
-    return serve
-
-
 def _random(
     layouts: Mapping[str, Layout],
     most: int,
-    serve: Serve,
+    serve: Callable[[Adapter], Run],
     feeds: Mapping[str, Array],
     base: Mapping[str, Array],
 ) -> Adapter:
@@ -249,8 +238,7 @@ def _random(
             a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
             entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
         made = Adapter(entries)
-        changed = serve(made)[0](feeds)
-        if compare(changed, base, {}, 1.0).ok:
+        if compare(serve(made)(feeds), base, {}, 1.0).ok:
             break
     return made
 
@@ -303,8 +291,7 @@ def write_batch(
             scales=options.scales,
         )
         demand(parity, "a batch differs")
-    said = [*warnings, *told]
-    said += [session.note] if session.note else []
+    said = [*warnings, *told, *filter(None, [session.note])]
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}
     details = {"mode": "batch", "adapters": list(adapters), **nodes, **reference.details()}
     return report_of(made_file.files, session.provider, parity, said, details)
@@ -360,7 +347,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
     model, stages = optimised(opened, feeds, provider, None if options.optimise else {})
     mark_changed(model, values)
-    said = [session.note] if session.note else []
+    said = [*filter(None, [session.note])]
     if precision:
         made = narrow(model, precision, feeds, provider, options.tol)
         model = made.model
