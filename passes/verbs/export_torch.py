@@ -24,7 +24,7 @@ from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
+from lora_fx.onnx.names import mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import RewriteStage
@@ -254,21 +254,16 @@ def _translated(
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
-    """A module in ONNX, its own names on weights and dimensions, and what its dtype has to say."""
-    made, said = to_onnx(module, options.opset or OPSET, apart, repeat=options.repeat), list[str]()
-    at_level(made.model, level)
-    mask_by_infinity(made.model)
-    if options.precision == "bfloat16":
-        if not in_bfloat16(made.model):
-            raise LoraFxError(
-                "the model has no bfloat16 to keep", "float16 or int8 takes fewer bits"
-            )
-        said.append("bfloat16: ONNX Runtime's CPU has few ops for it")
-    elif widen(made.model):
-        said.append(WIDENED)
-    names = named_tensors(module.captured.model)[0] if tied else None
-    give_own_names(made.model, names, made.symbols)
-    return made.model, said
+    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that."""
+    opset, repeat = options.opset or OPSET, options.repeat
+    model = to_onnx(module, opset, apart, tied=tied, repeat=repeat)
+    at_level(model, level)
+    mask_by_infinity(model)
+    if options.precision != "bfloat16":
+        return model, [WIDENED] * widen(model)
+    if not in_bfloat16(model):
+        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
+    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
 
 
 def _sources(

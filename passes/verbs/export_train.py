@@ -33,13 +33,12 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, named_tensors, to_numpy
-from lora_fx.fx.to_onnx import OPSET, translated
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, guard_within, row_of, say_within
-from lora_fx.onnx.names import give_own_names
 from lora_fx.onnx.save import Output, save_beside
 from lora_fx.onnx.session import open_session, write_adapter
 from lora_fx.passes.clean import Clean
@@ -206,18 +205,8 @@ class _Files:
             raise LoraFxError(
                 f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
             )
-        step = step_of(graph, slots, self.update, self._without_values)
-        model = translated(
-            lambda: step.program,
-            step.inputs,
-            step.outputs,
-            set(step.frozen),
-            options.opset or OPSET,
-            repeat=options.repeat,
-        )
-        free = graph.traced.door.free(module.captured.requested)
-        symbols = {(n, d): s for n, dims in free.items() for d, s in dims.items()}
-        give_own_names(model, named_tensors(module)[0], symbols)
+        opset, repeat = options.opset or OPSET, options.repeat
+        model = step_of(graph, slots, self.update, self._without_values, opset, repeat=repeat)
         model.metadata_props[PROPERTY] = self._manifest(manifest, slots, graph.seeded).to_text()
         say_within(model, onnx_conditions(graph.traced.door.conditions))
         if not options.within:

@@ -26,7 +26,6 @@ from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,10 +40,11 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.tensors import patched
-from lora_fx.fx.to_onnx import flat_program, mend_squeeze
+from lora_fx.fx.tensors import named_tensors, patched
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze, symbols_of, translated
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
+from lora_fx.onnx.names import give_own_names
 
 aten = torch.ops.aten
 STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
@@ -206,29 +206,28 @@ def train_graph(
     return TrainGraph(module, flat, names + ["seed"] * seeded, traced, compute, bool(own), seeded)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step as a program, the names of its inputs and outputs, and the tensors that stay."""
-
-    program: ExportedProgram
-    inputs: list[str]
-    outputs: list[str]
-    frozen: dict[str, Tensor]
-
-
 def step_of(
-    graph: TrainGraph, slots: Sequence[Slot], update: Update, labels: Callable[[Any], Tensor]
-) -> Step:
-    """Trace a step of a train graph whose scales are in B.
+    graph: TrainGraph,
+    slots: Sequence[Slot],
+    update: Update,
+    labels: Callable[[Any], Tensor],
+    opset: int,
+    *,
+    repeat: bool,
+) -> Any:
+    """Trace a step of a train graph whose scales are in B, as an onnx_ir.Model.
 
     Args:
         graph: The train program.
         slots: A and B of every update.
         update: The optimizer's part.
         labels: Makes the labels of these scores where the model does not take them; without values.
+        opset: The opset of the file.
+        repeat: As in `to_onnx`.
 
     Raises:
-        LoraFxError: A size that should be free is fixed by an operator's gradient.
+        LoraFxError: A size that should be free is fixed by an operator's gradient, or the exporter
+            cannot translate an operator.
     """
     flat, trained = graph.flat, [s for s in slots if s.trained]
     places = flat.graph.find_nodes(op="placeholder")
@@ -298,7 +297,11 @@ def step_of(
     inputs = [*graph.names, *(["labels"] if target else []), "lr", "step"]
     inputs += [s.name for s in slots] + [s.name + e for e in each[1:] for s in trained]
     outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
-    return Step(signed(made.graph, nodes[len(given) :], frozen), inputs, outputs, frozen)
+    program = signed(made.graph, nodes[len(given) :], frozen)
+    model = translated(lambda: program, inputs, outputs, set(frozen), opset, repeat=repeat)
+    free_sizes = graph.traced.door.free(graph.module.captured.requested)
+    give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
+    return model
 
 
 class _Held(OverTensors):
