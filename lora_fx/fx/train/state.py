@@ -302,7 +302,6 @@ class Trail:
         best: The lowest validation loss.
         kept: What is trained, as it was then; empty before the first validation.
         report: What the run has to say so far.
-        moved: What a state has moments of.
     """
 
     step: int = 0
@@ -312,7 +311,6 @@ class Trail:
     best: float = math.inf
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     report: TrainReport = field(default_factory=TrainReport)
-    moved: list[str] = field(default_factory=list)
 
 
 COUNTS = ("step", "epoch", "at", "waited")
@@ -400,7 +398,7 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     put_back(optimizer, {n: _like(f"now/{n}", p, tensors, where) for n, p in named.items()})
     if trail.kept:
         trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
-    for name in trail.moved:
+    for name in words["moments"]:
         of, like = f"adam/{name}/", optimizer.like(name)
         optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
     rng, size = _like(f"rng/{world.rank}", None, tensors, where), torch.get_rng_state().numel()
@@ -420,10 +418,10 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
     )
     if len(report.losses) != words["step"]:
         raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
-    trail = Trail(report=report, moved=list(words["moments"]))
+    trail = Trail(report=report)
     for name in COUNTS:
         setattr(trail, name, int(words[name]))
-    for name in trail.moved:
+    for name in words["moments"]:
         if name not in optimizer.named:
             raise KeyError(name)
     if words["best"] is not None:
