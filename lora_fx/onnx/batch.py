@@ -302,14 +302,14 @@ class RowAdapters(OnnxEmitter):
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
         """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
         key = ("rows", rank, tables)
-        if key not in self._made and tables > 1:
-            each = self.call("Reshape", self.rows(rank), self._shape(1, -1))
-            starts = np.arange(tables)[:, None] * (self.count * rank)
-            each = self.call("Add", each, self._constant(starts))
-            self._made[key] = self.call("Reshape", each, self._shape(-1))
-        elif key not in self._made:
-            first = self.call("Mul", self._chosen, self._ints(rank))
-            each = self.call("Add", first, self._constant(np.arange(rank)))
+        if key not in self._made:
+            if tables > 1:
+                first = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+                starts = np.arange(tables)[:, None] * (self.count * rank)
+            else:
+                first = self.call("Mul", self._chosen, self._ints(rank))
+                starts = np.arange(rank)
+            each = self.call("Add", first, self._constant(starts))
             self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 

@@ -115,9 +115,8 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> int:
         same = known.get(_digest(held))
         turned = known.get(_digest(held, turned=True)) if same is None else None
         if turned is not None:
-            name, shape = str(value.name), ir.Shape(turned.shape.numpy())
-            new = ir.Value(name=name, type=value.type, shape=shape, const_value=turned)
-            new.metadata_props.update(value.metadata_props)
+            name, marked = str(value.name), dict(value.metadata_props)
+            new = ir.val(name, const_value=turned, metadata_props=marked)
             del model.graph.initializers[name]
             model.graph.initializers[name] = new
             reread(graph, value, new, (1, 0))

@@ -414,14 +414,12 @@ class Session:
 
     def choice(self, adapter: Choice) -> Json:
         """The OrtValues of a choice, by input name; those left out keep their defaults."""
-        if adapter is None:
-            return {}
         if isinstance(adapter, str):
             self._known(adapter)
             return self._values[adapter]
-        for name in adapter:
+        for name in adapter or ():
             self._known(name)
-        return _values(self._mixed(adapter))
+        return _values(self._mixed(adapter)) if adapter else {}
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
         """The tensors of a mix: A side by side and w·B below one another, so the ranks add up."""

@@ -137,14 +137,11 @@ class OnnxFlow:
             if use is None and not ("float" in dtype or narrow(tensor)):
                 continue
             shape = (use.use.stored if use else ()) or tuple(tensor.shape.numpy())
-            alias = (str(value.name),) * _is_odd(value)
-            kept = use.codes if use else None
-            if kept is None:
-                result.append(Parameter(name, shape, dtype, alias))
-            else:
-                plain = QUANTISER.sub("", name)
-                alias += (plain,) * (plain not in self.stores)
-                result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
+            alias, kept = (str(value.name),) * _is_odd(value), use.codes if use else None
+            plain = QUANTISER.sub("", name)
+            alias += (plain,) * (kept is not None and plain not in self.stores)
+            form = (kept.format, kept.bits) if kept else ()
+            result.append(Parameter(name, shape, dtype, alias, *form))
         return result
 
 

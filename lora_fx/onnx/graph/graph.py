@@ -395,11 +395,8 @@ def add_initialiser(
     graph: ir.Graph, name: str, value: Array | Deferred, mark: str = ""
 ) -> ir.Value:
     """A new initialiser; `mark` is the site of the branch that it belongs to."""
-    tensor = as_tensor(value, name)
-    shape, kind = ir.Shape(value.shape), ir.TensorType(tensor.dtype)
-    v = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
-    if mark:
-        v.metadata_props[MARK] = mark
+    marked = {MARK: mark} if mark else None
+    v = ir.val(name, const_value=as_tensor(value, name), metadata_props=marked)
     graph.initializers[name] = v
     return v
 
