@@ -268,12 +268,6 @@ class _Files:
 
     # --- labels ----------------------------------------------------------------------------------
 
-    def _scores(self, named: Named) -> torch.Tensor:
-        """What the model gives for a batch, in eval mode."""
-        self.module.eval()
-        with torch.no_grad():
-            return scores_of(self.module._run_named(named)).detach()
-
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
         own, signature = self.loss[1], self.module.captured.signature
@@ -282,7 +276,10 @@ class _Files:
         asked = {}
         if example is not None and own in signature.required:
             asked[own] = torch.zeros_like(example)
-        labels = self._drawn(self._scores({**named, **asked}), example)
+        self.module.eval()
+        with torch.no_grad():
+            scores = scores_of(self.module._run_named({**named, **asked})).detach()
+        labels = self._drawn(scores, example)
         if own:
             named = signature.bind((), {**named, own: labels})
         return dict(named), to_numpy(labels)

@@ -248,21 +248,13 @@ def step_of(
         numbers = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
         held = [torch.zeros(s.shape) for s in slots]
         states = STATES[update.optimizer]
-        kept = [torch.zeros(s.shape) for _ in states for s in trained]
+        kept = [[torch.zeros(s.shape) for s in trained] for _ in states]
+    leaves, tree = pytree.tree_flatten((given, batch, target, numbers, held, kept))
 
     def step(*leaves: Any) -> tuple[Any, ...]:
-        left = list(leaves)
-
-        def take(count: int) -> list[Tensor]:
-            taken, left[:] = left[:count], left[count:]
-            return taken
-
-        alone = dict(zip(frozen, take(len(frozen)), strict=True))
+        still, inputs, lab, (lr, count), matrices, moments = pytree.tree_unflatten(leaves, tree)
+        alone = dict(zip(frozen, still, strict=True))
         weights = {n: alone[of] for n, of in names.items() if of in alone}
-        inputs, lab = take(len(batch)), take(len(target))
-        lr, count = take(2)
-        matrices = take(len(slots))
-        moments = [take(len(trained)) for _ in states]
         with torch.enable_grad():
             learnt = {s.name: w.detach().requires_grad_(s.trained)
                       for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
@@ -275,7 +267,6 @@ def step_of(
                   for i, s in enumerate(trained)]  # fmt: skip
         return loss.detach(), *update(trained, before, gradients, lr, count)
 
-    leaves = [*given, *batch, *target, *numbers, *held, *kept]
     plain = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
     free = _sizes_kept(fakes, dict(zip(graph.names, batch, strict=True)), flat.graph)
     apart = sdpa_kernel(SDPBackend.MATH)

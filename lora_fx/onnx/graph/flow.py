@@ -552,10 +552,6 @@ def tensor_dtype(dtype: ir.DataType) -> str:
         return dtype.name.lower()
 
 
-def _same(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    return []
-
-
 def _transpose(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     perm = node.attributes.get("perm")
     return [Permute(tuple(perm.as_ints()) if perm else tuple(range(len(shape)))[::-1])]
@@ -660,7 +656,7 @@ def _picked(node: ir.Node, shape: tuple[int, ...], dims: int) -> Steps:
 
 
 VIEWS: Mapping[str, Rule] = {
-    "Identity": _same,
+    "Identity": lambda node, shape, i: [],
     "Transpose": _transpose,
     "Cast": _cast,
     "Reshape": _reshape,
