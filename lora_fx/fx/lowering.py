@@ -416,25 +416,18 @@ def _inline(
     body, *given = call
     graph, part = module.graph, operator.attrgetter(str(body.target))(module)
     inline_regions(part, no_grad=no_grad)
-    env: dict[fx.Node, Argument] = {}
-    arguments = iter(given)
-    results: Any = ()
     with graph.inserting_before(node):
-        for inner in part.graph.nodes:
-            if inner.op == "placeholder":
-                outer = next(arguments)
-                env[inner] = _detached(node, outer) if no_grad else outer
-            elif inner.op == "output":
-                results = map_arg(inner.args[0], lambda n: env[n])
-            else:
-                new = graph.node_copy(inner, lambda n: env[n])
-                if inner.op == "get_attr":
-                    new.target = f"{body.target}.{inner.target}"
-                if cast is not None:
-                    _cast_inputs(graph, new, cast)
-                if no_grad:
-                    new.meta[NO_GRAD] = True
-                env[inner] = new
+        given = [_detached(node, outer) for outer in given] if no_grad else given
+        places = part.graph.find_nodes(op="placeholder")
+        env: dict[fx.Node, Any] = dict(zip(places, given, strict=False))
+        results: Any = graph.graph_copy(part.graph, env)
+        for inner in (n for n in part.graph.nodes if n.op not in ("placeholder", "output")):
+            if inner.op == "get_attr":
+                env[inner].target = f"{body.target}.{inner.target}"
+            if cast is not None:
+                _cast_inputs(graph, env[inner], cast)
+            if no_grad:
+                env[inner].meta[NO_GRAD] = True
         if no_grad:
             results = map_arg(results, lambda n: _detached(node, n))
     replace_parts(node, results)

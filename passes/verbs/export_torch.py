@@ -148,8 +148,7 @@ def quantised_base(
     model, adapters = opened(model), options.adapters
     if isinstance(model, AdaptedModule) and adapters is None:
         adapters = model.adapter()
-    given = files.named(adapters).values() if adapters else ()
-    every = [a for a in given if isinstance(a, Adapter)]
+    every = [*files.named(adapters).values()] if adapters else []
     cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
@@ -280,13 +279,12 @@ def _sources(
         if p.format and stored.name not in apart:
             # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
-            result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
-            continue
-        ours, theirs = graph.read(stored.name), torch_side.read(p.name)
-        if ours.shape == theirs.shape and np.array_equal(ours, theirs):
-            result[stored.name] = (p.name, StoredWeight(p.shape))
-        elif theirs.ndim == 2 and ours.shape == theirs.T.shape and np.array_equal(ours, theirs.T):
-            result[stored.name] = (p.name, StoredWeight(p.shape, turned=True))
+        else:
+            ours, theirs = graph.read(stored.name), torch_side.read(p.name)
+            turned = not np.array_equal(ours, theirs)
+            if turned and not (theirs.ndim == 2 and np.array_equal(ours, theirs.T)):
+                continue
+        result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
     return result
 
 
