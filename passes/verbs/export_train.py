@@ -153,11 +153,8 @@ class _Files:
 
     def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
         self.module, self.options = module, options
-        self.update = Update(
-            options.optimizer or "adamw",
-            0.01 if options.weight_decay is None else options.weight_decay,
-            1.0 if options.clip is None else options.clip,
-        )
+        said = {n: getattr(options, n) for n in ("optimizer", "weight_decay", "clip")}
+        self.update = Update(**{n: x for n, x in said.items() if x is not None})
         captured = module.captured
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)

@@ -41,7 +41,7 @@ from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import named_tensors, patched
-from lora_fx.fx.to_onnx import flat_program, mend_squeeze, symbols_of, translated
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze, registry, symbols_of, translated
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
@@ -274,7 +274,7 @@ def step_of(
         made = make_fx(step, decomposition_table=_table())(*leaves)
         if any(written_by(n) for n in made.graph.nodes):
             # functionalize takes neither autograd nor what the exporter's table gives
-            written = make_fx(step, decomposition_table=_own())(*leaves)
+            written = make_fx(step, decomposition_table=OWN)(*leaves)
             made = make_fx(functionalize(written), decomposition_table=_table())(*leaves)
     for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
         mend_squeeze(made.graph, node)
@@ -299,7 +299,7 @@ class _Held(OverTensors):
     """A graph run on tensors by name, by ops that have a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(_differentiable().get(target, target), args, kwargs)
+        return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
 
 
 def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
@@ -348,41 +348,8 @@ UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.
 def _table() -> Table:
     from torch.onnx._internal.exporter import _decomp
 
-    from lora_fx.fx.to_onnx import registry
-
     known = set(_decomp.get_onnx_implemented_overloads(registry()))
-    return {**_decomp.create_onnx_friendly_decomposition_table(known), **_own()}
-
-
-def _own() -> Table:
-    return {
-        aten.nll_loss_forward.default: nll_loss,
-        aten.convolution_backward.default: convolution_backward,
-        aten.avg_pool2d_backward.default: average_backward,
-    }
-
-
-@functools.cache
-def _differentiable() -> Table:
-    """What comes apart before autograd sees it: its gradient is an operator that never does."""
-    known = decomposition_table
-    return {
-        aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
-        aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
-        **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
-        aten.adaptive_avg_pool2d.default: known[aten._adaptive_avg_pool2d.default],
-        aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
-        aten.max_pool3d.default: functools.partial(pooled, F.max_pool2d),
-        aten.grid_sampler.default: samples,
-        aten.cdist.default: distances,
-        aten.masked_scatter.default: scattered,
-        aten.unfold.default: windows,
-        aten.cumprod.default: products,
-        aten.prod.default: product,
-        aten.prod.dim_int: product,
-        aten.embedding_bag.default: bags,
-        aten.embedding_bag.padding_idx: bags,
-    }
+    return {**_decomp.create_onnx_friendly_decomposition_table(known), **OWN}
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
@@ -553,6 +520,32 @@ def average_backward(
     planes = share.reshape(-1, 1, *dy.shape[-2:])
     made: Tensor = aten.convolution(planes, ones, None, stride, padding, [1, 1], True, rest, 1)
     return made[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
+
+
+OWN: Table = {
+    aten.nll_loss_forward.default: nll_loss,
+    aten.convolution_backward.default: convolution_backward,
+    aten.avg_pool2d_backward.default: average_backward,
+}
+"""What comes apart before the exporter sees it: it has no such operator, or a wrong one."""
+DIFFERENTIABLE: Table = {
+    aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
+    aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
+    **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
+    aten.adaptive_avg_pool2d.default: decomposition_table[aten._adaptive_avg_pool2d.default],
+    aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
+    aten.max_pool3d.default: functools.partial(pooled, F.max_pool2d),
+    aten.grid_sampler.default: samples,
+    aten.cdist.default: distances,
+    aten.masked_scatter.default: scattered,
+    aten.unfold.default: windows,
+    aten.cumprod.default: products,
+    aten.prod.default: product,
+    aten.prod.dim_int: product,
+    aten.embedding_bag.default: bags,
+    aten.embedding_bag.padding_idx: bags,
+}
+"""What comes apart before autograd sees it: its gradient is an operator that never does."""
 
 
 # Dropout by an input, seed: what is dropped depends on it, on the place and on which dropout it is,
