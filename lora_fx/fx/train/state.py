@@ -79,7 +79,7 @@ class Optimizer:
         groups = model.parameter_groups(settings.lr, settings.weight_decay)
         self._inner = make(groups, lr=settings.lr, **given)
         self._peaks = [group["lr"] for group in self._inner.param_groups]
-        self._steps, self._settings = steps, settings
+        self.steps, self.settings = steps, settings
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -92,7 +92,7 @@ class Optimizer:
 
     def take(self, step: int) -> None:
         """Take a step, counted from 1, with the gradients as they are."""
-        share = factor(step - 1, self._steps, self._settings.warmup, self._settings.schedule)
+        share = factor(step - 1, self.steps, self.settings.warmup, self.settings.schedule)
         for group, peak in zip(self._inner.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
         self._inner.step()
@@ -521,8 +521,7 @@ def facts_of(
     training: Table | Buckets,
     validation: Table | None,
     loss: str | Loss,
-    settings: Settings,
-    steps: int,
+    optimizer: Optimizer,
     processes: int,
 ) -> Facts:
     """The facts of a run, before or after any step of it."""
@@ -544,8 +543,8 @@ def facts_of(
         },
         "data": {"training": _data(training), "validation": _data(validation)},
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k != "epochs"},
-            "steps": steps,
+            **{k: v for k, v in asdict(optimizer.settings).items() if k != "epochs"},
+            "steps": optimizer.steps,
             "loss": loss if isinstance(loss, str) else _function(loss),
             "device": device_of(model).type,
             "processes": processes,
