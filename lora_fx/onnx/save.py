@@ -248,7 +248,9 @@ def output(
     beside = Beside()
     with replacing(target, force=force, parts=beside) as temporary:
         owner = owner or target
-        data = _free(owner)
+        names = (f"{owner.name}.{i}.data" for i in itertools.count(1))
+        paths = map(owner.with_name, itertools.chain([f"{owner.name}.data"], names))
+        data = next(path for path in paths if not (path.exists() or path.is_symlink()))
         made = Output(target, temporary, data, temporary, places=places, beside=beside)
         try:
             yield made
@@ -262,9 +264,3 @@ def output(
         if made.external:
             with replacing(made.data, beside=beside) as place:
                 temporary.with_name(made.data.name).replace(place)
-
-
-def _free(target: Path) -> Path:
-    names = (f"{target.name}.{i}.data" for i in itertools.count(1))
-    paths = map(target.with_name, itertools.chain([f"{target.name}.data"], names))
-    return next(path for path in paths if not (path.exists() or path.is_symlink()))

@@ -20,7 +20,6 @@ from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Parity, Report, compare, demand
 from lora_fx.conditions import Condition
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import remember
@@ -175,7 +174,11 @@ def write_switch(
             session.load("adapter", adapter)
             return partial(session.run, adapter="adapter")
 
-        tried = adapters or {"random": _random(layouts, switch.rank or RANK, serve, feeds, base)}
+        def small(adapter: Adapter) -> bool:
+            """Whether no output changes by more than its size."""
+            return compare(serve(adapter)(feeds), base, {}, 1.0).ok
+
+        tried = adapters or {"random": _random(layouts, switch.rank or RANK, small)}
         for name, adapter in tried.items():
             run = serve(adapter)
             changed = run(feeds)
@@ -224,13 +227,7 @@ def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
             )
 
 
-def _random(
-    layouts: Mapping[str, Layout],
-    most: int,
-    serve: Callable[[Adapter], Run],
-    feeds: Mapping[str, Array],
-    base: Mapping[str, Array],
-) -> Adapter:
+def _random(layouts: Mapping[str, Layout], most: int, small: Callable[[Adapter], bool]) -> Adapter:
     """An update of every target, large enough to see, and not so large that rounding explodes."""
     for size in SCALES:
         entries = {}
@@ -238,7 +235,7 @@ def _random(
             a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
             entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
         made = Adapter(entries)
-        if compare(serve(made)(feeds), base, {}, 1.0).ok:
+        if small(made):
             break
     return made
 
