@@ -451,11 +451,10 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
     fp32 have an fp32 result of narrow operands.
     """
-    made = value(node)
-    if isinstance(made, (tuple, list)):
-        made = next((m for m in made if isinstance(m, torch.Tensor)), None)
+    tensors = (v for v in pytree.tree_leaves(value(node)) if isinstance(v, torch.Tensor))
+    made = next(tensors, None)
     chosen = str(node.target).startswith(CHOSEN)
-    if chosen or not isinstance(made, torch.Tensor) or not made.is_floating_point():
+    if chosen or made is None or not made.is_floating_point():
         return
     dtypes = {i: dtype_of(i) for i in node.all_input_nodes}
     operands = [i for i, dtype in dtypes.items() if dtype and dtype.is_floating_point]

@@ -283,12 +283,8 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     file = AdapterFormat()
     file.set_adapter_version(versions["adapter_version"])
     file.set_model_version(versions["model_version"])
-    values = {
-        name: OrtValue.ortvalue_from_numpy_with_onnx_type(bits[name], _BF16)
-        if name in bits
-        else OrtValue.ortvalue_from_numpy(array)
-        for name, array in held.items()
-    }
+    values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
+    values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
     file.set_parameters(values)
     file.export_adapter(str(path))
     again, _ = read_file(path)

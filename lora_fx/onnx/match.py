@@ -63,11 +63,10 @@ def match(
     whole = dict(_whole(k, e, graph, found) for k, e in adapter.full.items())
     rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
     free = spread(rest, found, copies_of(graph.model))
-    loose = {  # the layout of another graph says nothing of this one
+    loose = free | {  # the layout of another graph says nothing of this one
         k: replace(e, layout=None, op="" if e.op == "embedding" and not as_lookup(e) else e.op)
-        if isinstance(e, LowRank)
-        else e
         for k, e in free.items()
+        if isinstance(e, LowRank)
     }
     bound = bind(replace(adapter, entries=loose), found)
     for key in bound.lowrank:

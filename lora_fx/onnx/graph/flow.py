@@ -7,6 +7,7 @@ the graphs around it, so one walk over all nodes follows both.
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import math
 import re
@@ -216,7 +217,7 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
     floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
-    names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
+    names = _names(floats)
     if not names:
         return False
     why = next((w.computed for w in floats if w.computed), "")
@@ -263,7 +264,7 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
         check_scales(node, 1, weight.shape, axis, block)
         codes = Codes(node.op_type, tensor.dtype.bitwidth)
-        behind = _stored(flow, (v for v in node.inputs if v is not None))
+        behind = _names(map(flow.weight_of, node.inputs))
         flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
         return True
     if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
@@ -303,10 +304,9 @@ def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
     return True
 
 
-def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
-    """The names of the stored tensors among values, or behind them."""
-    known = [w for v in values if (w := flow.weight_of(v))]
-    return tuple(dict.fromkeys(n for w in known for n in w.behind or (w.name,)))
+def _names(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
+    """The names of the stored tensors that values are, or that lie behind them."""
+    return tuple(dict.fromkeys(n for w in weights if w for n in w.behind or (w.name,)))
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
@@ -380,8 +380,8 @@ def _coded(
     if isinstance(use.kind, WeightForm):
         why = NO_PLACE.format(node.op_type)
     use = replace(use, refusal=use.refusal or why, allowed=use.allowed and not why)
-    others = (v for i, v in enumerate(node.inputs) if v is not None and i != use.x)
-    weight = replace(weight, behind=(*weight.behind, *_stored(flow, others)))
+    others = (flow.weight_of(v) for i, v in enumerate(node.inputs) if i != use.x)
+    weight = replace(weight, behind=(*weight.behind, *_names(others)))
     site = replace(_site(node, row, use, weight, y), no_fold=codes.no_fold)
     return OnnxWeightUse(site, node, use, row, y, codes, source)
 
@@ -437,13 +437,11 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """
     props = node.metadata_props
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, IndexError):
         scopes = ast.literal_eval(props.get("pkg.torch.onnx.name_scopes", "[]"))
         classes = ast.literal_eval(props.get("pkg.torch.onnx.class_hierarchy", "[]"))
         if len(scopes) > 1:
             return str(scopes[-2]), str(classes[-2]).rpartition(".")[2]
-    except (ValueError, SyntaxError, IndexError):
-        pass
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.strip("/").split("/")[:-1]), ""
     return "", ""

@@ -276,10 +276,8 @@ class OnnxGraph(Analysed):
         odd = number("weight_prepacked", 0) or operand(node, 4) or (given and zero is None)
         if node.op_type != "MatMulNBits" or bits not in (2, 4) or odd or scales is None:
             return None
-        n, k = site.operand
-        return nbits_zero_points(
-            site.parameter, scales, zero, (n, k), bits, number("block_size", 0)
-        )
+        (n, k), block = site.operand, number("block_size", 0)
+        return nbits_zero_points(site.parameter, scales, zero, (n, k), bits, block)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
         """Let sites of one weight read their codes by other zero points; returns their name.
