@@ -36,6 +36,10 @@ class LoraFxError(Exception):
         """Message and hint, as a traceback prints them: options in Python's spelling."""
         return f"{self.message}\nHint: {in_python(self.hint)}" if self.hint else self.message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """As another process gets it: exceptions are made again from `args` otherwise."""
+        return type(self).__new__, (type(self), self.message), self.__dict__
+
 
 def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str, hint: str) -> None:
     """Refuse an argument of another type.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.updates import Dense
 from lora_fx.compare import Parity, Report
-from lora_fx.errors import _FLAGS, _KEYWORDS, LoraFxError, in_python
+from lora_fx.conditions import SizeError
+from lora_fx.errors import _FLAGS, _KEYWORDS, LoraFxError, MisfitError, NoEffectError, in_python
 from lora_fx.text import html
 
 LOW = lora_fx.LowRank(np.ones((2, 8), "f"), np.ones((12, 2), "f"), alpha=6.0)
@@ -233,3 +236,11 @@ def test_wrong_calls_are_one_error_with_a_hint(
     said, _, hinted = str(caught.value).partition("\nHint: ")
     assert message in said and hint in hinted, str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] in ([], ["out"])
+
+
+@pytest.mark.parametrize("kind", [LoraFxError, NoEffectError, SizeError, MisfitError])
+def test_errors_come_through_a_pool_of_processes_as_they_were(kind: type[LoraFxError]) -> None:
+    error = MisfitError("a") if kind is MisfitError else kind("a", "use --rank")
+    for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(again) is kind and str(again) == str(error) and again.args == error.args
+        assert (again.hint, again.exit_code) == (error.hint, error.exit_code)

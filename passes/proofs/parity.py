@@ -327,7 +327,7 @@ def widened(x: Any) -> Any:
 
 
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
-    """Make another the model with every weight moved by half a unit of its last place."""
+    """Make another the model with its weights moved by up to a unit of their last place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -335,7 +335,10 @@ def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
 
 
 def nearby(x: Any, generator: torch.Generator) -> Any:
-    """A tensor with every float moved by half a unit of its last place, up or down."""
+    """A tensor with its floats moved by up to a unit of their last place, by lot.
+
+    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
+    """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return x
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1

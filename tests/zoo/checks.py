@@ -56,8 +56,8 @@ def built(name: str) -> Subject:
 def adapted(name: str, **options: Any) -> Any:
     """Inserted with zero B."""
     entry = facts(name)
-    dead = "drop" if entry.idle else "error"
-    return lora_fx.insert(built(name).cap, rank=2, include=entry.include, dead=dead, **options)
+    options = {"dead": "drop" if entry.idle else "error", **options}
+    return lora_fx.insert(built(name).cap, rank=2, include=entry.include, **options)
 
 
 def perturbed(name: str) -> Any:
