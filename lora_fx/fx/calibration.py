@@ -302,14 +302,15 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
     """[n, c, *size] → [n, c, *spots, *kernel]; `spots`: as many windows, whatever the size."""
     kernel, attrs = site.operand[2:], site.attrs
     k = len(kernel)
-    stride, dilation = (_each(attrs[name], k) for name in ("stride", "dilation"))
+    # one number is that of every axis
+    stride, dilation = ([*attrs[n]] * (k // len(attrs[n])) for n in ("stride", "dilation"))
     reach = [d * (s - 1) + 1 for d, s in zip(dilation, kernel, strict=True)]
     given = attrs["padding"]
     if given == "same":
         before = [(r - 1) // 2 for r in reach]
         after = [r - 1 - b for r, b in zip(reach, before, strict=True)]
     else:
-        before = after = [0] * k if given == "valid" else _each(given, k)
+        before = after = [0] * k if given == "valid" else [*given] * (k // len(given))
     if spots:  # of a transposed convolution: a window for every element of its x
         have = [n + b for n, b in zip(t.shape[2:], before, strict=True)]
         need = [(n - 1) * s + r for n, s, r in zip(spots, stride, reach, strict=True)]
@@ -321,7 +322,3 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
         if spots:
             t = t.narrow(2 + axis, 0, spots[axis])
     return t
-
-
-def _each(value: Sequence[int], n: int) -> list[int]:
-    return list(value) * n if len(value) == 1 else list(value)

@@ -45,6 +45,7 @@ from lora_fx.fx.graph.nodes import (
     replace_parts,
     value,
 )
+from lora_fx.text import by_key
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -70,12 +71,10 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
     A program that writes in place, has bodies of its own, or sizes that depend on values is
     decomposed as a whole.
     """
-    kinds: dict[Hashable, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr" or not _alone(node):
-            return _whole(program, table)
-        if _comes_apart(node, table):
-            kinds.setdefault((node.target, _known((node.args, node.kwargs))), []).append(node)
+    if any(node.op == "get_attr" or not _alone(node) for node in program.graph.nodes):
+        return _whole(program, table)
+    apart = (node for node in program.graph.nodes if _comes_apart(node, table))
+    kinds = by_key(((n.target, _known((n.args, n.kwargs))), n) for n in apart)
     if kinds:
         parts = _parts([nodes[0] for nodes in kinds.values()], program, table)
         if not all(_sizes_known(part, program.graph) for part in parts):

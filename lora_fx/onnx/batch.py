@@ -213,10 +213,8 @@ class BatchEmitter(OnnxEmitter):
             name = f"{self.site.id}_lora_windows"
             dtype = numpy_dtype(dtype_name(x) or "float32")
             w = self.parameter(name, value.astype(dtype), Role.FROZEN)
-            attributes = dict(given)
-            attributes["group"] = ir.AttrInt64("group", channels)
-            attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
-            x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
+            own = {**given, "group": channels, "kernel_shape": list(kernel)}
+            x = self.call("Conv", x, w, **own)
         return self.call("Reshape", x, self._sizes(channels * size, -1))
 
 

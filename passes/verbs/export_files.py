@@ -29,7 +29,7 @@ from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import guard_within, say_within
-from lora_fx.onnx.names import copies_of, mark_changed, restore_weight_names, strip_traces
+from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature, write_adapter
@@ -318,8 +318,7 @@ def optimised(
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages, with its weights' own names and no traces, and their rows."""
     made, rows = apply_stages(model, feeds, stages, provider)
-    restore_weight_names(made)
-    strip_traces(made)
+    give_own_names(made, None, {})
     return made, rows
 
 

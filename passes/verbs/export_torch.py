@@ -188,7 +188,7 @@ def export_slots(
     captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
-    reference = reference_of(captured, options, level_gate(options))
+    reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
         # codes of kernels are made numbers by plain operators, and no product reads them
         named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
@@ -204,7 +204,7 @@ def export_slots(
     )
 
 
-def reference_of(
+def torch_reference(
     captured: Captured, options: ExportOptions, tol: float = ORT_TOL
 ) -> TorchReference:
     """What a file has to equal, where adapters are the branches that insert adds."""

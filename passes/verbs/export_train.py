@@ -47,7 +47,7 @@ from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, reference_of
+from lora_fx.passes.verbs.export_torch import base_of, torch_reference
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
@@ -171,7 +171,7 @@ class _Files:
             check_output(path, force=options.force)
         captured = module.captured
         found = find(captured)
-        reference = reference_of(captured, options)
+        reference = torch_reference(captured, options)
         keys = list(bind(self.adapter, found).lowrank)
         graph, _, said = base_of(reference, keys, options)
         only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
