@@ -59,8 +59,7 @@ def reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]
     for user, i in list(was.uses()):
         body = user.graph
         assert body is not None
-        if user.op_type == "Mul" and _is_one(user.inputs[1 - i]):
-            one = user.inputs[1 - i]
+        if user.op_type == "Mul" and _is_one(one := user.inputs[1 - i]):
             reread(graph, user.outputs[0], new, perm)
             body.remove(user, safe=True)
             if one is not None and not one.uses() and one.name in made:

@@ -418,9 +418,8 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
     )
     if len(report.losses) != words["step"]:
         raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
-    trail = Trail(report=report)
-    for name in COUNTS:
-        setattr(trail, name, int(words[name]))
+    counts: dict[str, Any] = {name: int(words[name]) for name in COUNTS}
+    trail = Trail(**counts, report=report)
     for name in words["moments"]:
         if name not in optimizer.named:
             raise KeyError(name)

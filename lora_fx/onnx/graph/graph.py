@@ -36,6 +36,7 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.text import by_key
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -579,14 +580,9 @@ SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"
 
 def highest(graph: OnnxGraph) -> dict[str, int]:
     """For each input that indexes tables, the rows of the smallest of them."""
-    result: dict[str, int] = {}
-    for site in graph.sites():
-        if isinstance(site.kind, Embedding):
-            name = _input(graph.activation(site), graph.model)
-            if name is not None:
-                rows = site.operand[0]
-                result[name] = min(result.get(name, rows), rows)
-    return result
+    lookups = (s for s in graph.sites() if isinstance(s.kind, Embedding))
+    tables = by_key((_input(graph.activation(s), graph.model), s.operand[0]) for s in lookups)
+    return {name: min(rows) for name, rows in tables.items() if name is not None}
 
 
 def _input(value: ir.Value | None, model: ir.Model) -> str | None:
