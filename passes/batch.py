@@ -8,13 +8,13 @@ B. An adapter with several updates of one use (parts of a fused weight) takes th
 Σ bᵢ·aᵢ = [b₁ b₂ …] · [a₁; a₂; …].
 
 This pass has to know which axis of an activation holds the rows of the batch. The walk that tells
-(`lora_fx.onnx.batch.provenance`) is one over ONNX ops, so the pass runs on ONNX only.
+(`lora_fx.onnx.row_axis.provenance`) is one over ONNX ops, so the pass runs on ONNX only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,20 @@ from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.graph import Role, Site
-from lora_fx.ir.layout import Layout, Opaque, Permute, layout_of, track
-from lora_fx.onnx import batch
+from lora_fx.ir.layout import Layout, Opaque, Permute, Region, Step, layout_of, region_of, track
+from lora_fx.onnx import batch, row_axis
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.target import base_name, split_key, widen
+from lora_fx.targets.target import (
+    applies,
+    base_name,
+    overlap,
+    split_key,
+    split_use,
+    widen,
+)
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -70,35 +77,36 @@ class Batch:
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
+    _stems: dict[str, object] = field(default_factory=dict, init=False, compare=False)
 
     def __call__(self, graph: OnnxGraph) -> PassResult[ir.Value]:
         """Edit the graph; one that has the branches already is left alone."""
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
-        wanted = {base_name(k) for updates in self.adapters.values() for k in updates}
-        stored = {n: s for n, s in self.sources.items() if s[0] in wanted}
         dtypes = {p.name: p.dtype for p in graph.parameters()}
-        sites = [s for s in graph.sites() if s.parameter in stored]
-        missing = wanted - {stored[s.parameter][0] for s in sites}
+        reached = {s.id: self._reaching(s) for s in graph.sites()}
+        sites = [s for s in graph.sites() if any(reached[s.id])]
+        wanted = {k for updates in self.adapters.values() for k in updates}
+        missing = wanted - {k for keys in reached.values() for each in keys for k in each}
         if missing:
             raise LoraFxError(
                 f"{min(missing)!r}: no matmul of the exported graph uses it",
                 "exclude the target from the adapters",
             )
         symbol = batch.batch_symbol(graph.model)
-        states = batch.provenance(graph.model, symbol)
-        rows = [states.get(graph.activation(s), batch.SAME) for s in sites]
+        states = row_axis.provenance(graph.model, symbol, {graph.activation(s) for s in sites})
+        rows = [states.get(graph.activation(s), row_axis.SAME) for s in sites]
         forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
             first = str(value.shape[0]) if value.shape else ""
-            if first != symbol and states.get(value, batch.SAME) != batch.RowAxis(0):
+            if first != symbol and states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
                 raise LoraFxError(
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         stacks = [
-            self._stacks(graph, s, dtypes[s.parameter], form)
+            self._stacks(graph, s, dtypes[s.parameter], form, reached[s.id])
             for s, form in zip(sites, forms, strict=True)
         ]
         keys = [
@@ -115,18 +123,42 @@ class Batch:
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
 
+    def _reaching(self, site: Site) -> list[list[str]]:
+        """Of each adapter, the keys of the updates that reach a use."""
+        if site.parameter not in self.sources:
+            return [[] for _ in self.adapters]
+        name, source = self.sources[site.parameter]
+        alone = split_use(name)[1]  # a copy that one use reads
+        read = region_of(source.shape, _steps(site, source))
+
+        def reaches(key: str, update: LowRank) -> bool:
+            use = split_use(key)[1] or update.use
+            if base_name(key) != base_name(name):
+                return False
+            if alone and use:
+                return key == name
+            here = not use.startswith("call:") and applies(use, site)
+            return (bool(alone) or here) and overlap(split_key(key, source.shape)[1], read)
+
+        return [
+            [k for k, u in updates.items() if reaches(k, u)] for updates in self.adapters.values()
+        ]
+
     def _stacks(
-        self, graph: OnnxGraph, site: Site, dtype: str, form: str
+        self, graph: OnnxGraph, site: Site, dtype: str, form: str, keys: Sequence[Sequence[str]]
     ) -> tuple[ir.Value, ir.Value]:
-        """A and B of all adapters for a use, as initialisers."""
+        """A and B of all adapters for a use, as initialisers; `keys` are what reaches it."""
         key, source = self.sources[site.parameter]
-        layout = read_layout(site, source)
+        region, layout = read_layout(site, source)
         work = numpy_dtype(dtype_name(graph.output(site)) or dtype)
-        pairs = [_joined(key, u, source, layout, site.gain) for u in self.adapters.values()]
+        pairs = [
+            _joined({k: u[k] for k in mine}, source.shape, region, layout, site.gain)
+            for u, mine in zip(self.adapters.values(), keys, strict=True)
+        ]
         stacks = batch.stack(pairs, form, work)
         stem = key if form == "last" else f"{key}.{form}"
-        taken = self.targets.get(stem)
-        if taken is not None and taken["layout"] != [layout.to_json(), site.gain]:
+        same = (region, layout, site.gain, keys)
+        if self._stems.setdefault(stem, same) != same:
             stem = f"{stem}@{site.id}"
         names = (f"{stem}.batch_A", f"{stem}.batch_B")
         rank = max(a.shape[0] for a, _ in filter(None, pairs))
@@ -139,51 +171,62 @@ class Batch:
         return a, b
 
 
-def read_layout(site: Site, source: StoredWeight) -> Layout:
-    """How [out, in] of a use lies in the parameter as the adapters know it.
+def _steps(site: Site, source: StoredWeight) -> tuple[Step, ...]:
+    """From the parameter as adapters know it to the operand."""
+    return (*((Permute((1, 0)),) if source.turned else ()), *site.view.steps)
+
+
+def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
+    """Which part of the parameter a use reads, and how its [out, in] lies in that part.
 
     Raises:
-        LoraFxError: The use reads a part of the parameter, or mixes its axes.
+        LoraFxError: The use mixes the axes of the parameter, or reads a stack of matrices.
     """
     axes = site.kind.axes(site.operand)
-    turn = (Permute((1, 0)),) if source.turned else ()
     try:
-        tracked = track(source.shape, (*turn, *site.view.steps, *axes.steps))
+        tracked = track(source.shape, (*_steps(site, source), *axes.steps))
         layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque as e:
         raise LoraFxError(f"{site.parameter!r}: {e}", "use mode merged or switch") from e
-    if layout.stored != source.shape or layout.batch_shape:
-        what = "a stack of matrices" if layout.batch_shape else "a use of a part of the tensor"
+    if layout.batch_shape:
         raise LoraFxError(
-            f"{site.parameter!r}: batch mode does not serve {what}", "use mode merged or switch"
+            f"{site.parameter!r}: batch mode does not serve a stack of matrices",
+            "use mode merged or switch",
         )
-    return layout
+    return tracked.region, layout
 
 
 def _joined(
-    name: str, updates: Mapping[str, LowRank], source: StoredWeight, layout: Layout, gain: float
+    updates: Mapping[str, LowRank],
+    shape: tuple[int, ...],
+    region: Region,
+    layout: Layout,
+    gain: float,
 ) -> Pair | None:
-    """All updates that an adapter has of one parameter as [rank, in], [out, rank] of a use."""
-    mine = [(key, low) for key, low in updates.items() if base_name(key) == name]
-    if not mine:
+    """All updates that an adapter has of one use as its [rank, in], [out, rank]."""
+    if not updates:
         return None
-    all_a, all_b = zip(*(_whole(key, low, source, layout, gain) for key, low in mine), strict=True)
+    pairs = (_whole(k, low, shape, region, layout, gain) for k, low in updates.items())
+    all_a, all_b = zip(*pairs, strict=True)
     return np.concatenate(all_a), np.concatenate(all_b, axis=1)
 
 
-def _whole(key: str, low: LowRank, source: StoredWeight, layout: Layout, gain: float) -> Pair:
-    """One update as factors of the whole parameter, in the direction of the use, scale in b."""
-    if low.use:
-        raise LoraFxError(
-            f"{key!r} updates one use of a shared tensor ({low.use})",
-            "batch mode serves updates of all uses",
-        )
+def _whole(
+    key: str,
+    low: LowRank,
+    shape: tuple[int, ...],
+    region: Region,
+    layout: Layout,
+    gain: float,
+) -> Pair:
+    """One update as factors of what a use reads, in the direction of the use, scale in b."""
     mine = low.layout
     assert mine is not None
-    _, region = split_key(key, source.shape)
+    _, part = split_key(key, shape)
+    part = tuple((lo - at, hi - at) for (lo, hi), (at, _) in zip(part, region, strict=True))
     for read, flip in ((layout, False), (layout.transposed(), True)):
-        if read.narrow(region) == mine:
-            a, b = widen(NumpyEmitter(), read, mine, read.starts(region), low.a, low.b, low.rank)
+        if read.narrow(part) == mine:
+            a, b = widen(NumpyEmitter(), read, mine, read.starts(part), low.a, low.b, low.rank)
             a, b = (b.T, a.T) if flip else (a, b)
             scale = np.float32(low.scale * gain)
             return np.asarray(a, np.float32), np.asarray(b, np.float32) * scale

@@ -22,7 +22,15 @@ from dataclasses import dataclass, replace
 
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
-from lora_fx.ir.layout import Layout, Opaque, Region, Step, layout_of, plain_layout, track
+from lora_fx.ir.layout import (
+    Layout,
+    Opaque,
+    Region,
+    layout_of,
+    plain_layout,
+    region_of,
+    track,
+)
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
 from lora_fx.text import by_key
@@ -71,7 +79,7 @@ def _search(graph: Graph[V]) -> Found:
     readers: dict[str, list[tuple[str, Region]]] = {}
     for r in (r for r in graph.other_readers() if r.parameter in parameters):
         shape = parameters[r.parameter].shape if r.parameter in uses else ()
-        region = _region(shape, r.view.steps) if shape else ()
+        region = region_of(shape, r.view.steps) if shape else ()
         readers.setdefault(r.parameter, []).append((r.op, region))
     targets: list[Target] = []
     optional: list[Target] = []
@@ -121,14 +129,6 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
         return tracked.region, layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque:
         return None
-
-
-def _region(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
-    """The part of a parameter that a view shows: all of it where the view mixes its axes."""
-    try:
-        return track(shape, steps).region
-    except Opaque:
-        return tuple((0, n) for n in shape)
 
 
 def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:

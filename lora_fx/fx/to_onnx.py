@@ -47,7 +47,6 @@ def to_onnx(
     opset: int = OPSET,
     apart: Mapping[str, Target] | None = None,
     *,
-    tied: bool = True,
     repeat: bool = True,
 ) -> Any:
     """The eval program of a module without branches as an onnx_ir.Model, by the model's own names.
@@ -57,7 +56,6 @@ def to_onnx(
         opset: The opset of the file.
         apart: Weights that get an initialiser of their own, by its name: what the target's uses
             read, which the exporter would compute from, join, or store once for several uses.
-        tied: Give a tied tensor the first of its names, whichever the exporter took.
         repeat: Do once what is the same for many nodes; the long way gives the same file.
 
     Raises:
@@ -94,8 +92,7 @@ def to_onnx(
         place.const_value = ir.tensor(to_numpy(weight), name=place.name)
         owner.inputs.remove(place)
         owner.register_initializer(place)
-    names_of = named_tensors(captured.model)[0] if tied else None
-    give_own_names(model, names_of, symbols_of(free))
+    give_own_names(model, named_tensors(captured.model)[0], symbols_of(free))
     return model
 
 

@@ -136,6 +136,14 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
     return Tracked(tuple(region), tuple(map(tuple, stored)), tuple(map(tuple, axes)), size)
 
 
+def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
+    """The part of a parameter that a view shows: all of it where the view mixes its axes."""
+    try:
+        return track(shape, steps).region
+    except Opaque:
+        return tuple((0, n) for n in shape)
+
+
 def _regroup(
     axes: list[list[int]], shape: tuple[int, ...], size: dict[int, int], stored: list[list[int]]
 ) -> list[list[int]]:

@@ -13,8 +13,7 @@ lays out. (A convolution with the batch as its groups would need a group count k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -25,14 +24,11 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
 from lora_fx.onnx.graph.flow import (
     OnnxWeightUse,
-    bodies_of,
     dtype_name,
-    numbers,
-    operand,
     rank,
 )
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
-from lora_fx.onnx.graph.ops import MS
+from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros
 
 SCALES = "adapter_scales"
@@ -105,8 +101,9 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
     if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
         return "middle"
     r = rank(x)
+    apart = rows.exact or (rows.axis == 0 and (not rows.inner or r == 2))
     if isinstance(kind, Einsum) and r is not None and len(site.operand) == 2:
-        if kind.form == "right" and r >= 2 and rows.axis < r - 1:
+        if kind.form == "right" and r >= 2 and rows.axis < r - 1 and apart:
             return "last"
         if kind.form == "left" and r == 3 and rows == RowAxis(0):
             return "middle"
@@ -140,15 +137,22 @@ class BatchEmitter(OnnxEmitter):
 
         The uses of one x share a product with all their tables A; this one's is number `part`.
         """
-        r, axis = rank(x), self.rows.axis
+        r, axis, plain = rank(x), self.rows.axis, self.rows.exact
+        if self.rows.inner:  # [k · batch, in] as [k, batch, in]
+            r, axis, plain = 3, 1, True
         assert r is not None and axis is not None
         order = (axis, *(k for k in range(r) if k != axis))
-        plain = r == 3 and self.rows.exact
+        plain = r == 3 and plain
         low = int(b.shape.numpy()[0]) // self.own.count  # type: ignore[union-attr]
         scope = self.found and self.found.node.graph  # a branch of an If sees nothing of the other
         products = self.own.products.setdefault((scope, x, *tables), [])
         if not products:
             width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
+            if self.rows.inner:
+                sizes = self.call(
+                    "Concat", self._ints(-1), self.own.size, self._ints(width), axis=0
+                )
+                x = self.call("Reshape", x, sizes)
             first = self.call("Transpose", x, perm=list(order)) if axis else x
             seen = first if plain else self.call("Reshape", first, self._sizes(-1, width))
             several = len(tables) > 1  # the runtime joins initialisers when it loads them
@@ -166,7 +170,8 @@ class BatchEmitter(OnnxEmitter):
             sizes = self.call("Gather", self.call("Shape", x), self._ints(*order[:-1]))
             sizes = self.call("Concat", sizes, self._ints(-1), axis=0)
             delta = self.call("Reshape", delta, sizes)
-        return self.call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+        delta = self.call("Transpose", delta, perm=[order.index(k) for k in range(r)])
+        return self._shaped(delta, y) if self.rows.inner else delta
 
     def _split(self, t: ir.Value, count: int) -> list[ir.Value]:
         """Equal parts along the last axis."""
@@ -349,302 +354,3 @@ class RowAdapters(OnnxEmitter):
         if key not in self._made:
             self._made[key] = super()._constant(value)
         return self._made[key]
-
-
-# Row provenance: which axis of each value holds the rows of a batch, in the order of the inputs.
-#
-# A walk over the graph takes the batch axis of the inputs through every op that keeps rows apart:
-#
-#     axis 0, exact   [batch, …]            dimension 0 is the batch
-#     axis 0, merged  [batch · k, …]        rows were flattened, batch outermost: gpt2, Swin
-#     axis k, exact   [.., batch, ..]       behind a Transpose
-#     no axis         the same for every row: tables, masks made from sizes
-#
-# Where the batch is outermost in memory, any Reshape leaves it so. An op that is not in the table,
-# or that reads across the batch axis (a sort of rows, a mean over the batch, an expert's Gather),
-# ends the trail with a reason. The walk is a claim; the export that uses it proves it by running.
-
-
-@dataclass(frozen=True)
-class RowAxis:
-    """Where a value has its batch rows.
-
-    Attributes:
-        axis: The batch axis; None where the value is the same for every row.
-        exact: The axis is the batch itself, not the batch times something.
-        lost: Why rows cannot be told apart; empty when they can.
-    """
-
-    axis: int | None = None
-    exact: bool = True
-    lost: str = ""
-
-
-SAME = RowAxis()
-FIRST = RowAxis(0)
-States = Mapping[ir.Value, RowAxis]
-Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
-
-
-def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
-    value = operand(node, slot)
-    return SAME if value is None else states.get(value, SAME)
-
-
-def _attr(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes.get_int(name, default)
-
-
-def _meet(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
-    """Where the result has its rows, by the rows and ranks of operands aligned at their last axis.
-
-    None where they disagree. Their batch axes have one size, so one that is exact makes the others
-    exact.
-    """
-    top = max(r for _, r in operands)
-    met = {replace(s, axis=s.axis + top - r) for s, r in operands if s.axis is not None}
-    axes = {s.axis for s in met}
-    return RowAxis(axes.pop(), any(s.exact for s in met)) if len(axes) == 1 else None
-
-
-def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Operands are aligned at their last axis, and their batch axes have to meet."""
-    values = [v for v in node.inputs if v is not None]
-    known = [(states.get(v, SAME), r) for v in values if (r := rank(v)) is not None]
-    if len(known) < len(values):
-        return states.get(values[0], SAME) if len(values) == 1 else None
-    return _meet(known)
-
-
-def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows are those of the first operand, where no other operand has any."""
-    others = (_state(node, states, k) for k in range(1, len(node.inputs)))
-    return None if any(s.axis is not None for s in others) else _state(node, states, 0)
-
-
-def _along(default: int) -> Rule:
-    """The rule of an op along one axis, which must not be the batch.
-
-    LayerNormalization works along that axis and all that follow.
-    """
-
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state, r = _keep(node, states, i, batch), rank(node.inputs[0])
-        if state is None or state.axis is None:
-            return state
-        axis = _attr(node, "axis", default)
-        axis = axis + r if axis < 0 and r is not None else axis
-        if axis < -1 or axis == state.axis:
-            return None
-        inside = "Normalization" in node.op_type and 0 <= axis < state.axis
-        return None if inside else state
-
-    return rule
-
-
-def _concat(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r = _broadcast(node, states, i, batch), rank(node.outputs[0])
-    axis = _attr(node, "axis", 0)
-    axis = axis + r if axis < 0 and r is not None else axis
-    return None if state is None or axis < 0 or axis == state.axis else state
-
-
-def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state = _state(node, states, 0)
-    before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
-    if state.axis == 0:
-        first = str(shape[0]) if shape is not None and len(shape) else ""
-        sizes = numbers(node, "shape", 1) if node.op_type == "Reshape" else None
-        copied = state.exact and bool(sizes) and sizes[0] == 0 and not _attr(node, "allowzero", 0)  # type: ignore[index]
-        return RowAxis(0, copied or first == batch)
-    if before is None or shape is None or state.axis is None or not state.exact:
-        return None
-    k = state.axis
-    kept = len(shape) > k and [str(d) for d in shape[: k + 1]] == [str(d) for d in before[: k + 1]]
-    return state if kept else None
-
-
-def _transpose(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r = _state(node, states, 0), rank(node.inputs[0])
-    perm = node.attributes.get("perm")
-    if state.axis is None or (perm is None and r is None):
-        return None
-    order = list(perm.as_ints()) if perm is not None else list(range(r or 0))[::-1]
-    axis = order.index(state.axis)
-    return replace(state, axis=axis) if axis == 0 or state.exact else None
-
-
-def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
-    if state.axis is None or r is None or axes is None:
-        return None
-    total = r + len(axes)
-    new = {a % total for a in axes}
-    rest = [k for k in range(total) if k not in new]
-    return replace(state, axis=rest[state.axis])
-
-
-def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r = _state(node, states, 0), rank(node.inputs[0])
-    single = node.op_type in ("ArgMax", "ArgMin")
-    axes = [_attr(node, "axis", 0)] if single else numbers(node, "axes", 1)
-    if state.axis is None or r is None or not axes:
-        return None
-    gone = {a % r for a in axes}
-    if state.axis in gone:
-        return None
-    kept = node.op_type != "Squeeze" and _attr(node, "keepdims", 1)
-    return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
-
-
-def _beside(name: str, slot: int) -> Rule:
-    """The rule of an op along axes that it names: rows stay where none of them is the batch."""
-
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, name, slot)
-        return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
-
-    return rule
-
-
-def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    data, ids = _state(node, states, 0), _state(node, states, 1)
-    r, n = rank(node.inputs[0]), rank(node.inputs[1])
-    if r is None or n is None or (data.axis is not None and ids.axis is not None):
-        return None
-    axis = _attr(node, "axis", 0) % r
-    if ids.axis is not None:
-        return replace(ids, axis=ids.axis + axis) if axis == 0 or ids.exact else None
-    if data.axis is None or axis == data.axis:
-        return None
-    return replace(data, axis=data.axis + (n - 1 if axis < data.axis else 0))
-
-
-def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Entries that are picked by (row number, position), as transformers' masks pick them."""
-    data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
-    if data != FIRST or y is None or x is None or x.shape is None or not len(y):
-        return None
-    return FIRST if str(y[0]) == batch == str(x.shape[0]) else None
-
-
-def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, after = _state(node, states, 0), rank(node.inputs[0]), rank(node.outputs[0])
-    if after is None and node.inputs[1] is not None and node.inputs[1].shape is not None:
-        size = node.inputs[1].shape[0]
-        after = size if isinstance(size, int) else None
-    if state.axis is None or r is None or after is None:
-        return None
-    axis = state.axis + max(after - r, 0)
-    return replace(state, axis=axis) if axis == 0 or state.exact else None
-
-
-def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    a, b = _state(node, states, 0), _state(node, states, 1)
-    ra, rb = rank(node.inputs[0]), rank(node.inputs[1])
-    if ra is None or rb is None or ra < 2 or rb < 2:
-        return None
-    summed = a.axis == ra - 1 or b.axis == rb - 2
-    return None if summed else _meet([(a, ra), (b, rb)])
-
-
-def _front(holds: Callable[[ir.Node, int], bool]) -> Rule:
-    """The rule of an op that leaves rows in front, where this holds of it and of a result."""
-
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state = _keep(node, states, i, batch)
-        return state if state is not None and state.axis == 0 and holds(node, i) else None
-
-    return rule
-
-
-def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
-    return _keep(node, states, i, batch) if i == 0 else SAME
-
-
-def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    equation = node.attributes["equation"].as_string().replace(" ", "")
-    left, arrow, y = equation.partition("->")
-    if not arrow or "." in equation:
-        return None
-    operands = (_state(node, states, k) for k in range(len(node.inputs)))
-    terms = zip(left.split(","), operands, strict=False)
-    named = {(term[s.axis], s.exact) for term, s in terms if s.axis is not None}
-    if len(named) != 1:
-        return None
-    letter, exact = named.pop()
-    if letter not in y or not (exact or y.index(letter) == 0):
-        return None
-    return RowAxis(y.index(letter), exact)
-
-
-_ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
-Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
-HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
-Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
-Tanh ThresholdedRelu Where Xor"""
-_REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
-_WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
-GlobalMaxPool GroupNormalization InstanceNormalization LpPool MaxPool SpaceToDepth"""
-
-_OF_CODES = "MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
-    **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
-    **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys((*_WINDOWS.split(), "ConvInteger"), _front(lambda node, i: i == 0)),
-    **dict.fromkeys(
-        ("Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"), _along(-1)
-    ),
-    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
-    **dict.fromkeys(_OF_CODES.split(), _along(-1)),
-    "GatherBlockQuantized": _gather,
-    "Concat": _concat,
-    "CumSum": _beside("axis", 1),
-    "Einsum": _einsum,
-    "Expand": _expand,
-    "Flatten": _front(lambda node, i: _attr(node, "axis", 1) == 1),
-    "Gather": _gather,
-    "GatherND": _gather_nd,
-    "Gemm": _front(lambda node, i: not _attr(node, "transA", 0)),
-    "MatMul": _matmul,
-    "Reshape": _reshape,
-    "Slice": _beside("axes", 3),
-    "Split": _along(0),
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-}
-
-
-def provenance(model: ir.Model, batch: str) -> dict[ir.Value, RowAxis]:
-    """Where every value of the main graph has its rows.
-
-    `batch` is the symbol of the inputs' dimension 0.
-    """
-    states: dict[ir.Value, RowAxis] = {}
-    for value in model.graph.inputs:
-        first = str(value.shape[0]) if value.shape else ""
-        states[value] = FIRST if first == batch else SAME
-    for node in model.graph:
-        ins = [states.get(v, SAME) for v in node.inputs if v is not None]
-        lost = next((s.lost for s in ins if s.lost), "")
-        for i, out in enumerate(node.outputs):
-            if node.op_type in ("Shape", "Size"):
-                states[out] = SAME
-            elif lost:
-                states[out] = RowAxis(lost=lost)
-            elif bodies_of(node) or any(s.axis is not None for s in ins):
-                states[out] = _after(node, states, i, batch)
-            else:
-                states[out] = SAME
-    return states
-
-
-def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
-    rule = RULES.get(node.op_type) if node.domain in ("", MS) else None
-    found = None if rule is None else rule(node, states, i, batch)
-    if found is None:
-        why = f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
-        return RowAxis(lost=why)
-    return found

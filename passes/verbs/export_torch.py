@@ -35,7 +35,7 @@ from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
-from lora_fx.targets.target import Target, applies, base_name, own_use
+from lora_fx.targets.target import Target, applies, own_use
 from lora_fx.text import Json
 
 
@@ -190,10 +190,8 @@ def export_slots(
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
-        # codes of kernels are made numbers by plain operators, and no product reads them
         named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
-        coded = [k for k in named_keys if base_name(k) in forms(captured.model)]
-        graph, apart, said = base_of(reference, coded, options, tied=False)
+        graph, apart, said = base_of(reference, [*named_keys], options)
         sources = _sources(reference.base, graph, apart)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
@@ -216,18 +214,18 @@ def torch_reference(
 
 
 def base_of(
-    reference: TorchReference, keys: Sequence[str], options: ExportOptions, *, tied: bool = True
+    reference: TorchReference, keys: Sequence[str], options: ExportOptions
 ) -> tuple[OnnxGraph, dict[str, Target], list[str]]:
     """The base in ONNX with a target for every key that can have one.
 
     Returns:
         It, the targets whose weight it has apart, and what has to be said.
     """
-    model, said = _translated(reference.base, options, tied=tied)
+    model, said = _translated(reference.base, options)
     graph = OnnxGraph(model)
     apart = _lost(reference, graph, keys)
     if apart:
-        graph = OnnxGraph(_translated(reference.base, options, tied=tied, apart=apart)[0])
+        graph = OnnxGraph(_translated(reference.base, options, apart=apart)[0])
     return graph, apart, [*map(str, reference.base.captured.pinned), *said]
 
 
@@ -249,13 +247,11 @@ def _translated(
     module: CapturedModule,
     options: ExportOptions,
     *,
-    tied: bool = True,
     level: int = 0,
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
     """A module in ONNX, in a dtype that the runtime has, and what has to be said of that."""
-    opset, repeat = options.opset or OPSET, options.repeat
-    model = to_onnx(module, opset, apart, tied=tied, repeat=repeat)
+    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.repeat)
     at_level(model, level)
     mask_by_infinity(model)
     if options.precision != "bfloat16":
@@ -273,10 +269,13 @@ def _sources(
     names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
+        if alone := apart.keys() & {*stored.names}:
+            result[stored.name] = (alone.pop(), StoredWeight(stored.shape))
+            continue
         p = names.get(stored.name)
         if p is None or len(p.shape) < 2:
             continue
-        if p.format and stored.name not in apart:
+        if p.format:
             # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
         else:

@@ -213,12 +213,16 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         flow.data_flops += _data(node)
 
 
+NORMS = ("LayerNormalization", "RMSNormalization")
+"""What they make of a table of positions is data, which layers read; no weight is made by them."""
+
+
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
     floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
     names = _names(floats)
-    if not names:
+    if not names or node.op_type in NORMS:
         return False
     why = next((w.computed for w in floats if w.computed), "")
     why = why or f"the weight is computed by {node.op_type} from {' and '.join(names)}"
