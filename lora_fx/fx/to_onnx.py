@@ -441,6 +441,8 @@ def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
 #   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
 # - `number − integers` is cast first: the exporter promotes no number on the left.
 # - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
+# - A pooled mean of everything is a mean. Behind a permute the exporter's own is put into other
+#   memory by a Gather of every element, through which no row of a batch can be followed.
 # - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 # - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
@@ -572,6 +574,14 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
         node.target = attention_in_four
 
 
+def _mean(graph: fx.Graph, node: fx.Node) -> None:
+    sizes = argument(node, "output_size")
+    wanted = sizes if isinstance(sizes, (list, tuple)) else [sizes]
+    if all(type(n) is int and n == 1 for n in wanted):
+        axes = [*range(-len(wanted), 0)]
+        node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
+
+
 def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
     """Attention [n, d] or [batch, n, d] with the dimensions in front that the exporter wants."""
     missing = 4 - q.dim()
@@ -683,6 +693,8 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     DEQUANTISE: _dequantise,
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
+    **{op.default: _mean for op in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)},
+    aten.adaptive_avg_pool3d.default: _mean,
     aten.real.default: _fourier,
     aten.squeeze.dim: mend_squeeze,
     aten.squeeze.dims: mend_squeeze,
