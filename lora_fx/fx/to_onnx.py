@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
+from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
 from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
@@ -94,11 +94,6 @@ def to_onnx(
         owner.register_initializer(place)
     give_own_names(model, named_tensors(captured.model)[0], symbols_of(free))
     return model
-
-
-def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
-    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
-    return {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
 
 
 def translated(

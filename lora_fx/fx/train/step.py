@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
@@ -41,7 +42,7 @@ from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import named_tensors, patched
-from lora_fx.fx.to_onnx import flat_program, mend_squeeze, registry, symbols_of, translated
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze, registry, translated
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
