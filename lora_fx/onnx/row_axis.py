@@ -206,12 +206,12 @@ def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     data, ids = _state(node, states, 0), _state(node, states, 1)
     y, x = node.outputs[0], node.inputs[0]
     picks = node.inputs[1].shape if node.inputs[1] else None
-    if data.axis is None or ids.axis is not None or picks is None or _attr(node, "batch_dims", 0):
+    if data.axis is None or picks is None or _attr(node, "batch_dims", 0):
         return None
     depth = picks[-1]
-    if isinstance(depth, int) and depth <= data.axis:
+    if ids.axis is None and isinstance(depth, int) and depth <= data.axis:
         return replace(data, axis=data.axis + len(picks) - 1 - depth)
-    if data.axis or data.inner or x is None or not x.shape or not y.shape:
+    if data.axis or ids.axis or data.inner or x is None or not x.shape or not y.shape:
         return None
     now, was = _elements([str(y.shape[0])]), _elements([str(x.shape[0])])
     return data if now == was and batch in was[1] else None

@@ -223,6 +223,24 @@ def test_a_computed_weight_is_served(tmp_path: Path) -> None:
     check(tmp_path, cap, adapters, lambda rng, n: rng.standard_normal((n, 4), np.float32), "cpu")
 
 
+class LastToken(nn.Module):
+    """What one token of every row is, picked by (row, position): heads for classification."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(50, 12), nn.Linear(12, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return self.head(self.table(ids)[rows, ids.argmax(-1)])
+
+
+def test_a_token_of_every_row_is_picked(tmp_path: Path) -> None:
+    cap = lora_fx.capture(LastToken().eval(), (torch.randint(0, 50, (2, 6)),))
+    check(tmp_path, cap, [adapter(cap, s, 2) for s in (1, 2)], tokens, "cpu")
+
+
 class Relative(nn.Module):
     """A layer that reads tokens, and a norm of a table of positions: DeBERTa."""
 
