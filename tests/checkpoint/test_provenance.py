@@ -197,7 +197,7 @@ def test_a_base_of_codes_is_the_weights_that_they_stand_for(tmp_path: Path) -> N
         assert "the adapter was trained on other weights" in note
     floats = Net()
     with torch.no_grad():
-        for name, stored in held.items():
+        for name in held:
             floats.get_parameter(name).copy_(numbers(model, name, torch.float32))
     assert base_notes(lora_fx.insert(floats, (X,), adapter=adapter)) == []
     save_program(model, tmp_path / "x.pt2")
