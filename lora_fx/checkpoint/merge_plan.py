@@ -54,7 +54,7 @@ from lora_fx.files.quantised.dequantise import (
 )
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import overlap
-from lora_fx.text import Json, human, size_in_bytes, table
+from lora_fx.text import Json, by_key, human, size_in_bytes, table
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         sources |= {n: base.tensors[source] for n, source in copies.items()}
         placed = spread(placed, tie, {*base.tensors, *sources})
         tie = tie if apart else None
-    by_tensor: dict[str, list[Placed]] = {}
-    for p in placed:
-        by_tensor.setdefault(p.tensor, []).append(p)
+    by_tensor = by_key((p.tensor, p) for p in placed)
     changes: dict[str, TensorChange] = {}
     codes = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
     names = {*by_tensor, *codes} if options.dequantise else by_tensor.keys()

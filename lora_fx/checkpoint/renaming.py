@@ -23,7 +23,7 @@ from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name, role_by_name, split_key
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, by_key
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
@@ -365,10 +365,7 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
         apart: Those of which the adapter has the whole; else those of which it has parts.
     """
     homes = _by_parent(n for n, info in base.items() if len(info.shape) == 2)
-    longer: dict[str, list[str]] = {}
-    for home in homes:
-        for tail in _tails(home):
-            longer.setdefault(tail, []).append(home)
+    longer = by_key((tail, home) for home in homes for tail in _tails(home))
     result: dict[str, dict[str, str]] = {}
     for path, ours in _by_parent(map(base_name, adapter.entries)).items():
         near = [*longer.get(path, ()), *(tail for tail in _tails(path)[1:] if tail in homes)]

@@ -25,7 +25,7 @@ from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
 from lora_fx.targets.target import base_name
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, by_key
 
 LEAST = 0.5
 """What has to be kept of an update in all, unless loss is allowed."""
@@ -77,10 +77,7 @@ def recoded(
 
 def joined(parts: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
-    found: dict[str, list[Written]] = {}
-    for part in parts:
-        found.setdefault(part.name, []).append(part)
-    for every in found.values():
+    for every in by_key((part.name, part) for part in parts).values():
         axis = every[0].axis
         if axis and len(every) > 1:
             every = [replace(every[0], data=np.concatenate([p.data for p in every], axis))]

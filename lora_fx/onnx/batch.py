@@ -76,7 +76,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Row
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
     checked = e.call("Where", e.call("Less", raw, zero), over, raw)
-    return RowAdapters(graph, checked, count, weights, batch)
+    return RowAdapters(e, checked, count, weights, batch)
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
@@ -114,10 +114,8 @@ class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
-        found = owner.at(site)
-        last = found.y.producer()
-        assert last is not None
-        super().__init__(owner, last, site.id, found, before=False)
+        e = owner.emit(site)
+        super().__init__(owner, e.node, site.id, e.found, before=False)
         self.site, self.own, self.rows = site, own, rows
 
     def branch(
@@ -220,10 +218,8 @@ class BatchEmitter(OnnxEmitter):
             name = f"{self.site.id}_lora_windows"
             dtype = numpy_dtype(dtype_name(x) or "float32")
             w = self.parameter(name, value.astype(dtype), Role.FROZEN)
-            attributes = dict(given)
-            attributes["group"] = ir.AttrInt64("group", channels)
-            attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
-            x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
+            own = {**given, "group": channels, "kernel_shape": list(kernel)}
+            x = self.call("Conv", x, w, **own)
         return self.call("Reshape", x, self._sizes(channels * size, -1))
 
 
@@ -278,7 +274,7 @@ class RowAdapters(OnnxEmitter):
     """Which adapter each row has, and the nodes that decide, before everything that reads them.
 
     Args:
-        graph: The graph, whose inputs the next two are.
+        first: What emits before all nodes of the graph, whose inputs the next two are.
         ids: The adapters' numbers, checked, [batch].
         count: How many adapters there are, the base among them.
         scales: Weights by row [batch], where they were asked for.
@@ -286,11 +282,9 @@ class RowAdapters(OnnxEmitter):
     """
 
     def __init__(
-        self, graph: OnnxGraph, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
+        self, first: OnnxEmitter, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
     ) -> None:
-        node = ids.producer()
-        assert node is not None
-        super().__init__(graph, node, NAME, before=False)
+        super().__init__(first.owner, first.node, NAME, before=True)
         self._made: dict[tuple[object, ...], ir.Value] = {}
         self.products: dict[tuple[object, ...], list[ir.Value]] = {}
         self.ids, self.count, self.scales = ids, count, scales
@@ -311,14 +305,14 @@ class RowAdapters(OnnxEmitter):
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
         """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
         key = ("rows", rank, tables)
-        if key not in self._made and tables > 1:
-            each = self.call("Reshape", self.rows(rank), self._shape(1, -1))
-            starts = np.arange(tables)[:, None] * (self.count * rank)
-            each = self.call("Add", each, self._constant(starts))
-            self._made[key] = self.call("Reshape", each, self._shape(-1))
-        elif key not in self._made:
-            first = self.call("Mul", self._chosen, self._ints(rank))
-            each = self.call("Add", first, self._constant(np.arange(rank)))
+        if key not in self._made:
+            if tables > 1:
+                first = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+                starts = np.arange(tables)[:, None] * (self.count * rank)
+            else:
+                first = self.call("Mul", self._chosen, self._ints(rank))
+                starts = np.arange(rank)
+            each = self.call("Add", first, self._constant(starts))
             self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 

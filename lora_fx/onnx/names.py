@@ -41,12 +41,10 @@ def exact_constants() -> Iterator[None]:
         return bool(a == b if b in (0, 1) else np.float32(a) == np.float32(b))
 
     held = vars(matcher)
-    before = held["math"]
-    held["math"] = SimpleNamespace(isclose=isclose)
-    try:
+    with contextlib.ExitStack() as after:
+        after.callback(held.update, math=held["math"])
+        held["math"] = SimpleNamespace(isclose=isclose)
         yield
-    finally:
-        held["math"] = before
 
 
 def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:

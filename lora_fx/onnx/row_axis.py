@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import bodies_of, constant, numbers, operand, rank
+from lora_fx.onnx.graph.flow import bodies_of, numbers, operand, rank
 from lora_fx.onnx.graph.ops import MS
 
 
@@ -152,8 +152,7 @@ def _transpose(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     if state.axis is None or (perm is None and r is None):
         return None
     order = list(perm.as_ints()) if perm is not None else list(range(r or 0))[::-1]
-    axis = order.index(state.axis)
-    return replace(state, axis=axis)
+    return replace(state, axis=order.index(state.axis))
 
 
 def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -179,9 +178,14 @@ def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
 
 
-def _slice(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
-    return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+def _beside(name: str, slot: int) -> Rule:
+    """The rule of an op along axes that it names: rows stay where none of them is the batch."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, name, slot)
+        return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+
+    return rule
 
 
 def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -199,12 +203,8 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 
 def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Entries of leading axes, or picked by (row number, position), as transformers' masks are."""
-    data, ids, y, x = (
-        _state(node, states, 0),
-        _state(node, states, 1),
-        node.outputs[0],
-        node.inputs[0],
-    )
+    data, ids = _state(node, states, 0), _state(node, states, 1)
+    y, x = node.outputs[0], node.inputs[0]
     picks = node.inputs[1].shape if node.inputs[1] else None
     if data.axis is None or picks is None or _attr(node, "batch_dims", 0):
         return None
@@ -237,25 +237,19 @@ def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return None if summed else _meet([(a, ra), (b, rb)])
 
 
-def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    a = _keep(node, states, i, batch)
-    return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
+def _front(holds: Callable[[ir.Node, int], bool]) -> Rule:
+    """The rule of an op that leaves rows in front, where this holds of it and of a result."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state = _keep(node, states, i, batch)
+        return state if state is not None and state.axis == 0 and holds(node, i) else None
+
+    return rule
 
 
 def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
     return _keep(node, states, i, batch) if i == 0 else SAME
-
-
-def _flatten(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state = _state(node, states, 0)
-    return state if state.axis == 0 and _attr(node, "axis", 1) == 1 else None
-
-
-def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows of an op over [batch, channels, *size] stay in front."""
-    a = _keep(node, states, i, batch)
-    return a if a is not None and a.axis == 0 and i == 0 else None
 
 
 def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -282,14 +276,6 @@ def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     return None if pads[state.axis] or pads[state.axis + r] else state
 
 
-def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows stay where they are; CumSum takes its axis as an operand."""
-    state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
-    if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
-        return None
-    return state
-
-
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
 Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
@@ -304,27 +290,26 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
     **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys(_WINDOWS.split(), _window),
+    **dict.fromkeys((*_WINDOWS.split(), "ConvInteger"), _front(lambda node, i: i == 0)),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "TopK"),
         _along(-1),
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
     **dict.fromkeys(_OF_CODES.split(), _along(-1)),
-    "ConvInteger": _window,
     "GatherBlockQuantized": _gather,
     **dict.fromkeys(("Concat", "GatherElements", "ScatterElements"), _along(0, _broadcast)),
-    "CumSum": _cumsum,
+    "CumSum": _beside("axis", 1),
     "Einsum": _einsum,
     "Expand": _expand,
-    "Flatten": _flatten,
+    "Flatten": _front(lambda node, i: _attr(node, "axis", 1) == 1),
     "Gather": _gather,
     "GatherND": _gather_nd,
-    "Gemm": _gemm,
+    "Gemm": _front(lambda node, i: not _attr(node, "transA", 0)),
     "MatMul": _matmul,
     "Pad": _pad,
     "Reshape": _reshape,
-    "Slice": _slice,
+    "Slice": _beside("axes", 3),
     "Split": _along(0),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

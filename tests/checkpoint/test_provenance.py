@@ -17,7 +17,7 @@ from lora_fx.checkpoint.provenance import ENDS, compared, sample_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import Tensors, write_tensors
-from lora_fx.fx.codes import forms, whole
+from lora_fx.fx.codes import forms, numbers
 
 
 def same_base(recorded: Any, held: Tensors) -> tuple[bool | None, str]:
@@ -197,8 +197,8 @@ def test_a_base_of_codes_is_the_weights_that_they_stand_for(tmp_path: Path) -> N
         assert "the adapter was trained on other weights" in note
     floats = Net()
     with torch.no_grad():
-        for name, stored in held.items():
-            floats.get_parameter(name).copy_(whole(model, name, stored, torch.float32))
+        for name in held:
+            floats.get_parameter(name).copy_(numbers(model, name, torch.float32))
     assert base_notes(lora_fx.insert(floats, (X,), adapter=adapter)) == []
     save_program(model, tmp_path / "x.pt2")
     again = load_program(tmp_path / "x.pt2").adapter()

@@ -170,6 +170,11 @@ def onnx_name(path: str) -> str:
     return path if _CACHE.fullmatch(path) else path.replace(".", "_")
 
 
+def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
+    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
+    return {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
+
+
 def output_name(path: str) -> str:
     """The name of a flat output: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")

@@ -51,7 +51,7 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
-from lora_fx.text import Json, html, human, short
+from lora_fx.text import Json, by_key, html, human, short
 
 Inserter = Callable[[Updates, bool], Rewriter]
 
@@ -121,10 +121,8 @@ class AdaptedModule(CapturedModule):
         for key, held in self.tensors().items():
             by_field = variant_of(self._updates[key]).rates(lr)
             rates |= {id(p): by_field.get(field, lr) for field, p in held.items()}
-        groups: dict[float, list[nn.Parameter]] = {}
-        for p in self.parameters():
-            if p.requires_grad:
-                groups.setdefault(rates.get(id(p), lr), []).append(p)
+        trained = (p for p in self.parameters() if p.requires_grad)
+        groups = by_key((rates.get(id(p), lr), p) for p in trained)
         return [
             {"params": params, "lr": rate, "weight_decay": weight_decay}
             for rate, params in groups.items()

@@ -25,7 +25,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
 from lora_fx.fx.tensors import owner, to_numpy
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, by_key
 
 
 @dataclass(frozen=True)
@@ -247,11 +247,8 @@ def pick_programs(modes: Mapping[str, bool | None]) -> dict[bool, str]:
 
 def says(modals: Iterable[Modal]) -> str:
     """The operators by name and place, once each, for a message."""
-    groups: dict[str, list[str]] = {}
-    for m in modals:
-        groups.setdefault(m.op, []).append(m.where)
     parts = []
-    for op, places in groups.items():
+    for op, places in by_key((m.op, m.where) for m in modals).items():
         first = next((p for p in places if p), "")
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         parts.append(f"{op}{f' of {first}' if first else ''}{more}")
