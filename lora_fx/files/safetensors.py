@@ -48,9 +48,9 @@ class TensorInfo:
     stop: int
 
     def __getitem__(self, i: int) -> TensorInfo:
-        """Entry i along the first axis."""
+        """Entry i along the first axis; an IndexError behind the last, where other bytes lie."""
         size = (self.stop - self.start) // self.shape[0]
-        at = self.start + i * size
+        at = self.start + range(self.shape[0])[i] * size
         return replace(self, shape=self.shape[1:], start=at, stop=at + size)
 
 

@@ -295,3 +295,12 @@ def test_fit_suggests_a_prefix() -> None:
     with pytest.raises(LoraFxError) as caught:
         check_fit({"a": info((2,))}, wanted, {}, "F")
     assert "lacks the prefix 'model.'" in caught.value.hint
+
+
+def test_a_stack_has_the_entries_of_its_first_axis_and_no_more() -> None:
+    stack = TensorInfo("float32", (2, 3), Path("f"), 8, 32)
+    entries = [TensorInfo("float32", (3,), Path("f"), at, at + 12) for at in (8, 20)]
+    assert [stack[0], stack[1]] == entries
+    with pytest.raises(IndexError):
+        stack[2]
+    assert list(stack) == entries  # type: ignore[call-overload]
