@@ -26,6 +26,7 @@ from lora_fx.onnx.graph.flow import (
     OnnxWeightUse,
     dtype_name,
     rank,
+    shape_of,
 )
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.row_axis import RowAxis
@@ -96,12 +97,13 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
         raise LoraFxError(f"{where}: its rows are not those of the batch: {rows.lost}", hint)
     if rows.axis is None:
         raise LoraFxError(f"{where}: its input is the same for every row of the batch", hint)
-    if isinstance(kind, Embedding) and rows.axis == 0:
+    r, front = rank(x), shape_of(x) or ()
+    outermost = not rows.inner and all(n == 1 for n in front[: rows.axis])
+    if isinstance(kind, Embedding) and outermost:
         return "lookup"
     if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
         return "middle"
-    r = rank(x)
-    apart = rows.exact or (rows.axis == 0 and (not rows.inner or r == 2))
+    apart = not rows.inner or (rows.axis == 0 and r == 2)
     if isinstance(kind, Einsum) and r is not None and len(site.operand) == 2:
         if kind.form == "right" and r >= 2 and rows.axis < r - 1 and apart:
             return "last"

@@ -186,6 +186,49 @@ def test_a_lookup_and_rows_on_another_axis(tmp_path: Path, provider: str) -> Non
     check(tmp_path, cap, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)), provider)
 
 
+class Front(nn.Module):
+    """Rows flattened behind an axis of size 1, and heads beside the batch behind a Transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mid, self.heads = nn.Embedding(50, 6), nn.Linear(6, 6), nn.Linear(3, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mid(self.table(ids.reshape(1, -1)))).reshape(*ids.shape, 6)
+        cut = x.transpose(0, 1).reshape(ids.shape[1], ids.shape[0] * 2, 3)
+        return self.heads(cut).reshape(ids.shape[1], ids.shape[0], 8).transpose(0, 1)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_in_front_and_rows_with_heads(tmp_path: Path, provider: str) -> None:
+    cap = lora_fx.capture(Front().eval(), (torch.randint(0, 50, (2, 5)),))
+    adapters = [adapter(cap, s, 2, ["table", "mid", "heads"]) for s in (1, 2)]
+    assert len(adapters[0].lowrank) == 3
+    check(tmp_path, cap, adapters, tokens, provider)
+
+
+class Innermost(nn.Module):
+    """A lookup at every 40th token, the batch innermost: short inputs have one such token a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found = torch.tanh(self.table(ids[:, ::40].T.reshape(-1)))
+        return found.reshape(-1, ids.shape[0], 6).transpose(0, 1)
+
+
+def test_a_lookup_with_the_batch_innermost_is_refused(tmp_path: Path) -> None:
+    """A proof at short lengths would not tell it from one with the batch outermost."""
+    cap = lora_fx.capture(Innermost().eval(), (torch.randint(0, 50, (2, 5)),))
+    one = adapter(cap, 1, 2, ["table"])
+    with pytest.raises(LoraFxError, match="no form by row"):
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=[one], mode="batch", provider="cpu")
+
+
 class Attending(nn.Module):
     """Attention of torch's own: the batch is innermost in it, and a head shares the table."""
 
@@ -277,6 +320,32 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
         {"t": [4, "batch", 6], "y": ["2*batch", 12]},
         None,
     ),
+    "inner through einsum": (
+        "t = Transpose<perm=[1, 0, 2]>(x) f = Reshape(t, flat) "
+        'y = Einsum<equation="nd,nd->nd">(f, f)',
+        {"t": [4, "batch", 6], "f": ["4*batch", 6], "y": ["4*batch", 6]},
+        row_axis.RowAxis(0, exact=False, inner=True),
+    ),
+    "rows in two axes": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, pairs)",
+        {"t": [4, "batch", 6], "y": ["2*batch", 2, 6]},
+        None,
+    ),
+    "unknown sizes": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, twelve)",
+        {"t": [None, "batch", 6], "y": [None, "batch", 12]},
+        None,
+    ),
+    "flattened and turned": (
+        "f = Reshape(x, flat) y = Transpose(f)",
+        {"f": ["4*batch", 6], "y": [6, "4*batch"]},
+        row_axis.RowAxis(1, exact=False),
+    ),
+    "an unknown axis": (
+        "f = Reshape(x, pairs) y = Transpose(f)",
+        {"f": [None, 2, 6], "y": [6, 2, None]},
+        None,
+    ),
     "one in front": ("y = Reshape(x, front)", {"y": [1, "batch", 24]}, row_axis.RowAxis(1)),
 }
 
@@ -287,7 +356,7 @@ def test_rows_are_where_the_walk_says(case: str) -> None:
     body, shapes, claim = ROWS[case]
     sizes = {"two": [2], "sides": [0, 1, 0, 0, 0, 2], "ends": [1, 0, 0, 0, 0, 0]}
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
-    sizes |= {"front": [1, -1, 24]}
+    sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12]}
     given = ", ".join(
         f"int64[{len(v)}] {k} = {{{', '.join(map(str, v))}}}" for k, v in sizes.items()
     )
