@@ -36,6 +36,7 @@ from lora_fx.targets.target import (
     base_name,
     overlap,
     split_key,
+    split_region,
     split_use,
     widen,
 )
@@ -56,10 +57,13 @@ class StoredWeight:
     Attributes:
         shape: The shape that it has for the adapters; the graph may hold it transposed.
         turned: True when the graph's tensor of this name is the transpose.
+        keys: Of a copy that some uses read, the keys of single uses that reach it, regions left
+            out; updates of all uses do anyway.
     """
 
     shape: tuple[int, ...]
     turned: bool = False
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,17 +132,17 @@ class Batch:
         if site.parameter not in self.sources:
             return [[] for _ in self.adapters]
         name, source = self.sources[site.parameter]
-        alone = split_use(name)[1]  # a copy that one use reads
         read = region_of(source.shape, _steps(site, source))
 
         def reaches(key: str, update: LowRank) -> bool:
             use = split_use(key)[1] or update.use
             if base_name(key) != base_name(name):
                 return False
-            if alone and use:
-                return key == name
-            here = not use.startswith("call:") and applies(use, site)
-            return (bool(alone) or here) and overlap(split_key(key, source.shape)[1], read)
+            if source.keys:
+                here = not use or split_region(key)[0] in source.keys
+            else:
+                here = not use.startswith("call:") and applies(use, site)
+            return here and overlap(split_key(key, source.shape)[1], read)
 
         return [
             [k for k, u in updates.items() if reaches(k, u)] for updates in self.adapters.values()

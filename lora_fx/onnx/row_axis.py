@@ -114,13 +114,14 @@ def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | Non
     before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
     sizes = numbers(node, "shape", 1) or [] if node.op_type == "Reshape" else []
     copied = {j for j, n in enumerate(sizes) if n == 0 and not _attr(node, "allowzero", 0)}
-    if state.axis == 0 and not state.inner:
-        now = [str(d) for d in shape] if shape is not None else []
-        first = next((j for j, d in enumerate(now) if d != "1"), 0)
-        return RowAxis(first, (state.exact and 0 in copied) or now[first : first + 1] == [batch])
-    if before is None or shape is None or state.axis is None:
+    old, new = ([str(d) for d in dims or ()] for dims in (before, shape))
+    k = state.axis
+    if k is not None and not state.inner and old[:k] == ["1"] * k:  # outermost in memory
+        first = next((j for j, d in enumerate(new) if d != "1"), 0)
+        kept = state.exact and first == k and k in copied
+        return RowAxis(first, kept or new[first : first + 1] == [batch])
+    if before is None or shape is None or k is None:
         return None
-    old, new, k = [str(d) for d in before], [str(d) for d in shape], state.axis
     both = list(zip(old, new, strict=False))[: k + 1]  # two unknown sizes may differ
     if len(both) == k + 1 and all(a == b != "None" or j in copied for j, (a, b) in enumerate(both)):
         return state
@@ -135,7 +136,9 @@ def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | Non
         inside += factors
     for j in reversed(range(len(new))):
         if new[j] != "1" and _elements(new[j + 1 :]) == _elements(inside):
-            whole = batch in new[j].split("*") or {*new[:j]} <= {"1"}  # and not a part of k · batch
+            whole = (
+                batch in new[j].split("*") or new[:j] == ["1"] * j
+            )  # and not a part of k · batch
             return RowAxis(j, new[j] == batch, inner=new[j] != batch) if whole else None
     heads = len(new) > k and batch in new[k].split("*") and old[:k] == new[:k]
     return RowAxis(k, exact=False) if heads and state.exact else None

@@ -29,7 +29,13 @@ from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import guard_within, say_within
-from lora_fx.onnx.names import copies_of, mark_changed, restore_weight_names, strip_traces
+from lora_fx.onnx.names import (
+    copies_of,
+    join_copies,
+    mark_changed,
+    restore_weight_names,
+    strip_traces,
+)
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature, write_adapter
@@ -288,6 +294,7 @@ def write_batch(
     model = graph.model
     before = sum(1 for _ in model.graph.all_nodes())
     Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)
+    join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
     symbol = batch_symbol(model)
     rowed = [str(v.name) for v in model.graph.inputs if v.shape and str(v.shape[0]) == symbol]

@@ -23,6 +23,8 @@ from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
+from lora_fx.ir.graph import Site
+from lora_fx.onnx.graph.flow import free_name
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
@@ -35,7 +37,7 @@ from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
-from lora_fx.targets.target import Target, applies, own_use
+from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
 from lora_fx.text import Json
 
 
@@ -216,11 +218,12 @@ def export_slots(
     if options.mode == "batch":
         graph, widened = _base(reference, options, tied=True)
         said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
-        named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
-        apart = _lost(reference, graph, [*named_keys])
+        every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
+        wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
+        apart, keys_of = _by_keys(_lost(reference, graph, [*wanted], single=True))
         if apart:
             graph, _ = _base(reference, options, tied=True, apart=apart)
-        sources = _sources(reference.base, graph, apart)
+        sources = _sources(reference.base, graph, keys_of)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, said = switchable(reference, keys, options)
@@ -242,10 +245,15 @@ def switchable(
     return graph, [WIDENED] if widened else []
 
 
-def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
-    """Targets that the exporter lost: it computed from their weight, or has no such use of it."""
+def _lost(
+    reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool = False
+) -> dict[str, Target]:
+    """Targets that the exporter lost: it computed from their weight, or has no such use of it.
+
+    With `single` those of single uses too: the file does not say which module a use is of.
+    """
     here = find(graph)
-    lost = [k for k in keys if here.get(k) is None]
+    lost = [k for k in keys if here.get(k) is None or (single and split_use(k)[1])]
     known = find(reference.base.graph(False, portable=True)) if lost else here
     apart: dict[str, Target] = {}
     for key in lost:
@@ -254,6 +262,24 @@ def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> d
             sites = tuple(s for s in target.sites if applies(own_use(key), s))
             apart |= {key: replace(target, sites=sites)} if sites else {}
     return apart
+
+
+def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, tuple[str, ...]]]:
+    """The uses that the same keys reach, under a name for their copy, and these keys.
+
+    Keys of several adapters may share uses: `w@head.weight` and `w@op:linear`.
+    """
+    groups: dict[tuple[str, ...], dict[str, Site]] = {}
+    for site in (s for t in lost.values() for s in t.sites):
+        reach = tuple(k for k, t in lost.items() if site in t.sites)
+        groups.setdefault(reach, {})[site.id] = site
+    apart: dict[str, Target] = {}
+    keys_of: dict[str, tuple[str, ...]] = {}
+    for reach, sites in groups.items():
+        name = free_name(reach[0], apart)
+        apart[name] = replace(lost[reach[0]], sites=tuple(sites.values()))
+        keys_of[name] = reach
+    return apart, keys_of
 
 
 def _base(
@@ -273,15 +299,16 @@ def _base(
 
 
 def _sources(
-    base: CapturedModule, graph: OnnxGraph, apart: Mapping[str, Target]
+    base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side, held = base.graph(False), forms(base)
     names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
-        if alone := apart.keys() & {*stored.names}:
-            result[stored.name] = (alone.pop(), StoredWeight(stored.shape))
+        if alone := keys_of.keys() & {*stored.names}:
+            name = alone.pop()
+            result[stored.name] = (name, StoredWeight(stored.shape, keys=keys_of[name]))
             continue
         p = names.get(stored.name)
         if p is None or len(p.shape) < 2:

@@ -27,6 +27,7 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import batch as batch_pass
 from lora_fx.passes.find import find
+from lora_fx.targets.target import own_use
 from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
 
@@ -258,6 +259,47 @@ def test_attention_of_torch_and_one_use_of_a_tied_table(tmp_path: Path, provider
     check(tmp_path, cap, adapters, tokens, provider)
 
 
+class Heads(nn.Module):
+    """A table that is looked up, and two heads of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mid = nn.Embedding(50, 12), nn.Linear(12, 12)
+        self.one, self.two = (nn.Linear(12, 50, bias=False) for _ in range(2))
+        self.one.weight = self.two.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mid(self.table(ids)))
+        return self.one(x) + torch.tanh(self.two(torch.sin(x)))
+
+
+USES = {
+    "each head, and both": (["one.weight", "two.weight"], ["op:linear"], ["call:2"]),
+    "the table": (["table.weight"], ["table.weight", "call:1"]),
+    "a part of a use": (["one.weight[0:20]"], ["one.weight"], ["two.weight[10:30, 2:5]"]),
+    "every use apart": (["op:embedding", "one.weight", "call:2"], [""]),
+}
+
+
+@pytest.mark.parametrize("case", USES)
+def test_single_uses_share_what_is_stored(case: str, tmp_path: Path) -> None:
+    """Uses that several keys name, calls and parts of uses; the table is in the file once."""
+    cap = lora_fx.capture(Heads().eval(), (torch.randint(0, 50, (2, 5)),))
+    found, adapters = lora_fx.find(cap), []
+    for seed, uses in enumerate(USES[case]):
+        made = {}
+        for target in (found[f"table.weight@{u}" if u else "table.weight"] for u in uses):
+            a, b = draw(target.key, target.layout, 2, seed, "probe")
+            made[target.key] = lora_fx.LowRank(a, b, 6.0, target.layout, use=own_use(target.key))
+        adapters.append(Adapter(made))
+    path = tmp_path / "b.onnx"
+    report = lora_fx.export(cap, path, adapters=adapters, mode="batch", provider="cpu")
+    assert report and max(p.rel for p in report.parity) < 2e-6
+    stored = {i.name: sorted(i.dims) for i in onnx.load(path).graph.initializer}
+    assert [n for n, dims in stored.items() if dims == [12, 50]] == ["table.weight"]
+
+
 def test_a_computed_weight_is_served(tmp_path: Path) -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh())
     cap = lora_fx.capture(net.eval(), (torch.randn(3, 4),))
@@ -346,6 +388,11 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
         {"f": [None, 2, 6], "y": [6, 2, None]},
         None,
     ),
+    "one in front and back": (
+        "f = Reshape(x, one) y = Reshape(f, flat)",
+        {"f": [1, "24*batch"], "y": ["4*batch", 6]},
+        row_axis.RowAxis(0, exact=False),
+    ),
     "one in front": ("y = Reshape(x, front)", {"y": [1, "batch", 24]}, row_axis.RowAxis(1)),
 }
 
@@ -356,7 +403,7 @@ def test_rows_are_where_the_walk_says(case: str) -> None:
     body, shapes, claim = ROWS[case]
     sizes = {"two": [2], "sides": [0, 1, 0, 0, 0, 2], "ends": [1, 0, 0, 0, 0, 0]}
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
-    sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12]}
+    sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12], "one": [1, -1]}
     given = ", ".join(
         f"int64[{len(v)}] {k} = {{{', '.join(map(str, v))}}}" for k, v in sizes.items()
     )
