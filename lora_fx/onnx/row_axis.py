@@ -276,9 +276,11 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """The rows are those of the data, where nothing is put before or after them."""
     state, pads, r = _keep(node, states, i, batch), numbers(node, "pads", 1), rank(node.inputs[0])
-    if state is None or state.axis is None or pads is None or r is None or len(pads) != 2 * r:
+    axes = numbers(node, "axes", 3) if operand(node, 3) is not None else range(r or 0)
+    if state is None or state.axis is None or not pads or r is None or axes is None:
         return None
-    return None if pads[state.axis] or pads[state.axis + r] else state
+    ends = zip(axes, pads, pads[len(axes) :], strict=False)
+    return None if state.axis in {a % r for a, lo, hi in ends if lo or hi} else state
 
 
 def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:

@@ -336,6 +336,8 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
     "largest": ("y, i = TopK<axis=1>(x, two)", {}, row_axis.RowAxis(0)),
     "largest rows": ("y, i = TopK<axis=0>(x, two)", {}, None),
     "pad": ("y = Pad(x, sides)", {}, row_axis.RowAxis(0)),
+    "pad by axes": ("y = Pad(x, one_two, , last)", {}, row_axis.RowAxis(0)),
+    "pad rows by axes": ("y = Pad(x, one_two, , rows)", {}, None),
     "pad rows": ("y = Pad(x, ends)", {}, None),
     "inner": (
         "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, flat)",
@@ -404,6 +406,7 @@ def test_rows_are_where_the_walk_says(case: str) -> None:
     sizes = {"two": [2], "sides": [0, 1, 0, 0, 0, 2], "ends": [1, 0, 0, 0, 0, 0]}
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
     sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12], "one": [1, -1]}
+    sizes |= {"one_two": [1, 2], "last": [-1], "rows": [0]}
     given = ", ".join(
         f"int64[{len(v)}] {k} = {{{', '.join(map(str, v))}}}" for k, v in sizes.items()
     )
