@@ -43,12 +43,12 @@ def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> 
     lora-fx extract ./llama ./llama-chat -o chat --rank 32
     lora-fx extract base.safetensors tuned.safetensors -o x --energy 0.9 --max-rank 64
     """
-    from lora_fx.checkpoint.extract import extraction
+    from lora_fx.checkpoint.extract import ExtractOptions, extraction
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
 
     check_output(output, force=force, names=ADAPTER_FILES)
-    result = extraction(base, tuned, progress=_progress(), **options)
+    result = extraction(base, tuned, ExtractOptions(**options), _progress())
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)
     text, inputs = f"{result}\nwrote {output}", [{"base": base, "tuned": tuned}]

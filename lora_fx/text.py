@@ -1,16 +1,18 @@
-"""Text for people: tables, counts, and hints with the nearest names."""
+"""Text for people: tables, counts, and hints with the nearest names; numbers and lists by key."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 from lora_fx.errors import LoraFxError, visible
 from lora_fx.errors import near as near
 
+K = TypeVar("K")
+T = TypeVar("T")
 Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
 JsonView = Mapping[str, Any]
@@ -124,3 +126,15 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """
     more = len(names) - most
     return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+def by_key(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
+    """The values of every key, in the order of the pairs.
+
+    >>> by_key([("a", 1), ("b", 2), ("a", 3)])
+    {'a': [1, 3], 'b': [2]}
+    """
+    found: dict[K, list[T]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found

@@ -24,7 +24,7 @@ from functools import cache, partial
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import written
+from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.graph.patterns import (
@@ -46,7 +46,7 @@ class Clean:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds nothing to fold."""
-        changed = written(graph.graph)
+        changed = Writes(graph.graph).ever()
         form_of = cache(partial(mask_form, written=changed))
         modified = False
         for node in list(graph.graph.nodes):

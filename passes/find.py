@@ -33,6 +33,7 @@ from lora_fx.ir.layout import (
 )
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
+from lora_fx.text import by_key
 
 ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
 
@@ -132,9 +133,7 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
 
 def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
     """Uses by region; all under the whole parameter where regions overlap."""
-    groups: dict[Region, list[_Use]] = {}
-    for use in uses:
-        groups.setdefault(use.region, []).append(use)
+    groups = by_key((use.region, use) for use in uses)
     regions = list(groups)
     # One update of overlapping parts would have two values where they overlap.
     if any(overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):

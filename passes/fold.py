@@ -35,6 +35,7 @@ from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import reached
 from lora_fx.targets.target import Found, Target, not_storable, overlap
+from lora_fx.text import by_key
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ class Fold:
                 if isinstance(into, str):
                     raise not_storable(target, into)
                 self.moved[key] = into
-        groups: dict[tuple[str, tuple[str, ...]], list[Site]] = {}
-        for site, keys in sites:
-            groups.setdefault((site.parameter, tuple(keys)), []).append(site)
+        groups = by_key(((site.parameter, tuple(keys)), site) for site, keys in sites)
         modified = False
         for (name, folded), members in groups.items():
             ident = f"{name}|{'|'.join(folded)}"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import FxWeight, written
+from lora_fx.fx.graph.flow import FxWeight, Writes
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.graph.nodes import block_of, is_marked, reached, shape_of
 from lora_fx.fx.graph.ops import Path, pick, row_of
@@ -66,7 +66,7 @@ class Recompute:
         for p in projections(graph.graph):
             groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
         flows = differentiable_nodes(graph.graph, graph.root) if groups else {}
-        changed, modified = written(graph.graph), False
+        changed, modified = Writes(graph.graph).ever(), False
         for (x, block), group in groups.items():
             if x not in flows:
                 continue  # another region makes it

@@ -11,19 +11,10 @@ from lora_fx.checkpoint.pair import ERROR, WARNING, Check, Finding, Pair, about
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import (
-    KEEPS_BASE,
-    MERGE,
-    REDONE,
-    REFUSED,
-    Pattern,
-    wanted_by,
-)
+from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.file import KINDS
-from lora_fx.formats.peft.names import (
-    PREFIX,
-)
-from lora_fx.text import Json, is_number
+from lora_fx.formats.peft.names import PREFIX
+from lora_fx.text import Json, by_key, is_number
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
 
@@ -190,9 +181,7 @@ def halves(pair: Pair) -> Iterator[Finding]:
 
 def names(pair: Pair) -> Iterator[Finding]:
     """Every tensor has the prefix that PEFT writes."""
-    by_prefix: dict[str, list[str]] = {}
-    for name, prefix in pair.raw.prefixes.items():
-        by_prefix.setdefault(prefix, []).append(name)
+    by_prefix = by_key((prefix, name) for name, prefix in pair.raw.prefixes.items())
     for prefix, these in by_prefix.items():
         what = f"the prefix {prefix!r} before PEFT's" if prefix else f"no prefix {PREFIX!r}"
         yield Finding(

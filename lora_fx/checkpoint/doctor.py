@@ -160,7 +160,7 @@ def missing(pair: Pair) -> Iterator[Finding]:
     if pair.refusal is not None and not pair.raw.updates:
         return  # nobody knows which updates it has
     broken = {k.removesuffix(".weight") for k in pair.raw.broken}
-    lost = [m for m in absent_of(pair.adapter, pair.tensors, pair.rename) if m not in broken]
+    lost = [m for m in absent_of(pair.adapter, pair.rename) if m not in broken]
     if lost and not _strange(pair) and not _swap(pair):
         yield Finding(
             [f"{m}.weight" for m in lost],
@@ -190,8 +190,7 @@ def _rows(pair: Pair, key: str) -> tuple[int, int] | None:
 def vocabulary(pair: Pair) -> Iterator[Finding]:
     """Embedding and head have the base's number of rows."""
     for key in pair.misfits:
-        rows = _rows(pair, key)
-        if rows:
+        if rows := _rows(pair, key):
             more = "grown" if rows[0] > rows[1] else "cut"
             yield Finding(
                 [key],
@@ -486,7 +485,7 @@ def doctor(
     details = {
         "used": sum(r["tensor"] is not None for r in rows),
         "unused": sum(r["tensor"] is None for r in rows),
-        "missing": len(absent_of(pair.adapter, pair.tensors, pair.rename)),
+        "missing": len(absent_of(pair.adapter, pair.rename)),
         "findings": [f.to_json() for f in findings],
         "updates": rows,
         "merge": plan.message if isinstance(plan, LoraFxError) else "",

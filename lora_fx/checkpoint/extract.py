@@ -12,13 +12,13 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
@@ -128,18 +128,16 @@ def extract(
         also_full=also_full, allow_missing=allow_missing, fan_in_fan_out=fan_in_fan_out, seed=seed,
         whole=whole, trust=trust,
     )  # fmt: skip
-    return extraction(base, tuned, **vars(options)).adapter
+    return extraction(base, tuned, options).adapter
 
 
 def extraction(
     base: str | Path,
     tuned: str | Path,
-    *,
+    options: ExtractOptions,
     progress: Callable[[float], None] | None = None,
-    **asked: Any,
 ) -> Extraction:
     """As extract, with the report; `progress` is told the share of bytes that is done."""
-    options = ExtractOptions(**asked)
     base, tuned = local(base), local(tuned)
     with trusting(options.trust):
         sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
@@ -248,15 +246,13 @@ def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> O
 
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     """Factors of the stored matrices as an update."""
-    layout = use.layout
-    assert layout is not None  # vectors do not come here
     a, b = (np.stack(side) for side in zip(*factors, strict=True))
     if use.swapped:
         a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     if not use.lead:
         a, b = a[0], b[0]
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return LowRank(a, b, float(b.shape[-1]), layout, op=use.op, tied=use.tied)
+    return LowRank(a, b, float(b.shape[-1]), use.layout, op=use.op, tied=use.tied)
 
 
 def _notes(
@@ -305,9 +301,7 @@ class TensorPair:
     @property
     def dtype(self) -> NumpyDtype:
         """The dtype of Δ: fp64 where either side is, else fp32."""
-        return np.dtype(
-            "float64" if "float64" in (self.base.dtype, self.tuned.dtype) else "float32"
-        )
+        return np.dtype(arithmetic(self.base.dtype, self.tuned.dtype))
 
     def delta(self, batch: int) -> tuple[Array, float, float]:
         """One matrix of Δ, ‖Δ‖² and ‖base‖² of it in fp64.
@@ -324,8 +318,7 @@ class TensorPair:
             old = read_floats(self.base, at + lo, at + hi, self.dtype)
             new = read_floats(self.tuned, at + lo, at + hi, self.dtype)
             for info, block in ((self.base, old), (self.tuned, new)):
-                if not math.isfinite(_squares(block)) and not np.isfinite(block).all():
-                    count = int(np.count_nonzero(~np.isfinite(block)))
+                if count := np.count_nonzero(~np.isfinite(block)):
                     raise LoraFxError(
                         f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
                         "more); expected finite ones",

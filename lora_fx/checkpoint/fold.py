@@ -25,7 +25,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.emitter import NumpyEmitter
-from lora_fx.ir.layout import Region
+from lora_fx.ir.layout import Layout, Region
 
 BLOCK = 1 << 19
 """Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
@@ -219,11 +219,6 @@ def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
     return Stats(w.size, still, float(np.dot(w, w)), float(np.dot(d, d)), float(np.dot(m, d)))
 
 
-def rows_per_block(columns: int) -> int:
-    """Rows of a block of about BLOCK elements; more for very wide tensors, never below WINDOW."""
-    return max(1, BLOCK // max(1, columns * WINDOW)) * WINDOW
-
-
 def arithmetic(source: str, dtype: str) -> Floating:
     """What a tensor is folded in: fp32, or fp64 where it is stored so before or after."""
     return np.float64 if "float64" in (source, dtype) else np.float32
@@ -247,14 +242,13 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
     parts = [*enumerate(fold.matrix.parts)]
-    residuals = {i: _residual(fold, p, source) for i, p in parts if p.mutated}
-    fold = replace(fold, residuals=residuals) if residuals else fold
+    fold = replace(fold, residuals={i: _residual(fold, p, source) for i, p in parts if p.mutated})
     columns = {
         i: factors(p.magnitude, _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
         for i, p in parts
         if p.magnitude is not None and p.transposed
     }
-    return replace(fold, columns=columns) if columns else fold
+    return replace(fold, columns=columns)
 
 
 def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
@@ -269,16 +263,14 @@ def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
 def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) -> Array:
     """Sums of squares of W + ΔW along its columns, fp64."""
     sums = np.zeros(p.right - p.left, np.float64)
-    step = rows_per_block(fold.matrix.columns)
-    with open_input(source.file) as f:
-        for low in range(p.top, p.bottom, step):
-            high = min(low + step, p.bottom)
-            delta = p.delta(low, high)
-            old = read_rows(f.fileno(), source, low, high, fold.matrix.columns)
-            old = old[:, p.left : p.right]
-            if i in fold.residuals:
-                old = fold.residuals[i][low - p.top : high - p.top]
-            sums += squares((old.astype(delta.dtype) + delta).T)
+    step = fold.matrix.rows_per_block
+    for low in range(p.top, p.bottom, step):
+        high = min(low + step, p.bottom)
+        delta = p.delta(low, high)
+        old = read_block(source, low, high, fold.matrix.columns)[:, p.left : p.right]
+        if i in fold.residuals:
+            old = fold.residuals[i][low - p.top : high - p.top]
+        sums += squares((old.astype(delta.dtype) + delta).T)
     return sums
 
 
@@ -347,6 +339,11 @@ class Rectangle:
         """The start that took a part off the base which the change is for; else empty."""
         return self.change.mutated if isinstance(self.change, LowRank) else ""
 
+    def moved(self, down: int, along: int) -> Rectangle:
+        """The same so many rows and columns further."""
+        top, bottom, left, right = self.top + down, self.bottom + down, self.left, self.right
+        return replace(self, top=top, bottom=bottom, left=left + along, right=right + along)
+
     def delta(
         self, low: int, high: int, out: Array | None = None, weight: Array | None = None
     ) -> Array:
@@ -376,6 +373,11 @@ class Matrix:
     columns: int
     parts: tuple[Rectangle, ...]
 
+    @property
+    def rows_per_block(self) -> int:
+        """For a block of about BLOCK elements; more of very wide tensors, never below WINDOW."""
+        return max(1, BLOCK // max(1, self.columns * WINDOW)) * WINDOW
+
 
 def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     """One change of a whole tensor of this shape."""
@@ -385,7 +387,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     turned = (*layout.batch, *layout.in_, *layout.out)
     as_stored = tuple(range(len(straight)))
     if as_stored not in (straight, turned):
-        return _materialised(shape, change)
+        return _materialised(shape, change, layout)
     transposed = as_stored != straight
     rows, columns = layout.out_size, layout.in_size
     if transposed:
@@ -397,7 +399,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
     return Matrix(count * rows, columns, tuple(parts))
 
 
-def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
+def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
     """ΔW computed at once, in the stored order."""
     if not isinstance(change, LowRank) or change.magnitude is not None:
         raise LoraFxError(
@@ -405,8 +407,6 @@ def _materialised(shape: tuple[int, ...], change: Change) -> Matrix:
             "cannot be merged",
             "only lora and rslora can take such an order",
         )
-    layout = change.layout
-    assert layout is not None
     count = math.prod(layout.batch_shape)
     every = slice(None)
     matrices = np.stack([change.block(i, every, every) for i in range(count)])
@@ -426,37 +426,24 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
         return whole(shape, change)
     inner = whole(tuple(hi - lo for lo, hi in bounds), change)
     for split in range(1, len(shape) + 1):
-        rows = _run(shape[:split], bounds[:split])
-        columns = _run(shape[split:], bounds[split:])
-        if rows is None or columns is None:
-            continue
-        if (rows[1] - rows[0], columns[1] - columns[0]) != (inner.rows, inner.columns):
-            continue
-        parts = []
-        for p in inner.parts:
-            top, bottom = p.top + rows[0], p.bottom + rows[0]
-            left, right = p.left + columns[0], p.right + columns[0]
-            parts.append(replace(p, top=top, bottom=bottom, left=left, right=right))
-        return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), tuple(parts))
+        rows, columns = _run(shape[:split], bounds[:split]), _run(shape[split:], bounds[split:])
+        if rows and columns and (len(rows), len(columns)) == (inner.rows, inner.columns):
+            parts = tuple(p.moved(rows.start, columns.start) for p in inner.parts)
+            return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
         "lora-fx fold and export can apply it to the model itself",
     )
 
 
-def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
     """The flat range that bounds take of axes; None where it has gaps."""
     low, high = 0, 1
-    open_ = True  # every axis so far is a single index
     for (lo, hi), n in zip(bounds, shape, strict=True):
-        if open_:
-            low, high = low * n + lo, low * n + hi  # so far one index, or none
-            open_ = hi - lo == 1
-        elif (lo, hi) != (0, n):
+        if high - low > 1 and (lo, hi) != (0, n):
             return None
-        else:
-            low, high = low * n, high * n
-    return low, high
+        low, high = low * n + lo, (high - 1) * n + hi
+    return range(low, high)
 
 
 def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:

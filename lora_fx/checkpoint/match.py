@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -94,9 +93,9 @@ def match(
     adapter = adapter.resolved(tensors)
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
-    adapter = stacked(adapter, tensors, config, rename)
+    adapter = stacked(adapter, rename)
     placed, lost = [], []
-    turned = turned_weights(adapter, tensors, config, rename, where, notes)
+    turned = turned_weights(adapter, rename, where, notes)
     for key, entry in adapter.entries.items():
         use = use_of(key, entry)
         name = rename(use if use in tensors else base_name(key))  # the alias it acts through
@@ -107,18 +106,17 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
-        twins = [rename(n) for n in entry.twins] if isinstance(entry, LowRank) else []
-        twins = [n for n in twins if n in tensors]
-        if name not in tensors and twins:  # a tied tensor is stored under one of its names
-            name = twins[0]
-        if name not in tensors:
+        twins = map(rename, entry.twins) if isinstance(entry, LowRank) else ()
+        names = [n for n in (name, *twins) if n in tensors]
+        if not names:
             lost.append(key)
             continue
+        name = names[0]  # a tied tensor is stored under one of its names
         info = tensors[name]
         bounds = _bounds(key, info)
         bound = _bound(key, entry, info, bounds, name in turned)
         # What PEFT tied to this tensor changes alike.
-        alike = [n for n in twins if n != name and tensors[n].shape == info.shape]
+        alike = [n for n in names if n != name and tensors[n].shape == info.shape]
         placed += (Placed(key, n, bounds, bound) for n in (name, *alike))
     if lost:
         whole = all(isinstance(adapter.entries[key], Full) for key in lost)
@@ -137,7 +135,7 @@ def match(
                 f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
             )
         notes.append(f"left out, the base has no such tensor: {some(lost)}")
-    absent = absent_of(adapter, tensors, rename)
+    absent = absent_of(adapter, rename)
     if absent:
         name, by = next(iter(absent.items()))
         said = (
@@ -151,10 +149,10 @@ def match(
     return placed, notes
 
 
-def stacked(adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming) -> Adapter:
+def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
     """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
-    shape_of = partial(rename.shape, tensors=tensors)
-    entries = place(adapter.entries, shape_of, turned=stacks_turned(adapter, config))
+    turned = stacks_turned(adapter, rename.config)
+    entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)
 
 
@@ -169,13 +167,12 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
         config = config_of(base)
         types = types or model_types(config) or frozenset({""})  # of no family
         if any(low.op == "experts" for low in adapter.lowrank.values()):
-            tensors = open_checkpoint(base).tensors
-            rename = renaming(adapter, tensors, config, [])
+            rename = renaming(adapter, open_checkpoint(base).tensors, config, [])
             # parameters that are one matrix, such as routers, stay as PEFT has them
-            sizes = {k: rename.shape(k, tensors) or () for k in adapter.entries}
+            sizes = {k: rename.shape(k) or () for k in adapter.entries}
             flat = {k: e for k, e in adapter.entries.items() if len(sizes[k]) == 2}
             rest = {k: e for k, e in adapter.entries.items() if k not in flat}
-            placed = stacked(replace(adapter, entries=rest), tensors, config, rename)
+            placed = stacked(replace(adapter, entries=rest), rename)
             adapter = replace(adapter, entries={**flat, **placed.entries})
         count = experts_of({**config, **text_config(config)})
         there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
@@ -237,10 +234,8 @@ def _bounds(key: str, info: TensorInfo) -> Region:
         bounds = split_key(key, info.shape)[1]
     except ValueError:
         bounds = ()
-    fits = len(bounds) == len(info.shape)
-    if not fits or not all(
-        0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=True)
-    ):
+    inside = (0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=False))
+    if len(bounds) != len(info.shape) or not all(inside):
         raise MisfitError(f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}")
     return bounds
 
@@ -307,9 +302,8 @@ def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | No
     rows, rest = shape[n], math.prod(shape[n + 1 :])
     lead, tail = tuple(range(n)), tuple(range(n + 1, len(shape)))
     straight = Layout(shape, lead, (n,), tail, shape) if (rows, rest) == (out, in_) else None
-    swapped = None
-    if len(shape) == n + 2 and (rows, rest) == (in_, out):
-        swapped = Layout(shape, lead, (n + 1,), (n,), shape)
+    fits = len(shape) == n + 2 and (rows, rest) == (in_, out)
+    swapped = Layout(shape, lead, (n + 1,), (n,), shape) if fits else None
     if lookup(change) or (turned and swapped):
         return swapped
     return straight or swapped
@@ -355,12 +349,7 @@ def lookup(entry: Entry) -> bool:
 
 
 def turned_weights(
-    adapter: Adapter,
-    tensors: Tensors,
-    config: JsonView,
-    rename: Renaming,
-    where: str,
-    notes: list[str],
+    adapter: Adapter, rename: Renaming, where: str, notes: list[str]
 ) -> frozenset[str]:
     """Names of square weights that are stored [in, out].
 
@@ -368,7 +357,7 @@ def turned_weights(
         LoraFxError: fan_in_fan_out, where the model has no such layer.
     """
     votes: Votes = {}
-    square: list[str] = []
+    square, tensors = list[str](), rename.tensors
     for key, entry in adapter.entries.items():
         name = rename(base_name(key))
         info = tensors.get(name)
@@ -382,7 +371,7 @@ def turned_weights(
         elif matrix in (sides, sides[::-1]):
             votes.setdefault(_kind(name, info), set()).add(matrix == sides[::-1])
     flag = bool(adapter.metadata.get("fan_in_fan_out"))
-    kinds = model_types(config)
+    kinds = model_types(rename.config)
     seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
     linear = seen == {False} or (not seen and bool(kinds))
     if flag and square and linear and not kinds & CONV1D_MODELS:
@@ -397,7 +386,7 @@ def turned_weights(
             f"{where}: nothing says how square weights are stored, {flat[0]} among them; taken as "
             "[out, in]"
         )
-    return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag=flag))
+    return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag))
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
@@ -425,9 +414,7 @@ def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:
     return len(info.shape), name.partition(".")[0], module.rpartition(".")[2]
 
 
-def _turned(
-    name: str, info: TensorInfo, votes: Votes, kinds: frozenset[str], *, flag: bool
-) -> bool:
+def _turned(name: str, info: TensorInfo, votes: Votes, kinds: frozenset[str], flag: bool) -> bool:
     dims, part, _ = kind = _kind(name, info)
     own = votes.get(kind, set())
     if len(own) == 1:
@@ -441,9 +428,8 @@ def _turned(
     if len(near) == 1:
         return True in near
     pure = bool(kinds) and kinds <= CONV1D_MODELS  # all parts of the model have such layers
-    if pure or (conv1d and kinds & CONV1D_MODELS):
-        return True
-    return flag and not kinds & CONV1D_MODELS
+    known = bool(kinds & CONV1D_MODELS)
+    return pure or (conv1d if known else flag)
 
 
 def _named(leaf: str) -> bool:
@@ -535,16 +521,14 @@ def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> 
     )
 
 
-def check_unknown(
-    placed: Iterable[Placed], tie: Tie | None, base: Checkpoint, config: JsonView
-) -> None:
+def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
     """Raise where an update means one use of a tensor that may be table and head as well.
 
     That is a table of all tokens of a model that generates and stores no head, or stores the table
     more than once, under names that are not known here; or a head beside which nothing else has
     a row for every token.
     """
-    tensors = base.tensors
+    tensors, config = base.tensors, base.config()
     sizes = {c.get("vocab_size") for c in (config, text_config(config))}
     untied = config.get("tie_word_embeddings") is False
     heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}

@@ -6,7 +6,6 @@ W_new = round(W + Σ wᵢ·sᵢ·BᵢAᵢ) for every touched tensor; everything 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
@@ -208,8 +207,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         adapters = [adapters]
     result = []
     for item in adapters:
-        adapter, weight = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
-        where, path = "the adapter", None
+        pair = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
+        (adapter, weight), where, path = pair, "the adapter", None
         known = isinstance(adapter, (str, os.PathLike, Adapter))
         if not known or not isinstance(weight, (int, float)):
             raise LoraFxError(
@@ -219,7 +218,8 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
         if not isinstance(adapter, Adapter):
             where, path = str(adapter), Path(local(adapter))
             adapter = load_adapter(path, most=most, base=base, resolve=False)
-        result.append(Given(adapter, float(weight), where, adapter_hash(adapter), path))
+        digest = adapter_hash(adapter)
+        result.append(Given(adapter, float(weight), where, digest, path, pair is item))
     return result
 
 
@@ -252,14 +252,8 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
 
 
 def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
-    rows, warnings = {n: c.to_json() for n, c in plan.changes.items()}, list(plan.notes)
-    for name, s in stats.items():
-        ratio = s.ratio if math.isfinite(s.ratio) else None  # of a tensor of zeros
-        rows[name] |= {"ratio": ratio, "lost": s.lost, "gain": s.gain}
-        if rows[name]["int8"] is not None:
-            rows[name]["int8"] |= {"error": s.missed, "own": s.coarse}
-        if rows[name]["requantised"] is not None:
-            rows[name]["requantised"] |= {"kept": s.gain, "noise": s.missed}
+    rows = [c.to_json(stats.get(name)) for name, c in plan.changes.items()]
+    warnings = list(plan.notes)
     codes = {n for n in stats if plan.changes[n].int8 is not None}
     anew = {n for n in stats if plan.changes[n].requantised}
     for names, how in (
@@ -275,7 +269,7 @@ def _report(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report
                 f"when {how.format(worst)}"
             )
     warnings += _said(plan)
-    details = {**plan.to_json(), "tensors": [*rows.values()], "base_verified": not plan.unverified}
+    details = {**plan.to_json(), "tensors": rows, "base_verified": not plan.unverified}
     kept, noise = in_all(stats[n] for n in anew)
     details["requantised"] = {"kept": kept, "noise": noise} if anew else None
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
@@ -470,12 +464,10 @@ class _Running:
             process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
             self._processes.add(process)
         out, err = process.communicate()
-        with self._lock:
-            self._processes.discard(process)
         return process.returncode, out, err
 
     def stop(self) -> None:
-        """End them, each with its own clean-up, and start no more."""
+        """End those that go on, each with its own clean-up, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._processes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
-from lora_fx.checkpoint.fold import Matrix, TensorFold, arithmetic, in_dtype, joined, region
+from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.match import (
     Placed,
     at_its_use,
@@ -37,6 +37,7 @@ from lora_fx.checkpoint.requantise import (
     int8_of,
     refuse_codes,
     sampled,
+    spans,
     stored_as,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
@@ -53,18 +54,22 @@ from lora_fx.files.quantised.dequantise import (
 )
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import overlap
-from lora_fx.text import Json, human, size_in_bytes, table
+from lora_fx.text import Json, by_key, human, size_in_bytes, table
 
 
 @dataclass(frozen=True)
 class Given:
-    """An adapter, its weight, its name in messages, its hash without the weight, its path."""
+    """An adapter, its weight, its name in messages, its hash without the weight, its path.
+
+    `stated` is True where the weight was given, and not left at 1.
+    """
 
     adapter: Adapter
     weight: float
     where: str
     hash: str
     path: Path | None = None
+    stated: bool = False
 
     def record(self) -> Json:
         """What the metadata of a merge keeps of it."""
@@ -260,7 +265,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             )
         placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
         known |= new
-    check_unknown(placed, tie, base, config)
+    check_unknown(placed, tie, base)
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
     copies: dict[str, str] = {}
@@ -272,9 +277,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         sources |= {n: base.tensors[source] for n, source in copies.items()}
         placed = spread(placed, tie, {*base.tensors, *sources})
         tie = tie if apart else None
-    by_tensor: dict[str, list[Placed]] = {}
-    for p in placed:
-        by_tensor.setdefault(p.tensor, []).append(p)
+    by_tensor = by_key((p.tensor, p) for p in placed)
     changes: dict[str, TensorChange] = {}
     codes = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
     names = {*by_tensor, *codes} if options.dequantise else by_tensor.keys()
@@ -291,12 +294,12 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         elif name in sources:
             change = replace(change, what=("added",))
         changes[name] = change
-        if (scales := change.scales) is not None:
-            _check_free(scales.name, by_tensor, base)
-            changes[scales.name] = scales
-    int8 = [c.name for c in changes.values() if c.int8 is not None]
-    if int8 and options.dtype is not None:
-        stay = f"{len(int8)} int8 tensors stay int8, {int8[0]} among them"
+        if (int8 := change.int8) is not None:
+            _check_free(int8.name, by_tensor, base)
+            changes[int8.name] = _scales(int8.name, int8.scales, name)
+    narrow = [c.name for c in changes.values() if c.int8 is not None]
+    if narrow and options.dtype is not None:
+        stay = f"{len(narrow)} int8 tensors stay int8, {narrow[0]} among them"
         notes.append(f"--dtype {options.dtype}: {stay}")
     notes += view_notes(stored)
     homes = {n: _home(stored, copies.get(n)) for n in sources}
@@ -396,7 +399,7 @@ def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
-    new = {k: v.value for k, v in adapter.full.items() if rename.info(k, base.tensors) is None}
+    new = {k: v.value for k, v in adapter.full.items() if rename.info(k) is None}
     kinds = {k: dtype if v.dtype.name in FLOATING else v.dtype.name for k, v in new.items()}
     return {k: TensorInfo(kinds[k], v.shape, shard, 0, 0) for k, v in new.items()}
 
@@ -446,6 +449,15 @@ class TensorChange:
         """Where W is read."""
         return self.codes or self.source
 
+    def spans(self, most: int) -> Iterator[tuple[int, int]]:
+        """Ranges of about `most` of the rows that are folded, each of which can be done alone."""
+        assert self.fold is not None
+        if self.codes is not None:
+            yield from spans(self.codes.weight, most)
+            return
+        for low in range(0, self.fold.matrix.rows, most):
+            yield low, min(self.fold.matrix.rows, low + most)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the base's tensor, which is that of the output's."""
@@ -456,21 +468,22 @@ class TensorChange:
         """How many bytes the output's tensor has."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
-    def to_json(self) -> Json:
-        """A row of `tensors[]` in docs/json.md; what only a merge knows is null."""
+    def to_json(self, s: Stats | None = None) -> Json:
+        """A row of `tensors[]` in docs/json.md; what only a merge knows, `s`, is null before."""
+        missed, gain = (s.missed, s.gain) if s else (None, None)
         return {
             "key": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "updates": list(self.what),
             "bytes": self.nbytes,
-            "ratio": None,
-            "lost": None,
-            "gain": None,
-            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": None,
-                     "own": None} if self.int8 else None,
+            "ratio": s.ratio if s and math.isfinite(s.ratio) else None,  # of a tensor of zeros
+            "lost": s.lost if s else None,
+            "gain": gain,
+            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": missed,
+                     "own": s.coarse if s else None} if self.int8 else None,
             "requantised": {"format": self.codes.weight.format,
-                            "scales": self.codes.weight.anew.scales, "kept": None, "noise": None}
+                            "scales": self.codes.weight.anew.scales, "kept": gain, "noise": missed}
             if self.codes and self.codes.weight.anew and self.requantised else None,
         }  # fmt: skip
 
@@ -478,12 +491,6 @@ class TensorChange:
     def requantised(self) -> bool:
         """True where its codes are made anew because that was asked for."""
         return self.codes is not None and self.int8 is None
-
-    @property
-    def scales(self) -> TensorChange | None:
-        """What becomes of its scales; None for floats."""
-        int8 = self.int8
-        return None if int8 is None else _scales(int8.name, int8.scales, self.name)
 
 
 def change_of(
@@ -545,9 +552,9 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if int8_of(name, base) is not None:
+    if (int8 := int8_of(name, base)) is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
-        return {c.name: c for c in (change, change.scales) if c is not None}
+        return {name: change, int8.name: _scales(int8.name, int8.scales, name)}
     weight = info.weight
     anew, why = weight.anew, f"{weight.format} is read, and not written"
     if any(isinstance(p.entry, Full) for p in placed):

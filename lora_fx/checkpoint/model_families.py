@@ -188,11 +188,7 @@ def config_of(path: str | Path) -> JsonView:
 
 
 def uses(
-    tensors: Tensors,
-    found: Found,
-    config: JsonView,
-    fan_in_fan_out: bool | None = None,
-    table: str | None = None,
+    tensors: Tensors, found: Found, config: JsonView, fan_in_fan_out: bool | None, table: str | None
 ) -> dict[str, TensorUse]:
     """How every tensor is read.
 

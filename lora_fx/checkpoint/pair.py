@@ -27,11 +27,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo, dequantised
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
-from lora_fx.formats.peft.config import (
-    Pattern,
-    facts,
-    group_of,
-)
+from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import config_of
 from lora_fx.formats.peft.names import (
     OWN,
@@ -109,7 +105,7 @@ class Pair:
 
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor of a key."""
-        return self.rename.info(base_name(key), self.tensors)
+        return self.rename.info(base_name(key))
 
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
@@ -158,33 +154,30 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     if refusal is not None and read is None and raw.file is None:
         raise refusal
     read = raw.adapter() if read is None else read
-    config = checkpoint.config()
     tie, stored = tie_and_names(checkpoint, read.entries)
     tensors = {**stored, **asked}
-    rename = renaming(read, tensors, config, [])
+    rename = renaming(read, tensors, checkpoint.config(), [])
     with contextlib.suppress(LoraFxError):  # told by the last check
-        read = stacked(read, tensors, config, rename)
-    reasons = {key: _misfit(key, read, tensors, config, rename) for key in read.entries}
+        read = stacked(read, rename)
+    reasons = {key: _misfit(key, read, rename) for key in read.entries}
     misfits = {key: why for key, why in reasons.items() if why}
     return Pair(
         checkpoint, tensors, codes, tie, path, raw, read, refusal, rename, misfits, digest, options
     )
 
 
-def _misfit(
-    key: str, adapter: Adapter, tensors: Tensors, config: JsonView, rename: Renaming
-) -> str:
+def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
     """Why one update does not fit its tensor; empty where it fits, or has none."""
     old = base_name(key)
     name, stack = rename(old), rename.stack(old)
-    names = {part.tensor for part in stack.parts} if stack else {name} & {*tensors}
+    names = {part.tensor for part in stack.parts} if stack else {name} & {*rename.tensors}
     if not names:
         return ""
     metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
     entries = {name + key.removeprefix(old): adapter.entries[key]}
     one = replace(adapter, entries=entries, metadata=metadata)
     try:
-        match(one, {n: tensors[n] for n in names}, config, "")
+        match(one, {n: rename.tensors[n] for n in names}, rename.config, "")
     except LoraFxError as error:
         return error.message
     return ""
@@ -269,17 +262,15 @@ class Raw:
         op, kernel = "", a.shape[:0]
         if not key.endswith("]") and a.ndim >= 2:
             a, b, op, kernel = from_tensors(part.kind, a, b, key)
-        variant = "rslora" if self.config.get("use_rslora") else "lora"
-        low = LowRank(a, b, self._alpha(key), None, variant, op=op, kernel=kernel)
-        size = group_of(self.config) if part.kind == "linear" else 0
-        return grouped(low, size) if size > 0 else low
-
-    def _alpha(self, key: str) -> float:
         alpha = None
         with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
             alpha = pattern.of(key.removesuffix(".weight"))
-        return float("nan") if alpha is None else alpha
+        alpha = math.nan if alpha is None else alpha
+        variant = "rslora" if self.config.get("use_rslora") else "lora"
+        low = LowRank(a, b, alpha, None, variant, op=op, kernel=kernel)
+        size = group_of(self.config) if part.kind == "linear" else 0
+        return grouped(low, size) if size > 0 else low
 
 
 def read_raw(path: Path) -> Raw:

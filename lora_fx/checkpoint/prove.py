@@ -35,7 +35,6 @@ from lora_fx.checkpoint.fold import (
     one_blas_thread,
     prepared,
     read_block,
-    rows_per_block,
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.checkpoint.requantise import spans
@@ -99,27 +98,23 @@ def _recomputed(
     if change.scales_of:
         return  # looked at with the codes
     if change.fold is None:
-        assert change.value is not None
         want = np.asarray(change.value).astype(numpy_dtype(change.dtype)).reshape(info.shape)
         if not same_bytes(info, want):
             yield Difference(change.name, "is not the adapter's whole tensor")
         return
     worst, at = 0.0, 0
-    stages = _exact(change)
-    scales = change.scales
-    if scales is not None:
-        there = out.tensors.get(scales.name)
-        if there is None or (there.dtype, there.shape) != (scales.dtype, scales.shape):
+    stages = _exact(change, change.fold)
+    made = weights[stages[0][0].name] if change.requantised else None
+    if (int8 := change.int8) is not None:
+        there, old = out.tensors.get(int8.name), int8.scales
+        if there is None or (there.dtype, there.shape) != (old.dtype, old.shape):
             return  # said of the scales
+        made = replace(int8, scales=there).weight(info)
     for low, high in _samples(change, rows):
-        if change.int8 is not None:
-            made = replace(change.int8, scales=out.tensors[change.int8.name])
-            ratio = _ratio_codes(change, made.weight(info), stages[0][0], low, high)
-        elif change.codes is not None:
-            made_anew = weights[stages[0][0].name]
-            ratio = _ratio_codes(change, made_anew, stages[0][0], low, high)
-        else:
+        if made is None:
             ratio = _ratio(change, stages, info, low, high)
+        else:
+            ratio = _ratio_codes(change, made, stages[0][0], low, high)
         if not ratio <= worst:
             worst, at = ratio, low
     if not worst <= 1.0:
@@ -131,12 +126,7 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
     assert change.fold is not None
     matrix = change.fold.matrix
     if rows is None or rows >= matrix.rows:
-        step = max(1, rows_per_block(matrix.columns) // 4)
-        if change.codes is not None:
-            yield from spans(change.codes.weight, step)
-            return
-        for low in range(0, matrix.rows, step):
-            yield low, min(matrix.rows, low + step)
+        yield from change.spans(max(1, matrix.rows_per_block // 4))
         return
     digest = hashlib.sha256(change.name.encode()).digest()
     some = random.Random(int.from_bytes(digest[:8], "little"))  # numpy's is slow to import
@@ -144,10 +134,9 @@ def _samples(change: TensorChange, rows: int | None) -> Iterator[tuple[int, int]
         yield row, row + 1
 
 
-def _exact(change: TensorChange) -> list[Stage]:
+def _exact(change: TensorChange, last: TensorFold) -> list[Stage]:
     """The folds of a change, oldest first, with every factor in fp64."""
-    assert change.fold is not None
-    stages = [*change.earlier, (change.fold, change.dtype)]
+    stages = [*change.earlier, (last, change.dtype)]
     wide = [(replace(f, matrix=in_dtype(f.matrix, np.float64)), dtype) for f, dtype in stages]
     (first, dtype), *later = wide  # which need no more than rows: verify allows no other
     return [(prepared(first, change.weight), dtype), *later]

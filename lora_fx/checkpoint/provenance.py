@@ -143,7 +143,7 @@ def base_note(
     """
     rename = renaming(adapter, known, base.config(), [])
     recorded: JsonView | None = adapter.metadata.get(FIELD)
-    same, why = same_base(recorded, lambda name: known.get(rename(name)))
+    same, why = compared(recorded, lambda n, dtype: sample_of(n, known.get(rename(n)), dtype))
     if same is None:
         return f"{where}: its base is not verified: {why}"
     if same:
@@ -210,30 +210,6 @@ def parameters_of(keys: Iterable[str]) -> list[str]:
     return sorted({base_name(k) for k in keys if not base_name(k).endswith("~")})
 
 
-def same_base(
-    recorded: JsonView | None, find: Callable[[str], TensorInfo | None]
-) -> tuple[bool | None, str]:
-    """Is a checkpoint the base that an adapter was trained on? The reason where it is not known.
-
-    Args:
-        recorded: metadata["base"] of the adapter.
-        find: Parameter of the adapter → its tensor in the checkpoint, None where it has none.
-
-    Returns:
-        True, False, or None with the reason.
-    """
-
-    def sample(name: str, dtype: str) -> Sample:
-        info = find(name)
-        if info is None:
-            raise Unknown(f"the checkpoint has no tensor {name!r}")
-        if info.dtype not in FLOATING:
-            raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
-        return info.shape, _read(info, dtype)
-
-    return compared(recorded, sample)
-
-
 Sample = tuple[tuple[int, ...], Array]
 """Shape, and both ends in the dtype asked for; see `ends`."""
 
@@ -242,14 +218,26 @@ class Unknown(Exception):
     """A parameter cannot be sampled, and why."""
 
 
+def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
+    """The sample of a parameter's tensor in a checkpoint; raises Unknown."""
+    if info is None:
+        raise Unknown(f"the checkpoint has no tensor {name!r}")
+    if info.dtype not in FLOATING:
+        raise Unknown(f"{name!r} is {info.dtype} and was {dtype}")
+    return info.shape, _read(info, dtype)
+
+
 def compared(
     recorded: JsonView | None, sample: Callable[[str, str], Sample]
 ) -> tuple[bool | None, str]:
-    """Are these weights those that an adapter was trained on? As `same_base`.
+    """Are these weights those that an adapter was trained on? The reason where it is not known.
 
     Args:
         recorded: metadata["base"] of the adapter.
         sample: (parameter, dtype) → its sample; raises Unknown.
+
+    Returns:
+        True, False, or None with the reason.
     """
     if recorded is None:
         return None, "the adapter does not say what it was trained on"

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -22,21 +23,35 @@ from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.target import base_name, role_by_name, split_key
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, by_key
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
 
+@dataclass(frozen=True, eq=False)
 class Renaming:
     """What the checkpoint calls the tensors that an adapter names.
 
     A prefix that the adapter's names have more, or less, than the checkpoint's; then the names of
     the loaded model. Called with a name of the adapter it gives that of the checkpoint.
+
+    Attributes:
+        tensors: Those of the checkpoint.
+        config: Its config.json.
+        loaded: The names of the loaded model.
+        more: What the adapter's names have before the checkpoint's.
+        less: What the checkpoint's names have before the adapter's.
     """
 
-    def __init__(self, more: str = "", less: str = "", loaded: Loaded | None = None) -> None:
-        self.more, self.less, self.loaded = more, less, loaded or Loaded()
-        self._of_file = {stored: name for name, stored in self.loaded.names.items()}
+    tensors: Tensors
+    config: JsonView
+    loaded: Loaded
+    more: str = ""
+    less: str = ""
+
+    @cached_property
+    def _of_file(self) -> dict[str, str]:
+        return {stored: name for name, stored in self.loaded.names.items()}
 
     def __call__(self, name: str) -> str:
         """The checkpoint's name of a tensor."""
@@ -51,14 +66,14 @@ class Renaming:
         """The matrices that the checkpoint has instead of one tensor of this name."""
         return self.loaded.stacks.get(self.prefixed(name))
 
-    def info(self, name: str, tensors: Tensors) -> TensorInfo | None:
+    def info(self, name: str) -> TensorInfo | None:
         """The tensor of an adapter's name; of a stack, its shape and its first matrix."""
         stack = self.stack(name)
-        return stack.info if stack else tensors.get(self(name))
+        return stack.info if stack else self.tensors.get(self(name))
 
-    def shape(self, name: str, tensors: Tensors) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of that tensor."""
-        info = self.info(name, tensors)
+        info = self.info(name)
         return info.shape if info else None
 
     def back(self, name: str, *, loaded: bool = False) -> str:
@@ -82,14 +97,14 @@ def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[s
     loaded = loaded_of(tensors, config)
     known = {*tensors, *loaded.names, *loaded.stacks}
     names = [base_name(k) for k in adapter.entries]
-    best = Renaming(loaded=loaded)
+    best = Renaming(tensors, config, loaded)
     if not any(n in known for n in names):
         tails = {f".{n}" for n in names}
         leads = {n[: i + 1] for n in names for i, c in enumerate(n) if c == "."}
-        tries = [Renaming(lead, "", loaded) for lead in sorted(leads)]
+        tries = [replace(best, more=lead) for lead in sorted(leads)]
         # The ends of a known name that begin after a dot are the names that may lack a prefix.
         ends = {t[: i + 1] for t in known for i, c in enumerate(t) if c == "." and t[i:] in tails}
-        tries += [Renaming("", lead, loaded) for lead in sorted(ends)]
+        tries += [replace(best, less=lead) for lead in sorted(ends)]
         hits = {
             t: sum(n.startswith(t.more) and t.prefixed(n) in known for n in names) for t in tries
         }
@@ -107,7 +122,7 @@ def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[s
     return best
 
 
-def absent_of(adapter: Adapter, tensors: Tensors, rename: Renaming) -> dict[str, str]:
+def absent_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
     """{module of the base that PEFT would have adapted and the adapter lacks: by which entry}.
 
     PEFT compares target_modules with the names of the model that it was given, which are the
@@ -123,7 +138,7 @@ def absent_of(adapter: Adapter, tensors: Tensors, rename: Renaming) -> dict[str,
         names += [low.use, *low.twins]
     adapted = [base_name(name).removesuffix(".weight") for name in names]
     apart = any(_EXPERT.search(name) for name in adapted)
-    weights = [n for n, t in tensors.items() if n.endswith(".weight") and len(t.shape) > 1]
+    weights = [n for n, t in rename.tensors.items() if n.endswith(".weight") and len(t.shape) > 1]
     weights = [n for n in weights if apart or not _EXPERT.search(n)]
     of_file, of_model = rename.tellers(map(base_name, names))
     answers = []
@@ -350,10 +365,7 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
         apart: Those of which the adapter has the whole; else those of which it has parts.
     """
     homes = _by_parent(n for n, info in base.items() if len(info.shape) == 2)
-    longer: dict[str, list[str]] = {}
-    for home in homes:
-        for tail in _tails(home):
-            longer.setdefault(tail, []).append(home)
+    longer = by_key((tail, home) for home in homes for tail in _tails(home))
     result: dict[str, dict[str, str]] = {}
     for path, ours in _by_parent(map(base_name, adapter.entries)).items():
         near = [*longer.get(path, ()), *(tail for tail in _tails(path)[1:] if tail in homes)]

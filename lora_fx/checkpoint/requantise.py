@@ -18,14 +18,14 @@ from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, s
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written, rescaling
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written
 from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
 from lora_fx.targets.target import base_name
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, by_key
 
 LEAST = 0.5
 """What has to be kept of an update in all, unless loss is allowed."""
@@ -77,10 +77,7 @@ def recoded(
 
 def joined(parts: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
-    found: dict[str, list[Written]] = {}
-    for part in parts:
-        found.setdefault(part.name, []).append(part)
-    for every in found.values():
+    for every in by_key((part.name, part) for part in parts).values():
         axis = every[0].axis
         if axis and len(every) > 1:
             every = [replace(every[0], data=np.concatenate([p.data for p in every], axis))]
@@ -93,13 +90,10 @@ def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
     if part.axis is None:
         yield part.low, data.reshape(-1).view(np.uint8).data
         return
-    shape, size, start = info.shape, DTYPES[info.dtype].bits // 8, 0
-    if part.matrix is not None:
-        shape = shape[1:]
-        start = part.matrix * math.prod(shape) * size
-    inner = math.prod(shape[part.axis + 1 :]) * size
-    for i, run in enumerate(data.reshape(math.prod(shape[: part.axis]), -1)):
-        at = start + (i * shape[part.axis] + part.low) * inner
+    here = info if part.matrix is None else info[part.matrix]
+    inner = math.prod(here.shape[part.axis + 1 :]) * DTYPES[info.dtype].bits // 8
+    for i, run in enumerate(data.reshape(math.prod(here.shape[: part.axis]), -1)):
+        at = here.start - info.start + (i * here.shape[part.axis] + part.low) * inner
         yield at, run.view(np.uint8).data
 
 
@@ -183,7 +177,7 @@ class Int8:
             block = 1, codes.shape[1]
             return Quantised(parts.read("weight", rows), scale, None, block, unit=1 / self.unit)
 
-        anew = rescaling(parts, ("weight", part), 1, self.scale)
+        anew = parts.rescaling(("weight", part), 1, self.scale)
         return QuantisedWeight(self.scheme, 8, codes.shape, read, 1, anew)
 
 
@@ -225,7 +219,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
 
 
 def stored_as(
-    name: str, info: TensorInfo, base: Checkpoint, entries: Iterable[Entry] = ()
+    name: str, info: TensorInfo, base: Checkpoint, entries: Sequence[Entry]
 ) -> Int8 | None:
     """How a weight is stored that an update can be folded into; None where as plain floats.
 
@@ -242,7 +236,6 @@ def stored_as(
         return None  # what is made of codes are floats
     scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
-    entries = list(entries)
     replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
     if (info.dtype in FLOATING or replaced) and not scheme:
         return None

@@ -74,9 +74,8 @@ def verify_files(
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
-            every = _listed(adapter)
-            parts, stated = given(every, base=Path(b)), [_pair(x) for x in every]
-            plan, recorded, notes = chain_of(first, second, parts, stated)
+            parts = given(_listed(adapter), base=Path(b))
+            plan, recorded, notes = chain_of(first, second, parts)
             wrong = prove(plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
     names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}
@@ -90,14 +89,10 @@ def verify_files(
     return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=details)
 
 
-def _pair(adapter: object) -> bool:
-    """True for one (adapter, weight)."""
-    return isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], (int, float))
-
-
 def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
-    one = _pair(adapter) or isinstance(adapter, (str, os.PathLike, Adapter))
-    return [adapter] if one else list(adapter)
+    """One adapter, or one (adapter, weight), as a list of it."""
+    pair = isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], (int, float))
+    return [adapter] if pair or isinstance(adapter, (str, os.PathLike, Adapter)) else list(adapter)
 
 
 def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
@@ -167,7 +162,7 @@ class Recorded:
 
 
 def chain_of(
-    merged: Checkpoint, base: Checkpoint, given: Sequence[Given], stated: Sequence[bool]
+    merged: Checkpoint, base: Checkpoint, given: Sequence[Given]
 ) -> tuple[MergePlan, list[Recorded], list[str]]:
     """What the merges should have done, in the dtypes that they have done it in.
 
@@ -175,7 +170,6 @@ def chain_of(
         merged: The file.
         base: What it is compared with.
         given: The adapters, in any order.
-        stated: For each, whether its weight was given, instead of being the recorded one.
 
     Returns:
         The plan of all merges, what the file records, and what should be said.
@@ -188,7 +182,7 @@ def chain_of(
     notes: list[str] = []
     known = merges[: len(before)] == before
     records = merges[len(before) :] if known else merges
-    stages, recorded, strange = _assigned(records, given, stated)
+    stages, recorded, strange = _assigned(records, given)
     if merges:
         notes += [f"{merged.path} does not say that {g.where} was merged into it" for g in strange]
     if any(not r.given for r in recorded):
@@ -220,7 +214,7 @@ def chain_of(
 
 
 def _assigned(
-    records: Sequence[JsonView], given: Sequence[Given], stated: Sequence[bool]
+    records: Sequence[JsonView], given: Sequence[Given]
 ) -> tuple[list[list[Given]], list[Recorded], list[Given]]:
     """The adapters of every record, what is recorded, and adapters that no record has.
 
@@ -233,14 +227,14 @@ def _assigned(
         for row in record["adapters"]:
             digest, weight = str(row.get("hash")), row.get("weight")
             weight = float(weight) if isinstance(weight, (int, float)) else None
-            same = [(g, said) for g, said in zip(given, stated, strict=True) if g.hash == digest]
-            fresh = [(g, said) for g, said in same if id(g) not in used]
-            part, said = next(iter(fresh or same[-1:]), (None, False))
+            same = [g for g in given if g.hash == digest]
+            fresh = [g for g in same if id(g) not in used]
+            part = next(iter(fresh or same[-1:]), None)
             where = part.where if part is not None and (fresh or len(same) == 1) else ""
             recorded.append(Recorded(i + 1, digest, weight, where))
             if part is not None and where:
                 used.add(id(part))
-                mine = part.weight if said or weight is None else weight
+                mine = part.weight if part.stated or weight is None else weight
                 stages[i].append(replace(part, weight=mine))
     return stages, recorded, [g for g in given if id(g) not in used]
 

@@ -24,22 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import (
-    Space,
-    Stats,
-    TensorFold,
-    one_blas_thread,
-    prepared,
-    read_rows,
-    rows_per_block,
-)
+from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
-from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input, read_bytes, read_json
 from lora_fx.files.safetensors import TensorInfo
@@ -104,7 +95,7 @@ class _Run:
 
     def __init__(self, plan: MergePlan, workers: int, progress: Progress | None) -> None:
         self.plan, self.stack, self.workers = plan, contextlib.ExitStack(), max(1, workers)
-        self.progress, self.done, self.total = progress, 0, 1
+        self.progress, self.done, self.total = progress or (lambda done, total: None), 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
         self.reserved: list[Job] = []  # first of all jobs: a full disk shows at once
@@ -144,8 +135,7 @@ class _Run:
             write_at(fd, shard.head, 0)
         for source, target, size in self.heads:
             copy_range(source, target, 0, 0, size)
-        if self.progress is not None:
-            self.progress(self.total, self.total)
+        self.progress(self.total, self.total)
         return stats
 
     def _work(
@@ -169,8 +159,7 @@ class _Run:
             if self.done - self.flushed >= FLUSH and self.flush.done():
                 self.flush.result()  # an error is said once: later calls would not say it again
                 self.flushed, self.flush = self.done, disk.submit(flushed, self.made)
-            if self.progress is not None:
-                self.progress(self.done, self.total)
+            self.progress(self.done, self.total)
         return stats
 
     def _create(self, path: Path, size: int) -> int:
@@ -227,15 +216,10 @@ class _Run:
             return
         fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
-        step = rows_per_block(fold.matrix.columns)
-        if change.codes is not None:
-            for low, high in spans(change.codes.weight, step * RUN_OF_CODES):
-                yield partial(self._recoded, change, change.codes.weight, fold, low, high)
-            return
-        step *= RUN_OF_CODES if isinstance(change.source, CodesInfo) else RUN
-        for low in range(0, fold.matrix.rows, step):
-            high = min(fold.matrix.rows, low + step)
-            yield partial(self._rows, change, fold, low, high)
+        run = RUN_OF_CODES if isinstance(change.weight, CodesInfo) else RUN
+        work = self._rows if change.codes is None else self._recoded
+        for low, high in change.spans(fold.matrix.rows_per_block * run):
+            yield partial(work, change, fold, low, high)
 
     def _replace(self, change: TensorChange) -> Done:
         assert change.value is not None
@@ -248,7 +232,7 @@ class _Run:
         (fd, at), info = self.places[change.name], change.source
         stats, columns = Stats(), fold.matrix.columns
         row = numpy_dtype(change.dtype).itemsize * columns
-        step = rows_per_block(columns)
+        step = fold.matrix.rows_per_block
         read: Callable[[int, int], Array]
         read = partial(read_rows, self.sources[info.file], info, columns=columns, space=self._space)
         if isinstance(info, CodesInfo):
@@ -266,13 +250,12 @@ class _Run:
         space: Space = self.spaces.__dict__.setdefault("space", Space())
         return space
 
-    def _recoded(
-        self, change: TensorChange, weight: QuantisedWeight, fold: TensorFold, low: int, high: int
-    ) -> Done:
+    def _recoded(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
         """Codes of rows made anew, and their scales where the format makes new ones."""
-        stats, count = Stats(), 0
+        assert change.codes is not None
+        stats, count, weight = Stats(), 0, change.codes.weight
         q, every = weight.read(slice(low, high)), []
-        for start, stop in spans(weight, rows_per_block(fold.matrix.columns), low, high):
+        for start, stop in spans(weight, fold.matrix.rows_per_block, low, high):
             here = q.cut(slice(start - low, stop - low))
             found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
             stats.add(found)
@@ -364,16 +347,13 @@ class Shard:
 
 def _runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
     """Untouched tensors that lie one behind the other, in what is read as in what is written."""
-    run: list[TensorSlot] = []
-    for slot in slots:
-        here = (slot.source.file, slot.source.start)
-        if run and (slot.change or here != (run[-1].source.file, run[-1].source.stop)):
-            yield run
-            run = []
-        if slot.change is None:
-            run.append(slot)
-    if run:
-        yield run
+
+    def shift(slot: TensorSlot) -> tuple[Path, int] | None:
+        return None if slot.change else (slot.source.file, slot.source.start - slot.start)
+
+    for where, run in itertools.groupby(slots, shift):
+        if where is not None:
+            yield [*run]
 
 
 def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:

@@ -493,11 +493,6 @@ def write_contents(folder: Path) -> None:
     (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
 
 
-def is_ours(folder: Path) -> bool:
-    """True for a folder that has such a list."""
-    return (folder / CONTENTS).is_file()
-
-
 def check_apart(target: Path) -> None:
     """Refuse an output that exists and is, holds or hard-links an input of this run.
 
@@ -521,9 +516,7 @@ def check_apart(target: Path) -> None:
             )
 
 
-def check_replaceable(
-    target: Path, new: Path | None = None, names: Collection[str] | None = None
-) -> None:
+def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
     """Refuse to replace what is not of lora-fx's making.
 
     Args:

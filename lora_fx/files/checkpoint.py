@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import CONTENTS, is_ours
+from lora_fx.files.atomic import CONTENTS
 from lora_fx.files.read import AGAIN, inside, read_json, trusted, within
 from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
@@ -145,7 +145,7 @@ def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool
         if hidden and (".lora_fx_" in child.name or child.name.endswith(".lock")):
             continue  # what is being written, in a folder of its own base
         if child.is_dir() and not (hidden or child.is_symlink() or len(name.parts) > 8):
-            if not is_ours(child):
+            if not (child / CONTENTS).is_file():  # a folder of lora-fx's own
                 yield from _walk(child, name)
         elif child.name != CONTENTS:
             weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))

@@ -1,7 +1,7 @@
 """Bytes from file to file by the fastest way that the system has.
 
 Descriptors with offsets, so that threads share them: nothing here moves a file position that
-others see, but for sendfile, which takes turns.
+others see.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import threading
 from pathlib import Path
 
 CHUNK = 1 << 20
@@ -20,11 +19,9 @@ _CALL = 1 << 28  # for the kernel in one call, so that Ctrl-C waits for no more
 _FICLONE = 0x40049409  # linux/fs.h
 _CANNOT = frozenset(
     getattr(errno, name, -1)
-    for name in ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOTSUP", "EPERM", "ENOTSOCK")
+    for name in ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOTSUP", "EPERM")
 )
 """Errors of calls that this system or this pair of files does not have; others are real."""
-
-_position = threading.Lock()  # held by who moves the position of a shared descriptor
 
 
 def copy_range(source: int, target: int, source_at: int, target_at: int, count: int) -> None:
@@ -41,57 +38,32 @@ def copy_range(source: int, target: int, source_at: int, target_at: int, count: 
         OSError: What reading or writing gave; without errno when the source ends early.
     """
     done = 0
-    for step in (_in_kernel, _by_sendfile):
-        while done < count:
-            try:
-                n = step(source, target, source_at + done, target_at + done, count - done)
-            except OSError as error:
-                if error.errno not in _CANNOT:
-                    raise
-                n = 0
-            if n == 0:  # not supported, or the end: the last way tells which
-                break
-            done += n
+    while done < count and hasattr(os, "copy_file_range"):
+        at, n = source_at + done, min(count - done, _CALL)
+        try:
+            n = os.copy_file_range(source, target, n, at, target_at + done)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            n = 0
+        if n == 0:  # not supported, or the end: the other way tells which
+            break
+        done += n
+    # sendfile was no faster than this between two file systems, and threads took turns at it
+    chunk = memoryview(bytearray(min(CHUNK, count - done)))
     while done < count:
-        data = read_at(source, min(CHUNK, count - done), source_at + done)
+        data = chunk[: count - done]
+        read_into(source, data, source_at + done)
         write_at(target, data, target_at + done)
         done += len(data)
 
 
-def _in_kernel(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    return os.copy_file_range(source, target, min(count, _CALL), source_at, target_at)
-
-
-def _by_sendfile(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    with _position:
-        before = os.lseek(target, 0, os.SEEK_CUR)
-        os.lseek(target, target_at, os.SEEK_SET)
-        try:
-            return os.sendfile(target, source, source_at, min(count, _CALL))
-        finally:
-            os.lseek(target, before, os.SEEK_SET)
-
-
-def read_at(fd: int, count: int, at: int) -> bytes:
-    """Exactly `count` bytes from `at`.
+def read_into(fd: int, data: memoryview, at: int) -> None:
+    """Fill `data` with the bytes from `at`.
 
     Raises:
         OSError: The file ends before (without errno), or cannot be read.
     """
-    parts, missing = [], count
-    while missing:
-        part = os.pread(fd, missing, at + count - missing)
-        if not part:
-            raise OSError(f"the file ends at byte {at + count - missing}, expected {at + count}")
-        parts.append(part)
-        missing -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def read_into(fd: int, data: memoryview, at: int) -> None:
-    """Fill `data` with the bytes from `at`; as `read_at`, without an object of its own."""
     end, rest = at + len(data), data
     while rest:
         n = os.preadv(fd, [rest], end - len(rest))

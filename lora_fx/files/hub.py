@@ -15,7 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -59,11 +59,7 @@ class HubId:
 
     def __str__(self) -> str:
         """As it is written."""
-        return self.of(self.part)
-
-    def of(self, part: str) -> str:
-        """The same with another part."""
-        whole = f"{PREFIX}{self.repo}{f'/{part}' if part else ''}"
+        whole = f"{PREFIX}{self.repo}{f'/{self.part}' if self.part else ''}"
         return f"{whole}@{self.revision}" if self.revision else whole
 
 
@@ -212,7 +208,7 @@ def _weights(asked: HubId, names: Sequence[str]) -> list[str]:
         raise LoraFxError(why, f"{download} DIR and --trust (trust=True)")
     if deeper := [*dict.fromkeys(n.rpartition("/")[0] for n in here if n.endswith(".safetensors"))]:
         why = f"{asked}: its .safetensors files lie in its folders {some(deeper, 5)}"
-        raise LoraFxError(why, f"name one: {asked.of(start + deeper[0])}")
+        raise LoraFxError(why, f"name one: {replace(asked, part=start + deeper[0])}")
     why = f"{asked}: no .safetensors file; it has {some(here, 5) or 'nothing'}"
     raise LoraFxError(why, f"{download} the file in DIR that you mean")
 

@@ -24,7 +24,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_fx.errors import LoraFxError, explain, one_line
+from lora_fx.errors import LoraFxError, explain, explained, one_line
 from lora_fx.text import Json
 
 MAX_JSON = 32 << 20
@@ -139,10 +139,12 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
     name = os.fspath(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise LoraFxError(f"{name!r} names no file: {error}", "is the path right?") from error
+    except OSError as error:
         if os.path.isdir(path):
             raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error
-        raise _unreadable(error, name) from error
+        raise explain(error, f"{name}: cannot be read") from error
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -161,19 +163,11 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
         raise
 
 
-def _unreadable(error: OSError | ValueError, name: str) -> LoraFxError:
-    if isinstance(error, OSError):
-        return explain(error, f"{name}: cannot be read")
-    return LoraFxError(f"{name!r} names no file: {error}", "is the path right?")
-
-
 def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:
     """A regular file's content; see open_input. A git-LFS pointer is refused as such."""
-    with open_input(path, most=most) as file:
-        try:
-            data = file.read()
-        except OSError as error:
-            raise _unreadable(error, os.fspath(path)) from error
+    unread = f"{os.fspath(path)}: cannot be read"
+    with open_input(path, most=most) as file, explained(unread, itself=True):
+        data = file.read()
     refuse_pointer(data, len(data), path)
     return data
 

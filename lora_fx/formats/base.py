@@ -125,7 +125,15 @@ class File:
     notes: list[str] = field(default_factory=list)
 
     def master(self, name: str, array: Array) -> Array:
-        """One tensor as contiguous fp32.
+        """One tensor as contiguous fp32; raises as `check`."""
+        self.check(name, array)
+        master = np.ascontiguousarray(array, np.float32)
+        if array.dtype == np.float64 and not np.array_equal(master, array):
+            self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
+        return master
+
+    def check(self, name: str, array: Array) -> None:
+        """Check a tensor of floats.
 
         Raises:
             LoraFxError: It is empty, no float, or not finite.
@@ -139,10 +147,6 @@ class File:
                 "save the adapter in fp32, fp16 or bf16",
             )
         self.check_finite(name, array)
-        master = np.ascontiguousarray(array, np.float32)
-        if array.dtype == np.float64 and not np.array_equal(master, array):
-            self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
-        return master
 
     def vector(self, name: str, array: Array, size: int) -> Array:
         """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""

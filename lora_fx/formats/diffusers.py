@@ -137,12 +137,10 @@ def _entries(
     if stored is not None and alpha is not None and stored != alpha:
         raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
     number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
-    beside = {
-        part: file.vector(f"{module}.{part}", parts[part], len(b))
+    length, bias = (
+        file.vector(f"{module}.{part}", parts[part], len(b)) if part in parts else None
         for part in ("lora_magnitude_vector", "lora_B.bias")
-        if part in parts
-    }
-    length, bias = beside.get("lora_magnitude_vector"), beside.get("lora_B.bias")
+    )
     low = LowRank(a, b, number, variant=variant, magnitude=length, op=op, kernel=kernel)
     own: dict[str, Entry] = {f"{module}.weight": low}
     return own if bias is None else {**own, f"{module}.bias": Dense(bias, low.scale)}

@@ -31,7 +31,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, FileHead, refused
@@ -41,7 +41,6 @@ from lora_fx.text import is_whole
 SUFFIXES = (".onnx_adapter",)
 FOLDER = False
 TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def detect(seen: FileHead) -> bool:
@@ -75,43 +74,34 @@ def read(path: str | Path) -> Adapter:
     return Adapter(entries, {**versions, "notes": file.notes})
 
 
-def write_file(adapter: Adapter, path: str | Path, dtype: str = "float32") -> tuple[str, ...]:
+def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write an .onnx_adapter file, read it back and compare.
 
     Args:
         adapter: Bound or not; metadata may hold adapter_version and model_version (else 1).
         path: The file to create.
-        dtype: float32, float16 or bfloat16: that of the graph's inputs.
 
     Returns:
-        Notes: that scales were multiplied in, and by how much a narrow dtype rounds.
+        Notes: that scales were multiplied in.
 
     Raises:
         LoraFxError: What the format cannot say, by key; names that clash.
     """
     from lora_fx.onnx.manifest import write_file
 
-    if dtype not in _DTYPES:
-        raise LoraFxError(f"no dtype {dtype!r}", f"dtypes: {', '.join(_DTYPES)}")
     tensors: dict[str, Array] = {}
-    notes: list[str] = []
-    scaled = [k for k, low in adapter.lowrank.items() if low.scale != 1.0]
-    if scaled:
-        notes.append(
-            f"the format has no alpha: the scales of {len(scaled)} updates are multiplied into B"
-        )
     for key, entry in adapter.entries.items():
         for name, array in _tensors(key, entry).items():
             if name in tensors:
                 raise LoraFxError(f"two tensors would be named {name!r}", "rename the parameter")
-            tensors[name] = array if not is_float(array) else array.astype(numpy_dtype(dtype))
+            tensors[name] = array if not is_float(array) else array.astype(np.float32)
     versions = {
         field: _version(adapter.metadata, field) for field in ("adapter_version", "model_version")
     }
     write_file(Path(path), tensors, versions)
-    if dtype != "float32":
-        notes.append(f"the tensors are rounded to {dtype}")
-    return tuple(notes)
+    scaled = sum(low.scale != 1.0 for low in adapter.lowrank.values())
+    note = f"the format has no alpha: the scales of {scaled} updates are multiplied into B"
+    return (note,) if scaled else ()
 
 
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
@@ -151,7 +141,7 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
 def _full(name: str, array: Array, file: File) -> Full:
     if not is_float(array):
         return Full(array)
-    file.master(name, array)  # empty or not finite
+    file.check(name, array)
     return Full(array if array.dtype.itemsize >= 4 else array.astype(np.float32))
 
 

@@ -28,6 +28,7 @@ from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Gather, Layout
+from lora_fx.text import by_key
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
 """The uses of a graph to watch, with the keys of the updates that reach them."""
@@ -158,9 +159,9 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap]) -> None:
         super().__init__(root, graph=graph)
         self.last, self.saw = root.last, root._saw
-        self.at = _by(taps, lambda t: (t.node,))
-        self.along = _by(taps, lambda t: t.chain) if root._weights else {}
-        self.after = _by(taps, lambda t: t.output) if root._results else {}
+        self.at = by_key((t.node, t) for t in taps)
+        self.along = by_key((n, t) for t in taps if root._weights for n in t.chain)
+        self.after = by_key((n, t) for t in taps if root._results for n in t.output)
         self.leaves: dict[tuple[tuple[str, ...], str], dict[fx.Node, Any]] = {}
         self.shapes: dict[Tap, tuple[tuple[int, ...], Tensor | None]] = {}
 
@@ -196,15 +197,6 @@ class _Interpreter(fx.Interpreter):
             given = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]
             args = replaced(args, tap.site.slot, given)
         return getattr(self, n.op)(n.target, args, kwargs)
-
-
-def _by(taps: Sequence[Tap], nodes: Callable[[Tap], Sequence[fx.Node]]) -> dict[fx.Node, list[Tap]]:
-    """Node → the taps that have it among these nodes of theirs."""
-    found: dict[fx.Node, list[Tap]] = {}
-    for tap in taps:
-        for node in nodes(tap):
-            found.setdefault(node, []).append(tap)
-    return found
 
 
 # x and dy of a use as rows: [*batch, rows, in] and [*batch, rows, out] in the axes of its Kind.
@@ -310,14 +302,15 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
     """[n, c, *size] → [n, c, *spots, *kernel]; `spots`: as many windows, whatever the size."""
     kernel, attrs = site.operand[2:], site.attrs
     k = len(kernel)
-    stride, dilation = (_each(attrs[name], k) for name in ("stride", "dilation"))
+    # one number is that of every axis
+    stride, dilation = ([*attrs[n]] * (k // len(attrs[n])) for n in ("stride", "dilation"))
     reach = [d * (s - 1) + 1 for d, s in zip(dilation, kernel, strict=True)]
     given = attrs["padding"]
     if given == "same":
         before = [(r - 1) // 2 for r in reach]
         after = [r - 1 - b for r, b in zip(reach, before, strict=True)]
     else:
-        before = after = [0] * k if given == "valid" else _each(given, k)
+        before = after = [0] * k if given == "valid" else [*given] * (k // len(given))
     if spots:  # of a transposed convolution: a window for every element of its x
         have = [n + b for n, b in zip(t.shape[2:], before, strict=True)]
         need = [(n - 1) * s + r for n, s, r in zip(spots, stride, reach, strict=True)]
@@ -329,7 +322,3 @@ def _windows(site: Site, t: Tensor, spots: Sequence[int] = ()) -> Tensor:
         if spots:
             t = t.narrow(2 + axis, 0, spots[axis])
     return t
-
-
-def _each(value: Sequence[int], n: int) -> list[int]:
-    return list(value) * n if len(value) == 1 else list(value)

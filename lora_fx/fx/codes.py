@@ -249,17 +249,9 @@ def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
 
 def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
     """A class whose parameter reads as numbers: what runs is the user's own code."""
-    read = property(functools.partial(_weight_of, leaf=leaf))
+    read = property(functools.partial(numbers, name=leaf))
     own = getattr(cls, "_own_class", cls)
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_own_class": own, leaf: read})
-
-
-def _weight_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
-    held = module._parameters[leaf]
-    stored = module.__dict__[HELD].get(leaf)
-    if held is None or stored is None or held.is_floating_point():
-        return held
-    return whole(module, leaf, stored, stored.dtype)
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -269,14 +261,13 @@ def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def forms(root: nn.Module) -> dict[str, Stored]:
     """First name of a parameter that is stored as codes → what they stand for."""
-    names: dict[str, str] | None = None
+    held = {p: m.__dict__[HELD] for p, m in root.named_modules() if m.__dict__.get(HELD)}
+    names = named_tensors(root)[0] if held else {}
     found: dict[str, Stored] = {}
-    for path, module in root.named_modules():
-        for leaf, stored in (module.__dict__.get(HELD) or {}).items():
-            names = named_tensors(root)[0] if names is None else names
-            name = names.get(f"{path}.{leaf}".lstrip("."))
-            if name is not None:
-                found.setdefault(name, stored)
+    for path, stored in held.items():
+        for leaf, q in stored.items():
+            if name := names.get(f"{path}.{leaf}".lstrip(".")):
+                found.setdefault(name, q)
     return found
 
 
@@ -287,11 +278,20 @@ def stored_of(root: nn.Module, name: str) -> Stored | None:
     return found
 
 
-def whole(root: nn.Module, name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that a parameter's codes stand for, in a dtype."""
-    module, leaf = owner(root, name)
+def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The weight that a parameter's codes stand for; the parameter where it holds numbers.
+
+    Args:
+        root: The tree.
+        name: The parameter's name.
+        dtype: In which the weight is made; without it, the one that it has for the model.
+    """
+    (module, leaf), held = owner(root, name), parameter_of(root, name)
+    stored = stored_of(root, name)
+    if stored is None or held.is_floating_point():
+        return held
     parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    return DEQUANTISE(module._parameters[leaf], *parts, *arguments(stored, dtype))
+    return DEQUANTISE(held, *parts, *arguments(stored, dtype or stored.dtype))
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
@@ -414,7 +414,6 @@ def put_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
     for module in root.modules():
         for leaf in [n for n, p in module._parameters.items() if p is codes]:
             held = module.__dict__[HELD]
-            module._buffers.pop(f"{leaf}_zero", None)
             module.register_buffer(f"{leaf}_zero", zero.to(codes.device))
             stored = dataclasses.replace(held[leaf], parts=PARTS[:2])
             module.__dict__[HELD] = {**held, leaf: stored}

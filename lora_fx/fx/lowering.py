@@ -45,6 +45,7 @@ from lora_fx.fx.graph.nodes import (
     replace_parts,
     value,
 )
+from lora_fx.text import by_key
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
@@ -70,12 +71,10 @@ def lowered(program: ExportedProgram, table: Table) -> ExportedProgram:
     A program that writes in place, has bodies of its own, or sizes that depend on values is
     decomposed as a whole.
     """
-    kinds: dict[Hashable, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr" or not _alone(node):
-            return _whole(program, table)
-        if _comes_apart(node, table):
-            kinds.setdefault((node.target, _known((node.args, node.kwargs))), []).append(node)
+    if any(node.op == "get_attr" or not _alone(node) for node in program.graph.nodes):
+        return _whole(program, table)
+    apart = (node for node in program.graph.nodes if _comes_apart(node, table))
+    kinds = by_key(((n.target, _known((n.args, n.kwargs))), n) for n in apart)
     if kinds:
         parts = _parts([nodes[0] for nodes in kinds.values()], program, table)
         if not all(_sizes_known(part, program.graph) for part in parts):
@@ -416,25 +415,18 @@ def _inline(
     body, *given = call
     graph, part = module.graph, operator.attrgetter(str(body.target))(module)
     inline_regions(part, no_grad=no_grad)
-    env: dict[fx.Node, Argument] = {}
-    arguments = iter(given)
-    results: Any = ()
     with graph.inserting_before(node):
-        for inner in part.graph.nodes:
-            if inner.op == "placeholder":
-                outer = next(arguments)
-                env[inner] = _detached(node, outer) if no_grad else outer
-            elif inner.op == "output":
-                results = map_arg(inner.args[0], lambda n: env[n])
-            else:
-                new = graph.node_copy(inner, lambda n: env[n])
-                if inner.op == "get_attr":
-                    new.target = f"{body.target}.{inner.target}"
-                if cast is not None:
-                    _cast_inputs(graph, new, cast)
-                if no_grad:
-                    new.meta[NO_GRAD] = True
-                env[inner] = new
+        given = [_detached(node, outer) for outer in given] if no_grad else given
+        places = part.graph.find_nodes(op="placeholder")
+        env: dict[fx.Node, Any] = dict(zip(places, given, strict=False))
+        results: Any = graph.graph_copy(part.graph, env)
+        for inner in (n for n in part.graph.nodes if n.op not in ("placeholder", "output")):
+            if inner.op == "get_attr":
+                env[inner].target = f"{body.target}.{inner.target}"
+            if cast is not None:
+                _cast_inputs(graph, env[inner], cast)
+            if no_grad:
+                env[inner].meta[NO_GRAD] = True
         if no_grad:
             results = map_arg(results, lambda n: _detached(node, n))
     replace_parts(node, results)
@@ -458,11 +450,10 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
     fp32 have an fp32 result of narrow operands.
     """
-    made = value(node)
-    if isinstance(made, (tuple, list)):
-        made = next((m for m in made if isinstance(m, torch.Tensor)), None)
+    tensors = (v for v in pytree.tree_leaves(value(node)) if isinstance(v, torch.Tensor))
+    made = next(tensors, None)
     chosen = str(node.target).startswith(CHOSEN)
-    if chosen or not isinstance(made, torch.Tensor) or not made.is_floating_point():
+    if chosen or made is None or not made.is_floating_point():
         return
     dtypes = {i: dtype_of(i) for i in node.all_input_nodes}
     operands = [i for i, dtype in dtypes.items() if dtype and dtype.is_floating_point]

@@ -18,16 +18,16 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
+from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
 from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, patched, to_numpy
+from lora_fx.fx.tensors import from_numpy, named_tensors, patched, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import exact_constants, mark_data, unfolded
+from lora_fx.onnx.names import exact_constants, give_own_names, mark_data, unfolded
 from lora_fx.progress import stage
 from lora_fx.targets.target import Target
 
@@ -42,25 +42,14 @@ Types = Sequence[tuple["ir.Shape | None", "ir.TypeProtocol | None"]]
 """Of the values that a node gives."""
 
 
-@dataclass(frozen=True)
-class OnnxProgram:
-    """What the exporter made: an onnx_ir.Model, and the names of its dimensions.
-
-    `symbols` maps (input, dimension) to the name that the dimension shall have in the file.
-    """
-
-    model: Any
-    symbols: dict[tuple[str, int], str]
-
-
 def to_onnx(
     module: CapturedModule,
     opset: int = OPSET,
     apart: Mapping[str, Target] | None = None,
     *,
     repeat: bool = True,
-) -> OnnxProgram:
-    """Translate the eval program of a module without branches.
+) -> Any:
+    """The eval program of a module without branches as an onnx_ir.Model, by the model's own names.
 
     Args:
         module: A module in eval mode.
@@ -88,7 +77,6 @@ def to_onnx(
     flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
     tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     free = traced.door.free(captured.requested)
-    symbols = {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
     dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
 
@@ -104,7 +92,8 @@ def to_onnx(
         place.const_value = ir.tensor(to_numpy(weight), name=place.name)
         owner.inputs.remove(place)
         owner.register_initializer(place)
-    return OnnxProgram(model, symbols)
+    give_own_names(model, named_tensors(captured.model)[0], symbols_of(free))
+    return model
 
 
 def translated(
@@ -447,6 +436,8 @@ def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
 #   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
 # - `number − integers` is cast first: the exporter promotes no number on the left.
 # - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
+# - A pooled mean of everything is a mean. Behind a permute the exporter's own is put into other
+#   memory by a Gather of every element, through which no row of a batch can be followed.
 # - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 # - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
@@ -578,6 +569,14 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
         node.target = attention_in_four
 
 
+def _mean(graph: fx.Graph, node: fx.Node) -> None:
+    sizes = argument(node, "output_size")
+    wanted = sizes if isinstance(sizes, (list, tuple)) else [sizes]
+    if all(type(n) is int and n == 1 for n in wanted):
+        axes = [*range(-len(wanted), 0)]
+        node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
+
+
 def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
     """Attention [n, d] or [batch, n, d] with the dimensions in front that the exporter wants."""
     missing = 4 - q.dim()
@@ -623,8 +622,7 @@ def _complex(graph: fx.Graph, node: fx.Node) -> None:
         node.target = OF_PAIRS[node.target]
 
 
-NO_PRODUCT: tuple[int, int, int | None, bool | None] = (0, 0, None, None)
-PRODUCTS: dict[object, tuple[int, int, int | None, bool | None]] = {
+PRODUCTS: dict[object, tuple[int, int, int | None, bool]] = {
     aten.linear.default: (0, 1, 2, False),
     aten.matmul.default: (0, 1, None, True),
     aten.mm.default: (0, 1, None, True),
@@ -645,8 +643,8 @@ def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
         return
     views = [u for u in node.users if u.target in TURNS]
     for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
-        for user in list(weight.users):
-            x, w, b, wants = PRODUCTS.get(user.target, NO_PRODUCT)
+        for user in [u for u in weight.users if u.target in PRODUCTS]:
+            x, w, b, wants = PRODUCTS[user.target]
             fits = wants is flipped and user.args[w] is weight
             scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
             if not fits or user.args[x] is weight or (b == 0 and scaled):
@@ -690,6 +688,8 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     DEQUANTISE: _dequantise,
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
+    **{op.default: _mean for op in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)},
+    aten.adaptive_avg_pool3d.default: _mean,
     aten.real.default: _fourier,
     aten.squeeze.dim: mend_squeeze,
     aten.squeeze.dims: mend_squeeze,

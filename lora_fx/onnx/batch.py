@@ -13,7 +13,7 @@ lays out. (A convolution with the batch as its groups would need a group count k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from lora_fx.onnx.graph.flow import (
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros
+from lora_fx.targets.target import base_name
 
 SCALES = "adapter_scales"
 Tables = Sequence[ir.Value]
@@ -77,7 +78,7 @@ def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> Row
     zero = add_initialiser(inner, f"{IDS}_zero", np.array(0, np.int64), IDS)
     over = add_initialiser(inner, f"{IDS}_over", np.array(count, np.int64), IDS)
     checked = e.call("Where", e.call("Less", raw, zero), over, raw)
-    return RowAdapters(graph, checked, count, weights, batch)
+    return RowAdapters(e, checked, count, weights, batch)
 
 
 def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
@@ -116,10 +117,8 @@ class BatchEmitter(OnnxEmitter):
     """Emits the nodes of one site's branch."""
 
     def __init__(self, owner: OnnxGraph, site: Site, own: RowAdapters, rows: RowAxis) -> None:
-        found = owner.at(site)
-        last = found.y.producer()
-        assert last is not None
-        super().__init__(owner, last, site.id, found, before=False)
+        e = owner.emit(site)
+        super().__init__(owner, e.node, site.id, e.found, before=False)
         self.site, self.own, self.rows = site, own, rows
 
     def branch(
@@ -222,10 +221,8 @@ class BatchEmitter(OnnxEmitter):
             name = f"{self.site.id}_lora_windows"
             dtype = numpy_dtype(dtype_name(x) or "float32")
             w = self.parameter(name, value.astype(dtype), Role.FROZEN)
-            attributes = dict(given)
-            attributes["group"] = ir.AttrInt64("group", channels)
-            attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", list(kernel))
-            x = self._place(ir.Node("", "Conv", [x, w], list(attributes.values())))
+            own = {**given, "group": channels, "kernel_shape": list(kernel)}
+            x = self.call("Conv", x, w, **own)
         return self.call("Reshape", x, self._sizes(channels * size, -1))
 
 
@@ -257,6 +254,35 @@ def stack(
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
 
 
+def join_copies(model: ir.Model, names: Iterable[str]) -> None:
+    """Store once what has copies that told its uses apart, where the exporter left it as it was.
+
+    Args:
+        model: The model, edited in place.
+        names: Of the copies, `NAME@USE`.
+    """
+    stored = model.graph.initializers
+    for name in names:
+        copy, first = stored[name], stored.get(base_name(name))
+        if first is copy or copy.const_value is None:
+            continue
+        if first is not None and first.const_value is not None:
+            ours, theirs = copy.const_value.numpy(), first.const_value.numpy()
+            if np.array_equal(ours, theirs):
+                copy.replace_all_uses_with(first)
+                del stored[name]
+                continue
+            if ours.ndim != 2 or not np.array_equal(ours.T, theirs):
+                continue
+            turned = ir.Node("", "Transpose", [copy])  # the exporter turns what one product reads
+            turned.outputs[0].name = f"{first.name}_turned"
+            turned.outputs[0].shape, turned.outputs[0].type = first.shape, first.type
+            model.graph.insert_before(model.graph[0], turned)
+            first.replace_all_uses_with(turned.outputs[0])
+            del stored[str(first.name)]
+        copy.name = base_name(name)
+
+
 # How the rows of a batch read their factors: one pair each, or all those in use side by side.
 #
 #     x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
@@ -280,7 +306,7 @@ class RowAdapters(OnnxEmitter):
     """Which adapter each row has, and the nodes that decide, before everything that reads them.
 
     Args:
-        graph: The graph, whose inputs the next two are.
+        first: What emits before all nodes of the graph, whose inputs the next two are.
         ids: The adapters' numbers, checked, [batch].
         count: How many adapters there are, the base among them.
         scales: Weights by row [batch], where they were asked for.
@@ -288,11 +314,9 @@ class RowAdapters(OnnxEmitter):
     """
 
     def __init__(
-        self, graph: OnnxGraph, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
+        self, first: OnnxEmitter, ids: ir.Value, count: int, scales: ir.Value | None, batch: str
     ) -> None:
-        node = ids.producer()
-        assert node is not None
-        super().__init__(graph, node, NAME, before=False)
+        super().__init__(first.owner, first.node, NAME, before=True)
         self._made: dict[tuple[object, ...], ir.Value] = {}
         self.products: dict[tuple[object, ...], list[ir.Value]] = {}
         self.ids, self.count, self.scales = ids, count, scales
@@ -313,14 +337,14 @@ class RowAdapters(OnnxEmitter):
     def rows(self, rank: int, tables: int = 1) -> ir.Value:
         """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
         key = ("rows", rank, tables)
-        if key not in self._made and tables > 1:
-            each = self.call("Reshape", self.rows(rank), self._shape(1, -1))
-            starts = np.arange(tables)[:, None] * (self.count * rank)
-            each = self.call("Add", each, self._constant(starts))
-            self._made[key] = self.call("Reshape", each, self._shape(-1))
-        elif key not in self._made:
-            first = self.call("Mul", self._chosen, self._ints(rank))
-            each = self.call("Add", first, self._constant(np.arange(rank)))
+        if key not in self._made:
+            if tables > 1:
+                first = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+                starts = np.arange(tables)[:, None] * (self.count * rank)
+            else:
+                first = self.call("Mul", self._chosen, self._ints(rank))
+                starts = np.arange(rank)
+            each = self.call("Add", first, self._constant(starts))
             self._made[key] = self.call("Reshape", each, self._shape(-1))
         return self._made[key]
 

@@ -136,7 +136,7 @@ def time_sessions(
     first, second = 0.0, math.inf
     for name, session in opened.items():
         try:
-            one = [timed(lambda s=session, f=feeds[name]: s.run(f)).wall for _ in range(2)]  # type: ignore[misc]
+            one = [timed(partial(session.run, feeds[name])).wall for _ in range(2)]
         except Exception as e:  # the runtime's exceptions have no common base
             text = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds[name].items())
             raise LoraFxError(
@@ -146,9 +146,7 @@ def time_sessions(
         if not first:
             first, second = one
     repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / max(second, 1e-7)))
-    runs = {
-        n: (lambda s=s, f=feeds[n]: timed(lambda: s.run(f), repeats)) for n, s in opened.items()
-    }
+    runs = {n: partial(timed, partial(s.run, feeds[n]), repeats) for n, s in opened.items()}
     return Timings(shapes, repeats, interleave(runs, rounds, warmup))
 
 

@@ -28,8 +28,6 @@ MAX_MODEL = 1 << 31
 """Bytes of an .onnx file without its data: protobuf's own limit."""
 MAX_NODES = 200_000
 """Nodes of a model with its functions written out."""
-PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "INT2": 4, "UINT2": 4}
-"""Elements of a byte, of the dtypes that have several in one."""
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
 """Messages that are many, and that no tensor lies in."""
 
@@ -167,28 +165,17 @@ def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
         if external or tensor.HasField("raw_data") or len(tensor.string_data) != math.prod(dims):
             raise _damaged(f"{name}: its texts do not fit its sizes {dims}")
         return
-    if tensor.data_type not in onnx.TensorProto.DataType.values() or not tensor.data_type:
+    if tensor.data_type not in [*ir.DataType] or not tensor.data_type:
         raise _damaged(f"{name} has the unknown dtype {tensor.data_type}")
-    wanted = _bytes(tensor.data_type, math.prod(dims))
-    typed = sum(len(getattr(tensor, field)) for field in TYPED)
+    kind, typed = ir.DataType(tensor.data_type), sum(len(getattr(tensor, f)) for f in TYPED)
+    stored = -(-math.prod(dims) // max(1, 8 // kind.bitwidth))  # a byte has several small numbers
+    wanted = stored * max(1, kind.bitwidth // 8)
     if external:
         _external(file, name, tensor, wanted, sums)
     elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
         raise _damaged(f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}")
-    elif not tensor.HasField("raw_data") and typed != _numbers(tensor.data_type, math.prod(dims)):
+    elif not tensor.HasField("raw_data") and typed != stored * (1 + ("COMPLEX" in kind.name)):
         raise _damaged(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes")
-
-
-def _numbers(dtype: int, count: int) -> int:
-    """How many a tensor of so many elements needs there: small ones are packed, complex two."""
-    kind = onnx.TensorProto.DataType.Name(dtype)
-    return 2 * count if kind.startswith("COMPLEX") else -(-count // PACKED.get(kind, 1))
-
-
-def _bytes(dtype: int, count: int) -> int:
-    if packed := PACKED.get(onnx.TensorProto.DataType.Name(dtype)):
-        return -(-count // packed)
-    return count * onnx.helper.tensor_dtype_to_np_dtype(dtype).itemsize
 
 
 def _external(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,10 +161,9 @@ class Manifest:
         entries = {}
         for key, row in self.training["updates"].items():
             slot = self.slots[key]
-            zero = np.zeros((*slot.batch, slot.out, slot.rank), np.float32)
-            scale = update_of(row, {"a": np.swapaxes(zero, -1, -2), "b": zero}).scale
-            a, b = (np.swapaxes(tensors[n], -1, -2) for n in (slot.a, slot.b))
-            entries[key] = update_of(row, {"a": a.copy(), "b": b / np.float32(scale)})
+            a, b = (np.swapaxes(tensors[n], -1, -2).copy() for n in (slot.a, slot.b))
+            u = update_of(row, {"a": a, "b": b})
+            entries[key] = replace(u, b=b / np.float32(u.scale))
         return Adapter(entries, {**self.training["metadata"], **learning(entries)})
 
     def check(self, tensors: Mapping[str, Array], where: str) -> None:
@@ -190,10 +189,8 @@ class Manifest:
         for slot in self.slots.values():
             for name, axis in ((slot.a, -1), (slot.b, -2)):
                 if name in tensors:
-                    value = tensors[name]
-                    width = [(0, 0)] * value.ndim
-                    width[axis] = (0, slot.rank - value.shape[axis])
-                    result[name] = np.pad(value, width)
+                    more = slot.rank - tensors[name].shape[axis]
+                    result[name] = np.pad(tensors[name], {axis: (0, more)})
         return result
 
     def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
@@ -286,12 +283,8 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     file = AdapterFormat()
     file.set_adapter_version(versions["adapter_version"])
     file.set_model_version(versions["model_version"])
-    values = {
-        name: OrtValue.ortvalue_from_numpy_with_onnx_type(bits[name], _BF16)
-        if name in bits
-        else OrtValue.ortvalue_from_numpy(array)
-        for name, array in held.items()
-    }
+    values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
+    values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
     file.set_parameters(values)
     file.export_adapter(str(path))
     again, _ = read_file(path)

@@ -60,23 +60,20 @@ def match(
     found = _scoped(adapter, found)
     if not given:
         adapter = _renamed(adapter, _by_shape(adapter, graph, found))
-    whole = {
-        k: _whole(k, e, graph, found) for k, e in adapter.entries.items() if isinstance(e, Full)
-    }
+    whole = dict(_whole(k, e, graph, found) for k, e in adapter.full.items())
     rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
     free = spread(rest, found, copies_of(graph.model))
-    loose = {  # the layout of another graph says nothing of this one
+    loose = free | {  # the layout of another graph says nothing of this one
         k: replace(e, layout=None, op="" if e.op == "embedding" and not as_lookup(e) else e.op)
-        if isinstance(e, LowRank)
-        else e
         for k, e in free.items()
+        if isinstance(e, LowRank)
     }
     bound = bind(replace(adapter, entries=loose), found)
     for key in bound.lowrank:
         _check_unchanged(key, graph, found)
-    changed = {found[k].parameter.name for k in bound.lowrank} | {n for n, _ in whole.values()}
+    changed = {found[k].parameter.name for k in bound.lowrank} | {*whole}
     graph.notes += _left_behind(graph, changed)
-    return Matched(dict(bound.lowrank), {n: v for n, v in whole.values()})
+    return Matched(dict(bound.lowrank), whole)
 
 
 def _left_behind(graph: OnnxGraph, changed: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from os import PathLike
 from types import SimpleNamespace
 
@@ -17,7 +17,6 @@ from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, ma
 from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
 from lora_fx.onnx.load import load
-from lora_fx.targets.target import base_name
 
 CHANGED = "lora_fx.changed"
 """Metadata key of a weight that is no longer the parameter whose name it has."""
@@ -42,12 +41,10 @@ def exact_constants() -> Iterator[None]:
         return bool(a == b if b in (0, 1) else np.float32(a) == np.float32(b))
 
     held = vars(matcher)
-    before = held["math"]
-    held["math"] = SimpleNamespace(isclose=isclose)
-    try:
+    with contextlib.ExitStack() as after:
+        after.callback(held.update, math=held["math"])
+        held["math"] = SimpleNamespace(isclose=isclose)
         yield
-    finally:
-        held["math"] = before
 
 
 def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:
@@ -158,35 +155,6 @@ def copies_of(model: ir.Model) -> dict[str, str]:
     """For each initialiser that is another copy of a tensor, the name of that tensor."""
     values = model.graph.initializers.values()
     return {str(v.name): v.metadata_props[COPY_OF] for v in values if COPY_OF in v.metadata_props}
-
-
-def join_copies(model: ir.Model, names: Iterable[str]) -> None:
-    """Store once what has copies that told its uses apart, where the exporter left it as it was.
-
-    Args:
-        model: The model, edited in place.
-        names: Of the copies, `NAME@USE`.
-    """
-    stored = model.graph.initializers
-    for name in names:
-        copy, first = stored[name], stored.get(base_name(name))
-        if first is copy or copy.const_value is None:
-            continue
-        if first is not None and first.const_value is not None:
-            ours, theirs = copy.const_value.numpy(), first.const_value.numpy()
-            if np.array_equal(ours, theirs):
-                copy.replace_all_uses_with(first)
-                del stored[name]
-                continue
-            if ours.ndim != 2 or not np.array_equal(ours.T, theirs):
-                continue
-            turned = ir.Node("", "Transpose", [copy])  # the exporter turns what one product reads
-            turned.outputs[0].name = f"{first.name}_turned"
-            turned.outputs[0].shape, turned.outputs[0].type = first.shape, first.type
-            model.graph.insert_before(model.graph[0], turned)
-            first.replace_all_uses_with(turned.outputs[0])
-            del stored[str(first.name)]
-        copy.name = base_name(name)
 
 
 def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> None:

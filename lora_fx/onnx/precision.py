@@ -304,8 +304,7 @@ class ToHalf(ir.passes.InPlacePass):
             return known
         stem = "half" if to == HALF else "full"
         if value.const_value is not None and value.name in graph.initializers:
-            kind = np.float16 if to == HALF else np.float32
-            array = value.const_value.numpy().astype(kind)
+            array = value.const_value.numpy().astype(to.numpy())
             made = add_initialiser(graph, f"{value.name}_{stem}", array)
             made.metadata_props.update(value.metadata_props)
         else:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import bodies_of, constant, numbers, operand, rank
+from lora_fx.onnx.graph.flow import bodies_of, numbers, operand, rank
 from lora_fx.onnx.graph.ops import MS
 
 
@@ -191,9 +191,14 @@ def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
 
 
-def _slice(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 3)
-    return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+def _beside(name: str, slot: int) -> Rule:
+    """The rule of an op along axes that it names: rows stay where none of them is the batch."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, name, slot)
+        return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+
+    return rule
 
 
 def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -210,11 +215,19 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
 
 
 def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Entries that are picked by (row number, position), as transformers' masks pick them."""
-    data, y, x = _state(node, states, 0), node.outputs[0].shape, node.inputs[0]
-    if data != FIRST or y is None or x is None or x.shape is None or not len(y):
+    """Entries of leading axes, or picked by (row number, position), as transformers' masks are."""
+    data, ids = _state(node, states, 0), _state(node, states, 1)
+    y, x = node.outputs[0], node.inputs[0]
+    picks = node.inputs[1].shape if node.inputs[1] else None
+    if data.axis is None or picks is None or _attr(node, "batch_dims", 0):
         return None
-    return FIRST if str(y[0]) == batch == str(x.shape[0]) else None
+    depth = picks[-1]
+    if ids.axis is None and isinstance(depth, int) and depth <= data.axis:
+        return replace(data, axis=data.axis + len(picks) - 1 - depth)
+    if data.axis or ids.axis or data.inner or x is None or not x.shape or not y.shape:
+        return None
+    now, was = _elements([str(y.shape[0])]), _elements([str(x.shape[0])])
+    return data if now == was and batch in was[1] else None
 
 
 def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -237,25 +250,19 @@ def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     return None if summed else _meet([(a, ra), (b, rb)])
 
 
-def _gemm(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    a = _keep(node, states, i, batch)
-    return None if a is None or a.axis != 0 or _attr(node, "transA", 0) else a
+def _front(holds: Callable[[ir.Node, int], bool]) -> Rule:
+    """The rule of an op that leaves rows in front, where this holds of it and of a result."""
+
+    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+        state = _keep(node, states, i, batch)
+        return state if state is not None and state.axis == 0 and holds(node, i) else None
+
+    return rule
 
 
 def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
     return _keep(node, states, i, batch) if i == 0 else SAME
-
-
-def _flatten(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state = _state(node, states, 0)
-    return state if state.axis == 0 and _attr(node, "axis", 1) == 1 else None
-
-
-def _window(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows of an op over [batch, channels, *size] stay in front."""
-    a = _keep(node, states, i, batch)
-    return a if a is not None and a.axis == 0 and i == 0 else None
 
 
 def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -283,14 +290,6 @@ def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     return None if state.axis in {a % r for a, lo, hi in ends if lo or hi} else state
 
 
-def _cumsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """The rows stay where they are; CumSum takes its axis as an operand."""
-    state, axis, r = _state(node, states, 0), constant(node.inputs[1]), rank(node.inputs[0])
-    if axis is None or r is None or int(axis.reshape(-1)[0]) % r == state.axis:
-        return None
-    return state
-
-
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
 Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
@@ -305,27 +304,26 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
     **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys(_WINDOWS.split(), _window),
+    **dict.fromkeys((*_WINDOWS.split(), "ConvInteger"), _front(lambda node, i: i == 0)),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "TopK"),
         _along(-1),
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
     **dict.fromkeys(_OF_CODES.split(), _along(-1)),
-    "ConvInteger": _window,
     "GatherBlockQuantized": _gather,
     **dict.fromkeys(("Concat", "GatherElements", "ScatterElements"), _along(0, _broadcast)),
-    "CumSum": _cumsum,
+    "CumSum": _beside("axis", 1),
     "Einsum": _einsum,
     "Expand": _expand,
-    "Flatten": _flatten,
+    "Flatten": _front(lambda node, i: _attr(node, "axis", 1) == 1),
     "Gather": _gather,
     "GatherND": _gather_nd,
-    "Gemm": _gemm,
+    "Gemm": _front(lambda node, i: not _attr(node, "transA", 0)),
     "MatMul": _matmul,
     "Pad": _pad,
     "Reshape": _reshape,
-    "Slice": _slice,
+    "Slice": _beside("axes", 3),
     "Split": _along(0),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

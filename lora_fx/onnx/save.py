@@ -109,43 +109,40 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> int:
         other: A saved file of that folder.
     """
     graph = OnnxGraph(model)
-    held = [v for v in ir.load(other).graph.initializers.values() if _large(v)]
-    known = {_digest(v): v.const_value for v in held}
+    known = {_digest(t): t for _, t in _large(ir.load(other))}
     left = 0
-    for value in [v for v in model.graph.initializers.values() if _large(v)]:
-        assert value.const_value is not None
-        same = known.get(_digest(value))
-        turned = known.get(_digest(value, turned=True)) if same is None else None
+    for value, held in _large(model):
+        same = known.get(_digest(held))
+        turned = known.get(_digest(held, turned=True)) if same is None else None
         if turned is not None:
-            name = str(value.name)
-            new = ir.Value(name=name, type=value.type, shape=ir.Shape(turned.shape.numpy()))
-            new.metadata_props.update(value.metadata_props)
-            new.const_value = turned
+            name, marked = str(value.name), dict(value.metadata_props)
+            new = ir.val(name, const_value=turned, metadata_props=marked)
             del model.graph.initializers[name]
             model.graph.initializers[name] = new
             reread(graph, value, new, (1, 0))
         elif same is not None:
             value.const_value = same
         else:
-            left += value.const_value.nbytes
+            left += held.nbytes
     ir.save(model, path)
     return left
 
 
-def _large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes >= INLINE
+def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """The initialisers that lie in a data file, and their tensors."""
+    stored = ((v, v.const_value) for v in model.graph.initializers.values())
+    return [(v, t) for v, t in stored if t is not None and t.nbytes >= INLINE]
 
 
-def _digest(value: ir.Value, *, turned: bool = False) -> tuple[object, ...] | None:
+def _digest(tensor: ir.TensorProtocol, *, turned: bool = False) -> tuple[object, ...] | None:
     """What tells a tensor from others: its dtype, shape and bytes; of a matrix its transpose's."""
-    assert value.const_value is not None
-    array = value.const_value.numpy()
+    array = tensor.numpy()
     if turned:
         if array.ndim != 2:
             return None
         array = array.T
     data = np.ascontiguousarray(array)
-    return str(value.const_value.dtype), data.shape, hashlib.sha256(data.data).hexdigest()
+    return str(tensor.dtype), data.shape, hashlib.sha256(data.data).hexdigest()
 
 
 class Place(Protocol):
@@ -251,7 +248,9 @@ def output(
     beside = Beside()
     with replacing(target, force=force, parts=beside) as temporary:
         owner = owner or target
-        data = _free(owner)
+        names = (f"{owner.name}.{i}.data" for i in itertools.count(1))
+        paths = map(owner.with_name, itertools.chain([f"{owner.name}.data"], names))
+        data = next(path for path in paths if not (path.exists() or path.is_symlink()))
         made = Output(target, temporary, data, temporary, places=places, beside=beside)
         try:
             yield made
@@ -265,9 +264,3 @@ def output(
         if made.external:
             with replacing(made.data, beside=beside) as place:
                 temporary.with_name(made.data.name).replace(place)
-
-
-def _free(target: Path) -> Path:
-    names = (f"{target.name}.{i}.data" for i in itertools.count(1))
-    paths = map(target.with_name, itertools.chain([f"{target.name}.data"], names))
-    return next(path for path in paths if not (path.exists() or path.is_symlink()))

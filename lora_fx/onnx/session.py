@@ -368,12 +368,10 @@ class Session:
         """
         check_inputs(inputs, self._inputs, self.ranges)
         arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
-        if isinstance(adapter, str) and self.provider == "cpu":
-            self._known(adapter)
-            with told(inputs):
-                return self._run_bound(arrays, adapter)
         chosen = self.choice(adapter)
         with told(inputs):
+            if isinstance(adapter, str) and self.provider == "cpu":
+                return self._run_bound(arrays, adapter)
             if adapter is None:
                 made = self.session.run(self._outputs, arrays)
                 return dict(zip(self._outputs, made, strict=True))
@@ -414,14 +412,12 @@ class Session:
 
     def choice(self, adapter: Choice) -> Json:
         """The OrtValues of a choice, by input name; those left out keep their defaults."""
-        if adapter is None:
-            return {}
         if isinstance(adapter, str):
             self._known(adapter)
             return self._values[adapter]
-        for name in adapter:
+        for name in adapter or ():
             self._known(name)
-        return _values(self._mixed(adapter))
+        return _values(self._mixed(adapter)) if adapter else {}
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
         """The tensors of a mix: A side by side and w·B below one another, so the ranks add up."""
@@ -585,18 +581,18 @@ class TrainSession:
         batch = {name: np.asarray(value) for name, value in batch.items()}
         check_inputs(batch, self._batch, self.ranges)
         self._check_labels(batch)
-        number: dict[str, Array] = {
+        given = {
             "lr": np.array(self.lr, np.float32),
             "step": np.array(self.steps + 1, np.int64),
             "seed": np.array(self._seed + self.steps, np.int64),
+            **batch,
         }
         binding = self.session.io_binding()
         for name in self._shapes:
             if name in self._held:
                 binding.bind_ortvalue_input(name, self._held[name])
             else:
-                given = batch[name] if name in batch else number[name]
-                binding.bind_cpu_input(name, np.ascontiguousarray(given))
+                binding.bind_cpu_input(name, np.ascontiguousarray(given[name]))
         for name, value in self._next.items():
             binding.bind_ortvalue_output(f"{name}.next", value)
         binding.bind_output("loss")

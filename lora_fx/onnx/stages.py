@@ -24,7 +24,7 @@ from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand, remove_unread
+from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.save import save, weight_bytes
@@ -245,13 +245,9 @@ def _split(fused: ir.Node) -> bool:
     epsilon = fused.attributes.get_float("epsilon", DEFAULT_EPSILON)
     operands = [total.outputs[0], gamma, *([] if beta is None else [beta])]
     norm = ir.node(NORMS[fused.op_type], operands, {"axis": -1, "epsilon": epsilon})
-    fused.prepend([total, norm])
-    total.outputs[0].name = f"{fused.outputs[0].name}_sum"
-    total.outputs[0].type, total.outputs[0].shape = fused.outputs[0].type, fused.outputs[0].shape
-    _take_over(fused.outputs[0], norm.outputs[0])
-    if len(fused.outputs) > 3:
-        _take_over(fused.outputs[3], total.outputs[0])
-    remove_unread(fused)
+    y, added = fused.outputs[0], total.outputs[0]
+    added.name, added.type, added.shape = f"{y.name}_sum", y.type, y.shape
+    _replace(fused, [total, norm], [norm.outputs[0], added])
     return True
 
 
@@ -266,17 +262,15 @@ def _hold(norm: ir.Node) -> bool:
     if a.const_value is not None or b.const_value is not None:
         return False
     total = ir.node("Sum", [a, b])
-    add.prepend(total)
-    _take_over(add.outputs[0], total.outputs[0])
-    remove_unread(add)
+    _replace(add, [total], total.outputs)
     return True
 
 
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Readers of `old` and its place among the outputs; the name too, which an output keeps."""
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    new.type, new.shape = old.type, old.shape
-    new.name, old.name = old.name, f"{old.name}_fused"
+def _replace(old: ir.Node, new: Sequence[ir.Node], values: Sequence[ir.Value]) -> None:
+    """Put nodes in the place of one, whose first result, and fourth if it has one, are values."""
+    assert old.graph is not None
+    was = [old.outputs[0], *old.outputs[3:]]
+    ir.convenience.replace_nodes_and_values(old.graph, old, [old], new, was, values[: len(was)])
 
 
 Rewrite = Callable[[ir.Model], ir.passes.PassResult]

@@ -32,15 +32,14 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
     layout = target.layout
     batch = layout.batch_shape
     names = (f"{target.key}.lora_A", f"{target.key}.lora_B")
-    sides: tuple[tuple[int, int], ...] = ((layout.in_size, rank), (rank, layout.out_size))
     free: int | str = symbol or rank
     shapes = ((*batch, layout.in_size, free), (*batch, free, layout.out_size))
     owner = graph.model.graph
-    for old, name, side, shape in zip(slot_names(target.key), names, sides, shapes, strict=True):
+    for old, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
         if name in owner.initializers or any(v.name == name for v in owner.inputs):
             raise LoraFxError(f"the graph has a tensor {name!r} already", f"--exclude {target.key}")
         was = owner.initializers[old]
-        zeros = np.zeros((*batch, *side), np.float32)
+        zeros = np.zeros([n if isinstance(n, int) else rank for n in shape], np.float32)
         new = add_initialiser(owner, name, zeros, was.metadata_props[MARK])
         new.shape = ir.Shape(shape)
         reread(graph, was, new, swap_last(len(batch)))
@@ -60,8 +59,7 @@ def reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]
     for user, i in list(was.uses()):
         body = user.graph
         assert body is not None
-        if user.op_type == "Mul" and _is_one(user.inputs[1 - i]):
-            one = user.inputs[1 - i]
+        if user.op_type == "Mul" and _is_one(one := user.inputs[1 - i]):
             reread(graph, user.outputs[0], new, perm)
             body.remove(user, safe=True)
             if one is not None and not one.uses() and one.name in made:

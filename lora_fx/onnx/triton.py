@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -347,30 +347,21 @@ _ORDER = (
 KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
 """Triton's numbers of dtypes."""
 
-# What is looked at of Triton's ModelConfig, as a FileDescriptorProto; the numbers do not matter
-# to text. Protobuf's reader passes over whatever else a config says.
-_PROTO = """
-name: "lora_fx/model_config.proto" package: "lora_fx.triton" syntax: "proto3"
-message_type { name: "Shape"
-  field { name: "shape" number: 1 type: TYPE_INT64 label: LABEL_REPEATED }
-}
-message_type { name: "Port"
-  field { name: "name" number: 1 type: TYPE_STRING }
-  field { name: "data_type" number: 2 type: TYPE_ENUM type_name: "DataType" }
-  field { name: "dims" number: 3 type: TYPE_INT64 label: LABEL_REPEATED }
-  field { name: "reshape" number: 4 type: TYPE_MESSAGE type_name: "Shape" }
-  field { name: "optional" number: 5 type: TYPE_BOOL }
-}
-message_type { name: "ModelConfig"
-  field { name: "name" number: 1 type: TYPE_STRING }
-  field { name: "backend" number: 2 type: TYPE_STRING }
-  field { name: "platform" number: 3 type: TYPE_STRING }
-  field { name: "default_model_filename" number: 4 type: TYPE_STRING }
-  field { name: "max_batch_size" number: 5 type: TYPE_INT32 }
-  field { name: "input" number: 6 type: TYPE_MESSAGE type_name: "Port" label: LABEL_REPEATED }
-  field { name: "output" number: 7 type: TYPE_MESSAGE type_name: "Port" label: LABEL_REPEATED }
-}
-"""
+# What is looked at of Triton's ModelConfig: message → field → its type. The numbers do not matter
+# to text, and protobuf's reader passes over whatever else a config says.
+_MESSAGES: Mapping[str, Mapping[str, str]] = {
+    "Shape": {"shape": "TYPE_INT64"},
+    "Port": {
+        "name": "TYPE_STRING", "data_type": "DataType", "dims": "TYPE_INT64", "reshape": "Shape",
+        "optional": "TYPE_BOOL",
+    },
+    "ModelConfig": {
+        **dict.fromkeys(("name", "backend", "platform", "default_model_filename"), "TYPE_STRING"),
+        "max_batch_size": "TYPE_INT32", "input": "Port", "output": "Port",
+    },
+}  # fmt: skip
+_LISTS = ("shape", "dims", "input", "output")
+"""Fields of them that may be there several times."""
 # `instance_group [ { … } ]`, as Triton's own examples have it: protobuf's reader passes over the
 # list of an unknown field only after a colon. Strings and comments stay as they are.
 _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w)\s*\[""", re.S)
@@ -378,10 +369,16 @@ _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w
 
 @cache
 def _model_config() -> type[Message]:
-    file = text_format.Parse(_PROTO, FileDescriptorProto())
+    file = FileDescriptorProto(name="model_config", package="lora_fx.triton", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():
         kinds.value.add(name=name, number=number)
+    for message, fields in _MESSAGES.items():
+        added = file.message_type.add(name=message)
+        for number, (name, of) in enumerate(fields.items(), 1):
+            label = "LABEL_REPEATED" if name in _LISTS else "LABEL_OPTIONAL"
+            kind = {"type" if of.startswith("TYPE_") else "type_name": of}
+            added.field.add(name=name, number=number, label=label, **kind)
     made: type[Message] = GetMessages([file])["lora_fx.triton.ModelConfig"]
     return made
 

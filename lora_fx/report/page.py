@@ -99,7 +99,9 @@ def facts(result: JsonView, rows: list[Row]) -> list[Fact]:
         rel = "∞" if worst["rel"] is None else number(worst["rel"])
         made.append(Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity)))
     made += _training(result)
-    made += _rounding(rows)
+    if lost := [row.rounding for row in rows if row.rounding is not None]:
+        most, of = max(lost), f"of {len(lost)} tensors"
+        made.append(Fact("Largest rounding loss", percent(most), of, most < 0.1))
     if result.get("limit"):
         spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"
         made.append(Fact("Budget used", percent(result["used"] / result["limit"]), spent))
@@ -118,7 +120,11 @@ def facts(result: JsonView, rows: list[Row]) -> list[Fact]:
         made.append(Fact("Trained", number(trained), "parameters"))
     if result.get("adapted_share") is not None:
         made.append(Fact("Adapted", percent(result["adapted_share"]), "of the weight FLOPs"))
-    made += _sizes(result)
+    files = (result.get("page") or {}).get("files") or ()
+    out, source = ([f["bytes"] for f in files if f["of"] == of] for of in ("output", "input"))
+    if out:
+        beside = f"inputs {size(sum(source))}" if source else ""
+        made.append(Fact("Written", size(sum(out)), beside))
     if "merges" in result:
         good = sum(bool(m.get("ok")) for m in result["merges"])
         count = len(result["merges"])
@@ -165,24 +171,6 @@ def _training(result: JsonView) -> list[Fact]:
     return [Fact("Validation loss", number(float(best)), beside, ok)]
 
 
-def _rounding(rows: list[Row]) -> list[Fact]:
-    lost = [row.rounding for row in rows if row.rounding is not None]
-    if not lost:
-        return []
-    worst = max(lost)
-    return [Fact("Largest rounding loss", percent(worst), f"of {len(lost)} tensors", worst < 0.1)]
-
-
-def _sizes(result: JsonView) -> list[Fact]:
-    added = result.get("page") or {}
-    out = [f["bytes"] for f in added.get("files") or () if f["of"] == "output"]
-    source = [f["bytes"] for f in added.get("files") or () if f["of"] == "input"]
-    if not out:
-        return []
-    beside = f"inputs {size(sum(source))}" if source else ""
-    return [Fact("Written", size(sum(out)), beside)]
-
-
 # The table of targets: one row each, and only the columns that some row has something in.
 
 
@@ -203,12 +191,12 @@ def _columns(command: str) -> list[Column]:
         Column("shape", "", lambda r: shape(r.shape) if r.shape else ""),
         Column("rank", "", lambda r: " + ".join(map(str, r.rank))),
         Column("α", "", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
-        Column("params", "elements of A and B", lambda r: _number(r.parameters)),
-        Column("FLOPs", "share of the weight FLOPs", lambda r: _percent(r.share)),
-        Column("effect", "‖Δ‖/‖W‖", lambda r: _percent(r.effect)),
-        Column("rounding", "share of the update lost", lambda r: _percent(r.rounding)),
-        Column("unmoved", "share of the elements that stayed", lambda r: _percent(r.unmoved)),
-        Column(error, "relative", lambda r: _number(r.error)),
+        Column("params", "elements of A and B", lambda r: _known(r.parameters, number)),
+        Column("FLOPs", "share of the weight FLOPs", lambda r: _known(r.share)),
+        Column("effect", "‖Δ‖/‖W‖", lambda r: _known(r.effect)),
+        Column("rounding", "share of the update lost", lambda r: _known(r.rounding)),
+        Column("unmoved", "share of the elements that stayed", lambda r: _known(r.unmoved)),
+        Column(error, "relative", lambda r: _known(r.error, number)),
         Column(
             "‖ΔW‖", "of s·BA", lambda r: " + ".join(number(float(s["norm"])) for s in r.spectra)
         ),
@@ -244,12 +232,8 @@ def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
     )
 
 
-def _number(x: float | None) -> str:
-    return "" if x is None else number(x)
-
-
-def _percent(x: float | None) -> str:
-    return "" if x is None else percent(x)
+def _known(x: float | None, show: Callable[[object], str] = percent) -> str:
+    return "" if x is None else show(x)
 
 
 def _sparks(row: Row) -> Markup:

@@ -16,7 +16,7 @@ from math import prod
 from markupsafe import Markup
 
 from lora_fx.errors import visible
-from lora_fx.text import JsonView, is_number
+from lora_fx.text import JsonView, by_key, is_number
 
 
 @dataclass
@@ -118,9 +118,7 @@ def _adapters(rows: dict[str, Row], result: JsonView) -> None:
     """What the files of the adapters say, on the row that each of their keys means."""
     have = {k: _path(k) for k in rows}
     exact = {path: k for k, path in have.items()}
-    tails: dict[str, list[str]] = {}
-    for key, path in have.items():
-        tails.setdefault(path.rpartition("_")[2], []).append(key)
+    tails = by_key((path.rpartition("_")[2], k) for k, path in have.items())
     for adapter in (result.get("page") or {}).get("adapters") or []:
         for found in adapter["updates"]:
             key = str(found["key"])

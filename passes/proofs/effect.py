@@ -28,9 +28,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, sample_call
-from lora_fx.fx.capture.capture import Captured, alike, as_it_was
+from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
 from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
-from lora_fx.fx.module.module import Rewriter, by_output, copied, plain, with_signature
+from lora_fx.fx.module.module import Rewriter, by_output, plain
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import SIZES, Named, default_dynamic
 from lora_fx.passes.insert import Insert
@@ -332,11 +332,8 @@ class InGraph:
     def __init__(self, state: Attachment, cap: Captured, adapter: Adapter) -> None:
         self.state = state
         self.cap = cap
-        module: AdaptedModule = with_signature(AdaptedModule, cap)(
-            cap, state.found, adapter, weight_form
-        )
-        module._programs.blocks = False  # it runs once
-        self.module = module
+        self.module = AdaptedModule(cap, state.found, adapter, weight_form)
+        self.module._programs.blocks = False  # it runs once
 
     def put(self, updates: Mapping[str, LowRank]) -> None:
         """Take these updates from now on, of the same shapes."""

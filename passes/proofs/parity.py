@@ -40,11 +40,11 @@ from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name
-from lora_fx.fx.capture.capture import Captured, alike
+from lora_fx.fx.capture.capture import Captured, alike, copied
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
-from lora_fx.fx.module.module import CapturedModule, by_output, copied, plain
+from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
 from lora_fx.inputs import Extents, Inputs, Named

@@ -21,7 +21,7 @@ from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, FoldedModule, with_signature
+from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, with_base
 from lora_fx.fx.train.objective import Loss
@@ -195,10 +195,9 @@ def fold(
     found = find(cap)
     bound = bind(with_base(as_adapter(adapter), cap.model), found)
     rewrite = Fold(bound.lowrank)
-    source = model if isinstance(model, CapturedModule) else cap
-    module = with_signature(FoldedModule, cap)(source, rewrite, bound)
+    tree = model if isinstance(model, CapturedModule) else cap.model
+    module = FoldedModule(cap, tree, rewrite, bound)
     module.folded = tuple(rewrite.report)
-    assert isinstance(module, FoldedModule)
     return module
 
 

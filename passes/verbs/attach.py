@@ -265,7 +265,6 @@ class GraphPlanner(Planner):
 
     def __init__(self, graph: Any, found: Found, dropout: float, *, whole: bool = True) -> None:
         self.found = found
-        self.notes = found.notes
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root

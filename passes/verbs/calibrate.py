@@ -25,7 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module.module import CapturedModule, with_signature
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss, loss_function
 from lora_fx.inputs import Named
@@ -63,10 +63,7 @@ def calibrate(
         raise LoraFxError(f"no statistic {unknown[0]!r}", f"there are {', '.join(STATISTICS)}")
     seen = _Seen(uses, frozenset(wanted))
     weights, results = "gradient" in wanted, "outputs" in wanted
-    module = with_signature(Watched, cap)(
-        cap, seen.choose, seen.inputs, weights=weights, results=results
-    )
-    assert isinstance(module, Watched)
+    module = Watched(cap, seen.choose, seen.inputs, weights=weights, results=results)
     total, count = 0.0, 0
     for i, batch in enumerate(data):
         n = len(next(iter(batch.values())))

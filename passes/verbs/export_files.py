@@ -9,6 +9,7 @@ batch    every row of a batch picks an adapter of its own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,23 +20,16 @@ from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import Parity, Report, compare, demand
 from lora_fx.conditions import Condition
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import remember
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch import batch_symbol, join_copies
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import guard_within, say_within
-from lora_fx.onnx.names import (
-    copies_of,
-    join_copies,
-    mark_changed,
-    restore_weight_names,
-    strip_traces,
-)
+from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature, write_adapter
@@ -168,14 +162,25 @@ def write_switch(
         warnings += save_within(
             made_file, graph.model, reference.conditions, reference.guards(), options, slots
         )
-        serve = _serving(made_file.path, options.provider, load)
-        run, session = serve(None)
-        parity = reference.prove(run, None, "base")
+        session = Session(made_file.path, options.provider)
+        parity = reference.prove(session.run, None, "base")
         feeds = reference.feeds(SIZES[0])
-        base = run(feeds)
-        tried = adapters or {"random": _random(layouts, switch.rank or RANK, serve, feeds, base)}
+        base = session.run(feeds)
+
+        def serve(adapter: Adapter) -> Run:
+            """What runs with an adapter: the one session, or in mode load one of its own."""
+            if load:
+                return Session(made_file.path, options.provider, adapter=adapter).run
+            session.load("adapter", adapter)
+            return partial(session.run, adapter="adapter")
+
+        def small(adapter: Adapter) -> bool:
+            """Whether no output changes by more than its size."""
+            return compare(serve(adapter)(feeds), base, {}, 1.0).ok
+
+        tried = adapters or {"random": _random(layouts, switch.rank or RANK, small)}
         for name, adapter in tried.items():
-            run, _ = serve(adapter)
+            run = serve(adapter)
             changed = run(feeds)
             if all(np.array_equal(changed[k], base[k]) for k in base):
                 if not adapters:
@@ -190,9 +195,8 @@ def write_switch(
                 write_adapter(adapters[name], manifest, part)
         made_file.adapters += paths.values()
         more = options.also(made_file, manifest) if options.also else Companions()
-    parity, warnings = [*parity, *more.parity], [*warnings, *more.warnings]
-    if session.note:
-        warnings.append(session.note)
+    parity += more.parity
+    warnings += [*more.warnings, *filter(None, [session.note])]
     details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     files = [*made_file.files, *more.files]
@@ -212,10 +216,6 @@ def report_of(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), whole)
 
 
-Serve = Callable[[Adapter | None], tuple[Run, Session]]
-"""Adapter → what runs with it; None is the base."""
-
-
 def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
     """Raise for what cannot be chosen run by run, or row by row."""
     for name, adapter in adapters.items():
@@ -227,27 +227,7 @@ def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
             )
 
 
-def _serving(path: Path, provider: str, load: bool) -> Serve:
-    """Adapter → what runs with it: one session for all, or one for each in mode load."""
-    shared = None if load else Session(path, provider)
-
-    def serve(adapter: Adapter | None) -> tuple[Run, Session]:
-        session = shared or Session(path, provider, adapter=adapter)
-        if adapter is None or load:
-            return session.run, session
-        session.load("adapter", adapter)
-        return (lambda feeds: session.run(feeds, adapter="adapter")), session
-
-    return serve
-
-
-def _random(
-    layouts: Mapping[str, Layout],
-    most: int,
-    serve: Serve,
-    feeds: Mapping[str, Array],
-    base: Mapping[str, Array],
-) -> Adapter:
+def _random(layouts: Mapping[str, Layout], most: int, small: Callable[[Adapter], bool]) -> Adapter:
     """An update of every target, large enough to see, and not so large that rounding explodes."""
     for size in SCALES:
         entries = {}
@@ -255,8 +235,7 @@ def _random(
             a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
             entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
         made = Adapter(entries)
-        changed = serve(made)[0](feeds)
-        if compare(changed, base, {}, 1.0).ok:
+        if small(made):
             break
     return made
 
@@ -310,8 +289,7 @@ def write_batch(
             scales=options.scales,
         )
         demand(parity, "a batch differs")
-    said = [*warnings, *told]
-    said += [session.note] if session.note else []
+    said = [*warnings, *told, *filter(None, [session.note])]
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}
     details = {"mode": "batch", "adapters": list(adapters), **nodes, **reference.details()}
     return report_of(made_file.files, session.provider, parity, said, details)
@@ -341,8 +319,7 @@ def optimised(
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages, with its weights' own names and no traces, and their rows."""
     made, rows = apply_stages(model, feeds, stages, provider)
-    restore_weight_names(made)
-    strip_traces(made)
+    give_own_names(made, None, {})
     return made, rows
 
 
@@ -367,7 +344,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
     model, stages = optimised(opened, feeds, provider, None if options.optimise else {})
     mark_changed(model, values)
-    said = [session.note] if session.note else []
+    said = [*filter(None, [session.note])]
     if precision:
         made = narrow(model, precision, feeds, provider, options.tol)
         model = made.model

@@ -16,7 +16,7 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.capture import Captured, as_it_was
 from lora_fx.fx.codes import forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import CapturedModule, plain
@@ -26,7 +26,7 @@ from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.graph.flow import free_name
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import give_own_names, mark_changed, mask_by_infinity
+from lora_fx.onnx.names import mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import RewriteStage
@@ -46,43 +46,26 @@ def export_merged(
 ) -> Report:
     """See lora_fx.passes.verbs.export."""
     branched = _branched(model, args, kwargs, options)
-    mode_before = branched.training
-    branched.eval()
-    try:
+    with as_it_was(branched):
         return _write(branched, options)
-    finally:
-        if mode_before:
-            branched.train()
 
 
 def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
     inputs, provider, precision = options.inputs, options.provider, options.precision
-    folded = fold(branched) if isinstance(branched, AdaptedModule) else branched
+    folded, parity = branched, list[Parity]()
     warnings: list[str] = [str(p) for p in branched.captured.pinned]
-    parity: list[Parity] = []
-    if isinstance(branched, AdaptedModule) and not branched.changes_anything():
-        warnings.append("the adapter changes nothing: every update is zero")
-    if folded is not branched:
+    if isinstance(branched, AdaptedModule):
+        folded = fold(branched)
+        if not branched.changes_anything():
+            warnings.append("the adapter changes nothing: every update is zero")
         parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
         demand(parity, "the fold differs from the unfolded model")
-    opset = options.opset or OPSET
-    made = to_onnx(folded, opset, repeat=options.repeat)
-    at_level(made.model, options.accuracy_level)
-    mask_by_infinity(made.model)
-    if precision == "bfloat16":
-        if not in_bfloat16(made.model):
-            raise LoraFxError(
-                "the model has no bfloat16 to keep", "float16 or int8 takes fewer bits"
-            )
-        warnings.append("bfloat16: ONNX Runtime's CPU has few ops for it")
-    elif widen(made.model):
-        warnings.append(WIDENED)
-    names = named_tensors(branched.captured.model)[0]
-    give_own_names(made.model, names, made.symbols)
+    exported, said = _translated(folded, options, level=options.accuracy_level)
+    warnings += said
     values = {n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]}
-    mark_changed(made.model, values)
-    model = made.model
+    mark_changed(exported, values)
+    model = exported
     conditions = onnx_conditions(branched.conditions())
     stages: list[RewriteStage] = []
     wanted = feeds_of(branched, inputs) if options.optimise or precision in GATES else ()
@@ -96,7 +79,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         model, tol = made_of.model, options.tol or GATES[precision]
         warnings.append(made_of.said(precision))
     with options.output() as made_file:
-        for model in (model, made.model):  # noqa: B020
+        for model in (model, exported):  # noqa: B020
             told = files.save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
             runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
@@ -107,9 +90,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
             why = "the stages together differ from torch"
             stages = [replace(s, kept=False, why=s.why or why) for s in stages]
         demand(runtime, "ONNX Runtime differs from torch")
-    warnings += told
-    if session.note:
-        warnings.append(session.note)
+    warnings += [*told, *filter(None, [session.note])]
     changes = getattr(folded, "folded", ())
     warnings += [*said_of_zeros(changes), *(f.said for f in changes if f.said)]
     warnings += [
@@ -117,6 +98,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     ]
     nodes = sum(1 for _ in model.graph.all_nodes())
     grown = sum(f.grew for f in changes)
+    opset = options.opset or OPSET
     details: Json = {"opset": opset, "mode": "merged", "nodes": nodes, "grown_bytes": grown}
     details |= rows_of(branched.captured)
     if options.optimise:
@@ -168,8 +150,7 @@ def quantised_base(
     model, adapters = opened(model), options.adapters
     if isinstance(model, AdaptedModule) and adapters is None:
         adapters = model.adapter()
-    given = files.named(adapters).values() if adapters else ()
-    every = [a for a in given if isinstance(a, Adapter)]
+    every = [*files.named(adapters).values()] if adapters else []
     cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
@@ -209,40 +190,52 @@ def export_slots(
     captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
-    reference = TorchReference(
-        captured,
-        lambda adapter: insert(captured, adapter=adapter, dead="allow"),
-        options.inputs,
-        level_gate(options),
-    )
+    reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
-        graph, widened = _base(reference, options, tied=True)
-        said = [*(str(p) for p in captured.pinned), *([WIDENED] if widened else [])]
         every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
         wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
-        apart, keys_of = _by_keys(_lost(reference, graph, [*wanted], single=True))
-        if apart:
-            graph, _ = _base(reference, options, tied=True, apart=apart)
+        graph, keys_of, said = base_of(reference, [*wanted], options, single=True)
         sources = _sources(reference.base, graph, keys_of)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
-    graph, said = switchable(reference, keys, options)
-    said = [*(str(p) for p in captured.pinned), *said]
+    graph, _, said = base_of(reference, keys, options)
     at_level(graph.model, options.accuracy_level)
     return files.write_switch(
         graph, reference, keys, bound, options, said, loose=loose, found=found
     )
 
 
-def switchable(
-    reference: TorchReference, keys: Sequence[str], options: ExportOptions
-) -> tuple[OnnxGraph, list[str]]:
-    """The base in ONNX with a target for every key that can have one, and what has to be said."""
-    graph, widened = _base(reference, options, tied=True)
-    apart = _lost(reference, graph, keys)
+def torch_reference(
+    captured: Captured, options: ExportOptions, tol: float = ORT_TOL
+) -> TorchReference:
+    """What a file has to equal, where adapters are the branches that insert adds."""
+
+    def branched(adapter: Adapter) -> CapturedModule:
+        return insert(captured, adapter=adapter, dead="allow")
+
+    return TorchReference(captured, branched, options.inputs, tol)
+
+
+def base_of(
+    reference: TorchReference,
+    keys: Sequence[str],
+    options: ExportOptions,
+    *,
+    single: bool = False,
+) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
+    """The base in ONNX with a target for every key that can have one.
+
+    With `single` a key of one use has it apart, whatever the file can tell.
+
+    Returns:
+        It, the keys that reach each weight that it has apart, and what has to be said.
+    """
+    model, said = _translated(reference.base, options)
+    graph = OnnxGraph(model)
+    apart, keys_of = _by_keys(_lost(reference, graph, keys, single=single))
     if apart:
-        graph, _ = _base(reference, options, tied=True, apart=apart)
-    return graph, [WIDENED] if widened else []
+        graph = OnnxGraph(_translated(reference.base, options, apart=apart)[0])
+    return graph, keys_of, [*map(str, reference.base.captured.pinned), *said]
 
 
 def _lost(
@@ -282,20 +275,22 @@ def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, t
     return apart, keys_of
 
 
-def _base(
-    reference: TorchReference,
+def _translated(
+    module: CapturedModule,
     options: ExportOptions,
     *,
-    tied: bool,
+    level: int = 0,
     apart: Mapping[str, Target] | None = None,
-) -> tuple[OnnxGraph, bool]:
-    """The model in ONNX, its own names on weights and dimensions; whether it had bfloat16."""
-    made = to_onnx(reference.base, options.opset or OPSET, apart, repeat=options.repeat)
-    mask_by_infinity(made.model)
-    widened = widen(made.model)
-    names = named_tensors(reference.base.captured.model)[0] if tied else None
-    give_own_names(made.model, names, made.symbols)
-    return OnnxGraph(made.model), widened
+) -> tuple[Any, list[str]]:
+    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that."""
+    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.repeat)
+    at_level(model, level)
+    mask_by_infinity(model)
+    if options.precision != "bfloat16":
+        return model, [WIDENED] * widen(model)
+    if not in_bfloat16(model):
+        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
+    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
 
 
 def _sources(
@@ -316,13 +311,12 @@ def _sources(
         if p.format:
             # rows of codes are [out, in], however the parameter lies
             turned = held[p.name].turned
-            result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
-            continue
-        ours, theirs = graph.read(stored.name), torch_side.read(p.name)
-        if ours.shape == theirs.shape and np.array_equal(ours, theirs):
-            result[stored.name] = (p.name, StoredWeight(p.shape))
-        elif theirs.ndim == 2 and ours.shape == theirs.T.shape and np.array_equal(ours, theirs.T):
-            result[stored.name] = (p.name, StoredWeight(p.shape, turned=True))
+        else:
+            ours, theirs = graph.read(stored.name), torch_side.read(p.name)
+            turned = not np.array_equal(ours, theirs)
+            if turned and not (theirs.ndim == 2 and np.array_equal(ours, theirs.T)):
+                continue
+        result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
     return result
 
 

@@ -27,19 +27,18 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import alike
+from lora_fx.fx.capture.capture import alike, as_it_was
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, named_tensors, to_numpy
-from lora_fx.fx.to_onnx import OPSET, translated
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.objective import IGNORED, loss_function, scores_of
-from lora_fx.fx.train.step import STATES, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest, guard_within, row_of, say_within
-from lora_fx.onnx.names import rename_dimensions, restore_weight_names, strip_traces
 from lora_fx.onnx.save import Output, save_beside
 from lora_fx.onnx.session import open_session, write_adapter
 from lora_fx.passes.clean import Clean
@@ -48,7 +47,7 @@ from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import switchable
+from lora_fx.passes.verbs.export_torch import base_of, torch_reference
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
@@ -66,10 +65,13 @@ def export_step(
         NoEffectError: ONNX Runtime's step differs from torch's; nothing is written.
     """
     module = _adapted(model, args, kwargs, options)
-    step = _Files(module, options)
-    was = module.training
+    with as_it_was(module, None):
+        return _written(_Files(module, options))
+
+
+def _written(files: _Files) -> Report:
     try:
-        return step.write()
+        return files.write()
     except LoraFxError:  # a SizeError is a ValueError too
         raise
     except (AssertionError, IndexError, RuntimeError, ValueError) as e:
@@ -83,8 +85,6 @@ def export_step(
             f"torch traces no step of this model: {type(e).__name__}: {one_line(e, 200)}",
             "lora-fx train trains it in torch",
         ) from e
-    finally:
-        module.train(was)
 
 
 def _adapted(
@@ -153,11 +153,8 @@ class _Files:
 
     def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
         self.module, self.options = module, options
-        self.update = Update(
-            options.optimizer or "adamw",
-            0.01 if options.weight_decay is None else options.weight_decay,
-            1.0 if options.clip is None else options.clip,
-        )
+        said = {n: getattr(options, n) for n in ("optimizer", "weight_decay", "clip")}
+        self.update = Update(**{n: x for n, x in said.items() if x is not None})
         captured = module.captured
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
@@ -174,14 +171,9 @@ class _Files:
             check_output(path, force=options.force)
         captured = module.captured
         found = find(captured)
-        reference = TorchReference(
-            captured,
-            lambda adapter: insert(captured, adapter=adapter, dead="allow"),
-            options.inputs,
-        )
+        reference = torch_reference(captured, options)
         keys = list(bind(self.adapter, found).lowrank)
-        graph, said = switchable(reference, keys, options)
-        said = [*(str(p) for p in captured.pinned), *said, *module.notes]
+        graph, _, said = base_of(reference, keys, options)
         only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
         own = replace(
             options,
@@ -192,7 +184,7 @@ class _Files:
             also=partial(self._step, reference),
             **only,
         )
-        report = write_switch(graph, reference, keys, {}, own, said, found=found)
+        report = write_switch(graph, reference, keys, {}, own, [*said, *module.notes], found=found)
         details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
         outputs = sorted(report.outputs, key=lambda name: name != str(target))  # the step first
         return replace(report, outputs=tuple(outputs), details=details)
@@ -210,20 +202,9 @@ class _Files:
             raise LoraFxError(
                 f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
             )
-        step = step_of(graph, slots, self.update, self._without_values)
-        model = translated(
-            lambda: step.program,
-            step.inputs,
-            step.outputs,
-            set(step.frozen),
-            options.opset or OPSET,
-            repeat=options.repeat,
-        )
-        restore_weight_names(model, named_tensors(module)[0])
-        free = graph.traced.door.free(module.captured.requested)
-        rename_dimensions(model, {(n, d): s for n, dims in free.items() for d, s in dims.items()})
-        strip_traces(model)
-        model.metadata_props[PROPERTY] = self._manifest(manifest, graph.seeded).to_text()
+        opset, repeat = options.opset or OPSET, options.repeat
+        model = step_of(graph, slots, self.update, self._without_values, opset, repeat=repeat)
+        model.metadata_props[PROPERTY] = self._manifest(manifest, slots, graph.seeded).to_text()
         say_within(model, onnx_conditions(graph.traced.door.conditions))
         if not options.within:
             guard_within(model, reference.guards())
@@ -237,9 +218,8 @@ class _Files:
         start = target.with_suffix(".onnx_adapter")
         with replacing(start, force=options.force, beside=made.beside) as part:
             write_adapter(self.adapter, manifest, part)
-        said = (
-            [f"{left} bytes of tensors lie in {target.name} itself"] if left > MOST_INSIDE else []
-        )
+        inside = f"{left} bytes of tensors lie in {target.name} itself"
+        said = [inside] * (left > MOST_INSIDE)
         return Companions(parity, [target, start], said)
 
     def _settle(self, graph: TrainGraph) -> None:
@@ -269,28 +249,21 @@ class _Files:
             kept = tuple(c for c in door.conditions if c not in broken)
             traced.door = replace(door, conditions=kept)
 
-    def _manifest(self, manifest: Manifest, seeded: bool) -> Manifest:
+    def _manifest(self, manifest: Manifest, own: Sequence[Slot], seeded: bool) -> Manifest:
         """The manifest of the step: fixed ranks, and what the step does."""
         slots = {k: replace(s, rank=self.updates[k].rank) for k, s in manifest.slots.items()}
-        names = slots_in(self.updates, {k: (s.a, s.b) for k, s in slots.items()})
         states = STATES[self.update.optimizer]
         training = {
             **vars(self.update),
             "loss": self.options.loss if isinstance(self.options.loss, str) else "function",
             "seed": seeded,
-            "states": {s.name: [f"{s.name}.{x}" for x in states] for s in names if s.trained},
+            "states": {s.name: [f"{s.name}.{x}" for x in states] for s in own if s.trained},
             "updates": {k: row_of(u) for k, u in self.updates.items()},
             "metadata": self.adapter.metadata,
         }
         return Manifest(slots, "train", training)
 
     # --- labels ----------------------------------------------------------------------------------
-
-    def _scores(self, named: Named) -> torch.Tensor:
-        """What the model gives for a batch, in eval mode."""
-        self.module.eval()
-        with torch.no_grad():
-            return scores_of(self.module._run_named(named)).detach()
 
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
@@ -300,7 +273,10 @@ class _Files:
         asked = {}
         if example is not None and own in signature.required:
             asked[own] = torch.zeros_like(example)
-        labels = self._drawn(self._scores({**named, **asked}), example)
+        self.module.eval()
+        with torch.no_grad():
+            scores = scores_of(self.module._run_named({**named, **asked})).detach()
+        labels = self._drawn(scores, example)
         if own:
             named = signature.bind((), {**named, own: labels})
         return dict(named), to_numpy(labels)

@@ -26,7 +26,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, with_signature
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.inputs import Dynamic, Named
@@ -163,8 +163,7 @@ def module_of(captured: FileCaptured) -> CapturedModule:
     """The module of an opened file."""
     adapter = captured.adapter
     if adapter is None:
-        module: CapturedModule = with_signature(CapturedModule, captured)(captured)
-        return module
+        return CapturedModule(captured)
     options = InsertOptions(
         adapter=adapter, dropout=captured.dropout, norm_stats=captured.norm_stats
     )
@@ -287,7 +286,7 @@ def adapted_module(
     def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
-    module = with_signature(AdaptedModule, cap)(
+    return AdaptedModule(
         cap,
         found,
         start.adapter,
@@ -297,8 +296,6 @@ def adapted_module(
         notes=start.notes,
         speedups=speedups if options.fast else plainly,
     )
-    assert isinstance(module, AdaptedModule)
-    return module
 
 
 def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:

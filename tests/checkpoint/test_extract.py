@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx.adapter.lowrank import above_noise, leading
-from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract import ExtractOptions, extraction
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import generator
 
@@ -104,7 +104,7 @@ def test_every_layout_comes_back(tmp_path: Path, dtype: str) -> None:
             parts = [spectrum(rng, rest[0], int(np.prod(rest[1:]))) for _ in range(batch)]
             change[key] = np.stack(parts).reshape(shape)
     files = two(tmp_path, base, change)
-    result = extraction(*files, rank=6)
+    result = extraction(*files, ExtractOptions(rank=6))
     measured = left(*files, result.adapter)
     assert set(measured) == set(change) and result.unchanged == ("same.weight",)
     for row in result.rows:
@@ -128,9 +128,9 @@ def test_a_merged_adapter_is_recovered(tmp_path: Path) -> None:
     base: Arrays = {"fc.weight": rng.standard_normal((640, 530))}
     change = {"fc.weight": rng.standard_normal((640, 4)) @ rng.standard_normal((4, 530))}
     files = two(tmp_path, base, change)
-    result = extraction(*files, rank=4)
+    result = extraction(*files, ExtractOptions(rank=4))
     assert result.relative < 2e-7 and left(*files, result.adapter)["fc.weight"] < 2e-7
-    result = extraction(*files, energy=0.999)
+    result = extraction(*files, ExtractOptions(energy=0.999))
     assert result.rows[0].rank == 4 and result.rows[0].enough
 
 
@@ -141,7 +141,9 @@ def test_dtypes_may_differ(tmp_path: Path) -> None:
     same = rng.standard_normal((30, 20)).astype(ml_dtypes.bfloat16)
     save_file({"w.weight": base, "s.weight": same}, tmp_path / "a.safetensors")
     save_file({"w.weight": tuned, "s.weight": same.astype(float)}, tmp_path / "b.safetensors")
-    result = extraction(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=20)
+    result = extraction(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", ExtractOptions(rank=20)
+    )
     assert result.unchanged == ("s.weight",) and result.rows[0].relative < 1e-6
     got = result.adapter.deltas()["w.weight"]
     np.testing.assert_allclose(got, tuned.astype(float) - base.astype(float), atol=1e-5)
@@ -159,7 +161,7 @@ def test_energy_chooses_the_rank(tmp_path: Path) -> None:
     change: Arrays = {k: spectrum(rng, m, n, noise=0.1) for k, (m, n) in two_d.items()}
     change["mlp.experts.up_proj"] = np.stack([spectrum(rng, 50, 40, noise=0.1) for _ in range(2)])
     files = two(tmp_path, base, change)
-    result = extraction(*files, energy=0.97)
+    result = extraction(*files, ExtractOptions(energy=0.97))
     for row in result.rows:
         delta = change[row.key].astype(np.float32).astype(np.float64)
         s = np.linalg.svd(delta, compute_uv=False).reshape(-1, min(row.shape[-2:])) ** 2
@@ -168,7 +170,7 @@ def test_energy_chooses_the_rank(tmp_path: Path) -> None:
         assert least <= row.rank <= least + (1 if row.key == "big.weight" else 0), row.key
         assert 1 - row.relative**2 >= 0.97 - 1e-6 and row.enough and row.change is None
     assert max(r.rank for r in result.rows) > 16
-    capped = extraction(*files, energy=0.97, max_rank=5)
+    capped = extraction(*files, ExtractOptions(energy=0.97, max_rank=5))
     assert {r.rank for r in capped.rows} == {5}
     assert len([n for n in capped.adapter.metadata["notes"] if "rank 5 is the cap" in n]) == 3
 
@@ -185,7 +187,7 @@ def test_vectors(tmp_path: Path) -> None:
     }
     change = {k: np.ones(v.shape) for k, v in base.items() if k != "kept.bias"}
     files = two(tmp_path, base, change)
-    result = extraction(*files)
+    result = extraction(*files, ExtractOptions())
     names = {"norm.weight", "token", "mlp.experts.up_bias", "scale"}
     assert set(result.left_out) == names and set(result.adapter.entries) == {"fc.weight"}
     assert all(n in result.adapter.metadata["notes"][-1] for n in names)
@@ -197,10 +199,10 @@ def test_vectors(tmp_path: Path) -> None:
         assert full[name].value.shape == base[name].shape
     files = two(tmp_path, base, {"norm.weight": np.ones(6)})
     with pytest.raises(NoEffectError, match="no weight differs") as caught:
-        extraction(*files)
+        extraction(*files, ExtractOptions())
     assert "norm.weight" in caught.value.hint
     with pytest.raises(NoEffectError, match="no weight differs"):
-        extraction(files[0], files[0])
+        extraction(files[0], files[0], ExtractOptions())
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -217,12 +219,12 @@ def test_above_noise(seed: int) -> None:
 
 MEASURE = """
 import sys
-from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract import ExtractOptions, extraction
 def peak():
     line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 before = peak()
-extraction(sys.argv[1], sys.argv[2], rank=8)
+extraction(sys.argv[1], sys.argv[2], ExtractOptions(rank=8))
 print(peak() - before)
 """
 

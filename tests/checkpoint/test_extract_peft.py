@@ -12,7 +12,7 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.truncate import truncation
-from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract import ExtractOptions, extraction
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -63,7 +63,7 @@ def judged(tmp_path: Path, base: Any, tuned: Any, **options: Any) -> Any:
     """PEFT merges the extracted adapter; every weight is within the reported error of tuned."""
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    result = extraction(tmp_path / "base", tmp_path / "tuned", **options)
+    result = extraction(tmp_path / "base", tmp_path / "tuned", ExtractOptions(**options))
     lora_fx.save_adapter(result.adapter, tmp_path / "adapter")
     before = {k: v.detach().double().clone() for k, v in base.state_dict().items()}
     model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
@@ -130,7 +130,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     tuned = tuned.bfloat16()
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    result = extraction(tmp_path / "base", tmp_path / "tuned", rank=4)
+    result = extraction(tmp_path / "base", tmp_path / "tuned", ExtractOptions(rank=4))
     deltas = result.adapter.deltas()
     for row in result.rows:
         old, new = (m.state_dict()[row.key].double().numpy() for m in (base, tuned))

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.checkpoint.extract import extraction, scope_of
+from lora_fx.checkpoint.extract import ExtractOptions, extraction, scope_of
 from lora_fx.errors import LoraFxError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -38,7 +38,7 @@ def written(folder: Path, base: Arrays, tuned: Arrays) -> tuple[Path, Path]:
 
 def refused(files: tuple[Path, Path], *texts: str, **options: Any) -> LoraFxError:
     with pytest.raises(LoraFxError) as caught:
-        extraction(*files, **options)
+        extraction(*files, ExtractOptions(**options))
     error = caught.value
     assert "\n" not in error.message and error.exit_code == 2
     for text in texts:
@@ -58,12 +58,12 @@ def test_a_grown_vocabulary(tmp_path: Path) -> None:
         "allow_missing=True",
         "vocabulary",
     )
-    result = extraction(*files, allow_missing=True)
+    result = extraction(*files, ExtractOptions(allow_missing=True))
     assert len(result.rows) == 2
     assert "lm_head.weight [1000, 6] and [1004, 6]" in result.adapter.metadata["notes"][0]
-    result = extraction(*files, exclude="embed_tokens,lm_head")
+    result = extraction(*files, ExtractOptions(exclude="embed_tokens,lm_head"))
     assert len(result.rows) == 2 and result.skipped == 2
-    result = extraction(*files, include="q_proj")
+    result = extraction(*files, ExtractOptions(include="q_proj"))
     assert [r.key for r in result.rows] == ["model.layers.0.self_attn.q_proj.weight"]
     assert result.left_out == ("model.norm.weight",) and result.skipped == 3
 
@@ -73,9 +73,9 @@ def test_missing_and_extra_tensors(tmp_path: Path) -> None:
     tuned["score.weight"] = tuned.pop("lm_head.weight")
     files = written(tmp_path, model(), tuned)
     refused(files, "1 only in", "base.safetensors: lm_head.weight", "score.weight")
-    result = extraction(*files, allow_missing=True)
+    result = extraction(*files, ExtractOptions(allow_missing=True))
     assert "score.weight" in " ".join(result.adapter.metadata["notes"])
-    assert len(extraction(*files, exclude=["lm_head", "score"]).rows) == 3
+    assert len(extraction(*files, ExtractOptions(exclude=["lm_head", "score"])).rows) == 3
 
 
 def test_names_with_a_prefix(tmp_path: Path) -> None:
@@ -92,14 +92,16 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float, side: str) -> 
     (base if side == "base" else tuned)["model.layers.0.mlp.up_proj.weight"][3, 2] = value
     files = written(tmp_path, base, tuned)
     refused(files, f"{side}.safetensors", "up_proj", "1 NaN or infinite")
-    assert len(extraction(*files, exclude="up_proj").rows) == 3
+    assert len(extraction(*files, ExtractOptions(exclude="up_proj")).rows) == 3
 
 
 def test_nan_that_both_sides_share_is_no_change(tmp_path: Path) -> None:
     base, tuned = model(), model(1)
     for side in (base, tuned):
         side["lm_head.weight"] = np.full((1000, 6), np.nan, np.float32)
-    assert "lm_head.weight" in extraction(*written(tmp_path, base, tuned)).unchanged
+    assert (
+        "lm_head.weight" in extraction(*written(tmp_path, base, tuned), ExtractOptions()).unchanged
+    )
 
 
 def test_a_difference_that_overflows(tmp_path: Path) -> None:
@@ -116,12 +118,12 @@ def test_integers_and_quantised_values(tmp_path: Path, dtype: str, shape: tuple[
     base, tuned = model(), model(1)
     base["steps.q"] = tuned["steps.q"] = np.ones(shape, np.float32).astype(kind)
     files = written(tmp_path, base, tuned)
-    assert "steps.q" in extraction(*files).unchanged
+    assert "steps.q" in extraction(*files, ExtractOptions()).unchanged
     tuned["steps.q"] = np.full(shape, 2, np.float32).astype(kind)
     files = written(tmp_path, base, tuned)
     refused(files, "steps.q", dtype, "exclude='steps.q'")
     refused(files, "steps.q", also_full=True)
-    assert len(extraction(*files, exclude="steps.q").rows) == 4
+    assert len(extraction(*files, ExtractOptions(exclude="steps.q")).rows) == 4
     base["steps.q"] = np.ones(shape, np.float32)
     refused(written(tmp_path, base, tuned), "steps.q", dtype)
 

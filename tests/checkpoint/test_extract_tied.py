@@ -14,7 +14,7 @@ import torch
 
 import lora_fx
 from lora_fx import LoraFxError
-from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract import ExtractOptions, extraction
 from tests.checkpoint.families import FAMILIES, IDS, load, logits, tied
 from tests.checkpoint.made import Array, checkpoint, read
 
@@ -159,7 +159,7 @@ def test_a_scale_that_only_a_tied_head_has(tmp_path: Path) -> None:
     config.pop("scale_decoder_outputs")
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoraFxError, match="scales its logits"):
-        extraction(base, tuned)
+        extraction(base, tuned, ExtractOptions())
 
 
 def test_a_head_of_an_unknown_name(tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.provenance import ENDS, same_base
+from lora_fx.checkpoint.provenance import ENDS, compared, sample_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import write_tensors
-from lora_fx.fx.codes import forms, whole
+from lora_fx.files.safetensors import Tensors, write_tensors
+from lora_fx.fx.codes import forms, numbers
+
+
+def same_base(recorded: Any, held: Tensors) -> tuple[bool | None, str]:
+    return compared(recorded, lambda name, dtype: sample_of(name, held.get(name), dtype))
 
 
 class Net(nn.Module):
@@ -93,7 +97,7 @@ def test_a_change_at_either_end_is_seen(tmp_path: Path) -> None:
         with torch.no_grad():
             model.up.weight.view(-1)[at] += 1
         file = saved(model, tmp_path / f"{at}.safetensors")
-        assert same_base(adapter.metadata["base"], tensors(file).get)[0] is not seen
+        assert same_base(adapter.metadata["base"], tensors(file))[0] is not seen
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
@@ -110,7 +114,7 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         assert any("not verified" in w for w in report.warnings)
     lacks = {"up.weight": tensors(own)["up.weight"]}
     said = "the checkpoint has no tensor 'down.weight'"
-    assert same_base(adapter.metadata["base"], lacks.get) == (None, said)
+    assert same_base(adapter.metadata["base"], lacks) == (None, said)
 
 
 def test_what_becomes_of_an_adapter_keeps_its_base(tmp_path: Path) -> None:
@@ -193,8 +197,8 @@ def test_a_base_of_codes_is_the_weights_that_they_stand_for(tmp_path: Path) -> N
         assert "the adapter was trained on other weights" in note
     floats = Net()
     with torch.no_grad():
-        for name, stored in held.items():
-            floats.get_parameter(name).copy_(whole(model, name, stored, torch.float32))
+        for name in held:
+            floats.get_parameter(name).copy_(numbers(model, name, torch.float32))
     assert base_notes(lora_fx.insert(floats, (X,), adapter=adapter)) == []
     save_program(model, tmp_path / "x.pt2")
     again = load_program(tmp_path / "x.pt2").adapter()

@@ -308,6 +308,24 @@ def test_a_computed_weight_is_served(tmp_path: Path) -> None:
     check(tmp_path, cap, adapters, lambda rng, n: rng.standard_normal((n, 4), np.float32), "cpu")
 
 
+class LastToken(nn.Module):
+    """What one token of every row is, picked by (row, position): heads for classification."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(50, 12), nn.Linear(12, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        return self.head(self.table(ids)[rows, ids.argmax(-1)])
+
+
+def test_a_token_of_every_row_is_picked(tmp_path: Path) -> None:
+    cap = lora_fx.capture(LastToken().eval(), (torch.randint(0, 50, (2, 6)),))
+    check(tmp_path, cap, [adapter(cap, s, 2) for s in (1, 2)], tokens, "cpu")
+
+
 class Relative(nn.Module):
     """A layer that reads tokens, and a norm of a table of positions: DeBERTa."""
 
@@ -335,8 +353,14 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
     "gather rows": ("i = ArgMax<axis=0>(x) y = GatherElements<axis=0>(x, i)", {}, None),
     "largest": ("y, i = TopK<axis=1>(x, two)", {}, row_axis.RowAxis(0)),
     "largest rows": ("y, i = TopK<axis=0>(x, two)", {}, None),
+    "one of the first axis": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = GatherND(t, last)",
+        {},
+        row_axis.RowAxis(1),
+    ),
+    "one of the rows": ("y = GatherND(x, last)", {}, None),
     "pad": ("y = Pad(x, sides)", {}, row_axis.RowAxis(0)),
-    "pad by axes": ("y = Pad(x, one_two, , last)", {}, row_axis.RowAxis(0)),
+    "pad by axes": ("y = Pad(x, one_two, , width)", {}, row_axis.RowAxis(0)),
     "pad rows by axes": ("y = Pad(x, one_two, , rows)", {}, None),
     "pad rows": ("y = Pad(x, ends)", {}, None),
     "inner": (
@@ -403,12 +427,17 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
 def test_rows_are_where_the_walk_says(case: str) -> None:
     """Row 1 of three is changed: what changes in y is where row 1 is said to be."""
     body, shapes, claim = ROWS[case]
-    sizes = {"two": [2], "sides": [0, 1, 0, 0, 0, 2], "ends": [1, 0, 0, 0, 0, 0]}
+    sizes: dict[str, list[Any]] = {
+        "two": [2],
+        "sides": [0, 1, 0, 0, 0, 2],
+        "ends": [1, 0, 0, 0, 0, 0],
+    }
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
     sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12], "one": [1, -1]}
-    sizes |= {"one_two": [1, 2], "last": [-1], "rows": [0]}
+    sizes |= {"one_two": [1, 2], "width": [-1], "rows": [0], "last": [[2]]}
+    tensors = {k: np.array(v) for k, v in sizes.items()}
     given = ", ".join(
-        f"int64[{len(v)}] {k} = {{{', '.join(map(str, v))}}}" for k, v in sizes.items()
+        f"int64{[*v.shape]} {k} = {{{', '.join(map(str, v.ravel()))}}}" for k, v in tensors.items()
     )
     text = f"""<ir_version: 8, opset_import: ["" : 18]>
     g (float[batch, 4, 6] x) => (y) <{given}> {{ {body} }}"""

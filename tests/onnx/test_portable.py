@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import fx, nn
@@ -136,3 +137,35 @@ def test_what_needs_no_rewriting_stays() -> None:
     after = [n.target for n in graph.nodes]
     assert aten.lstm.input in after and aten.rsub.Scalar in after
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1, "real(fft(x)) alone"
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.lin, self.pool = nn.Linear(6, 4), pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.pool(self.lin(x).movedim(-1, 1))
+        return y.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "dims"),
+    [(nn.AdaptiveAvgPool1d(1), 1), (nn.AdaptiveAvgPool2d(1), 2), (nn.AdaptiveAvgPool3d(1), 3)],
+)
+def test_a_pooled_mean_behind_a_permute_is_a_mean(
+    pool: nn.Module, dims: int, tmp_path: Path
+) -> None:
+    x = torch.randn(2, *range(3, 3 + dims), 6)
+    report = lora_fx.export(Pooled(pool).eval(), tmp_path / "m.onnx", (x,))
+    ops = {n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert report and "ReduceMean" in ops and not ops & {"Gather", "GatherND", "GatherElements"}
+
+
+def test_a_pool_of_several_means_stays() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(2, 3, 4, 6)
+    graph.output(graph.call_function(aten.adaptive_avg_pool2d.default, (x, [1, 2])))
+    make_portable(graph)
+    assert [n.target for n in graph.nodes][1] is aten.adaptive_avg_pool2d.default

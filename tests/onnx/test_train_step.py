@@ -23,7 +23,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.objective import scores_of
 from lora_fx.fx.train.step import (
-    _differentiable,
+    DIFFERENTIABLE,
     attention_with_dropout,
     average_backward,
     bags,
@@ -428,6 +428,27 @@ def test_the_first_step_of_adamw_moves_every_element_by_its_rate(tmp_path: Path)
     assert np.median(np.abs(low.b)) == pytest.approx(0.25, rel=1e-6)
 
 
+class Pair(nn.Module):
+    """Two tensors in one argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return self.head(torch.relu(self.a(pair[0]) + self.a(pair[1])))
+
+
+def test_nested_inputs_have_their_dimensions_by_name_and_the_mode_stays(tmp_path: Path) -> None:
+    pair = torch.randn(2, 6), torch.randn(2, 6)
+    module = lora_fx.insert(Pair(), kwargs={"pair": pair}, rank=2).train()
+    lora_fx.export(module, tmp_path / "m.onnx", mode="train", provider="cpu")
+    assert module.training
+    inputs = onnx_ir.load(tmp_path / "m.onnx").graph.inputs
+    found = {str(v.name): str(v.shape[0]) for v in inputs[:3] if v.shape is not None}
+    assert found == {"pair_0": "batch", "pair_1": "batch", "labels": "batch"}
+
+
 def test_a_batch_norm_trains_on_no_single_row(tmp_path: Path) -> None:
     """Torch refuses one, so the step does, and is made for all other sizes."""
     model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 9))
@@ -546,7 +567,7 @@ APART: dict[str, tuple[Any, tuple[int, ...], list[tuple[Any, ...]]]] = {
 def same_gradients(op: Any, tensors: list[Tensor], *how: Any) -> None:
     """Values and gradients are those of torch's own operator, in fp64."""
     made = []
-    for run in (_differentiable()[op.default], op.default):
+    for run in (DIFFERENTIABLE[op.default], op.default):
         given = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
         y = run(*given, *how)
         y = y[0] if isinstance(y, tuple) else y

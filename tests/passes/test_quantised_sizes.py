@@ -12,7 +12,7 @@ import torch
 
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import forms, tensors_of, whole
+from lora_fx.fx.codes import forms, numbers, tensors_of
 from lora_fx.passes.verbs.open import capture, quantised
 from tests.fx.train.saved_bytes import saved_bytes
 
@@ -76,8 +76,8 @@ def test_backward_keeps_no_more_than_over_floats(kind: str) -> None:
     cap, codes, _ = over(kind)
     floats = copy.deepcopy(llama().model)
     with torch.no_grad():
-        for n, stored in forms(cap.model).items():
-            floats.get_parameter(n).copy_(whole(cap.model, n, stored, torch.float32))
+        for n in forms(cap.model):
+            floats.get_parameter(n).copy_(numbers(cap.model, n, torch.float32))
     ours = filled(lora_fx.insert(cap, rank=4))
     theirs = filled(lora_fx.insert(floats, (), {"input_ids": IDS}, rank=4))
     kept, y = saved_bytes(ours, lambda: ours(input_ids=IDS).logits)

@@ -19,7 +19,7 @@ from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.decoder import decoder
-from lora_fx.fx.codes import forms, whole
+from lora_fx.fx.codes import forms, numbers
 from lora_fx.onnx import Session
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.verbs.open import KINDS, capture, quantised
@@ -61,8 +61,8 @@ def made(name: str, kind: str) -> tuple[Subject, Any]:
     assert held and not forms(model)
     plain = copy.deepcopy(model)
     with torch.no_grad():
-        for n, stored in held.items():
-            plain.get_parameter(n).copy_(whole(cap.model, n, stored, torch.float32))
+        for n in held:
+            plain.get_parameter(n).copy_(numbers(cap.model, n, torch.float32))
     entry = facts(name)
     dead = "drop" if entry.idle else "error"
     module = lora_fx.insert(cap, rank=2, include=entry.include, dead=dead)
@@ -143,8 +143,8 @@ def test_greedy_tokens_of_a_cached_llama_are_torchs(tmp_path: Path) -> None:
     cap = quantised(decoder(model), "int4")
     plain = copy.deepcopy(model)
     with torch.no_grad():
-        for n, stored in forms(cap.model).items():
-            plain.get_parameter(n).copy_(whole(cap.model, n, stored, torch.float32))
+        for n in forms(cap.model):
+            plain.get_parameter(n).copy_(numbers(cap.model, n, torch.float32))
     session = Session(file, "cpu")
     session.load("de", file.with_name("de.onnx_adapter"))
     inputs = session.session.get_inputs()

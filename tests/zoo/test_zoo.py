@@ -155,6 +155,50 @@ def test_fold_and_onnx_runtime(name: str, provider: str, tmp_path: Path) -> None
         )
 
 
+BY_ROW = {
+    **dict.fromkeys(
+        ("einsum", "gathered_experts", "grouped_conv", "conv_transpose1d", "conv_transpose2d",
+         "grouped_conv_transpose", "unet", "hf_mixtral", "hf_gpt_oss", "hf_qwen3_moe", "hf_xlnet",
+         "hf_universal_segmentation", "hf_depth_estimation", "timm_nfnet"),
+        "no form by row for this use",
+    ),
+    **dict.fromkeys(
+        ("bmm_experts", "embedding_bag", "hf_timesformer", "hf_image_text_to_text",
+         "hf_table_question"),
+        "may mix the rows of the batch",
+    ),
+    **dict.fromkeys(
+        ("hf_image_to_image", "hf_mask_generation", "hf_deberta_v2", "hf_deberta", "timm_swinv2"),
+        "the same for every row of the batch",
+    ),
+    **dict.fromkeys(("lstm", "lstm_projected", "gru"), "the weight is computed by Concat"),
+    **dict.fromkeys(
+        ("bilinear", "lstm_bidirectional", "timm_vision_lstm"), "no matmul of the exported graph"
+    ),
+    **dict.fromkeys(
+        ("torch_cond", "hf_zero_shot_audio", "hf_zero_shot_image", "hf_siglip"),
+        "row . of a batch, which the model may mix",  # every text is compared with every image
+    ),
+    "depthwise_conv": "leaves nothing of low rank",
+    "orthogonal": "torch's ONNX exporter refused the model",
+}  # fmt: skip
+"""Models that mode batch does not serve, and what it says."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [p.values[0] for p in CAPTURED])
+def test_every_row_has_an_adapter_of_its_own(name: str, tmp_path: Path) -> None:
+    """The export compares mixed batches with every adapter alone."""
+    module = checks.perturbed(name)
+    if name in BY_ROW:
+        with pytest.raises(lora_fx.LoraFxError, match=BY_ROW[name]) as caught:
+            lora_fx.export(module, tmp_path / "b.onnx", mode="batch")
+        assert caught.value.hint and not any(tmp_path.iterdir())
+        return
+    report = lora_fx.export(module, tmp_path / "b.onnx", mode="batch")
+    assert report and any(p.of == "mixed batch" for p in report.parity)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_graph_can_hold_is_one_readable_error(name: str) -> None:
     model, args, kwargs = ZOO[name].build()

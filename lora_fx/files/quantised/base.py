@@ -184,75 +184,85 @@ class Parts:
         """The error of a part."""
         return wrong(f"{self.module}.{part}", found, expected)
 
+    def checked(self, q: Quantised, part: str = "weight") -> Quantised:
+        """A value that was read, whose parts fit each other; see `checked`."""
+        return checked(f"{self.module}.{part}", q)
+
+    def evenly(self, part: str, length: int, groups: int) -> int:
+        """How long each of the groups is that an axis is cut in.
+
+        Raises:
+            LoraFxError: They are not of one length.
+        """
+        if length % groups:
+            raise self.wrong(part, f"has {groups} groups", f"a number that divides {length} inputs")
+        return length // groups
+
+    def rescaling(
+        self,
+        names: tuple[str, str],
+        high: int,
+        rule: Callable[[Array], Array],
+        scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
+        pack: Callable[[Array], Array] = lambda codes: codes,
+    ) -> Recoding:
+        """New scales for the blocks that change, and the nearest codes.
+
+        Args:
+            names: The parts of codes and of scales, both with rows along their first axes.
+            high: Rows that share scales.
+            rule: Largest value of a block → its scale as it is stored.
+            scale_of: Scales as they are stored → what a step of the codes is worth.
+            pack: Codes of some rows → as they are stored.
+        """
+        codes, scales = (f"{self.module}.{n}" for n in names)
+
+        def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
+            some = packed_range(rows, high)
+            stored = q.rescaled(self.read(names[1], some), weight, delta, rule)
+            steps = scale_of(stored).reshape(q.scale.shape)
+            if not np.isfinite(steps).all():
+                bad = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
+                raise LoraFxError(
+                    f"tensor {scales!r}: {stored.dtype} cannot hold the scale of row "
+                    f"{rows.start + bad}, whose largest value is {np.abs(weight[bad]).max():g}",
+                    "the adapter or its scale is broken",
+                )
+            new = replace(q, scale=steps).nearest(weight, 8)
+            first = Written(codes, pack(new.codes), rows.start)
+            return new, [first, Written(scales, stored, some.start)]
+
+        return Recoding(recode, (codes, scales), "new")
+
+    def by_stored_scales(
+        self,
+        part: str,
+        bits: int,
+        pack: Callable[[Array], Array] = lambda codes: codes,
+        axis: int | None = 0,
+        place: Callable[[int], int] = lambda row: row,
+    ) -> Recoding:
+        """The nearest codes by the scales that are there.
+
+        Args:
+            part: That of codes.
+            bits: Of a code.
+            pack: Codes of some rows → as they are stored.
+            axis: Which axis of the tensor counts rows; None: its bytes do.
+            place: Where a row begins along it.
+        """
+        name = f"{self.module}.{part}"
+
+        def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
+            new = q.nearest(weight, bits)
+            return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
+
+        return Recoding(recode, (name,))
+
 
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:
     """The error of a tensor: what was found in it, and what was expected."""
     return LoraFxError(f"tensor {one_line(repr(where), 160)} {found}; expected {expected}", hint)
-
-
-def rescaling(
-    parts: Parts,
-    names: tuple[str, str],
-    high: int,
-    rule: Callable[[Array], Array],
-    scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
-    pack: Callable[[Array], Array] = lambda codes: codes,
-) -> Recoding:
-    """New scales for the blocks that change, and the nearest codes.
-
-    Args:
-        parts: Of the module.
-        names: The parts of codes and of scales, both with rows along their first axes.
-        high: Rows that share scales.
-        rule: Largest value of a block → its scale as it is stored.
-        scale_of: Scales as they are stored → what a step of the codes is worth.
-        pack: Codes of some rows → as they are stored.
-    """
-    codes, scales = (f"{parts.module}.{n}" for n in names)
-
-    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-        some = packed_range(rows, high)
-        stored = q.rescaled(parts.read(names[1], some), weight, delta, rule)
-        steps = scale_of(stored).reshape(q.scale.shape)
-        if not np.isfinite(steps).all():
-            bad = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
-            raise LoraFxError(
-                f"tensor {scales!r}: {stored.dtype} cannot hold the scale of row "
-                f"{rows.start + bad}, whose largest value is {np.abs(weight[bad]).max():g}",
-                "the adapter or its scale is broken",
-            )
-        new = replace(q, scale=steps).nearest(weight, 8)
-        every = [Written(codes, pack(new.codes), rows.start), Written(scales, stored, some.start)]
-        return new, every
-
-    return Recoding(recode, (codes, scales), "new")
-
-
-def by_stored_scales(
-    parts: Parts,
-    part: str,
-    bits: int,
-    pack: Callable[[Array], Array] = lambda codes: codes,
-    axis: int | None = 0,
-    place: Callable[[int], int] = lambda row: row,
-) -> Recoding:
-    """The nearest codes by the scales that are there.
-
-    Args:
-        parts: Of the module.
-        part: That of codes.
-        bits: Of a code.
-        pack: Codes of some rows → as they are stored.
-        axis: Which axis of the tensor counts rows; None: its bytes do.
-        place: Where a row begins along it.
-    """
-    name = f"{parts.module}.{part}"
-
-    def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-        new = q.nearest(weight, bits)
-        return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
-
-    return Recoding(recode, (name,))
 
 
 def packed_range(rows: slice, codes: int, words: int = 1) -> slice:
@@ -348,14 +358,3 @@ def bits_of(length: int, words: int) -> int:
     """
     fits = [b for b in range(2, 9) if -(-length * b // 32) == words]
     return fits[0] if len(fits) == 1 else 0
-
-
-def evenly(parts: Parts, part: str, length: int, groups: int) -> int:
-    """How long each of the groups is that an axis is cut in.
-
-    Raises:
-        LoraFxError: They are not of one length.
-    """
-    if length % groups:
-        raise parts.wrong(part, f"has {groups} groups", f"a number that divides {length} inputs")
-    return length // groups

@@ -24,13 +24,7 @@ import sys
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import (
-    ALL,
-    Parts,
-    QuantisedWeight,
-    by_stored_scales,
-    checked,
-)
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight
 from lora_fx.files.read import json_object
 from lora_fx.ir.quantised import FP4, NF4, Quantised, packed, unpacked
 from lora_fx.text import JsonView, is_number, is_whole
@@ -73,13 +67,13 @@ def four_bits(parts: Parts) -> QuantisedWeight:
         sizes = shape if rows == ALL else (rows.stop - rows.start, shape[-1])
         whole = unpacked(codes, 4, high=True)[: high - low].reshape(sizes)
         q = Quantised(whole, scale, None, (block,), NF4 if kind == "nf4" else FP4)
-        return checked(f"{parts.module}.weight", q)
+        return parts.checked(q)
 
     def pack(codes: Array) -> Array:
         return packed(codes.reshape(-1), 4, high=True)
 
     step = math.lcm(block, 2) // math.gcd(math.lcm(block, 2), shape[-1])
-    anew = by_stored_scales(parts, "weight", 4, pack, None, lambda row: row * shape[-1] // 2)
+    anew = parts.by_stored_scales("weight", 4, pack, None, lambda row: row * shape[-1] // 2)
     return QuantisedWeight(f"bitsandbytes {kind}", 4, tuple(shape), read, step, anew)
 
 
@@ -96,8 +90,7 @@ def _nested(parts: Parts, blocks: slice, state: JsonView) -> Array:
     codes = parts.read("weight.absmax", slice(start, blocks.stop))
     scale = parts.read("weight.nested_absmax", slice(start // block, -(-blocks.stop // block)))
     inner = Quantised(codes, scale, None, (block,), parts.read("weight.nested_quant_map"))
-    name = f"{parts.module}.weight.nested_absmax"
-    every = checked(name, inner).dequantise() + np.float32(offset)
+    every = parts.checked(inner, "weight.nested_absmax").dequantise() + np.float32(offset)
     return np.asarray(every[blocks.start - start :])
 
 
@@ -117,6 +110,6 @@ def int8(parts: Parts) -> QuantisedWeight:
         block = (1, columns)
         codes, scale = parts.read("weight", rows), parts.read("SCB", rows)
         q = Quantised(codes, scale, None, block, None, INT8_UNIT)
-        return checked(f"{parts.module}.weight", q)
+        return parts.checked(q)
 
     return QuantisedWeight("bitsandbytes int8", 8, (rows, columns), read)

@@ -22,18 +22,7 @@ from functools import partial
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import (
-    ALL,
-    Parts,
-    QuantisedWeight,
-    bits_of,
-    by_stored_scales,
-    checked,
-    evenly,
-    grouped,
-    packed_range,
-    rescaling,
-)
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
 from lora_fx.files.quantised.floats import largest_to_top
 from lora_fx.ir.quantised import Quantised, blocks_in, unpacked, words_of
 from lora_fx.text import JsonView
@@ -60,9 +49,9 @@ def compressed(parts: Parts) -> QuantisedWeight:
         kind = "int8" if parts.dtype("weight") == "int8" else "fp8"
         read = partial(_affine, parts, shape, 8, lambda rows: parts.read("weight", rows))
         single = math.prod(parts.shape("weight_scale", FLOATING, any_axes=True)) == 1
-        anew = by_stored_scales(parts, "weight", 8)
+        anew = parts.by_stored_scales("weight", 8)
         if kind == "fp8" and not single:
-            anew = rescaling(parts, ("weight", "weight_scale"), 1, largest_to_top("float8_e4m3fn"))
+            anew = parts.rescaling(("weight", "weight_scale"), 1, largest_to_top("float8_e4m3fn"))
         return QuantisedWeight(f"compressed-tensors {kind}", 8, shape, read, 32, anew)
     rows, words = parts.shape("weight_packed", ("int32",), None, None)
     parts.shape("weight_shape", INTEGERS, 2)
@@ -79,7 +68,7 @@ def compressed(parts: Parts) -> QuantisedWeight:
         return words_of(codes.astype(np.int16) + 2 ** (bits - 1), bits)[:, :words]
 
     read = partial(_affine, parts, (out, length), bits, codes)
-    anew = by_stored_scales(parts, "weight_packed", bits, pack)
+    anew = parts.by_stored_scales("weight_packed", bits, pack)
     return QuantisedWeight("compressed-tensors packed", bits, (out, length), read, 32, anew)
 
 
@@ -103,7 +92,7 @@ def _affine(
         block: tuple[int, ...] = codes.shape
     else:
         _, groups = parts.shape("weight_scale", FLOATING, out, None)
-        block = (1, evenly(parts, "weight_scale", length, groups))
+        block = (1, parts.evenly("weight_scale", length, groups))
     blocks = blocks_in((out, length), (out, length) if single else block)
     scale, zero = parts.read("weight_scale", some), None
     if parts.has("weight_zero_point"):
@@ -113,7 +102,7 @@ def _affine(
             zero = _signed(zero[: 1 if single else len(codes)], bits)
         else:
             zero = parts.read("weight_zero_point", some)
-    q = checked(f"{parts.module}.weight", Quantised(codes, scale, zero, block))
+    q = parts.checked(Quantised(codes, scale, zero, block))
     order = parts.read("weight_g_idx") if parts.has("weight_g_idx") else np.full(1, -1)
     if (order == -1).all():  # written, and not used
         return q

@@ -14,10 +14,9 @@ from pathlib import Path
 from lora_fx.dtypes import DTYPES, FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import STEMS, Checkpoint
-from lora_fx.files.quantised.base import ALL, QuantisedWeight, Read
+from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
-from lora_fx.ir.quantised import Quantised
 from lora_fx.text import Json, JsonView, some
 
 SHARD = 5_000_000_000
@@ -49,21 +48,19 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
     config = base.config()
     with _naming(base.path):
         weights = quantised_weights(base.tensors, config)
+        for weight in (w for w in weights.values() if not w.bits):
+            weight.read()  # raises: says what it is and why it is not read
     if not weights:
         raise LoraFxError(
             f"{base.path}: none of its weights is quantised", "merge without --dequantise"
         )
-    for weight in weights.values():
-        if not weight.bits:
-            with _naming(base.path):
-                weight.read()  # raises: says what it is and why it is not read
     gone = parts_beside(weights, base.tensors)
     seen: dict[str, TensorInfo] = {}
     for tensor, info in base.tensors.items():
         if tensor not in gone:
             seen[tensor] = info
         elif (name := gone[tensor]) not in seen:
-            weight = replace(weights[name], read=_named(weights[name].read, info.file))
+            weight = replace(weights[name], read=_naming(info.file)(weights[name].read))
             shape = weight.shape
             seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
     sizes = {n: _size(t, dtype) for n, t in seen.items()}
@@ -130,14 +127,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise LoraFxError(f"{path}: {error.message}", error.hint) from error
 
 
-def _named(read: Read, path: Path) -> Read:
-    def named(rows: slice = ALL) -> Quantised:
-        with _naming(path):
-            return read(rows)
-
-    return named
-
-
 def _size(info: TensorInfo, dtype: str) -> int:
     if isinstance(info, CodesInfo):
         return math.prod(info.shape) * DTYPES[dtype].bits // 8
@@ -161,13 +150,10 @@ def _shards(
         groups[-1][name] = info
         room -= sizes[name]
     stem = next((s for s in STEMS if first.startswith(s)), STEMS[0])  # which transformers finds
-    if len(groups) == 1:
-        return {f"{stem}.safetensors": Header(groups[0], metadata)}
     count = len(groups)
-    return {
-        f"{stem}-{i:05}-of-{count:05}.safetensors": Header(group, metadata)
-        for i, group in enumerate(groups, 1)
-    }
+    names = [f"{stem}-{i + 1:05}-of-{count:05}" for i in range(count)] if count > 1 else [stem]
+    each = zip(names, groups, strict=True)
+    return {f"{name}.safetensors": Header(group, metadata) for name, group in each}
 
 
 def _settings(config: JsonView, dtype: str) -> Json:

@@ -28,11 +28,8 @@ from lora_fx.files.quantised.base import (
     Recoded,
     Recoding,
     Written,
-    by_stored_scales,
-    checked,
-    rescaling,
+    packed_range,
 )
-from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised, packed, unpacked
 from lora_fx.text import JsonView, is_whole
 
@@ -59,14 +56,14 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
     parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *blocks)
 
     def read(rows: slice = ALL) -> Quantised:
-        some = ALL if rows == ALL else slice(rows.start // high, -(-rows.stop // high))
-        codes, scale = parts.read("weight", rows), parts.read("weight_scale_inv", some)
+        codes = parts.read("weight", rows)
+        scale = parts.read("weight_scale_inv", packed_range(rows, high))
         q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
-        return checked(f"{parts.module}.weight", q)
+        return parts.checked(q)
 
     power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu" or said.get("scale_fmt") == "ue8m0"
     rule = (power_above if power else largest_to_top)(parts.dtype("weight"))
-    anew = rescaling(parts, ("weight", "weight_scale_inv"), high, rule)
+    anew = parts.rescaling(("weight", "weight_scale_inv"), high, rule)
     return QuantisedWeight(f"FP8 in blocks of {high}×{wide}", 8, shape, read, high, anew)
 
 
@@ -92,15 +89,15 @@ def fp8(parts: Parts) -> QuantisedWeight:
         scale = parts.read("weight_scale", rows if block else ALL)
         scale = powers(parts, scale) if kind == "MXFP8" else scale.reshape(-1, 1)
         q = Quantised(codes, scale, None, (1, block) if block else codes.shape)
-        return checked(f"{parts.module}.weight", q)
+        return parts.checked(q)
 
     names = "weight", "weight_scale"
     if not block:
-        anew = by_stored_scales(parts, "weight", 8)
+        anew = parts.by_stored_scales("weight", 8)
     elif kind == "MXFP8":
-        anew = rescaling(parts, names, 1, exponents(8), partial(powers, parts))
+        anew = parts.rescaling(names, 1, exponents(8), partial(powers, parts))
     else:
-        anew = rescaling(parts, names, 1, largest_to_top(parts.dtype("weight")))
+        anew = parts.rescaling(names, 1, largest_to_top(parts.dtype("weight")))
     return QuantisedWeight(kind, 8, (out, length), read, 1, anew)
 
 
@@ -172,10 +169,10 @@ def mxfp4(parts: Parts) -> QuantisedWeight:
     def read(rows: slice = ALL) -> Quantised:
         codes = unpacked(parts.read("weight_packed", rows), 4)
         scale = powers(parts, parts.read("weight_scale", rows))
-        return checked(f"{parts.module}.weight", Quantised(codes, scale, None, (1, 32), E2M1))
+        return parts.checked(Quantised(codes, scale, None, (1, 32), E2M1))
 
     names = "weight_packed", "weight_scale"
-    anew = rescaling(parts, names, 1, exponents(2), partial(powers, parts), _pack)
+    anew = parts.rescaling(names, 1, exponents(2), partial(powers, parts), _pack)
     return QuantisedWeight("MXFP4", 4, (out, half * 2), read, 1, anew)
 
 
@@ -215,9 +212,9 @@ def nvfp4(parts: Parts) -> QuantisedWeight:
     def read(rows: slice = ALL) -> Quantised:
         scale = scale_of(parts.read("weight_scale", rows))
         codes = unpacked(parts.read(name, rows), 4)
-        return checked(f"{parts.module}.weight", Quantised(codes, scale, None, (1, 16), E2M1))
+        return parts.checked(Quantised(codes, scale, None, (1, 16), E2M1))
 
-    anew = rescaling(parts, (name, "weight_scale"), 1, rule, scale_of, _pack)
+    anew = parts.rescaling((name, "weight_scale"), 1, rule, scale_of, _pack)
     return QuantisedWeight("NVFP4", 4, (out, half * 2), read, 1, anew)
 
 
@@ -237,32 +234,28 @@ def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
     length = groups * 32
 
     def matrix(part: str, expert: int, columns: slice) -> Array:
-        whole = parts.tensors[f"{parts.module}.{part}"]
-        if isinstance(whole, TensorInfo):
-            size = (whole.stop - whole.start) // experts
-            at = whole.start + expert * size
-            one: TensorInfo | Array = replace(
-                whole, shape=whole.shape[1:], start=at, stop=at + size
-            )
-        else:
-            one = whole[expert]
-        return replace(parts, tensors={f"{parts.module}.{part}": one}).read(part, columns, 1)
+        name = f"{parts.module}.{part}"
+        one = replace(parts, tensors={name: parts.tensors[name][expert]})
+        return one.read(part, columns, 1)
+
+    def place(rows: slice) -> tuple[int, slice]:
+        """The expert, and the groups of its inputs."""
+        expert, low = divmod(rows.start, length)
+        return expert, packed_range(slice(low, low + rows.stop - rows.start), 32)
 
     def read(rows: slice = ALL) -> Quantised:
         if rows == ALL:
             each = [read(slice(e * length, (e + 1) * length)) for e in range(experts)]
             codes = np.stack([q.codes for q in each])
             return Quantised(codes, np.stack([q.scale for q in each]), None, (1, 32, 1), E2M1)
-        expert, low = divmod(rows.start, length)
-        some = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
+        expert, some = place(rows)
         words = matrix(blocks, expert, some)
         codes = unpacked(words.reshape(out, -1), 4).T
         scale = powers(parts, matrix(scales, expert, some), scales).T
-        return checked(f"{parts.module}.{name}", Quantised(codes, scale, None, (32, 1), E2M1))
+        return parts.checked(Quantised(codes, scale, None, (32, 1), E2M1), name)
 
     def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-        expert, low = divmod(rows.start, length)
-        groups = slice(low // 32, -(-(low + rows.stop - rows.start) // 32))
+        expert, groups = place(rows)
         before = matrix(scales, expert, groups).T
         after = q.rescaled(before, weight, delta, exponents(2))
         new = replace(q, scale=powers(parts, after, scales)).nearest(weight, 4)

@@ -20,17 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import (
-    ALL,
-    Parts,
-    QuantisedWeight,
-    bits_of,
-    by_stored_scales,
-    checked,
-    evenly,
-    grouped,
-    packed_range,
-)
+from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
 from lora_fx.ir.quantised import Quantised, unpacked, words_of
 
 BITS = (2, 3, 4, 8)
@@ -64,19 +54,19 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
         zero = unpacked(stored, bits)[:, : len(codes)].T
         zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
         scale, given = parts.read("scales", rows, 1).T, _groups(parts, length, groups)
-        return checked(f"{parts.module}.weight", grouped(codes, scale, zero, given))
+        return parts.checked(grouped(codes, scale, zero, given))
 
     def pack(codes: Array) -> Array:
         return words_of(codes, bits)[:, : -(-length * bits // 32)].T
 
-    anew = by_stored_scales(parts, "qweight", bits, pack, 1)
+    anew = parts.by_stored_scales("qweight", bits, pack, 1)
     return QuantisedWeight("GPTQ", bits, (out, length), read, 32, anew)
 
 
 def _groups(parts: Parts, length: int, groups: int) -> Array:
     """The group of each input."""
     if not parts.has("g_idx"):
-        return np.arange(length) // evenly(parts, "scales", length, groups)
+        return np.arange(length) // parts.evenly("scales", length, groups)
     order = parts.read("g_idx")
     if order.min() < 0 or order.max() >= groups:
         found = f"names groups {order.min()} to {order.max()}"
@@ -107,20 +97,20 @@ def awq(parts: Parts) -> QuantisedWeight:
     length, words = parts.shape("qweight", ("int32",), None, None)
     groups, out = parts.shape("scales", FLOATING, None, words * 8)
     parts.shape("qzeros", ("int32",), groups, words)
-    block = evenly(parts, "scales", length, groups)
+    block = parts.evenly("scales", length, groups)
 
     def read(rows: slice = ALL) -> Quantised:
         eights = packed_range(rows, 8)
         codes, zero = (_outputs(parts.read(n, eights, 1)) for n in ("qweight", "qzeros"))
         q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
-        return checked(f"{parts.module}.weight", q)
+        return parts.checked(q)
 
     def pack(codes: Array) -> Array:
         eights = codes.reshape(-1, 8, length).astype(np.uint32)
         words = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
         return np.asarray(np.bitwise_or.reduce(words)).T.view(np.int32)
 
-    anew = by_stored_scales(parts, "qweight", 4, pack, 1, lambda row: row // 8)
+    anew = parts.by_stored_scales("qweight", 4, pack, 1, lambda row: row // 8)
     return QuantisedWeight("AWQ", 4, (out, length), read, 8, anew)
 
 

@@ -213,7 +213,9 @@ SECONDS, IN_ALL = 1.0, 10.0
 _spent = [0.0]
 
 
-def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+def matched(
+    pattern: str | regex.Pattern[str], module: str, *, whole: bool = False
+) -> regex.Match[str] | None:
     """As re.match, or re.fullmatch for `whole`, in bounded time.
 
     Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
@@ -222,12 +224,7 @@ def matched(pattern: str, module: str, *, whole: bool = False) -> regex.Match[st
         PatternError: It is no pattern.
         LoraFxError: It takes longer than SECONDS.
     """
-    return _timed(_compiled(pattern), module, whole)
-
-
-def _timed(
-    pattern: regex.Pattern[str], module: str, whole: bool = False
-) -> regex.Match[str] | None:
+    pattern = _compiled(pattern) if isinstance(pattern, str) else pattern
     start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
     try:
         return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
@@ -291,7 +288,7 @@ class Pattern:
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
         self.seen.add(module)
-        hits = [k for k, pattern in self.regexes.items() if _timed(pattern, module)]
+        hits = [k for k, pattern in self.regexes.items() if matched(pattern, module)]
         hits += [module] if module in self.numbers else []
         self.unmatched -= set(hits)
         other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)
@@ -367,9 +364,14 @@ def saved_whole(config: JsonView, module: str) -> bool:
 def conflicts(saved: str, module: str) -> bool:
     """True when PEFT, told to save `saved` whole, leaves out or wraps a low-rank `module`."""
     try:
-        return module.endswith(saved) or bool(matched(rf"(^|.*\.){saved}($|\..*)", module))
+        return module.endswith(saved) or bool(matched(_around(saved), module))
     except PatternError:  # PEFT takes the name for a pattern, and would fail on this one
         return True
+
+
+def _around(saved: str) -> str:
+    """The pattern by which PEFT takes a module for one in modules_to_save, or inside of one."""
+    return rf"(^|.*\.){saved}($|\..*)"
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -421,25 +423,19 @@ def wanted_by(config: JsonView, module: str) -> str | None:
     >>> wanted_by({"target_modules": ["q"], "exclude_modules": "layers.0.*"}, "layers.0.q") is None
     True
     """
+    out, targets = config.get("exclude_modules"), config.get("target_modules")
     try:
-        return _wanted_by(config, module)
+        if out and _named(out, module):
+            return None
+        if any(matched(_around(saved), module) for saved in listed_whole(config)):
+            return None
+        if targets == "all-linear":
+            return None if _NOT_LINEAR.search(module) else "all-linear"
+        name = _named(targets, module)
+        by_end = isinstance(targets, list) and name != module
+        return name if not by_end or _layer_is_meant(config, module) else None
     except PatternError:
         return None  # PEFT would fail on such a pattern
-
-
-def _wanted_by(config: JsonView, module: str) -> str | None:
-    out = config.get("exclude_modules")
-    if out and _named(out, module):
-        return None
-    for saved in listed_whole(config):
-        if matched(rf"(^|.*\.){saved}($|\..*)", module):
-            return None
-    targets = config.get("target_modules")
-    if targets == "all-linear":
-        return None if _NOT_LINEAR.search(module) else "all-linear"
-    name = _named(targets, module)
-    by_end = isinstance(targets, list) and name != module
-    return name if not by_end or _layer_is_meant(config, module) else None
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:
@@ -447,14 +443,10 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or None
-    if patterns is None:
-        tries = [r".*?\.[^.]*\.(\d+)\."]
-    else:
-        names = [patterns] if isinstance(patterns, str) else patterns
-        tries = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names]
+    names = config.get("layers_pattern") or []
+    names = [names] if isinstance(names, str) else names
     meant = layers if isinstance(layers, list) else [layers]
-    for pattern in tries:
+    for pattern in [rf"(?:^|.*?\.){n}\.(\d+)\." for n in names] or [r".*?\.[^.]*\.(\d+)\."]:
         if found := matched(pattern, module):
             return len(found[1]) < 20 and int(found[1]) in meant
     return False

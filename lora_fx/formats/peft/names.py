@@ -136,9 +136,8 @@ def _check_whole(group: Group, where: str) -> None:
     for have, missing in _PARTNERS:
         if have in group.names and missing not in group.names:
             half = missing.upper()
-            other = f"{PREFIX}{group.lead}.lora_{half}.weight"
-            if group.kind == "embedding":
-                other = f"{PREFIX}{group.lead}.lora_embedding_{half}"
+            end = f"embedding_{half}" if group.kind == "embedding" else f"{half}.weight"
+            other = f"{PREFIX}{group.lead}.lora_{end}"
             raise LoraFxError(
                 f"{where}: {group.names[have]!r} has no partner; expected {other!r} beside it",
                 "the file is incomplete; save or fetch it again",
@@ -177,14 +176,12 @@ def from_tensors(
 
 def unknown_name(name: str, where: str) -> LoraFxError:
     """What to raise for a tensor that PEFT would not have written."""
-    at = name.find(PREFIX)
+    at, hint = name.find(PREFIX), "was the file saved with save_pretrained?"
     if at > 0:
         hint = f"PEFT's name is {name[at:]!r}: take the prefix {name[:at]!r} off every name"
     elif at < 0 and ".lora_" in name:
         core = name.removeprefix("base_model.").removeprefix("module.")
-        hint = f"the nearest name is {PREFIX + core!r}; was the file saved with save_pretrained?"
-    else:
-        hint = "was the file saved with save_pretrained?"
+        hint = f"the nearest name is {PREFIX + core!r}; {hint}"
     return LoraFxError(
         f"{where}: {name!r} is not a name that PEFT gives; expected {PREFIX}X.lora_A.weight, "
         "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "

@@ -45,17 +45,18 @@ class _Writer:
         self.tensors: dict[str, Array] = {}
         self.described: Json = {}
         self.notes: list[str] = []
-        self.forms = forms_of(adapter.lowrank)
+        self.updates = adapter.lowrank
+        self.forms = forms_of(self.updates)
         self.told = {k: f for k, f in self.forms.items() if f.kind != "own"}
+        self.stacks = any(f.kind == "stack" for f in self.told.values())
         self.fields: Json = {}
         self.group = self._groups()
 
     def run(self) -> Encoded:
         """Everything, in the order of the file."""
         _one_each(self.told)
-        updates = self.adapter.lowrank
-        self._flags(one_variant(updates))
-        for key, low in updates.items():
+        self._flags(one_variant(self.updates))
+        for key, low in self.updates.items():
             self._update(key, low)
         biases = self._biases()
         named = {f.target for f in self.told.values()}
@@ -79,20 +80,18 @@ class _Writer:
 
     def _flags(self, variant: str) -> None:
         """The config's flags; each is one for the whole adapter."""
-        updates = self.adapter.lowrank
-        told = {k: updates[k] for k in self.told}
+        told = {k: self.updates[k] for k in self.told}
         linear = {k: f for k, f in self.told.items() if f.kind == "linear"}
         fan = bool(self.adapter.metadata.get("fan_in_fan_out"))
-        turned = [fan if updates[k].layout is None else f.transposed for k, f in linear.items()]
-        stacks = any(f.kind == "stack" for f in self.told.values())
+        turned = [fan if told[k].layout is None else f.transposed for k, f in linear.items()]
         self.fields |= {
             "use_rslora": variant == "rslora",
-            "fan_in_fan_out": bool(turned) and all(turned) and not stacks,
+            "fan_in_fan_out": bool(turned) and all(turned) and not self.stacks,
             "use_dora": all_or_none({k: low.magnitude is not None for k, low in told.items()}),
         }
         if self.group:
             self.fields |= {"use_qalora": True, "qalora_group_size": self.group}
-        changed = {k: updates[k].mutated for k, f in self.told.items() if f.kind != "embedding"}
+        changed = {k: told[k].mutated for k, f in self.told.items() if f.kind != "embedding"}
         first = next((v for v in changed.values() if v), "")
         all_or_none({k: v == first for k, v in changed.items()} if first else {}, first)
         if first == "kasa":
@@ -131,7 +130,7 @@ class _Writer:
         result: dict[str, tuple[int, float]] = {}
         parameters: set[str] = set()
         for key, form in self.told.items():
-            low = self.adapter.lowrank[key]
+            low = self.updates[key]
             alpha = low.asked if self.group else low.alpha
             if form.kind == "stack":
                 maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
@@ -145,7 +144,7 @@ class _Writer:
         if parameters:
             self.fields["target_parameters"] = sorted(parameters)
             self.fields[VERSION] = self.adapter.metadata.get("peft", {}).get(VERSION)
-            layouts = [self.adapter.lowrank[k].layout for k in parameters & set(self.told)]
+            layouts = [self.updates[k].layout for k in parameters & set(self.told)]
             if any(layout and layout.out == (2,) for layout in layouts):
                 self.notes.append(
                     "PEFT takes stacks [E, in, out] so where their module says is_transposed, as "
@@ -160,7 +159,7 @@ class _Writer:
         """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
         sizes = {
             u.group if form.kind == "linear" and is_plain(u) and u.pooled is not None else 0
-            for form, u in ((form, self.adapter.lowrank[k]) for k, form in self.told.items())
+            for form, u in ((form, self.updates[k]) for k, form in self.told.items())
         }
         if len(sizes) > 1:
             self.notes.append("QA-LoRA of one group size is not all: plain LoRA says the same")
@@ -176,13 +175,12 @@ class _Writer:
         fits = {k for k, v in dense.items() if k in layers and self._is_bias_of(v, *layers[k])}
         needed = {k for k, (_, f) in layers.items() if not _in_proj(f)}
         starts = {"init_lora_weights", "kasa_config"} & set(self.fields)
-        stacks = any(f.kind == "stack" for f in self.told.values())
-        odd = self.fields["use_dora"] or starts or stacks  # PEFT refuses these
+        odd = self.fields["use_dora"] or starts or self.stacks  # PEFT refuses these
         say = bool(fits) and needed <= fits | full and not odd
         if say:
             self.fields["lora_bias"] = True
             for key, (owner, form) in layers.items():
-                size = self.adapter.lowrank[owner].b.shape[-2]
+                size = self.updates[owner].b.shape[-2]
                 value = dense[key].value if key in fits else np.zeros(size, np.float32)
                 self._put(key, f"{PREFIX}{form.lead}.lora_B.bias", value)
         for key, entry in dense.items():
@@ -206,7 +204,7 @@ class _Writer:
 
     def _is_bias_of(self, entry: Dense, owner: str, form: PeftForm) -> bool:
         """True where lora_bias says just this entry."""
-        low = self.adapter.lowrank[owner]
+        low = self.updates[owner]
         scale = low.scale / 2 if form.plain and form.lead.endswith(OUT) else low.scale
         return (
             entry.value.shape == (low.b.shape[-2],)

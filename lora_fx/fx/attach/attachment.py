@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ class Attachment:
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
         self._packs = keep_trainable(model)
-        self._swapped: list[tuple[nn.Module, type[nn.Module], type[nn.Module]]] = []
+        self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
         self._originals = {n: parameter_of(self.model, n).detach().clone() for n in self._also}
 
@@ -104,8 +104,7 @@ class Attachment:
             parameter_of(self.model, n).requires_grad_(n in self._also)
         try:
             for module, live in self._lives():
-                base = type(module)
-                self._swapped.append((module, base, swap(module, live)))
+                self._swapped.append((module, swap(module, live)))
         except LoraFxError:
             self.remove()
             raise
@@ -136,14 +135,14 @@ class Attachment:
         Raises:
             LoraFxError: Another tool has changed a module's class since.
         """
-        for module, _, new in self._swapped:
+        for module, new in self._swapped:
             if type(module) is not new:
                 raise LoraFxError(
                     f"a {new.__name__} became {type(module).__name__} by another tool after attach",
                     "undo that first, or save model.adapter() and load the model again",
                 )
-        for module, base, _ in self._swapped:
-            restore(module, base)
+        for module, _ in self._swapped:
+            restore(module)
         self._swapped.clear()
         for module in list(self.model.modules()):
             for name in SIDES:
@@ -274,7 +273,7 @@ class Attachment:
             for n in METHODS
             if n in self._taken()
         ]
-        notes = (*self._notes, *self._sampled.said, *self.planner.notes, *forms)
+        notes = (*self._notes, *self._sampled.said, *self.found.notes, *forms)
         made = adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
         return replace(made, effect=self.effect)
 
@@ -315,15 +314,13 @@ class Form:
     output: tuple[Program, Program] | None = None
 
 
-class Planner:
+class Planner(Protocol):
     """Decides the forms of a set of updates; see passes/verbs/attach.py. Copies share it."""
 
     found: Found
-    notes: tuple[str, ...] = ()
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """The form of every module, by path; modules in `by_weight` get no branch."""
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, object]) -> Planner:
         """The planner itself: the graph behind it is never changed."""

@@ -69,11 +69,8 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
 """What runs each primitive of lora_fx.ir.emitter.Ops."""
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(int):
     """A value of a recording, which is its place in the list of values."""
-
-    index: int
 
 
 Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
@@ -135,7 +132,7 @@ class Recorder:
         """Record one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
         operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
         fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
-        return self._add("step", prim, tuple(o.index for o in operands), fixed)
+        return self._add("step", prim, tuple(operands), fixed)
 
     def like(self, site: Site, x: Value, w: Value) -> Value:
         """Record the site's op; a lookup keeps its padding row, which has no gradient."""
@@ -159,7 +156,7 @@ class Recorder:
             LoraFxError: A primitive that PRIMS lacks.
         """
         made = self.made
-        needed = reached([result.index], lambda i: made[i][2] if made[i][0] == "step" else ())
+        needed = reached([int(result)], lambda i: made[i][2] if made[i][0] == "step" else ())
         groups: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
         for i in sorted({*range(INPUTS), *needed}):
             groups[made[i][0]].append(i)
@@ -348,16 +345,15 @@ class LiveStack:
         return run(x)
 
 
-def _flat() -> property:
-    """A property in place of the list of weights that torch's recurrent modules hand to their op.
+FLAT = property(
+    lambda self: [getattr(self, n) for n in self._flat_weights_names],
+    lambda self, _: self.__dict__.update(_flat_weights=_stored(self)),
+)
+"""A property in place of the list of weights that torch's recurrent modules hand to their op.
 
-    They store that list anew when a weight has changed. Stored parameters are kept and not what
-    was computed from them, since a computed tensor cannot be deep-copied.
-    """
-    return property(
-        lambda self: [getattr(self, n) for n in self._flat_weights_names],
-        lambda self, _: self.__dict__.update(_flat_weights=_stored(self)),
-    )
+They store that list anew when a weight has changed. Stored parameters are kept and not what was
+computed from them, since a computed tensor cannot be deep-copied.
+"""
 
 
 def _stored(module: nn.RNNBase) -> list[nn.Parameter | None]:
@@ -423,7 +419,7 @@ def live_class(
         **{name: _forwarded(name) for name in gained},
     }
     if leaves and issubclass(base, nn.RNNBase):
-        names["_flat_weights"] = _flat()
+        names["_flat_weights"] = FLAT
     if bracket:
         names["forward"] = _with_bracket(base.forward)
     if branch:
@@ -433,12 +429,11 @@ def live_class(
             lambda self: False, lambda self, mode: self.__dict__.update(training=mode)
         )
     metaclass: Any = type(base)
-    result: type[nn.Module] = _metaclass(metaclass)(base.__name__, (base,), names)
-    return result
+    return _metaclass(metaclass)(base.__name__, (base,), names)
 
 
 @functools.cache
-def _metaclass(base: type) -> Any:
+def _metaclass(base: type) -> Callable[..., type[nn.Module]]:
     """A metaclass whose classes refuse to be pickled; copy and deepcopy never ask it."""
     made = type(base.__name__, (base,), {})
     copyreg.pickle(made, _refuse_pickle)
@@ -482,9 +477,9 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
     return new
 
 
-def restore(module: nn.Module, base: type[nn.Module]) -> None:
+def restore(module: nn.Module) -> None:
     """Give a module its own class back, and undo everything else that `swap` did."""
-    module.__class__ = base
+    (module.__class__,) = type(module).__bases__
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # its references are to weights that were computed
         module._flat_weights = flat = _stored(module)

@@ -7,7 +7,6 @@ model of its own whose parameters have the model's names, so find reads it like 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import OverTree
+from lora_fx.fx.capture.call import OverTree, Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.graph import FxGraph
@@ -192,9 +191,7 @@ def one_argument(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return False
     try:
-        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        signature = Signature(type(module).forward)
     except (TypeError, ValueError):
         return False
-    kinds = inspect.Parameter
-    plain = (kinds.POSITIONAL_OR_KEYWORD, kinds.POSITIONAL_ONLY)
-    return len(parameters) == 1 and parameters[0].kind in plain
+    return len(signature.order) == len(signature.positional) == 2  # self and the tensor

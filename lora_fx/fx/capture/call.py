@@ -170,6 +170,11 @@ def onnx_name(path: str) -> str:
     return path if _CACHE.fullmatch(path) else path.replace(".", "_")
 
 
+def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
+    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
+    return {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
+
+
 def output_name(path: str) -> str:
     """The name of a flat output: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")
@@ -236,6 +241,12 @@ class Door:
             if fixed is not None
         }
 
+    def fixed(self, requested: Requested) -> dict[Size, int]:
+        """The sizes that should be dynamic and are not."""
+        held = ((n, fixed) for n, fixed in zip(self.names, self.sizes, strict=True) if fixed)
+        pairs = ((n, d, fixed) for n, fixed in held for d in requested.get(n, {}) if d < len(fixed))
+        return {(n, d): size for n, d, fixed in pairs if (size := fixed[d]) is not None}
+
     def check(self, leaves: Sequence[Any]) -> None:
         """Raise what refused gives."""
         error = self.refused(leaves)
@@ -248,8 +259,7 @@ class Door:
 
     def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
         """The sizes that a condition speaks of."""
-        names = self.names
-        return {(n, d): leaves[names.index(n)].shape[d] for _, n, d in condition.sizes}
+        return {(n, d): leaves[self.names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
 def as_module(model: object) -> nn.Module:
@@ -347,17 +357,18 @@ def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
 
 def _rows_reached(place: fx.Node) -> list[int]:
     """Rows of every lookup table whose ids come from an integer input through id-like ops."""
-    ids = dtype_of(place)
-    if ids is None or ids.is_floating_point:
+    if not _is_whole(place):
         return []
+    ids = reached([place], lambda n: [u for u in n.users if u.target in _PASS and _is_whole(u)])
+    readers = ((u, n) for n in ids for u in n.users if u.target is aten.embedding.default)
+    tables = (u.args[0] for u, n in readers if u.args[1] is n)
+    return [int(n) for table in tables for n in (shape_of(table) or ())[:1]]
 
-    def onwards(node: fx.Node) -> list[fx.Node]:
-        dtypes = {u: dtype_of(u) for u in node.users if u.target in _PASS}
-        return [u for u, dtype in dtypes.items() if dtype and not dtype.is_floating_point]
 
-    readers = ((user, node) for node in reached([place], onwards) for user in node.users)
-    lookups = (u for u, ids in readers if u.target is aten.embedding.default and u.args[1] is ids)
-    return [int(n) for u in lookups for n in (shape_of(u.args[0]) or ())[:1]]
+def _is_whole(node: fx.Node) -> bool:
+    """True for a tensor of whole numbers or truths."""
+    dtype = dtype_of(node)
+    return dtype is not None and not dtype.is_floating_point
 
 
 def sample_call(

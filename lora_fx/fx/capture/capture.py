@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.conditions import Condition, Size
+from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
 from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
@@ -47,17 +47,15 @@ class ModelSource:
 
     Attributes:
         module: A copy whose tensors are fake, or the model itself where it cannot be copied.
-        forward: What a capture calls.
-        mode: The mode of the fake tensors.
-        live: True when `module` is the user's own.
+        mode: The mode of the fake tensors; None when `module` is the user's own.
+        method: The name of a bound method that is captured; empty where the module is called.
         why: The reason why it could not be copied, and what follows.
         copies: The same in other dtypes, made on first use.
     """
 
     module: nn.Module
-    forward: Callable[..., Any]
-    mode: Any
-    live: bool = False
+    mode: FakeTensorMode | None = None
+    method: str = ""
     why: str = ""
     copies: dict[torch.dtype, ModelSource] = field(default_factory=dict)
 
@@ -67,17 +65,19 @@ class ModelSource:
         if isinstance(model, Called):
             bound = getattr(model.function, "__self__", None)
             if not isinstance(bound, nn.Module):
-                return cls(model, _hooked(model), None, live=True)
-            copied, mode = weightless(bound)
-            method = getattr(copied, str(getattr(model.function, "__name__", "forward")))
-            return cls(copied, method, mode)
+                return cls(model)
+            return cls(*weightless(bound), str(getattr(model.function, "__name__", "forward")))
         try:
-            copied, mode = weightless(model)
-            return cls(copied, _hooked(copied), mode)
+            return cls(*weightless(model))
         except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
             why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
-            why += ": captures trace the model itself, in its own dtype only"
-            return cls(model, _hooked(model), None, live=True, why=why)
+            return cls(model, why=f"{why}: captures trace the model itself, in its own dtype only")
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What a capture calls."""
+        named: Any = getattr(self.module, self.method or "forward")
+        return named if self.method else _hooked(self.module)
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
         """The source with its floating tensors in another dtype.
@@ -87,16 +87,14 @@ class ModelSource:
         """
         if dtype is None or dtype == base:
             return self
-        if self.live:
+        if self.mode is None:
             raise LoraFxError(
                 f"this model was captured as it is, in {base}, and cannot be traced in {dtype}",
                 "convert the original first, then capture it",
             )
         if dtype not in self.copies:
-            name = getattr(self.forward, "__name__", "forward")
-            copied, mode = weightless(self.module, dtype, self.mode)
-            forward = _hooked(copied) if name == "forward" else getattr(copied, name)
-            self.copies[dtype] = ModelSource(copied, forward, mode)
+            fake = weightless(self.module, dtype, self.mode)
+            self.copies[dtype] = ModelSource(*fake, self.method)
         return self.copies[dtype]
 
 
@@ -115,6 +113,8 @@ class Captured:
     adapter: Adapter | None = None
     quantised: nn.Module | None = None
     repeat = True
+    idle: frozenset[object] | None = None
+    _limits_known = False
     live = False  # True where the model itself trains, and the graph shows its targets
 
     def __init__(
@@ -159,10 +159,8 @@ class Captured:
         )
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
-        self.idle: frozenset[object] | None = None
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
-        self._limits_known = False
 
     def __repr__(self) -> str:
         """The model's class, and the signature with its dimensions."""
@@ -199,10 +197,8 @@ class Captured:
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
         self.allows(training, "update")
-        return self._over_tensors(self.traced(training, self.named), self.fx_graph(training).graph)
-
-    def _over_tensors(self, traced: Traced, graph: fx.Graph) -> fx.GraphModule:
-        tensors = self._tensors(traced)
+        tensors = self._tensors(self.traced(training, self.named))
+        graph = self.fx_graph(training).graph
         used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return fx.GraphModule({n: tensors[n] for n in used}, graph)
 
@@ -277,10 +273,9 @@ class Captured:
         From each one goes on outside each of its conditions and fixed sizes. Where a loop over the
         steps fixes a size, another one is fixed too, and not worth a place of its own.
         """
-        found: list[tuple[Named, Traced]] = []
-        found.append((self.named, self.traced(training, self.named, dtype)))
+        found: list[tuple[Named, Traced]] = [(self.named, self.traced(training, self.named, dtype))]
         for named, traced in found:
-            fixed = self._fixed(traced.door)
+            fixed = traced.door.fixed(self.requested)
             pins = [Condition(f"s0 == {n}", (("s0", *size),)) for size, n in fixed.items()]
             for condition in (*traced.door.conditions, *pins):
                 given = None if condition.demanded else self._beyond(condition, named, traced.door)
@@ -288,23 +283,17 @@ class Captured:
                     continue
                 with contextlib.suppress(LoraFxError):  # the model does not run there
                     other = self.traced(training, given, dtype)
-                    own = self._fixed(other.door).items() if condition in pins else ()
+                    own = other.door.fixed(self.requested).items() if condition in pins else ()
                     lone = any(n != 1 and fixed.get(size) != n for size, n in own)
                     if not lone and all(other is not t for _, t in found):
                         found.append((given, other))
         return found
 
-    def _fixed(self, door: Door) -> dict[Size, int]:
-        """What should be free and is not."""
-        sizes = dict(zip(door.names, door.sizes, strict=True))
-        wanted = [(name, d, sizes.get(name)) for name, dims in self.requested.items() for d in dims]
-        return {(name, d): n for name, d, of in wanted if of and (n := of[d]) is not None}
-
     def _beyond(self, condition: Condition, named: Named, door: Door) -> Named | None:
         """A call like `named` that breaks a condition of a door and no other, at size 1 at last."""
         tensors = {n: x for n, x in call.leaves_of(named) if isinstance(x, torch.Tensor)}
         rest = [c for c in door.conditions if c is not condition]
-        dims = trace.less(self.requested, self._fixed(door).keys() - condition.about)
+        dims = trace.less(self.requested, door.fixed(self.requested).keys() - condition.about)
         base: dict[str, int] = {}
         for name, symbols in dims.items():
             for d, symbol in symbols.items():
@@ -370,15 +359,10 @@ class Captured:
         if TAKEN in error.message:  # no program can hold that name, however it is captured
             raise error
         why = one_line(error.message, 200)
-        leaves = dict(call.leaves_of(named))
         with contextlib.suppress(CaptureError):
             traced = self._trace(source, training, named, {})
-            traced.pinned = [
-                Pinned(n, d, int(leaves[n].shape[d]), why)
-                for n, dims in self.requested.items()
-                for d in dims
-                if isinstance(leaves.get(n), torch.Tensor)
-            ]
+            fixed = traced.door.fixed(self.requested)
+            traced.pinned = [Pinned(*at, size, why) for at, size in fixed.items()]
             return traced
         if source is not self.source or not self._has_values():
             raise error
@@ -416,9 +400,7 @@ class Captured:
         """Whether a graph with copies of blocks gives the model's numbers."""
         layers = trace.EveryLayer([]) if training else contextlib.nullcontext()
         with alike(self.model, training=training), layers:
-            same = self._runs_as(
-                traced, pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
-            )
+            same = self._runs_as(traced, copied(named))
         if not same:
             self.repeat = False
             self.notes.append("blocks that look alike are not: each was traced by itself")
@@ -511,10 +493,14 @@ class Captured:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         """Copy without the code and graphs, which are shared; later traces stay the copy's own."""
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        new = copy.copy(self)
         new.tracings = {k: list(v) for k, v in self.tracings.items()}
         return new
+
+
+def copied(named: Named) -> dict[str, Any]:
+    """The arguments with a copy of every tensor."""
+    return dict(pytree.tree_map_only(torch.Tensor, torch.clone, dict(named)))
 
 
 def _times(factor: float, x: torch.Tensor) -> torch.Tensor:

@@ -252,15 +252,9 @@ def _of_torchao(path: str, weight: Any) -> tuple[str, Quantised]:
         return "torchao nf4", nf4(name, tuple(weight.shape), *arrays)
     if not hasattr(weight, "qdata"):
         raise LoraFxError(f"{name}: torchao's {kind} is not read", "its weight-only classes are")
-    zero = getattr(weight, "zero_point", None)
-    q = affine(
-        name,
-        to_numpy(weight.qdata),
-        to_numpy(weight.scale),
-        None if zero is None else to_numpy(zero),
-        tuple(weight.block_size or ()),
-    )
-    return f"torchao {kind}", q
+    data, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
+    given = to_numpy(data), to_numpy(scale), None if zero is None else to_numpy(zero)
+    return f"torchao {kind}", affine(name, *given, tuple(weight.block_size or ()))
 
 
 # The arrays of torchao's tensor classes (0.18).

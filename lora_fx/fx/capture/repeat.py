@@ -327,15 +327,11 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
     def shape(t: torch.Tensor | None) -> object:
         return t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
 
-    return tuple(
-        (
-            path,
-            type(m),
-            m.training,
-            *((n, shape(t)) for n, t in (*m._parameters.items(), *m._buffers.items())),
-        )
-        for path, m in modules.items()
-    )
+    parts: list[object] = []
+    for path, m in modules.items():
+        tensors = (*m._parameters.items(), *m._buffers.items())
+        parts += [path, type(m), m.training, *((n, shape(t)) for n, t in tensors)]
+    return tuple(parts)
 
 
 def _differing(a: Held, b: Held) -> set[tuple[str, str]]:

@@ -38,7 +38,6 @@ from lora_fx.fx.capture.call import (
 )
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog, constants_of, learn
 from lora_fx.fx.capture.repeat import Repeats, write_out
-from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
@@ -89,8 +88,7 @@ class Traced:
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
         """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
         graph = FxGraph(self.graph, root, training=training, bodies=self.bodies).clone()
-        if any(HELD in m.__dict__ for m in root.modules()):
-            graph.read_codes()
+        graph.read_codes()
         graph.share(self.analyses)
         return graph
 
@@ -138,8 +136,7 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
-    repeats = Repeats(entry.source) if repeat else None
-    if repeats is not None and repeats.families:
+    if repeat and (repeats := Repeats(entry.source())).families:
         # an error is the model's, and comes again, or comes of the watching
         with contextlib.suppress(Exception), repeats.watching():
             traced = _trace(entry, named, requested)
@@ -160,7 +157,8 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     named = pytree.tree_unflatten(apart(large), spec)
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
-    with log.listening(), _watched(entry.source) as seen, _modes_read(entry.source) as read:
+    model = entry.source()
+    with log.listening(), _watched(model) as seen, _modes_read(model) as read:
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
@@ -221,7 +219,7 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
         made[:] = [out_spec]
         return flat
 
-    source = entry.source
+    source = entry.source()
     with quiet(), torch.no_grad(), _scopes(source), _watched(source) as seen:
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
@@ -395,6 +393,7 @@ class RootModule(OverTree):
         forward: What is called.
 
     Attributes:
+        source: Gives the model.
         left_out: Gives the names of the outputs of the last run that are no tensors.
     """
 
@@ -408,13 +407,8 @@ class RootModule(OverTree):
 
         # Functions, since torch.export puts back what lists and tuples of a module held.
         self._call: Callable[[dict[str, Any]], Any] = call
-        self._source: Callable[[], nn.Module] = lambda: source
+        self.source: Callable[[], nn.Module] = lambda: source
         self.left_out: Callable[[], list[str]] = lambda: left_out
-
-    @property
-    def source(self) -> nn.Module:
-        """The model."""
-        return self._source()
 
     def forward(self, named: dict[str, Any]) -> Any:
         """Call the user's forward with its arguments by name."""
@@ -492,15 +486,14 @@ def clean_module(
         None if s is None else tuple(n if isinstance(n, int) else None for n in s)
         for s in learnt.sizes
     )
-    pinned = []
-    for i, (name, s) in enumerate(zip(names, fixed, strict=True)):
-        for d in requested.get(name, {}):
-            if s is not None and d < len(s) and (n := s[d]) is not None:
-                pinned.append(Pinned(name, d, n, learnt.fixed.get((i, d), UNKNOWN)))
+    door = Door(tuple(names), fixed, tuple(learnt.conditions))
+    pinned = [
+        Pinned(n, d, size, learnt.fixed.get((names.index(n), d), UNKNOWN))
+        for (n, d), size in door.fixed(requested).items()
+    ]
     constants, bodies = _constants(module, graph)
     cuts = constants_of(graph)
     _finish(graph)
-    door = Door(tuple(names), fixed, tuple(learnt.conditions))
     out_spec = program.call_spec.out_spec
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
 

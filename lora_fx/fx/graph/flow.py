@@ -114,7 +114,7 @@ def weight_flow(
     flow = FxFlow()
     for node, weight in (given or {}).items():
         flow.weights[node], flow.behind[node] = weight, weight.behind
-    changed = written(graph)
+    changed = Writes(graph).ever()
     for node in graph.nodes:
         if node.op == "get_attr":
             name = names.get(str(node.target))
@@ -164,18 +164,14 @@ def _call(flow: FxFlow, node: fx.Node) -> None:
             flow.constants.add(node)
         return
     source = flow.weights.get(found[0])
-    if is_marked(node) and node.target is aten.add.Tensor:
-        if source is not None:  # W + ΔW of the weight form: the weight is what it adds to
-            flow.weights[node], flow.behind[node] = source, source.behind
-        return
-    if is_marked(node) and "val" not in node.meta:
+    # W + ΔW of the weight form: the weight is what it adds to
+    total = is_marked(node) and node.target is aten.add.Tensor
+    if is_marked(node) and not total and "val" not in node.meta:
         return  # a step on the way to ΔW; the copy of a chain behind it has its value's shape
-    if source is not None:
-        seen = _view(node, found[0], source)
-        if seen is not None:
-            flow.weights[node], flow.behind[node] = seen, seen.behind
-            return
-    if not all(flow.fixed(i) for i in inputs):
+    seen = source if total or source is None else _view(node, found[0], source)
+    if seen is not None:
+        flow.weights[node], flow.behind[node] = seen, seen.behind
+    if seen is not None or total or not all(flow.fixed(i) for i in inputs):
         return
     behind = tuple(sorted({n for i in found for n in flow.behind[i]}))
     constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
@@ -230,14 +226,9 @@ class Writes:
         return any(self.order[start] < i < last and own & s for i, s in self.writes)
 
     def ever(self) -> set[fx.Node]:
-        """Values whose storage is written to by some op of the graph."""
+        """Values that some op changes in place, and all that lies in the same storage."""
         changed = frozenset().union(*(s for _, s in self.writes))
         return {n for n, s in self.storage.items() if s & changed} if changed else set()
-
-
-def written(graph: fx.Graph) -> set[fx.Node]:
-    """Values that an op changes in place, and all that lies in the same storage."""
-    return Writes(graph).ever()
 
 
 def aliased_by(node: fx.Node) -> list[fx.Node]:
@@ -317,13 +308,11 @@ def _cast(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
 def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     axis = int(argument(node, "dim", 0)) % len(shape)
-    n, out = shape[axis], _static(shape_of(node))
-    start, step = argument(node, "start"), argument(node, "step", 1)
-    start = 0 if start is None else start
-    if out is None or step != 1 or not isinstance(start, int):
+    out, start, step = _static(shape_of(node)), argument(node, "start"), argument(node, "step", 1)
+    if out is None or step != 1 or not isinstance(start, int | None):
         return None
-    start = min(max(start + n if start < 0 else start, 0), n)
-    return [Slice(axis, start, start + out[axis])]
+    first = slice(start, None).indices(shape[axis])[0]
+    return [Slice(axis, first, first + out[axis])]
 
 
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:

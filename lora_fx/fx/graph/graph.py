@@ -27,7 +27,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
-from lora_fx.fx.graph.sites import Bodies, FxWeightUse, data_flops, other_readers, slots, uses
+from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
@@ -86,12 +86,12 @@ class FxGraph(Analysed):
         A computed weight follows the parameter that its computation starts from.
         """
         computed: dict[str, dict[str, Parameter]] = {}
-        for site, found in self._uses():
-            if not found.weight.name:
-                name, made = site.parameter, value(found.weight.root)
+        for site, _, weight in self._uses():
+            if not weight.name:
+                name, made = site.parameter, value(weight.root)
                 aliases = tuple(filter(None, [name.rpartition("~")[0]]))
                 new = Parameter(name, tuple(made.shape), dtype_name(made.dtype), aliases)
-                computed.setdefault(found.weight.behind[0], {}).setdefault(name, new)
+                computed.setdefault(weight.behind[0], {}).setdefault(name, new)
         result = []
         for name, others in self._aliases.items():
             q = self.held.get(name)
@@ -103,24 +103,16 @@ class FxGraph(Analysed):
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
-        return [site for site, _ in self._uses()]
+        return [site for site, _, _ in self._uses()]
 
     def other_readers(self) -> Sequence[OtherReader]:
         """What reads a parameter beside its sites."""
-        return other_readers(self.graph, self.flow(), [f for _, f in self._uses()], self.bodies)
+        return other_readers(self.graph, self.flow(), self._uses(), self.bodies)
 
     def data_flops(self) -> int:
         """FLOPs of the matmuls that no weight takes part in."""
-        taken = {found.node for _, found in self._uses()}
-        total = 0
-        for node in self.graph.nodes:
-            if node in taken or is_marked(node) or node.op != "call_function":
-                continue
-            row = ops.row_of(node)
-            product = row is not None and not row.op.startswith("embedding")
-            if product or node.target in ops.DATA_OPS:
-                total += data_flops(node)
-        return total
+        taken = {node for _, node, _ in self._uses()}
+        return sum(data_flops(n) for n in self.graph.nodes if n not in taken and not is_marked(n))
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites that carry a branch, read from the marks of its nodes."""
@@ -128,12 +120,10 @@ class FxGraph(Analysed):
 
     def read(self, name: str) -> Array:
         """A stored parameter as an array; a computed weight is computed."""
-        for site, found in self._uses() if name not in self._aliases else ():
+        for site, _, weight in self._uses() if name not in self._aliases else ():
             if site.parameter == name:
-                return to_numpy(evaluate(self.root, self.flow(), found.weight.root))
-        if (held := self.held.get(name)) is not None:
-            return to_numpy(codes.whole(self.root, name, held, held.dtype))
-        return to_numpy(parameter_of(self.root, name))
+                return to_numpy(evaluate(self.root, self.flow(), weight.root))
+        return to_numpy(codes.numbers(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""
@@ -144,7 +134,7 @@ class FxGraph(Analysed):
         """Which nodes depend on parameters and constants only."""
         return self.kept("flow", lambda: weight_flow(self.graph, self.root, self._names))
 
-    def _uses(self) -> Sequence[tuple[Site, FxWeightUse]]:
+    def _uses(self) -> Sequence[FxUse]:
         return self.kept("uses", lambda: tuple(uses(self.graph, self.flow(), self.bodies)))
 
     # --- rewriting -------------------------------------------------------------------------------
@@ -184,10 +174,8 @@ class FxGraph(Analysed):
             self._writes = Writes(self.graph)
         if x not in self._writes.order or not self._writes.between(x, node):
             return x
-        with self.graph.inserting_before(node):
-            copy = self.graph.call_function(aten.clone.default, (x,))
-        copy.meta = {k: v for k, v in x.meta.items() if k in ("val", "nn_module_stack")}
-        mark(copy, site.id)
+        copy = make_marked(node, x, site.id, aten.clone.default, (x,))
+        copy.meta["val"] = value(x)
         return copy
 
     def weight(self, site: Site) -> fx.Node:

@@ -101,22 +101,23 @@ def _einsum(node: Node) -> Iterator[FxOperand]:
     if not isinstance(operands, (tuple, list)):
         return
     terms = letters(equation, [len(shape_of(o) or ()) for o in operands])
-    for i in range(len(operands)):
-        kind, why = contraction(terms, i)
-        other = next((j for j in range(len(operands)) if j != i), i)
-        yield FxOperand((1, i), (1, other), kind, {}, why)
+    yield from _contracted(node, terms, [(1, i) for i in range(len(operands))])
+
+
+def _addbmm(node: Node) -> Iterator[FxOperand]:
+    return _contracted(node, ["bni", "bio", "no"], [(1,), (2,)])
 
 
 def _inner(node: Node) -> Iterator[FxOperand]:
     m, n = (len(shape_of(o) or ()) for o in node.args)
     if m and n:
-        yield from _pair(node, _dotted(m, n, [-1], [-1]), 0)
+        yield from _contracted(node, _dotted(m, n, [-1], [-1]), [(0,), (1,)])
 
 
 def _tensordot(node: Node) -> Iterator[FxOperand]:
     m, n = (len(shape_of(o) or ()) for o in node.args[:2])
     dims = argument(node, "dims_self"), argument(node, "dims_other")
-    yield from _pair(node, _dotted(m, n, *dims), 0)
+    yield from _contracted(node, _dotted(m, n, *dims), [(0,), (1,)])
 
 
 def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[str]:
@@ -127,12 +128,12 @@ def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[s
     return ["".join(a), "".join(b), "".join(c for c in a + b if not (c in a and c in b))]
 
 
-def _pair(node: Node, terms: list[str], at: int) -> Iterator[FxOperand]:
-    """Two operands from `at` on, either of which may be the weight."""
-    gain = float(argument(node, "alpha", 1))
-    for i in (0, 1):
+def _contracted(node: Node, terms: list[str], paths: Sequence[Path]) -> Iterator[FxOperand]:
+    """The operands of a contraction, each of which may be the weight."""
+    for i, path in enumerate(paths):
         kind, why = contraction(terms, i)
-        yield FxOperand((at + i,), (at + 1 - i,), kind, {}, why, gain=gain)
+        other = next((p for p in paths if p != path), path)
+        yield FxOperand(path, other, kind, {}, why, gain=float(argument(node, "alpha", 1)))
 
 
 def _conv(node: Node) -> Iterator[FxOperand]:
@@ -193,7 +194,7 @@ def _table() -> dict[object, FxOp]:
         aten.addmm.default: FxOp("addmm", _addmm, bias=0),
         aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
         aten.addmv.default: FxOp("addmv", _addmm, bias=0),
-        aten.addbmm.default: FxOp("addbmm", lambda n: _pair(n, ["bni", "bio", "no"], 1), bias=0),
+        aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
         aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),
         aten.tensordot.default: FxOp("tensordot", _tensordot),
@@ -227,7 +228,5 @@ def row_of(node: Node) -> FxOp | None:
     """The row of a node's op; None where the table has none."""
     if node.op != "call_function":
         return None
-    row = OPS.get(node.target)
-    if row is None and (schema := getattr(node.target, "_schema", None)) is not None:
-        row = BY_NAME.get(schema.name)
-    return row
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return OPS.get(node.target) or BY_NAME.get(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from math import isqrt
 from typing import Any
@@ -38,44 +38,33 @@ Bodies = Mapping[str, fx.GraphModule]
 """What higher-order ops call, by the name that a graph reads."""
 
 
-@dataclass(frozen=True)
-class FxWeightUse:
-    """One use of a weight: the node, what the op table says of the operand, and the weight."""
-
-    node: fx.Node
-    use: ops.FxOperand
-    weight: FxWeight
+FxUse = tuple[Site, fx.Node, FxWeight]
+"""One use of a weight: the site, its node, and the weight as the flow has it."""
 
 
-def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[tuple[Site, FxWeightUse]]:
-    """Every use as (site, what it was found by), in execution order.
-
-    Marked nodes are left out: they belong to branches.
-    """
+def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[FxUse]:
+    """Every use, in execution order. Marked nodes are left out: they belong to branches."""
     namer = Namer()
     for node in graph.nodes:
         if node.op != "call_function" or is_marked(node):
             continue
         row = ops.row_of(node)
         given = body_uses(node, flow.weights, bodies) if row is None else row.uses(node)
-        found = [
-            FxWeightUse(node, u, w)
-            for u in given
-            if (w := flow.weights.get(ops.pick(node, u.weight))) is not None
-        ]
+        found = [(u, w) for u in given if (w := flow.weights.get(ops.pick(node, u.weight)))]
         if row is not None and not row.many and len(found) > 1:
-            own = [f for f in found if f.weight.name]
-            # of two weights neither is an activation
-            both = replace(found[0].weight, edited=f"{op_name(node)} with another weight")
-            found = own if len(own) == 1 else [replace(found[0], weight=both)]
+            own = [(use, weight) for use, weight in found if weight.name]
+            use, weight = found[0]  # of two weights neither is an activation
+            both = replace(weight, edited=f"{op_name(node)} with another weight")
+            found = own if len(own) == 1 else [(use, both)]
         if node in flow.behind and row is not None:
             continue  # a constant times a parameter: a computed weight, read later on
-        for f in found:
-            yield _site(f, row, namer), f
+        for use, weight in found:
+            yield _site(node, use, weight, row, namer), node, weight
 
 
-def _site(found: FxWeightUse, row: ops.FxOp | None, namer: Namer) -> Site:
-    node, use, weight = found.node, found.use, found.weight
+def _site(
+    node: fx.Node, use: ops.FxOperand, weight: FxWeight, row: ops.FxOp | None, namer: Namer
+) -> Site:
     scope, cls = scope_of(node)
     refusal = use.refusal
     if weight.edited:
@@ -161,10 +150,10 @@ def _inside(
     start = FxWeight("w", View(), shape, places[i], ("w",))
     inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
     flow = weight_flow(body.graph, None, {}, {places[i]: start})
-    for site, found in uses(body.graph, flow, inner):
+    for site, _, _ in uses(body.graph, flow, inner):
         if not site.refusal:
             axes = site.kind.axes(site.operand)
-            yield replace(axes, steps=found.weight.view.steps + axes.steps), site.flops
+            yield replace(axes, steps=site.view.steps + axes.steps), site.flops
 
 
 # What reads a weight and is no site: an index, a norm, a sum, the model's output.
@@ -184,14 +173,10 @@ def slots(node: fx.Node, operand: fx.Node) -> list[ops.Path]:
 
 
 def other_readers(
-    graph: fx.Graph, flow: FxFlow, found: Sequence[FxWeightUse], bodies: Bodies
+    graph: fx.Graph, flow: FxFlow, found: Iterable[FxUse], bodies: Bodies
 ) -> list[OtherReader]:
     """Every read of a parameter, or of a view of it, that is neither a view nor a site."""
-    taken = {
-        (f.node, f.use.weight)
-        for f in found
-        if not f.weight.edited and (not f.use.refusal or f.use.allowed)
-    }
+    taken = {(node, site.slot) for site, node, _ in found if not site.refusal or site.allowed}
     result, live = list[OtherReader](), set[fx.Node]()
     for node in reversed(graph.nodes):
         if node.op != "output" and not (node.is_impure() or any(u in live for u in node.users)):
@@ -220,8 +205,7 @@ def _in_bodies(bodies: Sequence[fx.GraphModule], i: int, w: FxWeight) -> Iterato
         place = [n for n in body.graph.nodes if n.op == "placeholder"][i]
         flow = weight_flow(body.graph, None, {}, {place: replace(w, root=place)})
         inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
-        found = [f for _, f in uses(body.graph, flow, inner)]
-        yield from other_readers(body.graph, flow, found, inner)
+        yield from other_readers(body.graph, flow, uses(body.graph, flow, inner), inner)
 
 
 Part = tuple[str, int, int]
@@ -231,7 +215,6 @@ Step = tuple[fx.Node, fx.Node]
 
 CUTS = SPLITS | aten_ops("slice.Tensor select.int narrow")
 GATES = aten_ops("silu gelu relu sigmoid tanh")
-ATTENTION = {aten.scaled_dot_product_attention.default}
 LIMIT = 8
 """More parts than this are heads, or steps of a loop, and have no roles."""
 LARGEST = 1 << 22
@@ -335,7 +318,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
     queue, seen = list(steps), set[fx.Node]()
     while queue and len(seen) < FAR:
         node, source = queue.pop(0)
-        if node.target in ATTENTION or (node.target in DATA_PRODUCTS and _is_data(node)):
+        if node.target in ops.DATA_OPS or (node.target in DATA_PRODUCTS and _is_data(node)):
             first = node.target is aten.baddbmm.default
             yield from ((node, path[-1] - first) for path in slots(node, source))
         elif node not in seen and ops.row_of(node) is None and node.op == "call_function":
@@ -345,7 +328,7 @@ def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
 
 def _in_attention(node: fx.Node, operand: int) -> str:
     """What a product uses an operand for: softmax(q kᵀ) v, in any order of the factors."""
-    if node.target in ATTENTION:
+    if node.target in ops.DATA_OPS:
         return "qkv"[operand] if operand in (0, 1, 2) else ""
     factors = _factors(node)
     if len(factors) != 2 or operand not in (0, 1):
@@ -433,11 +416,12 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
 
 
 def data_flops(node: fx.Node) -> int:
-    """FLOPs of one product of activations; an einsum multiplies along every letter."""
-    y = shape_of(node)
-    if y is None:
+    """FLOPs of one product of activations, 0 for anything else; an einsum has every letter's."""
+    y, row = shape_of(node), ops.row_of(node)
+    product = row is not None and not row.op.startswith("embedding")
+    if y is None or not (product or node.target in ops.DATA_OPS):
         return 0
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in ops.DATA_OPS:
         q, k, v = (shape_of(a) or () for a in node.args[:3])
         return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
     if node.target is aten.einsum.default:
@@ -447,7 +431,6 @@ def data_flops(node: fx.Node) -> int:
         return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
     if op_name(node).startswith("conv"):
         return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
-    row = ops.row_of(node)
     at = 1 if row is not None and row.bias == 0 else 0
     first, second = (shape_of(a) or () for a in node.args[at : at + 2])
     if op_name(node) in ("addbmm", "inner", "tensordot"):  # no axis of a stack in the result

@@ -461,16 +461,18 @@ def examples(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in result.items()}
 
 
-def _subconfigs(config: PreTrainedConfig | None) -> list[PreTrainedConfig]:
-    values = vars(config).values() if hasattr(config, "__dict__") else ()
-    return [v for v in values if hasattr(v, "model_type") and not isinstance(v, Mapping)]
+def _configs(config: PreTrainedConfig | None) -> Iterator[PreTrainedConfig | None]:
+    """A config, and after it its sub-configs, each before its own."""
+    yield config
+    for value in vars(config).values() if hasattr(config, "__dict__") else ():
+        if hasattr(value, "model_type") and not isinstance(value, Mapping):
+            yield from _configs(value)
 
 
 def _find(config: PreTrainedConfig | None, name: str) -> Any:
     """A field of a config, else of the first of its sub-configs that has it."""
-    value = getattr(config, name, None)
-    inner = (_find(c, name) for c in _subconfigs(config))
-    return value if value is not None else next((v for v in inner if v is not None), None)
+    values = (getattr(c, name, None) for c in _configs(config))
+    return next((v for v in values if v is not None), None)
 
 
 def _vocabulary(module: PreTrainedModel) -> int:
@@ -482,16 +484,14 @@ def _vocabulary(module: PreTrainedModel) -> int:
 
 def _ids(config: PreTrainedConfig, rows: int, seed: int) -> torch.Tensor:
     """[2, 5] ids below `rows`, none of them special where others are left."""
-    special = {v for k, v in _fields(config) if k.endswith(("_token_id", "_token_index"))}
+    fields = (pair for c in _configs(config) for pair in vars(c).items())
+    special = {
+        v for k, v in fields if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)
+    }
     special |= {0, 1, 2, 3}  # of the many configs that do not list theirs
     usable = torch.tensor([i for i in range(min(rows, 1000)) if i not in special] or [0])
     generator = torch.Generator().manual_seed(seed)
     return usable[torch.randint(0, len(usable), (BATCH, LENGTH), generator=generator)]
-
-
-def _fields(config: PreTrainedConfig) -> list[tuple[str, object]]:
-    mine = [(k, v) for k, v in vars(config).items() if isinstance(v, int)]
-    return mine + [pair for c in _subconfigs(config) for pair in _fields(c)]
 
 
 def _needs_image(config: PreTrainedConfig) -> bool:

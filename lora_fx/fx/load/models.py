@@ -355,7 +355,9 @@ def _found(spec: str) -> Iterator[Any]:
     path = Path(where).absolute()
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", near_path(where))
-    with _importable(path.parent if is_file else Path.cwd()):
+    folder = str(path.parent if is_file else Path.cwd())
+    sys.path.insert(0, folder)  # as python itself does
+    try:
         found: object = _run(
             where, lambda: _from_file(path) if is_file else importlib.import_module(where)
         )
@@ -367,6 +369,9 @@ def _found(spec: str) -> Iterator[Any]:
                 )
             found = getattr(found, part)
         yield found
+    finally:
+        with contextlib.suppress(ValueError):  # the user's code may have removed it
+            sys.path.remove(folder)
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -412,17 +417,6 @@ def _line_of(error: BaseException) -> str:
         if not path.startswith(("<", ours, stdlib)) and "site-packages" not in path:
             inner = f"{path}:{line}"
     return inner
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """`folder` on sys.path while the user's code is imported and called, as python itself does."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the user's code may have removed it
-            sys.path.remove(str(folder))
 
 
 def _unpack(spec: str, result: object) -> Result:

@@ -31,12 +31,11 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import stored_of
-from lora_fx.fx.codes import whole as whole_weight
+from lora_fx.fx.codes import numbers
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.module import CapturedModule, Rewriter, decide_doubts
+from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups, decide_doubts
 from lora_fx.fx.tensors import (
-    device_of,
     from_numpy,
     is_sharded,
     named_tensors,
@@ -51,13 +50,11 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
-from lora_fx.text import Json, html, human, short
+from lora_fx.text import Json, by_key, html, human, short
 
 Updates = Mapping[str, LowRank]
 """Low-rank updates by key."""
 Inserter = Callable[[Updates, bool], Rewriter]
-Speedups = Callable[[Sequence[str]], list[Rewriter]]
-"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 DEFAULT = "default"
@@ -98,11 +95,8 @@ class AdaptedModule(CapturedModule):
         self._graph(False, captured.named)  # registers the adapter's tensors
         self._sampled.now(self._updates, self)  # while tensors are whole
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._inserter(self._updates, training)]
-
-    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
-        return self._fast(blocks) if training and self._fast is not None else []
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        self._inserter(self._updates, training)(graph)
 
     def inserting(self, inserter: Inserter) -> contextlib.AbstractContextManager[None]:
         """A block in which other passes make the branches, in programs of their own."""
@@ -128,10 +122,8 @@ class AdaptedModule(CapturedModule):
         for key, held in self.tensors().items():
             by_field = variant_of(self._updates[key]).rates(lr)
             rates |= {id(p): by_field.get(field, lr) for field, p in held.items()}
-        groups: dict[float, list[nn.Parameter]] = {}
-        for p in self.parameters():
-            if p.requires_grad:
-                groups.setdefault(rates.get(id(p), lr), []).append(p)
+        trained = (p for p in self.parameters() if p.requires_grad)
+        groups = by_key((rates.get(id(p), lr), p) for p in trained)
         return [
             {"params": params, "lr": rate, "weight_decay": weight_decay}
             for rate, params in groups.items()
@@ -261,14 +253,10 @@ class AdaptedModule(CapturedModule):
                 for slot in slots_of(key, update):
                     m, leaf = owner(self, slot.name)
                     del m._parameters[leaf]
-            device = device_of(self)
             self._updates = dict(bound.lowrank)  # the passes read it
             self._programs.compiled.clear()
             self._programs.codes.clear()
             self._graph(False, self._programs.captured.named)
-            for tensors in self.tensors().values():
-                for tensor in tensors.values():
-                    tensor.data = tensor.data.to(device)
         originals = dict(self.captured.model.named_parameters())
         put_whole(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
@@ -571,8 +559,7 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
         raise LoraFxError(
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
-    if (stored := stored_of(root, name)) is not None:  # the numbers that its codes stand for
-        tensor = whole_weight(root, name, stored, stored.dtype)
+    tensor = numbers(root, name)
     if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)

@@ -10,31 +10,20 @@ import contextlib
 import linecache
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import Door
+from lora_fx.fx.capture.capture import as_it_was
 from lora_fx.fx.graph.nodes import scopes_of
 from lora_fx.inputs import Named
 
 CALLS = ("call_function", "call_module")
 """What a node does that computes something."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One program: its id, the sizes it takes, and how its flat outputs are put together."""
-
-    id: str
-    door: Door
-    out_spec: pytree.TreeSpec
 
 
 def compile_program(
@@ -141,14 +130,8 @@ OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "ea
 @contextlib.contextmanager
 def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
     """What runs inside leaves the block's buffers alone: its norms have moved already."""
-    kept = [(b, b.clone()) for b in block.buffers()]
-    try:
-        with inner:
-            yield
-    finally:
-        with torch.no_grad():
-            for b, was in kept:
-                b.copy_(was)
+    with as_it_was(block, None), inner:
+        yield
 
 
 def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:

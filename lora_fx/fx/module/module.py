@@ -25,16 +25,20 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype
-from lora_fx.fx.capture.trace import has_grouped, quiet
+from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype, copied
+from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
 from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.codegen import Compiled, Recomputing, apart, checkpointer, left_in
+from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
+Program = tuple[str, Traced]
+"""The name of its code, and what it was made from: the sizes that it takes, its outputs' tree."""
+Speedups = Callable[[Sequence[str]], list[Rewriter]]
+"""The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
 # The tree that holds a model's tensors, and the weightless copy that holds its code.
@@ -103,12 +107,7 @@ def skeleton(
         memo: id of an original → its counterpart; keeps ties and shared modules.
         own: ids of parameters that get a copy of their storage (they will be trained).
         root: The object to fill, for the top of the tree.
-
-    Raises:
-        LoraFxError: The top of the tree holds something under a name that `root` has a use for.
     """
-    if root is not None:
-        _check_free(module, type(root))
     if id(module) in memo:
         done: nn.Module = memo[id(module)]
         return done
@@ -157,7 +156,7 @@ class Programs:
 
     captured: Captured
     codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
-    compiled: dict[tuple[object, ...], list[Compiled]] = field(default_factory=dict)
+    compiled: dict[tuple[object, ...], list[Program]] = field(default_factory=dict)
     blocks: bool = True
     inlined: set[str] = field(default_factory=set)
 
@@ -170,6 +169,8 @@ class Programs:
 class CapturedModule(Recomputing, Scope):
     """A captured model as a module again: original names, signature and output type."""
 
+    _fast: Speedups | None = None
+
     def __init__(
         self,
         captured: Captured,
@@ -180,6 +181,7 @@ class CapturedModule(Recomputing, Scope):
         tree: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.__class__ = with_signature(type(self), captured)
         tree = captured.model if tree is None else tree
         self._programs = Programs(captured, blocks=blocks)
         self._norm_stats = norm_stats
@@ -191,6 +193,7 @@ class CapturedModule(Recomputing, Scope):
                 f"{coded[0]} is quantised, and cannot be trained whole",
                 "leave it out of also_train: a branch beside it trains",
             )
+        _check_free(tree, type(self))
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
         skeleton(tree, {}, ids, self)
         self._dtype = base_dtype(self) or captured.base_dtype
@@ -207,21 +210,16 @@ class CapturedModule(Recomputing, Scope):
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
         key = (self.training, self._dtype, self._adapted, *program_key(named, leaves))
-        for program in programs.compiled.get(key, ()):
-            if program.door.admits(leaves):
+        for ident, traced in programs.compiled.get(key, ()):  # noqa: B007 - it is used behind
+            if traced.door.admits(leaves):
                 break
         else:
-            program = self._capture(key, named)
-        out = programs.codes[program.id, ""](self, *leaves)
-        return pytree.tree_unflatten(list(out), program.out_spec)
+            ident, traced = self._capture(key, named)
+        out = programs.codes[ident, ""](self, *leaves)
+        return pytree.tree_unflatten(list(out), traced.out_spec)
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        """The passes that turn a captured graph into this module's program."""
-        return []
-
-    def _speedups(self, training: bool, blocks: Sequence[str]) -> list[Rewriter]:
-        """Passes that change what a program costs, not its numbers."""
-        return []
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        """Turn a captured graph into this module's program."""
 
     def graph(
         self, training: bool = False, *, portable: bool = False, named: Named | None = None
@@ -244,20 +242,21 @@ class CapturedModule(Recomputing, Scope):
         self._place_bodies(graph)
         if training and self._norm_stats == "frozen" and freeze_norms(graph.graph):
             graph.changed()
-        for rewrite in self._rewriters(training) if self._adapted else ():
-            rewrite(graph)
+        if self._adapted:
+            self._rewrite(graph, training)
         graph.lint()
         return graph
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _capture(self, key: tuple[object, ...], named: Named) -> Compiled:
+    def _capture(self, key: tuple[object, ...], named: Named) -> Program:
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
         traced.door.check(pytree.tree_leaves(named))
         graph = self._graph(self.training, named)
         blocks = self._blocks() if programs.blocks else {}
-        for speed in self._speedups(self.training, tuple(blocks)) if self._adapted else ():
+        fast = self._fast if self.training and self._adapted else None
+        for speed in fast(tuple(blocks)) if fast is not None else ():
             speed(graph)
         graph.lint()
         ident = f"program_{sum(map(len, programs.compiled.values()))}"
@@ -265,9 +264,8 @@ class CapturedModule(Recomputing, Scope):
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
-        program = Compiled(ident, traced.door, traced.out_spec)
-        programs.compiled.setdefault(key, []).append(program)
-        return program
+        programs.compiled.setdefault(key, []).append((ident, traced))
+        return ident, traced
 
     def _blocks(self) -> dict[str, Scope]:
         """Path → the parts that programs call."""
@@ -407,16 +405,11 @@ def by_output(out: Any) -> dict[str, Array]:
     return {output_name(n): to_numpy(v) for n, v in leaves if isinstance(v, torch.Tensor)}
 
 
-def copied(named: Named) -> dict[str, Any]:
-    """The arguments with a copy of every tensor."""
-    result: dict[str, Any] = pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
-    return result
-
-
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     """A subclass by the model's class name whose forward has the original signature."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original call."""
         return self._run(args, kwargs)
 
     inner, kinds = captured.signature.signature, inspect.Parameter
@@ -426,7 +419,6 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     # Trainer reads it to drop the columns of a data set that the model does not take
     signature = inner.replace(parameters=[me, *params])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.__doc__ = "The original call."
     names = {"forward": forward, **_face(captured.model)}
     return type(type(captured.model).__name__, (base,), names)
 
@@ -531,9 +523,8 @@ def freeze_norms(graph: fx.Graph) -> bool:
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
-        return False
-    place = node.args[0]
+    adds = node.target in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor)
+    place = node.args[0] if adds else None
     if not isinstance(place, fx.Node) or place.op != "get_attr":
         return False
     return str(place.target).endswith("num_batches_tracked")
@@ -546,10 +537,8 @@ class FoldedModule(CapturedModule):
     """A model with an adapter folded into its weights; eval mode only, no branches."""
 
     def __init__(
-        self, model: Captured | CapturedModule, rewriter: Rewriter, adapter: Adapter
+        self, captured: Captured, tree: nn.Module, rewriter: Rewriter, adapter: Adapter
     ) -> None:
-        tree = model if isinstance(model, CapturedModule) else None
-        captured = model.captured if isinstance(model, CapturedModule) else model
         super().__init__(captured, tree=tree)
         decide_doubts(self)
         self._rewriter = rewriter
@@ -560,8 +549,8 @@ class FoldedModule(CapturedModule):
             tensors.replace_parameter(self, old, new)
         self._graph(False, captured.named)
 
-    def _rewriters(self, training: bool) -> list[Rewriter]:
-        return [self._rewriter]
+    def _rewrite(self, graph: FxGraph, training: bool) -> None:
+        self._rewriter(graph)
 
     def train(self, mode: bool = True) -> FoldedModule:
         """A folded model has no train mode."""
@@ -573,6 +562,6 @@ class FoldedModule(CapturedModule):
 
 def plain(captured: Captured) -> CapturedModule:
     """The captured model as a module, with no adapter."""
-    module: CapturedModule = with_signature(CapturedModule, captured)(captured)
+    module = CapturedModule(captured)
     decide_doubts(module)
     return module

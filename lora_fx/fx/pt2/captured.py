@@ -21,7 +21,7 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, check_format, silenced
 from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
-from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
+from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.trace import Traced, clean_module, match_places
 from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
@@ -62,10 +62,7 @@ class FileCaptured(Captured):
             self._loaded = {n: program.load_program(archive, n) for n in archive.programs}
         self.path = path
         self.notes: list[str] = []
-        self.tracings: dict[tuple[object, ...], list[Traced]] = {}
-        self.idle, self.unproven = None, {}
-        self._traces: dict[str, Traced] = {}
-        self._limits_known = False
+        self.tracings, self.unproven = {}, {}
         try:
             self._read(manifest)
             if args or kwargs:  # an example of the caller's: a call that the programs take
@@ -122,20 +119,18 @@ class FileCaptured(Captured):
             for s in describe(self.named).specs
         )
         self.inputs: Inputs = Inputs(tuple(specs))
-        wanted = {k: dict(v) for k, v in default_dynamic(self.inputs).items()}
         free = self._free(said)
-        for name, open_dims in free.items():
-            wanted.setdefault(name, {}).update(open_dims)
-        wanted = merge_dynamic(self.inputs, wanted, dynamic, static)
+        wanted = merge_dynamic(self.inputs, default_dynamic(self.inputs), free)
+        self.requested = merge_dynamic(self.inputs, wanted, dynamic, static)
         for name, dims in merge_dynamic(self.inputs, {}, dynamic).items():
             for d in dims:
                 if d not in free.get(name, {}):
                     raise LoraFxError(
                         f"{self.path} fixes {name} dimension {d}", "export it as dynamic"
                     )
-        self.requested = wanted
-        self.inputs = self.inputs.with_dims(wanted)
-        self._banned = [(n, d) for n, d in manifest.get("not_one", [])]
+        self.inputs = self.inputs.with_dims(self.requested)
+        ones = manifest.get("not_one", [])  # as 0.1 wrote
+        self._not_one = [Condition("s0 != 1", (("s0", n, d),)) for n, d in ones]
         self._stored = {
             name: tuple(Condition.read(row) for row in rows)
             for name, rows in manifest.get("conditions", {}).items()
@@ -214,8 +209,8 @@ class FileCaptured(Captured):
             )
 
     def _trace_of(self, name: str) -> Traced:
-        if name in self._traces:
-            return self._traces[name]
+        if (name,) in self.tracings:
+            return self.tracings[name,][0]
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         program.strip_branches(module.graph)
@@ -223,15 +218,13 @@ class FileCaptured(Captured):
         match_places(module.graph, leaves)
         names = leaf_names(self.named)
         traced = clean_module(module, loaded.program, names, self.requested, GuardLog())
-        traced.pinned = [
-            replace(p, op="the export") if p.op == UNKNOWN else p for p in traced.pinned
-        ]
+        traced.pinned = [replace(p, op="the export") for p in traced.pinned]
         if self._own:
             # what a kernel asked of sizes while the file was written is no condition of the model
-            ones = [Condition("s0 != 1", (("s0", n, d),)) for n, d in self._banned]  # as 0.1 wrote
-            held = self._stored.get(name, (*traced.door.conditions, *ones))
+            held = self._stored.get(name, (*traced.door.conditions, *self._not_one))
             traced.door, traced.doubtful = replace(traced.door, conditions=held), []
-        self._traces[name] = traced
+        self._settle(traced)
+        self.tracings[name,] = [traced]
         return traced
 
     def plain(self) -> FileCaptured:

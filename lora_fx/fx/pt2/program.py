@@ -25,7 +25,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
 from lora_fx.fx.tensors import owner, to_numpy
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, by_key
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,12 @@ class LoadedProgram:
     Attributes:
         program: What torch made of the JSON.
         state: Parameters and buffers by name, those that state_dict leaves out included.
-        volatile: Names of the buffers that state_dict leaves out.
         named: {argument: example value}: tensors of the example's sizes, and constants.
-        classes: {module path: class name}, as far as nodes say.
     """
 
     program: ExportedProgram
     state: Mapping[str, torch.Tensor]
-    volatile: frozenset[str]
     named: JsonView
-    classes: Mapping[str, str]
 
 
 def load_program(archive: Archive, name: str) -> LoadedProgram:
@@ -61,8 +57,8 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
         serialized = _dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
         program = ExportedProgramDeserializer().deserialize(serialized, weights, constants)
         signature = program.graph_signature
-        volatile = frozenset(signature.non_persistent_buffers)
-        state = {**weights, **{n: constants[n] for n in constants if n in volatile}}
+        volatile = signature.non_persistent_buffers
+        state = {**weights, **{n: t for n, t in constants.items() if n in volatile}}
         outputs, spec = len(signature.user_outputs), program.call_spec.out_spec
         if spec.num_leaves != outputs:
             raise archive.bad(f"{member} has {outputs} outputs and a tree of {spec.num_leaves}")
@@ -76,10 +72,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
             f"{one_line(f'{type(e).__name__}: {last}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
-    # the first node that was made in a module says its class
-    scopes = [scopes_of(n) for n in reversed(program.graph.nodes)]
-    classes = {path: cls for found in scopes for path, cls in found.items()}
-    return LoadedProgram(program, state, volatile, named, classes)
+    return LoadedProgram(program, state, named)
 
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
@@ -121,7 +114,9 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
         programs: Their tensors are joined; one tensor under two names stays one.
         skip: Names to leave out (an adapter's).
     """
-    classes = {"": "Program", **{k: v for p in reversed(programs) for k, v in p.classes.items()}}
+    # the first node that was made in a module says its class
+    nodes = (n for loaded in reversed(programs) for n in reversed(loaded.program.graph.nodes))
+    classes = {"": "Program", **{path: cls for n in nodes for path, cls in scopes_of(n).items()}}
 
     def scope(path: str) -> nn.Module:
         name = classes.get(path, "")
@@ -130,6 +125,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
 
     root = scope("")
     for loaded in programs:
+        volatile = loaded.program.graph_signature.non_persistent_buffers
         for name, t in loaded.state.items():
             if name in skip:
                 continue
@@ -139,7 +135,7 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
             if isinstance(t, nn.Parameter):
                 module.register_parameter(leaf, t)
             else:
-                module.register_buffer(leaf, t, persistent=name not in loaded.volatile)
+                module.register_buffer(leaf, t, persistent=name not in volatile)
     for module in root.modules():
         digits = [n.isdigit() for n in module._modules]
         if type(module).__name__ == "Scope" and digits and all(digits):
@@ -251,11 +247,8 @@ def pick_programs(modes: Mapping[str, bool | None]) -> dict[bool, str]:
 
 def says(modals: Iterable[Modal]) -> str:
     """The operators by name and place, once each, for a message."""
-    groups: dict[str, list[str]] = {}
-    for m in modals:
-        groups.setdefault(m.op, []).append(m.where)
     parts = []
-    for op, places in groups.items():
+    for op, places in by_key((m.op, m.where) for m in modals).items():
         first = next((p for p in places if p), "")
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         parts.append(f"{op}{f' of {first}' if first else ''}{more}")
@@ -267,7 +260,6 @@ def says(modals: Iterable[Modal]) -> str:
 
 FORMAT = 2
 """That of a file with several programs of one mode, of which sizes choose; others have 1."""
-_KINDS = {k.name: k for k in inspect._ParameterKind}
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
@@ -280,7 +272,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
     modes = [training for training, _ in programs.values()]
     captured = module.captured
     inputs = captured.bounded_inputs()
-    made: Json = {
+    return {
         **stamp(FORMAT if len(modes) > len({*modes}) else 1),
         "programs": {name: "train" if m else "eval" for name, (m, _) in programs.items()},
         "class": type(module).__name__,
@@ -296,11 +288,8 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
             for name, (_, traced) in programs.items()
         },
         "norm_stats": module._norm_stats,
-        "adapter": None,
+        "adapter": _adapter(module) if isinstance(module, AdaptedModule) else None,
     }
-    if isinstance(module, AdaptedModule):
-        made["adapter"] = _adapter(module)
-    return made
 
 
 def _adapter(module: AdaptedModule) -> Json:
@@ -366,9 +355,9 @@ def _parameter(p: inspect.Parameter) -> Json:
 
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
-    empty = inspect.Parameter.empty
+    empty, kinds = inspect.Parameter.empty, inspect._ParameterKind
     parameters = [
-        inspect.Parameter(str(r["name"]), _KINDS[r["kind"]], default=r.get("default", empty))
+        inspect.Parameter(str(r["name"]), kinds[r["kind"]], default=r.get("default", empty))
         for r in rows
     ]
     return inspect.Signature(parameters)

@@ -46,10 +46,9 @@ def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Path
     with PT2ArchiveWriter(str(path)) as archive:
         store = _Store(archive)
         for name, (program, spec) in made.items():
-            weights = {**program.state_dict}
-            if name == NAMES[False]:  # tensors that no graph reads, and second names of others
-                weights = {**kept, **weights}
-            store.table("weights", "weight_", name, weights)
+            # tensors that no graph reads, and second names of others, stand beside one program
+            more = kept if name == NAMES[False] else {}
+            store.table("weights", "weight_", name, {**more, **program.state_dict})
             store.table("constants", "tensor_", name, program.constants)
             archive.write_bytes(f"models/{name}.json", _json(program, spec, module))
             archive.write_bytes(f"data/sample_inputs/{name}.pt", b"")

@@ -56,9 +56,7 @@ class AdapterCheckpoints:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _adapted(self, model: nn.Module | None = None) -> Any:
-        found = self.accelerator.unwrap_model(
-            self.model if model is None else model, keep_torch_compile=False
-        )
+        found = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         if not hasattr(found, "load_adapter") or not hasattr(found, "report"):
             raise LoraFxError(
                 f"a {type(found).__name__} holds no adapter of lora-fx",

@@ -82,11 +82,11 @@ def fit(
         )
     facts: Facts = {}
     if saving.folder or saving.resume or world.size > 1:
-        facts = state.facts_of(model, training, held_out, loss, s, steps, world.size)
+        facts = state.facts_of(model, training, held_out, loss, optimizer, world.size)
     if world.size > 1:
         world.same(state.digests(model, facts))
     trail = Trail()
-    run = _Run(s, steps, made, optimizer, world, saving, facts, held_out)
+    run = _Run(made, optimizer, world, saving, facts, held_out)
     if saving.resume:
         trail = state.load(saving.resume, optimizer, facts, world)
         trail.report.resumed = trail.step
@@ -113,8 +113,6 @@ def fit(
 class _Run:
     """The loop; what moves is in a Trail and in the model."""
 
-    settings: Settings
-    steps: int
     objective: Objective
     optimizer: Optimizer
     world: Processes
@@ -124,16 +122,16 @@ class _Run:
 
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the steps that are left."""
-        s, report = self.settings, trail.report
-        while trail.step < self.steps and report.stopped is None:
+        s, steps, report = self.optimizer.settings, self.optimizer.steps, trail.report
+        while trail.step < steps and report.stopped is None:
             batches = training.batches(s.batch_size, s.seed + trail.epoch)
             for batch in itertools.islice(batches, trail.at, None):
                 report.losses.append(self._take(batch, trail.step + 1))
                 trail.step, trail.at = trail.step + 1, trail.at + 1
                 if progress is not None:
-                    progress(trail.step, self.steps, report.losses[-1])
-                ends = trail.step == self.steps
-                due = trail.step * s.checks % self.steps < s.checks
+                    progress(trail.step, steps, report.losses[-1])
+                ends = trail.step == steps
+                due = trail.step * s.checks % steps < s.checks
                 if self.held_out is not None and (due or ends):
                     self._validate(self.held_out, trail)
                 ends = ends or report.stopped is not None
@@ -145,7 +143,7 @@ class _Run:
             trail.epoch, trail.at = trail.epoch + 1, 0
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
-        s, report, step = self.settings, trail.report, trail.step
+        s, report, step = self.optimizer.settings, trail.report, trail.step
         value = self.objective.mean(held_out, s.batch_size, self.world)
         report.validation[step] = value
         if not math.isfinite(value):
@@ -154,7 +152,7 @@ class _Run:
         if value < trail.best:
             trail.best, trail.kept, trail.waited = value, state.snapshot(self.optimizer), 0
             report.best_step = step
-        if trail.waited == s.patience and step < self.steps:
+        if trail.waited == s.patience and step < self.optimizer.steps:
             report.stopped = step
 
     def _take(self, batch: Table, step: int) -> float:
@@ -179,14 +177,14 @@ class _Run:
         self.world.add([p.grad for p in trained], trained)
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         check_step(model, value, float(norm), step)  # clipping would spread a nan
-        if self.settings.clip:
-            nn.utils.clip_grads_with_norm_(trained, self.settings.clip, norm)
+        if self.optimizer.settings.clip:
+            nn.utils.clip_grads_with_norm_(trained, self.optimizer.settings.clip, norm)
         self.optimizer.take(step)
         return value
 
     def _parts(self, batch: Table) -> Iterator[tuple[Table, float]]:
         """This process's parts of a batch and their shares of its loss; empty ones left out."""
-        parts = self.settings.accumulate
+        parts = self.optimizer.settings.accumulate
         count = self.world.size * parts
         whole = self.objective.weight(batch)
         if count == 1 or not whole:

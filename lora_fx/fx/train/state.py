@@ -79,7 +79,7 @@ class Optimizer:
         groups = model.parameter_groups(settings.lr, settings.weight_decay)
         self._inner = make(groups, lr=settings.lr, **given)
         self._peaks = [group["lr"] for group in self._inner.param_groups]
-        self._steps, self._settings = steps, settings
+        self.steps, self.settings = steps, settings
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -92,7 +92,7 @@ class Optimizer:
 
     def take(self, step: int) -> None:
         """Take a step, counted from 1, with the gradients as they are."""
-        share = factor(step - 1, self._steps, self._settings.warmup, self._settings.schedule)
+        share = factor(step - 1, self.steps, self.settings.warmup, self.settings.schedule)
         for group, peak in zip(self._inner.param_groups, self._peaks, strict=True):
             group["lr"] = peak * share
         self._inner.step()
@@ -302,7 +302,6 @@ class Trail:
         best: The lowest validation loss.
         kept: What is trained, as it was then; empty before the first validation.
         report: What the run has to say so far.
-        moved: What a state has moments of.
     """
 
     step: int = 0
@@ -312,7 +311,6 @@ class Trail:
     best: float = math.inf
     kept: dict[str, torch.Tensor] = field(default_factory=dict)
     report: TrainReport = field(default_factory=TrainReport)
-    moved: list[str] = field(default_factory=list)
 
 
 COUNTS = ("step", "epoch", "at", "waited")
@@ -400,7 +398,7 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     put_back(optimizer, {n: _like(f"now/{n}", p, tensors, where) for n, p in named.items()})
     if trail.kept:
         trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
-    for name in trail.moved:
+    for name in words["moments"]:
         of, like = f"adam/{name}/", optimizer.like(name)
         optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
     rng, size = _like(f"rng/{world.rank}", None, tensors, where), torch.get_rng_state().numel()
@@ -420,10 +418,9 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
     )
     if len(report.losses) != words["step"]:
         raise ValueError(f"{len(report.losses)} losses of {words['step']} steps")
-    trail = Trail(report=report, moved=list(words["moments"]))
-    for name in COUNTS:
-        setattr(trail, name, int(words[name]))
-    for name in trail.moved:
+    counts: dict[str, Any] = {name: int(words[name]) for name in COUNTS}
+    trail = Trail(**counts, report=report)
+    for name in words["moments"]:
         if name not in optimizer.named:
             raise KeyError(name)
     if words["best"] is not None:
@@ -523,8 +520,7 @@ def facts_of(
     training: Table | Buckets,
     validation: Table | None,
     loss: str | Loss,
-    settings: Settings,
-    steps: int,
+    optimizer: Optimizer,
     processes: int,
 ) -> Facts:
     """The facts of a run, before or after any step of it."""
@@ -546,8 +542,8 @@ def facts_of(
         },
         "data": {"training": _data(training), "validation": _data(validation)},
         "settings": {
-            **{k: v for k, v in asdict(settings).items() if k != "epochs"},
-            "steps": steps,
+            **{k: v for k, v in asdict(optimizer.settings).items() if k != "epochs"},
+            "steps": optimizer.steps,
             "loss": loss if isinstance(loss, str) else _function(loss),
             "device": device_of(model).type,
             "processes": processes,

@@ -26,7 +26,6 @@ from torch._decomp import decomposition_table
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,16 +34,18 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.tensors import patched
-from lora_fx.fx.to_onnx import flat_program, mend_squeeze
+from lora_fx.fx.tensors import named_tensors, patched
+from lora_fx.fx.to_onnx import flat_program, mend_squeeze, registry, translated
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
+from lora_fx.onnx.names import give_own_names
 
 aten = torch.ops.aten
 STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
@@ -206,29 +207,28 @@ def train_graph(
     return TrainGraph(module, flat, names + ["seed"] * seeded, traced, compute, bool(own), seeded)
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step as a program, the names of its inputs and outputs, and the tensors that stay."""
-
-    program: ExportedProgram
-    inputs: list[str]
-    outputs: list[str]
-    frozen: dict[str, Tensor]
-
-
 def step_of(
-    graph: TrainGraph, slots: Sequence[Slot], update: Update, labels: Callable[[Any], Tensor]
-) -> Step:
-    """Trace a step of a train graph whose scales are in B.
+    graph: TrainGraph,
+    slots: Sequence[Slot],
+    update: Update,
+    labels: Callable[[Any], Tensor],
+    opset: int,
+    *,
+    repeat: bool,
+) -> Any:
+    """Trace a step of a train graph whose scales are in B, as an onnx_ir.Model.
 
     Args:
         graph: The train program.
         slots: A and B of every update.
         update: The optimizer's part.
         labels: Makes the labels of these scores where the model does not take them; without values.
+        opset: The opset of the file.
+        repeat: As in `to_onnx`.
 
     Raises:
-        LoraFxError: A size that should be free is fixed by an operator's gradient.
+        LoraFxError: A size that should be free is fixed by an operator's gradient, or the exporter
+            cannot translate an operator.
     """
     flat, trained = graph.flat, [s for s in slots if s.trained]
     places = flat.graph.find_nodes(op="placeholder")
@@ -249,21 +249,13 @@ def step_of(
         numbers = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
         held = [torch.zeros(s.shape) for s in slots]
         states = STATES[update.optimizer]
-        kept = [torch.zeros(s.shape) for _ in states for s in trained]
+        kept = [[torch.zeros(s.shape) for s in trained] for _ in states]
+    leaves, tree = pytree.tree_flatten((given, batch, target, numbers, held, kept))
 
     def step(*leaves: Any) -> tuple[Any, ...]:
-        left = list(leaves)
-
-        def take(count: int) -> list[Tensor]:
-            taken, left[:] = left[:count], left[count:]
-            return taken
-
-        alone = dict(zip(frozen, take(len(frozen)), strict=True))
+        still, inputs, lab, (lr, count), matrices, moments = pytree.tree_unflatten(leaves, tree)
+        alone = dict(zip(frozen, still, strict=True))
         weights = {n: alone[of] for n, of in names.items() if of in alone}
-        inputs, lab = take(len(batch)), take(len(target))
-        lr, count = take(2)
-        matrices = take(len(slots))
-        moments = [take(len(trained)) for _ in states]
         with torch.enable_grad():
             learnt = {s.name: w.detach().requires_grad_(s.trained)
                       for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
@@ -276,7 +268,6 @@ def step_of(
                   for i, s in enumerate(trained)]  # fmt: skip
         return loss.detach(), *update(trained, before, gradients, lr, count)
 
-    leaves = [*given, *batch, *target, *numbers, *held, *kept]
     plain = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
     free = _sizes_kept(fakes, dict(zip(graph.names, batch, strict=True)), flat.graph)
     apart = sdpa_kernel(SDPBackend.MATH)
@@ -284,7 +275,7 @@ def step_of(
         made = make_fx(step, decomposition_table=_table())(*leaves)
         if any(written_by(n) for n in made.graph.nodes):
             # functionalize takes neither autograd nor what the exporter's table gives
-            written = make_fx(step, decomposition_table=_own())(*leaves)
+            written = make_fx(step, decomposition_table=OWN)(*leaves)
             made = make_fx(functionalize(written), decomposition_table=_table())(*leaves)
     for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
         mend_squeeze(made.graph, node)
@@ -298,14 +289,18 @@ def step_of(
     inputs = [*graph.names, *(["labels"] if target else []), "lr", "step"]
     inputs += [s.name for s in slots] + [s.name + e for e in each[1:] for s in trained]
     outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
-    return Step(signed(made.graph, nodes[len(given) :], frozen), inputs, outputs, frozen)
+    program = signed(made.graph, nodes[len(given) :], frozen)
+    model = translated(lambda: program, inputs, outputs, set(frozen), opset, repeat=repeat)
+    free_sizes = graph.traced.door.free(graph.module.captured.requested)
+    give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
+    return model
 
 
 class _Held(OverTensors):
     """A graph run on tensors by name, by ops that have a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(_differentiable().get(target, target), args, kwargs)
+        return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
 
 
 def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
@@ -354,41 +349,8 @@ UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.
 def _table() -> Table:
     from torch.onnx._internal.exporter import _decomp
 
-    from lora_fx.fx.to_onnx import registry
-
     known = set(_decomp.get_onnx_implemented_overloads(registry()))
-    return {**_decomp.create_onnx_friendly_decomposition_table(known), **_own()}
-
-
-def _own() -> Table:
-    return {
-        aten.nll_loss_forward.default: nll_loss,
-        aten.convolution_backward.default: convolution_backward,
-        aten.avg_pool2d_backward.default: average_backward,
-    }
-
-
-@functools.cache
-def _differentiable() -> Table:
-    """What comes apart before autograd sees it: its gradient is an operator that never does."""
-    known = decomposition_table
-    return {
-        aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
-        aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
-        **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
-        aten.adaptive_avg_pool2d.default: known[aten._adaptive_avg_pool2d.default],
-        aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
-        aten.max_pool3d.default: functools.partial(pooled, F.max_pool2d),
-        aten.grid_sampler.default: samples,
-        aten.cdist.default: distances,
-        aten.masked_scatter.default: scattered,
-        aten.unfold.default: windows,
-        aten.cumprod.default: products,
-        aten.prod.default: product,
-        aten.prod.dim_int: product,
-        aten.embedding_bag.default: bags,
-        aten.embedding_bag.padding_idx: bags,
-    }
+    return {**_decomp.create_onnx_friendly_decomposition_table(known), **OWN}
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
@@ -559,6 +521,32 @@ def average_backward(
     planes = share.reshape(-1, 1, *dy.shape[-2:])
     made: Tensor = aten.convolution(planes, ones, None, stride, padding, [1, 1], True, rest, 1)
     return made[..., : x.shape[-2], : x.shape[-1]].reshape(x.shape)
+
+
+OWN: Table = {
+    aten.nll_loss_forward.default: nll_loss,
+    aten.convolution_backward.default: convolution_backward,
+    aten.avg_pool2d_backward.default: average_backward,
+}
+"""What comes apart before the exporter sees it: it has no such operator, or a wrong one."""
+DIFFERENTIABLE: Table = {
+    aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
+    aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
+    **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
+    aten.adaptive_avg_pool2d.default: decomposition_table[aten._adaptive_avg_pool2d.default],
+    aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
+    aten.max_pool3d.default: functools.partial(pooled, F.max_pool2d),
+    aten.grid_sampler.default: samples,
+    aten.cdist.default: distances,
+    aten.masked_scatter.default: scattered,
+    aten.unfold.default: windows,
+    aten.cumprod.default: products,
+    aten.prod.default: product,
+    aten.prod.dim_int: product,
+    aten.embedding_bag.default: bags,
+    aten.embedding_bag.padding_idx: bags,
+}
+"""What comes apart before autograd sees it: its gradient is an operator that never does."""
 
 
 # Dropout by an input, seed: what is dropped depends on it, on the place and on which dropout it is,

@@ -7,6 +7,7 @@ the graphs around it, so one walk over all nodes follows both.
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import math
 import re
@@ -137,14 +138,11 @@ class OnnxFlow:
             if use is None and not ("float" in dtype or narrow(tensor)):
                 continue
             shape = (use.use.stored if use else ()) or tuple(tensor.shape.numpy())
-            alias = (str(value.name),) * _is_odd(value)
-            kept = use.codes if use else None
-            if kept is None:
-                result.append(Parameter(name, shape, dtype, alias))
-            else:
-                plain = QUANTISER.sub("", name)
-                alias += (plain,) * (plain not in self.stores)
-                result.append(Parameter(name, shape, dtype, alias, kept.format, kept.bits))
+            alias, kept = (str(value.name),) * _is_odd(value), use.codes if use else None
+            plain = QUANTISER.sub("", name)
+            alias += (plain,) * (kept is not None and plain not in self.stores)
+            form = (kept.format, kept.bits) if kept else ()
+            result.append(Parameter(name, shape, dtype, alias, *form))
         return result
 
 
@@ -223,7 +221,7 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
     known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
     floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
-    names = tuple(dict.fromkeys(n for w in floats for n in w.behind or (w.name,)))
+    names = _names(floats)
     if not names or node.op_type in NORMS:
         return False
     why = next((w.computed for w in floats if w.computed), "")
@@ -270,7 +268,7 @@ def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
         check_scales(node, 1, weight.shape, axis, block)
         codes = Codes(node.op_type, tensor.dtype.bitwidth)
-        behind = _stored(flow, (v for v in node.inputs if v is not None))
+        behind = _names(map(flow.weight_of, node.inputs))
         flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
         return True
     if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
@@ -310,10 +308,9 @@ def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
     return True
 
 
-def _stored(flow: OnnxFlow, values: Iterable[ir.Value]) -> tuple[str, ...]:
-    """The names of the stored tensors among values, or behind them."""
-    known = [w for v in values if (w := flow.weight_of(v))]
-    return tuple(dict.fromkeys(n for w in known for n in w.behind or (w.name,)))
+def _names(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
+    """The names of the stored tensors that values are, or that lie behind them."""
+    return tuple(dict.fromkeys(n for w in weights if w for n in w.behind or (w.name,)))
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
@@ -387,8 +384,8 @@ def _coded(
     if isinstance(use.kind, WeightForm):
         why = NO_PLACE.format(node.op_type)
     use = replace(use, refusal=use.refusal or why, allowed=use.allowed and not why)
-    others = (v for i, v in enumerate(node.inputs) if v is not None and i != use.x)
-    weight = replace(weight, behind=(*weight.behind, *_stored(flow, others)))
+    others = (flow.weight_of(v) for i, v in enumerate(node.inputs) if i != use.x)
+    weight = replace(weight, behind=(*weight.behind, *_names(others)))
     site = replace(_site(node, row, use, weight, y), no_fold=codes.no_fold)
     return OnnxWeightUse(site, node, use, row, y, codes, source)
 
@@ -444,13 +441,11 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """
     props = node.metadata_props
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, IndexError):
         scopes = ast.literal_eval(props.get("pkg.torch.onnx.name_scopes", "[]"))
         classes = ast.literal_eval(props.get("pkg.torch.onnx.class_hierarchy", "[]"))
         if len(scopes) > 1:
             return str(scopes[-2]), str(classes[-2]).rpartition(".")[2]
-    except (ValueError, SyntaxError, IndexError):
-        pass
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.strip("/").split("/")[:-1]), ""
     return "", ""
@@ -526,13 +521,21 @@ def constant(value: ir.Value | None) -> Array | None:
     return None if found is None else found.numpy()
 
 
-def numbers(node: ir.Node, name: str, slot: int) -> list[int] | None:
-    """The whole numbers that an op takes as an attribute, or as an operand in later opsets."""
+def numbers(
+    node: ir.Node, name: str, slot: int, absent: list[int] | None = None
+) -> list[int] | None:
+    """The whole numbers that an op takes as an attribute, or as an operand in later opsets.
+
+    None where they are not known, and `absent` where the node leaves them out.
+    """
     if name in node.attributes:
         found = node.attributes[name].value
         return [int(found)] if isinstance(found, int) else [int(n) for n in found]
-    value = constant(operand(node, slot))
-    return None if value is None else [int(n) for n in value.reshape(-1)]
+    given = operand(node, slot)
+    value = constant(given)
+    if value is None:
+        return absent if given is None else None
+    return [int(n) for n in value.reshape(-1)]
 
 
 def dtype_name(value: ir.Value | None) -> str:
@@ -549,10 +552,6 @@ def tensor_dtype(dtype: ir.DataType) -> str:
         return str(dtype.numpy().name)
     except (TypeError, KeyError):
         return dtype.name.lower()
-
-
-def _same(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    return []
 
 
 def _transpose(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
@@ -580,11 +579,10 @@ def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _squeeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axes = numbers(node, "axes", 1)
-    if axes is None and operand(node, 1) is not None:
+    axes = numbers(node, "axes", 1, [k for k, n in enumerate(shape) if n == 1])
+    if axes is None:
         return None
-    ones = (k for k, n in enumerate(shape) if n == 1)
-    gone = set(ones) if axes is None else {a % len(shape) for a in axes}
+    gone = {a % len(shape) for a in axes}
     return [Reshape(tuple(n for k, n in enumerate(shape) if k not in gone))]
 
 
@@ -599,7 +597,6 @@ def _unsqueeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _flatten(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     at = node.attributes.get_int("axis", 1)
-    at = at + len(shape) if at < 0 else at
     return [Reshape((math.prod(shape[:at]), math.prod(shape[at:])))]
 
 
@@ -615,12 +612,9 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     starts, stops = numbers(node, "starts", 1), numbers(node, "ends", 2)
     if starts is None or stops is None:
         return None
-    axes, strides = numbers(node, "axes", 3), numbers(node, "steps", 4)
-    if axes is None and operand(node, 3) is not None:
+    axes = numbers(node, "axes", 3, list(range(len(starts))))
+    if axes is None or set(numbers(node, "steps", 4, [1]) or ()) != {1}:
         return None
-    if operand(node, 4) is not None and set(strides or (0,)) != {1}:
-        return None
-    axes = list(range(len(starts))) if axes is None else axes
     steps: list[Step] = []
     for axis, start, stop in zip(axes, starts, stops, strict=True):
         # Python's slices clamp as ONNX does: ends are often INT64_MAX
@@ -631,13 +625,12 @@ def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
     axis = node.attributes.get_int("axis", 0) % len(shape)
-    sizes = numbers(node, "split", 1)
+    # without sizes, all parts are equal and the last may be shorter
+    part = -(-shape[axis] // len(node.outputs))
+    equal = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
+    sizes = numbers(node, "split", 1, equal)
     if sizes is None:
-        if operand(node, 1) is not None:
-            return None
-        # without sizes, all parts are equal and the last may be shorter
-        part = -(-shape[axis] // len(node.outputs))
-        sizes = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
+        return None
     start = sum(sizes[:i])
     return [Slice(axis, start, start + sizes[i])]
 
@@ -654,21 +647,18 @@ def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
 
 
 def _gather_nd(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    ids = node.inputs[1]
     batched = node.attributes.get_int("batch_dims", 0)
-    one = ids is not None and ids.shape is not None and ids.shape[-1] == 1
+    one = (shape_of(node.inputs[1]) or (0,))[-1] == 1
     return _picked(node, shape, 2) if one and not batched else None
 
 
-def _picked(node: ir.Node, shape: tuple[int, ...], rank: int) -> Steps:
+def _picked(node: ir.Node, shape: tuple[int, ...], dims: int) -> Steps:
     """Stacked matrices that data picks along the first axis; ids of other ranks make new axes."""
-    ids = node.inputs[1]
-    known = ids is not None and ids.shape is not None and len(ids.shape) == rank
-    return [Gather(0)] if known and len(shape) > 2 else None
+    return [Gather(0)] if rank(node.inputs[1]) == dims and len(shape) > 2 else None
 
 
 VIEWS: Mapping[str, Rule] = {
-    "Identity": _same,
+    "Identity": lambda node, shape, i: [],
     "Transpose": _transpose,
     "Cast": _cast,
     "Reshape": _reshape,

@@ -36,6 +36,7 @@ from lora_fx.onnx.graph.flow import (
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.text import by_key
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
@@ -276,10 +277,8 @@ class OnnxGraph(Analysed):
         odd = number("weight_prepacked", 0) or operand(node, 4) or (given and zero is None)
         if node.op_type != "MatMulNBits" or bits not in (2, 4) or odd or scales is None:
             return None
-        n, k = site.operand
-        return nbits_zero_points(
-            site.parameter, scales, zero, (n, k), bits, number("block_size", 0)
-        )
+        (n, k), block = site.operand, number("block_size", 0)
+        return nbits_zero_points(site.parameter, scales, zero, (n, k), bits, block)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
         """Let sites of one weight read their codes by other zero points; returns their name.
@@ -395,11 +394,8 @@ def add_initialiser(
     graph: ir.Graph, name: str, value: Array | Deferred, mark: str = ""
 ) -> ir.Value:
     """A new initialiser; `mark` is the site of the branch that it belongs to."""
-    tensor = as_tensor(value, name)
-    shape, kind = ir.Shape(value.shape), ir.TensorType(tensor.dtype)
-    v = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
-    if mark:
-        v.metadata_props[MARK] = mark
+    marked = {MARK: mark} if mark else None
+    v = ir.val(name, const_value=as_tensor(value, name), metadata_props=marked)
     graph.initializers[name] = v
     return v
 
@@ -584,14 +580,9 @@ SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"
 
 def highest(graph: OnnxGraph) -> dict[str, int]:
     """For each input that indexes tables, the rows of the smallest of them."""
-    result: dict[str, int] = {}
-    for site in graph.sites():
-        if isinstance(site.kind, Embedding):
-            name = _input(graph.activation(site), graph.model)
-            if name is not None:
-                rows = site.operand[0]
-                result[name] = min(result.get(name, rows), rows)
-    return result
+    lookups = (s for s in graph.sites() if isinstance(s.kind, Embedding))
+    tables = by_key((_input(graph.activation(s), graph.model), s.operand[0]) for s in lookups)
+    return {name: min(rows) for name, rows in tables.items() if name is not None}
 
 
 def _input(value: ir.Value | None, model: ir.Model) -> str | None:

@@ -357,16 +357,6 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         yield OnnxOperand(i, other, kind, why)
 
 
-def _whole(kind: str, axes: Axes, *slots: int) -> Uses:
-    """Weights whose product never leaves the node, which therefore reads W + ΔW."""
-
-    def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-        for slot in slots:
-            yield OnnxOperand(slot, 0, WeightForm(kind, axes))
-
-    return uses
-
-
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
     number, flat = node.attributes.get_int, node.op_type == "MatMulBnb4"
@@ -412,22 +402,25 @@ def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
     return uses
 
 
-def _inside(*slots: int) -> Uses:
-    """Weights whose product never leaves the node."""
+def _inside(*slots: int, kind: Kind | None = None) -> Uses:
+    """Weights whose product never leaves the node: it reads W + ΔW of a kind, or else codes."""
 
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+        why, codes = NO_PLACE.format(node.op_type), Codes(node.op_type, 0)
         for slot in slots:
-            why, codes = NO_PLACE.format(node.op_type), Codes(node.op_type, 0)
-            yield OnnxOperand(slot, 0, kinds.matmul_right(), why, codes=codes)
+            if kind is not None:
+                yield OnnxOperand(slot, 0, kind)
+            else:
+                yield OnnxOperand(slot, 0, kinds.matmul_right(), why, codes=codes)
 
     return uses
 
 
-_GATES = _whole("recurrent", Axes((0,), (1,), (2,)), 1, 2)
+_GATES = _inside(1, 2, kind=WeightForm("recurrent", Axes((0,), (1,), (2,))))
 """W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
-_QKV = _whole("linear", Axes((), (1,), (0,)), 1)
+_QKV = _inside(1, kind=WeightForm("linear", Axes((), (1,), (0,))))
 """q, k and v [in, 3·out] of fused attention in one."""
-_TABLES = _whole("embedding", Axes((), (1,), (0,)), 2, 3, 4)
+_TABLES = _inside(2, 3, 4, kind=WeightForm("embedding", Axes((), (1,), (0,))))
 OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "MatMul"): OnnxOp("matmul", _matmul),
     ("", "Gemm"): OnnxOp("gemm", _gemm, bias=2),

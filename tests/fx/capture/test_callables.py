@@ -97,3 +97,30 @@ def test_a_sequential_that_was_inserted_into_is_indexed_as_before() -> None:
     m = lora_fx.insert(model, (x,), rank=2)
     assert m[0] is m["0"] and m[-1] is m["2"]
     assert list(m[:2]) == [m[0], m[1]]
+
+
+def test_a_bound_forward_has_no_hooks_in_any_dtype() -> None:
+    """In another dtype the hooks of the module ran, where those of a bound method never do."""
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    model.register_forward_hook(lambda _module, _args, y: y * 100)
+    x = torch.randn(3, 6)
+    m = lora_fx.insert(model.forward, (x,), rank=2).double()
+    torch.testing.assert_close(m(x.double()), model.double().forward(x.double()))
+
+
+def test_a_forward_of_another_name_is_captured_in_another_dtype() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.fc(x)
+            return y
+
+        forward = run
+        del run
+
+    model, x = Other().eval(), torch.randn(3, 6)
+    m = lora_fx.insert(model, (x,), rank=2).double()
+    torch.testing.assert_close(m(x.double()), model.double()(x.double()))

@@ -22,7 +22,7 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.codes import forms, whole
+from lora_fx.fx.codes import forms, numbers
 from lora_fx.passes.verbs.open import capture, load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.capture import quantised_nets
@@ -86,7 +86,8 @@ def test_a_layer_is_its_own_dequantised_weight(package: str, name: str) -> None:
     plain = net()
     for n in case.names:
         want = case.own(model.get_submodule(n)).detach()
-        ours = whole(cap.model, f"{n}.weight", forms(cap.model)[f"{n}.weight"], want.dtype)
+        assert f"{n}.weight" in forms(cap.model)
+        ours = numbers(cap.model, f"{n}.weight", want.dtype)
         assert torch.equal(ours, want), n
         plain.get_submodule(n).weight.data = want.float()
     module = lora_fx.insert(cap, rank=2, include=adapted(case))
@@ -262,7 +263,8 @@ def test_a_packed_layer_is_read_and_left_as_it_is() -> None:
     fresh, case = made("bitsandbytes", "nf4 None")
     for n in case.names:
         own = case.own(fresh.get_submodule(n))
-        ours = whole(cap.model, f"{n}.weight", forms(cap.model)[f"{n}.weight"], torch.float32)
+        assert f"{n}.weight" in forms(cap.model)
+        ours = numbers(cap.model, f"{n}.weight", torch.float32)
         assert 0 < rel(ours.numpy(), own.numpy()) < 2**-8, "scales in bfloat16"
     module = lora_fx.insert(cap, rank=2, include=list(case.names))
     assert rel(module(ids()).detach().numpy(), live.numpy()) < 0.02

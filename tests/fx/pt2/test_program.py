@@ -59,6 +59,32 @@ def test_a_foreign_file_goes_through_every_verb(tmp_path: Path) -> None:
     assert lora_fx.verify(path, cap)
 
 
+def test_a_foreign_file_that_refuses_size_one_does_so_here_too(tmp_path: Path) -> None:
+    """The assert left the graph, and its condition was among those that no run had decided."""
+
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._check(x.shape[0] != 1)
+            y: torch.Tensor = self.fc(x)
+            return y
+
+    free = {0: torch.export.Dim.AUTO}
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            Several(), (torch.randn(3, 6),), dynamic_shapes=(free,),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )  # fmt: skip
+    torch.export.save(program, str(tmp_path / "x.pt2"))
+    module = lora_fx.insert(str(tmp_path / "x.pt2"), rank=2)
+    assert module(torch.randn(5, 6)).shape == (5, 4)
+    with pytest.raises(LoraFxError, match="holds for x\\[0\\] != 1 only"):
+        module(torch.randn(1, 6))
+
+
 def test_an_eval_graph_trains_only_where_modes_agree(tmp_path: Path) -> None:
     model, args = net()
     path = exported(model, (args[0],), {}, tmp_path / "x.pt2")
