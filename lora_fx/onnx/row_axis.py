@@ -238,7 +238,7 @@ def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     if state.axis is None or r is None or after is None:
         return None
     axis = state.axis + max(after - r, 0)
-    return replace(state, axis=axis) if axis == 0 or state.exact else None
+    return replace(state, axis=axis) if axis == state.axis or state.exact else None
 
 
 def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:

@@ -404,6 +404,12 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
         {"t": [None, "batch", 6], "y": [None, "batch", 12]},
         None,
     ),
+    "heads, repeated": (
+        "t = Transpose<perm=[1, 0, 2]>(x) h = Reshape(t, heads) u = Unsqueeze(h, rows) "
+        "y = Expand(u, twice)",
+        {"t": [4, "batch", 6], "h": [4, "3*batch", 2]},
+        row_axis.RowAxis(2, exact=False),
+    ),
     "flattened and turned": (
         "f = Reshape(x, flat) y = Transpose(f)",
         {"f": ["4*batch", 6], "y": [6, "4*batch"]},
@@ -434,7 +440,7 @@ def test_rows_are_where_the_walk_says(case: str) -> None:
     }
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
     sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12], "one": [1, -1]}
-    sizes |= {"one_two": [1, 2], "width": [-1], "rows": [0], "last": [[2]]}
+    sizes |= {"one_two": [1, 2], "width": [-1], "rows": [0], "twice": [2, 1, 1, 1], "last": [[2]]}
     tensors = {k: np.array(v) for k, v in sizes.items()}
     given = ", ".join(
         f"int64{[*v.shape]} {k} = {{{', '.join(map(str, v.ravel()))}}}" for k, v in tensors.items()
