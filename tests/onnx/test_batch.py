@@ -24,7 +24,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session, row_axis
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.passes import batch as batch_pass
 from lora_fx.passes.find import find
 from lora_fx.targets.target import own_use
@@ -594,6 +594,21 @@ def test_a_wrong_stack_is_not_written(
     with pytest.raises(NoEffectError, match="mixed batch"):
         lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_base_is_compared_with_one_row_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed batches have several rows, and the lengths of few."""
+    cap, *_ = captured("batch gpt2", gpt2)
+    right = RuntimeSession.run
+
+    def wrong(self: RuntimeSession, feeds: Any) -> Any:
+        return {n: v + (len(v) == 1) for n, v in right(self, feeds).items()}
+
+    monkeypatch.setattr(RuntimeSession, "run", wrong)
+    with pytest.raises(NoEffectError, match=r"differs from the model \(base\).* \[1, 11\]"):
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=[adapter(cap, 1, 2)], mode="batch")
 
 
 class Either(nn.Module):
