@@ -31,14 +31,7 @@ from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.target import (
-    applies,
-    base_name,
-    overlap,
-    split_key,
-    split_use,
-    widen,
-)
+from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -179,7 +172,7 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
     """Which part of the parameter a use reads, and how its [out, in] lies in that part.
 
     Raises:
-        LoraFxError: The use mixes the axes of the parameter, or reads a stack of matrices.
+        LoraFxError: The use mixes the axes of the parameter.
     """
     axes = site.kind.axes(site.operand)
     try:
@@ -187,11 +180,6 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
         layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque as e:
         raise LoraFxError(f"{site.parameter!r}: {e}", "use mode merged or switch") from e
-    if layout.batch_shape:
-        raise LoraFxError(
-            f"{site.parameter!r}: batch mode does not serve a stack of matrices",
-            "use mode merged or switch",
-        )
     return tracked.region, layout
 
 
