@@ -446,15 +446,14 @@ def config_text(ctx: click.Context) -> str:
         value = ctx.params[name]
         if value is None or value == ():
             continue
-        values = value if isinstance(value, tuple) else [value]
-        said = [_toml(v) for v in values]
-        text = f"[{', '.join(said)}]" if isinstance(value, tuple) else said[0]
-        lines.append(f"{_keys(param)[0]} = {text}")
+        lines.append(f"{_keys(param)[0]} = {_toml(value)}")
     return "\n".join([*lines, ""])
 
 
 def _toml(value: object) -> str:
     """A value as TOML has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float):
         return repr(value)  # inf and nan are other words in JSON
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

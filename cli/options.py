@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,7 +177,7 @@ def captured(
     from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
-    from lora_fx.passes.verbs.open import capture_loaded
+    from lora_fx.passes.verbs.open import capture
 
     weights, inputs_file, dynamic, static, trust, whole = (options.pop(k, None) for k in CAPTURE)
     given = {k: from_numpy(v) for k, v in load_npz(inputs_file).items()}
@@ -195,11 +195,11 @@ def captured(
                 "with --cache the inputs and their dimensions are known",
                 "leave --inputs, --dynamic and --static out",
             )
-        cap = (
-            decoder(loaded.module, repeat=not whole)
-            if cache
-            else capture_loaded(loaded, (), given, wanted, static, repeat=not whole)
-        )
+        if cache:
+            cap = decoder(loaded.module, repeat=not whole)
+        else:
+            quiet = replace(loaded, notes=())  # they were told above
+            cap = capture(quiet, (), given, wanted, static, repeat=not whole)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {c}" for c in cap.ranges))
     return loaded, cap

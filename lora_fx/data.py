@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, near, near_path, one_line
+from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
 from lora_fx.text import Json
 
@@ -219,8 +219,7 @@ def read_table(path: str, *, label: str = "", tokenizer: Tokenizer | None = None
             f"{path}: data of an unknown kind {suffix!r}",
             near_path(path, ".npz, .jsonl, .csv or module:loader"),
         )
-    if not Path(path).is_file():
-        raise LoraFxError(f"{path}: no such file", near_path(path, "give a path to the data"))
+    expect_file(path, "give a path to the data")
     return table_of(READERS[suffix](path), path, label=label, tokenizer=tokenizer)
 
 
@@ -239,10 +238,8 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
     if not raw or not len(next(iter(raw.values()))):
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
-    if label and label not in raw:
-        raise LoraFxError(
-            f"{where}: no column {label!r}", near(label, raw, f"the columns are {', '.join(raw)}")
-        )
+    if label:
+        expect_name(label, raw, f"{where}: no column", f"the columns are {', '.join(raw)}")
     label = label or next((n for n in LABELS if n in raw), "")
     lengths = {k: len(v) for k, v in raw.items()}
     if len(set(lengths.values())) > 1:
@@ -269,10 +266,11 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
             columns[name] = _array(values, where, name)
     if texts:
         if tokenizer is None:
-            row = next((i for i, v in enumerate(raw[texts[0]]) if not _is_number(v)), 0)
+            values = raw[texts[0]]
+            row = next((i for i, v in enumerate(values) if isinstance(_numbers([v])[0], str)), 0)
             raise LoraFxError(
                 f"{where}: column {texts[0]!r} is text (row {row + 1}: "
-                f"{one_line(repr(str(raw[texts[0]][row])), 40)}) and the model has no tokenizer",
+                f"{one_line(repr(str(values[row])), 40)}) and the model has no tokenizer",
                 "use a Hugging Face folder with a tokenizer, or numeric columns",
             )
         joined = [" ".join(raw[n][i] for n in texts) for i in range(lengths[texts[0]])]
@@ -297,14 +295,6 @@ def _joined(batches: Any, where: str) -> dict[str, object]:
 
 def _kind(value: object) -> str:
     return "text" if isinstance(value, str) else "empty" if value is None else "a number"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _array(values: npt.ArrayLike, where: str, name: str) -> Array:

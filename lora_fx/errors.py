@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 
 class LoraFxError(Exception):
@@ -76,6 +76,13 @@ class MisfitError(LoraFxError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "was the adapter trained on another model?")
+
+
+class MistakeError(LoraFxError):
+    """Something that no user can mend: lora-fx is wrong."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "report this: it is a mistake of lora-fx")
 
 
 class Terminated(KeyboardInterrupt):
@@ -214,6 +221,19 @@ def near(
     return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
 
 
+def expect_name(name: str, names: Collection[str], what: str, none: str) -> None:
+    """Refuse a name that is not known.
+
+    Args:
+        name: The name.
+        names: Those that are known; the nearest of them is the hint.
+        what: What there is none of, such as "no variant".
+        none: The hint where no known name is near.
+    """
+    if name not in names:
+        raise LoraFxError(f"{what} {name!r}", near(name, names, none))
+
+
 def near_path(path: str | os.PathLike[str], none: str = "is the path right?") -> str:
     """A hint with the nearest names in the folder of a path that is not there, or `none`."""
     folder, name = os.path.split(os.fspath(path).rstrip("/\\"))
@@ -228,6 +248,12 @@ def near_path(path: str | os.PathLike[str], none: str = "is the path right?") ->
 
 _SIBLINGS = 2000
 """Names of a folder that are compared; all of a hundred thousand would take a second."""
+
+
+def expect_file(path: str | os.PathLike[str], none: str) -> None:
+    """Refuse the path of a file that is not there; the hint is as that of `near_path`."""
+    if not os.path.isfile(path):
+        raise LoraFxError(f"{os.fspath(path)}: no such file", near_path(path, none))
 
 
 # Errors of the operating system.

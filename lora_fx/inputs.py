@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -338,7 +338,7 @@ def merge_dynamic(
     result = {k: dict(v) for k, v in defaults.items()}
     ranks = {s.name: len(s.shape) for s in inputs.specs}
     for name, dims in (dynamic or {}).items():
-        _known(name, ranks)
+        expect_input(name, ranks)
         pairs = dims.items() if isinstance(dims, Mapping) else [(d, "") for d in dims]
         for d, symbol in pairs:
             d = int(d)
@@ -353,7 +353,7 @@ def merge_dynamic(
             result.setdefault(name, {})[d] = label
     for text in static:
         name, colon, dim = text.partition(":")
-        _known(name, ranks)
+        expect_input(name, ranks)
         if colon:
             result.get(name, {}).pop(int(dim), None)
         else:
@@ -361,9 +361,10 @@ def merge_dynamic(
     return result
 
 
-def _known(name: str, ranks: Mapping[str, int]) -> None:
-    if name not in ranks:
-        raise LoraFxError(f"no input is named {name!r}", f"the inputs are {', '.join(ranks)}")
+def expect_input(name: str, names: Collection[str]) -> None:
+    """Refuse the name of an input that a model does not have."""
+    if name not in names:
+        raise LoraFxError(f"no input is named {name!r}", f"the inputs are {', '.join(names)}")
 
 
 def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:

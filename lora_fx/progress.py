@@ -31,10 +31,7 @@ _listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=Non
 @contextlib.contextmanager
 def telling(listener: Listener | None) -> Iterator[None]:
     """A block whose stages are told to a listener; None leaves things as they are."""
-    if listener is None:
-        yield
-        return
-    token = _listener.set(listener)
+    token = _listener.set(_listener.get() if listener is None else listener)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.ir.emitter import NumpyEmitter
@@ -31,15 +31,7 @@ from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.target import (
-    applies,
-    base_name,
-    overlap,
-    split_key,
-    split_region,
-    split_use,
-    widen,
-)
+from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -77,7 +69,7 @@ class Batch:
         targets: Receives what the manifest says of each target.
     """
 
-    adapters: Mapping[str, Mapping[str, LowRank]]
+    adapters: Mapping[str, Updates]
     sources: Mapping[str, tuple[str, StoredWeight]]
     scales: bool = False
     targets: dict[str, Json] = field(default_factory=dict, compare=False)
@@ -109,16 +101,15 @@ class Batch:
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
-        stacks = [
-            self._stacks(graph, s, dtypes[s.parameter], form, reached[s.id])
-            for s, form in zip(sites, forms, strict=True)
-        ]
-        keys = [
-            (graph.at(s).node.graph, graph.activation(s), r, str(a.shape), a.dtype)
-            for s, r, (a, _) in zip(sites, rows, stacks, strict=True)
-        ]
-        for site, row, form, (a, b), key in zip(sites, rows, forms, stacks, keys, strict=True):
-            beside = [other for (other, _), k in zip(stacks, keys, strict=True) if k == key]
+        uses = []
+        alike: dict[object, list[ir.Value]] = {}  # A of the uses that read one value
+        for site, row, form in zip(sites, rows, forms, strict=True):
+            a, b = self._stacks(graph, site, dtypes[site.parameter], form, reached[site.id])
+            read = graph.at(site).node.graph, graph.activation(site)
+            beside = alike.setdefault((*read, row, str(a.shape), a.dtype), [])
+            beside.append(a)
+            uses.append((site, row, form, a, b, beside))
+        for site, row, form, a, b, beside in uses:
             e = batch.BatchEmitter(graph, site, own, row)
             x, y = graph.activation(site), graph.output(site)
             graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
@@ -139,7 +130,7 @@ class Batch:
             if base_name(key) != base_name(name):
                 return False
             if source.keys:
-                here = not use or split_region(key)[0] in source.keys
+                here = not use or f"{base_name(key)}@{use}" in source.keys
             else:
                 here = not use.startswith("call:") and applies(use, site)
             return here and overlap(split_key(key, source.shape)[1], read)
@@ -184,7 +175,7 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
     """Which part of the parameter a use reads, and how its [out, in] lies in that part.
 
     Raises:
-        LoraFxError: The use mixes the axes of the parameter, or reads a stack of matrices.
+        LoraFxError: The use mixes the axes of the parameter.
     """
     axes = site.kind.axes(site.operand)
     try:
@@ -192,20 +183,11 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
         layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque as e:
         raise LoraFxError(f"{site.parameter!r}: {e}", "use mode merged or switch") from e
-    if layout.batch_shape:
-        raise LoraFxError(
-            f"{site.parameter!r}: batch mode does not serve a stack of matrices",
-            "use mode merged or switch",
-        )
     return tracked.region, layout
 
 
 def _joined(
-    updates: Mapping[str, LowRank],
-    shape: tuple[int, ...],
-    region: Region,
-    layout: Layout,
-    gain: float,
+    updates: Updates, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair | None:
     """All updates that an adapter has of one use as its [rank, in], [out, rank]."""
     if not updates:
@@ -216,12 +198,7 @@ def _joined(
 
 
 def _whole(
-    key: str,
-    low: LowRank,
-    shape: tuple[int, ...],
-    region: Region,
-    layout: Layout,
-    gain: float,
+    key: str, low: LowRank, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair:
     """One update as factors of what a use reads, in the direction of the use, scale in b."""
     mine = low.layout

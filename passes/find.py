@@ -22,15 +22,7 @@ from dataclasses import dataclass, replace
 
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
-from lora_fx.ir.layout import (
-    Layout,
-    Opaque,
-    Region,
-    layout_of,
-    plain_layout,
-    region_of,
-    track,
-)
+from lora_fx.ir.layout import Layout, Opaque, Region, layout_of, plain_layout, region_of, track
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
 from lora_fx.text import by_key
@@ -70,12 +62,8 @@ def _search(graph: Graph[V]) -> Found:
         if not site.refusal or site.allowed:
             uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
     # the shapes of the lookup tables: a matmul of the same shape is an output head
-    tables = [
-        (u.layout.in_size, u.layout.out_size)
-        for group in uses.values()
-        for u in group
-        if u.site.op == "embedding" and u.layout is not None
-    ]
+    lookups = [u.layout for group in uses.values() for u in group if u.site.op == "embedding"]
+    tables = [(layout.in_size, layout.out_size) for layout in lookups if layout is not None]
     readers: dict[str, list[tuple[str, Region]]] = {}
     for r in (r for r in graph.other_readers() if r.parameter in parameters):
         shape = parameters[r.parameter].shape if r.parameter in uses else ()
@@ -181,10 +169,7 @@ def _parts(
 
 def _stored_axis(layout: Layout, axis: int) -> int | None:
     """The stored axis that one axis of a layout is the whole of."""
-    marks = layout.starts(tuple((1, n) for n in layout.stored))
-    whole = [i for i, m in enumerate(marks) if m]
-    stored = sum(1 for i in whole if i <= axis) - 1
-    return stored if axis in whole and layout.stored[stored] == layout.shape[axis] else None
+    return next((i for i, own in enumerate(layout.split()) if [*own] == [axis]), None)
 
 
 def _merge(refusals: Sequence[Refusal]) -> list[Refusal]:

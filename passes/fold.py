@@ -17,12 +17,12 @@ Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, pooled
+from lora_fx.adapter.lowrank import LowRank, Updates, pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -33,7 +33,7 @@ from lora_fx.ir.layout import Region
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
-from lora_fx.passes.insert import reached
+from lora_fx.passes.insert import Pair, reached
 from lora_fx.targets.target import Found, Target, not_storable, overlap
 from lora_fx.text import by_key
 
@@ -90,7 +90,7 @@ class Fold:
             what it adds to the weight [rows, blocks].
     """
 
-    updates: Mapping[str, LowRank]
+    updates: Updates
     lazy: bool = False
     report: list[Folded] = field(default_factory=list, compare=False)
     applied: dict[str, str] = field(default_factory=dict, compare=False)
@@ -100,7 +100,8 @@ class Fold:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
         found = find(graph)
         hint = "fold with these arguments as the example"
-        targets, sites = reached(found, self.updates, required=not self.applied, hint=hint)
+        uses = {key: update.use for key, update in self.updates.items()}
+        targets, sites = reached(found, uses, required=not self.applied, hint=hint)
         for key, target in targets.items():
             if target.no_fold and key not in self.moved:
                 into = exact(graph, target, self.updates[key])
@@ -134,7 +135,7 @@ class Fold:
         return PassResult(graph, modified)
 
     def _value(
-        self, name: str, keys: tuple[str, ...], graph: Graph[V], pairs: list[tuple[Target, LowRank]]
+        self, name: str, keys: tuple[str, ...], graph: Graph[V], pairs: list[Pair]
     ) -> Array | Deferred:
         """The folded tensor, or how to compute it; either way the report gets its line."""
         read = graph.reader(name)
@@ -200,19 +201,15 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
     """The uses of a parameter that read nothing of these regions of it."""
-    return [
-        s
-        for t in (*found.targets, *found.optional)
-        if t.parameter.name == name and not any(overlap(t.region, r) for r in regions)
-        for s in t.sites
-    ]
+    own = (t for t in (*found.targets, *found.optional) if t.parameter.name == name)
+    return [s for t in own if not any(overlap(t.region, r) for r in regions) for s in t.sites]
 
 
 ROWS = 1 << 20
 """So many elements of a tensor are folded at a time: a wide copy of them is in memory."""
 
 
-def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Array, float]:
+def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
     """The stored tensor with its updates added, rounded once, and the share that was kept."""
     # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
     work = np.result_type(base.dtype, np.float32)  # fp64 and complex numbers stay what they are
@@ -232,7 +229,7 @@ def fold_value(base: Array, updates: list[tuple[Target, LowRank]]) -> tuple[Arra
     return value, kept / square if square else 1.0
 
 
-def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -> Array:
+def fold_rows(base: Array, updates: list[Pair], rows: slice) -> Array:
     """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
     # a matrix: other rows need not be computed
     if _flat(base, updates):
@@ -243,7 +240,7 @@ def fold_rows(base: Array, updates: list[tuple[Target, LowRank]], rows: slice) -
     return np.asarray(wide[rows])
 
 
-def _add(wide: Array, updates: list[tuple[Target, LowRank]]) -> None:
+def _add(wide: Array, updates: list[Pair]) -> None:
     """Put each update into its region of W, in the dtype that W has here."""
     e: Ops[Array] = NumpyEmitter()
     for target, low in updates:
@@ -254,7 +251,7 @@ def _add(wide: Array, updates: list[tuple[Target, LowRank]]) -> None:
         part[...] = part + variant_of(low).change(e, layout, part, change, size)
 
 
-def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:
+def _flat(base: Array, updates: list[Pair]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
     return base.ndim == 2 and all(
         (low.layout or t.layout).shape == base.shape
@@ -264,9 +261,7 @@ def _flat(base: Array, updates: list[tuple[Target, LowRank]]) -> bool:
     )
 
 
-def _blocks(
-    base: Array, updates: list[tuple[Target, LowRank]]
-) -> Iterator[tuple[slice, list[tuple[Target, LowRank]]]]:
+def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
     """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
     if not _flat(base, updates):
         yield slice(None), updates
@@ -277,7 +272,7 @@ def _blocks(
         yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
 
 
-def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> tuple[Target, LowRank]:
+def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> Pair:
     """A target and its update in some rows of the stored matrix."""
     region = ((0, rows.stop - rows.start), (0, columns))
     layout = (low.layout or t.layout).narrow(((rows.start, rows.stop), (0, columns)))

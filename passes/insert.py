@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, halves, slots_of
+from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, Updates, halves, slots_of
 from lora_fx.adapter.variant import stretch, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
@@ -53,7 +53,7 @@ class Insert:
         weight_form: Take the weight form everywhere, as a reference for the output forms.
     """
 
-    updates: Mapping[str, LowRank]
+    updates: Updates
     dropout: float = 0.0
     training: bool = False
     role: Role = Role.TRAIN
@@ -64,7 +64,8 @@ class Insert:
         """Edit the graph; sites that carry a branch already are left alone."""
         hint = "capture with these arguments as the example"
         required = self.missing == "error"
-        targets, sites = reached(find(graph), self.updates, required=required, hint=hint)
+        uses = {key: update.use for key, update in self.updates.items()}
+        targets, sites = reached(find(graph), uses, required=required, hint=hint)
         done = graph.adapted()
         here = [(site, keys) for site, keys in sites if site.id not in done]
         for site, keys in here:
@@ -185,33 +186,34 @@ def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
 
 
 def reached(
-    found: Found, updates: Mapping[str, LowRank], *, required: bool, hint: str
+    found: Found, uses: Mapping[str, str], *, required: bool = False, hint: str = ""
 ) -> tuple[dict[str, Target], list[tuple[Site, list[str]]]]:
     """The targets of updates by key, and each site that some of them reach, with their keys.
 
     Args:
         found: The targets of a graph.
-        updates: The updates by key.
+        uses: Key of an update → the use that it is for; empty for all uses.
         required: Every key has to be a target of the graph.
-        hint: What to do about one that has to be and is none.
+        hint: What to do about a key that is no target, where there should be one.
 
     Raises:
-        LoraFxError: A key that is no target and has to be, or whose parameter the graph uses in
-            other parts than the key says.
+        LoraFxError: A key that is no target and has to be; where there is a hint, also one whose
+            parameter the graph uses in other parts than the key says.
     """
     targets: dict[str, Target] = {}
     sites: dict[str, tuple[Site, list[str]]] = {}
-    for key, update in updates.items():
+    for key, use in uses.items():
         target = found.get(key)
         if target is None:
-            if required or any(t.parameter.name == base_name(key) for t in found.targets):
+            parts = any(t.parameter.name == base_name(key) for t in found.targets)
+            if required or (hint and parts):
                 raise LoraFxError(
                     f"{key!r} is no target of this graph: it reads other parts of the tensor", hint
                 )
             continue
         targets[key] = target
         for site in target.sites:
-            if applies(update.use, site):
+            if applies(use, site):
                 sites.setdefault(site.id, (site, []))[1].append(key)
     return targets, list(sites.values())
 

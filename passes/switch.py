@@ -130,7 +130,5 @@ class Switch:
 
 def _zero(target: Target) -> LowRank:
     """An update of one rank of zeros and scale 1."""
-    layout = target.layout
-    a = np.zeros((*layout.batch_shape, 1, layout.in_size), np.float32)
-    b = np.zeros((*layout.batch_shape, layout.out_size, 1), np.float32)
-    return LowRank(a, b, 1.0, layout)
+    a, b = (np.zeros(shape, np.float32) for shape in target.layout.factor_shapes(1))
+    return LowRank(a, b, 1.0, target.layout)

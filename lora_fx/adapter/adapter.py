@@ -28,15 +28,12 @@ class FileNames(Protocol):
     @property
     def format(self) -> str:
         """Whose names they are: kohya or diffusers."""
-        ...
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
         """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
-        ...
 
     def to_json(self) -> Json:
         """What a file of the adapter keeps of this in its metadata."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -219,10 +216,11 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     first = {alias: parameter.name for parameter in stored for alias in parameter.aliases}
     for key, entry in _resplit(adapter, found).items():
         bound: LowRank | Full
-        if isinstance(entry, Full):
-            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
-        else:
+        if isinstance(entry, LowRank):
             name, bound = _bind_lowrank(key, entry, found)
+        else:
+            assert isinstance(entry, Full)  # check_plain
+            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
         if name in entries:
             raise LoraFxError(
                 f"adapter keys name {name!r} twice ({key!r} is an alias)",
@@ -254,17 +252,14 @@ def reading(found: Found, keys: Iterable[str], metadata: JsonView) -> Json:
     return {**kept, **({OTHER_READERS: rows} if rows else {})}
 
 
-def _resplit(adapter: Adapter, found: Found) -> dict[str, LowRank | Full]:
+def _resplit(adapter: Adapter, found: Found) -> dict[str, Entry]:
     """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
-    entries: dict[str, LowRank | Full] = {}
+    entries: dict[str, Entry] = {}
     for key, entry in adapter.entries.items():
-        if not isinstance(entry, LowRank):
-            assert isinstance(entry, Full)  # check_plain
-            entries[key] = entry
-        elif found.get(key) is not None:
-            entries[key] = entry
-        else:
+        if isinstance(entry, LowRank) and found.get(key) is None:
             entries |= other_split(key, entry, found) or {key: entry}
+        else:
+            entries[key] = entry
     return entries
 
 
@@ -296,8 +291,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         entry = _turned(key, entry)
     if entry.magnitude is not None:
         entry = replace(entry, magnitude=_lengths(key, entry, layout))
-    a = (*layout.batch_shape, entry.rank, layout.in_size)
-    b = (*layout.batch_shape, layout.out_size, entry.rank)
+    a, b = layout.factor_shapes(entry.rank)
     if entry.a.shape != a or entry.b.shape != b:
         raise MisfitError(
             f"the update of {key!r} has A {list(entry.a.shape)} and B {list(entry.b.shape)}; "

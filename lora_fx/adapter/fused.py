@@ -17,7 +17,7 @@ from itertools import permutations
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, alpha_of
+from lora_fx.adapter.lowrank import LowRank, Updates, alpha_of
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
@@ -192,7 +192,7 @@ def place(
     return result
 
 
-def _names(module: str, lows: Mapping[str, LowRank]) -> set[str]:
+def _names(module: str, lows: Updates) -> set[str]:
     """Every name that an entry may mean."""
     result = set()
     for key, low in lows.items():
@@ -200,7 +200,7 @@ def _names(module: str, lows: Mapping[str, LowRank]) -> set[str]:
     return result
 
 
-def _readings(module: str, lows: Mapping[str, LowRank], shape_of: Shapes) -> Iterator[Reading]:
+def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
     for way in permutations(sorted(_names(module, lows)), len(lows)):
         named = list(zip(lows, lows.values(), way, strict=True))
         if any(not low.candidates and key != name for key, low, name in named):
@@ -213,21 +213,16 @@ def _readings(module: str, lows: Mapping[str, LowRank], shape_of: Shapes) -> Ite
 
 def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
     """True where an update can be one of a parameter of this shape."""
-    rank = _rank(low, name)
-    if shape is None or rank is None or len(shape) not in (2, 3):
+    told: tuple[int, float] | None = (low.rank, low.alpha)
+    if low.candidates:
+        told = low.candidates.get(name.rpartition(".")[2])
+    if shape is None or told is None or len(shape) not in (2, 3):
         return False
     rows = low.a.shape[-2] * (low.a.shape[0] if low.a.ndim == 3 else 1)
     out, in_ = low.b.shape[-2], low.a.shape[-1]
     experts = shape[0] if len(shape) == 3 else 1
     sides = (in_, out) if turned and len(shape) == 3 else (out, in_)
-    return rows == rank * experts and shape[-2:] == sides
-
-
-def _rank(low: LowRank, name: str) -> int | None:
-    if not low.candidates:
-        return low.rank
-    told = low.candidates.get(name.rpartition(".")[2])
-    return None if told is None else told[0]
+    return rows == told[0] * experts and shape[-2:] == sides
 
 
 def _only(
@@ -406,7 +401,7 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
 
 
 def _way(
-    module: str, lows: Mapping[str, LowRank], family: Family | None, version: str
+    module: str, lows: Updates, family: Family | None, version: str
 ) -> tuple[dict[str, tuple[int, ...]], bool]:
     """[E, out, in] by name as the file has in and out, and True where it has them swapped."""
     for pair in permutations(lows, 2):

@@ -144,6 +144,10 @@ class LowRank:
         return np.asarray(product * np.asarray(self.scale, dtype))
 
 
+Updates = Mapping[str, LowRank]
+"""Target key → its update."""
+
+
 @dataclass(frozen=True)
 class Full:
     """A whole tensor trained beside the low-rank updates (PEFT's modules_to_save)."""
@@ -199,8 +203,7 @@ def draw(
     a with variance 1/in and b with variance 1/rank, for proofs of effect.
     """
     rng = generator(key, seed)
-    a_shape = (*layout.batch_shape, rank, layout.in_size)
-    b_shape = (*layout.batch_shape, layout.out_size, rank)
+    a_shape, b_shape = layout.factor_shapes(rank)
     if which == "probe":
         a = rng.standard_normal(a_shape) / math.sqrt(layout.in_size)
         b = rng.standard_normal(b_shape) / math.sqrt(rank)
@@ -474,16 +477,14 @@ LEARNS = "learns"
 """The adapter metadata that keeps what no format says: how the updates learn."""
 
 
-def learning(updates: Mapping[str, LowRank]) -> Json:
+def learning(updates: Updates) -> Json:
     """Metadata from which `relearning` makes the variants and the frozen ranks again."""
     variants = {k: u.variant for k, u in updates.items() if u.variant not in ("lora", "rslora")}
     frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
     return {LEARNS: {"variants": variants, "frozen": frozen}} if variants or frozen else {}
 
 
-def relearning(
-    updates: Mapping[str, LowRank], metadata: JsonView
-) -> tuple[dict[str, LowRank], Json]:
+def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
     """Updates that learn as the metadata says, and the rest of the metadata."""
     said = metadata.get(LEARNS) or {}
     variants, frozen = said.get("variants", {}), said.get("frozen", {})
@@ -497,7 +498,7 @@ def relearning(
     return result, {k: v for k, v in metadata.items() if k != LEARNS}
 
 
-def frame(updates: Mapping[str, LowRank]) -> dict[str, tuple[object, ...]]:
+def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
     """All of the updates that a program depends on: everything but the numbers in a and b.
 
     The scale is part of it, since it is a constant in the graph. The rank is where a weight is

@@ -91,6 +91,11 @@ class Truncation:
         return 1.0 - self.relative**2
 
     @property
+    def parameters_before(self) -> int:
+        """How many elements of a and b there were."""
+        return self.parameters + sum(r.saved for r in self.rows)
+
+    @property
     def dropped(self) -> int:
         """How many ranks are gone."""
         return sum(r.before - r.after for r in self.rows)
@@ -102,16 +107,10 @@ class Truncation:
 
     def to_json(self) -> Json:
         """The fields that `lora-fx truncate --json` adds to its object."""
-        return {
-            "truncated": [r.to_json() for r in self.rows],
-            "removed": list(self.removed),
-            "norm": self.norm,
-            "error": self.error,
-            "relative": self.relative,
-            "energy": self.energy,
-            "parameters_before": self.parameters + sum(r.saved for r in self.rows),
-            "parameters": self.parameters,
-        }
+        names = ("norm", "error", "relative", "energy", "parameters_before", "parameters")
+        numbers = {name: getattr(self, name) for name in names}
+        rows = [r.to_json() for r in self.rows]
+        return {"truncated": rows, "removed": list(self.removed), **numbers}
 
     def __str__(self) -> str:
         """A table for people."""
@@ -121,8 +120,7 @@ class Truncation:
         ]
         lines = table([("key", "rank", "error", "relative"), *rows])
         lines += [f"removed: {key}" for key in self.removed]
-        before = self.parameters + sum(r.saved for r in self.rows)
-        lines.append(f"{self.parameters} of {before} low-rank elements kept")
+        lines.append(f"{self.parameters} of {self.parameters_before} low-rank elements kept")
         lines.append(
             f"‖ΔW − ΔW'‖ = {self.error:.6e}, of ‖ΔW‖ = {self.norm:.6e}: {self.relative:.6e}; "
             f"energy kept {self.energy:.4%}"
@@ -306,8 +304,7 @@ def _row(key: str, entry: Entry, most: int) -> Json:
 def _shape(entry: Entry) -> list[int]:
     if isinstance(entry, LowRank):
         return list(entry.layout.stored if entry.layout is not None else entry.shape)
-    value = getattr(entry, "value", None)
-    return list(value.shape) if value is not None else list(getattr(entry, "shape", ()))
+    return list(getattr(getattr(entry, "value", entry), "shape", ()))
 
 
 # Any update as plain LoRA: ΔW by its method's formula, then the best b·a of few ranks.

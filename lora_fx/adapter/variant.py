@@ -30,7 +30,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, grouped, scale_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError, near
+from lora_fx.errors import LoraFxError, MisfitError, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.layout import Layout
@@ -52,10 +52,6 @@ class Lora:
     name: str
     ratio: float = 1.0
     branches: ClassVar[bool] = True
-
-    def scale(self, alpha: float, rank: int) -> float:
-        """The factor s before b·a."""
-        return scale_of(alpha, rank, self.name)
 
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
         """The update with the tensors that this variant has beside a and b.
@@ -88,10 +84,6 @@ class Dora(Lora):
     """The rows of W + s·b·a are given lengths of their own, which are trained."""
 
     branches = False
-
-    def scale(self, alpha: float, rank: int) -> float:
-        """The factor s, which is that of lora: the magnitude is not part of it."""
-        return scale_of(alpha, rank)
 
     def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
         """The magnitude starts at the lengths of W's own rows, so that W' = W.
@@ -158,10 +150,7 @@ def named_variant(name: str) -> Lora:
     kind, _, size = name.partition(":")
     if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
         return QaLora(kind, group=int(size))
-    if name not in VARIANTS:
-        raise LoraFxError(
-            f"no variant {name!r}", near(name, VARIANTS, f"the variants are {', '.join(VARIANTS)}")
-        )
+    expect_name(name, VARIANTS, "no variant", f"the variants are {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
@@ -276,10 +265,7 @@ GAMMA = 16.0
 
 def check_init(init: str) -> None:
     """Raise for a start that is not known."""
-    if init not in INITS:
-        raise LoraFxError(
-            f"no init {init!r}", near(init, INITS, f"the starts are {', '.join(INITS)}")
-        )
+    expect_name(init, INITS, "no init", f"the starts are {', '.join(INITS)}")
 
 
 def initial(
@@ -323,9 +309,11 @@ def initial(
         if read is not None and (init in OF_WEIGHT or not kind.branches):
             check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
             weight = matrix(target, read(target.parameter.name))
-        scale = kind.scale(fitted.alpha, fitted.rank)
-        seen = (moments or {}).get(key)
-        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, weight, seen)
+        scale = scale_of(fitted.alpha, fitted.rank, kind.name)
+        source = weight
+        if init in OF_DATA:
+            source = getattr((moments or {}).get(key), OF_DATA[init], None)
+        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, source)
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
         twins = tuple(target.parameter.aliases) if target.of_several else ()
         low = replace(low, op=target.op, tied=target.of_several, twins=twins)
@@ -369,35 +357,26 @@ def _with_frozen(low: LowRank, scale: float) -> LowRank:
 
 
 def _start(
-    key: str,
-    layout: Layout,
-    rank: int,
-    scale: float,
-    seed: int,
-    init: str,
-    weight: Array | None,
-    seen: Moments | None,
+    key: str, layout: Layout, rank: int, scale: float, seed: int, init: str, source: Array | None
 ) -> tuple[Array, Array]:
-    """A [*batch, rank, in] and b [*batch, out, rank], fp32."""
+    """A [*batch, rank, in] and b [*batch, out, rank], fp32; `source` is what the start reads."""
     if init == "kaiming":
         return draw(key, layout, rank, seed)
-    zero = np.zeros((*layout.batch_shape, layout.out_size, rank), np.float32)
+    a_shape, b_shape = layout.factor_shapes(rank)
+    zero = np.zeros(b_shape, np.float32)
     if init == "gaussian":
-        shape = (*layout.batch_shape, rank, layout.in_size)
-        return (generator(key, seed).standard_normal(shape) / rank).astype(np.float32), zero
+        return (generator(key, seed).standard_normal(a_shape) / rank).astype(np.float32), zero
     if init == "orthogonal":
         return _orthogonal(key, layout, rank, seed)
     if init in OF_WEIGHT:
-        assert weight is not None
-        return _each(weight, lambda w: _of_weight(w, rank, scale, init))
-    field = OF_DATA[init]
-    value = getattr(seen, field, None)
-    if value is None:
+        assert source is not None
+        return _each(source, lambda w: _of_weight(w, rank, scale, init))
+    if source is None:
         raise LoraFxError(
             f"{key!r}: {init} starts from data, and calibration could not read this target",
             "exclude it, or take another --init",
         )
-    wide = np.asarray(value, np.float64)
+    wide = np.asarray(source, np.float64)
     if init == "eva":
         if wide.ndim == 1:  # of one-hot x: the rows that are looked up most
             axes = np.zeros((len(wide), rank))
@@ -525,9 +504,17 @@ def _part(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, A
     One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
     is given where the part is to be redone: then one that is not unique is an error.
     """
-    if how == "olora":
-        return _projected(weight, rank, where)
-    return _singular(weight, rank, how, where)
+    if how != "olora":
+        return _singular(weight, rank, how, where)
+    q, r = np.linalg.qr(weight[:, :rank])
+    size = np.abs(np.diag(r))
+    if where and size.min() <= _INDEPENDENT * size.max():
+        raise LoraFxError(
+            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
+            "off is not unique",
+            "save the adapter again with path_initial_model_for_weight_conversion",
+        )
+    return q, q.T @ weight
 
 
 def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:
@@ -546,16 +533,3 @@ def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Ar
     taken = vectors[:, :rank] if how == "pissa" else vectors[:, last:]
     rest = taken.T @ flat
     return (taken, rest) if flat is weight else (rest.T, taken.T)
-
-
-def _projected(weight: Array, rank: int, where: str) -> tuple[Array, Array]:
-    """The projection onto the first columns."""
-    q, r = np.linalg.qr(weight[:, :rank])
-    size = np.abs(np.diag(r))
-    if where and size.min() <= _INDEPENDENT * size.max():
-        raise LoraFxError(
-            f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
-            "off is not unique",
-            "save the adapter again with path_initial_model_for_weight_conversion",
-        )
-    return q, q.T @ weight

@@ -41,7 +41,7 @@ from lora_fx.checkpoint.requantise import (
     stored_as,
 )
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
-from lora_fx.errors import LoraFxError, MisfitError, near, stamp
+from lora_fx.errors import LoraFxError, MisfitError, expect_name, near, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.hub import hub_record
 from lora_fx.files.quantised.dequantise import (
@@ -107,10 +107,7 @@ class MergeOptions:
             known = f"one of {', '.join(FLOATING)}"
             name = str(self.dtype).removeprefix("torch.")
             raise LoraFxError(f"no dtype {self.dtype!r}", near(name, FLOATING, known))
-        if self.how not in HOWS:
-            raise LoraFxError(
-                f"no mix {self.how!r}", near(self.how, HOWS, f"one of {', '.join(HOWS)}")
-            )
+        expect_name(self.how, HOWS, "no mix", f"one of {', '.join(HOWS)}")
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
         if self.dequantise and self.requantise:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import MistakeError
 
 V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
@@ -89,10 +89,7 @@ class NumpyEmitter:
     def op(self, prim: str, *xs: Any, **attrs: Any) -> Array:
         """One primitive of the closed set (see lora_fx.ir.emitter.Ops)."""
         if prim not in PRIMS:
-            raise LoraFxError(
-                f"the numpy emitter has no primitive {prim!r}",
-                "report this: it is a mistake of lora-fx",
-            )
+            raise MistakeError(f"the numpy emitter has no primitive {prim!r}")
         return np.asarray(PRIMS[prim](*xs, **attrs))
 
 

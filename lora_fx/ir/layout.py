@@ -16,9 +16,9 @@ from lora_fx.ir.emitter import Ops, V
 
 @dataclass(frozen=True)
 class Permute:
-    """A transpose: axis i of the result is axis dims[i] of the input."""
+    """A transpose: axis i of the result is axis perm[i] of the input."""
 
-    dims: tuple[int, ...]
+    perm: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Gather:
 
 
 Step = Permute | Reshape | Slice | Cast | Gather
+_PRIMS = {Permute: "transpose", Reshape: "reshape", Slice: "slice", Cast: "cast"}
+"""Step → the primitive of `Ops` that it is; its fields are the attributes."""
 Region = tuple[tuple[int, int], ...]
 """Half-open bounds per stored axis."""
 
@@ -76,18 +78,12 @@ class View:
         `ids` are what a Gather picks, in a list.
         """
         for step in self.steps:
-            if isinstance(step, Permute):
-                value = emitter.op("transpose", value, perm=step.dims)
-            elif isinstance(step, Reshape):
-                value = emitter.op("reshape", value, shape=step.shape)
-            elif isinstance(step, Slice):
-                value = emitter.op("slice", value, axis=step.axis, start=step.start, stop=step.stop)
-            elif isinstance(step, Gather):
-                if ids is None:
-                    raise Opaque("what is gathered depends on data")
-                value = emitter.op("gather", value, ids)
+            if not isinstance(step, Gather):
+                value = emitter.op(_PRIMS[type(step)], value, **vars(step))
+            elif ids is None:
+                raise Opaque("what is gathered depends on data")
             else:
-                value = emitter.op("cast", value, dtype=step.dtype)
+                value = emitter.op("gather", value, ids)
         return value
 
     @property
@@ -98,22 +94,68 @@ class View:
             if isinstance(step, Gather):
                 axis = step.axis if axis is None else -1
             elif axis not in (None, -1) and not isinstance(step, Cast):
-                axis = step.dims.index(axis) if isinstance(step, Permute) else -1
+                axis = step.perm.index(axis) if isinstance(step, Permute) else -1
         return axis
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tracked:
-    """Where the axes of an operand lie in the stored tensor.
+    """Where the axes of an operand lie in the stored tensor, after the steps so far.
 
     An atom is a run of one stored axis that the steps kept together; `stored[i]` lists the atoms
     of stored axis i, major first, `axes[j]` those of operand axis j, `size` their lengths.
     """
 
     region: Region
-    stored: tuple[tuple[int, ...], ...]
-    axes: tuple[tuple[int, ...], ...]
+    stored: list[list[int]]
+    axes: list[list[int]]
     size: dict[int, int]
+
+    def regroup(self, shape: tuple[int, ...]) -> None:
+        """Follow a reshape: the same atoms, and parts of them, make up other axes."""
+        # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
+        queue = [atom for axis in self.axes for atom in axis if self.size[atom] != 1]
+        self.axes = []
+        for want in shape:
+            group: list[int] = []
+            while want > 1:
+                if not queue:
+                    raise Opaque("reshape to more elements")
+                atom = queue.pop(0)
+                have = self.size[atom]
+                if have > want:  # split it: the rest belongs to the next axis
+                    if have % want:
+                        raise Opaque("reshape across stored axes")
+                    minor = max(self.size) + 1
+                    self.size[atom], self.size[minor] = want, have // want
+                    home = next(row for row in self.stored if atom in row)
+                    home.insert(home.index(atom) + 1, minor)
+                    queue.insert(0, minor)
+                    have = want
+                if want % have:
+                    raise Opaque("reshape across stored axes")
+                want //= have
+                group.append(atom)
+            self.axes.append(group)
+        if queue:
+            raise Opaque("reshape to fewer elements")
+
+    def narrow(self, step: Slice) -> None:
+        """Follow a slice: less of one stored axis is read."""
+        axis = self.axes[step.axis]
+        if (step.start, step.stop) == (0, math.prod(self.size[a] for a in axis)):
+            return
+        if len(axis) != 1:
+            raise Opaque("slice of an axis that joins several stored axes")
+        atom = axis[0]
+        home = next(i for i, row in enumerate(self.stored) if atom in row)
+        if self.stored[home][0] != atom:
+            raise Opaque("slice inside a stored axis that is not contiguous")
+        inner = math.prod(self.size[a] for a in self.stored[home][1:])
+        first, read = self.region[home][0], self.region
+        bounds = (first + step.start * inner, first + step.stop * inner)
+        self.region = (*read[:home], bounds, *read[home + 1 :])
+        self.size[atom] = step.stop - step.start
 
 
 def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
@@ -122,18 +164,17 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
     Raises:
         Opaque: A reshape or slice cuts across stored axes.
     """
-    size = dict(enumerate(shape))
-    stored = [[i] for i in range(len(shape))]
-    axes = [[i] for i in range(len(shape))]
-    region = [(0, n) for n in shape]
+    atoms = range(len(shape))
+    region = tuple((0, n) for n in shape)
+    found = Tracked(region, [[i] for i in atoms], [[i] for i in atoms], dict(enumerate(shape)))
     for step in steps:
         if isinstance(step, Permute):
-            axes = [axes[d] for d in step.dims]
+            found.axes = [found.axes[d] for d in step.perm]
         elif isinstance(step, Reshape):
-            axes = _regroup(axes, step.shape, size, stored)
+            found.regroup(step.shape)
         elif isinstance(step, Slice):
-            _narrow(axes[step.axis], step, size, stored, region)
-    return Tracked(tuple(region), tuple(map(tuple, stored)), tuple(map(tuple, axes)), size)
+            found.narrow(step)
+    return found
 
 
 def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
@@ -142,60 +183,6 @@ def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
         return track(shape, steps).region
     except Opaque:
         return tuple((0, n) for n in shape)
-
-
-def _regroup(
-    axes: list[list[int]], shape: tuple[int, ...], size: dict[int, int], stored: list[list[int]]
-) -> list[list[int]]:
-    # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
-    queue = [atom for axis in axes for atom in axis if size[atom] != 1]
-    result = []
-    for want in shape:
-        group: list[int] = []
-        while want > 1:
-            if not queue:
-                raise Opaque("reshape to more elements")
-            atom = queue.pop(0)
-            have = size[atom]
-            if have > want:  # split it: the rest belongs to the next axis
-                if have % want:
-                    raise Opaque("reshape across stored axes")
-                minor = max(size) + 1
-                size[atom], size[minor] = want, have // want
-                home = next(row for row in stored if atom in row)
-                home.insert(home.index(atom) + 1, minor)
-                queue.insert(0, minor)
-                have = want
-            if want % have:
-                raise Opaque("reshape across stored axes")
-            want //= have
-            group.append(atom)
-        result.append(group)
-    if queue:
-        raise Opaque("reshape to fewer elements")
-    return result
-
-
-def _narrow(
-    axis: list[int],
-    step: Slice,
-    size: dict[int, int],
-    stored: list[list[int]],
-    region: list[tuple[int, int]],
-) -> None:
-    whole = math.prod(size[a] for a in axis)
-    if (step.start, step.stop) == (0, whole):
-        return
-    if len(axis) != 1:
-        raise Opaque("slice of an axis that joins several stored axes")
-    atom = axis[0]
-    home = next(i for i, row in enumerate(stored) if atom in row)
-    if stored[home][0] != atom:
-        raise Opaque("slice inside a stored axis that is not contiguous")
-    inner = math.prod(size[a] for a in stored[home][1:])
-    first = region[home][0]
-    region[home] = (first + step.start * inner, first + step.stop * inner)
-    size[atom] = step.stop - step.start
 
 
 # The layout of an update.
@@ -243,6 +230,10 @@ class Layout:
         """Number of elements in a and b together."""
         return math.prod(self.batch_shape) * rank * (self.out_size + self.in_size)
 
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a, [*batch, rank, in], and of b, [*batch, out, rank]."""
+        return (*self.batch_shape, rank, self.in_size), (*self.batch_shape, self.out_size, rank)
+
     def transposed(self) -> Layout:
         """The layout of a use that reads the tensor the other way round."""
         return Layout(self.shape, self.batch, self.in_, self.out, self.stored)
@@ -254,7 +245,7 @@ class Layout:
             bounds: Half-open, per stored axis of this layout.
         """
         shape = list(self.shape)
-        for axes, (lo, hi), n in zip(self._axes(), bounds, self.stored, strict=True):
+        for axes, (lo, hi), n in zip(self.split(), bounds, self.stored, strict=True):
             if (lo, hi) != (0, n):
                 if len(axes) != 1 or not 0 <= lo < hi <= n:
                     return None
@@ -264,10 +255,10 @@ class Layout:
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
         """Where a part that `narrow` allows begins, per axis of `shape`."""
-        first = {axes[0]: lo for axes, (lo, _) in zip(self._axes(), bounds, strict=True) if axes}
+        first = {axes[0]: lo for axes, (lo, _) in zip(self.split(), bounds, strict=True) if axes}
         return tuple(first.get(axis, 0) for axis in range(len(self.shape)))
 
-    def _axes(self) -> list[range]:
+    def split(self) -> list[range]:
         """The axes of `shape` that each stored axis is split into."""
         result, at = [], 0
         for n in self.stored:
@@ -277,31 +268,24 @@ class Layout:
             result.append(range(first, at))
         return result
 
-    def from_stored(self, e: Ops[V], value: V) -> V:
-        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
+    def _matrix(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The axes of `shape` as [*batch, out, in] has them, their sizes, and its own shape."""
         order = self.batch + self.out + self.in_
         whole = (*self.batch_shape, self.out_size, self.in_size)
-        if tuple(self.shape) != self.stored:
-            value = e.op("reshape", value, shape=self.shape)
-        if order != tuple(range(len(order))):
-            value = e.op("transpose", value, perm=order)
-        if tuple(self.shape[i] for i in order) != whole:
-            value = e.op("reshape", value, shape=whole)
-        return value
+        return order, tuple(self.shape[i] for i in order), whole
+
+    def from_stored(self, e: Ops[V], value: V) -> V:
+        """Bring a value from the stored shape to [*batch, out, in], in any IR."""
+        order, split, whole = self._matrix()
+        value = _reshaped(e, value, self.stored, self.shape)
+        return _reshaped(e, _permuted(e, value, order), split, whole)
 
     def to_stored(self, e: Ops[V], delta: V) -> V:
         """Bring a value from [*batch, out, in] to the stored shape, in any IR."""
-        order = self.batch + self.out + self.in_
-        split = tuple(self.shape[i] for i in order)
+        order, split, whole = self._matrix()
         inverse = tuple(order.index(i) for i in range(len(order)))
-        whole = (*self.batch_shape, self.out_size, self.in_size)
-        if split != whole:
-            delta = e.op("reshape", delta, shape=split)
-        if inverse != tuple(range(len(inverse))):
-            delta = e.op("transpose", delta, perm=inverse)
-        if tuple(self.shape) != self.stored:
-            delta = e.op("reshape", delta, shape=self.stored)
-        return delta
+        delta = _permuted(e, _reshaped(e, delta, whole, split), inverse)
+        return _reshaped(e, delta, self.shape, self.stored)
 
     def to_json(self) -> dict[str, list[int]]:
         """The five fields as plain lists, for manifests and file headers."""
@@ -311,6 +295,14 @@ class Layout:
     def from_json(cls, data: dict[str, list[int]]) -> Layout:
         """The Layout that `to_json` wrote."""
         return cls(**{k: tuple(v) for k, v in data.items()})
+
+
+def _reshaped(e: Ops[V], value: V, have: tuple[int, ...], want: tuple[int, ...]) -> V:
+    return value if have == want else e.op("reshape", value, shape=want)
+
+
+def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
+    return value if perm == tuple(range(len(perm))) else e.op("transpose", value, perm=perm)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
@@ -332,29 +324,24 @@ def layout_of(
     parts = [[a for axis in axes for a in tracked.axes[axis]] for axes in (batch, out, in_)]
     # A size of 1 says nothing about the order of axes, and two uses may place it differently.
     parts = [[a for a in part if tracked.size[a] != 1] for part in parts]
+    place = {a: (p, i) for p, part in enumerate(parts) for i, a in enumerate(part)}
     runs: list[tuple[int, list[int]]] = []  # (part, atoms), in stored order
     for row in tracked.stored:
         fresh = True
         for atom in (a for a in row if tracked.size[a] != 1):
-            part = next((p for p, atoms in enumerate(parts) if atom in atoms), -1)
-            if part < 0:
+            if atom not in place:
                 raise Opaque("a stored axis is not read")
-            if not fresh and runs[-1][0] == part:
-                last = parts[part].index(runs[-1][1][-1])
-                if part and parts[part][last + 1 : last + 2] == [atom]:
-                    runs[-1][1].append(atom)
-                    continue
-            runs.append((part, [atom]))
+            part, i = place[atom]
+            if part and not fresh and place[runs[-1][1][-1]] == (part, i - 1):
+                runs[-1][1].append(atom)
+            else:
+                runs.append((part, [atom]))
             fresh = False
         if fresh:  # an axis of size 1: keep it, as out if out is empty, else as in
             runs.append((-1, []))
-    sides = [
-        sorted(
-            (i for i, (p, _) in enumerate(runs) if p == part),
-            key=lambda i, part=part: parts[part].index(runs[i][1][0]),  # type: ignore[misc]
-        )
-        for part in range(3)
-    ]
+    sides = [[i for i, (p, _) in enumerate(runs) if p == part] for part in range(3)]
+    for side in sides:
+        side.sort(key=lambda i: place[runs[i][1][0]])
     for i, (part, _) in enumerate(runs):
         if part < 0:
             sides[1 if not sides[1] else 2].append(i)

@@ -22,12 +22,7 @@ from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.graph.flow import (
-    OnnxWeightUse,
-    dtype_name,
-    rank,
-    shape_of,
-)
+from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name, rank, shape_of
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros

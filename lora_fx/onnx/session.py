@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, expect_name, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
@@ -124,11 +124,7 @@ def open_session(
     """
     import onnxruntime as ort
 
-    if provider not in ("auto", "cpu", "cuda"):
-        raise LoraFxError(
-            f"no provider {provider!r}",
-            near(provider, ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        )
+    expect_name(provider, ("auto", "cpu", "cuda"), "no provider", "auto, cpu or cuda")
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3

@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line, silenced
+from lora_fx.errors import LoraFxError, MistakeError, one_line, silenced
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser
@@ -440,6 +440,4 @@ def _open(model: ir.Model, provider: str) -> RuntimeSession:
             return open_session(path, provider, threads=1)
         except LoraFxError as e:
             message = e.message.partition("cannot load it: ")[2] or e.message
-            raise LoraFxError(
-                f"ONNX Runtime cannot load it: {message}", "report this: it is a mistake of lora-fx"
-            ) from e
+            raise MistakeError(f"ONNX Runtime cannot load it: {message}") from e

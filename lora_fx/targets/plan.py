@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
-from pathlib import Path
 
-from lora_fx.errors import LoraFxError, check_format, near_path
+from lora_fx.errors import LoraFxError, check_format, expect_file
 from lora_fx.files.read import read_json
 from lora_fx.ir.graph import Site
 from lora_fx.targets.target import Found, Target, base_name, check_disjoint, split_region, split_use
@@ -299,7 +298,9 @@ def make_plan(
         )
     entries, notes = {}, []
     for key in chosen:
-        r, al = _asked(key, ranks, rank, alpha)
+        given = (ranks or {}).get(key, rank)
+        asked = given if isinstance(given, Mapping) else {"rank": given}
+        r, al = int(asked.get("rank", rank)), asked.get("alpha", alpha)
         if r <= 0:
             raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
         if r > limits[key]:
@@ -334,15 +335,6 @@ def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
     taken = {s.id for o in map(found.__getitem__, gone) if o.holds(t) for s in o.sites}
     sites = [s for s in t.sites if s.id not in taken]
     return found[split_use(key)[0]].keys_of(sites) if sites else ()
-
-
-def _asked(
-    key: str, ranks: JsonView | None, rank: int, alpha: float | None
-) -> tuple[int, float | None]:
-    given = (ranks or {}).get(key, rank)
-    if isinstance(given, Mapping):
-        return int(given.get("rank", rank)), given.get("alpha", alpha)
-    return int(given), alpha
 
 
 def _known(found: Found, ranks: JsonView, where: str) -> JsonView:
@@ -467,10 +459,7 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
         LoraFxError: No such file, no JSON, a field or a value that no plan has.
     """
     where = fspath(path)
-    if not Path(where).is_file():
-        raise LoraFxError(
-            f"{where}: no such file", near_path(where, "lora-fx plan MODEL DATA -o FILE writes one")
-        )
+    expect_file(where, "lora-fx plan MODEL DATA -o FILE writes one")
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")

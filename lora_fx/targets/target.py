@@ -163,15 +163,17 @@ class Target:
         scopes = {s.scope for s in self.sites if s.scope}
         return tuple(n for n in self.parameter.names if n.rpartition(".")[0] in scopes)
 
+    def names_of(self, site: Site) -> list[str]:
+        """The names of the tensor that lie in the module of one use."""
+        scope = site.scope
+        return [n for n in self.parameter.names if scope and n.rpartition(".")[0] == scope]
+
     @property
     def each_use(self) -> tuple[str, ...]:
         """A name for every use: its alias or op where that is its alone, else the call."""
         result = []
         for i, site in enumerate(self.sites):
-            own = [
-                n for n in self.parameter.names if site.scope and n.rpartition(".")[0] == site.scope
-            ]
-            options = [*own, f"op:{site.op}"]
+            options = [*self.names_of(site), f"op:{site.op}"]
             alone = (u for u in options if [s.id for s in self.sites if applies(u, s)] == [site.id])
             result.append(next(alone, f"call:{i}"))
         return tuple(result)
@@ -186,9 +188,8 @@ class Target:
             return name
         op = ""
         for site in (s for s in self.sites if (s.op == "embedding") == lookup):
-            for known in self.parameter.names:
-                if site.scope and known.rpartition(".")[0] == site.scope:
-                    return known
+            if own := self.names_of(site):
+                return own[0]
             op = op or f"op:{site.op}"
         return op
 
@@ -517,15 +518,9 @@ class Found:
 
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
-        return {
-            "targets": [t.to_json() for t in self.targets],
-            "refusals": [r.to_json() for r in self.refusals],
-            "unreached": [u.to_json() for u in self.unreached],
-            "pinned": [p.to_json() for p in self.pinned],
-            "ranges": [c.to_json() for c in self.ranges],
-            "flops": self.flops,
-            "reached_share": round(self.reached_share, 6),
-        }
+        names = ("targets", "refusals", "unreached", "pinned", "ranges")
+        rows = {name: [row.to_json() for row in getattr(self, name)] for name in names}
+        return {**rows, "flops": self.flops, "reached_share": round(self.reached_share, 6)}
 
     def __repr__(self) -> str:
         """The targets and their shapes, and how much cannot be adapted."""

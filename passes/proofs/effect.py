@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_values
 from lora_fx.compare import EPSILON, FOLD_TOL, ORT_TOL, STEPS, Parity, compare
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
@@ -62,7 +62,7 @@ class Trained:
     """
 
     model: nn.Module
-    updates: Mapping[str, LowRank]
+    updates: Updates
     example: Named
     call: Callable[[Named], object]
     sample: Callable[[int], Named]
@@ -290,7 +290,7 @@ def _gradients_of(
     return [torch.zeros_like(w) if g is None else g for g, w in pairs]
 
 
-def weight_form(now: Mapping[str, LowRank], training: bool) -> Rewriter:
+def weight_form(now: Updates, training: bool) -> Rewriter:
     """The pass that puts W + s·b·a at every site: the reference of output forms."""
     return Insert(now, missing="skip", weight_form=True)
 
@@ -321,7 +321,6 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 # is an effect to compare. Gradients are those of the live model itself, in both modes.
 
 
-Arrays = dict[str, Array]
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The gates of the explicit reference, which rounds W + s·b·a in another order."""
 
@@ -335,7 +334,7 @@ class InGraph:
         self.module = AdaptedModule(cap, state.found, adapter, weight_form)
         self.module._programs.blocks = False  # it runs once
 
-    def put(self, updates: Mapping[str, LowRank]) -> None:
+    def put(self, updates: Updates) -> None:
         """Take these updates from now on, of the same shapes."""
         self.module.load_adapter(Adapter(updates))
 
@@ -354,7 +353,7 @@ class InGraph:
         sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
         return (sampled or prove(lambda _: adapted, module, arrays=given, tol=tol))[0]
 
-    def _live(self, feeds: Mapping[str, Array]) -> Arrays:
+    def _live(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with eval_mode(self.state.model):
             named = named_of(self.cap.named, feeds)
             return by_output(self.cap.signature.call(self.state.model, named))
@@ -366,7 +365,7 @@ class Explicit:
     def __init__(self, state: Attachment, signature: Signature, named: Named) -> None:
         self.state, self.signature, self.named = state, signature, named
 
-    def put(self, updates: Mapping[str, LowRank]) -> None:
+    def put(self, updates: Updates) -> None:
         """The live model has them already."""
 
     def check(self) -> Parity:
@@ -461,9 +460,7 @@ def prove_trained(
 
 
 @stage("comparing the live model with the graph")
-def prove_live(
-    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank]
-) -> None:
+def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates) -> None:
     """Raise unless the attached model gives the reference's numbers with `probe` installed.
 
     Modules whose branch does not run, because some fused path reads their weight, change to the
@@ -472,6 +469,17 @@ def prove_live(
     Raises:
         LoraFxError: It differs; the message names the targets that differ when alone.
     """
+
+    def found_with(updates: Updates) -> Parity:
+        state.fill(updates)
+        reference.put(updates)
+        return reference.check()
+
+    def alone(key: str) -> Parity:
+        """The comparison with every other update at zero."""
+        rest = {k: replace(u, b=np.zeros_like(u.b)) for k, u in probe.items() if k != key}
+        return found_with({**probe, **rest})
+
     try:
         with state.watch() as ran:
             found = reference.check()
@@ -484,10 +492,10 @@ def prove_live(
             if math.isfinite(found.rel):
                 break
             probe = {k: replace(u, b=u.b * np.float32(0.1)) for k, u in probe.items()}
-            found = _with(state, reference, probe)
+            found = found_with(probe)
         if found.ok:
             return
-        guilty = [k for k in probe if not _alone(state, reference, probe, k).ok]
+        guilty = [k for k in probe if not alone(k).ok]
     except LoraFxError:
         raise
     except Exception as e:
@@ -502,19 +510,3 @@ def prove_live(
         "or reads it for more than the matmuls that were found",
         "exclude it, or use lora_fx.insert",
     )
-
-
-def _alone(
-    state: Attachment, reference: InGraph | Explicit, probe: Mapping[str, LowRank], key: str
-) -> Parity:
-    """The comparison with every other update at zero."""
-    only = {k: u if k == key else replace(u, b=np.zeros_like(u.b)) for k, u in probe.items()}
-    return _with(state, reference, only)
-
-
-def _with(
-    state: Attachment, reference: InGraph | Explicit, updates: Mapping[str, LowRank]
-) -> Parity:
-    state.fill(updates)
-    reference.put(updates)
-    return reference.check()

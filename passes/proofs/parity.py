@@ -29,6 +29,7 @@ from lora_fx.compare import (
     EPSILON,
     ORT_TOL,
     Gate,
+    Outputs,
     Parity,
     compare_fairly,
     narrow_gate,
@@ -267,9 +268,7 @@ def own_errors(
             yield grow(worst, moved.flat(named), values)
 
 
-def grow(
-    worst: dict[str, float], values: Mapping[str, Array], exact: Mapping[str, Array]
-) -> dict[str, float]:
+def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
     """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
         found = rel(value, exact[name])
@@ -353,26 +352,25 @@ def torch_run(module: CapturedModule) -> Run:
 # A captured torch model as the reference of an export.
 
 
+@dataclass(eq=False)
 class TorchReference:
     """Adapters are the branches that insert adds.
 
-    Args:
+    Attributes:
         captured: The base model.
         branched: What adds an adapter's branches to it.
         arrays: A user's inputs by name, instead of sampled ones.
         tol: The gate.
     """
 
-    def __init__(
-        self,
-        captured: Captured,
-        branched: Callable[[Adapter], CapturedModule],
-        arrays: Named | None = None,
-        tol: float = ORT_TOL,
-    ) -> None:
-        self.branched, self.arrays, self.tol = branched, arrays, tol
-        self.base = plain(captured)
-        self.base.eval()
+    captured: Captured
+    branched: Callable[[Adapter], CapturedModule]
+    arrays: Named | None = None
+    tol: float = ORT_TOL
+
+    def __post_init__(self) -> None:
+        """Make the module of the base."""
+        self.base = plain(self.captured).eval()
         self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
 
     @property
@@ -493,26 +491,13 @@ def prove_step(
                 given |= {f"{s.name}.m": m.astype(np.float32), f"{s.name}.v": v.astype(np.float32)}
             expected, known = step(given), dict[str, float]()
             gates = {n: Gate(ORT_TOL, CEILING) for n in expected}
-            own = partial(_rounding, step, given, expected, known)
+            own = partial(step.rounding, given, expected, known)
             with stage(f"comparing a step at {sizes_text(shapes)}"):
                 found = compare_fairly(run(given), expected, shapes, gates, own, of="step")
             if found.ok or 4 * known.get(found.output, 0.0) < CEILING:
                 break
         results.append(found)
     return results
-
-
-def _rounding(
-    step: _Torch,
-    given: Mapping[str, Array],
-    expected: Mapping[str, Array],
-    known: dict[str, float],
-) -> Iterator[dict[str, float]]:
-    """How far rounding moves each output, written into `known`: at first that of fp32 itself."""
-    exact = replace(step, wide=True)(given)
-    yield grow(known, expected, exact)
-    for seed in range(MOVES):
-        yield grow(known, replace(step, seed=seed)(given), exact)
 
 
 def _drawn(slot: Slot, tensor: Tensor, generator: np.random.Generator, draw: int) -> Array:
@@ -560,6 +545,15 @@ class _Torch:
             for n, x in (("exp_avg", "m"), ("exp_avg_sq", "v")) if adam else ():
                 made[f"{s.name}.{x}.next"] = np.swapaxes(to_numpy(optimizer.state[w][n]), -1, -2)
         return made
+
+    def rounding(
+        self, given: Outputs, expected: Outputs, known: dict[str, float]
+    ) -> Iterator[dict[str, float]]:
+        """How far rounding moves each output, written into `known`: at first that of fp32."""
+        exact = replace(self, wide=True)(given)
+        yield grow(known, expected, exact)
+        for seed in range(MOVES):
+            yield grow(known, replace(self, seed=seed)(given), exact)
 
     def _backward(self, given: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tensor]:
         """The tensors of the module by the names of slots, with gradients, and the loss."""

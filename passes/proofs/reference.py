@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, slots_of
+from lora_fx.adapter.lowrank import Updates, slots_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -36,9 +36,9 @@ from lora_fx.compare import (
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, one_line
 from lora_fx.files.safetensors import same_bytes
-from lora_fx.inputs import SIZES, Extents, Inputs, Named
+from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
@@ -100,10 +100,11 @@ class Reference(Protocol):
         """Compare at every size; `of` is the word for it in the report."""
 
 
+@dataclass(eq=False)
 class OnnxReference:
     """See Reference; made by `reference_of`.
 
-    Args:
+    Attributes:
         graph: The base; not changed. Without it no adapter can be added.
         source: Its file.
         provider: auto, cpu or cuda.
@@ -111,26 +112,22 @@ class OnnxReference:
         arrays: A user's inputs by name, instead of sampled ones.
     """
 
-    def __init__(
-        self,
-        graph: OnnxGraph | None,
-        source: Path,
-        provider: str,
-        folder: Path,
-        arrays: Named | None,
-    ) -> None:
-        self.graph, self.source, self.folder = graph, source, folder
-        self.session = session = open_session(source, provider)
-        self.arrays = dict(arrays or {})
+    graph: OnnxGraph | None
+    source: Path
+    provider: str
+    folder: Path
+    arrays: Named
+
+    def __post_init__(self) -> None:
+        """Open the file; raises for an array that is no input of it."""
+        graph = self.graph
+        self.session = session = open_session(self.source, self.provider)
         found = {} if graph is None else highest(graph)
         said = signature(session)
         specs = tuple(replace(s, high=found.get(s.name)) for s in said.specs)
         self.inputs = replace(said, specs=specs)
         for name in self.arrays:
-            if name not in self.inputs.names:
-                raise LoraFxError(
-                    f"no input is named {name!r}", f"the inputs are {', '.join(self.inputs.names)}"
-                )
+            expect_input(name, self.inputs.names)
         rough = graph is not None and rounds_activations(graph.model)
         self._step, self.ceiling = (STEP, COARSE) if rough else (0.0, CEILING)
         self.mixes = graph is not None and shares_ranges(graph.model)
@@ -238,7 +235,7 @@ class OnnxReference:
             ) from e
         return dict(zip(self._names, values, strict=True))
 
-    def _session(self, updates: Mapping[str, LowRank], rewrites: bool) -> RuntimeSession:
+    def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None
         known = self._open.get((path, rewrites))
         if known is None:
@@ -251,7 +248,7 @@ class OnnxReference:
         found = find(self.graph)
         return [found[k] for k in keys]
 
-    def _path(self, updates: Mapping[str, LowRank], *, moved: bool = False) -> Path:
+    def _path(self, updates: Updates, *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
         rows = ((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items())
         key = (moved, *rows)
@@ -276,7 +273,7 @@ class OnnxReference:
         return self._made[key]
 
 
-def _factors(updates: Mapping[str, LowRank]) -> dict[str, Array]:
+def _factors(updates: Updates) -> dict[str, Array]:
     scaled = {
         k: replace(u, b=u.b * np.float32(u.scale), frozen=0, group=0) for k, u in updates.items()
     }
@@ -289,7 +286,7 @@ def reference_of(
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
     with tempfile.TemporaryDirectory() as folder:
-        yield OnnxReference(graph, source, provider, Path(folder), arrays)
+        yield OnnxReference(graph, source, provider, Path(folder), arrays or {})
 
 
 # Rows of a batch graph: every row of mixed batches equals its adapter alone.
@@ -468,10 +465,7 @@ def prove_merge(
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):
-            raise LoraFxError(
-                f"{target}: not written: {name!r} is not the adapter's",
-                "report this: it is a mistake of lora-fx",
-            )
+            raise MistakeError(f"{target}: not written: {name!r} is not the adapter's")
     return written
 
 

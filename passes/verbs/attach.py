@@ -12,12 +12,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, learning
+from lora_fx.adapter.lowrank import Updates, learning
 from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -34,11 +35,11 @@ from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
-from lora_fx.ir.graph import OtherReader, Parameter, Role, Site, T
+from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
-from lora_fx.passes.insert import Insert, changed
+from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
 from lora_fx.passes.verbs.open import found_in, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
@@ -119,7 +120,8 @@ def attach(
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
     except CaptureError as e:
-        cap, planner = None, _partial(model, args, kwargs, dropout, e)
+        call = partial(model, *args, **(kwargs or {}))
+        cap, planner = None, _partial(model, call, dropout, e)
     start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
     lost: dict[str, str] = {}
@@ -168,8 +170,7 @@ def attach(
         if options.adapter is not None:
             state.check_base(options.adapter)
     except BaseException:
-        state.uninstall()
-        del model.__dict__[REGISTRY]
+        detach(model)
         raise
     return model
 
@@ -200,11 +201,7 @@ def _module(model: object) -> nn.Module:
 
 
 def _partial(
-    model: nn.Module,
-    args: Sequence[object],
-    kwargs: Named | None,
-    dropout: float,
-    error: CaptureError,
+    model: nn.Module, call: Callable[[], object], dropout: float, error: CaptureError
 ) -> GraphPlanner:
     """Targets from dynamo's partial graphs; the report says so.
 
@@ -214,7 +211,7 @@ def _partial(
     layers = keep_trainable(model)
     with proofs.eval_mode(model):
         try:
-            graphs = partial_graphs(model, lambda: model(*args, **(kwargs or {})))
+            graphs = partial_graphs(model, call)
         except Exception as e:
             raise error from e
         finally:
@@ -279,6 +276,11 @@ class GraphPlanner(Planner):
             (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
         )
         self.stacks = {s.id: stack for s, stack in uses if stack and s.id not in self.clean}
+        targets = (
+            replace(t, sites=tuple(self.stacks.get(s.id, s) for s in t.sites))
+            for t in found.targets
+        )
+        self.stacked = replace(found, targets=tuple(targets))
 
     def _clean(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
@@ -293,9 +295,7 @@ class GraphPlanner(Planner):
             and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
 
-    def forms(
-        self, updates: Mapping[str, LowRank], by_weight: frozenset[str] = frozenset()
-    ) -> dict[str, Form]:
+    def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """Module path → Form.
 
         Raises:
@@ -304,11 +304,11 @@ class GraphPlanner(Planner):
         branches: dict[str, tuple[Program, Program]] = {}
         if self.graph is not None:
             evals, trains = (
-                _Recorded(self.graph, self.stacks).run(updates, self.dropout, training=t)
+                _Recorded(self.graph, self.stacked).run(updates, self.dropout, training=t)
                 for t in (False, True)
             )
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
-        grouped: dict[str, list[tuple[Target, LowRank]]] = {}
+        grouped: dict[str, list[Pair]] = {}
         for key, update in updates.items():
             target = self.found[key]
             grouped.setdefault(target.parameter.name, []).append((target, update))
@@ -336,22 +336,21 @@ class GraphPlanner(Planner):
                     lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
         return lost
 
-    def misread(self, updates: Mapping[str, LowRank]) -> dict[str, str]:
+    def misread(self, updates: Updates) -> dict[str, str]:
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
         some = {k: u for k, u in updates.items() if self.found[k].other_readers}
         forms = self.forms(some) if some else {}
-        targets = {k: self.found[k] for k in some}
         return {
-            k: f"{t.said}, and a matmul reads it outside a module of its own"
-            for k, t in targets.items()
-            for path, leaf in self.owners.get(t.parameter.name, ())
+            k: f"{self.found[k].said}, and a matmul reads it outside a module of its own"
+            for k in some
+            for path, leaf in self.owners.get(self.found[k].parameter.name, ())
             if path in forms and leaf in forms[path].weights
         }
 
     def _place(
         self,
         name: str,
-        group: Sequence[tuple[Target, LowRank]],
+        group: Sequence[Pair],
         branches: Mapping[str, tuple[Program, Program]],
         by_weight: frozenset[str],
         result: dict[str, Form],
@@ -417,7 +416,7 @@ def _inseparable(target: Target, why: str) -> LoraFxError:
     )
 
 
-def weight_form(group: Sequence[tuple[Target, LowRank]]) -> Program:
+def weight_form(group: Sequence[Pair]) -> Program:
     """W with the updates of one parameter in it, in its stored shape."""
     e = Recorder()
     w = total = Value(0)
@@ -441,35 +440,20 @@ def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
 class _Recorded:
     """A Graph whose emitters record: what Insert would add to each output, site by site."""
 
-    def __init__(self, graph: FxGraph, stacks: Mapping[str, Site]) -> None:
-        self.graph = graph
-        self.stacks = stacks
+    def __init__(self, graph: FxGraph, found: Found) -> None:
+        self.graph, self.found = graph, found
         self.emitters: dict[str, Recorder] = {}
         self.programs: dict[str, Program] = {}
 
-    def run(
-        self, updates: Mapping[str, LowRank], dropout: float, *, training: bool
-    ) -> dict[str, Program]:
+    def run(self, updates: Updates, dropout: float, *, training: bool) -> dict[str, Program]:
         """Site id → the program of its new output; sites in weight form have none."""
         Insert(updates, dropout=dropout, training=training, missing="skip")(self)  # type: ignore[arg-type]
         return self.programs
 
-    def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        return compute()  # it hides parts of the graph, so what is found here holds here only
+    def kept(self, what: str, compute: object, *, by_name: bool = False) -> Found:
+        return self.found  # the one analysis that Insert asks for
 
     def changed(self) -> None: ...
-
-    def sites(self) -> Sequence[Site]:
-        return [self.stacks.get(site.id, site) for site in self.graph.sites()]
-
-    def parameters(self) -> Sequence[Parameter]:
-        return self.graph.parameters()
-
-    def other_readers(self) -> Sequence[OtherReader]:
-        return ()
-
-    def data_flops(self) -> int:
-        return 0
 
     def adapted(self) -> frozenset[str]:
         return frozenset()

@@ -25,23 +25,21 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.objective import Loss, loss_function
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
+from lora_fx.passes.insert import reached
 from lora_fx.targets.budget import STATISTICS, WIDE, Calibration, Moments, Sums
-from lora_fx.targets.target import Target, applies, contains, relative
-
-Batch = Named
+from lora_fx.targets.target import Target, contains, relative
 
 
 def calibrate(
     cap: Captured,
     uses: Mapping[str, str],
-    data: Iterable[Batch],
+    data: Iterable[Named],
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
@@ -85,9 +83,7 @@ def calibrate(
     return Calibration(moments, tuple(seen.notes), count, mean, seen.dead)
 
 
-def _run(
-    module: CapturedModule, batch: Batch, loss: str | Loss, *, backward: bool
-) -> Tensor | None:
+def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
     """The loss of a batch; None where none is wanted."""
     signature = module.captured.signature
     device = next((p.device for p in module.parameters()), None)
@@ -105,7 +101,7 @@ def _run(
     return compute(out, given.get(label)) if backward else None
 
 
-def _mask(batch: Batch) -> Tensor | None:
+def _mask(batch: Named) -> Tensor | None:
     """The attention mask [examples, positions] of a batch of texts."""
     mask = batch.get("attention_mask")
     found = None if mask is None else _tensor(mask)
@@ -130,21 +126,13 @@ class _Seen:
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
         """The uses of the wanted targets in a program."""
-        found = find(graph)
-        here: dict[str, tuple[Site, tuple[str, ...]]] = {}
-        for key, use in self.uses.items():
-            target = found.get(key)
-            if target is None:
-                continue  # these arguments do not reach it
-            self.targets[key] = target
-            for site in target.sites:
-                if applies(use, site):
-                    here[site.id] = site, (*here.get(site.id, (site, ()))[1], key)
-        for site, keys in here.values():
+        targets, here = reached(find(graph), self.uses)  # those that these arguments reach
+        self.targets |= targets
+        for site, keys in here:
             for key in keys if self.wanted != {"gradient"} else ():
                 if not readable(site):
                     self.say(key, f"its {site.op} shows no inputs and gradients of its own")
-        return list(here.values())
+        return [(site, tuple(keys)) for site, keys in here]
 
     def inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
         """Add the x of one use; positions that are padding have none."""

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.lowrank import LowRank, relearning
+from lora_fx.adapter.lowrank import Updates, relearning
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -72,26 +72,8 @@ def captured_of(
     if is_program(model):
         return open_program(model, args, kwargs, dynamic, meta=meta)
     if isinstance(model, (str, PathLike)):
-        loaded = load_model(fspath(model), meta=meta)
-        cap = capture_loaded(loaded, args, kwargs, dynamic, repeat=repeat)
-        cap.notes += loaded.notes
-        return cap
+        model = load_model(fspath(model), meta=meta)
     return capture(model, args, kwargs, dynamic, repeat=repeat)
-
-
-def capture_loaded(
-    loaded: LoadedModel,
-    args: Sequence[object] = (),
-    kwargs: Named | None = None,
-    dynamic: Dynamic | None = None,
-    static: Sequence[str] = (),
-    *,
-    repeat: bool = True,
-) -> Captured:
-    """The capture of a loaded model, on its own example where no other is given."""
-    if not args and not kwargs:
-        args, kwargs = loaded.args, loaded.kwargs
-    return capture(loaded.module, args, kwargs, dynamic, static, repeat=repeat)
 
 
 def with_cache(
@@ -182,8 +164,8 @@ def capture(
     """Capture a model with example inputs.
 
     Args:
-        model: An nn.Module, a function of tensors, a bound method of a module, or the path of a
-            .pt2 file, which needs no inputs.
+        model: An nn.Module, a function of tensors, a bound method of a module, the path of a .pt2
+            file, which needs no inputs, or what load_model returned, which has an example.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
@@ -198,6 +180,12 @@ def capture(
     """
     if is_program(model):
         return open_program(model, args, kwargs, dynamic, static)
+    if isinstance(model, LoadedModel):
+        if not args and not kwargs:
+            args, kwargs = model.args, model.kwargs
+        cap = capture(model.module, args, kwargs, dynamic, static, repeat=repeat)
+        cap.notes += model.notes
+        return cap
     cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
     cap.traced(False, cap.named)
     return cap
@@ -251,7 +239,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
                 check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
         said = tuple(text for k in updates if (text := found[k].said))
         return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
-    plan = options.planned(found, named_tensors(model)[0], options.also_train)
+    plan = options.planned(found, named_tensors(model)[0])
     moments, said = None, tuple[str, ...]()
     if options.init in OF_DATA:
         if cap is None or options.data is None:
@@ -283,7 +271,7 @@ def adapted_module(
 ) -> AdaptedModule:
     """The module with these updates, before anything is proven of it."""
 
-    def inserter(now: Mapping[str, LowRank], training: bool) -> Callable[[FxGraph], object]:
+    def inserter(now: Updates, training: bool) -> Callable[[FxGraph], object]:
         return Insert(now, dropout=options.dropout, training=training, missing="skip")
 
     return AdaptedModule(

@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
-from lora_fx.errors import LoraFxError, expect, near
+from lora_fx.errors import LoraFxError, expect, expect_name
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
 from lora_fx.targets.target import Found
@@ -65,15 +65,13 @@ class BranchOptions:
         if self.dead not in ("error", "drop", "keep", "allow"):
             raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
 
-    def planned(
-        self, found: Found, names: Mapping[str, str] | None = None, also_train: Selectors = None
-    ) -> Plan:
+    def planned(self, found: Found, names: Mapping[str, str] | None = None) -> Plan:
         """The plan of a model's targets; see `lora_fx.targets.plan.make_plan`."""
         if isinstance(self.plan, Plan):
             return self.plan
         return make_plan(
             found, names or {}, rank=self.rank, alpha=self.alpha, include=self.include,
-            exclude=self.exclude, also_train=also_train, ranks=self.plan,
+            exclude=self.exclude, also_train=getattr(self, "also_train", None), ranks=self.plan,
         )  # fmt: skip
 
 
@@ -184,9 +182,7 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
-        if self.mode not in MODES:
-            modes = "merged, switch, load, batch or train"
-            raise LoraFxError(f"no mode {self.mode!r}", near(self.mode, MODES, modes))
+        expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
         for mode, names in MODES.items():
             more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
             if mode not in (self.mode, *more) and any(_given(getattr(self, n)) for n in names):
@@ -195,11 +191,9 @@ class ExportOptions:
                     "leave it out",
                 )
         object.__setattr__(self, "precision", long_name(self.precision))
-        if self.precision not in (None, *PRECISIONS):
-            raise LoraFxError(
-                f"no precision {self.precision!r}",
-                near(self.precision, PRECISIONS, "float32, bfloat16, float16 or int8"),
-            )
+        if self.precision is not None:
+            known = "float32, bfloat16, float16 or int8"
+            expect_name(self.precision, PRECISIONS, "no precision", known)
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(
                 "int8 starts from the graph as exported: fused nodes would stay in float32",

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.capture.capture import alike, all_tensors
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
@@ -74,15 +74,13 @@ def save_program(
             for training, found in paths.items():
                 _prove(module, again, training, found, None if training else by_torch)
     finally:
-        if not isinstance(module, FoldedModule):
-            module.train(was)
+        module.train(was)
     return tuple(notes)
 
 
 def _paths(module: CapturedModule, training: bool) -> Paths:
     """The paths of a mode that the module runs: what is written is proven."""
-    if not isinstance(module, FoldedModule):
-        module.train(training)
+    module.train(training)
     first, *others = module.captured.paths(training, module.base_dtype)
     found = [first]
     for named, traced in others:
@@ -119,8 +117,7 @@ def _prove(
 ) -> None:
     """Every size of the checks, with the same random numbers, must give the same bits."""
     names = "train" if training else "eval"
-    modes = [m for m in (module, again) if not isinstance(m, FoldedModule)]
-    for m in modes:
+    for m in (module, again):
         m.train(training)
     ran = 0
     example = module._in_own_dtype()
@@ -169,7 +166,4 @@ def _by_torch(file: Path) -> nn.Module:
     try:
         return torch.export.load(str(file)).module(check_guards=False)
     except Exception as e:
-        raise LoraFxError(
-            f"torch does not load the program again: {one_line(e)}",
-            "report this: it is a mistake of lora-fx",
-        ) from e
+        raise MistakeError(f"torch does not load the program again: {one_line(e)}") from e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -67,31 +68,28 @@ def verify(
     Raises:
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
-    if trust:
-        with trusting():
-            return verify(
-                a, b, inputs, adapter=adapter, tol=tol, provider=provider, run=run, rows=rows
-            )
-    if tol is not None and not 0 <= tol < math.inf:
-        raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
-    a, b = (local(m) if _is_path(m) else m for m in (a, b))
-    for path in filter(_is_path, (a, b)):
-        if not Path(path).exists():
-            raise LoraFxError(f"{path}: cannot be read: no such file or folder", near_path(path))
-    fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
-    if is_tensor_file(a) and not run:
-        if fits:
-            return fits_files(a, b)
-        if is_tensor_file(b):
-            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
-    if fits and _is_path(a) and str(a).endswith(".onnx"):
-        return fits_switch(a, b)
-    if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
-        return verify_onnx(a, b, inputs, adapter, tol, provider)
-
-    if fits and not isinstance(b, Adapter):
-        b = load_adapter(b)
-    return verify_run(a, b, inputs, None if adapter is None else _one(adapter), tol, provider)
+    with trusting(trust):
+        if tol is not None and not 0 <= tol < math.inf:
+            raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
+        a, b = (local(m) if _is_path(m) else m for m in (a, b))
+        for path in filter(_is_path, (a, b)):
+            if not Path(path).exists():
+                raise LoraFxError(
+                    f"{path}: cannot be read: no such file or folder", near_path(path)
+                )
+        fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
+        if is_tensor_file(a) and not run:
+            if fits:
+                return fits_files(a, b)
+            if is_tensor_file(b):
+                return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+        if fits and _is_path(a) and str(a).endswith(".onnx"):
+            return fits_switch(a, b)
+        if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
+            return verify_onnx(a, b, RunOptions(inputs, adapter, tol, provider))
+        if fits and not isinstance(b, Adapter):
+            b = load_adapter(b)
+        return verify_run(a, b, RunOptions(inputs, adapter, tol, provider))
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
@@ -107,15 +105,6 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     return Report("verify", True, details=details)
 
 
-def _one(adapter: Adapters) -> Adapter:
-    """An adapter, or that of a file; several cannot be run."""
-    if _is_path(adapter):
-        return load_adapter(adapter)
-    if not isinstance(adapter, Adapter):
-        raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
-    return adapter
-
-
 def _is_path(value: object) -> TypeGuard[str | PathLike[str]]:
     return isinstance(value, (str, PathLike))
 
@@ -123,31 +112,43 @@ def _is_path(value: object) -> TypeGuard[str | PathLike[str]]:
 # verify, where models are run: on the same inputs, output by output; or does an adapter fit?
 
 
-def verify_run(
-    a: object,
-    b: object,
-    inputs: Named | None,
-    adapter: Adapter | None,
-    tol: float | None,
-    provider: str,
-) -> Report:
+@dataclass(frozen=True)
+class RunOptions:
+    """How two models are run; `lora_fx.verify` says what the fields mean."""
+
+    inputs: Named | None
+    adapter: Adapters | None
+    tol: float | None
+    provider: str
+
+    def adapter_alone(self) -> Adapter | None:
+        """The adapter, or that of a file; several cannot be run."""
+        if _is_path(self.adapter):
+            return load_adapter(self.adapter)
+        if self.adapter is not None and not isinstance(self.adapter, Adapter):
+            raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+        return self.adapter
+
+
+def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_run
-    from lora_fx.passes.verbs.open import opened
+    from lora_fx.passes.verbs.open import captured_of, opened
 
+    adapter, tol = options.adapter_alone(), options.tol
     if isinstance(b, Adapter):
         return _fits(a, b)
-    a, b = (opened(_folder(m)) for m in (a, b))
+    a, b = (opened(captured_of(m) if _is_path(m) and Path(m).is_dir() else m) for m in (a, b))
     file, other = (a, b) if _is_path(a) else (b, a)
     if _is_path(file):
-        session, module = open_session(file, provider), _module(other, adapter)
+        session, module = open_session(file, options.provider), _module(other, adapter)
         run: Run = session.run
         notes = [session.note] if session.note else []
         tol = _gate(session) if tol is None else tol
     else:
         run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
-    parity = prove(run, module, arrays=inputs, tol=ORT_TOL if tol is None else tol)
+    parity = prove(run, module, arrays=options.inputs, tol=ORT_TOL if tol is None else tol)
     return _report(parity, notes)
 
 
@@ -156,13 +157,6 @@ def _gate(*sessions: RuntimeSession) -> float:
     from lora_fx.onnx.precision import GATES, PRECISION
 
     return max(GATES.get(s.metadata.get(PRECISION, ""), ORT_TOL) for s in sessions)
-
-
-def _folder(model: object) -> object:
-    """The capture of a Hugging Face folder; anything else as it is."""
-    from lora_fx.passes.verbs.open import captured_of
-
-    return captured_of(model) if _is_path(model) and Path(model).is_dir() else model
 
 
 def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
@@ -200,14 +194,7 @@ def _fits(model: object, adapter: Adapter) -> Report:
 # verify, where both models are .onnx files: no torch, and an adapter goes into the second.
 
 
-def verify_onnx(
-    a: str | PathLike[str],
-    b: str | PathLike[str],
-    inputs: Named | None,
-    adapter: Adapters | None,
-    tol: float | None,
-    provider: str,
-) -> Report:
+def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOptions) -> Report:
     """Outputs of a against those of b, with an adapter's branches where one is given.
 
     Raises:
@@ -218,9 +205,10 @@ def verify_onnx(
     from lora_fx.passes.proofs.reference import reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
-    graph, one = _graph(b, needed=adapter is not None), open_session(a, provider)
-    bound = None if graph is None or adapter is None else _bound(adapter, graph)
-    with reference_of(Path(b), graph, provider, inputs) as reference:
+    branches, tol = options.adapter is not None, options.tol
+    graph, one = _graph(b, needed=branches), open_session(a, options.provider)
+    bound = _bound(options, graph) if graph is not None and branches else None
+    with reference_of(Path(b), graph, options.provider, options.inputs) as reference:
         names, note = reference.session.input_names, reference.session.note
         if set(one.input_names) != set(names):
             raise LoraFxError(
@@ -254,11 +242,13 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
         return None
 
 
-def _bound(adapter: Adapters, graph: OnnxGraph) -> Adapter:
+def _bound(options: RunOptions, graph: OnnxGraph) -> Adapter:
     from lora_fx.onnx.match import match
     from lora_fx.passes.find import find
 
-    matched = match(_one(adapter), graph, find(graph))
+    adapter = options.adapter_alone()
+    assert adapter is not None  # verify_onnx asked
+    matched = match(adapter, graph, find(graph))
     if matched.whole:
         raise LoraFxError(
             f"the adapter holds the whole tensor {min(matched.whole)!r}",

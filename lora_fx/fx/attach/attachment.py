@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import SIDES, LowRank, frame, slots_of
+from lora_fx.adapter.lowrank import SIDES, LowRank, Updates, frame, slots_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import (
     METHODS,
@@ -32,7 +32,7 @@ from lora_fx.fx.attach.live import (
 )
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
-from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect, Updates
+from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
 from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of, patched
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found, base_name

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.fx.graph.nodes import reached
 from lora_fx.fx.tensors import owner, padding
 from lora_fx.ir.graph import Role, Site
@@ -164,10 +164,7 @@ class Recorder:
         steps = []
         for _, prim, read, attrs in (made[i] for i in groups["step"]):
             if prim not in PRIMS:
-                raise LoraFxError(
-                    f"the eager emitter has no primitive {prim!r}",
-                    "report this: it is a mistake of lora-fx",
-                )
+                raise MistakeError(f"the eager emitter has no primitive {prim!r}")
             steps.append((prim, tuple(at[i] for i in read), attrs))
         tensors, constants = (tuple(made[i][1] for i in groups[k]) for k in ("tensor", "constant"))
         return Program(tensors, constants, tuple(steps))

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.graph import ops
@@ -197,10 +197,7 @@ class FxGraph(Analysed):
         first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
         if first:
             return _node(first[0])
-        raise LoraFxError(
-            f"nothing reads the result of site {site.id!r}",
-            "report this: it is a mistake of lora-fx",
-        )
+        raise MistakeError(f"nothing reads the result of site {site.id!r}")
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
         """The result without its bias: the bias is subtracted again, so no product runs twice."""
@@ -431,10 +428,7 @@ class FxEmitter:
         if prim == "conv":
             return self._make(CONVS[len(self.site.operand)], xs, {"groups": attrs["groups"]})
         if prim not in PRIMS:
-            raise LoraFxError(
-                f"the fx emitter has no primitive {prim!r}",
-                "report this: it is a mistake of lora-fx",
-            )
+            raise MistakeError(f"the fx emitter has no primitive {prim!r}")
         return self._make(*PRIMS[prim](*xs, **attrs))
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:

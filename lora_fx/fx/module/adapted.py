@@ -18,6 +18,7 @@ from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.lowrank import (
     Full,
     LowRank,
+    Updates,
     asked,
     frame,
     learning,
@@ -52,8 +53,6 @@ from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, by_key, html, human, short
 
-Updates = Mapping[str, LowRank]
-"""Low-rank updates by key."""
 Inserter = Callable[[Updates, bool], Rewriter]
 
 

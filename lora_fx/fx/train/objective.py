@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, near
+from lora_fx.errors import LoraFxError, expect_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import device_of, from_numpy, has_values
 from lora_fx.fx.train.processes import ALONE, Processes
@@ -176,10 +176,7 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     """
     if callable(name):
         return name, ""
-    if name not in ("ce", "mse"):
-        raise LoraFxError(
-            f"no loss {name!r}", near(name, ("ce", "mse"), "ce, mse or module:function")
-        )
+    expect_name(name, ("ce", "mse"), "no loss", "ce, mse or module:function")
     own = label if label and accepts(label) else ""
 
     def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:

@@ -677,7 +677,7 @@ def after(shape: tuple[int, ...], steps: list[Step]) -> tuple[int, ...]:
     """The shape that a tensor has after some steps."""
     for step in steps:
         if isinstance(step, Permute):
-            shape = tuple(shape[d] for d in step.dims)
+            shape = tuple(shape[d] for d in step.perm)
         elif isinstance(step, Reshape):
             shape = step.shape
         elif isinstance(step, Slice):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, silenced
+from lora_fx.errors import LoraFxError, MistakeError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Role, Site
 from lora_fx.ir.kinds import Embedding
@@ -504,9 +504,7 @@ class OnnxEmitter:
                     "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
                 )
             return self.call("CastLike", *xs)
-        raise LoraFxError(
-            f"the ONNX emitter has no primitive {prim!r}", "report this: it is a mistake of lora-fx"
-        )
+        raise MistakeError(f"the ONNX emitter has no primitive {prim!r}")
 
     def _cast(self, x: ir.Value, dtype: str) -> ir.Value:
         if dtype_name(x) == dtype:

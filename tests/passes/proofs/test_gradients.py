@@ -17,7 +17,7 @@ from lora_fx.dtypes import Array
 from lora_fx.fx.train.objective import loss_function
 from lora_fx.fx.train.step import Update, slots_in, train_graph
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.parity import _rounding, _Torch, prove_step
+from lora_fx.passes.proofs.parity import _Torch, prove_step
 
 Made = dict[str, Array]
 KEY = "0.weight"
@@ -91,6 +91,6 @@ def test_the_loss_of_an_exact_step_is_exact(step: Any) -> None:
 def test_one_step_that_rounds_well_does_not_narrow_the_gate(step: Any) -> None:
     """The largest of several counts, moved weights among them."""
     torchs, given = step
-    errors = [dict(e) for e in _rounding(torchs, given, replace(torchs, wide=True)(given), {})]
+    errors = [dict(e) for e in torchs.rounding(given, replace(torchs, wide=True)(given), {})]
     assert len(errors) == 13 and errors[0]["loss"] == 0.0
     assert 0.0 < errors[-1]["loss"] < 1e-6 and errors[-1]["A.m.next"] > CEILING
