@@ -31,14 +31,7 @@ from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.target import (
-    applies,
-    base_name,
-    overlap,
-    split_key,
-    split_use,
-    widen,
-)
+from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -56,10 +49,13 @@ class StoredWeight:
     Attributes:
         shape: The shape that it has for the adapters; the graph may hold it transposed.
         turned: True when the graph's tensor of this name is the transpose.
+        keys: Of a copy that some uses read, the keys of single uses that reach it, regions left
+            out; updates of all uses do anyway.
     """
 
     shape: tuple[int, ...]
     turned: bool = False
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,17 +123,17 @@ class Batch:
         if site.parameter not in self.sources:
             return [[] for _ in self.adapters]
         name, source = self.sources[site.parameter]
-        alone = split_use(name)[1]  # a copy that one use reads
         read = region_of(source.shape, _steps(site, source))
 
         def reaches(key: str, update: LowRank) -> bool:
             use = split_use(key)[1] or update.use
             if base_name(key) != base_name(name):
                 return False
-            if alone and use:
-                return key == name
-            here = not use.startswith("call:") and applies(use, site)
-            return (bool(alone) or here) and overlap(split_key(key, source.shape)[1], read)
+            if source.keys:
+                here = not use or f"{base_name(key)}@{use}" in source.keys
+            else:
+                here = not use.startswith("call:") and applies(use, site)
+            return here and overlap(split_key(key, source.shape)[1], read)
 
         return [
             [k for k, u in updates.items() if reaches(k, u)] for updates in self.adapters.values()
@@ -179,7 +175,7 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
     """Which part of the parameter a use reads, and how its [out, in] lies in that part.
 
     Raises:
-        LoraFxError: The use mixes the axes of the parameter, or reads a stack of matrices.
+        LoraFxError: The use mixes the axes of the parameter.
     """
     axes = site.kind.axes(site.operand)
     try:
@@ -187,11 +183,6 @@ def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
         layout = layout_of(tracked, axes.batch, axes.out, axes.in_)
     except Opaque as e:
         raise LoraFxError(f"{site.parameter!r}: {e}", "use mode merged or switch") from e
-    if layout.batch_shape:
-        raise LoraFxError(
-            f"{site.parameter!r}: batch mode does not serve a stack of matrices",
-            "use mode merged or switch",
-        )
     return tracked.region, layout
 
 

@@ -36,15 +36,7 @@ from torch.fx.node import Argument, map_arg
 from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import Writes, written_by
-from lora_fx.fx.graph.nodes import (
-    NO_GRAD,
-    aten_ops,
-    dtype_of,
-    hint,
-    reached,
-    replace_parts,
-    value,
-)
+from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, hint, reached, replace_parts, value
 from lora_fx.text import by_key
 
 aten = torch.ops.aten

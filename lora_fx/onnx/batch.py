@@ -13,7 +13,7 @@ lays out. (A convolution with the batch as its groups would need a group count k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,14 +22,11 @@ from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
-from lora_fx.onnx.graph.flow import (
-    OnnxWeightUse,
-    dtype_name,
-    rank,
-)
+from lora_fx.onnx.graph.flow import OnnxWeightUse, dtype_name, rank, shape_of
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros
+from lora_fx.targets.target import base_name
 
 SCALES = "adapter_scales"
 Tables = Sequence[ir.Value]
@@ -96,12 +93,13 @@ def form_of(found: OnnxWeightUse, rows: RowAxis) -> str:
         raise LoraFxError(f"{where}: its rows are not those of the batch: {rows.lost}", hint)
     if rows.axis is None:
         raise LoraFxError(f"{where}: its input is the same for every row of the batch", hint)
-    if isinstance(kind, Embedding) and rows.axis == 0:
+    r, front = rank(x), shape_of(x) or ()
+    outermost = not rows.inner and all(n == 1 for n in front[: rows.axis])
+    if isinstance(kind, Embedding) and outermost:
         return "lookup"
     if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
         return "middle"
-    r = rank(x)
-    apart = rows.exact or (rows.axis == 0 and (not rows.inner or r == 2))
+    apart = not rows.inner or (rows.axis == 0 and r == 2)
     if isinstance(kind, Einsum) and r is not None and len(site.operand) == 2:
         if kind.form == "right" and r >= 2 and rows.axis < r - 1 and apart:
             return "last"
@@ -249,6 +247,35 @@ def stack(
     if form == "last":
         a_all, b_all = (v.reshape(-1, v.shape[-1]) for v in (a_all, b_all))
     return tuple(np.ascontiguousarray(v.astype(dtype)) for v in (a_all, b_all))  # type: ignore[return-value]
+
+
+def join_copies(model: ir.Model, names: Iterable[str]) -> None:
+    """Store once what has copies that told its uses apart, where the exporter left it as it was.
+
+    Args:
+        model: The model, edited in place.
+        names: Of the copies, `NAME@USE`.
+    """
+    stored = model.graph.initializers
+    for name in names:
+        copy, first = stored[name], stored.get(base_name(name))
+        if first is copy or copy.const_value is None:
+            continue
+        if first is not None and first.const_value is not None:
+            ours, theirs = copy.const_value.numpy(), first.const_value.numpy()
+            if np.array_equal(ours, theirs):
+                copy.replace_all_uses_with(first)
+                del stored[name]
+                continue
+            if ours.ndim != 2 or not np.array_equal(ours.T, theirs):
+                continue
+            turned = ir.Node("", "Transpose", [copy])  # the exporter turns what one product reads
+            turned.outputs[0].name = f"{first.name}_turned"
+            turned.outputs[0].shape, turned.outputs[0].type = first.shape, first.type
+            model.graph.insert_before(model.graph[0], turned)
+            first.replace_all_uses_with(turned.outputs[0])
+            del stored[str(first.name)]
+        copy.name = base_name(name)
 
 
 # How the rows of a batch read their factors: one pair each, or all those in use side by side.

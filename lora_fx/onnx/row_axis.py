@@ -112,16 +112,18 @@ def _along(default: int, rows: Rule = _keep) -> Rule:
 def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state = _state(node, states, 0)
     before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
-    if state.axis == 0 and not state.inner:
-        now = [str(d) for d in shape] if shape is not None else []
-        first = next((j for j, d in enumerate(now) if d != "1"), 0)
-        sizes = numbers(node, "shape", 1) if node.op_type == "Reshape" else None
-        copied = state.exact and bool(sizes) and sizes[0] == 0 and not _attr(node, "allowzero", 0)  # type: ignore[index]
-        return RowAxis(first, copied or now[first : first + 1] == [batch])
-    if before is None or shape is None or state.axis is None:
+    sizes = numbers(node, "shape", 1) or [] if node.op_type == "Reshape" else []
+    copied = {j for j, n in enumerate(sizes) if n == 0 and not _attr(node, "allowzero", 0)}
+    old, new = ([str(d) for d in dims or ()] for dims in (before, shape))
+    k = state.axis
+    if k is not None and not state.inner and old[:k] == ["1"] * k:  # outermost in memory
+        first = next((j for j, d in enumerate(new) if d != "1"), 0)
+        kept = state.exact and first == k and k in copied
+        return RowAxis(first, kept or new[first : first + 1] == [batch])
+    if before is None or shape is None or k is None:
         return None
-    old, new, k = [str(d) for d in before], [str(d) for d in shape], state.axis
-    if old[: k + 1] == new[: k + 1]:
+    both = list(zip(old, new, strict=False))[: k + 1]  # two unknown sizes may differ
+    if len(both) == k + 1 and all(a == b != "None" or j in copied for j, (a, b) in enumerate(both)):
         return state
     if "None" in old + new:
         return None
@@ -134,7 +136,10 @@ def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | Non
         inside += factors
     for j in reversed(range(len(new))):
         if new[j] != "1" and _elements(new[j + 1 :]) == _elements(inside):
-            return RowAxis(j) if new[j] == batch else RowAxis(j, exact=False, inner=True)
+            whole = (
+                batch in new[j].split("*") or new[:j] == ["1"] * j
+            )  # and not a part of k · batch
+            return RowAxis(j, new[j] == batch, inner=new[j] != batch) if whole else None
     heads = len(new) > k and batch in new[k].split("*") and old[:k] == new[:k]
     return RowAxis(k, exact=False) if heads and state.exact else None
 
@@ -152,7 +157,15 @@ def _transpose(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     if state.axis is None or (perm is None and r is None):
         return None
     order = list(perm.as_ints()) if perm is not None else list(range(r or 0))[::-1]
-    return replace(state, axis=order.index(state.axis))
+    return _moved(node.inputs[0], state, order.index(state.axis), batch)
+
+
+def _moved(value: ir.Value | None, state: RowAxis, axis: int, batch: str) -> RowAxis | None:
+    """The rows at another axis; None where only their place in memory is known, not their axis."""
+    sizes = value.shape if value is not None and value.shape is not None else ()
+    named = [k for k, n in enumerate(sizes) if batch in str(n).split("*")]
+    known = state.exact or axis == state.axis or state.axis in named
+    return replace(state, axis=axis) if known else None
 
 
 def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -225,7 +238,7 @@ def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     if state.axis is None or r is None or after is None:
         return None
     axis = state.axis + max(after - r, 0)
-    return replace(state, axis=axis) if axis == 0 or state.exact else None
+    return replace(state, axis=axis) if axis == state.axis or state.exact else None
 
 
 def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
@@ -257,23 +270,24 @@ def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     left, arrow, y = equation.partition("->")
     if not arrow or "." in equation:
         return None
-    operands = (_state(node, states, k) for k in range(len(node.inputs)))
+    operands = [(v, states.get(v, SAME)) for v in node.inputs if v is not None]
     terms = zip(left.split(","), operands, strict=False)
-    named = {(term[s.axis], s.exact) for term, s in terms if s.axis is not None}
-    if len(named) != 1:
+    named = [(term[s.axis], v, s) for term, (v, s) in terms if s.axis is not None]
+    letters = {(letter, s.exact, s.inner) for letter, _, s in named}
+    letter, value, state = named[0]
+    if len(letters) != 1 or letter not in y:
         return None
-    letter, exact = named.pop()
-    if letter not in y or not (exact or y.index(letter) == 0):
-        return None
-    return RowAxis(y.index(letter), exact)
+    return _moved(value, state, y.index(letter), batch)
 
 
 def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     """The rows are those of the data, where nothing is put before or after them."""
     state, pads, r = _keep(node, states, i, batch), numbers(node, "pads", 1), rank(node.inputs[0])
-    if state is None or state.axis is None or pads is None or r is None or len(pads) != 2 * r:
+    axes = numbers(node, "axes", 3) if operand(node, 3) is not None else range(r or 0)
+    if state is None or state.axis is None or not pads or r is None or axes is None:
         return None
-    return None if pads[state.axis] or pads[state.axis + r] else state
+    ends = zip(axes, pads, pads[len(axes) :], strict=False)
+    return None if state.axis in {a % r for a, lo, hi in ends if lo or hi} else state
 
 
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike

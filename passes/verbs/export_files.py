@@ -25,7 +25,7 @@ from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import remember
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch import batch_symbol, join_copies
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import guard_within, say_within
@@ -273,6 +273,7 @@ def write_batch(
     model = graph.model
     before = sum(1 for _ in model.graph.all_nodes())
     Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)
+    join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
     symbol = batch_symbol(model)
     rowed = [str(v.name) for v in model.graph.inputs if v.shape and str(v.shape[0]) == symbol]

@@ -23,6 +23,8 @@ from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
+from lora_fx.ir.graph import Site
+from lora_fx.onnx.graph.flow import free_name
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
@@ -35,7 +37,7 @@ from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
-from lora_fx.targets.target import Target, applies, own_use
+from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
 from lora_fx.text import Json
 
 
@@ -190,9 +192,10 @@ def export_slots(
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
-        named_keys = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
-        graph, apart, said = base_of(reference, [*named_keys], options)
-        sources = _sources(reference.base, graph, apart)
+        every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
+        wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
+        graph, keys_of, said = base_of(reference, [*wanted], options, single=True)
+        sources = _sources(reference.base, graph, keys_of)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, _, said = base_of(reference, keys, options)
@@ -214,25 +217,36 @@ def torch_reference(
 
 
 def base_of(
-    reference: TorchReference, keys: Sequence[str], options: ExportOptions
-) -> tuple[OnnxGraph, dict[str, Target], list[str]]:
+    reference: TorchReference,
+    keys: Sequence[str],
+    options: ExportOptions,
+    *,
+    single: bool = False,
+) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
     """The base in ONNX with a target for every key that can have one.
 
+    With `single` a key of one use has it apart, whatever the file can tell.
+
     Returns:
-        It, the targets whose weight it has apart, and what has to be said.
+        It, the keys that reach each weight that it has apart, and what has to be said.
     """
     model, said = _translated(reference.base, options)
     graph = OnnxGraph(model)
-    apart = _lost(reference, graph, keys)
+    apart, keys_of = _by_keys(_lost(reference, graph, keys, single=single))
     if apart:
         graph = OnnxGraph(_translated(reference.base, options, apart=apart)[0])
-    return graph, apart, [*map(str, reference.base.captured.pinned), *said]
+    return graph, keys_of, [*map(str, reference.base.captured.pinned), *said]
 
 
-def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> dict[str, Target]:
-    """Targets that the exporter lost: it computed from their weight, or has no such use of it."""
+def _lost(
+    reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool = False
+) -> dict[str, Target]:
+    """Targets that the exporter lost: it computed from their weight, or has no such use of it.
+
+    With `single` those of single uses too: the file does not say which module a use is of.
+    """
     here = find(graph)
-    lost = [k for k in keys if here.get(k) is None]
+    lost = [k for k in keys if here.get(k) is None or (single and split_use(k)[1])]
     known = find(reference.base.graph(False, portable=True)) if lost else here
     apart: dict[str, Target] = {}
     for key in lost:
@@ -241,6 +255,24 @@ def _lost(reference: TorchReference, graph: OnnxGraph, keys: Sequence[str]) -> d
             sites = tuple(s for s in target.sites if applies(own_use(key), s))
             apart |= {key: replace(target, sites=sites)} if sites else {}
     return apart
+
+
+def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, tuple[str, ...]]]:
+    """The uses that the same keys reach, under a name for their copy, and these keys.
+
+    Keys of several adapters may share uses: `w@head.weight` and `w@op:linear`.
+    """
+    groups: dict[tuple[str, ...], dict[str, Site]] = {}
+    for site in (s for t in lost.values() for s in t.sites):
+        reach = tuple(k for k, t in lost.items() if site in t.sites)
+        groups.setdefault(reach, {})[site.id] = site
+    apart: dict[str, Target] = {}
+    keys_of: dict[str, tuple[str, ...]] = {}
+    for reach, sites in groups.items():
+        name = free_name(reach[0], apart)
+        apart[name] = replace(lost[reach[0]], sites=tuple(sites.values()))
+        keys_of[name] = reach
+    return apart, keys_of
 
 
 def _translated(
@@ -262,15 +294,16 @@ def _translated(
 
 
 def _sources(
-    base: CapturedModule, graph: OnnxGraph, apart: Mapping[str, Target]
+    base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_side, held = base.graph(False), forms(base)
     names = {n: p for p in torch_side.parameters() for n in p.names}
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
-        if alone := apart.keys() & {*stored.names}:
-            result[stored.name] = (alone.pop(), StoredWeight(stored.shape))
+        if alone := keys_of.keys() & {*stored.names}:
+            name = alone.pop()
+            result[stored.name] = (name, StoredWeight(stored.shape, keys=keys_of[name]))
             continue
         p = names.get(stored.name)
         if p is None or len(p.shape) < 2:

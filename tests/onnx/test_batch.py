@@ -24,9 +24,10 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session, row_axis
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.passes import batch as batch_pass
 from lora_fx.passes.find import find
+from lora_fx.targets.target import own_use
 from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
 
@@ -186,6 +187,49 @@ def test_a_lookup_and_rows_on_another_axis(tmp_path: Path, provider: str) -> Non
     check(tmp_path, cap, adapters, lambda rng, n: rng.integers(0, 11, (n, 7)), provider)
 
 
+class Front(nn.Module):
+    """Rows flattened behind an axis of size 1, and heads beside the batch behind a Transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mid, self.heads = nn.Embedding(50, 6), nn.Linear(6, 6), nn.Linear(3, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mid(self.table(ids.reshape(1, -1)))).reshape(*ids.shape, 6)
+        cut = x.transpose(0, 1).reshape(ids.shape[1], ids.shape[0] * 2, 3)
+        return self.heads(cut).reshape(ids.shape[1], ids.shape[0], 8).transpose(0, 1)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_in_front_and_rows_with_heads(tmp_path: Path, provider: str) -> None:
+    cap = lora_fx.capture(Front().eval(), (torch.randint(0, 50, (2, 5)),))
+    adapters = [adapter(cap, s, 2, ["table", "mid", "heads"]) for s in (1, 2)]
+    assert len(adapters[0].lowrank) == 3
+    check(tmp_path, cap, adapters, tokens, provider)
+
+
+class Innermost(nn.Module):
+    """A lookup at every 40th token, the batch innermost: short inputs have one such token a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found = torch.tanh(self.table(ids[:, ::40].T.reshape(-1)))
+        return found.reshape(-1, ids.shape[0], 6).transpose(0, 1)
+
+
+def test_a_lookup_with_the_batch_innermost_is_refused(tmp_path: Path) -> None:
+    """A proof at short lengths would not tell it from one with the batch outermost."""
+    cap = lora_fx.capture(Innermost().eval(), (torch.randint(0, 50, (2, 5)),))
+    one = adapter(cap, 1, 2, ["table"])
+    with pytest.raises(LoraFxError, match="no form by row"):
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=[one], mode="batch", provider="cpu")
+
+
 class Attending(nn.Module):
     """Attention of torch's own: the batch is innermost in it, and a head shares the table."""
 
@@ -213,6 +257,47 @@ def test_attention_of_torch_and_one_use_of_a_tied_table(tmp_path: Path, provider
     adapters.append(adapter(cap, 3, 2, ["table.weight"]))  # both uses
     assert [*adapters[2].lowrank] == ["table.weight"]
     check(tmp_path, cap, adapters, tokens, provider)
+
+
+class Heads(nn.Module):
+    """A table that is looked up, and two heads of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mid = nn.Embedding(50, 12), nn.Linear(12, 12)
+        self.one, self.two = (nn.Linear(12, 50, bias=False) for _ in range(2))
+        self.one.weight = self.two.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mid(self.table(ids)))
+        return self.one(x) + torch.tanh(self.two(torch.sin(x)))
+
+
+USES = {
+    "each head, and both": (["one.weight", "two.weight"], ["op:linear"], ["call:2"]),
+    "the table": (["table.weight"], ["table.weight", "call:1"]),
+    "a part of a use": (["one.weight[0:20]"], ["one.weight"], ["two.weight[10:30, 2:5]"]),
+    "every use apart": (["op:embedding", "one.weight", "call:2"], [""]),
+}
+
+
+@pytest.mark.parametrize("case", USES)
+def test_single_uses_share_what_is_stored(case: str, tmp_path: Path) -> None:
+    """Uses that several keys name, calls and parts of uses; the table is in the file once."""
+    cap = lora_fx.capture(Heads().eval(), (torch.randint(0, 50, (2, 5)),))
+    found, adapters = lora_fx.find(cap), []
+    for seed, uses in enumerate(USES[case]):
+        made = {}
+        for target in (found[f"table.weight@{u}" if u else "table.weight"] for u in uses):
+            a, b = draw(target.key, target.layout, 2, seed, "probe")
+            made[target.key] = lora_fx.LowRank(a, b, 6.0, target.layout, use=own_use(target.key))
+        adapters.append(Adapter(made))
+    path = tmp_path / "b.onnx"
+    report = lora_fx.export(cap, path, adapters=adapters, mode="batch", provider="cpu")
+    assert report and max(p.rel for p in report.parity) < 2e-6
+    stored = {i.name: sorted(i.dims) for i in onnx.load(path).graph.initializer}
+    assert [n for n, dims in stored.items() if dims == [12, 50]] == ["table.weight"]
 
 
 def test_a_computed_weight_is_served(tmp_path: Path) -> None:
@@ -275,6 +360,8 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
     ),
     "one of the rows": ("y = GatherND(x, last)", {}, None),
     "pad": ("y = Pad(x, sides)", {}, row_axis.RowAxis(0)),
+    "pad by axes": ("y = Pad(x, one_two, , width)", {}, row_axis.RowAxis(0)),
+    "pad rows by axes": ("y = Pad(x, one_two, , rows)", {}, None),
     "pad rows": ("y = Pad(x, ends)", {}, None),
     "inner": (
         "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, flat)",
@@ -301,6 +388,43 @@ ROWS: dict[str, tuple[str, dict[str, list[Any]], row_axis.RowAxis | None]] = {
         {"t": [4, "batch", 6], "y": ["2*batch", 12]},
         None,
     ),
+    "inner through einsum": (
+        "t = Transpose<perm=[1, 0, 2]>(x) f = Reshape(t, flat) "
+        'y = Einsum<equation="nd,nd->nd">(f, f)',
+        {"t": [4, "batch", 6], "f": ["4*batch", 6], "y": ["4*batch", 6]},
+        row_axis.RowAxis(0, exact=False, inner=True),
+    ),
+    "rows in two axes": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, pairs)",
+        {"t": [4, "batch", 6], "y": ["2*batch", 2, 6]},
+        None,
+    ),
+    "unknown sizes": (
+        "t = Transpose<perm=[1, 0, 2]>(x) y = Reshape(t, twelve)",
+        {"t": [None, "batch", 6], "y": [None, "batch", 12]},
+        None,
+    ),
+    "heads, repeated": (
+        "t = Transpose<perm=[1, 0, 2]>(x) h = Reshape(t, heads) u = Unsqueeze(h, rows) "
+        "y = Expand(u, twice)",
+        {"t": [4, "batch", 6], "h": [4, "3*batch", 2]},
+        row_axis.RowAxis(2, exact=False),
+    ),
+    "flattened and turned": (
+        "f = Reshape(x, flat) y = Transpose(f)",
+        {"f": ["4*batch", 6], "y": [6, "4*batch"]},
+        row_axis.RowAxis(1, exact=False),
+    ),
+    "an unknown axis": (
+        "f = Reshape(x, pairs) y = Transpose(f)",
+        {"f": [None, 2, 6], "y": [6, 2, None]},
+        None,
+    ),
+    "one in front and back": (
+        "f = Reshape(x, one) y = Reshape(f, flat)",
+        {"f": [1, "24*batch"], "y": ["4*batch", 6]},
+        row_axis.RowAxis(0, exact=False),
+    ),
     "one in front": ("y = Reshape(x, front)", {"y": [1, "batch", 24]}, row_axis.RowAxis(1)),
 }
 
@@ -315,7 +439,8 @@ def test_rows_are_where_the_walk_says(case: str) -> None:
         "ends": [1, 0, 0, 0, 0, 0],
     }
     sizes |= {"flat": [-1, 6], "four": [4, -1, 6], "heads": [4, -1, 2], "odd": [-1, 12]}
-    sizes |= {"front": [1, -1, 24], "last": [[2]]}
+    sizes |= {"front": [1, -1, 24], "pairs": [-1, 2, 6], "twelve": [2, -1, 12], "one": [1, -1]}
+    sizes |= {"one_two": [1, 2], "width": [-1], "rows": [0], "twice": [2, 1, 1, 1], "last": [[2]]}
     tensors = {k: np.array(v) for k, v in sizes.items()}
     given = ", ".join(
         f"int64{[*v.shape]} {k} = {{{', '.join(map(str, v.ravel()))}}}" for k, v in tensors.items()
@@ -469,6 +594,21 @@ def test_a_wrong_stack_is_not_written(
     with pytest.raises(NoEffectError, match="mixed batch"):
         lora_fx.export(cap, tmp_path / "b.onnx", adapters=adapters, mode="batch")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_base_is_compared_with_one_row_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed batches have several rows, and the lengths of few."""
+    cap, *_ = captured("batch gpt2", gpt2)
+    right = RuntimeSession.run
+
+    def wrong(self: RuntimeSession, feeds: Any) -> Any:
+        return {n: v + (len(v) == 1) for n, v in right(self, feeds).items()}
+
+    monkeypatch.setattr(RuntimeSession, "run", wrong)
+    with pytest.raises(NoEffectError, match=r"differs from the model \(base\).* \[1, 11\]"):
+        lora_fx.export(cap, tmp_path / "b.onnx", adapters=[adapter(cap, 1, 2)], mode="batch")
 
 
 class Either(nn.Module):

@@ -131,3 +131,13 @@ def test_integer_outputs_cannot_be_proven_and_it_is_said() -> None:
 
     report = str(lora_fx.insert(Picks().eval(), (X,), rank=2).report())
     assert "eval mode is not proven: no output is a real number" in report
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_what_training_moves_beside_the_adapter_is_said(moves: bool) -> None:
+    first = nn.Linear(8, 6)
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(first) if moves else first)
+    net.append(nn.BatchNorm1d(6)).append(nn.Linear(6, 3))
+    module = lora_fx.insert(net, (torch.randn(4, 8),), rank=2)
+    told = "training moves 0.parametrizations.weight.0._u" in str(module.effect)
+    assert told == moves and ("holds" in str(module.effect)) == moves
