@@ -207,6 +207,10 @@ class Inputs:
             for s in self.specs
         }
 
+    def symbol(self, name: str, d: int) -> str:
+        """The symbol of a dimension, the same for sizes that have to be equal."""
+        return self._places().get((name, d), f"{name}[{d}]")
+
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         # names and demands say so: a branch, which asked the same, is what is to be told

@@ -182,7 +182,11 @@ class Captured:
         """The sizes, each once, at which the path that was captured is the one that is taken."""
         door = self.traced(False, self.named).door
         told = (c for c in door.conditions if not c.demanded or any(c.bounds()))
-        rows = {str(c.to_json()): c for c in told if not self.inputs.implied(c)}
+        rows: dict[str, Condition] = {}
+        for c in (c for c in told if not self.inputs.implied(c)):
+            row = c.to_json()
+            size = self.inputs.symbol(str(row["input"]), int(row["dim"]))  # that inputs share
+            rows.setdefault(str({**row, "input": size, "dim": size, "line": ""}), c)
         return tuple(rows.values())
 
     @property
