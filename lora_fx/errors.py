@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import logging
 import os
 import re
@@ -219,6 +220,23 @@ def near(
         return none
     *most, last = (os.path.join(folder, n) for n in close)
     return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
+
+
+def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]:
+    """The prefix that lies between one of the names and one of the others, and who has it.
+
+    Returns:
+        "lack" where the others lack it, "add" where they have it before the name, and the prefix;
+        two empty texts where none would make two names fit.
+
+    >>> lead_between(["fc.weight"], ["model.fc.weight"])
+    ('add', 'model.')
+    """
+    for name, other in itertools.product(names, others):
+        for long, short, verb in ((name, other, "lack"), (other, name, "add")):
+            if long.endswith(f".{short}"):
+                return verb, long.removesuffix(short)
+    return "", ""
 
 
 def expect_name(name: str, names: Collection[str], what: str, none: str) -> None:

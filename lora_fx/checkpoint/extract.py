@@ -23,11 +23,11 @@ from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype
-from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.errors import LoraFxError, NoEffectError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
 from lora_fx.files.read import trusting
-from lora_fx.files.safetensors import TensorInfo, Tensors, read_floats, same_bytes
+from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored, stored_elements
 from lora_fx.inputs import generator
 from lora_fx.targets.plan import select, select_names, split
 from lora_fx.targets.target import Found
@@ -198,8 +198,7 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
         return _approximate(pair, use, options)
     if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
         return None, None
-    size = math.prod(pair.tuned.shape)
-    return Full(read_floats(pair.tuned, 0, size, pair.dtype).reshape(pair.tuned.shape)), None
+    return Full(stored(pair.tuned).astype(pair.dtype, copy=False)), None
 
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
@@ -314,10 +313,10 @@ class TensorPair:
         changed = original = 0.0
         for lo in range(0, size, BLOCK):
             hi = min(lo + BLOCK, size)
-            at = batch * size
-            old = read_floats(self.base, at + lo, at + hi, self.dtype)
-            new = read_floats(self.tuned, at + lo, at + hi, self.dtype)
-            for info, block in ((self.base, old), (self.tuned, new)):
+            sides = self.base, self.tuned
+            found = (stored_elements(info, batch * size + lo, batch * size + hi) for info in sides)
+            old, new = (block.astype(self.dtype, copy=False) for block in found)
+            for info, block in zip(sides, (old, new), strict=True):
                 if count := np.count_nonzero(~np.isfinite(block)):
                     raise LoraFxError(
                         f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
@@ -538,13 +537,9 @@ def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) 
 
 def _hint(old: Tensors, new: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
-    for name in list(old)[:3]:
-        for other in new:
-            for long, end, verb in ((name, other, "lacks"), (other, name, "adds")):
-                if long.endswith(f".{end}"):
-                    lead = long.removesuffix(end)
-                    return f"the names of the second {verb.removesuffix('s')} the prefix {lead!r}"
-    return "are they of one model?"
+    verb, lead = lead_between([*old][:3], new)
+    said = f"the names of the second {verb} the prefix {lead!r}"
+    return said if verb else "are they of one model?"
 
 
 # The two sides of an extraction under the same names, where either is tied.

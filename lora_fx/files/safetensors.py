@@ -353,11 +353,6 @@ def stored_elements(info: TensorInfo, lo: int, hi: int) -> Array:
     return stored_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
 
 
-def read_floats(info: TensorInfo, lo: int, hi: int, dtype: np.dtype[np.generic]) -> Array:
-    """Elements lo ≤ i < hi of a float tensor, widened to `dtype`."""
-    return np.asarray(stored_elements(info, lo, hi).astype(dtype, copy=False))
-
-
 def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
     """True where two tensors, stored or arrays, have one dtype and shape and are equal bit by bit.
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, near, near_path, one_line, silenced
+from lora_fx.errors import LoraFxError, lead_between, near, near_path, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -291,12 +291,9 @@ def _some(names: list[str]) -> str:
 
 def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
     """What to do, with the prefix that would make the names fit, if there is one."""
-    for name in wanted:
-        for other in here:
-            for long, short, verb in ((name, other, "lacks"), (other, name, "adds")):
-                if long != short and long.endswith(f".{short}"):
-                    return f"the file's names {verb} the prefix {long.removesuffix(short)!r}"
-    return "is it the state_dict of this very model?"
+    verb, lead = lead_between(wanted, here)
+    said = f"the file's names {verb}s the prefix {lead!r}"
+    return said if verb else "is it the state_dict of this very model?"
 
 
 # A user's factory: the function that builds a model and its example inputs.
