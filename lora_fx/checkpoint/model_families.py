@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_fx.adapter.fused import IN_OUT_EXPERTS, QKV
@@ -88,12 +88,18 @@ def _two(lead: str) -> tuple[str, str]:
 
 
 def _masked(model: str, head: str) -> Tie:
+    """The tie of an encoder."""
+    return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.weight")
+
+
+def _biased(model: str, head: str) -> Tie:
     """The tie of an encoder whose head is `HEAD.decoder`, its bias also stored as `HEAD.bias`."""
-    biases = {f"{head}.decoder.bias": f"{head}.bias"}
-    return Tie(f"{model}.embeddings.word_embeddings.weight", f"{head}.decoder.weight", (), biases)
+    tied = _masked(model, f"{head}.decoder")
+    return replace(tied, biases={f"{head}.decoder.bias": f"{head}.bias"})
 
 
 _LM = r"(ForCausalLM|LMHeadModel|DoubleHeadsModel)$"
+_DECODER = r"^(OPT|Bart|MBart|Marian|Pegasus|Blenderbot|BlenderbotSmall|PLBart)ForCausalLM$"
 _SEQ = r"(ForConditionalGeneration|MTModel)$"
 FAMILIES = (
     (_LM, Tie("model.embed_tokens.weight", "lm_head.weight")),
@@ -102,24 +108,15 @@ FAMILIES = (
     (_LM, Tie("transformer.word_embeddings.weight", "lm_head.weight")),
     (_LM, Tie("gpt_neox.embed_in.weight", "embed_out.weight")),
     (_LM, Tie("backbone.embeddings.weight", "lm_head.weight")),
-    (
-        r"^(OPT|Bart|MBart|Marian|Pegasus|Blenderbot|BlenderbotSmall|PLBart)ForCausalLM$",
-        Tie("model.decoder.embed_tokens.weight", "lm_head.weight"),
-    ),
+    (_DECODER, Tie("model.decoder.embed_tokens.weight", "lm_head.weight")),
     (r"^Whisper", Tie("model.decoder.embed_tokens.weight", "proj_out.weight")),
     (_SEQ, Tie("model.shared.weight", "lm_head.weight", _two("model."))),
     (_SEQ, Tie("shared.weight", "lm_head.weight", _two(""), apart=False)),
-    (r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", _masked("bert", "cls.predictions")),
-    (r"(ForMaskedLM|ForCausalLM)$", _masked("roberta", "lm_head")),
-    (r"^Albert(ForMaskedLM|ForPreTraining)$", _masked("albert", "predictions")),
-    (
-        r"^DistilBertForMaskedLM$",
-        Tie("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
-    ),
-    (
-        r"^Electra(ForMaskedLM|ForCausalLM)$",
-        Tie("electra.embeddings.word_embeddings.weight", "generator_lm_head.weight"),
-    ),
+    (r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", _biased("bert", "cls.predictions")),
+    (r"(ForMaskedLM|ForCausalLM)$", _biased("roberta", "lm_head")),
+    (r"^Albert(ForMaskedLM|ForPreTraining)$", _biased("albert", "predictions")),
+    (r"^DistilBertForMaskedLM$", _masked("distilbert", "vocab_projector")),
+    (r"^Electra(ForMaskedLM|ForCausalLM)$", _masked("electra", "generator_lm_head")),
 )
 """Pattern of classes, as config.json's `architectures` has them, and the names of their tie."""
 
