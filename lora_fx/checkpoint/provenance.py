@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -279,15 +280,15 @@ def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Arr
     Fewer where it is shorter; more of codes, which are read by whole rows.
     """
     if isinstance(info, CodesInfo):
-        rows = math.prod(info.shape[:-1])
-        few = min(rows, -(-count // info.shape[-1]))
-        starts = (int(place * (rows - few)) for place in places)
-        return [info.weight.rows(at, at + few).reshape(-1) for at in starts]
-    # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
-    size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
+        size, count = math.prod(info.shape[:-1]), -(-count // info.shape[-1])
+        read = info.weight.rows
+    else:
+        # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
+        size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
+        read = partial(stored_elements, info)
     few = min(count, size)
     starts = (int(place * (size - few)) for place in places)
-    return [stored_elements(info, at, at + few) for at in starts]
+    return [read(at, at + few).reshape(-1) for at in starts]
 
 
 def cast(values: Array, dtype: str) -> Array:
