@@ -372,10 +372,8 @@ def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None
     by_start = sorted(header.tensors.items(), key=lambda n: (n[1].file, n[1].start, n[1].stop))
     old = [(n, info, mine.get(n)) for n, info in by_start]
     for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
-        dtype, size = info.dtype, info.stop - info.start
-        if change is not None:
-            dtype, size = change.dtype, change.nbytes
-        place[n] = TensorSlot(n, dtype, at, at + size, info, change)
+        size = change.nbytes if change else info.stop - info.start
+        place[n] = TensorSlot(n, (change or info).dtype, at, at + size, info, change)
         at += size
     # A file without metadata loads in transformers, one without this of its metadata does not.
     metadata = header.metadata or {"format": "pt"}
