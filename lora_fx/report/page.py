@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -49,7 +49,7 @@ def page(result: JsonView) -> str:
         "warnings": [text for text in said if text not in notes],
         "notes": [text for text in said if text in notes],
         "more": more,
-        "facts": facts(result, rows),
+        "facts": [*facts(result, rows)],
         "curve_of_losses": charts.training(result),
         "structure": charts.blocks(rows),
         "rounding": charts.rounding(rows),
@@ -89,50 +89,48 @@ class Fact(NamedTuple):
     ok: bool | None = None
 
 
-def facts(result: JsonView, rows: list[Row]) -> list[Fact]:
+def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
     """The numbers of the strip, the most telling first."""
-    made: list[Fact] = []
+    if isinstance(result.get("tensors"), int):
+        wrong = result["tensors"] - result["equal"]
+        yield Fact("Tensors that differ", number(wrong), "", wrong == 0)
+    if "merges" in result:
+        good = sum(bool(m.get("ok")) for m in result["merges"])
+        count = len(result["merges"])
+        yield Fact("Merges", f"{good} of {count}", "done", good == count)
     parity: list[JsonView] = result.get("parity") or []
     if parity:
         worst = max(parity, key=_nearness)
         gate = f"gate {number(worst['tol'])}; {plural(len(parity), 'comparison')}"
         rel = "∞" if worst["rel"] is None else number(worst["rel"])
-        made.append(Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity)))
-    made += _training(result)
+        yield Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity))
+    yield from _training(result)
     if lost := [row.rounding for row in rows if row.rounding is not None]:
         most, of = max(lost), f"of {len(lost)} tensors"
-        made.append(Fact("Largest rounding loss", percent(most), of, most < 0.1))
+        yield Fact("Largest rounding loss", percent(most), of, most < 0.1)
     if result.get("limit"):
         spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"
-        made.append(Fact("Budget used", percent(result["used"] / result["limit"]), spent))
+        yield Fact("Budget used", percent(result["used"] / result["limit"]), spent)
     if "relative" in result:
-        made.append(Fact("Error of all updates", percent(result["relative"]), "‖Δ − Δ′‖/‖Δ‖"))
+        yield Fact("Error of all updates", percent(result["relative"]), "‖Δ − Δ′‖/‖Δ‖")
     if any(r.rank or r.parameters for r in rows):
         ranks = sorted({r for row in rows for r in row.rank if isinstance(r, int)})
         some = f"rank {ranks[0]}" if len(ranks) == 1 else ""
         some = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else some
-        made.append(Fact("Targets", number(len(rows)), some))
+        yield Fact("Targets", number(len(rows)), some)
     trained, frozen = result.get("trained"), result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):
         share = percent(trained / max(1, trained + frozen))
-        made.append(Fact("Trained share", share, f"{number(trained)} parameters"))
+        yield Fact("Trained share", share, f"{number(trained)} parameters")
     elif isinstance(trained, int):
-        made.append(Fact("Trained", number(trained), "parameters"))
+        yield Fact("Trained", number(trained), "parameters")
     if result.get("adapted_share") is not None:
-        made.append(Fact("Adapted", percent(result["adapted_share"]), "of the weight FLOPs"))
+        yield Fact("Adapted", percent(result["adapted_share"]), "of the weight FLOPs")
     files = (result.get("page") or {}).get("files") or ()
     out, source = ([f["bytes"] for f in files if f["of"] == of] for of in ("output", "input"))
     if out:
         beside = f"inputs {size(sum(source))}" if source else ""
-        made.append(Fact("Written", size(sum(out)), beside))
-    if "merges" in result:
-        good = sum(bool(m.get("ok")) for m in result["merges"])
-        count = len(result["merges"])
-        made.insert(0, Fact("Merges", f"{good} of {count}", "done", good == count))
-    if isinstance(result.get("tensors"), int):
-        wrong = result["tensors"] - result["equal"]
-        made.insert(0, Fact("Tensors that differ", number(wrong), "", wrong == 0))
-    return made
+        yield Fact("Written", size(sum(out)), beside)
 
 
 def headline(error: str, most: int = 90) -> str:

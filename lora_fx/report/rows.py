@@ -104,10 +104,8 @@ def _ordered(rows: list[Row]) -> list[Row]:
 def _target(row: Row, found: JsonView, total: int) -> None:
     row.op, row.role = str(found.get("op", "")), str(found.get("role", ""))
     row.shape = list(found.get("shape") or [])
-    if found.get("rank") is not None:
-        row.rank = [found["rank"]]
-    if found.get("alpha") is not None:
-        row.alpha = [found["alpha"]]
+    row.rank = [] if found.get("rank") is None else [found["rank"]]
+    row.alpha = [] if found.get("alpha") is None else [found["alpha"]]
     if total and found.get("flops") is not None:
         row.share = found["flops"] / total
     if row.rank and "in" in found and "out" in found:
