@@ -318,7 +318,7 @@ def initial(
         twins = tuple(target.parameter.aliases) if target.of_several else ()
         low = replace(low, op=target.op, tied=target.of_several, twins=twins)
         if b.any() and init != "orthogonal":
-            low = _with_frozen(low, scale)
+            low = _with_frozen(low, scale, a, b)  # so that it is zero
         updates[key] = kind.prepared(low, weight, repr(key))
     return updates, tuple(notes)
 
@@ -349,9 +349,9 @@ def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
     return replace(entry, rank=rank, alpha=entry.alpha * rank / entry.rank)
 
 
-def _with_frozen(low: LowRank, scale: float) -> LowRank:
-    """The update with −b₀a₀ in its last ranks, so that it is zero."""
-    a, b = np.concatenate([low.a, low.a], -2), np.concatenate([low.b, -low.b], -1)
+def _with_frozen(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
+    """The update at its scale with −b·a, fp32 factors of its rank, in its last ranks."""
+    a, b = np.concatenate([low.a, a], -2), np.concatenate([low.b, -b], -1)
     alpha = alpha_of(scale, 2 * low.rank, low.variant)
     return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank)
 
@@ -477,11 +477,10 @@ def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
     Args and errors are those of `residual`.
     """
     left, right = removed(weight, low, where)
-    a = np.concatenate([low.a, right.astype(np.float32)], -2)
     scale = low.scale or 1.0  # of an update of scale 0 the part is left
-    b = np.concatenate([low.b * np.float32(low.scale / scale), np.float32(-left / scale)], -1)
-    alpha = alpha_of(scale, len(a), low.variant)
-    return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank, mutated="")
+    whole = replace(low, b=low.b * np.float32(low.scale / scale), mutated="")
+    a, b = right.astype(np.float32), (left / scale).astype(np.float32)
+    return _with_frozen(whole, scale, a, b)
 
 
 def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
