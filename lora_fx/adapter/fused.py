@@ -266,13 +266,17 @@ def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> Lo
         alpha = low.candidates[name.rpartition(".")[2]][1]
     if len(shape) == 2:
         return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), layer=None)
-    experts = shape[0]
-    if a.ndim == 2:  # the file's own packing, the expert fastest in B
-        a = a.reshape(experts, -1, a.shape[-1])
-        b = b.reshape(len(b), -1, experts).transpose(2, 0, 1).copy()
+    if a.ndim == 2:
+        a, b = unpacked(a, b, len(a) // shape[0])
     out, in_ = ((2,), (1,)) if turned else ((1,), (2,))
     layout = Layout(shape, (0,), out, in_, shape)
     return replace(low, a=a, b=b, alpha=alpha, layout=layout, layer=None)
+
+
+def unpacked(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """Factors [E, r, in] and [E, out, r] from PEFT's [r·E, in] and [out, r·E], expert fastest."""
+    stack = a.reshape(-1, rank, a.shape[-1])
+    return stack, np.ascontiguousarray(b.reshape(len(b), rank, -1).transpose(2, 0, 1))
 
 
 # Updates of the experts of a mixture, between the layouts in which files have them.

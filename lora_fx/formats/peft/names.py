@@ -28,6 +28,7 @@ from itertools import permutations
 
 import numpy as np
 
+from lora_fx.adapter.fused import unpacked
 from lora_fx.adapter.lowrank import FileLayer, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -251,7 +252,7 @@ def read_stacks(
         if len(ways) == 1:
             rank, alpha = told[ways[0][depth]]
             key = f"{module}.{ways[0][depth]}"
-            a, b = unpacked(a, b, rank)
+            a, b = (a, b) if len(a) == rank else unpacked(a, b, rank)
         else:
             key, alpha = f"{module}.({'|'.join(named)})#{depth}", 0.0
             layer = replace(layer, module=module, depth=depth, candidates=told)
@@ -259,23 +260,14 @@ def read_stacks(
     return entries
 
 
-def unpacked(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
-    """Factors [E, r, in] and [E, out, r] from PEFT's [r·E, in] and [out, r·E]; 2-D where E is 1."""
-    if len(a) == rank:
-        return a, b
-    stack = a.reshape(-1, rank, a.shape[-1])
-    return stack, np.ascontiguousarray(b.reshape(len(b), rank, -1).transpose(2, 0, 1))
-
-
 def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
     """The update of a stack whose name our own JSON says; always [E, r, in] and [E, out, r]."""
     rank, alpha = _numbers(key, ranks, alphas, source)
-    a, b = unpacked(*_pair(group, source), rank)
-    return LowRank(a if a.ndim == 3 else a[None], b if b.ndim == 3 else b[None], alpha)
+    return LowRank(*unpacked(*_pair(group, source), rank), alpha)
 
 
 def packed(low: LowRank) -> tuple[Array, Array]:
-    """The inverse of unpacked."""
+    """The inverse of `lora_fx.adapter.fused.unpacked`; a matrix stays one."""
     if low.a.ndim == 2:
         return low.a, low.b
     b = np.ascontiguousarray(low.b.transpose(1, 2, 0))
