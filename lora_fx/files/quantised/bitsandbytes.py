@@ -107,9 +107,7 @@ def int8(parts: Parts) -> QuantisedWeight:
         order = parts.read("weight_format").reshape(-1) if parts.has("weight_format") else None
         if order is not None and order.any():
             raise parts.wrong("weight_format", f"is {order}, an order for GPUs", "0, row by row")
-        block = (1, columns)
         codes, scale = parts.read("weight", rows), parts.read("SCB", rows)
-        q = Quantised(codes, scale, None, block, None, INT8_UNIT)
-        return parts.checked(q)
+        return parts.checked(Quantised(codes, scale, None, (1, columns), None, INT8_UNIT))
 
     return QuantisedWeight("bitsandbytes int8", 8, (rows, columns), read)

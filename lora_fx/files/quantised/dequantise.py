@@ -63,7 +63,8 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
             weight = replace(weights[name], read=_naming(info.file)(weights[name].read))
             shape = weight.shape
             seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
-    sizes = {n: _size(t, dtype) for n, t in seen.items()}
+    kinds = {n: dtype if isinstance(t, CodesInfo) else t.dtype for n, t in seen.items()}
+    sizes = {n: math.prod(seen[n].shape) * DTYPES[kind].bits // 8 for n, kind in kinds.items()}
     shards = _shards(base, seen, sizes, most)
     return replace(
         base,
@@ -125,12 +126,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except LoraFxError as error:
         raise LoraFxError(f"{path}: {error.message}", error.hint) from error
-
-
-def _size(info: TensorInfo, dtype: str) -> int:
-    if isinstance(info, CodesInfo):
-        return math.prod(info.shape) * DTYPES[dtype].bits // 8
-    return info.stop - info.start
 
 
 def _shards(

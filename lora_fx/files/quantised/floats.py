@@ -58,8 +58,7 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
     def read(rows: slice = ALL) -> Quantised:
         codes = parts.read("weight", rows)
         scale = parts.read("weight_scale_inv", packed_range(rows, high))
-        q = Quantised(codes, scale.astype(np.float32), None, (high, wide))
-        return parts.checked(q)
+        return parts.checked(Quantised(codes, scale.astype(np.float32), None, (high, wide)))
 
     power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu" or said.get("scale_fmt") == "ue8m0"
     rule = (power_above if power else largest_to_top)(parts.dtype("weight"))
