@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,6 +213,18 @@ class File:
     def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
         """An error about one tensor."""
         return LoraFxError(f"{self.name}: {name!r} {what}", hint)
+
+
+def module_and_part(pattern: re.Pattern[str], name: str) -> tuple[str, str] | None:
+    """What a pattern's two groups take of a tensor's name; None where it is none of its names."""
+    match = pattern.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+
+def turned_notes(adapter: Adapter, format: str) -> list[str]:
+    """A note on weights that are stored [in, out], of which a format has no word."""
+    said = f"the model stores weights [in, out], of which readers of {format} know nothing"
+    return [said] if adapter.metadata.get("fan_in_fan_out") else []
 
 
 KEEPS = "save it as peft, which keeps everything"

@@ -47,7 +47,6 @@ from lora_fx.formats.peft.write import module_form, to_tensors
 from lora_fx.text import Json
 
 SUFFIXES = (".safetensors",)
-FOLDER = True
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
 _OLD = re.compile(r"(.+?)\.(?:processor\.)?(\w+)_lora\.(down|up)\.weight(\.alpha)?")
@@ -119,9 +118,7 @@ def _part(name: str) -> tuple[str, str] | None:
         return f"{lead}{module}.{leaf}", "alpha" if match[4] else _HALF[match[3]]
     if match := _PAIR.fullmatch(name):
         return match[1], _HALF[match[2] or match[3]]
-    if match := _REST.fullmatch(name):
-        return match[1], match[2]
-    return None
+    return base.module_and_part(_REST, name)
 
 
 def _entries(
@@ -230,11 +227,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         for component, updates in modules.items()
         for field, value in _config(component, updates).items()
     }
-    notes = []
-    if adapter.metadata.get("fan_in_fan_out"):
-        notes.append(
-            "the model stores weights [in, out], of which readers of diffusers know nothing"
-        )
+    notes = base.turned_notes(adapter, "diffusers")
     if any(low.scale != 1.0 for lows in modules.values() for low in lows.values()):
         notes.append(
             "alpha stands in the header, as lora_adapter_metadata: diffusers reads it since 2025; "

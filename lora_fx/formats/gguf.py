@@ -57,7 +57,6 @@ from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
 from lora_fx.text import Json, JsonView
 
 SUFFIXES = (".gguf",)
-FOLDER = False
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _DENSE = (*_ATTENTION, *(f"mlp.{x}" for x in _MLP))

@@ -252,10 +252,11 @@ def _is_file_of(writer: ModuleType, path: Path, format: str) -> bool:
     if path.suffix in writer.SUFFIXES:
         return True
     of_files = {s for module in FORMATS.values() for s in module.SUFFIXES}
-    if path.suffix in of_files or not writer.FOLDER:
+    folder = hasattr(writer, "write")
+    if path.suffix in of_files or not folder:
         want = f"a name that ends in {writer.SUFFIXES[0]}"
         raise LoraFxError(
-            f"{path}: format {format} needs {want}{' or a folder' if writer.FOLDER else ''}",
+            f"{path}: format {format} needs {want}{' or a folder' if folder else ''}",
             "choose another name or another format",
         )
     return False

@@ -45,11 +45,11 @@ from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.write import module_form, to_tensors
 
 SUFFIXES = (".safetensors",)
-FOLDER = False
 _PART = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
 )
+_part = partial(base.module_and_part, _PART)
 _OTHERS = {
     "oft_": "OFT, which multiplies the weight by an orthogonal matrix",
     "boft_": "BOFT, which multiplies the weight by orthogonal matrices",
@@ -92,12 +92,6 @@ def read(path: str | Path) -> Adapter:
     told = naming.taken_names(metadata)
     names = told if named else naming.ForeignNames("kohya")
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
-
-
-def _part(name: str) -> tuple[str, str] | None:
-    """(module, the end of the name) of a tensor."""
-    match = _PART.fullmatch(name)
-    return (match[1], match[2]) if match else None
 
 
 def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
@@ -198,7 +192,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
-    notes: list[str] = []
+    notes = base.turned_notes(adapter, "kohya")
     second = any(key.startswith("text_encoder_2.") for key in adapter)
     owner: dict[str, str] = {}
     kept = adapter.names is not None and adapter.names.format == "kohya"
@@ -216,8 +210,6 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         tensors |= {f"{name}.{part}": array for part, array in parts.items()}
         if alpha is not None:
             tensors[f"{name}.alpha"] = _number(alpha)
-    if adapter.metadata.get("fan_in_fan_out"):
-        notes.append("the model stores weights [in, out], of which readers of kohya know nothing")
     if any(name.startswith("lycoris_") for name in names.values()):
         notes.append(
             "names begin with lycoris_, which LyCORIS gives to models of any kind: image tools "

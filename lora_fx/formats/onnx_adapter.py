@@ -39,7 +39,6 @@ from lora_fx.targets.target import own_use
 from lora_fx.text import is_whole
 
 SUFFIXES = (".onnx_adapter",)
-FOLDER = False
 TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
 
 

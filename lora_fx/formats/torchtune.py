@@ -46,11 +46,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import File, FileHead, module_and_part
 from lora_fx.text import Json, JsonView, is_number
 
 SUFFIXES = (".safetensors",)
-FOLDER = False
 _PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _NAMES = {
@@ -91,7 +90,8 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     config = _config(path.parent / "adapter_config.json", file)
     what = "is not a name that torchtune gives"
     unknown = partial(file.error, what=what, hint="was the file edited?")
-    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, _part, unknown)
+    part = partial(module_and_part, _PART)
+    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, part, unknown)
     homes = [path.parent] if base is None else [Path(base), path.parent]
     files = [home / "config.json" for home in homes]
     model = next((file for file in files if file.is_file()), files[0])
@@ -100,12 +100,6 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
         low = _lowrank(module, parts, config, file)
         entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
-
-
-def _part(name: str) -> tuple[str, str] | None:
-    """(module, lora_a, lora_b or magnitude) of a tensor's name."""
-    match = _PART.fullmatch(name)
-    return (match[1], match[2]) if match else None
 
 
 def to_halves(rows: Array, heads: int) -> Array:

@@ -548,7 +548,6 @@ Decode = Callable[[PeftFile, JsonView], Adapter]
 KINDS: dict[str, Decode] = {"LORA": decode, **dict.fromkeys(lycoris.KINDS, lycoris.read_peft)}
 """peft_type → what reads its tensors."""
 SUFFIXES = (".safetensors",)
-FOLDER = True
 
 
 def detect(seen: FileHead) -> bool:
