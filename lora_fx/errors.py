@@ -86,6 +86,20 @@ class MistakeError(LoraFxError):
         super().__init__(message, "report this: it is a mistake of lora-fx")
 
 
+@contextlib.contextmanager
+def importing(what: str, hint: str) -> Iterator[None]:
+    """A block that imports a library which is not installed with lora-fx.
+
+    Args:
+        what: For whom which library is imported.
+        hint: How to install it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise LoraFxError(f"{what} cannot be imported: {one_line(error, 120)}", hint) from error
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. A kind of Ctrl-C, so that whatever cleans up after that does so here."""
 

@@ -24,7 +24,7 @@ from torch import nn
 from lora_fx.checkpoint.renaming import loaded_of
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line, silenced
+from lora_fx.errors import LoraFxError, importing, one_line, silenced
 from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
@@ -83,14 +83,9 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
             fit, or quantised in a format that is not read.
     """
     raw = _config_json(folder)
-    try:
+    what = f"{folder} is a Hugging Face folder, and transformers"
+    with importing(what, "pip install 'lora-fx[hf]'"):
         transformers = importlib.import_module("transformers")
-    except ImportError as e:
-        raise LoraFxError(
-            f"{folder} is a Hugging Face folder, and transformers cannot be imported: "
-            f"{one_line(e, 120)}",
-            "pip install 'lora-fx[hf]'",
-        ) from e
     with quiet_transformers():
         config, cls = _architecture(transformers, folder, raw)
         notes = _settle(config, folder, raw, cls)

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, lead_between, near, near_path, one_line, silenced
+from lora_fx.errors import LoraFxError, importing, lead_between, near, near_path, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -127,13 +127,8 @@ REFUSED = {
 
 
 def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool) -> LoadedModel:
-    try:
-        with silenced():
-            package = importlib.import_module(library)
-    except ImportError as e:
-        raise LoraFxError(
-            f"{text}: {library} cannot be imported: {one_line(e, 120)}", f"pip install {library}"
-        ) from e
+    with importing(f"{text}: {library}", f"pip install {library}"), silenced():
+        package = importlib.import_module(library)
     make = _timm if library == "timm" else _torchvision
     try:
         with silenced():
