@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
@@ -17,6 +18,8 @@ Json = dict[str, Any]
 """A JSON object; its values are what JSON has."""
 JsonView = Mapping[str, Any]
 """A JSON object that is only read."""
+StrPath = str | os.PathLike[str]
+"""What a user names a file or folder by."""
 
 
 def strict_json(value: Any) -> Any:

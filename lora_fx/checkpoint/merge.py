@@ -39,7 +39,7 @@ from lora_fx.files.hub import known_as, local
 from lora_fx.files.read import inode_of, remember, remembering, run_of_files, trusting
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
-from lora_fx.text import Json, JsonView, some, table
+from lora_fx.text import Json, JsonView, StrPath, some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
@@ -49,9 +49,9 @@ _MISSED = ("error", "own")
 
 @remembering()
 def merge(
-    base: str | os.PathLike[str],
+    base: StrPath,
     adapters: Adapters,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     how: str = "sum",
     rank: int | None = None,
@@ -127,9 +127,7 @@ def merge(
     return run(plan, out, link=link, force=force, workers=workers, progress=progress)
 
 
-def plan_merge(
-    base: str | os.PathLike[str], adapters: Adapters, options: MergeOptions | None = None
-) -> MergePlan:
+def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None = None) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
     options, base = options or MergeOptions(), local(base)
     with explained(base), trusting(options.trust):
@@ -141,7 +139,7 @@ def plan_merge(
 @remembering()
 def run(
     plan: MergePlan,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     link: bool = False,
     force: bool = False,

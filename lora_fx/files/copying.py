@@ -17,10 +17,7 @@ CHUNK = 1 << 20
 
 _CALL = 1 << 28  # for the kernel in one call, so that Ctrl-C waits for no more
 _FICLONE = 0x40049409  # linux/fs.h
-_CANNOT = frozenset(
-    getattr(errno, name, -1)
-    for name in ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOTSUP", "EPERM")
-)
+_CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
 """Errors of calls that this system or this pair of files does not have; others are real."""
 
 

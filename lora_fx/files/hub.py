@@ -20,10 +20,10 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from lora_fx.errors import LoraFxError, explain, one_line, silenced
+from lora_fx.errors import LoraFxError, explain, importing, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES
 from lora_fx.progress import stage
-from lora_fx.text import human, some
+from lora_fx.text import StrPath, human, some
 
 PREFIX = "hf:"
 _NAME = r"(?!\.+(?:/|@|$))[\w.-]+"
@@ -40,7 +40,6 @@ _WEIGHTS = re.compile(
 """The files that a folder is read from; other ones beside them are copies in another form."""
 _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
 """Ends of files, which no name of a model has."""
-StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -155,11 +154,8 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
 
 def _library(text: str) -> ModuleType:
     parts = (".constants", ".errors", ".utils", "")
-    try:
+    with importing(f"{text}: huggingface_hub", "pip install 'lora-fx[hf]'"):
         return [import_module(f"huggingface_hub{part}") for part in parts][-1]
-    except ImportError as e:
-        why = f"{text}: huggingface_hub cannot be imported: {one_line(e, 120)}"
-        raise LoraFxError(why, "pip install 'lora-fx[hf]'") from e
 
 
 def _downloaded(hub: ModuleType, asked: HubId, weights: bool) -> tuple[Path, Mapping[str, int]]:

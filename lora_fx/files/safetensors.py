@@ -323,10 +323,7 @@ def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
     Raises:
         LoraFxError: The file ends before them, or cannot be read.
     """
-    result = np.empty(hi - lo, np.uint8)
-    with reading(info), open_input(info.file) as file:
-        read_into(file.fileno(), result.data, info.start + lo)
-    return result
+    return stored(replace(info, dtype="uint8", shape=(info.stop - info.start,)), slice(lo, hi))
 
 
 def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:

@@ -54,7 +54,7 @@ from lora_fx.files.checkpoint import model_config, text_config
 from lora_fx.files.read import AGAIN, open_input
 from lora_fx.formats.base import File, FileHead, refused
 from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, StrPath
 
 SUFFIXES = (".gguf",)
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -122,7 +122,7 @@ def _names(architecture: str, config: JsonView, where: str) -> _Names:
     return _Names(architecture, modules, config, where)
 
 
-def _base_names(base: str | Path | None) -> _Names | None:
+def _base_names(base: StrPath | None) -> _Names | None:
     """The names of a base model, by its config.json; None where there is none."""
     home = Path(base) if base else None
     path = (home if home.is_dir() else home.parent) / "config.json" if home else None
@@ -179,7 +179,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
     return fields, {name: file.master(name, array) for name, array in tensors.items()}
 
 
-def read(path: str | Path, base: str | Path | None = None) -> Adapter:
+def read(path: StrPath, base: StrPath | None = None) -> Adapter:
     """An adapter from one .gguf file.
 
     Args:
@@ -250,9 +250,7 @@ def _updates(
 _refused = partial(refused, "a GGUF adapter")
 
 
-def write_file(
-    adapter: Adapter, path: str | Path, base: str | Path | None = None
-) -> tuple[str, ...]:
+def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> tuple[str, ...]:
     """Write one .gguf file in fp32; returns notes, such as which scales went into B.
 
     Args:
@@ -349,7 +347,7 @@ def _stacked(
     return a, b
 
 
-def _write(path: str | Path, tensors: Mapping[str, Array], alpha: float, names: _Names) -> None:
+def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: _Names) -> None:
     writer = _package().GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
