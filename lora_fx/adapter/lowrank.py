@@ -125,6 +125,14 @@ class LowRank:
         # as a person wrote it, whatever the gain is
         return float(f"{self.alpha / _gain(self.a.shape[-1], self.group):.15g}")
 
+    @property
+    @np.errstate(over="ignore", invalid="ignore")
+    def norm(self) -> float:
+        """‖s·BA‖ in Frobenius norm, without BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
+        a, b = self.a.astype(np.float64), self.b.astype(np.float64)
+        square = np.sum((a @ np.swapaxes(a, -1, -2)) * (np.swapaxes(b, -1, -2) @ b))
+        return float(abs(self.scale) * np.sqrt(max(square, 0.0)))
+
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
         """The rectangle [rows, columns] of one matrix of ΔW, in the dtype of a and b.
 

@@ -7,7 +7,6 @@ and samples of the base are read.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -24,18 +23,7 @@ from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
-from lora_fx.checkpoint.pair import (
-    ERROR,
-    NOTE,
-    WARNING,
-    Check,
-    Finding,
-    Pair,
-    about,
-    norm,
-    open_pair,
-    sample,
-)
+from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
 from lora_fx.checkpoint.provenance import base_note, history
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
@@ -47,7 +35,7 @@ from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json, near, some, table
+from lora_fx.text import Json, StrPath, near, some, table
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
@@ -279,7 +267,7 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
     dtype = pair.options.dtype or info.dtype
     top = float(finfo(dtype).max)
     scale = float(np.finfo(arithmetic(info.dtype, dtype)).max)
-    return abs(low.scale) > scale or norm(low) > top * math.sqrt(math.prod(info.shape))
+    return abs(low.scale) > scale or low.norm > top * math.sqrt(math.prod(info.shape))
 
 
 def effect(pair: Pair) -> Iterator[Finding]:
@@ -381,7 +369,7 @@ def added(pair: Pair) -> Iterator[Finding]:
 def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
     low = pair.adapter.lowrank.items()
-    zero = [k for k, e in low if e.magnitude is None and not e.mutated and norm(e) == 0.0]
+    zero = [k for k, e in low if e.magnitude is None and not e.mutated and e.norm == 0.0]
     turns = ((k, e) for k, e in pair.adapter.entries.items() if isinstance(e, Rotation))
     zero += [k for k, e in turns if not e.turn.any()]
     if not zero:
@@ -417,7 +405,7 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
 # All checks, and what they come to.
 
 
-CHECKS: dict[str, Check] = {
+CHECKS = {
     **OF_FILE,
     "model": model,
     "prefix": prefix,
@@ -445,12 +433,7 @@ SERVED = "server"
 """The check of what a program makes of the adapter, where one is named."""
 
 
-def doctor(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    server: str | None = None,
-    **options: Any,
-) -> Report:
+def doctor(base: StrPath, adapter: StrPath, server: str | None = None, **options: Any) -> Report:
     """What is wrong with a base and an adapter.
 
     Args:

@@ -487,12 +487,10 @@ def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie 
     return replace(family, table=tables[0], head=head, biases=biases)
 
 
-def tie_and_names(
-    base: Checkpoint, keys: Iterable[str]
-) -> tuple[Tie | None, dict[str, TensorInfo]]:
+def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Tensors]:
     """The tie of a checkpoint, and its tensors under every name that an adapter may use."""
     tie = tie_of(base.tensors, base.config(), keys)
-    return tie, dict(base.tensors) if tie is None else tie.known(base.tensors)
+    return tie, base.tensors if tie is None else tie.known(base.tensors)
 
 
 def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:

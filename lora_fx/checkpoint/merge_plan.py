@@ -30,16 +30,7 @@ from lora_fx.checkpoint.match import (
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.checkpoint.requantise import (
-    HINT,
-    Int8,
-    in_all,
-    int8_of,
-    refuse_codes,
-    sampled,
-    spans,
-    stored_as,
-)
+from lora_fx.checkpoint.requantise import Int8, in_all, int8_of, refuse_codes, sampled, stored_as
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, expect_name, near, stamp
 from lora_fx.files.checkpoint import Checkpoint
@@ -261,7 +252,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
                 "is it the adapter of another model?",
             )
         placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
-        known |= new
+        known = {**known, **new}
     check_unknown(placed, tie, base)
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
     sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
@@ -450,7 +441,7 @@ class TensorChange:
         """Ranges of about `most` of the rows that are folded, each of which can be done alone."""
         assert self.fold is not None
         if self.codes is not None:
-            yield from spans(self.codes.weight, most)
+            yield from self.codes.weight.spans(most)
             return
         for low in range(0, self.fold.matrix.rows, most):
             yield low, min(self.fold.matrix.rows, low + most)
@@ -533,7 +524,7 @@ def change_of(
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
     codes = None
     if int8 is not None:
-        _check_int8(name, info, matrix)
+        int8.check(name, info, matrix)
         weight = int8.weight(info)
         codes = CodesInfo("float32", info.shape, info.file, info.start, info.stop, weight)
     what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
@@ -569,18 +560,6 @@ def _scales(name: str, info: TensorInfo, weight: str) -> TensorChange:
     """What becomes of the scales of a weight that is quantised anew."""
     what = (f"new scales of {weight}",)
     return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
-
-
-def _check_int8(name: str, info: TensorInfo, matrix: Matrix) -> None:
-    """Raise for updates whose rows are not the codes' rows, or that need the float original."""
-    for p in matrix.parts:
-        why = ""
-        if p.transposed or (matrix.rows, matrix.columns) != info.shape:
-            why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-        elif p.mutated:
-            why = f"the update is for a base that {p.mutated} changed before"
-        if why:
-            raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:

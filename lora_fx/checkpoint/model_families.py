@@ -310,7 +310,7 @@ def targets_of(every: Tensors) -> Found:
     """
     # An empty one of one axis is what ZeRO-3 leaves of a weight of any shape.
     found = {k: v for k, v in every.items() if len(v.shape) >= 2 or 0 in v.shape}
-    tables = [v.shape for k, v in found.items() if _LOOKUP.search(_module(k))]
+    tables = [v.shape for k, v in found.items() if _LOOKUP.search(k.removesuffix(".weight"))]
     vocabularies = [(s[0], s[1]) for s in tables if len(s) == 2 and s[0] >= HEAD_ROWS]
     targets, refusals = [], []
     for key, info in found.items():
@@ -318,7 +318,7 @@ def targets_of(every: Tensors) -> Found:
             why = EMPTY if 0 in info.shape else f"{info.dtype} is no dtype of plain weights"
             refusals.append(Refusal(key, "tensor", why))
             continue
-        layout, name = plain_layout(info.shape), _module(key)
+        layout, name = plain_layout(info.shape), key.removesuffix(".weight")
         role = "head" if is_head(key) else "embedding" if _LOOKUP.search(name) else ""
         role = role or role_of([name], (), layout, vocabularies)
         region = tuple((0, n) for n in info.shape)
@@ -326,7 +326,3 @@ def targets_of(every: Tensors) -> Found:
         targets.append(Target(key, parameter, region, layout, "tensor", (), role))
     note = "no graph was read: targets come from names and shapes, and their FLOPs are not known"
     return Found(default_plan(targets), tuple(refusals), notes=(note,))
-
-
-def _module(key: str) -> str:
-    return key.removesuffix(".weight")

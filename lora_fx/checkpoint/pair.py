@@ -29,15 +29,7 @@ from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensor
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
 from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import config_of
-from lora_fx.formats.peft.names import (
-    OWN,
-    PREFIX,
-    WRAPPER,
-    Group,
-    from_tensors,
-    split_name,
-    unwrapped,
-)
+from lora_fx.formats.peft.names import OWN, PREFIX, Group, from_tensors, split_name, unwrapped
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
 
@@ -114,7 +106,7 @@ class Pair:
         if low is None or info is None or info.dtype not in FLOATING or 0 in info.shape:
             return None
         weight = math.sqrt(math.prod(info.shape) * float(np.mean(np.square(sample(info)))))
-        ratio = norm(low) / weight if weight else math.inf
+        ratio = low.norm / weight if weight else math.inf
         return ratio if math.isfinite(ratio) else None
 
 
@@ -183,14 +175,6 @@ def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
     return ""
 
 
-def norm(low: LowRank) -> float:
-    """‖s·BA‖ in Frobenius norm, without BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
-    a, b = low.a.astype(np.float64), low.b.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = np.sum((a @ np.swapaxes(a, -1, -2)) * (np.swapaxes(b, -1, -2) @ b))
-        return float(abs(low.scale) * np.sqrt(max(square, 0.0)))
-
-
 def sample(info: TensorInfo) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
     try:
@@ -210,7 +194,7 @@ def sample(info: TensorInfo) -> Array:
 
 _ADAPTER = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)\w+")
 """An adapter's own name within that of a tensor, which PEFT leaves out of its files."""
-_WRAPPERS = (WRAPPER, "modules_to_save", "original_module")
+_SAVED = ("modules_to_save", "original_module")
 
 
 @dataclass(frozen=True)
@@ -305,10 +289,10 @@ def _sort(name: str, raw: Raw) -> None:
     if split is None:
         if ".base_layer." not in core and ".original_module." not in core:
             key = core.removesuffix(".full") if own else core
-            raw.whole[unwrapped(key, _WRAPPERS)] = name
+            raw.whole[unwrapped(key, *_SAVED)] = name
         return
     lead, kind, part = split
-    module = unwrapped(lead, _WRAPPERS)
+    module = unwrapped(lead, *_SAVED)
     group = raw.updates.setdefault(module if own else f"{module}.weight", Group(lead, "", {}))
     group.names[part] = name
     group.kind = kind if part in "ab" else group.kind

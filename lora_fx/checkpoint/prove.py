@@ -37,7 +37,6 @@ from lora_fx.checkpoint.fold import (
     read_block,
 )
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
-from lora_fx.checkpoint.requantise import spans
 from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight
@@ -112,7 +111,7 @@ def _recomputed(
         made = replace(int8, scales=there).weight(info)
     for low, high in _samples(change, rows):
         if made is None:
-            ratio = _ratio(change, stages, info, low, high)
+            ratio = _ratio(change.source, stages, info, low, high)
         else:
             ratio = _ratio_codes(change, made, stages[0][0], low, high)
         if not ratio <= worst:
@@ -142,14 +141,12 @@ def _exact(change: TensorChange, last: TensorFold) -> list[Stage]:
     return [(prepared(first, change.weight), dtype), *later]
 
 
-def _ratio(
-    change: TensorChange, stages: list[Stage], info: TensorInfo, low: int, high: int
-) -> float:
+def _ratio(source: TensorInfo, stages: list[Stage], info: TensorInfo, low: int, high: int) -> float:
     """The largest error of rows low ≤ i < high, as a multiple of what is allowed."""
     columns = stages[0][0].matrix.columns
-    want = read_block(change.source, low, high, columns).astype(np.float64)
+    want = read_block(source, low, high, columns).astype(np.float64)
     new = read_block(info, low, high, columns).astype(np.float64)
-    allowed, dtype = np.zeros_like(want), change.source.dtype
+    allowed, dtype = np.zeros_like(want), source.dtype
     for fold, narrow in stages:
         want, size = _stage(fold, want, low, high)
         for row in fold.rows:
@@ -170,7 +167,7 @@ def _ratio_codes(
     before = change.codes.weight
     first = low - low % before.shape[-2]
     start = low - (low - first) % before.step
-    rows = slice(*next(spans(before, high - start + before.step - 1, start)))
+    rows = slice(*next(before.spans(high - start + before.step - 1, start)))
     q, after = before.read(rows), made.read(rows)
     old = q.dequantise().astype(np.float64)
     want, size = _stage(exact, old, rows.start, rows.stop)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import BLOCK, Space, Stats, TensorFold, prepared, stats_of
+from lora_fx.checkpoint.fold import BLOCK, Matrix, Space, Stats, TensorFold, prepared, stats_of
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
@@ -29,19 +29,6 @@ from lora_fx.text import JsonView, by_key
 
 LEAST = 0.5
 """What has to be kept of an update in all, unless loss is allowed."""
-
-
-def spans(
-    weight: QuantisedWeight, most: int, low: int = 0, high: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Ranges of about `most` rows that can be quantised for themselves, in one matrix each."""
-    matrix = weight.shape[-2]
-    high = math.prod(weight.shape[:-1]) if high is None else high
-    each = max(weight.step, most // weight.step * weight.step)
-    while low < high:
-        stop = min(high, low - low % matrix + matrix, low + each)
-        yield low, stop
-        low = stop
 
 
 def recoded(
@@ -122,7 +109,7 @@ def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> It
     some = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     some = some[:: max(1, len(some) // count)][:count]
     for info, fold in some:
-        every = [*spans(info.weight, max(1, BLOCK // info.shape[-1]))]
+        every = [*info.weight.spans(max(1, BLOCK // info.shape[-1]))]
         rows = slice(*every[len(every) // 2])
         fold = prepared(fold, info)
         yield recoded(info.weight, info.weight.read(rows), fold, rows, Space())[0]
@@ -166,6 +153,17 @@ class Int8:
         """The scales that make the largest value of a row code 127; none of them is zero."""
         tiny = float(finfo(self.scales.dtype).smallest_subnormal)
         return np.asarray(np.maximum(largest / self.top, largest.dtype.type(tiny)))
+
+    def check(self, name: str, info: TensorInfo, matrix: Matrix) -> None:
+        """Raise for updates whose rows are not the codes' rows, or that need the float original."""
+        for p in matrix.parts:
+            why = ""
+            if p.transposed or (matrix.rows, matrix.columns) != info.shape:
+                why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
+            elif p.mutated:
+                why = f"the update is for a base that {p.mutated} changed before"
+            if why:
+                raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
     def weight(self, codes: TensorInfo) -> QuantisedWeight:
         """The weight whose codes lie there."""
@@ -218,9 +216,7 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
             raise _refusal(name, here, scheme, base)
 
 
-def stored_as(
-    name: str, info: TensorInfo, base: Checkpoint, entries: Sequence[Entry]
-) -> Int8 | None:
+def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry]) -> Int8 | None:
     """How a weight is stored that an update can be folded into; None where as plain floats.
 
     Args:

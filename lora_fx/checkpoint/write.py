@@ -27,7 +27,7 @@ import numpy as np
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
 from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
 from lora_fx.checkpoint.provenance import METADATA
-from lora_fx.checkpoint.requantise import joined, ranges, recoded, spans
+from lora_fx.checkpoint.requantise import joined, ranges, recoded
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
@@ -255,7 +255,7 @@ class _Run:
         assert change.codes is not None
         stats, count, weight = Stats(), 0, change.codes.weight
         q, every = weight.read(slice(low, high)), []
-        for start, stop in spans(weight, fold.matrix.rows_per_block, low, high):
+        for start, stop in weight.spans(fold.matrix.rows_per_block, low, high):
             here = q.cut(slice(start - low, stop - low))
             found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
             stats.add(found)

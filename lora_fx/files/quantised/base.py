@@ -8,7 +8,7 @@ parts themselves, or what some rows of the weight need of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -119,6 +119,16 @@ class QuantisedWeight:
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return rows
+
+    def spans(self, most: int, low: int = 0, high: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of about `most` rows that can be quantised for themselves, in one matrix each."""
+        matrix = self.shape[-2]
+        high = math.prod(self.shape[:-1]) if high is None else high
+        each = max(self.step, most // self.step * self.step)
+        while low < high:
+            stop = min(high, low - low % matrix + matrix, low + each)
+            yield low, stop
+            low = stop
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,13 @@ class Group:
         return unwrapped(self.lead)
 
 
-def unwrapped(lead: str, wrappers: Sequence[str] = (WRAPPER,)) -> str:
-    """A name without PEFT's wrappers.
+def unwrapped(lead: str, *others: str) -> str:
+    """A name without PEFT's wrappers, and without these other parts.
 
     >>> unwrapped("mha.base_layer.out_proj")
     'mha.out_proj'
     """
-    return ".".join(part for part in lead.split(".") if part not in wrappers)
+    return ".".join(part for part in lead.split(".") if part not in (WRAPPER, *others))
 
 
 def split_name(name: str) -> tuple[str, str, str] | None:
