@@ -27,6 +27,8 @@ from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 
 FIELD = "lora_fx_names"
+Arrays = Mapping[str, Array]
+"""Tensors by name, or by what they are of a module."""
 
 
 def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
@@ -190,7 +192,7 @@ class File:
 
     def modules(
         self,
-        tensors: Mapping[str, Array],
+        tensors: Arrays,
         split: Callable[[str], tuple[str, str] | None],
         unknown: Callable[[str], LoraFxError],
     ) -> dict[str, dict[str, Array]]:
@@ -286,7 +288,7 @@ class PeftFile(File):
         config_file: Name of the config, for messages.
     """
 
-    tensors: Mapping[str, Array]
+    tensors: Arrays
     config: JsonView
     config_file: str
 

@@ -40,7 +40,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, naming
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import Arrays, File, FileHead
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.write import module_form, to_tensors
@@ -121,9 +121,7 @@ def _part(name: str) -> tuple[str, str] | None:
     return base.module_and_part(_REST, name)
 
 
-def _entries(
-    module: str, parts: Mapping[str, Array], configs: _Configs, file: File
-) -> dict[str, Entry]:
+def _entries(module: str, parts: Arrays, configs: _Configs, file: File) -> dict[str, Entry]:
     if "A" not in parts or "B" not in parts:
         have = ", ".join(sorted(parts))
         raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")

@@ -27,7 +27,6 @@ Facts: sd-scripts networks/lora.py; LyCORIS 4.1.3, modules/locon.py, full.py, no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, lycoris, naming
-from lora_fx.formats.base import File, FileHead
+from lora_fx.formats.base import Arrays, File, FileHead
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.write import module_form, to_tensors
 
@@ -94,7 +93,7 @@ def read(path: str | Path) -> Adapter:
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
-def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, Entry]:
+def _entries(module: str, parts: Arrays, file: File) -> dict[str, Entry]:
     """The updates of one module: of its weight, and perhaps of its bias."""
     alpha = file.alpha(f"{module}.alpha", parts.get("alpha"))
     masters = {p: file.master(f"{module}.{p}", a) for p, a in parts.items() if p != "alpha"}
@@ -105,13 +104,12 @@ def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, E
         if key in entries:
             raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
         entries[key] = Dense(masters.pop(part))
-    magnitude = masters.pop("dora_scale", None)
     methods = [kind for kind in kinds if kind in ("hada", "lokr", "lora")]
     if len(methods) > 1 or (methods and f"{module}.weight" in entries):
         raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
     if methods == ["lora"]:
-        weight: Entry = _lowrank(module, masters, alpha, magnitude, file)
-    elif magnitude is not None:
+        weight: Entry = _lowrank(module, masters, alpha, file)
+    elif "dora_scale" in masters:
         raise file.error(
             module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
         )
@@ -128,13 +126,8 @@ def _entries(module: str, parts: Mapping[str, Array], file: File) -> dict[str, E
     return {f"{module}.weight": weight, **entries}
 
 
-def _lowrank(
-    module: str,
-    parts: Mapping[str, Array],
-    alpha: float | None,
-    magnitude: Array | None,
-    file: File,
-) -> LowRank:
+def _lowrank(module: str, parts: dict[str, Array], alpha: float | None, file: File) -> LowRank:
+    magnitude = parts.pop("dora_scale", None)
     down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
     if down is None or up is None:
         lost = "lora_up" if up is None else "lora_down"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.base import File, PeftFile
+from lora_fx.formats.base import Arrays, File, PeftFile
 from lora_fx.formats.peft.config import ORIGIN, SHARED, VERSION, Pattern, target_facts, targets
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import JsonView, is_number, is_whole
@@ -49,7 +48,7 @@ def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(a.T), wide.reshape(len(t), -1).astype(np.float32)
 
 
-def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: str) -> Hadamard:
+def loha(parts: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
     """The change of one module.
 
     Args:
@@ -78,11 +77,7 @@ def loha(parts: Mapping[str, Array], alpha: float | None, file: File, module: st
 
 
 def lokr(
-    parts: Mapping[str, Array],
-    alpha: float | None,
-    file: File,
-    module: str,
-    rank: float | None = None,
+    parts: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
 ) -> Kronecker | Dense:
     """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
     if "lokr_t1" in parts:
@@ -189,9 +184,7 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
 _LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
 
 
-def _half(
-    parts: Mapping[str, Array], name: str, file: File, module: str
-) -> tuple[Array, int | None]:
+def _half(parts: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
     """w1 or w2, and its rank where it is a product."""
     whole, a, b = (parts.get(f"{name}{end}") for end in ("", "_a", "_b"))
     t = parts.get("lokr_t2") if name == "lokr_w2" else None
