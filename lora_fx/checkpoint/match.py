@@ -62,6 +62,31 @@ class Placed:
     bounds: Region
     entry: Entry
 
+    def at_its_use(self, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
+        """An update of one use of a tensor, at the tensor that this use will read.
+
+        Raises:
+            LoraFxError: The base stores one tensor for this use and others, or nothing says that
+                the one of this use is read by no other.
+        """
+        use, name = use_of(self.key, self.entry), base_name(self.key)
+        if not use:
+            return self
+        known = tie is not None and self.tensor in (tie.table, tie.head, *tie.lookups)
+        said = base.config().get("tie_word_embeddings") is False or (untie and name != use)
+        if use == self.tensor and (known or (said and name in base.tensors)):
+            return self
+        if tie is not None and self.tensor == tie.table:
+            if use == "op:embedding":
+                return self
+            if use.startswith("op:") and tie.head:
+                return replace(self, tensor=tie.head)
+        raise LoraFxError(
+            f"{base.path}: the update of {self.key!r} means one use of {self.tensor!r} ({use}), "
+            "which the base stores once for several; merged, it would change all of them",
+            "train one update for all uses, or export the model itself: fold keeps uses apart",
+        )
+
 
 def match(
     adapter: Adapter,
@@ -491,32 +516,6 @@ def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Te
     """The tie of a checkpoint, and its tensors under every name that an adapter may use."""
     tie = tie_of(base.tensors, base.config(), keys)
     return tie, base.tensors if tie is None else tie.known(base.tensors)
-
-
-def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
-    """An update of one use of a tensor, at the tensor that this use will read.
-
-    Raises:
-        LoraFxError: The base stores one tensor for this use and others, or nothing says that the
-            one of this use is read by no other.
-    """
-    use, name = use_of(p.key, p.entry), base_name(p.key)
-    if not use:
-        return p
-    known = tie is not None and p.tensor in (tie.table, tie.head, *tie.lookups)
-    said = base.config().get("tie_word_embeddings") is False or (untie and name != use)
-    if use == p.tensor and (known or (said and name in base.tensors)):
-        return p
-    if tie is not None and p.tensor == tie.table:
-        if use == "op:embedding":
-            return p
-        if use.startswith("op:") and tie.head:
-            return replace(p, tensor=tie.head)
-    raise LoraFxError(
-        f"{base.path}: the update of {p.key!r} means one use of {p.tensor!r} ({use}), which the "
-        "base stores once for several; merged, it would change all of them",
-        "train one update for all uses, or export the model itself: fold keeps uses apart",
-    )
 
 
 def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:

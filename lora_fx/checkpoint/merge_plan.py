@@ -18,15 +18,7 @@ from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
-from lora_fx.checkpoint.match import (
-    Placed,
-    at_its_use,
-    check_unknown,
-    match,
-    of_one_use,
-    spread,
-    tie_and_names,
-)
+from lora_fx.checkpoint.match import Placed, check_unknown, match, of_one_use, spread, tie_and_names
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
@@ -251,7 +243,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
                 f"{where}: none of its keys is in {base.path}",
                 "is it the adapter of another model?",
             )
-        placed += (at_its_use(p, tie, base, untie=options.untie) for p in here)
+        placed += (p.at_its_use(tie, base, untie=options.untie) for p in here)
         known = {**known, **new}
     check_unknown(placed, tie, base)
     checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
