@@ -17,7 +17,7 @@ from itertools import permutations
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, Updates, alpha_of
+from lora_fx.adapter.lowrank import Factors, LowRank, Updates, alpha_of
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
@@ -106,7 +106,7 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
     lows = [low for low, _ in pieces.values()]
     first = next((low for low in lows if low.scale), lows[0])  # the others' B is in units of it
     scale = first.scale or 1.0
-    blocks, size = list[tuple[Array, Array]](), np.full(out, np.nan, np.float32)
+    blocks, size = list[Factors](), np.full(out, np.nan, np.float32)
     for name, (low, rows) in pieces.items():
         room = (len(rows), first.a.shape[1])
         if low.shape != room:
@@ -273,7 +273,7 @@ def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> Lo
     return replace(low, a=a, b=b, alpha=alpha, layout=layout, layer=None)
 
 
-def unpacked(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+def unpacked(a: Array, b: Array, rank: int) -> Factors:
     """Factors [E, r, in] and [E, out, r] from PEFT's [r·E, in] and [out, r·E], expert fastest."""
     stack = a.reshape(-1, rank, a.shape[-1])
     return stack, np.ascontiguousarray(b.reshape(len(b), rank, -1).transpose(2, 0, 1))

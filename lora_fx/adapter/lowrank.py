@@ -154,6 +154,8 @@ class LowRank:
 
 Updates = Mapping[str, LowRank]
 """Target key → its update."""
+Factors = tuple[Array, Array]
+"""a [*batch, rank, in] and b [*batch, out, rank]."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,7 @@ def _gain(width: int, group: int) -> float:
     return width / group**2
 
 
-def draw(
-    key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming"
-) -> tuple[Array, Array]:
+def draw(key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming") -> Factors:
     """Initial a and b in fp32 for one target, from a generator of its own.
 
     The numbers depend on (seed, key) only, never on the order of targets or on global state.
@@ -265,14 +265,14 @@ def product_values(a: Array, b: Array) -> Array:
     return np.asarray(np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), compute_uv=False))
 
 
-def balanced(u: Array, s: Array, vt: Array, rank: int) -> tuple[Array, Array]:
+def balanced(u: Array, s: Array, vt: Array, rank: int) -> Factors:
     """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32."""
     root = np.sqrt(s[..., :rank])
     a, b = root[..., :, None] * vt[..., :rank, :], u[..., :rank] * root[..., None, :]
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def truncated(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+def truncated(a: Array, b: Array, rank: int) -> Factors:
     """The best a, b of at most `rank` for b @ a."""
     u, s, vt = product_svd(a, b)
     return balanced(u, s, vt, min(rank, s.shape[-1]))

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, alpha_of, draw, grouped, scale_of
+from lora_fx.adapter.lowrank import Factors, LowRank, alpha_of, draw, grouped, scale_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, expect_name
 from lora_fx.inputs import generator
@@ -358,7 +358,7 @@ def _with_frozen(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
 
 def _start(
     key: str, layout: Layout, rank: int, scale: float, seed: int, init: str, source: Array | None
-) -> tuple[Array, Array]:
+) -> Factors:
     """A [*batch, rank, in] and b [*batch, out, rank], fp32; `source` is what the start reads."""
     if init == "kaiming":
         return draw(key, layout, rank, seed)
@@ -392,7 +392,7 @@ def _start(
     return _each(wide, lambda g: _of_gradient(g, rank))
 
 
-def _each(matrices: Array, function: Callable[[Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+def _each(matrices: Array, function: Callable[[Array], Factors]) -> Factors:
     """Factors a and b of every matrix of a stack, in fp32."""
     made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
     sides = (np.stack(side).astype(np.float32) for side in zip(*made, strict=True))
@@ -400,7 +400,7 @@ def _each(matrices: Array, function: Callable[[Array], tuple[Array, Array]]) -> 
     return a, b
 
 
-def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> tuple[Array, Array]:
+def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> Factors:
     """Rows of one orthogonal matrix, the odd ones for a and the even ones for b."""
     rng = generator(key, seed)
     q = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))[0]
@@ -412,7 +412,7 @@ def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> tuple[Array, 
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def _of_weight(weight: Array, rank: int, scale: float, init: str) -> tuple[Array, Array]:
+def _of_weight(weight: Array, rank: int, scale: float, init: str) -> Factors:
     left, right = _part(weight, rank, init)
     if init == "olora":
         return right, left
@@ -423,7 +423,7 @@ def _of_weight(weight: Array, rank: int, scale: float, init: str) -> tuple[Array
     return right / math.sqrt(scale), left / math.sqrt(scale)
 
 
-def _of_gradient(gradient: Array, rank: int) -> tuple[Array, Array]:
+def _of_gradient(gradient: Array, rank: int) -> Factors:
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
     size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
     return vt[:rank] * size, u[:, rank : 2 * rank] * size

@@ -46,7 +46,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import experts_of
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import Factors, LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -219,7 +219,7 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
 
 
 def _updates(
-    stem: str, pair: tuple[Array, Array], alpha: float | None, names: _Names, file: File
+    stem: str, pair: Factors, alpha: float | None, names: _Names, file: File
 ) -> dict[str, Entry]:
     """The updates of one tensor of llama.cpp, under Hugging Face's names."""
     a, b = pair
@@ -332,9 +332,7 @@ def _parts(
             yield name, one, a, names.turned(rows, f".{part}", file, to_neighbours)
 
 
-def _stacked(
-    name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Names
-) -> tuple[Array, Array]:
+def _stacked(name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Names) -> Factors:
     """A and B of all experts of a layer, which have to be there, and of one shape."""
     count = experts_of(names.config) or max(held) + 1
     key = next(iter(held.values()))[0]

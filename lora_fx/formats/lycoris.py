@@ -106,13 +106,8 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
     A scale other than 1 needs a rank: w1 is then stored as w1 · I, of rank i1 and alpha s·i1.
     """
     if isinstance(entry, Hadamard):
-        parts = {
-            "hada_w1_a": entry.b1,
-            "hada_w1_b": entry.a1,
-            "hada_w2_a": entry.b2,
-            "hada_w2_b": entry.a2,
-        }
-        return parts, entry.alpha
+        parts = {"w1_a": entry.b1, "w1_b": entry.a1, "w2_a": entry.b2, "w2_b": entry.a2}
+        return {f"hada_{end}": array for end, array in parts.items()}, entry.alpha
     kernel = entry.layout.stored[2:] if entry.layout else entry.kernel  # empty for a matrix
     w2 = entry.w2.reshape(len(entry.w2), -1, *kernel) if kernel else entry.w2
     if entry.scale == 1.0:

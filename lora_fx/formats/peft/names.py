@@ -29,7 +29,7 @@ from itertools import permutations
 import numpy as np
 
 from lora_fx.adapter.fused import unpacked
-from lora_fx.adapter.lowrank import FileLayer, LowRank
+from lora_fx.adapter.lowrank import Factors, FileLayer, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import PeftFile
@@ -266,7 +266,7 @@ def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: 
     return LowRank(*unpacked(*_pair(group, source), rank), alpha)
 
 
-def packed(low: LowRank) -> tuple[Array, Array]:
+def packed(low: LowRank) -> Factors:
     """The inverse of `lora_fx.adapter.fused.unpacked`; a matrix stays one."""
     if low.a.ndim == 2:
         return low.a, low.b
@@ -274,7 +274,7 @@ def packed(low: LowRank) -> tuple[Array, Array]:
     return low.a.reshape(-1, low.a.shape[-1]), b.reshape(len(b), -1)
 
 
-def _pair(group: Group, source: PeftFile) -> tuple[Array, Array]:
+def _pair(group: Group, source: PeftFile) -> Factors:
     a, b = source.factor(group.names["a"]), source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise LoraFxError(
