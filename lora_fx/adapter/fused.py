@@ -194,10 +194,8 @@ def place(
 
 def _names(module: str, lows: Updates) -> set[str]:
     """Every name that an entry may mean."""
-    result = set()
-    for key, low in lows.items():
-        result |= {f"{module}.{p}" for p in low.candidates} or {key}
-    return result
+    maybe = ({f"{module}.{p}" for p in low.candidates} or {key} for key, low in lows.items())
+    return set[str]().union(*maybe)
 
 
 def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from os import PathLike, fspath
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.targets.target import Found
-from lora_fx.text import Json, table
-
-StrPath = str | PathLike[str]
+from lora_fx.text import Json, StrPath, table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,8 +175,7 @@ def mxfp4(parts: Parts) -> QuantisedWeight:
     return QuantisedWeight("MXFP4", 4, (out, half * 2), read, 1, anew)
 
 
-def _pack(codes: Array) -> Array:
-    return packed(codes, 4)
+_pack = partial(packed, bits=4)
 
 
 def nvfp4(parts: Parts) -> QuantisedWeight:
