@@ -354,8 +354,8 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
             modules.setdefault(key.rpartition(".")[0], []).append(key)
     result = {}
     for module, keys in modules.items():
-        busy = {f.module for f in forms.values()} | {f"{module}.weight"} & set(updates)
-        if module in busy:
+        # PEFT has one rank and alpha a name, be it a parameter's or a module's
+        if any(f.module == module or f.target in keys for f in forms.values()):
             continue
         for depth, key in enumerate(reversed(keys)):
             lead = module + f".{WRAPPER}" * depth

@@ -305,6 +305,19 @@ def test_any_adapter_survives(
     same(peft.read(where), adapter)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_stack_that_has_the_name_of_a_module(tmp_path: Path, same: Same, rank: int) -> None:
+    """The rank and alpha of h.weight in the config are those of h.weight.weight's module."""
+    layout = Layout((2, 1, 3), (0,), (1,), (2,), (2, 1, 3))
+    a, b = np.full((2, rank, 3), 0.5, np.float32), np.ones((2, 1, rank), np.float32)
+    plain = LowRank(np.ones((1, 4), np.float32), np.ones((3, 1), np.float32), 1.0)
+    stack = LowRank(a, b, 5.0, layout)
+    adapter = Adapter({"h.weight": stack, "h.weight.weight": plain, "fc.weight": plain})
+    notes = peft.write(adapter, tmp_path / "x")
+    assert any("h.weight'" in note and "PEFT will not see" in note for note in notes)
+    same(peft.read(tmp_path / "x"), adapter)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_a_module_whose_name_ends_like_a_stack(tmp_path: Path, same: Same, alpha: float) -> None:
     """PEFT's comparison of endings finds h.weight in h.h.weight, which is another one's rank."""
