@@ -51,6 +51,7 @@ from lora_fx.text import Json, JsonView, is_number
 
 SUFFIXES = (".safetensors",)
 _PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
+_part = partial(module_and_part, _PART)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _NAMES = {
     "attn.q_proj": "self_attn.q_proj",
@@ -90,8 +91,7 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     config = _config(path.parent / "adapter_config.json", file)
     what = "is not a name that torchtune gives"
     unknown = partial(file.error, what=what, hint="was the file edited?")
-    part = partial(module_and_part, _PART)
-    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, part, unknown)
+    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, _part, unknown)
     homes = [path.parent] if base is None else [Path(base), path.parent]
     files = [home / "config.json" for home in homes]
     model = next((file for file in files if file.is_file()), files[0])
