@@ -324,6 +324,24 @@ class Family:
     split: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     holder: str = "mlp"
 
+    @property
+    def listed(self) -> bool:
+        """True for one of FAMILIES; all others keep their experts as most models do."""
+        return self in FAMILIES
+
+    def peft_turns(self, version: str) -> bool | None:
+        """How a release of PEFT takes a stack [E, …, …]: True for [E, in, out], None if not known.
+
+        Until 0.18 that was every stack, in 0.19.0 those of modules without `is_transposed`, since
+        0.19.1 those with it. `in` is what A [r·E, in] goes over. Sources:
+        `lora.ParamWrapper.__init__` of 0.18.1, `update_layer` of 0.19.0, 0.19.1, 0.20.0 and 0.21.2.
+        """
+        found = re.match(r"0\.(\d+)\.?(\d*)", version)
+        if found is None:  # before 0.18, or edited
+            return True if self.marked else None
+        release = int(found[1]), int(found[2] or 0)
+        return release < (19, 0) or self.marked != (release == (19, 0))
+
 
 FAMILIES = (
     Family(frozenset({"gpt_oss"}), transposed=True, marked=True, interleaved=True, whole=True),
@@ -354,20 +372,6 @@ def family_of(types: Iterable[str]) -> Family | None:
     kinds = frozenset(types)
     named = (family for family in FAMILIES if family.types & kinds)
     return next(named, Family(kinds) if kinds else None)
-
-
-def peft_turns(family: Family, version: str) -> bool | None:
-    """How a release of PEFT takes a stack [E, …, …]: True for [E, in, out], None if not known.
-
-    Until 0.18 that was every stack, in 0.19.0 those of modules without `is_transposed`, since
-    0.19.1 those with it. `in` is what A [r·E, in] goes over. Sources: `lora.ParamWrapper.__init__`
-    of 0.18.1, `update_layer` of 0.19.0, 0.19.1, 0.20.0 and 0.21.2.
-    """
-    found = re.match(r"0\.(\d+)\.?(\d*)", version)
-    if found is None:  # before 0.18, or edited
-        return True if family.marked else None
-    release = int(found[1]), int(found[2] or 0)
-    return release < (19, 0) or family.marked != (release == (19, 0))
 
 
 def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -> dict[str, Entry]:
@@ -418,7 +422,7 @@ def _way(
             if (wide, hidden) == (2 * inner, out):
                 return shapes, step < 0
     bound = next(iter(lows.values())).layout
-    said = bound.out == (2,) if bound else peft_turns(family, version) if family else None
+    said = bound.out == (2,) if bound else family.peft_turns(version) if family else None
     if family is None or said is None or any(low.candidates for low in lows.values()):
         what = f"{', '.join(lows)}: shapes alone do not tell which side of the experts is in"
         raise LoraFxError(f"{what}, and PEFT's releases differ in that", _TELL)
@@ -628,7 +632,7 @@ def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
     elif version == LAYOUTS["peft"].version:  # the same for every family that is marked
         family = family or Family()
     family = _known(family, "stacks are [E, out, in] or [E, in, out]")
-    return low if peft_turns(family, version) == family.transposed else turned(low)
+    return low if family.peft_turns(version) == family.transposed else turned(low)
 
 
 def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -15,16 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import (
-    FAMILIES,
-    IN_OUT_EXPERTS,
-    ExpertLayout,
-    experts_of,
-    family_of,
-    laid,
-    peft_turns,
-    place,
-)
+from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.model_families import (
@@ -415,7 +406,7 @@ def turned_weights(
 
 
 def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
-    """How PEFT took the stacks of experts of a model, where its type says; see `peft_turns`.
+    """How PEFT took the stacks of experts of a model, where its type says; see `Family`.
 
     PEFT writes in and out but not which of the two comes first in [E, …, …].
 
@@ -423,9 +414,9 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
     family = family_of(kinds := model_types(config))
-    if family is None or not (kinds & STACKED or family in FAMILIES):
+    if family is None or not (kinds & STACKED or family.listed):
         return None
-    return peft_turns(family, saved_by(adapter))
+    return family.peft_turns(saved_by(adapter))
 
 
 def saved_by(adapter: Adapter) -> str:
