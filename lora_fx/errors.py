@@ -306,6 +306,33 @@ def explained(
         raise explain(error, path if itself else error.filename or path) from error
 
 
+@contextlib.contextmanager
+def retold(
+    what: str,
+    hint: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    *,
+    most: int = 300,
+    named: bool = False,
+) -> Iterator[None]:
+    """Errors of a library as LoraFxErrors: what failed, and what the library says of it.
+
+    Args:
+        what: What failed, naming the file and the tensor.
+        hint: What to do about it, one line.
+        kinds: The errors that are meant. Libraries whose errors have no common base raise any.
+        most: Characters of the library's own text.
+        named: The kind of the error stands before its text.
+    """
+    try:
+        yield
+    except LoraFxError:
+        raise
+    except kinds as error:
+        said = f"{type(error).__name__}: {error}" if named else error
+        raise LoraFxError(f"{what}: {one_line(said, most)}", hint) from error
+
+
 # Blocks in which libraries say nothing: no warning, no log below a level, nothing printed.
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
-from lora_fx.errors import LoraFxError, expect_name, one_line
+from lora_fx.errors import LoraFxError, expect_name, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
@@ -144,13 +144,10 @@ def open_session(
         ort.preload_dlls()
     cuda = ("CUDAExecutionProvider", {"use_tf32": "0"} if exact else {})
     wanted = [*[cuda] * usable, "CPUExecutionProvider"]
-    try:
+    with retold(
+        f"{fspath(path)}: ONNX Runtime cannot load it", "was it written for a newer opset?"
+    ):
         session = ort.InferenceSession(fspath(path), options, providers=wanted)
-    except Exception as e:  # the runtime's exceptions have no common base
-        raise LoraFxError(
-            f"{fspath(path)}: ONNX Runtime cannot load it: {one_line(e)}",
-            "was it written for a newer opset?",
-        ) from e
     got = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
     if provider == "cuda" and got != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"

@@ -36,7 +36,7 @@ from lora_fx.compare import (
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
-from lora_fx.errors import LoraFxError, MistakeError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, retold
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
@@ -224,15 +224,10 @@ class OnnxReference:
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        try:
+        sizes = {n: v.shape for n, v in feeds.items() if n in self.inputs.names}
+        where = f"the model does not run at {sizes_text(sizes)}"
+        with retold(where, "give real data with --inputs FILE.npz", most=160):
             values = session.session.run(self._names, dict(feeds))
-        except Exception as e:  # the runtime's exceptions have no common base
-            known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
-            text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
-            raise LoraFxError(
-                f"the model does not run at {text}: {one_line(e, 160)}",
-                "give real data with --inputs FILE.npz",
-            ) from e
         return dict(zip(self._names, values, strict=True))
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
