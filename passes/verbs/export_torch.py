@@ -24,7 +24,6 @@ from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.graph.flow import free_name
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
@@ -38,7 +37,7 @@ from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
-from lora_fx.text import Json
+from lora_fx.text import Json, free_name
 
 
 def export_merged(
