@@ -547,11 +547,9 @@ class TrainSession:
                     f"{where}: {what}",
                     "lora-fx export … --mode train with this adapter makes a file for it",
                 )
-        zeros = {n: np.zeros(self._shapes[n], np.float32) for n in self._states}
-        self._held = _values({**tensors, **zeros}, self.provider)
-        trained = self.manifest.training["states"]
-        names = [n for s in trained for n in (s, *trained[s])]
+        names = (*self.manifest.training["states"], *self._states)
         zeros = {n: np.zeros(self._shapes[n], np.float32) for n in names}
+        self._held = _values({**zeros, **tensors}, self.provider)
         self._next = _values(zeros, self.provider)
         self.steps = 0
         notes = [self._note]

@@ -46,6 +46,7 @@ from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selecto
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.target import Found, Target, applies, split_use
+from lora_fx.text import by_key
 
 
 @told
@@ -308,12 +309,9 @@ class GraphPlanner(Planner):
                 for t in (False, True)
             )
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
-        grouped: dict[str, list[Pair]] = {}
-        for key, update in updates.items():
-            target = self.found[key]
-            grouped.setdefault(target.parameter.name, []).append((target, update))
+        pairs = [(self.found[key], update) for key, update in updates.items()]
         result: dict[str, Form] = {}
-        for name, group in grouped.items():
+        for name, group in by_key((t.parameter.name, (t, u)) for t, u in pairs).items():
             if not name.endswith("~"):
                 self._place(name, group, branches, by_weight, result)
                 continue
