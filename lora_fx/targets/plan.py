@@ -260,9 +260,7 @@ def make_plan(
             "the model has no weight matmul that an adapter could attach to",
             "run lora-fx targets MODEL: it says what was refused and why",
         )
-    whole: tuple[str, ...] = ()
-    if also_train:
-        whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
+    whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train or ())))
     ranks, where = given_ranks(ranks)
     if ranks is not None:
         if include is not None:

@@ -221,8 +221,8 @@ def _partial(
     if not found.targets:
         raise error
     note = (
-        f"targets found in {graphs.count} partial graphs, at the example inputs: "
-        f"{one_line(error.message, 200)}"
+        f"targets found in {len(graphs.graphs) + len(graphs.failed)} partial graphs, at the "
+        f"example inputs: {one_line(error.message, 200)}"
     )
     found = replace(found, notes=(note, *graphs.failed))
     return GraphPlanner(graphs, found, dropout, whole=False)
@@ -355,7 +355,6 @@ class GraphPlanner(Planner):
     ) -> None:
         owners = self.owners[name]
         homes = {path for path, _ in owners}
-        weights: dict[frozenset[str], Program] = {}
         for target, update in group:
             if self.graph is None and (update.use or split_use(target.key)[1]):
                 raise LoraFxError(
@@ -401,10 +400,7 @@ class GraphPlanner(Planner):
                 lookup = any(site.op == "embedding" for site in own)
                 if known or lookup or all(t.role != "head" for t, _ in group):
                     continue
-            keys = frozenset(places)
-            if keys not in weights:
-                weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])
-            form.weights[leaf] = (weights[keys], where)
+            form.weights[leaf] = weight_form([(t, u) for t, u in group if t.key in places]), where
 
 
 def _inseparable(target: Target, why: str) -> LoraFxError:

@@ -109,7 +109,7 @@ class InsertOptions(BranchOptions):
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
         """The first names of what is trained whole, or comes whole with the adapter."""
-        named = select_names(list(names), self.also_train) if self.also_train else []
+        named = select_names(list(names), self.also_train or ())
         return {names.get(n, n) for n in (*named, *(self.adapter.full if self.adapter else ()))}
 
     @property
