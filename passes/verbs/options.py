@@ -133,9 +133,8 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
 def _given(option: object) -> bool:
-    return (
-        bool(option) if isinstance(option, Sequence) else option is not None and option is not False
-    )
+    empty = isinstance(option, Sequence) and not option
+    return option is not None and option is not False and not empty
 
 
 @dataclass(frozen=True)
