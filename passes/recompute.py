@@ -173,9 +173,8 @@ def _code(
     given: Sequence[fx.Node], steps: Sequence[fx.Node], made: Sequence[fx.Node], name: str
 ) -> Code:
     """Some steps of a graph as one function: what they are given → what they make."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given:
-        env[node] = graph.placeholder(node.name)
+    graph = fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in given}
     for node in steps:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in made))
