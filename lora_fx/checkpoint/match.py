@@ -39,7 +39,7 @@ from lora_fx.checkpoint.model_families import (
 )
 from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, text_config
+from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, Region, plain_layout
 from lora_fx.targets.target import base_name, split_key, split_use
@@ -465,9 +465,7 @@ def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie 
     Without a word in the config a model that generates and has no head of its own is tied: that
     is the default of its class.
     """
-    said = config.get("tie_word_embeddings")
-    if said is None:
-        said = text_config(config).get("tie_word_embeddings")
+    said = says_tied(config)
     heads = [n for n in tensors if is_head(n)]
     if said is False and (heads or config.get("model_type") not in _ALWAYS):
         return None
@@ -506,7 +504,7 @@ def at_its_use(p: Placed, tie: Tie | None, base: Checkpoint, *, untie: bool) -> 
     if not use:
         return p
     known = tie is not None and p.tensor in (tie.table, tie.head, *tie.lookups)
-    said = base.config().get("tie_word_embeddings") is False or (untie and name != use)
+    said = says_tied(base.config()) is False or (untie and name != use)
     if use == p.tensor and (known or (said and name in base.tensors)):
         return p
     if tie is not None and p.tensor == tie.table:
@@ -530,7 +528,7 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
     """
     tensors, config = base.tensors, base.config()
     sizes = {c.get("vocab_size") for c in (config, text_config(config))}
-    untied = config.get("tie_word_embeddings") is False
+    untied = says_tied(config) is False
     heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}
     if tie is not None or untied or not generates(config.get("architectures") or []):
         return
@@ -621,7 +619,7 @@ def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[P
 
 def check_scaled(tie: Tie, config: JsonView, where: str) -> None:
     """Raise where untying alone would change what the model computes."""
-    kind, said = config.get("model_type"), config.get("tie_word_embeddings")
+    kind, said = config.get("model_type"), says_tied(config)
     if kind not in _SCALED or "scale_decoder_outputs" in config:
         return
     if kind in _SAYS_SCALE and said is False:  # it does not scale

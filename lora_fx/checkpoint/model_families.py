@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_fx.adapter.fused import IN_OUT_EXPERTS, QKV
 from lora_fx.dtypes import FLOATING
-from lora_fx.files.checkpoint import model_config, tensors, text_config
+from lora_fx.files.checkpoint import model_config, says_tied, tensors, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.graph import Parameter
 from lora_fx.ir.layout import Layout, plain_layout
@@ -232,9 +232,8 @@ def _tied(roles: Mapping[str, str], config: JsonView) -> bool:
     """True when the file has no head of its own and the config says that there is one."""
     if "head" in roles.values():
         return False
-    flag = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
     names = config.get("architectures") or ()
-    return flag is not False and any(_LANGUAGE.search(str(n)) for n in names)
+    return says_tied(config) is not False and any(_LANGUAGE.search(str(n)) for n in names)
 
 
 # Which rows of a fused weight are whose, where the names of its parts do not say.

@@ -72,6 +72,16 @@ def text_config(config: JsonView) -> JsonView:
     return inner if isinstance(inner, dict) else {}
 
 
+def says_tied(config: JsonView) -> bool | None:
+    """What a config.json says of one table for embedding and head; None where it says nothing.
+
+    The model's own word counts before that of its `text_config`, and null is no word.
+    """
+    field = "tie_word_embeddings"
+    own = config.get(field)
+    return text_config(config).get(field) if own is None else own
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a model on disk.

@@ -68,7 +68,8 @@ class RuntimeSession:
 
         Feeds that the graph does not take are left out.
         """
-        known = {k: _widened(v) for k, v in feeds.items() if k in self.input_names}
+        taken = set(self.input_names)
+        known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
         with told(feeds):
             made = self.session.run(names, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lora_fx.conditions import Condition
@@ -492,7 +493,7 @@ class Found:
         every = (t.part(key) for t in (*self.targets, *self.optional))
         return next((t for t in every if t is not None), None)
 
-    @property
+    @cached_property  # asked for every key of a plan and an adapter
     def by_key(self) -> Mapping[str, Target]:
         """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
         every = (*self.targets, *self.optional)

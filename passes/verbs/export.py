@@ -282,7 +282,9 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
         if options.mode == "batch":
-            sources = {p.name: (p.name, StoredWeight(p.shape)) for p in graph.parameters()}
+            calls = {t.parameter.name: tuple(s.id for s in t.sites) for t in found.targets}
+            stored = {p.name: p.shape for p in graph.parameters()}
+            sources = {n: (n, StoredWeight(s, calls=calls.get(n, ()))) for n, s in stored.items()}
             return write_batch(rewritten, reference, sources, bound, options, said)
         keys, _ = options.chosen(found, bound)
         return write_switch(rewritten, reference, keys, bound, options, said)

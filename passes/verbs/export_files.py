@@ -40,7 +40,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
-from lora_fx.targets.target import Found, base_name, own_use
+from lora_fx.targets.target import Found, base_name, own_use, split_use
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def write_switch(
     turned = {k for k in keys if k in lookups and layouts[k].in_ == lookups[k].out}
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
+    join_copies(graph.model, [k for k in keys if split_use(k)[1] and k in kept])
     manifest = switch.made[0]
     with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()

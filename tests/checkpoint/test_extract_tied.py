@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import LoraFxError
 from lora_fx.checkpoint.extract import ExtractOptions, extraction
+from lora_fx.checkpoint.match import tie_of
+from lora_fx.checkpoint.model_families import targets_of, uses
+from lora_fx.files.checkpoint import tensors
 from tests.checkpoint.families import FAMILIES, IDS, load, logits, tied
 from tests.checkpoint.made import Array, checkpoint, read
 
@@ -187,3 +191,23 @@ def test_peft_applies_it(tmp_path: Path) -> None:
     with torch.no_grad():
         found, want = model(IDS).logits, logits(load("llama", tuned))
     assert float((found - want).abs().max()) < 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("own", "inner", "one"),
+    [(True, False, True), (False, True, False), (None, True, True), (None, False, False)],
+)
+def test_the_config_says_of_a_table_alone_whether_it_is_the_head(
+    own: bool | None, inner: bool, one: bool, tmp_path: Path
+) -> None:
+    text = {"tie_word_embeddings": inner}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": own,
+        "text_config": text,
+    }
+    table = "model.embed_tokens.weight"
+    save_file({table: np.ones((320, 8), "f4")}, tmp_path / "model.safetensors")
+    every = tensors(tmp_path)
+    use = uses(every, targets_of(every), config, fan_in_fan_out=None, table=None)[table]
+    assert use.tied is one and (tie_of(every, config) is not None) is one

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
@@ -135,6 +137,43 @@ def test_batch(provider: str, base: Path, tmp_path: Path) -> None:
     for row, (i, w) in enumerate(zip(feeds["adapter_ids"], feeds["adapter_scales"], strict=True)):
         one = given[i] and given[i].weighted(float(w))
         assert rel(got[row], wanted(one, x)[row]) < 1e-6
+
+
+class Twice(torch.nn.Module):
+    """One matrix read twice, under one name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = torch.nn.Parameter(torch.randn(6, 6) / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.w) @ self.w
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_of_single_uses(provider: str, tmp_path: Path) -> None:
+    net, path = Twice().eval(), tmp_path / "b.onnx"
+    batch = ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter's own
+        torch.onnx.export(
+            net, (torch.randn(2, 6),), tmp_path / "x.onnx", dynamic_shapes=batch, verbose=False
+        )
+    rng = np.random.default_rng(0)
+    keys = ("w", "w@call:0", "w@call:1")
+    pairs = [(rng.standard_normal((2, 6)), rng.standard_normal((6, 2))) for _ in keys]
+    adapters = {
+        k[-1]: Adapter({k: LowRank(a.astype("f4"), b.astype("f4"), 0.5)})
+        for k, (a, b) in zip(keys, pairs, strict=True)
+    }
+    lora_fx.export(tmp_path / "x.onnx", path, adapters=adapters, mode="batch", provider=provider)
+    x = rng.standard_normal((4, 6)).astype("f4")
+    got = open_session(path, provider).run({"x": x, "adapter_ids": np.arange(4)})
+    w, (every, first, last) = net.w.detach().double().numpy(), [(b @ a).T / 4 for a, b in pairs]
+    for row, (one, two) in enumerate([(0, 0), (every, every), (first, 0), (0, last)]):
+        want = np.tanh(x[row] @ (w + one)) @ (w + two)
+        assert rel(next(iter(got.values()))[row], want) < 1e-6
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
