@@ -81,6 +81,10 @@ class Reference(Protocol):
     def inputs(self) -> Inputs:
         """The signature, and the sizes of every check."""
 
+    @property
+    def arrays(self) -> Named | None:
+        """A user's inputs by name, where some are given: they are of one size."""
+
     def details(self) -> Json:
         """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
 
@@ -301,7 +305,6 @@ def prove_rows(
     adapters: Mapping[str, Adapter],
     rowed: Sequence[str],
     *,
-    fixed: bool,
     scales: bool,
 ) -> list[Parity]:
     """The base at every size, and every id at least once, row by row.
@@ -311,7 +314,6 @@ def prove_rows(
         reference: The model without adapters.
         adapters: Bound, in the order of their ids.
         rowed: Inputs that have the batch dimension.
-        fixed: The inputs are a user's own: one size.
         scales: The graph takes weights by row.
 
     Raises:
@@ -327,7 +329,7 @@ def prove_rows(
     demand(found, "ONNX Runtime differs from the model")
     if reference.mixes:
         return [*found, *_together(run, reference, adapters, rowed, scales=scales)]
-    batches = list(_batches(reference, len(adapters), rowed, fixed))
+    batches = list(_batches(reference, len(adapters), rowed))
     rng = np.random.default_rng(1)
     got, weights = [], []
     for feeds, ids in batches:
@@ -407,14 +409,14 @@ def _together(
 
 
 def _batches(
-    reference: Reference, count: int, rowed: Sequence[str], fixed: bool
+    reference: Reference, count: int, rowed: Sequence[str]
 ) -> Iterator[tuple[dict[str, Array], Array]]:
     """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
     lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
     order = np.random.default_rng(0).permutation(count + 1)
     todo = [*order.tolist(), int(order[-1]) or 1, 0]
     number = 0
-    while todo or (not fixed and number < len(lengths)):
+    while todo or (not reference.arrays and number < len(lengths)):
         rows = min(max(len(todo), 4), AT_ONCE)
         feeds = reference.feeds((rows, lengths[number % len(lengths)]), number)
         rows = next(feeds[n].shape[0] for n in rowed if n in feeds)

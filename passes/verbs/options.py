@@ -162,6 +162,8 @@ class ExportOptions:
     provider: str
     opset: int | None
     external_over: int
+    args: Sequence[object]
+    kwargs: Named | None
     dynamic: Dynamic | None
     force: bool
     optimise: bool
