@@ -19,7 +19,7 @@ NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 
 @click.command("convert", cls=ReportCommand)
 @click.argument("adapter")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The file or folder to write.")
+@shared.output_option("OUT", "The file or folder to write.")
 @click.option(
     "--format",
     "name",
@@ -27,13 +27,13 @@ NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
     metavar="FORMAT",
     help=f"Of OUT: {', '.join(NAMES)}.  [default: told by its name where only one is called so]",
 )
-@click.option(
+@shared.text_option(
     "--base",
-    metavar="FOLDER",
-    help="The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
+    "FOLDER",
+    "The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
 )
 @click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
-@click.option("--model-type", metavar="TYPE", help="The base's, in its place, for experts alone.")
+@shared.text_option("--model-type", "TYPE", "The base's, in its place, for experts alone.")
 @click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
 @click.option("--rank", type=int, help="Of --as.")
 @click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")

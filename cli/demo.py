@@ -20,7 +20,7 @@ from lora_fx.cli.output import emit, note, say
     metavar="OUT",
     help="Folder for adapter/, model.onnx and report.json.",
 )
-@click.option("--quick", is_flag=True, help="A short run: few steps, no demand on the accuracy.")
+@shared.flag_option("--quick", "A short run: few steps, no demand on the accuracy.")
 @shared.force_option
 def command(output: str, quick: bool, force: bool) -> None:
     """Teach all-MiniLM-L6-v2 where in the standard library a docstring stands.

@@ -14,7 +14,7 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.command("export", cls=ReportCommand)
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
-@click.option("-o", "--output", required=True, metavar="X.onnx", help="The file to write.")
+@shared.output_option("X.onnx", "The file to write.")
 @click.option("--mode", default="merged", help="merged, switch, load, batch or train.")
 @shared.selectors_option("--include", "Of switch, load, train: targets.")
 @shared.selectors_option("--exclude", "Of switch, load, train: leave out.")
@@ -23,21 +23,19 @@ from lora_fx.cli.output import emit, note, table, wrote
 @click.option("--optimizer", help="Of train: adamw or sgd.")
 @click.option("--weight-decay", type=float, help="Of train: 0.01 without it.")
 @click.option("--clip", type=float, help="Of train: longest gradient (norm), 1; 0 for any.")
-@click.option("--scales", is_flag=True, help="Of batch: an input of weights by row.")
+@shared.flag_option("--scales", "Of batch: an input of weights by row.")
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @click.option("--opset", type=int, default=20, help="ONNX operator set.")
-@click.option("--optimise", is_flag=True, help="Rewrite the graph for ONNX Runtime, proven equal.")
-@click.option(
-    "--precision", metavar="DTYPE", help="float16 or int8; of a bfloat16 model, float32 too."
-)
+@shared.flag_option("--optimise", "Rewrite the graph for ONNX Runtime, proven equal.")
+@shared.text_option("--precision", "DTYPE", "float16 or int8; of a bfloat16 model, float32 too.")
 @shared.quantise_option
 @click.option("--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8.")
 @click.option("--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this.")
-@click.option("--cache", is_flag=True, help="Of a decoder: its key-value cache goes in and out.")
-@click.option("--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai.")
-@click.option("--within", is_flag=True, help="Leave out what fails at sizes outside `ranges`.")
+@shared.flag_option("--cache", "Of a decoder: its key-value cache goes in and out.")
+@shared.text_option("--genai", "DIR", "Of --cache: also a folder for onnxruntime-genai.")
+@shared.flag_option("--within", "Leave out what fails at sizes outside `ranges`.")
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
-@click.option("--triton", metavar="DIR", help="Also into a model repository of Triton.")
+@shared.text_option("--triton", "DIR", "Also into a model repository of Triton.")
 @click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
 @shared.model_options
 @shared.force_option

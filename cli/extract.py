@@ -16,15 +16,15 @@ from lora_fx.cli.output import emit, note, say
 @click.command("extract", cls=ReportCommand)
 @click.argument("base")
 @click.argument("tuned")
-@click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
+@shared.output_option("ADAPTER", "Folder or .safetensors.")
 @click.option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
 @click.option("--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖².")
 @click.option("--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]")
 @shared.selectors_option("--include", "Weights to look at.")
 @shared.selectors_option("--exclude", "Tensors to leave out.")
-@click.option("--also-full", is_flag=True, help="Take norms and biases that differ, whole.")
+@shared.flag_option("--also-full", "Take norms and biases that differ, whole.")
 @shared.selectors_option("--whole", "Tensors to take whole where they differ, such as a head.")
-@click.option("--allow-missing", is_flag=True, help="Leave out tensors that do not fit.")
+@shared.flag_option("--allow-missing", "Leave out tensors that do not fit.")
 @click.option(
     "--fan-in-fan-out/--no-fan-in-fan-out",
     default=None,

@@ -14,15 +14,9 @@ from lora_fx.text import Json
 
 @click.command("insert", cls=ReportCommand)
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="OUT",
-    help="Folder, .safetensors, .pt2; .onnx from .onnx.",
-)
+@shared.output_option("OUT", "Folder, .safetensors, .pt2; .onnx from .onnx.")
 @shared.target_options
-@click.option("--data", metavar="DATA", help="Data that --init eva or lora-ga reads.")
+@shared.text_option("--data", "DATA", "Data that --init eva or lora-ga reads.")
 @shared.label_option("Its labels.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @shared.model_options

@@ -19,7 +19,7 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@shared.flag_option("--dry-run", "Check everything, print the plan, write nothing.")
 @click.option(
     "--how",
     default="sum",
@@ -29,8 +29,8 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.option("--rank", type=int, help="Of an svd mix.")
 @shared.merge_options
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
-@click.option("--delta", is_flag=True, help="Of .onnx: write what changes, share the rest.")
-@click.option("--run", is_flag=True, help="Of .onnx: run it too, against branches.")
+@shared.flag_option("--delta", "Of .onnx: write what changes, share the rest.")
+@shared.flag_option("--run", "Of .onnx: run it too, against branches.")
 @click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
 @shared.force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -29,37 +29,52 @@ if TYPE_CHECKING:
 
 FROM_1 = click.IntRange(min=1)
 FORCE = "Replace an output that exists."
-force_option = click.option("--force", is_flag=True, help=FORCE)
 
 
 Command = Callable[..., object]
 """What click makes a command of."""
+Option = Callable[[Command], Command]
+"""What adds an option to a command."""
 
 
-def selectors_option(name: str, text: str) -> Callable[[Command], Command]:
+def flag_option(name: str, text: str) -> Option:
+    """An option that is given or not."""
+    return click.option(name, is_flag=True, help=text)
+
+
+force_option = flag_option("--force", FORCE)
+
+
+def text_option(name: str, metavar: str, text: str, **more: Any) -> Option:
+    """An option of a text; `more` is what else click.option takes."""
+    return click.option(name, metavar=metavar, help=text, **more)
+
+
+def output_option(metavar: str, text: str) -> Option:
+    """The option of the file or folder that a command writes."""
+    return click.option("-o", "--output", required=True, metavar=metavar, help=text)
+
+
+def selectors_option(name: str, text: str) -> Option:
     """A repeatable option of selectors; None where it is not given."""
-    return click.option(
-        name,
-        multiple=True,
-        metavar="SELECTORS",
-        callback=lambda ctx, param, value: value or None,
-        help=text,
+    return text_option(
+        name, "SELECTORS", text, multiple=True, callback=lambda ctx, param, value: value or None
     )
 
 
-def label_option(of: str) -> Callable[[Command], Command]:
+def label_option(of: str) -> Option:
     """The option of the column of labels, which is found by its usual names without it."""
     return click.option(
         "--label", default="", show_default=False, metavar="COL", help=f"{of}  [default: labels]"
     )
 
 
-def seed_option(of: str) -> Callable[[Command], Command]:
+def seed_option(of: str) -> Option:
     """The option of a seed that torch and numpy both take."""
     return click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help=of)
 
 
-def number_option(name: str, text: str, default: int | None = None) -> Callable[[Command], Command]:
+def number_option(name: str, text: str, default: int | None = None) -> Option:
     """The option of a whole number from 1 on."""
     return click.option(name, type=FROM_1, metavar="N", default=default, help=text)
 
@@ -69,7 +84,7 @@ max_length_option = number_option(
 )
 
 
-def combined(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+def combined(options: Sequence[Option]) -> Option:
     """One decorator that adds options, in the order that --help lists them in."""
 
     def add(function: Command) -> Command:
@@ -103,34 +118,28 @@ CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust", "no_repeat")
 
 model_options = combined(
     [
-        click.option("--weights", metavar="FILE", help="Weights for a model built from code."),
+        text_option("--weights", "FILE", "Weights for a model built from code."),
         click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Example inputs by name."),
-        click.option(
-            "--dynamic", multiple=True, metavar="NAME:0=batch,2=h", help="Dimensions that may vary."
-        ),
-        click.option(
-            "--static", multiple=True, metavar="NAME[:DIM]", help="Dimensions that may not."
-        ),
-        click.option("--trust", is_flag=True, help="Read pickled tensors: .bin, and in a .pt2."),
-        click.option(
-            "--no-repeat", is_flag=True, help="Trace each of equal layers: slower, the same graph."
-        ),
+        text_option("--dynamic", "NAME:0=batch,2=h", "Dimensions that may vary.", multiple=True),
+        text_option("--static", "NAME[:DIM]", "Dimensions that may not.", multiple=True),
+        flag_option("--trust", "Read pickled tensors: .bin, and in a .pt2."),
+        flag_option("--no-repeat", "Trace each of equal layers: slower, the same graph."),
     ]
 )
 """Options of every command that loads and captures a model."""
 
 
-quantise_option = click.option(
+quantise_option = text_option(
     "--quantise",
+    "KIND[=SELECTORS]",
+    "Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
     multiple=True,
-    metavar="KIND[=SELECTORS]",
-    help="Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
 )
 
 
 target_options = combined(
     [
-        click.option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan."),
+        text_option("--plan", "PLAN", "Targets and ranks, of lora-fx plan."),
         click.option("--rank", "-r", type=int, default=8, help="Rank of every target."),
         click.option("--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"),
         selectors_option(
@@ -397,15 +406,13 @@ FLAGS = {
     "link": "Hard links for untouched files, instead of copies.",
     "trust": "Read pickles (.bin), by torch's unpickler that runs no code.",
 }
-trust_option = click.option("--trust", is_flag=True, help=FLAGS["trust"])
+trust_option = flag_option("--trust", FLAGS["trust"])
 
 
 fuse_options = combined(
     [
-        click.option(
-            "--fuse", is_flag=True, help="q, k, v, or gate, up, become one, as in --base."
-        ),
-        click.option("--split", is_flag=True, help="The reverse."),
+        flag_option("--fuse", "q, k, v, or gate, up, become one, as in --base."),
+        flag_option("--split", "The reverse."),
         click.option(
             "--map", "rows", metavar="FILE", help="Of both: whose rows are which, as JSON."
         ),
@@ -415,13 +422,11 @@ fuse_options = combined(
 
 merge_options = combined(
     [
-        click.option(
-            "--dtype",
-            metavar="DTYPE",
-            help="Of touched tensors: bf16, fp16, fp32, fp64.  [default: as stored]",
+        text_option(
+            "--dtype", "DTYPE", "Of touched tensors: bf16, fp16, fp32, fp64.  [default: as stored]"
         ),
-        *(click.option(f"--{name}", is_flag=True, help=text) for name, text in FLAGS.items()),
-        click.option("--max-shard-size", metavar="SIZE", help="Of --dequantise.  [default: 5GB]"),
+        *(flag_option(f"--{name}", text) for name, text in FLAGS.items()),
+        text_option("--max-shard-size", "SIZE", "Of --dequantise.  [default: 5GB]"),
     ]
 )
 """Options of every command that merges."""
@@ -533,9 +538,7 @@ loop_options = combined(
         number_option(
             "--gradient-accumulation-steps", "Batches of --batch-size that make one step.", 1
         ),
-        click.option(
-            "--activation-checkpointing", is_flag=True, help="Recompute blocks in backward."
-        ),
+        flag_option("--activation-checkpointing", "Recompute blocks in backward."),
         click.option(
             "--mixed-precision",
             type=click.Choice(["no", "bf16"]),
@@ -544,7 +547,7 @@ loop_options = combined(
             envvar="ACCELERATE_MIXED_PRECISION",
             help="bf16: products in bfloat16; what is trained stays float32.",
         ),
-        click.option("--save-state", metavar="DIR", help="Keep a state there to --resume from."),
+        text_option("--save-state", "DIR", "Keep a state there to --resume from."),
         number_option(
             "--save-every", "Steps between two states.  [default: one at every validation]"
         ),
@@ -552,9 +555,7 @@ loop_options = combined(
             "--save-total-limit",
             "Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
         ),
-        click.option(
-            "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
-        ),
+        text_option("--resume", "DIR", "Go on from a state; it is kept current there."),
     ]
 )
 """Options of the loop, and those of its states."""

@@ -15,7 +15,7 @@ from lora_fx.text import Json
 @click.command("plan", cls=ReportCommand)
 @click.argument("model")
 @click.argument("data", required=False)
-@click.option("-o", "--output", required=True, metavar="PLAN", help="A .json file.")
+@shared.output_option("PLAN", "A .json file.")
 @click.option(
     "--budget",
     default="uniform:8",

@@ -14,13 +14,13 @@ from lora_fx.cli.output import emit, note, say
 @click.command("train", cls=ReportCommand)
 @click.argument("model")
 @click.argument("data")
-@click.option("-o", "--output", required=True, metavar="ADAPTER", help="Folder or .safetensors.")
+@shared.output_option("ADAPTER", "Folder or .safetensors.")
 @shared.label_option("Column to predict.")
 @click.option("--loss", default="ce", help="ce, mse or module:function.")
 @click.option("--validation", type=float, default=0.1, help="Share held out.")
-@click.option("--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA.")
+@shared.text_option("--eval-data", "FILE", "Held-out examples, instead of a share of DATA.")
 @shared.max_length_option
-@click.option("--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation.")
+@shared.text_option("--curve", "FILE.csv", "Write the losses: step, loss, validation.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
 @shared.loop_options
 @shared.target_options

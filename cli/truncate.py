@@ -23,11 +23,11 @@ TABLE = ("table", "model", "label", "loss", "weights")
 @click.option("--energy", type=float, help="Share of Σσ² over all updates to keep, at least.")
 @click.option("--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.")
 @click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
-@click.option("--table", metavar="DATA", help="Print its loss at every rank, and no more.")
-@click.option("--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on.")
+@shared.text_option("--table", "DATA", "Print its loss at every rank, and no more.")
+@shared.text_option("--model", "MODEL", "Of --table: what ADAPTER was trained on.")
 @shared.label_option("Of --table.")
 @click.option("--loss", default="ce", help="Of --table, as for train.")
-@click.option("--weights", metavar="FILE", help="Of --model, where it is built from code.")
+@shared.text_option("--weights", "FILE", "Of --model, where it is built from code.")
 @shared.trust_option
 @shared.force_option
 def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: Any) -> None:

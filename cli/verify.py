@@ -24,7 +24,7 @@ from lora_fx.cli.output import emit
 )
 @click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
-@click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
+@shared.flag_option("--run", "Run tensor files as models, and compare outputs.")
 @click.option("--provider", default="auto", help="auto, cpu or cuda.")
 @shared.model_options
 def command(a: str, b: str, **options: Any) -> None:

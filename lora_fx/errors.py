@@ -12,6 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 
 class LoraFxError(Exception):
@@ -84,20 +85,6 @@ class MistakeError(LoraFxError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "report this: it is a mistake of lora-fx")
-
-
-@contextlib.contextmanager
-def importing(what: str, hint: str) -> Iterator[None]:
-    """A block that imports a library which is not installed with lora-fx.
-
-    Args:
-        what: For whom which library is imported.
-        hint: How to install it.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise LoraFxError(f"{what} cannot be imported: {one_line(error, 120)}", hint) from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -336,6 +323,43 @@ def explained(
         if only and error.errno not in only:
             raise
         raise explain(error, path if itself else error.filename or path) from error
+
+
+@contextlib.contextmanager
+def retold(
+    what: str,
+    hint: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    *,
+    most: int = 300,
+    named: bool = False,
+) -> Iterator[None]:
+    """Errors of a library as LoraFxErrors: what failed, and what the library says of it.
+
+    Args:
+        what: What failed, naming the file and the tensor.
+        hint: What to do about it, one line.
+        kinds: The errors that are meant. Libraries whose errors have no common base raise any.
+        most: Characters of the library's own text.
+        named: The kind of the error stands before its text.
+    """
+    try:
+        yield
+    except LoraFxError:
+        raise
+    except kinds as error:
+        said = f"{type(error).__name__}: {error}" if named else error
+        raise LoraFxError(f"{what}: {one_line(said, most)}", hint) from error
+
+
+def importing(what: str, hint: str) -> AbstractContextManager[None]:
+    """A block that imports a library which is not installed with lora-fx.
+
+    Args:
+        what: For whom which library is imported.
+        hint: How to install it.
+    """
+    return retold(f"{what} cannot be imported", hint, ImportError, most=120)
 
 
 # Blocks in which libraries say nothing: no warning, no log below a level, nothing printed.

@@ -1,12 +1,13 @@
-"""Text for people: tables, counts, and hints with the nearest names; numbers and lists by key."""
+"""Text for people: tables, counts, hints; numbers, names that are free, and lists by key."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 from lora_fx.errors import LoraFxError, visible
@@ -129,6 +130,16 @@ def some(names: Sequence[str], most: int = 3) -> str:
     """
     more = len(names) - most
     return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
+    """The stem where it is free, else the first of STEM.1, STEM.2 … that is.
+
+    >>> free_name("w", ()), free_name("w", ("w", "w.1"))
+    ('w', 'w.2')
+    """
+    numbered = (f"{stem}{joint}{i}" for i in itertools.count(1))
+    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
 def by_key(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:

@@ -42,9 +42,7 @@ class Fuse:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds no sum of that form."""
-        modified = False
-        for node in list(graph.graph.nodes):
-            modified |= _fuse(node, self.into)
+        modified = any([_fuse(node, self.into) for node in list(graph.graph.nodes)])
         if modified:
             graph.graph.eliminate_dead_code()
         return PassResult(graph, modified)

@@ -46,6 +46,7 @@ from lora_fx.fx.graph.patterns import (
 from lora_fx.fx.graph.sites import slots
 from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult
+from lora_fx.text import by_key
 
 aten = torch.ops.aten
 
@@ -62,9 +63,8 @@ class Recompute:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds the regions made and leaves them alone."""
-        groups: dict[tuple[fx.Node, str], list[Projection]] = {}
-        for p in projections(graph.graph):
-            groups.setdefault((p.x, block_of(p.node, self.blocks)), []).append(p)
+        found = projections(graph.graph)
+        groups = by_key(((p.x, block_of(p.node, self.blocks)), p) for p in found)
         flows = differentiable_nodes(graph.graph, graph.root) if groups else {}
         changed, modified = Writes(graph.graph).ever(), False
         for (x, block), group in groups.items():
@@ -173,9 +173,8 @@ def _code(
     given: Sequence[fx.Node], steps: Sequence[fx.Node], made: Sequence[fx.Node], name: str
 ) -> Code:
     """Some steps of a graph as one function: what they are given → what they make."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in given:
-        env[node] = graph.placeholder(node.name)
+    graph = fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in given}
     for node in steps:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[n] for n in made))

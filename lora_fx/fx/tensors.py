@@ -22,7 +22,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.adapter.variant import on_base
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, one_line, silenced
+from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.targets.target import split_region
 
 
@@ -202,13 +202,9 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
-    try:
+    refused = f"{path}: torch will not read it as tensors alone"
+    with retold(refused, "it may hold code; get the tensors as safetensors"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises many kinds, UnpicklingError for code
-        raise LoraFxError(
-            f"{path}: torch will not read it as tensors alone: {one_line(error)}",
-            "it may hold code; get the tensors as safetensors",
-        ) from error
     for name, value in state.items() if isinstance(state, dict) else [("", None)]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(

@@ -684,15 +684,14 @@ def product_of_codes(
     return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
 
 
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     DEQUANTISE: _dequantise,
     aten.lstm.input: _lstm,
     aten.scaled_dot_product_attention.default: _attention,
-    **{op.default: _mean for op in (aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d)},
-    aten.adaptive_avg_pool3d.default: _mean,
+    **{getattr(aten, f"adaptive_avg_pool{d}d").default: _mean for d in (1, 2, 3)},
     aten.real.default: _fourier,
-    aten.squeeze.dim: mend_squeeze,
-    aten.squeeze.dims: mend_squeeze,
+    **dict.fromkeys(SQUEEZES, mend_squeeze),
     aten.rsub.Scalar: _rsub,
     **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,

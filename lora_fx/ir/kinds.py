@@ -275,6 +275,7 @@ Shape = tuple[Any, ...]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VECTOR = "the weight has one dimension"
+DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
 
 
 def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:

@@ -26,7 +26,7 @@ from lora_fx.adapter.lowrank import FIELDS, LowRank, learning, slots_of, with_va
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, stamp
+from lora_fx.errors import LoraFxError, MisfitError, check_format, retold, stamp
 from lora_fx.files.read import json_object, json_value, open_input
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
@@ -249,15 +249,12 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
     from onnxruntime import AdapterFormat
 
     open_input(path).close()  # the runtime calls a file that is not there damaged
-    try:
+    damaged = f"{path}: a damaged ONNX Runtime adapter"
+    again = "the download or copy may be incomplete; fetch the file again"
+    with retold(damaged, again, (RuntimeError, ValueError)):
         file = AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
         tensors = {name: _array(values[name]) for name in sorted(values)}
-    except (RuntimeError, ValueError, UnicodeDecodeError) as error:
-        raise LoraFxError(
-            f"{path}: a damaged ONNX Runtime adapter: {one_line(error)}",
-            "the download or copy may be incomplete; fetch the file again",
-        ) from error
     versions = {
         "adapter_version": int(file.get_adapter_version()),
         "model_version": int(file.get_model_version()),

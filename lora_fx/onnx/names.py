@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, free_name, made_by, values_of
+from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, made_by, values_of
 from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
 from lora_fx.onnx.load import load
+from lora_fx.text import free_name
 
 CHANGED = "lora_fx.changed"
 """Metadata key of a weight that is no longer the parameter whose name it has."""

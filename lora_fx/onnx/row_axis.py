@@ -44,7 +44,6 @@ class RowAxis:
 
 
 SAME = RowAxis()
-FIRST = RowAxis(0)
 States = Mapping[ir.Value, RowAxis]
 Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 
@@ -52,10 +51,6 @@ Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
     value = operand(node, slot)
     return SAME if value is None else states.get(value, SAME)
-
-
-def _attr(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes.get_int(name, default)
 
 
 def _meet(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
@@ -99,7 +94,7 @@ def _along(default: int, rows: Rule = _keep) -> Rule:
         state, r = rows(node, states, i, batch), rank(node.inputs[0])
         if state is None or state.axis is None:
             return state
-        axis = _attr(node, "axis", default)
+        axis = node.attributes.get_int("axis", default)
         axis = axis + r if axis < 0 and r is not None else axis
         if axis < -1 or axis == state.axis:
             return None
@@ -113,7 +108,9 @@ def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | Non
     state = _state(node, states, 0)
     before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
     sizes = numbers(node, "shape", 1) or [] if node.op_type == "Reshape" else []
-    copied = {j for j, n in enumerate(sizes) if n == 0 and not _attr(node, "allowzero", 0)}
+    copied = {
+        j for j, n in enumerate(sizes) if n == 0 and not node.attributes.get_int("allowzero", 0)
+    }
     old, new = ([str(d) for d in dims or ()] for dims in (before, shape))
     k = state.axis
     if k is not None and not state.inner and old[:k] == ["1"] * k:  # outermost in memory
@@ -181,13 +178,13 @@ def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
 def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     state, r = _state(node, states, 0), rank(node.inputs[0])
     single = node.op_type in ("ArgMax", "ArgMin")
-    axes = [_attr(node, "axis", 0)] if single else numbers(node, "axes", 1)
+    axes = [node.attributes.get_int("axis", 0)] if single else numbers(node, "axes", 1)
     if state.axis is None or r is None or not axes:
         return None
     gone = {a % r for a in axes}
     if state.axis in gone:
         return None
-    kept = node.op_type != "Squeeze" and _attr(node, "keepdims", 1)
+    kept = node.op_type != "Squeeze" and node.attributes.get_int("keepdims", 1) != 0
     return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
 
 
@@ -206,7 +203,7 @@ def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None
     r, n = rank(node.inputs[0]), rank(node.inputs[1])
     if r is None or n is None or (data.axis is not None and ids.axis is not None):
         return None
-    axis = _attr(node, "axis", 0) % r
+    axis = node.attributes.get_int("axis", 0) % r
     if ids.axis is not None:
         return replace(ids, axis=ids.axis + axis) if axis == 0 or ids.exact else None
     if data.axis is None or axis == data.axis:
@@ -219,7 +216,7 @@ def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | N
     data, ids = _state(node, states, 0), _state(node, states, 1)
     y, x = node.outputs[0], node.inputs[0]
     picks = node.inputs[1].shape if node.inputs[1] else None
-    if data.axis is None or picks is None or _attr(node, "batch_dims", 0):
+    if data.axis is None or picks is None or node.attributes.get_int("batch_dims", 0) != 0:
         return None
     depth = picks[-1]
     if ids.axis is None and isinstance(depth, int) and depth <= data.axis:
@@ -316,10 +313,10 @@ RULES: Mapping[str, Rule] = {
     "CumSum": _beside("axis", 1),
     "Einsum": _einsum,
     "Expand": _expand,
-    "Flatten": _front(lambda node, i: _attr(node, "axis", 1) == 1),
+    "Flatten": _front(lambda node, i: node.attributes.get_int("axis", 1) == 1),
     "Gather": _gather,
     "GatherND": _gather_nd,
-    "Gemm": _front(lambda node, i: not _attr(node, "transA", 0)),
+    "Gemm": _front(lambda node, i: not node.attributes.get_int("transA", 0)),
     "MatMul": _matmul,
     "Pad": _pad,
     "Reshape": _reshape,
@@ -344,7 +341,7 @@ def provenance(
     states: dict[ir.Value, RowAxis] = {}
     for value in model.graph.inputs:
         first = str(value.shape[0]) if value.shape else ""
-        states[value] = FIRST if first == batch else SAME
+        states[value] = RowAxis(0) if first == batch else SAME
     for node in model.graph:
         ins = [states.get(v, SAME) for v in node.inputs if v is not None]
         lost = next((s.lost for s in ins if s.lost), "")

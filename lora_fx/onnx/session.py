@@ -20,7 +20,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
-from lora_fx.errors import LoraFxError, expect_name, one_line
+from lora_fx.errors import LoraFxError, expect_name, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
@@ -145,13 +145,10 @@ def open_session(
         ort.preload_dlls()
     cuda = ("CUDAExecutionProvider", {"use_tf32": "0"} if exact else {})
     wanted = [*[cuda] * usable, "CPUExecutionProvider"]
-    try:
+    with retold(
+        f"{fspath(path)}: ONNX Runtime cannot load it", "was it written for a newer opset?"
+    ):
         session = ort.InferenceSession(fspath(path), options, providers=wanted)
-    except Exception as e:  # the runtime's exceptions have no common base
-        raise LoraFxError(
-            f"{fspath(path)}: ONNX Runtime cannot load it: {one_line(e)}",
-            "was it written for a newer opset?",
-        ) from e
     got = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
     if provider == "cuda" and got != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
@@ -551,11 +548,9 @@ class TrainSession:
                     f"{where}: {what}",
                     "lora-fx export … --mode train with this adapter makes a file for it",
                 )
-        zeros = {n: np.zeros(self._shapes[n], np.float32) for n in self._states}
-        self._held = _values({**tensors, **zeros}, self.provider)
-        trained = self.manifest.training["states"]
-        names = [n for s in trained for n in (s, *trained[s])]
+        names = (*self.manifest.training["states"], *self._states)
         zeros = {n: np.zeros(self._shapes[n], np.float32) for n in names}
+        self._held = _values({**zeros, **tensors}, self.provider)
         self._next = _values(zeros, self.provider)
         self.steps = 0
         notes = [self._note]

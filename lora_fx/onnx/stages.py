@@ -80,11 +80,8 @@ class GemmToMatMul(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
-        changed = False
-        for node in list(model.graph):
-            if node.op_type == "Gemm" and not node.domain:
-                changed |= _rewrite(model, node)
-        return ir.passes.PassResult(model, changed)
+        gemms = [n for n in model.graph if n.op_type == "Gemm" and not n.domain]
+        return ir.passes.PassResult(model, any([_rewrite(model, n) for n in gemms]))
 
 
 def _rewrite(model: ir.Model, gemm: ir.Node) -> bool:

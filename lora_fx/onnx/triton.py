@@ -27,7 +27,7 @@ from google.protobuf.message_factory import GetMessages
 from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
-from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.errors import LoraFxError, explained, one_line, retold
 from lora_fx.files.atomic import Beside, replacing
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
@@ -201,12 +201,9 @@ def _compare(config: Config, model: Path, name: str) -> None:
 
 def _read(home: Path) -> Config:
     path = home / CONFIG
-    try:
+    unread = (OSError, UnicodeDecodeError)
+    with retold(f"{path}: cannot be read", "is the folder a model's?", unread):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraFxError(
-            f"{path}: cannot be read: {one_line(error)}", "is the folder a model's?"
-        ) from error
     return Config.from_text(text, str(path), home.name)
 
 

@@ -194,17 +194,15 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
     with_conv = 2 * sum(t.flops for t in targets if t.op.startswith("conv")) > total
     result = []
     for t in targets:
-        why = ""
-        if t.role == "embedding":
-            why = "embedding"
-        elif t.role == "head" and max(t.layout.out_size, t.layout.in_size) >= HEAD_ROWS:
-            why = "output head"
-        elif t.role == "router":
-            why = "router"
-        elif t.no_grad:
-            why = "runs under no_grad: no gradient reaches it"
-        elif t.op.startswith("conv") and not with_conv:
-            why = "convolutions carry less than half of the FLOPs"
+        conv, large = t.op.startswith("conv"), max(t.layout.out_size, t.layout.in_size) >= HEAD_ROWS
+        reasons = {
+            "embedding": t.role == "embedding",
+            "output head": t.role == "head" and large,
+            "router": t.role == "router",
+            "runs under no_grad: no gradient reaches it": t.no_grad,
+            "convolutions carry less than half of the FLOPs": conv and not with_conv,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), "")
         result.append(replace(t, default=not why, why_not=why))
     return tuple(result)
 
@@ -262,9 +260,7 @@ def make_plan(
             "the model has no weight matmul that an adapter could attach to",
             "run lora-fx targets MODEL: it says what was refused and why",
         )
-    whole: tuple[str, ...] = ()
-    if also_train:
-        whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train)))
+    whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train or ())))
     ranks, where = given_ranks(ranks)
     if ranks is not None:
         if include is not None:

@@ -25,7 +25,7 @@ from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_value
 from lora_fx.compare import EPSILON, FOLD_TOL, ORT_TOL, STEPS, Parity, compare
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
-from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line
+from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line, retold
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, sample_call
 from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
@@ -480,7 +480,8 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
         rest = {k: replace(u, b=np.zeros_like(u.b)) for k, u in probe.items() if k != key}
         return found_with({**probe, **rest})
 
-    try:
+    failed = "the attached model does not run on the example inputs"
+    with retold(failed, "use lora_fx.insert", most=200):
         with state.watch() as ran:
             found = reference.check()
         unseen = {path for path, form in state.forms.items() if form.output} - ran
@@ -496,13 +497,6 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
         if found.ok:
             return
         guilty = [k for k in probe if not alone(k).ok]
-    except LoraFxError:
-        raise
-    except Exception as e:
-        raise LoraFxError(
-            f"the attached model does not run on the example inputs: {one_line(e, 200)}",
-            "use lora_fx.insert",
-        ) from e
     size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
     raise LoraFxError(
         f"{', '.join(guilty[:3]) or 'the adapter'}: the attached model's {found.output!r} differs "

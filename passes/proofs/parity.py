@@ -242,9 +242,7 @@ def own_errors(
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
     graph = model.graph(False).graph
-    exactly: Callable[[Named], dict[str, Array]] = model.flat
-    if not random_ops(graph):  # in fp64 torch draws other numbers
-        exactly = _wide(model, graph)
+    exactly = model.flat if random_ops(graph) else _wide(model, graph)  # fp64 draws other numbers
     runs: list[tuple[Named, dict[str, Array]]] = []
     for call in calls:
         try:

@@ -36,7 +36,7 @@ from lora_fx.compare import (
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
-from lora_fx.errors import LoraFxError, MistakeError, one_line
+from lora_fx.errors import LoraFxError, MistakeError, retold
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
@@ -80,6 +80,10 @@ class Reference(Protocol):
     @property
     def inputs(self) -> Inputs:
         """The signature, and the sizes of every check."""
+
+    @property
+    def arrays(self) -> Named | None:
+        """A user's inputs by name, where some are given: they are of one size."""
 
     def details(self) -> Json:
         """`ranges[]`, and `unproven[]`: sizes at which nothing was compared."""
@@ -224,15 +228,10 @@ class OnnxReference:
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        try:
+        sizes = {n: v.shape for n, v in feeds.items() if n in self.inputs.names}
+        where = f"the model does not run at {sizes_text(sizes)}"
+        with retold(where, "give real data with --inputs FILE.npz", most=160):
             values = session.session.run(self._names, dict(feeds))
-        except Exception as e:  # the runtime's exceptions have no common base
-            known = ((n, v) for n, v in feeds.items() if n in self.inputs.names)
-            text = ", ".join(f"{name} {list(value.shape)}" for name, value in known)
-            raise LoraFxError(
-                f"the model does not run at {text}: {one_line(e, 160)}",
-                "give real data with --inputs FILE.npz",
-            ) from e
         return dict(zip(self._names, values, strict=True))
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
@@ -306,7 +305,6 @@ def prove_rows(
     adapters: Mapping[str, Adapter],
     rowed: Sequence[str],
     *,
-    fixed: bool,
     scales: bool,
 ) -> list[Parity]:
     """The base at every size, and every id at least once, row by row.
@@ -316,7 +314,6 @@ def prove_rows(
         reference: The model without adapters.
         adapters: Bound, in the order of their ids.
         rowed: Inputs that have the batch dimension.
-        fixed: The inputs are a user's own: one size.
         scales: The graph takes weights by row.
 
     Raises:
@@ -332,7 +329,7 @@ def prove_rows(
     demand(found, "ONNX Runtime differs from the model")
     if reference.mixes:
         return [*found, *_together(run, reference, adapters, rowed, scales=scales)]
-    batches = list(_batches(reference, len(adapters), rowed, fixed))
+    batches = list(_batches(reference, len(adapters), rowed))
     rng = np.random.default_rng(1)
     got, weights = [], []
     for feeds, ids in batches:
@@ -412,14 +409,14 @@ def _together(
 
 
 def _batches(
-    reference: Reference, count: int, rowed: Sequence[str], fixed: bool
+    reference: Reference, count: int, rowed: Sequence[str]
 ) -> Iterator[tuple[dict[str, Array], Array]]:
     """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
     lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
     order = np.random.default_rng(0).permutation(count + 1)
     todo = [*order.tolist(), int(order[-1]) or 1, 0]
     number = 0
-    while todo or (not fixed and number < len(lengths)):
+    while todo or (not reference.arrays and number < len(lengths)):
         rows = min(max(len(todo), 4), AT_ONCE)
         feeds = reference.feeds((rows, lengths[number % len(lengths)]), number)
         rows = next(feeds[n].shape[0] for n in rowed if n in feeds)

@@ -46,6 +46,7 @@ from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selecto
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.target import Found, Target, applies, split_use
+from lora_fx.text import by_key
 
 
 @told
@@ -220,8 +221,8 @@ def _partial(
     if not found.targets:
         raise error
     note = (
-        f"targets found in {graphs.count} partial graphs, at the example inputs: "
-        f"{one_line(error.message, 200)}"
+        f"targets found in {len(graphs.graphs) + len(graphs.failed)} partial graphs, at the "
+        f"example inputs: {one_line(error.message, 200)}"
     )
     found = replace(found, notes=(note, *graphs.failed))
     return GraphPlanner(graphs, found, dropout, whole=False)
@@ -308,12 +309,9 @@ class GraphPlanner(Planner):
                 for t in (False, True)
             )
             branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
-        grouped: dict[str, list[Pair]] = {}
-        for key, update in updates.items():
-            target = self.found[key]
-            grouped.setdefault(target.parameter.name, []).append((target, update))
+        pairs = [(self.found[key], update) for key, update in updates.items()]
         result: dict[str, Form] = {}
-        for name, group in grouped.items():
+        for name, group in by_key((t.parameter.name, (t, u)) for t, u in pairs).items():
             if not name.endswith("~"):
                 self._place(name, group, branches, by_weight, result)
                 continue
@@ -357,7 +355,6 @@ class GraphPlanner(Planner):
     ) -> None:
         owners = self.owners[name]
         homes = {path for path, _ in owners}
-        weights: dict[frozenset[str], Program] = {}
         for target, update in group:
             if self.graph is None and (update.use or split_use(target.key)[1]):
                 raise LoraFxError(
@@ -403,10 +400,7 @@ class GraphPlanner(Planner):
                 lookup = any(site.op == "embedding" for site in own)
                 if known or lookup or all(t.role != "head" for t, _ in group):
                     continue
-            keys = frozenset(places)
-            if keys not in weights:
-                weights[keys] = weight_form([(t, u) for t, u in group if t.key in keys])
-            form.weights[leaf] = (weights[keys], where)
+            form.weights[leaf] = weight_form([(t, u) for t, u in group if t.key in places]), where
 
 
 def _inseparable(target: Target, why: str) -> LoraFxError:

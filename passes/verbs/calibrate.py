@@ -142,9 +142,7 @@ class _Seen:
             x = self._rows(key, site, rows, out=False)
             if x is None or rows is None:
                 continue
-            power = x.double().square().sum(-1).sum(-1)
-            if rows.one_hot:
-                power = x.sum(-1)
+            power = x.sum(-1) if rows.one_hot else x.double().square().sum(-1).sum(-1)
             self.sums[key].add("power", power.numpy(force=True), rows.count)
             if "inputs" in self.wanted:
                 value = x if rows.one_hot else self._second(key, x)

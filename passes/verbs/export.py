@@ -152,10 +152,10 @@ def export(
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
         rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
-        external_over=external_over, dynamic=dynamic, force=force, optimise=optimise,
-        precision=precision, places=repository_of(triton, path, max_batch), cache=cache,
-        within=within, accuracy_level=accuracy_level, tol=tol, loss=loss, optimizer=optimizer,
-        weight_decay=weight_decay, clip=clip, repeat=repeat,
+        external_over=external_over, args=args, kwargs=kwargs, dynamic=dynamic, force=force,
+        optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
+        cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, loss=loss,
+        optimizer=optimizer, weight_decay=weight_decay, clip=clip, repeat=repeat,
     )  # fmt: skip
     check_output(path, force=force)
     if genai is not None and (not cache or mode not in ("merged", "switch")):
@@ -211,7 +211,7 @@ def export(
                 f"precision {precision!r} beside quantise: both say how weights are stored",
                 "leave one out",
             )
-        model, adapters, said = export_torch.quantised_base(model, args, kwargs, options, quantise)
+        model, adapters, said = export_torch.quantised_base(model, options, quantise)
         notes += said
         options = replace(options, adapters=adapters)
     run = export_torch.export_merged if mode == "merged" else export_torch.export_slots
@@ -220,13 +220,13 @@ def export(
 
         run = export_step
     try:
-        report = run(model, args, kwargs, options)
+        report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
         if not export_torch.may_help(model, e):
             raise
         with export_torch.eager(model) as again:
-            report = run(again, args, kwargs, options)
+            report = run(again, options)
         failed = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*notes, *report.warnings, failed))
 

@@ -281,14 +281,7 @@ def write_batch(
     with options.output() as made_file:
         told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
-        parity = prove_rows(
-            session.run,
-            reference,
-            adapters,
-            rowed,
-            fixed=bool(options.inputs),
-            scales=options.scales,
-        )
+        parity = prove_rows(session.run, reference, adapters, rowed, scales=options.scales)
         demand(parity, "a batch differs")
     said = [*warnings, *told, *filter(None, [session.note])]
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}

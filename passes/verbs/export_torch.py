@@ -22,9 +22,7 @@ from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
 from lora_fx.fx.to_onnx import OPSET, to_onnx
-from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.graph.flow import free_name
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
@@ -38,14 +36,12 @@ from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
-from lora_fx.text import Json
+from lora_fx.text import Json, free_name
 
 
-def export_merged(
-    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
-) -> Report:
+def export_merged(model: object, options: ExportOptions) -> Report:
     """See lora_fx.passes.verbs.export."""
-    branched = _branched(model, args, kwargs, options)
+    branched = _branched(model, options)
     with as_it_was(branched):
         return _write(branched, options)
 
@@ -107,14 +103,18 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     return files.report_of(made_file.files, session.provider, parity, warnings, details)
 
 
+def captured_for(model: object, options: ExportOptions) -> Captured:
+    """The capture of a model by what an export is asked for."""
+    given = options.args, options.kwargs, options.dynamic
+    return captured_of(model, *given, repeat=options.repeat)
+
+
 def level_gate(options: ExportOptions) -> float:
     """The gate of the level that products over codes compute at."""
     return options.tol or GATES.get(f"level {options.accuracy_level}", ORT_TOL)
 
 
-def _branched(
-    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
-) -> CapturedModule:
+def _branched(model: object, options: ExportOptions) -> CapturedModule:
     """The unfolded module that the file has to equal."""
     adapter = options.adapters
     if adapter is not None and not isinstance(adapter, Adapter):
@@ -132,16 +132,12 @@ def _branched(
         if adapter is not None:
             raise _folded()
         return model
-    cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+    cap = captured_for(model, options)
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
 def quantised_base(
-    model: object,
-    args: Sequence[object],
-    kwargs: Named | None,
-    options: ExportOptions,
-    wanted: Wanted,
+    model: object, options: ExportOptions, wanted: Wanted
 ) -> tuple[Captured, ExportAdapters | None, list[str]]:
     """The quantised capture of what export is given, the adapters that ride on it, and notes.
 
@@ -151,7 +147,7 @@ def quantised_base(
     if isinstance(model, AdaptedModule) and adapters is None:
         adapters = model.adapter()
     every = [*files.named(adapters).values()] if adapters else []
-    cap = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+    cap = captured_for(model, options)
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
         before, after = (plain(c).flat(c.named) for c in (cap, new))
@@ -176,9 +172,7 @@ WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its ro
 # export of a torch model in modes switch, load and batch: the base in ONNX, then its rewrite.
 
 
-def export_slots(
-    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
-) -> Report:
+def export_slots(model: object, options: ExportOptions) -> Report:
     """See lora_fx.passes.verbs.export."""
     model = opened(model)
     if isinstance(model, AdaptedModule):
@@ -187,14 +181,14 @@ def export_slots(
     elif isinstance(model, CapturedModule):
         raise _folded()
     adapters = files.by_name(options)
-    captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+    captured = captured_for(model, options)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
         every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
         wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
-        graph, keys_of, said = base_of(reference, [*wanted], options, single=True)
+        graph, keys_of, said = base_of(reference, [*wanted], options)
         sources = _sources(reference.base, graph, keys_of)
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
@@ -217,29 +211,25 @@ def torch_reference(
 
 
 def base_of(
-    reference: TorchReference,
-    keys: Sequence[str],
-    options: ExportOptions,
-    *,
-    single: bool = False,
+    reference: TorchReference, keys: Sequence[str], options: ExportOptions
 ) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
     """The base in ONNX with a target for every key that can have one.
 
-    With `single` a key of one use has it apart, whatever the file can tell.
+    In mode batch a key of one use has it apart, whatever the file can tell.
 
     Returns:
         It, the keys that reach each weight that it has apart, and what has to be said.
     """
     model, said = _translated(reference.base, options)
     graph = OnnxGraph(model)
-    apart, keys_of = _by_keys(_lost(reference, graph, keys, single=single))
+    apart, keys_of = _by_keys(_lost(reference, graph, keys, single=options.mode == "batch"))
     if apart:
         graph = OnnxGraph(_translated(reference.base, options, apart=apart)[0])
     return graph, keys_of, [*map(str, reference.base.captured.pinned), *said]
 
 
 def _lost(
-    reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool = False
+    reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool
 ) -> dict[str, Target]:
     """Targets that the exporter lost: it computed from their weight, or has no such use of it.
 

@@ -47,24 +47,22 @@ from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, torch_reference
-from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.passes.verbs.export_torch import base_of, captured_for, torch_reference
+from lora_fx.passes.verbs.open import opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
 
 
-def export_step(
-    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
-) -> Report:
+def export_step(model: object, options: ExportOptions) -> Report:
     """See lora_fx.passes.verbs.export.
 
     Raises:
         LoraFxError: A base or an update that no step is made for, an operator without a gradient.
         NoEffectError: ONNX Runtime's step differs from torch's; nothing is written.
     """
-    module = _adapted(model, args, kwargs, options)
+    module = _adapted(model, options)
     with as_it_was(module, None):
         return _written(_Files(module, options))
 
@@ -87,9 +85,7 @@ def _written(files: _Files) -> Report:
         ) from e
 
 
-def _adapted(
-    model: object, args: Sequence[object], kwargs: Named | None, options: ExportOptions
-) -> AdaptedModule:
+def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
     """The module whose step it is; raises for what no step is made for."""
     adapter = options.adapters
     if adapter is not None and not isinstance(adapter, Adapter):
@@ -108,7 +104,7 @@ def _adapted(
             )
         module = model
     else:
-        captured = captured_of(model, args, kwargs, options.dynamic, repeat=options.repeat)
+        captured = captured_for(model, options)
         _refuse_base(captured.model)
         chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
         if adapter is None:

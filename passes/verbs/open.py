@@ -414,12 +414,11 @@ def _targets(found: Found, name: str) -> list[Target]:
 
 def _why_not(found: Found, name: str, leave: Collection[str]) -> str:
     target = _targets(found, name)[0]
-    if target.parameter.format:
-        return f"it is quantised ({target.parameter.format}), and keeps its bytes"
-    if name in leave:
-        return "it is trained whole"
-    if name.endswith("~"):
-        return "it is computed from other parameters"
-    if turned_rows(found, name) is None:
-        return "its uses agree on no rows"
-    return ""
+    form = target.parameter.format
+    reasons = {
+        f"it is quantised ({form}), and keeps its bytes": form,
+        "it is trained whole": name in leave,
+        "it is computed from other parameters": name.endswith("~"),
+        "its uses agree on no rows": turned_rows(found, name) is None,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")

@@ -109,7 +109,7 @@ class InsertOptions(BranchOptions):
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
         """The first names of what is trained whole, or comes whole with the adapter."""
-        named = select_names(list(names), self.also_train) if self.also_train else []
+        named = select_names(list(names), self.also_train or ())
         return {names.get(n, n) for n in (*named, *(self.adapter.full if self.adapter else ()))}
 
     @property
@@ -133,9 +133,8 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
 def _given(option: object) -> bool:
-    return (
-        bool(option) if isinstance(option, Sequence) else option is not None and option is not False
-    )
+    empty = isinstance(option, Sequence) and not option
+    return option is not None and option is not False and not empty
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,8 @@ class ExportOptions:
     provider: str
     opset: int | None
     external_over: int
+    args: Sequence[object]
+    kwargs: Named | None
     dynamic: Dynamic | None
     force: bool
     optimise: bool

@@ -31,8 +31,8 @@ class PartialGraphs(Analysed):
 
     Attributes:
         root: The model.
-        count: How many stretches dynamo saw.
-        failed: Why some of them could not be read.
+        graphs: The stretches that dynamo saw.
+        failed: Why others of them could not be read.
     """
 
     def __init__(self, root: nn.Module, graphs: Sequence[FxGraph], failed: Sequence[str]) -> None:
@@ -40,7 +40,6 @@ class PartialGraphs(Analysed):
         self.root = root
         self.graphs = tuple(graphs)
         self.failed = tuple(failed)
-        self.count = len(graphs) + len(failed)
 
     def sites(self) -> Sequence[Site]:
         """Every use, in the order in which the stretches ran; none knows its module."""

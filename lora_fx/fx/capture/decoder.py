@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, retold
 from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
 from lora_fx.fx.capture.trace import traceable_experts
 from lora_fx.fx.pt2.captured import FileCaptured
@@ -127,7 +127,7 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
         )
     copied, mode = weightless(model)
     copied.eval()
-    try:
+    with retold(f"{name} does not run with a cache of keys and values", WORKS, most=160):
         from transformers import DynamicCache
 
         # made without the config, no layer of it drops what a sliding window has passed
@@ -135,10 +135,6 @@ def _layers(model: Any) -> list[tuple[int, int, int]]:
         with mode, traceable_experts(copied, portable=True), torch.no_grad():
             ids = torch.zeros(ROWS, NOW, dtype=torch.int64, device=_device(model))
             out = copied(input_ids=ids, use_cache=True, **given)
-    except Exception as e:  # a model may raise anything
-        raise LoraFxError(
-            f"{name} does not run with a cache of keys and values: {one_line(e, 160)}", WORKS
-        ) from e
     cache = _cache_of(out)
     kinds = {type(x).__name__ for x in getattr(cache, "layers", ())}
     if type(cache).__name__ != "DynamicCache" or kinds != {"DynamicLayer"}:

@@ -377,8 +377,7 @@ VIEWS: Mapping[object, Rule] = {
     aten.transpose.int: _permute(_swapped),
     aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
     **dict.fromkeys(_RESHAPES, _reshape),
-    aten.slice.Tensor: _slice,
-    aten.narrow.default: _slice,
+    **dict.fromkeys(aten_ops("slice.Tensor narrow"), _slice),
     aten.select.int: _select,
     operator.getitem: _item,
     **dict.fromkeys(

@@ -31,6 +31,7 @@ from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, other_readers, slo
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.text import free_name
 
 
 class FxGraph(Analysed):
@@ -288,10 +289,7 @@ class FxGraph(Analysed):
         if name in self._aliases and self.covers(name, sites):
             tensors.replace_parameter(self.root, old, new)
             return name
-        fresh, i = f"{leaf}_folded", 0
-        while fresh in module._parameters:
-            i += 1
-            fresh = f"{leaf}_folded_{i}"
+        fresh = free_name(f"{leaf}_folded", module._parameters, "_")
         module.register_parameter(fresh, new)
         stored = stored.removesuffix(leaf) + fresh
         self.refresh()

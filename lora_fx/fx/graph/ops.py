@@ -22,7 +22,6 @@ from lora_fx.ir.kinds import LETTERS, VECTOR, contraction, letters, product
 
 aten = torch.ops.aten
 Path = tuple[int, ...]
-DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _conv(node: Node) -> Iterator[FxOperand]:
     attrs = {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
     lone = w is not None and groups > 1 and (w[0] == groups if turned else w[1] == 1)
     kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
-    yield FxOperand((1,), (0,), kind, attrs, DEPTHWISE if lone else "", allowed=lone)
+    yield FxOperand((1,), (0,), kind, attrs, kinds.DEPTHWISE if lone else "", allowed=lone)
 
 
 def _embedding(node: Node) -> Iterator[FxOperand]:
@@ -181,19 +180,15 @@ def _recurrent(node: Node) -> Iterator[FxOperand]:
                     yield FxOperand((i, j), (0,), kinds.RECURRENT)
 
 
+ADDING = ("addmm", "baddbmm", "addmv")
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _table() -> dict[object, FxOp]:
     rows: dict[object, FxOp] = {
         aten.linear.default: FxOp("linear", _linear, bias=2),
-        aten.matmul.default: FxOp("matmul", _matmul),
-        aten.mm.default: FxOp("mm", _matmul),
-        aten.bmm.default: FxOp("bmm", _matmul),
-        aten.mv.default: FxOp("mv", _matmul),
-        aten.addmm.default: FxOp("addmm", _addmm, bias=0),
-        aten.baddbmm.default: FxOp("baddbmm", _addmm, bias=0),
-        aten.addmv.default: FxOp("addmv", _addmm, bias=0),
+        **{getattr(aten, n).default: FxOp(n, _matmul) for n in ("matmul", "mm", "bmm", "mv")},
+        **{getattr(aten, n).default: FxOp(n, _addmm, bias=0) for n in ADDING},
         aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
         aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),

@@ -27,7 +27,16 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import LoraFxError, importing, lead_between, near, near_path, one_line, silenced
+from lora_fx.errors import (
+    LoraFxError,
+    importing,
+    lead_between,
+    near,
+    near_path,
+    one_line,
+    retold,
+    silenced,
+)
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -130,15 +139,8 @@ def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool)
     with importing(f"{text}: {library}", f"pip install {library}"), silenced():
         package = importlib.import_module(library)
     make = _timm if library == "timm" else _torchvision
-    try:
-        with silenced():
-            module, shape = _on(meta, lambda: make(package, name))
-    except LoraFxError:
-        raise
-    except Exception as e:  # builders raise what they like
-        raise LoraFxError(
-            f"{text} cannot be built: {one_line(f'{type(e).__name__}: {e}', 200)}", FORMS
-        ) from e
+    with retold(f"{text} cannot be built", FORMS, most=200, named=True), silenced():
+        module, shape = _on(meta, lambda: make(package, name))
     notes: tuple[str, ...] = ()
     if file is not None:
         notes = read_weights(module, file)

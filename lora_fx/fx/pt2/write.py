@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
 from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError, retold
 from lora_fx.fx.capture.call import leaves_of
 from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
 from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
@@ -108,14 +108,9 @@ def _export(
     put_asserts(flat.graph, places, traced.door.conditions)
     flat.recompile()
     log = GuardLog()
-    try:
-        with log.listening():
-            program = export_program(flat, tensors, shapes)
-    except Exception as e:
-        raise LoraFxError(
-            f"the {'train' if training else 'eval'} program cannot be exported: {one_line(e)}",
-            "please report this model",
-        ) from e
+    what = f"the {'train' if training else 'eval'} program cannot be exported"
+    with retold(what, "please report this model"), log.listening():
+        program = export_program(flat, tensors, shapes)
     sizes = {n: t.shape for n, t in zip(free, tensor_places(program), strict=True)}
     drop_layout(program.graph, log, sizes, traced.door.conditions)
     program._example_inputs = None  # they would be a pickle

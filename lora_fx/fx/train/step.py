@@ -38,11 +38,11 @@ from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import OverTensors, argument, random_ops, value
+from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, value
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import named_tensors, patched
-from lora_fx.fx.to_onnx import flat_program, mend_squeeze, registry, translated
+from lora_fx.fx.to_onnx import SQUEEZES, flat_program, mend_squeeze, registry, translated
 from lora_fx.fx.train.objective import Loss, scores_of
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
@@ -338,7 +338,6 @@ def _sizes_kept(
                     )
 
 
-SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
 UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 """Recurrences, whose gradient is one of a number of steps."""
 
@@ -541,10 +540,8 @@ DIFFERENTIABLE: Table = {
     aten.masked_scatter.default: scattered,
     aten.unfold.default: windows,
     aten.cumprod.default: products,
-    aten.prod.default: product,
-    aten.prod.dim_int: product,
-    aten.embedding_bag.default: bags,
-    aten.embedding_bag.padding_idx: bags,
+    **dict.fromkeys(aten_ops("prod prod.dim_int"), product),
+    **dict.fromkeys(aten_ops("embedding_bag embedding_bag.padding_idx"), bags),
 }
 """What comes apart before autograd sees it: its gradient is an operator that never does."""
 

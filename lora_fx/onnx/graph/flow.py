@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import itertools
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,6 +37,7 @@ from lora_fx.onnx.graph.ops import (
     scaled,
 )
 from lora_fx.targets.target import base_name
+from lora_fx.text import free_name
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"
@@ -175,16 +175,6 @@ def _store(flow: OnnxFlow, value: ir.Value) -> None:
     flow.stores[name] = value
     if DATA not in value.metadata_props:
         flow.weights[value] = OnnxWeight(name, View(), tuple(flow.tensor(name).shape.numpy()))
-
-
-def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
-    """The stem where it is free, else the first of STEM.1, STEM.2 … that is.
-
-    >>> free_name("w", ()), free_name("w", ("w", "w.1"))
-    ('w', 'w.2')
-    """
-    numbered = (f"{stem}{joint}{i}" for i in itertools.count(1))
-    return next(name for name in itertools.chain([stem], numbered) if name not in taken)
 
 
 def _visit(flow: OnnxFlow, node: ir.Node) -> None:

@@ -30,13 +30,12 @@ from lora_fx.onnx.graph.flow import (
     constant,
     dtype_name,
     follow,
-    free_name,
     operand,
     shape_of,
     site_name,
 )
 from lora_fx.onnx.graph.ops import row_of
-from lora_fx.text import by_key
+from lora_fx.text import by_key, free_name
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""

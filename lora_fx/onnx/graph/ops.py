@@ -215,7 +215,6 @@ def rounds_activations(model: ir.Model) -> bool:
 
 
 MS = "com.microsoft"
-DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
 INTEGERS = "the weight is quantised, and {} makes codes of its product: no float to add a branch to"
 
 
@@ -329,7 +328,7 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     kind: Kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
     if node.attributes.get_string("activation", ""):  # FusedConv: it leaves no place for a sum
         kind = WeightForm("conv", kind.axes(w))
-    yield OnnxOperand(1, 0, kind, DEPTHWISE if lone else "", allowed=lone)
+    yield OnnxOperand(1, 0, kind, kinds.DEPTHWISE if lone else "", allowed=lone)
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -429,12 +428,10 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "Gather"): OnnxOp("embedding", _gather),
     ("", "Einsum"): OnnxOp("einsum", _einsum),
     **{("", n): OnnxOp(n.lower(), _GATES, many=True) for n in ("LSTM", "GRU", "RNN")},
-    (MS, "FusedMatMul"): OnnxOp("matmul", _turned),
-    (MS, "TransposeMatMul"): OnnxOp("matmul", _turned),
+    **{(MS, n): OnnxOp("matmul", _turned) for n in ("FusedMatMul", "TransposeMatMul")},
     (MS, "FusedGemm"): OnnxOp("gemm", _gemm, bias=2),
     (MS, "FusedConv"): OnnxOp("conv", _conv, bias=2),
-    (MS, "Attention"): OnnxOp("attention", _QKV, bias=2),
-    (MS, "PackedAttention"): OnnxOp("attention", _QKV, bias=2),
+    **{(MS, n): OnnxOp("attention", _QKV, bias=2) for n in ("Attention", "PackedAttention")},
     (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _TABLES, many=True),
     (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, twin="MatMul"),
     (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, twin="MatMul"),
@@ -444,9 +441,8 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "MatMulInteger"): OnnxOp("matmul", _integer(scaled=False), twin="MatMul", integer=True),
     ("", "ConvInteger"): OnnxOp("conv", _integer(scaled=False), twin="Conv", integer=True),
     (MS, "QGemm"): OnnxOp("gemm", _integer(3, INTEGERS)),
-    (MS, "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
     ("", "QLinearMatMul"): OnnxOp("matmul", _integer(3, INTEGERS)),
-    ("", "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
+    **{(d, "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)) for d in ("", MS)},
     (MS, "QAttention"): OnnxOp("attention", _inside(1)),
     (MS, "QEmbedLayerNormalization"): OnnxOp("embedding", _inside(2, 3, 4), many=True),
     (MS, "DynamicQuantizeLSTM"): OnnxOp("lstm", _inside(1, 2), many=True),
