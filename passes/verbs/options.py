@@ -200,10 +200,11 @@ class ExportOptions:
                 "int8 starts from the graph as exported: fused nodes would stay in float32",
                 "leave --optimise out",
             )
-        if self.accuracy_level not in (0, 4) or (self.accuracy_level and self.mode == "batch"):
+        exact = self.mode in ("batch", "train")
+        if self.accuracy_level not in (0, 4) or (self.accuracy_level and exact):
             raise LoraFxError(
                 f"no accuracy level {self.accuracy_level} in mode {self.mode}",
-                "0, or 4 in merged and switch: x in int8 for products over int4 and int8 codes",
+                "0, or 4 in merged, switch and load: x in int8 for products over codes",
             )
         if self.cache and self.mode == "train":
             raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
