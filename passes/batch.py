@@ -51,13 +51,13 @@ class StoredWeight:
         turned: True when the graph's tensor of this name is the transpose.
         keys: Of a copy that some uses read, the keys of single uses that reach it, regions left
             out; updates of all uses do anyway.
-        calls: Of a tensor that every use reads, the ids of its sites in the order of `call:N`.
+        calls: Id of a site → the `call:N` that it is, where the graph's order tells.
     """
 
     shape: tuple[int, ...]
     turned: bool = False
     keys: tuple[str, ...] = ()
-    calls: tuple[str, ...] = ()
+    calls: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Batch:
             if source.keys:
                 here = not use or f"{base_name(key)}@{use}" in source.keys
             elif use.startswith("call:"):
-                here = site.id in source.calls[int(use[5:]) :][:1]
+                here = use == source.calls.get(site.id)
             else:
                 here = applies(use, site)
             return here and overlap(split_key(key, source.shape)[1], read)

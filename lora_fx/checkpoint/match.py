@@ -607,7 +607,7 @@ def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[P
 
 def check_scaled(tie: Tie, config: JsonView, where: str) -> None:
     """Raise where untying alone would change what the model computes."""
-    kind, said = config.get("model_type"), says_tied(config)
+    kind, said = config.get("model_type"), config.get("tie_word_embeddings")
     if kind not in _SCALED or "scale_decoder_outputs" in config:
         return
     if kind in _SAYS_SCALE and said is False:  # it does not scale

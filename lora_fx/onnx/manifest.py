@@ -352,6 +352,12 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})
 
 
+def check_no_slots(model: ir.Model, path: Path) -> None:
+    """Raise for a file that a mode, or insert, has made for adapters."""
+    if PROPERTY in model.metadata_props:
+        raise LoraFxError(f"{path}: it has slots for adapters already", "start from its base")
+
+
 def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:
     value = model.graph.initializers.get(name)
     if value is None or value.const_value is None:

@@ -27,7 +27,7 @@ from lora_fx.fx.tensors import named_tensors, with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.manifest import PROPERTY, listed
+from lora_fx.onnx.manifest import PROPERTY, check_no_slots, listed
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
@@ -255,8 +255,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
     remember(source)
     check_output(target, force=asked.force)
     graph, _ = named_graph(source)
-    if PROPERTY in graph.model.metadata_props:
-        raise LoraFxError(f"{source}: it has slots for adapters already", "start from its base")
+    check_no_slots(graph.model, source)
     found = find_graph(graph)
     plan = asked.planned(found)
     updates, lowered = initial(found, plan, asked.variant, asked.seed, asked.init, graph.read)

@@ -22,6 +22,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
+from lora_fx.onnx.manifest import check_no_slots
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, is_external
@@ -274,6 +275,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
         return _merged_file(source, options)
     adapters = by_name(options)
     graph, renamed = named_graph(source)
+    check_no_slots(graph.model, source)
     found = find(graph)
     bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
     said = [*graph.notes]
@@ -282,9 +284,10 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
         if options.mode == "batch":
-            calls = {t.parameter.name: tuple(s.id for s in t.sites) for t in found.targets}
-            stored = {p.name: p.shape for p in graph.parameters()}
-            sources = {n: (n, StoredWeight(s, calls=calls.get(n, ()))) for n, s in stored.items()}
+            every = (*found.targets, *found.optional)
+            calls = {s.id: f"call:{n}" for t in every for n, s in enumerate(t.sites)}
+            stored = {p.name: StoredWeight(p.shape, calls=calls) for p in graph.parameters()}
+            sources = {name: (name, weight) for name, weight in stored.items()}
             return write_batch(rewritten, reference, sources, bound, options, said)
         keys, _ = options.chosen(found, bound)
         return write_switch(rewritten, reference, keys, bound, options, said)

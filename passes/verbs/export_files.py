@@ -148,6 +148,14 @@ def write_switch(
             f"{twice[0]!r} is stored twice in the exported graph, for two uses of a tied tensor",
             "mode merged adapts both; here --exclude it",
         )
+    copies = [k for k in keys if split_use(k)[1] and k in kept]
+    both = {base_name(k) for k in copies}.intersection(k for k in keys if not split_use(k)[1])
+    if both:
+        raise LoraFxError(
+            f"{min(both)!r} is adapted in all its uses, and beside that in one of them alone: a "
+            "file has slots for the one or the other",
+            "mode batch takes both; else export a file for each",
+        )
     largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
     if load and rank and rank < largest:
         raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
@@ -156,7 +164,7 @@ def write_switch(
     turned = {k for k in keys if k in lookups and layouts[k].in_ == lookups[k].out}
     switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
     switch(graph)
-    join_copies(graph.model, [k for k in keys if split_use(k)[1] and k in kept])
+    join_copies(graph.model, copies)
     manifest = switch.made[0]
     with options.output() as made_file:
         slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()

@@ -176,6 +176,17 @@ def test_rows_of_single_uses(provider: str, tmp_path: Path) -> None:
         assert rel(next(iter(got.values()))[row], want) < 1e-6
 
 
+@pytest.mark.parametrize("mode", ["switch", "load", "batch"])
+def test_a_file_for_adapters_is_no_base_of_another(mode: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    lora_fx.export(base, path, adapters=ADAPTERS, mode=mode, provider="cpu")
+    for again in ("switch", "load", "batch"):
+        (tmp_path / again).mkdir()
+        with pytest.raises(LoraFxError, match="has slots for adapters already") as caught:
+            lora_fx.export(path, tmp_path / again / "a.onnx", adapters=ADAPTERS, mode=again)
+        assert caught.value.hint and not any((tmp_path / again).iterdir())
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_merged_and_optimised(provider: str, base: Path, tmp_path: Path) -> None:
     for optimise in (False, True):

@@ -117,6 +117,32 @@ def test_an_adapter_reaches_it(name: str, mode: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(next(iter(got.values())), want, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", ["switch", "load"])
+def test_one_use_beside_all_of_them(mode: str, tmp_path: Path) -> None:
+    model = Tied().eval()
+    keys = ("e.weight", BOTH[1])
+    two = [lora_fx.insert(model, (IDS,), include=[k], rank=2).adapter() for k in keys]
+    with pytest.raises(lora_fx.LoraFxError, match="in all its uses, and beside that") as caught:
+        lora_fx.export(model, tmp_path / "m.onnx", (IDS,), adapters=two, mode=mode)
+    assert caught.value.hint and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("use", BOTH)
+def test_an_adapter_of_one_use_is_merged_into_a_file_of_mode_load(use: str, tmp_path: Path) -> None:
+    model = Tied().eval()
+    module = lora_fx.insert(model, (IDS,), include=[use], rank=2, init="orthogonal")
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn_like(p) * 0.3)
+    adapter = module.adapter()
+    lora_fx.export(model, tmp_path / "l.onnx", (IDS,), adapters=adapter, mode="load")
+    lora_fx.merge(tmp_path / "l.onnx", adapter, tmp_path / "m.onnx")
+    got = Session(tmp_path / "m.onnx", "cpu").run({"x": IDS.numpy()})
+    want = module.eval()(IDS).detach()
+    np.testing.assert_allclose(next(iter(got.values())), want, rtol=1e-4, atol=2e-6)
+
+
 def test_a_weight_that_something_else_reads_is_not_changed_where_it_is_stored(
     tmp_path: Path,
 ) -> None:

@@ -80,6 +80,7 @@ class OnnxGraph(Analysed):
             if _unknown(model):
                 self.notes.append("some shapes are unknown: FLOPs are too low")
         self._names = 0
+        self._taken = {v.name for node in model.graph.all_nodes() for v in node.outputs}
         self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
         self._stores: dict[str, ir.Value] = {}
 
@@ -99,7 +100,8 @@ class OnnxGraph(Analysed):
     def fresh(self, stem: str) -> str:
         """A name that no value has."""
         self._names += 1
-        return f"{stem}_{self._names}"
+        name = f"{stem}_{self._names}"
+        return self.fresh(stem) if name in self._taken else name  # a file with branches has some
 
     def parameters(self) -> Sequence[Parameter]:
         """Floating tensors that no pass added, in file order."""

@@ -239,20 +239,24 @@ def every_way(name: str, folder: Path) -> None:
         (folder / "losses.json").write_text(json.dumps(losses))
 
 
-def main() -> None:
-    """Trains, and ends with no thread of gloo's that might still want the interpreter.
+def end() -> None:
+    """End with no thread of gloo's that might still want the interpreter; no model lives here.
 
     A model that DDP or FSDP wrapped keeps its process group, and the group its threads, past
     destroy_process_group. A thread that lets go of a tensor while Python ends is unwound by it,
     and C++ says "terminate called without an active exception".
     """
+    gc.collect()  # modules and their hooks are circles
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
     warnings.simplefilter("ignore")
     importlib.import_module("tests.torchlib")
     dist.init_process_group("gloo")
     every_way(sys.argv[1], Path(sys.argv[2]))
-    gc.collect()  # modules and their hooks are circles
-    dist.barrier()
-    dist.destroy_process_group()
+    end()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
 from tests.fx.train.loops import still
-from tests.fx.train.loops_worker import Tied, train
+from tests.fx.train.loops_worker import Tied, end, train
 from tests.zoo.models import ZOO
 
 STEPS = 20
@@ -31,11 +31,12 @@ def made(name: str, kind: str = "nf4") -> Any:
 
 def main(name: str) -> None:
     dist.init_process_group("gloo")
-    model = DistributedDataParallel(copy.deepcopy(made(name)))
-    losses = train(model, range(STEPS), dist.get_rank())
+    wrapped = DistributedDataParallel(copy.deepcopy(made(name)))
+    losses = train(wrapped, range(STEPS), dist.get_rank())
     if dist.get_rank() == 0:
         print(json.dumps(losses))
-    dist.destroy_process_group()
+    del wrapped
+    end()
 
 
 if __name__ == "__main__":
