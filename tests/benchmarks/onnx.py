@@ -87,7 +87,7 @@ class Made:
             how: dict[str, Any] = {"optimise": kind == "optimised"}
             coded: dict[str, Any] = {"quantise": "int4"} if kind.startswith("int4") else {}
             if kind.endswith("switch"):
-                how = {"mode": "switch", "adapters": {"one": self.adapters[0]}, **coded}
+                how = {"mode": "switch", "adapters": {kind: self.adapters[0]}, **coded}
             elif coded:
                 how = coded
             elif kind.startswith("batch"):
