@@ -50,7 +50,7 @@ LAZY = {
 LONG = 700
 FRAGMENT = 150
 """Lines: a module below it with one importer in its own folder is part of that importer."""
-CODE_LINES = 36_358
+CODE_LINES = 36_357
 """The budget without blanks, comments and docstrings; raised only with a line in the CHANGELOG."""
 ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""

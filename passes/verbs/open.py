@@ -296,10 +296,10 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     start = start_of(cap.model, cap, found, options)
     module = adapted_module(cap, found, start, options)
     if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
-        idle = prove_effect(module, options.dead)
-        if idle:
-            module = adapted_module(cap, found, start.without(idle), options)
-            prove_effect(module)
+        # dead is what a share of the median gradient is above, and each drop moves the median
+        while idle := prove_effect(module, options.dead):
+            start = start.without(idle)
+            module = adapted_module(cap, found, start, options)
     if start.bound is not None and start.bound.full:
         module.load_adapter(start.bound)
     if options.adapter is not None:

@@ -194,3 +194,25 @@ def test_a_model_without_any_backward_is_an_error_of_one_line() -> None:
     for verb in (lora_fx.insert, lora_fx.attach):
         with pytest.raises(lora_fx.LoraFxError, match="no backward pass of the model runs"):
             verb(Stateful(always=True).eval(), (torch.randn(3, 4),), rank=2)
+
+
+class Vanishing(nn.Module):
+    """Layers whose gradients lie far apart: without the least, the median is a large one."""
+
+    GAINS = (1e-18, 1e-9, 1e-9, 1, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in self.GAINS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [gain * layer(x) for gain, layer in zip(self.GAINS, self.layers, strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+def test_all_that_is_dead_is_left_out_though_each_drop_moves_the_median() -> None:
+    module = lora_fx.insert(Vanishing().eval(), (torch.randn(3, 8),), rank=2, dead="drop")
+    assert set(module.updates) == {"layers.3.weight", "layers.4.weight"}
+    said = " ".join(module.notes)
+    assert all(f"layers.{i}.weight: left out, no gradient" in said for i in range(3))
