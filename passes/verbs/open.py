@@ -296,7 +296,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     start = start_of(cap.model, cap, found, options)
     module = adapted_module(cap, found, start, options)
     if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
-        # dead is what a share of the median gradient is above, and each drop moves the median
+        # a target is dead below a share of the median gradient, and each drop moves the median
         while idle := prove_effect(module, options.dead):
             start = start.without(idle)
             module = adapted_module(cap, found, start, options)

@@ -294,7 +294,7 @@ def test_fit_suggests_a_prefix() -> None:
     wanted = {"model.a": ((2,), "float32")}
     with pytest.raises(LoraFxError) as caught:
         check_fit({"a": info((2,))}, wanted, {}, "F")
-    assert "lacks the prefix 'model.'" in caught.value.hint
+    assert "lack the prefix 'model.'" in caught.value.hint
 
 
 def test_a_stack_has_the_entries_of_its_first_axis_and_no_more() -> None:

@@ -289,7 +289,7 @@ def _some(names: list[str]) -> str:
 def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
     """What to do, with the prefix that would make the names fit, if there is one."""
     verb, lead = lead_between(wanted, here)
-    said = f"the file's names {verb}s the prefix {lead!r}"
+    said = f"the file's names {verb} the prefix {lead!r}"
     return said if verb else "is it the state_dict of this very model?"
 
 
