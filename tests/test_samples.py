@@ -40,9 +40,8 @@ SHARED = ("beside_peft", "greedy", "sources")
 """What samples import of each other; no program."""
 
 
-def test_every_sample_is_listed_and_short() -> None:
-    files = {p.stem: p for p in SAMPLES.glob("*.py")}
-    assert set(files) == {
+def test_every_sample_is_listed() -> None:
+    assert {p.stem for p in SAMPLES.glob("*.py")} == {
         *PRINTS,
         *SLOW,
         *BESIDE_PEFT,
@@ -51,7 +50,6 @@ def test_every_sample_is_listed_and_short() -> None:
         *OTHERS,
         *SHARED,
     }
-    assert all(len(p.read_text().splitlines()) < 120 for p in files.values())
 
 
 LONG = {"decode", "hf_trainer", "torchrun_loop"}  # half a minute
