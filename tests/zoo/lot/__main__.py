@@ -119,17 +119,20 @@ def passes(row: Row, *columns: str) -> bool:
 
 def totals(rows: list[Row]) -> dict[str, Any]:
     """What the lot shows."""
-    from .columns import OURS
+    from .columns import OURS, TORCH
 
     ran = [r for r in rows if "how" in r]
     exported = [r for r in ran if passes(r, "export")]
+    capturable = [r for r in ran if any(passes(r, column) for column in TORCH)]
     trained = [r for r in ran if passes(r, "insert") or passes(r, "attach")]
-    cells = [(r, c, v) for r in ran for c, v in r["cells"].items() if c != "export"]
+    cells = [(r, c, v) for r in ran for c, v in r["cells"].items() if c not in TORCH]
     return {
         "run eagerly": len(ran),
         "trained by insert or attach": len(trained),
         "captured by torch.export": len(exported),
         "of those, every column": sum(passes(r, *OURS) for r in exported),
+        "captured by torch.export or make_fx": len(capturable),
+        "of these, every column": sum(passes(r, *OURS) for r in capturable),
         "every column of all": sum(passes(r, *OURS) for r in ran),
         **{
             state: [f"{r['name']}: {c}" for r, c, v in cells if v["state"] == state]

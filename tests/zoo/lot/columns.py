@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lora_fx
@@ -35,6 +36,7 @@ from tests.zoo.oracles import Subject, doubled, explicit, flat
 
 COLUMNS = {
     "export": "torch.export by itself",
+    "record": "make_fx by itself",
     "insert": "insert, with effect and gradient on every target",
     "explicit": "insert = W + s·BA",
     "attach": "attach, with effect and gradient on every target",
@@ -43,7 +45,9 @@ COLUMNS = {
     "onnx": "merged ONNX file = W + s·BA in ONNX Runtime",
     "switch": "mode switch = W + s·BA in ONNX Runtime",
 }
-OURS = [c for c in COLUMNS if c != "export"]
+TORCH = ("export", "record")
+"""What torch does with the model without lora-fx; one that either takes is capturable."""
+OURS = [c for c in COLUMNS if c not in TORCH]
 VISIBLE = 1e-4
 """An effect, relative to the output, that cannot be the rounding of a wrong one."""
 Arrays = list[np.ndarray[Any, Any]]
@@ -106,10 +110,10 @@ class Lot:
                 yield Cell(column, "wrong", str(e))
             except LoraFxError as e:
                 text = one_line(e.message, 600)
-                state = "alarm" if column != "export" and self._is_alarm(text) else "refused"
+                state = "alarm" if column not in TORCH and self._is_alarm(text) else "refused"
                 yield Cell(column, state, f"{text}; own rounding {self.rounding}")
             except Exception as e:
-                state = "refused" if column == "export" else "raw"
+                state = "refused" if column in TORCH else "raw"
                 yield Cell(column, state, one_line(f"{type(e).__name__}: {e}", 400))
 
     def _export(self) -> str:
@@ -123,6 +127,26 @@ class Lot:
             named["use_cache"] = False  # what torch does not know as an output
             program = torch.export.export(model, tuple(self.args), named, strict=False)
         return f"{len(program.graph.nodes)} nodes"
+
+    def _record(self) -> str:
+        model = copy.deepcopy(self.model)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        leaves, spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+
+        def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            values = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                values[place] = tensor
+            args, kwargs = pytree.tree_unflatten(values, spec)
+            out = torch.func.functional_call(model, state, args, kwargs)
+            return [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+
+        with torch.no_grad():
+            graph = make_fx(
+                run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
+            )([leaves[i] for i in places]).graph
+        return f"{len(graph.nodes)} nodes"
 
     def _insert(self) -> str:
         module = lora_fx.insert(self.model, self.args, self.kwargs, rank=2)
