@@ -23,6 +23,7 @@ from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
+from lora_fx.fx.graph.patterns import SHARED
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, named_tensors, patched, to_numpy
@@ -564,8 +565,13 @@ def _all_true(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> None:
-    shape = shape_of(node.args[0])
-    if shape is not None and len(shape) < 4:
+    """Four dimensions, and shared heads only where there are fewer: the exporter takes no others."""
+    query, key = shape_of(node.args[0]), shape_of(node.args[1])
+    if query is None or key is None:
+        return
+    if argument(node, SHARED, False) and len(query) >= 3 and query[-3] == key[-3]:
+        node.kwargs = {name: x for name, x in node.kwargs.items() if name != SHARED}
+    if len(query) < 4:
         node.target = attention_in_four
 
 

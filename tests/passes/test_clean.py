@@ -250,6 +250,29 @@ def test_repeated_heads(
     assert not Clean()(graph).modified
 
 
+def once(k: Tensor) -> Tensor:
+    b, h, s, d = k.shape
+    return k[:, :, None, :, :].expand(b, h, 1, s, d).reshape(b, h, s, d)
+
+
+def test_heads_that_are_repeated_once_are_not_shared() -> None:
+    """Every query head has a key head of its own: with `enable_gqa`, torch exports no such file."""
+    attend = F.scaled_dot_product_attention
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.view(*x.shape[:2], 4, 6).transpose(1, 2)
+            return attend(q, once(q * 2), once(q + 1))
+
+    graph = capture(Net(), (torch.randn(2, 5, 24),)).fx_graph(True)
+    Clean()(graph)
+    (node,) = (n for n in graph.graph.nodes if "attention" in n.name)
+    assert "enable_gqa" not in node.kwargs
+    assert "expand" not in text(graph)
+    x = torch.randn(3, 7, 24)
+    torch.testing.assert_close(run(graph, x), Net()(x))
+
+
 class Pointwise(nn.Module):
     def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

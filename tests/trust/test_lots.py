@@ -191,3 +191,37 @@ def test_what_a_recorded_run_decided_is_not_held_against_the_live_model() -> Non
     assert rel(got, base) > 0.05
     live(x).sum().backward()
     assert all(p.grad is not None for p in live.parameters() if p.requires_grad)
+
+
+class SharedHeads(nn.Module):
+    """Attention that would share key heads, with `heads` of them for four of queries."""
+
+    def __init__(self, heads: int, dimensions: int) -> None:
+        super().__init__()
+        self.heads, self.dimensions = heads, dimensions
+        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 3 * heads)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (self.heads, 3)).transpose(1, 2)
+        if self.dimensions == 3:
+            q, k = q[0], k[0]
+        y = nn.functional.scaled_dot_product_attention(q, k, k * 2, enable_gqa=True)
+        result: Tensor = self.out(y.transpose(-3, -2).flatten(-2))
+        return result
+
+
+@pytest.mark.parametrize("dimensions", [3, 4])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_heads_may_be_shared_by_as_many(heads: int, dimensions: int, tmp_path: Path) -> None:
+    """The exporter refused `enable_gqa` where every query head has a key head of its own."""
+    torch.manual_seed(0)
+    net, x = SharedHeads(heads, dimensions), torch.randn(2, 6, 12)
+    model = lora_fx.insert(net, (x,), rank=2)
+    perturb(model)
+    report = lora_fx.export(model, tmp_path / "m.onnx", provider="cpu")
+    assert report
+    expected = model.eval()(x).detach().numpy()
+    (found,) = open_session(tmp_path / "m.onnx", "cpu").run({"x": x.numpy()}).values()
+    assert rel(found, expected) < 2e-6

@@ -62,7 +62,8 @@ def shared_heads(node: fx.Node) -> bool:
     key, value = _repeated(argument(node, "key")), _repeated(argument(node, "value"))
     if key is None or value is None or key[1] != value[1]:
         return False
-    give(node, key=key[0], value=value[0], enable_gqa=True)
+    times = key[1]
+    give(node, key=key[0], value=value[0], enable_gqa=times > 1)
     return True
 
 
