@@ -565,13 +565,14 @@ def _all_true(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> None:
-    """Four dimensions, and shared heads only where there are fewer: the exporter takes no others."""
-    query, key = shape_of(node.args[0]), shape_of(node.args[1])
-    if query is None or key is None:
+    """Four dimensions, and shared heads where keys and values share alike: the exporter wants both."""
+    query, key, values = (shape_of(x) for x in node.args[:3])
+    if query is None or key is None or values is None:
         return
-    if argument(node, SHARED, False) and len(query) >= 3 and query[-3] == key[-3]:
-        node.kwargs = {name: x for name, x in node.kwargs.items() if name != SHARED}
-    if len(query) < 4:
+    shares = argument(node, SHARED, False)
+    if shares and not (query[-3] != key[-3] == values[-3]):
+        node.target = attention_of_unlike_heads
+    elif len(query) < 4:
         node.target = attention_in_four
 
 
@@ -589,6 +590,15 @@ def attention_in_four(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any)
     q, k, v = (t[(None,) * missing] for t in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, *rest, **named)
     return y[(0,) * missing]
+
+
+def attention_of_unlike_heads(
+    q: Tensor, k: Tensor, v: Tensor, *rest: Any, enable_gqa: bool, **named: Any
+) -> Tensor:
+    """Attention whose heads of keys and of values are repeated, each as often as it has to be."""
+    k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+    return attention_in_four(q, k, v, *rest, **named)
 
 
 def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:

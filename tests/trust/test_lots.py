@@ -194,30 +194,33 @@ def test_what_a_recorded_run_decided_is_not_held_against_the_live_model() -> Non
 
 
 class SharedHeads(nn.Module):
-    """Attention that would share key heads, with `heads` of them for four of queries."""
+    """Attention of four heads of queries, with fewer or as many of keys, and of values."""
 
-    def __init__(self, heads: int, dimensions: int) -> None:
+    def __init__(self, keys: int, values: int, dimensions: int) -> None:
         super().__init__()
-        self.heads, self.dimensions = heads, dimensions
-        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 3 * heads)
+        self.keys, self.values, self.dimensions = keys, values, dimensions
+        self.q, self.k, self.v = (nn.Linear(12, 3 * heads) for heads in (4, keys, values))
         self.out = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
-        k = self.k(x).unflatten(-1, (self.heads, 3)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (self.keys, 3)).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (self.values, 3)).transpose(1, 2)
         if self.dimensions == 3:
-            q, k = q[0], k[0]
-        y = nn.functional.scaled_dot_product_attention(q, k, k * 2, enable_gqa=True)
+            q, k, v = q[0], k[0], v[0]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         result: Tensor = self.out(y.transpose(-3, -2).flatten(-2))
         return result
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
-@pytest.mark.parametrize("heads", [4, 2, 1])
-def test_heads_may_be_shared_by_as_many(heads: int, dimensions: int, tmp_path: Path) -> None:
-    """The exporter refused `enable_gqa` where every query head has a key head of its own."""
+@pytest.mark.parametrize(("keys", "values"), [(4, 4), (2, 2), (1, 1), (2, 4), (4, 2), (1, 2)])
+def test_keys_and_values_may_share_other_numbers_of_heads(
+    keys: int, values: int, dimensions: int, tmp_path: Path
+) -> None:
+    """The exporter refused heads of keys that are not as many as those of values."""
     torch.manual_seed(0)
-    net, x = SharedHeads(heads, dimensions), torch.randn(2, 6, 12)
+    net, x = SharedHeads(keys, values, dimensions), torch.randn(2, 6, 12)
     model = lora_fx.insert(net, (x,), rank=2)
     perturb(model)
     report = lora_fx.export(model, tmp_path / "m.onnx", provider="cpu")
