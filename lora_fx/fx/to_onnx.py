@@ -565,7 +565,7 @@ def _all_true(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _attention(graph: fx.Graph, node: fx.Node) -> None:
-    """Four dimensions, and shared heads where keys and values share alike: the exporter wants both."""
+    """The exporter wants four dimensions, and heads that keys and values share alike."""
     query, key, values = (shape_of(x) for x in node.args[:3])
     if query is None or key is None or values is None:
         return
