@@ -26,7 +26,7 @@ from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached
 from lora_fx.fx.graph.patterns import SHARED
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, named_tensors, patched, to_numpy
+from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, patched, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import exact_constants, give_own_names, mark_data, unfolded
 from lora_fx.progress import stage
@@ -76,8 +76,8 @@ def to_onnx(
     make_portable(graph.graph)
     traced = captured.traced(False, captured.named, module.base_dtype)
     flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
-    tensors = [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, torch.Tensor)]
     free = traced.door.free(captured.requested)
+    tensors = _representative(module, free)
     dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
 
@@ -95,6 +95,22 @@ def to_onnx(
         owner.register_initializer(place)
     give_own_names(model, named_tensors(captured.model)[0], symbols_of(free))
     return model
+
+
+def _representative(module: CapturedModule, free: Mapping[str, Collection[int]]) -> list[Tensor]:
+    """The tensors whose sizes a program is traced again with: the example's, where they will do.
+
+    The capture knows what is true at those sizes. At smaller ones an inner size, a length after
+    strides, may be 1: torch then takes it for one that is repeated, and writes shapes into the file
+    that no other length has.
+    """
+    example = module._in_own_dtype()
+    tensors = [x for x in pytree.tree_leaves(example) if isinstance(x, Tensor)]
+    sizes = dict(zip(leaf_names(example), pytree.tree_leaves(example), strict=True))
+    single = any(sizes[name].shape[d] == 1 for name, dims in free.items() for d in dims)
+    if single or not all(map(has_values, tensors)):
+        return [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, Tensor)]
+    return tensors
 
 
 def translated(

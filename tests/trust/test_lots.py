@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -228,3 +229,48 @@ def test_keys_and_values_may_share_other_numbers_of_heads(
     expected = model.eval()(x).detach().numpy()
     (found,) = open_session(tmp_path / "m.onnx", "cpu").run({"x": x.numpy()}).values()
     assert rel(found, expected) < 2e-6
+
+
+class Strided(nn.Module):
+    """A length that strides make 1 at small sizes, with positions relative to its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv1d(6, 4, 3, stride=8, padding=1)
+        self.mix = nn.Linear(4, 3)
+        self.register_buffer("rates", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(x.mT).mT
+        h = nn.functional.scaled_dot_product_attention(h, h, h)  # of three axes: traced once more
+        length = h.shape[1]
+        at = (
+            torch.arange(length - 1, -length, -1, device=x.device)[:, None].to(x) * self.rates[None]
+        )
+        angles = at.expand(x.shape[0], *at.shape).cos()
+        result: Tensor = self.mix(h) + self.mix(angles).mean(1, keepdim=True)
+        return result
+
+
+def test_an_inner_length_of_one_is_that_of_no_other_size(tmp_path: Path) -> None:
+    """The file said that it is 1 for every length, and the runtime used one block for two sizes."""
+    torch.manual_seed(0)
+    net, x = Strided(), torch.randn(2, 64, 6)
+    model = lora_fx.insert(net, (x,), rank=2)
+    perturb(model)
+    path = tmp_path / "m.onnx"
+    assert lora_fx.export(model, path, provider="cpu")
+    for length in (9, 11, 40):
+        more = torch.randn(3, length, 6)
+        (found,) = open_session(path, "cpu").run({"x": more.numpy()}).values()
+        assert rel(found, model.eval()(more).detach().numpy()) < 2e-6
+
+    file = onnx.load(path)
+    wanted = {v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim]
+              for v in file.graph.value_info}  # fmt: skip
+    del file.graph.output[:], file.graph.value_info[:]
+    file.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    values = ort.InferenceSession(file.SerializeToString()).run(None, {"x": more.numpy()})
+    for (name, sizes), value in zip(wanted.items(), values, strict=True):
+        pairs = zip(sizes, value.shape, strict=True)
+        assert all(size in (None, real) for size, real in pairs), (name, sizes, value.shape)
