@@ -28,11 +28,37 @@ from tests.fixtures.old import IDS, net, small
 
 OLD = Path(__file__).parent / "fixtures" / "0.1"
 NUMBERS: Mapping[str, Any] = np.load(OLD / "numbers.npz")
+TERMS = {
+    "qkv": 4,
+    "scores": 4,
+    "softmax": 5,
+    "values": 5,
+    "mean": 4,
+    "variance": 4,
+    "conv": 3 * 4,
+    "experts": 4,
+    "both experts": 2,
+    "score": 6,
+}
+"""The numbers that each sum of the net adds, from the table to the output."""
 
 
 def effect(adapter: Any) -> Any:
     """What the net makes of the example under an adapter."""
     return lora_fx.fold(*net(), adapter=adapter)(IDS).detach().numpy()
+
+
+def assert_near(got: Any, name: str) -> None:
+    """Compare with the stored outputs of an adapter, which another processor may have computed.
+
+    Each sum rounds once a term, by half an epsilon at most, in this run and in the stored one.
+    """
+    want = NUMBERS[name]
+    assert got.dtype == want.dtype == np.float32
+    gate = sum(TERMS.values()) * np.finfo(want.dtype).eps * np.abs(want).max()
+    base = net()[0](IDS).detach().numpy()
+    assert np.abs(want - base).max() > 100 * gate, "the adapter decides"
+    np.testing.assert_allclose(got, want, rtol=0.0, atol=gate)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +75,7 @@ def test_adapters(file: str, name: str) -> None:
     adapter = lora_fx.load_adapter(OLD / file)
     entries = {key.removeprefix("unet."): e for key, e in adapter.entries.items()}
     adapter = replace(adapter, entries=entries)
-    np.testing.assert_allclose(effect(adapter), NUMBERS[name], atol=2e-6)
+    assert_near(effect(adapter), name)
 
 
 def test_a_program_with_branches() -> None:
@@ -65,7 +91,7 @@ def test_onnx_files() -> None:
     feeds = {"ids": IDS.numpy()}
 
     def near(got: Mapping[str, Any], name: str) -> None:
-        np.testing.assert_allclose(next(iter(got.values())), NUMBERS[name], atol=2e-5)
+        assert_near(next(iter(got.values())), name)
 
     for mode in ("switch", "load"):
         assert manifest_of(OLD / f"{mode}.onnx").mode == mode

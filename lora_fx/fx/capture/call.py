@@ -49,7 +49,7 @@ class Signature:
         self.required = [n for n in named if n not in self.defaults]
 
     def bind(self, args: Sequence[Any], kwargs: Named) -> dict[str, Any]:
-        """The arguments by name, in the order of the signature, without None and defaults.
+        """The arguments by name, in the order of the signature, without those at their defaults.
 
         Raises:
             TypeError: As the original would: an unknown, repeated or missing argument.
@@ -76,12 +76,13 @@ class Signature:
                 raise TypeError(f"missing a required argument: {k!r}")
         last = len(self.order)
         names = sorted(named, key=lambda k: (self.order.get(k, last), k))
-        return {k: named[k] for k in names if not self._idle(k, named[k])}
+        return {k: named[k] for k in names if not self._is_default(k, named[k])}
 
-    def _idle(self, name: str, value: object) -> bool:
-        if value is None:
-            return True
+    def _is_default(self, name: str, value: object) -> bool:
+        """Whether an argument is the plain value that the forward has without it."""
         default = self.defaults.get(name, _EMPTY)
+        if value is None:
+            return default is None
         plain = isinstance(value, (bool, int, float, str)) and type(value) is type(default)
         return plain and bool(value == default)
 

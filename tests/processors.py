@@ -1,0 +1,100 @@
+"""The suite as other processors run it: `python -m tests.processors [-- PYTEST_ARGUMENT …]`.
+
+Libraries choose their kernels by the processor, and each kernel adds in an order of its own. The
+settings of SETTINGS make them choose as on a processor with fewer instructions, or more cores. The
+suite runs under each, one after the other; a line a setting says how it ended, and the tests that
+failed follow by name. Exit code 1 if any did.
+
+    python -m tests.processors                              the default suite under each
+    python -m tests.processors --only oneDNN-AVX2 ATen-AVX2
+    python -m tests.processors -- tests/trust -n 1          some tests, in one process
+    python -m tests.processors -- -m "slow or not slow"     slow tests too
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "ATen-default": {"ATEN_CPU_CAPABILITY": "default"},
+    "ATen-AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "oneDNN-AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "oneDNN-AVX512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "MKL-AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "OpenBLAS-Haswell": {"OPENBLAS_CORETYPE": "Haswell"},
+    "one-thread": {"OMP_NUM_THREADS": "1"},
+    "two-threads": {"OMP_NUM_THREADS": "2"},
+    "all-AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+    },
+    "all-SSE4": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_CBWR": "COMPATIBLE",
+        "OPENBLAS_CORETYPE": "Nehalem",
+    },
+}
+"""The environment variables of each setting, by its name."""
+ENDED = re.compile(r"^=* ?(.*\b(?:passed|failed|error|errors|no tests ran)\b.* in .*?s\b.*?) ?=*$")
+"""The last line of pytest, quiet or not."""
+ROOT = Path(__file__).parent.parent
+
+
+def environment(setting: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables of one setting, and those of no other that were inherited."""
+    of_any = {name for variables in SETTINGS.values() for name in variables}
+    others = {name: value for name, value in inherited.items() if name not in of_any}
+    return {**others, **SETTINGS[setting]}
+
+
+def closing_line(output: str) -> str:
+    """The line in which pytest counts the tests; its last line where there is none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if found := ENDED.match(line):
+            return found[1]
+    return lines[-1] if lines else "nothing was printed"
+
+
+def failures(output: str) -> list[str]:
+    """The lines of the summary that name what failed."""
+    return [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run pytest under each setting and print how it ended."""
+    parser = argparse.ArgumentParser(prog="python -m tests.processors")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    options = parser.parse_args(arguments)
+
+    ended_well = True
+    for setting in options.only:
+        command = [sys.executable, "-m", "pytest", "-q", *options.pytest]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(setting, os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        variables = " ".join(f"{name}={value}" for name, value in SETTINGS[setting].items())
+        print(f"{setting} ({variables}): {closing_line(done.stdout)}", flush=True)
+        for failure in failures(done.stdout):
+            print(f"    {failure}", flush=True)
+        ended_well = ended_well and done.returncode == 0
+    return 0 if ended_well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
