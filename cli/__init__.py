@@ -5,6 +5,29 @@ Nothing heavy is imported here, so that `lora-fx --help` is instant.
 
 from __future__ import annotations
 
-from lora_fx.cli.common import main
+import os
+import sys
+
+
+def _leave_current_folder() -> None:
+    """Take the current folder from the places of imports, where nobody asked for it by name.
+
+    `python -m` puts it first, and an empty entry of PYTHONPATH, such as a colon at its end leaves,
+    stands for it. It may be a folder of somebody else's files, with a click.py in it.
+    """
+    runs = any(word.endswith("lora_fx.cli") for word in sys.orig_argv)
+    started = runs and sys.argv[:1] == ["-m"]  # while runpy looks for it
+    if started and not sys.flags.safe_path:
+        del sys.path[0]
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if named != [""] and "" in named and not sys.flags.ignore_environment:
+        folder = os.getcwd()
+        if not any(os.path.abspath(place) == folder for place in named if place):
+            sys.path[:] = [place for place in sys.path if place not in ("", folder)]
+
+
+_leave_current_folder()
+
+from lora_fx.cli.common import main  # noqa: E402 (imports click)
 
 __all__ = ["main"]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -32,7 +33,7 @@ from lora_fx.checkpoint.requantise import HINT, in_all, refuse_loss
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, NoEffectError, explained
+from lora_fx.errors import LoraFxError, NoEffectError, explained, one_line
 from lora_fx.files.atomic import BUSY, check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.hub import known_as, local
@@ -438,6 +439,39 @@ def merge_all(
             raise
 
 
+_PROGRAM = (sys.executable, "-P", "-m", "lora_fx.cli")
+"""What a merge of its own process is. Without -P the current folder is the first place of imports,
+and that may be a folder of somebody else's files."""
+
+
+def _environment() -> dict[str, str]:
+    """The variables of a process of ours.
+
+    An empty entry of PYTHONPATH, such as a colon at its end leaves, stands for the current folder.
+    """
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    try:
+        metadata.distribution("lora-fx")
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        places.append(str(Path(__file__).absolute().parents[2]))
+    variables = {**os.environ, "PYTHONSAFEPATH": "1"}
+    variables.pop("PYTHONPATH", None)
+    return variables | ({"PYTHONPATH": os.pathsep.join(places)} if places else {})
+
+
+def _unanswered(code: int, err: str) -> tuple[str, str]:
+    """The error and the hint of a merge that ended without its result."""
+    last = one_line(err.strip().rpartition("\n")[2], 200)
+    told = f": {last}" if last else ""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        killed = code == -signal.SIGKILL
+        hint = "was it killed for its memory? fewer -j" if killed else "try it again"
+        return f"the merge was ended by {name}{told}", hint
+    why = f"the merge ended with code {code} and without a result{told}"
+    return why, "lora-fx merge BASE ADAPTER -o OUT shows what it says"
+
+
 class _Running:
     """The merges that run now.
 
@@ -459,7 +493,9 @@ class _Running:
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM, "", ""
-            process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(
+                command, stdout=pipe, stderr=pipe, text=True, env=_environment()
+            )
             self._processes.add(process)
         out, err = process.communicate()
         return process.returncode, out, err
@@ -483,7 +519,7 @@ class _Running:
         if self._is_kept(job):
             return {"kept": True}
         adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
-        command = [sys.executable, "-m", "lora_fx.cli", "merge", self.base, adapter]
+        command = [*_PROGRAM, "merge", self.base, adapter]
         for wait in (*_WAITS, None):
             code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.extra])
             if wait is None or code != 2 or BUSY not in out:
@@ -492,9 +528,8 @@ class _Running:
         try:
             said = json.loads(out)
         except ValueError:
-            last = err.strip().splitlines()
-            why = f"the merge ended with code {code}{f': {last[-1]}' if last else ''}"
-            return {"ok": False, "error": why, "hint": "was it killed for its memory?"}
+            why, hint = _unanswered(code, err)
+            return {"ok": False, "error": why, "hint": hint}
         if code == 2 and self._is_kept(job):
             return {"kept": True}
         row: Json = {"ok": bool(said["ok"]), "warnings": said["warnings"]}

@@ -46,7 +46,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
         out, err = io.StringIO(), io.StringIO()
         said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with one, said[0], said[1], pytest.raises(SystemExit) as end:
-            main(list(command[3:]))  # behind python -m lora_fx.cli
+            main(list(command[command.index("merge") :]))  # behind python -P -m lora_fx.cli
         return end.value.code, out.getvalue(), err.getvalue()
 
     monkeypatch.setattr(_Running, "run", run_here)
@@ -177,3 +177,23 @@ def test_shards_are_a_partition() -> None:
             jobs_of(given, Path("o"), (i, n))
     with pytest.raises(LoraFxError, match="is there twice"):
         jobs_of([("a", 1.0), ("./a", 1.0)], Path("o"))
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "says", "hint"),
+    [
+        (0, "", "ended with code 0 and without a result", "lora-fx merge BASE ADAPTER"),
+        (1, "x\nlast line\n", "code 1 and without a result: last line", "lora-fx merge BASE"),
+        (-9, "", "was ended by SIGKILL", "was it killed for its memory?"),
+        (-11, "", "was ended by SIGSEGV", "try it again"),
+        (-15, "terminated", "was ended by SIGTERM: terminated", "try it again"),
+        (-99, "", "was ended by signal 99", "try it again"),
+    ],
+)
+def test_a_merge_without_a_result_is_told_as_it_ended(
+    code: int, err: str, says: str, hint: str, fleet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Running, "run", lambda self, command: (code, "", err))
+    (job,) = jobs_of([("run0/adapter", 1.0)], fleet / "out", (1, 1), ".safetensors")
+    row = _Running("base.safetensors", [], None).result(job)
+    assert says in row["error"] and hint in row["hint"] and not row["ok"]

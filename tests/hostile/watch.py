@@ -200,8 +200,8 @@ def main() -> None:
 
 
 def _ours(argv: Any) -> bool:
-    """merge-all starts `python -m lora_fx.cli`, which is no code of a file."""
-    return [str(x) for x in argv[1:3]] == ["-m", "lora_fx.cli"]
+    """merge-all starts `python -P -m lora_fx.cli`, which is no code of a file."""
+    return [str(x) for x in argv[1:4]] == ["-P", "-m", "lora_fx.cli"]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.load.beside import importable, is_reserved
 from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.text import some
@@ -350,10 +351,9 @@ def _found(spec: str) -> Iterator[Any]:
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", near_path(where))
     folder = str(path.parent if is_file else Path.cwd())
-    sys.path.insert(0, folder)  # as python itself does
-    try:
+    with importable(folder):
         found: object = _run(
-            where, lambda: _from_file(path) if is_file else importlib.import_module(where)
+            where, lambda: _from_file(path) if is_file else _from_name(where, folder)
         )
         for part in name.split("."):
             if not hasattr(found, part):
@@ -363,9 +363,21 @@ def _found(spec: str) -> Iterator[Any]:
                 )
             found = getattr(found, part)
         yield found
-    finally:
-        with contextlib.suppress(ValueError):  # the user's code may have removed it
-            sys.path.remove(folder)
+
+
+def _from_name(name: str, folder: str) -> ModuleType:
+    """Import a module; one of the folder with a reserved name under another, as a file."""
+    first, _, inner = name.partition(".")
+    file, package = Path(folder, f"{first}.py"), Path(folder, first)
+    there = file.is_file() or (package / "__init__.py").is_file()
+    if not there or not is_reserved(first, folder):
+        return importlib.import_module(name)
+    if file.is_file() and not inner:
+        return _from_file(file)
+    raise LoraFxError(
+        f"{name}: {package} has the name of a module that Python or lora-fx needs",
+        "give it another name, or give path/file.py:FACTORY",
+    )
 
 
 def _from_file(path: Path) -> ModuleType:
