@@ -22,7 +22,7 @@ from lora_fx.cli.output import emit
 )
 @click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Inputs by name, one size.")
 @click.option("--rounds", type=int, default=15, help="Rounds that count.")
-@click.option("--threads", type=int, default=1, help="Of ONNX Runtime.")
+@click.option("--threads", type=shared.THREADS, default=1, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", help="auto, cpu or cuda.")
 def command(files: tuple[str, ...], **options: Any) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
@@ -29,7 +28,7 @@ from lora_fx.cli.options import FORCE, GIVEN, in_groups, split_weight
 from lora_fx.cli.output import echo, note, result, say, show, stages
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line
 from lora_fx.files.atomic import check_output, replacing, sweep
-from lora_fx.files.read import Remembered, read_text, remember, remembering, trusting
+from lora_fx.files.read import Remembered, read_toml, remember, remembering, trusting
 from lora_fx.progress import stage, telling
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, some
 
@@ -90,6 +89,7 @@ class FileCommand(click.Command):
         Shells leave the ~ of --option=~/file as it is.
         """
         ctx.params = {k: _at_home(v) for k, v in ctx.params.items()}
+        _check_numbers(ctx)
         remember(*input_paths(ctx.params))
         _check_outputs(ctx.params, inside=self.name != "merge-all")  # whose DIR is not replaced
         drawn = self.name in SHOWN and sys.stderr.isatty()
@@ -135,6 +135,15 @@ class FileCommand(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl([(left.ljust(wide), text) for left, text in rows], wide)
+
+
+def _check_numbers(ctx: click.Context) -> None:
+    """Refuse a whole number that no array and no library of C holds."""
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if is_whole(value) and not -(1 << 63) <= value < 1 << 63:
+            told = f"{param.opts[-1]} {one_line(value, 40)} has more than 64 bits"
+            raise LoraFxError(told, f"{ctx.command_path} --help says what it is")
 
 
 def _check_outputs(given: JsonView, *, inside: bool) -> None:
@@ -335,11 +344,8 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
         return None
     path = os.path.expanduser(path)
     remember(path)
-    text, name = read_text(path), ctx.info_name or ""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise LoraFxError(f"{path}: not TOML: {e}", f"[{name}], and lines such as rank = 8") from e
+    name = ctx.info_name or ""
+    tables = read_toml(path, f"[{name}], and lines such as rank = 8")
     assert ctx.parent is not None and isinstance(ctx.parent.command, click.Group)
     commands = ctx.parent.command.list_commands(ctx)
     for key, table in tables.items():
@@ -570,6 +576,7 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every way out has its exit code."""
+    open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     everywhere = [a for a in argv if a in ("-v", "--verbose", "-q", "--quiet")]
     given = {"argv": argv}
@@ -634,6 +641,22 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
         command = next((a for a in argv if a in COMMANDS), "")
         show(result(False, command=command, error=error.message, hint=error.hint))
     sys.exit(error.exit_code)
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, as `2>&-` leaves them, on the null device.
+
+    Python has None in their place, which libraries print to; and the next file that is opened
+    would get their number, so that what a library of C writes to stderr would land in it.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 # SIGTERM as Ctrl-C: what a command was writing is removed on the way out.

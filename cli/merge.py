@@ -31,7 +31,7 @@ ONNX = {"names": "map", "delta": "delta", "run": "run"}
 @click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
 @shared.flag_option("--delta", "Of .onnx: write what changes, share the rest.")
 @shared.flag_option("--run", "Of .onnx: run it too, against branches.")
-@click.option("--threads", type=int, help="Worker threads.  [default: one a core]")
+@click.option("--threads", type=shared.FROM_1, help="Worker threads.  [default: one a core]")
 @shared.force_option
 def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.

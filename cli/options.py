@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from lora_fx.fx.train.processes import Processes
     from lora_fx.fx.train.state import Saving, Settings
 
-FROM_1 = click.IntRange(min=1)
+FROM_1 = click.IntRange(1, 2**31 - 1)
+THREADS = click.IntRange(0, 2**10)
+"""Of ONNX Runtime; 0 leaves the number to it."""
 FORCE = "Replace an output that exists."
 
 

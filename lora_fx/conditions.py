@@ -140,7 +140,10 @@ class Condition:
     def read(cls, row: JsonView) -> Condition:
         """What `stored` wrote; raises LoraFxError where the text is no comparison."""
         sizes = tuple((str(n), str(i), int(d)) for n, i, d in row["sizes"])
-        parsed(str(row["text"]))
+        names = {leaf for leaf in _leaves(parsed(str(row["text"]))) if isinstance(leaf, str)}
+        fits = all(0 <= d < MAX_AXES for _, _, d in sizes)
+        if not names or names != {n for n, _, _ in sizes} or not fits:
+            raise LoraFxError(f"{row['text']!r} is no condition on {sizes}", "was the file edited?")
         return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
 
 
@@ -149,6 +152,8 @@ def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condit
     return next((c for c in conditions if not c.holds(given)), None)
 
 
+MAX_AXES = 64
+"""Axes that a tensor of a file has at most, of which a condition names one."""
 Tree = tuple["str | Tree | int", ...]
 BINARY: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,

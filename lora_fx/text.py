@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import math
@@ -34,6 +35,24 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return value
+
+
+def listed_texts(text: str) -> list[str]:
+    """The texts of a list that another program wrote by Python's `repr`; empty for anything else.
+
+    >>> listed_texts("['h.0', 'h.0.fc']"), listed_texts("{[]}"), listed_texts("5")
+    (['h.0', 'h.0.fc'], [], [])
+    """
+    try:
+        value = ast.literal_eval(text[:_LONGEST_LIST])
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return []
+    fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return value if fits else []
+
+
+_LONGEST_LIST = 100_000
+"""Characters of a list that is read: a hundred modules around a node are some thousands."""
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

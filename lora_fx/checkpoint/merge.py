@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -384,6 +385,8 @@ def _output_names(paths: Sequence[str]) -> dict[str, str]:
     >>> _output_names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
     """
+    if twice := next((p for p, count in Counter(paths).items() if count > 1), None):
+        raise LoraFxError(f"{twice} is there twice", "give every adapter once")
     parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(known_as(p)))).parts for p in paths}
     if len(set(parts.values())) < len(paths):
         twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)

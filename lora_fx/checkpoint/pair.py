@@ -253,7 +253,7 @@ class Raw:
         alpha = math.nan if alpha is None else alpha
         variant = "rslora" if self.config.get("use_rslora") else "lora"
         low = LowRank(a, b, alpha, None, variant, op=op, kernel=kernel)
-        size = group_of(self.config) if part.kind == "linear" else 0
+        size = group_of(self.config, low.a, f"{self.file}: {key!r}") if part.kind == "linear" else 0
         return grouped(low, size) if size > 0 else low
 
 

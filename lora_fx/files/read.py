@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -172,9 +174,9 @@ def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> byte
     return data
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str], *, most: int | None = None) -> str:
     """A regular file's text, which has to be UTF-8; a mark of byte order is left out."""
-    data = read_bytes(path)
+    data = read_bytes(path, most=most)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -198,8 +200,9 @@ def json_value(
 ) -> Any:
     """A JSON value, read strictly: no key twice, no NaN, no half of a surrogate pair.
 
-    Whole numbers have at most 300 digits: larger ones are no floats, and some of thousands of
-    digits take Python's time.
+    A whole number of more than 64 bits is a float, as in other languages: nothing that is counted
+    is as large, and no array holds it. More than 300 digits are refused: some of thousands take
+    Python's time. A fraction that no float holds, such as 1e999, is infinite, and refused as such.
 
     Args:
         raw: UTF-8 where it is bytes.
@@ -222,20 +225,33 @@ def json_value(
     def number(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    def integer(digits: str) -> int:
+    def integer(digits: str) -> int | float:
         if sizes and digits == "-0":
             raise ValueError("-0 is no size")
         if len(digits) > 300:
             raise ValueError(f"a whole number of {len(digits)} digits")
-        return int(digits)
+        whole = int(digits)
+        return whole if abs(whole) < 1 << 64 else float(whole)
+
+    def fraction(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{one_line(digits, 40)} is larger than a float holds")
+        return value
 
     try:
         encoding = "utf-8" if sizes else "utf-8-sig"
         plain = raw.decode(encoding) if isinstance(raw, bytes) else raw
-        odd = (sizes and "-0" in plain) or re.search(r"\d{301}", plain)
-        whole = integer if odd else None  # Python's own way is faster
-        constant = None if constants else number
-        value = json.loads(plain, object_pairs_hook=once, parse_constant=constant, parse_int=whole)
+        # Python's own way is faster, and right where no number is long.
+        long = re.search(r"\d{19}|[eE]\+?\d{3}", plain)
+        odd = (sizes and "-0" in plain) or long
+        value = json.loads(
+            plain,
+            object_pairs_hook=once,
+            parse_constant=None if constants else number,
+            parse_int=integer if odd else None,
+            parse_float=fraction if long and not constants else None,
+        )
         if "\\u" in plain:  # half a surrogate pair is no text: nothing could print or write it
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -262,6 +278,59 @@ def read_json(path: str | os.PathLike[str], *, constants: bool = False, hint: st
     """The JSON object of a file of at most MAX_JSON bytes; see json_object."""
     text = read_bytes(path, most=MAX_JSON)
     return json_object(text, os.fspath(path), constants=constants, hint=hint)
+
+
+# TOML, of which Python's reader is slow, and slower than linear for dotted keys.
+
+
+MAX_TOML = 1 << 19
+"""Largest TOML file, in bytes: 5,000 paths of adapters. Python's tomllib takes a second for it."""
+MAX_DOTS = 16
+"""Parts of a dotted key; of one of 20,000 parts tomllib takes 18 s and 2 GB."""
+_QUOTED = re.compile(
+    r"""(?sx) \"{3} (?: \\. | (?!\"{3}). )*+ (?: \"{3} | \Z)
+    | '{3} (?: (?!'{3}). )*+ (?: '{3} | \Z)
+    | " (?: \\. | [^"\\\n] )*+ "?
+    | ' [^'\n]*+ '?
+    | \# [^\n]*+"""
+)
+_LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DOTS}}}[\w-]")
+
+
+def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
+    """The tables of a TOML file of at most MAX_TOML bytes.
+
+    Args:
+        path: The file.
+        hint: Of the error, where it is no TOML.
+
+    Raises:
+        LoraFxError: It is no TOML, nested too deeply, or holds a whole number of more than the 64
+            bits that TOML has.
+    """
+    text, name = read_text(path, most=MAX_TOML), os.fspath(path)
+    if _LONG_KEY.search(_QUOTED.sub("q", text)):
+        raise LoraFxError(f"{name}: a dotted key of more than {MAX_DOTS} parts", hint)
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else one_line(error)
+        raise LoraFxError(f"{name}: not TOML: {why}", hint) from error
+    if (large := next(_too_large(tables), None)) is not None:
+        raise LoraFxError(f"{name}: {large} has a whole number of more than 64 bits", hint)
+    return tables
+
+
+def _too_large(value: object, key: str = "it") -> Iterator[str]:
+    """The keys whose values hold a whole number of more than 64 bits."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _too_large(part, one_line(repr(name), 80))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _too_large(part, key)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        yield key
 
 
 # Names from files.

@@ -34,6 +34,7 @@ use_rslora and alpha_pattern).
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -82,6 +84,7 @@ _HEAD, _TABLE = "lm_head", "model.embed_tokens"
 _WHOLE = {_HEAD: "output.weight", _TABLE: "token_embd.weight"}
 _KEY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,5})\.(.+)\.weight")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
+_BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
 _MOST = 50_000
 """Values of a header that are read; an adapter has some thousands."""
 
@@ -168,8 +171,7 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
         if kind != ("adapter", "lora"):
             what = f"and adapter.type are {kind}; expected adapter and lora"
             raise file.error("general.type", what, "a GGUF file of a model is no adapter")
-        if sum(t.n_bytes for t in reader.tensors) > reader.data.size:
-            raise ValueError("tensors share their bytes")
+        _check_places(reader)
         tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         why = f"{type(error).__name__} {one_line(error)}"
@@ -177,6 +179,19 @@ def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
     if coded := {t.tensor_type.name for t in reader.tensors} - {"F32", "F16", "BF16"}:
         file.notes.append(f"{file.name}: tensors of {', '.join(sorted(coded))} are read as fp32")
     return fields, {name: file.master(name, array) for name, array in tensors.items()}
+
+
+def _check_places(reader: Any) -> None:
+    """Raise ValueError for tensors that overlap, or whose places the package's sums wrapped to."""
+    reached, last = int(reader.data_offset), "the header"
+    places = {t.name: int(reader.data_offset) + int(t.field.parts[5][0]) for t in reader.tensors}
+    for tensor in sorted(reader.tensors, key=lambda t: places[t.name]):
+        start, elements = int(places[tensor.name]), math.prod(map(int, tensor.shape))
+        if start != tensor.data_offset or elements != tensor.n_elements:
+            raise ValueError(f"the size or the offset of {tensor.name!r} is over 64 bits")
+        if start < reached:
+            raise ValueError(f"{tensor.name!r} and {last} share their bytes")
+        reached, last = start + int(tensor.n_bytes), repr(tensor.name)
 
 
 def read(path: StrPath, base: StrPath | None = None) -> Adapter:
@@ -214,7 +229,10 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
         elif b is None or half not in ("a", "b") or f"{stem}.lora_a" not in tensors:
             raise file.error(name, "is no half of a pair X.lora_a, X.lora_b")
         elif half == "a":
-            entries |= _updates(stem, (a, b), alpha, names, file)
+            for key, update in _updates(stem, (a, b), alpha, names, file).items():
+                if key in entries:
+                    raise file.error(stem, f"is a second update of {key!r}; expected one")
+                entries[key] = update
     return Adapter(entries, {"notes": file.notes})
 
 
@@ -225,7 +243,8 @@ def _updates(
     a, b = pair
     block, _, rest = stem.removeprefix("blk.").partition(".")
     whole = next((key for key, name in _WHOLE.items() if name == stem), "")
-    module = next((m for m, n in names.modules.items() if n == rest and block.isdecimal()), whole)
+    of_layer = stem.startswith("blk.") and _BLOCK.fullmatch(block)
+    module = next((m for m, n in names.modules.items() if n == rest and of_layer), whole)
     if not module:
         raise file.error(stem, f"is no matrix of {names.architecture} that is known here")
     a = np.ascontiguousarray(a.T) if whole == _TABLE else a

@@ -193,7 +193,8 @@ def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
     for _ in range(repeats):
         function()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return Sample(wall / repeats, cpu / repeats)
+    # A kernel that counts CPU time in ticks may have counted none.
+    return Sample(wall / repeats, max(cpu, 1e-9) / repeats)
 
 
 def interleave(

@@ -283,14 +283,20 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
     values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
     file.set_parameters(values)
-    file.export_adapter(str(path))
-    again, _ = read_file(path)
+    unwritten = f"{path}: ONNX Runtime cannot write it"
+    full = "free space, or write to another disk"
+    with retold(unwritten, full, RuntimeError):
+        file.export_adapter(str(path))
+    try:
+        again, _ = read_file(path)
+    except LoraFxError as error:  # the runtime does not see that a disk is full
+        raise LoraFxError(f"{unwritten} whole: {error.message}", full) from error
     for name, array in held.items():
         got = again.get(name)
         if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
             raise LoraFxError(
                 f"{path}: tensor {name!r} does not read back as it was written",
-                "is the disk sound? write it again",
+                "is the disk full? write it again",
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +16,7 @@ from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, made_by, valu
 from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import row_of
 from lora_fx.onnx.load import load
-from lora_fx.text import free_name
+from lora_fx.text import free_name, listed_texts
 
 CHANGED = "lora_fx.changed"
 """Metadata key of a weight that is no longer the parameter whose name it has."""
@@ -179,11 +178,8 @@ def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> 
 
 def _source(text: str) -> str | None:
     """The one name in a folded_from list; None where it has several."""
-    try:
-        names = ast.literal_eval(text) if text else []
-    except (ValueError, SyntaxError):
-        return None
-    return str(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    names = listed_texts(text)
+    return names[0] if len(names) == 1 else None
 
 
 def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,16 +21,19 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
-from lora_fx.errors import LoraFxError, expect_name, one_line, retold
+from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
-from lora_fx.text import Json, near
+from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
     from lora_fx.formats.io import Format
+
+
+MOST_THREADS = 1024
 
 
 def driver_present() -> bool:
@@ -125,7 +129,12 @@ def open_session(
     """
     import onnxruntime as ort
 
+    expect_path(path, "the model", "the path of an .onnx file")
+    expect(provider, str, "provider", "a text", "auto, cpu or cuda")
     expect_name(provider, ("auto", "cpu", "cuda"), "no provider", "auto, cpu or cuda")
+    if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
+        found = one_line(repr(threads), 60)
+        raise LoraFxError(f"threads is {found}; expected 0 to {MOST_THREADS}", "0 lets it choose")
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -228,6 +237,7 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     """
     import onnx_ir as ir
 
+    expect_path(path, "the model", "the path of an .onnx file")
     try:
         text = ir.load(fspath(path)).metadata_props.get(PROPERTY)
     except Exception as e:  # protobuf's and the system's errors have no common base
@@ -253,6 +263,8 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
         return manifest.tensors(adapter)
     from lora_fx.formats.io import load_adapter
 
+    wanted = "an Adapter, or the path of one"
+    expect(adapter, (str, PathLike), "the adapter", wanted, "adapter=None runs the base model")
     where = fspath(adapter)
     if where.endswith(".onnx_adapter"):
         found = read_file(Path(where))[0]
@@ -344,6 +356,7 @@ class Session:
                 "a file of mode load takes its adapter when the session is made",
                 "Session(path, adapter=…); --mode switch exports one that switches run by run",
             )
+        expect(name, str, "the name of an adapter", "a text", "session.load(name, adapter)")
         tensors = tensors_of(adapter, self.manifest)
         self._arrays[name] = tensors
         self._values[name] = _values(tensors)
@@ -360,10 +373,9 @@ class Session:
         Raises:
             LoraFxError: An adapter that is not loaded, a missing or unknown input.
         """
-        check_inputs(inputs, self._inputs, self.ranges)
-        arrays = {n: np.ascontiguousarray(_widened(x)) for n, x in inputs.items()}
+        arrays = self._arrays_of(inputs)
         chosen = self.choice(adapter)
-        with told(inputs):
+        with told(arrays):
             if isinstance(adapter, str) and self.provider == "cpu":
                 return self._run_bound(arrays, adapter)
             if adapter is None:
@@ -372,6 +384,12 @@ class Session:
             feeds = {**_values(arrays), **chosen}
             made = self.session.run_with_ort_values(self._outputs, feeds)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}
+
+    def _arrays_of(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs as the runtime takes them, checked."""
+        arrays = arrays_of(inputs)
+        check_inputs(arrays, self._inputs, self.ranges)
+        return {n: np.ascontiguousarray(_widened(x)) for n, x in arrays.items()}
 
     def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
         """Run with a binding that has the adapter already and that no other thread is using."""
@@ -396,9 +414,9 @@ class Session:
 
         Run it by `session.session.run_with_iobinding(binding)`.
         """
-        check_inputs(inputs, self._inputs, self.ranges)
+        arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
-        for name, value in {**_values(inputs), **self.choice(adapter)}.items():
+        for name, value in {**_values(arrays), **self.choice(adapter)}.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.provider)
@@ -409,9 +427,27 @@ class Session:
         if isinstance(adapter, str):
             self._known(adapter)
             return self._values[adapter]
-        for name in adapter or ():
+        if adapter is None:
+            return {}
+        wanted, hint = "a loaded name, or a weight by name", "adapter='a', or {'a': 0.5, 'b': 0.5}"
+        expect(adapter, Mapping, "adapter", wanted, hint)
+        for name, weight in adapter.items():
             self._known(name)
+            self._check_weight(name, weight)
         return _values(self._mixed(adapter)) if adapter else {}
+
+    def _check_weight(self, name: str, weight: object) -> None:
+        """Raise for a weight that is no number, or infinite in the dtype that multiplies by it."""
+        dtypes = {array.dtype for array in self._arrays[name].values()}
+        number = isinstance(weight, Real) and not isinstance(weight, (bool, np.bool_))
+        with np.errstate(over="ignore"):
+            if number and all(np.isfinite(dtype.type(weight)) for dtype in dtypes):
+                return
+        raise LoraFxError(
+            f"the weight of adapter {name!r} is {one_line(repr(weight), 60)}; expected a number "
+            f"that {' and '.join(sorted(d.name for d in dtypes))} holds",
+            "1.0 is the adapter as it is",
+        )
 
     def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
         """The tensors of a mix: A side by side and w·B below one another, so the ranks add up."""
@@ -424,12 +460,33 @@ class Session:
                 mixed[slot.b] = np.concatenate(b, axis=-2)
         return mixed
 
-    def _known(self, name: str) -> None:
-        if name not in self._arrays:
+    def _known(self, name: object) -> None:
+        if not isinstance(name, str) or name not in self._arrays:
+            name = one_line(name, 80)
             raise LoraFxError(
                 f"no adapter {name!r} is loaded",
                 near(name, list(self._arrays)) if self._arrays else "session.load(name, path)",
             )
+
+
+def arrays_of(inputs: object) -> dict[str, Array]:
+    """Inputs by name as arrays; lists of numbers, and tensors of torch on the CPU, are taken.
+
+    Raises:
+        LoraFxError: No mapping by name, or a value that is no array of numbers.
+    """
+    hint = "session.run({'x': array}), with the names of the model's inputs"
+    expect(inputs, Mapping, "inputs", "arrays by the names of the model's inputs", hint)
+    assert isinstance(inputs, Mapping)
+    arrays = {}
+    for name, value in inputs.items():
+        expect(name, str, f"the input {one_line(repr(name), 60)}", "the name of one", hint)
+        with retold(f"input {name!r} is no array", "numpy.asarray makes one"):
+            arrays[name] = np.asarray(value)
+        if arrays[name].dtype.kind == "O":
+            kind = type(value).__name__
+            raise LoraFxError(f"input {name!r} is a {kind}, not an array of numbers", hint)
+    return arrays
 
 
 def check_inputs(
@@ -442,6 +499,10 @@ def check_inputs(
     missing = sorted(set(known) - set(inputs))
     if missing:
         raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(known)}")
+    for _, name, d in (size for condition in ranges for size in condition.sizes):
+        if inputs[name].ndim <= d:
+            found = f"{inputs[name].ndim} dimensions; expected {d + 1} at least"
+            raise LoraFxError(f"input {name!r} has {found}", "give arrays as the model takes them")
     for condition in ranges:
         given = {(n, d): inputs[n].shape[d] for _, n, d in condition.sizes}
         if not condition.holds(given):
@@ -497,6 +558,9 @@ class TrainSession:
         seed: int = 0,
         exact: bool = True,
     ) -> None:
+        if not is_whole(seed) or not 0 <= seed < 1 << 62:
+            found = one_line(repr(seed), 60)
+            raise LoraFxError(f"seed is {found}; expected a whole number of 62 bits", "seed=0")
         self.manifest = manifest_of(path)
         if self.manifest.mode != "train":
             raise LoraFxError(
@@ -509,6 +573,7 @@ class TrainSession:
         self.session, self.provider, self._note = opened.session, opened.provider, opened.note
         self.ranges = conditions_of(opened.metadata, fspath(path))
         self.lr, self._seed = lr, seed
+        self._check_rate()
         own = {"lr", "step", *(["seed"] if self.manifest.training["seed"] else [])}
         self._shapes = {i.name: i.shape for i in self.session.get_inputs()}
         slots = self.manifest.slots.values()
@@ -532,6 +597,9 @@ class TrainSession:
         Raises:
             LoraFxError: The adapter does not fit the file, or lacks a target of it.
         """
+        if not isinstance(adapter, Adapter):
+            wanted = "an Adapter, or the path of one"
+            expect(adapter, (str, PathLike), "the adapter", wanted, "TrainSession.load(path)")
         where = "the adapter" if isinstance(adapter, Adapter) else fspath(adapter)
         from lora_fx.formats.io import load_adapter
 
@@ -570,7 +638,8 @@ class TrainSession:
         Raises:
             LoraFxError: An input that is missing or unknown, sizes that the file does not hold for.
         """
-        batch = {name: np.asarray(value) for name, value in batch.items()}
+        batch = arrays_of(batch)
+        self._check_rate()
         check_inputs(batch, self._batch, self.ranges)
         self._check_labels(batch)
         given = {
@@ -595,6 +664,12 @@ class TrainSession:
             self._next[name], self._held[name] = self._held[name], value
         self.steps += 1
         return float(binding.get_outputs()[-1].numpy())
+
+    def _check_rate(self) -> None:
+        """Raise for a learning rate that is no number of float32."""
+        if not isinstance(self.lr, Real) or isinstance(self.lr, bool) or not 0 <= self.lr < 1e38:
+            found = one_line(repr(self.lr), 60)
+            raise LoraFxError(f"lr is {found}; expected a number from 0 up", "lr=1e-3")
 
     def _check_labels(self, batch: Mapping[str, Array]) -> None:
         """Raise for labels of other sizes than the rows: as many in another order ONNX takes."""

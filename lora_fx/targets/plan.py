@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 
-from lora_fx.errors import LoraFxError, check_format, expect_file
+from lora_fx import regexes
+from lora_fx.errors import LoraFxError, check_format, expect_file, one_line
 from lora_fx.files.read import read_json
 from lora_fx.ir.graph import Site
+from lora_fx.regexes import PatternError, matched
 from lora_fx.targets.target import Found, Target, base_name, check_disjoint, split_region, split_use
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, short, table
 
@@ -50,6 +52,7 @@ def split(selectors: str | Sequence[str]) -> list[str]:
 
 def select(found: Found, selectors: str | Sequence[str]) -> list[str]:
     """Keys of what any selector names, in definition order: targets, their parts and uses."""
+    regexes.begin("selectors")
     hits: dict[str, list[Site]] = {}  # target → the uses that are named, for one update of them
     apart: dict[str, None] = {}
     for text in split(selectors):
@@ -109,6 +112,7 @@ def select_names(
     names: Sequence[str], selectors: str | Sequence[str], option: str = "also_train"
 ) -> tuple[str, ...]:
     """Parameter names, for an option: a glob on a dotted suffix of the name or of its module."""
+    regexes.begin("selectors")
     chosen: dict[str, None] = {}
     for text in split(selectors):
         hits = [n for n in names if _names(text, n) or _names(text, n.rpartition(".")[0])]
@@ -121,15 +125,17 @@ def select_names(
 def _names(text: str, name: str) -> bool:
     """True where a selector names a parameter or a module of this name."""
     if text.startswith("re:"):
-        return _regex(text[3:]).search(name) is not None
+        return _found_by(text[3:], name)
     return bool(name) and _suffix(name, text)
 
 
-def _regex(text: str) -> re.Pattern[str]:
+def _found_by(text: str, name: str) -> bool:
+    """True where the pattern of a selector is found in a name."""
     try:
-        return re.compile(text)
-    except re.error as e:
-        raise LoraFxError(f"re:{text} is no regular expression: {e}", "escape ( [ . *") from e
+        return matched(text, name, "search") is not None
+    except PatternError as error:
+        what = f"re:{one_line(text, 80)} is no regular expression: {error}"
+        raise LoraFxError(what, "escape ( [ . *; a smaller one, or globs") from error
 
 
 def _suffix(name: str, glob: str) -> bool:
@@ -142,7 +148,7 @@ def _match(t: Target, text: str) -> Sequence[Site] | None:
     """The uses of a target that one selector names; None where it does not name the target."""
     head, colon, rest = text.partition(":")
     if colon and head == "re":
-        return t.sites if any(map(_regex(rest).search, (t.key, *t.parameter.aliases))) else None
+        return t.sites if any(_found_by(rest, n) for n in (t.key, *t.parameter.aliases)) else None
     if colon and head == "role":
         if rest not in ROLES:
             raise LoraFxError(f"no role {rest!r}", f"the roles are {', '.join(ROLES)}")

@@ -51,7 +51,8 @@ def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
     told = said.get("weight_block_size") or [BLOCK, BLOCK]
     if not isinstance(told, list) or len(told) != 2 or not all(is_whole(n) and n > 0 for n in told):
         raise parts.wrong("weight", f"has blocks of {told!r}, as config.json says", "two sizes")
-    high, wide = told
+    # A block that is larger than the weight is one block, however large it is said to be.
+    high, wide = (min(n, max(size, BLOCK)) for n, size in zip(told, shape, strict=True))
     blocks = -(-shape[0] // high), -(-shape[1] // wide)
     parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *blocks)
 

@@ -7,22 +7,18 @@ is refused; a field that PEFT 0.21.2 does not know becomes a note.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_fx import regexes
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
+from lora_fx.regexes import PatternError, compiled, matched
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number
-
-if TYPE_CHECKING:
-    import regex
 
 MERGE = "merge it into its model with PEFT (merge_and_unload) and use the merged model"
 _CONVERT = (
@@ -140,10 +136,30 @@ def _check_groups(config: JsonView, where: str) -> None:
         raise _wrong(f"{where}: use_qalora and {other}; expected one of them, as PEFT does")
 
 
-def group_of(config: JsonView) -> int:
-    """The inputs that QA-LoRA reads as one, on the linear layers of an adapter; 0 for none."""
+WIDEST = 1 << 24
+"""Elements of the largest A that QA-LoRA's groups are written out to: rank 256 of 65,536 inputs."""
+
+
+def group_of(config: JsonView, a: Array, where: str) -> int:
+    """The inputs that QA-LoRA reads as one, on the linear layers of an adapter; 0 for none.
+
+    Args:
+        config: PEFT's.
+        a: [rank, in/group].
+        where: The file and the tensor, for messages.
+
+    Raises:
+        LoraFxError: A group so large that A, with a column for each input, is no layer's.
+    """
     size = config.get("qalora_group_size", GROUP) if config.get("use_qalora") else 0
-    return size if is_whole(size) else 0
+    if not is_whole(size):
+        return 0
+    if size * a.size > WIDEST:
+        raise _wrong(
+            f"{where} is {list(a.shape)}, for groups of {size} inputs each (qalora_group_size); "
+            f"expected {WIDEST} elements at most, groups written out"
+        )
+    return size
 
 
 def _wrong(what: str) -> LoraFxError:
@@ -208,60 +224,6 @@ def _check_init(config: JsonView, where: str) -> None:
         )
 
 
-SECONDS, IN_ALL = 1.0, 10.0
-"""What a pattern of a file may take on one name, and all of them since a config was read."""
-_spent = [0.0]
-
-
-def matched(
-    pattern: str | regex.Pattern[str], module: str, *, whole: bool = False
-) -> regex.Match[str] | None:
-    """As re.match, or re.fullmatch for `whole`, in bounded time.
-
-    Patterns come from files, and Python's own `re` can take for ever on one of ten characters.
-
-    Raises:
-        PatternError: It is no pattern.
-        LoraFxError: It takes longer than SECONDS.
-    """
-    pattern = _compiled(pattern) if isinstance(pattern, str) else pattern
-    start, left = time.monotonic(), min(SECONDS, IN_ALL - _spent[0])
-    try:
-        return (pattern.fullmatch if whole else pattern.match)(module, timeout=max(0.001, left))
-    except TimeoutError as error:
-        raise LoraFxError(
-            f"the pattern {one_line(repr(pattern.pattern), 120)} takes longer than {SECONDS:g} s "
-            f"on a name, or {IN_ALL:g} s in all, at {one_line(repr(module), 120)}",
-            "write it without repeats of repeats",
-        ) from error
-    finally:
-        _spent[0] += time.monotonic() - start
-
-
-def forget_time() -> None:
-    """Begin to count the time of patterns anew, for the next config."""
-    _spent[0] = 0.0
-
-
-class PatternError(ValueError):
-    """A text that is no regular expression."""
-
-
-@functools.lru_cache(maxsize=512)
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    """A pattern as PEFT's `re` reads it, for `regex`, which alone can stop.
-
-    `regex` takes more for a pattern: braces that count nothing are fuzzy to it, and plain in `re`.
-    """
-    import regex  # most configs have no pattern
-
-    try:
-        re.compile(pattern)
-        return regex.compile(re.sub(r"(?<!\\)\{(?!\d*,?\d*\})", r"\\{", pattern))
-    except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise PatternError(one_line(error)) from error
-
-
 class Pattern:
     """rank_pattern or alpha_pattern with its default: module name → number.
 
@@ -281,7 +243,7 @@ class Pattern:
         self.seen: set[str] = set()
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
-            self.regexes = {k: _compiled(rf"(.*\.)?({k})$") for k in self.numbers}
+            self.regexes = {k: compiled(rf"(.*\.)?({k})$") for k in self.numbers}
         except PatternError as error:
             raise _wrong(f"{where}: {table} holds a bad pattern: {error}") from error
 
@@ -335,7 +297,7 @@ def targets(config: JsonView, module: str) -> bool:
 def _named(wanted: object, module: str) -> str | None:
     """What names a module: a pattern as a whole, or an entry of a list that is its end."""
     if isinstance(wanted, str):
-        return wanted if matched(wanted, module, whole=True) else None
+        return wanted if matched(wanted, module, "fullmatch") else None
     names = _texts(wanted)
     return module if module in names else next((n for n in names if module.endswith(f".{n}")), None)
 
@@ -465,7 +427,7 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """
     here = set(adapted)
     places = {_place(m) for m in here}
-    forget_time()
+    regexes.begin()
     entries = {wanted_by(config, m) for m in here}
     wanted = {m: wanted_by(config, m) for m in modules if m not in here}
     return {

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank, grouped
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
@@ -190,7 +191,9 @@ class _Reader:
             layer=FileLayer(group.lead) if attention else None,
         )  # fmt: skip
         # PEFT pools the inputs of GPTQ's linear layers alone, and ignores the flag at all others
-        size = fields.group_of(self.config) if group.kind == "linear" and not attention else 0
+        if group.kind != "linear" or attention:
+            return low
+        size = fields.group_of(self.config, low.a, f"{self.file}: {group.names['a']!r}")
         return grouped(low, size) if size else low
 
     def _mutated(self, group: Group, *, plain: bool) -> str:
@@ -607,10 +610,12 @@ def read(path: str | Path) -> Adapter:
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
     """The config inside our JSON or beside the file, None where there is neither; and its place."""
-    fields.forget_time()
     beside = file.parent / CONFIG
     if isinstance(ours.get("config"), dict):
-        return dict(ours["config"]), f"{file}: config in metadata lora_fx"
+        where = f"{file}: config in metadata lora_fx"
+        regexes.begin(where)
+        return dict(ours["config"]), where
+    regexes.begin(str(beside))
     return read_json(beside) if beside.is_file() else None, str(beside)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -29,8 +29,9 @@ from torch import nn
 from lora_fx.data import LABELS, Table, json_rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.load.huggingface import read_tokenizer
+from lora_fx.fx.train.chat import ChatTemplate, Rendered
 from lora_fx.fx.train.objective import IGNORED
-from lora_fx.text import JsonView, some
+from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def language_table(
             raise LoraFxError(f"{one}; expected {forms}", "give a line's texts one of these names")
         return None
     tokenizer = read_tokenizer(folder)
-    encode, what = _encoder(first, tokenizer, folder, path)
+    encode, what = _encoder(first, tokenizer, folder, path, rows)
     embedding = module.get_input_embeddings()  # type: ignore[operator]
     size = getattr(embedding, "num_embeddings", None)
     merged: list[str] = []
@@ -166,7 +167,11 @@ def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> boo
 
 
 def _encoder(
-    form: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, folder: Path, path: str
+    form: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    path: str,
+    rows: Sequence[tuple[str, JsonView]],
 ) -> tuple[Callable[[str, JsonView, list[str]], Encoded], str]:
     """What encodes a line, and what it trains on, in words."""
     if form != ("messages",):
@@ -183,7 +188,10 @@ def _encoder(
         ) from e
     marked = GENERATION.search(template) is not None
     every = "every token, of all roles, since the chat template has no {% generation %}"
-    return partial(_chat, tokenizer, marked), "the assistant's tokens" if marked else every
+    chats = ChatTemplate(template, str(folder), tokenizer.special_tokens_map, marked)
+    conversations = {w: _conversation(w, r) for w, r in rows if r.get("messages") is not None}
+    encode = partial(_chat, tokenizer, marked, chats.render(conversations))
+    return encode, "the assistant's tokens" if marked else every
 
 
 def _plain(
@@ -216,11 +224,9 @@ def _text(row: Mapping[str, object], name: str, where: str) -> str:
     return value
 
 
-def _chat(
-    tokenizer: PreTrainedTokenizerBase, marked: bool, where: str, row: JsonView, _: list[str]
-) -> Encoded:
-    """A conversation, by the tokenizer's own chat template in transformers' sandbox."""
-    turns = row["messages"]
+def _conversation(where: str, row: JsonView) -> Json:
+    """The turns of a line and its tools, checked; of a turn what is null is left out."""
+    turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
         found = one_line(json.dumps(turns, ensure_ascii=False), 60)
         raise LoraFxError(f"{where}: 'messages' is {found}, expected turns", "a list of objects")
@@ -234,17 +240,32 @@ def _chat(
             )
         if not turn.get("tool_calls") or turn.get("content") is not None:
             _text(turn, "content", f"{where}: message {i}")
-    try:
-        out = tokenizer.apply_chat_template(
-            turns, tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=marked
-        )
-        ids: list[int] = out["input_ids"]
-        return ids, [bool(m) for m in out["assistant_masks"]] if marked else [True] * len(ids)
-    except Exception as e:  # templates raise what they like
+    plain = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
+    return {"messages": plain, "tools": row.get("tools")}
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    marked: bool,
+    rendered: Mapping[str, Rendered],
+    where: str,
+    row: JsonView,
+    merged: list[str],
+) -> Encoded:
+    """A rendered conversation; a token is trained on where a span of the assistant's reaches it."""
+    out = tokenizer(rendered[where].text, add_special_tokens=False)
+    ids: list[int] = out["input_ids"]
+    if not marked:
+        return ids, [True] * len(ids)
+    if not out.encodings:
         raise LoraFxError(
-            f"{where}: the chat template refuses it: {one_line(f'{type(e).__name__}: {e}', 200)}",
-            "write the turns as the model's chat template wants them",
-        ) from e
+            f"{where}: the tokenizer does not tell which characters a token is of, and its chat "
+            "template marks what the assistant generates",
+            "a tokenizer with a tokenizer.json does",
+        )
+    spans = rendered[where].spans
+    places = out.encodings[0].offsets
+    return ids, [any(start < b and a < end for a, b in spans) for start, end in places]
 
 
 def _padded(

@@ -6,8 +6,6 @@ the graphs around it, so one walk over all nodes follows both.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +35,7 @@ from lora_fx.onnx.graph.ops import (
     scaled,
 )
 from lora_fx.targets.target import base_name
-from lora_fx.text import free_name
+from lora_fx.text import free_name, listed_texts
 
 MARK = "lora_fx"
 VIEW = "lora_fx.view"
@@ -431,11 +429,11 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
     torch's exporter keeps them in the node's metadata; the older one in the node's name.
     """
     props = node.metadata_props
-    with contextlib.suppress(ValueError, SyntaxError, IndexError):
-        scopes = ast.literal_eval(props.get("pkg.torch.onnx.name_scopes", "[]"))
-        classes = ast.literal_eval(props.get("pkg.torch.onnx.class_hierarchy", "[]"))
-        if len(scopes) > 1:
-            return str(scopes[-2]), str(classes[-2]).rpartition(".")[2]
+    scopes = listed_texts(props.get("pkg.torch.onnx.name_scopes", "[]"))
+    classes = listed_texts(props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+    if len(scopes) > 1:
+        module_class = classes[-2] if len(classes) > 1 else ""
+        return scopes[-2], module_class.rpartition(".")[2]
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.strip("/").split("/")[:-1]), ""
     return "", ""

@@ -1,0 +1,205 @@
+"""Regular expressions of files and of users: bounded before they are compiled, and while they run.
+
+A pattern is read as Python's `re` reads it, since that is what PEFT and users write, and matched by
+the package `regex`, which alone can be stopped. `regex` writes out the least count of every repeat:
+`((a{999}){999}){999}` would take 9 GB. So the size of a pattern is computed first, from the tree
+that `re` parses it to, which holds a repeat as two numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_fx.errors import LoraFxError, one_line
+
+if TYPE_CHECKING:
+    import regex
+
+MOST_SIZE = 100_000
+"""The largest size of one pattern; see `written_out`. Five hundred names of modules are 10,000.
+`regex` compiles 100,000 in 0.6 s and 20 MB."""
+MOST_IN_ALL = 250_000
+"""The largest size of the patterns since `begin`; two tables of 800 names are 130,000."""
+EACH = 30
+"""What a pattern counts for beside its parts: to compile the empty one takes as long as 30."""
+MOST_TEXT = 10_000
+"""Characters of the longest text that a pattern is matched with."""
+SECONDS = 1.0
+"""What matching may take in all since `begin`, the first MATCH of every match left out."""
+MATCH = 1e-4
+"""Seconds of one match that are not counted: a list of 500 names takes some 20 µs."""
+_SIMPLER = "write it without repeats of repeats"
+
+_seconds = [0.0]
+_where = [""]
+_sizes: dict[str, int] = {}
+"""What was spent since `begin`: seconds, and the size of every pattern; and what they are from."""
+
+
+class PatternError(ValueError):
+    """A text that is no regular expression."""
+
+
+def begin(where: str = "") -> None:
+    """Begin to count time and sizes anew: for the next config, or the next selectors.
+
+    Args:
+        where: What errors say the patterns are from, such as a file; as before where it is empty.
+    """
+    _seconds[0] = 0.0
+    _sizes.clear()
+    if where:
+        _where[0] = f"{where}: "
+
+
+def matched(
+    pattern: str | regex.Pattern[str],
+    text: str,
+    how: Literal["match", "fullmatch", "search"] = "match",
+) -> regex.Match[str] | None:
+    """As `re.match`, `re.fullmatch` or `re.search`, in bounded time.
+
+    Raises:
+        PatternError: It is no pattern.
+        LoraFxError: It is too large (see `compiled`), takes longer than SECONDS, or the text is
+            longer than MOST_TEXT.
+    """
+    pattern = compiled(pattern) if isinstance(pattern, str) else pattern
+    if len(text) > MOST_TEXT:
+        raise LoraFxError(
+            f"{_where[0]}{one_line(repr(text), 60)} has {len(text)} characters; patterns are "
+            f"matched with names of at most {MOST_TEXT}",
+            "is it the name of a module?",
+        )
+    left = max(0.001, SECONDS - _seconds[0])
+    start = time.thread_time()
+    try:
+        found: regex.Match[str] | None = getattr(pattern, how)(text, timeout=left)
+    except (TimeoutError, MemoryError) as error:
+        raise LoraFxError(
+            f"{_where[0]}the pattern {one_line(repr(pattern.pattern), 120)} takes longer than "
+            f"{SECONDS:g} s, alone or with the others, at {one_line(repr(text), 120)}",
+            _SIMPLER,
+        ) from error
+    finally:
+        _seconds[0] += max(0.0, time.thread_time() - start - MATCH)
+    return found
+
+
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """A pattern as `re` reads it, for `regex`.
+
+    Raises:
+        PatternError: It is no pattern.
+        LoraFxError: It is larger than MOST_SIZE, or than MOST_IN_ALL with those that were compiled
+            since `begin`.
+    """
+    if pattern not in _sizes:
+        size = _checked_size(pattern)
+        if (in_all := size + sum(_sizes.values())) > MOST_IN_ALL:
+            raise LoraFxError(
+                f"{_where[0]}patterns of {in_all} parts in all, the last "
+                f"{one_line(repr(pattern), 60)}; at most {MOST_IN_ALL} are compiled",
+                _SIMPLER,
+            )
+        _sizes[pattern] = size
+    return _compiled(pattern)
+
+
+@functools.lru_cache(maxsize=512)
+def _checked_size(pattern: str) -> int:
+    """The size of one pattern, which is not too large."""
+    _refuse_large(pattern, len(pattern))  # to parse a million characters takes 2 s
+    with _as_pattern_error():
+        size = written_out(pattern)
+    _refuse_large(pattern, size)
+    return EACH + size
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    import regex  # most configs have no pattern
+
+    with _as_pattern_error(regex.error):
+        re.compile(pattern)
+        # Braces that count nothing are plain in `re`, and fuzzy matching in `regex`.
+        return regex.compile(re.sub(r"(?<!\\)\{(?!\d*,?\d*\})", r"\\{", pattern))
+
+
+@contextlib.contextmanager
+def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of the two packages as PatternErrors; their warnings are left out."""
+    expected: tuple[type[Exception], ...] = (re.error, RecursionError, OverflowError, MemoryError)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets that may mean something else one day
+            yield
+    except (*expected, *kinds) as error:
+        raise PatternError(one_line(error) or type(error).__name__) from error
+
+
+def _refuse_large(pattern: str, size: int) -> None:
+    if size > MOST_SIZE:
+        raise LoraFxError(
+            f"{_where[0]}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, its "
+            f"repeats written out; at most {MOST_SIZE} are compiled",
+            _SIMPLER,
+        )
+
+
+def _power(size: int) -> str:
+    """A size in few characters: a product of repeats may have a thousand digits."""
+    return str(size) if size < 10**9 else f"10^{int(math.log10(size))}"
+
+
+def written_out(pattern: str) -> int:
+    """The parts of a pattern with every repeat written out as often as it has to match.
+
+    >>> written_out("abc"), written_out("(ab){30}"), written_out("(a{3}|b){2,99}")
+    (3, 90, 12)
+
+    Raises:
+        re.error: It is no pattern.
+        OverflowError: A repeat of more than `re` counts.
+    """
+    from re import _parser  # type: ignore[attr-defined] # its tree has no public name
+
+    return _size(_parser.parse(pattern))
+
+
+def _size(tree: Any) -> int:
+    """The parts of what `re` parses a pattern to: pairs of an operation and its operands."""
+    total = 0
+    for operation, operands in tree:
+        name = str(operation)
+        inner = sum(map(_size, _trees(operands)))
+        if name.endswith("_REPEAT"):
+            inner *= max(1, operands[0])
+        elif name == "IN":
+            inner = sum(_width(*part) for part in operands)
+        total += inner + (not name.endswith("_REPEAT"))
+    return total
+
+
+def _trees(operands: Any) -> Iterator[Any]:
+    """The trees among operands, in lists too."""
+    from re import _parser  # type: ignore[attr-defined]
+
+    if isinstance(operands, _parser.SubPattern):
+        yield operands
+    elif isinstance(operands, (tuple, list)):
+        for part in operands:
+            yield from _trees(part)
+
+
+def _width(operation: object, operands: Any) -> int:
+    """A part of a set; `re` goes through a range of letters one by one where case is ignored."""
+    low, high = operands if str(operation) == "RANGE" else (0, 0)
+    return 1 + (high - low) // 256
