@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
-    from lora_fx.fx.train.objective import Loss
+    from lora_fx.fx.train.loss import Loss
     from lora_fx.fx.train.processes import Processes
     from lora_fx.fx.train.state import Saving, Settings
 
@@ -370,9 +370,9 @@ def loss_of(text: str) -> str | Loss:
     return loss
 
 
-def batches_of(table: Table | Buckets, seed: int = 0) -> Iterator[JsonView]:
-    """The columns of one pass over the data."""
-    for batch in table.batches(BATCH, seed):
+def batches_of(table: Table | Buckets, seed: int = 0, rows: int = BATCH) -> Iterator[JsonView]:
+    """The columns of one pass over the data, so many rows at a time."""
+    for batch in table.batches(rows, seed):
         yield batch.columns
 
 

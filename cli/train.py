@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -57,7 +58,9 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
         training, validation = shared.tables_of(data, loaded, cap, options)
         loss = shared.loss_of(options.pop("loss"))
         if options["init"] in OF_DATA:
-            options |= {"data": shared.batches_of(training), "loss": loss}
+            size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
+            batches = shared.batches_of(training, rows=min(shared.BATCH, size))
+            options |= {"data": batches, "loss": loss}
         recompute = options.pop("activation_checkpointing")
         module = shared.held(cap) if cap.adapter is not None else insert(cap, **options)
         module = module.to(device)

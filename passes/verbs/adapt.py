@@ -24,7 +24,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, with_base
-from lora_fx.fx.train.objective import Loss
+from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
 from lora_fx.onnx.manifest import PROPERTY, check_no_slots, listed

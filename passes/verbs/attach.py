@@ -32,7 +32,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, owner
-from lora_fx.fx.train.objective import Loss
+from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Role, Site

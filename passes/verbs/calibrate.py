@@ -26,7 +26,7 @@ from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.fx.train.objective import Loss, loss_function
+from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout

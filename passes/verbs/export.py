@@ -40,7 +40,7 @@ from lora_fx.targets.target import Found
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
-    from lora_fx.fx.train.objective import Loss
+    from lora_fx.fx.train.loss import Loss
     from lora_fx.passes.verbs.open import Wanted
 
 

@@ -23,7 +23,7 @@ from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
 from lora_fx.targets.target import Found
 
 if TYPE_CHECKING:
-    from lora_fx.fx.train.objective import Loss
+    from lora_fx.fx.train.loss import Loss
     from lora_fx.onnx.manifest import Manifest
     from lora_fx.onnx.save import Output, Place
 

@@ -22,7 +22,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.tensors import named_tensors
-from lora_fx.fx.train.objective import Loss, objective
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.objective import objective
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
@@ -178,7 +179,7 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
     module = insert(cap, adapter=adapter, dead="allow")
     own = module.adapter()
     highest = max((u.rank for u in own.lowrank.values()), default=0)
-    goal, said = objective(module, data, loss, False)
+    goal, said = objective(module, data, loss, False, BATCH)
 
     def measured(some: Adapter) -> float:
         module.load_adapter(some)

@@ -30,7 +30,7 @@ from lora_fx.data import LABELS, Table, json_rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.load.huggingface import read_tokenizer
 from lora_fx.fx.train.chat import ChatTemplate, Rendered
-from lora_fx.fx.train.objective import IGNORED
+from lora_fx.fx.train.loss import IGNORED
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:

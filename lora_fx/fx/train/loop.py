@@ -15,7 +15,8 @@ from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train import state
-from lora_fx.fx.train.objective import UNKNOWN, Loss, Objective, objective
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
 from lora_fx.fx.train.processes import ALONE, Processes
 from lora_fx.fx.train.state import Facts, Optimizer, Saving, Settings, Trail, TrainReport
 
@@ -63,7 +64,8 @@ def fit(
     saving = saving or Saving()
     steps = s.steps or math.ceil(s.epochs * training.count(s.batch_size))
     optimizer = Optimizer(model, s, steps)
-    made, warnings = objective(model, training, loss, s.mixed_precision == "bf16")
+    rows = part_rows(model, s.batch_size, s.accumulate * world.size)
+    made, warnings = objective(model, training, loss, s.mixed_precision == "bf16", rows)
     if world.size * s.accumulate == 1:
         warnings = [w for w in warnings if w != UNKNOWN]
     held_out = validation if validation is not None and len(validation) else None
@@ -86,13 +88,13 @@ def fit(
     if world.size > 1:
         world.same(state.digests(model, facts))
     trail = Trail()
-    run = _Run(made, optimizer, world, saving, facts, held_out)
+    run = _Run(made, optimizer, world, saving, facts, held_out, rows)
     if saving.resume:
         trail = state.load(saving.resume, optimizer, facts, world)
         trail.report.resumed = trail.step
     else:
         if held_out is not None:
-            trail.report.before = made.mean(held_out, s.batch_size, world)
+            trail.report.before = made.mean(held_out, rows, world)
         torch.manual_seed(s.seed + APART * world.rank)
     run.go(training, trail, progress)
     report = trail.report
@@ -109,6 +111,22 @@ def fit(
     return report
 
 
+def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
+    """How many rows run at a time in a step, which is what a user's memory is enough for.
+
+    Args:
+        model: The model.
+        batch_size: The examples of a step.
+        parts: How many parts they run in, those of all processes together.
+    """
+    return max(_least(model), math.ceil(batch_size / parts))
+
+
+def _least(model: AdaptedModule) -> int:
+    """The fewest rows that the model's graph takes."""
+    return 2 if any(d == 0 for _, d in model.not_one) else 1
+
+
 @dataclass(frozen=True)
 class _Run:
     """The loop; what moves is in a Trail and in the model."""
@@ -119,6 +137,7 @@ class _Run:
     saving: Saving
     facts: Facts
     held_out: Table | None
+    rows: int  # of held-out examples that run at a time
 
     def go(self, training: Table | Buckets, trail: Trail, progress: Progress | None) -> None:
         """Take the steps that are left."""
@@ -144,7 +163,7 @@ class _Run:
 
     def _validate(self, held_out: Table, trail: Trail) -> None:
         s, report, step = self.optimizer.settings, trail.report, trail.step
-        value = self.objective.mean(held_out, s.batch_size, self.world)
+        value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[step] = value
         if not math.isfinite(value):
             raise not_finite(step, "validation loss", value, "look at the held-out examples")
@@ -190,7 +209,7 @@ class _Run:
         if count == 1 or not whole:
             yield batch, 1.0 / self.world.size
             return
-        least = 2 if any(d == 0 for _, d in self.objective.model.not_one) else 1
+        least = _least(self.objective.model)
         first = self.world.rank * parts
         rows = np.array_split(np.arange(len(batch)), min(count, max(1, len(batch) // least)))
         for index in rows[first : first + parts]:

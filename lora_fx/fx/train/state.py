@@ -39,7 +39,7 @@ from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule, both_ends
 from lora_fx.fx.tensors import device_of, from_numpy, to_numpy
-from lora_fx.fx.train.objective import Loss
+from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.processes import Processes
 from lora_fx.inputs import Named
 from lora_fx.text import Json, short

@@ -43,7 +43,7 @@ from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import named_tensors, patched
 from lora_fx.fx.to_onnx import SQUEEZES, flat_program, mend_squeeze, registry, translated
-from lora_fx.fx.train.objective import Loss, scores_of
+from lora_fx.fx.train.loss import Loss, scores_of
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
 

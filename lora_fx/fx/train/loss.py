@@ -1,0 +1,134 @@
+"""Losses of the training loop: the model's own, cross entropy, squared error, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lora_fx.errors import LoraFxError, expect_name
+from lora_fx.fx.tensors import has_values
+
+UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
+IGNORED = -100
+"""A label that torch's cross entropy leaves out."""
+Loss = Callable[[Any, torch.Tensor | None], torch.Tensor]
+
+
+def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) -> tuple[Loss, str]:
+    """(loss, argument that carries the labels into the model; empty where the loss takes them).
+
+    `ce` is the model's own loss where it takes the label column as an argument and returns one.
+    """
+    if callable(name):
+        return name, ""
+    expect_name(name, ("ce", "mse"), "no loss", "ce, mse or module:function")
+    own = label if label and accepts(label) else ""
+
+    def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:
+        found = field_of(out, "loss")
+        if own and name == "ce" and isinstance(found, torch.Tensor):
+            return found
+        scores = scores_of(out)
+        if labels is None:
+            raise LoraFxError("the data has no label column", UNLABELLED)
+        if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
+            raise LoraFxError(
+                f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
+                "mse needs a label for every output",
+            )
+        if name == "mse":
+            return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
+        check_whole(labels)
+        scores = classes_last(scores, labels)
+        check_labels(labels, scores.shape[-1])
+        return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
+
+    return loss, own
+
+
+def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
+    """The axis of scores that has the classes, the last or the second; None where neither fits.
+
+    Tokens have [rows, tokens, classes] for [rows, tokens]; pixels and the like have
+    [rows, classes, height, width] for [rows, height, width], or for [rows, 1, height, width].
+    """
+    spots = tuple(labels.shape)
+    if scores.dim() == len(spots) > 3 and spots[1] == 1:
+        spots = (spots[0], *spots[2:])
+    many = scores.dim() > 3
+    last = tuple(scores.shape[:-1]) == spots
+    if last and not (many and has_values(labels)):
+        return -1
+    second = scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) == spots
+    if last and second:
+        return None
+    if last or second:
+        return -1 if last else 1
+    # one label for every row of scores, however they are laid out
+    return -1 if not many and scores.shape[:-1].numel() == labels.numel() else None
+
+
+def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The scores with their classes in the last axis.
+
+    Raises:
+        LoraFxError: There is no score for every label, or the shapes fit both ways.
+    """
+    axis = class_axis(scores, labels)
+    if axis is None:
+        raise LoraFxError(
+            f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}: it is not "
+            "known which axis has the classes",
+            "ce takes labels [rows] for [rows, classes], [rows, tokens] for [rows, tokens, "
+            "classes], [rows, height, width] for [rows, classes, height, width]; a loss function "
+            "takes any",
+        )
+    return scores.movedim(axis, -1)
+
+
+def scores_of(out: object) -> torch.Tensor:
+    """`.logits`, else the first tensor that comes out.
+
+    Raises:
+        LoraFxError: That is a single number, as of (loss, logits).
+    """
+    scores = field_of(out, "logits")
+    if not isinstance(scores, torch.Tensor):
+        scores = next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+    if not scores.dim():
+        raise LoraFxError(
+            "the model gives a number first, and no scores",
+            "let forward return {'loss': …, 'logits': …}",
+        )
+    return scores
+
+
+def field_of(out: object, name: str) -> object:
+    """An output's field, of a mapping or an object; None where it has none."""
+    return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
+
+
+def check_whole(labels: torch.Tensor) -> None:
+    """Refuse labels that are fractions; classes are whole numbers."""
+    if labels.is_floating_point() and has_values(labels):
+        raise LoraFxError(
+            f"the labels are fractions such as {float(labels.flatten()[0]):g}; ce needs classes",
+            "--loss mse fits numbers",
+        )
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Refuse labels that are no class of the model; -100 stands for "ignore"."""
+    if not has_values(labels):
+        return
+    check_whole(labels)
+    wrong = labels[(labels >= classes) | ((labels < 0) & (labels != IGNORED))]
+    if wrong.numel():
+        raise LoraFxError(
+            f"label {int(wrong.max())}, but the model scores {classes} classes, 0 to {classes - 1}",
+            f"build the model with as many labels as the data has; {IGNORED} stands for no label",
+        )
