@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,9 +29,10 @@ from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import copy_file, keep_mode
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import open_input, read_bytes, read_json
+from lora_fx.files.read import read_bytes, read_json
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.text import Json, JsonView
 
@@ -429,10 +429,10 @@ def copy_companions(plan: MergePlan, folder: Path) -> None:
         if str(name) == "config.json" and (plan.tie is not None or plan.base.settings is not None):
             config = plan.base.config()
             config = untied(config) if plan.tie is not None else config
+            keep_mode(source.stat(), target)
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
-            with open_input(source) as read, target.open("wb") as written:
-                shutil.copyfileobj(read, written)
+            copy_file(source, target)
 
 
 def report_name(plan: MergePlan) -> str:

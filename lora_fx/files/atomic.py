@@ -18,11 +18,12 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained, stamp
-from lora_fx.files.read import MAX_JSON, inode_of, json_object, run_of_files
+from lora_fx.files.read import MAX_JSON, inode_of, json_object, open_input, run_of_files
 from lora_fx.text import human, some
 
 _OLD, _NEW = "replaced", "new"
@@ -43,7 +44,8 @@ def replacing(
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
     The block may make a file or a folder of it. Files get the mode 0666 & ~umask and folders
-    0777 & ~umask, however they were made; links, and files with other names, stay as they are.
+    0777 & ~umask, however they were made, but for copies (see copy_file), which nobody reads who
+    could not read the original; links, and files with other names, stay as they are.
     On any error, Ctrl-C included, what was written is removed and `path` is as it was; only when
     the very last step fails, the fsync of the parent, the whole output stands, and the exit code
     of the error is 1. One process at a
@@ -81,12 +83,17 @@ def replacing(
             check_output(target, force=force, own=own)
             holder.mkdir()
             mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
-        with explained(target, _ONLY_WRITING, itself=True):
-            yield temporary
+        narrow: dict[Path, int] = {}
+        token_of_modes = _narrow.set(narrow)
+        try:
+            with explained(target, _ONLY_WRITING, itself=True):
+                yield temporary
+        finally:
+            _narrow.reset(token_of_modes)
         with explained(target, itself=True):
             if listed and _is_folder(temporary):
                 write_contents(temporary)
-            _open_up(temporary, mode)
+            _open_up(temporary, mode, narrow)
             sync(temporary)
             check_output(target, force=force, own=own, new=temporary)
             if beside is not None:
@@ -237,17 +244,47 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _open_up(path: Path, mode: int) -> None:
+_narrow: ContextVar[dict[Path, int] | None] = ContextVar("narrow", default=None)
+"""Copies within a block of `replacing` → the mode of what each is a copy of."""
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file into what a block of `replacing` makes.
+
+    Others get no more access to the copy than they have to the source.
+
+    Args:
+        source: Where links lead is copied: who names a file of a folder asks `companion` first.
+        target: A new name within what the block makes.
+
+    Raises:
+        LoraFxError: The source cannot be read, or is no regular file.
+    """
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open_input(source) as read, os.fdopen(os.open(target, new, 0o600), "wb") as written:
+        keep_mode(os.fstat(read.fileno()), target)
+        shutil.copyfileobj(read, written)
+
+
+def keep_mode(source: os.stat_result, target: Path) -> None:
+    """Let a new file be read by no more people than the one that it is made of."""
+    modes = _narrow.get()
+    if modes is not None:
+        modes[target] = stat.S_IMODE(source.st_mode) | stat.S_IRUSR | stat.S_IWUSR
+
+
+def _open_up(path: Path, mode: int, narrow: Mapping[Path, int]) -> None:
     """Give files `mode` without its x, folders `mode`: what is made by tempfile has 0600."""
     found = path.lstat()
     folder = stat.S_ISDIR(found.st_mode)
-    want = stat.S_IMODE(found.st_mode) & ~0o777 | (mode if folder else mode & 0o666)
+    wanted = mode if folder else mode & 0o666 & narrow.get(path, 0o777)
+    want = stat.S_IMODE(found.st_mode) & ~0o777 | wanted
     alone = found.st_nlink < 2  # or an input would change with its other name
     if want != stat.S_IMODE(found.st_mode) and (folder or (stat.S_ISREG(found.st_mode) and alone)):
         path.chmod(want)
     if folder:
         for child in path.iterdir():
-            _open_up(child, mode)
+            _open_up(child, mode, narrow)
 
 
 # --- taking the place of what is there -----------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import CONTENTS
-from lora_fx.files.read import AGAIN, inside, read_json, trusted, within
+from lora_fx.files.read import AGAIN, companion, inside, read_json, trusted
 from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
 
@@ -140,11 +140,7 @@ class Checkpoint:
         found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
         others = [(name, goes) for name, goes in found if str(name) not in mine]
         for name in (n for n, goes in others if goes):
-            if within(self.path, str(name)) is None:
-                raise LoraFxError(
-                    f"{self.path / name}: a link that leads out of the folder",
-                    "copy what it points to (cp -L) in its place, or remove it",
-                )
+            companion(self.path, str(name))
         return [n for n, goes in others if goes], [str(n) for n, goes in others if not goes]
 
 

@@ -22,12 +22,15 @@ from types import ModuleType
 
 from lora_fx.errors import LoraFxError, explain, importing, one_line, silenced
 from lora_fx.files.checkpoint import PICKLES
+from lora_fx.files.sealed import confined
 from lora_fx.progress import stage
 from lora_fx.text import StrPath, human, some
 
 PREFIX = "hf:"
 _NAME = r"(?!\.+(?:/|@|$))[\w.-]+"
-_FORM = re.compile(rf"hf:({_NAME}/{_NAME})((?:/{_NAME})*)(?:@([^\s:@]+))?")
+_REVISION = r"(?!\.+(?:/|$))[^\s/\\:@\0]+(?:/(?!\.+(?:/|$))[^\s/\\:@\0]+)*"
+"""A branch, a tag or a commit: huggingface_hub makes a path of it."""
+_FORM = re.compile(rf"hf:({_NAME}/{_NAME})((?:/{_NAME})*)(?:@({_REVISION}))?")
 _SNAPSHOT = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})(/.*)?$")
 _SMALL = (
     "*.json", "*.jinja", "*.tiktoken", "*.spm", "vocab.txt", "merges.txt", "tokenizer.model",
@@ -140,8 +143,9 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
     asked = parse(text)
     hub = _library(text)
     quiet = silenced(levels={"huggingface_hub": logging.CRITICAL})
+    own = _own_folders(hub, asked)
     try:
-        with quiet, hub.utils.disable_progress_bars():
+        with quiet, hub.utils.disable_progress_bars(), confined(f"{asked}: the Hub", *own):
             folder, sizes = _downloaded(hub, asked, weights)
     except LoraFxError:
         raise
@@ -150,6 +154,15 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
     left = [n for n in sizes if n.startswith(_inside(asked)) and not (folder / n).exists()]
     said = f"; not downloaded: {some(sorted(left), 5)}" if left else ""
     return folder / asked.part, f"{asked}: commit {folder.name}{said}"
+
+
+def _own_folders(hub: ModuleType, asked: HubId) -> list[Path]:
+    """Where a download of a repository writes: its part of the cache, and that of its locks.
+
+    A commit and an ETag are names of files there, and a server could give any.
+    """
+    cache, name = Path(hub.constants.HF_HUB_CACHE), f"models--{asked.repo.replace('/', '--')}"
+    return [cache / name, cache / ".locks" / name, Path(hub.constants.HF_XET_CACHE)]
 
 
 def _library(text: str) -> ModuleType:
@@ -164,6 +177,9 @@ def _downloaded(hub: ModuleType, asked: HubId, weights: bool) -> tuple[Path, Map
     repo = asked.repo
     with stage(f"asking {hub.constants.ENDPOINT} for {asked}"):
         folder = Path(hub.snapshot_download(repo, revision=asked.revision, allow_patterns=small))
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", folder.name):
+        wrong = f"{asked}: the Hub calls its commit {one_line(repr(folder.name), 80)}"
+        raise LoraFxError(wrong, "do not use the server that it comes from")
     try:
         tree = hub.get_cached_repo_tree(repo, revision=folder.name)
         sizes = {f.path: f.size for f in tree}

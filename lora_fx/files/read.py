@@ -364,6 +364,20 @@ def within(folder: Path, name: str) -> Path | None:
     return file if any(root in file.parents for root in (home, *_blobs(folder))) else None
 
 
+def companion(folder: Path, name: str) -> Path:
+    """A file that lies in a folder and goes along with it, where its links stay in the folder.
+
+    Raises:
+        LoraFxError: It is a link that leads out.
+    """
+    if within(folder, name) is None:
+        raise LoraFxError(
+            f"{folder / name}: a link that leads out of the folder",
+            "copy what it points to (cp -L) in its place, or remove it",
+        )
+    return folder / name
+
+
 def _blobs(folder: Path) -> Iterator[Path]:
     """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
     at, real = Path(os.path.abspath(folder)), folder.resolve()

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside, check_output, replacing
-from lora_fx.files.read import read_json
+from lora_fx.files.atomic import Beside, check_output, copy_file, replacing
+from lora_fx.files.read import companion, read_json
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton import MODEL, copy_model
 from lora_fx.text import Json, is_whole, some
@@ -102,9 +102,11 @@ class GenaiFolder:
         with replacing(self.folder, force=self.force, beside=beside) as new:
             new.mkdir()
             copied = copy_model(model, new)
-            for path in (*self.tokenizer, *adapters):
+            for path in self.tokenizer:
+                copy_file(path, new / path.name)
+            for path in adapters:
                 shutil.copyfile(path, new / path.name)
-                copied.append(path.name)
+            copied += [path.name for path in (*self.tokenizer, *adapters)]
             # of the copy, which has to load
             (new / GENAI).write_text(json.dumps(self.config(new / MODEL), indent=2) + "\n", "utf-8")
         return [self.folder / name for name in (GENAI, *copied)]
@@ -136,9 +138,8 @@ def genai_folder(
             "export the model's own folder; transformers writes its files into it: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
-    tokenizer = [
-        p for pattern in TOKENIZER.split() for p in sorted(source.glob(pattern)) if p.is_file()
-    ]
+    found = (p for pattern in TOKENIZER.split() for p in sorted(source.glob(pattern)))
+    tokenizer = [companion(source, path.name) for path in found if path.is_file()]
     check_output(folder, force=force, names={GENAI, MODEL, *(p.name for p in tokenizer)})
     text = config.get_text_config()
     sizes = {n: getattr(text, n, None) for n in SIZES}
@@ -149,7 +150,7 @@ def genai_folder(
             "leave --genai out",
         )
     length = sizes.pop(SIZES[0])
-    file = source / "generation_config.json"
+    file = companion(source, "generation_config.json")
     own = read_json(file) if file.exists() else {}
     ids = {n: getattr(text, n, None) if own.get(n) is None else own[n] for n in IDS}
     search = {n: own[n] if _like(own.get(n), v) else v for n, v in SEARCH.items()}

@@ -16,11 +16,14 @@ from tests.hostile import child
 from tests.hostile.mutate import make
 
 NAMES = (
-    "click", "torch", "json", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors",
-    "transformers", "huggingface_hub", "timm", "torchvision", "tokenizers", "regex", "jinja2",
-    "filelock", "ml_dtypes", "google", "sympy", "networkx", "yaml", "PIL", "scipy", "sklearn", "tqdm",
-    "packaging", "typing_extensions", "threadpoolctl", "gguf", "matplotlib", "peft", "accelerate",
-    "signal", "zipfile", "csv", "tomllib", "difflib", "pickle", "sqlite3", "secrets", "html", "wave",
+    "click", "torch", "json", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime",
+    "safetensors", "transformers", "huggingface_hub", "timm", "torchvision", "tokenizers", "regex",
+    "jinja2", "filelock", "ml_dtypes", "google", "sympy", "networkx", "yaml", "PIL", "scipy",
+    "sklearn",
+    "tqdm", "packaging", "typing_extensions", "threadpoolctl", "gguf", "matplotlib", "peft",
+    "accelerate", "signal", "zipfile", "csv", "tomllib", "difflib", "pickle", "sqlite3", "secrets",
+    "html",
+    "wave",
 )  # fmt: skip
 """Modules that lora-fx and its libraries import, at once or as they need them."""
 LINES = {

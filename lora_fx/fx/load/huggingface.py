@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,12 +26,20 @@ from torch import nn
 from lora_fx.checkpoint.renaming import loaded_of
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, importing, one_line, silenced
+from lora_fx.errors import LoraFxError, importing, one_line, retold, silenced
 from lora_fx.files.checkpoint import model_config, tensors
 from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
+from lora_fx.files.sealed import unsealed
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
+from lora_fx.fx.load.config import (
+    Metered,
+    backbones,
+    check_config,
+    check_tokenizer_config,
+    sealed_libraries,
+)
 from lora_fx.fx.tensors import patched, pickled
 from lora_fx.text import Json, JsonView, some
 
@@ -86,10 +96,10 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     what = f"{folder} is a Hugging Face folder, and transformers"
     with importing(what, "pip install 'lora-fx[hf]'"):
         transformers = importlib.import_module("transformers")
-    with quiet_transformers():
+    path = weights or folder
+    with quiet_transformers(), _building(transformers, folder, raw, _stored(path)):
         config, cls = _architecture(transformers, folder, raw)
         notes = _settle(config, folder, raw, cls)
-        path = weights or folder
         if getattr(config, "quantization_config", None) is None:
             module, more = _of_floats(cls, config, path, meta, strict=weights is not None)
         else:
@@ -97,9 +107,38 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     module.config._name_or_path = str(folder)
     _no_cache(module)
     notes += _pad(module)
-    given, tokenizer = examples(module), any((folder / name).exists() for name in TOKENIZERS)
+    with retold(f"{folder}/config.json: no inputs can be made of it", FACTORY, named=True):
+        given = examples(module)
+    tokenizer = any((folder / name).exists() for name in TOKENIZERS)
     held = folder if tokenizer else None
     return LoadedModel(module.eval(), (), given, str(folder), notes + more, held)
+
+
+def _stored(path: Path) -> Tensors | None:
+    """The tensors of the weights; None where there are none that can be read."""
+    try:
+        return tensors(path)
+    except LoraFxError:
+        return None
+
+
+@contextlib.contextmanager
+def _building(
+    transformers: ModuleType, folder: Path, raw: JsonView, stored: Tensors | None
+) -> Iterator[None]:
+    """A block in which transformers builds the model of a folder, and reaches nothing else.
+
+    Raises:
+        LoraFxError: The config names what is no part of the folder, or sizes that the weights do
+            not have.
+    """
+    kind, file = raw.get("model_type"), folder / "config.json"
+    if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:  # else it is refused by name
+        check_config(raw, file, transformers.CONFIG_MAPPING[kind], stored)
+    named = backbones(raw)
+    what = f"{file}:{f' {named}:' if named else ''} building the model"
+    with sealed_libraries(what, folder), Metered(str(file), stored):
+        yield
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -110,11 +149,15 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    check_tokenizer_config(folder)
+    what = f"{folder}: reading its tokenizer"
     try:
-        with quiet_transformers():
+        with quiet_transformers(), sealed_libraries(what, folder):
             return AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
+    except LoraFxError:
+        raise
     except Exception as e:  # tokenizers raise whatever their files make them raise
         raise LoraFxError(
             f"{folder}: its tokenizer cannot be read: {one_line(f'{type(e).__name__}: {e}', 200)}",
@@ -206,11 +249,11 @@ def _settle(
         notes.append(
             f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
         )
-    for name, known in _IMPLEMENTATIONS.items():
-        value = getattr(config, name, None)
+    for part, (name, known) in itertools.product(_configs(config), _IMPLEMENTATIONS.items()):
+        value = getattr(part, name, None)
         if value not in (None, "eager", *known):  # may name a kernel on a hub
-            setattr(config, name, None)
-            notes.append(f"{folder}: {name.strip('_')} {value!r} is ignored")
+            setattr(part, name, None)
+            notes.append(f"{folder}: {name.strip('_')} {one_line(repr(value), 80)} is ignored")
     return tuple(notes)
 
 
@@ -238,7 +281,7 @@ def _of_floats(
 
 def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
     if config.dtype is None:  # as from_pretrained does: the first floating tensor decides
-        with contextlib.suppress(LoraFxError):  # no weights here is fine
+        with contextlib.suppress(LoraFxError), unsealed():  # no weights here is fine
             names = (getattr(torch, t.dtype, None) for t in tensors(folder).values())
             config.dtype = next((d for d in names if d is not None and d.is_floating_point), None)
     with torch.device("meta"):
@@ -258,8 +301,9 @@ def _of_codes(
     said = config.quantization_config
     kind = said.get("quant_method") if isinstance(said, dict) else said
     del config.quantization_config
-    held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
-    found, back = _loaded(held, quantised_weights(held, raw), raw)
+    with unsealed():
+        held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
+        found, back = _loaded(held, quantised_weights(held, raw), raw)
     if not found and not meta:
         raise LoraFxError(
             f"{path}: quantised weights ({one_line(kind, 60)}), none of which is read",
@@ -289,7 +333,9 @@ def _of_codes(
             kind = kind if kind in LEVELS else f"int{weight.bits}"
             declare(module, name, Stored(kind, tuple(shape), 1, own[name].dtype, turned))
         else:
-            store(module, name, weight.read(), dtype or torch.float32, shape, turned)
+            with unsealed():
+                codes = weight.read()
+            store(module, name, codes, dtype or torch.float32, shape, turned)
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as e:
@@ -340,6 +386,7 @@ def _without_parameters() -> contextlib.AbstractContextManager[None]:
     return patched(nn.Module, register_parameter=register)
 
 
+@unsealed()
 def _state(path: Path) -> dict[str, torch.Tensor]:
     """All tensors; memory-mapped, so that only what the model keeps is read."""
     from safetensors.torch import load_file
@@ -423,6 +470,8 @@ SAMPLES = 4000
 """Length of raw audio: a quarter of a second at 16 kHz."""
 FRAMES = 64
 """Length of audio features where the config fixes none."""
+MOST_VALUES = 1 << 25
+"""Numbers of an example input: two images of 2364 x 2364."""
 
 
 def examples(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -523,4 +572,7 @@ def _audio(config: PreTrainedConfig, main: str) -> tuple[int, ...]:
 
 
 def _floats(*shape: int) -> torch.Tensor:
+    if min(shape) < 1 or math.prod(shape) > MOST_VALUES:
+        sides = " x ".join(map(str, shape))
+        raise ValueError(f"an input of {sides} numbers; expected 1 to {MOST_VALUES:,}")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -43,6 +43,7 @@ from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.beside import importable, is_reserved
+from lora_fx.fx.load.config import sealed_libraries
 from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.text import some
@@ -140,7 +141,8 @@ def _reserved(text: str, library: str, name: str, file: Path | None, meta: bool)
     with importing(f"{text}: {library}", f"pip install {library}"), silenced():
         package = importlib.import_module(library)
     make = _timm if library == "timm" else _torchvision
-    with retold(f"{text} cannot be built", FORMS, most=200, named=True), silenced():
+    told = retold(f"{text} cannot be built", FORMS, most=200, named=True)
+    with told, silenced(), sealed_libraries(f"{text}: building it"):
         module, shape = _on(meta, lambda: make(package, name))
     notes: tuple[str, ...] = ()
     if file is not None:
