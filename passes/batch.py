@@ -116,6 +116,7 @@ class Batch:
             x, y = graph.activation(site), graph.output(site)
             graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
         Flat(graph).heads()
+        batch.guard_outputs(graph, own.outside)
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
-from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
+from lora_fx.onnx.manifest import (
+    PROPERTY,
+    SERVED,
+    Manifest,
+    RowChoice,
+    conditions_of,
+    read_file,
+    write_file,
+)
 from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:
@@ -56,6 +65,12 @@ class RuntimeSession:
     provider: str
     note: str = ""
 
+    @functools.cached_property
+    def row_choice(self) -> RowChoice | None:
+        """Which adapter a row may ask for, in a file of mode batch."""
+        shapes = {i.name: i.shape for i in self.session.get_inputs()}
+        return RowChoice.from_text(self.metadata.get(PROPERTY), shapes)
+
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the file says of itself, by key."""
@@ -71,12 +86,21 @@ class RuntimeSession:
         """Run on arrays by input name and give arrays by output name.
 
         Feeds that the graph does not take are left out.
+
+        Raises:
+            LoraFxError: The runtime refuses the feeds, or a row asks for an adapter that is none.
         """
+        if self.row_choice is not None:
+            self.row_choice.check(feeds)
+        with told(feeds):
+            return self.outputs(feeds)
+
+    def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """As `run`, but with the runtime's own errors, and with any ids of rows."""
         taken = set(self.input_names)
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
-        with told(feeds):
-            made = self.session.run(names, known)
+        made = self.session.run(names, known)
         return dict(zip(names, made, strict=True))
 
 
@@ -135,9 +159,9 @@ def open_session(
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         found = one_line(repr(threads), 60)
         raise LoraFxError(f"threads is {found}; expected 0 to {MOST_THREADS}", "0 lets it choose")
-    ort.set_default_logger_severity(3)
+    ort.set_default_logger_severity(4)
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.enable_mem_pattern = patterns
     if threads:
         options.intra_op_num_threads = threads

@@ -25,7 +25,8 @@ from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import remember
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.batch import batch_symbol, join_copies
+from lora_fx.onnx.batch import SCALES as SCALES_BY_ROW
+from lora_fx.onnx.batch import batch_symbol, join_copies, outputs_without_nan
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import guard_within, say_within
@@ -38,6 +39,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
+from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
 from lora_fx.targets.target import Found, base_name, own_use, split_use
@@ -291,6 +293,16 @@ def write_batch(
         session = open_session(made_file.path, options.provider)
         parity = prove_rows(session.run, reference, adapters, rowed, scales=options.scales)
         demand(parity, "a batch differs")
+        feeds = reference.feeds((4, SIZES[0][1]))
+        rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+        if options.scales:
+            feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
+        prove_ids(session, model, feeds, rows, len(adapters) + 1)
+    told += [
+        f"output {name!r} can hold no NaN: where a runtime does not refuse adapter_ids out of "
+        "range, such a row has the base model's values there"
+        for name in outputs_without_nan(model)
+    ]
     said = [*warnings, *told, *filter(None, [session.note])]
     nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}
     details = {"mode": "batch", "adapters": list(adapters), **nodes, **reference.details()}
