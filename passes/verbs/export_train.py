@@ -154,6 +154,7 @@ class _Files:
         captured = module.captured
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
+        self.fractions = options.loss == "mse" or self._takes_fractions()
         self.named = self._labelled(captured.named)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
@@ -261,6 +262,23 @@ class _Files:
 
     # --- labels ----------------------------------------------------------------------------------
 
+    def _takes_fractions(self) -> bool:
+        """Whether a function takes a number for each score, and no class for each row of them."""
+        compute, own = self.loss
+        if own or not callable(self.options.loss):
+            return False
+        self.module.eval()
+        with torch.no_grad():
+            out = self.module._run_named(self.module.captured.named)
+            scores = scores_of(out)
+            for fractions in (False, True):
+                self.fractions = fractions
+                # a function raises what it likes for labels of another shape or dtype
+                with contextlib.suppress(Exception):
+                    compute(out, self._drawn(scores, None))
+                    return fractions
+        return False
+
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
         own, signature = self.loss[1], self.module.captured.signature
@@ -282,7 +300,9 @@ class _Files:
         at = self._without_values(scores) if example is None else example
         generator = np.random.default_rng(scores.numel())
         if at.is_floating_point():
-            return from_numpy(generator.standard_normal(at.shape).astype(np.float32))
+            # a function of probabilities takes none outside [0, 1]
+            draw = generator.random if callable(self.options.loss) else generator.standard_normal
+            return from_numpy(draw(tuple(at.shape)).astype(np.float32))
         # a model's own labels of pixels stand where its scores have their second axis
         last = example is None or scores.dim() < 2 or at.shape == scores.shape[:-1]
         labels = generator.integers(0, scores.shape[-1 if last else 1], at.shape)
@@ -291,8 +311,8 @@ class _Files:
         return from_numpy(labels)
 
     def _without_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Labels of scores: for mse one for each, else one for each row of them."""
-        if self.options.loss == "mse":
+        """Labels of scores: fractions for each of them, else a class for each row of them."""
+        if self.fractions:
             return torch.zeros(tuple(scores.shape), dtype=torch.float32)
         return torch.zeros(tuple(scores.shape[:-1]), dtype=torch.int64)
 

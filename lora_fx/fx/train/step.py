@@ -232,7 +232,9 @@ def step_of(
     """
     flat, trained = graph.flat, [s for s in slots if s.trained]
     places = flat.graph.find_nodes(op="placeholder")
-    fakes = detect_fake_mode([value(n) for n in places]) or FakeTensorMode()
+    fakes = detect_fake_mode([value(n) for n in places])
+    if fakes is None:  # a loss may hold tensors that have values
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = {str(n.target): operator.attrgetter(str(n.target))(flat)
                for n in flat.graph.find_nodes(op="get_attr")}  # fmt: skip
     own = {s.tensor for s in slots}
@@ -283,6 +285,7 @@ def step_of(
     nodes = made.graph.find_nodes(op="placeholder")
     for node, leaf in zip(nodes, leaves, strict=True):
         node.meta["val"] = leaf
+    frozen |= _place_constants(made, nodes[len(given)], fakes)
     given_out: Any = made.graph.output_node().args[0]
     made.graph.output_node().args = (tuple(given_out),)
     each = ("", *(f".{s}" for s in states))
@@ -294,6 +297,29 @@ def step_of(
     free_sizes = graph.traced.door.free(graph.module.captured.requested)
     give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
     return model
+
+
+def _place_constants(
+    module: fx.GraphModule, before: fx.Node, fakes: FakeTensorMode
+) -> dict[str, Tensor]:
+    """Make inputs of the tensors that a loss holds, such as weights of classes, before a node.
+
+    Returns them by the names that they have in the file.
+    """
+    places: dict[str, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        attribute = str(node.target)
+        if attribute not in places:
+            held: Tensor = getattr(module, attribute)
+            name = f"loss.constant_{len(places)}"
+            constants[name] = held.detach()
+            with module.graph.inserting_before(before):
+                places[attribute] = module.graph.placeholder(name.replace(".", "_"))
+            places[attribute].meta["val"] = fakes.from_tensor(held.detach(), static_shapes=True)
+        node.replace_all_uses_with(places[attribute])
+        module.graph.erase_node(node)
+    return constants
 
 
 class _Held(OverTensors):
