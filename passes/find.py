@@ -89,6 +89,7 @@ def _search(graph: Graph[V]) -> Found:
         graph.data_flops(),
         optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
         shapes={n: p.shape for p in parameters.values() for n in p.names},
+        first_names={n: p.name for p in parameters.values() for n in p.names},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -211,16 +211,12 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     check_plain(adapter, "a graph", dora=True)
     adapter = adapter.resolved(found.shapes)
     entries: dict[str, Entry] = {}
-    # The alias of a computed weight is no tensor.
-    stored = [t.parameter for t in found.targets if not t.parameter.name.endswith("~")]
-    first = {alias: parameter.name for parameter in stored for alias in parameter.aliases}
+    entries |= _bind_full(adapter.full, found)
     for key, entry in _resplit(adapter, found).items():
-        bound: LowRank | Full
-        if isinstance(entry, LowRank):
-            name, bound = _bind_lowrank(key, entry, found)
-        else:
-            assert isinstance(entry, Full)  # check_plain
-            name, bound = first.get(key, key), _bind_full(key, entry, found.shapes)
+        if isinstance(entry, Full):
+            continue
+        assert isinstance(entry, LowRank)  # check_plain
+        name, bound = _bind_lowrank(key, entry, found)
         if name in entries:
             raise LoraFxError(
                 f"adapter keys name {name!r} twice ({key!r} is an alias)",
@@ -263,13 +259,49 @@ def _resplit(adapter: Adapter, found: Found) -> dict[str, Entry]:
     return entries
 
 
-def _bind_full(key: str, entry: Full, shapes: Mapping[str, tuple[int, ...]]) -> Full:
-    if key not in shapes:
-        raise LoraFxError(f"adapter tensor {key!r} is not in the model", near(key, shapes))
-    have, want = tuple(entry.value.shape), tuple(shapes[key])
-    if have != want:
-        raise MisfitError(f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}")
-    return entry
+def _bind_full(full: Mapping[str, Full], found: Found) -> dict[str, Full]:
+    """Whole tensors under the first names of the model's; one value of all names is one change."""
+    groups: dict[str, dict[str, Full]] = {}
+    for key, entry in full.items():
+        if key not in found.shapes:
+            raise LoraFxError(
+                f"adapter tensor {key!r} is not in the model", near(key, found.shapes)
+            )
+        have, want = tuple(entry.value.shape), tuple(found.shapes[key])
+        if have != want:
+            raise MisfitError(
+                f"adapter tensor {key!r} is {list(have)}; the model's is {list(want)}"
+            )
+        groups.setdefault(found.first_names.get(key, key), {})[key] = entry
+    bound = {}
+    for name, entries in groups.items():
+        names = [n for n, first in found.first_names.items() if first == name]
+        key, entry = next(iter(entries.items()))
+        if not means_all(entries, names):
+            raise LoraFxError(
+                f"the adapter's whole tensor {key!r} is for that name alone; the model has one "
+                f"tensor for it and {some([n for n in names if n != key])}",
+                "lora_fx.insert, fold, attach or export of the model itself, with the adapter, "
+                "gives that name a tensor of its own",
+            )
+        several = len(names) > 1
+        bound[name] = replace(entry, tied=several, twins=tuple(n for n in names if n != name))
+    return bound
+
+
+def means_all(entries: Mapping[str, Full], names: Collection[str]) -> bool:
+    """True for whole tensors that are one change of a tensor with all of these names.
+
+    PEFT saves the modules one by one: where it keeps them tied (ensure_weight_tying) all are
+    there, and equal.
+
+    Args:
+        entries: Those of the tensor, by the name that they were saved under.
+        names: All names of the tensor.
+    """
+    first = next(iter(entries.values()))
+    equal = all(np.array_equal(first.value, entry.value) for entry in entries.values())
+    return equal and (any(e.tied for e in entries.values()) or set(names) <= set(entries))
 
 
 def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]:

@@ -160,9 +160,18 @@ Factors = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class Full:
-    """A whole tensor trained beside the low-rank updates (PEFT's modules_to_save)."""
+    """A whole tensor trained beside the low-rank updates (PEFT's modules_to_save).
+
+    Attributes:
+        value: The tensor.
+        tied: True where it is for all names of a tensor that several modules share. A file of PEFT
+            saves the tensor of one module, and so means that name alone.
+        twins: The other names of such a tensor, where they are known.
+    """
 
     value: Array
+    tied: bool = field(default=False, compare=False)
+    twins: tuple[str, ...] = field(default=(), compare=False)
 
     __repr__ = short
 

@@ -198,7 +198,7 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
         return _approximate(pair, use, options)
     if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
         return None, None
-    return Full(stored(pair.tuned).astype(pair.dtype, copy=False)), None
+    return Full(stored(pair.tuned).astype(pair.dtype, copy=False), use.tied), None
 
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:

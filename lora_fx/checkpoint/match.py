@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
@@ -122,7 +122,7 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
-        twins = map(rename, entry.twins) if isinstance(entry, LowRank) else ()
+        twins = map(rename, entry.twins) if isinstance(entry, LowRank | Full) else ()
         names = [n for n in (name, *twins) if n in tensors]
         if not names:
             lost.append(key)
@@ -544,7 +544,24 @@ def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
     if isinstance(p.entry, ReplacedRows):
         return not any(isinstance(q.entry, ReplacedRows) and q.tensor == tie.head for q in placed)
-    return isinstance(p.entry, LowRank) and p.entry.tied
+    return isinstance(p.entry, LowRank | Full) and p.entry.tied
+
+
+def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
+    """The updates, with whole tensors of table, head and lookups as one where they are equal.
+
+    PEFT saves a tied table under each name of its modules, and the same numbers where it keeps
+    them tied (ensure_weight_tying).
+    """
+    names = {tie.table, tie.head, *tie.lookups}
+    whole = {p.tensor: p.entry for p in placed if p.tensor in names and isinstance(p.entry, Full)}
+    if not {tie.table, tie.head} <= set(whole) or not means_all(whole, names):
+        return list(placed)
+    return [
+        replace(p, entry=replace(p.entry, tied=True)) if isinstance(p.entry, Full) else p
+        for p in placed
+        if p.tensor not in whole or p.tensor == tie.table
+    ]
 
 
 def of_one_use(
@@ -565,6 +582,13 @@ def of_one_use(
             f"{where}: {shared.key!r} means one of several lookups of {tie.table!r}, which such "
             "models hold once, tied or not",
             f"train one update of {tie.table!r} for all lookups",
+        )
+    unread = next((p for p in ours if isinstance(p.entry, Full) and p.tensor == tie.table), None)
+    if unread is not None and tie.lookups:
+        raise LoraFxError(
+            f"{where}: {unread.key!r} is a whole tensor of that name alone, and such models read "
+            f"their table as {some(list(tie.lookups))}: PEFT's copy of it changes nothing",
+            "save the adapter with all names of the table (ensure_weight_tying)",
         )
     check_scaled(tie, config, where)
     if not tie.head:

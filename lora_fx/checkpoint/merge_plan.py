@@ -18,7 +18,15 @@ from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
-from lora_fx.checkpoint.match import Placed, check_unknown, match, of_one_use, spread, tie_and_names
+from lora_fx.checkpoint.match import (
+    Placed,
+    check_unknown,
+    match,
+    of_one_use,
+    one_change,
+    spread,
+    tie_and_names,
+)
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.renaming import renaming
@@ -251,6 +259,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     copies: dict[str, str] = {}
     meant: tuple[str, ...] = ()
     if tie is not None:
+        placed = one_change(placed, tie)
         apart = of_one_use(placed, tie, config, str(base.path), untie=options.untie)
         copies = tie.new(base.tensors) if apart else {}
         meant = tuple(dict.fromkeys(p.key for p in apart))

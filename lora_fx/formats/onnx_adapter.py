@@ -108,7 +108,7 @@ _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the mod
 
 def _tensors(key: str, entry: Entry) -> dict[str, Array]:
     if isinstance(entry, Full):
-        return {key: entry.value}
+        return {name: entry.value for name in (key, *entry.twins)}
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.use:

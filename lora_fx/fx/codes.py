@@ -304,8 +304,12 @@ def forget(root: nn.Module) -> None:
         module.__class__ = getattr(type(module), "_own_class", type(module))
 
 
-def beside(model: nn.Module) -> nn.Module:
-    """A second tree of a model's code, which shares its tensors and can hold codes for some.
+def beside(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
+    """A second tree of a model's code, which shares its tensors and can hold others for some.
+
+    Args:
+        model: The model; it is not changed.
+        purpose: What the copy is for, for the message.
 
     Raises:
         LoraFxError: The model cannot be copied.
@@ -315,8 +319,10 @@ def beside(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
         raise LoraFxError(
-            f"{type(model).__name__} cannot be copied to quantise it: {one_line(e)}",
-            "make it deepcopy-able, or load it quantised",
+            f"{type(model).__name__} cannot be copied to {purpose}: {one_line(e)}",
+            "make it deepcopy-able, or load it quantised"
+            if purpose == "quantise it"
+            else "make it deepcopy-able, or untie it before",
         ) from e
 
 

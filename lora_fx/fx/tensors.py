@@ -109,9 +109,9 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
             value = to_numpy(tensors[key]).astype(np.float32)
             if isinstance(entry, ReplacedRows):
                 value[list(entry.index)] = entry.value
-                entries[key] = Full(value)
+                entries[key] = Full(value, tied=True)  # one name alone has a tensor of its own here
             elif value.ndim == 1 and value.shape == entry.value.shape:
-                entries[key] = Full(value + np.float32(entry.scale) * entry.value)
+                entries[key] = Full(value + np.float32(entry.scale) * entry.value, tied=True)
     return replace(adapter, entries=entries)
 
 

@@ -460,6 +460,7 @@ class Found:
         notes: What had to be said on the way.
         optional: Weights that are refused by default only: `include` can name them.
         shapes: Stored shape by parameter name, aliases too.
+        first_names: Any name of a parameter → the first one of the same tensor.
     """
 
     targets: tuple[Target, ...]
@@ -471,6 +472,7 @@ class Found:
     notes: tuple[str, ...] = field(default_factory=tuple)
     optional: tuple[Target, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    first_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: str) -> Target:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""

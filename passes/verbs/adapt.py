@@ -150,7 +150,7 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    cap = captured_of(model, args, kwargs, dynamic)
+    cap = captured_of(model, args, kwargs, dynamic, adapter=options.adapter)
     if quantise:
         cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
     return build_module(cap, options)
@@ -183,17 +183,18 @@ def fold(
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
     model = opened(model)
-    cap = captured_of(model, args, kwargs, dynamic)
-    if adapter is None:
+    loaded = None if adapter is None else as_adapter(adapter)
+    cap = captured_of(model, args, kwargs, dynamic, adapter=loaded)
+    if loaded is None:
         if not isinstance(model, AdaptedModule):
             raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
-        adapter = model.adapter()
+        loaded = model.adapter()
     elif isinstance(model, AdaptedModule):  # in its place, so that nothing of the old one stays
         model = copy.deepcopy(model)
-        model.load_adapter(adapter)
-        adapter = model.adapter()
+        model.load_adapter(loaded)
+        loaded = model.adapter()
     found = find(cap)
-    bound = bind(with_base(as_adapter(adapter), cap.model), found)
+    bound = bind(with_base(loaded, cap.model), found)
     rewrite = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model
     module = FoldedModule(cap, tree, rewrite, bound)

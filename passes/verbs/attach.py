@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from lora_fx.fx.graph.nodes import argument
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.untie import lone_names, untie
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Role, Site
@@ -110,11 +111,49 @@ def attach(
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
         )
+    with contextlib.ExitStack() as ties:
+        if options.adapter is not None:
+            model = _apart(model, options.adapter, ties)
+        return _attached(model, Example(args, kwargs, dynamic), options, ties)
+
+
+@dataclass(frozen=True)
+class Example:
+    """The call that shows a live model's targets; see `capture`."""
+
+    args: Sequence[object]
+    kwargs: Named | None
+    dynamic: Dynamic | None
+
+
+def _apart(model: object, adapter: Adapter, ties: contextlib.ExitStack) -> object:
+    """The model with a tensor of its own for every name of a tied one that is saved alone.
+
+    Args:
+        model: A module, which is changed, or a capture, in whose place comes another.
+        adapter: What is to be attached.
+        ties: Gets what ties the names again.
+    """
+    cap = model if isinstance(model, Captured) else None
+    live = _module(model if cap is None else cap.quantised or cap.model)
+    names = lone_names(adapter, live)
+    for step in reversed(untie(live, names)):  # the stack runs them from its end
+        ties.callback(step)
+    if cap is None or not names:
+        return model
+    return Captured(live, (), cap.named, cap.requested, repeat=cap.repeat)
+
+
+def _attached(
+    model: Any, example: Example, options: InsertOptions, ties: contextlib.ExitStack
+) -> Any:
+    """See `attach`; `ties` goes to the attachment, which ties names again when it is taken off."""
+    args, kwargs, dropout = example.args, example.kwargs, options.dropout
     cap: Captured | None
     try:
         captured = isinstance(model, Captured)
-        cap = model if captured else Captured(_module(model), args, kwargs, dynamic)
-        if not captured and not dynamic:
+        cap = model if captured else Captured(_module(model), args, kwargs, example.dynamic)
+        if not captured and not example.dynamic:
             cap.fix_sizes()
         model = _module(cap.quantised or cap.model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
@@ -140,10 +179,11 @@ def attach(
         model,
         planner,
         also_train=start.whole,
-        frozen_norms=norm_stats == "frozen",
+        frozen_norms=options.norm_stats == "frozen",
         notes=notes,
         metadata=start.adapter.metadata,
     )
+    state.ties = ties.pop_all()
     signature = Signature(model.forward) if cap is None else cap.signature
     named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
     model.__dict__[REGISTRY] = state

@@ -106,7 +106,8 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
 def captured_for(model: object, options: ExportOptions) -> Captured:
     """The capture of a model by what an export is asked for."""
     given = options.args, options.kwargs, options.dynamic
-    return captured_of(model, *given, repeat=options.repeat)
+    adapter = options.adapters if isinstance(options.adapters, Adapter) else None
+    return captured_of(model, *given, repeat=options.repeat, adapter=adapter)
 
 
 def level_gate(options: ExportOptions) -> float:

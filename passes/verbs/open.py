@@ -29,6 +29,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
+from lora_fx.fx.untie import lone_names, untied
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
@@ -54,14 +55,16 @@ def captured_of(
     *,
     meta: bool = False,
     repeat: bool = True,
+    adapter: Adapter | None = None,
 ) -> Captured:
     """The capture of a model; a Captured or a captured module brings its own.
 
     A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
-    without its weights where `meta` is given.
+    without its weights where `meta` is given. Where the adapter saves one name of a tied tensor,
+    the capture is of a copy of the model in which this name has a tensor of its own.
     """
     if isinstance(model, Captured):
-        return model
+        return apart(model, adapter)
     if isinstance(model, CapturedModule):
         return model.captured
     if is_attached(model):
@@ -70,10 +73,45 @@ def captured_of(
             "keep model.adapter(), then lora_fx.detach(model), and pass the adapter",
         )
     if is_program(model):
-        return open_program(model, args, kwargs, dynamic, meta=meta)
+        return apart(open_program(model, args, kwargs, dynamic, meta=meta), adapter)
     if isinstance(model, (str, PathLike)):
         model = load_model(fspath(model), meta=meta)
-    return capture(model, args, kwargs, dynamic, repeat=repeat)
+    module = model.module if isinstance(model, LoadedModel) else model
+    names = lone_names(adapter, module) if adapter and isinstance(module, nn.Module) else ()
+    if not names:
+        return capture(model, args, kwargs, dynamic, repeat=repeat)
+    changed: object = untied(module, names)
+    if isinstance(model, LoadedModel):
+        changed = replace(model, module=changed)
+    cap = capture(changed, args, kwargs, dynamic, repeat=repeat)
+    cap.notes.append(said_of_names(names))
+    return cap
+
+
+def apart(cap: Captured, adapter: Adapter | None) -> Captured:
+    """The capture; another one where the adapter saves one name of a tied tensor.
+
+    Raises:
+        LoraFxError: There is such a name, and no source that could be captured again.
+    """
+    names = lone_names(adapter, cap.model) if adapter else ()
+    if not names:
+        return cap
+    if isinstance(cap, FileCaptured):
+        raise LoraFxError(
+            f"{cap.path} holds one tensor for {names[0]!r} and other names, and the adapter's "
+            "whole tensor is for that name alone",
+            "give the model itself, instead of a file of its graph",
+        )
+    model = untied(cap.quantised or cap.model, names)
+    new = Captured(model, (), cap.named, cap.requested, repeat=cap.repeat)
+    new.notes += [*cap.notes, said_of_names(names)]
+    return new
+
+
+def said_of_names(names: Sequence[str]) -> str:
+    """What a report says of names that have tensors of their own."""
+    return f"saved alone, and so no longer tied: {', '.join(names)}"
 
 
 def with_cache(
@@ -238,6 +276,11 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
             if u.mutated or not variant_of(u).branches:
                 check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
         said = tuple(text for k in updates if (text := found[k].said))
+        said += tuple(
+            f"the adapter's whole tensor {row.key}: {row.reason}"
+            for row in found.unreached
+            if row.key in bound.full
+        )
         return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
     plan = options.planned(found, named_tensors(model)[0])
     moments, said = None, tuple[str, ...]()

@@ -182,9 +182,11 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
 
 def _fits(model: object, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
+    from lora_fx.fx.capture.capture import Captured
     from lora_fx.passes.verbs.adapt import find
+    from lora_fx.passes.verbs.open import apart
 
-    found = find(model)
+    found = find(apart(model, adapter) if isinstance(model, Captured) else model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
     details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}

@@ -327,7 +327,9 @@ def read_rest(
             module = short.removesuffix(DELTA)
             source.add(entries, f"{unwrapped(module)}.weight", _rows(name, module, source), name)
         elif short.endswith(".bias") and _is_trained_bias(short, source, found):
-            _add_bias(entries, unwrapped(short), source.full(name), name, source)
+            # PEFT trains such a bias where it is, so all names of a shared one
+            full = replace(source.full(name), tied=True)
+            _add_bias(entries, unwrapped(short), full, name, source)
         elif _is_whole(name, short, source, bool(found)):
             # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
             key = short.replace(".modules_to_save.", ".")
@@ -360,7 +362,7 @@ def _is_trained_bias(short: str, source: PeftFile, found: Mapping[str, Group]) -
 def _add_bias(entries: dict[str, Entry], key: str, full: Full, name: str, source: PeftFile) -> None:
     old = entries.get(key)
     if isinstance(old, Dense):  # lora_bias: PEFT adds it to the trained bias, in this order
-        entries[key] = Full(full.value + old.value * np.float32(old.scale))
+        entries[key] = replace(full, value=full.value + old.value * np.float32(old.scale))
     elif isinstance(old, Full) and np.array_equal(old.value, full.value):
         return  # of a module that is saved whole as well
     else:
@@ -487,7 +489,11 @@ def _one(
             taken.add(name)
             whole = source.full(name)
             if kind == "full":
-                return whole, None
+                twins = row.get("tied", True)  # files without it meant all uses
+                if isinstance(twins, list):
+                    taken.update(PREFIX + twin for twin in twins)
+                    return replace(whole, tied=bool(twins), twins=tuple(twins)), None
+                return replace(whole, tied=bool(twins)), None
             if not is_float(source.tensors[name]):
                 raise ValueError(f"{name!r} has no float dtype")
             value = np.ascontiguousarray(whole.value, np.float32)

@@ -62,11 +62,19 @@ class _Writer:
         named = {f.target for f in self.told.values()}
         modules = named - {f.target for f in self.told.values() if f.kind == "stack"}
         full = {k: v for k, v in self.adapter.full.items() if k not in biases}
+        # PEFT saves a tensor of several modules with each of them
+        full |= {twin: v for v in full.values() for twin in v.twins if twin not in full}
+        twins = {twin for v in full.values() for twin in v.twins}
         whole, odd = split_full(full, named)
         for key, value in full.items():
+            if key in twins and key in odd:
+                continue
             name = f"{OWN}{key}.full" if key in odd else PREFIX + key
             self._put(key, name, value.value)
-            self.described[key] = {"full": name}
+            if key in twins:
+                continue
+            written = [twin for twin in value.twins if twin not in odd]
+            self.described[key] = {"full": name, "tied": written or value.tied}
             if key in odd:
                 self.notes.append(f"PEFT will not see the whole tensor {key!r}: {odd[key]}")
         self.notes += partly_held(whole, full)

@@ -73,6 +73,7 @@ class Attachment:
         self._also = tuple(also_train)
         self._notes = tuple(notes)
         self._frozen_norms = frozen_norms
+        self.ties = contextlib.ExitStack()  # ties again what was untied for the adapter
         self._packs = keep_trainable(model)
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
         self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -164,6 +165,7 @@ class Attachment:
             p.requires_grad_(flag)
             if name in self._also:
                 p.grad = None
+        self.ties.close()
 
     def base(self) -> contextlib.AbstractContextManager[None]:
         """A block in which the low-rank updates are off."""

@@ -375,8 +375,10 @@ def held_adapter(
             value = whole(s.name, parameter_of(root, s.name), s.value.shape)
             values[s.field] = value.astype(np.float32, copy=False)
         entries[key] = with_values(update, values)
+    _, aliases = named_tensors(root)
     for name, shape in also.items():
-        entries[name] = Full(whole(name, parameter_of(root, name), shape))
+        twins = tuple(aliases.get(name, ()))
+        entries[name] = Full(whole(name, parameter_of(root, name), shape), bool(twins), twins)
     own = {**learning(updates), **base.now(updates, root)}
     return Adapter(entries, {**metadata, **own})
 

@@ -24,7 +24,7 @@ from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_o
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
-from lora_fx.fx.tensors import owner, to_numpy
+from lora_fx.fx.tensors import named_tensors, owner, to_numpy
 from lora_fx.text import Json, JsonView, by_key
 
 
@@ -302,7 +302,10 @@ def _adapter(module: AdaptedModule) -> Json:
             **to_json(u, "layout", "extra"),
         }
     metadata = module.adapter().metadata
-    return {"updates": rows, "also_train": list(module._also), "metadata": _plain(metadata)}
+    aliases = named_tensors(module)[1]
+    tied = {name: aliases[name] for name in module._also if aliases.get(name)}
+    whole = {"also_train": list(module._also), "tied": tied}
+    return {"updates": rows, **whole, "metadata": _plain(metadata)}
 
 
 def read_adapter(manifest: JsonView, state: Mapping[str, torch.Tensor]) -> Adapter | None:
@@ -320,8 +323,11 @@ def read_adapter(manifest: JsonView, state: Mapping[str, torch.Tensor]) -> Adapt
                 f"the manifest says rank {row['rank']} of {key!r}, its tensors {low.rank}",
                 "the file is damaged",
             )
+    tied = data.get("tied")
     for name in data["also_train"]:
-        entries[name] = Full(_values(state, name))
+        twins = tuple((tied or {}).get(name, ()))
+        # older files say nothing, and mean all names of the tensor
+        entries[name] = Full(_values(state, name), tied is None or bool(twins), twins)
     return Adapter(entries, dict(data["metadata"]))
 
 

@@ -1,0 +1,108 @@
+"""One name of a tied tensor with a tensor of its own, where an adapter saves that name alone.
+
+PEFT's modules_to_save puts a copy of a module in the module's place, so whatever shares its tensors
+keeps the old ones. The same is done here, before a capture: the model's code then reads two
+tensors, and nothing that works on its graphs has to know that they were one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lora_fx.adapter.adapter import Adapter, means_all
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Dense, ReplacedRows
+from lora_fx.fx.codes import beside
+from lora_fx.fx.tensors import named_tensors, owner, parameter_of
+
+Undo = Callable[[], object]
+
+
+def lone_names(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
+    """The names of tied tensors that the adapter changes for themselves, and not for all names.
+
+    Args:
+        adapter: As it was read; names that the model lacks are left to `bind`.
+        model: Holds the tensors.
+    """
+    first_names, aliases = named_tensors(model)
+    groups: dict[str, dict[str, Full | Dense | ReplacedRows]] = {}
+    for key, entry in adapter.entries.items():
+        first = first_names.get(key, "")
+        if isinstance(entry, Full | Dense | ReplacedRows) and aliases.get(first):
+            groups.setdefault(first, {})[key] = entry
+    lone: list[str] = []
+    for first, entries in groups.items():
+        whole = {key: entry for key, entry in entries.items() if isinstance(entry, Full)}
+        if len(whole) == len(entries):
+            shared = means_all(whole, (first, *aliases[first]))
+        else:
+            shared = len(entries) == 1 and _rows_of_all(next(iter(entries)), entries, model)
+        if not shared:
+            lone += entries
+    return tuple(lone)
+
+
+def _rows_of_all(key: str, entries: dict[str, Any], model: nn.Module) -> bool:
+    """Whether trained rows under one name are rows of every name.
+
+    PEFT ties the head's rows to those of the input embedding, of a model that says it is tied.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(entries[key], ReplacedRows) or not hasattr(model, "get_input_embeddings"):
+        return False
+    embedding: Any = model.get_input_embeddings()
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return tied and owner(model, key)[0] is embedding
+
+
+def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A second tree of the model's code, which shares all of its tensors but these.
+
+    Raises:
+        LoraFxError: The model cannot be copied.
+    """
+    tree = beside(model, f"give {', '.join(names)} tensors of their own")
+    untie(tree, names)
+    return tree
+
+
+def untie(root: nn.Module, names: Collection[str]) -> list[Undo]:
+    """Give these names tensors of their own, with the values that they have; returns the way back.
+
+    A module that several paths lead to is copied at the path of the name, as PEFT replaces it
+    there. The steps that are returned undo this in reverse order.
+    """
+    paths = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+    undo: list[Undo] = []
+    for name in names:
+        value = parameter_of(root, name).detach().clone()
+        *path, _ = name.split(".")
+        module = root
+        for part in path:
+            child = module._modules[part]
+            assert child is not None  # the tensor of this name was found in it
+            if paths[id(child)] > 1:
+                undo.append(partial(module._modules.__setitem__, part, child))
+                child = module._modules[part] = _copied(child)
+            module = child
+        leaf = name.rpartition(".")[2]
+        old = module._parameters[leaf]
+        assert old is not None
+        undo.append(partial(module._parameters.__setitem__, leaf, old))
+        module._parameters[leaf] = nn.Parameter(value, old.requires_grad)
+    return undo[::-1]
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """The same module with places of its own for its tensors and children."""
+    new = copy.copy(module)
+    for places in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[places] = dict(module.__dict__[places])
+    return new
