@@ -68,7 +68,8 @@ class RuntimeSession:
 
         Feeds that the graph does not take are left out.
         """
-        taken = set(self.input_names)
+        optional = self.session.get_overridable_initializers()  # A and B of a switchable file
+        taken = {*self.input_names, *(i.name for i in optional)}
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
         with told(feeds):
