@@ -5,10 +5,12 @@ rel(a, b) = max|a − b| / max|b| per output; NaN, Inf on one side or max|b| = 0
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,8 @@ STEPS = 8 * 2.0**-7
 """Where activations are made codes of eight bits: eight steps of these."""
 COARSE = 4 * STEPS
 """The ceiling there, since a rounding moves codes by whole steps."""
+SMALLEST = 16 * 2.0**-24
+"""Sixteen steps of ONNX Runtime's sigmoid, whose results, however small, have that spacing."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
@@ -65,17 +69,93 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
+def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILING) -> bool:
+    """Whether two choices differ only among numbers that are near one another, or not at all.
+
+    Args:
+        ours: Indices, or the booleans of a comparison.
+        theirs: Those of the reference.
+        among: The numbers of the reference that were chosen from, or compared.
+        tol: How near, beside the largest of them.
+
+    >>> tied(np.array([1]), np.array([0]), [np.array([[2.0, 2.0, 1.0]])])
+    True
+    """
+    if ours.shape != theirs.shape or not among:
+        return False
+    if np.array_equal(ours, theirs):
+        return True
+    first = among[0].astype(np.float64)
+    near = 2 * tol * float(np.abs(first).max(initial=0.0))
+    if theirs.dtype == np.bool_:
+        level = among[1].astype(np.float64) if len(among) > 1 else 0.0
+        turned = np.broadcast_to(first - level, ours.shape)[ours != theirs]
+        # beside a constant, which is not known, all that turned lies near it
+        return bool(np.abs(turned).max() <= near if len(among) > 1 else np.ptp(turned) <= near)
+    for axis in range(first.ndim):
+        for mine, other in ((ours, theirs), (np.expand_dims(v, axis) for v in (ours, theirs))):
+            with contextlib.suppress(ValueError, IndexError):
+                a, b = (np.take_along_axis(first, v, axis) for v in (mine, other))
+                if np.abs(a - b).max() <= near:
+                    return True
+    return False
+
+
 class Gate(NamedTuple):
-    """What a difference may be at first, and the most that the model's own rounding makes of it."""
+    """What a difference may be.
+
+    Attributes:
+        first: Without a question.
+        most: When the model's own rounding was measured, and is as large.
+        tells: A difference above it, be it rounding, says nothing about the adapter.
+    """
 
     first: float
     most: float
+    tells: float = math.inf
 
 
-def gates_of(expected: Outputs, ceiling: float = CEILING) -> dict[str, Gate]:
-    """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype."""
-    narrow = {n: 8 * EPSILON.get(v.dtype.name, 0.0) for n, v in expected.items()}
-    return {n: Gate(g, g) if g else Gate(ORT_TOL, ceiling) for n, g in narrow.items()}
+def gates_of(
+    expected: Outputs, ceiling: float = CEILING, base: Callable[[], Outputs] | None = None
+) -> dict[str, Gate]:
+    """The base gate of every output: ORT_TOL, or 8 epsilons of a narrower dtype.
+
+    Args:
+        expected: The outputs that a run has to give.
+        ceiling: The widest gate that rounding can ask for.
+        base: Gives the outputs without the adapter, where there is one.
+    """
+    gates = {}
+    for name, value in expected.items():
+        eps = EPSILON.get(value.dtype.name, 0.0)
+        unadapted = None if base is None else partial(_output, base, name)
+        wide = Gate(8 * eps, 8 * eps) if eps else wide_gate(ORT_TOL, value, unadapted, ceiling)
+        gates[name] = wide
+    return gates
+
+
+def _output(run: Callable[[], Outputs], name: str) -> Array:
+    return run()[name]
+
+
+def wide_gate(
+    tol: float,
+    expected: npt.ArrayLike,
+    base: Callable[[], npt.ArrayLike] | None = None,
+    ceiling: float = CEILING,
+) -> Gate:
+    """The gate of an output in float32.
+
+    One whose largest number is tiny, as the end of a sigmoid is, may differ by SMALLEST, which is
+    more than the ceiling beside it. A quarter of the adapter's effect keeps that from hiding a lost
+    or a wrong fold.
+    """
+    top = float(np.abs(np.nan_to_num(np.asarray(expected, np.float64))).max(initial=0.0))
+    most = SMALLEST / top if top else 0.0
+    if most <= ceiling:
+        return Gate(tol, ceiling)
+    effect = rel(base(), expected) if base is not None else 0.0
+    return Gate(tol, most, max(ceiling, 0.25 * min(effect or 1.0, 1.0)))
 
 
 def narrow_gate(tol: float, eps: float, base: npt.ArrayLike, expected: npt.ArrayLike) -> Gate:
@@ -196,7 +276,7 @@ class Report:
         for p in self.parity:
             sizes = sizes_text(p.sizes)
             verdict = (
-                ("zeros, which prove nothing" if p.blank else "ok") if p.ok else "over the gate"
+                ("too small to prove anything" if p.blank else "ok") if p.ok else "over the gate"
             )
             lines.append(
                 f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
@@ -238,8 +318,19 @@ def compare_fairly(
         wider = {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
         found = compare(ours, reference, sizes, wider, of)
         if found.ok:
-            break
+            certain = {n: min(gate, gates[n].tells) for n, gate in wider.items()}
+            return _telling(found, ours, reference, certain)
     return found
+
+
+def _telling(
+    found: Parity, ours: Outputs, reference: Outputs, gates: Mapping[str, float]
+) -> Parity:
+    """The comparison of the outputs that tell something about the adapter, of one that passed."""
+    telling = {n: v for n, v in reference.items() if compare(ours, {n: v}, {}, gates).ok}
+    if not telling:
+        return replace(found, blank=True)
+    return compare(ours, telling, found.sizes, gates, found.of)
 
 
 def demand(parity: Sequence[Parity], what: str) -> None:
@@ -249,7 +340,16 @@ def demand(parity: Sequence[Parity], what: str) -> None:
             "no size could be compared: the model refuses size 1 and the inputs have it",
             "give --inputs with two rows or more",
         )
-    if all(p.ok and p.blank for p in parity):
+    for of in dict.fromkeys(p.of for p in parity):
+        alike = [p for p in parity if p.of == of]
+        if not all(p.ok and p.blank for p in alike):
+            continue
+        if any(p.rel for p in alike):
+            raise LoraFxError(
+                f"{of or what}: every output is so small that its rounding, up to "
+                f"{max(p.rel for p in alike):.1e} of it, hides the adapter: nothing is proven",
+                "give real data with --inputs, on which the outputs are larger",
+            )
         raise LoraFxError(
             "every output is zero: nothing is proven",
             "give the weights that training left, since a last layer of zeros has no other output; "

@@ -97,7 +97,8 @@ class RuntimeSession:
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """As `run`, but with the runtime's own errors, and with any ids of rows."""
-        taken = set(self.input_names)
+        optional = self.session.get_overridable_initializers()  # A and B of a switchable file
+        taken = {*self.input_names, *(i.name for i in optional)}
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
         made = self.session.run(names, known)

@@ -34,7 +34,7 @@ from lora_fx.fx.module.module import Rewriter, by_output, plain
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import SIZES, Named, default_dynamic
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.parity import arrays_of, is_real, named_of, prove, torch_run
+from lora_fx.passes.proofs.parity import arrays_of, is_real, named_of, prove, torch_rerun, torch_run
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
 from lora_fx.text import some
@@ -304,7 +304,9 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
     with probe(Trained.of(module)):
         module.eval()
-        parity = prove(run, module, arrays=arrays_of(named), tol=FOLD_TOL, of="weight form")
+        rerun = replace(torch_rerun(module), block=lambda: module.inserting(weight_form))
+        arrays = arrays_of(named)
+        parity = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form", rerun=rerun)
     for p in parity:
         if not p.ok:
             raise NoEffectError(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,9 +31,9 @@ from lora_fx.compare import (
     Parity,
     compare_fairly,
     narrow_gate,
-    rel,
     shapes_of,
     sizes_text,
+    wide_gate,
 )
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
@@ -49,7 +47,8 @@ from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
 from lora_fx.inputs import Extents, Inputs, Named
-from lora_fx.passes.proofs.reference import Run
+from lora_fx.passes.proofs.interpreted import ModuleRerun, Wide, choices_of, move, nearby, widened
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, compared, grow
 from lora_fx.progress import stage
 from lora_fx.text import Json
 
@@ -78,6 +77,7 @@ def prove(
     sizes: Sequence[Extents] | None = None,
     tol: float = ORT_TOL,
     of: str = "",
+    rerun: Rerun | None = None,
 ) -> list[Parity]:
     """Run both at every size; sizes that a pinned dimension makes equal run once.
 
@@ -88,6 +88,7 @@ def prove(
         sizes: Instead of those of the capture.
         tol: The gate in fp32.
         of: A word for the report: what is compared.
+        rerun: Other ways to run what is compared.
     """
     reference.eval()
     results: list[Parity] = []
@@ -122,7 +123,11 @@ def prove(
         reference.captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
-            results.append(compare_fairly(ours(feeds), expected, shapes, gates, own, of=of))
+            choose = partial(choices_of, reference, named)
+            found, said = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
+        results.append(found)
+        if said:
+            leave_out(reference, shapes, said)
     return results
 
 
@@ -199,11 +204,14 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
     found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
     stored = (found[key].parameter.dtype for key in updates) if found else ()
     eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
-    if not eps:
-        return Gate(tol, CEILING)
-    with reference.base():
-        base = reference.flat(named)[name]
-    return narrow_gate(tol, eps, base, expected)
+
+    def unadapted() -> Array:
+        with reference.base():
+            return reference.flat(named)[name]
+
+    if eps:
+        return narrow_gate(tol, eps, unadapted(), expected)
+    return wide_gate(tol, expected, unadapted if updates else None)
 
 
 def _narrow(reference: CapturedModule) -> set[str]:
@@ -214,8 +222,6 @@ def _narrow(reference: CapturedModule) -> set[str]:
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
 
-SEEDS = (0, 1, 2)
-"""Of the inputs, and of the moves of weights, by which a model's rounding is told."""
 FEW = 8
 """Numbers of an output, a loss, of which three moves of the weights tell too little."""
 
@@ -261,17 +267,9 @@ def own_errors(
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
     few = any(v.size < FEW for _, values in runs for v in values.values())
     for seed in range(4 * len(SEEDS)) if few else SEEDS:
-        _move(model, moved, seed)
+        move(model, moved, seed)
         for named, values in runs:
             yield grow(worst, moved.flat(named), values)
-
-
-def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
-    """The largest difference so far of each output, where these have a larger one; edits it."""
-    for name, value in values.items():
-        found = rel(value, exact[name])
-        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
-    return worst
 
 
 def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
@@ -291,55 +289,9 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
     return exactly
 
 
-class Wide(fx.Interpreter):
-    """A graph in fp64."""
-
-    @functools.cached_property
-    def writes(self) -> bool:
-        """Whether an op writes into a tensor, which the ops after it read."""
-        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
-        return any(s is not None and s.is_mutable for s in schemas)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
-        held = super().get_attr(target, args, kwargs)
-        return self.read(held) if self.writes else held
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
-        if target is not torch.ops.aten.embedding.default:
-            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return self.read(super().call_function(target, args, kwargs))
-
-    def read(self, x: Any) -> Any:
-        """See widened."""
-        return widened(x)
-
-
-def widened(x: Any) -> Any:
-    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-    if isinstance(x, torch.dtype):
-        return torch.float64 if x.is_floating_point else x
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
-def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
-    """Make another the model with its weights moved by up to a unit of their last place."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            q.copy_(nearby(p, generator))
-
-
-def nearby(x: Any, generator: torch.Generator) -> Any:
-    """A tensor with its floats moved by up to a unit of their last place, by lot.
-
-    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
-    """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
+def torch_rerun(module: CapturedModule, *, same: bool = True) -> ModuleRerun:
+    """Other ways to run a torch module, on arrays by input name; see ModuleRerun."""
+    return ModuleRerun(module, lambda feeds: named_of(module._in_own_dtype(), feeds), same)
 
 
 def torch_run(module: CapturedModule) -> Run:
@@ -405,13 +357,21 @@ class TorchReference:
         """See Reference."""
         return torch_run(self._module(adapter))
 
+    def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
+        """See Reference."""
+        module = self._module(adapter)
+        return choices_of(module, named_of(module._in_own_dtype(), feeds))
+
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Fp32 against fp64."""
         return own_errors(self._module(adapter))
 
-    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
+    def prove(
+        self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
+    ) -> list[Parity]:
         """See Reference."""
-        return prove(run, self._module(adapter), arrays=self.arrays, tol=self.tol, of=of)
+        module = self._module(adapter)
+        return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
 
     def _module(self, adapter: Adapter | None) -> CapturedModule:
         if adapter is None:

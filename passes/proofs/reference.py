@@ -9,9 +9,10 @@ with those of its base.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ from lora_fx.compare import (
     COARSE,
     EPSILON,
     Gate,
+    Outputs,
     Parity,
     compare_fairly,
     demand,
@@ -33,6 +35,7 @@ from lora_fx.compare import (
     rel,
     shapes_of,
     sizes_text,
+    tied,
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
@@ -43,6 +46,7 @@ from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.batch import SCALES
+from lora_fx.onnx.choices import CHOSEN, cut_file, watched_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.load import load
@@ -59,8 +63,78 @@ from lora_fx.text import Json
 
 STEP = 2.0**-8
 """One code of eight bits, of the range that they span."""
+REWRITES = 1e-2
+"""The most that the runtime's rewrites may move an output of a file that is right without them."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
+
+
+class Rerun(Protocol):
+    """Other ways to run what is compared with a reference."""
+
+    def plain(self) -> Run | None:
+        """The same without the runtime's rewrites; None where there are none."""
+
+    def choosing(self, choices: Choices) -> Run | None:
+        """The same with the choices of the reference, and with what its own are made among.
+
+        None where it has none of them. The choices that it would make are outputs as well, where
+        the ops that make them are not the reference's own.
+        """
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A run of a reference, and what it chose: what integers and booleans it made of floats.
+
+    Attributes:
+        values: The choices, by name.
+        among: Choice → the names of the floats that it was made among.
+        outputs: The outputs of the run, these floats with them.
+        own: How far rounding moves them where the choices stay.
+    """
+
+    values: Named
+    among: Mapping[str, tuple[str, ...]]
+    outputs: Outputs
+    own: Callable[[], Iterable[Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class FileRerun:
+    """See Rerun: of an .onnx file.
+
+    Attributes:
+        path: The file.
+        provider: As in open_session.
+        also: Adds to the inputs what the file takes beside them.
+        stored: Arrays in the place of initialisers, in mode load.
+    """
+
+    path: Path
+    provider: str
+    also: Callable[[Named], Named] = dict
+    stored: Mapping[str, Array] = field(default_factory=dict)
+
+    def plain(self) -> Run:
+        """See Rerun."""
+        stored = self.stored or None
+        session = open_session(self.path, self.provider, rewrites=False, external=stored)
+        return lambda feeds: session.run(self.also(feeds))
+
+    def choosing(self, choices: Choices) -> Run | None:
+        """See Rerun."""
+        cut = cut_file(self.path, self.provider, choices.values, choices.among, self.stored)
+        if cut is None:
+            return None
+        session, names = cut
+        chosen = {f"{there}{CHOSEN}": choices.values[name] for name, there in names.items()}
+
+        def run(feeds: Named) -> dict[str, Array]:
+            made = session.run({**self.also(feeds), **chosen})
+            return {**made, **{name: made[there] for name, there in names.items()}}
+
+        return run
 
 
 class Reference(Protocol):
@@ -101,8 +175,153 @@ class Reference(Protocol):
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Per output, how far rounding alone moves it: the largest so far, run by run."""
 
-    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
-        """Compare at every size; `of` is the word for it in the report."""
+    def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
+        """What a run with an adapter's branches chooses."""
+
+    def prove(
+        self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
+    ) -> list[Parity]:
+        """Compare at every size.
+
+        Args:
+            run: What has to equal this.
+            adapter: The adapter of both.
+            of: The word for it in the report.
+            rerun: Other ways to run it.
+        """
+
+
+SEEDS = (0, 1, 2)
+"""Of the inputs, and of the moves of weights, by which a model's rounding is told."""
+
+
+def spread(run: Run, plain: Run | None, feeds: Named) -> Iterator[dict[str, float]]:
+    """Per output, how far a runtime's own rounding moves it: the largest so far, run by run.
+
+    ONNX Runtime folds batch norms into convolutions, which rounds their weights once more, and its
+    sigmoid is exact to 2^-24 however small the result is. The first is seen where it rewrites
+    nothing, the second where every float of the inputs is moved by half a unit of its last place.
+
+    Args:
+        run: What was compared.
+        plain: The same without the runtime's rewrites.
+        feeds: The inputs that it was compared at.
+    """
+    worst: dict[str, float] = {}
+    compared = run(feeds)
+    if plain is not None:
+        yield grow(worst, plain(feeds), compared)
+    if not any("float" in value.dtype.name for value in feeds.values()):
+        return
+    for seed in SEEDS:
+        moved = nearby_feeds(feeds, seed)
+        for other in (run, plain) if plain is not None else (run,):
+            yield grow(worst, other(moved), compared)
+
+
+def compared(
+    run: Run,
+    rerun: Rerun | None,
+    feeds: Named,
+    expected: Outputs,
+    gates: Mapping[str, Gate],
+    own: Callable[[], Iterable[Mapping[str, float]]],
+    choose: Callable[[], Choices],
+    *,
+    of: str,
+) -> tuple[Parity, str]:
+    """The comparison of a run with what it has to give, and what has to be said of it.
+
+    1. A file that is too far off, and is not without the runtime's rewrites, is right: the
+       comparison is the one without them.
+    2. Where outputs depend on choices, both make those of the reference, and what they are made
+       among is compared as well.
+
+    Args:
+        run: What is compared.
+        rerun: Other ways to run it.
+        feeds: The inputs, which `expected` was computed from.
+        expected: The outputs of the reference.
+        gates: See compare_fairly.
+        own: See compare_fairly: the rounding of the reference.
+        choose: Runs the reference for its choices.
+        of: A word for the report.
+    """
+    shapes = shapes_of(feeds)
+
+    def rounding() -> Iterator[Mapping[str, float]]:
+        return either(spread(run, rerun and rerun.plain(), feeds), own())
+
+    found = compare_fairly(run(feeds), expected, shapes, gates, rounding, of=of)
+    if found.ok or rerun is None:
+        return found, ""
+    plain = rerun.plain() if found.rel <= REWRITES else None
+    if plain is not None:
+        exact = compare_fairly(plain(feeds), expected, shapes, gates, own, of=of)
+        if exact.ok:
+            moved = f"ONNX Runtime's own rewrites move {found.output!r} by {found.rel:.1e}"
+            return exact, f"{moved} of its largest number; it was compared without them"
+    choices = choose()
+    choosing = rerun.choosing(choices) if choices.values else None
+    if choosing is None:
+        return found, ""
+    alike = _with_choices(choosing, choices, feeds, gates, of)
+    if alike is None or not alike.ok:
+        return found, ""
+    told = f"rounding turns a choice among near-equal numbers that {found.output!r} depends on"
+    return alike, f"{told}; both were compared with the same choices, and what these are among"
+
+
+def _with_choices(
+    run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
+) -> Parity | None:
+    """The comparison of a run that makes the reference's choices; None where its own are wrong."""
+    made = run(feeds)
+    for name in choices.values.keys() & made.keys():
+        among = [choices.outputs[n] for n in choices.among[name]]
+        if not tied(made[name], choices.values[name], among):
+            return None
+    expected = {n: v for n, v in choices.outputs.items() if n in made and n not in choices.values}
+    usual = gates_of(expected)
+    limits = {n: gates.get(n, usual[n]) for n in expected}
+
+    def rounding() -> Iterator[Mapping[str, float]]:
+        return either(spread(run, None, feeds), choices.own())
+
+    return compare_fairly(made, expected, shapes_of(feeds), limits, rounding, of=of)
+
+
+def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
+    """The largest difference so far of each output, where these have a larger one; edits it."""
+    for name, value in values.items():
+        found = rel(value, exact[name])
+        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+    return worst
+
+
+def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
+    """Inputs with their floats moved by up to a unit of their last place, by lot."""
+    rng = np.random.default_rng(seed)
+
+    def moved(value: Array) -> Array:
+        if "float" not in value.dtype.name:
+            return value
+        signs = rng.integers(0, 2, value.shape) * 2 - 1
+        half = float(finfo(value.dtype.name).eps) / 2
+        return (value.astype(np.float64) * (1 + signs * half)).astype(value.dtype)
+
+    return {name: moved(value) for name, value in feeds.items()}
+
+
+def either(
+    first: Iterable[Mapping[str, float]], then: Iterable[Mapping[str, float]]
+) -> Iterator[dict[str, float]]:
+    """What two measures of rounding tell, one after the other: the larger of both."""
+    told: dict[str, float] = {}
+    for measure in (first, then):
+        for errors in measure:
+            told |= {n: max(e, told.get(n, 0.0)) for n, e in errors.items()}
+            yield told
 
 
 @dataclass(eq=False)
@@ -138,6 +357,7 @@ class OnnxReference:
         self.mixes = graph is not None and shares_ranges(graph.model)
         self._names = [o.name for o in session.session.get_outputs()]
         self._made: dict[tuple[object, ...], Path] = {}
+        self._unproven: list[Json] = []
         self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
 
     @property
@@ -146,9 +366,9 @@ class OnnxReference:
         return self.inputs.conditions
 
     def details(self) -> Json:
-        """See Reference; nothing is unproven, since what the file does not take is an error."""
+        """See Reference; what the file does not take is an error, and no row of unproven."""
         ranges = [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
-        return {"ranges": ranges, "unproven": []}
+        return {"ranges": ranges, "unproven": self._unproven}
 
     def guards(self) -> tuple[Condition, ...]:
         """None: a file of ours has its guards already, and of others nothing is known."""
@@ -185,23 +405,45 @@ class OnnxReference:
                     worst[name] = max(worst[name], rel(values[name], fused[name]))
                 yield worst
 
-    def prove(self, run: Run, adapter: Adapter | None, of: str) -> list[Parity]:
+    def prove(
+        self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
+    ) -> list[Parity]:
         """See Reference."""
         results = []
+        own = partial(self.own_errors, adapter)
         for feeds in self.sizes():
-            expected, own = self._run(adapter, True, feeds), partial(self.own_errors, adapter)
-            gates, shapes = self._gates(adapter, expected, feeds), shapes_of(feeds)
+            expected, shapes = self._run(adapter, True, feeds), shapes_of(feeds)
+            gates = self._gates(adapter, expected, feeds)
             with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
-                results.append(compare_fairly(run(feeds), expected, shapes, gates, own, of=of))
+                choose = partial(self.choices, adapter, feeds)
+                found, said = compared(run, rerun, feeds, expected, gates, own, choose, of=of)
+            results.append(found)
+            if said:
+                row = {"sizes": {k: list(v) for k, v in shapes.items()}, "reason": said}
+                self._unproven.append(row)
         return results
+
+    def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
+        """The choices of the file with an adapter's branches."""
+        updates = {} if adapter is None else adapter.lowrank
+        path = self._path(updates) if updates else self.source
+        session, among = watched_file(path, self.session.provider)
+        factors = _factors(updates)
+        made = session.run({**feeds, **factors})
+        choices = Choices({n: made[n] for n in among}, among, made, list)
+        rerun = FileRerun(path, self.session.provider, lambda feeds: {**feeds, **factors})
+        choosing = rerun.choosing(choices)
+        if choosing is None:
+            return choices
+        return replace(choices, own=partial(spread, choosing, None, feeds))
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
     ) -> dict[str, Gate]:
         """The base gates, wider where an adapted weight is stored in a narrower dtype."""
-        gates = gates_of(expected, self.ceiling)
         if adapter is None or self.graph is None:
-            return gates
+            return gates_of(expected, self.ceiling)
+        gates = gates_of(expected, self.ceiling, partial(self._run, None, True, feeds))
         targets = self._targets(adapter.lowrank)
         casts = (v for t in targets for s in t.sites for v in s.view.steps if isinstance(v, Cast))
         dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
@@ -307,6 +549,7 @@ def prove_rows(
     rowed: Sequence[str],
     *,
     scales: bool,
+    rerun: FileRerun | None = None,
 ) -> list[Parity]:
     """The base at every size, and every id at least once, row by row.
 
@@ -316,17 +559,21 @@ def prove_rows(
         adapters: Bound, in the order of their ids.
         rowed: Inputs that have the batch dimension.
         scales: The graph takes weights by row.
+        rerun: Other ways to run the batch graph.
 
     Raises:
         NoEffectError: A row that differs.
     """
 
-    def base(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def of_base(feeds: Named) -> Named:
+        """Inputs with the id of the base in every row."""
         rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
         more = {SCALES: np.ones(rows, np.float32)} if scales else {}
-        return run({**feeds, IDS: np.zeros(rows, np.int64), **more})
+        return {**feeds, IDS: np.zeros(rows, np.int64), **more}
 
-    found = reference.prove(base, None, "base")
+    found = reference.prove(
+        lambda feeds: run(of_base(feeds)), None, "base", rerun and replace(rerun, also=of_base)
+    )
     demand(found, "ONNX Runtime differs from the model")
     if reference.mixes:
         return [*found, *_together(run, reference, adapters, rowed, scales=scales)]
@@ -338,6 +585,7 @@ def prove_rows(
         weights.append(w)
         got.append(run({**feeds, IDS: ids, **({SCALES: w} if scales else {})}))
     wanted: list[dict[int, dict[str, Array]]] = [{} for _ in batches]
+    rows: list[dict[int, tuple[Adapter | None, Named]]] = [{} for _ in batches]
     for i, adapter in enumerate([None, *adapters.values()]):
         for k, (feeds, ids) in enumerate(batches):
             for row in map(int, np.flatnonzero(ids == i)):
@@ -345,16 +593,19 @@ def prove_rows(
                 two = partial(np.repeat, repeats=2, axis=0)
                 alone = {n: two(v[row : row + 1]) if n in rowed else v for n, v in feeds.items()}
                 wanted[k][row] = {n: v[:1] for n, v in reference.run(given)(alone).items()}
+                rows[k][row] = given, alone
     names = ["", *adapters]
     for k, (feeds, ids) in enumerate(batches):
         # all rows at once: what one row rounds by may be large beside its own numbers
         whole = {
             n: np.concatenate([wanted[k][r][n] for r in range(len(ids))]) for n in wanted[k][0]
         }
-        own = partial(_own_errors, reference, [adapters[names[i]] if i else None for i in {*ids}])
-        parity = compare_fairly(
-            got[k], whole, {n: v.shape for n, v in feeds.items()},
-            gates_of(whole, reference.ceiling), own, of="mixed batch",
+        chosen = [adapters[names[i]] if i else None for i in {*ids}]
+        weighed = {**feeds, IDS: ids, **({SCALES: weights[k]} if scales else {})}
+        gates = gates_of(whole, reference.ceiling, partial(reference.run(None), feeds))
+        parity, _ = compared(
+            run, rerun, weighed, whole, gates, partial(_own_errors, reference, chosen),
+            partial(_choices_of_rows, reference, rows[k]), of="mixed batch",
         )  # fmt: skip
         found.append(parity)
         if not parity.ok:
@@ -363,6 +614,20 @@ def prove_rows(
             whose = f"{names[ids[row]] or 'the base'!r} (id {ids[row]})"
             demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
     return found
+
+
+def _choices_of_rows(
+    reference: Reference, rows: Mapping[int, tuple[Adapter | None, Named]]
+) -> Choices:
+    """What every row of a batch chooses alone, with its adapter, one below the other."""
+    alone = [reference.choices(*rows[row]) for row in sorted(rows)]
+
+    def joined(parts: Sequence[Named]) -> dict[str, Array]:
+        return {n: np.concatenate([p[n][:1] for p in parts]) for n in parts[0] if parts[0][n].ndim}
+
+    values = joined([c.values for c in alone])
+    among = {n: floats for n, floats in alone[0].among.items() if n in values}
+    return Choices(values, among, joined([c.outputs for c in alone]), list)
 
 
 def _own_errors(

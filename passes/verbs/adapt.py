@@ -35,7 +35,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.reference import reference_of
+from lora_fx.passes.proofs.reference import FileRerun, reference_of
 from lora_fx.passes.verbs.open import Wanted, build_module, captured_of, found_in, opened, quantised
 from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
@@ -281,7 +281,8 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
         with output(target, force=asked.force) as made:
             made.save(rewritten.model, asked.external_over)
             session = open_session(made.path, asked.provider)
-            parity = reference.prove(session.run, None, "base")
+            rerun = FileRerun(made.path, asked.provider)
+            parity = reference.prove(session.run, None, "base", rerun)
             demand(parity, "untrained branches change the outputs")
     notes += [session.note] if session.note else []
     outputs = tuple(map(str, made.files))

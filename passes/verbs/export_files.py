@@ -29,7 +29,7 @@ from lora_fx.onnx.batch import SCALES as SCALES_BY_ROW
 from lora_fx.onnx.batch import batch_symbol, join_copies, outputs_without_nan
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import guard_within, say_within
+from lora_fx.onnx.manifest import Manifest, guard_within, say_within
 from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.save import Output
@@ -38,7 +38,7 @@ from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.reference import Reference, Run, prove_rows
+from lora_fx.passes.proofs.reference import FileRerun, Reference, Run, prove_rows
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
@@ -174,7 +174,8 @@ def write_switch(
             made_file, graph.model, reference.conditions, reference.guards(), options, slots
         )
         session = Session(made_file.path, options.provider)
-        parity = reference.prove(session.run, None, "base")
+        rerun = partial(_rerun, made_file.path, options, manifest)
+        parity = reference.prove(session.run, None, "base", rerun(None))
         feeds = reference.feeds(SIZES[0])
         base = session.run(feeds)
 
@@ -199,7 +200,7 @@ def write_switch(
                         "a random adapter changes nothing in the exported file", "report this model"
                     )
                 warnings.append(f"the adapter {name!r} changes nothing")
-            parity += reference.prove(run, adapter, name)
+            parity += reference.prove(run, adapter, name, rerun(adapter))
         demand(parity, "ONNX Runtime differs from the model")
         for name, path in paths.items():
             with replacing(path, force=options.force, beside=made_file.beside) as part:
@@ -212,6 +213,16 @@ def write_switch(
     details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
     files = [*made_file.files, *more.files]
     return report_of(files, session.provider, parity, warnings, details)
+
+
+def _rerun(
+    path: Path, options: ExportOptions, manifest: Manifest, adapter: Adapter | None
+) -> FileRerun:
+    """Other ways to run a file of mode switch or load with an adapter."""
+    tensors = {} if adapter is None else manifest.tensors(adapter)
+    if manifest.mode == "load":
+        return FileRerun(path, options.provider, stored=manifest.padded(tensors) if tensors else {})
+    return FileRerun(path, options.provider, lambda feeds: {**feeds, **tensors})
 
 
 def report_of(
@@ -291,7 +302,10 @@ def write_batch(
     with options.output() as made_file:
         told = save_within(made_file, model, reference.conditions, reference.guards(), options)
         session = open_session(made_file.path, options.provider)
-        parity = prove_rows(session.run, reference, adapters, rowed, scales=options.scales)
+        rerun = FileRerun(made_file.path, options.provider)
+        parity = prove_rows(
+            session.run, reference, adapters, rowed, scales=options.scales, rerun=rerun
+        )
         demand(parity, "a batch differs")
         feeds = reference.feeds((4, SIZES[0][1]))
         rows = next(feeds[n].shape[0] for n in rowed if n in feeds)

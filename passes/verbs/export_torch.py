@@ -30,7 +30,16 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
-from lora_fx.passes.proofs.parity import TorchReference, feeds_of, guards, prove, rows_of, torch_run
+from lora_fx.passes.proofs.parity import (
+    TorchReference,
+    feeds_of,
+    guards,
+    prove,
+    rows_of,
+    torch_rerun,
+    torch_run,
+)
+from lora_fx.passes.proofs.reference import FileRerun
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
@@ -55,7 +64,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         folded = fold(branched)
         if not branched.changes_anything():
             warnings.append("the adapter changes nothing: every update is zero")
-        parity += prove(torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold")
+        parity += prove(
+            torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold",
+            rerun=torch_rerun(folded),
+        )  # fmt: skip
         demand(parity, "the fold differs from the unfolded model")
     exported, said = _translated(folded, options, level=options.accuracy_level)
     warnings += said
@@ -78,7 +90,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         for model in (model, exported):  # noqa: B020
             told = files.save_within(made_file, model, conditions, guards(branched), options)
             session = open_session(made_file.path, provider)
-            runtime = prove(session.run, branched, arrays=inputs, tol=tol, of="onnxruntime")
+            rerun = FileRerun(made_file.path, provider)
+            runtime = prove(
+                session.run, branched, arrays=inputs, tol=tol, of="onnxruntime", rerun=rerun
+            )
             rewritten = any(s.kept for s in stages) and precision not in GATES
             if not rewritten or all(p.ok for p in runtime):
                 break

@@ -33,7 +33,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.reference import prove_merge, reference_of
+from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, StrPath, table
 
@@ -162,7 +162,8 @@ def _ran(
         )
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         session = open_session(written, options.provider)
-        parity = reference.prove(session.run, Adapter(dict(matched.updates)), "merged")
+        adapter, rerun = Adapter(dict(matched.updates)), FileRerun(written, options.provider)
+        parity = reference.prove(session.run, adapter, "merged", rerun)
     demand(parity, "the merged file differs from the base with branches")
     return parity
 

@@ -133,7 +133,8 @@ class RunOptions:
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
-    from lora_fx.passes.proofs.parity import prove, torch_run
+    from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
+    from lora_fx.passes.proofs.reference import FileRerun, Rerun
     from lora_fx.passes.verbs.open import captured_of, opened
 
     adapter, tol = options.adapter_alone(), options.tol
@@ -144,11 +145,14 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     if _is_path(file):
         session, module = open_session(file, options.provider), _module(other, adapter)
         run: Run = session.run
+        rerun: Rerun = FileRerun(Path(file), options.provider)
         notes = [session.note] if session.note else []
         tol = _gate(session) if tol is None else tol
     else:
-        run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
-    parity = prove(run, module, arrays=options.inputs, tol=ORT_TOL if tol is None else tol)
+        ours, module, notes = _module(a, None), _module(b, adapter), []
+        run, rerun = torch_run(ours), torch_rerun(ours, same=False)
+    gate = ORT_TOL if tol is None else tol
+    parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return _report(parity, notes)
 
 
@@ -204,7 +208,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     """
     from lora_fx.onnx.load import load
     from lora_fx.onnx.session import open_session
-    from lora_fx.passes.proofs.reference import reference_of
+    from lora_fx.passes.proofs.reference import FileRerun, reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
     branches, tol = options.adapter is not None, options.tol
@@ -219,7 +223,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
             )
         expected, gate = reference.run(bound), _gate(one, reference.session)
         if tol is None and gate == ORT_TOL:  # widened by what the runtime's own rewrites do
-            parity = reference.prove(one.run, bound, "")
+            parity = reference.prove(one.run, bound, "", FileRerun(Path(a), options.provider))
         else:
             parity = [
                 compare(one.run(f), expected(f), shapes_of(f), gate if tol is None else tol)

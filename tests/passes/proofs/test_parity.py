@@ -56,13 +56,13 @@ def test_few_numbers_are_moved_more_often(
     width: int, moves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three draws of one number tell little of how far it may be moved."""
-    seen, real = [], parity._move
+    seen, real = [], parity.move
 
     def move(model: Any, other: Any, seed: int) -> None:
         seen.append(seed)
         real(model, other, seed)
 
-    monkeypatch.setattr(parity, "_move", move)
+    monkeypatch.setattr(parity, "move", move)
     adapted = lora_fx.insert(
         nn.Sequential(nn.Linear(8, width)).eval(), (torch.randn(2, 8),), rank=1
     )

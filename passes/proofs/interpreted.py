@@ -1,0 +1,214 @@
+"""Graphs run node by node: in fp64, with their weights moved, with the choices of another run.
+
+A choice is a tensor of integers or booleans that an op computes from floats: the indices of topk,
+argmax or nms, a comparison, a cast. Rounding alone turns it among near-equal scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lora_fx.dtypes import Array
+from lora_fx.fx.capture.call import leaves_of, output_name
+from lora_fx.fx.capture.capture import alike, copied
+from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.inputs import Named
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, grow
+
+
+class Wide(fx.Interpreter):
+    """A graph in fp64."""
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether an op writes into a tensor, which the ops after it read."""
+        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
+        return any(s is not None and s.is_mutable for s in schemas)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
+        held = super().get_attr(target, args, kwargs)
+        return self.read(held) if self.writes else held
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
+        if target is not torch.ops.aten.embedding.default:
+            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
+        return self.read(super().call_function(target, args, kwargs))
+
+    def read(self, x: Any) -> Any:
+        """See widened."""
+        return widened(x)
+
+
+def widened(x: Any) -> Any:
+    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x.is_floating_point else x
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
+    """Make another the model with its weights moved by up to a unit of their last place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.copy_(nearby(p, generator))
+
+
+def nearby(x: Any, generator: torch.Generator) -> Any:
+    """A tensor with its floats moved by up to a unit of their last place, by lot.
+
+    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
+
+
+class Choosing(Wide):
+    """A model's eval graph that keeps its choices, or makes those of another run.
+
+    Args:
+        model: The model.
+        given: The choices to make, by name; it makes its own of those that are not there.
+        wide: Whether it runs in fp64.
+
+    Attributes:
+        values: The choices, by name.
+        own: Those that it would have made.
+        among: Choice → the names of the floats that it was made among.
+        floats: These, by name.
+    """
+
+    def __init__(
+        self, model: CapturedModule, given: Named | None = None, *, wide: bool = False
+    ) -> None:
+        graph = model.graph(False).graph
+        super().__init__(model, graph=graph)
+        captured = model.captured
+        self.out_spec = captured.traced(False, captured.named, model.base_dtype).out_spec
+        self.model, self.given, self.wide = model, given or {}, wide
+        self.names = self._names(graph)
+        self.values: dict[str, Array] = {}
+        self.own: dict[str, Array] = {}
+        chosen = {n: among for n in graph.nodes if (among := _chosen_among(n))}
+        self.among = {
+            self.names[n]: tuple(map(self.names.get, among)) for n, among in chosen.items()
+        }
+        self.read_by_choices = {n for among in chosen.values() for n in among}
+        self.floats: dict[str, Array] = {}
+
+    def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
+        """The names of values, which an exported file has as well: an output has that of it."""
+        (leaves,) = graph.output_node().args
+        out = pytree.tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
+        outputs = {n: output_name(name) for name, n in leaves_of({"": out}) if _is_node(n)}
+        return {n: n.name for n in graph.nodes} | outputs
+
+    def outputs(self, named: Named) -> dict[str, Array]:
+        """The outputs of a run, and the floats that choices are made among."""
+        leaves = [self.read(x) for x in pytree.tree_leaves(copied(named))]
+        with torch.no_grad(), alike(self.model):
+            out = self.run(*leaves, enable_io_processing=False)
+        return {**self.floats, **by_output(pytree.tree_unflatten(list(out), self.out_spec))}
+
+    def read(self, x: Any) -> Any:
+        """See Wide."""
+        return super().read(x) if self.wide else x
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The result of a node, or the choice that was made in its place."""
+        result = super().run_node(n)
+        name = self.names[n]
+        if n in self.read_by_choices:
+            self.floats[name] = to_numpy(result)
+        if name not in self.among:
+            return result
+        self.own[name] = to_numpy(result)
+        if name in self.given:
+            result = from_numpy(self.given[name]).to(result.device, result.dtype)
+        self.values[name] = to_numpy(result)
+        return result
+
+
+def _is_node(x: object) -> bool:
+    return isinstance(x, fx.Node)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _chosen_among(node: fx.Node) -> list[fx.Node]:
+    """The computed floats that a choice is made among; none where a node is no choice."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+        return []
+    source = node.args[0] if node.target is operator.getitem else node
+    inputs = source.all_input_nodes if isinstance(source, fx.Node) else []
+    return [n for n in inputs if _is_float(n) and n.op == "call_function"]
+
+
+def choices_of(model: CapturedModule, named: Named) -> Choices:
+    """What a model chooses on arguments, and what comes out where it does."""
+    run = Choosing(model)
+    outputs = run.outputs(named)
+    values = run.values
+
+    def own() -> Iterator[Mapping[str, float]]:
+        """In fp64, and with the weights moved, where the choices stay."""
+        worst: dict[str, float] = {}
+        yield grow(worst, outputs, Choosing(model, values, wide=True).outputs(named))
+        moved = copy.deepcopy(model).eval()
+        for seed in SEEDS:
+            move(model, moved, seed)
+            yield grow(worst, Choosing(moved, values).outputs(named), outputs)
+
+    return Choices(values, run.among, outputs, own)
+
+
+@dataclass(frozen=True)
+class ModuleRerun:
+    """See Rerun: of a captured module.
+
+    Attributes:
+        module: The module.
+        named: Makes its arguments of arrays by input name.
+        same: Whether its ops are the reference's, which make choices in one way.
+        block: What it runs in.
+    """
+
+    module: CapturedModule
+    named: Callable[[Named], Named]
+    same: bool = True
+    block: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+
+    def plain(self) -> Run | None:
+        """None: torch rewrites nothing."""
+        return None
+
+    def choosing(self, choices: Choices) -> Run | None:
+        """See Rerun."""
+
+        def run(feeds: Named) -> dict[str, Array]:
+            with self.block():
+                chooser = Choosing(self.module, choices.values)
+                outputs = chooser.outputs(self.named(feeds))
+            made = {n: v for n, v in outputs.items() if n not in choices.values}
+            return made if self.same else {**made, **chooser.own}
+
+        return run
