@@ -416,7 +416,10 @@ class Session:
         """
         arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
-        for name, value in {**_values(arrays), **self.choice(adapter)}.items():
+        chosen = self.choice(adapter)
+        with told(arrays):
+            values = {**_values(arrays), **chosen}
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.provider)
@@ -440,7 +443,7 @@ class Session:
         """Raise for a weight that is no number, or infinite in the dtype that multiplies by it."""
         dtypes = {array.dtype for array in self._arrays[name].values()}
         number = isinstance(weight, Real) and not isinstance(weight, (bool, np.bool_))
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
             if number and all(np.isfinite(dtype.type(weight)) for dtype in dtypes):
                 return
         raise LoraFxError(
@@ -465,7 +468,9 @@ class Session:
             name = one_line(name, 80)
             raise LoraFxError(
                 f"no adapter {name!r} is loaded",
-                near(name, list(self._arrays)) if self._arrays else "session.load(name, path)",
+                near(name, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
+                if self._arrays
+                else "session.load(name, path)",
             )
 
 
@@ -495,7 +500,8 @@ def check_inputs(
     """Raise for an input that is missing or unknown, and for sizes that a file is not true for."""
     for name in inputs:
         if name not in known:
-            raise LoraFxError(f"the model has no input {name!r}", near(name, [*known]))
+            hint = near(name, [*known], f"inputs: {sorted(known)}")
+            raise LoraFxError(f"the model has no input {name!r}", hint)
     missing = sorted(set(known) - set(inputs))
     if missing:
         raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(known)}")
