@@ -315,8 +315,8 @@ def beside(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
         raise LoraFxError(
-            f"{type(model).__name__} cannot be copied to quantise it: {one_line(e)}",
-            "make it deepcopy-able, or load it quantised",
+            f"{type(model).__name__} cannot be copied: {one_line(e)}",
+            "make it deepcopy-able: codes, or other weights, go into a second tree",
         ) from e
 
 

@@ -433,7 +433,7 @@ def _multiplied_out(node: ast.expr) -> tuple[int, int]:
     terms, bits = 1, max([64, *(bits for _, bits in sizes)])
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         bits = node.value.bit_length() if isinstance(node.value, int) else 64
-        if isinstance(node.value, float) and math.isinf(node.value) or bits > 64:
+        if (isinstance(node.value, float) and math.isinf(node.value)) or bits > 64:
             raise _TooLarge(f"a number of {bits} bits")
     elif name in ("Add", "Sub", "USub"):
         terms = sum(terms for terms, _ in sizes)
