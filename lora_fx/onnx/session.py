@@ -165,7 +165,9 @@ def open_session(
             f"CUDA was asked for and cannot be had: {why}",
             "pip install 'lora-fx[gpu]' on a machine with a GPU, or --provider cpu",
         )
-    note = "running on CPU: no usable CUDA device" if provider == "auto" and got == "cpu" else ""
+    # A machine without a GPU runs on its CPU, which is no news.
+    missed = provider == "auto" and got == "cpu" and driver_present()
+    note = "running on CPU: this build of ONNX Runtime does not use the GPU" if missed else ""
     return RuntimeSession(session, got, note)
 
 
