@@ -621,7 +621,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             hint = "this is not a mistake of yours: please report it with the output of -v"
             error = LoraFxError(f"{type(e).__name__}: {one_line(e)}", hint)
         else:
-            error = explain(cause, cause.filename or "a file")
+            error = explain(cause, cause.filename or "standard output, or a file")
         error.__cause__ = e
         _fail(error, argv, files)
 
@@ -633,13 +633,15 @@ def _fail(error: LoraFxError, argv: Sequence[str], files: Remembered) -> NoRetur
         before, error = error, LoraFxError(told, error.hint, exit_code=1)
         error.told, error.__cause__ = before.told, before
     if "-v" in argv or "--verbose" in argv:
-        traceback.print_exception(error, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error, file=sys.stderr)
     echo(f"Error: {one_line(error.message, 1000)}", err=True, red=True)
     if error.hint:
         echo(f"Hint: {one_line(error.hint, 1000)}", err=True)
     if "--json" in argv and not error.told:
         command = next((a for a in argv if a in COMMANDS), "")
-        show(result(False, command=command, error=error.message, hint=error.hint))
+        with contextlib.suppress(LoraFxError):  # stdout may be what is full
+            show(result(False, command=command, error=error.message, hint=error.hint))
     sys.exit(error.exit_code)
 
 

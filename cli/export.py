@@ -62,6 +62,7 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.export import export
+    from lora_fx.passes.verbs.options import check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
@@ -72,6 +73,8 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
         )
     opset, names = options.pop("opset"), options.pop("names")
     updates, loss = shared.named_adapters(adapters), options.pop("loss")
+    if updates and not (mode == "merged" and model.endswith(".onnx")):
+        check_adapters(updates, mode)
     options["repeat"] = not options["no_repeat"]
     options["loss"] = loss and shared.loss_of(loss)
     given = {k: options.pop(k) for k in shared.CAPTURE}

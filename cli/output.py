@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.errors import LoraFxError, explained, one_line, visible
+from lora_fx.errors import LoraFxError, explain, explained, one_line, visible
 from lora_fx.progress import Listener
 from lora_fx.text import Json, strict_json
 
@@ -73,7 +73,7 @@ def emit(
 def show(whole: Json) -> None:
     """Print the JSON object of a result."""
     end_line()
-    click.echo(json.dumps(strict_json(whole), indent=1, default=str))
+    _write(json.dumps(strict_json(whole), indent=1, default=str))
 
 
 def echo(text: str, *, err: bool = False, red: bool = False) -> None:
@@ -81,7 +81,27 @@ def echo(text: str, *, err: bool = False, red: bool = False) -> None:
     end_line()
     said = visible(text, lines=True)
     shown = red and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    click.echo(click.style(said, fg="red") if shown else said, err=err)
+    _write(click.style(said, fg="red") if shown else said, err=err)
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    """Write a text to a standard stream.
+
+    What stderr does not take, since the disk behind it is full, is no error: a command has its
+    answer and its exit code.
+
+    Raises:
+        LoraFxError: stdout does not take the result.
+        BrokenPipeError: Nobody reads the result any more.
+    """
+    try:
+        click.echo(text, err=err)
+    except OSError as error:
+        if err:
+            return
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise explain(error, "standard output") from error
 
 
 def result(ok: bool, warnings: Sequence[str] = (), **fields: object) -> Json:
@@ -144,19 +164,23 @@ class _Lines:
         """See lora_fx.progress.Listener."""
         name, _, seconds = line.rpartition(": ")
         if not line.endswith("…") and name == self.open:
-            click.echo(f" {seconds}", file=self.file)
+            self._write(f" {seconds}")
             self.open = ""
             return
         self.end()
         begins = line.endswith("…")
-        click.echo(visible(line), file=self.file, nl=not begins)
+        self._write(visible(line), nl=not begins)
         self.open = line.removesuffix(" …") if begins else ""
 
     def end(self) -> None:
         """Close an open line."""
         if self.open:
-            click.echo(file=self.file)
+            self._write("")
             self.open = ""
+
+    def _write(self, text: str, *, nl: bool = True) -> None:
+        with contextlib.suppress(OSError):  # as in `_write`
+            click.echo(text, file=self.file, nl=nl)
 
 
 @contextlib.contextmanager

@@ -58,11 +58,12 @@ def command(a: str, b: str, **options: Any) -> None:
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        report = verify(shared.captured(a, model, meta=True)[1], shared.adapter_of(b))
+        adapter = shared.adapter_of(b)  # before the model, which takes longer to open
+        report = verify(shared.captured(a, model, meta=True)[1], adapter)
     else:
-        one, two = (m if m.endswith(".onnx") else shared.captured(m, {**model})[1] for m in (a, b))
-        arrays = shared.load_npz(model["inputs_file"]) or None
         extra = [shared.adapter_of(x).weighted(w) for x, w in map(shared.split_weight, adapters)]
+        arrays = shared.load_npz(model["inputs_file"]) or None
+        one, two = (m if m.endswith(".onnx") else shared.captured(m, {**model})[1] for m in (a, b))
         beside = extra[0] if len(extra) == 1 else extra or None
         report = verify(one, two, arrays, adapter=beside, **options)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}

@@ -63,12 +63,27 @@ class Condition:
         return f"{self._spelled()}{f' ({self.line})' if self.line else ''}"
 
     def _spelled(self) -> str:
+        if (bound := self._as_bound()) is not None:
+            return bound
         tree = ast.parse(self.text, mode="eval")
         names = {n: f"{i}[{d}]" for n, i, d in self.sizes}
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and node.id in names:
                 node.id = names[node.id]
         return ast.unparse(tree)
+
+    def _as_bound(self) -> str | None:
+        """A computed comparison as the one bound of one size that it comes to; None for others.
+
+        `x == min(512, x) or x < 3` is `x <= 512`.
+        """
+        if len(self.sizes) != 1 or len(list(_leaves(parsed(self.text)))) <= 2:
+            return None
+        ((_, name, d),) = self.sizes
+        low, high = self.bounds()
+        if (low is None) == (high is None):
+            return None
+        return f"{name}[{d}] <= {high}" if low is None else f"{name}[{d}] >= {low}"
 
     def refusal(self, given: Mapping[Size, int]) -> SizeError:
         """The error for sizes that do not satisfy it."""
@@ -145,6 +160,39 @@ class Condition:
         if not names or names != {n for n, _, _ in sizes} or not fits:
             raise LoraFxError(f"{row['text']!r} is no condition on {sizes}", "was the file edited?")
         return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
+
+
+def without_implied(conditions: Sequence[Condition]) -> list[Condition]:
+    """The conditions without those that another one of them implies.
+
+    Implied is a comparison of one size that holds at each of the few sizes at which another does,
+    and one of whose alternatives (`a or b`) is such a comparison.
+    """
+    few = {}  # the sizes at which a condition holds, where they are all below what is searched
+    for c in conditions:
+        if len(c.sizes) == 1 and (high := c.bounds()[1]) is not None:
+            few[c] = [n for n in range(1, high + 1) if c.holds(dict.fromkeys(c.about, n))]
+    kept = list(conditions)
+    for c in conditions:
+        others = [o for o in kept if o is not c and o in few]
+        if any(_implies(few[o], o, parsed(c.text), c.sizes) for o in others):
+            kept.remove(c)
+    return kept
+
+
+def _implies(
+    numbers: Sequence[int], condition: Condition, tree: Tree, sizes: Sequence[tuple[str, str, int]]
+) -> bool:
+    """Whether a comparison holds wherever a condition does, which is at these numbers."""
+    if tree[0] == "Or":
+        parts = [t for t in tree[1:] if isinstance(t, tuple)]
+        if any(_implies(numbers, condition, part, sizes) for part in parts):
+            return True
+    names = {leaf for leaf in _leaves(tree) if isinstance(leaf, str)}
+    about = {(i, d) for n, i, d in sizes if n in names}
+    if about != condition.about:
+        return False
+    return all(_built(tree, _result, dict.fromkeys(names, n)) for n in numbers)
 
 
 def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condition | None:

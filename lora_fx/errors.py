@@ -300,8 +300,12 @@ _WHY = {
 def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
     """What an error of the operating system means for `path`, in one line."""
     why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
+    if (
+        error.errno == errno.ENOENT and error.filename is None
+    ):  # no file: no room for temporary ones
+        why, hint = error.strerror or why, "free space, or name another folder in TMPDIR"
     why = why or error.strerror or str(error) or type(error).__name__
-    if error.errno == errno.ENOENT:
+    if error.errno == errno.ENOENT and error.filename is not None:
         hint = near_path(error.filename if isinstance(error.filename, str) else path, hint)
     return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 

@@ -6,6 +6,7 @@ what it was trained on; nothing is written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,14 @@ from lora_fx.checkpoint.match import (
     tie_and_names,
 )
 from lora_fx.checkpoint.model_families import Tie
-from lora_fx.checkpoint.provenance import base_note, history, layout_hash, refuse_again, sample_hash
+from lora_fx.checkpoint.provenance import (
+    base_note,
+    history,
+    layout_hash,
+    other_model,
+    refuse_again,
+    sample_hash,
+)
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import Int8, in_all, int8_of, refuse_codes, sampled, stored_as
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
@@ -230,21 +238,24 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         try:
             refuse_codes(adapter.entries, base, config)
         except LoraFxError as error:
-            hint = _ways_on(base, given, options) or error.hint
+            hint = error.hint
+            if not (options.dequantise or options.requantise):
+                hint = _ways_on(base, given, options) or hint
             if any(e.group for e in adapter.entries.values() if isinstance(e, LowRank)):
                 hint = f"lora-fx export puts QA-LoRA into zero points, without loss; {hint}"
             raise LoraFxError(error.message, hint) from error
         new = _new(adapter, base) if options.add else {}
-        here, said = match(
-            adapter,
-            known,
-            config,
-            str(base.path),
-            new=new,
-            allow_unused=options.allow_unused,
-            allow_missing=options.allow_missing,
-            source=where,
-        )
+        with _of_another_model(adapter, where, base):
+            here, said = match(
+                adapter,
+                known,
+                config,
+                str(base.path),
+                new=new,
+                allow_unused=options.allow_unused,
+                allow_missing=options.allow_missing,
+                source=where,
+            )
         notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
         if not here:
             raise LoraFxError(
@@ -297,6 +308,17 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
     return MergePlan(
         stored, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
     )
+
+
+@contextlib.contextmanager
+def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterator[None]:
+    """A block whose errors begin with what the two configs say, where they name two models."""
+    try:
+        yield
+    except LoraFxError as error:
+        if not (told := other_model(adapter, where, base)):
+            raise
+        raise LoraFxError(f"{told}: {error.message}", error.hint) from error
 
 
 def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> str:

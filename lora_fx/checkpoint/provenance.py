@@ -29,7 +29,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_value
 from lora_fx.files.safetensors import TensorInfo, Tensors, stored_bytes, stored_elements
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, is_whole
 
 METADATA = "lora_fx.merge"
 VERSION = 1
@@ -127,6 +127,26 @@ def refuse_again(
             )
 
 
+def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
+    """What the configs of an adapter and of a checkpoint say that each is of.
+
+    Empty where one of them does not say it, or both name the same.
+    """
+    named, config = adapter.metadata.get(NAMED), base.config()
+    theirs, kind = config.get("_name_or_path"), config.get("model_type")
+    if not isinstance(named, str) or not named or not (theirs or kind):
+        return ""
+    last = named.rstrip("/").rpartition("/")[2].lower()
+    if last in (str(theirs).rstrip("/").rpartition("/")[2].lower(), base.path.name.lower()):
+        return ""
+    size = config.get("hidden_size")
+    described = repr(theirs) if theirs else f"a {kind}"
+    described += f" of hidden size {size}" if is_whole(size) else ""
+    return (
+        f"{where} was trained on {named!r}, says its config; that of {base.path} says {described}"
+    )
+
+
 def base_note(
     adapter: Adapter, where: str, base: Checkpoint, known: Tensors, any_base: bool
 ) -> str:
@@ -146,6 +166,8 @@ def base_note(
     recorded: JsonView | None = adapter.metadata.get(FIELD)
     same, why = compared(recorded, lambda n, dtype: sample_of(n, known.get(rename(n)), dtype))
     if same is None:
+        if recorded is None and (named := adapter.metadata.get(NAMED)):
+            why = f"its config names {named!r}, and holds no sample of the weights"
         return f"{where}: its base is not verified: {why}"
     if same:
         return ""
@@ -172,6 +194,8 @@ def base_note(
 # loaded as float32 is the same base.
 
 
+NAMED = "base_model_name_or_path"
+"""Of an adapter's metadata: what PEFT calls its base."""
 FIELD = "base"
 ENDS = 4096
 """Elements at each end of a tensor that the sample holds."""

@@ -154,7 +154,7 @@ def translated(
                 inner = inner.__cause__
             raise LoraFxError(
                 f"torch's ONNX exporter refused the model: {one_line(inner, 200)}",
-                "a Hugging Face model may need attn_implementation='eager' (-v prints all)",
+                "-v prints all that it says",
             ) from e
     assert onnx is not None
     return onnx.model

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -26,7 +27,7 @@ from lora_fx.adapter.lowrank import FIELDS, LowRank, learning, slots_of, with_va
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError, check_format, retold, stamp
+from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, retold, stamp
 from lora_fx.files.read import json_object, json_value, open_input
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.load import load
@@ -349,14 +350,15 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
     values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
     file.set_parameters(values)
-    unwritten = f"{path}: ONNX Runtime cannot write it"
-    full = "free space, or write to another disk"
-    with retold(unwritten, full, RuntimeError):
-        file.export_adapter(str(path))
     try:
+        file.export_adapter(str(path))
         again, _ = read_file(path)
-    except LoraFxError as error:  # the runtime does not see that a disk is full
-        raise LoraFxError(f"{unwritten} whole: {error.message}", full) from error
+    except (RuntimeError, LoraFxError) as error:
+        _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in held.values()))
+        raise LoraFxError(
+            f"{path.name}: ONNX Runtime cannot write it: {one_line(error, 160)}",
+            "is there space and access?",
+        ) from error
     for name, array in held.items():
         got = again.get(name)
         if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
@@ -364,6 +366,18 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
                 f"{path}: tensor {name!r} does not read back as it was written",
                 "is the disk full? write it again",
             )
+
+
+def _refuse_full_disk(path: Path, size: int) -> None:
+    """Raise what the system says of so many bytes at a path; the runtime says nothing of it.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    with open(path, "wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _array(value: ort.OrtValue) -> Array:

@@ -190,7 +190,9 @@ def open_session(
             f"CUDA was asked for and cannot be had: {why}",
             "pip install 'lora-fx[gpu]' on a machine with a GPU, or --provider cpu",
         )
-    note = "running on CPU: no usable CUDA device" if provider == "auto" and got == "cpu" else ""
+    # A machine without a GPU runs on its CPU, which is no news.
+    missed = provider == "auto" and got == "cpu" and driver_present()
+    note = "running on CPU: this build of ONNX Runtime does not use the GPU" if missed else ""
     return RuntimeSession(session, got, note)
 
 
@@ -441,7 +443,10 @@ class Session:
         """
         arrays = self._arrays_of(inputs)
         binding = self.session.io_binding()
-        for name, value in {**_values(arrays), **self.choice(adapter)}.items():
+        chosen = self.choice(adapter)
+        with told(arrays):
+            values = {**_values(arrays), **chosen}
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, self.provider)
@@ -465,7 +470,7 @@ class Session:
         """Raise for a weight that is no number, or infinite in the dtype that multiplies by it."""
         dtypes = {array.dtype for array in self._arrays[name].values()}
         number = isinstance(weight, Real) and not isinstance(weight, (bool, np.bool_))
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
             if number and all(np.isfinite(dtype.type(weight)) for dtype in dtypes):
                 return
         raise LoraFxError(
@@ -490,7 +495,9 @@ class Session:
             name = one_line(name, 80)
             raise LoraFxError(
                 f"no adapter {name!r} is loaded",
-                near(name, list(self._arrays)) if self._arrays else "session.load(name, path)",
+                near(name, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
+                if self._arrays
+                else "session.load(name, path)",
             )
 
 
@@ -520,7 +527,8 @@ def check_inputs(
     """Raise for an input that is missing or unknown, and for sizes that a file is not true for."""
     for name in inputs:
         if name not in known:
-            raise LoraFxError(f"the model has no input {name!r}", near(name, [*known]))
+            hint = near(name, [*known], f"inputs: {sorted(known)}")
+            raise LoraFxError(f"the model has no input {name!r}", hint)
     missing = sorted(set(known) - set(inputs))
     if missing:
         raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(known)}")

@@ -13,7 +13,7 @@ from lora_fx.errors import LoraFxError, near
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Parameter, Site
 from lora_fx.ir.layout import Layout, Region
-from lora_fx.text import Json, html, human, some, table
+from lora_fx.text import Json, by_key, html, human, some, table
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
@@ -572,7 +572,8 @@ class Found:
             verbs = " or ".join(coded[0].verbs)
             lines.append(f"no {verbs}, only branches: {coded[0].key}{more}: {coded[0].reason}")
         rest = [r for r in self.refusals if r not in coded]
-        lines += [f"refused: {r.key} ({r.op}): {r.reason}" for r in rest]
+        alike = by_key(((r.op, r.reason), r.key) for r in rest)
+        lines += [f"refused: {some(keys)} ({op}): {why}" for (op, why), keys in alike.items()]
         lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]
         lines += [f"captured for: {c}" for c in self.ranges]

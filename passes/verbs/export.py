@@ -32,9 +32,22 @@ from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.reference import prove_merge, reference_of
-from lora_fx.passes.verbs.export_files import by_name, optimise_file, write_batch, write_switch
+from lora_fx.passes.verbs.export_files import (
+    by_name,
+    named,
+    optimise_file,
+    write_batch,
+    write_switch,
+)
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
-from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Provider, Selectors
+from lora_fx.passes.verbs.options import (
+    ExportAdapters,
+    ExportOptions,
+    Provider,
+    Selectors,
+    check_adapters,
+    exclude_hint,
+)
 from lora_fx.progress import Listener, told
 from lora_fx.targets.target import Found
 from lora_fx.text import Json
@@ -159,6 +172,10 @@ def export(
         optimizer=optimizer, weight_decay=weight_decay, clip=clip, repeat=repeat,
     )  # fmt: skip
     check_output(path, force=force)
+    of_file = isinstance(model, (str, PathLike)) and is_onnx(model)
+    if adapters and not (of_file and mode == "merged"):  # before the model is captured
+        check_adapters({"the adapter": adapters} if isinstance(adapters, Adapter)
+                       else named(adapters), mode)  # fmt: skip
     if genai is not None and (not cache or mode not in ("merged", "switch")):
         raise LoraFxError(
             f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
@@ -301,7 +318,7 @@ def _bound(
     if matched.whole:
         raise LoraFxError(
             f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
-            "lora-fx merge folds whole tensors",
+            exclude_hint(name, sorted(matched.whole)),
         )
     return replace(adapter, entries=dict(matched.updates), names=None)
 

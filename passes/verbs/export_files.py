@@ -41,7 +41,12 @@ from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import FileRerun, Reference, Run, prove_rows
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.options import Companions, ExportAdapters, ExportOptions
+from lora_fx.passes.verbs.options import (
+    Companions,
+    ExportAdapters,
+    ExportOptions,
+    exclude_hint,
+)
 from lora_fx.targets.target import Found, base_name, own_use, split_use
 from lora_fx.text import Json, JsonView
 
@@ -245,7 +250,7 @@ def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
         if adapter.full:
             raise LoraFxError(
                 f"{name}: it holds the whole tensor {min(adapter.full)!r}",
-                "all runs and rows share everything but low-rank updates: put it into the model",
+                exclude_hint(name, sorted(adapter.full)),
             )
 
 

@@ -17,10 +17,17 @@ from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
-from lora_fx.fx.codes import forms
+from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.module import CapturedModule, plain
-from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
+from lora_fx.fx.tensors import (
+    from_numpy,
+    named_tensors,
+    parameter_of,
+    replace_parameter,
+    to_numpy,
+    with_base,
+)
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -45,7 +52,7 @@ from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
-from lora_fx.text import Json, free_name
+from lora_fx.text import Json, free_name, some
 
 
 def export_merged(model: object, options: ExportOptions) -> Report:
@@ -200,6 +207,10 @@ def export_slots(model: object, options: ExportOptions) -> Report:
     captured = captured_for(model, options)
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
+    whole: list[str] = []
+    if options.mode == "switch" and len(bound) == 1:
+        captured, bound, whole = _with_whole(captured, bound)
+        found = find(captured) if whole else found
     reference = torch_reference(captured, options, level_gate(options))
     if options.mode == "batch":
         every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
@@ -209,10 +220,39 @@ def export_slots(model: object, options: ExportOptions) -> Report:
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, _, said = base_of(reference, keys, options)
+    said += whole
     at_level(graph.model, options.accuracy_level)
     return files.write_switch(
         graph, reference, keys, bound, options, said, loose=loose, found=found
     )
+
+
+def _with_whole(
+    captured: Captured, adapters: Mapping[str, Adapter]
+) -> tuple[Captured, dict[str, Adapter], list[str]]:
+    """A capture of the base with the whole tensors of an adapter, the rest of it, and a note.
+
+    A slot holds a low-rank update, so a head that was trained whole is part of the base.
+    """
+    ((name, adapter),) = adapters.items()
+    first, aliases = named_tensors(captured.model)
+    tied = [key for key in adapter.full if aliases.get(first.get(key, key))]
+    if not adapter.full or tied:  # of a tied one, one use alone may be meant
+        return captured, dict(adapters), []
+    based = copy.copy(captured)
+    based.model = beside(captured.model)
+    traced = captured.tracings.items()
+    based.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in traced}
+    for key, full in adapter.full.items():
+        old = parameter_of(based.model, first.get(key, key))
+        value = from_numpy(full.value).to(old.device, old.dtype)
+        replace_parameter(based.model, old, torch.nn.Parameter(value, old.requires_grad))
+    kept = replace(adapter, entries={**adapter.lowrank})
+    note = (
+        f"{name}: its whole tensors are folded into the base ({some(sorted(adapter.full))}): the "
+        "file has them without an adapter too"
+    )
+    return based, {name: kept}, [note]
 
 
 def torch_reference(

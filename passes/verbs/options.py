@@ -7,6 +7,7 @@ exists is in order: whatever the options alone show to be wrong was refused when
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
@@ -101,6 +104,8 @@ class InsertOptions(BranchOptions):
         if self.norm_stats not in ("frozen", "update"):
             raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
         chosen = self.include or self.exclude or self.also_train or self.plan is not None
+        if self.adapter is not None:
+            check_kinds(self.adapter, "the adapter", "a graph")
         if self.adapter is not None and chosen:
             raise LoraFxError(
                 "an adapter brings its own targets and ranks",
@@ -130,6 +135,55 @@ MODES: Mapping[str, tuple[str, ...]] = {
 }
 """Mode of export → the options that it alone has; load has those of switch too, train of both."""
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+
+
+def check_kinds(adapter: Adapter, name: str, taker: str, *, dora: bool = True) -> None:
+    """Raise for an update that no graph can hold, which the adapter alone tells.
+
+    Args:
+        adapter: Bound or not.
+        name: What the message calls it.
+        taker: What should take it, such as "mode switch".
+        dora: DoRA is taken.
+    """
+    for key, entry in adapter.entries.items():
+        is_dora = isinstance(entry, LowRank) and entry.magnitude is not None
+        if isinstance(entry, (Hadamard, Kronecker, Rotation)) or (is_dora and not dora):
+            known = "lora, rslora and dora" if dora else "lora and rslora"
+            raise LoraFxError(
+                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {known}",
+                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
+                "how well",
+            )
+
+
+def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
+    """Raise for what an adapter holds and a file of a mode has no place for.
+
+    The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
+    tensors of a single adapter into the base.
+    """
+    for name, adapter in adapters.items():
+        check_kinds(adapter, name, f"mode {mode}", dora=mode in ("merged", "train"))
+        entries = adapter.entries.items()
+        whole = [key for key, entry in entries if isinstance(entry, (Full, Dense, ReplacedRows))]
+        alone = mode == "switch" and len(adapters) == 1
+        if whole and mode not in ("merged", "train") and not alone:
+            raise LoraFxError(
+                f"{name}: it holds the whole tensor {whole[0]!r}; mode {mode} has a place for low-"
+                "rank updates alone",
+                exclude_hint(name, whole),
+            )
+
+
+def exclude_hint(name: str, keys: Sequence[str]) -> str:
+    """How to go on without the whole tensors of an adapter, or with them in the base."""
+    modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
+    chosen = ",".join(modules[:8])
+    return (
+        f"lora-fx convert {name} -o OUT --exclude {chosen} leaves it out; with --include in its "
+        "place, OUT holds it alone, and lora-fx merge puts that into the base"
+    )
 
 
 def _given(option: object) -> bool:

@@ -276,12 +276,11 @@ def test_export_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match="no mode"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="other")
     whole = Adapter({**ADAPTERS["de"].entries, "fc.bias": lora_fx.Full(np.zeros(32))})
-    for mode in ("switch", "load", "batch"):
+    for mode, others in (("switch", ADAPTERS), ("load", {}), ("batch", {})):
+        given = {"x": whole, **others}  # switch has a place for that of one adapter: the base
         with pytest.raises(LoraFxError, match=r"x: it holds the whole tensor 'fc\.bias'") as caught:
-            lora_fx.export(
-                Net().eval(), tmp_path / "m.onnx", args, adapters={"x": whole}, mode=mode
-            )
-        assert "put it into the model" in str(caught.value.hint)
+            lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, adapters=given, mode=mode)
+        assert "--exclude" in str(caught.value.hint)
     (tmp_path / "de.onnx_adapter").write_text("mine")
     with pytest.raises(LoraFxError, match="exists"):
         lora_fx.export(Net().eval(), tmp_path / "m.onnx", args, mode="switch", adapters=ADAPTERS)

@@ -27,7 +27,15 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.printers import PythonPrinter
 
-from lora_fx.conditions import BINARY, SEARCHED, Condition, Size, broken, parsed
+from lora_fx.conditions import (
+    BINARY,
+    SEARCHED,
+    Condition,
+    Size,
+    broken,
+    parsed,
+    without_implied,
+)
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.tensors import patched
@@ -109,6 +117,8 @@ def _origin(frame: FrameType | None) -> tuple[str, str]:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         inside = path.startswith(_TORCH)
         tail = path.removeprefix(_TORCH)
+        if inside and tail == "/export/_trace.py":
+            break  # what called the exporter is no line of the model's
         if not kind:
             if tail == "/__init__.py" and name in ("_check", "_check_with"):
                 kind = DEMAND
@@ -271,7 +281,7 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
             found.bound(symbol, bounds)
     found.shared()
     found.squeezed(graph)
-    found.conditions = _distinct(found.conditions)
+    found.conditions = without_implied(_distinct(found.conditions))
     found.only_size()
     found.doubtful = [c for c in _distinct(found.doubtful) if c not in found.conditions]
     return found

@@ -248,8 +248,17 @@ FUNCTIONS = frozenset((
 POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")
 CONSTANTS = ("true", "false", "oo")
 SYMBOL = re.compile(r"[A-Za-z_]+\d+")
-TEXTS = {"Symbol": SYMBOL, **dict.fromkeys(("Float", "Integer"), re.compile(r"-?[\d.e+-]+"))}
+TEXTS = {
+    "Symbol": SYMBOL,
+    "Integer": re.compile(r"-?\d{1,20}"),
+    "Float": re.compile(r"-?\d{0,40}\.?\d{0,40}(e[+-]?\d{1,3})?"),  # an exponent is written out
+}
 """Functions that take a text → what it may be."""
+MOST_TERMS, MOST_BITS = 2_000, 20_000
+"""What a size may come to with its products and powers multiplied out, as torch does to compare it:
+monomials, and bits of the largest number. `(s0 + … + s200)**64` would have 10^60 of them."""
+MOST_DIGITS = 1_000
+"""Of an option of a function, such as the precision of a Float."""
 NAME = re.compile(r"[A-Za-z_]\w*", re.A)
 PATH = re.compile(r"[\w.+\-~/@ ,:\[\]]*", re.A)
 NODES = (
@@ -382,6 +391,13 @@ def check_expression(text: object, where: str) -> None:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise bad from e
+    try:
+        _multiplied_out(tree.body)
+    except (_TooLarge, RecursionError) as e:
+        raise LoraFxError(
+            f"{where}: the size {one_line(text, 60)} is too large, multiplied out: {one_line(e)}",
+            "a program that torch.export.save wrote has smaller ones; write it again",
+        ) from e
     allowed: set[int] = set()
     for node in ast.walk(tree):
         if not isinstance(node, NODES) or isinstance(node, ast.MatMult):
@@ -403,6 +419,63 @@ def check_expression(text: object, where: str) -> None:
                 raise bad
 
 
+class _TooLarge(ValueError):
+    """A size of more than MOST_TERMS or MOST_BITS."""
+
+
+def _multiplied_out(node: ast.expr) -> tuple[int, int]:
+    """The terms of an expression, products and powers multiplied out, and bits of its numbers.
+
+    What is no sum, product or power is one term, whose operands are looked at by themselves.
+    """
+    name, parts = _operation(node)
+    sizes = [_multiplied_out(part) for part in parts]
+    terms, bits = 1, max([64, *(bits for _, bits in sizes)])
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        bits = node.value.bit_length() if isinstance(node.value, int) else 64
+        if (isinstance(node.value, float) and math.isinf(node.value)) or bits > 64:
+            raise _TooLarge(f"a number of {bits} bits")
+    elif name in ("Add", "Sub", "USub"):
+        terms = sum(terms for terms, _ in sizes)
+        bits += len(sizes)
+    elif name in ("Mult", "Mul"):
+        terms = math.prod(terms for terms, _ in sizes)
+        bits = sum(bits for _, bits in sizes)
+    elif name in ("Pow", *POWERS) and len(parts) == 2:
+        power = max([0, *(abs(n) for n in _numbers(parts[1]))])
+        # As many as there are ways to take `power` of the base's terms, in any order.
+        terms = math.comb(sizes[0][0] + int(power) - 1, int(power)) if power < 1000 else power
+        bits = sizes[0][1] * int(power)
+    if terms > MOST_TERMS or bits > MOST_BITS:
+        raise _TooLarge(f"more than {MOST_TERMS} terms or {MOST_BITS} bits")
+    return int(terms), bits
+
+
+def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:
+    """The name of what an expression computes, and its operands."""
+    match node:
+        case ast.BinOp(left, op, right):
+            return type(op).__name__, [left, right]
+        case ast.UnaryOp(op, operand):
+            return type(op).__name__, [operand]
+        case ast.BoolOp(_, values):
+            return "", values
+        case ast.Compare(left, _, others):
+            return "", [left, *others]
+        case ast.Call(ast.Name(name), args, keywords):
+            for option in keywords:
+                if any(abs(n) > MOST_DIGITS for n in _numbers(option.value)):
+                    raise _TooLarge(f"{option.arg} is above {MOST_DIGITS}")
+            return name, args
+    return "", []
+
+
+def _numbers(node: ast.AST) -> list[float]:
+    """The numbers in an expression."""
+    found = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
+    return [n for n in found if isinstance(n, (int, float)) and not isinstance(n, bool)]
+
+
 def _is_power(node: ast.AST) -> bool:
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, (ast.Pow, ast.LShift))
@@ -412,10 +485,8 @@ def _is_power(node: ast.AST) -> bool:
 def _small(power: ast.AST) -> bool:
     """True where the exponent of a power holds no number above 64."""
     parts = [power.right] if isinstance(power, ast.BinOp) else getattr(power, "args", [])[-1:]
-    nodes = [n for p in parts for n in ast.walk(p)]
-    numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
-    products = any(isinstance(n, ast.BinOp) for n in nodes)
-    return not products and all(abs(n) <= 64 for n in numbers if isinstance(n, (int, float)))
+    products = any(isinstance(n, ast.BinOp) for p in parts for n in ast.walk(p))
+    return not products and all(abs(n) <= 64 for p in parts for n in _numbers(p))
 
 
 # --- what goes in and comes out ------------------------------------------------------------------

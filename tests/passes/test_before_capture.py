@@ -1,0 +1,148 @@
+"""What an adapter alone decides is said before a model is captured, which takes half a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import lora_fx
+from lora_fx import Adapter, LowRank, save_adapter
+from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.updates import Hadamard, Kronecker
+from lora_fx.cli.common import group
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.onnx import Session
+from lora_fx.passes.verbs.options import MODES
+
+RNG = np.random.default_rng(0)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype("f4")
+
+
+LORA = LowRank(numbers(2, 4), numbers(6, 2), 3.0)
+DORA = LowRank(numbers(2, 4), numbers(6, 2), 3.0, magnitude=np.abs(numbers(6)) + 1)
+LOHA = Hadamard(numbers(2, 4), numbers(6, 2), numbers(2, 4), numbers(6, 2), 1.0)
+LOKR = Kronecker(numbers(2, 2), numbers(3, 2), 1.0)
+HEAD = Full(numbers(3, 6))
+ADAPTERS = {
+    "LoHa": Adapter({"fc.weight": LOHA}),
+    "LoKr": Adapter({"fc.weight": LOKR}),
+    "DoRA": Adapter({"fc.weight": DORA}),
+    "the whole tensor": Adapter({"fc.weight": LORA, "head.weight": HEAD}),
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.fc(x)))
+
+
+X = (torch.ones(3, 4),)
+
+
+@pytest.fixture
+def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(*_: object, **__: object) -> None:
+        pytest.fail("a model was captured")
+
+    monkeypatch.setattr(Captured, "__init__", capture)
+
+
+REFUSED = [
+    *((kind, mode) for kind in ("LoHa", "LoKr") for mode in MODES),
+    *(("DoRA", mode) for mode in ("switch", "batch", "load")),
+    *(("the whole tensor", mode) for mode in ("batch", "load")),
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), REFUSED)
+def test_an_export_is_refused(kind: str, mode: str, no_capture: None, tmp_path: Path) -> None:
+    given = {"de": ADAPTERS[kind]}
+    adapters = given["de"] if mode == "merged" else given
+    with pytest.raises(LoraFxError, match=kind) as caught:
+        lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters=adapters, mode=mode)
+    assert "lora-fx convert" in caught.value.hint
+
+
+def test_two_adapters_with_a_head_are_refused(no_capture: None, tmp_path: Path) -> None:
+    two = {"de": ADAPTERS["the whole tensor"], "fr": Adapter({"fc.weight": LORA})}
+    with pytest.raises(LoraFxError, match=r"de: it holds the whole tensor 'head.weight'") as caught:
+        lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters=two, mode="switch")
+    assert "lora-fx convert de -o OUT --exclude head" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_an_insert_is_refused(kind: str, no_capture: None) -> None:
+    with pytest.raises(LoraFxError, match=kind):
+        lora_fx.insert(Net(), X, adapter=ADAPTERS[kind])
+
+
+CODE = """
+import torch
+from torch import nn
+
+
+def build():
+    return nn.Sequential(nn.Linear(4, 6)), (torch.ones(3, 4),), {}
+"""
+COMMANDS = {
+    "export, a head": ("export net.py:build whole -o m.onnx --mode batch", "whole tensor"),
+    "export, two heads": ("export net.py:build whole plain -o m.onnx --mode switch", "'head.weigh"),
+    "export, DoRA": ("export net.py:build dora -o m.onnx --mode switch", "DoRA"),
+    "export, missing": ("export net.py:build nope -o m.onnx --mode switch", "nope: no such file"),
+    "export, merged, missing": ("export net.py:build nope -o m.onnx", "nope: no such file"),
+    "verify, missing": ("verify net.py:build net.py:build --adapter nope", "nope: no such file"),
+    "verify, no adapter": ("verify net.py:build net.py:build --adapter net.py", "net.py: not a"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_refused(
+    name: str, no_capture: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, say = COMMANDS[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+    save_adapter(ADAPTERS["DoRA"], tmp_path / "dora")
+    save_adapter(ADAPTERS["the whole tensor"], tmp_path / "whole")
+    save_adapter(Adapter({"fc.weight": LORA}), tmp_path / "plain")
+    done = CliRunner().invoke(group, line.split())
+    assert isinstance(done.exception, LoraFxError), done.exception
+    assert say in done.exception.message
+
+
+def test_one_adapter_with_a_head_switches(tmp_path: Path) -> None:
+    """The head is part of the base, W + s·B·A by hand beside it; the file says so."""
+    net, path = Net(), tmp_path / "m.onnx"
+    before = net.head.weight.detach().clone()
+    adapter = ADAPTERS["the whole tensor"]
+    report = lora_fx.export(net, path, X, adapters={"de": adapter}, mode="switch")
+    assert any("de: its whole tensors are folded into the base" in w for w in report.warnings)
+    x = numbers(5, 4)
+    w, b = (t.detach().double().numpy() for t in (net.fc.weight, net.fc.bias))
+    bias = net.head.bias.detach().double().numpy()
+    head = HEAD.value.astype("f8")
+
+    def by_hand(weight: np.ndarray) -> np.ndarray:
+        return np.maximum(x.astype("f8") @ weight.T + b, 0) @ head.T + bias
+
+    delta = LORA.scale * LORA.b.astype("f8") @ LORA.a.astype("f8")
+    session = Session(path)
+    session.load("de", tmp_path / "de.onnx_adapter")
+    (base,) = session.run({"x": x}).values()
+    (adapted,) = session.run({"x": x}, "de").values()
+    assert np.abs(by_hand(w + delta) - by_hand(w)).max() > 0.1
+    assert np.allclose(base, by_hand(w), atol=1e-5)
+    assert np.allclose(adapted, by_hand(w + delta), atol=1e-5)
+    assert torch.equal(net.head.weight, before)
