@@ -426,6 +426,31 @@ def _inline(
         graph.erase_node(body)
 
 
+def without_grad_modes(graph: fx.Graph) -> None:
+    """Write out what a recorded run did between two switches of the gradient as detach.
+
+    Left in the graph, a switch would act on whatever runs after it, the user's code too.
+    """
+    region: dict[fx.Node, None] = {}
+    enabled = True
+    for node in list(graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            graph.erase_node(node)
+        elif not enabled and node.op == "call_function":
+            region[node] = None
+            node.meta[NO_GRAD] = True
+    for node in region:
+        readers = [user for user in node.users if user not in region]
+        if not readers:
+            continue
+        with graph.inserting_after(node):
+            result = _detached(node, node)
+        for reader in readers:
+            if reader is not result:
+                reader.replace_input_with(node, result)
+
+
 def _detached(region: fx.Node, node: Any) -> Any:
     """The value without its gradient; tensors of the model and numbers have none to lose."""
     floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)

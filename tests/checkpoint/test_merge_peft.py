@@ -55,8 +55,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(base: Path, path: Path, **config: Any) -> Any:
-    """An adapter saved by PEFT, its model merged by PEFT, and the merged model's weights."""
+def trained(base: Path, path: Path, *, exact: bool = False, **config: Any) -> Any:
+    """An adapter saved by PEFT, and its model merged by PEFT.
+
+    Exact factors are multiples of 1/256: the sums of their products are exact in any order.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(config["r"])
@@ -67,6 +70,8 @@ def trained(base: Path, path: Path, **config: Any) -> Any:
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.02)
+            if exact and "lora_" in name:
+                p.data.mul_(256).round_().div_(256)
         model.save_pretrained(path)
         return model.merge_and_unload(safe_merge=False)
 
@@ -172,7 +177,8 @@ def compared(
 
 
 def test_the_folder_loads_and_its_logits_are_pefts(base: Path, tmp_path: Path) -> None:
-    theirs = trained(base, tmp_path / "adapter", r=16, lora_alpha=24).eval()
+    theirs = trained(base, tmp_path / "adapter", exact=True, r=16, lora_alpha=24).eval()
+    assert sums_alike(tmp_path / "adapter")
     merge(base, tmp_path / "adapter", tmp_path / "out")
     ids = torch.arange(24).reshape(2, 12) * 17 % VOCABULARY
     with torch.no_grad():

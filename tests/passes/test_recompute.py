@@ -205,21 +205,24 @@ def test_the_formula_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gelu_tanh(dtype: torch.dtype) -> None:
-    """As close to the exact numbers as torch's own, which rounds where it cancels below zero."""
+    """As close to the exact numbers as 32 bits let it be, rounded once to a narrower dtype."""
     x = torch.linspace(-9, 9, 4001).to(dtype)
     g = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     ours = gelu_tanh(x.view(-1, 1)[:, 0], g)
+    assert all(mine.dtype == dtype for mine in ours)
+    if dtype == torch.float64:  # torch's own
+        assert torch.equal(ours[0], F.gelu(x, approximate="tanh"))
+        assert torch.equal(ours[1], torch.ops.aten.gelu_backward.default(g, x, approximate="tanh"))
+        return
     exact = x.double().requires_grad_()
     y = F.gelu(exact, approximate="tanh")
     (dx,) = torch.autograd.grad(y, exact, g.double())
-    theirs = (
-        F.gelu(x, approximate="tanh"),
-        torch.ops.aten.gelu_backward.default(g, x, approximate="tanh"),
-    )
-    for mine, their, want in zip(ours, theirs, (y.detach(), dx), strict=True):
-        assert mine.dtype == dtype
-        errors = [(v.double() - want).abs().max() for v in (mine, their)]
-        assert errors[0] <= 2 * errors[1] or torch.equal(mine, their)
+    # y = x·σ(z) rounds z, σ and the product. The slope multiplies 1 − σ, which is off by half an
+    # epsilon, by up to 36: that is x·z' at z = 17, where σ is the last number below 1.
+    for mine, want, factor, steps in ((ours[0], y, x, 3), (ours[1], dx, g, 36)):
+        in_32_bits = steps * torch.finfo(torch.float32).eps * factor.double().abs().max()
+        once = torch.finfo(dtype).eps / 2 * want.abs().max()
+        assert (mine.double() - want).abs().max() <= in_32_bits + once
 
 
 def test_gelu_tanh_has_a_slope_where_its_cube_overflows() -> None:

@@ -32,7 +32,7 @@ from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import OverTensors, random_ops
-from lora_fx.fx.tensors import AdapterTensors, parameter_of
+from lora_fx.fx.tensors import AdapterTensors, parameter_of, patched
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.progress import stage
 from lora_fx.text import Json
@@ -359,10 +359,17 @@ class Captured:
     def _lower(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> Traced:
-        """The rungs below an export with free sizes: with fixed ones, then one recorded run."""
+        """The rungs below an export with free sizes.
+
+        They are one of the path that a plain run takes, one with fixed sizes, and one recorded
+        run.
+        """
         if TAKEN in error.message:  # no program can hold that name, however it is captured
             raise error
         why = one_line(error.message, 200)
+        with contextlib.suppress(CaptureError):
+            if (traced := self._plain_run(source, training, named)) is not None:
+                return traced
         with contextlib.suppress(CaptureError):
             traced = self._trace(source, training, named, {})
             fixed = traced.door.fixed(self.requested)
@@ -384,6 +391,27 @@ class Captured:
         self.notes.append(
             f"one recorded run, true for the example's sizes and for what its values decide: {why}"
         )
+        return traced
+
+    def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
+        """An export of the path that a model takes where nothing compiles it.
+
+        Loops over the experts that values chose run over all of them. None where the graph is not
+        the model then, or where that cannot be tried.
+        """
+        if source is not self.source or not self._has_values():
+            return None
+        plain = patched(torch.compiler, is_compiling=lambda: False)
+        with plain, trace.EveryTurn() as loops:
+            traced = self._trace(source, training, named, self.requested)
+        with alike(self.model, training=training):
+            if not self._again(traced, named):
+                return None
+        if loops.turns:
+            self.notes.append(
+                "experts that run in a loop over those that were chosen are captured as a loop "
+                "over all of them, which has the same numbers"
+            )
         return traced
 
     def _again(self, traced: Traced, named: Named) -> bool:

@@ -41,7 +41,12 @@ from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
-from lora_fx.fx.lowering import inline_regions, split_products, without_vmap
+from lora_fx.fx.lowering import (
+    inline_regions,
+    split_products,
+    without_grad_modes,
+    without_vmap,
+)
 from lora_fx.fx.tensors import patched
 from lora_fx.inputs import Named
 from lora_fx.text import Json
@@ -158,7 +163,7 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
     model = entry.source()
-    with log.listening(), _watched(model) as seen, _modes_read(model) as read:
+    with log.listening(), _same_dtypes(), _watched(model) as seen, _modes_read(model) as read:
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
@@ -207,7 +212,8 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
     leaves, spec = pytree.tree_flatten(dict(named))
     names, made = leaf_names(named), list[Any]()
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    parameters = dict(entry.named_parameters())
+    # nothing is kept for a backward pass; what the model runs without gradient shows all the same
+    frozen = {n: nn.Parameter(p.detach(), False) for n, p in entry.named_parameters()}
     buffers = {n: b.clone() for n, b in entry.named_buffers()}
 
     def run(parameters: Any, buffers: Any, given: list[torch.Tensor]) -> list[Any]:
@@ -220,15 +226,20 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
         return flat
 
     source = entry.source()
-    with quiet(), torch.no_grad(), _scopes(source), _watched(source) as seen:
+    modes = quiet(), torch.enable_grad(), _scopes(source), _same_dtypes()
+    with contextlib.ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        seen = stack.enter_context(_watched(source))
         module = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
-        )(parameters, buffers, [x.clone() for x in tensors])
+        )(frozen, buffers, [x.clone() for x in tensors])
     graph = module.graph
+    without_grad_modes(graph)
     constants, bodies = _constants(module, graph)
     graph.owning_module = None  # it has none of the model's names
     places = graph.find_nodes(op="placeholder")
-    for place, name in zip(places, (*parameters, *buffers), strict=False):
+    for place, name in zip(places, (*frozen, *buffers), strict=False):
         with graph.inserting_before(place):
             read = graph.get_attr(name)
         read.meta = dict(place.meta)
@@ -295,6 +306,66 @@ class EveryLayer(TorchFunctionMode):
             self.said[:] = ["no layer is dropped in train mode: a graph has all of them"]
             return _Drawn(1.0)
         return func(*args, **(kwargs or {}))
+
+
+class EveryTurn(TorchFunctionMode):
+    """A block in which a loop over the places where a mask is true runs over all of its places.
+
+    So do mixtures of experts that are written as a loop, `for expert in hit.nonzero()`: how many
+    turns there are depends on values, which no graph can hold. A turn for an expert without rows
+    adds nothing; that it does not is for the caller to check.
+
+    Attributes:
+        turns: The loops that were seen, by the number of their turns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: list[int] = []
+        self._places: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function; the parts of a mask's places are the numbers of all places."""
+        if func in (torch.unbind, torch.Tensor.unbind) and args[1:] in ((), (0,)) and not kwargs:
+            for places, mask, shape in self._places:
+                if args[0] is places:
+                    self.turns.append(mask.shape[0])
+                    rows = range(mask.shape[0])
+                    return tuple(torch.tensor(i, device=mask.device).reshape(shape) for i in rows)
+        if func is torch.Tensor.__format__ and args[0].dim() == 0:  # the name of an expert
+            return format(args[0].item(), args[1])
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.nonzero, torch.Tensor.nonzero) and not kwargs:
+            mask = args[0]
+            if mask.dim() == 1 and isinstance(mask.shape[0], int):
+                self._places.append((result, mask, [1]))
+        elif func in (torch.squeeze, torch.Tensor.squeeze) and args[1:] in ((1,), (-1,)):
+            self._places += [(result, m, []) for p, m, _ in self._places if p is args[0]]
+        return result
+
+
+@contextlib.contextmanager
+def _same_dtypes() -> Iterator[None]:
+    """A block in which a module that is cast to the dtype that it has stays as it is.
+
+    torch puts new parameters in the place of those of a trace, and fails, since the trace has them.
+    """
+    apply = nn.Module._apply
+
+    def changed(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        with torch.no_grad():
+            new = fn(tensor)
+        return (new.dtype, new.device, new.shape) != (tensor.dtype, tensor.device, tensor.shape)
+
+    def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        if any(changed(t, fn) for t in (*self.parameters(recurse), *self.buffers(recurse))):
+            return apply(self, fn, recurse)
+        return self
+
+    with patched(nn.Module, _apply=apply_changes):
+        yield
 
 
 @contextlib.contextmanager
