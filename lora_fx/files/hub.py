@@ -162,7 +162,8 @@ def _own_folders(hub: ModuleType, asked: HubId) -> list[Path]:
     A commit and an ETag are names of files there, and a server could give any.
     """
     cache, name = Path(hub.constants.HF_HUB_CACHE), f"models--{asked.repo.replace('/', '--')}"
-    return [cache / name, cache / ".locks" / name, Path(hub.constants.HF_XET_CACHE)]
+    mark = cache / "CACHEDIR.TAG"  # for programs that make backups
+    return [cache / name, cache / ".locks" / name, mark, Path(hub.constants.HF_XET_CACHE)]
 
 
 def _library(text: str) -> ModuleType:

@@ -157,10 +157,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 _guard: ContextVar[Guard | None] = ContextVar("guard", default=None)
 _started: weakref.WeakKeyDictionary[threading.Thread, Guard] = weakref.WeakKeyDictionary()
-_EVENTS = frozenset({
-    *LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class", "_thread.start_new_thread",
-    "_thread.start_joinable_thread",
-})  # fmt: skip
+_EVENTS = frozenset({*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class"})
 
 
 def _present() -> Guard | None:
@@ -172,22 +169,26 @@ def _present() -> Guard | None:
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event not in _EVENTS:
-        return
-    guard = _present()
-    if guard is None:
-        return
-    if event.startswith("_thread."):
-        thread = getattr(args[0], "__self__", None)
-        if isinstance(thread, threading.Thread):
-            _started[thread] = guard
-        return
-    guard.check(event, args)
+    if event in _EVENTS and (guard := _present()) is not None:
+        guard.check(event, args)
 
 
 @functools.cache
 def _install() -> None:
-    """Set the hook, which stays until the process ends."""
+    """Set the hook, which stays until the process ends, and follow threads as they are started.
+
+    Python raises an event for these from 3.12 on.
+    """
+    plain = threading.Thread.start
+
+    @functools.wraps(plain)
+    def start(thread: threading.Thread) -> None:
+        guard = _present()
+        if guard is not None:
+            _started[thread] = guard
+        plain(thread)
+
+    threading.Thread.start = start  # type: ignore[method-assign]
     sys.addaudithook(_hook)
 
 
