@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,8 +30,8 @@ from lora_fx.compare import (
     Outputs,
     Parity,
     compare_fairly,
+    grow,
     narrow_gate,
-    rel,
     shapes_of,
     sizes_text,
 )
@@ -45,6 +43,7 @@ from lora_fx.fx.capture.capture import Captured, alike, copied
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
+from lora_fx.fx.graph.rounding import Wide, nearby, widened
 from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
@@ -266,14 +265,6 @@ def own_errors(
             yield grow(worst, moved.flat(named), values)
 
 
-def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
-    """The largest difference so far of each output, where these have a larger one; edits it."""
-    for name, value in values.items():
-        found = rel(value, exact[name])
-        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
-    return worst
-
-
 def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
     """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
 
@@ -291,55 +282,12 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
     return exactly
 
 
-class Wide(fx.Interpreter):
-    """A graph in fp64."""
-
-    @functools.cached_property
-    def writes(self) -> bool:
-        """Whether an op writes into a tensor, which the ops after it read."""
-        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
-        return any(s is not None and s.is_mutable for s in schemas)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
-        held = super().get_attr(target, args, kwargs)
-        return self.read(held) if self.writes else held
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
-        if target is not torch.ops.aten.embedding.default:
-            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return self.read(super().call_function(target, args, kwargs))
-
-    def read(self, x: Any) -> Any:
-        """See widened."""
-        return widened(x)
-
-
-def widened(x: Any) -> Any:
-    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-    if isinstance(x, torch.dtype):
-        return torch.float64 if x.is_floating_point else x
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-
-
 def _move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     """Make another the model with its weights moved by up to a unit of their last place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             q.copy_(nearby(p, generator))
-
-
-def nearby(x: Any, generator: torch.Generator) -> Any:
-    """A tensor with its floats moved by up to a unit of their last place, by lot.
-
-    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
-    """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
 
 
 def torch_run(module: CapturedModule) -> Run:
