@@ -333,6 +333,14 @@ def _telling(
     return compare(ours, telling, found.sizes, gates, found.of)
 
 
+def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
+    """The largest difference so far of each output, where these have a larger one; edits it."""
+    for name, value in values.items():
+        found = rel(value, exact[name])
+        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+    return worst
+
+
 def demand(parity: Sequence[Parity], what: str) -> None:
     """Raise unless something was compared and every gate was met: nothing is written."""
     if not parity:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,45 +17,15 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from lora_fx.compare import grow
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.call import leaves_of, output_name
 from lora_fx.fx.capture.capture import alike, copied
+from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, grow
-
-
-class Wide(fx.Interpreter):
-    """A graph in fp64."""
-
-    @functools.cached_property
-    def writes(self) -> bool:
-        """Whether an op writes into a tensor, which the ops after it read."""
-        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
-        return any(s is not None and s.is_mutable for s in schemas)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
-        held = super().get_attr(target, args, kwargs)
-        return self.read(held) if self.writes else held
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
-        if target is not torch.ops.aten.embedding.default:
-            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
-        return self.read(super().call_function(target, args, kwargs))
-
-    def read(self, x: Any) -> Any:
-        """See widened."""
-        return widened(x)
-
-
-def widened(x: Any) -> Any:
-    """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
-    if isinstance(x, torch.dtype):
-        return torch.float64 if x.is_floating_point else x
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Run
 
 
 def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -65,17 +34,6 @@ def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             q.copy_(nearby(p, generator))
-
-
-def nearby(x: Any, generator: torch.Generator) -> Any:
-    """A tensor with its floats moved by up to a unit of their last place, by lot.
-
-    In 32 bits half of them stay, as 1 + ε/2 is 1, and half move: more than rounding alone would.
-    """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return x
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + signs * torch.finfo(x.dtype).eps / 2)
 
 
 class Choosing(Wide):

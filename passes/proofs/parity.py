@@ -30,6 +30,7 @@ from lora_fx.compare import (
     Outputs,
     Parity,
     compare_fairly,
+    grow,
     narrow_gate,
     shapes_of,
     sizes_text,
@@ -43,12 +44,13 @@ from lora_fx.fx.capture.capture import Captured, alike, copied
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
+from lora_fx.fx.graph.rounding import Wide, nearby, widened
 from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
 from lora_fx.inputs import Extents, Inputs, Named
-from lora_fx.passes.proofs.interpreted import ModuleRerun, Wide, choices_of, move, nearby, widened
-from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, compared, grow
+from lora_fx.passes.proofs.interpreted import ModuleRerun, choices_of, move
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, compared
 from lora_fx.progress import stage
 from lora_fx.text import Json
 

@@ -9,7 +9,6 @@ with those of its base.
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from lora_fx.compare import (
     compare_fairly,
     demand,
     gates_of,
+    grow,
     narrow_gate,
     rel,
     shapes_of,
@@ -289,14 +289,6 @@ def _with_choices(
         return either(spread(run, None, feeds), choices.own())
 
     return compare_fairly(made, expected, shapes_of(feeds), limits, rounding, of=of)
-
-
-def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
-    """The largest difference so far of each output, where these have a larger one; edits it."""
-    for name, value in values.items():
-        found = rel(value, exact[name])
-        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
-    return worst
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:

@@ -23,15 +23,17 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import Parity, sizes_text
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
 from lora_fx.fx import codes
 from lora_fx.fx.capture import call, trace
+from lora_fx.fx.capture.agreement import Agreement, drawn_calls, sizes_of
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import OverTensors, random_ops
+from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.tensors import AdapterTensors, parameter_of, patched
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.progress import stage
@@ -108,11 +110,13 @@ class Captured:
         quantised: The user's own module where that has quantised layers; `model` is another then.
         adapter: What a file's branches hold; None for a model with source.
         repeat: Blocks that repeat are traced once, and the graph compared with the model.
+        compared: Where such graphs were compared with it, and how far they were off.
     """
 
     adapter: Adapter | None = None
     quantised: nn.Module | None = None
     repeat = True
+    compared: tuple[Parity, ...] = ()
     idle: frozenset[object] | None = None
     _limits_known = False
     live = False  # True where the model itself trains, and the graph shows its targets
@@ -159,6 +163,7 @@ class Captured:
         )
         self.inputs = self.inputs.with_dims(self.requested)
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
+        self._digests: dict[str, dict[str, bytes]] = {}
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
 
@@ -426,41 +431,67 @@ class Captured:
             for n in drawn
             for factor in (-1.0, 16.0, 1 / 16)
         ]
-        return all(self._runs_as(traced, other) for other in (*drawn[1:], *others))
+        agreement = self._beside(traced, None)
+        found = (agreement.at(other) for other in (*drawn[1:], *others))
+        return all(parity is None or parity.ok for parity in found)
 
-    def _as_the_model(self, traced: Traced, named: Named, training: bool) -> bool:
-        """Whether a graph with copies of blocks gives the model's numbers."""
-        layers = trace.EveryLayer([]) if training else contextlib.nullcontext()
-        with alike(self.model, training=training), layers:
-            same = self._runs_as(traced, copied(named))
-        if not same:
-            self.repeat = False
-            self.notes.append("blocks that look alike are not: each was traced by itself")
-        return same
+    def _as_the_model(
+        self, traced: Traced, named: Named, training: bool, requested: Requested
+    ) -> bool:
+        """Whether a graph with copies of blocks gives the model's numbers, where it is compared.
+
+        That is at the example and at two sizes more; see lora_fx.fx.capture.agreement.
+        """
+        of = f"copied blocks, {'train' if training else 'eval'} mode"
+        agreement = replace(self._beside(traced, training), of=of)
+        made = traced.constants.keys() - all_tensors(self.model).keys()
+        if not (made or traced.bodies or random_ops(traced.graph)):  # the other mode's may be equal
+            agreement = replace(agreement, digests=self._digests.setdefault(str(traced.graph), {}))
+        example = call.describe(named).with_dims(requested)
+        specs = call.limits(example, traced.graph, traced.door)
+        inputs = Inputs(specs, traced.door.conditions, traced.cuts)
+        device = next(x.device for _, x in call.leaves_of(named) if isinstance(x, torch.Tensor))
+        drawn = drawn_calls(inputs, named, traced.graph, device)
+        compared: list[Parity] = []
+        for calls in (iter([named]), *drawn):
+            tried: list[Named] = []
+            found: Parity | None = None
+            for other in calls:
+                tried.append(other)
+                found = agreement.at(other)
+                if found is not None:
+                    break
+            if found is None:
+                sizes = {n: list(shape) for n, shape in sizes_of(tried[0]).items()}
+                why = f"{agreement.of}: the model does not run there"
+                self.unproven[str(sizes)] = {"sizes": sizes, "reason": why}
+            elif found.ok:
+                compared.append(found)
+            else:
+                self.repeat = False
+                self.notes.append(
+                    "blocks that look alike are not: each was traced by itself, since their "
+                    f"copies are {found.rel:.1e} off at {sizes_text(found.sizes)} ({found.of})"
+                )
+                return False
+        self.compared = (*self.compared, *compared)
+        return True
+
+    def _beside(self, traced: Traced, training: bool | None) -> Agreement:
+        """A graph beside the model, in a mode; None is the mode that the model is in."""
+        mode = self.model.training if training is None else training
+        view = traced.fx_graph(self.model, mode)  # which reads codes as numbers
+
+        @contextlib.contextmanager
+        def alone() -> Iterator[None]:
+            layers = trace.EveryLayer([]) if training else contextlib.nullcontext()
+            with alike(self.model, training=training), layers:
+                yield
+
+        return Agreement(self.model, self.signature, view.graph, self._tensors(traced), alone)
 
     def _has_values(self) -> bool:
         return all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
-
-    def _runs_as(self, traced: Traced, named: Named) -> bool:
-        """Whether a graph gives the model's numbers, in the model's mode, where the model runs."""
-        view = traced.fx_graph(self.model, self.model.training)  # which reads codes as numbers
-        leaves = pytree.tree_leaves(dict(named))
-        with torch.no_grad():
-            try:
-                torch.manual_seed(0)
-                want = self.signature.call(self.model, named)
-            except Exception:  # it need not be an input that the model takes
-                return True
-            torch.manual_seed(0)
-            try:
-                run = OverTensors(self._tensors(traced), view.graph)
-                got = run.run(*leaves, enable_io_processing=False)
-            except Exception:  # a graph that is not the model's may not run
-                return False
-        wanted = pytree.tree_leaves(call.without_cache(want))
-        pairs = zip(got, wanted, strict=False)
-        near = all(_near(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
-        return near and len(got) == len(wanted)
 
     def settle(self, idle: Collection[Condition]) -> None:
         """Take these of what was doubtful for conditions of no meaning, and the rest for true."""
@@ -493,8 +524,19 @@ class Captured:
                 raise explain(e, type(self.model).__name__, training) from e
         self._name_constants(traced)
         own = traced.copies and source is self.source and self._has_values()
-        if own and not self._as_the_model(traced, named, training):
-            return self._trace(source, training, named, requested)
+        if not own:
+            return traced
+        modes = (training, not training) if traced.modeless else (training,)
+        if all(self._as_the_model(traced, named, mode, requested) for mode in modes):
+            return traced
+        traced = self._trace(source, training, named, requested)
+        traced.modeless = False  # what is unlike may be so by its mode
+        found = self._beside(traced, training).at(named)
+        if not (found is None or found.ok or random_ops(traced.graph)):
+            self.notes.append(
+                f"this graph is {found.rel:.1e} off the model on the example, its blocks traced "
+                "one by one: forward keeps something that a copy of the model has not"
+            )
         return traced
 
     def _name_constants(self, traced: Traced) -> None:
@@ -537,12 +579,6 @@ def copied(named: Named) -> dict[str, Any]:
 
 def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
     return x * factor if x.is_floating_point() else x.clone()
-
-
-def _near(a: object, b: torch.Tensor) -> bool:
-    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
-        return False
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def all_tensors(model: nn.Module) -> dict[str, Any]:

@@ -5,12 +5,12 @@ milliseconds a node. Here the first call of a block is traced as ever, between t
 later call of a block like it is one opaque node. In the graph that comes out, such a node becomes
 a copy of the nodes between the marks, over its own tensors and arguments.
 
-Blocks are alike when their classes, the shapes of their tensors, the way they are called and every
-attribute that the traced one read are the same. What blocks ask outside of themselves, such as a
-counter, or read through `vars`, cannot be seen: so a graph with copies is run beside the model. A
-call that leaves something behind (a tensor written in place, an attribute) or makes what a copy
-cannot (sizes that values decide, outputs that are no tensors) is no pattern for others. Where a
-graph shows that blocks share values that they are not given, it is traced again without copies.
+Blocks are alike when their classes, the shapes of their tensors, the way they are called, every
+attribute that the traced one read and what their code can reach outside of them (snapshot.py) are
+the same. A call that leaves something behind (a tensor written in place, an attribute, a counter)
+or makes what a copy cannot (sizes that values decide, outputs that are no tensors) is no pattern
+for others. Where a graph shows that blocks share values that they are not given, it is traced again
+without copies. And a graph with copies is run beside the model: see agreement.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy, deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -29,8 +29,10 @@ import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.tensors import patched
 
@@ -48,13 +50,13 @@ for _name, _mark in (("start", START), ("end", END)):
 
 FEWEST = 4
 """Modules in a block, itself among them: a copy of fewer is no cheaper than its trace."""
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
-_CONTAINERS = (list, set, dict)
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_OWN = {"_parameters", "_buffers", "_modules", "training"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MISSING = object()
-Held = Mapping[tuple[str, str], object]
+_CLASS = ""
+"""Stands for a module's class among the names of what it holds."""
+Tokens = Mapping[tuple[str, str], Token]
+"""(path in a block, attribute) → the token of what is held there."""
 
 
 class NotRepeated(Exception):
@@ -76,12 +78,17 @@ class Block:
 
     def held(self) -> dict[tuple[str, str], object]:
         """What else its modules hold now, by path and name."""
-        return {(p, k): v for p, m in self.modules.items() for k, v in _held(m).items()}
+        return {(p, k): v for p, m in self.modules.items() for k, v in held(m).items()}
+
+    def told(self, now: Snapshot) -> dict[tuple[str, str], Token]:
+        """The tokens of what its modules hold, and of their classes."""
+        classes = {(p, _CLASS): now.token(type(m)) for p, m in self.modules.items()}
+        return {at: now.token(v) for at, v in self.held().items()} | classes
 
     def state(self) -> list[object]:
-        """What its modules hold, to see whether a call has left something behind."""
-        held = self.held()
-        return [*held, *_identities(held.values()), *map(id, self.tensors())]
+        """Which things its modules hold, to see whether a call has put others in their places."""
+        things = self.held()
+        return [*things, *map(id, things.values()), *map(id, self.tensors())]
 
     def as_found(self) -> bool:
         """Whether it has the modules still that it was compared with others by, and no hooks."""
@@ -96,7 +103,8 @@ class BlockFamily:
     Attributes:
         blocks: They.
         differ: (path in a block, attribute) of what they do not all hold alike.
-        fixed: Those whose class has the name too: whether they are read cannot be seen.
+        fixed: Those of which it cannot be seen whether they are read: the class has the name too,
+            or is what differs, or its code reads attributes by `vars`.
         patterns: Calls that were traced, which later ones may be copies of.
         broken: True once a call was such that no other can be its copy.
     """
@@ -117,7 +125,7 @@ class TracedCall:
         block: Whose call it was.
         call: How it was called; its sizes may be symbols.
         given: The tensors that it was called with, and those of its block.
-        held: What its block held then: a model may put something else in its place.
+        told: The tokens of what its block held then, and of what its code could reach.
         read: Those of the family's differences that it read.
         made: Its outputs, flat.
         spec: Their tree.
@@ -127,7 +135,7 @@ class TracedCall:
     block: Block
     call: Sequence[object]
     given: Sequence[torch.Tensor]
-    held: Held
+    told: Tokens
     read: set[tuple[str, str]]
     made: list[object] = field(default_factory=list)
     spec: pytree.TreeSpec = field(default_factory=pytree.LeafSpec)
@@ -139,9 +147,9 @@ class TracedCall:
             if differing == name and own:
                 self.read.add((path, name))
 
-    def holds_for(self, block: Block) -> bool:
-        """Whether a block holds now what the call may have read, as it was then."""
-        return _differing(self.held, block.held()) <= self.block.family.differ - self.read
+    def holds_for(self, told: Tokens) -> bool:
+        """Whether what the call may have read is, in a block of these tokens, as it was then."""
+        return _differing(self.told, told) <= self.block.family.differ - self.read
 
 
 _KEYS = count()
@@ -171,20 +179,35 @@ class Repeats:
         self.copies = 0
         self.patches = contextlib.ExitStack()
         families: dict[object, BlockFamily] = {}
-        for module in dict.fromkeys(model.modules()):
+        # hooks of all modules run in blocks too
+        every = () if torch_module._has_any_global_hook() else dict.fromkeys(model.modules())
+        for module in every:
             below = dict(module.named_modules(remove_duplicate=False))
             if len(below) >= FEWEST and module is not model and not _altered(below):
                 family = families.setdefault(_structure(below), BlockFamily())
                 family.blocks.append(Block(below, family))
         self.families = list(families.values())
-        for family in families.values():
-            first = family.blocks[0].modules
-            held = family.blocks[0].held()
-            family.differ = {n for b in family.blocks for n in _differing(held, b.held())}
-            family.fixed = {(p, n) for p, n in family.differ if hasattr(type(first[p]), n)}
-        # torch calls modules by proxies over their __dict__
         blocks = [b for f in self.families for b in f.blocks]
+        tops = {id(b.modules[""]) for b in blocks}
+        self.around = frozenset(
+            id(m) for m in every if any(id(part) in tops for part in m.modules())
+        )
+        for family in self.families:
+            self._compare(family)
+        # torch calls modules by proxies over their __dict__
         self.blocks = {id(b.modules[""].__dict__): b for b in blocks}
+
+    def _compare(self, family: BlockFamily) -> None:
+        """Find out what the blocks of a family do not all hold alike."""
+        now = Snapshot(self.around)
+        every = [b.told(now) for b in family.blocks]
+        first = family.blocks[0].modules
+        family.differ = {n for told in every for n in _differing(every[0], told)}
+        family.fixed = {
+            (path, name)
+            for path, name in family.differ
+            if name == _CLASS or hasattr(type(first[path]), name) or now.names & READS_ALL
+        }
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -250,6 +273,7 @@ class Repeats:
                 return run(*args, **kwargs)
             return self._call(block, run, args, kwargs)
 
+        forward.__wrapped__ = original  # type: ignore[attr-defined]  # a snapshot reads its code
         return forward
 
     def _call(
@@ -261,12 +285,14 @@ class Repeats:
     ) -> object:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         given = [*(x for x in leaves if isinstance(x, torch.Tensor)), *block.tensors()]
-        call = _described(leaves, spec, given) if block.as_found() else None
+        now = Snapshot(self.around)
+        call = _described(leaves, spec, given, now) if block.as_found() else None
         if call is None:
             return run(*args, **kwargs)
         call += [run.func, *(m.__dict__["training"] for m in block.modules.values())]
+        told = block.told(now)
         for pattern in block.family.patterns:
-            if _sized(pattern.call) == _sized(call) and pattern.holds_for(block):
+            if _sized(pattern.call) == _sized(call) and pattern.holds_for(told):
                 self.copies += 1
                 for outer in self.open:
                     for path, name in pattern.read:
@@ -276,13 +302,13 @@ class Repeats:
                 passed = dict(zip(map(id, pattern.given), given, strict=True))
                 out = [passed.get(id(m), x) for m, x in zip(pattern.made, out, strict=True)]
                 return pytree.tree_unflatten(out, pattern.spec)
-        held = {k: copy(v) if type(v) in _CONTAINERS else v for k, v in block.held().items()}
-        pattern = TracedCall(next(_KEYS), block, call, given, held, {*block.family.fixed})
+        pattern = TracedCall(next(_KEYS), block, call, given, told, {*block.family.fixed})
 
         def left() -> object:
             """What the call may leave behind, as it is now."""
-            containers = _identities(pytree.tree_leaves((args, kwargs)))
-            return [*(t._version for t in given), _decided(given)], block.state(), containers
+            tokens = map(Snapshot(self.around).token, pytree.tree_leaves((args, kwargs)))
+            written = [t._version for t in given]
+            return written, _decided(given), block.state(), [*tokens]
 
         before = left()
         START(given, pattern.key)
@@ -293,26 +319,15 @@ class Repeats:
             self.open.pop()
         pattern.made, pattern.spec = pytree.tree_flatten(result)
         tensors = [m for m in pattern.made if isinstance(m, torch.Tensor)]
-        plain = all(isinstance(m, (torch.Tensor, *PLAIN)) for m in pattern.made)
-        if plain and _tracked(tensors) and before == left():
+        plain = all(isinstance(m, (torch.Tensor, torch.Size, *PLAIN)) for m in pattern.made)
+        same = before == left() and pattern.holds_for(block.told(Snapshot(self.around)))
+        if plain and _tracked(tensors) and same:
             END([*tensors, *given], pattern.key)  # a cast that does nothing is now an argument
             _patterns[pattern.key] = pattern
             block.family.patterns.append(pattern)
         else:
             block.family.broken = True
         return result
-
-
-def _identities(values: Iterable[object]) -> list[object]:
-    """Which objects these are, and which those in lists, sets and dicts among them."""
-    held = [*values]
-    parts = (v.values() if isinstance(v, dict) else v for v in held if isinstance(v, _CONTAINERS))
-    return [*map(id, held), *(id(x) for part in parts for x in part)]
-
-
-def _held(module: nn.Module) -> dict[str, object]:
-    """What a module holds beside its tensors, modules and hooks."""
-    return {k: v for k, v in module.__dict__.items() if k not in _OWN and "_hooks" not in k}
 
 
 def _altered(modules: Mapping[str, nn.Module]) -> bool:
@@ -334,28 +349,12 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
     return tuple(parts)
 
 
-def _differing(a: Held, b: Held) -> set[tuple[str, str]]:
-    names = a.keys() | b.keys()
-    return {n for n in names if not _same(a.get(n, _MISSING), b.get(n, _MISSING))}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two attributes are one object, or plain values that are equal."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(v, b[k]) for k, v in a.items())
-    if isinstance(a, (set, frozenset)):
-        return all(isinstance(x, PLAIN) for x in a) and bool(a == b)
-    return isinstance(a, PLAIN) and bool(a == b)
+def _differing(a: Tokens, b: Tokens) -> set[tuple[str, str]]:
+    return {n for n in a.keys() | b.keys() if n not in a or n not in b or a[n] != b[n]}
 
 
 def _described(
-    leaves: Sequence[object], spec: object, given: Sequence[torch.Tensor]
+    leaves: Sequence[object], spec: object, given: Sequence[torch.Tensor], now: Snapshot
 ) -> list[object] | None:
     """How a block is called; None where the call cannot be told from others."""
     if torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None:
@@ -369,10 +368,12 @@ def _described(
     for x in leaves:
         if isinstance(x, torch.Tensor):
             parts += [x.dtype, x.device, x.requires_grad, *x.shape, *x.stride()]
-        elif isinstance(x, PLAIN):
+        elif isinstance(x, (torch.Size, *PLAIN)):
             parts.append((type(x), x))
-        elif inspect.isroutine(x) or isinstance(x, (type, *_NUMBERS)):
+        elif isinstance(x, _NUMBERS):
             parts.append(x)
+        elif inspect.isroutine(x) or isinstance(x, type):
+            parts.append(now.token(x))
         else:
             return None
     return parts

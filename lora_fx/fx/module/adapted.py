@@ -28,6 +28,7 @@ from lora_fx.adapter.lowrank import (
 )
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint import provenance
+from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -265,7 +266,8 @@ class AdaptedModule(CapturedModule):
         notes = (*self._notes, *self._sampled.said, *self.captured.notes)
         found = adapted_report(self, self._updates, self._found, self._also, notes)
         names = self.adapters if len(self.adapters) > 1 else ()
-        return replace(found, effect=self.effect, adapters=names)
+        parity = self.captured.compared
+        return replace(found, effect=self.effect, adapters=names, parity=parity)
 
 
 # An adapter as the tensors of a tree of modules, be it a module of ours or the user's own.
@@ -420,6 +422,7 @@ class AdaptedReport:
     notes: tuple[str, ...]
     effect: Effect | None = None
     adapters: tuple[str, ...] = ()
+    parity: tuple[Parity, ...] = ()
 
     __repr__ = short
 
@@ -444,6 +447,7 @@ class AdaptedReport:
             "frozen": self.frozen,
             "adapted_share": round(self.adapted_share, 6),
             "effect": None if self.effect is None else str(self.effect),
+            "parity": [p.to_json() for p in self.parity],
         }
 
     def __str__(self) -> str:
@@ -458,6 +462,8 @@ class AdaptedReport:
             lines.append(f"  effect: {self.effect}")
         if self.adapters:
             lines.append(f"  adapters: {', '.join(self.adapters)}")
+        for of, rows in by_key((p.of, sizes_text(p.sizes)) for p in self.parity).items():
+            lines.append(f"  {of}: compared with the model at {'; '.join(rows)}")
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
 
