@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect_path
+from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
@@ -34,7 +34,14 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.passes.verbs.export_files import by_name, optimise_file, write_batch, write_switch
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
-from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions, Provider, Selectors
+from lora_fx.passes.verbs.options import (
+    EXPORT_RULES,
+    REWRITE_RULES,
+    ExportAdapters,
+    ExportOptions,
+    Provider,
+    Selectors,
+)
 from lora_fx.progress import Listener, told
 from lora_fx.targets.target import Found
 from lora_fx.text import Json
@@ -66,7 +73,7 @@ def export(
     inputs: Named | None = None,
     provider: Provider = "auto",
     opset: int | None = None,
-    external_over: int = EXTERNAL_OVER,
+    external_over: int | None = None,
     dynamic: Dynamic | None = None,
     force: bool = False,
     optimise: bool = False,
@@ -112,7 +119,8 @@ def export(
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
-        external_over: Bytes of weights above which they go to a file of their own.
+        external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
+            default. A training step has such a file always.
         dynamic: As in capture.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
@@ -152,13 +160,16 @@ def export(
     adapters, notes = opened_adapters(adapters, mode), list[str]()
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
-        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
-        external_over=external_over, args=args, kwargs=kwargs, dynamic=dynamic, force=force,
+        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider,
+        opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
+        args=args, kwargs=kwargs, dynamic=dynamic, force=force,
         optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
         cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, loss=loss,
         optimizer=optimizer, weight_decay=weight_decay, clip=clip, repeat=repeat,
     )  # fmt: skip
     check_output(path, force=force)
+    given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    refuse_no_say(EXPORT_RULES, options, given)
     if genai is not None and (not cache or mode not in ("merged", "switch")):
         raise LoraFxError(
             f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
@@ -199,6 +210,7 @@ def export(
                 f"{fspath(model)}: quantise and its accuracy level are for models of torch",
                 "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
             )
+        refuse_no_say(REWRITE_RULES, options, given)
         return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
@@ -312,7 +324,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
     target = options.target
     if isinstance(adapter, Mapping):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = options.optimise or options.precision is not None
+    rewritten = options.rewrites
     if adapter is None and not rewritten:
         graph = OnnxGraph(load(source))
         if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged

@@ -16,7 +16,7 @@ from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.lowrank import Updates, relearning
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured
@@ -60,10 +60,9 @@ def captured_of(
     A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
     without its weights where `meta` is given.
     """
-    if isinstance(model, Captured):
-        return model
-    if isinstance(model, CapturedModule):
-        return model.captured
+    if isinstance(model, (Captured, CapturedModule)):
+        refuse_inputs(args, kwargs, dynamic)
+        return model if isinstance(model, Captured) else model.captured
     if is_attached(model):
         raise LoraFxError(
             f"an adapter is attached to this {type(model).__name__}",
@@ -74,6 +73,13 @@ def captured_of(
     if isinstance(model, (str, PathLike)):
         model = load_model(fspath(model), meta=meta)
     return capture(model, args, kwargs, dynamic, repeat=repeat)
+
+
+def refuse_inputs(args: Sequence[object], kwargs: Named | None, dynamic: Dynamic | None) -> None:
+    """Refuse example inputs, and their dimensions, of a model that is captured already."""
+    asked = {"args": args or None, "kwargs": kwargs or None, "dynamic": dynamic or None}
+    captured = NoSay[Named](tuple(asked), bool, "beside a captured model, which has its inputs")
+    refuse_no_say([captured], asked, given_options(asked))
 
 
 def with_cache(
