@@ -9,9 +9,17 @@ import click
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
 from lora_fx.cli.output import emit
+from lora_fx.errors import NoSay
+
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("sizes",), lambda asked: bool(asked["inputs_file"]),
+        "beside --inputs {0[inputs_file]}, which has one size", "leave one of them out",
+    ),
+)  # fmt: skip
 
 
-@click.command("bench", cls=FileCommand)
+@click.command("bench", cls=FileCommand, no_say=NO_SAY)
 @click.argument("files", nargs=-1, required=True, metavar="A.onnx [B.onnx]...")
 @click.option(
     "--size",

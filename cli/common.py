@@ -24,9 +24,9 @@ import click
 from click.core import ParameterSource
 
 from lora_fx import __version__
-from lora_fx.cli.options import FORCE, GIVEN, in_groups, split_weight
+from lora_fx.cli.options import FORCE, GIVEN, Rules, given_here, in_groups, split_weight
 from lora_fx.cli.output import echo, note, result, say, show, stages
-from lora_fx.errors import LoraFxError, Terminated, explain, one_line
+from lora_fx.errors import LoraFxError, Terminated, explain, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output, replacing, sweep
 from lora_fx.files.read import Remembered, read_toml, remember, remembering, trusting
 from lora_fx.progress import stage, telling
@@ -71,8 +71,9 @@ class FileCommand(click.Command):
     reports: ClassVar = False
     """True where --report is an option too."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, no_say: Rules = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.no_say = no_say
         told = "Print one JSON object."
         self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=told))
         self.params += config_options()
@@ -90,6 +91,7 @@ class FileCommand(click.Command):
         """
         ctx.params = {k: _at_home(v) for k, v in ctx.params.items()}
         _check_numbers(ctx)
+        refuse_no_say(self.no_say, ctx.params, given_here(ctx))
         remember(*input_paths(ctx.params))
         _check_outputs(ctx.params, inside=self.name != "merge-all")  # whose DIR is not replaced
         drawn = self.name in SHOWN and sys.stderr.isatty()

@@ -10,14 +10,22 @@ from lora_fx.adapter.fused import LAYOUTS
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoSay
 from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
 from lora_fx.text import Json
 
 NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 
 
-@click.command("convert", cls=ReportCommand)
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("model_type",), lambda asked: asked["name"] not in LAYOUTS,
+        "without a --format that lays experts out", f"--format {' or '.join(LAYOUTS)}",
+    ),
+)  # fmt: skip
+
+
+@click.command("convert", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("adapter")
 @shared.output_option("OUT", "The file or folder to write.")
 @click.option(

@@ -11,7 +11,7 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note, table, wrote
 
 
-@click.command("export", cls=ReportCommand)
+@click.command("export", cls=ReportCommand, no_say=shared.PROGRAM)
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
 @shared.output_option("X.onnx", "The file to write.")

@@ -12,7 +12,9 @@ from lora_fx.cli.output import emit, note
 from lora_fx.text import Json
 
 
-@click.command("insert", cls=ReportCommand)
+@click.command(
+    "insert", cls=ReportCommand, no_say=(*shared.PLANNED, *shared.STARTED, *shared.PROGRAM)
+)
 @click.argument("model")
 @shared.output_option("OUT", "Folder, .safetensors, .pt2; .onnx from .onnx.")
 @shared.target_options
@@ -36,7 +38,6 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     lora-fx insert model.py:build -o model.pt2
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
-    shared.refuse_beside(options["plan"])
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.passes.verbs.adapt import insert
@@ -47,7 +48,7 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
         return
     loaded, cap = shared.captured(model, options)
     start = shared.start_from(loaded, cap, options)
-    module = insert(cap, **options, **start)
+    module = insert(cap, **shared.only_given(options), **start)
     report = module.report()
     if output.endswith(".pt2"):
         from lora_fx.passes.verbs.program import save_program
@@ -70,7 +71,7 @@ def _onnx(model: str, output: str, force: bool, options: Json) -> None:
     capture = [n for n in shared.CAPTURE if n != "inputs_file"]
     no_say = ("also_train", "dropout", "quantise", *shared.START, *capture)
     shared.refuse_given(model, no_say)
-    kept = {k: v for k, v in options.items() if k not in no_say}
+    kept = {k: v for k, v in shared.only_given(options).items() if k not in no_say}
     report = insert_onnx(model, output, inputs=arrays, force=force, **kept)
     note(*report.warnings, warns=True)
     count, trained = len(report.details["targets"]), report.details["trained"]

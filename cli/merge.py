@@ -9,13 +9,22 @@ import click
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note, progress_bar
+from lora_fx.errors import NoSay
 from lora_fx.text import Json
 
 ONNX = {"names": "map", "delta": "delta", "run": "run"}
 """Options that .onnx files alone have: argument → option."""
 
 
-@click.command("merge", cls=ReportCommand)
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("threads", "link"), lambda asked: asked["base"].endswith(".onnx"),
+        "for {0[base]}, a graph, of which one thread writes a file",
+    ),
+)  # fmt: skip
+
+
+@click.command("merge", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")

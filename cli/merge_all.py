@@ -58,10 +58,12 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     """
     shared.load_numpy()
     from lora_fx.checkpoint.merge import jobs_of, merge_all
+    from lora_fx.checkpoint.merge_plan import MergeOptions
     from lora_fx.files.checkpoint import open_checkpoint
 
     processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
-    # A base that cannot be read is one error, not one for every adapter.
+    keywords = {k: v for k, v in options.items() if k != "link"}
+    MergeOptions(**keywords)  # what no merge takes, and a base that cannot be read, is one error
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([shared.split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
@@ -70,7 +72,6 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     made = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    keywords = {k: v for k, v in options.items() if k != "link"}
     rows, said = [], shared.arguments(options)
     for row in merge_all(
         base, jobs, processes=processes, force=force, arguments=said, options=keywords

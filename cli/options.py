@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from lora_fx.cli.output import note, say
-from lora_fx.errors import LoraFxError, Terminated
+from lora_fx.errors import LoraFxError, NoSay, Terminated
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
@@ -101,17 +101,102 @@ GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
 """Where what the user asked for stands: on the command line, or in a config."""
 
 
+def given_here(ctx: click.Context) -> dict[str, str]:
+    """The parameters that the user gave, each as a long option, or as the help names it."""
+    given = {}
+    for param in ctx.command.params:
+        name = param.name or ""
+        asked = ctx.params.get(name)
+        nothing = asked is None or asked is False or asked == ()  # false in a config, say
+        if ctx.get_parameter_source(name) in GIVEN and not nothing:
+            argument = isinstance(param, click.Argument)
+            given[name] = param.human_readable_name if argument else max(param.opts, key=len)
+    return given
+
+
 def first_given(*names: str) -> str:
     """The first of these that the user gave, as a long option; else empty."""
-    ctx = click.get_current_context()
-    options = {p.name: max(p.opts, key=len) for p in ctx.command.params}
-    return next((options[n] for n in names if ctx.get_parameter_source(n) in GIVEN), "")
+    given = given_here(click.get_current_context())
+    return next((given[n] for n in names if n in given), "")
 
 
-def refuse_beside(plan: str | None) -> None:
-    """Raise for an option that chooses targets or ranks beside --plan, which has them."""
-    if plan and (other := first_given("rank", "alpha", "include")):
-        raise LoraFxError(f"{other} has no say beside --plan {plan}", "leave one of them out")
+def only_given(options: JsonView) -> Json:
+    """The options that the user gave; a public function has the defaults of the others."""
+    given = given_here(click.get_current_context())
+    return {name: value for name, value in options.items() if name in given}
+
+
+# When an option of a command has no say. Each command has a table of such rules.
+
+
+Rules = Sequence[NoSay[JsonView]]
+
+
+def _is(suffix: str, name: str = "model") -> Callable[[JsonView], bool]:
+    return lambda asked: str(asked[name]).endswith(suffix)
+
+
+def _start_in(names: str) -> Callable[[JsonView], bool]:
+    """Whether --init is in these sets of `lora_fx.adapter.variant`, read when it is asked."""
+
+    def asks(asked: JsonView) -> bool:
+        from lora_fx.adapter import variant
+
+        return any(asked["init"] in getattr(variant, name) for name in names.split())
+
+    return asks
+
+
+PROGRAM: Rules = (NoSay(("no_repeat",), _is(".pt2"), "for {0[model]}, which is traced already"),)
+"""Of what loads a model."""
+PLANNED: Rules = (
+    NoSay(
+        ("rank", "alpha", "include"), lambda asked: bool(asked["plan"]),
+        "beside --plan {0[plan]}", "leave one of them out",
+    ),
+)  # fmt: skip
+"""Of what a plan may choose targets for."""
+STARTED: Rules = (
+    NoSay(
+        ("label", "loss"), lambda asked: not _start_in("OF_DATA")(asked),
+        "for --init {0[init]}, which reads no data",
+    ),
+    NoSay(
+        ("loss",), lambda asked: asked["init"] == "eva", "for --init eva, which reads no gradient"
+    ),
+    NoSay(
+        ("seed",), _start_in("OF_DATA OF_WEIGHT"), "for --init {0[init]}, which draws nothing"
+    ),
+)  # fmt: skip
+"""Of what only starts an adapter."""
+TRAINED: Rules = (
+    NoSay(
+        ("warmup",), lambda asked: asked["schedule"] == "constant", "for --schedule constant",
+        "--schedule constant_with_warmup has one",
+    ),
+    NoSay(
+        ("validation",), lambda asked: bool(asked["eval_data"]),
+        "beside --eval-data {0[eval_data]}", "leave one of them out",
+    ),
+    NoSay(
+        ("epochs",), lambda asked: asked["steps"] is not None, "beside --steps {0[steps]}",
+        "leave one of them out",
+    ),
+    NoSay(
+        ("checks",), lambda asked: not _validates(asked) and not _keeps_states(asked),
+        "where no example is held out, and no state is kept at a validation",
+    ),
+)  # fmt: skip
+"""Of the loop of train."""
+
+
+def _validates(asked: JsonView) -> bool:
+    return bool(asked["validation"] or asked["eval_data"])
+
+
+def _keeps_states(asked: JsonView) -> bool:
+    """Whether states are kept as often as a validation would run."""
+    return bool(asked["save_state"] or asked["resume"]) and not asked["save_every"]
 
 
 CAPTURE = ("weights", "inputs_file", "dynamic", "static", "trust", "no_repeat")
@@ -230,7 +315,7 @@ def held(cap: Captured) -> AdaptedModule:
 
     assert isinstance(cap, FileCaptured)
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
-    if option := first_given(*chosen, "plan", "quantise"):
+    if option := first_given(*chosen, "plan", "quantise", "dead"):
         raise LoraFxError(
             f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
             "leave it out, or start from the original model",
@@ -276,22 +361,39 @@ def training_data(
     from lora_fx.fx.train.language_data import language_table
 
     folder = loaded.tokenizer_folder
+    if max_length and folder is None:
+        raise LoraFxError("--max-length has no say for a model without a tokenizer", "leave it out")
     if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
         found = language_table(path, loaded.module, folder, max_length)
         if found is not None:
             note(*found[1])
             return found[0]
-    tokenizer = None if folder is None else tokenizer_of(folder, max_length or 128)
-    return training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
+    texts = Texts(None if folder is None else tokenizer_of(folder, max_length or 128))
+    tokenizer = None if folder is None else texts
+    table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
+    if max_length and not texts.seen:
+        raise LoraFxError(
+            f"--max-length has no say for {path}, which has no column of texts", "leave it out"
+        )
+    return table
+
+
+class Texts:
+    """A tokenizer that knows whether it was given any text."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], Any] | None) -> None:
+        self.tokenizer, self.seen = tokenizer, False
+
+    def __call__(self, texts: list[str]) -> Any:
+        """The columns of texts."""
+        assert self.tokenizer is not None
+        self.seen = True
+        return self.tokenizer(texts)
 
 
 def check_shares(options: JsonView) -> None:
     """Refuse, before any work, options of the held-out examples that contradict each other."""
     share, held_out = options["validation"], options["eval_data"]
-    if held_out and first_given("validation"):
-        raise LoraFxError(
-            f"--validation has no say beside --eval-data {held_out}", "leave one of them out"
-        )
     if not 0 <= share < 1:
         raise LoraFxError(f"--validation {share} is not in [0, 1)", "0.1 is usual")
     if options["patience"] and not (share or held_out):
@@ -359,7 +461,8 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
     table = training_data(data, loaded, cap, label)
-    return {"data": batches_of(table), "loss": loss_of(loss)}
+    gradient = {"loss": loss_of(loss)} if init == "lora-ga" else {}
+    return {"data": batches_of(table), **gradient}
 
 
 def loss_of(text: str) -> str | Loss:
@@ -571,10 +674,6 @@ def settings_of(options: Json) -> Settings:
     from lora_fx.fx.train.state import Settings
 
     check_shares(options)
-    if options["schedule"] == "constant" and first_given("warmup"):
-        raise LoraFxError(
-            "--warmup has no say for --schedule constant", "--schedule constant_with_warmup has one"
-        )
     batches = options.pop("gradient_accumulation_steps")
     options |= {name: batches * options[name] for name in ("batch_size", "accumulate")}
     names = [f.name for f in fields(Settings) if f.name != "seed"]  # which insert takes too

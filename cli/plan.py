@@ -9,10 +9,35 @@ import click
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note
-from lora_fx.text import Json
+from lora_fx.errors import NoSay
+from lora_fx.text import Json, JsonView
 
 
-@click.command("plan", cls=ReportCommand)
+def _reads(asked: JsonView, *statistics: str) -> bool:
+    """Whether the method takes any of these from DATA, or anything where none is named."""
+    from lora_fx.targets.budget import METHODS
+
+    wanted = METHODS[asked["method"]].wanted
+    return bool(set(wanted) & set(statistics)) if statistics else bool(wanted)
+
+
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("data", "label", "loss", "examples", "max_length", "seed"),
+        lambda asked: not _reads(asked),
+        "for --method {0[method]}, which reads no data",
+        "leave it out, or --method importance, kfac or eva",
+    ),
+    NoSay(
+        ("loss",),
+        lambda asked: not _reads(asked, "outputs", "gradient"),
+        "for --method {0[method]}, which reads no gradient",
+    ),
+    *shared.PROGRAM,
+)
+
+
+@click.command("plan", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("model")
 @click.argument("data", required=False)
 @shared.output_option("PLAN", "A .json file.")
@@ -61,7 +86,8 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
     loaded, cap = shared.captured(model, options)
     batches = shared.some_batches(data, loaded, cap, options)
-    loss = shared.loss_of(options.pop("loss"))
+    loss = shared.loss_of(options.pop("loss")) if shared.first_given("loss") else None
+    options.pop("loss", None)
     made = plan(cap, data=batches, loss=loss, name=model, **options)
     made.save(output, force=force)
     note(*made.notes)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lora_fx.targets.target import Found
 
 
-@click.command("targets", cls=FileCommand)
+@click.command("targets", cls=FileCommand, no_say=shared.PROGRAM)
 @click.argument("model")
 @shared.model_options
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")

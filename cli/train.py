@@ -12,7 +12,9 @@ from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note, say
 
 
-@click.command("train", cls=ReportCommand)
+@click.command(
+    "train", cls=ReportCommand, no_say=(*shared.PLANNED, *shared.TRAINED, *shared.PROGRAM)
+)
 @click.argument("model")
 @click.argument("data")
 @shared.output_option("ADAPTER", "Folder or .safetensors.")
@@ -41,8 +43,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
-    shared.refuse_beside(options["plan"])
-    from lora_fx.adapter.variant import OF_DATA
+    from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.formats.io import ADAPTER_FILES, save_adapter
     from lora_fx.fx.load.models import check_device
@@ -57,12 +58,18 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
         loaded, cap = shared.captured(model, options)
         training, validation = shared.tables_of(data, loaded, cap, options)
         loss = shared.loss_of(options.pop("loss"))
+        chosen = shared.only_given(options)
+        if options["init"] in (*OF_DATA, *OF_WEIGHT):
+            chosen.pop("seed", None)  # which has a say in the order of the examples
         if options["init"] in OF_DATA:
             size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
             batches = shared.batches_of(training, rows=min(shared.BATCH, size))
-            options |= {"data": batches, "loss": loss}
-        recompute = options.pop("activation_checkpointing")
-        module = shared.held(cap) if cap.adapter is not None else insert(cap, **options)
+            chosen |= {"data": batches}
+        if options["init"] == "lora-ga":
+            chosen |= {"loss": loss}
+        recompute = options["activation_checkpointing"]
+        chosen.pop("activation_checkpointing", None)
+        module = shared.held(cap) if cap.adapter is not None else insert(cap, **chosen)
         module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()

@@ -9,13 +9,21 @@ import click
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoSay
 from lora_fx.text import Json, JsonView
 
 TABLE = ("table", "model", "label", "loss", "weights")
 
 
-@click.command("truncate", cls=ReportCommand)
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("model", "label", "loss", "weights"), lambda asked: not asked["table"],
+        "without --table DATA",
+    ),
+)  # fmt: skip
+
+
+@click.command("truncate", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("adapter")
 @click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")
 @click.option("--rank", "-r", type=int, help="No update has a higher one.")
@@ -54,9 +62,6 @@ def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: 
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
-    for name in ("model", "weights", "label"):
-        if options[name]:
-            raise LoraFxError(f"--{name} has no say without --table DATA", "leave it out")
     check_output(output, force=force, names=ADAPTER_FILES)
     result = truncation(shared.adapter_of(adapter), **goal)
     if not result.dropped:

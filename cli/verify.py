@@ -10,9 +10,54 @@ import click
 from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit
+from lora_fx.errors import NoSay
+from lora_fx.text import JsonView
 
 
-@click.command("verify", cls=ReportCommand)
+def _fits(asked: JsonView) -> bool:
+    from lora_fx.formats.io import is_adapter
+
+    return is_adapter(asked["b"])
+
+
+def _tensors(asked: JsonView) -> bool:
+    """Whether tensors are compared, or an adapter is fitted to them."""
+    from lora_fx.checkpoint.verify import is_tensor_file
+
+    a, b = asked["a"], asked["b"]
+    gone = ":" not in b and not Path(b).exists()
+    one, other = is_tensor_file(a), _fits(asked) or is_tensor_file(b) or gone
+    return not asked["run"] and one and other
+
+
+def _onnx(asked: JsonView) -> list[bool]:
+    return [asked[name].endswith(".onnx") for name in "ab"]
+
+
+MODEL = ("weights", "dynamic", "static", "no_repeat")
+NO_SAY: shared.Rules = (
+    NoSay(
+        ("adapters", "tol", "everything", "provider"), _fits,
+        "beside {0[b]}, an adapter: names and shapes are compared",
+    ),
+    NoSay(
+        ("inputs_file", "provider", *MODEL), _tensors,
+        "for {0[a]}, of which tensors are compared", "leave it out, or --run",
+    ),
+    NoSay(
+        ("everything",), lambda asked: not (_tensors(asked) and asked["adapters"]),
+        "but for tensor files and an --adapter, of which a sample is computed again",
+    ),
+    NoSay(
+        ("inputs_file", *MODEL), lambda asked: _fits(asked) and _onnx(asked)[0],
+        "for {0[a]}, of which names and shapes are compared",
+    ),
+    NoSay(MODEL, lambda asked: all(_onnx(asked)), "for {0[a]} and {0[b]}, graphs as they are"),
+    NoSay(("provider",), lambda asked: not any(_onnx(asked)), "where no .onnx file is run"),
+)  # fmt: skip
+
+
+@click.command("verify", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -25,7 +70,7 @@ from lora_fx.cli.output import emit
 @click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
 @shared.flag_option("--run", "Run tensor files as models, and compare outputs.")
-@click.option("--provider", default="auto", help="auto, cpu or cuda.")
+@click.option("--provider", show_default="auto", help="auto, cpu or cuda.")
 @shared.model_options
 def command(a: str, b: str, **options: Any) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
@@ -43,15 +88,14 @@ def command(a: str, b: str, **options: Any) -> None:
     lora-fx verify switch.onnx de.onnx_adapter
     """
     from lora_fx.checkpoint.prove import ROWS
-    from lora_fx.checkpoint.verify import is_tensor_file, lines
+    from lora_fx.checkpoint.verify import lines
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verbs.verify import verify
 
     model = {k: options.pop(k) for k in shared.CAPTURE}
     adapters, everything = options.pop("adapters"), options.pop("everything")
     fits = is_adapter(b)
-    gone = ":" not in b and not Path(b).exists()
-    if not options["run"] and is_tensor_file(a) and (fits or is_tensor_file(b) or gone):
+    if _tensors({"a": a, "b": b, **options}):
         given = [pair if (pair := shared.split_weight(x))[0] != x else x for x in adapters]
         rows = None if everything else ROWS
         report = verify(a, b, adapter=given or None, tol=options["tol"], rows=rows)

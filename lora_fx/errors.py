@@ -13,6 +13,10 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class LoraFxError(Exception):
@@ -56,6 +60,49 @@ def expect(value: object, kind: type | tuple[type, ...], name: str, wanted: str,
 def expect_path(value: object, name: str, hint: str) -> None:
     """Refuse what is no path; see `expect`."""
     expect(value, (str, os.PathLike), name, "a path", hint)
+
+
+@dataclass(frozen=True)
+class NoSay(Generic[T]):
+    """Options that have no say where something else was asked for: giving one is an error.
+
+    What permits something (--force, --trust) is no such option: it is given ahead, for what may
+    come. Nor is False for a flag, which asks for nothing.
+
+    Attributes:
+        options: Their names.
+        where: Whether that was, of all that was asked for.
+        decides: What decides instead, in words that follow "has no say"; `{0}` is all that was
+            asked for.
+        hint: What to do.
+    """
+
+    options: tuple[str, ...]
+    where: Callable[[T], bool]
+    decides: str
+    hint: str = "leave it out"
+
+
+def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str]) -> None:
+    """Refuse the first option that was given and has no say.
+
+    Args:
+        rules: Those of the verb.
+        asked: All that was asked for, defaults among it.
+        spelled: The name of each option that was given → how the user writes it.
+
+    Raises:
+        LoraFxError: Names the option, and what decides instead.
+    """
+    for rule in rules:
+        option = next((spelled[n] for n in rule.options if n in spelled), None)
+        if option is not None and rule.where(asked):
+            raise LoraFxError(f"{option} has no say {rule.decides.format(asked)}", rule.hint)
+
+
+def given_options(asked: Mapping[str, object]) -> dict[str, str]:
+    """The names of the options that a public function got, each as Python spells it."""
+    return {name: name for name, v in asked.items() if v is not None and v is not False}
 
 
 class CaptureError(LoraFxError):
@@ -170,8 +217,8 @@ _KEYWORDS = (
     "whole",
 )  # fmt: skip
 _OPTION = re.compile(
-    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|qalora:\d+|[A-Z]+\b"
-    r"|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
+    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
+    r"|qalora:\d+|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
 )
 
 

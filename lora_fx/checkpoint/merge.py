@@ -156,6 +156,11 @@ def run(
     with explained(target):
         if target.suffix in PICKLES:
             raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
+        if link and not plan.base.path.is_dir():
+            raise LoraFxError(
+                f"link has no say for {plan.base.path}, one file, which is written anew",
+                "leave --link out",
+            )
         check_output(target, force=force, names=_names(plan, target))
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:

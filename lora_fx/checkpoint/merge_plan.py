@@ -56,6 +56,12 @@ from lora_fx.targets.target import overlap
 from lora_fx.text import Json, by_key, human, size_in_bytes, table
 
 
+def refuse_rank(how: str, rank: int | None) -> None:
+    """Refuse a rank for a mix that has none to choose."""
+    if rank is not None and how != "svd":
+        raise LoraFxError(f"rank has no say for a {how} mix", "leave it out; rank belongs to svd")
+
+
 @dataclass(frozen=True)
 class Given:
     """An adapter, its weight, its name in messages, its hash without the weight, its path.
@@ -107,6 +113,7 @@ class MergeOptions:
             name = str(self.dtype).removeprefix("torch.")
             raise LoraFxError(f"no dtype {self.dtype!r}", near(name, FLOATING, known))
         expect_name(self.how, HOWS, "no mix", f"one of {', '.join(HOWS)}")
+        refuse_rank(self.how, self.rank)
         if self.rank is not None and self.rank < 1:
             raise LoraFxError(f"rank is {self.rank}; expected 1 or more", "for example --rank 16")
         if self.dequantise and self.requantise:

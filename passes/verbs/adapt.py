@@ -36,7 +36,15 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.reference import FileRerun, reference_of
-from lora_fx.passes.verbs.open import Wanted, build_module, captured_of, found_in, opened, quantised
+from lora_fx.passes.verbs.open import (
+    Wanted,
+    build_module,
+    captured_of,
+    found_in,
+    opened,
+    quantised,
+    refuse_inputs,
+)
 from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
 from lora_fx.targets.plan import GivenRanks, Plan
@@ -62,8 +70,10 @@ def find(
         training: Look at the train graph; the result is the same.
     """
     if isinstance(model, CapturedModule):
+        refuse_inputs(args, kwargs, dynamic)
         return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
+        refuse_inputs(args, kwargs, dynamic)
         return find_graph(model)
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
 
@@ -73,23 +83,23 @@ def insert(
     model: object,
     args: Sequence[object] = (),
     kwargs: Named | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
     include: Selectors = None,
     exclude: Selectors = None,
     also_train: Selectors = None,
-    variant: VariantName = "lora",
+    variant: VariantName | None = None,
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
     adapter: AdapterLike | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     *,
     dynamic: Dynamic | None = None,
     norm_stats: NormStats = "frozen",
     dead: Dead = "auto",
-    init: Init = "kaiming",
+    init: Init | None = None,
     data: Iterable[Named] | None = None,
-    loss: str | Loss = "ce",
+    loss: str | Loss | None = None,
     fast: bool = True,
     quantise: Wanted | None = None,
     progress: Listener | None = None,
@@ -100,26 +110,28 @@ def insert(
         model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
-        rank: The rank of every target, capped (and said) where a side is smaller.
+        rank: The rank of every target, 8 by default, capped (and said) where a side is smaller.
         alpha: None means 2·rank.
         include: Selectors that replace the default plan.
         exclude: Selectors taken away from it.
         also_train: Tensors trained whole, such as a new head.
-        variant: lora, rslora, dora, lora-fa, lora+, qalora, qalora:G: see lora_fx.adapter.variant.
+        variant: lora, the default, rslora, dora, lora-fa, lora+, qalora or qalora:G: see
+            lora_fx.adapter.variant.
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
-        adapter: Start from this adapter, or that of a path; its targets and ranks replace the plan.
-        seed: The seed of the initial values; each target draws from (seed, key).
+        adapter: Start from this adapter, or that of a path. It brings its targets, ranks, alphas,
+            variants and values, so the options of these have no say, and are refused.
+        seed: The seed of the initial values, 0 by default; each target draws from (seed, key).
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they behave as in the original, and the copied statistics move.
         dead: Every target is proven to take effect. error: one that does not is an error. drop:
             it is left out, and said. keep: it is said. auto: an error if include or plan named
             it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
-        init: What a and b start from: kaiming, gaussian, orthogonal, pissa, olora, eva or
-            lora-ga, see lora_fx.adapter.variant. The base is never changed.
+        init: What a and b start from: kaiming, the default, gaussian, orthogonal, pissa, olora,
+            eva or lora-ga, see lora_fx.adapter.variant. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
-        loss: ce, mse, or a function of (output, labels), for lora-ga.
+        loss: For lora-ga: ce, the default, mse, or a function of (output, labels).
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:
             see docs/speed.md. False runs the graph as it was captured, with its branches.
         quantise: nf4, int4 or int8: the base's weights become codes, those of the default plan but
@@ -135,12 +147,14 @@ def insert(
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
-    options = InsertOptions(
-        rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
-        variant=variant, dropout=dropout, plan=plan, seed=seed,
-        adapter=None if adapter is None else as_adapter(adapter),
-        norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss, fast=fast,
-    )  # fmt: skip
+    asked: Named = {
+        "rank": rank, "alpha": alpha, "include": include, "exclude": exclude,
+        "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
+        "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
+        "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
+        "fast": fast,
+    }  # fmt: skip
+    options = InsertOptions.of(asked)
     if is_program(model):
         model = open_program(model, args, kwargs, dynamic)
     held = isinstance(model, Captured) and model.adapter is not None
@@ -251,7 +265,7 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
         LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
         NoEffectError: A target that changes no output; nothing is written.
     """
-    asked = OnnxInsertOptions(**options)
+    asked = OnnxInsertOptions.of(options)
     source, target = Path(source), Path(path)
     remember(source)
     check_output(target, force=asked.force)

@@ -42,7 +42,7 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
-from lora_fx.passes.verbs.open import found_in, start_of
+from lora_fx.passes.verbs.open import found_in, refuse_inputs, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan
@@ -55,23 +55,23 @@ def attach(
     model: Any,
     args: Sequence[object] = (),
     kwargs: Named | None = None,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
     include: Selectors = None,
     exclude: Selectors = None,
     also_train: Selectors = None,
-    variant: VariantName = "lora",
+    variant: VariantName | None = None,
     dropout: float = 0.0,
     plan: Plan | GivenRanks | None = None,
     adapter: AdapterLike | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     *,
     dynamic: Dynamic | None = None,
     norm_stats: NormStats = "frozen",
     dead: Dead = "auto",
-    init: Init = "kaiming",
+    init: Init | None = None,
     data: Iterable[Named] | None = None,
-    loss: str | Loss = "ce",
+    loss: str | Loss | None = None,
     progress: Listener | None = None,
 ) -> Any:
     """Adapt a live module in place, with the targets and numbers that insert would give.
@@ -88,7 +88,7 @@ def attach(
             data and loss.
         dropout: On the input of each branch, in train mode; a weight that is computed as
             W + s·B·A has none.
-        adapter: Start from this adapter; its targets and ranks replace the plan.
+        adapter: As in insert: start from this adapter, which brings its own of all of these.
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
             they do what they did before.
@@ -101,12 +101,13 @@ def attach(
         LoraFxError: As insert; an update that cannot reach one use of a tied tensor alone; a
             target whose effect on the live model is not that of the graph.
     """
-    options = InsertOptions(
-        rank=rank, alpha=alpha, include=include, exclude=exclude, also_train=also_train,
-        variant=variant, dropout=dropout, plan=plan, seed=seed,
-        adapter=None if adapter is None else as_adapter(adapter),
-        norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss,
-    )  # fmt: skip
+    asked: Named = {
+        "rank": rank, "alpha": alpha, "include": include, "exclude": exclude,
+        "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
+        "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
+        "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
+    }  # fmt: skip
+    options = InsertOptions.of(asked)
     if is_attached(model):
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
@@ -152,6 +153,8 @@ def _attached(
     cap: Captured | None
     try:
         captured = isinstance(model, Captured)
+        if captured:
+            refuse_inputs(args, kwargs, example.dynamic)
         cap = model if captured else Captured(_module(model), args, kwargs, example.dynamic)
         if not captured and not example.dynamic:
             cap.fix_sizes()

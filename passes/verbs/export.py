@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect_path
+from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
@@ -41,6 +41,8 @@ from lora_fx.passes.verbs.export_files import (
 )
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.options import (
+    EXPORT_RULES,
+    REWRITE_RULES,
     ExportAdapters,
     ExportOptions,
     Provider,
@@ -79,7 +81,7 @@ def export(
     inputs: Named | None = None,
     provider: Provider = "auto",
     opset: int | None = None,
-    external_over: int = EXTERNAL_OVER,
+    external_over: int | None = None,
     dynamic: Dynamic | None = None,
     force: bool = False,
     optimise: bool = False,
@@ -125,7 +127,8 @@ def export(
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
         opset: ONNX operator set; 20 by default. An .onnx file keeps its own.
-        external_over: Bytes of weights above which they go to a file of their own.
+        external_over: Bytes of weights above which they go to a file of their own; 256 MiB by
+            default. A training step has such a file always.
         dynamic: As in capture.
         force: Replace an existing file.
         optimise: Rewrite the graph for ONNX Runtime, every stage kept only where it is proven.
@@ -165,8 +168,9 @@ def export(
     adapters, notes = opened_adapters(adapters, mode), list[str]()
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
-        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider, opset=opset,
-        external_over=external_over, args=args, kwargs=kwargs, dynamic=dynamic, force=force,
+        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider,
+        opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
+        args=args, kwargs=kwargs, dynamic=dynamic, force=force,
         optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
         cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, loss=loss,
         optimizer=optimizer, weight_decay=weight_decay, clip=clip, repeat=repeat,
@@ -176,6 +180,8 @@ def export(
     if adapters and not (of_file and mode == "merged"):  # before the model is captured
         check_adapters({"the adapter": adapters} if isinstance(adapters, Adapter)
                        else named(adapters), mode)  # fmt: skip
+    given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    refuse_no_say(EXPORT_RULES, options, given)
     if genai is not None and (not cache or mode not in ("merged", "switch")):
         raise LoraFxError(
             f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
@@ -216,6 +222,7 @@ def export(
                 f"{fspath(model)}: quantise and its accuracy level are for models of torch",
                 "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
             )
+        refuse_no_say(REWRITE_RULES, options, given)
         return export_onnx(model, options)
     if names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
@@ -329,7 +336,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
     target = options.target
     if isinstance(adapter, Mapping):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = options.optimise or options.precision is not None
+    rewritten = options.rewrites
     if adapter is None and not rewritten:
         graph = OnnxGraph(load(source))
         if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged

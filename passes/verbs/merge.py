@@ -17,10 +17,17 @@ from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.merge import GAIN, Adapters, given
-from lora_fx.checkpoint.merge_plan import Given
+from lora_fx.checkpoint.merge_plan import Given, refuse_rank
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.compare import Parity, Report, demand
-from lora_fx.errors import LoraFxError, NoEffectError, expect_path
+from lora_fx.errors import (
+    LoraFxError,
+    NoEffectError,
+    NoSay,
+    expect_path,
+    given_options,
+    refuse_no_say,
+)
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, trusting
 from lora_fx.files.safetensors import same_bytes
@@ -75,6 +82,7 @@ class OnnxMergeOptions:
         """Raise for a mix that is not known."""
         if self.how != "sum" and self.how not in HOWS:
             raise LoraFxError(f"no mix {self.how!r}", f"sum, {', '.join(HOWS)}")
+        refuse_rank(self.how, self.rank)
 
     @classmethod
     def of(cls, options: Named) -> OnnxMergeOptions:
@@ -85,7 +93,15 @@ class OnnxMergeOptions:
                 raise LoraFxError(
                     f"{name} is an option for checkpoints, not for .onnx files", "leave it out"
                 )
-        return cls(**{k: v for k, v in options.items() if k in known})
+        asked = cls(**{k: v for k, v in options.items() if k in known})
+        refuse_no_say([RUN], asked, given_options(options))
+        return asked
+
+
+RUN: NoSay[OnnxMergeOptions] = NoSay(
+    ("inputs", "provider"), lambda o: not o.run, "without --run, which runs the file"
+)
+"""What only a run of the merged file has."""
 
 
 @remembering()

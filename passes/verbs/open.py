@@ -16,7 +16,7 @@ from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.lowrank import Updates, relearning
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured
@@ -63,10 +63,9 @@ def captured_of(
     without its weights where `meta` is given. Where the adapter saves one name of a tied tensor,
     the capture is of a copy of the model in which this name has a tensor of its own.
     """
-    if isinstance(model, Captured):
-        return apart(model, adapter)
-    if isinstance(model, CapturedModule):
-        return model.captured
+    if isinstance(model, (Captured, CapturedModule)):
+        refuse_inputs(args, kwargs, dynamic)
+        return apart(model, adapter) if isinstance(model, Captured) else model.captured
     if is_attached(model):
         raise LoraFxError(
             f"an adapter is attached to this {type(model).__name__}",
@@ -112,6 +111,13 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
 def said_of_names(names: Sequence[str]) -> str:
     """What a report says of names that have tensors of their own."""
     return f"saved alone, and so no longer tied: {', '.join(names)}"
+
+
+def refuse_inputs(args: Sequence[object], kwargs: Named | None, dynamic: Dynamic | None) -> None:
+    """Refuse example inputs, and their dimensions, of a model that is captured already."""
+    asked = {"args": args or None, "kwargs": kwargs or None, "dynamic": dynamic or None}
+    captured = NoSay[Named](tuple(asked), bool, "beside a captured model, which has its inputs")
+    refuse_no_say([captured], asked, given_options(asked))
 
 
 def with_cache(

@@ -12,15 +12,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
-from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
+from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
-from lora_fx.errors import LoraFxError, expect, expect_name
+from lora_fx.errors import (
+    LoraFxError,
+    NoSay,
+    expect,
+    expect_name,
+    given_options,
+    refuse_no_say,
+)
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
 from lora_fx.targets.target import Found
@@ -39,10 +46,33 @@ ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 """One, or several: by name, or in the order of their ids."""
 
 
+def _plan_has(options: BranchOptions, what: str) -> bool:
+    """Whether a plan says the rank or the alpha of every target that it names."""
+    plan = options.plan
+    if not isinstance(plan, Mapping):
+        return plan is not None
+    rows = [row if isinstance(row, Mapping) else {"rank": row} for row in plan.values()]
+    return all(what in row for row in rows)
+
+
+BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
+    NoSay(("rank",), lambda o: _plan_has(o, "rank"), "beside a plan, which has every target's"),
+    NoSay(("alpha",), lambda o: _plan_has(o, "alpha"), "beside a plan, which has every target's"),
+    NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
+    NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
+    NoSay(("seed",), lambda o: o.init in DRAWN_FROM, "for init {0.init!r}, which draws nothing"),
+)
+"""Of an insert into a graph of either IR."""
+DRAWN_FROM = (*OF_WEIGHT, *OF_DATA)
+"""What a start takes A and B from instead of drawing them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BranchOptions:
     """What an insert into a graph of either IR is asked for; see `lora_fx.insert`."""
 
+    rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
+    """When an option has no say."""
     rank: int = 8
     alpha: float | None = None
     include: Selectors = None
@@ -52,6 +82,18 @@ class BranchOptions:
     seed: int = 0
     init: str = "kaiming"
     dead: str = "auto"
+
+    @classmethod
+    def of(cls, asked: Named) -> Self:
+        """The options that were asked for; those that are None have their defaults.
+
+        Raises:
+            LoraFxError: One was given that has no say.
+        """
+        given = {name: value for name, value in asked.items() if value is not None}
+        options = cls(**given)
+        refuse_no_say(cls.rules, options, given_options(given))
+        return options
 
     def __post_init__(self) -> None:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
@@ -78,10 +120,30 @@ class BranchOptions:
         )  # fmt: skip
 
 
+INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
+    NoSay(
+        ("rank", "alpha", "variant", "init", "seed", "data", "loss"),
+        lambda o: o.adapter is not None,
+        "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("data",), lambda o: o.init not in OF_DATA, "for init {0.init!r}, which reads no data",
+        f"leave it out, or --init {' or '.join(OF_DATA)}",
+    ),
+    NoSay(
+        ("loss",), lambda o: o.init != "lora-ga", "for init {0.init!r}, which reads no gradient",
+        "leave it out, or --init lora-ga",
+    ),
+)  # fmt: skip
+"""Of an insert of a model of torch, beside those of any insert."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InsertOptions(BranchOptions):
     """What `lora_fx.insert` and `lora_fx.attach` are asked for; attach has no `fast`."""
 
+    rules = (*INSERT_RULES, *BRANCH_RULES)
     also_train: Selectors = None
     dropout: float = 0.0
     adapter: Adapter | None = None
@@ -200,6 +262,24 @@ class Companions:
     warnings: Sequence[str] = ()
 
 
+EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
+    NoSay(
+        ("external_over",), lambda o: o.mode == "train",
+        "in mode train, whose two files share the weights of a third",
+    ),
+)  # fmt: skip
+"""Of every export, beside those of its mode, which ExportOptions knows."""
+REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
+    NoSay(
+        ("inputs", "within"),
+        lambda o: o.mode == "merged" and not o.rewrites,
+        "where an adapter is merged into an .onnx file, which is compared tensor by tensor",
+        "leave it out; --optimise and --precision run the file, and lora-fx merge --run does",
+    ),
+)
+"""Of an export of an .onnx file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
@@ -291,6 +371,11 @@ class ExportOptions:
                 f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
                 "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
             )
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the graph of an .onnx file is rewritten beyond its weights, and so run."""
+        return self.optimise or self.precision is not None
 
     def output(self) -> AbstractContextManager[Output]:
         """The file, and its copies, which get their names when the block ends."""

@@ -43,7 +43,7 @@ def plan(
     budget: str = "uniform:8",
     method: Literal["uniform", "importance", "kfac", "eva"] = "uniform",
     *,
-    loss: str | Loss = "ce",
+    loss: str | Loss | None = None,
     include: Selectors = None,
     exclude: Selectors = None,
     scale: float = 2.0,
@@ -56,10 +56,10 @@ def plan(
         model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
-        data: Batches by argument name, with a column of labels; none are needed for uniform.
+        data: Batches by argument name, with a column of labels; none for uniform.
         budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.targets.budget).
         method: uniform, importance, kfac or eva (lora_fx.targets.budget).
-        loss: ce, mse, or a function of (output, labels).
+        loss: ce, the default, mse, or a function of (output, labels).
         include: Selectors, as for insert.
         exclude: Selectors of targets that get no rank.
         scale: alpha/rank of every target.
@@ -75,6 +75,14 @@ def plan(
     if method not in METHODS:
         raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
     asked, way = Budget.of(budget), METHODS[method]
+    if not way.wanted and data is not None:
+        raise LoraFxError(
+            f"data has no say for method {method!r}, which reads none", "leave it out"
+        )
+    if loss is not None and not {"outputs", "gradient"} & set(way.wanted):
+        raise LoraFxError(
+            f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
+        )
     if not scale > 0:
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
     if way.wanted and data is None:
@@ -88,7 +96,7 @@ def plan(
     limit = asked.limit(found, costs, most)
     seen = Calibration(dict.fromkeys(uses, Moments()))
     if way.wanted and data is not None:
-        seen = calibrate(cap, uses, data, loss, way.wanted)
+        seen = calibrate(cap, uses, data, loss or "ce", way.wanted)
     graph, gains, notes = cap.fx_graph(), {}, list(seen.notes)
     for key, target in ((k, found[k]) for k in uses if k not in seen.dead):
 

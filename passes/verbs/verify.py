@@ -18,7 +18,7 @@ from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
-from lora_fx.errors import LoraFxError, near_path
+from lora_fx.errors import LoraFxError, NoSay, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -33,6 +33,40 @@ if TYPE_CHECKING:
     from lora_fx.passes.verbs.options import Provider
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What a verify compares.
+
+    Attributes:
+        fits: Whether an adapter fits a model; nothing is run then.
+        tensors: Tensor files, tensor by tensor.
+        adapted: An adapter is given beside them.
+        onnx: One of the two is an .onnx file.
+    """
+
+    fits: bool
+    tensors: bool
+    adapted: bool
+    onnx: bool
+
+
+VERIFY_RULES: tuple[NoSay[Compared], ...] = (
+    NoSay(
+        ("adapter", "tol", "inputs", "rows", "provider"), lambda c: c.fits,
+        "where an adapter is fitted: names and shapes are compared",
+    ),
+    NoSay(
+        ("inputs", "provider"), lambda c: c.tensors,
+        "where tensors are compared", "leave it out, or --run",
+    ),
+    NoSay(
+        ("rows",), lambda c: not (c.tensors and c.adapted),
+        "but of tensor files with an adapter, of which a sample is computed again",
+    ),
+    NoSay(("provider",), lambda c: not c.onnx, "where no .onnx file is run"),
+)  # fmt: skip
+
+
 @blaming
 def verify(
     a: object,
@@ -41,7 +75,7 @@ def verify(
     *,
     adapter: Adapters | None = None,
     tol: float | None = None,
-    provider: Provider = "auto",
+    provider: Provider | None = None,
     run: bool = False,
     rows: int | None = ROWS,
     trust: bool = False,
@@ -59,7 +93,7 @@ def verify(
             where both are or neither is). Of tensor files: `a` should be `b` with it merged; also
             several, and pairs (adapter, weight).
         tol: Gate on max|a − b| / max|b|: of each output, 2e-6; of each tensor, 0.
-        provider: The provider of .onnx files: auto, cpu or cuda.
+        provider: The provider of .onnx files: auto, the default, cpu or cuda.
         run: Run tensor files too, as models.
         rows: With adapters of tensor files, rows of every touched tensor that are computed again;
             None for all.
@@ -78,18 +112,23 @@ def verify(
                     f"{path}: cannot be read: no such file or folder", near_path(path)
                 )
         fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
-        if is_tensor_file(a) and not run:
-            if fits:
-                return fits_files(a, b)
-            if is_tensor_file(b):
-                return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
+        tensors = is_tensor_file(a) and not run and (fits or is_tensor_file(b))
+        asked = {"inputs": inputs, "adapter": adapter, "tol": tol, "provider": provider, "run": run}
+        asked["rows"] = None if rows == ROWS else "all" if rows is None else rows
+        kind = Compared(fits, tensors, adapter is not None, any(map(_is_onnx, (a, b))))
+        refuse_no_say(VERIFY_RULES, kind, given_options(asked))
+        options = RunOptions(inputs, adapter, tol, provider or "auto")
+        if tensors and fits:
+            return fits_files(a, b)
+        if tensors:
+            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
         if fits and _is_path(a) and str(a).endswith(".onnx"):
             return fits_switch(a, b)
         if _is_path(a) and _is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
-            return verify_onnx(a, b, RunOptions(inputs, adapter, tol, provider))
+            return verify_onnx(a, b, options)
         if fits and not isinstance(b, Adapter):
             b = load_adapter(b)
-        return verify_run(a, b, RunOptions(inputs, adapter, tol, provider))
+        return verify_run(a, b, options)
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
@@ -107,6 +146,10 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
 
 def _is_path(value: object) -> TypeGuard[str | PathLike[str]]:
     return isinstance(value, (str, PathLike))
+
+
+def _is_onnx(value: object) -> bool:
+    return _is_path(value) and str(value).endswith(".onnx")
 
 
 # verify, where models are run: on the same inputs, output by output; or does an adapter fit?

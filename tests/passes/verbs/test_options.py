@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
@@ -68,3 +69,140 @@ def test_numbers_that_are_not_finite_are_refused(number: float, tmp_path: Path) 
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(LoraFxError, match=f"tol is {number}; expected a finite number, 0 or more"):
         lora_fx.verify(tmp_path / "a.safetensors", tmp_path / "a.safetensors", tol=number)
+
+
+# An option that is given and has no say is an error, whatever its value: the default's too.
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+
+
+X = torch.ones(2, 4)
+LOW = LowRank(np.ones((2, 4), "f4"), np.ones((6, 2), "f4"), 2.0)
+GIVEN = Adapter({"0.weight": LOW})
+WHOLE = {"0.weight": {"rank": 2, "alpha": 4.0}}
+PARTS = {"0.weight": 2, "1.weight": {"alpha": 4.0}}
+BATCH = [{"input": np.ones((2, 4), "f4"), "labels": np.zeros(2, "i8")}]
+
+BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    # what has no say, beside what, and another value of it
+    *(
+        (name, {"adapter": GIVEN}, {name: value})
+        for name, values in {
+            "rank": (8, 2, 3), "alpha": (16.0, 2.0), "variant": ("lora", "lora-fa", "dora"),
+            "init": ("kaiming", "pissa"), "seed": (0, 1), "loss": ("ce",), "data": (BATCH,),
+        }.items()
+        for value in values
+    ),
+    ("rank", {"plan": WHOLE}, {"rank": 8}),
+    ("alpha", {"plan": WHOLE}, {"alpha": 4.0}),
+    ("rank", {"plan": {"0.weight": 2}}, {"rank": 2}),
+    ("include", {"plan": WHOLE}, {"include": "0"}),
+    ("seed", {"rank": 2, "init": "pissa"}, {"seed": 0}),
+    ("seed", {"rank": 2, "init": "eva", "data": BATCH}, {"seed": 3}),
+    ("data", {"rank": 2}, {"data": BATCH}),
+    ("data", {"rank": 2, "init": "olora"}, {"data": BATCH}),
+    ("loss", {"rank": 2}, {"loss": "ce"}),
+    ("loss", {"rank": 2, "init": "eva", "data": BATCH}, {"loss": "mse"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [lora_fx.insert, lora_fx.attach])
+@pytest.mark.parametrize(("name", "beside", "given"), BRANCHES)
+def test_an_option_without_a_say(
+    verb: Any, name: str, beside: dict[str, Any], given: dict[str, Any]
+) -> None:
+    with pytest.raises(LoraFxError, match=f"{name} has no say|so {name} has no say"):
+        verb(net(), (X,), **beside, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"adapter": GIVEN, "dropout": 0.1, "dead": "keep", "norm_stats": "frozen"},
+        {"plan": PARTS, "rank": 2, "alpha": 3.0},
+        {"plan": WHOLE, "exclude": "1", "seed": 1, "variant": "rslora"},
+        {"rank": 2, "init": "gaussian", "seed": 3},
+        {"rank": 2, "init": "lora-ga", "data": BATCH, "loss": "ce"},
+        {"rank": 2, "init": "eva", "data": BATCH},
+        {"rank": 2, "include": None, "alpha": None, "adapter": None, "loss": None, "seed": None},
+    ],
+)
+def test_options_that_have_one(given: dict[str, Any]) -> None:
+    module = lora_fx.insert(net(), (X,), **given)
+    assert module.adapter().lowrank
+
+
+def test_a_variant_is_not_dropped_beside_an_adapter() -> None:
+    """A of lora-fa stays as it is: of an adapter of lora it would train."""
+    made = lora_fx.insert(net(), (X,), rank=2, variant="lora-fa")
+    again = lora_fx.insert(net(), (X,), adapter=made.adapter())
+    assert [a.requires_grad for a, _ in again.slots().values()] == [False, False]
+
+
+CAPTURED = [
+    ("args", {"args": (X,)}),
+    ("kwargs", {"kwargs": {"input": X}}),
+    ("dynamic", {"dynamic": {"input": {0: "rows"}}}),
+]
+
+
+@pytest.mark.parametrize(("name", "given"), CAPTURED)
+def test_inputs_beside_a_captured_model(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    cap = lora_fx.capture(net(), (X,))
+    module = lora_fx.insert(cap, rank=2)
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (lambda **g: lora_fx.insert(cap, rank=2, **g), {}),
+        (lambda **g: lora_fx.attach(cap, rank=2, **g), {}),
+        (lambda **g: lora_fx.find(cap, **g), {}),
+        (lambda **g: lora_fx.find(module, **g), {}),
+        (lambda **g: lora_fx.fold(module, **g), {}),
+        (lambda **g: lora_fx.plan(cap, **g), {}),
+        (lambda **g: lora_fx.export(cap, tmp_path / "x.onnx", **g), {}),
+    ]
+    for call, more in calls:
+        with pytest.raises(LoraFxError, match=f"{name} has no say beside a captured model"):
+            call(**given, **more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_and_their_options(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file({"fc.weight": np.ones((5, 3), "f4")}, base)
+    save_adapter(ONE, tmp_path / "a")
+    merge = [
+        ("rank", {"rank": 4}), ("rank", {"rank": 4, "how": "linear"}), ("link", {"link": True}),
+    ]  # fmt: skip
+    for name, given in merge:
+        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+            lora_fx.merge(base, [tmp_path / "a"], out, **given)
+    assert not out.exists()
+    tensors = [("inputs", {"inputs": {"x": np.ones(2)}}), ("provider", {"provider": "auto"}),
+               ("rows", {"rows": None})]  # fmt: skip
+    for name, more in tensors:
+        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+            lora_fx.verify(base, base, **more)
+    fits = [*tensors, ("tol", {"tol": 0.1}), ("adapter", {"adapter": ONE})]
+    for name, more in fits:
+        with pytest.raises(LoraFxError, match=f"{name} has no say"):
+            lora_fx.verify(base, tmp_path / "a", **more)
+    assert lora_fx.verify(base, tmp_path / "a")
+    with pytest.raises(LoraFxError, match="provider has no say"):
+        lora_fx.verify(lora_fx.capture(net(), (X,)), lora_fx.capture(net(), (X,)), provider="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("data", {"data": BATCH}),
+        ("loss", {"loss": "ce"}),
+        ("loss", {"method": "eva", "data": BATCH, "loss": "ce"}),
+    ],
+)
+def test_a_plan_that_reads_no_data(name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(LoraFxError, match=f"{name} has no say for method"):
+        lora_fx.plan(net(), (X,), budget="uniform:2", **given)
