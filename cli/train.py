@@ -43,7 +43,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     shared.refuse_beside(options["plan"])
     from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
-    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
+    from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
@@ -60,6 +60,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             options |= {"data": shared.batches_of(training), "loss": loss}
         recompute = options.pop("activation_checkpointing")
         module = shared.held(cap) if cap.adapter is not None else insert(cap, **options)
+        check_real(module.updates)  # before the training, and not at the file after it
         module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()
