@@ -43,6 +43,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     shared.refuse_beside(options["plan"])
     from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
+    from lora_fx.files.read import inputs_are_in_memory
     from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
@@ -64,6 +65,8 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
         module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()
+
+        inputs_are_in_memory()
 
         def progress(step: int, steps: int, value: float) -> None:
             if step == steps or step % max(1, steps // 10) == 0:

@@ -22,7 +22,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained, stamp
-from lora_fx.files.read import MAX_JSON, inode_of, json_object, run_of_files
+from lora_fx.files.read import (
+    MAX_JSON,
+    check_unchanged,
+    inode_of,
+    json_object,
+    run_of_files,
+)
 from lora_fx.text import human, some
 
 _OLD, _NEW = "replaced", "new"
@@ -89,6 +95,7 @@ def replacing(
             _open_up(temporary, mode)
             sync(temporary)
             check_output(target, force=force, own=own, new=temporary)
+            check_unchanged()
             if beside is not None:
                 beside.add(target, temporary)
             _swap(temporary, target, holder / _OLD)

@@ -13,7 +13,6 @@ with the node that has to go back.
 from __future__ import annotations
 
 import logging
-import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_fx.compare import STEPS
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, silenced
+from lora_fx.files.read import scratch_folder
 from lora_fx.onnx.graph.flow import bodies_of, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.save import weight_bytes
@@ -251,7 +251,7 @@ def _int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # the converter logs advice that is not for our users
-    with tempfile.TemporaryDirectory() as folder, silenced(levels={"": logging.ERROR}):
+    with scratch_folder() as folder, silenced(levels={"": logging.ERROR}):
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         copy = model.clone()
         ir.external_data.load_to_model(copy)
