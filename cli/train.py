@@ -45,7 +45,8 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     """
     from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT
     from lora_fx.files.atomic import check_output, replacing
-    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
+    from lora_fx.files.read import inputs_are_in_memory
+    from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.verbs.adapt import insert
@@ -70,9 +71,12 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
         recompute = options["activation_checkpointing"]
         chosen.pop("activation_checkpointing", None)
         module = shared.held(cap) if cap.adapter is not None else insert(cap, **chosen)
+        check_real(module.updates)  # before the training, and not at the file after it
         module = module.to(device)
         if recompute:
             module.activation_checkpointing_enable()
+
+        inputs_are_in_memory()
 
         def progress(step: int, steps: int, value: float) -> None:
             if step == steps or step % max(1, steps // 10) == 0:

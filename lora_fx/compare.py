@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.dtypes import Array, finfo
+from lora_fx.dtypes import Array, finfo, widened
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.text import Json, JsonView, html, short, strict_json
 
@@ -55,7 +55,7 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
         return math.inf
     if x.size == 0:
         return 0.0
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    x, y = widened(x), widened(y)
     if not (np.isfinite(x) == np.isfinite(y)).all():
         return math.inf
     both = np.isfinite(y)
@@ -64,7 +64,7 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     top = float(np.abs(y[both]).max(initial=0.0))
     gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
     if top == 0.0:
-        exact = not np.issubdtype(np.asarray(b).dtype, np.floating)
+        exact = not np.issubdtype(np.asarray(b).dtype, np.inexact)
         return 0.0 if gap == 0.0 and exact else math.inf
     return gap / top
 
@@ -221,7 +221,7 @@ def compare(
         gate = tol if isinstance(tol, float) else tol[name]
         if name not in ours:
             return Parity(sizes, math.inf, math.inf, gate, name, of)
-        a, b = (np.asarray(v).astype(np.float64) for v in (ours[name], reference[name]))
+        a, b = (widened(np.asarray(v)) for v in (ours[name], reference[name]))
         gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
         # zeros that are equal are no difference
         r = 0.0 if gap == 0.0 and not b.any() else rel(ours[name], reference[name])

@@ -63,6 +63,19 @@ DTYPES = {
 FLOATING = ("bfloat16", "float16", "float32", "float64")
 """dtypes of weights that an update can be added to."""
 
+
+def factor_dtype(name: str) -> NumpyDtype:
+    """The dtype of an update's a and b by its parameter's: complex64 for complex, else float32."""
+    return np.dtype(np.complex64 if name.startswith("complex") else np.float32)
+
+
+def widened(array: Array) -> Array:
+    """The array in float64, or in complex128 where it is complex."""
+    return array.astype(
+        np.result_type(array.dtype, np.float64) if array.dtype.kind == "c" else np.float64
+    )
+
+
 _FROM_ONNX = {d.onnx: d.name for d in DTYPES.values() if d.onnx}
 
 

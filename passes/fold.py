@@ -17,8 +17,9 @@ Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -88,6 +89,8 @@ class Fold:
             tensors.
         moved: Receives, of each update that goes into zero points, these as they were and
             what it adds to the weight [rows, blocks].
+        unrounded: Receives, of each weight of 16 bits, what gives the sum in fp32, by the name that
+            holds it: a file may be wider than the model.
     """
 
     updates: Updates
@@ -95,6 +98,7 @@ class Fold:
     report: list[Folded] = field(default_factory=list, compare=False)
     applied: dict[str, str] = field(default_factory=dict, compare=False)
     moved: dict[str, tuple[ZeroPoints, Array]] = field(default_factory=dict, compare=False)
+    unrounded: dict[str, Callable[[], Array]] = field(default_factory=dict, compare=False)
 
     def __call__(self, graph: Graph[V]) -> PassResult[V]:
         """Edit the graph's constants; what this pass has folded once it does not fold again."""
@@ -125,9 +129,12 @@ class Fold:
                 modified |= self._again(graph, name, members, readers, self.applied[ident])
                 continue
             alone = readers if graph.covers(name, readers) else members
-            stored = graph.replace_parameter(name, alone, self._value(name, folded, graph, pairs))
+            read = graph.reader(name)
+            stored = graph.replace_parameter(name, alone, self._value(name, folded, read, pairs))
             self.applied[ident] = stored
             if not self.lazy:
+                wide = self.unrounded.get(name, read)  # other regions may be folded already
+                self.unrounded[stored] = partial(fold_wide, wide, pairs)
                 last = self.report[-1]
                 grew = 0 if stored == name else last.grew
                 self.report[-1] = replace(last, stored_as=stored, grew=grew)
@@ -135,10 +142,9 @@ class Fold:
         return PassResult(graph, modified)
 
     def _value(
-        self, name: str, keys: tuple[str, ...], graph: Graph[V], pairs: list[Pair]
+        self, name: str, keys: tuple[str, ...], read: Callable[[], Array], pairs: list[Pair]
     ) -> Array | Deferred:
         """The folded tensor, or how to compute it; either way the report gets its line."""
-        read = graph.reader(name)
 
         def compute() -> Array:
             value, kept = fold_value(read(), pairs)
@@ -227,6 +233,12 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
         square += float(np.vdot(wanted, wanted).real)
         kept += float(np.vdot(got, wanted).real)
     return value, kept / square if square else 1.0
+
+
+def fold_wide(read: Callable[[], Array], updates: list[Pair]) -> Array:
+    """The stored tensor with its updates added, in fp32 where it is narrower, and not rounded."""
+    base = read()
+    return fold_value(base.astype(np.result_type(base.dtype, np.float32), copy=False), updates)[0]
 
 
 def fold_rows(base: Array, updates: list[Pair], rows: slice) -> Array:

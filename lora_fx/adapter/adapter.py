@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lora_fx.adapter.fused import other_split, place
 from lora_fx.adapter.lowrank import LEARNS, Full, LowRank, truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, factor_dtype
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout, plain_layout
@@ -321,6 +321,7 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     if entry.layout == layout.transposed():
         # PEFT and extract go by the stored axes, or a table's name; the graph by what it contracts.
         entry = _turned(key, entry)
+    entry = _of_dtype(key, entry, target.parameter.dtype)
     if entry.magnitude is not None:
         entry = replace(entry, magnitude=_lengths(key, entry, layout))
     a, b = layout.factor_shapes(entry.rank)
@@ -341,6 +342,16 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     twins = tuple(target.parameter.aliases) if several else ()
     entry = replace(entry, layout=layout, use=own_use(target.key), op=target.op)
     return target.key, replace(entry, tied=several, twins=twins)
+
+
+def _of_dtype(key: str, entry: LowRank, dtype: str) -> LowRank:
+    """The update with complex a and b where the weight is complex; raises where it is real."""
+    kind = factor_dtype(dtype)
+    if kind.kind == "c":
+        return replace(entry, a=entry.a.astype(kind), b=entry.b.astype(kind))
+    if "c" in (entry.a.dtype.kind, entry.b.dtype.kind):
+        raise MisfitError(f"the update of {key!r} has complex A and B; the weight is {dtype}")
+    return entry
 
 
 def _turned(key: str, entry: LowRank) -> LowRank:

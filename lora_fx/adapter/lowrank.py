@@ -8,13 +8,13 @@ s·(b @ a), and `Layout` says how that lies in the stored parameter. Hu et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.dtypes import Array
+from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import product
 from lora_fx.ir.layout import Layout
@@ -212,8 +212,13 @@ def _gain(width: int, group: int) -> float:
     return width / group**2
 
 
-def draw(key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming") -> Factors:
-    """Initial a and b in fp32 for one target, from a generator of its own.
+def draw(
+    key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming", dtype: str = "float32"
+) -> Factors:
+    """Initial a and b for one target, from a generator of its own.
+
+    They are fp32, and complex64 for a `dtype` of complex numbers: both parts are drawn, with the
+    variance of a real number in all.
 
     The numbers depend on (seed, key) only, never on the order of targets or on global state.
     kaiming: a uniform in ±1/√in (PEFT's kaiming_uniform with a=√5), b zero. probe: both normal,
@@ -221,13 +226,22 @@ def draw(key: str, layout: Layout, rank: int, seed: int, which: str = "kaiming")
     """
     rng = generator(key, seed)
     a_shape, b_shape = layout.factor_shapes(rank)
+    kind = factor_dtype(dtype)
     if which == "probe":
-        a = rng.standard_normal(a_shape) / math.sqrt(layout.in_size)
-        b = rng.standard_normal(b_shape) / math.sqrt(rank)
-        return a.astype(np.float32), b.astype(np.float32)
+        a = of_parts(rng.standard_normal, a_shape, kind) / math.sqrt(layout.in_size)
+        b = of_parts(rng.standard_normal, b_shape, kind) / math.sqrt(rank)
+        return a.astype(kind), b.astype(kind)
     bound = 1.0 / math.sqrt(layout.in_size)
-    a = rng.uniform(-bound, bound, a_shape)
-    return a.astype(np.float32), np.zeros(b_shape, np.float32)
+    a = of_parts(lambda size: rng.uniform(-bound, bound, size), a_shape, kind)
+    return a.astype(kind), np.zeros(b_shape, kind)
+
+
+def of_parts(
+    sample: Callable[[Sequence[int]], Array], shape: Sequence[int], kind: NumpyDtype
+) -> Array:
+    """Drawn numbers in double precision: x, or (x + iy)/√2 for a complex kind."""
+    real = sample(shape)
+    return (real + 1j * sample(shape)) / math.sqrt(2) if kind.kind == "c" else real
 
 
 # Best low-rank approximations (Eckart and Young 1936) of products b @ a and of given matrices.
@@ -261,24 +275,25 @@ BLOCK = 1 << 18
 
 def product_svd(a: Array, b: Array) -> Triplets:
     """The SVD of b @ a in fp64; a [*batch, r, in], b [*batch, out, r]."""
-    qb, rb = np.linalg.qr(b.astype(np.float64))
-    qa, ra = np.linalg.qr(np.swapaxes(a, -1, -2).astype(np.float64))
+    qb, rb = np.linalg.qr(widened(b))
+    qa, ra = np.linalg.qr(np.swapaxes(widened(a), -1, -2))
     u, s, vt = np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), full_matrices=False)
     return qb @ u, s, vt @ np.swapaxes(qa, -1, -2)
 
 
 def product_values(a: Array, b: Array) -> Array:
     """The singular values of b @ a alone, [*batch, k] in descending order, in fp64."""
-    rb = np.linalg.qr(b.astype(np.float64), mode="r")
-    ra = np.linalg.qr(np.swapaxes(a, -1, -2).astype(np.float64), mode="r")
+    rb = np.linalg.qr(widened(b), mode="r")
+    ra = np.linalg.qr(np.swapaxes(widened(a), -1, -2), mode="r")
     return np.asarray(np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), compute_uv=False))
 
 
 def balanced(u: Array, s: Array, vt: Array, rank: int) -> Factors:
-    """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32."""
+    """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32 or complex64."""
     root = np.sqrt(s[..., :rank])
     a, b = root[..., :, None] * vt[..., :rank, :], u[..., :rank] * root[..., None, :]
-    return a.astype(np.float32), b.astype(np.float32)
+    kind = factor_dtype(a.dtype.name)
+    return a.astype(kind), b.astype(kind)
 
 
 def truncated(a: Array, b: Array, rank: int) -> Factors:
@@ -289,8 +304,8 @@ def truncated(a: Array, b: Array, rank: int) -> Factors:
 
 def distance(a1: Array, b1: Array, a2: Array, b2: Array) -> float:
     """‖b1 @ a1 − b2 @ a2‖_F over all batches, without forming a product, in fp64."""
-    b = np.concatenate([b1, -b2], axis=-1, dtype=np.float64)
-    a = np.concatenate([a1, a2], axis=-2, dtype=np.float64)
+    b = np.concatenate([widened(b1), -widened(b2)], axis=-1)
+    a = np.concatenate([widened(a1), widened(a2)], axis=-2)
     rb = np.linalg.qr(b, mode="r")
     ra = np.linalg.qr(np.swapaxes(a, -1, -2), mode="r")
     return float(np.linalg.norm(rb @ np.swapaxes(ra, -1, -2)))

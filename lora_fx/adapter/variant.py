@@ -28,8 +28,16 @@ from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import Factors, LowRank, alpha_of, draw, grouped, scale_of
-from lora_fx.dtypes import Array
+from lora_fx.adapter.lowrank import (
+    Factors,
+    LowRank,
+    alpha_of,
+    draw,
+    grouped,
+    of_parts,
+    scale_of,
+)
+from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.errors import LoraFxError, MisfitError, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import NumpyEmitter, Ops, V
@@ -183,8 +191,8 @@ def squares(block: Array) -> Array:
     Args:
         block: [rows, columns] of V.
     """
-    wide = block.astype(np.float64)
-    return np.asarray(np.einsum("ij,ij->i", wide, wide))
+    wide = widened(block)
+    return np.asarray(np.einsum("ij,ij->i", wide, wide.conj()).real)
 
 
 def factors(magnitude: Array, sums: Array, where: str) -> Array:
@@ -313,7 +321,7 @@ def initial(
         source = weight
         if init in OF_DATA:
             source = getattr((moments or {}).get(key), OF_DATA[init], None)
-        a, b = _start(key, target.layout, fitted.rank, scale, seed, init, source)
+        a, b = _start(target, fitted.rank, scale, seed, init, source)
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
         twins = tuple(target.parameter.aliases) if target.of_several else ()
         low = replace(low, op=target.op, tied=target.of_several, twins=twins)
@@ -324,8 +332,8 @@ def initial(
 
 
 def matrix(target: Target, stored: Array) -> Array:
-    """The part of a stored tensor that a target is, as [*batch, out, in] in fp64."""
-    part = stored[tuple(slice(lo, hi) for lo, hi in target.region)].astype(np.float64)
+    """The part of a stored tensor that a target is, as [*batch, out, in] in fp64 or complex128."""
+    part = widened(stored[tuple(slice(lo, hi) for lo, hi in target.region)])
     return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
 
 
@@ -357,20 +365,35 @@ def _with_frozen(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
 
 
 def _start(
-    key: str, layout: Layout, rank: int, scale: float, seed: int, init: str, source: Array | None
+    target: Target, rank: int, scale: float, seed: int, init: str, source: Array | None
 ) -> Factors:
-    """A [*batch, rank, in] and b [*batch, out, rank], fp32; `source` is what the start reads."""
+    """A [*batch, rank, in] and b [*batch, out, rank]; `source` is what the start reads.
+
+    They are fp32, and complex64 for a complex parameter.
+
+    Raises:
+        LoraFxError: A start that only real numbers have, or one without its data.
+    """
+    key, layout = target.key, target.layout
+    dtype = target.parameter.dtype
     if init == "kaiming":
-        return draw(key, layout, rank, seed)
+        return draw(key, layout, rank, seed, dtype=dtype)
     a_shape, b_shape = layout.factor_shapes(rank)
-    zero = np.zeros(b_shape, np.float32)
+    kind = factor_dtype(dtype)
+    zero = np.zeros(b_shape, kind)
     if init == "gaussian":
-        return (generator(key, seed).standard_normal(a_shape) / rank).astype(np.float32), zero
+        a = of_parts(generator(key, seed).standard_normal, a_shape, kind) / rank
+        return a.astype(kind), zero
     if init == "orthogonal":
-        return _orthogonal(key, layout, rank, seed)
+        return _orthogonal(key, layout, rank, seed, kind)
     if init in OF_WEIGHT:
         assert source is not None
         return _each(source, lambda w: _of_weight(w, rank, scale, init))
+    if kind.kind == "c":
+        raise LoraFxError(
+            f"{key!r} is {dtype}, and init {init!r} reads data of real numbers",
+            "kaiming, gaussian, orthogonal, pissa or olora",
+        )
     if source is None:
         raise LoraFxError(
             f"{key!r}: {init} starts from data, and calibration could not read this target",
@@ -393,23 +416,24 @@ def _start(
 
 
 def _each(matrices: Array, function: Callable[[Array], Factors]) -> Factors:
-    """Factors a and b of every matrix of a stack, in fp32."""
+    """Factors a and b of every matrix of a stack, in fp32 or complex64."""
     made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
-    sides = (np.stack(side).astype(np.float32) for side in zip(*made, strict=True))
+    kind = factor_dtype(matrices.dtype.name)
+    sides = (np.stack(side).astype(kind) for side in zip(*made, strict=True))
     a, b = (side.reshape(*matrices.shape[:-2], *side.shape[1:]) for side in sides)
     return a, b
 
 
-def _orthogonal(key: str, layout: Layout, rank: int, seed: int) -> Factors:
+def _orthogonal(key: str, layout: Layout, rank: int, seed: int, kind: NumpyDtype) -> Factors:
     """Rows of one orthogonal matrix, the odd ones for a and the even ones for b."""
     rng = generator(key, seed)
     q = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))[0]
     odd, even = q[..., 0::2, :], q[..., 1::2, :]
     half = (*layout.batch_shape, rank // 2)
-    right = rng.standard_normal((*half, layout.in_size)) / 10
-    left = rng.standard_normal((*half, layout.out_size)) / 10
+    right = of_parts(rng.standard_normal, (*half, layout.in_size), kind) / 10
+    left = of_parts(rng.standard_normal, (*half, layout.out_size), kind) / 10
     a, b = np.swapaxes(odd, -1, -2) @ right, np.swapaxes(left, -1, -2) @ even
-    return a.astype(np.float32), b.astype(np.float32)
+    return a.astype(kind), b.astype(kind)
 
 
 def _of_weight(weight: Array, rank: int, scale: float, init: str) -> Factors:

@@ -26,7 +26,7 @@ from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
-from lora_fx.files.read import trusting
+from lora_fx.files.read import check_unchanged, remembering, trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored, stored_elements
 from lora_fx.inputs import generator
 from lora_fx.targets.plan import select, select_names, split
@@ -131,6 +131,7 @@ def extract(
     return extraction(base, tuned, options).adapter
 
 
+@remembering()
 def extraction(
     base: str | Path,
     tuned: str | Path,
@@ -168,6 +169,7 @@ def extraction(
         done += pair.base.stop - pair.base.start
         if progress is not None:
             progress(done / total)
+    check_unchanged()
     if not entries:
         hint = f"only vectors differ ({left_out[0]} …); --also-full takes them" if left_out else ""
         raise NoEffectError(

@@ -38,7 +38,14 @@ from lora_fx.errors import LoraFxError, NoEffectError, explained, one_line
 from lora_fx.files.atomic import BUSY, check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.hub import known_as, local
-from lora_fx.files.read import inode_of, remember, remembering, run_of_files, trusting
+from lora_fx.files.read import (
+    check_unchanged,
+    inode_of,
+    remember,
+    remembering,
+    run_of_files,
+    trusting,
+)
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
 from lora_fx.text import Json, JsonView, StrPath, some, table
@@ -179,9 +186,10 @@ def run(
                 refuse_loss(anew, target)
             wrong = list(prove(plan, open_checkpoint(stage), workers=threads))
             if wrong:
+                check_unchanged()  # a base that is another one now has other numbers
                 raise LoraFxError(
                     f"{target}: not written: {wrong[0].tensor!r} {wrong[0].what}",
-                    "was the base changed meanwhile? if not, this is a mistake of lora-fx",
+                    "this is a mistake of lora-fx: please report it",
                 )
             report = _report(plan, stats, target)
             name = report_name(plan)

@@ -32,6 +32,7 @@ from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, explained
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import is_view
+from lora_fx.files.read import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 
@@ -45,6 +46,7 @@ def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
     return (path.suffix in kinds or path.is_dir()) and not is_adapter(path)
 
 
+@remembering()
 def verify_files(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -78,6 +80,7 @@ def verify_files(
             plan, recorded, notes = chain_of(first, second, parts)
             wrong = prove(plan, first, rows=rows, workers=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
+    check_unchanged()
     names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}
     details: Json = {"tensors": len(names), "equal": len(names) - len({d.tensor for d in found})}
     if plan is not None:

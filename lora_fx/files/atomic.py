@@ -23,7 +23,14 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained, stamp
-from lora_fx.files.read import MAX_JSON, inode_of, json_object, open_input, run_of_files
+from lora_fx.files.read import (
+    MAX_JSON,
+    check_unchanged,
+    inode_of,
+    json_object,
+    open_input,
+    run_of_files,
+)
 from lora_fx.text import human, some
 
 _OLD, _NEW = "replaced", "new"
@@ -96,6 +103,7 @@ def replacing(
             _open_up(temporary, mode, narrow)
             sync(temporary)
             check_output(target, force=force, own=own, new=temporary)
+            check_unchanged()
             if beside is not None:
                 beside.add(target, temporary)
             _swap(temporary, target, holder / _OLD)

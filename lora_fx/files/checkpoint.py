@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import CONTENTS
-from lora_fx.files.read import AGAIN, companion, inside, read_json, trusted
+from lora_fx.files.read import AGAIN, companion, inside, read_json, remember, trusted
 from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
 from lora_fx.text import Json, JsonView
 
@@ -167,6 +167,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         LoraFxError: Damaged, incomplete or unsafe files; the message names file and tensor.
     """
     path = Path(path)
+    remember(path)
     file, is_index = _weights_of(path) if path.is_dir() else (path, False)
     if is_index:
         found = _sharded(path, file)

@@ -6,7 +6,8 @@ resolved inside that folder, and no link may lead out of it. The Hugging Face ca
 exception, since the files of a snapshot there are links to `blobs` of the same repository.
 
 Within a block of `remembering`, whatever is read is remembered, and `atomic` lets no output
-take its place.
+take its place. Nor does it give an output its name when an input is another file by then: what was
+read before and after that would be a mix of both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_fx.errors import LoraFxError, explain, explained, one_line
 from lora_fx.text import Json
@@ -33,11 +35,26 @@ MAX_JSON = 32 << 20
 """Largest JSON file, header or index, in bytes; Python's json takes about 12 times that."""
 
 AGAIN = "the file is damaged or cut off: download or write it again"
+_TENSORS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.tmp$")
 _LFS = b"version https://git-lfs"
 _KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
     stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
 }  # fmt: skip
+
+
+class FileState(NamedTuple):
+    """What tells that a file is another one, or was written to."""
+
+    inode: int
+    size: int
+    time: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        """The state that a look at a file found; the time is in nanoseconds."""
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @dataclass
@@ -48,11 +65,24 @@ class Remembered:
         paths: Absolute path → the name that the user knows it by.
         inodes: (device, inode) → the same.
         outputs: Output → the inode that had its name before.
+        states: Absolute path of a file → its state when the run first looked at it.
+        tensor_files: Absolute path of a folder → the names of its tensor files at that time.
+        scratch: Temporary folders of the run, of which nothing is an input.
     """
 
     paths: dict[Path, str] = field(default_factory=dict)
     inodes: dict[tuple[int, int], str] = field(default_factory=dict)
     outputs: dict[Path, int | None] = field(default_factory=dict)
+    states: dict[Path, FileState] = field(default_factory=dict)
+    tensor_files: dict[Path, frozenset[str]] = field(default_factory=dict)
+    scratch: list[Path] = field(default_factory=list)
+
+    def is_input(self, path: Path) -> bool:
+        """False for what the run itself writes, and for what lies in its temporary folders."""
+        around = {path, *path.parents}
+        written = {Path(os.path.abspath(output)) for output in self.outputs}
+        temporary = any(_TEMPORARY.search(part) for part in path.parts)
+        return not temporary and around.isdisjoint(written) and around.isdisjoint(self.scratch)
 
     @property
     def written(self) -> list[Path]:
@@ -124,8 +154,83 @@ def remember(*paths: str | os.PathLike[str]) -> None:
 
 
 def _note(run: Remembered, path: str | os.PathLike[str], found: os.stat_result) -> None:
-    run.paths[Path(os.path.abspath(path))] = os.fspath(path)
+    place = Path(os.path.abspath(path))
+    run.paths[place] = os.fspath(path)
     run.inodes[found.st_dev, found.st_ino] = os.fspath(path)
+    if stat.S_ISREG(found.st_mode):
+        run.states.setdefault(place, FileState.of(found))
+    elif stat.S_ISDIR(found.st_mode) and place not in run.tensor_files:
+        run.tensor_files[place] = _tensor_files(place)
+
+
+def _tensor_files(folder: Path) -> frozenset[str]:
+    """The names of a folder's files by which a reader knows its tensors."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return frozenset()
+    return frozenset(n for n in names if n.endswith(_TENSORS) and not n.startswith("."))
+
+
+def check_unchanged() -> None:
+    """Raise where an input of the run that goes on is not the file that it was at first.
+
+    Its size, its time of writing and its inode are compared, and of a folder the names of its
+    tensor files. A file that was only touched counts as changed: nothing else tells numbers that
+    were written over in place.
+
+    Raises:
+        LoraFxError: Names the file, and what it was and is.
+    """
+    run = _run.get()
+    if run is None:
+        return
+    for path, before in run.states.items():
+        if run.is_input(path) and (said := _difference(path, before)):
+            raise _changed(run.paths.get(path, str(path)), said)
+    for folder, names in run.tensor_files.items():
+        now = _tensor_files(folder)
+        new, gone = sorted(now - names), sorted(names - now)
+        if new and run.is_input(folder / new[0]):
+            raise _changed(run.paths.get(folder, str(folder)), f"{new[0]!r} appeared in it")
+        if gone and run.is_input(folder / gone[0]):
+            raise _changed(run.paths.get(folder, str(folder)), f"{gone[0]!r} is gone")
+
+
+def _difference(path: Path, before: FileState) -> str:
+    """What has become of a file, for people; empty where it is as it was."""
+    try:
+        now = FileState.of(os.stat(path))
+    except OSError:
+        return "it is gone"
+    if now.inode != before.inode:
+        return "another file has its name"
+    if now.size != before.size:
+        return f"it had {before.size} bytes, and has {now.size}"
+    return "it was written to" if now.time != before.time else ""
+
+
+def _changed(name: str, what: str) -> LoraFxError:
+    return LoraFxError(
+        f"{name} changed while it was read: {what}; the output would be a mix of both",
+        "nothing was written: run this again when no other program writes the input",
+    )
+
+
+def inputs_are_in_memory() -> None:
+    """Let the inputs of this run change from here on: nothing more is read of them."""
+    if (run := _run.get()) is not None:
+        run.states.clear()
+        run.tensor_files.clear()
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A temporary folder; what is read from it is no input of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        if (run := _run.get()) is not None:
+            run.scratch.append(Path(os.path.abspath(folder)))
+        yield folder
 
 
 def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> BufferedReader:

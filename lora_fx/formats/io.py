@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Updates
 from lora_fx.errors import LoraFxError, expect, expect_path, explained, near_path, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -48,6 +49,16 @@ _LARGE = 64 << 20
 
 Format = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"]
 """What an adapter is written as."""
+
+
+def check_real(updates: Updates) -> None:
+    """Raise for factors of complex numbers: every reader of these formats takes them for real."""
+    for key, low in updates.items():
+        if "c" in (low.a.dtype.kind, low.b.dtype.kind):
+            raise LoraFxError(
+                f"the update of {key!r} has complex A and B, and adapter files have real numbers",
+                "lora_fx.fold puts it into the model; a .pt2 file keeps it beside the model",
+            )
 
 
 def save_adapter(
@@ -84,6 +95,7 @@ def save_adapter(
         raise LoraFxError(
             f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
         )
+    check_real(adapter.lowrank)
     if not adapter.entries and format != "peft":  # which says so in a note
         raise LoraFxError("the adapter has no update", "was it saved before training?")
     path = Path(path)

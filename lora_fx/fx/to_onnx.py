@@ -80,6 +80,8 @@ def to_onnx(
     tensors = _representative(module, free)
     dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
+    if module.base_dtype is torch.bfloat16:
+        own |= set(getattr(module, "unrounded", ()))  # which are still to become float32
 
     def program() -> ExportedProgram:
         given = (*tensors, *weights.values())

@@ -66,7 +66,7 @@ PRIMS: Mapping[str, Callable[..., object]] = {
     "add": lambda x, y: x + _beside(x, y),
     "mul": lambda x, y: x * _beside(x, y),
     "div": lambda x, y: x / y,
-    "norm": lambda x: np.sqrt(np.square(x).sum(-1, keepdims=True)),
+    "norm": lambda x: np.sqrt(np.square(np.abs(x)).sum(-1, keepdims=True)),
     "detach": lambda x: x,
     "transpose": lambda x, perm: np.transpose(x, perm),
     "reshape": lambda x, shape: np.asarray(x).reshape(shape),

@@ -13,19 +13,21 @@ with the node that has to go back.
 from __future__ import annotations
 
 import logging
-import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, silenced
+from lora_fx.files.read import scratch_folder
 from lora_fx.onnx.graph.flow import bodies_of, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.save import weight_bytes
@@ -143,6 +145,38 @@ def widen(model: ir.Model) -> bool:
     return bool(found)
 
 
+def unround(
+    model: ir.Model, exact: Mapping[str, Callable[[], Array]], copies: Mapping[str, str]
+) -> frozenset[str]:
+    """Give weights that hold numbers of bfloat16 the float32 that these were rounded from.
+
+    A weight that does not hold those numbers, as stored or transposed, is left as it is.
+
+    Args:
+        model: Of a bfloat16 model, widened; edited in place.
+        exact: Name of a weight → what gives its value before it was rounded.
+        copies: Name of another copy of a tensor → the name of that tensor.
+
+    Returns:
+        The names of `exact` of which every copy could be replaced.
+    """
+    kept: dict[str, bool] = {}
+    for name, value in model.graph.initializers.items():
+        source = copies.get(name, name)
+        held = value.const_value
+        if source not in exact or held is None or value.dtype is not ir.DataType.FLOAT:
+            continue
+        wide = exact[source]().astype(np.float32, copy=False)
+        rounded, stored = wide.astype(ml_dtypes.bfloat16).astype(np.float32), held.numpy()
+        if stored.shape != wide.shape or not np.array_equal(rounded, stored):
+            wide, rounded = wide.T, rounded.T
+        same = stored.shape == wide.shape and np.array_equal(rounded, stored)
+        if same:
+            value.const_value = ir.tensor(np.ascontiguousarray(wide), name=held.name)
+        kept[source] = same and kept.get(source, True)
+    return frozenset(name for name, same in kept.items() if same)
+
+
 def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
@@ -217,7 +251,7 @@ def _int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # the converter logs advice that is not for our users
-    with tempfile.TemporaryDirectory() as folder, silenced(levels={"": logging.ERROR}):
+    with scratch_folder() as folder, silenced(levels={"": logging.ERROR}):
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         copy = model.clone()
         ir.external_data.load_to_model(copy)

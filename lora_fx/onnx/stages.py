@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, one_line, silenced
+from lora_fx.files.read import scratch_folder
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser
@@ -430,7 +430,7 @@ def _timed(
 
 
 def _open(model: ir.Model, provider: str) -> RuntimeSession:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
         try:

@@ -110,7 +110,9 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
             if size is None:
-                notes.append(f"{mode} mode is not proven: no output is a real number")
+                notes.append(
+                    f"{mode} mode is not proven: no output is a number that has a gradient"
+                )
                 continue
             modes.append(mode)
             moved = [n for n, b in _buffers(trained.model) if before.get(n) != b._version]
@@ -155,7 +157,8 @@ def probe(trained: Trained) -> Iterator[Factors]:
 def _drawn(key: str, update: LowRank, width: int, seed: int) -> tuple[Array, Array]:
     """Random a [*batch, rank, width], a column for each group of inputs, and b of an update."""
     assert update.layout is not None
-    a, b = draw(key, update.layout, update.rank - update.frozen, seed, "probe")
+    dtype = update.b.dtype.name
+    a, b = draw(key, update.layout, update.rank - update.frozen, seed, "probe", dtype)
     return np.ascontiguousarray(a[..., :: a.shape[-1] // width]), b
 
 
@@ -174,7 +177,8 @@ def _gradients(
                 given = own
             with torch.enable_grad():
                 made = pytree.tree_leaves(trained.call(copied(given)))
-                floats = [y for y in made if isinstance(y, torch.Tensor) and y.is_floating_point()]
+                tensors = [y for y in made if isinstance(y, torch.Tensor)]
+                floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:
                     return best if floats else None
@@ -182,7 +186,7 @@ def _gradients(
                 bs = [b for _, b in pairs.values()]
                 grads = torch.autograd.grad(outputs, bs, tangents, allow_unused=True)
             for key, g in zip(pairs, grads, strict=True):
-                size = 0.0 if g is None else float(g.double().square().mean().sqrt())
+                size = 0.0 if g is None else float(g.abs().double().square().mean().sqrt())
                 best[key] = max(best[key], size)
             if min(best.values()) > DEAD * float(np.median(list(best.values()))):
                 break

@@ -9,7 +9,6 @@ with those of its base.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,6 +39,7 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, MistakeError, retold
+from lora_fx.files.read import check_unchanged, scratch_folder
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
@@ -519,7 +519,7 @@ def reference_of(
     source: Path, graph: OnnxGraph | None, provider: str, arrays: Named | None
 ) -> Iterator[OnnxReference]:
     """The reference of a file, and room for its variants while the block runs."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         yield OnnxReference(graph, source, provider, Path(folder), arrays or {})
 
 
@@ -712,11 +712,13 @@ def prove_merge(
     written = OnnxGraph(load(temporary))
     for name in before:
         if name not in changed and not same_bytes(written.reader(name)(), before[name]()):
+            check_unchanged()  # a base that is another one now has other numbers
             raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
     for name, wrong in _wrong_rows(written, before, found, fold):
+        check_unchanged()
         raise LoraFxError(
             f"{target}: not written: {name!r} is off by {wrong:.2e}",
-            "was the base changed meanwhile? if not, this is a mistake of lora-fx",
+            "this is a mistake of lora-fx: please report it",
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(before[name]().dtype)):

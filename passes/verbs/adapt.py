@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,8 @@ def fold(
     tree = model if isinstance(model, CapturedModule) else cap.model
     module = FoldedModule(cap, tree, rewrite, bound)
     module.folded = tuple(rewrite.report)
+    whole = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
+    module.unrounded = {**rewrite.unrounded, **whole}
     return module
 
 

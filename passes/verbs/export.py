@@ -5,7 +5,6 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -16,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import genai_folder
@@ -351,7 +350,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
         return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
     if adapter is None:
         return optimise_file(source, options)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         merged = Path(folder) / "merged.onnx"
         try:
             made = merge_onnx(source, [adapter], merged, **given)

@@ -23,6 +23,7 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.read import remember
+from lora_fx.formats.io import check_real
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import SCALES as SCALES_BY_ROW
@@ -247,6 +248,7 @@ def _check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
     """Raise for what cannot be chosen run by run, or row by row."""
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: {what}")
+        check_real(adapter.lowrank)
         if adapter.full:
             raise LoraFxError(
                 f"{name}: it holds the whole tensor {min(adapter.full)!r}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
+from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
@@ -31,8 +32,8 @@ from lora_fx.fx.tensors import (
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import mark_changed, mask_by_infinity
-from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, widen
+from lora_fx.onnx.names import copies_of, mark_changed, mask_by_infinity
+from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, unround, widen
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
@@ -78,7 +79,16 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         demand(parity, "the fold differs from the unfolded model")
     exported, said = _translated(folded, options, level=options.accuracy_level)
     warnings += said
-    values = {n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]}
+    values: dict[str, Callable[[], Array]] = {
+        n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]
+    }
+    wide: frozenset[str] = frozenset()
+    if WIDENED in said:
+        unrounded = _unrounded(folded, options)
+        wide = unround(exported, unrounded, copies_of(exported))
+        values |= {name: unrounded[name] for name in wide}
+        narrow_still = [name for name in unrounded if name not in wide]
+        warnings += [f"{name}: rounded to bfloat16 on the way" for name in narrow_still]
     mark_changed(exported, values)
     model = exported
     conditions = onnx_conditions(branched.conditions())
@@ -112,7 +122,9 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     changes = getattr(folded, "folded", ())
     warnings += [*said_of_zeros(changes), *(f.said for f in changes if f.said)]
     warnings += [
-        f"{f.parameter}: rounding kept {f.kept:.1%} of the change" for f in changes if f.kept < 0.95
+        f"{f.parameter}: rounding kept {f.kept:.1%} of the change"
+        for f in changes
+        if f.kept < 0.95 and f.stored_as not in wide
     ]
     nodes = sum(1 for _ in model.graph.all_nodes())
     grown = sum(f.grew for f in changes)
@@ -123,6 +135,17 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         details["stages"] = [s.to_json() for s in stages]
     parity += runtime
     return files.report_of(made_file.files, session.provider, parity, warnings, details)
+
+
+def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
+    """Name of a tensor that changed → its value before it was rounded to the model's dtype."""
+    result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
+    if isinstance(options.adapters, Adapter):
+        # the module holds whole tensors in its own dtype, and the adapter as they were trained
+        captured = folded.captured
+        bound = bind(with_base(options.adapters, captured.model), find(captured))
+        result |= {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
+    return result
 
 
 def captured_for(model: object, options: ExportOptions) -> Captured:

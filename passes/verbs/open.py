@@ -344,7 +344,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     found = found_in(cap)
     start = start_of(cap.model, cap, found, options)
     module = adapted_module(cap, found, start, options)
-    if options.dead != "allow" and module.base_dtype is not None and start.adapter.entries:
+    if options.dead != "allow" and start.adapter.entries:
         # a target is dead below a share of the median gradient, and each drop moves the median
         while idle := prove_effect(module, options.dead):
             start = start.without(idle)

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import SIDES, LowRank, Updates, frame, slots_of
+from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import (
     METHODS,
@@ -98,8 +99,9 @@ class Attachment:
             device = next(t.device for t in held if t is not None)
             for slot in slots_of(key, update):
                 module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
-                # fp32 masters, whatever the base's dtype
-                tensor = torch.tensor(slot.value, dtype=torch.float32, device=device)
+                # fp32 masters, whatever the base's dtype; complex64 of complex weights
+                master = slot.value.astype(factor_dtype(slot.value.dtype.name))
+                tensor = torch.from_numpy(master).to(device)
                 module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
         for n in self._flags:
             parameter_of(self.model, n).requires_grad_(n in self._also)

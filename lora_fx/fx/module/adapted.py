@@ -29,7 +29,7 @@ from lora_fx.adapter.lowrank import (
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint import provenance
 from lora_fx.compare import Parity, sizes_text
-from lora_fx.dtypes import FLOATING, Array, numpy_dtype
+from lora_fx.dtypes import FLOATING, Array, factor_dtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.capture import Captured
@@ -375,7 +375,7 @@ def held_adapter(
         values = {}
         for s in slots_of(key, update):
             value = whole(s.name, parameter_of(root, s.name), s.value.shape)
-            values[s.field] = value.astype(np.float32, copy=False)
+            values[s.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
         entries[key] = with_values(update, values)
     _, aliases = named_tensors(root)
     for name, shape in also.items():

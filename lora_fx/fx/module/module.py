@@ -543,6 +543,8 @@ class FoldedModule(CapturedModule):
         decide_doubts(self)
         self._rewriter = rewriter
         self.folded: tuple[Any, ...] = ()
+        self.unrounded: dict[str, Callable[[], Array]] = {}
+        """Name of a tensor → its value before it was rounded to the model's dtype."""
         for name, full in adapter.full.items():
             old = tensors.parameter_of(self, name)
             new = nn.Parameter(tensors.from_numpy(full.value, like=old), requires_grad=False)
