@@ -22,7 +22,7 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect_name, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
+from lora_fx.inputs import BATCH, OTHER_SIZES, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import PROPERTY, SERVED, Manifest, conditions_of, read_file, write_file
 from lora_fx.text import Json, near
 
@@ -72,13 +72,16 @@ class RuntimeSession:
         taken = {*self.input_names, *(i.name for i in optional)}
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
-        with told(feeds):
+        with told(feeds, OTHER_SIZES):
             made = self.session.run(names, known)
         return dict(zip(names, made, strict=True))
 
 
 @contextlib.contextmanager
-def told(feeds: Mapping[str, Array]) -> Iterator[None]:
+def told(
+    feeds: Mapping[str, Array],
+    hint: str = "check sizes and dtypes of the inputs against the model",
+) -> Iterator[None]:
     """The runtime's errors, which have no common base, as one of ours that names the sizes."""
     try:
         yield
@@ -87,7 +90,7 @@ def told(feeds: Mapping[str, Array]) -> Iterator[None]:
         said = str(e).partition("Name:")[2] or str(e)
         raise LoraFxError(
             f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(said, 240)}",
-            "check sizes and dtypes of the inputs against the model",
+            hint,
         ) from e
 
 
