@@ -14,6 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
+    from lora_fx.inputs import Named
     from lora_fx.targets.target import Found
 
 
@@ -34,18 +35,20 @@ def command(model: str, training: bool, **options: Any) -> None:
     """
     inputs: list[Json] = [{"model": model}]
     tensors = Path(model).is_file() and model.endswith((".safetensors", ".bin"))
-    no_say = [n for n in (*shared.CAPTURE, "training") if n != "trust" or not tensors]
-    if (tensors or model.endswith(".onnx")) and (option := shared.first_given(*no_say)):
+    onnx = model.endswith(".onnx")
+    has_say = {"trust"} if tensors else {"inputs_file"}
+    no_say = [n for n in (*shared.CAPTURE, "training") if n not in has_say]
+    if (tensors or onnx) and (option := shared.first_given(*no_say)):
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
         from lora_fx.checkpoint.model_families import file_targets
 
         found = file_targets(model)
-    elif model.endswith(".onnx"):
+    elif onnx:
         from lora_fx.onnx.validity import blaming
 
-        found = blaming(_of_onnx)(model)
+        found = blaming(_of_onnx)(model, shared.load_npz(options["inputs_file"]))
     else:
         from lora_fx.passes.verbs.adapt import find
 
@@ -61,11 +64,16 @@ def command(model: str, training: bool, **options: Any) -> None:
     emit(str(found), refused=refused, **fields)
 
 
-def _of_onnx(model: str) -> Found:
+def _of_onnx(model: str, arrays: Named) -> Found:
     from dataclasses import replace
 
+    from lora_fx.onnx.graph.graph import UNKNOWN_SHAPES, OnnxGraph
     from lora_fx.onnx.names import named_graph
+    from lora_fx.onnx.sizes import sized
     from lora_fx.passes.find import find
 
     graph, _ = named_graph(model)
-    return replace(find(graph), notes=tuple(graph.notes))
+    at_sizes, sizes = sized(graph.model, arrays, model)
+    with_sizes = OnnxGraph(at_sizes)
+    notes = (*(n for n in graph.notes if n != UNKNOWN_SHAPES), *with_sizes.notes)
+    return replace(find(with_sizes), notes=notes, sizes=sizes)

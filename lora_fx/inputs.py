@@ -365,6 +365,13 @@ def merge_dynamic(
     return result
 
 
+OTHER_SIZES = (
+    "--inputs FILE.npz brings arrays of sizes that the model takes; for a model of torch "
+    "--static NAME:DIM keeps a dimension as its example has it"
+)
+"""The hint where a model refuses sizes that a check has drawn."""
+
+
 def expect_input(name: str, names: Collection[str]) -> None:
     """Refuse the name of an input that a model does not have."""
     if name not in names:

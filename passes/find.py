@@ -77,8 +77,14 @@ def _search(graph: Graph[V]) -> Found:
             others = [op for op, read in readers.get(name, ()) if overlap(read, region)]
             target = replace(target, other_readers=tuple(dict.fromkeys(others)))
             (optional if all(u.site.refusal for u in group) else targets).append(target)
+    gathered = graph.gathered_flops()
     unreached = [
-        Unreached(p.name, p.shape, _unreached([op for op, _ in readers.get(p.name, ())]))
+        Unreached(
+            p.name,
+            p.shape,
+            _unreached([op for op, _ in readers.get(p.name, ())]),
+            gathered.get(p.name, 0),
+        )
         for p in parameters.values()
         if len(p.shape) >= 2 and p.name not in seen
     ]
@@ -86,7 +92,7 @@ def _search(graph: Graph[V]) -> Found:
         default_plan(targets),
         tuple(_merge(refusals)),
         tuple(unreached),
-        graph.data_flops(),
+        graph.data_flops() + sum(gathered.values()) - sum(u.flops for u in unreached),
         optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
         shapes={n: p.shape for p in parameters.values() for n in p.names},
         first_names={n: p.name for p in parameters.values() for n in p.names},

@@ -178,6 +178,9 @@ class Graph(Protocol[V]):
     def parameters(self) -> Sequence[Parameter]:
         """Every stored parameter, in definition order."""
 
+    def gathered_flops(self) -> Mapping[str, int]:
+        """FLOPs of the products of what is gathered from a parameter, by its name."""
+
     def data_flops(self) -> int:
         """FLOPs of the matmuls between activations, at the example's sizes."""
 

@@ -24,7 +24,7 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
+from lora_fx.inputs import BATCH, OTHER_SIZES, SIZES, Input, Inputs, Named
 from lora_fx.onnx.manifest import (
     PROPERTY,
     SERVED,
@@ -92,7 +92,7 @@ class RuntimeSession:
         """
         if self.row_choice is not None:
             self.row_choice.check(feeds)
-        with told(feeds):
+        with told(feeds, OTHER_SIZES):
             return self.outputs(feeds)
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -106,7 +106,10 @@ class RuntimeSession:
 
 
 @contextlib.contextmanager
-def told(feeds: Mapping[str, Array]) -> Iterator[None]:
+def told(
+    feeds: Mapping[str, Array],
+    hint: str = "check sizes and dtypes of the inputs against the model",
+) -> Iterator[None]:
     """The runtime's errors, which have no common base, as one of ours that names the sizes."""
     try:
         yield
@@ -115,7 +118,7 @@ def told(feeds: Mapping[str, Array]) -> Iterator[None]:
         said = str(e).partition("Name:")[2] or str(e)
         raise LoraFxError(
             f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(said, 240)}",
-            "check sizes and dtypes of the inputs against the model",
+            hint,
         ) from e
 
 

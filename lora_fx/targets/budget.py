@@ -89,7 +89,7 @@ class Budget:
             return sum(c * min(int(self.number), most[k]) for k, c in costs.items())
         limit = self.number
         if self.kind == "flops%":
-            limit *= (found.flops["reached"] + found.flops["refused"]) / 100
+            limit *= found.weight_flops / 100
         cheapest = min(costs, key=lambda k: costs[k])
         if limit < costs[cheapest]:
             raise LoraFxError(

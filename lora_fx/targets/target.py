@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from lora_fx.compare import sizes_text
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, near
 from lora_fx.ir.emitter import Ops, V
@@ -461,6 +462,7 @@ class Found:
         optional: Weights that are refused by default only: `include` can name them.
         shapes: Stored shape by parameter name, aliases too.
         first_names: Any name of a parameter → the first one of the same tensor.
+        sizes: The shapes of the inputs that FLOPs are counted at; empty where none are known.
     """
 
     targets: tuple[Target, ...]
@@ -473,6 +475,7 @@ class Found:
     optional: tuple[Target, ...] = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     first_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Target:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""
@@ -508,22 +511,30 @@ class Found:
         return {
             "reached": sum(t.flops for t in self.targets),
             "refused": sum(r.flops for r in self.refusals),
+            "unreached": sum(u.flops for u in self.unreached),
             "data": self.data_flops,
         }
 
     @property
+    def weight_flops(self) -> int:
+        """FLOPs of one forward of all products of weights, whether a branch can reach them."""
+        flops = self.flops
+        return flops["reached"] + flops["refused"] + flops["unreached"]
+
+    @property
     def reached_share(self) -> float:
         """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
-        flops = self.flops
-        total = flops["reached"] + flops["refused"]
+        total = self.weight_flops
         unknown = any("insert" in r.verbs for r in self.refusals)  # a product of unknown size
-        return flops["reached"] / total if total else float(not unknown)
+        return self.flops["reached"] / total if total else float(not unknown)
 
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
         names = ("targets", "refusals", "unreached", "pinned", "ranges")
         rows = {name: [row.to_json() for row in getattr(self, name)] for name in names}
-        return {**rows, "flops": self.flops, "reached_share": round(self.reached_share, 6)}
+        rows["flops"] = self.flops
+        rows["flops_at"] = {name: list(shape) for name, shape in self.sizes.items()}
+        return {**rows, "reached_share": round(self.reached_share, 6)}
 
     def __repr__(self) -> str:
         """The targets and their shapes, and how much cannot be adapted."""
@@ -536,7 +547,7 @@ class Found:
 
     def _rows(self) -> list[tuple[str, ...]]:
         head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
-        total = max(1, self.flops["reached"] + self.flops["refused"])
+        total = max(1, self.weight_flops)
         formats = any(t.parameter.format for t in self.targets)
         head += ("format",) * formats
         rows = [
@@ -557,13 +568,14 @@ class Found:
 
     def __str__(self) -> str:
         """A table for people."""
-        total = max(1, self.flops["reached"] + self.flops["refused"])
+        total = max(1, self.weight_flops)
         lines = table(self._rows()) if self.targets else ["no target"]
         if any(t.sites for t in self.targets):
             lines.append(
                 f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
                 f"({human(self.flops['reached'])} of {human(total)}; "
                 f"between activations {human(self.data_flops)})"
+                + (f", at {sizes_text(self.sizes)}" if self.sizes else "")
             )
         lines += [f"also read: {t.said}" for t in self.targets if t.said]
         coded = [r for r in self.refusals if r.verbs and "insert" not in r.verbs]
@@ -574,7 +586,7 @@ class Found:
         rest = [r for r in self.refusals if r not in coded]
         alike = by_key(((r.op, r.reason), r.key) for r in rest)
         lines += [f"refused: {some(keys)} ({op}): {why}" for (op, why), keys in alike.items()]
-        lines += [f"unreached: {u.key} {list(u.shape)}: {u.reason}" for u in self.unreached]
+        lines += [f"unreached: {u.key} {list(u.shape)}: {u.said}" for u in self.unreached]
         lines += [f"pinned: {p}" for p in self.pinned]
         lines += [f"captured for: {c}" for c in self.ranges]
         lines += [f"note: {n}" for n in self.notes]
@@ -603,6 +615,15 @@ class Unreached:
     key: str
     shape: tuple[int, ...]
     reason: str
+    flops: int = 0
+    """FLOPs of the products of what is gathered from it."""
+
+    @property
+    def said(self) -> str:
+        """The reason, with what it costs."""
+        if not self.flops:
+            return self.reason
+        return f"{self.reason}, and {human(self.flops)} FLOPs are products of what is gathered"
 
     def to_json(self) -> Json:
         """One row of `unreached[]`."""

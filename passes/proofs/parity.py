@@ -48,7 +48,7 @@ from lora_fx.fx.graph.rounding import Wide, nearby, widened
 from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
-from lora_fx.inputs import Extents, Inputs, Named
+from lora_fx.inputs import OTHER_SIZES, Extents, Inputs, Named
 from lora_fx.passes.proofs.interpreted import ModuleRerun, choices_of, move
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, compared
 from lora_fx.progress import stage
@@ -112,7 +112,7 @@ def prove(
                 raise LoraFxError(
                     f"the captured graph does not run at {where}, and the model does: "
                     f"{one_line(e, 160)}",
-                    "fix the dimension with --static NAME:DIM, and report this model",
+                    f"{OTHER_SIZES}; and report this model",
                 ) from e
             if extra or (arrays is None and sizes is None and is_real(reference.captured.named)):
                 # a size beyond a cut, or of inputs that depend on each other: the example remains
@@ -120,7 +120,7 @@ def prove(
                 continue
             raise LoraFxError(
                 f"the model does not run at {where}: {one_line(e, 160)}",
-                "fix the dimension with --static NAME:DIM, or give real data with --inputs",
+                OTHER_SIZES,
             ) from e
         reference.captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}

@@ -41,7 +41,7 @@ from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, MistakeError, retold
 from lora_fx.files.read import check_unchanged, scratch_folder
 from lora_fx.files.safetensors import same_bytes
-from lora_fx.inputs import SIZES, Extents, Inputs, Named, expect_input
+from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
@@ -252,7 +252,11 @@ def compared(
     def rounding() -> Iterator[Mapping[str, float]]:
         return either(spread(run, rerun and rerun.plain(), feeds), own())
 
-    found = compare_fairly(run(feeds), expected, shapes, gates, rounding, of=of)
+    try:
+        made = run(feeds)
+    except LoraFxError as e:
+        raise LoraFxError(e.message, OTHER_SIZES, exit_code=e.exit_code) from e
+    found = compare_fairly(made, expected, shapes, gates, rounding, of=of)
     if found.ok or rerun is None:
         return found, ""
     plain = rerun.plain() if found.rel <= REWRITES else None
@@ -448,7 +452,7 @@ class OnnxReference:
         """Keys whose update, alone, changes no output."""
         feeds = self.feeds(SIZES[0])
         session = self._session(adapter.lowrank, True)
-        base = session.run(feeds)
+        base = self._outputs(session, feeds)
         result = []
         for key, u in adapter.lowrank.items():
             changed = self._outputs(session, {**feeds, **_factors({key: u})})
@@ -465,7 +469,7 @@ class OnnxReference:
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
         sizes = {n: v.shape for n, v in feeds.items() if n in self.inputs.names}
         where = f"the model does not run at {sizes_text(sizes)}"
-        with retold(where, "give real data with --inputs FILE.npz", most=160):
+        with retold(where, OTHER_SIZES, most=160):
             values = session.session.run(self._names, dict(feeds))
         return dict(zip(self._names, values, strict=True))
 

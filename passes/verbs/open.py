@@ -359,7 +359,9 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
     """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
     found = find(graph or cap.fx_graph(training))
-    return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=tuple(cap.notes))
+    sizes = {s.name: s.shape for s in cap.inputs.specs}
+    notes = tuple(cap.notes)
+    return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=notes, sizes=sizes)
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:

@@ -57,6 +57,14 @@ class PartialGraphs(Analysed):
         """What reads a parameter beside its sites, in any of the stretches."""
         return [r for g in self.graphs for r in g.other_readers()]
 
+    def gathered_flops(self) -> dict[str, int]:
+        """See Graph."""
+        flops: dict[str, int] = {}
+        for graph in self.graphs:
+            for name, count in graph.gathered_flops().items():
+                flops[name] = flops.get(name, 0) + count
+        return flops
+
     def data_flops(self) -> int:
         """FLOPs of the products of activations in all stretches."""
         return sum(g.data_flops() for g in self.graphs)

@@ -27,7 +27,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
-from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, other_readers, slots, uses
+from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, gathered, other_readers, slots, uses
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
@@ -111,9 +111,24 @@ class FxGraph(Analysed):
         return other_readers(self.graph, self.flow(), self._uses(), self.bodies)
 
     def data_flops(self) -> int:
-        """FLOPs of the matmuls that no weight takes part in."""
+        """FLOPs of the matmuls that no weight takes part in, nor what is gathered from one."""
+        return sum(self._products().values()) - sum(self.gathered_flops().values())
+
+    def gathered_flops(self) -> dict[str, int]:
+        """See Graph."""
+        sources = gathered(self.graph, self.flow())
+        flops: dict[str, int] = {}
+        for node, count in self._products().items():
+            names = [sources[n] for n in node.all_input_nodes if n in sources]
+            if names:
+                flops[names[0]] = flops.get(names[0], 0) + count
+        return flops
+
+    def _products(self) -> dict[fx.Node, int]:
+        """FLOPs of the products that are no site."""
         taken = {node for _, node, _ in self._uses()}
-        return sum(data_flops(n) for n in self.graph.nodes if n not in taken and not is_marked(n))
+        others = (n for n in self.graph.nodes if n not in taken and not is_marked(n))
+        return {n: count for n in others if (count := data_flops(n))}
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites that carry a branch, read from the marks of its nodes."""

@@ -415,6 +415,27 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
     return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_ if i < len(split)))
 
 
+def gathered(graph: fx.Graph, flow: FxFlow) -> dict[fx.Node, str]:
+    """Nodes that hold what is picked from one parameter, by numbers that a run computes.
+
+    Experts are picked so from their stack: the one float that such an op reads is the parameter.
+    """
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or node in flow.behind or not _is_float(node):
+            continue
+        floats = [n for n in node.all_input_nodes if _is_float(n)]
+        names = {found.get(n) or next(iter(flow.behind.get(n, ())), "") for n in floats}
+        if len(names) == 1 and "" not in names:
+            found[node] = names.pop()
+    return found
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def data_flops(node: fx.Node) -> int:
     """FLOPs of one product of activations, 0 for anything else; an einsum has every letter's."""
     y, row = shape_of(node), ops.row_of(node)

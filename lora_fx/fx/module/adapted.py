@@ -434,7 +434,7 @@ class AdaptedReport:
     @property
     def adapted_share(self) -> float:
         """Share of the weight FLOPs that run through an adapted target."""
-        total = self.found.flops["reached"] + self.found.flops["refused"]
+        total = self.found.weight_flops
         return sum(t[3] for t in self.targets) / total if total else 0.0
 
     def to_json(self) -> Json:

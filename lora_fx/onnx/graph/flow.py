@@ -100,6 +100,8 @@ class OnnxFlow:
         computed: Values that are made of stored tensors alone, or of one that a loop carries.
         found: Every use of one, in execution order.
         data_flops: FLOPs of the products of activations.
+        gathered: Values that are picked from one stored tensor by numbers that a run computes.
+        gathered_flops: FLOPs of the products of these, by the tensor's name.
     """
 
     stores: dict[str, ir.Value] = field(default_factory=dict)
@@ -107,6 +109,8 @@ class OnnxFlow:
     computed: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     found: list[OnnxWeightUse] = field(default_factory=list)
     data_flops: int = 0
+    gathered: dict[ir.Value, str] = field(default_factory=dict)
+    gathered_flops: dict[str, int] = field(default_factory=dict)
 
     def weight_of(self, value: ir.Value | None) -> OnnxWeight | None:
         """The weight that a value is, or that it is computed from."""
@@ -197,8 +201,28 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if row is not None and (found := _uses(flow, node, row)):
         flow.found += found
         return
-    if not _computes(flow, node):
-        flow.data_flops += _data(node)
+    if _computes(flow, node):
+        return
+    flops = _data(node)
+    picked = [flow.gathered[v] for v in node.inputs if v is not None and v in flow.gathered]
+    if picked:
+        flow.gathered_flops[picked[0]] = flow.gathered_flops.get(picked[0], 0) + flops
+    else:
+        flow.data_flops += flops
+    _gather_from(flow, node)
+
+
+def _gather_from(flow: OnnxFlow, node: ir.Node) -> None:
+    """Note what a node picks from one stored tensor, the one float that it reads."""
+    names = set()
+    for value in node.inputs:
+        if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
+            continue
+        weight = flow.weight_of(value)
+        names.add(weight.name if weight is not None else flow.gathered.get(value, ""))
+    if len(names) == 1 and "" not in names:
+        name = names.pop()
+        flow.gathered |= {v: name for v in node.outputs}
 
 
 NORMS = ("LayerNormalization", "RMSNormalization")

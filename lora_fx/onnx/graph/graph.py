@@ -42,6 +42,9 @@ OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
+UNKNOWN_SHAPES = "some shapes are unknown: FLOPs are too low"
+
+
 @contextlib.contextmanager
 def _counted_names() -> Iterator[None]:
     """A block in which onnx_ir's inliner remembers how far it has counted the copies of a name.
@@ -108,7 +111,7 @@ class OnnxGraph(Analysed):
                     ShapeInferencePass()(twin)
                     _copy_shapes(twin, model)
             if _unknown(model):
-                self.notes.append("some shapes are unknown: FLOPs are too low")
+                self.notes.append(UNKNOWN_SHAPES)
         self._names = 0
         self._taken = {v.name for node in model.graph.all_nodes() for v in node.outputs}
         self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
@@ -140,6 +143,10 @@ class OnnxGraph(Analysed):
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
         return [f.site for f in self.flow.found]
+
+    def gathered_flops(self) -> dict[str, int]:
+        """See Graph; a symbolic size counts once."""
+        return self.flow.gathered_flops
 
     def data_flops(self) -> int:
         """FLOPs of the products of activations; a symbolic size counts once."""
