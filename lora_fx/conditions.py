@@ -60,7 +60,17 @@ class Condition:
 
     def __str__(self) -> str:
         """The comparison with every size by its input, and the line."""
-        return f"{self._spelled()}{f' ({self.line})' if self.line else ''}"
+        words = f", {self.in_tokens}" if self.in_tokens else ""
+        return f"{self._spelled()}{words}{f' ({self.line})' if self.line else ''}"
+
+    @property
+    def in_tokens(self) -> str:
+        """The bound of the length of token ids in words, "at most 512 tokens"; empty for others."""
+        if self.about not in ({("input_ids", 1)}, {("decoder_input_ids", 1)}):
+            return ""
+        low, high = self.bounds()
+        ends = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+        return f"{' and '.join(ends)} tokens" if ends else ""
 
     def _spelled(self) -> str:
         if (bound := self._as_bound()) is not None:
@@ -95,6 +105,9 @@ class Condition:
         text = f"the captured path holds for {rule} only"
         if self.demanded:
             text = f"the model does not run elsewhere: {rule}"
+        if self.in_tokens:
+            taker = "the model" if self.demanded else "the captured path"
+            text = f"{taker} takes {self.in_tokens}: {rule}"
         return SizeError(f"{found}; {text}{where}", "give sizes inside, or capture at these sizes")
 
     def to_json(self) -> Json:

@@ -111,5 +111,5 @@ def test_a_limit_of_positions_is_told_once() -> None:
     cap = lora_fx.capture(Position(), (torch.zeros(2, 5, dtype=torch.int64),))
     found = lora_fx.find(cap)
     told = [str(c) for c in found.ranges if "input_ids[1]" in str(c)]
-    assert len(told) == 1 and told[0].startswith("input_ids[1] <= 32 ("), told
+    assert len(told) == 1 and told[0].startswith("input_ids[1] <= 32, at most 32 tokens ("), told
     assert "test_conditions_told.py, line" in told[0]

@@ -335,10 +335,61 @@ def test_tensors_that_share_their_bytes(tmp_path: Path) -> None:
     file = foreign(tmp_path / "x.gguf", pair("output.weight", 32, 32))
     data = file.read_bytes()
     at = data.index(b"output.weight.lora_b") + 20 + 4 + 16 + 4
-    file.write_bytes(data[:at] + bytes(8) + data[at + 8 :])
-    assert load_adapter(file)  # the same bytes twice, and no more than there are
-    file.write_bytes((data[:at] + bytes(8) + data[at + 8 :])[:-4096])
-    with pytest.raises(LoraFxError, match="share their bytes"):
+    assert load_adapter(file)
+    for rest in (data[at + 8 :], data[at + 8 :][:-4096]):
+        file.write_bytes(data[:at] + bytes(8) + rest)
+        with pytest.raises(LoraFxError, match="share their bytes"):
+            load_adapter(file)
+
+
+def with_offset(data: bytes, name: bytes, offset: int) -> bytes:
+    """A file in which a tensor of two axes is said to lie somewhere else."""
+    at = data.index(name) + len(name) + 4 + 16 + 4
+    return data[:at] + struct.pack("<Q", offset & ((1 << 64) - 1)) + data[at + 8 :]
+
+
+def with_sizes(data: bytes, name: bytes, *sizes: int) -> bytes:
+    at = data.index(name) + len(name) + 4
+    return data[:at] + struct.pack("<2Q", *sizes) + data[at + 16 :]
+
+
+A, B = b"output.weight.lora_a", b"output.weight.lora_b"
+PLACES: dict[str, Callable[[bytes], bytes]] = {
+    "into the header": lambda data: with_offset(data, B, -64),
+    "into the header, the first": lambda data: with_offset(data, A, -32),
+    "a whole turn": lambda data: with_offset(data, B, -(1 << 63)),
+    "all bits": lambda data: with_offset(data, B, -1),
+    "over the end": lambda data: with_offset(data, B, 1 << 40),
+    "half over the other": lambda data: with_offset(data, B, 32),
+    "both at one place": lambda data: with_offset(with_offset(data, A, 0), B, 0),
+    "sizes that wrap": lambda data: with_sizes(data, B, 1 << 33, 1 << 31),
+    "sizes that wrap to the count": lambda data: with_sizes(data, B, (1 << 62) + 8, 4),
+}
+
+
+@pytest.mark.parametrize("row", PLACES)
+def test_places_that_wrap_or_overlap(tmp_path: Path, row: str) -> None:
+    file = foreign(tmp_path / "x.gguf", pair("output.weight", 32, 32))
+    file.write_bytes(PLACES[row](file.read_bytes()))
+    with pytest.raises(LoraFxError, match=r"x\.gguf: ") as caught:
+        load_adapter(file)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("block", ["00", "01", "0x0", "-0", "+0", "0_0", "\u0660", "9" * 5000, ""])
+def test_a_block_has_one_name(tmp_path: Path, block: str) -> None:
+    """blk.00 beside blk.0 would be a second update of layer 0."""
+    whole = pair("blk.0.ffn_up.weight", 48, 20)
+    other = pair(f"blk.{block}.ffn_up.weight", 48, 20)
+    file = foreign(tmp_path / "x.gguf", {**whole, **other})
+    with pytest.raises(LoraFxError, match="is no matrix of llama"):
+        load_adapter(file)
+    assert len(load_adapter(foreign(tmp_path / "x.gguf", whole))) == 1
+
+
+def test_a_name_begins_with_blk(tmp_path: Path) -> None:
+    file = foreign(tmp_path / "x.gguf", pair("0.ffn_up.weight", 48, 20))
+    with pytest.raises(LoraFxError, match="is no matrix of llama"):
         load_adapter(file)
 
 

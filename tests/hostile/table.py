@@ -220,6 +220,8 @@ ONNX: dict[str, Case] = {
     "functions that call each other": Case(
         graph_with(functions(3, loop=True)), READ_ONNX, say="calls itself"
     ),
+    "65,536 calls": Case(graph_with(functions(16)), READ_ONNX, say="nodes"),
+    "16,384 calls": Case(graph_with(functions(14)), READ_ONNX, say="at most 20"),
     "functions of great depth": Case(graph_with(functions(3000)), READ_ONNX),
     "typed data, too few": Case(graph_with(typed(23)), READ_ONNX, say="23 numbers"),
     "typed data, too many": Case(graph_with(typed(25)), READ_ONNX, say="25 numbers"),
@@ -391,6 +393,17 @@ ADAPTERS: dict[str, Case] = {
     "alpha too large for a float": Case(adapter_with(lora_alpha=10**400), of(READ_ADAPTER, "bad")),
     "alpha of many digits": Case(adapter_with(lora_alpha=10**4000), of(READ_ADAPTER, "bad")),
     "r of another type": Case(adapter_with(r="2"), of(READ_ADAPTER, "bad")),
+    **{
+        f"{field} of {value!r:.20}": Case(
+            adapter_with(**{"use_qalora": True, field: value}), of(READ_ADAPTER, "bad")
+        )
+        for field, values in {
+            "qalora_group_size": (10**30, 2**62, 10**8, 0, -1, True, "16", 1.5, [16], None),
+            "r": (10**30, -1, 1.5, True, [2], {}),
+            "lora_dropout": (10**30, -1, "0", [0]),
+        }.items()
+        for value in values
+    },
     "a list for an object": Case(adapter_with(rank_pattern=[1]), of(READ_ADAPTER, "bad")),
     "8 GB of zeros": Case(
         large_adapter,

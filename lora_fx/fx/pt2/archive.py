@@ -391,13 +391,6 @@ def check_expression(text: object, where: str) -> None:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as e:
         raise bad from e
-    try:
-        _multiplied_out(tree.body)
-    except (_TooLarge, RecursionError) as e:
-        raise LoraFxError(
-            f"{where}: the size {one_line(text, 60)} is too large, multiplied out: {one_line(e)}",
-            "a program that torch.export.save wrote has smaller ones; write it again",
-        ) from e
     allowed: set[int] = set()
     for node in ast.walk(tree):
         if not isinstance(node, NODES) or isinstance(node, ast.MatMult):
@@ -417,6 +410,13 @@ def check_expression(text: object, where: str) -> None:
                 pass
             case ast.Call() | ast.Name() | ast.Constant() if id(node) not in allowed:
                 raise bad
+    try:
+        _multiplied_out(tree.body)
+    except (_TooLarge, RecursionError) as e:
+        raise LoraFxError(
+            f"{where}: the size {one_line(text, 60)} is too large, multiplied out: {one_line(e)}",
+            "a program that torch.export.save wrote has smaller ones; write it again",
+        ) from e
 
 
 class _TooLarge(ValueError):

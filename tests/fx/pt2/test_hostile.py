@@ -136,12 +136,41 @@ def test_expressions_that_are_refused(text: Any) -> None:
         check_expression(text, "f")
 
 
+SUM = "+".join(f"s{i}" for i in range(200))
+TOO_LARGE = (
+    "Float('1e999999')", "Float('1e-9999')", f"Float('{'9' * 300}')", f"Integer('{'9' * 300}')",
+)  # fmt: skip
+LARGE = (
+    "9" * 300, "0x" + "f" * 300, "1e999", "Mod((s0 + s1 + s2 + s3 + s4)**64, 7)",
+    f"Mod(({SUM})**64, 7)", f"({SUM})**3", f"FloorDiv(({SUM})*({SUM}), 7)",
+    "Mod(Pow(Add(s0, s1, s2, s3), Integer(64)), Integer(7))", "Eq((s0+s1+s2+s3)**64, s4)",
+    f"Mod(({'*'.join(['9' * 19] * 20)})**64, 7)", "(s0+1)*(s1+1)*" * 12 + "1",
+    "Float('1.5', precision=9999999999)", "*".join(["(s0 + s1 + 1)"] * 99),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TOO_LARGE)
+def test_texts_that_are_refused(text: str) -> None:
+    with pytest.raises(LoraFxError, match="the size expression"):
+        check_expression(text, "f")
+
+
+@pytest.mark.parametrize("text", LARGE)
+def test_expressions_that_are_too_large(text: str) -> None:
+    with pytest.raises(LoraFxError, match="is too large, multiplied out"):
+        check_expression(text, "f")
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "Symbol('s53', positive=True, integer=True)", "Min(Integer(24), Mul(Integer(24), s0))",
         "Pow(Symbol('s53', integer=True), Integer(2))", "(s0 + 1)//2 % 3", "Integer(-1)", "true",
         "Equality(Mod(s0, Integer(2)), Integer(0))", "And(s0 <= 3, s1 != 4)", "Float('0.5')",
+        "Float('0.0625000000000000', precision=53)", "Float('1.0e-5')", "(s0 + 1)**2 // 4",
+        "((s77 - 1)//2 + 1)**2 * (s12 + 3)", "Integer(9223372036854775807)", "Integer('-1')",
+        "Mod((s0 + s1)**2, 7)", "4096*s0*s1*s2", "Max(1, ((s0*s1 + 13)//14)**2)", "s0**64",
+        "PowByNatural(2, s0)", "18446744073709551615",
     ],
 )  # fmt: skip
 def test_expressions_that_pass(text: str) -> None:
