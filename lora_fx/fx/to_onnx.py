@@ -457,6 +457,8 @@ def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
 # - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
 # - A pooled mean of everything is a mean. Behind a permute the exporter's own is put into other
 #   memory by a Gather of every element, through which no row of a batch can be followed.
+# - Parts along a free dimension are cut one by one. The exporter makes a sequence of them, whose
+#   length its optimizer takes from the value of a size that it does not have.
 # - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 # - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
@@ -719,6 +721,26 @@ def product_of_codes(
 
 
 SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
+
+
+def _parts(graph: fx.Graph, node: fx.Node) -> None:
+    dim, parts = argument(node, "dim"), value(node)
+    if all(isinstance(part.shape[dim], int) for part in parts):
+        return
+    in_chunks = node.target is aten.chunk.default
+    size = argument(node, "chunks" if in_chunks else "split_size")
+    node.args, node.kwargs = (argument(node, "self"), len(parts), dim, size, in_chunks), {}
+    node.target = parts_along
+
+
+def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> list[Tensor]:
+    """The parts of aten.split.Tensor, or of aten.chunk, whose number is known, as slices."""
+    length = x.shape[dim]
+    each = (length + size - 1) // size if in_chunks else size
+    ends = [*(each * (i + 1) for i in range(count - 1)), length]
+    return [aten.slice.Tensor(x, dim, each * i, end) for i, end in enumerate(ends)]
+
+
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     DEQUANTISE: _dequantise,
     aten.lstm.input: _lstm,
@@ -727,6 +749,7 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.real.default: _fourier,
     **dict.fromkeys(SQUEEZES, mend_squeeze),
     aten.rsub.Scalar: _rsub,
+    **dict.fromkeys((aten.chunk.default, aten.split.Tensor), _parts),
     **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,
 }

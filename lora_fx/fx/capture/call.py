@@ -110,13 +110,21 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
             pytree.register_dataclass(type(leaf))
             return without_cache(out, left_out)
     held = dict(enumerate(out)) if type(out) is tuple else out if isinstance(out, dict) else {}
-    caches = [k for k, v in held.items() if type(v).__module__ == "transformers.cache_utils"]
+    caches = [k for k, v in held.items() if is_cache(v)]
     if not caches:
         return out
     if left_out is not None:
         left_out += [str(k) for k in caches]
     kept = {str(k): v for k, v in held.items() if k not in caches}
     return tuple(kept.values()) if type(out) is tuple else type(out)(**kept)
+
+
+def is_cache(value: object) -> bool:
+    """Whether this is a key-value cache of transformers, or of a model of it that has its own."""
+    kinds = type(value).__mro__
+    return any(
+        k.__module__.startswith("transformers.") and k.__name__.endswith("Cache") for k in kinds
+    )
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:

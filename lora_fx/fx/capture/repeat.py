@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from lora_fx.fx.capture.call import is_cache
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.tensors import patched
@@ -232,7 +233,7 @@ class Repeats:
 
     def _without_cache(self, x: Any) -> Any:
         """None for a cache that is empty: it gives nothing, and what it keeps is no output."""
-        if type(x).__module__ != "transformers.cache_utils":
+        if not is_cache(x):
             return x
         layered = [c for c in (x, *vars(x).values()) if hasattr(c, "layers")]
         new = [c for c in layered if c.layers is not _MISSING]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -124,3 +127,68 @@ def test_a_forward_of_another_name_is_captured_in_another_dtype() -> None:
     model, x = Other().eval(), torch.randn(3, 6)
     m = lora_fx.insert(model, (x,), rank=2).double()
     torch.testing.assert_close(m(x.double()), model.double()(x.double()))
+
+
+def caches() -> dict[str, Any]:
+    """Caches of transformers, by how they come to be theirs."""
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+    class OfAModel(DynamicCache):
+        """MiniMax has one."""
+
+    class OfItsCache(OfAModel):
+        pass
+
+    class WithoutBaseCache:
+        """Reformer has one."""
+
+    WithoutBaseCache.__module__ = "transformers.models.reformer.modeling_reformer"
+    return {
+        "dynamic": DynamicCache(),
+        "of two": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        "plain": Cache(layers=[]),
+        "of a model": OfAModel(),
+        "of its cache": OfItsCache(),
+        "without base": WithoutBaseCache(),
+    }
+
+
+class Remembers(nn.Module):
+    def __init__(self, memory: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.memory = lambda: memory  # no child, and nothing that a copy would copy
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return self.fc(x), self.memory()
+
+
+@pytest.mark.parametrize("name", caches())
+def test_a_cache_is_no_output(name: str) -> None:
+    model = Remembers(caches()[name]).eval()
+    captured = lora_fx.capture(model, (torch.randn(3, 6),))
+    assert [n for n in captured.notes if "a key-value cache is no tensor" in n]
+    (out,) = lora_fx.insert(model, (torch.randn(3, 6),), rank=2)(torch.ones(2, 6))
+    assert out.shape == (2, 4)
+
+
+@dataclass
+class Cache:
+    """The twin: another library's, of a tensor."""
+
+    scores: torch.Tensor
+
+
+def test_a_cache_of_nobody_we_know_is_an_output() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> Cache:
+            return Cache(self.fc(x))
+
+    model = Scores().eval()
+    module = lora_fx.insert(model, (torch.randn(3, 6),), rank=2)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(module(x).scores, model(x).scores)
