@@ -49,6 +49,7 @@ class Outcome:
         megabytes: Resident at most, beyond what the parent had.
         hung: True where it was killed for its CPU time, or its wall time.
         calls: Calls of the system that were counted, where they were (see faults).
+        cpu: Seconds of CPU time.
     """
 
     code: int
@@ -58,6 +59,7 @@ class Outcome:
     megabytes: float
     hung: bool = False
     calls: int = 0
+    cpu: float = 0.0
 
     @property
     def raw(self) -> bool:
@@ -147,7 +149,8 @@ def command(
             os.close(tty)
             told = [_shown(screen), ""]
         grown = max(0.0, usage.ru_maxrss / 1024 - before)
-        return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung, calls)
+        cpu = usage.ru_utime + usage.ru_stime
+        return Outcome(code, told[0], told[1], time.monotonic() - start, grown, hung, calls, cpu)
 
 
 def _shown(screen: int) -> str:
