@@ -166,7 +166,7 @@ HOSTILE = (
     "../../../escape",
     "../../models--org--other/blobs/x",
     "/{0}/escape",
-    "..",
+    "../..",
     "a/../../../../e",
 )
 
