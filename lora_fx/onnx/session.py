@@ -24,6 +24,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect_name, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
+from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import (
     PROPERTY,
     SERVED,
@@ -253,13 +254,22 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
     import onnx_ir as ir
 
     try:
-        text = ir.load(fspath(path)).metadata_props.get(PROPERTY)
+        model = ir.load(fspath(path))
+        text = model.metadata_props.get(PROPERTY)
     except Exception as e:  # protobuf's and the system's errors have no common base
         raise LoraFxError(
             f"{fspath(path)}: not an ONNX file that can be read",
             "is it a file of lora-fx export --mode switch, load or batch?",
         ) from e
-    return _manifest(text, fspath(path))
+    manifest = _manifest(text, fspath(path))
+    slots = list(model.graph.inputs)
+    if manifest.mode == "load":
+        slots = list(model.graph.initializers.values())
+    if manifest.mode == "switch":
+        slots = [v for v in slots if v.is_initializer()]
+    declared = {str(v.name): (dtype_name(v), tuple(v.shape or ())) for v in slots}
+    manifest.check_declared(declared, fspath(path))
+    return manifest
 
 
 def _manifest(text: str | None, where: str) -> Manifest:
@@ -345,6 +355,10 @@ class Session:
                 f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
                 "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
             )
+        if self.manifest.mode == "switch":
+            defaults = self.session.get_overridable_initializers()
+            declared = {i.name: (from_onnx(i.type), i.shape) for i in defaults}
+            self.manifest.check_declared(declared, fspath(path))
         self.ranges = conditions_of(opened.metadata, fspath(path))
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
