@@ -97,8 +97,20 @@ class RuntimeSession:
         taken = set(self.input_names)
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
-        made = self.session.run(names, known)
-        return dict(zip(names, made, strict=True))
+        return tensors_by_name(names, self.session.run(names, known))
+
+
+def tensors_by_name(
+    names: Sequence[str], outputs: Sequence[Array | Sequence[Array]]
+) -> dict[str, Array]:
+    """The outputs of a run by name, those of a sequence y as `y[0]`, `y[1]` and so on."""
+    tensors: dict[str, Array] = {}
+    for name, value in zip(names, outputs, strict=True):
+        if isinstance(value, list):
+            tensors |= {f"{name}[{i}]": tensor for i, tensor in enumerate(value)}
+        elif isinstance(value, np.ndarray):
+            tensors[name] = value
+    return tensors
 
 
 @contextlib.contextmanager
@@ -356,6 +368,13 @@ class Session:
                 "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
             )
         if self.manifest.mode == "switch":
+            for output in self.session.get_outputs():
+                if not output.type.startswith("tensor("):
+                    raise LoraFxError(
+                        f"output {output.name!r} is {output.type}, which a run with an adapter "
+                        "cannot give; expected a tensor",
+                        "mode merged, load or batch; or let the model end in ConcatFromSequence",
+                    )
             defaults = self.session.get_overridable_initializers()
             declared = {i.name: (from_onnx(i.type), i.shape) for i in defaults}
             self.manifest.check_declared(declared, fspath(path))
@@ -405,8 +424,7 @@ class Session:
             if isinstance(adapter, str) and self.provider == "cpu":
                 return self._run_bound(arrays, adapter)
             if adapter is None:
-                made = self.session.run(self._outputs, arrays)
-                return dict(zip(self._outputs, made, strict=True))
+                return tensors_by_name(self._outputs, self.session.run(self._outputs, arrays))
             feeds = {**_values(arrays), **chosen}
             made = self.session.run_with_ort_values(self._outputs, feeds)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}

@@ -112,7 +112,8 @@ def saved(
         tensor = onnx.numpy_helper.from_array(np.asarray(values[name]), name)
         model.graph.initializer.append(tensor)
     model = onnx.shape_inference.infer_shapes(model)
-    if not model.graph.output[0].type.tensor_type.HasField("shape"):
+    kind = model.graph.output[0].type
+    if kind.HasField("tensor_type") and not kind.tensor_type.HasField("shape"):
         model.graph.output[0].type.tensor_type.shape.dim.add().dim_param = "batch"
         for _ in range(2):
             model.graph.output[0].type.tensor_type.shape.dim.add()
@@ -174,6 +175,36 @@ def test_sequences_in_float16(name: str, tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((4, 5, 6)).astype("f")
     got, want = (open_session(p, "cpu").run({"x": x})["y"] for p in (out, path))
     assert 0 < rel(got, want) < 8e-3
+
+
+SEQUENCE = "a = MatMul(x, q) y = SplitToSequence<axis = -1>(a, four)"
+
+
+@pytest.mark.parametrize("how", ["merged", "load", "batch", "optimise", "float16", "int8"])
+def test_an_output_that_is_a_sequence(how: str, tmp_path: Path) -> None:
+    """Its tensors are compared one by one, as y[0] and y[1]."""
+    path = saved(tmp_path, SEQUENCE, y="seq(float[batch, length, 4]) y")
+    one, two = adapters_of(path)
+    options: dict[str, Any] = {
+        "optimise": {"optimise": True}, "batch": {"adapters": [one, two], "mode": how},
+    }.get(how, {"adapters": one, "mode": how})  # fmt: skip
+    if how in ("float16", "int8"):
+        options = {"precision": how}
+    assert lora_fx.export(path, tmp_path / "o.onnx", provider="cpu", **options)
+    assert lora_fx.verify(path, path, provider="cpu")
+    x = np.random.default_rng(1).standard_normal((2, 3, 6)).astype("f")
+    ids = {"adapter_ids": np.array([0, 0])} if how == "batch" else {}
+    got = open_session(tmp_path / "o.onnx", "cpu").run({"x": x, **ids})
+    base = open_session(path, "cpu").run({"x": x})
+    assert {*got} == {*base} == {"y[0]", "y[1]"} and base["y[1]"].shape == (2, 3, 4)
+    assert (rel(got["y[1]"], base["y[1]"]) > 0.05) == (how == "merged")
+
+
+def test_a_sequence_in_mode_switch_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, SEQUENCE, y="seq(float[batch, length, 4]) y")
+    (one, _) = adapters_of(path)
+    with pytest.raises(LoraFxError, match=r"output 'y' is seq\(tensor\(float\)\)"):
+        lora_fx.export(path, tmp_path / "o.onnx", provider="cpu", adapters=one, mode="switch")
 
 
 # Batch mode and a batch that is fixed: the hint does not come back with the same error.
