@@ -51,8 +51,17 @@ WITH_NAN = ("float16", "bfloat16", "float32", "float64")
 Tables = Sequence[ir.Value]
 
 
-def batch_symbol(model: ir.Model) -> str:
+def batch_symbol(
+    model: ir.Model,
+    why: str = "",
+    hint: str = "capture with a dynamic batch (--dynamic NAME:0=batch)",
+) -> str:
     """The symbol of dimension 0 that the inputs share.
+
+    Args:
+        model: The model.
+        why: Why it may have none, for the error.
+        hint: What to do then.
 
     Raises:
         LoraFxError: No input has a dynamic dimension 0, or they differ.
@@ -64,9 +73,9 @@ def batch_symbol(model: ir.Model) -> str:
     } - {"None"}
     if len(found) != 1:
         had = ", ".join(sorted(found)) or "none"
+        had = f"{had}: {why}" if why else had
         raise LoraFxError(
-            f"batch mode needs one dynamic dimension 0 over the inputs; found {had}",
-            "capture with a dynamic batch (--dynamic NAME:0=batch)",
+            f"batch mode needs one dynamic dimension 0 over the inputs; found {had}", hint
         )
     return found.pop()
 

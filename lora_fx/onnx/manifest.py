@@ -184,6 +184,48 @@ class Manifest:
         for key in dict.fromkeys(known[name] for name in tensors):
             self._check_pair(self.slots[key], tensors, where)
 
+    def check_declared(
+        self, declared: Mapping[str, tuple[str, Sequence[object]]], where: str
+    ) -> None:
+        """Compare the slots with what the graph has of them; another program may have changed it.
+
+        Args:
+            declared: Dtype and shape of the graph's tensors by name; sizes that are free are no
+                numbers.
+            where: What errors call the file.
+
+        Raises:
+            LoraFxError: A slot that the graph has no longer, or has in another dtype or shape.
+        """
+        hint = (
+            "a program that simplifies or converts models has changed it since (onnxsim folds what "
+            "has a default): take the file that export wrote"
+        )
+        for key, slot in self.slots.items():
+            wanted = {
+                slot.a: (*slot.batch, slot.inside, None),
+                slot.b: (*slot.batch, None, slot.out),
+            }
+            for name, sizes in wanted.items():
+                if name not in declared:
+                    raise LoraFxError(
+                        f"{where}: the graph has no {name!r}, which its manifest names for {key!r}",
+                        hint,
+                    )
+                dtype, shape = declared[name]
+                if dtype != slot.dtype:
+                    raise LoraFxError(
+                        f"{where}: {name!r} is {dtype}, and {slot.dtype} in its manifest", hint
+                    )
+                pairs = zip(sizes, shape, strict=False)
+                fixed = [(size, n) for size, n in pairs if size is not None and isinstance(n, int)]
+                same = len(sizes) == len(shape) and all(size == n for size, n in fixed)
+                if not same:
+                    shown = ", ".join("rank" if n is None else str(n) for n in sizes)
+                    raise LoraFxError(
+                        f"{where}: {name!r} is {list(shape)}, and [{shown}] in its manifest", hint
+                    )
+
     def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors with zeros up to the rank of their slots, which change no product."""
         result = {}

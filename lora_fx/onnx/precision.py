@@ -28,7 +28,7 @@ from lora_fx.compare import STEPS
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.read import scratch_folder
-from lora_fx.onnx.graph.flow import bodies_of, values_of
+from lora_fx.onnx.graph.flow import bodies_of, is_tensor, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.save import weight_bytes
 from lora_fx.onnx.stages import Feeds, WorstError, peaks
@@ -328,7 +328,7 @@ class ToHalf(ir.passes.InPlacePass):
         if bodies_of(node):
             return False
         values = [v for v in (*node.inputs, *node.outputs) if v is not None]
-        known = all(v.dtype is not None for v in values)
+        known = all(v.dtype is not None and is_tensor(v) for v in values)
         return known and any(v.dtype == FULL for v in values)
 
     def _as(self, graph: ir.Graph, value: ir.Value, to: ir.DataType) -> ir.Value:

@@ -287,11 +287,76 @@ def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
     return None if state.axis in {a % r for a, lo, hi in ends if lo or hi} else state
 
 
+def _recurrent(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """X [length, batch, in] and states [directions, batch, hidden]; batch first in layout 1.
+
+    Y is [length, directions, batch, hidden], and [batch, length, directions, hidden] in layout 1.
+    """
+    first = node.attributes.get_int("layout", 0) == 1
+    beside = {4: 0, 5: 0 if first else 1, 6: 0 if first else 1}  # lengths, first states
+    states_beside = [(_state(node, states, slot).axis, axis) for slot, axis in beside.items()]
+    state = _state(node, states, 0)
+    apart = state.axis == (0 if first else 1) and not state.inner
+    if not apart or any(found not in (None, axis) for found, axis in states_beside):
+        return None
+    if first:
+        return state
+    return replace(state, axis=2 if i == 0 else 1)
+
+
+def _reverse_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """Entries of every row are reversed along the time axis, up to the length of the row."""
+    state, lengths = _state(node, states, 0), _state(node, states, 1)
+    rows, time = node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)
+    if lengths.axis is not None and state.axis != rows:
+        return None
+    return None if state.axis == time else state
+
+
+def _tile(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """Rows stay where they are repeated once."""
+    state, times = _keep(node, states, i, batch), numbers(node, "repeats", 1)
+    if state is None or state.axis is None:
+        return state
+    return state if times and state.axis < len(times) and times[state.axis] == 1 else None
+
+
+def _split_to_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """Of every tensor of the sequence, where it has its rows."""
+    state, r = _keep(node, states, i, batch), rank(node.inputs[0])
+    if state is None or state.axis is None or r is None:
+        return None
+    axis = node.attributes.get_int("axis", 0) % r
+    if axis == state.axis:
+        return None
+    gone = operand(node, 1) is None and not node.attributes.get_int("keepdims", 1)
+    return replace(state, axis=state.axis - 1) if gone and axis < state.axis else state
+
+
+def _of_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    """The rows of the sequence and of what is put into it, which have to agree."""
+    last = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(node.op_type)
+    met = {states.get(v, SAME) for v in node.inputs[:last] if v is not None} - {SAME}
+    return met.pop() if len(met) == 1 else None
+
+
+def _concat_from_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+    state, axis = _state(node, states, 0), node.attributes["axis"].as_int()
+    new = node.attributes.get_int("new_axis", 0)
+    r = rank(node.outputs[0])
+    axis = axis + r if axis < 0 and r is not None else axis
+    if state.axis is None or axis < 0:
+        return None
+    if new:
+        return replace(state, axis=state.axis + (axis <= state.axis))
+    return None if axis == state.axis else state
+
+
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
 Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
-Pow PRelu Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan
-Tanh ThresholdedRelu Where Xor"""
+Pow PRelu Reciprocal Relu Round Selu Sigmoid Shrink Sign Sin Sinh Softplus Softsign Sqrt Sub Sum
+Swish Tan Tanh ThresholdedRelu Where Xor"""
 _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
 _WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
 GlobalMaxPool GroupNormalization InstanceNormalization LpPool LRN MaxPool Resize SpaceToDepth"""
@@ -310,6 +375,14 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_OF_CODES.split(), _along(-1)),
     "GatherBlockQuantized": _gather,
     **dict.fromkeys(("Concat", "GatherElements", "ScatterElements"), _along(0, _broadcast)),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
+    **dict.fromkeys(
+        ("SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert"), _of_sequence
+    ),
+    "SplitToSequence": _split_to_sequence,
+    "ConcatFromSequence": _concat_from_sequence,
+    "ReverseSequence": _reverse_sequence,
+    "Tile": _tile,
     "CumSum": _beside("axis", 1),
     "Einsum": _einsum,
     "Expand": _expand,
@@ -346,7 +419,7 @@ def provenance(
         ins = [states.get(v, SAME) for v in node.inputs if v is not None]
         lost = next((s.lost for s in ins if s.lost), "")
         for i, out in enumerate(node.outputs):
-            if node.op_type in ("Shape", "Size"):
+            if node.op_type in ("Shape", "Size", "SequenceLength", "SequenceEmpty"):
                 states[out] = SAME
             elif lost:
                 states[out] = RowAxis(lost=lost)

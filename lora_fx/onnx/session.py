@@ -25,6 +25,7 @@ from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, OTHER_SIZES, SIZES, Input, Inputs, Named
+from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import (
     PROPERTY,
     SERVED,
@@ -101,8 +102,20 @@ class RuntimeSession:
         taken = {*self.input_names, *(i.name for i in optional)}
         known = {k: _widened(feeds[k]) for k in taken.intersection(feeds)}
         names = [o.name for o in self.session.get_outputs()]
-        made = self.session.run(names, known)
-        return dict(zip(names, made, strict=True))
+        return tensors_by_name(names, self.session.run(names, known))
+
+
+def tensors_by_name(
+    names: Sequence[str], outputs: Sequence[Array | Sequence[Array]]
+) -> dict[str, Array]:
+    """The outputs of a run by name, those of a sequence y as `y[0]`, `y[1]` and so on."""
+    tensors: dict[str, Array] = {}
+    for name, value in zip(names, outputs, strict=True):
+        if isinstance(value, list):
+            tensors |= {f"{name}[{i}]": tensor for i, tensor in enumerate(value)}
+        elif isinstance(value, np.ndarray):
+            tensors[name] = value
+    return tensors
 
 
 @contextlib.contextmanager
@@ -269,13 +282,22 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
 
     expect_path(path, "the model", "the path of an .onnx file")
     try:
-        text = ir.load(fspath(path)).metadata_props.get(PROPERTY)
+        model = ir.load(fspath(path))
+        text = model.metadata_props.get(PROPERTY)
     except Exception as e:  # protobuf's and the system's errors have no common base
         raise LoraFxError(
             f"{fspath(path)}: not an ONNX file that can be read",
             "is it a file of lora-fx export --mode switch, load or batch?",
         ) from e
-    return _manifest(text, fspath(path))
+    manifest = _manifest(text, fspath(path))
+    slots = list(model.graph.inputs)
+    if manifest.mode == "load":
+        slots = list(model.graph.initializers.values())
+    if manifest.mode == "switch":
+        slots = [v for v in slots if v.is_initializer()]
+    declared = {str(v.name): (dtype_name(v), tuple(v.shape or ())) for v in slots}
+    manifest.check_declared(declared, fspath(path))
+    return manifest
 
 
 def _manifest(text: str | None, where: str) -> Manifest:
@@ -363,6 +385,17 @@ class Session:
                 f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
                 "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
             )
+        if self.manifest.mode == "switch":
+            for output in self.session.get_outputs():
+                if not output.type.startswith("tensor("):
+                    raise LoraFxError(
+                        f"output {output.name!r} is {output.type}, which a run with an adapter "
+                        "cannot give; expected a tensor",
+                        "mode merged, load or batch; or let the model end in ConcatFromSequence",
+                    )
+            defaults = self.session.get_overridable_initializers()
+            declared = {i.name: (from_onnx(i.type), i.shape) for i in defaults}
+            self.manifest.check_declared(declared, fspath(path))
         self.ranges = conditions_of(opened.metadata, fspath(path))
         self._inputs = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
@@ -409,8 +442,7 @@ class Session:
             if isinstance(adapter, str) and self.provider == "cpu":
                 return self._run_bound(arrays, adapter)
             if adapter is None:
-                made = self.session.run(self._outputs, arrays)
-                return dict(zip(self._outputs, made, strict=True))
+                return tensors_by_name(self._outputs, self.session.run(self._outputs, arrays))
             feeds = {**_values(arrays), **chosen}
             made = self.session.run_with_ort_values(self._outputs, feeds)
         return {n: v.numpy() for n, v in zip(self._outputs, made, strict=True)}

@@ -24,7 +24,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, one_line, silenced
 from lora_fx.files.read import scratch_folder
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.graph.flow import constant, made_by, numbers, operand
+from lora_fx.onnx.graph.flow import constant, dtype_name, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.names import exact_constants, unfolded
 from lora_fx.onnx.save import save, weight_bytes
@@ -396,7 +396,7 @@ def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
     """Value of the graph → the largest magnitude that it takes, before any rewrite."""
     copy = model.clone()
     shown = [v for n in copy.graph for v in n.outputs if v.name and not v.is_graph_output()]
-    copy.graph.outputs.extend(v for v in shown if v.dtype == ir.DataType.FLOAT)
+    copy.graph.outputs.extend(v for v in shown if dtype_name(v) == "float32")
     found: dict[str, float] = {}
     session = _open(copy, provider)
     for feed in feeds:

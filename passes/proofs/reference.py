@@ -53,7 +53,13 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import RuntimeSession, feeds_of_sizes, open_session, signature
+from lora_fx.onnx.session import (
+    RuntimeSession,
+    feeds_of_sizes,
+    open_session,
+    signature,
+    tensors_by_name,
+)
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
@@ -398,7 +404,8 @@ class OnnxReference:
             feeds = {**feeds, **_factors(updates)}
             for values in (plain, self._outputs(moved, feeds)):
                 for name in (n for n, v in fused.items() if v.any()):
-                    worst[name] = max(worst[name], rel(values[name], fused[name]))
+                    found = max(worst.get(name, self._step), rel(values[name], fused[name]))
+                    worst[name] = found
                 yield worst
 
     def prove(
@@ -471,7 +478,7 @@ class OnnxReference:
         where = f"the model does not run at {sizes_text(sizes)}"
         with retold(where, OTHER_SIZES, most=160):
             values = session.session.run(self._names, dict(feeds))
-        return dict(zip(self._names, values, strict=True))
+        return tensors_by_name(self._names, values)
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
         path = self._path(updates) if updates else None

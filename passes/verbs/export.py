@@ -18,6 +18,7 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
+from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.genai import genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -285,6 +286,13 @@ def opened_adapters(
 # Runtime, with the branches that insert adds.
 
 
+UNNAMED = (
+    "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
+    "onnx.tools.update_model_dims.update_inputs_outputs_dims"
+)
+"""What to do with a file whose inputs share no dynamic dimension 0."""
+
+
 @blaming
 def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
@@ -307,6 +315,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
         if options.mode == "batch":
+            batch_symbol(rewritten.model, "", UNNAMED)
             every = (*found.targets, *found.optional)
             calls = {s.id: f"call:{n}" for t in every for n, s in enumerate(t.sites)}
             stored = {p.name: StoredWeight(p.shape, calls=calls) for p in graph.parameters()}

@@ -31,6 +31,7 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
+from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import copies_of, mark_changed, mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, unround, widen
@@ -240,6 +241,7 @@ def export_slots(model: object, options: ExportOptions) -> Report:
         wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
         graph, keys_of, said = base_of(reference, [*wanted], options)
         sources = _sources(reference.base, graph, keys_of)
+        batch_symbol(graph.model, *_without_batch(captured))
         return files.write_batch(graph, reference, sources, bound, options, said)
     keys, loose = options.chosen(found, bound)
     graph, _, said = base_of(reference, keys, options)
@@ -276,6 +278,20 @@ def _with_whole(
         "file has them without an adapter too"
     )
     return based, {name: kept}, [note]
+
+
+def _without_batch(captured: Captured) -> tuple[str, str]:
+    """Why the inputs of a capture may share no dynamic dimension 0, and what to do then."""
+    specs = [s for s in captured.inputs.specs if s.shape]
+    pinned = {p.input: str(p) for p in captured.pinned if p.dim == 0}
+    asked = [s.name for s in specs if 0 not in s.dims and s.name not in pinned]
+    if asked:
+        names = ", ".join(asked)
+        return "", f"leave dimension 0 of {names} dynamic: drop --static, or --dynamic NAME:0=batch"
+    if pinned:
+        return next(iter(pinned.values())), "use mode merged or switch"
+    names = ", ".join(s.name for s in specs)
+    return "", f"one symbol for all of {names}: --dynamic NAME:0=batch for each"
 
 
 def torch_reference(

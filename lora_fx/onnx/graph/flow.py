@@ -550,9 +550,14 @@ def numbers(
     return [int(n) for n in value.reshape(-1)]
 
 
+def is_tensor(value: ir.Value) -> bool:
+    """Whether a value is a tensor, as far as the model says, and no sequence or option of some."""
+    return not isinstance(value.type, (ir.SequenceType, ir.OptionalType))
+
+
 def dtype_name(value: ir.Value | None) -> str:
-    """The name of a value's dtype; empty where the model does not say."""
-    dtype = None if value is None else value.dtype
+    """The name of a tensor's dtype; empty where the model does not say, and of a sequence."""
+    dtype = None if value is None or not is_tensor(value) else value.dtype
     if dtype is None and value is not None and value.const_value is not None:
         dtype = value.const_value.dtype
     return "" if dtype is None else tensor_dtype(dtype)

@@ -174,7 +174,12 @@ def scaled(
             if not got or not got <= missing:
                 return None
             missing -= got
-        elif node.op_type != "Cast" and not (node.op_type == "Sub" and all(map(stored, others))):
+        elif node.op_type in ("Add", "Sub"):
+            zero_point = node.op_type == "Sub"
+            bias = all(v.dtype == ir.DataType.INT32 for v in others)  # in units of the codes
+            if not (zero_point or bias) or not all(map(stored, others)):
+                return None
+        elif node.op_type != "Cast":
             return None
         value = node.outputs[0]
     return value

@@ -174,6 +174,18 @@ def _nbits(bits: int, block: int, zero: str) -> Coded:
     return Coded(name, body, nbits(bits, block, zero), "MatMulNBits", bits)
 
 
+def with_bias_of_codes(
+    made: Callable[[np.random.Generator], tuple[Tensors, Array]], *shape: int
+) -> Callable[[np.random.Generator], tuple[Tensors, Array]]:
+    """With a bias b in the units of the integers that a product of codes is."""
+
+    def both(rng: np.random.Generator) -> tuple[Tensors, Array]:
+        tensors, w = made(rng)
+        return {**tensors, "b": rng.integers(-9000, 9000, shape).astype(np.int32)}, w
+
+    return both
+
+
 DQL, NODQL = "q, a, o = DynamicQuantizeLinear(x) ", "MatMulInteger(q, w, o, z) f = Cast<to = 1>(i) "
 IMAGE, KERNEL = "float[N,4,9,7]", (6, 4, 3, 2)
 TABLE = {"kind": "embedding", "x": "int64[N,5]", "feed": (3, 5)}
@@ -224,6 +236,25 @@ CODED = [
           "strides = [2, 1]>(q, w, o, z) f = Cast<to = 1>(i) y = Mul(f, t)",
           linear(KERNEL, np.uint8), "ConvInteger", 8, **CONV, own=True,
           attributes={"stride": (2, 1)}),
+    Coded("MatMulInteger, a bias of codes", f"{DQL} t = Mul(a, s) h = MatMulInteger(q, w, o, z) "
+          "i = Add(h, b) f = Cast<to = 1>(i) y = Mul(f, t)",
+          with_bias_of_codes(linear((K, N)), N), "MatMulInteger", 8, own=True),
+    Coded("ConvInteger, a bias of codes",
+          f"{DQL} t = Mul(a, s) h = ConvInteger<pads = [1, 1, 0, 1], "
+          "strides = [2, 1]>(q, w, o, z) i = Add(h, b) f = Cast<to = 1>(i) y = Mul(f, t)",
+          with_bias_of_codes(linear(KERNEL, np.uint8), 1, 6, 1, 1), "ConvInteger", 8, **CONV,
+          own=True, attributes={"stride": (2, 1)}),
+    Coded("ConvInteger, a bias in front, scales one by one",
+          f"{DQL} h = ConvInteger<pads = [1, 1, 0, 1], strides = [2, 1]>(q, w, o, z) "
+          "i = Add(b, h) f = Cast<to = 1>(i) g = Mul(f, s) y = Mul(g, a)",
+          with_bias_of_codes(linear(KERNEL, np.uint8), 6, 1, 1), "ConvInteger", 8, **CONV,
+          own=True, attributes={"stride": (2, 1)}),
+    Coded("ConvInteger, two biases of codes",
+          f"{DQL} t = Mul(a, s) h = ConvInteger<pads = [1, 1, 0, "
+          "1], strides = [2, 1]>(q, w, o, z) i = Add(h, b) j = Sub(i, b) k = Add(b, j) "
+          "f = Cast<to = 1>(k) y = Mul(f, t)",
+          with_bias_of_codes(linear(KERNEL, np.uint8), 1, 6, 1, 1), "ConvInteger", 8, **CONV,
+          own=True, attributes={"stride": (2, 1)}),
     Coded("DynamicQuantizeMatMul", "y = com.microsoft.DynamicQuantizeMatMul(x, w, s, z)",
           linear((K, N)), "DynamicQuantizeMatMul", 8, own=True),
     Coded("MatMulIntegerToFloat", f"{DQL} y = com.microsoft.MatMulIntegerToFloat(q, w, a, s, o, z)",
