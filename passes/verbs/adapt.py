@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.lowrank import LowRank, slots_of
@@ -19,11 +20,12 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.fx.tensors import named_tensors, with_base
+from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.objective import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
@@ -61,6 +63,7 @@ def find(
         dynamic: As in capture.
         training: Look at the train graph; the result is the same.
     """
+    model = unwrapped(model)
     if isinstance(model, CapturedModule):
         return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
@@ -141,6 +144,7 @@ def insert(
         adapter=None if adapter is None else as_adapter(adapter),
         norm_stats=norm_stats, dead=dead, init=init, data=data, loss=loss, fast=fast,
     )  # fmt: skip
+    model = unwrapped(model)
     if is_program(model):
         model = open_program(model, args, kwargs, dynamic)
     held = isinstance(model, Captured) and model.adapter is not None
@@ -150,10 +154,12 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    cap = captured_of(model, args, kwargs, dynamic)
-    if quantise:
-        cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
-    return build_module(cap, options)
+    with torch.inference_mode(False):  # A and B train, wherever insert is called
+        cap = captured_of(model, args, kwargs, dynamic)
+        refuse_inference(cap.model)
+        if quantise:
+            cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
+        return build_module(cap, options)
 
 
 @told
@@ -180,9 +186,9 @@ def fold(
     Returns:
         A module with the original call; `.folded` says what went where and what rounding lost.
     """
+    model = opened(model)
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
-    model = opened(model)
     cap = captured_of(model, args, kwargs, dynamic)
     if adapter is None:
         if not isinstance(model, AdaptedModule):

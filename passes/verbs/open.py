@@ -19,6 +19,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
+from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import beside, taken, tensors_of
@@ -60,6 +61,7 @@ def captured_of(
     A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
     without its weights where `meta` is given.
     """
+    model = unwrapped(model)
     if isinstance(model, Captured):
         return model
     if isinstance(model, CapturedModule):
@@ -117,7 +119,8 @@ def _shares(module: CapturedModule) -> bool:
 
 
 def opened(model: object) -> object:
-    """A .pt2 file, or its capture, that holds branches as its module; anything else as it is."""
+    """A .pt2 file, or its capture, that holds branches as its module; a wrapper's own module."""
+    model = unwrapped(model)
     if is_program(model):
         model = open_program(model)
     if isinstance(model, FileCaptured) and model.adapter is not None:
