@@ -24,6 +24,7 @@ from lora_fx.adapter.variant import on_base
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.targets.target import split_region
+from lora_fx.text import some
 
 
 class AdapterTensors(nn.Module):
@@ -58,6 +59,16 @@ def patched(thing: Any, **values: object) -> Iterator[None]:
 def has_values(tensor: torch.Tensor) -> bool:
     """False for a tensor that is a shape alone: on the meta device, or a fake one of a trace."""
     return tensor.device.type != "meta" and type(tensor).__name__ != "FakeTensor"
+
+
+def refuse_inference(model: nn.Module) -> None:
+    """Raise for weights that torch keeps from every backward pass."""
+    made = [n for n, p in model.named_parameters() if p.is_inference()]
+    if made:
+        raise LoraFxError(
+            f"no gradient goes through weights made in torch.inference_mode: {some(made)}",
+            "make, load or copy the model outside of that block",
+        )
 
 
 def to_numpy(tensor: torch.Tensor | None) -> Array:

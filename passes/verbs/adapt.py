@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
 from lora_fx.adapter.lowrank import LowRank, slots_of
@@ -20,11 +21,12 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
-from lora_fx.fx.tensors import named_tensors, with_base
+from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
@@ -70,6 +72,7 @@ def find(
         dynamic: As in capture.
         training: Look at the train graph; the result is the same.
     """
+    model = unwrapped(model)
     if isinstance(model, CapturedModule):
         refuse_inputs(args, kwargs, dynamic)
         return replace(found_in(model.captured, graph=model.graph(training)), notes=())
@@ -156,6 +159,7 @@ def insert(
         "fast": fast,
     }  # fmt: skip
     options = InsertOptions.of(asked)
+    model = unwrapped(model)
     if is_program(model):
         model = open_program(model, args, kwargs, dynamic)
     held = isinstance(model, Captured) and model.adapter is not None
@@ -165,10 +169,12 @@ def insert(
             "already",
             "insert into the original model; load_adapter replaces an adapter",
         )
-    cap = captured_of(model, args, kwargs, dynamic, adapter=options.adapter)
-    if quantise:
-        cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
-    return build_module(cap, options)
+    with torch.inference_mode(False):  # A and B train, wherever insert is called
+        cap = captured_of(model, args, kwargs, dynamic, adapter=options.adapter)
+        refuse_inference(cap.model)
+        if quantise:
+            cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
+        return build_module(cap, options)
 
 
 @told
@@ -195,9 +201,9 @@ def fold(
     Returns:
         A module with the original call; `.folded` says what went where and what rounding lost.
     """
+    model = opened(model)
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
-    model = opened(model)
     loaded = None if adapter is None else as_adapter(adapter)
     cap = captured_of(model, args, kwargs, dynamic, adapter=loaded)
     if loaded is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
@@ -25,13 +26,13 @@ from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY, Program, Recorder, Value
 from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
-from lora_fx.fx.capture.call import Called, Signature
+from lora_fx.fx.capture.call import Called, Signature, unwrapped, wrappers
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.graph.nodes import argument
+from lora_fx.fx.graph.nodes import argument, aten_ops
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import named_tensors, owner
+from lora_fx.fx.tensors import named_tensors, owner, refuse_inference
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.untie import lone_names, untie
 from lora_fx.inputs import Dynamic, Named
@@ -112,10 +113,12 @@ def attach(
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
         )
-    with contextlib.ExitStack() as ties:
+    with torch.inference_mode(False), contextlib.ExitStack() as ties:  # A and B train
+        live = model if isinstance(model, Captured) else _module(model)
         if options.adapter is not None:
-            model = _apart(model, options.adapter, ties)
-        return _attached(model, Example(args, kwargs, dynamic), options, ties)
+            live = _apart(live, options.adapter, ties)
+        adapted = _attached(live, Example(args, kwargs, dynamic), options, ties)
+    return adapted if isinstance(model, Captured) else model
 
 
 @dataclass(frozen=True)
@@ -147,33 +150,41 @@ def _apart(model: object, adapter: Adapter, ties: contextlib.ExitStack) -> objec
 
 def _attached(
     model: Any, example: Example, options: InsertOptions, ties: contextlib.ExitStack
-) -> Any:
-    """See `attach`; `ties` goes to the attachment, which ties names again when it is taken off."""
-    args, kwargs, dropout = example.args, example.kwargs, options.dropout
+) -> nn.Module:
+    """The module that was adapted.
+
+    Args:
+        model: A module or a capture.
+        example: Its example inputs.
+        options: What is asked for.
+        ties: Goes to the attachment, which ties names again when it is taken off.
+    """
+    args, kwargs = example.args, example.kwargs
     cap: Captured | None
     try:
         captured = isinstance(model, Captured)
         if captured:
             refuse_inputs(args, kwargs, example.dynamic)
-        cap = model if captured else Captured(_module(model), args, kwargs, example.dynamic)
+        cap = model if captured else Captured(model, args, kwargs, example.dynamic)
         if not captured and not example.dynamic:
             cap.fix_sizes()
         model = _module(cap.quantised or cap.model)
+        refuse_inference(model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
-        planner = GraphPlanner(cap.fx_graph(), found_in(cap), dropout)
+        planner = GraphPlanner(cap.fx_graph(), found_in(cap), options.dropout)
     except CaptureError as e:
         call = partial(model, *args, **(kwargs or {}))
-        cap, planner = None, _partial(model, call, dropout, e)
+        cap, planner = None, _partial(model, call, options.dropout, e)
     start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
-    lost: dict[str, str] = {}
-    if options.dead == "drop":  # nobody named them
-        lost = planner.unreached(updates)
-        lost |= planner.misread({k: u for k, u in updates.items() if k not in lost})
-    if len(lost) < len(updates):
-        notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
-        updates = {k: u for k, u in updates.items() if k not in lost}
+    lost = planner.lost(updates)
+    if lost and (options.dead != "drop" or len(lost) == len(updates)):
+        key, why = next(iter(lost.items()))
+        raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert, which reaches it")
+    # nobody named them
+    notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
+    updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
     recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
     alone = recorded and not any(k.endswith("~") or u.use for k, u in updates.items())
@@ -186,6 +197,7 @@ def _attached(
         notes=notes,
         metadata=start.adapter.metadata,
     )
+    state.lost = lost
     state.ties = ties.pop_all()
     signature = Signature(model.forward) if cap is None else cap.signature
     named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
@@ -229,11 +241,18 @@ def detach(model: Any) -> Any:
         LoraFxError: Nothing is attached, or another tool changed a module's class since.
     """
     attachment(model).uninstall()
-    del model.__dict__[REGISTRY]
+    del unwrapped(model).__dict__[REGISTRY]
     return model
 
 
 def _module(model: object) -> nn.Module:
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappers(model)):
+        raise LoraFxError(
+            "a DistributedDataParallel synchronises the parameters that its module had when it was "
+            "made: A and B would differ from process to process",
+            "attach to its module, model.module, then wrap that in DistributedDataParallel again",
+        )
+    model = unwrapped(model)
     if isinstance(model, CapturedModule):
         raise LoraFxError("this module is a captured graph already", "attach to the original model")
     if not isinstance(model, nn.Module) or isinstance(model, Called):
@@ -291,6 +310,7 @@ def _partial(
 
 Owner = tuple[str, str]
 """Module path and leaf."""
+REPEATS = aten_ops("expand repeat")
 
 
 class GraphPlanner(Planner):
@@ -305,7 +325,6 @@ class GraphPlanner(Planner):
     """
 
     def __init__(self, graph: Any, found: Found, dropout: float, *, whole: bool = True) -> None:
-        self.found = found
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
@@ -316,6 +335,7 @@ class GraphPlanner(Planner):
             module, leaf = owner(root, name)
             self.owners.setdefault(canonical, {})[paths[id(module)], leaf] = None
         self.clean = self._clean(graph) if whole else frozenset()
+        self.found = found = self._stored(found) if whole else found
         uses = (
             (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
         )
@@ -339,19 +359,29 @@ class GraphPlanner(Planner):
             and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
 
+    def _stored(self, found: Found) -> Found:
+        """The targets without weights that the model repeats, which no form reaches.
+
+        Where sizes are free, as insert has them, a weight that is repeated for every row is none.
+        """
+        repeated = {
+            t.key: f"{t.key}: the model repeats {', '.join(site.behind)}: no target of attach"
+            for t in found.targets
+            for site in t.sites
+            if site.id not in self.clean and self.graph.weight(site).target in REPEATS
+        }
+        targets = tuple(t for t in found.targets if t.key not in repeated)
+        return replace(found, targets=targets, notes=(*found.notes, *repeated.values()))
+
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """Module path → Form.
 
         Raises:
             LoraFxError: An update that reaches only some of the uses in one forward.
         """
-        branches: dict[str, tuple[Program, Program]] = {}
-        if self.graph is not None:
-            evals, trains = (
-                _Recorded(self.graph, self.stacked).run(updates, self.dropout, training=t)
-                for t in (False, True)
-            )
-            branches = {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
+        branches = self._branches(updates)
+        for key, why in self.unreached(updates, by_weight).items():
+            raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
         pairs = [(self.found[key], update) for key, update in updates.items()]
         result: dict[str, Form] = {}
         for name, group in by_key((t.parameter.name, (t, u)) for t, u in pairs).items():
@@ -359,31 +389,57 @@ class GraphPlanner(Planner):
                 self._place(name, group, branches, by_weight, result)
                 continue
             # a computed weight is no parameter: there is only the output form
-            for key, why in self.unreached([t.key for t, _ in group], by_weight).items():
-                raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
             for site in (s for t, _ in group for s in t.sites):
                 result.setdefault(self.path_of[site.scope], Form()).output = branches[site.id]
         return result
 
+    def _branches(self, updates: Updates) -> dict[str, tuple[Program, Program]]:
+        """Site id → the programs of its new output, in eval and in train mode."""
+        if self.graph is None:
+            return {}
+        evals, trains = (
+            _Recorded(self.graph, self.stacked).run(updates, self.dropout, training=t)
+            for t in (False, True)
+        )
+        return {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
+
     def unreached(
-        self, keys: Iterable[str], by_weight: frozenset[str] = frozenset()
+        self, updates: Updates, by_weight: frozenset[str] = frozenset()
     ) -> dict[str, str]:
-        """Computed weights that are not all of a module's forward, and why each is out of reach."""
+        """Computed weights that no module's output shows, and why each is out of reach."""
+        computed = {k: u for k, u in updates.items() if self.found[k].parameter.name.endswith("~")}
+        branches = self._branches(computed) if computed else {}
         lost = {}
-        for key in keys:
-            for site in self.found[key].sites if key.endswith("~") else ():
+        for key in computed:
+            for site in self.found[key].sites:
+                behind = f"the model computes this weight from {', '.join(site.behind)}"
                 if site.id not in self.clean or self.path_of[site.scope] in by_weight:
-                    behind = f"the model computes this weight from {', '.join(site.behind)}"
                     lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
+                elif site.id not in branches:  # DoRA's norms are those of W + s·B·A
+                    lost[key] = f"{key}: {behind}, and this update needs the weight itself"
         return lost
 
-    def misread(self, updates: Updates) -> dict[str, str]:
+    def lost(self, updates: Updates) -> dict[str, str]:
+        """Updates that no form carries out as the graph has them, and why; insert does."""
+        lost = self.unreached(updates)
+        left = {k: u for k, u in updates.items() if k not in lost}
+        while left:
+            try:
+                forms = self.forms(left)
+            except InseparableError as e:
+                lost[e.key] = e.message
+                del left[e.key]
+                continue
+            misread = self._misread(left, forms)
+            return lost | misread
+        return lost
+
+    def _misread(self, updates: Updates, forms: Mapping[str, Form]) -> dict[str, str]:
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
-        some = {k: u for k, u in updates.items() if self.found[k].other_readers}
-        forms = self.forms(some) if some else {}
         return {
             k: f"{self.found[k].said}, and a matmul reads it outside a module of its own"
-            for k in some
+            for k in updates
+            if self.found[k].other_readers
             for path, leaf in self.owners.get(self.found[k].parameter.name, ())
             if path in forms and leaf in forms[path].weights
         }
@@ -422,7 +478,7 @@ class GraphPlanner(Planner):
                         outside.add(hit)
                 known = known or bool(outside)
                 if len(inside) > 1 or len(outside) > 1:
-                    raise _inseparable(target, f"{path or 'the model'}.forward has both uses")
+                    raise InseparableError(target, f"{path or 'the model'}.forward has both uses")
                 if True in inside | outside:
                     apart = INSIDE if True in inside else OUTSIDE
                     places[target.key] = apart if len(inside | outside) > 1 else ALWAYS
@@ -430,7 +486,7 @@ class GraphPlanner(Planner):
             if not places:
                 continue
             if len(set(places.values())) > 1:
-                raise _inseparable(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
+                raise InseparableError(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
             programs = {branches.get(s.id) for s in own}
             (only,) = programs if len(programs) == 1 else (None,)
             form = result.setdefault(path, Form())
@@ -446,11 +502,15 @@ class GraphPlanner(Planner):
             form.weights[leaf] = weight_form([(t, u) for t, u in group if t.key in places]), where
 
 
-def _inseparable(target: Target, why: str) -> LoraFxError:
-    return LoraFxError(
-        f"{target.key}: the update reaches only some uses of the tensor, and {why}",
-        f"adapt all its uses ({', '.join(target.uses)}), or use lora_fx.insert",
-    )
+class InseparableError(LoraFxError):
+    """An update that reaches only some of the uses that one forward has of its tensor."""
+
+    def __init__(self, target: Target, why: str) -> None:
+        self.key = target.key
+        super().__init__(
+            f"{target.key}: the update reaches only some uses of the tensor, and {why}",
+            f"adapt all its uses ({', '.join(target.uses)}), or use lora_fx.insert",
+        )
 
 
 def weight_form(group: Sequence[Pair]) -> Program:

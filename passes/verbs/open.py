@@ -19,6 +19,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
+from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import beside, taken, tensors_of
@@ -63,6 +64,7 @@ def captured_of(
     without its weights where `meta` is given. Where the adapter saves one name of a tied tensor,
     the capture is of a copy of the model in which this name has a tensor of its own.
     """
+    model = unwrapped(model)
     if isinstance(model, (Captured, CapturedModule)):
         refuse_inputs(args, kwargs, dynamic)
         return apart(model, adapter) if isinstance(model, Captured) else model.captured
@@ -161,7 +163,8 @@ def _shares(module: CapturedModule) -> bool:
 
 
 def opened(model: object) -> object:
-    """A .pt2 file, or its capture, that holds branches as its module; anything else as it is."""
+    """A .pt2 file, or its capture, that holds branches as its module; a wrapper's own module."""
+    model = unwrapped(model)
     if is_program(model):
         model = open_program(model)
     if isinstance(model, FileCaptured) and model.adapter is not None:

@@ -31,6 +31,7 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
+from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
@@ -67,6 +68,7 @@ class Attachment:
         self.updates: dict[str, LowRank] = {}
         self.by_weight: frozenset[str] = frozenset()
         self.proven: dict[str, str] = {}  # key → use
+        self.lost: dict[str, str] = {}  # key of a target that was left out → why
         self._sampled = Base()
         self.forms: dict[str, Form] = {}
         self.effect: Effect | None = None
@@ -215,6 +217,10 @@ class Attachment:
         found = adapted.fitted(adapter, self.found, self.model, self._also, "attach")
         updates = found.lowrank
         for key, update in updates.items():
+            if key in self.lost:
+                raise LoraFxError(
+                    f"{self.lost[key]}: attach left it out", "use lora_fx.insert, which reaches it"
+                )
             if self.proven.get(key) != update.use:
                 raise LoraFxError(
                     f"{key!r} was not adapted when attach compared the model with its graph",
@@ -284,7 +290,7 @@ class Attachment:
 
 def attachment(model: nn.Module) -> Attachment:
     """The Attachment of a model; raises LoraFxError where it has none."""
-    found = model.__dict__.get(REGISTRY)
+    found = unwrapped(model).__dict__.get(REGISTRY)
     if not isinstance(found, Attachment):
         raise LoraFxError(
             f"no adapter is attached to this {type(model).__name__}", "lora_fx.attach(model, …)"
@@ -294,7 +300,7 @@ def attachment(model: nn.Module) -> Attachment:
 
 def is_attached(model: object) -> TypeGuard[nn.Module]:
     """True for a model that attach has changed."""
-    return isinstance(model, nn.Module) and REGISTRY in model.__dict__
+    return isinstance(model, nn.Module) and REGISTRY in unwrapped(model).__dict__
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -271,12 +271,35 @@ class Door:
         return {(n, d): leaves[self.names.index(n)].shape[d] for _, n, d in condition.sizes}
 
 
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
+            "DataParallel": "module"}  # fmt: skip
+"""Classes of torch whose modules call another one, by the name that they hold it under."""
+
+
+def wrappers(model: object) -> Iterator[Any]:
+    """A model and what it wraps, the innermost last: of a plain one itself alone.
+
+    A wrapper puts `_orig_mod.` or `module.` before every name, which is none of the model's.
+    """
+    yield model
+    if isinstance(model, nn.Module) and type(model).__module__.startswith("torch."):
+        inner = model._modules.get(WRAPPERS.get(type(model).__name__, ""))
+        if inner is not None:
+            yield from wrappers(inner)
+
+
+def unwrapped(model: object) -> Any:
+    """The module that torch.compile or a parallel wrapper was given; anything else as it is."""
+    return [*wrappers(model)][-1]
+
+
 def as_module(model: object) -> nn.Module:
     """The module whose forward a capture traces: the model, or one that calls it.
 
     A bound method of a module becomes that module with this method as its forward. A function
     becomes a module that owns the modules and parameters its closure and globals name.
     """
+    model = unwrapped(model)
     if isinstance(model, nn.Module):
         return model
     if not callable(model):
