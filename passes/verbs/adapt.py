@@ -35,6 +35,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.recorded import prove_as_it_is
 from lora_fx.passes.proofs.reference import reference_of
 from lora_fx.passes.verbs.open import (
     Wanted,
@@ -212,6 +213,7 @@ def fold(
     tree = model if isinstance(model, CapturedModule) else cap.model
     module = FoldedModule(cap, tree, rewrite, bound)
     module.folded = tuple(rewrite.report)
+    cap.notes += [n for n in prove_as_it_is(module, bound) if n not in cap.notes]
     return module
 
 

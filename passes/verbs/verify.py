@@ -210,11 +210,13 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
+    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+        prove_as_it_is(model)
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(
