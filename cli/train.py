@@ -49,6 +49,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
+    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     with shared.together(options.pop("device")) as (world, device):
@@ -88,7 +89,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             )
         if not world.first:
             return
-        note(*report.warnings, warns=True)
+        note(*report.warnings, *prove_as_it_is(module), warns=True)
         note(*save_adapter(module.adapter(), output, force=force))
         outputs = [output, curve] if curve else [output]
         if curve:

@@ -131,8 +131,8 @@ def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def probe(trained: Trained) -> Iterator[Factors]:
-    """Random a and b in a model's updates, mode and buffers put back afterwards."""
+def probe(trained: Trained, size: float = SIZE) -> Iterator[Factors]:
+    """Random a and b of a size in a model's updates, mode and buffers put back afterwards."""
     held = held_tensors(trained.model, trained.updates)
     pairs = {key: (fields["a"], fields["b"]) for key, fields in held.items()}
     kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
@@ -142,9 +142,9 @@ def probe(trained: Trained) -> Iterator[Factors]:
                 u = trained.updates[key]
                 new_a, new_b = _drawn(key, u, a.shape[-1], seed=1)
                 a.copy_(torch.from_numpy(new_a))
-                b.copy_(torch.from_numpy(new_b * np.float32(SIZE / abs(u.scale or 1.0))))
+                b.copy_(torch.from_numpy(new_b * np.float32(size / abs(u.scale or 1.0))))
                 if u.frozen:  # a large part of W; the probe is small and random
-                    held[key]["b0"].mul_(SIZE)
+                    held[key]["b0"].mul_(size)
         with as_it_was(trained.model, None):
             yield pairs
     finally:
@@ -386,14 +386,14 @@ class Explicit:
             w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
         with eval_mode(model):
             got = by_output(self.signature.call(model, copied(self.named)))
-        with eval_mode(model), self.state.base(), _data(weights, changed):
+        with eval_mode(model), self.state.base(), parameters_as(weights, changed):
             want = by_output(self.signature.call(model, copied(self.named)))
         gates = {n: TOLERANCE.get(v.dtype.name, 1e-9) for n, v in want.items()}
         return compare(got, want, {}, gates)
 
 
 @contextlib.contextmanager
-def _data(
+def parameters_as(
     weights: Mapping[str, nn.Parameter], changed: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     """Other numbers in the parameters themselves, so that every way of reading them sees them."""

@@ -38,6 +38,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.recorded import prove_as_it_is
 from lora_fx.passes.proofs.reference import FileRerun, reference_of
 from lora_fx.passes.verbs.open import (
     Wanted,
@@ -222,6 +223,7 @@ def fold(
     module.folded = tuple(rewrite.report)
     whole = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
     module.unrounded = {**rewrite.unrounded, **whole}
+    cap.notes += [n for n in prove_as_it_is(module, bound) if n not in cap.notes]
     return module
 
 

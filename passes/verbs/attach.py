@@ -186,8 +186,11 @@ def _attached(
     notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
     updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
-    recorded = cap is not None and any(p.rung == "recorded" for p in cap.pinned)
-    alone = recorded and not any(k.endswith("~") or u.use for k, u in updates.items())
+    alone = (
+        cap is not None
+        and cap.recorded
+        and not any(k.endswith("~") or u.use for k, u in updates.items())
+    )
     probe = {k: proofs.random_values(k, u) for k, u in updates.items()}
     state = Attachment(
         model,

@@ -38,6 +38,7 @@ from lora_fx.passes.fold import exact
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
+from lora_fx.passes.proofs.recorded import prove_drawn
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
@@ -356,6 +357,7 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
         module.load_adapter(start.bound)
     if options.adapter is not None:
         module.check_base(options.adapter)
+    module.say(*prove_drawn(module))
     return module
 
 

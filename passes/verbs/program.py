@@ -28,6 +28,7 @@ from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import is_real
+from lora_fx.passes.proofs.recorded import prove_as_it_is
 from lora_fx.passes.verbs.open import load_program
 
 
@@ -57,6 +58,7 @@ def save_program(
     modes, notes = [False], []
     try:
         module.captured.allows(False, module._norm_stats)
+        notes += prove_as_it_is(module)
         if isinstance(module, FoldedModule):
             notes.append("a folded model has no train program")
         else:

@@ -215,12 +215,14 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     from lora_fx.fx.capture.call import unwrapped
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
+    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+        prove_as_it_is(model)
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(

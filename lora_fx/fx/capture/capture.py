@@ -183,6 +183,11 @@ class Captured:
         return self.traced(False, self.named).pinned
 
     @property
+    def recorded(self) -> bool:
+        """Whether the eval graph is one recorded run, which has the branches of the base."""
+        return any(pin.rung == "recorded" for pin in self.pinned)
+
+    @property
     def ranges(self) -> tuple[Condition, ...]:
         """The sizes, each once, at which the path that was captured is the one that is taken."""
         door = self.traced(False, self.named).door

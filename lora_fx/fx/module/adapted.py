@@ -139,6 +139,10 @@ class AdaptedModule(CapturedModule):
         """What insert had to say."""
         return self._notes
 
+    def say(self, *notes: str) -> None:
+        """Add notes, each once, for the report."""
+        self._notes = tuple(dict.fromkeys((*self._notes, *notes)))
+
     @property
     def updates(self) -> Updates:
         """Key → the update as it was inserted (ranks, alphas and layouts hold)."""

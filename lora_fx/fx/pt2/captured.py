@@ -83,6 +83,11 @@ class FileCaptured(Captured):
         plain = inspect.Signature([kinds(name, kinds.POSITIONAL_OR_KEYWORD) for name in named])
         signature = held_signature(plain, named)
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
+        if manifest.get("recorded"):
+            self.notes.append(
+                f"{self.path} holds one recorded run, and not the live model: that it holds for "
+                "other weights cannot be proven"
+            )
         self.programs: dict[bool, list[str]] = {}
         if manifest:
             for n, mode in manifest["programs"].items():
@@ -226,6 +231,11 @@ class FileCaptured(Captured):
         self._settle(traced)
         self.tracings[name,] = [traced]
         return traced
+
+    @property
+    def recorded(self) -> bool:
+        """False: there is no live model to run beside it, as the notes say."""
+        return False
 
     def plain(self) -> FileCaptured:
         """This model without the adapter that its file holds."""

@@ -288,6 +288,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
             for name, (_, traced) in programs.items()
         },
         "norm_stats": module._norm_stats,
+        "recorded": captured.recorded,
         "adapter": _adapter(module) if isinstance(module, AdaptedModule) else None,
     }
 

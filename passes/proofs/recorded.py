@@ -1,0 +1,247 @@
+"""A recorded run holds for an adapter: the live model with W + s·b·a gives the graph's numbers.
+
+    f(x; W + s·b·a)  =  graph(x; W, a, b)
+
+A recorded run has the branches that the example took with the base's weights. Where weights decide
+a branch or a number of steps (a loop until it converges, the largest of a weight's rows, an early
+exit), the graph goes the base's way whatever is learnt. So the user's own module runs once with
+W + s·b·a in its parameters: with the adapter as it is and, where that may still change, with drawn
+a and b, small ones and ones as large as the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.variant import variant_of
+from lora_fx.compare import ORT_TOL, Parity
+from lora_fx.dtypes import Array
+from lora_fx.errors import NoEffectError, one_line
+from lora_fx.fx.capture.capture import Captured, copied
+from lora_fx.fx.codes import forms
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
+from lora_fx.inputs import Named
+from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.passes.find import find
+from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe
+from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
+from lora_fx.progress import stage
+from lora_fx.targets.target import base_name, split_key
+from lora_fx.text import some
+
+LARGE = 1.0
+"""The size of drawn a and b that are as large as the weights: thresholds of norms lie so far."""
+MOST = 16
+"""Updates that are tried alone, to name those that matter."""
+
+
+class NotRun(Exception):
+    """Why the live model cannot be run with an adapter."""
+
+
+def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
+    """Prove a module whose adapter is to be trained or chosen; returns what has to be said.
+
+    Updates of what is no parameter of the live model stay as they are, and are named.
+
+    Raises:
+        NoEffectError: The live model gives other numbers.
+    """
+    if not module.captured.recorded:
+        return ()
+    if module.changes_anything() and (said := prove_as_it_is(module)):
+        return said
+    left_out = _left_out(module.captured, module.updates)
+    keys = [key for key in module.updates if key not in left_out]
+    try:
+        for size in (SIZE, LARGE):
+            if parity := _differs_drawn(module, keys, left_out, size):
+                alone = [k for k in keys[:MOST] if _differs_drawn(module, [k], left_out, size)]
+                raise _refused(parity, alone)
+    except NotRun as e:
+        return (f"{NOT_RUN}: {e}",)
+    return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
+
+
+def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tuple[str, ...]:
+    """Prove a module with the adapter that it holds; returns what has to be said.
+
+    Args:
+        module: What insert or fold made.
+        adapter: What was folded; that of the module otherwise.
+
+    Raises:
+        NoEffectError: The live model gives other numbers.
+    """
+    if not module.captured.recorded:
+        return ()
+    if adapter is None:
+        if not isinstance(module, AdaptedModule):
+            return ()
+        adapter = module.adapter()
+    if left_out := _left_out(module.captured, adapter.lowrank):
+        return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
+    try:
+        if parity := _differs(module, adapter):
+            raise _refused(parity, [])
+    except NotRun as e:
+        return (f"{NOT_RUN}: {e}",)
+    return ()
+
+
+NOT_RUN = "one recorded run, and the live model was not run with W + s·b·a"
+
+
+def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
+    """The error of a graph that goes another way than the live model.
+
+    Args:
+        parity: How far apart they are.
+        keys: The updates that make them differ alone, where that is known.
+    """
+    which = some(keys, 5) if keys else "weights"
+    names = ",".join(key.removesuffix(".weight") for key in keys[:5])
+    leave = (
+        f"--exclude {names} leaves them as they are; or" if keys else "train from there anew, or"
+    )
+    return NoEffectError(
+        f"one recorded run does not hold for an adapter: {which} decide what the model does, and "
+        f"with W + s·b·a output {parity.output!r} of the live model is rel {parity.rel:.2e} from "
+        f"the graph's, the gate is {parity.tol:.1e}",
+        f"{leave} compute both ways with torch.where",
+    )
+
+
+def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
+    """Updates that the live model's own parameters cannot hold alone, and why."""
+    found = find(captured.fx_graph())
+    weights, (first, _) = dict(captured.model.named_parameters()), named_tensors(captured.model)
+    computed = {base_name(t.key) for t in (*found.targets, *found.optional) if "~" in t.key}
+    why: dict[str, str] = {}
+    for key, update in updates.items():
+        name = base_name(key)
+        if first.get(name, "") not in weights:
+            why[key] = f"{key!r}, which is computed from other parameters"
+        elif update.use:
+            why[key] = f"{key!r}, which is one use of a tensor that others read too"
+        elif found[key].other_readers or f"{name}~" in computed:
+            why[key] = f"{key!r}, which other ops read too, without the update"
+    return why
+
+
+def _differs_drawn(
+    module: AdaptedModule, keys: Sequence[str], left_out: Collection[str], size: float
+) -> Parity | None:
+    """How far apart the two are with drawn a and b in some updates; None where they are not.
+
+    Those that are left out have no effect yet, and those of other keys what they have.
+    """
+    chosen = {key: module.updates[key] for key in keys}
+    with probe(replace(Trained.of(module), updates=chosen), size):
+        entries = module.adapter().entries
+        held = Adapter({key: entry for key, entry in entries.items() if key not in left_out})
+        return _differs(module, held, large=size == LARGE)
+
+
+@stage("running the live model with W + s·b·a")
+def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -> Parity | None:
+    """Compare on the example; a large probe that makes no finite numbers tells nothing.
+
+    Raises:
+        NotRun: The live model cannot be run with the adapter.
+    """
+    captured = module.captured
+    was = module.training
+    try:
+        _check_alike(module)
+        changed = _changed(captured, adapter)
+        with eval_mode(module):
+            ours = module.flat(captured.named)
+        expected = _live(captured, changed, captured.named)
+        if large and not all(_finite(v) for v in (*ours.values(), *expected.values())):
+            return None
+        parity = prove(
+            lambda feeds: _live(captured, changed, named_of(captured.named, feeds)),
+            module,
+            arrays=arrays_of(captured.named),
+            tol=ORT_TOL,
+            of="the live model",
+        )
+    finally:
+        module.train(was) if was else module.eval()
+    return next((p for p in parity if not p.ok), None)
+
+
+def _check_alike(module: CapturedModule) -> None:
+    """Raise where the module lies elsewhere, or in another dtype, than the live model."""
+    captured = module.captured
+    here, there = device_of(module), device_of(captured.model)
+    if module.base_dtype != captured.base_dtype or here != there:
+        raise NotRun(
+            f"the module is {dtype_name(module.base_dtype)} on {here}, and the model "
+            f"{dtype_name(captured.base_dtype)} on {there}"
+        )
+
+
+def _finite(values: Array) -> bool:
+    return values.dtype.kind not in "fc" or bool(np.isfinite(values).all())
+
+
+def _live(
+    captured: Captured, changed: Mapping[str, torch.Tensor], named: Named
+) -> dict[str, Array]:
+    """The outputs of the user's own module with other numbers in its parameters."""
+    model = captured.model
+    weights = dict(model.named_parameters())
+    try:
+        with eval_mode(model), parameters_as(weights, changed):
+            return by_output(captured.signature.call(model, copied(named)))
+    except Exception as e:  # of the user's code
+        raise NotRun(f"it raises {type(e).__name__}: {one_line(e, 120)}") from e
+
+
+def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """First name of a parameter → W + s·b·a, in fp64 before it is rounded to W's dtype.
+
+    Raises:
+        NotRun: The weights are no plain numbers.
+    """
+    model = captured.model
+    weights, (first, _) = dict(model.named_parameters()), named_tensors(model)
+    if captured.quantised is not None or forms(model) or any(p.is_meta for p in weights.values()):
+        raise NotRun("its weights are no plain numbers")
+    changed: dict[str, Array] = {}
+
+    def parameter(key: str) -> str:
+        name = first[base_name(key)]
+        changed.setdefault(name, weights[name].detach().double().numpy(force=True).copy())
+        return name
+
+    for key, full in adapter.full.items():
+        changed[parameter(key)] = np.asarray(full.value, np.float64)
+    for key, update in adapter.lowrank.items():
+        w = changed[parameter(key)]
+        _, region = split_key(key, w.shape)
+        part = tuple(slice(lo, hi) for lo, hi in region)
+        w[part] += _delta(update, w[part])
+    return {name: from_numpy(value).to(weights[name]) for name, value in changed.items()}
+
+
+def _delta(update: LowRank, weight: Array) -> Array:
+    """W' − W of an update in the stored shape."""
+    assert update.layout is not None
+    emitter = NumpyEmitter()
+    delta = update.layout.to_stored(emitter, update.matrix())
+    if update.magnitude is None:
+        return np.asarray(delta)
+    magnitude = np.asarray(update.magnitude, np.float64)
+    return np.asarray(variant_of(update).change(emitter, update.layout, weight, delta, magnitude))
