@@ -194,7 +194,7 @@ def names(pair: Pair) -> Iterator[Finding]:
 
 def dropped(pair: Pair) -> Iterator[Finding]:
     """target_modules has every module that the file has an update of."""
-    fields = {**pair.raw.config, "modules_to_save": None}
+    fields = {**pair.raw.config, "modules_to_save": None, "task_type": None}
     listed = fields.get("target_modules")
     if not listed or listed == "all-linear" or fields.get("target_parameters"):
         return

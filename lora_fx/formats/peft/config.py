@@ -311,9 +311,23 @@ def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
     return sorted(unused)
 
 
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""task_type → what PEFT adds to modules_to_save for it: names of which a model has one."""
+
+
+def heads_of(config: JsonView) -> tuple[str, ...]:
+    """The names that PEFT adds to modules_to_save; older files have them in no list."""
+    task = config.get("task_type")
+    return HEADS.get(task, ()) if isinstance(task, str) else ()
+
+
 def listed_whole(config: JsonView) -> tuple[str, ...]:
-    """The names in modules_to_save."""
-    return _texts(config.get("modules_to_save"))
+    """The names in modules_to_save, with those that PEFT adds."""
+    return tuple(dict.fromkeys((*_texts(config.get("modules_to_save")), *heads_of(config))))
 
 
 def saved_whole(config: JsonView, module: str) -> bool:
@@ -357,7 +371,9 @@ _NOT_LINEAR = re.compile(
 
 def facts(config: JsonView) -> Json:
     """The fields of a config that say which modules it adapts; JSON, for an adapter's metadata."""
-    return {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
+    kept = {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
+    whole = listed_whole(config)
+    return {**kept, "modules_to_save": list(whole)} if whole else kept
 
 
 def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: list[str]) -> Json:

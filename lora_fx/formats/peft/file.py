@@ -59,10 +59,6 @@ _BESIDE = {
 """Parts of a layer: the tensor's name, what it is of, and the field that calls for it."""
 
 
-HEADS, CLASSIFIES = ("classifier", "score"), ("SEQ_CLS", "TOKEN_CLS")
-"""What PEFT adds to modules_to_save for these task types: names of which a model has one."""
-
-
 def decode(source: PeftFile, ours: JsonView) -> Adapter:
     """The adapter of one file with peft_type LORA.
 
@@ -88,8 +84,9 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     whole = [k.rpartition(".")[0] for k, entry in entries.items() if isinstance(entry, Full)]
     listed = dict.fromkeys(fields.listed_whole(config))
     there = {n for n in listed for m in whole if fields.saved_whole({"modules_to_save": [n]}, m)}
-    heads = {*HEADS} if config.get("task_type") in CLASSIFIES and there & {*HEADS} else set()
-    for module in (m for m in listed if m not in there | heads):
+    heads = {*fields.heads_of(config)}
+    unsaid = heads if there & heads or not config.get("modules_to_save") else set()
+    for module in (m for m in listed if m not in there | unsaid):
         notes.append(f"{file}: modules_to_save {module!r} has no tensor in the file")
     metadata |= fields.target_facts(config, reader.modules, file, notes)
     if ours:  # which names each update, and the config names modules in full
@@ -333,7 +330,9 @@ def read_rest(
         elif _is_whole(name, short, source, bool(found)):
             # PEFT asked to save embeddings writes a trained one twice, under its wrapper as well.
             key = short.replace(".modules_to_save.", ".")
-            full, old = source.full(name), entries.get(key)
+            # PEFT writes an unlisted one into the model's own tensor, which may have other names
+            listed = fields.saved_whole(source.config, short.rpartition(".")[0])
+            full, old = replace(source.full(name), tied=not listed), entries.get(key)
             if not isinstance(old, Full) or not np.array_equal(old.value, full.value):
                 source.add(entries, key, full, name)
     _check_tokens(source, entries)
@@ -416,6 +415,9 @@ def _check_tokens(source: PeftFile, entries: Mapping[str, Entry]) -> None:
         )
 
 
+_ANY_HEAD = {"modules_to_save": [name for names in fields.HEADS.values() for name in names]}
+
+
 def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
     """True for a whole tensor to keep, False for one that is noted; raises for others."""
     module = short.rpartition(".")[0]
@@ -429,7 +431,8 @@ def _is_whole(name: str, short: str, source: PeftFile, low_rank: bool) -> bool:
     if not name.startswith(OWN) and ".lora_" not in short and module:
         if fields.saved_whole(source.config, module):
             return True
-        if low_rank and value.ndim == 2 and short.endswith(".weight"):
+        table = value.ndim == 2 and short.endswith(".weight")
+        if low_rank and (table or fields.saved_whole(_ANY_HEAD, module)):
             # PEFT stores resized embeddings and heads so, without listing them, beside updates.
             source.notes.append(f"{source.name}: {name!r} replaces a whole tensor of the model")
             return True

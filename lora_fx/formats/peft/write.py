@@ -202,12 +202,17 @@ class _Writer:
         for key, bias in self.adapter.full.items():
             module, _, leaf = key.rpartition(".")
             if key in full:
-                self._put(key, f"{PREFIX}{layers[key][1].lead}.{WRAPPER}.bias", bias.value)
+                name = f"{PREFIX}{layers[key][1].lead}.{WRAPPER}.bias"
                 self.fields.setdefault("bias", "lora_only")
             elif leaf == "bias" and module and module not in whole and is_float(bias.value):
-                self._put(key, PREFIX + key, bias.value)
+                name = PREFIX + key
                 self.fields["bias"] = "all"
                 full.add(key)
+            else:
+                continue
+            self._put(key, name, bias.value)
+            tied = list(bias.twins) or bias.tied
+            self.described[key] = {"full": name, "tied": tied}  # PEFT takes it for all names
         return full
 
     def _is_bias_of(self, entry: Dense, owner: str, form: PeftForm) -> bool:
