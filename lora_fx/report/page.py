@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -100,10 +101,7 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
         yield Fact("Merges", f"{good} of {count}", "done", good == count)
     parity: list[JsonView] = result.get("parity") or []
     if parity:
-        worst = max(parity, key=_nearness)
-        gate = f"gate {number(worst['tol'])}; {plural(len(parity), 'comparison')}"
-        rel = "∞" if worst["rel"] is None else number(worst["rel"])
-        yield Fact("Largest relative error", rel, gate, all(p["ok"] for p in parity))
+        yield _decisive(parity)
     yield from _training(result)
     if lost := [row.rounding for row in rows if row.rounding is not None]:
         most, of = max(lost), f"of {len(lost)} tensors"
@@ -147,8 +145,28 @@ def headline(error: str, most: int = 90) -> str:
     return (told[:cut] if cut > most / 3 else told[:most].rpartition(" ")[0] or told[:most]) + " …"
 
 
-def _nearness(p: JsonView) -> float:
-    return float("inf") if p["rel"] is None else p["rel"] / max(p["tol"], 1e-30)
+def _decisive(parity: Sequence[JsonView]) -> Fact:
+    """The comparison that the answer hangs on.
+
+    Of those that failed it is the one that is furthest over its gate. Where all hold it is the
+    largest, which is how near the two are: a fold that nearly fills a gate of 1e-6 is not.
+    """
+    failed = [p for p in parity if not p["ok"]]
+    telling = failed or [p for p in parity if not p.get("blank")] or parity
+    decisive = max(telling, key=_over_gate if failed else _size)
+    of = f"; {decisive['of']}" if decisive.get("of") else ""
+    beside = f"gate {number(decisive['tol'])}{of}; {plural(len(parity), 'comparison')}"
+    rel = "∞" if decisive["rel"] is None else number(decisive["rel"])
+    label = "Relative error over its gate" if failed else "Largest relative error"
+    return Fact(label, rel, beside, not failed)
+
+
+def _size(p: JsonView) -> float:
+    return math.inf if p["rel"] is None else float(p["rel"])
+
+
+def _over_gate(p: JsonView) -> float:
+    return _size(p) / max(p["tol"], 1e-30)
 
 
 def _training(result: JsonView) -> list[Fact]:

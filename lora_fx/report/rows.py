@@ -57,7 +57,7 @@ def rows_of(result: JsonView) -> list[Row]:
     """
     rows: dict[str, Row] = {}
     flops = result.get("flops") or {}
-    total = (flops.get("reached") or 0) + (flops.get("refused") or 0)
+    total = sum(flops.get(of) or 0 for of in ("reached", "refused", "unreached"))
     for row, found in _told(rows, result, "targets"):
         _target(row, found, total)
     for row, found in _told(rows, result, "tensors"):

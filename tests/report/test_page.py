@@ -290,7 +290,47 @@ def test_the_worst_comparison_is_in_the_strip() -> None:
     assert re.search(r"class=good><dt>Largest relative error</dt><dd class=value>9.00e-04", text)
     over = {**ok, "rel": 2e-6, "ok": False}
     text = page({"command": "verify", "ok": False, "parity": [near, over]})
-    assert re.search(r"class=bad><dt>Largest relative error</dt><dd class=value>2.00e-06", text)
+    assert re.search(
+        r"class=bad><dt>Relative error over its gate</dt><dd class=value>2.00e-06", text
+    )
+
+
+FOLD = {
+    "sizes": {"x": [2]},
+    "max_abs": 1e-7,
+    "rel": 9.1e-7,
+    "tol": 1e-6,
+    "output": "y",
+    "of": "fold",
+}
+INT8 = {**FOLD, "rel": 0.1183, "tol": 0.3, "of": "onnxruntime"}
+BLANK = {**FOLD, "rel": 0.5, "tol": 2.0, "blank": True, "of": "b"}
+EXACT = {**FOLD, "rel": 0.0, "of": "c"}
+
+
+@pytest.mark.parametrize(
+    ("parity", "value", "of"),
+    [
+        ([FOLD, INT8], "0.1183", "onnxruntime"),
+        ([INT8, FOLD], "0.1183", "onnxruntime"),
+        ([EXACT, FOLD], "9.10e-07", "fold"),
+        ([BLANK, FOLD], "9.10e-07", "fold"),  # a comparison that proves nothing decides nothing
+        (
+            [{**FOLD, "rel": 3e-5, "tol": 4e-5}, {**INT8, "rel": 2e-5, "tol": 2.1e-5}],
+            "3.00e-05",
+            "fold",
+        ),
+        ([{**INT8, "rel": 1e-3, "tol": 0.3}, {**FOLD, "rel": 9.99e-7}], "1.00e-03", "onnxruntime"),
+    ],
+)
+def test_the_largest_of_what_holds_comes_first(parity: list[Any], value: str, of: str) -> None:
+    """It is the number of the heading: on 1358f462 the one nearest to its gate was called so."""
+    rows = [{**p, "ok": True} for p in parity]
+    text = page({"command": "export", "ok": True, "mode": "merged", "parity": rows})
+    strip = (
+        rf"class=good><dt>Largest relative error</dt><dd class=value>{value}</dd><dd class=beside>"
+    )
+    assert re.search(rf"{strip}gate [^<;]*; {of}; 2 comparisons", text)
 
 
 def test_a_long_run_is_drawn_as_means_and_one_without_validation_says_so() -> None:
