@@ -221,7 +221,7 @@ ONNX: dict[str, Case] = {
         graph_with(functions(3, loop=True)), READ_ONNX, say="calls itself"
     ),
     "65,536 calls": Case(graph_with(functions(16)), READ_ONNX, say="nodes"),
-    "16,384 calls": Case(graph_with(functions(14)), READ_ONNX, say="at most 20"),
+    "32,768 calls": Case(graph_with(functions(15)), READ_ONNX, say="at most 20"),
     "functions of great depth": Case(graph_with(functions(3000)), READ_ONNX),
     "typed data, too few": Case(graph_with(typed(23)), READ_ONNX, say="23 numbers"),
     "typed data, too many": Case(graph_with(typed(25)), READ_ONNX, say="25 numbers"),
