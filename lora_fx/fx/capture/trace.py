@@ -399,10 +399,13 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
     with watched[0], watched[1], EveryLayer(said) if model.training else contextlib.nullcontext():
         yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
     if _drawn_outside() != before:
+        cure = "draw them by torch"
+        if getattr(getattr(model, "config", None), "apply_spec_augment", False):
+            cure = "set config.apply_spec_augment = False, since its masks are drawn by numpy"
         raise CaptureError(
             f"cannot capture {type(model).__name__} in {'train' if model.training else 'eval'} "
             "mode: it draws random numbers by numpy or Python, which a graph would keep",
-            "draw them by torch; lora_fx.attach trains the live model",
+            f"{cure}; lora_fx.attach trains the live model",
         )
 
 
