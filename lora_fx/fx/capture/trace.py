@@ -352,14 +352,14 @@ def _same_dtypes() -> Iterator[None]:
 
     torch puts new parameters in the place of those of a trace, and fails, since the trace has them.
     """
-    apply = nn.Module._apply
+    apply: Callable[..., Any] = nn.Module._apply
 
     def changed(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         with torch.no_grad():
             new = fn(tensor)
         return (new.dtype, new.device, new.shape) != (tensor.dtype, tensor.device, tensor.shape)
 
-    def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         if any(changed(t, fn) for t in (*self.parameters(recurse), *self.buffers(recurse))):
             return apply(self, fn, recurse)
         return self
