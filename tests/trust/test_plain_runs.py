@@ -8,6 +8,7 @@ behind a `no_grad` block: for the rest of the graph, and for whatever the user r
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -251,3 +252,43 @@ def test_a_recorded_run_switches_no_gradient_off(kind: type[Recorded]) -> None:
     assert rel(module.eval()(x).detach().numpy(), want(x).detach().numpy()) < 1e-6
     assert torch.is_grad_enabled()
     assert_gradients(module, want, x)
+
+
+# Numbers that numpy draws: refused in one line, with the way on of the models that are known.
+
+
+class Masked(nn.Module):
+    """Draws a mask by numpy in train mode, as the SpecAugment of WavLM and Hubert does."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and getattr(self.config, "apply_spec_augment", True):
+            x = x * torch.from_numpy(np.random.rand(6)).float()
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        (SimpleNamespace(apply_spec_augment=True), "set config.apply_spec_augment = False"),
+        (SimpleNamespace(), "draw them by torch"),
+        (None, "draw them by torch"),
+    ],
+)
+def test_numbers_of_numpy_are_refused_with_the_way_on(config: Any, way: str) -> None:
+    module = lora_fx.insert(Masked(config).eval(), (torch.randn(7, 6),), rank=2, dead="allow")
+    with pytest.raises(lora_fx.LoraFxError, match="draws random numbers by numpy") as caught:
+        module.train()(torch.randn(7, 6))
+    assert caught.value.hint.startswith(way)
+    assert caught.value.hint.endswith("; lora_fx.attach trains the live model")
+
+
+def test_the_way_on_is_one() -> None:
+    model = Masked(SimpleNamespace(apply_spec_augment=False)).eval()
+    module = lora_fx.insert(model, (torch.randn(7, 6),), rank=2)
+    module.train()(torch.randn(7, 6)).square().sum().backward()
+    assert all(b.grad.any() for _, b in module.slots().values())

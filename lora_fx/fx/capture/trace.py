@@ -352,14 +352,14 @@ def _same_dtypes() -> Iterator[None]:
 
     torch puts new parameters in the place of those of a trace, and fails, since the trace has them.
     """
-    apply = nn.Module._apply
+    apply: Callable[..., Any] = nn.Module._apply
 
     def changed(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         with torch.no_grad():
             new = fn(tensor)
         return (new.dtype, new.device, new.shape) != (tensor.dtype, tensor.device, tensor.shape)
 
-    def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         if any(changed(t, fn) for t in (*self.parameters(recurse), *self.buffers(recurse))):
             return apply(self, fn, recurse)
         return self
@@ -399,10 +399,13 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
     with watched[0], watched[1], EveryLayer(said) if model.training else contextlib.nullcontext():
         yield lambda: (tuple(said), tuple(dict.fromkeys(own)))
     if _drawn_outside() != before:
+        cure = "draw them by torch"
+        if getattr(getattr(model, "config", None), "apply_spec_augment", False):
+            cure = "set config.apply_spec_augment = False, since its masks are drawn by numpy"
         raise CaptureError(
             f"cannot capture {type(model).__name__} in {'train' if model.training else 'eval'} "
             "mode: it draws random numbers by numpy or Python, which a graph would keep",
-            "draw them by torch; lora_fx.attach trains the live model",
+            f"{cure}; lora_fx.attach trains the live model",
         )
 
 

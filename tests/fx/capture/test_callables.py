@@ -133,7 +133,7 @@ def caches() -> dict[str, Any]:
     """Caches of transformers, by how they come to be theirs."""
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-    class OfAModel(DynamicCache):
+    class OfAModel(DynamicCache):  # type: ignore[misc]
         """MiniMax has one."""
 
     class OfItsCache(OfAModel):
