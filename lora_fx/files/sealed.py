@@ -40,7 +40,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(eq=False)
-class Guard:
+class Boundary:
     """What a block refuses.
 
     Attributes:
@@ -75,7 +75,7 @@ class Guard:
         )
 
 
-class _Sealed(Guard):
+class _Sealed(Boundary):
     """No network, no pickles, and no file beyond its folders and the installed libraries."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
@@ -119,7 +119,7 @@ class _Sealed(Guard):
         return roots - {os.path.realpath(os.getcwd()), os.path.sep}
 
 
-class _Confined(Guard):
+class _Confined(Boundary):
     """No change on disk beyond its folders."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
@@ -155,22 +155,22 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-_guard: ContextVar[Guard | None] = ContextVar("guard", default=None)
-_started: weakref.WeakKeyDictionary[threading.Thread, Guard] = weakref.WeakKeyDictionary()
+_boundary: ContextVar[Boundary | None] = ContextVar("boundary", default=None)
+_started: weakref.WeakKeyDictionary[threading.Thread, Boundary] = weakref.WeakKeyDictionary()
 _EVENTS = frozenset({*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class"})
 
 
-def _present() -> Guard | None:
-    """The guard of this thread, where it is in a block or was started in one."""
-    guard = _guard.get()
-    if guard is None and _started:
-        guard = _started.get(threading.current_thread())
-    return guard if guard is not None and guard.active else None
+def _present() -> Boundary | None:
+    """The boundary of this thread, where it is in a block or was started in one."""
+    boundary = _boundary.get()
+    if boundary is None and _started:
+        boundary = _started.get(threading.current_thread())
+    return boundary if boundary is not None and boundary.active else None
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event in _EVENTS and (guard := _present()) is not None:
-        guard.check(event, args)
+    if event in _EVENTS and (boundary := _present()) is not None:
+        boundary.check(event, args)
 
 
 @functools.cache
@@ -183,17 +183,17 @@ def _install() -> None:
 
     @functools.wraps(plain)
     def start(thread: threading.Thread) -> None:
-        guard = _present()
-        if guard is not None:
-            _started[thread] = guard
+        boundary = _present()
+        if boundary is not None:
+            _started[thread] = boundary
         plain(thread)
 
-    threading.Thread.start = start  # type: ignore[method-assign]
+    setattr(threading.Thread, "start", start)  # noqa: B010 (mypy lets no method be assigned)
     sys.addaudithook(_hook)
 
 
 @contextlib.contextmanager
-def sealed(what: str, *folders: StrPath) -> Iterator[Guard]:
+def sealed(what: str, *folders: StrPath) -> Iterator[Boundary]:
     """A block without the network, pickles, and files beyond some folders and the libraries.
 
     Args:
@@ -203,12 +203,12 @@ def sealed(what: str, *folders: StrPath) -> Iterator[Guard]:
     Raises:
         LoraFxError: The block ended by an error that comes of what was refused.
     """
-    with _guarded(_Sealed(what, tuple(map(os.path.abspath, folders)))) as guard:
-        yield guard
+    with _bounded(_Sealed(what, tuple(map(os.path.abspath, folders)))) as boundary:
+        yield boundary
 
 
 @contextlib.contextmanager
-def confined(what: str, *folders: StrPath) -> Iterator[Guard]:
+def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
     """A block in which nothing is written beyond some folders.
 
     Args:
@@ -218,39 +218,39 @@ def confined(what: str, *folders: StrPath) -> Iterator[Guard]:
     Raises:
         LoraFxError: As `sealed`.
     """
-    with _guarded(_Confined(what, tuple(map(os.path.realpath, folders)))) as guard:
-        yield guard
+    with _bounded(_Confined(what, tuple(map(os.path.realpath, folders)))) as boundary:
+        yield boundary
 
 
 @contextlib.contextmanager
-def _guarded(guard: Guard) -> Iterator[Guard]:
+def _bounded(boundary: Boundary) -> Iterator[Boundary]:
     _install()
-    token = _guard.set(guard)
+    token = _boundary.set(boundary)
     try:
-        yield guard
+        yield boundary
     except Exception as error:
-        refused = _cause(error, guard.refused)
+        refused = _cause(error, boundary.refused)
         if refused is None or (refused is error and isinstance(error, LoraFxError)):
             raise
         if isinstance(refused, LoraFxError):
             raise LoraFxError(refused.message, refused.hint) from error
         raise LoraFxError(
-            f"{guard.what} opens {getattr(refused, 'filename', None)}, no file of this model",
+            f"{boundary.what} opens {getattr(refused, 'filename', None)}, no file of this model",
             "does config.json name another model or a path?",
         ) from error
     finally:
-        _guard.reset(token)
-        guard.active = False
+        _boundary.reset(token)
+        boundary.active = False
 
 
 @contextlib.contextmanager
 def unsealed() -> Iterator[None]:
     """A block within one of `sealed` in which lora-fx itself reads what the user named."""
-    token = _guard.set(None)
+    token = _boundary.set(None)
     try:
         yield
     finally:
-        _guard.reset(token)
+        _boundary.reset(token)
 
 
 def _cause(error: BaseException, refused: list[BaseException]) -> BaseException | None:

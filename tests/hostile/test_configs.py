@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.sealed import sealed, unsealed
-from lora_fx.fx.load.config import Metered, named_by
+from lora_fx.fx.load.config_gate import Metered, named_by
 from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
 from lora_fx.fx.load.models import load_model
 from tests.hostile import configs
@@ -176,6 +176,16 @@ def test_sizes_are_bounded_before_anything_is_built(name: str, tmp_path: Path) -
         with pytest.raises(LoraFxError) as error:
             load_folder(folder, meta=meta)
         assert says in error.value.message and str(folder / "config.json") in error.value.message
+
+
+def test_a_constructor_that_raises_is_one_line(tmp_path: Path) -> None:
+    """With codes as with numbers."""
+    for fields in ({}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}):
+        folder = folder_of("llama", tmp_path / str(len(fields)), head_dim=-1, **fields)
+        for meta in (True, False):
+            with pytest.raises(LoraFxError) as error:
+                load_folder(folder, meta=meta)
+            assert str(folder) in error.value.message and "\n" not in error.value.message
 
 
 def test_a_large_example_is_no_error_of_ours(tmp_path: Path) -> None:
@@ -348,7 +358,7 @@ def test_a_tokenizer_reads_no_file_of_another_place(tmp_path: Path) -> None:
     for value in (str(secret), os.path.relpath(secret)):
         told = {"tokenizer_class": "BertTokenizer", "vocab_file": value}
         (folder / "tokenizer_config.json").write_text(json.dumps(told))
-        with pytest.raises(LoraFxError, match="vocab_file is .*a file beyond the folder"):
+        with pytest.raises(LoraFxError, match=r"vocab_file is .*a file beyond the folder"):
             read_tokenizer(folder)
 
 

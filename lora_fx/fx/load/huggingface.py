@@ -33,7 +33,7 @@ from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.files.sealed import unsealed
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
-from lora_fx.fx.load.config import (
+from lora_fx.fx.load.config_gate import (
     Metered,
     backbones,
     check_config,
@@ -97,16 +97,17 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     with importing(what, "pip install 'lora-fx[hf]'"):
         transformers = importlib.import_module("transformers")
     path = weights or folder
-    with quiet_transformers(), _building(transformers, folder, raw, _stored(path)):
+    told = retold(f"{folder}: its model cannot be built", FACTORY, most=200, named=True)
+    with quiet_transformers(), told, _building(transformers, folder, raw, _stored(path)):
         config, cls = _architecture(transformers, folder, raw)
         notes = _settle(config, folder, raw, cls)
         if getattr(config, "quantization_config", None) is None:
             module, more = _of_floats(cls, config, path, meta, strict=weights is not None)
         else:
             module, more = _of_codes(cls, config, path, raw, meta)
-    module.config._name_or_path = str(folder)
-    _no_cache(module)
-    notes += _pad(module)
+        module.config._name_or_path = str(folder)
+        _no_cache(module)
+        notes += _pad(module)
     with retold(f"{folder}/config.json: no inputs can be made of it", FACTORY, named=True):
         given = examples(module)
     tokenizer = any((folder / name).exists() for name in TOKENIZERS)

@@ -43,7 +43,7 @@ from lora_fx.files.read import trusting
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.beside import importable, is_reserved
-from lora_fx.fx.load.config import sealed_libraries
+from lora_fx.fx.load.config_gate import sealed_libraries
 from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.text import some
