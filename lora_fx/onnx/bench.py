@@ -193,6 +193,8 @@ def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
     for _ in range(repeats):
         function()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    if not cpu:  # some systems count it in steps of ten milliseconds
+        cpu = wall
     return Sample(wall / repeats, cpu / repeats)
 
 

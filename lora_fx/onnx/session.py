@@ -34,6 +34,7 @@ from lora_fx.onnx.manifest import (
     read_file,
     write_file,
 )
+from lora_fx.onnx.quiet import quiet_options
 from lora_fx.text import Json, near
 
 if TYPE_CHECKING:
@@ -163,9 +164,7 @@ def open_session(
     import onnxruntime as ort
 
     expect_name(provider, ("auto", "cpu", "cuda"), "no provider", "auto, cpu or cuda")
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = quiet_options()
     options.enable_mem_pattern = patterns
     if threads:
         options.intra_op_num_threads = threads
