@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.dtypes import Array, finfo, widened
-from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError, visible
 from lora_fx.text import Json, JsonView, html, short, strict_json
 
 Outputs = Mapping[str, Array]
@@ -207,7 +207,7 @@ def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
     >>> sizes_text({"x": (2, 5), "mask": (2,)})
     'x [2, 5], mask [2]'
     """
-    return ", ".join(f"{k} {list(v)}" for k, v in sizes.items())
+    return ", ".join(f"{visible(k)} {list(v)}" for k, v in sizes.items())
 
 
 @np.errstate(invalid="ignore")  # inf − inf of two equal outputs
@@ -289,7 +289,7 @@ class Report:
             if not isinstance(value, dict):
                 lines.append(f"  {name}: {value}")
         lines += [f"  warning: {w}" for w in self.warnings]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))  # a name from a file may have line breaks
 
 
 def compare_fairly(

@@ -193,8 +193,9 @@ def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
     for _ in range(repeats):
         function()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    # A kernel that counts CPU time in ticks may have counted none.
-    return Sample(wall / repeats, max(cpu, 1e-9) / repeats)
+    if not cpu:  # some systems count it in steps of ten milliseconds
+        cpu = wall
+    return Sample(wall / repeats, cpu / repeats)
 
 
 def interleave(

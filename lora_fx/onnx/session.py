@@ -35,6 +35,7 @@ from lora_fx.onnx.manifest import (
     read_file,
     write_file,
 )
+from lora_fx.onnx.quiet import quiet_options
 from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:
@@ -176,9 +177,7 @@ def open_session(
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
         found = one_line(repr(threads), 60)
         raise LoraFxError(f"threads is {found}; expected 0 to {MOST_THREADS}", "0 lets it choose")
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = quiet_options()
     options.enable_mem_pattern = patterns
     if threads:
         options.intra_op_num_threads = threads

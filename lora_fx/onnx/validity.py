@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.onnx.quiet import quiet_options
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 """Whose operators the runtime has by itself."""
@@ -49,9 +50,7 @@ def _invalid(file: str) -> str:
         domains = {o.domain for o in onnx.load(name, load_external_data=False).opset_import}
         if not domains <= _DOMAINS:
             return None  # it lacks the library of somebody's own operators
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        return ort.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(name, quiet_options(), providers=["CPUExecutionProvider"])
 
     for check in (
         onnx.checker.check_model,

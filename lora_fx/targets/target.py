@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_fx.compare import sizes_text
 from lora_fx.conditions import Condition
-from lora_fx.errors import LoraFxError, near
+from lora_fx.errors import LoraFxError, near, visible
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Parameter, Site
 from lora_fx.ir.layout import Layout, Region
@@ -590,7 +590,7 @@ class Found:
         lines += [f"pinned: {p}" for p in self.pinned]
         lines += [f"captured for: {c}" for c in self.ranges]
         lines += [f"note: {n}" for n in self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))  # a name from a file may have line breaks
 
 
 @dataclass(frozen=True)

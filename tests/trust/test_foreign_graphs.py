@@ -210,28 +210,30 @@ def test_a_sequence_in_mode_switch_is_refused(tmp_path: Path) -> None:
 # Batch mode and a batch that is fixed: the hint does not come back with the same error.
 
 
-class Pinned(nn.Module):
+class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 4)
 
+
+class Pinned(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x.reshape(2, 3, 4)).reshape(2, 12)
 
 
-class Branching(Pinned):
+class Branching(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.layer(x[:, :4])
         return y if float(y.sum()) < 1e9 else y * 2
 
 
-class Two(Pinned):
+class Two(Layer):
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return self.layer(x) + self.layer(z).sum(0)
 
 
-class Pair(Pinned):
+class Pair(Layer):
     def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return self.layer(x) + self.layer(z)
 

@@ -26,10 +26,10 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, MistakeError
+from lora_fx.onnx import batch
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
-from lora_fx.passes import batch as batch_pass
 from lora_fx.passes.find import find
 from tests.onnx.decoders import llama
 from tests.onnx.test_batch import adapter
@@ -375,14 +375,14 @@ def test_a_session_says_which_ids_are_wrong(name: str, plain: Path) -> None:
 def test_an_unguarded_output_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = batch_pass.batch.guard_outputs
+    right = batch.guard_outputs
 
     def forgets(graph: Any, outside: Any) -> None:
         last = graph.model.graph.outputs.pop()
         right(graph, outside)
         graph.model.graph.outputs.append(last)
 
-    monkeypatch.setattr(batch_pass.batch, "guard_outputs", forgets)
+    monkeypatch.setattr(batch, "guard_outputs", forgets)
     with pytest.raises(MistakeError, match="no row of 'logits' becomes NaN"):
         exported(Case(), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -392,14 +392,14 @@ def test_an_unguarded_output_is_not_written(
 def test_a_guard_that_misses_some_is_not_written(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = batch_pass.batch.OnnxEmitter.call
+    right = batch.OnnxEmitter.call
 
     def half(self: Any, op: str, *inputs: Any, **attributes: Any) -> Any:
         if op == "Or":
             return right(self, "Identity", inputs[wrong == "below"])
         return right(self, op, *inputs, **attributes)
 
-    monkeypatch.setattr(batch_pass.batch.OnnxEmitter, "call", half)
+    monkeypatch.setattr(batch.OnnxEmitter, "call", half)
     with pytest.raises(MistakeError, match="out of range have numbers"):
         exported(Case(), tmp_path)
 
