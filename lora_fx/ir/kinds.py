@@ -67,14 +67,17 @@ class Einsum:
         return "linear" if self.form else "einsum"
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The letters decide; the axes of in stand in the order of x, those of out in that of y."""
+        """The letters decide; the axes of in stand in the order of x, those of out in that of y.
+
+        A letter of w alone, which the equation sums over, is out too, before the others.
+        """
         batch: list[int] = []
         out: list[int] = []
         in_: list[int] = []
         for i, c in enumerate(self.w):
             (out if c not in self.x else batch if c in self.y else in_).append(i)
         in_.sort(key=lambda i: self.x.index(self.w[i]))
-        out.sort(key=lambda i: self.y.index(self.w[i]))
+        out.sort(key=lambda i: self.y.find(self.w[i]))
         return Axes(tuple(batch), tuple(out), tuple(in_))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:

@@ -179,11 +179,16 @@ def _attached(
     start = start_of(model, cap, planner.found, options)
     updates, notes = start.adapter.lowrank, start.notes
     lost = planner.lost(updates)
-    if lost and (options.dead != "drop" or len(lost) == len(updates)):
-        key, why = next(iter(lost.items()))
-        raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert, which reaches it")
-    # nobody named them
-    notes = (*notes, *(f"{why}: left out, lora_fx.insert reaches it" for why in lost.values()))
+    # where sizes are free, as insert has them, what is repeated for every row is no target
+    repeated = planner.repeated(lost) if options.adapter is None else set()
+    refused = {} if options.dead == "drop" else {k: lost[k] for k in lost if k not in repeated}
+    if len(lost) == len(updates):
+        refused = lost
+    for key, why in refused.items():
+        raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
+    for key, why in lost.items():
+        reached = "" if key in repeated else ", lora_fx.insert reaches it"
+        notes = (*notes, f"{why}: left out{reached}")
     updates = {k: u for k, u in updates.items() if k not in lost}
     # what the values of a recorded run decided need not be so with an adapter
     alone = (
@@ -328,6 +333,7 @@ class GraphPlanner(Planner):
     """
 
     def __init__(self, graph: Any, found: Found, dropout: float, *, whole: bool = True) -> None:
+        self.found = found
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
@@ -338,7 +344,6 @@ class GraphPlanner(Planner):
             module, leaf = owner(root, name)
             self.owners.setdefault(canonical, {})[paths[id(module)], leaf] = None
         self.clean = self._clean(graph) if whole else frozenset()
-        self.found = found = self._stored(found) if whole else found
         uses = (
             (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
         )
@@ -361,20 +366,6 @@ class GraphPlanner(Planner):
             and one_argument(graph.root.get_submodule(site.scope))
             and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
-
-    def _stored(self, found: Found) -> Found:
-        """The targets without weights that the model repeats, which no form reaches.
-
-        Where sizes are free, as insert has them, a weight that is repeated for every row is none.
-        """
-        repeated = {
-            t.key: f"{t.key}: the model repeats {', '.join(site.behind)}: no target of attach"
-            for t in found.targets
-            for site in t.sites
-            if site.id not in self.clean and self.graph.weight(site).target in REPEATS
-        }
-        targets = tuple(t for t in found.targets if t.key not in repeated)
-        return replace(found, targets=targets, notes=(*found.notes, *repeated.values()))
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """Module path → Form.
@@ -436,6 +427,13 @@ class GraphPlanner(Planner):
             misread = self._misread(left, forms)
             return lost | misread
         return lost
+
+    def repeated(self, keys: Iterable[str]) -> set[str]:
+        """Those of some keys whose weight is another tensor, repeated."""
+        if self.graph is None:
+            return set()
+        sites = {key: self.found[key].sites[0] for key in keys}
+        return {k for k, site in sites.items() if self.graph.weight(site).target in REPEATS}
 
     def _misread(self, updates: Updates, forms: Mapping[str, Form]) -> dict[str, str]:
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
