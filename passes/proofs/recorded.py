@@ -108,16 +108,16 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         parity: How far apart they are.
         keys: The updates that make them differ alone, where that is known.
     """
-    which = some(keys, 5) if keys else "weights"
-    names = ",".join(key.removesuffix(".weight") for key in keys[:5])
+    which = f" ({some(keys, 5)})" if keys else ""
+    names = " ".join(f"--exclude {key}" for key in keys[:5])
     leave = (
-        f"--exclude {names} leaves them as they are; or" if keys else "train from there anew, or"
+        f"{names} leaves {'it' if len(keys) == 1 else 'them'} alone" if keys else "another adapter"
     )
     return NoEffectError(
-        f"one recorded run does not hold for an adapter: {which} decide what the model does, and "
-        f"with W + s·b·a output {parity.output!r} of the live model is rel {parity.rel:.2e} from "
-        f"the graph's, the gate is {parity.tol:.1e}",
-        f"{leave} compute both ways with torch.where",
+        "one recorded run does not hold for an adapter: what the model does depends on its weights"
+        f"{which}, and with W + s·b·a output {parity.output!r} of the live model is rel "
+        f"{parity.rel:.2e} from the graph's, the gate is {parity.tol:.1e}",
+        f"{leave}; or compute both ways with torch.where",
     )
 
 

@@ -52,6 +52,8 @@ def _plan_has(options: BranchOptions, what: str) -> bool:
     return all(what in row for row in rows)
 
 
+DRAWN_FROM: tuple[str, ...] = (*OF_WEIGHT, *OF_DATA)
+"""What a start takes A and B from instead of drawing them."""
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("rank",), lambda o: _plan_has(o, "rank"), "beside a plan, which has every target's"),
     NoSay(("alpha",), lambda o: _plan_has(o, "alpha"), "beside a plan, which has every target's"),
@@ -60,8 +62,6 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("seed",), lambda o: o.init in DRAWN_FROM, "for init {0.init!r}, which draws nothing"),
 )
 """Of an insert into a graph of either IR."""
-DRAWN_FROM = (*OF_WEIGHT, *OF_DATA)
-"""What a start takes A and B from instead of drawing them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,9 +118,9 @@ def verify(
         kind = Compared(fits, tensors, adapter is not None, any(map(_is_onnx, (a, b))))
         refuse_no_say(VERIFY_RULES, kind, given_options(asked))
         options = RunOptions(inputs, adapter, tol, provider or "auto")
-        if tensors and fits:
-            return fits_files(a, b)
-        if tensors:
+        if tensors and _is_path(a):
+            if fits:
+                return fits_files(a, b)
             return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
         if fits and _is_path(a) and str(a).endswith(".onnx"):
             return fits_switch(a, b)
