@@ -25,7 +25,6 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.capture.capture import Captured, copied
 from lora_fx.fx.codes import forms
-from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
@@ -187,8 +186,8 @@ def _check_alike(module: CapturedModule) -> None:
     here, there = device_of(module), device_of(captured.model)
     if module.base_dtype != captured.base_dtype or here != there:
         raise NotRun(
-            f"the module is {dtype_name(module.base_dtype)} on {here}, and the model "
-            f"{dtype_name(captured.base_dtype)} on {there}"
+            f"the module is {module.base_dtype} on {here}, and the model "
+            f"{captured.base_dtype} on {there}"
         )
 
 
