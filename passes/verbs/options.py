@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import asked
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
@@ -81,13 +82,13 @@ class BranchOptions:
     dead: str = "auto"
 
     @classmethod
-    def of(cls, asked: Named) -> Self:
+    def of(cls, wanted: Named) -> Self:
         """The options that were asked for; those that are None have their defaults.
 
         Raises:
             LoraFxError: One was given that has no say.
         """
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in wanted.items() if value is not None}
         options = cls(**given)
         refuse_no_say(cls.rules, options, given_options(given))
         return options
@@ -117,9 +118,28 @@ class BranchOptions:
         )  # fmt: skip
 
 
+def _others(options: InsertOptions, place: int) -> bool:
+    """Whether an adapter has another rank (0) or alpha (1) than was asked for.
+
+    One that it has already is no contradiction: the module is what was asked for.
+    """
+    if options.adapter is None:
+        return False
+    wanted = (options.rank, options.alpha)[place]
+    return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
+
+
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank", "alpha", "variant", "init", "seed", "data", "loss"),
+        ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("alpha",), lambda o: _others(o, 1), "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("variant", "init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
         "beside an adapter, which brings its own",
         "leave it out, or the adapter",
