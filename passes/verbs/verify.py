@@ -177,6 +177,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_run
+    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.open import captured_of, opened
 
     adapter, tol = options.adapter_alone(), options.tol
@@ -190,7 +191,9 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
         notes = [session.note] if session.note else []
         tol = _gate(session) if tol is None else tol
     else:
-        run, module, notes = torch_run(_module(a, None)), _module(b, adapter), []
+        one, module = _module(a, None), _module(b, adapter)
+        run, notes = torch_run(one), [*prove_as_it_is(one)]
+    notes += [note for note in prove_as_it_is(module) if note not in notes]
     parity = prove(run, module, arrays=options.inputs, tol=ORT_TOL if tol is None else tol)
     return _report(parity, notes)
 
@@ -210,13 +213,11 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
-    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
-        prove_as_it_is(model)
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(
