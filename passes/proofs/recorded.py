@@ -25,7 +25,6 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.capture.capture import Captured, copied
 from lora_fx.fx.codes import forms
-from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
@@ -108,16 +107,16 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         parity: How far apart they are.
         keys: The updates that make them differ alone, where that is known.
     """
-    which = some(keys, 5) if keys else "weights"
-    names = ",".join(key.removesuffix(".weight") for key in keys[:5])
+    which = f" ({some(keys, 5)})" if keys else ""
+    names = " ".join(f"--exclude {key}" for key in keys[:5])
     leave = (
-        f"--exclude {names} leaves them as they are; or" if keys else "train from there anew, or"
+        f"{names} leaves {'it' if len(keys) == 1 else 'them'} alone" if keys else "another adapter"
     )
     return NoEffectError(
-        f"one recorded run does not hold for an adapter: {which} decide what the model does, and "
-        f"with W + s·b·a output {parity.output!r} of the live model is rel {parity.rel:.2e} from "
-        f"the graph's, the gate is {parity.tol:.1e}",
-        f"{leave} compute both ways with torch.where",
+        "one recorded run does not hold for an adapter: what the model does depends on its weights"
+        f"{which}, and with W + s·b·a output {parity.output!r} of the live model is rel "
+        f"{parity.rel:.2e} from the graph's, the gate is {parity.tol:.1e}",
+        f"{leave}; or compute both ways with torch.where",
     )
 
 
@@ -187,8 +186,8 @@ def _check_alike(module: CapturedModule) -> None:
     here, there = device_of(module), device_of(captured.model)
     if module.base_dtype != captured.base_dtype or here != there:
         raise NotRun(
-            f"the module is {dtype_name(module.base_dtype)} on {here}, and the model "
-            f"{dtype_name(captured.base_dtype)} on {there}"
+            f"the module is {module.base_dtype} on {here}, and the model "
+            f"{captured.base_dtype} on {there}"
         )
 
 

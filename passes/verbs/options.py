@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank, asked
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, check_init, named_variant
 from lora_fx.compare import Parity
@@ -55,6 +55,8 @@ def _plan_has(options: BranchOptions, what: str) -> bool:
     return all(what in row for row in rows)
 
 
+DRAWN_FROM: tuple[str, ...] = (*OF_WEIGHT, *OF_DATA)
+"""What a start takes A and B from instead of drawing them."""
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("rank",), lambda o: _plan_has(o, "rank"), "beside a plan, which has every target's"),
     NoSay(("alpha",), lambda o: _plan_has(o, "alpha"), "beside a plan, which has every target's"),
@@ -63,8 +65,6 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("seed",), lambda o: o.init in DRAWN_FROM, "for init {0.init!r}, which draws nothing"),
 )
 """Of an insert into a graph of either IR."""
-DRAWN_FROM = (*OF_WEIGHT, *OF_DATA)
-"""What a start takes A and B from instead of drawing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,13 @@ class BranchOptions:
     dead: str = "auto"
 
     @classmethod
-    def of(cls, asked: Named) -> Self:
+    def of(cls, wanted: Named) -> Self:
         """The options that were asked for; those that are None have their defaults.
 
         Raises:
             LoraFxError: One was given that has no say.
         """
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in wanted.items() if value is not None}
         options = cls(**given)
         refuse_no_say(cls.rules, options, given_options(given))
         return options
@@ -120,9 +120,28 @@ class BranchOptions:
         )  # fmt: skip
 
 
+def _others(options: InsertOptions, place: int) -> bool:
+    """Whether an adapter has another rank (0) or alpha (1) than was asked for.
+
+    One that it has already is no contradiction: the module is what was asked for.
+    """
+    if options.adapter is None:
+        return False
+    wanted = (options.rank, options.alpha)[place]
+    return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
+
+
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank", "alpha", "variant", "init", "seed", "data", "loss"),
+        ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("alpha",), lambda o: _others(o, 1), "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("variant", "init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
         "beside an adapter, which brings its own",
         "leave it out, or the adapter",

@@ -55,7 +55,8 @@ def save_program(
     if any(p.device.type != "cpu" for p in module.parameters()):
         module = copy.deepcopy(module).to("cpu")
     was = module.training
-    modes, notes = [False], []
+    modes = [False]
+    notes: list[str] = []
     try:
         module.captured.allows(False, module._norm_stats)
         notes += prove_as_it_is(module)

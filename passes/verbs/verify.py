@@ -118,9 +118,9 @@ def verify(
         kind = Compared(fits, tensors, adapter is not None, any(map(_is_onnx, (a, b))))
         refuse_no_say(VERIFY_RULES, kind, given_options(asked))
         options = RunOptions(inputs, adapter, tol, provider or "auto")
-        if tensors and fits:
-            return fits_files(a, b)
-        if tensors:
+        if tensors and _is_path(a):
+            if fits:
+                return fits_files(a, b)
             return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
         if fits and _is_path(a) and str(a).endswith(".onnx"):
             return fits_switch(a, b)
@@ -177,6 +177,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
+    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.proofs.reference import FileRerun, Rerun
     from lora_fx.passes.verbs.open import captured_of, opened
 
@@ -192,8 +193,10 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
         notes = [session.note] if session.note else []
         tol = _gate(session) if tol is None else tol
     else:
-        ours, module, notes = _module(a, None), _module(b, adapter), []
+        ours, module = _module(a, None), _module(b, adapter)
         run, rerun = torch_run(ours), torch_rerun(ours, same=False)
+        notes = [*prove_as_it_is(ours)]
+    notes += [note for note in prove_as_it_is(module) if note not in notes]
     gate = ORT_TOL if tol is None else tol
     parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return _report(parity, notes)
@@ -215,14 +218,12 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     from lora_fx.fx.capture.call import unwrapped
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
-    from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
-        prove_as_it_is(model)
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(

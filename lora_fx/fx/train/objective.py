@@ -16,7 +16,16 @@ from lora_fx.fx.train.loss import IGNORED, Loss, check_labels, loss_function, sc
 from lora_fx.fx.train.processes import ALONE, Processes
 from lora_fx.fx.train.reduction import ROWS, few, inputs_of, reduction
 
-__all__ = ["IGNORED", "UNKNOWN", "Loss", "Objective", "inputs_of", "objective", "scores_of"]
+__all__ = [
+    "IGNORED",
+    "UNKNOWN",
+    "Loss",
+    "Objective",
+    "inputs_of",
+    "loss_function",
+    "objective",
+    "scores_of",
+]
 
 UNKNOWN = (
     "the model's own loss is no cross entropy over its labels: the parts of a batch count by their "

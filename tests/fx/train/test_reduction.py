@@ -97,7 +97,7 @@ class Text(nn.Module):
 class Pooled(Text):
     """A classifier of texts, with a loss of its own or without one."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -91,7 +91,7 @@ BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(
         (name, {"adapter": GIVEN}, {name: value})
         for name, values in {
-            "rank": (8, 2, 3), "alpha": (16.0, 2.0), "variant": ("lora", "lora-fa", "dora"),
+            "rank": (8, 3), "alpha": (16.0, 4.0), "variant": ("lora", "lora-fa", "dora"),
             "init": ("kaiming", "pissa"), "seed": (0, 1), "loss": ("ce",), "data": (BATCH,),
         }.items()
         for value in values
@@ -122,6 +122,7 @@ def test_an_option_without_a_say(
     "given",
     [
         {"adapter": GIVEN, "dropout": 0.1, "dead": "keep", "norm_stats": "frozen"},
+        {"adapter": GIVEN, "rank": 2, "alpha": 2.0},  # which it has
         {"plan": PARTS, "rank": 2, "alpha": 3.0},
         {"plan": WHOLE, "exclude": "1", "seed": 1, "variant": "rslora"},
         {"rank": 2, "init": "gaussian", "seed": 3},
