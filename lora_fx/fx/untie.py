@@ -57,7 +57,8 @@ def _rows_of_all(key: str, entries: dict[str, Any], model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not isinstance(entries[key], ReplacedRows) or not hasattr(model, "get_input_embeddings"):
         return False
-    embedding: Any = model.get_input_embeddings()
+    given: Any = model
+    embedding = given.get_input_embeddings()
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return tied and owner(model, key)[0] is embedding
 

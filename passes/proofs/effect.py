@@ -111,7 +111,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 continue
             if size is None:
                 notes.append(
-                    f"{mode} mode is not proven: no output is a number that has a gradient"
+                    f"{mode} mode is not proven: no output is a real number, or a complex one"
                 )
                 continue
             modes.append(mode)

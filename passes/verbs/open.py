@@ -79,13 +79,14 @@ def captured_of(
     if isinstance(model, (str, PathLike)):
         model = load_model(fspath(model), meta=meta)
     module = model.module if isinstance(model, LoadedModel) else model
-    names = lone_names(adapter, module) if adapter and isinstance(module, nn.Module) else ()
+    if adapter is None or not isinstance(module, nn.Module):
+        return capture(model, args, kwargs, dynamic, repeat=repeat)
+    names = lone_names(adapter, module)
     if not names:
         return capture(model, args, kwargs, dynamic, repeat=repeat)
-    changed: object = untied(module, names)
-    if isinstance(model, LoadedModel):
-        changed = replace(model, module=changed)
-    cap = capture(changed, args, kwargs, dynamic, repeat=repeat)
+    changed = untied(module, names)
+    source = replace(model, module=changed) if isinstance(model, LoadedModel) else changed
+    cap = capture(source, args, kwargs, dynamic, repeat=repeat)
     cap.notes.append(said_of_names(names))
     return cap
 

@@ -222,10 +222,10 @@ def test_onnx(
 
 def test_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base is overwritten between its first tensor and its last one, as by a download."""
-    from lora_fx.checkpoint import write
+    from lora_fx.checkpoint.fold import TensorFold
 
     scene(tmp_path)
-    block = write.TensorFold.block
+    block = TensorFold.block
     done: list[int] = []
 
     def late(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ def test_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 written_over(tmp_path / f"base/model-0000{i}-of-00002.safetensors")
         return block(self, *args, **kwargs)
 
-    monkeypatch.setattr(write.TensorFold, "block", late)
+    monkeypatch.setattr(TensorFold, "block", late)
     with pytest.raises(LoraFxError, match="changed while it was read"):
         lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()

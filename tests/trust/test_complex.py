@@ -60,7 +60,7 @@ class Layers(nn.Module):
         return out
 
 
-MODELS = {"plain": Plain, "layers": Layers}
+MODELS: dict[str, Any] = {"plain": Plain, "layers": Layers}
 DTYPES = {"64": torch.complex64, "128": torch.complex128}
 TWO = ["64", pytest.param("128", marks=pytest.mark.slow)]
 
