@@ -34,8 +34,10 @@ STEPS = 8 * 2.0**-7
 """Where activations are made codes of eight bits: eight steps of these."""
 COARSE = 4 * STEPS
 """The ceiling there, since a rounding moves codes by whole steps."""
-SMALLEST = 16 * 2.0**-24
-"""Sixteen steps of ONNX Runtime's sigmoid, whose results, however small, have that spacing."""
+SIGMOID_STEP = 2.0**-24
+"""What ONNX Runtime's sigmoid is exact to, however small its result is."""
+SMALLEST = 16 * SIGMOID_STEP
+"""The most that so small an output may differ by."""
 EPSILON = {name: float(finfo(name).eps) for name in ("float16", "bfloat16")}
 """The epsilons of dtypes that round a change, be it an output's or an adapted weight's."""
 
@@ -138,6 +140,12 @@ def _output(run: Callable[[], Outputs], name: str) -> Array:
     return run()[name]
 
 
+def largest(values: npt.ArrayLike) -> float:
+    """The largest finite number of an output, without its sign."""
+    numbers = np.asarray(values, np.float64)
+    return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
+
+
 def wide_gate(
     tol: float,
     expected: npt.ArrayLike,
@@ -150,7 +158,7 @@ def wide_gate(
     more than the ceiling beside it. A quarter of the adapter's effect keeps that from hiding a lost
     or a wrong fold.
     """
-    top = float(np.abs(np.nan_to_num(np.asarray(expected, np.float64))).max(initial=0.0))
+    top = largest(expected)
     most = SMALLEST / top if top else 0.0
     if most <= ceiling:
         return Gate(tol, ceiling)

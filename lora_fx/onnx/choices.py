@@ -30,7 +30,7 @@ Among = Mapping[str, tuple[str, ...]]
 
 def choices_of(model: ir.Model) -> dict[str, tuple[str, ...]]:
     """The choices of a graph, in their order; those of nested graphs are left out."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for node in model.graph:
         among = tuple(str(v.name) for v in node.inputs if v is not None and _is_computed_float(v))
         if node.op_type in SIZES or not among:

@@ -166,7 +166,7 @@ def _size(p: JsonView) -> float:
 
 
 def _over_gate(p: JsonView) -> float:
-    return _size(p) / max(p["tol"], 1e-30)
+    return _size(p) / max(float(p["tol"]), 1e-30)
 
 
 def _training(result: JsonView) -> list[Fact]:

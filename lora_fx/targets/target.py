@@ -531,7 +531,7 @@ class Found:
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
         names = ("targets", "refusals", "unreached", "pinned", "ranges")
-        rows = {name: [row.to_json() for row in getattr(self, name)] for name in names}
+        rows: Json = {name: [row.to_json() for row in getattr(self, name)] for name in names}
         rows["flops"] = self.flops
         rows["flops_at"] = {name: list(shape) for name, shape in self.sizes.items()}
         return {**rows, "reached_share": round(self.reached_share, 6)}

@@ -23,6 +23,7 @@ from lora_fx.compare import (
     CEILING,
     COARSE,
     EPSILON,
+    SIGMOID_STEP,
     Gate,
     Outputs,
     Parity,
@@ -30,6 +31,7 @@ from lora_fx.compare import (
     demand,
     gates_of,
     grow,
+    largest,
     narrow_gate,
     rel,
     shapes_of,
@@ -69,6 +71,8 @@ from lora_fx.text import Json
 
 STEP = 2.0**-8
 """One code of eight bits, of the range that they span."""
+SIGMOIDS = {"Sigmoid", "Swish", "QuickGelu", "LSTM", "GRU"}
+"""Ops whose kernels compute a sigmoid."""
 REWRITES = 1e-2
 """The most that the runtime's rewrites may move an output of a file that is right without them."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -77,6 +81,9 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 class Rerun(Protocol):
     """Other ways to run what is compared with a reference."""
+
+    def step(self) -> float:
+        """What an op of it is exact to, beside 1, however small its result is; 0 for none."""
 
     def plain(self) -> Run | None:
         """The same without the runtime's rewrites; None where there are none."""
@@ -121,6 +128,13 @@ class FileRerun:
     provider: str
     also: Callable[[Named], Named] = dict
     stored: Mapping[str, Array] = field(default_factory=dict)
+
+    def step(self) -> float:
+        """See Rerun."""
+        model = load(self.path)
+        graphs = (model.graph, *(f.graph for f in model.functions.values()))
+        ops = {node.op_type for graph in graphs for node in graph.all_nodes()}
+        return SIGMOID_STEP if ops & SIGMOIDS else 0.0
 
     def plain(self) -> Run:
         """See Rerun."""
@@ -256,7 +270,10 @@ def compared(
     shapes = shapes_of(feeds)
 
     def rounding() -> Iterator[Mapping[str, float]]:
-        return either(spread(run, rerun and rerun.plain(), feeds), own())
+        if rerun is None:
+            return either(spread(run, None, feeds), own())
+        steps = {n: rerun.step() / top for n, v in expected.items() if (top := largest(v))}
+        return either([steps], either(spread(run, rerun.plain(), feeds), own()))
 
     try:
         made = run(feeds)

@@ -19,11 +19,12 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
-from lora_fx.fx.capture.call import unwrapped
+from lora_fx.fx.capture.call import leaf_names, unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import beside, taken, tensors_of
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import hint, shape_of
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -364,8 +365,12 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 
 def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
     """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
-    found = find(graph or cap.fx_graph(training))
-    sizes = {s.name: s.shape for s in cap.inputs.specs}
+    graph = graph or cap.fx_graph(training)
+    found = find(graph)
+    # those of the trace, where an example's one row may be two
+    given = zip(leaf_names(cap.named), graph.graph.find_nodes(op="placeholder"), strict=False)
+    shapes = {name: shape_of(node) for name, node in given}
+    sizes = {n: tuple(hint(d) for d in s) for n, s in shapes.items() if s is not None}
     notes = tuple(cap.notes)
     return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=notes, sizes=sizes)
 

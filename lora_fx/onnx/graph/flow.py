@@ -219,6 +219,8 @@ def _gather_from(flow: OnnxFlow, node: ir.Node) -> None:
         if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
             continue
         weight = flow.weight_of(value)
+        if weight is not None and value.shape is not None and _count(tuple(value.shape)) == 1:
+            continue  # a factor, which every row is multiplied by
         names.add(weight.name if weight is not None else flow.gathered.get(value, ""))
     if len(names) == 1 and "" not in names:
         name = names.pop()

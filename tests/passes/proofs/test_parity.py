@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import Gate, compare_fairly, narrow_gate
-from lora_fx.passes.proofs import parity
+from lora_fx.passes.proofs import interpreted, parity
 from lora_fx.passes.proofs.parity import own_errors
 
 
@@ -56,7 +56,7 @@ def test_few_numbers_are_moved_more_often(
     width: int, moves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three draws of one number tell little of how far it may be moved."""
-    seen, real = [], parity.move
+    seen, real = [], interpreted.move
 
     def move(model: Any, other: Any, seed: int) -> None:
         seen.append(seed)
