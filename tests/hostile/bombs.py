@@ -115,6 +115,7 @@ def large(rng: Random) -> int:
     return int(10 ** rng.uniform(3, 12))
 
 
+FILTERS = ("tojson", "list", "pprint", "string", "urlencode", "reverse | list")
 TEMPLATES: tuple[Callable[[Random], str], ...] = (
     nested,
     lambda rng: f"{{{{ 'a' * {large(rng)} }}}}",
@@ -159,7 +160,6 @@ TEMPLATES: tuple[Callable[[Random], str], ...] = (
     lambda rng: f"{{{{ ('ab' * 5000).replace('a', 'a' * {large(rng)}) | length }}}}",
     lambda rng: "x" * rng.choice((1000, 200_000)),
 )
-FILTERS = ("tojson", "list", "pprint", "string", "urlencode", "reverse | list")
 
 
 def template(rng: Random) -> str:
