@@ -115,6 +115,7 @@ def large(rng: Random) -> int:
     return int(10 ** rng.uniform(3, 12))
 
 
+FILTERS = ("tojson", "list", "pprint", "string", "urlencode", "reverse | list")
 TEMPLATES: tuple[Callable[[Random], str], ...] = (
     nested,
     lambda rng: f"{{{{ 'a' * {large(rng)} }}}}",
@@ -159,7 +160,6 @@ TEMPLATES: tuple[Callable[[Random], str], ...] = (
     lambda rng: f"{{{{ ('ab' * 5000).replace('a', 'a' * {large(rng)}) | length }}}}",
     lambda rng: "x" * rng.choice((1000, 200_000)),
 )
-FILTERS = ("tojson", "list", "pprint", "string", "urlencode", "reverse | list")
 
 
 def template(rng: Random) -> str:
@@ -171,8 +171,17 @@ def template(rng: Random) -> str:
 # Patterns of PEFT's configs, and of selectors.
 
 
+LONGEST = 200_000
+"""Characters of a pattern."""
+
+
 def pattern(rng: Random, depth: int = 0) -> str:
     """Repeats of repeats, sets, alternatives, looks and references, nested at random."""
+    text = _pattern(rng, depth)
+    return text if len(text) < LONGEST else text[:1000]
+
+
+def _pattern(rng: Random, depth: int) -> str:
     if depth > 6 or rng.random() < 0.15:
         return rng.choice(("a", "[a-z]", r"\w", ".", r"(fc|f|c)", "[\x00-\U0010ffff]", r"\d", "é"))
     inner = pattern(rng, depth + 1)
@@ -187,7 +196,7 @@ def pattern(rng: Random, depth: int = 0) -> str:
         case 5:
             return f"({inner})*{rng.choice(('', '?', '+'))}{pattern(rng, depth + 1)}"
         case 6:
-            return "|".join([inner] * rng.choice((2, 50, 5000)))
+            return "|".join([inner] * min(rng.choice((2, 50, 5000)), 2 + LONGEST // len(inner)))
         case 7:
             return f"({rng.choice(('?=', '?!', '?<=', '?<!', '?>', '?:', '?i:', '?P<n>'))}{inner})"
         case 8:

@@ -378,6 +378,12 @@ def large_adapter(folder: Path) -> None:
 
 
 TRUSTED = tuple(f"{line} --trust" for line in of(READ_ADAPTER[:2], "bad"))
+NUMBERS: dict[str, tuple[Any, ...]] = {
+    "qalora_group_size": (10**30, 2**62, 10**8, 0, -1, True, "16", 1.5, [16], None),
+    "r": (10**30, -1, 1.5, True, [2], {}),
+    "lora_dropout": (10**30, -1, "0", [0]),
+}
+"""Of a config, that are none of the numbers that it may have."""
 ADAPTERS: dict[str, Case] = {
     **{
         f"a pattern without end in {name}": Case(
@@ -397,11 +403,7 @@ ADAPTERS: dict[str, Case] = {
         f"{field} of {value!r:.20}": Case(
             adapter_with(**{"use_qalora": True, field: value}), of(READ_ADAPTER, "bad")
         )
-        for field, values in {
-            "qalora_group_size": (10**30, 2**62, 10**8, 0, -1, True, "16", 1.5, [16], None),
-            "r": (10**30, -1, 1.5, True, [2], {}),
-            "lora_dropout": (10**30, -1, "0", [0]),
-        }.items()
+        for field, values in NUMBERS.items()
         for value in values
     },
     "a list for an object": Case(adapter_with(rank_pattern=[1]), of(READ_ADAPTER, "bad")),

@@ -77,12 +77,15 @@ def test_choices_that_are_taken(session: Session) -> None:
     (whole,) = session.run(X, "a").values()
     (base,) = session.run(X).values()
     assert np.abs(whole - base).max() > 0.1
-    for weight in (1, 1.0, np.float32(1), np.float64(1), np.int64(1), Fraction(1)):
+    weights: tuple[Any, ...] = (1, 1.0, np.float32(1), np.float64(1), np.int64(1), Fraction(1))
+    for weight in weights:
         (mixed,) = session.run(X, {"a": weight}).values()
         assert np.allclose(mixed, whole, atol=1e-6)
-    for none in ({}, None):
-        assert np.array_equal(base, *session.run(X, none).values())
-    assert np.array_equal(whole, *session.run({"x": torch.ones(3, 4)}, "a").values())
+    nothing: tuple[Any, ...] = ({}, None)
+    for choice in nothing:
+        assert np.array_equal(base, *session.run(X, choice).values())
+    tensor: Any = torch.ones(3, 4)
+    assert np.array_equal(whole, *session.run({"x": tensor}, "a").values())
 
 
 INPUTS: tuple[Any, ...] = (

@@ -442,13 +442,13 @@ def _multiplied_out(node: ast.expr) -> tuple[int, int]:
         terms = math.prod(terms for terms, _ in sizes)
         bits = sum(bits for _, bits in sizes)
     elif name in ("Pow", *POWERS) and len(parts) == 2:
-        power = max([0, *(abs(n) for n in _numbers(parts[1]))])
+        power = int(min(1000, max([0, *(abs(n) for n in _numbers(parts[1]))])))
         # As many as there are ways to take `power` of the base's terms, in any order.
-        terms = math.comb(sizes[0][0] + int(power) - 1, int(power)) if power < 1000 else power
-        bits = sizes[0][1] * int(power)
+        terms = math.comb(sizes[0][0] + power - 1, power)
+        bits = sizes[0][1] * power
     if terms > MOST_TERMS or bits > MOST_BITS:
         raise _TooLarge(f"more than {MOST_TERMS} terms or {MOST_BITS} bits")
-    return int(terms), bits
+    return terms, bits
 
 
 def _operation(node: ast.expr) -> tuple[str, list[ast.expr]]:

@@ -15,9 +15,10 @@ completion together differ from those of the prompt. TRL's SFTTrainer does the s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -87,7 +88,8 @@ def language_table(
             found = _named(form) or "none of the forms"
             one = f"{where} has {found}; the first line has {_named(first)}"
             raise LoraFxError(one, "a file has lines of one form")
-        ids, trained = encode(where, row, merged)
+        with _no_panic(where, folder):
+            ids, trained = encode(where, row, merged)
         if not any(trained[1:]):  # the first token is predicted from nothing
             raise LoraFxError(f"{where}: no token is trained on", "leave the line out")
         if size and (top := max(ids)) >= size:
@@ -111,6 +113,23 @@ def language_table(
     if other := sorted({key for _, row in rows for key in row} - taken):
         notes.append(f"{path}: ignored: {some([repr(n) for n in other], 8)}")
     return table, notes
+
+
+@contextlib.contextmanager
+def _no_panic(where: str, folder: Path) -> Iterator[None]:
+    """A block in which a panic of the package tokenizers is an error of the line.
+
+    It is no Exception of Python's: a pattern of a tokenizer.json that tries too long ends in one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LoraFxError(
+            f"{where}: the tokenizer in {folder} fails: {one_line(error, 160)}",
+            "is it the tokenizer of this model?",
+        ) from error
 
 
 def _form(where: str, row: JsonView) -> tuple[str, ...]:

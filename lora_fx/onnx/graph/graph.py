@@ -56,13 +56,13 @@ def _counted_names() -> Iterator[None]:
 
     last: dict[tuple[str, int], int] = {}
 
-    def unique(name: str, _: list[str], used: set[str]) -> str:
-        count, candidate = last.get((name, id(used)), 1), name
-        while candidate in used:
+    def unique(name: str, callstack: list[str], used_names: set[str]) -> str:
+        count, candidate = last.get((name, id(used_names)), 1), name
+        while candidate in used_names:
             count += 1
             candidate = f"{name}_{count}"
-        last[name, id(used)] = count
-        used.add(candidate)
+        last[name, id(used_names)] = count
+        used_names.add(candidate)
         return candidate
 
     before = inliner._make_unique_name

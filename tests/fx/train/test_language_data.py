@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.state import Settings
-from tests.fx.train.language_models import MARKED, PLAIN, SIZES, rows, tokenizer, write
+from tests.fx.train.language_models import MARKED, PLAIN, SIZES, folder, rows, tokenizer, write
 from tests.zoo.shared import captured
 
 WORDS = tokenizer()
@@ -353,3 +353,24 @@ def test_losses_are_those_of_an_explicit_loop(tmp_path: Path) -> None:
     ours = fit(adapted, data, settings=settings).losses
     assert abs(ours[0] - ours[-1]) > 0.05
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_panics_is_one_line(tmp_path: Path) -> None:
+    r"""`(\p{L}+)+$` tries more than the package tokenizers allows, which ends in no Exception."""
+    home = folder(tmp_path / "model")
+    file = home / "tokenizer.json"
+    made = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"(\p{L}+)+$"}, "behavior": "Isolated"}
+    made["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{**split, "invert": False}, made["pre_tokenizer"]],
+    }
+    file.write_text(json.dumps(made))
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"text": "a" * 60 + "!"}) + "\n")
+    model = LlamaForCausalLM.from_pretrained(home)
+    with pytest.raises(
+        LoraFxError, match=r"d\.jsonl: line 1: the tokenizer in .* fails: "
+    ) as caught:
+        language_table(str(data), model, home, None)
+    assert "\n" not in caught.value.message
