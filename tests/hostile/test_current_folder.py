@@ -188,8 +188,8 @@ def test_a_helper_beside_a_factory_is_found(
     name = f"factory_{helper.replace('.', '_')}_{len(spec)}"
     (tmp_path / f"{name}.py").write_text(FACTORY.format(imported=helper))
     before, finders = list(sys.path), list(sys.meta_path)
-    for module in ("helper", "utils", "model_parts", "parts", "parts.inner"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+    for imported in ("helper", "utils", "model_parts", "parts", "parts.inner"):
+        monkeypatch.delitem(sys.modules, imported, raising=False)
     module, _, _ = call_factory(spec.format(name))
     assert module.weight.shape == (2, 3)
     assert sys.path == before and sys.meta_path == finders

@@ -58,8 +58,11 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """What a folder names beyond itself."""
-NOISE = re.compile(r"^/(proc|sys|dev|tmp/(?!.*/(scene|elsewhere)/))|\.pyc(\.\d+)?$|/__pycache__")
-"""Files of the machine, and compiled modules."""
+NOISE = re.compile(
+    r"^/(proc|sys|dev|etc/ssl|tmp/(?!.*/(scene|elsewhere)/))|\.pyc(\.\d+)?$|/__pycache__"
+)
+"""Files of the machine, compiled modules, and the certificates that a client of the Hub reads as it
+is made: where a bare name of a backbone is looked up, it is refused just after."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def _is_elsewhere(name: str, folder: str) -> bool:
     found = [PathFinder.find_spec(name, others)]
     for finder in sys.meta_path:
         if not isinstance(finder, _Beside) and finder is not PathFinder:
-            found.append(finder.find_spec(name, None))
+            find = getattr(finder, "find_spec", None)  # finders of old have none
+            found.append(None if find is None else find(name, None))
     here = PathFinder.find_spec(name, [folder])
     origin = None if here is None else here.origin
     return any(spec is not None and spec.origin != origin for spec in found)

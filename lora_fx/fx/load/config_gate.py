@@ -95,7 +95,7 @@ def named_by(text: str, *, timm: bool = False) -> str:
     return "" if timm and kind == "a class" else kind
 
 
-def check_config(raw: JsonView, file: Path, cls: type[Any], tensors: Tensors | None) -> None:
+def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors | None) -> None:
     """Refuse a config that names something else, or sizes that its weights do not have.
 
     Args:
@@ -158,22 +158,22 @@ def _check_number(
             )
 
 
-def _values(raw: JsonView, cls: type[Any]) -> Iterator[tuple[str, str, object, bool]]:
+def _values(raw: JsonView, cls: type[object]) -> Iterator[tuple[str, str, object, bool]]:
     """Each value of a config, with its place, the name of its field, and whether that is read."""
     for key, value in raw.items():
         if key in ORIGINS or (key == "pretrained_cfg" and cls.__name__.startswith("Timm")):
             continue
         inner = _inner_class(key, value, cls)
         if inner is not None and isinstance(value, Mapping):
-            for place, *rest in _values(value, inner):
-                yield f"{key}.{place}", *rest
+            for place, field, leaf, is_read in _values(value, inner):
+                yield f"{key}.{place}", field, leaf, is_read
             continue
         is_read = _mentions(cls, key)
         for place, field, leaf in _leaves(value, key, key, 1):
             yield place, field, leaf, is_read
 
 
-def _inner_class(key: str, value: object, cls: type[Any]) -> type[Any] | None:
+def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | None:
     """The class of a config within a config."""
     if not isinstance(value, Mapping):
         return None
@@ -181,7 +181,8 @@ def _inner_class(key: str, value: object, cls: type[Any]) -> type[Any] | None:
 
     kind = value.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
-        return CONFIG_MAPPING[kind]
+        named: type[object] = CONFIG_MAPPING[kind]
+        return named
     known = (getattr(cls, "sub_configs", None) or {}).get(key)
     return known if isinstance(known, type) and known is not AutoConfig else None
 
@@ -199,17 +200,17 @@ def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[s
         yield place, key, value
 
 
-def _mentions(cls: type[Any], key: str) -> bool:
+def _mentions(cls: type[object], key: str) -> bool:
     """Whether what builds a model of these configs has the name of a field in its source."""
-    return re.search(rf"\b{re.escape(key)}\b", _source(cls)) is not None
+    folder = Path(inspect.getfile(cls)).parent
+    return re.search(rf"\b{re.escape(key)}\b", _source(folder)) is not None
 
 
 @functools.cache
-def _source(cls: type[Any]) -> str:
-    """The source of a class of configs, of its models, and of what all of them share."""
+def _source(folder: Path) -> str:
+    """The source of the configs and models of a family, and of what all of them share."""
     import transformers
 
-    folder = Path(inspect.getfile(cls)).parent
     files = [f for kind in ("configuration", "modeling") for f in folder.glob(f"{kind}_*.py")]
     shared = ("backbone_utils", "configuration_utils", "modeling_utils", "modeling_rope_utils")
     files += [Path(transformers.__file__).parent / f"{name}.py" for name in shared]
