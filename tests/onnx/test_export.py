@@ -213,7 +213,11 @@ def test_providers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora_fx.export(adapted(), tmp_path / "m.onnx", provider="cpu")
     monkeypatch.setattr(sessions, "driver_present", lambda: False)
     auto = open_session(tmp_path / "m.onnx")
-    assert auto.provider == "cpu" and "CPU" in auto.note
+    assert auto.provider == "cpu" and auto.note == ""  # a machine without a GPU
+    with monkeypatch.context() as gpu:
+        gpu.setattr(sessions, "driver_present", lambda: True)
+        gpu.setattr(sessions, "providers", lambda: ["cpu"])
+        assert "running on CPU" in open_session(tmp_path / "m.onnx").note
     assert open_session(tmp_path / "m.onnx", "cpu").note == ""
     with pytest.raises(LoraFxError, match="CUDA was asked for"):
         open_session(tmp_path / "m.onnx", "cuda")
