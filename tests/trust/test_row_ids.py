@@ -27,7 +27,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.onnx import batch
-from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
@@ -392,14 +392,14 @@ def test_an_unguarded_output_is_not_written(
 def test_a_guard_that_misses_some_is_not_written(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = batch.OnnxEmitter.call
+    right = OnnxEmitter.call
 
     def half(self: Any, op: str, *inputs: Any, **attributes: Any) -> Any:
         if op == "Or":
             return right(self, "Identity", inputs[wrong == "below"])
         return right(self, op, *inputs, **attributes)
 
-    monkeypatch.setattr(batch.OnnxEmitter, "call", half)
+    monkeypatch.setattr(OnnxEmitter, "call", half)
     with pytest.raises(MistakeError, match="out of range have numbers"):
         exported(Case(), tmp_path)
 
