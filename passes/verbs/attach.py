@@ -124,7 +124,7 @@ def _attach(
     kwargs: Named | None,
     dynamic: Dynamic | None,
     options: InsertOptions,
-) -> nn.Module:
+) -> Any:
     """See attach; gives the module that was adapted."""
     cap: Captured | None
     try:
