@@ -217,7 +217,7 @@ class ByClass(Layer):
 
 
 def class_counter(effect: Any, step: int) -> Net:
-    layers = _layers(ByClass, effect)
+    layers: list[Any] = _layers(ByClass, effect)
     type(layers[0]).step = step
     return Net(layers, lambda net: setattr(type(layers[0]), "k", 0))
 
@@ -319,7 +319,7 @@ def _zero(_: Net) -> None:
 
 
 def module_global(effect: Any, step: int) -> Net:
-    layers: list[Any] = _layers(ByGlobal, effect)  # type: ignore[assignment]
+    layers: list[Any] = _layers(ByGlobal, effect)
     type(layers[0]).step = step
     return Net(layers, _zero)
 
