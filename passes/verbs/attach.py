@@ -130,7 +130,9 @@ class Example:
     dynamic: Dynamic | None
 
 
-def _apart(model: object, adapter: Adapter, ties: contextlib.ExitStack) -> object:
+def _apart(
+    model: Captured | nn.Module, adapter: Adapter, ties: contextlib.ExitStack
+) -> Captured | nn.Module:
     """The model with a tensor of its own for every name of a tied one that is saved alone.
 
     Args:
@@ -139,7 +141,7 @@ def _apart(model: object, adapter: Adapter, ties: contextlib.ExitStack) -> objec
         ties: Gets what ties the names again.
     """
     cap = model if isinstance(model, Captured) else None
-    live = _module(model if cap is None else cap.quantised or cap.model)
+    live = model if isinstance(model, nn.Module) else _module(model.quantised or model.model)
     names = lone_names(adapter, live)
     for step in reversed(untie(live, names)):  # the stack runs them from its end
         ties.callback(step)
@@ -150,7 +152,7 @@ def _apart(model: object, adapter: Adapter, ties: contextlib.ExitStack) -> objec
 
 def _attached(
     model: Any, example: Example, options: InsertOptions, ties: contextlib.ExitStack
-) -> nn.Module:
+) -> Any:
     """The module that was adapted.
 
     Args:

@@ -217,7 +217,7 @@ class ByClass(Layer):
 
 
 def class_counter(effect: Any, step: int) -> Net:
-    layers = _layers(ByClass, effect)
+    layers: list[Any] = _layers(ByClass, effect)
     type(layers[0]).step = step
     return Net(layers, lambda net: setattr(type(layers[0]), "k", 0))
 
@@ -284,11 +284,12 @@ def default_argument(effect: Any, step: int) -> Net:
 
 def function_attribute(effect: Any, step: int) -> Net:
     def ask(_: Any) -> int:
-        if ask.step:
-            ask.k += ask.step
-        return int(ask.k)
+        state: Any = ask
+        if state.step:
+            state.k += state.step
+        return int(state.k)
 
-    ask.k, ask.step = 0, step
+    vars(ask).update(k=0, step=step)
     return Net(_layers(_asking(ask), effect), lambda net: setattr(ask, "k", 0))
 
 
@@ -318,7 +319,7 @@ def _zero(_: Net) -> None:
 
 
 def module_global(effect: Any, step: int) -> Net:
-    layers = _layers(ByGlobal, effect)
+    layers: list[Any] = _layers(ByGlobal, effect)
     type(layers[0]).step = step
     return Net(layers, _zero)
 
@@ -332,12 +333,12 @@ def module_dict(effect: Any, step: int) -> Net:
 
 def other_module(effect: Any, step: int) -> Net:
     """The state of another file, imported in the function."""
-    held = types.ModuleType("hidden_state")
+    held: Any = types.ModuleType("hidden_state")
     held.k = 0
     sys.modules["hidden_state"] = held
 
     def ask(_: Any) -> int:
-        import hidden_state
+        import hidden_state  # type: ignore[import-not-found]
 
         return int(hidden_state.k)
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -132,10 +131,11 @@ class Agreement:
 
     def _rounding(self, named: Named, outputs: Outputs) -> Iterator[Mapping[str, float]]:
         """How far rounding moves the graph's outputs: fp64, then weights moved by lot."""
-        kinds = [partial(_Moved, seed) for seed in range(SEEDS)]
-        wide = [] if random_ops(self.graph) else [_WideOver]  # fp64 draws other numbers
+        kinds: list[Callable[..., OverTensors]] = [partial(_Moved, seed) for seed in range(SEEDS)]
+        if not random_ops(self.graph):  # fp64 draws other numbers
+            kinds.insert(0, _WideOver)
         exact, worst = outputs, dict[str, float]()
-        for kind in chain(wide, kinds):
+        for kind in kinds:
             try:
                 made = self._run(partial(self._of_graph, kind), named)
             except (RuntimeError, TypeError, ValueError):

@@ -181,7 +181,8 @@ class Repeats:
         self.patches = contextlib.ExitStack()
         families: dict[object, BlockFamily] = {}
         # hooks of all modules run in blocks too
-        every = () if torch_module._has_any_global_hook() else dict.fromkeys(model.modules())
+        hooks: Any = torch_module
+        every = () if hooks._has_any_global_hook() else dict.fromkeys(model.modules())
         for module in every:
             below = dict(module.named_modules(remove_duplicate=False))
             if len(below) >= FEWEST and module is not model and not _altered(below):
