@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import asked
-from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, check_init, named_variant
+from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import (
@@ -53,14 +53,11 @@ def _plan_has(options: BranchOptions, what: str) -> bool:
     return all(what in row for row in rows)
 
 
-DRAWN_FROM: tuple[str, ...] = (*OF_WEIGHT, *OF_DATA)
-"""What a start takes A and B from instead of drawing them."""
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("rank",), lambda o: _plan_has(o, "rank"), "beside a plan, which has every target's"),
     NoSay(("alpha",), lambda o: _plan_has(o, "alpha"), "beside a plan, which has every target's"),
     NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
     NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
-    NoSay(("seed",), lambda o: o.init in DRAWN_FROM, "for init {0.init!r}, which draws nothing"),
 )
 """Of an insert into a graph of either IR."""
 
