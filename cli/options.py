@@ -136,15 +136,11 @@ def _is(suffix: str, name: str = "model") -> Callable[[JsonView], bool]:
     return lambda asked: str(asked[name]).endswith(suffix)
 
 
-def _start_in(names: str) -> Callable[[JsonView], bool]:
-    """Whether --init is in these sets of `lora_fx.adapter.variant`, read when it is asked."""
+def _reads_no_data(asked: JsonView) -> bool:
+    """Whether --init takes nothing from data."""
+    from lora_fx.adapter.variant import OF_DATA
 
-    def asks(asked: JsonView) -> bool:
-        from lora_fx.adapter import variant
-
-        return any(asked["init"] in getattr(variant, name) for name in names.split())
-
-    return asks
+    return asked["init"] not in OF_DATA
 
 
 PROGRAM: Rules = (NoSay(("no_repeat",), _is(".pt2"), "for {0[model]}, which is traced already"),)
@@ -158,14 +154,11 @@ PLANNED: Rules = (
 """Of what a plan may choose targets for."""
 STARTED: Rules = (
     NoSay(
-        ("label", "loss"), lambda asked: not _start_in("OF_DATA")(asked),
+        ("label", "loss"), _reads_no_data,
         "for --init {0[init]}, which reads no data",
     ),
     NoSay(
         ("loss",), lambda asked: asked["init"] == "eva", "for --init eva, which reads no gradient"
-    ),
-    NoSay(
-        ("seed",), _start_in("OF_DATA OF_WEIGHT"), "for --init {0[init]}, which draws nothing"
     ),
 )  # fmt: skip
 """Of what only starts an adapter."""

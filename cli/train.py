@@ -43,7 +43,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
-    from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT
+    from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.files.read import inputs_are_in_memory
     from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
@@ -61,8 +61,6 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
         training, validation = shared.tables_of(data, loaded, cap, options)
         loss = shared.loss_of(options.pop("loss"))
         chosen = shared.only_given(options)
-        if options["init"] in (*OF_DATA, *OF_WEIGHT):
-            chosen.pop("seed", None)  # which has a say in the order of the examples
         if options["init"] in OF_DATA:
             size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
             batches = shared.batches_of(training, rows=min(shared.BATCH, size))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, asked
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
-from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, check_init, named_variant
+from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import (
@@ -29,7 +29,7 @@ from lora_fx.errors import (
     refuse_no_say,
 )
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.targets.plan import GivenRanks, Plan, make_plan, select_names
+from lora_fx.targets.plan import GivenRanks, Plan, RankPlan, make_plan, select_names
 from lora_fx.targets.target import Found
 
 if TYPE_CHECKING:
@@ -46,23 +46,24 @@ ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 """One, or several: by name, or in the order of their ids."""
 
 
-def _plan_has(options: BranchOptions, what: str) -> bool:
-    """Whether a plan says the rank or the alpha of every target that it names."""
-    plan = options.plan
+def _plan_says(options: BranchOptions, what: str) -> bool:
+    """Whether a plan has another rank or alpha than was asked for, for every target that it names.
+
+    One that it has already is no contradiction.
+    """
+    plan = options.plan.ranks if isinstance(options.plan, RankPlan) else options.plan
     if not isinstance(plan, Mapping):
         return plan is not None
     rows = [row if isinstance(row, Mapping) else {"rank": row} for row in plan.values()]
-    return all(what in row for row in rows)
+    wanted = getattr(options, what)
+    return all(what in row for row in rows) and any(row[what] != wanted for row in rows)
 
 
-DRAWN_FROM: tuple[str, ...] = (*OF_WEIGHT, *OF_DATA)
-"""What a start takes A and B from instead of drawing them."""
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
-    NoSay(("rank",), lambda o: _plan_has(o, "rank"), "beside a plan, which has every target's"),
-    NoSay(("alpha",), lambda o: _plan_has(o, "alpha"), "beside a plan, which has every target's"),
+    NoSay(("rank",), lambda o: _plan_says(o, "rank"), "beside a plan, which has every target's"),
+    NoSay(("alpha",), lambda o: _plan_says(o, "alpha"), "beside a plan, which has every target's"),
     NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
     NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
-    NoSay(("seed",), lambda o: o.init in DRAWN_FROM, "for init {0.init!r}, which draws nothing"),
 )
 """Of an insert into a graph of either IR."""
 

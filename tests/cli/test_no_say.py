@@ -40,7 +40,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     "targets": {"model": READS},
     "insert": {
         "model": READS, "output": WRITES, "plan": TARGETS, "exclude": TARGETS, "variant": TARGETS,
-        "init": TARGETS, "dead": RUNS, "inputs_file": READS,
+        "init": TARGETS, "dead": RUNS, "inputs_file": READS, "seed": RUNS,
     },
     "train": {
         "model": READS, "data": READS, "output": WRITES, "label": DATA, "loss": GOAL,
@@ -119,9 +119,6 @@ NO_SAY: list[tuple[str, str, str]] = [
     (INSERT, "--loss ce", "for --init kaiming, which reads no data"),
     (f"{INSERT} --init pissa", "--loss mse", "for --init pissa, which reads no data"),
     (f"{INSERT} --init eva --data data.npz", "--loss ce", "which reads no gradient"),
-    (f"{INSERT} --init pissa", "--seed 0", "which draws nothing"),
-    (f"{INSERT} --init olora", "--seed 3", "which draws nothing"),
-    (f"{INSERT} --init eva --data data.npz", "--seed 0", "which draws nothing"),
     *(
         ("insert m.onnx -o out.onnx", o, "for m.onnx, a graph")
         for o in (*GRAPH, "--trust", "--also-train fc1", "--dropout 0.0", "--quantise nf4")

@@ -97,11 +97,9 @@ BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         for value in values
     ),
     ("rank", {"plan": WHOLE}, {"rank": 8}),
-    ("alpha", {"plan": WHOLE}, {"alpha": 4.0}),
-    ("rank", {"plan": {"0.weight": 2}}, {"rank": 2}),
+    ("alpha", {"plan": WHOLE}, {"alpha": 16.0}),
+    ("rank", {"plan": {"0.weight": 2}}, {"rank": 3}),
     ("include", {"plan": WHOLE}, {"include": "0"}),
-    ("seed", {"rank": 2, "init": "pissa"}, {"seed": 0}),
-    ("seed", {"rank": 2, "init": "eva", "data": BATCH}, {"seed": 3}),
     ("data", {"rank": 2}, {"data": BATCH}),
     ("data", {"rank": 2, "init": "olora"}, {"data": BATCH}),
     ("loss", {"rank": 2}, {"loss": "ce"}),
@@ -124,8 +122,10 @@ def test_an_option_without_a_say(
         {"adapter": GIVEN, "dropout": 0.1, "dead": "keep", "norm_stats": "frozen"},
         {"adapter": GIVEN, "rank": 2, "alpha": 2.0},  # which it has
         {"plan": PARTS, "rank": 2, "alpha": 3.0},
+        {"plan": WHOLE, "rank": 2, "alpha": 4.0},  # which it has
         {"plan": WHOLE, "exclude": "1", "seed": 1, "variant": "rslora"},
         {"rank": 2, "init": "gaussian", "seed": 3},
+        {"rank": 2, "init": "pissa", "seed": 3},  # a seed is of whatever is drawn
         {"rank": 2, "init": "lora-ga", "data": BATCH, "loss": "ce"},
         {"rank": 2, "init": "eva", "data": BATCH},
         {"rank": 2, "include": None, "alpha": None, "adapter": None, "loss": None, "seed": None},
