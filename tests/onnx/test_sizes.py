@@ -265,7 +265,7 @@ def test_arrays_that_do_not_fit_are_refused(
         "{ y = Conv<kernel_shape=[3,3]>(x,w)}"
     )
     saved(Path("m.onnx"), text, [weight("w", 4, 3, 3, 3)])
-    np.savez("x.npz", **{n: np.zeros(s, np.float32) for n, s in arrays.items()})  # type: ignore[arg-type]
+    np.savez("x.npz", **{n: np.zeros(s, np.float32) for n, s in arrays.items()})
     result = ran("targets", "m.onnx", "--inputs", "x.npz")
     assert result.exit_code == 2
     assert said in result.stderr

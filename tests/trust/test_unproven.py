@@ -120,7 +120,7 @@ def test_the_example_is_compared_too(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("lora_fx.passes.verbs.export_torch.prove", listening)
     with pytest.raises(LoraFxError, match="differs"):
         lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
-    assert max(seen) == 1000 and not list(tmp_path.iterdir())
+    assert 1000 in seen and not list(tmp_path.iterdir())  # and what rounding makes of it
 
 
 class Masked(nn.Module):
