@@ -301,14 +301,15 @@ def weight_form(now: Updates, training: bool) -> Rewriter:
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
     plain = torch_run(module)
+    in_weight_form = module.inserting(weight_form)
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        with module.inserting(weight_form):
+        with in_weight_form():
             return plain(feeds)
 
     with probe(Trained.of(module)):
         module.eval()
-        rerun = replace(torch_rerun(module), block=lambda: module.inserting(weight_form))
+        rerun = replace(torch_rerun(module), block=in_weight_form)
         arrays = arrays_of(named)
         parity = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form", rerun=rerun)
     for p in parity:

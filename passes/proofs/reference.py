@@ -215,7 +215,9 @@ SEEDS = (0, 1, 2)
 """Of the inputs, and of the moves of weights, by which a model's rounding is told."""
 
 
-def spread(run: Run, plain: Run | None, feeds: Named) -> Iterator[dict[str, float]]:
+def spread(
+    outputs: Outputs, run: Run, plain: Run | None, feeds: Named
+) -> Iterator[dict[str, float]]:
     """Per output, how far a runtime's own rounding moves it: the largest so far, run by run.
 
     ONNX Runtime folds batch norms into convolutions, which rounds their weights once more, and its
@@ -223,20 +225,20 @@ def spread(run: Run, plain: Run | None, feeds: Named) -> Iterator[dict[str, floa
     nothing, the second where every float of the inputs is moved by half a unit of its last place.
 
     Args:
-        run: What was compared.
+        outputs: What was compared.
+        run: What gave it.
         plain: The same without the runtime's rewrites.
         feeds: The inputs that it was compared at.
     """
     worst: dict[str, float] = {}
-    compared = run(feeds)
     if plain is not None:
-        yield grow(worst, plain(feeds), compared)
+        yield grow(worst, plain(feeds), outputs)
     if not any("float" in value.dtype.name for value in feeds.values()):
         return
     for seed in SEEDS:
         moved = nearby_feeds(feeds, seed)
         for other in (run, plain) if plain is not None else (run,):
-            yield grow(worst, other(moved), compared)
+            yield grow(worst, other(moved), outputs)
 
 
 def compared(
@@ -271,9 +273,9 @@ def compared(
 
     def rounding() -> Iterator[Mapping[str, float]]:
         if rerun is None:
-            return either(spread(run, None, feeds), own())
+            return either(spread(made, run, None, feeds), own())
         steps = {n: rerun.step() / top for n, v in expected.items() if (top := largest(v))}
-        return either([steps], either(spread(run, rerun.plain(), feeds), own()))
+        return either([steps], either(spread(made, run, rerun.plain(), feeds), own()))
 
     try:
         made = run(feeds)
@@ -313,7 +315,7 @@ def _with_choices(
     limits = {n: gates.get(n, usual[n]) for n in expected}
 
     def rounding() -> Iterator[Mapping[str, float]]:
-        return either(spread(run, None, feeds), choices.own())
+        return either(spread(made, run, None, feeds), choices.own())
 
     return compare_fairly(made, expected, shapes_of(feeds), limits, rounding, of=of)
 

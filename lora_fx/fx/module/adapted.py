@@ -98,10 +98,12 @@ class AdaptedModule(CapturedModule):
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         self._inserter(self._updates, training)(graph)
 
-    def inserting(self, inserter: Inserter) -> contextlib.AbstractContextManager[None]:
-        """A block in which other passes make the branches, in programs of their own."""
-        programs = replace(self._programs, codes={}, compiled={}, blocks=False)
-        return patched(self, _inserter=inserter, _fast=None, _programs=programs)
+    def inserting(
+        self, inserter: Inserter
+    ) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Gives blocks in which other passes make the branches, for a run or two in all."""
+        programs = replace(self._programs, codes={}, compiled={}, blocks=False, few=True)
+        return partial(patched, self, _inserter=inserter, _fast=None, _programs=programs)
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Key → the tensors a and b that the branches of the active adapter read, as trained."""
