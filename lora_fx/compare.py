@@ -142,7 +142,7 @@ def _output(run: Callable[[], Outputs], name: str) -> Array:
 
 def largest(values: npt.ArrayLike) -> float:
     """The largest finite number of an output, without its sign."""
-    numbers = np.asarray(values, np.float64)
+    numbers = widened(np.asarray(values))
     return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
 
 

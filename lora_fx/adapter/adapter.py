@@ -105,7 +105,8 @@ class Adapter:
 
         Args:
             base: Not needed by lora and rslora.
-            dtype: The dtype of the arithmetic and of the result.
+            dtype: The dtype of the arithmetic and of the result; of complex factors the complex one
+                of as many bits a part.
 
         Raises:
             LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).

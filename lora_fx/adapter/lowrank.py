@@ -147,7 +147,9 @@ class LowRank:
         return delta
 
     def matrix(self, dtype: npt.DTypeLike = np.float64) -> Array:
-        """The whole ΔW = s·b@a as [*batch, out, in], computed in `dtype`."""
+        """The whole ΔW = s·b@a as [*batch, out, in], computed in `dtype`, or its complex twin."""
+        if np.iscomplexobj(self.a):
+            dtype = np.result_type(dtype, self.a.dtype)
         product = np.matmul(self.b.astype(dtype), self.a.astype(dtype))
         return np.asarray(product * np.asarray(self.scale, dtype))
 

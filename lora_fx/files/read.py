@@ -36,7 +36,7 @@ MAX_JSON = 32 << 20
 
 AGAIN = "the file is damaged or cut off: download or write it again"
 _TENSORS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-_TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.tmp$")
+_TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.(tmp|onnx)$")
 _LFS = b"version https://git-lfs"
 _KINDS = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",

@@ -734,11 +734,12 @@ def _parts(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> list[Tensor]:
-    """The parts of aten.split.Tensor, or of aten.chunk, whose number is known, as slices."""
-    length = x.shape[dim]
-    each = (length + size - 1) // size if in_chunks else size
-    ends = [*(each * (i + 1) for i in range(count - 1)), length]
-    return [aten.slice.Tensor(x, dim, each * i, end) for i, end in enumerate(ends)]
+    """The parts of aten.split.Tensor, or of aten.chunk, whose number is known, as slices.
+
+    A slice ends where x does; and the last of these parts need not be the last of a longer x.
+    """
+    each = (x.shape[dim] + size - 1) // size if in_chunks else size
+    return [aten.slice.Tensor(x, dim, each * i, each * (i + 1)) for i in range(count)]
 
 
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {

@@ -590,7 +590,10 @@ def _guard(
     broken = made.op("Cast", made.op("Not", holds), to=int(ir.DataType.INT64))
     shape = made.op("Shape", x)
     other = made.op("Add", shape, made.op("Mul", made.op("Add", shape, 1), broken))
-    y = made.op("Reshape", x, other, name=f"{GUARD}{condition} only")
+    name = f"{GUARD}{condition} only"
+    if any(node.name == name for node in graph):  # another one comes to the same bound
+        name = f"{name} ({i})"
+    y = made.op("Reshape", x, other, name=name)
     y.type, y.shape = x.type, x.shape
     for node, index in users:
         node.replace_input_with(index, y)

@@ -47,7 +47,7 @@ from lora_fx.passes.verbs.open import (
     found_in,
     opened,
     quantised,
-    refuse_inputs,
+    refuse_dynamic,
 )
 from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, told
@@ -75,10 +75,10 @@ def find(
     """
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
-        refuse_inputs(args, kwargs, dynamic)
+        refuse_dynamic(dynamic)
         return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
-        refuse_inputs(args, kwargs, dynamic)
+        refuse_dynamic(dynamic)
         return find_graph(model)
     return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
 

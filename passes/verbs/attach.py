@@ -43,7 +43,7 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
-from lora_fx.passes.verbs.open import found_in, refuse_inputs, start_of
+from lora_fx.passes.verbs.open import found_in, refuse_dynamic, start_of
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan
@@ -166,7 +166,7 @@ def _attached(
     try:
         captured = isinstance(model, Captured)
         if captured:
-            refuse_inputs(args, kwargs, example.dynamic)
+            refuse_dynamic(example.dynamic)
         cap = model if captured else Captured(model, args, kwargs, example.dynamic)
         if not captured and not example.dynamic:
             cap.fix_sizes()

@@ -104,7 +104,8 @@ def save_within(
         guard_within(model, guards)
     made.save(model, options.external_over, slots)
     then = "it is not checked" if options.within else "the file fails elsewhere"
-    return [f"it holds for {c} only: {then}" for c in guards]
+    bounds = dict.fromkeys(map(str, guards))
+    return [f"it holds for {bound} only: {then}" for bound in bounds]
 
 
 def write_switch(

@@ -68,7 +68,7 @@ def captured_of(
     """
     model = unwrapped(model)
     if isinstance(model, (Captured, CapturedModule)):
-        refuse_inputs(args, kwargs, dynamic)
+        refuse_dynamic(dynamic)
         return apart(model, adapter) if isinstance(model, Captured) else model.captured
     if is_attached(model):
         raise LoraFxError(
@@ -118,10 +118,13 @@ def said_of_names(names: Sequence[str]) -> str:
     return f"saved alone, and so no longer tied: {', '.join(names)}"
 
 
-def refuse_inputs(args: Sequence[object], kwargs: Named | None, dynamic: Dynamic | None) -> None:
-    """Refuse example inputs, and their dimensions, of a model that is captured already."""
-    asked = {"args": args or None, "kwargs": kwargs or None, "dynamic": dynamic or None}
-    captured = NoSay[Named](tuple(asked), bool, "beside a captured model, which has its inputs")
+def refuse_dynamic(dynamic: Dynamic | None) -> None:
+    """Refuse other free dimensions of a model that is captured already.
+
+    Example inputs are let be: a caller who passes those of the capture again asks for nothing else.
+    """
+    asked = {"dynamic": dynamic or None}
+    captured = NoSay[Named](tuple(asked), bool, "beside a captured model, which has its sizes")
     refuse_no_say([captured], asked, given_options(asked))
 
 

@@ -237,7 +237,8 @@ def test_selectors_and_plans() -> None:
     cap, _ = built("Shared")
 
     def keys(**options: Any) -> list[str]:
-        module = lora_fx.insert(cap, rank=options.pop("rank", 1), **options)
+        rank = {} if "plan" in options else {"rank": 1}
+        module = lora_fx.insert(cap, **{**rank, **options})
         return [k.removeprefix("a.weight") for k in module.updates]
 
     every = ["@a.weight", "@call:1", "@call:2", "@op:matmul"]

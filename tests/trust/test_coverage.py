@@ -129,7 +129,7 @@ def test_a_weight_read_from_outside_a_loop_stays_a_target() -> None:
 def test_minus_one_is_a_free_size() -> None:
     weights = {"w": (4, 6)}
     found = find(graph("float[-1,7,4]", weights, "y = MatMul(x, w)"))
-    assert found.flops == {"reached": 336, "refused": 0, "data": 0}
+    assert found.flops == {"reached": 336, "refused": 0, "unreached": 0, "data": 0}
     body = "t = Transpose<perm = [0, 2, 1]>(x) h = MatMul(x, t) z = MatMul(h, x) y = MatMul(z, w)"
     assert find(graph("float[-1,-1,4]", weights, body)).flops["data"] > 0
 

@@ -148,7 +148,9 @@ def _check_number(
     value: float, key: str, where: str, limits: Mapping[re.Pattern[str], int]
 ) -> None:
     shown = one_line(repr(value), 60)
-    if isinstance(value, int) and abs(value) > LARGEST:
+    # A whole number of more than 64 bits is read as a float; the largest floats are masks.
+    is_long = isinstance(value, float) and value.is_integer() and 2.0**64 <= value < 1e38
+    if is_long or (isinstance(value, int) and abs(value) > LARGEST):
         raise LoraFxError(f"{where} is {shown}; at most 2^53 is read", "is the file damaged?")
     for form, most in limits.items():
         if form.search(key) and value > most:

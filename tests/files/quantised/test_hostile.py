@@ -232,7 +232,7 @@ TABLE: list[tuple[str, str, Any, str]] = [
     (FP8, "weight_scale_inv", lambda a: a[:1], r"scale_inv' is float32 \[1, 1\].*\[2, 1\]"),
     (FP8, "weight_scale_inv", infinite, r"m\.weight' has a scale that is no number"),
     (FP8, "weight_block_size", lambda a: [0, 32], r"m\.weight' has blocks of \[0, 32\], as conf"),
-    (FP8, "weight_block_size", lambda a: [10**30] * 2, r"m\.weight' has blocks of \[1e\+30, 1e"),
+    (FP8, "weight_block_size", lambda a: [1e30] * 2, r"m\.weight' has blocks of \[1e\+30, 1e"),
     (FP8, "weight_block_size", lambda a: [2**62] * 2, r"weight_scale_inv"),
     (FP8, "weight_block_size", lambda a: [True, 32], r"m\.weight' has blocks of \[True, 32\]"),
     (FP8, "weight_block_size", lambda a: [-32, 32], r"m\.weight' has blocks of \[-32, 32\]"),
