@@ -221,7 +221,7 @@ def test_modes_follow_the_umask(umask: int, base: Path, tmp_path: Path) -> None:
         os.umask(old)
     for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]:
         full = 0o777 if path.is_dir() else 0o666
-        source = base / path.name
+        source = base / path.relative_to(tmp_path / "out")
         if source.is_file() and not path.name.startswith("model"):  # a copy, no wider than it
             full &= stat.S_IMODE(source.stat().st_mode)
         assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
