@@ -101,8 +101,8 @@ class AdaptedModule(CapturedModule):
     def inserting(
         self, inserter: Inserter
     ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Gives blocks in which other passes make the branches, in programs that these share."""
-        programs = replace(self._programs, codes={}, compiled={}, blocks=False)
+        """Gives blocks in which other passes make the branches, for a run or two in all."""
+        programs = replace(self._programs, codes={}, compiled={}, blocks=False, few=True)
         return partial(patched, self, _inserter=inserter, _fast=None, _programs=programs)
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

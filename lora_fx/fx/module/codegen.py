@@ -55,6 +55,15 @@ def function(graph: fx.Graph, name: str) -> Callable[..., Any]:
     return space["forward"]
 
 
+def interpreted(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph as a function of (module, *values) that runs it node by node."""
+
+    def run(module: nn.Module, *values: object) -> Any:
+        return fx.Interpreter(module, graph=graph).run(*values, enable_io_processing=False)
+
+    return run
+
+
 def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.Graph | None:
     """Move the nodes made inside one module, in their order, into a graph called by a node.
 

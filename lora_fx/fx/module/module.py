@@ -152,12 +152,23 @@ def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
 
 @dataclass
 class Programs:
-    """The code of a captured module; copies share it, later captures stay with their copy."""
+    """The code of a captured module; copies share it, later captures stay with their copy.
+
+    Attributes:
+        captured: Where graphs come from.
+        codes: (program, block) → its function; the whole is the block "".
+        compiled: What a call is told by → the programs for it, of other sizes each.
+        blocks: Whether blocks have functions of their own.
+        few: Whether programs run once or twice: their graphs are interpreted, since it takes longer
+            to generate and compile their code than to run them.
+        inlined: Blocks that could not be told apart from the whole.
+    """
 
     captured: Captured
     codes: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
     compiled: dict[tuple[object, ...], list[Program]] = field(default_factory=dict)
     blocks: bool = True
+    few: bool = False
     inlined: set[str] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Programs:
@@ -260,7 +271,10 @@ class CapturedModule(Recomputing, Scope):
             speed(graph)
         graph.lint()
         ident = f"program_{sum(map(len, programs.compiled.values()))}"
-        codes = codegen.compile_program(graph.graph, ident, tuple(blocks))
+        if programs.few:
+            codes = {"": codegen.interpreted(graph.graph)}
+        else:
+            codes = codegen.compile_program(graph.graph, ident, tuple(blocks))
         programs.inlined |= left_in(graph.graph, tuple(blocks))
         apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
         programs.codes.update({(ident, path): code for path, code in codes.items()})
@@ -480,7 +494,7 @@ def decide_doubts(module: CapturedModule) -> None:
 
 def _same_at(module: CapturedModule, named: Named) -> bool:
     captured = module.captured
-    once = replace(module._programs, codes={}, compiled={}, blocks=False)
+    once = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
     with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=once):
         try:
             with alike(captured.model, training=False):
