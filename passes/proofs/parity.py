@@ -265,7 +265,14 @@ def own_errors(
     half a unit of its last place, which is what a fold does. One input may round well by chance, a
     user's too, so every size is drawn with every seed. Where no fp64 run is possible, the moved
     weights alone tell.
+
+    Args:
+        model: Whose rounding it is.
+        arrays: A user's inputs, which come first.
+        sizes: Instead of those of the capture.
+        run: Runs the model, and may know the outputs from before.
     """
+    run = run or model.flat
     sizes = model.captured.inputs.checks if sizes is None else sizes
     example = model._in_own_dtype()
     calls: list[Callable[[], Named]]

@@ -7,6 +7,7 @@ View of a computed weight starts at the last node that is no view.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import re
@@ -235,9 +236,9 @@ def aliased_by(node: fx.Node) -> list[fx.Node]:
     """The operands in whose storage a node's result may lie."""
     if node.target in _MAY_ALIAS:
         return [v for v in node.args[:1] if isinstance(v, fx.Node)]
-    schema = getattr(node.target, "_schema", None)
-    held = schema is not None and any(r.alias_info for r in schema.returns)
-    return [v for _, v in _annotated(node)] if held else []
+    if node.op != "call_function" or not _may_alias(node.target):
+        return []
+    return [v for _, v in _annotated(node)]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
@@ -247,12 +248,27 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
     """(what the op's schema says, operand) of operands that a result lies in or that change."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
+    if node.op != "call_function":
         return []
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    said = ((a.alias_info, given.get(a.name)) for a in schema.arguments if a.alias_info)
+    said = [
+        (info, node.args[i] if i < len(node.args) else node.kwargs.get(name))
+        for i, name, info in _annotations(node.target)
+    ]
     return [(info, v) for info, v in said if isinstance(v, fx.Node)]
+
+
+@functools.lru_cache(1024)
+def _annotations(target: Any) -> tuple[tuple[int, str, Any], ...]:
+    """(place, name, what is said) of the arguments of an op of whose storage its schema speaks."""
+    arguments = getattr(getattr(target, "_schema", None), "arguments", ())
+    return tuple((i, a.name, a.alias_info) for i, a in enumerate(arguments) if a.alias_info)
+
+
+@functools.lru_cache(1024)
+def _may_alias(target: Any) -> bool:
+    """Whether an op's schema says that its result may lie in the storage of an operand."""
+    returns = getattr(getattr(target, "_schema", None), "returns", ())
+    return any(r.alias_info for r in returns)
 
 
 def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
