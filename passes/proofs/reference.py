@@ -457,7 +457,7 @@ class OnnxReference:
         choosing = rerun.choosing(choices)
         if choosing is None:
             return choices
-        return replace(choices, own=partial(spread, choosing, None, feeds))
+        return replace(choices, own=lambda: spread(choosing(feeds), choosing, None, feeds))
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
