@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,7 @@ def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
         what: What is built, as the subject of a sentence.
         folders: Those whose files may be opened.
     """
+    tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
     plain = torch.load
     with sealed(what, *folders) as seal:
 
