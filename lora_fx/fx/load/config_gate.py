@@ -294,6 +294,16 @@ class Metered(TorchFunctionMode):
             self.most_calls = SPARE_CALLS + 16 * len(tensors)
             self.most_bytes = SPARE_BYTES + 8 * stored
 
+    @contextlib.contextmanager
+    def anew(self) -> Iterator[None]:
+        """A block whose tensors are counted by themselves, against the same bounds."""
+        calls, size = self.calls, self.bytes
+        self.calls = self.bytes = 0
+        try:
+            yield
+        finally:
+            self.calls, self.bytes = calls, size
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
