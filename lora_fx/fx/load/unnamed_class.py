@@ -151,16 +151,24 @@ def _note(file: str, cls: type[PreTrainedModel], why: str) -> str:
     return f"{file} names no architectures: {cls.__name__} is built, {why}"
 
 
+def class_names(transformers: ModuleType, model_type: str) -> dict[str, tuple[str, ...]]:
+    """Table of transformers → names of its classes for a model type; the plain model's is first."""
+    tables = vars(transformers.models.auto.modeling_auto)
+    others = [n for n in tables if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES")]
+    result = {}
+    for table in dict.fromkeys((PLAIN, SEQUENCE, *others)):  # where heads fit alike, likely first
+        named = tables[table].get(model_type)
+        if named:
+            result[table] = (named,) if isinstance(named, str) else tuple(named)
+    return result
+
+
 def _classes(
     transformers: ModuleType, config: PreTrainedConfig
 ) -> dict[str, tuple[type[PreTrainedModel], ...]]:
-    """Table of transformers → its classes for a model type; the plain model's table comes first."""
-    tables = vars(transformers.models.auto.modeling_auto)
+    """The same, as classes."""
     result = {}
-    others = [n for n in tables if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES")]
-    for table in dict.fromkeys((PLAIN, SEQUENCE, *others)):  # where heads fit alike, likely first
-        named = tables[table].get(config.model_type) or ()
-        names = [named] if isinstance(named, str) else named
+    for table, names in class_names(transformers, config.model_type).items():
         classes = (getattr(transformers, name, None) for name in names)
         result[table] = tuple(
             cls
