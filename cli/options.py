@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError, NoSay, Terminated
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
@@ -371,6 +371,14 @@ def training_data(
     return table
 
 
+def refuse_row_labels(table: Table, loaded: LoadedModel, data: str, loss: str) -> None:
+    """Raise where DATA has one label a row and the model scores something else by itself."""
+    from lora_fx.fx.train import row_labels
+
+    if ":" not in loss:
+        row_labels.refuse_row_labels(table, loaded.module, data, loaded.tokenizer_folder)
+
+
 class Texts:
     """A tokenizer that knows whether it was given any text."""
 
@@ -400,8 +408,9 @@ def tables_of(data: str, loaded: LoadedModel, cap: Captured, options: Json) -> t
     names = ("label", "max_length", "eval_data", "validation")
     label, longest, held_out, share = (options.pop(n) for n in names)
     table = training_data(data, loaded, cap, label, longest)
+    refuse_row_labels(table, loaded, data, options["loss"])
     if table.words:
-        note("labels: " + ", ".join(f"{i} = {word}" for i, word in enumerate(table.words)))
+        note("labels: " + some([f"{i} = {word}" for i, word in enumerate(table.words)], 8))
     if not held_out:
         return split(table, share, options["seed"])
     other = alike(training_data(held_out, loaded, cap, label, longest), table, held_out, data)
@@ -454,6 +463,8 @@ def start_from(loaded: LoadedModel, cap: Captured, options: Json) -> Json:
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
     table = training_data(data, loaded, cap, label)
+    if init == "lora-ga":
+        refuse_row_labels(table, loaded, data, loss)
     gradient = {"loss": loss_of(loss)} if init == "lora-ga" else {}
     return {"data": batches_of(table), **gradient}
 
@@ -483,8 +494,10 @@ def some_batches(
     if not data:
         return None
     table = training_data(data, loaded, cap, label, longest)
-    some = np.random.default_rng(seed).permutation(len(table))[:most]
-    return batches_of(table.rows(some), seed)
+    if options["method"] not in ("uniform", "eva"):  # which compute no loss
+        refuse_row_labels(table, loaded, data, options["loss"])
+    drawn = np.random.default_rng(seed).permutation(len(table))[:most]
+    return batches_of(table.rows(drawn), seed)
 
 
 # Options that merge and merge-all share, and the arguments that pass them on.

@@ -85,6 +85,7 @@ def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tu
     asked: Json = {"weights": options["weights"], "dynamic": (), "static": (), "trust": trust}
     loaded, cap = shared.captured(options["model"], asked)
     data = shared.training_data(options["table"], loaded, cap, options["label"])
+    shared.refuse_row_labels(data, loaded, options["table"], options["loss"])
     result = held_out(cap, shared.adapter_of(adapter), data, shared.loss_of(options["loss"]))
     note(*result.notes)
     rows = [vars(row) for row in result.rows]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
-from lora_fx.text import Json
+from lora_fx.text import Json, some
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 Reader = Callable[[str], Mapping[str, object]]
@@ -138,13 +138,20 @@ def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
         LoraFxError: They have other columns than the training's, or labels that it has not.
     """
     there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
-    places = [training.words.index(w) for w in held_out.words if w in training.words]
     same = sorted(held_out.columns) == sorted(training.columns)
-    if not same or len(places) < len(held_out.words) or bool(places) != bool(training.words):
+    strangers = [repr(word) for word in held_out.words if word not in training.words]
+    if same and training.words and strangers and max(len(there), len(here)) > 8:
         raise LoraFxError(
-            f"{path} has {', '.join(there)}; expected {', '.join(here)}, as {data} has",
+            f"{path}: column {training.label!r} has {some(strangers, 4)}; expected labels that "
+            f"{data} has",
+            "no label may be new in held-out examples",
+        )
+    if not same or strangers or bool(held_out.words) != bool(training.words):
+        raise LoraFxError(
+            f"{path} has {some(there, 8)}; expected {some(here, 8)}, as {data} has",
             "both need the same columns, and no label may be new",
         )
+    places = [training.words.index(word) for word in held_out.words]
     if not places:
         return held_out
     labels = np.array(places)[held_out.columns[held_out.label]]

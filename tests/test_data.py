@@ -68,6 +68,19 @@ def test_words_of_held_out_labels_have_the_numbers_of_the_training(
     assert made.columns["a"].tolist() == held.columns["a"].tolist()
 
 
+def test_a_new_label_among_many_is_named_alone(tmp_path: Path) -> None:
+    rows = "".join(f"{i},w{i}\n" for i in range(300))
+    (tmp_path / "d.csv").write_text(f"a,kind\n{rows}")
+    (tmp_path / "held.csv").write_text(f"a,kind\n{rows}7,fox\n")
+    held, training = (read_table(str(tmp_path / f"{n}.csv"), label="kind") for n in ("held", "d"))
+    with pytest.raises(LoraFxError, match=r"'kind' has 'fox'; expected labels that d\.csv"):
+        alike(held, training, "held.csv", "d.csv")
+    (tmp_path / "held.csv").write_text("b,kind\n1,w1\n")
+    held = read_table(str(tmp_path / "held.csv"), label="kind")
+    with pytest.raises(LoraFxError, match=r"b, kind, w1; expected a, kind, w0, .* and 294 more"):
+        alike(held, training, "held.csv", "d.csv")
+
+
 def test_a_line_separator_inside_a_json_text_ends_no_row(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text('{"text": "a\u2028b", "labels": 0}\n\n{"text": "c", "labels": 1}\n', "utf-8")

@@ -95,6 +95,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
     found: dict[str, list[str]] = {}
     modes: list[str] = []
     notes: list[str] = []
+    failures: list[str] = []
     with probe(trained) as pairs:
         for training in (False, True):
             mode = "train" if training else "eval"
@@ -102,10 +103,12 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
             try:
                 size = _gradients(trained, named, pairs, training)
             except Exception as e:  # of the user's code, too
-                if training and not modes and not isinstance(e, LoraFxError):
+                failures.append(f"in {mode} mode: {one_line(e, 160)}")
+                if len(failures) == 2 and not isinstance(e, LoraFxError):
                     raise LoraFxError(
-                        f"no backward pass of the model runs: {one_line(e, 160)}",
-                        "does the original train?",
+                        f"no backward pass of the model runs: {'; '.join(failures)}",
+                        "does the original train with these inputs? A train mode may ask for "
+                        "targets; dead='allow' leaves this proof out",
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue

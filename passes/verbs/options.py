@@ -256,16 +256,49 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
                 "rank updates alone",
                 exclude_hint(name, whole),
             )
+        if mode == "batch":
+            check_rows(adapter, name)
+
+
+RECURRENT = ("lstm", "gru", "rnn")
+"""How the ops of recurrent layers begin."""
+
+
+def check_rows(adapter: Adapter, name: str) -> None:
+    """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
+    kinds = {key: _without_rows(entry) for key, entry in adapter.lowrank.items()}
+    refused = [key for key, kind in kinds.items() if kind]
+    if refused:
+        raise LoraFxError(
+            f"{name}: {refused[0]!r} is of {kinds[refused[0]]}; mode batch has no form by row for "
+            f"it{f', nor for {len(refused) - 1} more' if len(refused) > 1 else ''}",
+            f"{_exclude_command(name, refused)} leaves it out; modes switch and load take it",
+        )
+
+
+def _without_rows(entry: LowRank) -> str:
+    """What the weight of an update is, where mode batch has no form for it; empty where it has."""
+    if entry.op.startswith("conv_transpose"):
+        return "a transposed convolution"
+    if entry.op.startswith(RECURRENT):
+        return "a recurrent layer"
+    if entry.a.ndim > 2:
+        return "a grouped convolution" if entry.op.startswith("conv") else "a stack of matrices"
+    return ""
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
     """How to go on without the whole tensors of an adapter, or with them in the base."""
-    modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
-    chosen = ",".join(modules[:8])
     return (
-        f"lora-fx convert {name} -o OUT --exclude {chosen} leaves it out; with --include in its "
-        "place, OUT holds it alone, and lora-fx merge puts that into the base"
+        f"{_exclude_command(name, keys)} leaves it out; with --include in its place, OUT holds it "
+        "alone, and lora-fx merge puts that into the base"
     )
+
+
+def _exclude_command(name: str, keys: Sequence[str]) -> str:
+    """The command that writes an adapter without some keys."""
+    modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
+    return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
 def _given(option: object) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.test_cli import run
@@ -71,6 +72,9 @@ def test_a_run_and_what_it_refuses(
 
     config = json.loads((base / "config.json").read_text())
     named = config.pop("architectures")
+    tensors = load_file(base / "model.safetensors")
+    plain = {n.removeprefix("model."): t for n, t in tensors.items() if n != "lm_head.weight"}
+    save_file(plain, base / "model.safetensors", {"format": "pt"})
     (base / "config.json").write_text(json.dumps(config))
     code, out, err = run(capsys, "train", "base", "data.jsonl", "-o", "b", "-r", "2")
     assert code == 2 and "Error: base/config.json names no architectures, so the model is" in err

@@ -75,6 +75,55 @@ def test_an_export_is_refused(kind: str, mode: str, no_capture: None, tmp_path: 
     assert "lora-fx convert" in caught.value.hint
 
 
+OPS = {
+    "conv_transpose1d": ("t.weight", numbers(2, 4), numbers(15, 2), "a transposed convolution"),
+    "conv_transpose2d": ("t.weight", numbers(2, 4), numbers(45, 2), "a transposed convolution"),
+    "conv_transpose3d": ("g.weight", numbers(2, 2, 2), numbers(2, 81, 2), "a transposed conv"),
+    "conv2d": ("g.weight", numbers(2, 2, 18), numbers(2, 3, 2), "a grouped convolution"),
+    "lstm": ("r.weight_ih_l0", numbers(2, 4), numbers(24, 2), "a recurrent layer"),
+    "gru": ("r.weight_hh_l0", numbers(2, 4), numbers(18, 2), "a recurrent layer"),
+    "einsum": ("w", numbers(3, 2, 4), numbers(3, 5, 2), "a stack of matrices"),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_mode_batch_knows_an_op_that_has_no_rows(op: str, no_capture: None, tmp_path: Path) -> None:
+    key, a, b, say = OPS[op]
+    adapter = Adapter({"fc.weight": LORA, key: LowRank(a, b, 3.0, op=op)})
+    with pytest.raises(LoraFxError, match=f"de: '{key}' is of {say}.*; mode batch") as caught:
+        lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters={"de": adapter}, mode="batch")
+    module = key.removesuffix(".weight")
+    assert f"lora-fx convert de -o OUT --exclude {module} leaves it out" in caught.value.hint
+
+
+class Up(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.t = torch.nn.Conv2d(3, 4, 3), torch.nn.ConvTranspose2d(4, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.t(torch.relu(self.c(x)))
+
+
+def test_an_adapter_file_tells_a_transposed_convolution(tmp_path: Path) -> None:
+    """Beside it a plain convolution; the other modes take both, and the hint's command cures it."""
+    net, args = Up(), (torch.ones(2, 3, 7, 7),)
+    save_adapter(lora_fx.insert(net, args, rank=2).adapter(), tmp_path / "up")
+    adapter = lora_fx.load_adapter(tmp_path / "up")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Captured, "__init__", lambda *_, **__: pytest.fail("a model was captured"))
+        with pytest.raises(LoraFxError, match=r"'t\.weight' is of a transposed conv"):
+            lora_fx.export(net, tmp_path / "m.onnx", args, adapters={"up": adapter}, mode="batch")
+    for mode in ("switch", "load"):
+        path = tmp_path / mode / "m.onnx"
+        path.parent.mkdir()
+        lora_fx.export(net, path, args, adapters={"up": adapter}, mode=mode)
+    line = f"convert {tmp_path / 'up'} -o {tmp_path / 'out'} --exclude t"
+    assert CliRunner().invoke(group, line.split()).exit_code == 0
+    rest = lora_fx.load_adapter(tmp_path / "out")
+    lora_fx.export(net, tmp_path / "m.onnx", args, adapters={"up": rest}, mode="batch")
+
+
 def test_two_adapters_with_a_head_are_refused(no_capture: None, tmp_path: Path) -> None:
     two = {"de": ADAPTERS["the whole tensor"], "fr": Adapter({"fc.weight": LORA})}
     with pytest.raises(LoraFxError, match=r"de: it holds the whole tensor 'head.weight'") as caught:

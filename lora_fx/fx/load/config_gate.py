@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
         what: What is built, as the subject of a sentence.
         folders: Those whose files may be opened.
     """
+    tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
     plain = torch.load
     with sealed(what, *folders) as seal:
 
@@ -293,6 +295,16 @@ class Metered(TorchFunctionMode):
             stored = sum(tensor.stop - tensor.start for tensor in tensors.values())
             self.most_calls = SPARE_CALLS + 16 * len(tensors)
             self.most_bytes = SPARE_BYTES + 8 * stored
+
+    @contextlib.contextmanager
+    def anew(self) -> Iterator[None]:
+        """A block whose tensors are counted by themselves, against the same bounds."""
+        calls, size = self.calls, self.bytes
+        self.calls = self.bytes = 0
+        try:
+            yield
+        finally:
+            self.calls, self.bytes = calls, size
 
     def __torch_function__(
         self,

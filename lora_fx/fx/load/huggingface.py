@@ -40,6 +40,7 @@ from lora_fx.fx.load.config_gate import (
     check_tokenizer_config,
     sealed_libraries,
 )
+from lora_fx.fx.load.unnamed_class import class_of_weights
 from lora_fx.fx.tensors import patched, pickled
 from lora_fx.text import Json, JsonView, some
 
@@ -98,9 +99,15 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
         transformers = importlib.import_module("transformers")
     path = weights or folder
     told = retold(f"{folder}: its model cannot be built", FACTORY, most=200, named=True)
-    with quiet_transformers(), told, _building(transformers, folder, raw, _stored(path)):
-        config, cls = _architecture(transformers, folder, raw)
-        notes = _settle(config, folder, raw, cls)
+    stored = _stored(path)
+    with quiet_transformers(), told, _building(transformers, folder, raw, stored) as meter:
+        config = _config(transformers, folder, raw)
+        class_notes: tuple[str, ...] = ()
+        if raw.get("architectures"):
+            cls = _architecture(transformers, folder, raw)
+        else:
+            cls, class_notes = _by_weights(transformers, config, folder, raw, stored, meter)
+        notes = class_notes + _settle(config, folder, raw, cls)
         if getattr(config, "quantization_config", None) is None:
             module, more = _of_floats(cls, config, path, meta, strict=weights is not None)
         else:
@@ -126,8 +133,11 @@ def _stored(path: Path) -> Tensors | None:
 @contextlib.contextmanager
 def _building(
     transformers: ModuleType, folder: Path, raw: JsonView, stored: Tensors | None
-) -> Iterator[None]:
+) -> Iterator[Metered]:
     """A block in which transformers builds the model of a folder, and reaches nothing else.
+
+    Yields:
+        What counts the tensors that are made.
 
     Raises:
         LoraFxError: The config names what is no part of the folder, or sizes that the weights do
@@ -138,8 +148,8 @@ def _building(
         check_config(raw, file, transformers.CONFIG_MAPPING[kind], stored)
     named = backbones(raw)
     what = f"{file}:{f' {named}:' if named else ''} building the model"
-    with sealed_libraries(what, folder), Metered(str(file), stored):
-        yield
+    with sealed_libraries(what, folder), Metered(str(file), stored) as meter:
+        yield meter
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -208,10 +218,8 @@ def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxErr
     )
 
 
-def _architecture(
-    transformers: ModuleType, folder: Path, raw: JsonView
-) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """The config, and the first class in it that transformers has; where none is, the plain model.
+def _config(transformers: ModuleType, folder: Path, raw: JsonView) -> PreTrainedConfig:
+    """The config as transformers reads it.
 
     Raises:
         LoraFxError: transformers knows no such model, or has an error for the config.
@@ -228,17 +236,40 @@ def _architecture(
             f"{folder}/config.json: {one_line(f'{type(e).__name__}: {e}', 200)}",
             f"does transformers {transformers.__version__} know this config?",
         ) from e
-    names = raw.get("architectures")
-    if not names:
-        plain = transformers.MODEL_MAPPING.get(type(config), None)
-        known = list(plain) if isinstance(plain, tuple) else [plain]
-    else:
-        named = [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
-        known = [getattr(transformers, name, None) for name in named]
-    for cls in known:
+    return config
+
+
+def _architecture(transformers: ModuleType, folder: Path, raw: JsonView) -> type[PreTrainedModel]:
+    """The first class that a config names and transformers has.
+
+    Raises:
+        LoraFxError: It has none of them.
+    """
+    names = raw["architectures"]
+    for name in names if isinstance(names, list) else ():
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return config, cls
+            return cls
     raise _unknown(transformers, folder, raw)
+
+
+def _by_weights(
+    transformers: ModuleType,
+    config: PreTrainedConfig,
+    folder: Path,
+    raw: JsonView,
+    stored: Tensors | None,
+    meter: Metered,
+) -> tuple[type[PreTrainedModel], tuple[str, ...]]:
+    """The class that the weights fit, where a config names none, and the note that says so.
+
+    Raises:
+        LoraFxError: transformers has none for this type of model, or the weights do not tell.
+    """
+    cls, note = class_of_weights(transformers, config, raw, stored, meter.anew)
+    if cls is None:
+        raise _unknown(transformers, folder, raw)
+    return cls, (note,) if note else ()
 
 
 def _settle(

@@ -153,13 +153,6 @@ def test_folder_dtype_shards_and_tokenizer(tmp_path: Path) -> None:
     assert next(load_model(tmp_path, meta=True).module.parameters()).dtype == torch.bfloat16
 
 
-def test_folder_without_architectures_is_the_plain_model(tmp_path: Path) -> None:
-    edit(saved(bert(), tmp_path), architectures=None)
-    loaded = load_model(tmp_path)
-    assert type(loaded.module).__name__ == "BertModel"
-    assert any("unused" in n and "classifier.weight" in n for n in loaded.notes)
-
-
 def test_missing_tensors_are_said_and_the_same_each_time(tmp_path: Path) -> None:
     model = bert()
     saved(model, tmp_path)
