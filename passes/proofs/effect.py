@@ -80,8 +80,7 @@ class Trained:
         """
         named = self.sample(0)
         try:
-            with torch.no_grad(), probe(self):
-                self.model.eval()
+            with torch.no_grad(), as_it_was(self.model):
                 self.call(copied(named))
         except LoraFxError as e:  # some other: no eval program, in a file
             return self.example if isinstance(e, SizeError) else named
@@ -342,7 +341,8 @@ class InGraph:
         self.state = state
         self.cap = cap
         self.module = AdaptedModule(cap, state.found, adapter, weight_form)
-        self.module._programs.blocks = False  # it runs once
+        self.module._programs.blocks = False
+        self.module._programs.few = True
 
     def put(self, updates: Updates) -> None:
         """Take these updates from now on, of the same shapes."""
