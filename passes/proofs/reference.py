@@ -457,7 +457,11 @@ class OnnxReference:
         choosing = rerun.choosing(choices)
         if choosing is None:
             return choices
-        return replace(choices, own=partial(spread, choosing, None, feeds))
+
+        def own() -> Iterator[dict[str, float]]:
+            return spread(choosing(feeds), choosing, None, feeds)
+
+        return replace(choices, own=own)
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
