@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import numpy_helper
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.cli import main
+from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx.manifest import guard_within
 
 RNG = np.random.default_rng(0)
 
@@ -277,3 +281,42 @@ def test_the_hint_is_pythons_in_python(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError) as caught:
         lora_fx.export(path, tmp_path / "o.onnx", optimise=True, provider="cpu")
     assert "--" not in str(caught.value).partition("Hint:")[2]
+
+
+BOUNDS = (
+    ("(s0 == min(512, s0)) or (min(512, s0) == 1)", "min(512, s0) == s0"),
+    ("s0 <= 7", "min(7, s0) == s0"),
+    ("s0 == min(7, s0) or s0 < 3", "min(7, s0) == s0", "s0 <= 7"),
+    ("s0 <= 7", "s0 <= 7"),
+)
+"""Conditions that are told apart by their texts alone."""
+
+
+@pytest.mark.parametrize("texts", BOUNDS)
+def test_conditions_of_one_bound_are_one_guard(texts: tuple[str, ...]) -> None:
+    """A guard is named for what it says, and ONNX Runtime refuses two nodes of one name."""
+    parsed = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> m (float[batch,n] x) => (float[batch,n] y) '
+        "{ y = Relu(x) }"
+    )
+    model = ir.from_proto(parsed)
+    guard_within(model, [Condition(text, (("s0", "x", 1),)) for text in texts])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    top = 512 if "512" in texts[0] else 7
+    assert session.run(None, {"x": np.ones((2, top), np.float32)})[0].shape == (2, top)
+    with pytest.raises(Exception, match=rf"x\[1\] <= {top}"):
+        session.run(None, {"x": np.ones((2, top + 1), np.float32)})
+
+
+def test_conditions_of_two_bounds_are_two_guards() -> None:
+    """The twin of the above: bounds that differ are guarded each."""
+    parsed = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> m (float[batch,n] x) => (float[batch,n] y) '
+        "{ y = Relu(x) }"
+    )
+    model = ir.from_proto(parsed)
+    guard_within(model, [Condition(text, (("s0", "x", 1),)) for text in ("s0 <= 7", "s0 >= 3")])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    for refused in (2, 8):
+        with pytest.raises(Exception, match=r"x\[1\] [<>]= [37]"):
+            session.run(None, {"x": np.ones((2, refused), np.float32)})
