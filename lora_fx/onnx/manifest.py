@@ -525,9 +525,7 @@ def guard_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
     inputs = {str(v.name): v for v in model.graph.inputs}
     if any(str(n.name).startswith(GUARD) for n in model.graph):
         return
-    # two texts may come to one bound, and names of nodes are unique
-    spelled = {str(c): c for c in _of_inputs(model, conditions)}
-    for i, condition in enumerate(spelled.values()):
+    for i, condition in enumerate(_of_inputs(model, conditions)):
         _guard(model.graph, inputs[condition.sizes[0][1]], inputs, condition, i)
 
 
