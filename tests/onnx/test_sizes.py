@@ -293,7 +293,7 @@ BOUNDS = (
 
 
 @pytest.mark.parametrize("texts", BOUNDS)
-def test_conditions_of_one_bound_are_one_guard(texts: tuple[str, ...]) -> None:
+def test_conditions_of_one_bound_have_guards_of_their_own_names(texts: tuple[str, ...]) -> None:
     """A guard is named for what it says, and ONNX Runtime refuses two nodes of one name."""
     parsed = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 20]> m (float[batch,n] x) => (float[batch,n] y) '
