@@ -23,9 +23,9 @@ def libraries() -> None:
 
 
 def test_a_slice_of_the_drawn_ones(memory: Path) -> None:
-    *failed, counts = bombs.rounds(20261201, 40, 24, memory)
+    *failed, counts = bombs.rounds(20261201, 12, 8, memory)
     told = json.loads(counts[1])
-    assert not failed and (told["toml"], told["template"], told["pattern"]) == (20, 20, 24)
+    assert not failed and (told["toml"], told["template"], told["pattern"]) == (6, 6, 8)
 
 
 # Patterns.
