@@ -241,7 +241,12 @@ class _Reader:
         elif low.layer:
             self.source.notes.append(f"{self.file}: {name!r} is not read; PEFT does not apply it")
             return
-        self.source.add(entries, f"{group.module}.bias", Dense(value, scale), name)
+        key = f"{group.module}.bias"
+        trained = entries.get(key)
+        if isinstance(trained, Full):  # PEFT adds the bias of B to the trained one
+            entries[key] = replace(trained, value=trained.value + np.float32(scale) * value)
+            return
+        self.source.add(entries, key, Dense(value, scale), name)
 
     def _twins(self, found: dict[str, Group]) -> dict[str, Group]:
         """The layers, without heads that ensure_weight_tying keeps equal to an embedding.
@@ -460,6 +465,7 @@ def own_entries(
         found: PEFT's layers in it.
         entries: Get them.
     """
+    layers: list[tuple[LowRank, Group]] = []
     for key, row in rows.items():
         try:
             entry, group = _one(key, row, reader, found)
@@ -478,7 +484,9 @@ def own_entries(
             )
         entries[key] = entry
         if isinstance(entry, LowRank) and group is not None:
-            reader.bias(entries, entry, group)
+            layers.append((entry, group))
+    for low, group in layers:  # once every trained bias is there
+        reader.bias(entries, low, group)
 
 
 def _one(

@@ -15,6 +15,7 @@ from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft import file as peft
 from lora_fx.ir.layout import Layout, plain_layout
 from tests.formats.merging import same_entries
@@ -121,3 +122,17 @@ def test_what_is_no_lora_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"'x\.weight' is LoHa"):
         peft.write(Adapter({"x.weight": loha}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_trained_bias_beside_a_change_of_another(tmp_path: Path) -> None:
+    """With lora_bias every layer has a bias of B: beside a trained one it is zero, no second entry."""
+    ones = np.ones((1, 1), np.float32)
+    trained = Full(np.array([1.5], np.float32))
+    changed = Dense(np.array([0.5], np.float32))
+    layers: dict[str, Entry] = {
+        key: LowRank(ones, ones, 1.0) for key in ("a.weight", "h.0.fc.weight")
+    }
+    save_adapter(Adapter({**layers, "a.bias": changed, "h.0.fc.bias": trained}), tmp_path / "x")
+    read: Any = load_adapter(tmp_path / "x").entries
+    assert np.array_equal(read["h.0.fc.bias"].value, trained.value)
+    assert np.array_equal(read["a.bias"].value, changed.value)
