@@ -125,7 +125,7 @@ def test_what_is_no_lora_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_trained_bias_beside_a_change_of_another(tmp_path: Path) -> None:
-    """With lora_bias every layer has a bias of B: beside a trained one it is zero, no second entry."""
+    """With lora_bias every layer has a bias of B, which is zero beside a trained one."""
     ones = np.ones((1, 1), np.float32)
     trained = Full(np.array([1.5], np.float32))
     changed = Dense(np.array([0.5], np.float32))
