@@ -129,12 +129,17 @@ def test_no_client_of_the_hub_is_made(
     monkeypatch.setattr(http, "_GLOBAL_CLIENT", None)
     made: list[object] = []
     factory = http._GLOBAL_CLIENT_FACTORY
-    monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", lambda: made.append(0) or factory())
+
+    def noted() -> object:
+        made.append(factory())
+        return made[0]
+
+    monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", noted)
     folder = folder_of(family, tmp_path / "m", backbone_config=None, backbone="gpt2")
     with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*asks the network"):
         load_folder(folder, meta=True)
     assert made == []
-    assert http.get_session() is not None and made == [0], "outside the block it is as it was"
+    assert [http.get_session()] == made, "outside the block it is as it was"
 
 
 LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {

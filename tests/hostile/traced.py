@@ -357,7 +357,7 @@ def main() -> None:
             bad += bool(row["asked"] or row["beyond"] or row["ran"])
             codes = f"exit {row['exit']} ({row['plain']})"
             counts = f"{len(row['asked'])} asked, {len(row['beyond'])} beyond"
-            print(f"{row['folder']:28}{row['command']:20}{codes}  {counts}", flush=True)
+            print(f"{row['folder']:30}{row['command']:20}{codes}  {counts}", flush=True)
             words = (row["last"],) if given.words else ()
             for detail in (*row["asked"], *row["beyond"], *words):
                 print(f"    {detail}", flush=True)
