@@ -69,6 +69,13 @@ class Boundary:
         self.refused.append(error)
         raise error
 
+    def refuse_host(self, host: object) -> None:
+        """Raise for a host that a library asks."""
+        self.refuse(
+            f"asks the network ({one_line(host, 80)}), and only an argument hf:… does that",
+            "does config.json name another model? file.py:FACTORY may load what it likes",
+        )
+
     def _may_touch(self, path: str) -> bool:
         return path.endswith(CODE) or any(
             _is_below(path, folder) for folder in (*self.folders, *ALWAYS)
@@ -80,11 +87,11 @@ class _Sealed(Boundary):
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event in LOOKUPS:
-            self._refuse_host(args[0])
+            self.refuse_host(args[0])
         elif event in CONNECTIONS:
             connection, address = args[:2]
             if connection.family in (socket.AF_INET, socket.AF_INET6) and address:
-                self._refuse_host(address[0])
+                self.refuse_host(address[0])
         elif event == "pickle.find_class":
             self.refuse(
                 f"opens a pickle that names {'.'.join(map(str, args))}, which could run code",
@@ -92,12 +99,6 @@ class _Sealed(Boundary):
             )
         elif event == "open" and (path := _path(args[0])) is not None:
             self._check_open(path)
-
-    def _refuse_host(self, host: object) -> None:
-        self.refuse(
-            f"asks the network ({one_line(host, 80)}), and only an argument hf:… does that",
-            "does config.json name another model? file.py:FACTORY may load what it likes",
-        )
 
     def _check_open(self, path: str) -> None:
         real = os.path.realpath(path)

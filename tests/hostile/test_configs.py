@@ -72,6 +72,17 @@ ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
     "one whose weights are not": ("dpt", {**DPT, "use_pretrained_backbone": False}, "backbone"),
     "a bare name": ("dpt", {**DPT, "backbone": "gpt2"}, "backbone 'gpt2'"),
     "a bare name of timm": ("dpt", {**DPT, "backbone": "resnet18"}, "backbone 'resnet18'"),
+    "a backbone of detr": ("detr", {**DPT, "use_timm_backbone": False}, "backbone"),
+    "a backbone of upernet": ("upernet", DPT, "backbone"),
+    "a backbone of mask2former": ("mask2former", DPT, "backbone"),
+    "a backbone of vitpose": ("vitpose", DPT, "backbone"),
+    "a backbone of depth_anything": ("depth_anything", DPT, "backbone"),
+    "a bare name in mask2former": ("mask2former", {**DPT, "backbone": "gpt2"}, "backbone 'gpt2'"),
+    "timm's folder in depth_anything": (
+        "depth_anything",
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "local-dir:/etc"}},
+        "backbone_config.backbone",
+    ),
     "a backbone's own config": (
         "dpt", {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:a/b"}},
         "backbone_config.backbone",
@@ -109,7 +120,33 @@ def test_what_names_something_else_is_refused_by_name(
     assert watched == [] and not (tmp_path / MARK).exists()
 
 
+@pytest.mark.parametrize("family", ["dpt", "upernet", "mask2former", "vitpose", "depth_anything"])
+def test_no_client_of_the_hub_is_made(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read the certificates of the machine before anything is refused."""
+    http = import_module("huggingface_hub.utils._http")
+    monkeypatch.setattr(http, "_GLOBAL_CLIENT", None)
+    made: list[object] = []
+    factory = http._GLOBAL_CLIENT_FACTORY
+
+    def noted() -> object:
+        made.append(factory())
+        return made[0]
+
+    monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", noted)
+    folder = folder_of(family, tmp_path / "m", backbone_config=None, backbone="gpt2")
+    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*asks the network"):
+        load_folder(folder, meta=True)
+    assert made == []
+    assert [http.get_session()] == made, "outside the block it is as it was"
+
+
 LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a backbone of timm by its name": (
+        "conditional_detr",
+        {"backbone_config": None, "backbone": "test_resnet", "use_pretrained_backbone": True},
+    ),
     "where it comes from": ("llama", {"_name_or_path": "org/llama", "name_or_path": "/data/llama"}),
     "its code": ("llama", {"auto_map": {"AutoModel": "org/repo--modeling.Model"}}),
     "its pipeline": ("bert", {"custom_pipelines": {"x": {"impl": "pipe.Pipe"}}}),

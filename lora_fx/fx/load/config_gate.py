@@ -14,6 +14,7 @@ import functools
 import inspect
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
-from lora_fx.files.sealed import sealed
+from lora_fx.files.sealed import Boundary, sealed
 from lora_fx.fx.tensors import patched
 from lora_fx.text import JsonView, human
 
@@ -259,7 +260,8 @@ def check_tokenizer_config(folder: Path) -> None:
 def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
     """A block in which libraries reach nothing but some folders; see `sealed`.
 
-    torch.load is refused in it too: with weights_only it names no class.
+    torch.load is refused in it too: with weights_only it names no class. So is a client of the Hub,
+    which reads the certificates of the machine as it is made, before it connects.
 
     Args:
         what: What is built, as the subject of a sentence.
@@ -274,8 +276,26 @@ def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
                 seal.refuse("opens a pickle by torch.load", "get the weights as safetensors")
             return plain(*args, **kwargs)
 
-        with patched(torch, load=load):
+        with patched(torch, load=load), _without_hub(seal):
             yield
+
+
+@contextlib.contextmanager
+def _without_hub(seal: Boundary) -> Iterator[None]:
+    """A block in which huggingface_hub makes no client for what is in a sealed one."""
+    http: Any = sys.modules.get("huggingface_hub.utils._http")
+    if http is None:  # whatever builds a model of transformers or timm has imported it
+        yield
+        return
+    plain = http._GLOBAL_CLIENT_FACTORY
+
+    def client() -> Any:
+        if seal.holds():
+            seal.refuse_host(http.constants.ENDPOINT)
+        return plain()
+
+    with patched(http, _GLOBAL_CLIENT_FACTORY=client):
+        yield
 
 
 class Metered(TorchFunctionMode):
