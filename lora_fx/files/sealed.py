@@ -39,6 +39,8 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 }  # fmt: skip
 """Events of a change on disk → which of their arguments are changed paths, each with the one that
 is the descriptor of the folder that it is relative to."""
+TORCH_LOAD = "lora_fx.torch.load"
+"""What is raised as an event where torch.load is called: with weights_only it names no class."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -61,10 +63,6 @@ class Boundary:
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         """Raise where an event is not let happen."""
         raise NotImplementedError
-
-    def holds(self) -> bool:
-        """Whether this thread is in the block."""
-        return _present() is self
 
     def refuse(self, attempt: str, hint: str) -> None:
         """Raise, and remember it."""
@@ -93,6 +91,8 @@ class _Sealed(Boundary):
                 f"opens a pickle that names {'.'.join(map(str, args))}, which could run code",
                 "get the weights as safetensors",
             )
+        elif event == TORCH_LOAD:
+            self.refuse("opens a pickle by torch.load", "get the weights as safetensors")
         elif event == "open" and (path := _path(args[0])) is not None:
             self._check_open(path)
 
@@ -180,7 +180,7 @@ def _is_below(path: str, folder: str) -> bool:
 
 _boundary: ContextVar[Boundary | None] = ContextVar("boundary", default=None)
 _started: weakref.WeakKeyDictionary[threading.Thread, Boundary] = weakref.WeakKeyDictionary()
-_EVENTS = frozenset({*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class"})
+_EVENTS = frozenset({*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class", TORCH_LOAD})
 
 
 def _present() -> Boundary | None:

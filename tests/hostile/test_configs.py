@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.sealed import sealed, unsealed
-from lora_fx.fx.load.config_gate import Metered, named_by
+from lora_fx.fx.load.config_gate import Metered, named_by, sealed_libraries
 from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
 from lora_fx.fx.load.models import load_model
 from tests.hostile import configs
@@ -272,6 +272,10 @@ def load_tensors() -> None:
     torch.load("evil.bin", weights_only=True)
 
 
+def load_by_its_module() -> None:
+    torch.serialization.load("evil.bin", weights_only=True)
+
+
 def load_anything() -> None:
     torch.load("evil.bin", weights_only=False)
 
@@ -286,7 +290,8 @@ def read_the_token() -> None:
 
 ATTEMPTS: tuple[Callable[[], None], ...] = (
     connect, connect_raw, datagram, resolve, ask_the_hub, download, in_a_thread, unpickle,
-    unpickle_in_python, load_tensors, load_anything, read_a_file, read_the_token,
+    unpickle_in_python, load_tensors, load_by_its_module, load_anything, read_a_file,
+    read_the_token,
 )  # fmt: skip
 
 
@@ -345,6 +350,38 @@ def test_other_threads_are_not_in_the_block(tmp_path: Path) -> None:
             found.append((tmp_path / "x").read_text())
     thread.join()
     assert found == ["x", os.path.join, "x"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_blocks_of_two_threads_end_in_any_order(within: bool, tmp_path: Path) -> None:
+    """Until both have ended torch.load is refused in them, and allowed elsewhere."""
+    torch.save({"x": torch.ones(2)}, tmp_path / "w.bin")
+    plain = torch.load, torch.serialization.load
+    opened, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with sealed_libraries("the other", tmp_path):
+            opened.set()
+            assert ended.wait(10)
+
+    thread = threading.Thread(target=other)
+
+    def end_other() -> None:
+        assert torch.load(tmp_path / "w.bin")["x"].sum() == 2
+        ended.set()
+        thread.join()
+
+    thread.start()
+    assert opened.wait(10)
+    refused = pytest.raises(LoraFxError, match="this one opens a pickle")
+    with refused, sealed_libraries("this one", tmp_path):
+        if within:
+            with unsealed():
+                end_other()
+        torch.load(tmp_path / "w.bin")
+    if not within:
+        end_other()
+    assert (torch.load, torch.serialization.load) == plain
 
 
 # Tokenizers.

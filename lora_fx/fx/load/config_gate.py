@@ -14,7 +14,9 @@ import functools
 import inspect
 import os
 import re
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
-from lora_fx.files.sealed import sealed
+from lora_fx.files.sealed import TORCH_LOAD, sealed
 from lora_fx.fx.tensors import patched
 from lora_fx.text import JsonView, human
 
@@ -259,23 +261,48 @@ def check_tokenizer_config(folder: Path) -> None:
 def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
     """A block in which libraries reach nothing but some folders; see `sealed`.
 
-    torch.load is refused in it too: with weights_only it names no class.
+    torch.load is refused in it too.
 
     Args:
         what: What is built, as the subject of a sentence.
         folders: Those whose files may be opened.
     """
     tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
-    plain = torch.load
-    with sealed(what, *folders) as seal:
+    with sealed(what, *folders), _told_loads():
+        yield
 
-        def load(*args: Any, **kwargs: Any) -> Any:
-            if seal.holds():
-                seal.refuse("opens a pickle by torch.load", "get the weights as safetensors")
-            return plain(*args, **kwargs)
 
-        with patched(torch, load=load):
-            yield
+_loads = contextlib.ExitStack()
+_loads_lock = threading.Lock()
+_blocks = [0]
+"""The patch of torch.load, and how many blocks need it: those of several threads may overlap."""
+
+
+@contextlib.contextmanager
+def _told_loads() -> Iterator[None]:
+    """A block in which a call of torch.load, by any thread, raises an event first."""
+    with _loads_lock:
+        if not _blocks[0]:
+            load = _telling(torch.load)
+            _loads.enter_context(patched(torch, load=load))
+            _loads.enter_context(patched(torch.serialization, load=load))
+        _blocks[0] += 1
+    try:
+        yield
+    finally:
+        with _loads_lock:
+            _blocks[0] -= 1
+            if not _blocks[0]:
+                _loads.close()
+
+
+def _telling(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        sys.audit(TORCH_LOAD)
+        return plain(*args, **kwargs)
+
+    return load
 
 
 class Metered(TorchFunctionMode):
