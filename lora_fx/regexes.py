@@ -64,13 +64,13 @@ class PatternError(ValueError):
     """A text that is no regular expression."""
 
 
-def begin(where: str) -> None:
+def begin(where: str = "") -> None:
     """Begin to count time and sizes anew: for the next config, or the next selectors.
 
     Args:
-        where: What errors say the patterns are from, such as a file.
+        where: What errors say the patterns are from, such as a file; nothing where it is empty.
     """
-    _spent.set(_Spent(f"{where}: "))
+    _spent.set(_Spent(where and f"{where}: "))
 
 
 def _now() -> _Spent:
@@ -202,8 +202,8 @@ def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
 def _refuse_large(pattern: str, size: int) -> None:
     if size > MOST_SIZE:
         raise LoraFxError(
-            f"{_now().where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, its "
-            f"repeats written out; at most {MOST_SIZE} are compiled",
+            f"{_now().where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, "
+            f"its repeats written out; at most {MOST_SIZE} are compiled",
             _SIMPLER,
         )
 
