@@ -120,6 +120,15 @@ LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {
     "an older dtype": ("llama", {"torch_dtype": "float32"}),
     "an attention of the Hub": ("llama", {"_attn_implementation": "org/flash"}),
     "a field that nobody reads": ("vit", {"wandb_run_url": "https://w.ai/x", "teacher_id": "a/b"}),
+    "what it was made of": ("llama", {"base_model": "org/base", "datasets": ["org/a", "org/b"]}),
+    "what a card says": (
+        "bert",
+        {"language": "en/us", "license": "other/see-file", "author": "org/me", "task": "a/b",
+         "description": "see https://x.y/z", "source": "https://x.y/z", "url": "https://x.y/z"},
+    ),
+    "who trained it": ("gpt2", {"commit": "org/repo", "version": "v1.beta", "dataset": "org/c4"}),
+    "a tokenizer of elsewhere": ("t5", {"tokenizer": "org/tok", "tokenizer_name": "org/tok"}),
+    "words about texts": ("clip", {"prefix": "a/b", "suffix": "n/a", "prompt": "yes/no"}),
     "timm's own record": (
         "timm_wrapper",
         {"pretrained_cfg": {"url": "https://x.y/z.pth", "hf_hub_id": "timm/test_resnet.r160_in1k"}},

@@ -32,7 +32,7 @@ from lora_fx.fx.tensors import patched
 from lora_fx.text import JsonView, human
 
 ORIGINS = {
-    "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map",
+    "_name_or_path", "name_or_path", "base_model", "_commit_hash", "architectures", "auto_map",
     "custom_pipelines", "transformers_version", "dtype", "torch_dtype", "tokenizer_class",
     "processor_class", "id2label", "label2id", "label_names", "task_specific_params",
     "finetuning_task", "quantization_config", "compression_config", "attn_implementation",
@@ -206,20 +206,32 @@ def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[s
 
 
 def _mentions(cls: type[object], key: str) -> bool:
-    """Whether what builds a model of these configs has the name of a field in its source."""
-    folder = Path(inspect.getfile(cls)).parent
-    return re.search(rf"\b{re.escape(key)}\b", _source(folder)) is not None
+    """Whether what builds a model of these configs reads a field, as its source tells.
+
+    A field of a config is a name in its class, or a text there; a model has it from something
+    called a config. Comments and variables have common words such as `source` or `language`, too.
+    """
+    configs, models = _sources(Path(inspect.getfile(cls)).parent)
+    name = re.escape(key)
+    told = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
+        | ["']{name}["']"""
+    read = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
+        | (?: \[ | get\( | pop\( | attr\([^()\n]*, ) \s*["']{name}["']"""
+    return re.search(told, configs) is not None or re.search(read, models) is not None
 
 
 @functools.cache
-def _source(folder: Path) -> str:
-    """The source of the configs and models of a family, and of what all of them share."""
+def _sources(folder: Path) -> tuple[str, str]:
+    """The sources of a family and of what all share: of their configs, and of their models."""
     import transformers
 
-    files = [f for kind in ("configuration", "modeling") for f in folder.glob(f"{kind}_*.py")]
-    shared = ("backbone_utils", "configuration_utils", "modeling_utils", "modeling_rope_utils")
-    files += [Path(transformers.__file__).parent / f"{name}.py" for name in shared]
-    return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+    def text(kind: str, *shared: str) -> str:
+        root = Path(transformers.__file__).parent
+        files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
+        return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+
+    models = text("modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
+    return text("configuration", "configuration_utils"), models
 
 
 _CONSTRUCTORS = frozenset({
