@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.sealed import sealed, unsealed
-from lora_fx.fx.load.config_gate import Metered, named_by
+from lora_fx.fx.load.config_gate import Metered, named_by, sealed_libraries
 from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
 from lora_fx.fx.load.models import load_model
 from tests.hostile import configs
@@ -157,6 +157,15 @@ LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {
     "an older dtype": ("llama", {"torch_dtype": "float32"}),
     "an attention of the Hub": ("llama", {"_attn_implementation": "org/flash"}),
     "a field that nobody reads": ("vit", {"wandb_run_url": "https://w.ai/x", "teacher_id": "a/b"}),
+    "what it was made of": ("llama", {"base_model": "org/base", "datasets": ["org/a", "org/b"]}),
+    "what a card says": (
+        "bert",
+        {"language": "en/us", "license": "other/see-file", "author": "org/me", "task": "a/b",
+         "description": "see https://x.y/z", "source": "https://x.y/z", "url": "https://x.y/z"},
+    ),
+    "who trained it": ("gpt2", {"commit": "org/repo", "version": "v1.beta", "dataset": "org/c4"}),
+    "a tokenizer of elsewhere": ("t5", {"tokenizer": "org/tok", "tokenizer_name": "org/tok"}),
+    "words about texts": ("clip", {"prefix": "a/b", "suffix": "n/a", "prompt": "yes/no"}),
     "timm's own record": (
         "timm_wrapper",
         {"pretrained_cfg": {"url": "https://x.y/z.pth", "hf_hub_id": "timm/test_resnet.r160_in1k"}},
@@ -309,6 +318,10 @@ def load_tensors() -> None:
     torch.load("evil.bin", weights_only=True)
 
 
+def load_by_its_module() -> None:
+    torch.serialization.load("evil.bin", weights_only=True)
+
+
 def load_anything() -> None:
     torch.load("evil.bin", weights_only=False)
 
@@ -323,7 +336,8 @@ def read_the_token() -> None:
 
 ATTEMPTS: tuple[Callable[[], None], ...] = (
     connect, connect_raw, datagram, resolve, ask_the_hub, download, in_a_thread, unpickle,
-    unpickle_in_python, load_tensors, load_anything, read_a_file, read_the_token,
+    unpickle_in_python, load_tensors, load_by_its_module, load_anything, read_a_file,
+    read_the_token,
 )  # fmt: skip
 
 
@@ -382,6 +396,38 @@ def test_other_threads_are_not_in_the_block(tmp_path: Path) -> None:
             found.append((tmp_path / "x").read_text())
     thread.join()
     assert found == ["x", os.path.join, "x"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_blocks_of_two_threads_end_in_any_order(within: bool, tmp_path: Path) -> None:
+    """Until both have ended torch.load is refused in them, and allowed elsewhere."""
+    torch.save({"x": torch.ones(2)}, tmp_path / "w.bin")
+    plain = torch.load, torch.serialization.load
+    opened, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with sealed_libraries("the other", tmp_path):
+            opened.set()
+            assert ended.wait(10)
+
+    thread = threading.Thread(target=other)
+
+    def end_other() -> None:
+        assert torch.load(tmp_path / "w.bin")["x"].sum() == 2
+        ended.set()
+        thread.join()
+
+    thread.start()
+    assert opened.wait(10)
+    refused = pytest.raises(LoraFxError, match="this one opens a pickle")
+    with refused, sealed_libraries("this one", tmp_path):
+        if within:
+            with unsealed():
+                end_other()
+        torch.load(tmp_path / "w.bin")
+    if not within:
+        end_other()
+    assert (torch.load, torch.serialization.load) == plain
 
 
 # Tokenizers.
