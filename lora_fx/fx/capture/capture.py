@@ -601,7 +601,11 @@ def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]
     That is every module's mode, its buffers, in place or replaced, and the plain tensors among its
     attributes: hooks write such (weight_norm's weight), and a trace would leave fake ones.
     """
-    held = [(m, m.training, dict(m._buffers), _plain(m)) for m in model.modules()]
+    # an attached model's frozen norms say False, whatever they are set to
+    held = [
+        (m, m.__dict__.get("training", m.training), dict(m._buffers), _plain(m))
+        for m in model.modules()
+    ]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     if training is not None:
         model.train(training)
