@@ -164,9 +164,14 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
     model = entry.source()
-    with log.listening(), _same_dtypes(), _watched(model) as seen, _modes_read(model) as read:
-        with _same_attributes(model):
-            program = export_program(entry, (named,), (shapes,))
+    with (
+        log.listening(),
+        _same_dtypes(),
+        _same_attributes(model),
+        _watched(model) as seen,
+        _modes_read(model) as read,
+    ):
+        program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
     traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
@@ -378,8 +383,9 @@ _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 def _same_attributes(model: nn.Module) -> Iterator[None]:
     """A block in which torch.export traces a model whose attributes are the same things after it.
 
-    torch.export puts copies of lists and dicts back, one for each module that has them. What several
-    modules shared would be apart then: the next trace, or the user's own module, is another model.
+    torch.export puts copies of lists and dicts back, one for each module that has them. What
+    several modules shared would be apart then: the next trace, or the user's own module, is
+    another model.
     """
     own = [
         (m, {name: x for name, x in vars(m).items() if name not in _OF_TORCH})
