@@ -188,6 +188,18 @@ class Captured:
         return any(pin.rung == "recorded" for pin in self.pinned)
 
     @property
+    def recorded_in_training(self) -> bool:
+        """Whether a train graph was traced that is one recorded run, and is not the eval graph."""
+
+        def of_example(training: bool) -> list[Traced]:
+            key = (training, False, self.base_dtype, *self._example_key)
+            return self.tracings.get(key, [])[:1]
+
+        evals = of_example(False)
+        apart = [t for t in of_example(True) if all(t is not other for other in evals)]
+        return any(pin.rung == "recorded" for traced in apart for pin in traced.pinned)
+
+    @property
     def ranges(self) -> tuple[Condition, ...]:
         """The sizes, each once, at which the path that was captured is the one that is taken."""
         door = self.traced(False, self.named).door
@@ -398,9 +410,10 @@ class Captured:
             raise
         except Exception as e:
             raise error from e
-        self.notes.append(
-            f"one recorded run, true for the example's sizes and for what its values decide: {why}"
-        )
+        true_for = "the example's sizes and for what its values decide"
+        note = f"one recorded run, true for {true_for}: {why}"
+        if note not in self.notes:
+            self.notes.append(note)
         return traced
 
     def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
