@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import math
 import zipfile
@@ -43,7 +42,8 @@ _MISSING = object()
 @contextlib.contextmanager
 def patched(thing: Any, **values: object) -> Iterator[None]:
     """A block in which an object, a class or a module has other values for some attributes."""
-    before = {name: inspect.getattr_static(thing, name, _MISSING) for name in values}
+    # what it inherits stays inherited
+    before = {name: vars(thing).get(name, _MISSING) for name in values}
     try:
         for name, value in values.items():
             setattr(thing, name, value)

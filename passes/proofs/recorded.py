@@ -6,13 +6,19 @@ A recorded run has the branches that the example took with the base's weights. W
 a branch or a number of steps (a loop until it converges, the largest of a weight's rows, an early
 exit), the graph goes the base's way whatever is learnt. So the user's own module runs once with
 W + s·b·a in its parameters: with the adapter as it is and, where that may still change, with drawn
-a and b, small ones and ones as large as the weights.
+a and b, small ones and ones as large as the weights. It does in train mode too, where that is a
+recorded run of its own, both sides with the same random numbers; where the two draw them in another
+order, which shows without an adapter, nothing can be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,10 +26,12 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.adapter.variant import variant_of
-from lora_fx.compare import ORT_TOL, Parity
+from lora_fx.compare import ORT_TOL, Parity, compare_fairly, gates_of, grow, shapes_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError, one_line
-from lora_fx.fx.capture.capture import Captured, copied
+from lora_fx.fx.attach.attachment import keeps_statistics
+from lora_fx.fx.capture.capture import Captured, alike, copied
+from lora_fx.fx.capture.trace import EveryLayer
 from lora_fx.fx.codes import forms
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, by_output
@@ -32,7 +40,9 @@ from lora_fx.inputs import Named
 from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe
+from lora_fx.passes.proofs.interpreted import move
 from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
+from lora_fx.passes.proofs.reference import SEEDS
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
 from lora_fx.text import some
@@ -41,6 +51,15 @@ LARGE = 1.0
 """The size of drawn a and b that are as large as the weights: thresholds of norms lie so far."""
 MOST = 16
 """Updates that are tried alone, to name those that matter."""
+
+
+class Compare(Protocol):
+    """A comparison of a module and the live model, in one mode."""
+
+    def __call__(
+        self, module: CapturedModule, adapter: Adapter, *, large: bool = False
+    ) -> Parity | None:
+        """How far they are apart with an adapter; None where they are not."""
 
 
 class NotRun(Exception):
@@ -55,17 +74,20 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
     Raises:
         NoEffectError: The live model gives other numbers.
     """
-    if not module.captured.recorded:
+    modes = _modes(module)
+    if not modes:
         return ()
     if module.changes_anything() and (said := prove_as_it_is(module)):
         return said
     left_out = _left_out(module.captured, module.updates)
     keys = [key for key in module.updates if key not in left_out]
     try:
-        for size in (SIZE, LARGE):
-            if parity := _differs_drawn(module, keys, left_out, size):
-                alone = [k for k in keys[:MOST] if _differs_drawn(module, [k], left_out, size)]
-                raise _refused(parity, alone)
+        for mode in modes:
+            for size in (SIZE, LARGE):
+                differs = partial(_differs_drawn, module, left_out, size, mode)
+                if parity := differs(keys):
+                    alone = [key for key in keys[:MOST] if differs([key])]
+                    raise _refused(parity, alone)
     except NotRun as e:
         return (f"{NOT_RUN}: {e}",)
     return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
@@ -81,7 +103,8 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
     Raises:
         NoEffectError: The live model gives other numbers.
     """
-    if not module.captured.recorded:
+    modes = _modes(module)
+    if not modes:
         return ()
     if adapter is None:
         if not isinstance(module, AdaptedModule):
@@ -90,8 +113,9 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
     if left_out := _left_out(module.captured, adapter.lowrank):
         return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
     try:
-        if parity := _differs(module, adapter):
-            raise _refused(parity, [])
+        for mode in modes:
+            if parity := mode(module, adapter):
+                raise _refused(parity, [])
     except NotRun as e:
         return (f"{NOT_RUN}: {e}",)
     return ()
@@ -137,8 +161,22 @@ def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
     return why
 
 
+def _modes(module: CapturedModule) -> list[Compare]:
+    """How a module is compared in each mode that is a recorded run."""
+    modes: list[Compare] = []
+    if module.captured.recorded:
+        modes.append(_differs)
+    if module.captured.recorded_in_training and isinstance(module, AdaptedModule):
+        modes.append(_differs_in_training)
+    return modes
+
+
 def _differs_drawn(
-    module: AdaptedModule, keys: Sequence[str], left_out: Collection[str], size: float
+    module: AdaptedModule,
+    left_out: Collection[str],
+    size: float,
+    mode: Compare,
+    keys: Sequence[str],
 ) -> Parity | None:
     """How far apart the two are with drawn a and b in some updates; None where they are not.
 
@@ -148,7 +186,7 @@ def _differs_drawn(
     with probe(replace(Trained.of(module), updates=chosen), size):
         entries = module.adapter().entries
         held = Adapter({key: entry for key, entry in entries.items() if key not in left_out})
-        return _differs(module, held, large=size == LARGE)
+        return mode(module, held, large=size == LARGE)
 
 
 @stage("running the live model with W + s·b·a")
@@ -178,6 +216,59 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
     finally:
         module.train(was) if was else module.eval()
     return next((p for p in parity if not p.ok), None)
+
+
+@stage("running the live model in train mode with W + s·b·a")
+def _differs_in_training(
+    module: CapturedModule, adapter: Adapter, *, large: bool = False
+) -> Parity | None:
+    """As `_differs`, in train mode, of a graph that is not the eval graph.
+
+    Raises:
+        NotRun: The live model cannot be run with the adapter, or draws its numbers otherwise.
+    """
+    _check_alike(module)
+    with module.base():
+        if not _trained(module, {}).ok:
+            raise NotRun("in train mode it draws random numbers in another order")
+    parity = _trained(module, _changed(module.captured, adapter))
+    if large and not math.isfinite(parity.rel):
+        return None
+    return None if parity.ok else parity
+
+
+def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
+    """A module beside the live model with other numbers in its parameters, both in train mode."""
+    captured = module.captured
+    model, named = captured.model, captured.named
+    weights = dict(model.named_parameters())
+
+    def run(some: CapturedModule) -> dict[str, Array]:
+        with alike(some, training=True), torch.no_grad():
+            torch.manual_seed(0)
+            return some.flat(copied(named))
+
+    def rounding() -> Iterator[Mapping[str, float]]:
+        worst: dict[str, float] = {}
+        moved = copy.deepcopy(module)
+        for seed in SEEDS:
+            move(module, moved, seed)
+            yield grow(worst, run(moved), ours)
+
+    try:
+        with alike(model, training=True), EveryLayer([]), torch.no_grad():
+            for part in model.modules():
+                if module.norm_stats == "frozen" and keeps_statistics(part):
+                    part.training = False
+            with parameters_as(weights, changed):
+                torch.manual_seed(0)
+                expected = by_output(captured.signature.call(model, copied(named)))
+    except Exception as e:  # of the user's code
+        raise NotRun(f"in train mode it raises {type(e).__name__}: {one_line(e, 120)}") from e
+    ours = run(module)
+    shapes = shapes_of(arrays_of(named))
+    of = "the live model in train mode"
+    return compare_fairly(ours, expected, shapes, gates_of(expected), rounding, of=of)
 
 
 def _check_alike(module: CapturedModule) -> None:

@@ -23,7 +23,6 @@ from lora_fx.compare import (
     CEILING,
     COARSE,
     EPSILON,
-    SIGMOID_STEP,
     Gate,
     Outputs,
     Parity,
@@ -31,7 +30,6 @@ from lora_fx.compare import (
     demand,
     gates_of,
     grow,
-    largest,
     narrow_gate,
     rel,
     shapes_of,
@@ -62,6 +60,7 @@ from lora_fx.onnx.session import (
     signature,
     tensors_by_name,
 )
+from lora_fx.onnx.steps import stepped_file
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
@@ -71,8 +70,6 @@ from lora_fx.text import Json
 
 STEP = 2.0**-8
 """One code of eight bits, of the range that they span."""
-SIGMOIDS = {"Sigmoid", "Swish", "QuickGelu", "LSTM", "GRU"}
-"""Ops whose kernels compute a sigmoid."""
 REWRITES = 1e-2
 """The most that the runtime's rewrites may move an output of a file that is right without them."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -82,8 +79,8 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 class Rerun(Protocol):
     """Other ways to run what is compared with a reference."""
 
-    def step(self) -> float:
-        """What an op of it is exact to, beside 1, however small its result is; 0 for none."""
+    def stepped(self) -> Iterator[Run]:
+        """The same with its sigmoids off by what their kernel is exact to; none without any."""
 
     def plain(self) -> Run | None:
         """The same without the runtime's rewrites; None where there are none."""
@@ -129,18 +126,22 @@ class FileRerun:
     also: Callable[[Named], Named] = dict
     stored: Mapping[str, Array] = field(default_factory=dict)
 
-    def step(self) -> float:
+    def stepped(self) -> Iterator[Run]:
         """See Rerun."""
-        model = load(self.path)
-        graphs = (model.graph, *(f.graph for f in model.functions.values()))
-        ops = {node.op_type for graph in graphs for node in graph.all_nodes()}
-        return SIGMOID_STEP if ops & SIGMOIDS else 0.0
+        for seed in (None, *SEEDS):
+            session = stepped_file(self.path, self.provider, seed, self.stored)
+            if session is None:
+                return
+            yield partial(self._run, session)
+
+    def _run(self, session: RuntimeSession, feeds: Named) -> dict[str, Array]:
+        return session.run(self.also(feeds))
 
     def plain(self) -> Run:
         """See Rerun."""
         stored = self.stored or None
         session = open_session(self.path, self.provider, rewrites=False, external=stored)
-        return lambda feeds: session.run(self.also(feeds))
+        return partial(self._run, session)
 
     def choosing(self, choices: Choices) -> Run | None:
         """See Rerun."""
@@ -220,9 +221,9 @@ def spread(
 ) -> Iterator[dict[str, float]]:
     """Per output, how far a runtime's own rounding moves it: the largest so far, run by run.
 
-    ONNX Runtime folds batch norms into convolutions, which rounds their weights once more, and its
-    sigmoid is exact to 2^-24 however small the result is. The first is seen where it rewrites
-    nothing, the second where every float of the inputs is moved by half a unit of its last place.
+    ONNX Runtime folds batch norms into convolutions, which rounds their weights once more. That is
+    seen where it rewrites nothing, and other rounding where every float of the inputs is moved by
+    half a unit of its last place.
 
     Args:
         outputs: What was compared.
@@ -274,8 +275,8 @@ def compared(
     def rounding() -> Iterator[Mapping[str, float]]:
         if rerun is None:
             return either(spread(made, run, None, feeds), own())
-        steps = {n: rerun.step() / top for n, v in expected.items() if (top := largest(v))}
-        return either([steps], either(spread(made, run, rerun.plain(), feeds), own()))
+        runtime = spread(made, run, rerun.plain(), feeds)
+        return either(either(runtime, own()), _of_steps(made, rerun, feeds))
 
     try:
         made = run(feeds)
@@ -299,6 +300,13 @@ def compared(
         return found, ""
     told = f"rounding turns a choice among near-equal numbers that {found.output!r} depends on"
     return alike, f"{told}; both were compared with the same choices, and what these are among"
+
+
+def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[str, float]]:
+    """Per output, how far a step of each sigmoid moves it: the largest so far, run by run."""
+    worst: dict[str, float] = {}
+    for run in rerun.stepped():
+        yield grow(worst, run(feeds), outputs)
 
 
 def _with_choices(

@@ -152,7 +152,8 @@ def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Call
 def captured_for(model: object, options: ExportOptions) -> Captured:
     """The capture of a model by what an export is asked for."""
     given = options.args, options.kwargs, options.dynamic
-    adapter = options.adapters if isinstance(options.adapters, Adapter) else None
+    adapters = [*files.named(options.adapters).values()] if options.adapters else []
+    adapter = adapters[0] if len(adapters) == 1 else None
     return captured_of(model, *given, repeat=options.repeat, adapter=adapter)
 
 

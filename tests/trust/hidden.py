@@ -10,6 +10,7 @@ every layer: such layers are alike, and are traced once.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import os
@@ -17,6 +18,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -40,12 +42,14 @@ def value(x: Any, k: int, training: bool) -> Any:
     return x * (1.0 + 0.25 * k)
 
 
+def _distances(x: Any) -> Any:
+    places = torch.arange(x.shape[1], device=x.device)
+    return (places[:, None] - places[None]).abs()
+
+
 def _mixed(x: Any, limit: int) -> Any:
     """Rows mixed by their distances, which are clipped."""
-    n = x.shape[1]
-    places = torch.arange(n, device=x.device)
-    distance = (places[:, None] - places[None]).abs().clamp(max=limit)
-    return torch.softmax(-0.3 * distance.to(x.dtype), -1) @ x
+    return torch.softmax(-0.3 * _distances(x).clamp(max=limit).to(x.dtype), -1) @ x
 
 
 def length(x: Any, k: int, training: bool) -> Any:
@@ -55,6 +59,12 @@ def length(x: Any, k: int, training: bool) -> Any:
 def far(x: Any, k: int, training: bool) -> Any:
     """Beyond four times the example's length, and the first layer's clip is the largest."""
     return _mixed(x, 5 * LENGTH + 3 - k)
+
+
+def least(x: Any, k: int, training: bool) -> Any:
+    """As far, by the minimum of two tensors, as T5 has it."""
+    limit = torch.full((), 5 * LENGTH + 3 - k)
+    return torch.softmax(-0.3 * torch.minimum(_distances(x), limit).to(x.dtype), -1) @ x
 
 
 def mode(x: Any, k: int, training: bool) -> Any:
@@ -72,7 +82,7 @@ def small(x: Any, k: int, training: bool) -> Any:
 
 
 EFFECTS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (value, length, far, mode, large, small)
+    f.__name__: f for f in (value, length, far, least, mode, large, small)
 }  # fmt: skip
 
 
@@ -195,6 +205,55 @@ def shared_field(effect: Any, step: int) -> Net:
     for layer in layers:
         layer.now = now
     return Net(layers, before=lambda net, i: setattr(net.layers[0].now, "k", i * step))
+
+
+def _shared(thing: Any, effect: Any, step: int) -> Net:
+    """One thing that all layers have, whose first number the net sets by the first of them."""
+    layers = _layers(_asking(lambda self: int(self.thing[0])), effect)
+    for layer in layers:
+        layer.thing = thing
+    return Net(layers, before=lambda net, i: net.layers[0].thing.__setitem__(0, i * step))
+
+
+def shared_list(effect: Any, step: int) -> Net:
+    return _shared([0], effect, step)
+
+
+def shared_queue(effect: Any, step: int) -> Net:
+    return _shared(deque([0]), effect, step)
+
+
+def array_of_numpy(effect: Any, step: int) -> Net:
+    return _shared(np.zeros(1, int), effect, step)
+
+
+def array_of_bytes(effect: Any, step: int) -> Net:
+    return _shared(bytearray(1), effect, step)
+
+
+def array_of_c(effect: Any, step: int) -> Net:
+    return _shared((ctypes.c_int * 1)(), effect, step)
+
+
+def event(effect: Any, step: int) -> Net:
+    """A flag of threading."""
+    flag = threading.Event()
+    layers = _layers(_asking(lambda self: int(flag.is_set())), effect)
+    return Net(layers, before=lambda net, i: flag.set() if i * step else flag.clear())
+
+
+class OfKinds(type):
+    k = 0
+
+    @property
+    def number(cls) -> int:
+        return cls.k
+
+
+def metaclass(effect: Any, step: int) -> Net:
+    kind: Any = OfKinds("Kind", (), {"__module__": __name__})
+    layers = _layers(_asking(lambda self: kind.number), effect)
+    return Net(layers, before=lambda net, i: setattr(OfKinds, "k", i * step))
 
 
 def shared_module(effect: Any, step: int) -> Net:
@@ -452,6 +511,13 @@ def environment(effect: Any, step: int) -> Net:
 PLACES: dict[str, Callable[[Any, int], Net]] = {
     "shared_object": shared_object,
     "shared_field": shared_field,
+    "shared_list": shared_list,
+    "shared_queue": shared_queue,
+    "array_of_numpy": array_of_numpy,
+    "array_of_bytes": array_of_bytes,
+    "array_of_c": array_of_c,
+    "event": event,
+    "metaclass": metaclass,
     "shared_module": shared_module,
     "class_counter": class_counter,
     "class_of_object": class_of_object,

@@ -8,6 +8,7 @@ The table is tests/trust/hidden.py; the sixty that the slow test draws, and any 
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ import lora_fx
 from tests.trust.hidden import EFFECTS, LENGTH, NEVER_ALIKE, PLACES, WIDTH, drawn, verdict
 
 STILL = [place for place in PLACES if place not in NEVER_ALIKE]
-FEW = (("shared_object", "length"), ("class_counter", "large"), ("vars", "far"),
-       ("hook_of_block", "mode"), ("environment", "length"))  # fmt: skip
+FEW = (
+    *(("shared_object", "length"), ("class_counter", "large"), ("vars", "far")),
+    *(("hook_of_block", "mode"), ("environment", "length"), ("environment", "least")),
+    *(("shared_list", "mode"), ("shared_queue", "length"), ("array_of_numpy", "least")),
+    *(("array_of_bytes", "least"), ("array_of_c", "least"), ("event", "least")),
+    ("metaclass", "least"),
+)
 
 
 @pytest.mark.parametrize(("place", "effect"), FEW)
@@ -73,3 +79,20 @@ def test_insert_and_fold_are_right_beyond_the_example(place: str) -> None:
         assert (want - model(y)).abs().max() > 0.05
         torch.testing.assert_close(inserted.eval()(y), want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(folded(y), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["shared_list", "shared_queue"])
+def test_a_model_that_cannot_be_copied_keeps_what_its_layers_share(place: str) -> None:
+    """torch.export puts copies of lists in the places of those that the user's layers share."""
+    torch.manual_seed(0)
+    model = PLACES[place](EFFECTS["value"], 1).eval()
+    model.lock = threading.Lock()
+    model.seen = {"lists": [[1], (2, [3])]}
+    x = torch.randn(2, LENGTH, WIDTH)
+    want, thing, seen = model(x), model.layers[0].thing, model.seen
+    cap = lora_fx.capture(model, (x,))
+    assert cap.source.why
+    assert all(layer.thing is thing for layer in model.layers)
+    assert model.seen is seen and seen == {"lists": [[1], (2, [3])]}
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(lora_fx.insert(cap, rank=2)(x), want)

@@ -189,6 +189,65 @@ def test_what_weights_do_not_decide_is_taken(kind: type[nn.Module], include: Any
     lora_fx.fold(module)
 
 
+class LoopsInTraining(Net):
+    """As many steps as a norm says, where it trains; eval mode has one way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ends(x)
+        steps = int(self.a.weight.norm().item() * 3) if self.training else 0
+        for _ in range(steps):
+            y = 1.1 * y + 0.01
+        return y
+
+
+class BranchesInTraining(Net):
+    """A noise of another size where a weight is long, behind a dropout and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.norm = nn.Dropout(0.25), nn.BatchNorm1d(4)
+
+    def noise(self) -> float:
+        return 2.0 if self.b.weight.norm().item() > 1.5 else 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.drop(self.ends(x)))
+        return y + self.noise() * torch.randn_like(y) if self.training else y
+
+
+class PlainInTraining(BranchesInTraining):
+    """A twin: weights are read, and decide nothing."""
+
+    def noise(self) -> float:
+        return 2.0 if self.b.weight.abs().sum().item() >= 0 else 0.5
+
+
+@pytest.mark.parametrize(("kind", "decides"), [(LoopsInTraining, "a"), (BranchesInTraining, "b")])
+def test_weights_that_decide_in_training_are_found_out(kind: type[Net], decides: str) -> None:
+    model = kind().eval()
+    cap = lora_fx.capture(model, (example(),))
+    assert not cap.recorded
+    with pytest.raises(lora_fx.LoraFxError, match=rf"its weights \({decides}.weight\)"):
+        lora_fx.insert(cap, rank=2, include=INCLUDE, dead="keep")
+    module = lora_fx.insert(cap, rank=2, include=INCLUDE, exclude=f"{decides}.weight", dead="keep")
+    assert module.captured.recorded_in_training
+    perturb(module)
+    recorded.prove_as_it_is(module)
+
+
+@pytest.mark.parametrize("norm_stats", ["frozen", "update"])
+def test_what_weights_do_not_decide_in_training_is_taken(norm_stats: Any) -> None:
+    model = PlainInTraining().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    module = lora_fx.insert(model, (example(),), rank=2, include=INCLUDE, norm_stats=norm_stats)
+    assert module.captured.recorded_in_training
+    perturb(module)
+    assert not recorded.prove_as_it_is(module)
+    assert "was not run" not in str(module.report())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.norm.training and model.drop.training
+
+
 class Threshold(Two):
     """Another path from a norm on that no drawn a and b reach."""
 

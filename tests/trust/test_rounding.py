@@ -260,6 +260,52 @@ def test_a_wrong_adapter_is_found_in_each(
         assert not list(tmp_path.iterdir()), mutation
 
 
+class Inside(nn.Module):
+    """A sigmoid in the midst, of whose step the small outputs show nothing."""
+
+    def __init__(self, between: Callable[[], nn.Module], small: float) -> None:
+        super().__init__()
+        self.first, self.between = nn.Linear(8, 16), between()
+        self.second, self.third = nn.Linear(16, 12), nn.Linear(16, 12)
+        self.small = small
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.between(self.first(x))
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.second(hidden) * self.small, self.third(hidden) * self.small
+
+
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "silu": lambda: Inside(nn.SiLU, 1e-5),
+    "silu, smaller": lambda: Inside(nn.SiLU, 1e-6),
+    "sigmoid": lambda: Inside(nn.Sigmoid, 1e-5),
+    "lstm": lambda: Inside(lambda: nn.LSTM(16, 16), 1e-5),
+    "gru": lambda: Inside(lambda: nn.GRU(16, 16), 1e-5),
+    "gate": lambda: Inside(lambda: nn.Sequential(nn.Linear(16, 32), nn.GLU()), 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_sigmoid_in_the_midst_widens_no_gate(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that is one part in a hundred off is found by the file's own proof."""
+    torch.manual_seed(0)
+    model, x = INSIDE[name]().eval(), torch.randn(2, 3, 8)
+    module, adapter = adapted(model, x, size=0.2)
+    lora_fx.export(module, tmp_path / "right.onnx", provider="cpu")
+    entries: Any = {
+        key: replace(u, alpha=u.alpha * 1.01) if key == "second.weight" else u
+        for key, u in adapter.lowrank.items()
+    }
+    wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
+    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    monkeypatch.setattr(export_torch, "prove", _of_the_file_alone)
+    monkeypatch.setattr(export_torch, "demand", _but_of_nothing)
+    with pytest.raises(LoraFxError, match="differs from torch"):
+        lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
+
+
 def _of_the_file_alone(ours: Any, reference: Any, **given: Any) -> list[Parity]:
     return [] if given["of"] == "fold" else prove(ours, reference, **given)
 

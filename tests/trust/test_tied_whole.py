@@ -20,6 +20,7 @@ import lora_fx
 from lora_fx.adapter.lowrank import Full
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.onnx import Session
 from tests.trust.tied import TIED, built, out
 
 peft = pytest.importorskip("peft")
@@ -270,6 +271,25 @@ def test_modules_of_several_names(make: Any, saved: str, tmp_path: Path) -> None
     lora_fx.detach(model)
     assert np.array_equal(out(model, x), before)
     assert make is Biases or model.second is model.first
+
+
+@pytest.mark.parametrize("given", ["a path", "a list", "by name"])
+@pytest.mark.parametrize("saved", ["first", "second"])
+def test_a_switch_file_of_one_adapter(saved: str, given: str, tmp_path: Path) -> None:
+    """However the one adapter is given, as the command line gives it by name."""
+    folder = tmp_path / "a"
+    torch.manual_seed(0)
+    model = Twice().eval()
+    torch.manual_seed(0)
+    wrapped = peft_of(Twice().eval(), folder, target_modules=["head"], modules_to_save=[saved])
+    x = torch.randn(5, 6)
+    adapters: Any = {"a path": folder, "a list": [folder], "by name": {"one": folder}}[given]
+    path = tmp_path / "m.onnx"
+    report = lora_fx.export(model, path, (x,), mode="switch", adapters=adapters, provider="cpu")
+    session = Session(path, "cpu")
+    session.load("one", report.outputs[1])
+    found = session.run({"x": x.numpy()}, adapter="one")
+    assert rel(found["output"], out(wrapped, x)) < ORT_TOL
 
 
 def test_what_is_trained_whole_for_all_uses_stays_so(tmp_path: Path) -> None:

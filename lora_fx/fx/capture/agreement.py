@@ -50,8 +50,13 @@ SEEDS = 3
 """Times that the weights are moved to tell a graph's rounding."""
 aten = torch.ops.aten
 _COMPARES = {
-    getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "remainder", "floor_divide")
-} | {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.tril.default}
+    *(getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "eq", "ne", "rsub")),
+    *(getattr(aten, name).Scalar for name in ("remainder", "fmod", "floor_divide")),
+    *(getattr(aten, name).default for name in ("clamp", "clamp_min", "clamp_max", "clip")),
+    *(getattr(aten, name).default for name in ("hardtanh", "threshold", "tril", "triu")),
+    *(aten.floor_divide.default, aten.div.Tensor_mode, aten.sub.Tensor),
+    *(aten.full.default, aten.full_like.default),  # for a minimum of two tensors
+}
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,18 @@ class Captured:
         return any(pin.rung == "recorded" for pin in self.pinned)
 
     @property
+    def recorded_in_training(self) -> bool:
+        """Whether a train graph was traced that is one recorded run, and is not the eval graph."""
+
+        def of_example(training: bool) -> list[Traced]:
+            key = (training, False, self.base_dtype, *self._example_key)
+            return self.tracings.get(key, [])[:1]
+
+        evals = of_example(False)
+        apart = [t for t in of_example(True) if all(t is not other for other in evals)]
+        return any(pin.rung == "recorded" for traced in apart for pin in traced.pinned)
+
+    @property
     def ranges(self) -> tuple[Condition, ...]:
         """The sizes, each once, at which the path that was captured is the one that is taken."""
         door = self.traced(False, self.named).door
@@ -400,9 +412,10 @@ class Captured:
             raise
         except Exception as e:
             raise error from e
-        self.notes.append(
-            f"one recorded run, true for the example's sizes and for what its values decide: {why}"
-        )
+        true_for = "the example's sizes and for what its values decide"
+        note = f"one recorded run, true for {true_for}: {why}"
+        if note not in self.notes:
+            self.notes.append(note)
         return traced
 
     def _raises_too(
@@ -614,7 +627,11 @@ def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]
     That is every module's mode, its buffers, in place or replaced, and the plain tensors among its
     attributes: hooks write such (weight_norm's weight), and a trace would leave fake ones.
     """
-    held = [(m, m.training, dict(m._buffers), _plain(m)) for m in model.modules()]
+    # an attached model's frozen norms say False, whatever they are set to
+    held = [
+        (m, m.__dict__.get("training", m.training), dict(m._buffers), _plain(m))
+        for m in model.modules()
+    ]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     if training is not None:
         model.train(training)

@@ -27,6 +27,7 @@ from types import (
 from typing import Any
 from weakref import ReferenceType
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,7 +35,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 LIBRARIES = {"torch", "torchvision", "torchaudio", "transformers", "timm", "numpy", "lora_fx"}
 STATEFUL = {
     *("_collections", "_thread", "_threading_local", "_weakrefset", "argparse", "collections"),
-    *("dataclasses", "functools", "types", "weakref"),
+    *("dataclasses", "functools", "multiprocessing", "queue", "threading", "types", "weakref"),
 }
 """Modules of the standard library whose objects hold what their users put in."""
 OWN = {"_parameters", "_buffers", "_modules", "training"}
@@ -44,6 +45,8 @@ READS_ALL = {"vars", "__dict__"}
 """Names of code that may read any attribute unseen."""
 MOST = 20_000
 """Things that one snapshot looks at."""
+MOST_BYTES = 1 << 20
+"""Of one array that a snapshot reads."""
 _SKIPPED = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _MAKING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights"}
 """Methods of modules that no call of one runs."""
@@ -115,7 +118,8 @@ class Snapshot:
         if isinstance(x, nn.Module):
             return self._module(x)
         if isinstance(x, type):
-            return id(x), self._class(x)
+            metaclass = type(x)
+            return id(x), self._class(x), () if metaclass is type else self.token(metaclass)
         return id(x), self._code(x) if callable(x) or _is_code(x) else self._thing(x)
 
     def _module(self, module: nn.Module) -> Token:
@@ -175,6 +179,9 @@ class Snapshot:
         kind = type(x)
         if isinstance(x, ModuleType):
             return ()
+        numbers = _bytes_of(x)
+        if numbers is not None:
+            return numbers
         if isinstance(x, ContextVar):
             return self.token(x.get(None))
         if isinstance(x, ReferenceType):
@@ -194,6 +201,18 @@ class Snapshot:
     def _parts(self, x: Any) -> Token:
         """What a container of a kind of its own holds."""
         return self._all(x) if type(x).__module__ in ("collections", "_collections") else ()
+
+
+def _bytes_of(x: object) -> Token | None:
+    """The numbers of an array of numpy, of a bytearray, of ctypes; None for other things."""
+    if isinstance(x, np.ndarray):
+        seen = not x.dtype.hasobject and x.nbytes <= MOST_BYTES
+        return (x.shape, x.tobytes()) if seen else Unseen()
+    try:
+        held = memoryview(x)  # type: ignore[arg-type]  # a TypeError is the answer
+    except TypeError:
+        return None
+    return held.tobytes() if held.nbytes <= MOST_BYTES else Unseen()
 
 
 def _is_library(module: str | None) -> bool:

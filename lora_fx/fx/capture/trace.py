@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,7 +191,13 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
     model = entry.source()
-    with log.listening(), _same_dtypes(), _watched(model) as seen, _modes_read(model) as read:
+    with (
+        log.listening(),
+        _same_dtypes(),
+        _same_attributes(model),
+        _watched(model) as seen,
+        _modes_read(model) as read,
+    ):
         program = export_program(entry, (named,), (shapes,))
     module = program.module(check_guards=False)
     traced = clean_module(module, program, [n for n, _ in given], requested, log)
@@ -393,6 +400,49 @@ def _same_dtypes() -> Iterator[None]:
 
     with patched(nn.Module, _apply=apply_changes):
         yield
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
+
+
+@contextlib.contextmanager
+def _same_attributes(model: nn.Module) -> Iterator[None]:
+    """A block in which torch.export traces a model whose attributes are the same things after it.
+
+    torch.export puts copies of lists and dicts back, one for each module that has them. What
+    several modules shared would be apart then: the next trace, or the user's own module, is
+    another model.
+    """
+    own = [
+        (m, {name: x for name, x in vars(m).items() if name not in _OF_TORCH})
+        for m in model.modules()
+    ]
+    contents = dict[int, tuple[Any, Any]]()
+    for _, attributes in own:
+        for x in attributes.values():
+            _keep_contents(x, contents)
+    try:
+        yield
+    finally:
+        for module, attributes in own:
+            vars(module).update(attributes)
+        for container, before in contents.values():
+            container.clear()
+            if isinstance(container, dict):
+                container.update(before)
+            else:
+                container.extend(before)
+
+
+def _keep_contents(x: Any, kept: dict[int, tuple[Any, Any]]) -> None:
+    """Note what lists and dicts hold, and those in them, by their ids."""
+    if not (type(x) in _CONTAINERS or isinstance(x, tuple)) or id(x) in kept:
+        return
+    if not isinstance(x, tuple):
+        kept[id(x)] = x, dict(x) if isinstance(x, dict) else list(x)
+    for inner in x.values() if isinstance(x, dict) else x:
+        _keep_contents(inner, kept)
 
 
 @contextlib.contextmanager

@@ -138,3 +138,28 @@ def test_no_random_numbers_of_the_users_are_drawn() -> None:
     lora_fx.attach(model, (x,), rank=2)
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == want
     assert model.report().effect.modes == ("eval", "train")
+
+
+class Normed(nn.Module):
+    """Norms in both modes, one of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.trains, self.rests = nn.BatchNorm1d(5), nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.rests(self.b(torch.tanh(self.trains(self.a(x)))))
+        return y
+
+
+def test_every_mode_comes_back() -> None:
+    """What says False while it is frozen was set to True, and is so when it is taken off."""
+    model = Normed().train()
+    model.rests.eval()
+    lora_fx.attach(model, (torch.randn(6, 4),), rank=2)
+    assert not model.trains.training
+    model(torch.randn(6, 4)).sum().backward()
+    lora_fx.detach(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert modes == {"": True, "a": True, "b": True, "trains": True, "rests": False}

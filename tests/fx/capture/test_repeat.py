@@ -683,3 +683,17 @@ def test_nodes_grow_with_depth_and_traced_ops_do_not(monkeypatch: pytest.MonkeyP
         counts[depth, "traced"] = len(traced)
     assert counts[10] - counts[2] == 8 * 8  # four ops and four tensors a block
     assert counts[10, "traced"] - counts[2, "traced"] == 8  # one opaque op a block
+
+
+class ByRow(nn.ModuleList):
+    """Three blocks without a forward of their own, which is that of every module."""
+
+
+def test_classes_are_as_they_were() -> None:
+    """What a class has from its base it has from there again: a later patch of the base is seen."""
+    model = Stack(Block, 3)
+    model.more = ByRow([ByRow([Block(0), Block(1)]) for _ in range(2)])
+    before = {kind: set(vars(kind)) for kind in map(type, model.modules())}
+    cap = Captured(model.requires_grad_(False), (torch.randn(2, 4, WIDTH),))
+    cap.traced(False, cap.named)
+    assert {kind: set(vars(kind)) for kind in before} == before
