@@ -160,6 +160,24 @@ class Choice:
         return found
 
 
+def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
+    """The name of the choice that is the same in another run, or nothing.
+
+    Of several among the same floats, such as two thresholds, it is that with the fewest turned.
+    """
+    best: tuple[float, int] = (math.inf, 0)
+    found = ""
+    for name, other in others.items():
+        apart = choice.apart(other)
+        if apart > best[0] or math.isinf(apart):
+            continue
+        turned = int((choice.value != other.value).sum())
+        if (apart, turned) < best:
+            best = (apart, turned)
+            found = name
+    return found
+
+
 def _most(value: Array) -> float:
     """The most by which rounding moves an array of this dtype."""
     return max(CEILING, 32 * EPSILON.get(value.dtype.name, 0.0))

@@ -12,7 +12,6 @@ among, as outputs.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.compare import Choice
+from lora_fx.compare import Choice, nearest_choice
 from lora_fx.dtypes import Array
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -138,7 +137,7 @@ class ChoosingFile:
         for _ in range(ROUNDS):
             made = self.run(feeds, self.chosen(others))
             found = {name: self._choice(name, made) for name in self.choices}
-            nearest = {name: _nearest(choice, others) for name, choice in found.items()}
+            nearest = {name: nearest_choice(choice, others) for name, choice in found.items()}
             same = {name: other for name, other in nearest.items() if other}
             if same == self.same:
                 break
@@ -156,13 +155,6 @@ class ChoosingFile:
 
     def _choice(self, name: str, made: Named) -> Choice:
         return Choice(made[name], {n: made[n] for n in self.choices[name]})
-
-
-def _nearest(choice: Choice, others: Mapping[str, Choice]) -> str:
-    """The name of the choice that is made among the same floats, or nothing."""
-    distances = {name: choice.apart(other) for name, other in others.items()}
-    name = min(distances, key=distances.__getitem__, default="")
-    return name if name and math.isfinite(distances[name]) else ""
 
 
 def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:

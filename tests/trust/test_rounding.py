@@ -21,6 +21,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Gate, Parity, compare_fairly, demand, tied, wide_gate
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.attach.attachment import Attachment
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.passes.proofs.effect import InGraph
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.verbs import export_torch
 
@@ -191,6 +194,50 @@ def test_choices_are_compared_by_what_they_are_among(name: str, tmp_path: Path) 
         lora_fx.export(
             model, tmp_path / "b.onnx", (x,), mode="batch", adapters={"a": adapter}, provider="cpu"
         )
+
+
+class Unseen(Scores):
+    """The same, where no graph shows it: a branch by a value."""
+
+    def forward(self, x: Tensor) -> Any:
+        if float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_live_model_is_compared_by_what_it_chooses_among(name: str, kind: type[Scores]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
+    wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference has another number in one place than the live model."""
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    init, put, adapter_of = InGraph.__init__, InGraph.put, Attachment.adapter
+
+    def changed(adapter: Adapter) -> Adapter:
+        first = adapter.entries["first.weight"]
+        assert isinstance(first, LowRank)
+        other = replace(first, alpha=first.alpha * wrong)
+        return replace(adapter, entries={**adapter.entries, "first.weight": other})
+
+    def in_graph(self: InGraph, state: Attachment, cap: Captured, adapter: Adapter) -> None:
+        init(self, state, cap, changed(adapter))
+
+    monkeypatch.setattr(InGraph, "__init__", in_graph)
+    monkeypatch.setattr(InGraph, "put", lambda self, u: put(self, changed(Adapter(u)).lowrank))
+    monkeypatch.setattr(Attachment, "adapter", lambda self: changed(adapter_of(self)))
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
 
 
 # |mean|/√variance is at most 3,200: times the unit of fp32 that stays below the ceiling of 1e-3.
