@@ -127,7 +127,8 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 continue
             if size is None:
                 notes.append(
-                    f"{mode} mode is not proven: no output is a real number, or a complex one"
+                    f"{mode} mode is not proven: no output is a real number, or a complex one, "
+                    "or all of these are empty"
                 )
                 continue
             modes.append(mode)
@@ -181,10 +182,14 @@ def _drawn(key: str, update: LowRank, width: int, seed: int) -> tuple[Array, Arr
 def _gradients(
     trained: Trained, named: Named, pairs: Factors, training: bool
 ) -> dict[str, float] | None:
-    """Key → root mean square of b's gradient; None where no output has one."""
+    """Key → root mean square of b's gradient; None where no output has a number with one.
+
+    A detector that finds nothing has outputs without elements, which tell nothing.
+    """
     trained.model.train(training)
     own = trained.example
     best = dict.fromkeys(pairs, 0.0)
+    proven = False
     with torch.random.fork_rng(devices=[]):
         for seed in range(DRAWS):
             torch.manual_seed(seed)
@@ -198,6 +203,10 @@ def _gradients(
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:
                     return best if floats else None
+                outputs = [y for y in outputs if y.numel()]
+                if not outputs:
+                    continue
+                proven = True
                 tangents = [torch.randn_like(y) for y in outputs]
                 bs = [b for _, b in pairs.values()]
                 grads = torch.autograd.grad(outputs, bs, tangents, allow_unused=True)
@@ -206,7 +215,7 @@ def _gradients(
                 best[key] = max(best[key], size)
             if min(best.values()) > DEAD * float(np.median(list(best.values()))):
                 break
-    return best
+    return best if proven else None
 
 
 # effect: the proof that insert ends with, so that no adapter trains nothing or merges wrongly.
