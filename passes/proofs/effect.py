@@ -59,6 +59,8 @@ DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
 SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
+HALVINGS = 10
+"""Times that drawn updates are made smaller, where a model with them tells nothing."""
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 """Target → its a and b."""
 
@@ -559,13 +561,17 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
             state.by_weight = frozenset(unseen)
             state.install(probe)
             found = reference.check()
-        for _ in range(3):  # random updates may take a deep model past the largest number
-            if math.isfinite(found.rel):
-                break
-            probe = {k: replace(u, b=u.b * np.float32(0.1)) for k, u in probe.items()}
-            found = found_with(probe)
         if found.ok:
             return
+        # random updates may take a deep model past the largest number, or so far that rounding
+        # alone would be more than any gate: smaller ones say then what these cannot
+        for _ in range(HALVINGS):
+            if math.isfinite(found.rel) and found.tol != CEILING:
+                break
+            probe = {k: replace(u, b=u.b * np.float32(0.5)) for k, u in probe.items()}
+            found = found_with(probe)
+            if found.ok and found.tol != CEILING:
+                return
         guilty = [k for k in probe if not alone(k).ok]
     size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
     raise LoraFxError(

@@ -213,15 +213,47 @@ def test_a_live_model_is_compared_by_what_it_chooses_among(name: str, kind: type
     lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
 
 
-@pytest.mark.parametrize("kind", [Scores, Unseen])
-@pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
-def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
-    wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+class Chaotic(nn.Module):
+    """Layers whose weights are small, and which amplify what an adapter as large as these adds."""
+
+    def __init__(self, layer: Callable[[nn.Linear, Tensor], Tensor], alone: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(10))
+        self.layer, self.alone = layer, alone
+        self.first = nn.Linear(8, 16)
+        for m in self.layers:
+            nn.init.normal_(m.weight, 0, 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        if self.alone and float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        for m in self.layers:
+            y = self.layer(m, y)
+        return y
+
+
+CHAOTIC: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "sines": lambda m, y: torch.sin(m(y)),
+    "cosines": lambda m, y: torch.cos(2 * m(y)),
+    "sines and what they are of": lambda m, y: 0.5 * y + torch.sin(m(y)),
+    "a wave of two parts": lambda m, y: torch.sin(m(y)) * torch.cos(m(y.flip(-1))),
+    "bumps": lambda m, y: torch.exp(-((m(y) - 1) ** 2)) + 0.1 * m(y).tanh(),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+def test_a_live_model_that_drawn_updates_make_chaotic_is_compared_with_smaller_ones(
+    name: str, alone: bool
 ) -> None:
-    """The reference has another number in one place than the live model."""
     torch.manual_seed(0)
-    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+def other_first(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Let the reference of attach have another update of `first` than the live model."""
     init, put, adapter_of = InGraph.__init__, InGraph.put, Attachment.adapter
 
     def changed(adapter: Adapter) -> Adapter:
@@ -236,6 +268,30 @@ def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
     monkeypatch.setattr(InGraph, "__init__", in_graph)
     monkeypatch.setattr(InGraph, "put", lambda self, u: put(self, changed(Adapter(u)).lowrank))
     monkeypatch.setattr(Attachment, "adapter", lambda self: changed(adapter_of(self)))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_chaotic_live_model_is_found(
+    wrong: float, name: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    other_first(monkeypatch, wrong)
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
+    wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    other_first(monkeypatch, wrong)
     with pytest.raises(LoraFxError, match="differs from the reference"):
         lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
 
