@@ -464,7 +464,7 @@ class OnnxReference:
         values = {name: made[name] for name in file.choices}
 
         def chosen_again(feeds: Named) -> dict[str, Array]:
-            return file.run({**feeds, **factors}, values)
+            return {**file.run({**feeds, **factors}, values), **values}
 
         def own() -> Iterable[Mapping[str, float]]:
             return spread(chosen_again(feeds), chosen_again, None, feeds)
