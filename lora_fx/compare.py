@@ -88,19 +88,104 @@ def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILIN
     if np.array_equal(ours, theirs):
         return True
     first = among[0].astype(np.float64)
-    near = 2 * tol * float(np.abs(first).max(initial=0.0))
+    near = 2 * tol * largest(first)
     if theirs.dtype == np.bool_:
-        level = among[1].astype(np.float64) if len(among) > 1 else 0.0
-        turned = np.broadcast_to(first - level, ours.shape)[ours != theirs]
+        level = among[1].astype(np.float64) if len(among) > 1 else np.float64(0)
+        if np.broadcast_shapes(first.shape, level.shape) != theirs.shape:
+            return False
+        turned = (first - level)[ours != theirs]
         # beside a constant, which is not known, all that turned lies near it
         return bool(np.abs(turned).max() <= near if len(among) > 1 else np.ptp(turned) <= near)
     for axis in range(first.ndim):
         for mine, other in ((ours, theirs), (np.expand_dims(v, axis) for v in (ours, theirs))):
             with contextlib.suppress(ValueError, IndexError):
                 a, b = (np.take_along_axis(first, v, axis) for v in (mine, other))
-                if np.abs(a - b).max() <= near:
+                if np.abs(np.where(a == b, 0.0, a - b)).max() <= near:
                     return True
-    return False
+    return first.shape == theirs.shape and _in_next_class(ours, theirs, first, near)
+
+
+def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
+    """Whether numbers that were put into classes changed theirs for the next at its border.
+
+    Classes are codes or buckets, which grow with the number. Their borders are not known: all that
+    crossed one lies near it.
+    """
+    by_value = theirs[np.unravel_index(np.argsort(values, axis=None), values.shape)]
+    if (np.diff(by_value) < 0).any():
+        return False
+    turned = ours != theirs
+    lower = np.minimum(ours, theirs)[turned]
+    if (np.maximum(ours, theirs)[turned] - lower != 1).any():
+        return False
+    crossed = values[turned]
+    return all(np.ptp(crossed[lower == border]) <= near for border in np.unique(lower))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Integers or booleans that were chosen, and the floats that they were chosen among, by name.
+
+    One of another run is the same choice where these floats are the same but for rounding, and
+    where what it chose differs only among numbers that are as near one another. Floats that are
+    constants of one run may be missing there.
+    """
+
+    value: Array
+    among: Outputs
+
+    def apart(self, other: Choice) -> float:
+        """How far apart the floats of the same choice are; infinite where it is another."""
+        if self.value.shape != other.value.shape or not self.among or not other.among:
+            return math.inf
+        if (self.value.dtype == np.bool_) != (other.value.dtype == np.bool_):
+            return math.inf
+        fewer, more = sorted((self.among, other.among), key=len)
+        distance = max(min(_distance(x, y) for y in more.values()) for x in fewer.values())
+        if distance > max(_most(x) for x in fewer.values()):
+            return math.inf
+        among = [*other.among.values()]
+        return (
+            distance if tied(self.value, other.value, among, max(distance, FOLD_TOL)) else math.inf
+        )
+
+    def pairs(self, other: Choice) -> dict[str, str]:
+        """Float of the other → the one that is nearest, of those that are the same."""
+        found = {}
+        for name, value in other.among.items():
+            distances = {n: _distance(x, value) for n, x in self.among.items()}
+            nearest = min(distances, key=distances.__getitem__)
+            if distances[nearest] <= _most(value):
+                found[name] = nearest
+        return found
+
+
+def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
+    """The name of the choice that is the same in another run, or nothing.
+
+    Of several among the same floats, such as two thresholds, it is that with the fewest turned.
+    """
+    best: tuple[float, int] = (math.inf, 0)
+    found = ""
+    for name, other in others.items():
+        apart = choice.apart(other)
+        if apart > best[0] or math.isinf(apart):
+            continue
+        turned = int((choice.value != other.value).sum())
+        if (apart, turned) < best:
+            best = (apart, turned)
+            found = name
+    return found
+
+
+def _most(value: Array) -> float:
+    """The most by which rounding moves an array of this dtype."""
+    return max(CEILING, 32 * EPSILON.get(value.dtype.name, 0.0))
+
+
+def _distance(ours: Array, theirs: Array) -> float:
+    """As rel, and 0 where all are zero."""
+    return 0.0 if np.array_equal(ours, theirs) else rel(ours, theirs)
 
 
 class Gate(NamedTuple):

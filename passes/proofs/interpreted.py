@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import grow
+from lora_fx.compare import Choice, grow
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.call import leaves_of, output_name
 from lora_fx.fx.capture.capture import alike, copied
@@ -82,6 +83,15 @@ class Choosing(Wide):
         with torch.no_grad(), alike(self.model):
             out = self.run(*leaves, enable_io_processing=False)
         return {**self.floats, **by_output(pytree.tree_unflatten(list(out), self.out_spec))}
+
+    def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
+        """What it would have chosen, where that is not a given choice that rounding turned."""
+        found = {
+            name: Choice(value, {n: self.floats[n] for n in self.among[name]})
+            for name, value in self.own.items()
+            if name in choices
+        }
+        return {n: c.value for n, c in found.items() if math.isinf(c.apart(choices[n]))}
 
     def read(self, x: Any) -> Any:
         """See Wide."""
@@ -170,7 +180,8 @@ class ModuleRerun:
             with self.block():
                 chooser = Choosing(self.module, choices.values)
                 outputs = chooser.outputs(self.named(feeds))
-            made = {n: v for n, v in outputs.items() if n not in choices.values}
-            return made if self.same else {**made, **chooser.own}
+            if self.same:
+                return outputs
+            return {**outputs, **chooser.others(choices.named())}
 
         return run

@@ -23,6 +23,7 @@ from lora_fx.compare import (
     CEILING,
     COARSE,
     EPSILON,
+    Choice,
     Gate,
     Outputs,
     Parity,
@@ -34,7 +35,6 @@ from lora_fx.compare import (
     rel,
     shapes_of,
     sizes_text,
-    tied,
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
@@ -46,7 +46,7 @@ from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.batch import SCALES
-from lora_fx.onnx.choices import CHOSEN, cut_file, watched_file
+from lora_fx.onnx.choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.load import load
@@ -86,10 +86,10 @@ class Rerun(Protocol):
         """The same without the runtime's rewrites; None where there are none."""
 
     def choosing(self, choices: Choices) -> Run | None:
-        """The same with the choices of the reference, and with what its own are made among.
+        """The same with the choices of the reference, and with the floats that they are among.
 
-        None where it has none of them. The choices that it would make are outputs as well, where
-        the ops that make them are not the reference's own.
+        Choices and floats have their names in the reference. A choice that is not the reference's,
+        turned by rounding, stays the run's own. None where it makes none.
         """
 
 
@@ -108,6 +108,13 @@ class Choices:
     among: Mapping[str, tuple[str, ...]]
     outputs: Outputs
     own: Callable[[], Iterable[Mapping[str, float]]]
+
+    def named(self) -> dict[str, Choice]:
+        """The choices, each with its floats."""
+        return {
+            name: Choice(value, {n: self.outputs[n] for n in self.among[name] if n in self.outputs})
+            for name, value in self.values.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -145,15 +152,19 @@ class FileRerun:
 
     def choosing(self, choices: Choices) -> Run | None:
         """See Rerun."""
-        cut = cut_file(self.path, self.provider, choices.values, choices.among, self.stored)
-        if cut is None:
+        file = choosing_file(self.path, self.provider, self.stored)
+        if file is None:
             return None
-        session, names = cut
-        chosen = {f"{there}{CHOSEN}": choices.values[name] for name, there in names.items()}
+        others = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:
-            made = session.run({**self.also(feeds), **chosen})
-            return {**made, **{name: made[there] for name, there in names.items()}}
+            feeds = self.also(feeds)
+            if not file.same:
+                file.follow(feeds, others)
+            made = file.run(feeds, file.chosen(others))
+            floats = {name: made[own] for name, own in file.floats.items()}
+            chosen = {name: choices.values[name] for name in file.same.values()}
+            return {**file.outputs(made), **floats, **chosen}
 
         return run
 
@@ -296,7 +307,7 @@ def compared(
     if choosing is None:
         return found, ""
     alike = _with_choices(choosing, choices, feeds, gates, of)
-    if alike is None or not alike.ok:
+    if not alike.ok:
         return found, ""
     told = f"rounding turns a choice among near-equal numbers that {found.output!r} depends on"
     return alike, f"{told}; both were compared with the same choices, and what these are among"
@@ -311,14 +322,10 @@ def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[
 
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
-) -> Parity | None:
-    """The comparison of a run that makes the reference's choices; None where its own are wrong."""
+) -> Parity:
+    """The comparison of a run that makes the reference's choices, and of what they are among."""
     made = run(feeds)
-    for name in choices.values.keys() & made.keys():
-        among = [choices.outputs[n] for n in choices.among[name]]
-        if not tied(made[name], choices.values[name], among):
-            return None
-    expected = {n: v for n, v in choices.outputs.items() if n in made and n not in choices.values}
+    expected = {n: v for n, v in choices.outputs.items() if n in made}
     usual = gates_of(expected)
     limits = {n: gates.get(n, usual[n]) for n in expected}
 
@@ -457,15 +464,20 @@ class OnnxReference:
         """The choices of the file with an adapter's branches."""
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates) if updates else self.source
-        session, among = watched_file(path, self.session.provider)
+        file = choosing_file(path, self.session.provider, {})
+        if file is None:
+            return Choices({}, {}, {}, list)
         factors = _factors(updates)
-        made = session.run({**feeds, **factors})
-        choices = Choices({n: made[n] for n in among}, among, made, list)
-        rerun = FileRerun(path, self.session.provider, lambda feeds: {**feeds, **factors})
-        choosing = rerun.choosing(choices)
-        if choosing is None:
-            return choices
-        return replace(choices, own=lambda: spread(choosing(feeds), choosing, None, feeds))
+        made = file.run({**feeds, **factors})
+        values = {name: made[name] for name in file.choices}
+
+        def chosen_again(feeds: Named) -> dict[str, Array]:
+            return {**file.run({**feeds, **factors}, values), **values}
+
+        def own() -> Iterable[Mapping[str, float]]:
+            return spread(chosen_again(feeds), chosen_again, None, feeds)
+
+        return Choices(values, file.choices, made, own)
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Gate, Parity, compare_fairly, demand, tied, wide_gate
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.attach.attachment import Attachment
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.passes.proofs.effect import InGraph
 from lora_fx.passes.proofs.parity import prove
+from lora_fx.passes.proofs.reference import reference_of, spread
 from lora_fx.passes.verbs import export_torch
 
 ROWS = 40
@@ -191,6 +197,130 @@ def test_choices_are_compared_by_what_they_are_among(name: str, tmp_path: Path) 
         lora_fx.export(
             model, tmp_path / "b.onnx", (x,), mode="batch", adapters={"a": adapter}, provider="cpu"
         )
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_rounding_of_a_file_is_that_of_the_choices_that_it_made(
+    name: str, tmp_path: Path
+) -> None:
+    """Inputs moved by half a unit turn its choices, which is no rounding of what follows."""
+    torch.manual_seed(0)
+    model, x = Scores(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    path = tmp_path / "m.onnx"
+    lora_fx.export(model, path, (x,), provider="cpu")
+    with reference_of(path, OnnxGraph(onnx_ir.load(path)), "cpu", None) as reference:
+        run = reference.run(None)
+
+        def turns(feeds: dict[str, Any]) -> bool:
+            return max([*spread(run(feeds), run, None, feeds)][-1].values()) > 1e-2
+
+        drawn = ({"x": torch.randn(2, 3, 8).numpy()} for _ in range(300))
+        feeds = next(filter(turns, drawn))  # which they are is the processor's to say
+        choices = reference.choices(None, feeds)
+        rounding = [*choices.own()][-1]
+    assert {*run(feeds)} <= {*choices.outputs} <= {*rounding}
+    assert choices.values and all(choices.among[n] for n in choices.values)
+    assert 0 < max(rounding.values()) < 1e-4
+
+
+class Unseen(Scores):
+    """The same, where no graph shows it: a branch by a value."""
+
+    def forward(self, x: Tensor) -> Any:
+        if float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_live_model_is_compared_by_what_it_chooses_among(name: str, kind: type[Scores]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
+
+
+class Chaotic(nn.Module):
+    """Layers whose weights are small, and which amplify what an adapter as large as these adds."""
+
+    def __init__(self, layer: Callable[[nn.Linear, Tensor], Tensor], alone: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(10))
+        self.layer, self.alone = layer, alone
+        self.first = nn.Linear(8, 16)
+        for m in self.layers:
+            nn.init.normal_(m.weight, 0, 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        if self.alone and float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        for m in self.layers:
+            y = self.layer(m, y)
+        return y
+
+
+CHAOTIC: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "sines": lambda m, y: torch.sin(m(y)),
+    "cosines": lambda m, y: torch.cos(2 * m(y)),
+    "sines and what they are of": lambda m, y: 0.5 * y + torch.sin(m(y)),
+    "a wave of two parts": lambda m, y: torch.sin(m(y)) * torch.cos(m(y.flip(-1))),
+    "bumps": lambda m, y: torch.exp(-((m(y) - 1) ** 2)) + 0.1 * m(y).tanh(),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+def test_a_live_model_that_drawn_updates_make_chaotic_is_compared_with_smaller_ones(
+    name: str, alone: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+def other_first(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Let the reference of attach have another update of `first` than the live model."""
+    init, put, adapter_of = InGraph.__init__, InGraph.put, Attachment.adapter
+
+    def changed(adapter: Adapter) -> Adapter:
+        first = adapter.entries["first.weight"]
+        assert isinstance(first, LowRank)
+        other = replace(first, alpha=first.alpha * wrong)
+        return replace(adapter, entries={**adapter.entries, "first.weight": other})
+
+    def in_graph(self: InGraph, state: Attachment, cap: Captured, adapter: Adapter) -> None:
+        init(self, state, cap, changed(adapter))
+
+    monkeypatch.setattr(InGraph, "__init__", in_graph)
+    monkeypatch.setattr(InGraph, "put", lambda self, u: put(self, changed(Adapter(u)).lowrank))
+    monkeypatch.setattr(Attachment, "adapter", lambda self: changed(adapter_of(self)))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_chaotic_live_model_is_found(
+    wrong: float, name: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    other_first(monkeypatch, wrong)
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
+    wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    other_first(monkeypatch, wrong)
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
 
 
 # |mean|/√variance is at most 3,200: times the unit of fp32 that stays below the ceiling of 1e-3.
