@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import TensorInfo
 from lora_fx.files.sealed import sealed, unsealed
 from lora_fx.fx.load.config_gate import Metered, named_by, sealed_libraries
 from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
@@ -239,6 +240,54 @@ def test_a_large_example_is_no_error_of_ours(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(LoraFxError, match="2 x 1000000 x 224 x 224 numbers"):
         load_folder(folder, meta=True)
+
+
+ROTARY = {"n_embd": 64, "n_layer": 1, "n_head": 1, "rotary_dim": 64, "vocab_size": 64}
+LISTENING = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64}
+TABLES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gptj": ("GPTJModel", {**ROTARY, "n_positions": 32}, "n_positions"),
+    "codegen": ("CodeGenModel", {**ROTARY, "n_head": 4, "n_positions": 32}, "n_positions"),
+    "speech_to_text": (
+        "Speech2TextModel", {**LISTENING, "max_source_positions": 32}, "max_source_positions"
+    ),
+    "m2m_100": (
+        "M2M100Model", {**LISTENING, "max_position_embeddings": 32}, "max_position_embeddings"
+    ),
+}  # fmt: skip
+"""Families that compute a table of all positions, which is no tensor of their files."""
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_a_table_that_is_computed_is_bounded(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, fields, field = TABLES[family]
+    monkeypatch.setitem(FAMILIES, family, (name, fields))
+    folder = folder_of(family, tmp_path / "m", **{field: 3_000_000})
+    with pytest.raises(LoraFxError, match=r"config\.json asks for tensors of more than"):
+        load_folder(folder)
+    load_folder(folder_of(family, tmp_path / "good"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.outer(x, x), lambda x: torch.einsum("i,j->ij", x, x),
+        lambda x: x[:, None] * x[None], lambda x: x.repeat(20_000),
+        lambda x: torch.cat([x] * 20_000), lambda x: x[:, None] + x, lambda x: x.new_zeros(1 << 30),
+        lambda x: torch.stack([x.expand(20_000, -1)] * 2),
+    ],
+)  # fmt: skip
+def test_a_meter_looks_at_what_is_computed(
+    make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    line = torch.ones(20_000)
+    file = {"w": TensorInfo("float32", (4,), tmp_path, 0, 16)}
+    with Metered("x", file), pytest.raises(LoraFxError, match="x asks for tensors of"):
+        make(line)
+    with Metered("x", file):
+        line[:, None].expand(-1, 1 << 20)  # takes no memory
+        assert torch.outer(line[:5000], line[:5000]).shape == (5000, 5000)
 
 
 def test_a_meter_counts_before_it_makes() -> None:

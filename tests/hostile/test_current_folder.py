@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_fx.cli.common import COMMANDS
+from lora_fx.fx.load.beside import importable
 from lora_fx.fx.load.models import call_factory
 from lora_fx.fx.train.chat import ChatTemplate
 from tests.hostile import child
@@ -207,6 +209,28 @@ def test_a_helper_beside_a_factory_is_found(
     module, _, _ = call_factory(spec.format(name))
     assert module.weight.shape == (2, 3)
     assert sys.path == before and sys.meta_path == finders
+
+
+def test_places_of_imports_keep_their_order_for_other_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block's own place goes, of equal ones the last, in one step."""
+    before = [str(tmp_path), *sys.path]
+    seen = []
+
+    class Places(list[str]):
+        def reverse(self) -> None:
+            super().reverse()
+            seen.append([*self])
+
+        def __delitem__(self, at: Any) -> None:
+            super().__delitem__(at)
+            seen.append([*self])
+
+    monkeypatch.setattr(sys, "path", Places(before))
+    with importable(str(tmp_path)):
+        assert sys.path == [*before, str(tmp_path)]
+    assert sys.path == before and seen == [before]
 
 
 @pytest.mark.parametrize("name", ["json", "queue", "sklearn"])

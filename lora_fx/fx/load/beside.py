@@ -31,10 +31,9 @@ def importable(folder: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the user's code may have removed them
             sys.meta_path.remove(finder)
-        with contextlib.suppress(ValueError):
-            sys.path.reverse()  # the last of equal entries is this block's
-            sys.path.remove(folder)
-        sys.path.reverse()
+        places = [i for i, place in enumerate(sys.path) if place == folder]
+        if places:  # the last of equal entries is this block's
+            del sys.path[places[-1]]
 
 
 class _Beside:

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
-from lora_fx.fx.tensors import patched
+from lora_fx.fx.tensors import has_values, patched
 from lora_fx.text import JsonView, human
 
 ORIGINS = {
@@ -325,6 +326,39 @@ def _telling(plain: Callable[..., Any], event: str, *details: str) -> Callable[.
     return call
 
 
+FEW = 4096
+"""Elements of operands whose result is not looked at: a product of two has some millions."""
+
+
+def _makes_anew(func: Callable[..., Any]) -> bool:
+    """Whether a function may take memory: none that works in place, or reads an attribute."""
+    name = getattr(func, "__name__", "")
+    return name not in ("__get__", "__set__") and (not name.endswith("_") or name.endswith("__"))
+
+
+def _operands(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in arguments or results, that are no views and have memory or would take some."""
+    if isinstance(value, torch.Tensor):
+        if not value._is_view():
+            yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _operands(part)
+
+
+def _size(values: tuple[Any, ...]) -> int:
+    """The elements of arguments that have values."""
+    return sum(t.numel() for t in pytree.tree_leaves(values) if _has_values(t))
+
+
+def _has_values(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and has_values(value)
+
+
+def _as_shapes(values: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
+
+
 class Metered(TorchFunctionMode):
     """A block in which tensors are counted before they are made.
 
@@ -360,11 +394,23 @@ class Metered(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Count what a constructor of tensors is about to make."""
+        """Count what a constructor of tensors is about to make; look at what else is large."""
         keywords = dict(kwargs or {})
         if func in _CONSTRUCTORS:
             self._count(func, args, keywords)
+        elif _makes_anew(func) and _size((*args, *keywords.values())) > FEW:
+            self._look(func, args, keywords)
         return func(*args, **keywords)
+
+    def _look(
+        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        """Refuse a result that alone is larger than all may be, such as a product of two lines."""
+        try:
+            made = func(*_as_shapes(args), **_as_shapes(keywords))
+        except Exception:  # what reads values has no result on the meta device
+            return
+        self._refuse_bytes(sum(t.numel() * t.element_size() for t in _operands(made)))
 
     def _count(
         self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
@@ -378,7 +424,10 @@ class Metered(TorchFunctionMode):
         sizes = {k: v for k, v in keywords.items() if k not in ("generator", "out")}
         made = func(*args, **{**sizes, "device": "meta"})
         self.bytes += made.numel() * made.element_size()
-        if self.bytes > self.most_bytes:
+        self._refuse_bytes(self.bytes)
+
+    def _refuse_bytes(self, size: int) -> None:
+        if size > self.most_bytes:
             raise LoraFxError(
                 f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
                 "is config.json that of its weights?",
