@@ -627,8 +627,8 @@ def in_storage(
     x: Tensor, order: Sequence[int], size: Sequence[int], stride: Sequence[int], first: int
 ) -> Tensor:
     """A view by strides of a tensor whose dimensions lie in this order in its storage."""
-    stored = x.permute(order).clone(memory_format=torch.contiguous_format)
-    return stored.as_strided(size, stride, first)
+    stored: Tensor = x.permute(*order).clone(memory_format=torch.contiguous_format)
+    return torch.as_strided(stored, list(size), list(stride), first)
 
 
 def _mean(graph: fx.Graph, node: fx.Node) -> None:

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.compare import Gate, Parity, compare_fairly, demand, tied, wide_gate
+from lora_fx.compare import (
+    Choice,
+    Gate,
+    Parity,
+    compare_fairly,
+    demand,
+    nearest_choice,
+    tied,
+    wide_gate,
+)
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.capture import Captured
@@ -497,6 +506,12 @@ SCORE = np.array([[1.0, 1.0 + 1e-6, 0.5], [0.2, 0.9, 0.9]])
         ([True, True], [False, False], [np.array([0.5, 9.0])], False),  # two that are far apart
         ([True, True], [True, False], [np.array([1.0, 2.0]), np.array([0.0, 2.0])], True),
         ([True, True], [True, False], [np.array([1.0, 2.0]), np.array([0.0, 1.0])], False),
+        ([0, 2, 3], [0, 2, 2], [np.array([0.5, 2.1, 3.0])], True),  # a cast, at its border
+        ([0, 3, 3], [0, 2, 2], [np.array([0.5, 2.1, 3.0])], False),  # two that are far apart
+        ([1, 3, 3], [0, 2, 3], [np.array([0.99, 1.99, 2.0])], True),  # two borders
+        ([0, 2, 4], [0, 2, 2], [np.array([0.5, 2.1, 3.0])], False),  # past the next class
+        ([3, 2, 3], [3, 2, 2], [np.array([0.5, 2.1, 3.0])], False),  # classes of something else
+        ([True], [False], [np.array([[1.0, 2.0]]), np.array([3.0, 4.0])], False),
         ([0, 1, 2], [0, 1], [SCORE], False),
         ([0, 7], [1, 1], [SCORE], False),
     ],
@@ -505,6 +520,35 @@ def test_only_near_equal_numbers_are_tied(
     ours: list[Any], theirs: list[Any], among: list[Any], near: bool
 ) -> None:
     assert tied(np.array(ours), np.array(theirs), among) is near
+
+
+@pytest.mark.parametrize(
+    ("value", "among", "name"),
+    [
+        ([1], {"x": [[2.0, 2.0 + 1e-5, 0.5]]}, "first"),
+        ([0], {"x": [[2.0, 2.0, 0.5]]}, "first"),
+        ([0], {"x": [[2.0, 2.0, 0.5]], "constant": [1.0]}, "first"),
+        ([2], {"x": [[2.0, 2.0, 0.5]]}, ""),  # not the largest of them
+        ([1], {"x": [[2.0, 2.1, 0.5]]}, ""),  # floats that no rounding parts
+        ([[1]], {"x": [[2.0, 2.0, 0.5]]}, ""),
+        ([True], {"x": [[2.0, 2.0, 0.5]]}, ""),
+        ([1], {}, ""),
+        ([2], {"y": [[0.5, 0.5, 2.00002]]}, "second"),
+        ([True, True], {"z": [0.3, 0.7]}, "more than 0.2"),
+        ([False, True], {"z": [0.3, 0.7]}, "more than 0.4"),
+    ],
+)
+def test_a_choice_is_found_by_what_it_is_among(value: Any, among: Any, name: str) -> None:
+    def choice(value: Any, **among: Any) -> Choice:
+        return Choice(np.array(value), {n: np.array(v) for n, v in among.items()})
+
+    others = {
+        "second": choice([2], a=[[0.5, 0.5, 2.0]]),
+        "first": choice([0], b=[[2.0, 2.0, 0.5]]),
+        "more than 0.4": choice([False, True], c=[0.3, 0.7]),
+        "more than 0.2": choice([True, True], d=[0.3, 0.7]),
+    }
+    assert nearest_choice(choice(value, **among), others) == name
 
 
 def test_a_file_that_chooses_otherwise_is_another(tmp_path: Path) -> None:
