@@ -71,7 +71,36 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
-def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILING) -> bool:
+FILL = 100.0
+"""How far a number that masks are filled with, such as -1e9, is beyond all that is compared."""
+
+
+def fills(ours: Array, theirs: Array) -> Array:
+    """Where two arrays have the number that a mask is filled with.
+
+    It is the same in both, and far beyond all that differs: beside it no difference is seen.
+    """
+    if ours.shape != theirs.shape:
+        return np.zeros(theirs.shape, bool)
+    differ = ours != theirs
+    top = largest(theirs[differ])
+    return np.asarray(~differ & differ.any() & (np.abs(widened(theirs)) > FILL * top))
+
+
+def without(values: Array, places: Array) -> Array:
+    """Values with 0 in some places, where the shapes are the same."""
+    if values.shape != places.shape or not places.any():
+        return values
+    return np.where(places, values.dtype.type(0), values)
+
+
+def tied(
+    ours: Array,
+    theirs: Array,
+    among: Sequence[Array],
+    tol: float = CEILING,
+    top: float | None = None,
+) -> bool:
     """Whether two choices differ only among numbers that are near one another, or not at all.
 
     Args:
@@ -79,6 +108,7 @@ def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILIN
         theirs: Those of the reference.
         among: The numbers of the reference that were chosen from, or compared.
         tol: How near, beside the largest of them.
+        top: The largest of them that is no number of a mask, where that is known.
 
     >>> tied(np.array([1]), np.array([0]), [np.array([[2.0, 2.0, 1.0]])])
     True
@@ -88,19 +118,108 @@ def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILIN
     if np.array_equal(ours, theirs):
         return True
     first = among[0].astype(np.float64)
-    near = 2 * tol * float(np.abs(first).max(initial=0.0))
+    near = 2 * tol * (largest(first) if top is None else top)
     if theirs.dtype == np.bool_:
-        level = among[1].astype(np.float64) if len(among) > 1 else 0.0
-        turned = np.broadcast_to(first - level, ours.shape)[ours != theirs]
+        level = among[1].astype(np.float64) if len(among) > 1 else np.float64(0)
+        if np.broadcast_shapes(first.shape, level.shape) != theirs.shape:
+            return False
+        turned = (first - level)[ours != theirs]
         # beside a constant, which is not known, all that turned lies near it
         return bool(np.abs(turned).max() <= near if len(among) > 1 else np.ptp(turned) <= near)
     for axis in range(first.ndim):
         for mine, other in ((ours, theirs), (np.expand_dims(v, axis) for v in (ours, theirs))):
             with contextlib.suppress(ValueError, IndexError):
                 a, b = (np.take_along_axis(first, v, axis) for v in (mine, other))
-                if np.abs(a - b).max() <= near:
+                if np.abs(np.where(a == b, 0.0, a - b)).max() <= near:
                     return True
-    return False
+    return first.shape == theirs.shape and _in_next_class(ours, theirs, first, near)
+
+
+def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
+    """Whether numbers that were put into classes changed theirs for the next at its border.
+
+    Classes are codes or buckets, which grow with the number. Their borders are not known: all that
+    crossed one lies near it.
+    """
+    by_value = theirs[np.unravel_index(np.argsort(values, axis=None), values.shape)]
+    if (np.diff(by_value) < 0).any():
+        return False
+    turned = ours != theirs
+    lower = np.minimum(ours, theirs)[turned]
+    if (np.maximum(ours, theirs)[turned] - lower != 1).any():
+        return False
+    crossed = values[turned]
+    return all(np.ptp(crossed[lower == border]) <= near for border in np.unique(lower))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Integers or booleans that were chosen, and the floats that they were chosen among, by name.
+
+    One of another run is the same choice where these floats are the same but for rounding, and
+    where what it chose differs only among numbers that are as near one another. Floats that are
+    constants of one run may be missing there.
+    """
+
+    value: Array
+    among: Outputs
+
+    def apart(self, other: Choice) -> float:
+        """How far apart the floats of the same choice are; infinite where it is another."""
+        if self.value.shape != other.value.shape or not self.among or not other.among:
+            return math.inf
+        if (self.value.dtype == np.bool_) != (other.value.dtype == np.bool_):
+            return math.inf
+        fewer, more = sorted((self.among, other.among), key=len)
+        distance = max(min(_distance(x, y) for y in more.values()) for x in fewer.values())
+        if distance > max(_most(x) for x in fewer.values()):
+            return math.inf
+        among = [*other.among.values()]
+        nearest = min(self.among.values(), key=partial(_distance, theirs=among[0]))
+        top = largest(without(among[0], fills(nearest, among[0])))
+        near = max(distance, FOLD_TOL)
+        return distance if tied(self.value, other.value, among, near, top) else math.inf
+
+    def pairs(self, other: Choice) -> dict[str, str]:
+        """Float of the other → the one that is nearest, of those that are the same."""
+        found = {}
+        for name, value in other.among.items():
+            distances = {n: _distance(x, value) for n, x in self.among.items()}
+            nearest = min(distances, key=distances.__getitem__)
+            if distances[nearest] <= _most(value):
+                found[name] = nearest
+        return found
+
+
+def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
+    """The name of the choice that is the same in another run, or nothing.
+
+    Of several among the same floats, such as two thresholds, it is that with the fewest turned.
+    """
+    best: tuple[float, int] = (math.inf, 0)
+    found = ""
+    for name, other in others.items():
+        apart = choice.apart(other)
+        if apart > best[0] or math.isinf(apart):
+            continue
+        turned = int((choice.value != other.value).sum())
+        if (apart, turned) < best:
+            best = (apart, turned)
+            found = name
+    return found
+
+
+def _most(value: Array) -> float:
+    """The most by which rounding moves an array of this dtype."""
+    return max(CEILING, 32 * EPSILON.get(value.dtype.name, 0.0))
+
+
+def _distance(ours: Array, theirs: Array) -> float:
+    """As rel, but for the numbers of masks, and 0 where all are zero."""
+    if np.array_equal(ours, theirs):
+        return 0.0
+    masked = fills(ours, theirs)
+    return rel(without(ours, masked), without(theirs, masked))
 
 
 class Gate(NamedTuple):

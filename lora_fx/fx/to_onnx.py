@@ -460,6 +460,9 @@ def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
 # - Parts along a free dimension are cut one by one. The exporter makes a sequence of them, whose
 #   length its optimizer takes from the value of a size that it does not have.
 # - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
+# - A view by strides is one of the storage, which the exporter takes to be in the order of the
+#   dimensions: of a transposed tensor it reads other numbers. Its dimensions are put into the order
+#   of the storage first.
 # - A check that all values are true holds for what runs in torch. ONNX has no checks.
 # - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
 #   MatMulBnb4 for codes that are places of a table. Any other reader gets numbers by plain ops.
@@ -594,6 +597,38 @@ def _attention(graph: fx.Graph, node: fx.Node) -> None:
         node.target = attention_of_unlike_heads
     elif len(query) < 4:
         node.target = attention_in_four
+
+
+def _by_strides(graph: fx.Graph, node: fx.Node) -> None:
+    """A view of storage that is dense, though not in the order of its dimensions."""
+    x = node.args[0]
+    stored = value(x) if isinstance(x, fx.Node) else None
+    if not isinstance(stored, Tensor) or stored.layout != torch.strided:
+        return
+    sizes = [hint(n) for n in stored.shape]
+    strides = [hint(n) for n in stored.stride()]
+    order = sorted(range(len(sizes)), key=lambda d: -strides[d] if sizes[d] != 1 else 0)
+    dense = 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != dense:
+            return  # a view with gaps, or of numbers that are read twice
+        dense *= sizes[d]
+    start = stored.storage_offset()
+    offset = argument(node, "storage_offset")
+    if offset is not None and not (isinstance(offset, int) and isinstance(start, int)):
+        return  # free sizes before the view
+    first = 0 if offset is None else offset - start
+    if order != sorted(order) or (offset is not None and start):
+        size, stride = (argument(node, name) for name in ("size", "stride"))
+        node.target, node.args, node.kwargs = in_storage, (x, order, size, stride, first), {}
+
+
+def in_storage(
+    x: Tensor, order: Sequence[int], size: Sequence[int], stride: Sequence[int], first: int
+) -> Tensor:
+    """A view by strides of a tensor whose dimensions lie in this order in its storage."""
+    stored = x.permute(order).clone(memory_format=torch.contiguous_format)
+    return stored.as_strided(size, stride, first)
 
 
 def _mean(graph: fx.Graph, node: fx.Node) -> None:
@@ -750,6 +785,7 @@ _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
     aten.real.default: _fourier,
     **dict.fromkeys(SQUEEZES, mend_squeeze),
     aten.rsub.Scalar: _rsub,
+    aten.as_strided.default: _by_strides,
     **dict.fromkeys((aten.chunk.default, aten.split.Tensor), _parts),
     **dict.fromkeys(OF_PAIRS, _complex),
     aten._is_all_true.default: _all_true,

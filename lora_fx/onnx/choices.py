@@ -1,31 +1,39 @@
-"""Graphs cut at their choices: what a comparison of near-equal numbers decides.
+"""Files that make the choices of another run: what a comparison of near-equal numbers decides.
 
 A choice is a value of integers or booleans that a node computes from floats: the indices of TopK,
 ArgMax or NonMaxSuppression, a comparison, a cast. Rounding alone turns it among near-equal scores,
-and what is gathered by it are other numbers. A graph that is cut there takes the choices of another
-run as inputs `NAME.chosen`, and gives its own, and the floats that they are among, as outputs.
+and what is gathered by it are other numbers. In the graph that is made here each one is
+
+    y' = If(NAME.taken, NAME.chosen, y)
+
+so that any of them can come from outside. The graph gives its own, and the floats that they are
+among, as outputs.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
+from lora_fx.compare import Choice, nearest_choice
+from lora_fx.dtypes import Array
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
 
-CHOSEN = ".chosen"
-"""What the input for a choice has after its name."""
+CHOSEN, TAKEN = ".chosen", ".taken"
+"""What the inputs for a choice have after its name: the choice, and whether it is that."""
 SIZES = {"Shape", "Size"}
 """Ops that make integers of floats, of which they read no number."""
-Among = Mapping[str, tuple[str, ...]]
-"""Choice → the computed floats that it is among."""
+ROUNDS = 64
+"""Times that a file is run for choices which depend on choices."""
 
 
 def choices_of(model: ir.Model) -> dict[str, tuple[str, ...]]:
@@ -49,83 +57,129 @@ def _is_discrete(value: ir.Value) -> bool:
     return value.dtype is not None and (value.dtype.is_integer() or value.dtype == ir.DataType.BOOL)
 
 
-def watch(model: ir.Model, names: Iterable[str]) -> None:
-    """Make values outputs of their graph, where they are not yet; edits it."""
-    values = _values(model)
+def let_choose(model: ir.Model, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Let choices come from outside, and give the graph's own and what they are among; edits it."""
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
     outputs = {v.name for v in model.graph.outputs}
-    model.graph.outputs.extend(values[n] for n in dict.fromkeys(names) if n not in outputs)
-
-
-def cut(model: ir.Model, choices: Collection[str], among: Iterable[str]) -> None:
-    """Take choices as inputs, and give the graph's own and what they are among; edits it."""
-    values = _values(model)
+    shown = dict.fromkeys(n for name, among in choices.items() for n in (name, *among))
+    model.graph.outputs.extend(values[n] for n in shown if n not in outputs)
     for name in choices:
-        value = values[name]
-        chosen = ir.Value(name=f"{name}{CHOSEN}", type=value.type, shape=value.shape)
-        for use in tuple(value.uses()):
-            use.node.replace_input_with(use.idx, chosen)
-        model.graph.inputs.append(chosen)
-    watch(model, [*choices, *among])
+        _let_choose(model.graph, values[name])
 
 
-def _values(model: ir.Model) -> dict[str, ir.Value]:
-    return {str(v.name): v for node in model.graph for v in node.outputs}
+def _let_choose(graph: ir.Graph, value: ir.Value) -> None:
+    uses = tuple(value.uses())
+    node = value.producer()
+    assert node is not None
+    shape = value.shape and ir.Shape([None] * len(value.shape))
+    chosen = ir.Value(name=f"{value.name}{CHOSEN}", type=value.type, shape=shape)
+    taken = ir.Value(
+        name=f"{value.name}{TAKEN}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
+    )
+    graph.inputs.extend([taken, chosen])
+    branches = [
+        ir.AttrGraph(branch, _of_one(f"{value.name}.{branch}", source))
+        for branch, source in (("then_branch", chosen), ("else_branch", value))
+    ]
+    result = ir.Value(name=f"{value.name}.here", type=value.type, shape=shape)
+    graph.insert_after(node, ir.Node("", "If", [taken], branches, outputs=[result]))
+    for use in uses:
+        use.node.replace_input_with(use.idx, result)
 
 
-def watched_file(path: Path, provider: str) -> tuple[RuntimeSession, dict[str, tuple[str, ...]]]:
-    """A file that gives its choices and what they are among as well, and their names."""
-    model = OnnxGraph(load(path)).model
-    among = choices_of(model)
-    watch(model, [*among, *(n for names in among.values() for n in names)])
-    return _opened(model, provider), among
+def _of_one(name: str, source: ir.Value) -> ir.Graph:
+    """A branch that gives a value from outside."""
+    result = ir.Value(name=name, type=source.type, shape=source.shape)
+    node = ir.Node("", "Identity", [source], outputs=[result])
+    return ir.Graph([], [result], nodes=[node], name=name)
 
 
-def cut_file(
-    path: Path, provider: str, choices: Named, among: Among, stored: Named
-) -> tuple[RuntimeSession, dict[str, str]] | None:
-    """A file cut at the choices that it has among the same floats; None where it has none.
+@dataclass(eq=False)
+class ChoosingFile:
+    """A file that makes any of its choices, or those of another run; made by `choosing_file`.
+
+    Attributes:
+        session: The graph of let_choose.
+        choices: Choice → the floats that it is among.
+        inner: The outputs of the graph that are none of the file.
+        zeros: Choice → what its input takes where it is not asked for.
+        same: Choice → that of another run, since `follow`.
+        floats: Float of another run, which its choices are among → that of the file.
+    """
+
+    session: RuntimeSession
+    choices: Mapping[str, tuple[str, ...]]
+    inner: frozenset[str]
+    zeros: Named
+    same: dict[str, str] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    def run(self, feeds: Named, chosen: Named | None = None) -> dict[str, Array]:
+        """Every output of the graph.
+
+        Args:
+            feeds: The inputs of the file.
+            chosen: Choices by their names in the file; it makes its own of the others.
+        """
+        chosen = chosen or {}
+        inputs: dict[str, Array] = {}
+        for name, zero in self.zeros.items():
+            inputs[f"{name}{TAKEN}"] = np.array(name in chosen)
+            inputs[f"{name}{CHOSEN}"] = chosen.get(name, zero).astype(zero.dtype)
+        return self.session.run({**feeds, **inputs})
+
+    def follow(self, feeds: Named, others: Mapping[str, Choice]) -> None:
+        """Learn which choices are those of another run, by the floats that they are made among.
+
+        One that was turned moves the floats of later ones. So the file runs with the choices that
+        it is known to share until no more of them are found.
+        """
+        for _ in range(ROUNDS):
+            made = self.run(feeds, self.chosen(others))
+            found = {name: self._choice(name, made) for name in self.choices}
+            nearest = {name: nearest_choice(choice, others) for name, choice in found.items()}
+            same = {name: other for name, other in nearest.items() if other}
+            if same == self.same:
+                break
+            self.same = same
+            for name, other in same.items():
+                self.floats |= found[name].pairs(others[other])
+
+    def outputs(self, made: Named) -> dict[str, Array]:
+        """Those of the file, of all that a run made."""
+        return {name: value for name, value in made.items() if name not in self.inner}
+
+    def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
+        """The choices that others make, by their names in the file."""
+        return {name: others[other].value for name, other in self.same.items()}
+
+    def _choice(self, name: str, made: Named) -> Choice:
+        return Choice(made[name], {n: made[n] for n in self.choices[name]})
+
+
+def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:
+    """A file that makes the choices of another run; None where it makes none.
 
     Args:
         path: The file.
         provider: As in open_session.
-        choices: Those of another run, by name.
-        among: What they are among.
         stored: Arrays in the place of the file's initialisers.
-
-    Returns:
-        The session, and the name in the file of each choice.
     """
     model = OnnxGraph(load(path)).model
-    names = _matched(model, choices, among)
-    if not names:
+    outputs = {v.name for v in model.graph.outputs}
+    choices = choices_of(model)
+    if not choices:
         return None
     for name, array in stored.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
-    cut(model, names.values(), [n for name in names for n in among[name]])
-    return _opened(model, provider), names
-
-
-def _matched(model: ir.Model, choices: Named, among: Among) -> dict[str, str]:
-    """Choice → that of a graph, by its name or else by what it is among, each once and in order."""
-    known, values = choices_of(model), _values(model)
-    free = [*known]
-    result = {}
-    for name, floats in among.items():
-        alike = [
-            n for n in free if {*floats} <= {*known[n]} and _dtype(values[n]) == choices[name].dtype
-        ]
-        if alike:
-            result[name] = name if name in alike else alike[0]
-            free.remove(result[name])
-    return result
-
-
-def _dtype(value: ir.Value) -> object:
-    return None if value.dtype is None else value.dtype.numpy()
-
-
-def _opened(model: ir.Model, provider: str) -> RuntimeSession:
+    let_choose(model, choices)
+    inner = frozenset(str(v.name) for v in model.graph.outputs if v.name not in outputs)
+    zeros = {
+        str(x.name).removesuffix(CHOSEN): np.zeros((0,) * len(x.shape or ()), x.dtype.numpy())
+        for x in model.graph.inputs
+        if str(x.name).endswith(CHOSEN) and x.dtype is not None
+    }
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cut.onnx"
-        save(model, path)
-        return open_session(path, provider)
+        saved = Path(folder) / "choosing.onnx"
+        save(model, saved)
+        return ChoosingFile(open_session(saved, provider), choices, inner, zeros)

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,32 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_values
-from lora_fx.compare import EPSILON, FOLD_TOL, ORT_TOL, STEPS, Parity, compare
+from lora_fx.compare import (
+    CEILING,
+    EPSILON,
+    FOLD_TOL,
+    ORT_TOL,
+    STEPS,
+    Gate,
+    Parity,
+    compare,
+    grow,
+)
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line, retold
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, sample_call
 from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
+from lora_fx.fx.graph.rounding import nearby
 from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
 from lora_fx.fx.module.module import Rewriter, by_output, plain
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import SIZES, Named, default_dynamic
 from lora_fx.passes.insert import Insert
+from lora_fx.passes.proofs.dispatched import LiveRerun, live_choices
 from lora_fx.passes.proofs.parity import arrays_of, is_real, named_of, prove, torch_rerun, torch_run
+from lora_fx.passes.proofs.reference import SEEDS, compared
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
 from lora_fx.text import some
@@ -45,6 +59,8 @@ DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
 SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
+HALVINGS = 10
+"""Times that drawn updates are made smaller, where a model with them tells nothing."""
 Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 """Target → its a and b."""
 
@@ -113,7 +129,8 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 continue
             if size is None:
                 notes.append(
-                    f"{mode} mode is not proven: no output is a real number, or a complex one"
+                    f"{mode} mode is not proven: no output is a real number, or a complex one, "
+                    "or all of these are empty"
                 )
                 continue
             modes.append(mode)
@@ -167,10 +184,14 @@ def _drawn(key: str, update: LowRank, width: int, seed: int) -> tuple[Array, Arr
 def _gradients(
     trained: Trained, named: Named, pairs: Factors, training: bool
 ) -> dict[str, float] | None:
-    """Key → root mean square of b's gradient; None where no output has one."""
+    """Key → root mean square of b's gradient; None where no output has a number with one.
+
+    A detector that finds nothing has outputs without elements, which tell nothing.
+    """
     trained.model.train(training)
     own = trained.example
     best = dict.fromkeys(pairs, 0.0)
+    proven = False
     with torch.random.fork_rng(devices=[]):
         for seed in range(DRAWS):
             torch.manual_seed(seed)
@@ -184,6 +205,10 @@ def _gradients(
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:
                     return best if floats else None
+                outputs = [y for y in outputs if y.numel()]
+                if not outputs:
+                    continue
+                proven = True
                 tangents = [torch.randn_like(y) for y in outputs]
                 bs = [b for _, b in pairs.values()]
                 grads = torch.autograd.grad(outputs, bs, tangents, allow_unused=True)
@@ -192,7 +217,7 @@ def _gradients(
                 best[key] = max(best[key], size)
             if min(best.values()) > DEAD * float(np.median(list(best.values()))):
                 break
-    return best
+    return best if proven else None
 
 
 # effect: the proof that insert ends with, so that no adapter trains nothing or merges wrongly.
@@ -331,7 +356,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
 
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
-"""The gates of the explicit reference, which rounds W + s·b·a in another order."""
+"""The first gates of the explicit reference."""
 
 
 class InGraph:
@@ -360,8 +385,10 @@ class InGraph:
                 own = compare(base, module.flat(self.cap.named), {}, tol).rel
             tol = max(tol, min(STEPS, 4 * own))
         idle = all(np.array_equal(base[n], adapted[n]) for n in base)
-        sampled = prove(self._live, module, sizes=SIZES[:1], tol=tol) if idle else []
-        return (sampled or prove(lambda _: adapted, module, arrays=given, tol=tol))[0]
+        rerun = LiveRerun(self._live)
+        if idle and (sampled := prove(self._live, module, sizes=SIZES[:1], tol=tol, rerun=rerun)):
+            return sampled[0]
+        return prove(lambda _: adapted, module, arrays=given, tol=tol, rerun=rerun)[0]
 
     def _live(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with eval_mode(self.state.model):
@@ -380,20 +407,55 @@ class Explicit:
 
     def check(self) -> Parity:
         """Compare on the example inputs."""
-        model = self.state.model
-        weights = dict(model.named_parameters())
+        weights = dict(self.state.model.named_parameters())
         changed: dict[str, torch.Tensor] = {}
         for key, change in self.state.adapter().deltas().items():
             name = base_name(key)
             w = changed.setdefault(name, weights[name].detach().clone())
             _, region = split_key(key, tuple(w.shape))
             w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
+        feeds = arrays_of(self.named)
+        unadapted = partial(self._unadapted, weights, feeds)
+
+        def moved(seed: int) -> dict[str, Array]:
+            """With every weight moved by half a unit of its last place."""
+            generator = torch.Generator().manual_seed(seed)
+            return unadapted({n: nearby(changed.get(n, w), generator) for n, w in weights.items()})
+
+        def own() -> Iterator[Mapping[str, float]]:
+            worst: dict[str, float] = {}
+            for seed in SEEDS:
+                yield grow(worst, moved(seed), expected)
+
+        expected = unadapted(changed)
+        found, _ = compared(
+            self._live, LiveRerun(self._live), feeds, expected, _live_gates(expected), own,
+            lambda: live_choices(lambda: unadapted(changed), [partial(moved, s) for s in SEEDS]),
+            of="the live model",
+        )  # fmt: skip
+        return found
+
+    def _unadapted(
+        self, weights: Mapping[str, nn.Parameter], feeds: Named, changed: Mapping[str, torch.Tensor]
+    ) -> dict[str, Array]:
+        with self.state.base(), parameters_as(weights, changed):
+            return self._live(feeds)
+
+    def _live(self, feeds: Named) -> dict[str, Array]:
+        model = self.state.model
+        named = named_of(self.named, feeds) if feeds else copied(self.named)
         with eval_mode(model):
-            got = by_output(self.signature.call(model, copied(self.named)))
-        with eval_mode(model), self.state.base(), parameters_as(weights, changed):
-            want = by_output(self.signature.call(model, copied(self.named)))
-        gates = {n: TOLERANCE.get(v.dtype.name, 1e-9) for n, v in want.items()}
-        return compare(got, want, {}, gates)
+            return by_output(self.signature.call(model, named))
+
+
+def _live_gates(expected: Named) -> dict[str, Gate]:
+    """The gates of the explicit reference, which rounds W + s·b·a in another order."""
+    gates = {}
+    for name, value in expected.items():
+        first = TOLERANCE.get(value.dtype.name, 1e-9)
+        most = 4 * first if value.dtype.name in EPSILON else CEILING
+        gates[name] = Gate(first, most)
+    return gates
 
 
 @contextlib.contextmanager
@@ -499,13 +561,17 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
             state.by_weight = frozenset(unseen)
             state.install(probe)
             found = reference.check()
-        for _ in range(3):  # random updates may take a deep model past the largest number
-            if math.isfinite(found.rel):
-                break
-            probe = {k: replace(u, b=u.b * np.float32(0.1)) for k, u in probe.items()}
-            found = found_with(probe)
         if found.ok:
             return
+        # random updates may take a deep model past the largest number, or so far that rounding
+        # alone would be more than any gate: smaller ones say then what these cannot
+        for _ in range(HALVINGS):
+            if math.isfinite(found.rel) and found.tol != CEILING:
+                break
+            probe = {k: replace(u, b=u.b * np.float32(0.5)) for k, u in probe.items()}
+            found = found_with(probe)
+            if found.ok and found.tol != CEILING:
+                return
         guilty = [k for k in probe if not alone(k).ok]
     size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
     raise LoraFxError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lora_fx.compare import grow
+from lora_fx.compare import Choice, grow
 from lora_fx.dtypes import Array
 from lora_fx.fx.capture.call import leaves_of, output_name
 from lora_fx.fx.capture.capture import alike, copied
@@ -25,7 +26,7 @@ from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.reference import SEEDS, Choices, Run
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, Shown
 
 
 def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -83,6 +84,15 @@ class Choosing(Wide):
             out = self.run(*leaves, enable_io_processing=False)
         return {**self.floats, **by_output(pytree.tree_unflatten(list(out), self.out_spec))}
 
+    def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
+        """What it would have chosen, where that is not a given choice that rounding turned."""
+        found = {
+            name: Choice(value, {n: self.floats[n] for n in self.among[name]})
+            for name, value in self.own.items()
+            if name in choices
+        }
+        return {n: c.value for n, c in found.items() if math.isinf(c.apart(choices[n]))}
+
     def read(self, x: Any) -> Any:
         """See Wide."""
         return super().read(x) if self.wide else x
@@ -127,14 +137,15 @@ def choices_of(model: CapturedModule, named: Named) -> Choices:
     outputs = run.outputs(named)
     values = run.values
 
-    def own() -> Iterator[Mapping[str, float]]:
+    def own(shown: Shown) -> Iterator[Mapping[str, float]]:
         """In fp64, and with the weights moved, where the choices stay."""
         worst: dict[str, float] = {}
-        yield grow(worst, outputs, Choosing(model, values, wide=True).outputs(named))
+        exact = Choosing(model, values, wide=True).outputs(named)
+        yield grow(worst, shown(outputs), shown(exact))
         moved = copy.deepcopy(model).eval()
         for seed in SEEDS:
             move(model, moved, seed)
-            yield grow(worst, Choosing(moved, values).outputs(named), outputs)
+            yield grow(worst, shown(Choosing(moved, values).outputs(named)), shown(outputs))
 
     return Choices(values, run.among, outputs, own)
 
@@ -170,7 +181,8 @@ class ModuleRerun:
             with self.block():
                 chooser = Choosing(self.module, choices.values)
                 outputs = chooser.outputs(self.named(feeds))
-            made = {n: v for n, v in outputs.items() if n not in choices.values}
-            return made if self.same else {**made, **chooser.own}
+            if self.same:
+                return outputs
+            return {**outputs, **chooser.others(choices.named())}
 
         return run

@@ -39,6 +39,7 @@ from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
 from lora_fx.inputs import Named
 from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.passes.find import find
+from lora_fx.passes.proofs.dispatched import LiveRerun
 from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe
 from lora_fx.passes.proofs.interpreted import move
 from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
@@ -206,12 +207,17 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
         expected = _live(captured, changed, captured.named)
         if large and not all(_finite(v) for v in (*ours.values(), *expected.values())):
             return None
+
+        def live(feeds: Named) -> dict[str, Array]:
+            return _live(captured, changed, named_of(captured.named, feeds))
+
         parity = prove(
-            lambda feeds: _live(captured, changed, named_of(captured.named, feeds)),
+            live,
             module,
             arrays=arrays_of(captured.named),
             tol=ORT_TOL,
             of="the live model",
+            rerun=LiveRerun(live),
         )
     finally:
         module.train(was) if was else module.eval()

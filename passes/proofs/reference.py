@@ -23,18 +23,20 @@ from lora_fx.compare import (
     CEILING,
     COARSE,
     EPSILON,
+    Choice,
     Gate,
     Outputs,
     Parity,
     compare_fairly,
     demand,
+    fills,
     gates_of,
     grow,
     narrow_gate,
     rel,
     shapes_of,
     sizes_text,
-    tied,
+    without,
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
@@ -46,7 +48,7 @@ from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.batch import SCALES
-from lora_fx.onnx.choices import CHOSEN, cut_file, watched_file
+from lora_fx.onnx.choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.load import load
@@ -74,6 +76,8 @@ REWRITES = 1e-2
 """The most that the runtime's rewrites may move an output of a file that is right without them."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
+Shown = Callable[[Outputs], dict[str, Array]]
+"""Outputs → what is compared of them."""
 
 
 class Rerun(Protocol):
@@ -86,10 +90,10 @@ class Rerun(Protocol):
         """The same without the runtime's rewrites; None where there are none."""
 
     def choosing(self, choices: Choices) -> Run | None:
-        """The same with the choices of the reference, and with what its own are made among.
+        """The same with the choices of the reference, and with the floats that they are among.
 
-        None where it has none of them. The choices that it would make are outputs as well, where
-        the ops that make them are not the reference's own.
+        Choices and floats have their names in the reference. A choice that is not the reference's,
+        turned by rounding, stays the run's own. None where it makes none.
         """
 
 
@@ -101,13 +105,20 @@ class Choices:
         values: The choices, by name.
         among: Choice → the names of the floats that it was made among.
         outputs: The outputs of the run, these floats with them.
-        own: How far rounding moves them where the choices stay.
+        own: How far rounding moves what is shown of them where the choices stay.
     """
 
     values: Named
     among: Mapping[str, tuple[str, ...]]
     outputs: Outputs
-    own: Callable[[], Iterable[Mapping[str, float]]]
+    own: Callable[[Shown], Iterable[Mapping[str, float]]]
+
+    def named(self) -> dict[str, Choice]:
+        """The choices, each with its floats."""
+        return {
+            name: Choice(value, {n: self.outputs[n] for n in self.among[name] if n in self.outputs})
+            for name, value in self.values.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -145,15 +156,19 @@ class FileRerun:
 
     def choosing(self, choices: Choices) -> Run | None:
         """See Rerun."""
-        cut = cut_file(self.path, self.provider, choices.values, choices.among, self.stored)
-        if cut is None:
+        file = choosing_file(self.path, self.provider, self.stored)
+        if file is None:
             return None
-        session, names = cut
-        chosen = {f"{there}{CHOSEN}": choices.values[name] for name, there in names.items()}
+        others = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:
-            made = session.run({**self.also(feeds), **chosen})
-            return {**made, **{name: made[there] for name, there in names.items()}}
+            feeds = self.also(feeds)
+            if not file.same:
+                file.follow(feeds, others)
+            made = file.run(feeds, file.chosen(others))
+            floats = {name: made[own] for name, own in file.floats.items()}
+            chosen = {name: choices.values[name] for name in file.same.values()}
+            return {**file.outputs(made), **floats, **chosen}
 
         return run
 
@@ -296,7 +311,7 @@ def compared(
     if choosing is None:
         return found, ""
     alike = _with_choices(choosing, choices, feeds, gates, of)
-    if alike is None or not alike.ok:
+    if not alike.ok:
         return found, ""
     told = f"rounding turns a choice among near-equal numbers that {found.output!r} depends on"
     return alike, f"{told}; both were compared with the same choices, and what these are among"
@@ -311,21 +326,26 @@ def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[
 
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
-) -> Parity | None:
-    """The comparison of a run that makes the reference's choices; None where its own are wrong."""
+) -> Parity:
+    """The comparison of a run that makes the reference's choices, and of what they are among."""
     made = run(feeds)
-    for name in choices.values.keys() & made.keys():
-        among = [choices.outputs[n] for n in choices.among[name]]
-        if not tied(made[name], choices.values[name], among):
-            return None
-    expected = {n: v for n, v in choices.outputs.items() if n in made and n not in choices.values}
-    usual = gates_of(expected)
-    limits = {n: gates.get(n, usual[n]) for n in expected}
+    expected = {n: v for n, v in choices.outputs.items() if n in made}
+    scores = {n for floats in choices.among.values() for n in floats}
+    masked = {n: fills(made[n], v) for n, v in expected.items() if n in scores}
+
+    def shown(outputs: Outputs) -> dict[str, Array]:
+        """Outputs with 0 where scores have the number of a mask."""
+        return {n: without(v, masked[n]) if n in masked else v for n, v in outputs.items()}
+
+    ours, theirs = shown(made), shown(expected)
+    usual = gates_of(theirs)
+    limits = {n: gates.get(n, usual[n]) for n in theirs}
 
     def rounding() -> Iterator[Mapping[str, float]]:
-        return either(spread(made, run, None, feeds), choices.own())
+        moved = spread(ours, lambda feeds: shown(run(feeds)), None, feeds)
+        return either(moved, choices.own(shown))
 
-    return compare_fairly(made, expected, shapes_of(feeds), limits, rounding, of=of)
+    return compare_fairly(ours, theirs, shapes_of(feeds), limits, rounding, of=of)
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
@@ -457,15 +477,21 @@ class OnnxReference:
         """The choices of the file with an adapter's branches."""
         updates = {} if adapter is None else adapter.lowrank
         path = self._path(updates) if updates else self.source
-        session, among = watched_file(path, self.session.provider)
+        file = choosing_file(path, self.session.provider, {})
+        if file is None:
+            return Choices({}, {}, {}, lambda _: [])
         factors = _factors(updates)
-        made = session.run({**feeds, **factors})
-        choices = Choices({n: made[n] for n in among}, among, made, list)
-        rerun = FileRerun(path, self.session.provider, lambda feeds: {**feeds, **factors})
-        choosing = rerun.choosing(choices)
-        if choosing is None:
-            return choices
-        return replace(choices, own=lambda: spread(choosing(feeds), choosing, None, feeds))
+        made = file.run({**feeds, **factors})
+        values = {name: made[name] for name in file.choices}
+
+        def chosen_again(feeds: Named) -> dict[str, Array]:
+            return file.run({**feeds, **factors}, values)
+
+        def own(shown: Shown) -> Iterable[Mapping[str, float]]:
+            exact = shown(chosen_again(feeds))
+            return spread(exact, lambda feeds: shown(chosen_again(feeds)), None, feeds)
+
+        return Choices(values, file.choices, made, own)
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
@@ -657,7 +683,7 @@ def _choices_of_rows(
 
     values = joined([c.values for c in alone])
     among = {n: floats for n, floats in alone[0].among.items() if n in values}
-    return Choices(values, among, joined([c.outputs for c in alone]), list)
+    return Choices(values, among, joined([c.outputs for c in alone]), lambda _: [])
 
 
 def _own_errors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -169,3 +170,49 @@ def test_a_pool_of_several_means_stays() -> None:
     graph.output(graph.call_function(aten.adaptive_avg_pool2d.default, (x, [1, 2])))
     make_portable(graph)
     assert [n.target for n in graph.nodes][1] is aten.adaptive_avg_pool2d.default
+
+
+def _windows(x: torch.Tensor) -> torch.Tensor:
+    """Overlapping chunks of a transposed view, as Longformer makes them."""
+    x = x.view(8, 2, 6).transpose(0, 1)
+    x = x.view(2, 2, 4, 6)
+    size, stride = [*x.shape], [*x.stride()]
+    size[1], stride[1] = 2 * size[1] - 1, stride[1] // 2
+    return x.as_strided(size, stride)
+
+
+STRIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it lies": lambda x: x.as_strided((2, 5, 3), (48, 6, 1)),
+    "transposed": lambda x: x.mT.as_strided((2, 5, 3), (48, 6, 1)),
+    "a permute of four": lambda x: (
+        x.view(2, 2, 4, 6).permute(2, 0, 3, 1).as_strided((3, 4), (7, 2))
+    ),
+    "in chunks that overlap": _windows,
+    "the same of a view": lambda x: (
+        x.view(8, 2, 6).transpose(0, 1).as_strided((2, 3, 4), (6, 24, 1))
+    ),
+    "from a place on": lambda x: x.mT.as_strided((4, 5), (9, 2), 11),
+    "of the second row": lambda x: x[1:].as_strided((4, 5), (2, 3), 50),
+    "of a row, transposed": lambda x: x[1:].mT.as_strided((4, 5), (2, 3)),
+    "with a size of 1": lambda x: x.mT[:, None].as_strided((2, 1, 5), (48, 3, 2)),
+    "by channels": lambda x: (
+        x.view(2, 2, 4, 6).contiguous(memory_format=torch.channels_last).as_strided((2, 7), (48, 3))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_a_view_by_strides_reads_the_storage(name: str, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = STRIDED[name](self.first(x))
+            return torch.tanh(y.flatten(1) + self.second(x).mean())
+
+    x = torch.randn(2, 8, 6)
+    sized = lora_fx.capture(Net().eval(), (x,), static=("x",))
+    report = lora_fx.export(sized, tmp_path / "m.onnx", provider="cpu")
+    assert report and max(p.tol for p in report.parity) < 1e-4

@@ -21,6 +21,9 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import Gate, Parity, compare_fairly, demand, tied, wide_gate
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.attach.attachment import Attachment
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.passes.proofs.effect import InGraph
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.verbs import export_torch
 
@@ -193,6 +196,106 @@ def test_choices_are_compared_by_what_they_are_among(name: str, tmp_path: Path) 
         )
 
 
+class Unseen(Scores):
+    """The same, where no graph shows it: a branch by a value."""
+
+    def forward(self, x: Tensor) -> Any:
+        if float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_live_model_is_compared_by_what_it_chooses_among(name: str, kind: type[Scores]) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
+
+
+class Chaotic(nn.Module):
+    """Layers whose weights are small, and which amplify what an adapter as large as these adds."""
+
+    def __init__(self, layer: Callable[[nn.Linear, Tensor], Tensor], alone: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(10))
+        self.layer, self.alone = layer, alone
+        self.first = nn.Linear(8, 16)
+        for m in self.layers:
+            nn.init.normal_(m.weight, 0, 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.first(x)
+        if self.alone and float(x.abs().max()) > 1e9:
+            raise ValueError("too large")
+        for m in self.layers:
+            y = self.layer(m, y)
+        return y
+
+
+CHAOTIC: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "sines": lambda m, y: torch.sin(m(y)),
+    "cosines": lambda m, y: torch.cos(2 * m(y)),
+    "sines and what they are of": lambda m, y: 0.5 * y + torch.sin(m(y)),
+    "a wave of two parts": lambda m, y: torch.sin(m(y)) * torch.cos(m(y.flip(-1))),
+    "bumps": lambda m, y: torch.exp(-((m(y) - 1) ** 2)) + 0.1 * m(y).tanh(),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+def test_a_live_model_that_drawn_updates_make_chaotic_is_compared_with_smaller_ones(
+    name: str, alone: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+def other_first(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    """Let the reference of attach have another update of `first` than the live model."""
+    init, put, adapter_of = InGraph.__init__, InGraph.put, Attachment.adapter
+
+    def changed(adapter: Adapter) -> Adapter:
+        first = adapter.entries["first.weight"]
+        assert isinstance(first, LowRank)
+        other = replace(first, alpha=first.alpha * wrong)
+        return replace(adapter, entries={**adapter.entries, "first.weight": other})
+
+    def in_graph(self: InGraph, state: Attachment, cap: Captured, adapter: Adapter) -> None:
+        init(self, state, cap, changed(adapter))
+
+    monkeypatch.setattr(InGraph, "__init__", in_graph)
+    monkeypatch.setattr(InGraph, "put", lambda self, u: put(self, changed(Adapter(u)).lowrank))
+    monkeypatch.setattr(Attachment, "adapter", lambda self: changed(adapter_of(self)))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", CHAOTIC)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_chaotic_live_model_is_found(
+    wrong: float, name: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Chaotic(CHAOTIC[name], alone).eval()
+    other_first(monkeypatch, wrong)
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (torch.randn(2, 3, 8),), rank=2)
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("wrong", [0.0, 0.99, 1.01])
+def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
+    wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    other_first(monkeypatch, wrong)
+    with pytest.raises(LoraFxError, match="differs from the reference"):
+        lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
+
+
 # |mean|/√variance is at most 3,200: times the unit of fp32 that stays below the ceiling of 1e-3.
 @pytest.mark.parametrize(
     ("mean", "variance"), [(0.0, 1.0), (300.0, 1e-2), (1e3, 1e-1), (3e3, 1.0), (-300.0, 1e-2)]
@@ -258,6 +361,70 @@ def test_a_wrong_adapter_is_found_in_each(
             with pytest.raises(LoraFxError, match=r"differs from torch|hides the adapter"):
                 lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
         assert not list(tmp_path.iterdir()), mutation
+
+
+FILLS = {"-1e9": -1e9, "-inf": -np.inf, "the least": float(np.finfo(np.float32).min)}
+"""What masks put in the place of scores: beside it no difference of scores would be seen."""
+
+
+def _masked(choose: Callable[..., Any], fill: float) -> Callable[..., Any]:
+    def masked(m: Any, hidden: Tensor, scores: Tensor) -> Any:
+        return choose(m, hidden, scores.masked_fill(torch.arange(scores.shape[-1]) < 3, fill))
+
+    return masked
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ["topk", "argmax"])
+def test_masked_scores_are_chosen_from_as_others(name: str, fill: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Scores(_masked(CHOICES[name], FILLS[fill])).eval(), torch.randn(2, 3, 8)
+    module, _ = adapted(model, x, size=1.0)
+    lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+
+
+class Gathers(nn.Module):
+    """Its scores show in what they choose alone, and some of them are masked."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.score, self.head = nn.Linear(16, 1), nn.Linear(16, 5)
+        self.fill = fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        scores = self.score(hidden).squeeze(-1)
+        best = scores.masked_fill(torch.arange(x.shape[1]) < 2, self.fill).topk(2, -1).indices
+        y: Tensor = self.head(hidden.gather(1, best[..., None].expand(-1, -1, 16)))
+        return y
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_wrong_update_of_masked_scores_is_found(
+    fill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Gathers(FILLS[fill]).eval(), torch.randn(4, 9, 8)
+    module: Any = lora_fx.insert(model, (x,), rank=2, include="*", dead="keep")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.5, generator=generator)
+    adapter = module.adapter()
+    entries: Any = {
+        key: replace(u, b=-u.b) if key == "score.weight" else u
+        for key, u in adapter.lowrank.items()
+    }
+    wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
+    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    with pytest.raises(NoEffectError, match="the fold differs"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    monkeypatch.setattr(export_torch, "prove", _of_the_file_alone)
+    monkeypatch.setattr(export_torch, "demand", _but_of_nothing)
+    with pytest.raises(LoraFxError, match="differs from torch"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
 
 
 class Inside(nn.Module):

@@ -1,0 +1,151 @@
+"""Live models run op by op: their choices are recorded, or those of another run are made.
+
+No graph is needed: every op of a user's own module is seen when torch dispatches it. What it
+chooses, integers and booleans that an op makes of floats, may come from another run of the same
+model, or of its graph, where rounding alone has turned it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fx.compare import Choice, grow, nearest_choice
+from lora_fx.dtypes import Array
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.inputs import Named
+from lora_fx.passes.proofs.reference import Choices, Run, Shown
+
+
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A block in which a model's choices are those of another run, where they are the same.
+
+    Args:
+        others: The choices of the other run by name.
+
+    Attributes:
+        choices: Those that were made, by name.
+        floats: What the other run's choices are among, by the names that it has for them.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, others: Mapping[str, Choice]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.others = others
+        self.choices: dict[str, Choice] = {}
+        self.floats: dict[str, Array] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result of an op, in which choices are replaced."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)  # one of graphs has none
+        floats = [x for x in pytree.tree_leaves((args, kwargs)) if _is_plain_float(x)]
+        if schema is None or schema.is_mutable or not floats:
+            return result
+        discrete = [x for x in pytree.tree_leaves(result) if _is_discrete(x)]
+        if not discrete:
+            return result
+        among = [to_numpy(x) for x in floats]
+        return pytree.tree_map(
+            lambda x: self._chosen(func, x, among) if _is_discrete(x) else x, result
+        )
+
+    def _chosen(self, func: Any, result: torch.Tensor, among: list[Array]) -> torch.Tensor:
+        """A result of an op, or the choice that the other run made in its place."""
+        if (
+            not isinstance(result, torch.Tensor)
+            or result.is_floating_point()
+            or result.is_complex()
+        ):
+            return result
+        name = f"{func}:{len(self.choices)}"
+        floats = {f"{name}.{i}": value for i, value in enumerate(among)}
+        choice = Choice(to_numpy(result), floats)
+        other = nearest_choice(choice, self.others)
+        if not other:
+            self.choices[name] = choice
+            return result
+        taken = self.others[other]
+        pairs = choice.pairs(taken)
+        self.floats |= {theirs: floats[ours] for theirs, ours in pairs.items()}
+        self.choices[name] = Choice(taken.value, floats)
+        return from_numpy(taken.value).to(result.device, result.dtype)
+
+
+def _is_plain(x: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor whose numbers can be read."""
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        return False
+    return type(x) in (torch.Tensor, torch.nn.Parameter)  # a subclass says what its numbers are
+
+
+def _is_plain_float(x: object) -> bool:
+    return _is_plain(x) and x.is_floating_point()
+
+
+def _is_discrete(x: object) -> bool:
+    return _is_plain(x) and not x.is_floating_point() and not x.is_complex()
+
+
+@dataclass(frozen=True)
+class LiveRerun:
+    """See Rerun: of a user's own module.
+
+    Attributes:
+        run: Runs it on arrays by input name.
+    """
+
+    run: Run
+
+    def stepped(self) -> Iterator[Run]:
+        """None: torch's sigmoid is exact beside its result."""
+        return iter(())
+
+    def plain(self) -> Run | None:
+        """None: torch rewrites nothing."""
+        return None
+
+    def choosing(self, choices: Choices) -> Run | None:
+        """See Rerun."""
+        others = choices.named()
+
+        def run(feeds: Named) -> dict[str, Array]:
+            with Dispatched(others) as block:
+                made = self.run(feeds)
+            return {**made, **block.floats}
+
+        return run
+
+
+def live_choices(
+    run: Callable[[], dict[str, Array]], moved: Iterable[Callable[[], dict[str, Array]]]
+) -> Choices:
+    """What a live model chooses.
+
+    Args:
+        run: Runs it, and gives its outputs.
+        moved: The same with weights moved by half a unit of their last place.
+    """
+    with Dispatched({}) as block:
+        outputs = run()
+    choices = block.choices
+    floats = {n: value for choice in choices.values() for n, value in choice.among.items()}
+
+    def own(shown: Shown) -> Iterator[Mapping[str, float]]:
+        worst: dict[str, float] = {}
+        exact = shown({**outputs, **floats})
+        for other in moved:
+            with Dispatched(choices) as following:
+                made = other()
+            yield grow(worst, shown({**made, **following.floats}), exact)
+
+    values = {name: choice.value for name, choice in choices.items()}
+    among = {name: tuple(choice.among) for name, choice in choices.items()}
+    return Choices(values, among, {**outputs, **floats}, own)
