@@ -13,8 +13,11 @@ import functools
 import math
 import re
 import time
+import unicodedata
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fx.errors import LoraFxError, one_line
@@ -37,10 +40,24 @@ MATCH = 1e-4
 """Seconds of one match that are not counted: a list of 500 names takes some 20 µs."""
 _SIMPLER = "write it without repeats of repeats"
 
-_seconds = [0.0]
-_where = [""]
-_sizes: dict[str, int] = {}
-"""What was spent since `begin`: seconds, and the size of every pattern; and what they are from."""
+
+@dataclass
+class _Spent:
+    """What was spent since `begin`.
+
+    Attributes:
+        where: What the patterns are from, for messages.
+        seconds: Of matching.
+        sizes: Pattern → its size.
+    """
+
+    where: str = ""
+    seconds: float = 0.0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+_spent: ContextVar[_Spent | None] = ContextVar("spent", default=None)
+"""Each thread counts by itself."""
 
 
 class PatternError(ValueError):
@@ -51,12 +68,18 @@ def begin(where: str = "") -> None:
     """Begin to count time and sizes anew: for the next config, or the next selectors.
 
     Args:
-        where: What errors say the patterns are from, such as a file; as before where it is empty.
+        where: What errors say the patterns are from, such as a file; nothing where it is empty.
     """
-    _seconds[0] = 0.0
-    _sizes.clear()
-    if where:
-        _where[0] = f"{where}: "
+    _spent.set(_Spent(where and f"{where}: "))
+
+
+def _now() -> _Spent:
+    """What this thread has spent."""
+    spent = _spent.get()
+    if spent is None:
+        spent = _Spent()
+        _spent.set(spent)
+    return spent
 
 
 def matched(
@@ -72,24 +95,25 @@ def matched(
             longer than MOST_TEXT.
     """
     pattern = compiled(pattern) if isinstance(pattern, str) else pattern
+    spent = _now()
     if len(text) > MOST_TEXT:
         raise LoraFxError(
-            f"{_where[0]}{one_line(repr(text), 60)} has {len(text)} characters; patterns are "
+            f"{spent.where}{one_line(repr(text), 60)} has {len(text)} characters; patterns are "
             f"matched with names of at most {MOST_TEXT}",
             "is it the name of a module?",
         )
-    left = max(0.001, SECONDS - _seconds[0])
+    left = max(0.001, SECONDS - spent.seconds)
     start = time.thread_time()
     try:
         found: regex.Match[str] | None = getattr(pattern, how)(text, timeout=left)
     except (TimeoutError, MemoryError) as error:
         raise LoraFxError(
-            f"{_where[0]}the pattern {one_line(repr(pattern.pattern), 120)} takes longer than "
+            f"{spent.where}the pattern {one_line(repr(pattern.pattern), 120)} takes longer than "
             f"{SECONDS:g} s, alone or with the others, at {one_line(repr(text), 120)}",
             _SIMPLER,
         ) from error
     finally:
-        _seconds[0] += max(0.0, time.thread_time() - start - MATCH)
+        spent.seconds += max(0.0, time.thread_time() - start - MATCH)
     return found
 
 
@@ -101,15 +125,16 @@ def compiled(pattern: str) -> regex.Pattern[str]:
         LoraFxError: It is larger than MOST_SIZE, or than MOST_IN_ALL with those that were compiled
             since `begin`.
     """
-    if pattern not in _sizes:
+    spent = _now()
+    if pattern not in spent.sizes:
         size = _checked_size(pattern)
-        if (in_all := size + sum(_sizes.values())) > MOST_IN_ALL:
+        if (in_all := size + sum(spent.sizes.values())) > MOST_IN_ALL:
             raise LoraFxError(
-                f"{_where[0]}patterns of {in_all} parts in all, the last "
+                f"{spent.where}patterns of {in_all} parts in all, the last "
                 f"{one_line(repr(pattern), 60)}; at most {MOST_IN_ALL} are compiled",
                 _SIMPLER,
             )
-        _sizes[pattern] = size
+        spent.sizes[pattern] = size
     return _compiled(pattern)
 
 
@@ -129,8 +154,37 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
     with _as_pattern_error(regex.error):
         re.compile(pattern)
-        # Braces that count nothing are plain in `re`, and fuzzy matching in `regex`.
-        return regex.compile(re.sub(r"(?<!\\)\{(?!\d*,?\d*\})", r"\\{", pattern))
+        return regex.compile(_for_regex(pattern))
+
+
+_OTHERWISE = re.compile(
+    r"""(?sx) \\N\{ (?P<name> [^}]+ ) \}
+    | \\.
+    | (?P<set> \[ \^? \]? (?: \\. | [^]\\] )*+ \] )
+    | \{ (?! \d*,?\d* \} )"""
+)
+_IN_SET = re.compile(r"(?s)\\N\{(?P<name>[^}]+)\}|\\.|\[")
+
+
+def _for_regex(pattern: str) -> str:
+    """A pattern with what `regex` would read otherwise than `re` as it reads both.
+
+    Braces that count nothing are plain in `re`, and fuzzy matching in `regex`; so is a bracket in a
+    set, which begins a class such as [:alpha:] there; and `regex` takes N with a name for any
+    character but a line's end.
+    """
+
+    def plain(found: re.Match[str]) -> str:
+        if found["name"]:
+            return re.escape(unicodedata.lookup(found["name"]))
+        return found[0] if found[0].startswith("\\") else f"\\{found[0]}"
+
+    def told(found: re.Match[str]) -> str:
+        if found["set"]:
+            return f"[{_IN_SET.sub(plain, found[0][1:])}"
+        return plain(found)
+
+    return _OTHERWISE.sub(told, pattern)
 
 
 @contextlib.contextmanager
@@ -148,8 +202,8 @@ def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
 def _refuse_large(pattern: str, size: int) -> None:
     if size > MOST_SIZE:
         raise LoraFxError(
-            f"{_where[0]}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, its "
-            f"repeats written out; at most {MOST_SIZE} are compiled",
+            f"{_now().where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, "
+            f"its repeats written out; at most {MOST_SIZE} are compiled",
             _SIMPLER,
         )
 

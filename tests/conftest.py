@@ -18,6 +18,7 @@ from _pytest.doctest import DoctestModule
 # Two processes of one thread each use two cores better than one process of two. Before torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests import it before lora_fx, too
 
 # Tracing makes millions of small objects: by default a tenth of the time goes into looking for
 # cycles among them, at 100,000 a twentieth.

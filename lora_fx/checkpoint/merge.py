@@ -10,14 +10,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -35,6 +33,7 @@ from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained, one_line
+from lora_fx.files import isolated
 from lora_fx.files.atomic import BUSY, check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.hub import known_as, local
@@ -455,24 +454,8 @@ def merge_all(
             raise
 
 
-_PROGRAM = (sys.executable, "-P", "-m", "lora_fx.cli")
-"""What a merge of its own process is. Without -P the current folder is the first place of imports,
-and that may be a folder of somebody else's files."""
-
-
-def _environment() -> dict[str, str]:
-    """The variables of a process of ours.
-
-    An empty entry of PYTHONPATH, such as a colon at its end leaves, stands for the current folder.
-    """
-    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    try:
-        metadata.distribution("lora-fx")
-    except metadata.PackageNotFoundError:  # a clone that is not installed
-        places.append(str(Path(__file__).absolute().parents[2]))
-    variables = {**os.environ, "PYTHONSAFEPATH": "1"}
-    variables.pop("PYTHONPATH", None)
-    return variables | ({"PYTHONPATH": os.pathsep.join(places)} if places else {})
+_PROGRAM = (*isolated.PYTHON, "-m", "lora_fx.cli")
+"""What a merge of its own process is."""
 
 
 def _unanswered(code: int, err: str) -> tuple[str, str]:
@@ -510,7 +493,7 @@ class _Running:
             if self._stopped:
                 return -signal.SIGTERM, "", ""
             process = subprocess.Popen(
-                command, stdout=pipe, stderr=pipe, text=True, env=_environment()
+                command, stdout=pipe, stderr=pipe, text=True, env=isolated.environment()
             )
             self._processes.add(process)
         out, err = process.communicate()

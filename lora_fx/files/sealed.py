@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import socket
@@ -31,11 +32,17 @@ CODE = (".py", ".pyc", ".so", ".pyd", ".dylib", ".dll")
 """Ends of files that an import opens, wherever a package is installed."""
 LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 CONNECTIONS = ("socket.connect", "socket.sendto", "socket.sendmsg")
-CHANGES = {
-    "os.mkdir": (0,), "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,), "os.remove": (0,),
-    "os.rmdir": (0,), "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,),
+CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.mkdir": ((0, 2),), "os.rename": ((0, 2), (1, 3)), "os.link": ((1, 3),),
+    "os.symlink": ((1, 2),), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),),
+    "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.utime": ((0, 3),),
 }  # fmt: skip
-"""Events of a change on disk → which of their arguments are changed paths."""
+"""Events of a change on disk → which of their arguments are changed paths, each with the one that
+is the descriptor of the folder that it is relative to."""
+TORCH_LOAD = "lora_fx.torch.load"
+"""What is raised as an event where torch.load is called: with weights_only it names no class."""
+HUB_CLIENT = "lora_fx.hub_client"
+"""What is raised, with the Hub's address, where a client of the Hub is made."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -59,10 +66,6 @@ class Boundary:
         """Raise where an event is not let happen."""
         raise NotImplementedError
 
-    def holds(self) -> bool:
-        """Whether this thread is in the block."""
-        return _present() is self
-
     def refuse(self, attempt: str, hint: str) -> None:
         """Raise, and remember it."""
         error = LoraFxError(f"{self.what} {attempt}", hint)
@@ -79,7 +82,7 @@ class _Sealed(Boundary):
     """No network, no pickles, and no file beyond its folders and the installed libraries."""
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
-        if event in LOOKUPS:
+        if event in LOOKUPS or event == HUB_CLIENT:
             self._refuse_host(args[0])
         elif event in CONNECTIONS:
             connection, address = args[:2]
@@ -90,6 +93,8 @@ class _Sealed(Boundary):
                 f"opens a pickle that names {'.'.join(map(str, args))}, which could run code",
                 "get the weights as safetensors",
             )
+        elif event == TORCH_LOAD:
+            self.refuse("opens a pickle by torch.load", "get the weights as safetensors")
         elif event == "open" and (path := _path(args[0])) is not None:
             self._check_open(path)
 
@@ -124,10 +129,13 @@ class _Confined(Boundary):
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            changed = [args[0]] if isinstance(args[2], int) and args[2] & _WRITES else []
+            changed = [_path(args[0])] if isinstance(args[2], int) and args[2] & _WRITES else []
         else:
-            changed = [args[i] for i in CHANGES.get(event, ())]
-        for path in filter(None, map(_path, changed)):
+            changed = [
+                _path(args[i], -1 if folder is None else args[folder])
+                for i, folder in CHANGES.get(event, ())
+            ]
+        for path in filter(None, changed):
             if event == "os.mkdir" and self._may_stand(path):
                 continue
             parent, name = os.path.split(path)
@@ -144,11 +152,28 @@ class _Confined(Boundary):
         return os.path.isdir(folder) or any(_is_below(own, folder) for own in self.folders)
 
 
-def _path(value: object) -> str | None:
-    """An absolute path; None for what is none, such as a descriptor."""
-    if isinstance(value, (str, bytes, os.PathLike)):
-        return os.path.abspath(os.fsdecode(value))
-    return None
+def _path(value: object, folder: int = -1) -> str | None:
+    """An absolute path; None for what is none, such as a descriptor.
+
+    Args:
+        value: What a call was given.
+        folder: The descriptor of the folder that a relative path begins at, as `shutil.rmtree`
+            removes files; -1 for the current one.
+    """
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        return None
+    path = os.fsdecode(value)
+    if folder >= 0 and not os.path.isabs(path):
+        path = os.path.join(_place_of(folder), path)
+    return os.path.abspath(path)
+
+
+def _place_of(descriptor: int) -> str:
+    """Where an open folder lies."""
+    if sys.platform == "darwin":
+        place = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024))
+        return os.fsdecode(place.rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def _is_below(path: str, folder: str) -> bool:
@@ -157,7 +182,9 @@ def _is_below(path: str, folder: str) -> bool:
 
 _boundary: ContextVar[Boundary | None] = ContextVar("boundary", default=None)
 _started: weakref.WeakKeyDictionary[threading.Thread, Boundary] = weakref.WeakKeyDictionary()
-_EVENTS = frozenset({*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class"})
+_EVENTS = frozenset(
+    {*LOOKUPS, *CONNECTIONS, *CHANGES, "open", "pickle.find_class", TORCH_LOAD, HUB_CLIENT}
+)
 
 
 def _present() -> Boundary | None:

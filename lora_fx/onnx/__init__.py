@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_fx.onnx.session import Session, TrainSession
 
 __all__ = ["Session", "TrainSession"]
+
+# From 1.29 on, ONNX Runtime writes names and hashes of the models that it opens into a database of
+# the user's and sends them to its makers. It reads this variable as it is imported; afterwards,
+# disable_telemetry_events stops neither.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:

@@ -485,7 +485,7 @@ class OnnxReference:
         values = {name: made[name] for name in file.choices}
 
         def chosen_again(feeds: Named) -> dict[str, Array]:
-            return file.run({**feeds, **factors}, values)
+            return {**file.run({**feeds, **factors}, values), **values}
 
         def own(shown: Shown) -> Iterable[Mapping[str, float]]:
             exact = shown(chosen_again(feeds))

@@ -212,9 +212,9 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("truncate start -o out --rank 1", "--energy 0.9", "2 goals"),
     *(
         (PLAN, o, "for --method uniform, which reads no data")
-        for o in ("data.npz", "--label labels", "--loss ce", "--examples 8", "--max-length 8",
-                  "--seed 0")
+        for o in ("--label labels", "--loss ce", "--examples 8", "--max-length 8", "--seed 0")
     ),
+    (f"{PLAN} --method uniform", "data.npz", "for --method uniform, which reads no data"),
     ("plan model.py:build data.npz -o out.json --method eva", "--loss ce", "reads no gradient"),
     ("plan model.py:build data.npz -o out.json --method kfac", "--max-length 9", "tokenizer"),
     ("plan out.pt2 -o out.json", "--no-repeat", "which is traced already"),

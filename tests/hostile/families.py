@@ -20,6 +20,16 @@ RESNET = {
     "hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic",
     "out_features": ["stage1", "stage2"],
 }  # fmt: skip
+STAGES = {
+    **RESNET, "model_type": "resnet", "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+"""A backbone of four stages, as decoders of segments and boxes read it."""
+DETR = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "num_queries": 4, "num_labels": 3,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**TEXT, "num_key_value_heads": 2}),
     "qwen2": ("Qwen2ForCausalLM", {**TEXT, "num_key_value_heads": 1}),
@@ -82,9 +92,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
          "num_attention_heads": 2, "intermediate_size": 16, "is_hybrid": False, "image_size": 32,
          "patch_size": 8, "reassemble_factors": [1, 0.5], "backbone_out_indices": [0, 0]},
     ),
+    "detr": ("DetrForObjectDetection", {**DETR, "backbone_config": STAGES}),
+    "conditional_detr": (
+        "ConditionalDetrForObjectDetection",
+        {**DETR, "backbone_config": {"model_type": "timm_backbone", "backbone": "test_resnet",
+                                     "out_indices": [1, 2, 3, 4]}},
+    ),
+    "upernet": (
+        "UperNetForSemanticSegmentation",
+        {"backbone_config": STAGES, "hidden_size": 16, "auxiliary_channels": 8, "num_labels": 3,
+         "auxiliary_in_channels": 16, "pool_scales": [1, 2]},
+    ),
+    "mask2former": (
+        "Mask2FormerModel",
+        {"backbone_config": {
+             "model_type": "swin", "image_size": 32, "patch_size": 4, "embed_dim": 8,
+             "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 4,
+             "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+         "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32,
+         "encoder_feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
+         "num_attention_heads": 2, "dim_feedforward": 16, "num_queries": 4, "num_labels": 3},
+    ),
+    "vitpose": (
+        "VitPoseForPoseEstimation",
+        {"backbone_config": {**VISION, "model_type": "vitpose_backbone", "num_experts": 1,
+                             "image_size": [32, 32], "patch_size": [16, 16],
+                             "out_features": ["stage2"]},
+         "num_labels": 3},
+    ),
+    "depth_anything": (
+        "DepthAnythingForDepthEstimation",
+        {"backbone_config": {**VISION, "model_type": "dinov2", "image_size": 28, "patch_size": 14,
+                             "out_features": ["stage1", "stage2"], "reshape_hidden_states": False},
+         "reassemble_hidden_size": 16, "reassemble_factors": [1, 0.5], "neck_hidden_sizes": [8, 8],
+         "fusion_hidden_size": 8, "head_hidden_size": 8, "patch_size": 14},
+    ),
 }  # fmt: skip
 """model_type → a class of transformers and fields of its config. timm_wrapper's model is timm's own
-smallest, and dpt's backbone stands in its config."""
+smallest. Backbones stand in the configs of their models, and that of conditional_detr is timm's."""
 
 
 def save(family: str, folder: Path, **fields: Any) -> dict[str, Any]:

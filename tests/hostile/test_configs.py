@@ -17,7 +17,7 @@ import torch
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.sealed import sealed, unsealed
-from lora_fx.fx.load.config_gate import Metered, named_by
+from lora_fx.fx.load.config_gate import Metered, named_by, sealed_libraries
 from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
 from lora_fx.fx.load.models import load_model
 from tests.hostile import configs
@@ -72,6 +72,17 @@ ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
     "one whose weights are not": ("dpt", {**DPT, "use_pretrained_backbone": False}, "backbone"),
     "a bare name": ("dpt", {**DPT, "backbone": "gpt2"}, "backbone 'gpt2'"),
     "a bare name of timm": ("dpt", {**DPT, "backbone": "resnet18"}, "backbone 'resnet18'"),
+    "a backbone of detr": ("detr", {**DPT, "use_timm_backbone": False}, "backbone"),
+    "a backbone of upernet": ("upernet", DPT, "backbone"),
+    "a backbone of mask2former": ("mask2former", DPT, "backbone"),
+    "a backbone of vitpose": ("vitpose", DPT, "backbone"),
+    "a backbone of depth_anything": ("depth_anything", DPT, "backbone"),
+    "a bare name in mask2former": ("mask2former", {**DPT, "backbone": "gpt2"}, "backbone 'gpt2'"),
+    "timm's folder in depth_anything": (
+        "depth_anything",
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "local-dir:/etc"}},
+        "backbone_config.backbone",
+    ),
     "a backbone's own config": (
         "dpt", {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:a/b"}},
         "backbone_config.backbone",
@@ -109,7 +120,33 @@ def test_what_names_something_else_is_refused_by_name(
     assert watched == [] and not (tmp_path / MARK).exists()
 
 
+@pytest.mark.parametrize("family", ["dpt", "upernet", "mask2former", "vitpose", "depth_anything"])
+def test_no_client_of_the_hub_is_made(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read the certificates of the machine before anything is refused."""
+    http = import_module("huggingface_hub.utils._http")
+    monkeypatch.setattr(http, "_GLOBAL_CLIENT", None)
+    made: list[object] = []
+    factory = http._GLOBAL_CLIENT_FACTORY
+
+    def noted() -> object:
+        made.append(factory())
+        return made[0]
+
+    monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", noted)
+    folder = folder_of(family, tmp_path / "m", backbone_config=None, backbone="gpt2")
+    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*asks the network"):
+        load_folder(folder, meta=True)
+    assert made == []
+    assert [http.get_session()] == made, "outside the block it is as it was"
+
+
 LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a backbone of timm by its name": (
+        "conditional_detr",
+        {"backbone_config": None, "backbone": "test_resnet", "use_pretrained_backbone": True},
+    ),
     "where it comes from": ("llama", {"_name_or_path": "org/llama", "name_or_path": "/data/llama"}),
     "its code": ("llama", {"auto_map": {"AutoModel": "org/repo--modeling.Model"}}),
     "its pipeline": ("bert", {"custom_pipelines": {"x": {"impl": "pipe.Pipe"}}}),
@@ -120,6 +157,15 @@ LEGITIMATE: dict[str, tuple[str, dict[str, Any]]] = {
     "an older dtype": ("llama", {"torch_dtype": "float32"}),
     "an attention of the Hub": ("llama", {"_attn_implementation": "org/flash"}),
     "a field that nobody reads": ("vit", {"wandb_run_url": "https://w.ai/x", "teacher_id": "a/b"}),
+    "what it was made of": ("llama", {"base_model": "org/base", "datasets": ["org/a", "org/b"]}),
+    "what a card says": (
+        "bert",
+        {"language": "en/us", "license": "other/see-file", "author": "org/me", "task": "a/b",
+         "description": "see https://x.y/z", "source": "https://x.y/z", "url": "https://x.y/z"},
+    ),
+    "who trained it": ("gpt2", {"commit": "org/repo", "version": "v1.beta", "dataset": "org/c4"}),
+    "a tokenizer of elsewhere": ("t5", {"tokenizer": "org/tok", "tokenizer_name": "org/tok"}),
+    "words about texts": ("clip", {"prefix": "a/b", "suffix": "n/a", "prompt": "yes/no"}),
     "timm's own record": (
         "timm_wrapper",
         {"pretrained_cfg": {"url": "https://x.y/z.pth", "hf_hub_id": "timm/test_resnet.r160_in1k"}},
@@ -272,6 +318,10 @@ def load_tensors() -> None:
     torch.load("evil.bin", weights_only=True)
 
 
+def load_by_its_module() -> None:
+    torch.serialization.load("evil.bin", weights_only=True)
+
+
 def load_anything() -> None:
     torch.load("evil.bin", weights_only=False)
 
@@ -286,7 +336,8 @@ def read_the_token() -> None:
 
 ATTEMPTS: tuple[Callable[[], None], ...] = (
     connect, connect_raw, datagram, resolve, ask_the_hub, download, in_a_thread, unpickle,
-    unpickle_in_python, load_tensors, load_anything, read_a_file, read_the_token,
+    unpickle_in_python, load_tensors, load_by_its_module, load_anything, read_a_file,
+    read_the_token,
 )  # fmt: skip
 
 
@@ -345,6 +396,38 @@ def test_other_threads_are_not_in_the_block(tmp_path: Path) -> None:
             found.append((tmp_path / "x").read_text())
     thread.join()
     assert found == ["x", os.path.join, "x"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_blocks_of_two_threads_end_in_any_order(within: bool, tmp_path: Path) -> None:
+    """Until both have ended torch.load is refused in them, and allowed elsewhere."""
+    torch.save({"x": torch.ones(2)}, tmp_path / "w.bin")
+    plain = torch.load, torch.serialization.load
+    opened, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with sealed_libraries("the other", tmp_path):
+            opened.set()
+            assert ended.wait(10)
+
+    thread = threading.Thread(target=other)
+
+    def end_other() -> None:
+        assert torch.load(tmp_path / "w.bin")["x"].sum() == 2
+        ended.set()
+        thread.join()
+
+    thread.start()
+    assert opened.wait(10)
+    refused = pytest.raises(LoraFxError, match="this one opens a pickle")
+    with refused, sealed_libraries("this one", tmp_path):
+        if within:
+            with unsealed():
+                end_other()
+        torch.load(tmp_path / "w.bin")
+    if not within:
+        end_other()
+    assert (torch.load, torch.serialization.load) == plain
 
 
 # Tokenizers.

@@ -12,6 +12,7 @@ import pytest
 
 from lora_fx.cli.common import COMMANDS
 from lora_fx.fx.load.models import call_factory
+from lora_fx.fx.train.chat import ChatTemplate
 from tests.hostile import child
 from tests.hostile.mutate import make
 
@@ -134,6 +135,19 @@ def test_an_empty_entry_of_pythonpath_is_no_place_of_imports(
         got = run([*start, *LINES["merge"].split(), "--force"], scene, **variables)
         assert not canary.exists(), canary.read_text()
         assert got.returncode == 0, got.stderr
+
+
+@pytest.mark.parametrize("entries", ["", ":", "/nowhere:", ":/nowhere", "/nowhere::/nowhere"])
+def test_a_chat_template_is_rendered_apart_from_the_current_folder(
+    entries: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canary = lay_traps(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", entries)
+    template = ChatTemplate("{{ messages[0].content }}", "m", {}, marked=False)
+    found = template.render({"line 1": {"messages": [{"role": "user", "content": "hi"}]}})
+    assert not canary.exists(), canary.read_text()
+    assert found["line 1"].text == "hi"
 
 
 def test_a_folder_that_pythonpath_names_stays_one(tmp_path: Path) -> None:

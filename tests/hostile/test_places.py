@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import Beside, copy_file, replacing
 from lora_fx.files.hub import fetch, parse
+from lora_fx.files.sealed import confined
 from lora_fx.onnx.genai import genai_folder
 from tests.checkpoint.made import adapter, factors
 from tests.files import hub_server
@@ -215,3 +218,62 @@ def test_a_hostile_hub_writes_in_its_part_of_the_cache_alone(
 def test_an_honest_hub_is_served(there: FakeHub) -> None:
     folder, _ = fetch("hf:org/base", weights=False)
     assert (folder / "config.json").read_text() == "{}"
+    repository = folder.parent.parent  # whose probe of links is a folder that goes again
+    assert {p.name for p in repository.iterdir()} == {"blobs", "refs", "snapshots", "trees"}
+
+
+def removed(place: Path) -> None:
+    shutil.rmtree(place / "folder")
+
+
+def made(place: Path) -> None:
+    with opened(place) as folder:
+        os.mkdir("new", dir_fd=folder)
+
+
+def renamed(place: Path) -> None:
+    with opened(place) as folder:
+        os.rename("file", "other", src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def linked(place: Path) -> None:
+    with opened(place) as folder:
+        os.symlink("file", "link", dir_fd=folder)
+
+
+def unlinked(place: Path) -> None:
+    with opened(place) as folder:
+        os.unlink("file", dir_fd=folder)
+
+
+def touched(place: Path) -> None:
+    with opened(place) as folder:
+        os.utime("file", dir_fd=folder)
+
+
+@contextlib.contextmanager
+def opened(place: Path) -> Iterator[int]:
+    folder = os.open(place, os.O_RDONLY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+@pytest.mark.parametrize("change", [removed, made, renamed, linked, unlinked, touched])
+def test_a_path_from_an_open_folder_is_that_of_the_folder(
+    change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the current folder is the place that may be changed, or the other one."""
+    for name in ("own", "other"):
+        (tmp_path / name / "folder").mkdir(parents=True)
+        (tmp_path / name / "folder" / "file").write_text("x")
+        (tmp_path / name / "file").write_text("x")
+    monkeypatch.chdir(tmp_path / "other")
+    with confined("it", tmp_path / "own"):
+        change(tmp_path / "own")
+    monkeypatch.chdir(tmp_path / "own")
+    before = sorted(p.relative_to(tmp_path) for p in (tmp_path / "other").rglob("*"))
+    with pytest.raises(LoraFxError, match="would write"), confined("it", tmp_path / "own"):
+        change(tmp_path / "other")
+    assert sorted(p.relative_to(tmp_path) for p in (tmp_path / "other").rglob("*")) == before

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from lora_fx.compare import Gate, Parity, compare_fairly, demand, tied, wide_gat
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.proofs.effect import InGraph
 from lora_fx.passes.proofs.parity import prove
+from lora_fx.passes.proofs.reference import reference_of, spread
 from lora_fx.passes.verbs import export_torch
 
 ROWS = 40
@@ -194,6 +197,30 @@ def test_choices_are_compared_by_what_they_are_among(name: str, tmp_path: Path) 
         lora_fx.export(
             model, tmp_path / "b.onnx", (x,), mode="batch", adapters={"a": adapter}, provider="cpu"
         )
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_rounding_of_a_file_is_that_of_the_choices_that_it_made(
+    name: str, tmp_path: Path
+) -> None:
+    """Inputs moved by half a unit turn its choices, which is no rounding of what follows."""
+    torch.manual_seed(0)
+    model, x = Scores(CHOICES[name]).eval(), torch.randn(2, 3, 8)
+    path = tmp_path / "m.onnx"
+    lora_fx.export(model, path, (x,), provider="cpu")
+    with reference_of(path, OnnxGraph(onnx_ir.load(path)), "cpu", None) as reference:
+        run = reference.run(None)
+
+        def turns(feeds: dict[str, Any]) -> bool:
+            return max([*spread(run(feeds), run, None, feeds)][-1].values()) > 1e-2
+
+        drawn = ({"x": torch.randn(2, 3, 8).numpy()} for _ in range(300))
+        feeds = next(filter(turns, drawn))  # which they are is the processor's to say
+        choices = reference.choices(None, feeds)
+        rounding = [*choices.own()][-1]
+    assert {*run(feeds)} <= {*choices.outputs} <= {*rounding}
+    assert choices.values and all(choices.among[n] for n in choices.values)
+    assert 0 < max(rounding.values()) < 1e-4
 
 
 class Unseen(Scores):

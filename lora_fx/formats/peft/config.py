@@ -443,7 +443,7 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """
     here = set(adapted)
     places = {_place(m) for m in here}
-    regexes.begin()
+    regexes.begin("adapter_config.json")
     entries = {wanted_by(config, m) for m in here}
     wanted = {m: wanted_by(config, m) for m in modules if m not in here}
     return {

@@ -388,6 +388,8 @@ class Captured:
         """
         if TAKEN in error.message:  # no program can hold that name, however it is captured
             raise error
+        if self._raises_too(error, source, training, named):
+            raise error
         why = one_line(error.message, 200)
         with contextlib.suppress(CaptureError):
             if (traced := self._plain_run(source, training, named)) is not None:
@@ -415,6 +417,17 @@ class Captured:
         if note not in self.notes:
             self.notes.append(note)
         return traced
+
+    def _raises_too(
+        self, error: CaptureError, source: ModelSource, training: bool, named: Named
+    ) -> bool:
+        """Whether the model's own code raises what its export raised, so that no rung takes it."""
+        has_values = source is self.source and self._has_values()
+        model = self.model if has_values else source.module
+        forward = _hooked(model) if has_values else source.forward
+        with as_it_was(model, training):
+            entry = RootModule(model, self.signature, forward)
+            return trace.raises_alike(entry, named, error.__cause__)
 
     def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
         """An export of the path that a model takes where nothing compiles it.

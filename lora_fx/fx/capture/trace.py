@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental import _config
@@ -143,12 +144,38 @@ def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
 def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
     if repeat and (repeats := Repeats(entry.source())).families:
-        # an error is the model's, and comes again, or comes of the watching
-        with contextlib.suppress(Exception), repeats.watching():
-            traced = _trace(entry, named, requested)
+        try:
+            with repeats.watching():
+                traced = _trace(entry, named, requested)
             traced.copies = repeats.copies
             return traced
+        except Exception as error:  # of the model, or it comes of the watching
+            if raises_alike(entry, named, error):
+                raise
     return _trace(entry, named, requested)
+
+
+def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -> bool:
+    """Whether a model raises an error of its export where nothing traces it, too.
+
+    Every further try would take as long as an export.
+
+    Args:
+        entry: The model, with its values or on fake tensors, in the mode to run.
+        named: Its arguments.
+        error: What its export raised.
+    """
+    fake = next((p.fake_mode for p in entry.parameters() if isinstance(p, FakeTensor)), None)
+    inputs = dict(named)
+    if fake is not None:
+        static = partial(fake.from_tensor, static_shapes=True)
+        inputs = pytree.tree_map_only(torch.Tensor, static, inputs)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), fake or contextlib.nullcontext():
+            entry(inputs)
+    except Exception as found:
+        return type(found) is type(error) and str(found) == str(error)
+    return False
 
 
 def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:

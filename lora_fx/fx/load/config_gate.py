@@ -14,7 +14,9 @@ import functools
 import inspect
 import os
 import re
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,12 @@ from torch.overrides import TorchFunctionMode
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
-from lora_fx.files.sealed import sealed
+from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
 from lora_fx.fx.tensors import patched
 from lora_fx.text import JsonView, human
 
 ORIGINS = {
-    "_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map",
+    "_name_or_path", "name_or_path", "base_model", "_commit_hash", "architectures", "auto_map",
     "custom_pipelines", "transformers_version", "dtype", "torch_dtype", "tokenizer_class",
     "processor_class", "id2label", "label2id", "label_names", "task_specific_params",
     "finetuning_task", "quantization_config", "compression_config", "attn_implementation",
@@ -204,20 +206,32 @@ def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[s
 
 
 def _mentions(cls: type[object], key: str) -> bool:
-    """Whether what builds a model of these configs has the name of a field in its source."""
-    folder = Path(inspect.getfile(cls)).parent
-    return re.search(rf"\b{re.escape(key)}\b", _source(folder)) is not None
+    """Whether what builds a model of these configs reads a field, as its source tells.
+
+    A field of a config is a name in its class, or a text there; a model has it from something
+    called a config. Comments and variables have common words such as `source` or `language`, too.
+    """
+    configs, models = _sources(Path(inspect.getfile(cls)).parent)
+    name = re.escape(key)
+    told = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
+        | ["']{name}["']"""
+    read = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
+        | (?: \[ | get\( | pop\( | attr\([^()\n]*, ) \s*["']{name}["']"""
+    return re.search(told, configs) is not None or re.search(read, models) is not None
 
 
 @functools.cache
-def _source(folder: Path) -> str:
-    """The source of the configs and models of a family, and of what all of them share."""
+def _sources(folder: Path) -> tuple[str, str]:
+    """The sources of a family and of what all share: of their configs, and of their models."""
     import transformers
 
-    files = [f for kind in ("configuration", "modeling") for f in folder.glob(f"{kind}_*.py")]
-    shared = ("backbone_utils", "configuration_utils", "modeling_utils", "modeling_rope_utils")
-    files += [Path(transformers.__file__).parent / f"{name}.py" for name in shared]
-    return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+    def text(kind: str, *shared: str) -> str:
+        root = Path(transformers.__file__).parent
+        files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
+        return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
+
+    models = text("modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
+    return text("configuration", "configuration_utils"), models
 
 
 _CONSTRUCTORS = frozenset({
@@ -259,23 +273,56 @@ def check_tokenizer_config(folder: Path) -> None:
 def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
     """A block in which libraries reach nothing but some folders; see `sealed`.
 
-    torch.load is refused in it too: with weights_only it names no class.
+    torch.load is refused in it too. So is a client of the Hub, which reads the certificates of the
+    machine as it is made, before it connects.
 
     Args:
         what: What is built, as the subject of a sentence.
         folders: Those whose files may be opened.
     """
     tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
-    plain = torch.load
-    with sealed(what, *folders) as seal:
+    with sealed(what, *folders), _told_calls():
+        yield
 
-        def load(*args: Any, **kwargs: Any) -> Any:
-            if seal.holds():
-                seal.refuse("opens a pickle by torch.load", "get the weights as safetensors")
-            return plain(*args, **kwargs)
 
-        with patched(torch, load=load):
-            yield
+_patches = contextlib.ExitStack()
+_patches_lock = threading.Lock()
+_blocks = [0]
+"""The patches of `_told_calls`, and how many blocks need them: those of threads may overlap."""
+
+
+@contextlib.contextmanager
+def _told_calls() -> Iterator[None]:
+    """A block in which torch.load, or what makes a client, raises an event first, in any thread."""
+    with _patches_lock:
+        if not _blocks[0]:
+            load = _telling(torch.load, TORCH_LOAD)
+            _patches.enter_context(patched(torch, load=load))
+            _patches.enter_context(patched(torch.serialization, load=load))
+            # whatever builds a model of transformers or timm has imported it
+            if http := sys.modules.get("huggingface_hub.utils._http"):
+                hub = vars(http)
+                client = _telling(
+                    hub["_GLOBAL_CLIENT_FACTORY"], HUB_CLIENT, hub["constants"].ENDPOINT
+                )
+                _patches.enter_context(patched(http, _GLOBAL_CLIENT_FACTORY=client))
+        _blocks[0] += 1
+    try:
+        yield
+    finally:
+        with _patches_lock:
+            _blocks[0] -= 1
+            if not _blocks[0]:
+                _patches.close()
+
+
+def _telling(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        sys.audit(event, *details)
+        return plain(*args, **kwargs)
+
+    return call
 
 
 class Metered(TorchFunctionMode):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files import isolated
 from lora_fx.files.read import json_object
 from lora_fx.text import Json, JsonView
 
@@ -82,8 +83,8 @@ class ChatTemplate:
             "lines": [*lines.values()],
         }
         done = subprocess.run(
-            [sys.executable, "-P", "-W", "ignore", "-m", __name__],
-            input=json.dumps(job, default=str),
+            [*isolated.PYTHON, "-W", "ignore", "-m", __name__],
+            input=json.dumps(job, default=str), env=isolated.environment(),
             capture_output=True, text=True, encoding="utf-8",
         )  # fmt: skip
         answers = done.stdout.splitlines()

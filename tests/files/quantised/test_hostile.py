@@ -260,6 +260,15 @@ def test_one_error_names_the_tensor(name: str, part: str, change: Any, words: st
     assert "tensor 'm." in error.value.message and error.value.hint
 
 
+@pytest.mark.parametrize("size", [64, 128, 10**5, 2**31, 2**53, 2**62, 10**30])
+def test_a_block_of_any_size_is_one_block(size: int) -> None:
+    """Nothing is made as large as a config says that a block is."""
+    codes = np.arange(24, dtype=np.float32).reshape(3, 8).astype(ml_dtypes.float8_e4m3fn)
+    arrays = {"weight": codes, "weight_scale_inv": np.full((1, 1), 0.5, np.float32)}
+    weight = READERS["fp8 blocks"](arrays, {"weight_block_size": [size, size]})
+    assert np.array_equal(weight.dequantise(), 0.5 * codes.astype(np.float32))
+
+
 def test_every_format_has_hostile_rows() -> None:
     assert {ROWS[name].reader for name, *_ in TABLE} == set(READERS)
 

@@ -254,6 +254,10 @@ def test_on_the_command_line(
     assert "--rank has no say beside --plan plan.json" in capsys.readouterr().err
     assert run("plan", "model.py:build", "-o", "other.json", "--method", "eva") == 2
     assert run("plan", "model.py:build", "-o", "other.json") == 0
+    capsys.readouterr()
+    assert run("plan", "model.py:build", "data.npz", "-o", "with_data.json") == 0
+    assert "data.npz decides nothing: --method uniform, the default" in capsys.readouterr().err
+    assert Path("with_data.json").read_bytes() == Path("other.json").read_bytes()
     assert run(*args) == 2, "plan.json exists"
 
 

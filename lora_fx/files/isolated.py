@@ -1,0 +1,27 @@
+"""Processes of ours, which import nothing that lies in the current folder.
+
+That may be a folder of somebody else's files, with a click.py in it. Without -P Python makes it the
+first place of imports, and with -P an empty entry of PYTHONPATH still stands for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PYTHON = (sys.executable, "-P")
+"""How such a process begins."""
+
+
+def environment() -> dict[str, str]:
+    """The variables of such a process: PYTHONPATH without empty entries."""
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    try:
+        metadata.distribution("lora-fx")
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        places.append(str(Path(__file__).absolute().parents[2]))
+    variables = {**os.environ, "PYTHONSAFEPATH": "1"}
+    variables.pop("PYTHONPATH", None)
+    return variables | ({"PYTHONPATH": os.pathsep.join(places)} if places else {})
