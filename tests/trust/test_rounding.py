@@ -217,7 +217,7 @@ def test_the_rounding_of_a_file_is_that_of_the_choices_that_it_made(
         drawn = ({"x": torch.randn(2, 3, 8).numpy()} for _ in range(300))
         feeds = next(filter(turns, drawn))  # which they are is the processor's to say
         choices = reference.choices(None, feeds)
-        rounding = [*choices.own()][-1]
+        rounding = [*choices.own(dict)][-1]
     assert {*run(feeds)} <= {*choices.outputs} <= {*rounding}
     assert choices.values and all(choices.among[n] for n in choices.values)
     assert 0 < max(rounding.values()) < 1e-4
@@ -425,6 +425,38 @@ class Gathers(nn.Module):
         best = scores.masked_fill(torch.arange(x.shape[1]) < 2, self.fill).topk(2, -1).indices
         y: Tensor = self.head(hidden.gather(1, best[..., None].expand(-1, -1, 16)))
         return y
+
+
+class Masked(nn.Module):
+    """Outputs of which a mask leaves some out, as actions that are not allowed."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 6)
+        self.fill = fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y.masked_fill(torch.arange(6) < 2, self.fill)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_wrong_update_of_masked_outputs_is_found(
+    fill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accepted on 1358f462: beside -1e9 every difference is small."""
+    torch.manual_seed(0)
+    model, x = Masked(FILLS[fill]).eval(), torch.randn(4, 8)
+    module, adapter = adapted(model, x, size=0.5)
+    lora_fx.export(module, tmp_path / "right.onnx", provider="cpu")
+    entries: Any = {
+        key: replace(u, alpha=u.alpha * 1.01) if key == "second.weight" else u
+        for key, u in adapter.lowrank.items()
+    }
+    wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
+    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    with pytest.raises(NoEffectError, match="the fold differs"):
+        lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
 
 
 @pytest.mark.parametrize("fill", FILLS)
