@@ -34,6 +34,8 @@ STEPS = 8 * 2.0**-7
 """Where activations are made codes of eight bits: eight steps of these."""
 COARSE = 4 * STEPS
 """The ceiling there, since a rounding moves codes by whole steps."""
+MASK = 1e4
+"""From here on, and so far beyond all that differs, an output's number is that of a mask."""
 SIGMOID_STEP = 2.0**-24
 """What ONNX Runtime's sigmoid is exact to, however small its result is."""
 SMALLEST = 16 * SIGMOID_STEP
@@ -47,9 +49,11 @@ _OF_BLOCK = re.compile(r"(present|past_key_values|(\w+_)?(hidden_states|attentio
 
 
 def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """max|a − b| / max|b|; infinite where the comparison fails.
+    """max|a − b| / max|b|, without the numbers of masks; infinite where the comparison fails.
 
     >>> rel([1.0, 2.0], [1.0, 4.0])
+    0.5
+    >>> rel([-1e9, 2.0], [-1e9, 4.0])
     0.5
     """
     x, y = np.asarray(a), np.asarray(b)
@@ -63,15 +67,50 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     both = np.isfinite(y)
     if not (x[~both] == y[~both]).all():  # the same infinities; NaN never equals NaN
         return math.inf
-    top = float(np.abs(y[both]).max(initial=0.0))
-    gap = float(np.abs(x[both] - y[both]).max(initial=0.0))
+    x, y = x[both], y[both]
+    gap = float(np.abs(x - y).max(initial=0.0))
+    # the number of a mask, -1e9, is the same in both, and nothing is seen beside it
+    differing = float(np.abs(y[x != y]).max(initial=0.0))
+    size = np.abs(y)
+    if differing:
+        size = size[(x != y) | (size < MASK) | (size <= MASK * differing)]
+    top = float(size.max(initial=0.0))
     if top == 0.0:
         exact = not np.issubdtype(np.asarray(b).dtype, np.inexact)
         return 0.0 if gap == 0.0 and exact else math.inf
     return gap / top
 
 
-def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILING) -> bool:
+FILL = 100.0
+"""How far a number that masks are filled with, such as -1e9, is beyond all that is compared."""
+
+
+def fills(ours: Array, theirs: Array) -> Array:
+    """Where two arrays have the number that a mask is filled with.
+
+    It is the same in both, and far beyond all that differs: beside it no difference is seen.
+    """
+    if ours.shape != theirs.shape:
+        return np.zeros(theirs.shape, bool)
+    differ = ours != theirs
+    top = largest(theirs[differ])
+    return np.asarray(~differ & differ.any() & (np.abs(widened(theirs)) > FILL * top))
+
+
+def without(values: Array, places: Array) -> Array:
+    """Values with 0 in some places, where the shapes are the same."""
+    if values.shape != places.shape or not places.any():
+        return values
+    return np.where(places, values.dtype.type(0), values)
+
+
+def tied(
+    ours: Array,
+    theirs: Array,
+    among: Sequence[Array],
+    tol: float = CEILING,
+    top: float | None = None,
+) -> bool:
     """Whether two choices differ only among numbers that are near one another, or not at all.
 
     Args:
@@ -79,6 +118,7 @@ def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILIN
         theirs: Those of the reference.
         among: The numbers of the reference that were chosen from, or compared.
         tol: How near, beside the largest of them.
+        top: The largest of them that is no number of a mask, where that is known.
 
     >>> tied(np.array([1]), np.array([0]), [np.array([[2.0, 2.0, 1.0]])])
     True
@@ -88,7 +128,7 @@ def tied(ours: Array, theirs: Array, among: Sequence[Array], tol: float = CEILIN
     if np.array_equal(ours, theirs):
         return True
     first = among[0].astype(np.float64)
-    near = 2 * tol * largest(first)
+    near = 2 * tol * (largest(first) if top is None else top)
     if theirs.dtype == np.bool_:
         level = among[1].astype(np.float64) if len(among) > 1 else np.float64(0)
         if np.broadcast_shapes(first.shape, level.shape) != theirs.shape:
@@ -145,9 +185,10 @@ class Choice:
         if distance > max(_most(x) for x in fewer.values()):
             return math.inf
         among = [*other.among.values()]
-        return (
-            distance if tied(self.value, other.value, among, max(distance, FOLD_TOL)) else math.inf
-        )
+        nearest = min(self.among.values(), key=partial(_distance, theirs=among[0]))
+        top = largest(without(among[0], fills(nearest, among[0])))
+        near = max(distance, FOLD_TOL)
+        return distance if tied(self.value, other.value, among, near, top) else math.inf
 
     def pairs(self, other: Choice) -> dict[str, str]:
         """Float of the other → the one that is nearest, of those that are the same."""
@@ -184,8 +225,11 @@ def _most(value: Array) -> float:
 
 
 def _distance(ours: Array, theirs: Array) -> float:
-    """As rel, and 0 where all are zero."""
-    return 0.0 if np.array_equal(ours, theirs) else rel(ours, theirs)
+    """As rel, but for the numbers of masks, and 0 where all are zero."""
+    if np.array_equal(ours, theirs):
+        return 0.0
+    masked = fills(ours, theirs)
+    return rel(without(ours, masked), without(theirs, masked))
 
 
 class Gate(NamedTuple):

@@ -19,7 +19,7 @@ from lora_fx.compare import Choice, grow, nearest_choice
 from lora_fx.dtypes import Array
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.reference import Choices, Run
+from lora_fx.passes.proofs.reference import Choices, Run, Shown
 
 
 class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,9 +104,9 @@ class LiveRerun:
 
     run: Run
 
-    def step(self) -> float:
+    def stepped(self) -> Iterator[Run]:
         """None: torch's sigmoid is exact beside its result."""
-        return 0.0
+        return iter(())
 
     def plain(self) -> Run | None:
         """None: torch rewrites nothing."""
@@ -138,12 +138,13 @@ def live_choices(
     choices = block.choices
     floats = {n: value for choice in choices.values() for n, value in choice.among.items()}
 
-    def own() -> Iterator[Mapping[str, float]]:
+    def own(shown: Shown) -> Iterator[Mapping[str, float]]:
         worst: dict[str, float] = {}
+        exact = shown({**outputs, **floats})
         for other in moved:
             with Dispatched(choices) as following:
                 made = other()
-            yield grow(worst, {**made, **following.floats}, {**outputs, **floats})
+            yield grow(worst, shown({**made, **following.floats}), exact)
 
     values = {name: choice.value for name, choice in choices.items()}
     among = {name: tuple(choice.among) for name, choice in choices.items()}

@@ -26,7 +26,7 @@ from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.reference import SEEDS, Choices, Run
+from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, Shown
 
 
 def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
@@ -137,14 +137,15 @@ def choices_of(model: CapturedModule, named: Named) -> Choices:
     outputs = run.outputs(named)
     values = run.values
 
-    def own() -> Iterator[Mapping[str, float]]:
+    def own(shown: Shown) -> Iterator[Mapping[str, float]]:
         """In fp64, and with the weights moved, where the choices stay."""
         worst: dict[str, float] = {}
-        yield grow(worst, outputs, Choosing(model, values, wide=True).outputs(named))
+        exact = Choosing(model, values, wide=True).outputs(named)
+        yield grow(worst, shown(outputs), shown(exact))
         moved = copy.deepcopy(model).eval()
         for seed in SEEDS:
             move(model, moved, seed)
-            yield grow(worst, Choosing(moved, values).outputs(named), outputs)
+            yield grow(worst, shown(Choosing(moved, values).outputs(named)), shown(outputs))
 
     return Choices(values, run.among, outputs, own)
 

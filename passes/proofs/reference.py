@@ -29,12 +29,14 @@ from lora_fx.compare import (
     Parity,
     compare_fairly,
     demand,
+    fills,
     gates_of,
     grow,
     narrow_gate,
     rel,
     shapes_of,
     sizes_text,
+    without,
 )
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
@@ -74,6 +76,8 @@ REWRITES = 1e-2
 """The most that the runtime's rewrites may move an output of a file that is right without them."""
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
+Shown = Callable[[Outputs], dict[str, Array]]
+"""Outputs → what is compared of them."""
 
 
 class Rerun(Protocol):
@@ -101,13 +105,13 @@ class Choices:
         values: The choices, by name.
         among: Choice → the names of the floats that it was made among.
         outputs: The outputs of the run, these floats with them.
-        own: How far rounding moves them where the choices stay.
+        own: How far rounding moves what is shown of them where the choices stay.
     """
 
     values: Named
     among: Mapping[str, tuple[str, ...]]
     outputs: Outputs
-    own: Callable[[], Iterable[Mapping[str, float]]]
+    own: Callable[[Shown], Iterable[Mapping[str, float]]]
 
     def named(self) -> dict[str, Choice]:
         """The choices, each with its floats."""
@@ -326,13 +330,22 @@ def _with_choices(
     """The comparison of a run that makes the reference's choices, and of what they are among."""
     made = run(feeds)
     expected = {n: v for n, v in choices.outputs.items() if n in made}
-    usual = gates_of(expected)
-    limits = {n: gates.get(n, usual[n]) for n in expected}
+    scores = {n for floats in choices.among.values() for n in floats}
+    masked = {n: fills(made[n], v) for n, v in expected.items() if n in scores}
+
+    def shown(outputs: Outputs) -> dict[str, Array]:
+        """Outputs with 0 where scores have the number of a mask."""
+        return {n: without(v, masked[n]) if n in masked else v for n, v in outputs.items()}
+
+    ours, theirs = shown(made), shown(expected)
+    usual = gates_of(theirs)
+    limits = {n: gates.get(n, usual[n]) for n in theirs}
 
     def rounding() -> Iterator[Mapping[str, float]]:
-        return either(spread(made, run, None, feeds), choices.own())
+        moved = spread(ours, lambda feeds: shown(run(feeds)), None, feeds)
+        return either(moved, choices.own(shown))
 
-    return compare_fairly(made, expected, shapes_of(feeds), limits, rounding, of=of)
+    return compare_fairly(ours, theirs, shapes_of(feeds), limits, rounding, of=of)
 
 
 def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
@@ -466,7 +479,7 @@ class OnnxReference:
         path = self._path(updates) if updates else self.source
         file = choosing_file(path, self.session.provider, {})
         if file is None:
-            return Choices({}, {}, {}, list)
+            return Choices({}, {}, {}, lambda _: [])
         factors = _factors(updates)
         made = file.run({**feeds, **factors})
         values = {name: made[name] for name in file.choices}
@@ -474,8 +487,9 @@ class OnnxReference:
         def chosen_again(feeds: Named) -> dict[str, Array]:
             return {**file.run({**feeds, **factors}, values), **values}
 
-        def own() -> Iterable[Mapping[str, float]]:
-            return spread(chosen_again(feeds), chosen_again, None, feeds)
+        def own(shown: Shown) -> Iterable[Mapping[str, float]]:
+            exact = shown(chosen_again(feeds))
+            return spread(exact, lambda feeds: shown(chosen_again(feeds)), None, feeds)
 
         return Choices(values, file.choices, made, own)
 
@@ -669,7 +683,7 @@ def _choices_of_rows(
 
     values = joined([c.values for c in alone])
     among = {n: floats for n, floats in alone[0].among.items() if n in values}
-    return Choices(values, among, joined([c.outputs for c in alone]), list)
+    return Choices(values, among, joined([c.outputs for c in alone]), lambda _: [])
 
 
 def _own_errors(

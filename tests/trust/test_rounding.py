@@ -226,7 +226,7 @@ def test_the_rounding_of_a_file_is_that_of_the_choices_that_it_made(
         drawn = ({"x": torch.randn(2, 3, 8).numpy()} for _ in range(300))
         feeds = next(filter(turns, drawn))  # which they are is the processor's to say
         choices = reference.choices(None, feeds)
-        rounding = [*choices.own()][-1]
+        rounding = [*choices.own(dict)][-1]
     assert {*run(feeds)} <= {*choices.outputs} <= {*rounding}
     assert choices.values and all(choices.among[n] for n in choices.values)
     assert 0 < max(rounding.values()) < 1e-4
@@ -397,6 +397,102 @@ def test_a_wrong_adapter_is_found_in_each(
             with pytest.raises(LoraFxError, match=r"differs from torch|hides the adapter"):
                 lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
         assert not list(tmp_path.iterdir()), mutation
+
+
+FILLS = {"-1e9": -1e9, "-inf": -np.inf, "the least": float(np.finfo(np.float32).min)}
+"""What masks put in the place of scores: beside it no difference of scores would be seen."""
+
+
+def _masked(choose: Callable[..., Any], fill: float) -> Callable[..., Any]:
+    def masked(m: Any, hidden: Tensor, scores: Tensor) -> Any:
+        return choose(m, hidden, scores.masked_fill(torch.arange(scores.shape[-1]) < 3, fill))
+
+    return masked
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ["topk", "argmax"])
+def test_masked_scores_are_chosen_from_as_others(name: str, fill: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Scores(_masked(CHOICES[name], FILLS[fill])).eval(), torch.randn(2, 3, 8)
+    module, _ = adapted(model, x, size=1.0)
+    lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+
+
+class Gathers(nn.Module):
+    """Its scores show in what they choose alone, and some of them are masked."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.score, self.head = nn.Linear(16, 1), nn.Linear(16, 5)
+        self.fill = fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        scores = self.score(hidden).squeeze(-1)
+        best = scores.masked_fill(torch.arange(x.shape[1]) < 2, self.fill).topk(2, -1).indices
+        y: Tensor = self.head(hidden.gather(1, best[..., None].expand(-1, -1, 16)))
+        return y
+
+
+class Masked(nn.Module):
+    """Outputs of which a mask leaves some out, as actions that are not allowed."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 6)
+        self.fill = fill
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y.masked_fill(torch.arange(6) < 2, self.fill)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_wrong_update_of_masked_outputs_is_found(
+    fill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accepted on 1358f462: beside -1e9 every difference is small."""
+    torch.manual_seed(0)
+    model, x = Masked(FILLS[fill]).eval(), torch.randn(4, 8)
+    module, adapter = adapted(model, x, size=0.5)
+    lora_fx.export(module, tmp_path / "right.onnx", provider="cpu")
+    entries: Any = {
+        key: replace(u, alpha=u.alpha * 1.01) if key == "second.weight" else u
+        for key, u in adapter.lowrank.items()
+    }
+    wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
+    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    with pytest.raises(NoEffectError, match="the fold differs"):
+        lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_wrong_update_of_masked_scores_is_found(
+    fill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Gathers(FILLS[fill]).eval(), torch.randn(4, 9, 8)
+    module: Any = lora_fx.insert(model, (x,), rank=2, include="*", dead="keep")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.5, generator=generator)
+    adapter = module.adapter()
+    entries: Any = {
+        key: replace(u, b=-u.b) if key == "score.weight" else u
+        for key, u in adapter.lowrank.items()
+    }
+    wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
+    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    with pytest.raises(NoEffectError, match="the fold differs"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    monkeypatch.setattr(export_torch, "prove", _of_the_file_alone)
+    monkeypatch.setattr(export_torch, "demand", _but_of_nothing)
+    with pytest.raises(LoraFxError, match="differs from torch"):
+        lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
 
 
 class Inside(nn.Module):
