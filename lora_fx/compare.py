@@ -450,14 +450,19 @@ def compare_fairly(
     if found.ok or over is None or over.most <= over.first:
         return found
     for rounding in own():
-        largest = max(rounding.values(), default=0.0)
-        moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
-        wider = {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
+        wider = wider_gates(gates, rounding)
         found = compare(ours, reference, sizes, wider, of)
         if found.ok:
             certain = {n: min(gate, gates[n].tells) for n, gate in wider.items()}
             return _telling(found, ours, reference, certain)
     return found
+
+
+def wider_gates(gates: Mapping[str, Gate], rounding: Mapping[str, float]) -> dict[str, float]:
+    """The gates where rounding alone moves outputs so far; see compare_fairly."""
+    largest = max(rounding.values(), default=0.0)
+    moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
+    return {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
 
 
 def _telling(
