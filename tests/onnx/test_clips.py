@@ -37,6 +37,14 @@ def _least(y: Tensor) -> Tensor:
     return y.minimum(half).minimum(half + 1) + y.minimum(fifth).minimum(half)
 
 
+def _hard(y: Tensor, most: float) -> Tensor:
+    return F.hardtanh(y, -1, most)
+
+
+def _part(y: Tensor) -> Tensor:
+    return y.clamp(0, 1).clamp(min=0.3)
+
+
 CLIPS: dict[str, Callable[[Tensor], Tensor]] = {
     "inverse sigmoids": _inverse,
     "three clips": _three,
