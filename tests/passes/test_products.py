@@ -85,7 +85,8 @@ def test_updates_of_two_operands_multiply_each_other(name: str, tmp_path: Path) 
     assert rel(module.eval()(x).detach().numpy(), expected) < FOLD_TOL
     assert rel(lora_fx.fold(module)(x).detach().numpy(), expected) < FOLD_TOL
     module.train()(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for pair in module.slots().values() for p in pair)
+    trained = [p for pair in module.slots().values() for p in pair]
+    assert all(p.grad is not None and p.grad.any() for p in trained)
     live = lora_fx.attach(copy.deepcopy(model), (x,), rank=2, include="*")
     live.load_adapter(adapter)
     assert rel(live(x).detach().numpy(), expected) < FOLD_TOL
