@@ -388,7 +388,14 @@ class InGraph:
         rerun = LiveRerun(self._live)
         if idle and (sampled := prove(self._live, module, sizes=SIZES[:1], tol=tol, rerun=rerun)):
             return sampled[0]
-        return prove(lambda _: adapted, module, arrays=given, tol=tol, rerun=rerun)[0]
+
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            """The live model, which does not run on the same inputs again."""
+            known = feeds.keys() == given.keys()
+            known = known and all(np.array_equal(feeds[n], given[n]) for n in given)
+            return adapted if known else self._live(feeds)
+
+        return prove(run, module, arrays=given, tol=tol, rerun=rerun)[0]
 
     def changes_live(self) -> bool:
         """Whether the adapter changes an output of the live model on the example inputs."""

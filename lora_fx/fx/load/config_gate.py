@@ -346,7 +346,7 @@ def _operands(value: object) -> Iterator[torch.Tensor]:
             yield from _operands(part)
 
 
-def _size(values: tuple[Any, ...]) -> int:
+def _size(values: tuple[object, ...]) -> int:
     """The elements of arguments that have values."""
     return sum(t.numel() for t in pytree.tree_leaves(values) if _has_values(t))
 

@@ -14,25 +14,15 @@ from lora_fx.errors import LoraFxError
 
 
 class Raising(nn.Module):
-    """Counts how often it is called before it does what it does."""
+    """Does something with the result of a layer."""
 
     def __init__(self, then: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 2)
         self.then = then
-        self.calls: list[int] = []
 
     def forward(self, x: Tensor) -> Any:
-        self.calls.append(1)
         return self.then(self.fc(x))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Raising:
-        copied = Raising(self.then)
-        memo[id(self)] = copied
-        for name, parameter in self.fc.named_parameters():
-            setattr(copied.fc, name, memo[id(parameter)])
-        copied.calls = self.calls  # those of all copies
-        return copied
 
 
 class OwnError(Exception):
@@ -57,10 +47,16 @@ ERRORS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", ERRORS)
 def test_one_export_and_one_run(name: str, device: str) -> None:
-    model = Raising(ERRORS[name]).to(device)
+    calls: list[Tensor] = []  # of all copies; a list of the model's own is put back by a capture
+
+    def then(y: Tensor) -> Any:
+        calls.append(y)
+        return ERRORS[name](y)
+
+    model = Raising(then).to(device)
     with pytest.raises(LoraFxError, match="cannot capture Raising in eval mode at"):
         lora_fx.find(model, (torch.ones(4, 3),))
-    assert len(model.calls) == 2
+    assert len(calls) == 2
 
 
 TRACED_ALONE: dict[str, Callable[[Tensor], Any]] = {
