@@ -123,10 +123,12 @@ def tied(
     >>> tied(np.array([1]), np.array([0]), [np.array([[2.0, 2.0, 1.0]])])
     True
     """
-    if ours.shape != theirs.shape or not among:
+    if not among:
         return False
-    if np.array_equal(ours, theirs):
+    if np.array_equal(ours, theirs) or _suppressed_alike(ours, theirs, among, tol):
         return True
+    if ours.shape != theirs.shape:
+        return False
     first = among[0].astype(np.float64)
     near = 2 * tol * (largest(first) if top is None else top)
     if theirs.dtype == np.bool_:
@@ -143,6 +145,57 @@ def tied(
                 if np.abs(np.where(a == b, 0.0, a - b)).max() <= near:
                     return True
     return first.shape == theirs.shape and _in_next_class(ours, theirs, first, near)
+
+
+def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: float) -> bool:
+    """Whether two are what non-maximum suppression keeps of boxes, with near-equal scores turned.
+
+    How many are kept may differ: of two boxes that overlap the first suppresses the other, and what
+    that one would have suppressed stays. Both have the order of the scores, and there is an overlap
+    from which on boxes are suppressed in both; it is not known.
+    """
+    boxes = next((x for x in among if x.ndim == 2 and x.shape[1] == 4), None)
+    scores = next((x for x in among if x.ndim == 1), None)
+    indices = all(v.ndim == 1 and v.dtype.kind == "i" for v in (ours, theirs))
+    if boxes is None or scores is None or len(boxes) != len(scores) or not indices:
+        return False
+    near = 2 * tol * largest(scores)
+    bounds = [_bounds_of_overlaps(boxes, scores, kept, near) for kept in (ours, theirs)]
+    least = max(low for low, _ in bounds)
+    most = min(high for _, high in bounds)
+    return least <= most + CEILING
+
+
+def _bounds_of_overlaps(
+    boxes: Array, scores: Array, kept: Array, near: float
+) -> tuple[float, float]:
+    """The largest overlap of boxes that are kept, and the least by which another is suppressed.
+
+    No overlap is between them where the boxes are not in the order of their scores, or are none.
+    """
+    inside = ((kept >= 0) & (kept < len(boxes))).all()
+    if not inside or len(np.unique(kept)) != len(kept):
+        return math.inf, -math.inf
+    ranked = scores[kept].astype(np.float64)
+    if (np.diff(ranked) > near).any():
+        return math.inf, -math.inf
+    overlaps = _overlaps(boxes.astype(np.float64), kept)
+    among_kept = overlaps[kept]
+    np.fill_diagonal(among_kept, 0.0)
+    earlier = ranked[None] >= scores[:, None].astype(np.float64) - near
+    suppressing = np.where(earlier, overlaps, 0.0).max(axis=1, initial=0.0)
+    suppressed = np.delete(suppressing, kept)
+    return float(among_kept.max(initial=0.0)), float(suppressed.min(initial=1.0))
+
+
+def _overlaps(boxes: Array, kept: Array) -> Array:
+    """Intersection over union of every box with each that is kept."""
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    sides = np.minimum(high, boxes[kept, 2:]) - np.maximum(low, boxes[kept, :2])
+    common = sides.clip(0).prod(-1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    union = areas[:, None] + areas[kept] - common
+    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
 
 
 def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
@@ -176,7 +229,9 @@ class Choice:
 
     def apart(self, other: Choice) -> float:
         """How far apart the floats of the same choice are; infinite where it is another."""
-        if self.value.shape != other.value.shape or not self.among or not other.among:
+        if self.lists_boxes or other.lists_boxes:
+            return self.boxes_alone().apart(other.boxes_alone())
+        if self.value.ndim != other.value.ndim or not self.among or not other.among:
             return math.inf
         if (self.value.dtype == np.bool_) != (other.value.dtype == np.bool_):
             return math.inf
@@ -190,8 +245,30 @@ class Choice:
         near = max(distance, FOLD_TOL)
         return distance if tied(self.value, other.value, among, near, top) else math.inf
 
+    @property
+    def lists_boxes(self) -> bool:
+        """Whether it is what ONNX keeps of the boxes of one image and class.
+
+        That is [kept, 3], image, class and box, of boxes [1, n, 4] and scores [1, 1, n].
+        """
+        shapes = [x.shape for x in self.among.values()]
+        if self.value.ndim != 2 or self.value.shape[1] != 3 or len(shapes) != 2:
+            return False
+        boxes, scores = shapes
+        return boxes == (1, scores[-1], 4) and scores[:-1] == (1, 1)
+
+    def boxes_alone(self) -> Choice:
+        """What torch has in its place: [kept], of boxes [n, 4] and scores [n]."""
+        if not self.lists_boxes:
+            return self
+        boxes, scores = self.among
+        floats = {boxes: self.among[boxes][0], scores: self.among[scores][0, 0]}
+        return Choice(self.value[:, 2], floats)
+
     def pairs(self, other: Choice) -> dict[str, str]:
         """Float of the other → the one that is nearest, of those that are the same."""
+        if self.lists_boxes or other.lists_boxes:
+            return self.boxes_alone().pairs(other.boxes_alone())
         found = {}
         for name, value in other.among.items():
             distances = {n: _distance(x, value) for n, x in self.among.items()}
@@ -206,17 +283,22 @@ def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
 
     Of several among the same floats, such as two thresholds, it is that with the fewest turned.
     """
-    best: tuple[float, int] = (math.inf, 0)
+    best: tuple[float, float] = (math.inf, 0)
     found = ""
     for name, other in others.items():
         apart = choice.apart(other)
         if apart > best[0] or math.isinf(apart):
             continue
-        turned = int((choice.value != other.value).sum())
+        turned = int((choice.value != other.value).sum()) if _alike(choice, other) else math.inf
         if (apart, turned) < best:
             best = (apart, turned)
             found = name
     return found
+
+
+def _alike(choice: Choice, other: Choice) -> bool:
+    """Whether two choices have as many elements."""
+    return choice.value.shape == other.value.shape
 
 
 def _most(value: Array) -> float:

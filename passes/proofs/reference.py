@@ -167,7 +167,8 @@ class FileRerun:
             if not file.same:
                 file.follow(feeds, others)
             made = file.run(feeds, file.chosen(others))
-            floats = {name: made[own] for name, own in file.floats.items()}
+            shapes = {name: choices.outputs[name].shape for name in file.floats}
+            floats = {name: made[own].reshape(shapes[name]) for name, own in file.floats.items()}
             chosen = {name: choices.values[name] for name in file.same.values()}
             return {**file.outputs(made), **floats, **chosen}
 

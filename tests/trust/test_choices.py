@@ -1,6 +1,7 @@
 """Choices that rounding turns: what they are compared by, and what no gate may hide beside them.
 
-On 1358f462 an update that is 2 % too large passes wherever a measure of rounding turns a choice.
+On 1358f462 an update that is 2 % too large passes wherever a measure of rounding turns a choice,
+and models that suppress boxes of near-equal scores are refused by insert, attach and export.
 """
 
 from __future__ import annotations
@@ -8,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torchvision.ops import nms
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import Gate, Outputs
+from lora_fx.compare import Choice, Gate, Outputs, nearest_choice, tied
 from lora_fx.dtypes import Array
-from lora_fx.errors import NoEffectError
+from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.passes.proofs.reference import Choices, Run, Shown, compared
 from lora_fx.passes.verbs import export_torch
-from tests.trust.test_rounding import CHOICES, Scores, adapted
+from tests.trust.test_rounding import CHOICES, Scores, Unseen, adapted, other_first
 
 SCORES = np.array([0.5, 0.5, 0.1], np.float32)
 VALUES = np.array([3.0, 1.0, 2.0], np.float32)
@@ -131,3 +135,103 @@ def test_an_update_that_is_a_little_too_large_is_found_beside_a_choice(
             patch.setattr(export_torch, "fold", lambda _, wrong=wrong: wrong)
             with pytest.raises(NoEffectError, match="the fold differs"):
                 lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
+
+
+def boxes_of(count: int) -> Tensor:
+    """Boxes that lie in a row, each over some beside it, no two of them as far."""
+    number = torch.arange(float(count))[:, None]
+    at = number + 0.2 * torch.sin(number * number)
+    return torch.cat([at, torch.zeros_like(at), at + 3, torch.ones_like(at)], 1)
+
+
+COUNT = 30
+NEAR = torch.linspace(1, 1 + 1e-6, COUNT)[torch.randperm(COUNT, generator=torch.manual_seed(0))]
+OTHER = NEAR.flip(0)
+FAR = torch.linspace(1, 2, COUNT)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "alike"),
+    [
+        (nms(boxes_of(COUNT), OTHER, 0.3), nms(boxes_of(COUNT), NEAR, 0.3), True),
+        (nms(boxes_of(COUNT), OTHER, 0.1), nms(boxes_of(COUNT), NEAR, 0.1), True),
+        (nms(boxes_of(COUNT), NEAR, 0.1), nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (nms(boxes_of(COUNT), NEAR, 0.6), nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (nms(boxes_of(COUNT), OTHER, 0.3)[:-1], nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (torch.tensor([0, 1]), nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (torch.tensor([0, 0]), nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (torch.tensor([COUNT]), nms(boxes_of(COUNT), NEAR, 0.3), False),
+        (torch.tensor([], dtype=torch.int64), nms(boxes_of(COUNT), NEAR, 0.3), False),
+    ],
+)
+def test_boxes_that_near_equal_scores_suppress(ours: Tensor, theirs: Tensor, alike: bool) -> None:
+    among = [boxes_of(COUNT).numpy(), NEAR.numpy()]
+    assert tied(ours.numpy(), theirs.numpy(), among) is alike
+    assert tied(theirs.numpy(), ours.numpy(), among) is alike
+    listed = Choice(
+        np.stack([0 * ours.numpy(), 0 * ours.numpy(), ours.numpy()], 1),
+        {"boxes": among[0][None], "scores": among[1][None, None]},
+    )
+    kept = Choice(theirs.numpy(), {"b": among[0], "s": among[1]})
+    assert nearest_choice(listed, {"kept": kept}) == ("kept" if alike else "")
+    assert listed.pairs(kept) == {"b": "boxes", "s": "scores"}
+
+
+def test_scores_that_are_apart_suppress_in_one_order() -> None:
+    boxes = boxes_of(COUNT)
+    right, wrong = (nms(boxes, s, 0.3).numpy() for s in (FAR, FAR.flip(0)))
+    assert not tied(wrong, right, [boxes.numpy(), FAR.numpy()])
+
+
+def _kept(m: Any, hidden: Tensor, scores: Tensor) -> Any:
+    boxes = boxes_of(scores.shape[1]) + m.head(hidden[0])[:, :4] * 1e-3
+    kept = nms(boxes, scores[0], 0.3)
+    return m.head(hidden[0])[kept] * (1 + kept[:, None]), kept
+
+
+def _kept_by_class(m: Any, hidden: Tensor, scores: Tensor) -> Any:
+    values = m.head(hidden[0])
+    classes = torch.arange(scores.shape[1]) % 3
+    boxes = boxes_of(scores.shape[1]) / 3 + values[:, :4] * 1e-3 + 40 * classes[:, None]
+    kept = nms(boxes, scores[0], 0.3)[:5]
+    return values[kept], scores[0][kept], classes[kept]
+
+
+SUPPRESSIONS = {"boxes": _kept, "boxes by class": _kept_by_class}
+
+
+@pytest.mark.parametrize("name", SUPPRESSIONS)
+def test_suppressed_boxes_are_compared_by_their_scores(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = Scores(SUPPRESSIONS[name]).eval(), torch.randn(1, 3, 8)
+    module, adapter = adapted(model, x, size=1.0)
+    lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
+    path, adapters = tmp_path / "s.onnx", {"a": adapter}
+    lora_fx.export(model, path, (x,), mode="switch", adapters=adapters, provider="cpu")
+    head = next(key for key in adapter.lowrank if key.startswith("head"))
+    update = adapter.lowrank[head]
+    for factor in (0.0, 1.005):
+        changed = replace(update, b=update.b * np.float32(factor))
+        wrong = lora_fx.fold(model, (x,), adapter=Adapter({**adapter.lowrank, head: changed}))
+        with monkeypatch.context() as patch:
+            patch.setattr(export_torch, "fold", lambda _, wrong=wrong: wrong)
+            with pytest.raises(NoEffectError, match="the fold differs"):
+                lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
+
+
+@pytest.mark.parametrize("kind", [Scores, Unseen])
+@pytest.mark.parametrize("name", SUPPRESSIONS)
+def test_a_live_model_that_suppresses_boxes(
+    name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(SUPPRESSIONS[name]).eval(), torch.randn(1, 3, 8)
+    lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
+    lora_fx.detach(model)
+    for wrong in (0.0, 0.99, 1.01):
+        with monkeypatch.context() as patch:
+            other_first(patch, wrong)
+            with pytest.raises(LoraFxError, match="differs from the reference"):
+                lora_fx.attach(model, (x,), rank=2, include="*", dead="drop")
