@@ -195,7 +195,8 @@ def _overlaps(boxes: Array, kept: Array) -> Array:
     common = sides.clip(0).prod(-1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
     union = areas[:, None] + areas[kept] - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    shares: Array = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return shares
 
 
 def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
