@@ -81,6 +81,8 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
+BOXES_AT_ONCE = 256
+"""Boxes whose overlaps with all that are kept are in memory at a time."""
 FILL = 100.0
 """How far a number that masks are filled with, such as -1e9, is beyond all that is compared."""
 
@@ -179,22 +181,27 @@ def _bounds_of_overlaps(
     ranked = scores[kept].astype(np.float64)
     if (np.diff(ranked) > near).any():
         return math.inf, -math.inf
-    overlaps = _overlaps(boxes.astype(np.float64), kept)
-    among_kept = overlaps[kept]
-    np.fill_diagonal(among_kept, 0.0)
-    earlier = ranked[None] >= scores[:, None].astype(np.float64) - near
-    suppressing = np.where(earlier, overlaps, 0.0).max(axis=1, initial=0.0)
-    suppressed = np.delete(suppressing, kept)
-    return float(among_kept.max(initial=0.0)), float(suppressed.min(initial=1.0))
+    least, most = 0.0, 1.0
+    boxes = boxes.astype(np.float64)
+    for start in range(0, len(boxes), BOXES_AT_ONCE):
+        places = np.arange(start, min(start + BOXES_AT_ONCE, len(boxes)))
+        overlaps = _overlaps(boxes[places], boxes[kept])
+        overlaps[places[:, None] == kept] = 0.0
+        earlier = ranked >= scores[places, None].astype(np.float64) - near
+        stays = np.isin(places, kept)
+        suppressing = np.where(earlier, overlaps, 0.0).max(axis=1, initial=0.0)
+        least = max(least, float(overlaps[stays].max(initial=0.0)))
+        most = min(most, float(suppressing[~stays].min(initial=1.0)))
+    return least, most
 
 
-def _overlaps(boxes: Array, kept: Array) -> Array:
-    """Intersection over union of every box with each that is kept."""
-    low, high = boxes[:, None, :2], boxes[:, None, 2:]
-    sides = np.minimum(high, boxes[kept, 2:]) - np.maximum(low, boxes[kept, :2])
+def _overlaps(boxes: Array, others: Array) -> Array:
+    """Intersection over union of every box with each of others."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    sides = sides - np.maximum(boxes[:, None, :2], others[:, :2])
     common = sides.clip(0).prod(-1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    union = areas[:, None] + areas[kept] - common
+    areas, other_areas = ((v[:, 2:] - v[:, :2]).prod(-1) for v in (boxes, others))
+    union = areas[:, None] + other_areas - common
     shares: Array = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
     return shares
 
