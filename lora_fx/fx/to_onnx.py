@@ -277,7 +277,7 @@ def _constants_apart() -> Iterator[None]:
 
     def apart(
         self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
-    ) -> Any:
+    ) -> object:
         replacement = rewrite(self, model, graph, node, **options)
         for constant in getattr(replacement, "new_initializers", ()):
             name = constant.name

@@ -665,7 +665,7 @@ PLAIN = {bool, int, float, str, tuple, type(None)}
 """Types of attributes that a run can only replace."""
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
+def _plain(module: nn.Module) -> dict[str, object]:
     if isinstance(module, LazyModuleMixin):
         return {}  # its first run makes it a module of another class
     return {
