@@ -81,6 +81,8 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gap / top
 
 
+BOXES_AT_ONCE = 256
+"""Boxes whose overlaps with all that are kept are in memory at a time."""
 FILL = 100.0
 """How far a number that masks are filled with, such as -1e9, is beyond all that is compared."""
 
@@ -123,10 +125,12 @@ def tied(
     >>> tied(np.array([1]), np.array([0]), [np.array([[2.0, 2.0, 1.0]])])
     True
     """
-    if ours.shape != theirs.shape or not among:
+    if not among:
         return False
-    if np.array_equal(ours, theirs):
+    if np.array_equal(ours, theirs) or _suppressed_alike(ours, theirs, among, tol):
         return True
+    if ours.shape != theirs.shape:
+        return False
     first = among[0].astype(np.float64)
     near = 2 * tol * (largest(first) if top is None else top)
     if theirs.dtype == np.bool_:
@@ -143,6 +147,63 @@ def tied(
                 if np.abs(np.where(a == b, 0.0, a - b)).max() <= near:
                     return True
     return first.shape == theirs.shape and _in_next_class(ours, theirs, first, near)
+
+
+def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: float) -> bool:
+    """Whether two are what non-maximum suppression keeps of boxes, with near-equal scores turned.
+
+    How many are kept may differ: of two boxes that overlap the first suppresses the other, and what
+    that one would have suppressed stays. Both have the order of the scores, and there is an overlap
+    from which on boxes are suppressed in both; it is not known.
+    """
+    boxes = next((x for x in among if x.ndim == 2 and x.shape[1] == 4), None)
+    scores = next((x for x in among if x.ndim == 1), None)
+    indices = all(v.ndim == 1 and v.dtype.kind == "i" for v in (ours, theirs))
+    if boxes is None or scores is None or len(boxes) != len(scores) or not indices:
+        return False
+    near = 2 * tol * largest(scores)
+    bounds = [_bounds_of_overlaps(boxes, scores, kept, near) for kept in (ours, theirs)]
+    least = max(low for low, _ in bounds)
+    most = min(high for _, high in bounds)
+    return least <= most + CEILING
+
+
+def _bounds_of_overlaps(
+    boxes: Array, scores: Array, kept: Array, near: float
+) -> tuple[float, float]:
+    """The largest overlap of boxes that are kept, and the least by which another is suppressed.
+
+    No overlap is between them where the boxes are not in the order of their scores, or are none.
+    """
+    inside = ((kept >= 0) & (kept < len(boxes))).all()
+    if not inside or len(np.unique(kept)) != len(kept):
+        return math.inf, -math.inf
+    ranked = scores[kept].astype(np.float64)
+    if (np.diff(ranked) > near).any():
+        return math.inf, -math.inf
+    least, most = 0.0, 1.0
+    boxes = boxes.astype(np.float64)
+    for start in range(0, len(boxes), BOXES_AT_ONCE):
+        places = np.arange(start, min(start + BOXES_AT_ONCE, len(boxes)))
+        overlaps = _overlaps(boxes[places], boxes[kept])
+        overlaps[places[:, None] == kept] = 0.0
+        earlier = ranked >= scores[places, None].astype(np.float64) - near
+        stays = np.isin(places, kept)
+        suppressing = np.where(earlier, overlaps, 0.0).max(axis=1, initial=0.0)
+        least = max(least, float(overlaps[stays].max(initial=0.0)))
+        most = min(most, float(suppressing[~stays].min(initial=1.0)))
+    return least, most
+
+
+def _overlaps(boxes: Array, others: Array) -> Array:
+    """Intersection over union of every box with each of others."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    sides = sides - np.maximum(boxes[:, None, :2], others[:, :2])
+    common = sides.clip(0).prod(-1)
+    areas, other_areas = ((v[:, 2:] - v[:, :2]).prod(-1) for v in (boxes, others))
+    union = areas[:, None] + other_areas - common
+    shares: Array = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return shares
 
 
 def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
@@ -176,7 +237,9 @@ class Choice:
 
     def apart(self, other: Choice) -> float:
         """How far apart the floats of the same choice are; infinite where it is another."""
-        if self.value.shape != other.value.shape or not self.among or not other.among:
+        if self.lists_boxes or other.lists_boxes:
+            return self.boxes_alone().apart(other.boxes_alone())
+        if self.value.ndim != other.value.ndim or not self.among or not other.among:
             return math.inf
         if (self.value.dtype == np.bool_) != (other.value.dtype == np.bool_):
             return math.inf
@@ -190,8 +253,30 @@ class Choice:
         near = max(distance, FOLD_TOL)
         return distance if tied(self.value, other.value, among, near, top) else math.inf
 
+    @property
+    def lists_boxes(self) -> bool:
+        """Whether it is what ONNX keeps of the boxes of one image and class.
+
+        That is [kept, 3], image, class and box, of boxes [1, n, 4] and scores [1, 1, n].
+        """
+        shapes = [x.shape for x in self.among.values()]
+        if self.value.ndim != 2 or self.value.shape[1] != 3 or len(shapes) != 2:
+            return False
+        boxes, scores = shapes
+        return boxes == (1, scores[-1], 4) and scores[:-1] == (1, 1)
+
+    def boxes_alone(self) -> Choice:
+        """What torch has in its place: [kept], of boxes [n, 4] and scores [n]."""
+        if not self.lists_boxes:
+            return self
+        boxes, scores = self.among
+        floats = {boxes: self.among[boxes][0], scores: self.among[scores][0, 0]}
+        return Choice(self.value[:, 2], floats)
+
     def pairs(self, other: Choice) -> dict[str, str]:
         """Float of the other → the one that is nearest, of those that are the same."""
+        if self.lists_boxes or other.lists_boxes:
+            return self.boxes_alone().pairs(other.boxes_alone())
         found = {}
         for name, value in other.among.items():
             distances = {n: _distance(x, value) for n, x in self.among.items()}
@@ -206,17 +291,22 @@ def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
 
     Of several among the same floats, such as two thresholds, it is that with the fewest turned.
     """
-    best: tuple[float, int] = (math.inf, 0)
+    best: tuple[float, float] = (math.inf, 0)
     found = ""
     for name, other in others.items():
         apart = choice.apart(other)
         if apart > best[0] or math.isinf(apart):
             continue
-        turned = int((choice.value != other.value).sum())
+        turned = int((choice.value != other.value).sum()) if _alike(choice, other) else math.inf
         if (apart, turned) < best:
             best = (apart, turned)
             found = name
     return found
+
+
+def _alike(choice: Choice, other: Choice) -> bool:
+    """Whether two choices have as many elements."""
+    return choice.value.shape == other.value.shape
 
 
 def _most(value: Array) -> float:
@@ -450,14 +540,19 @@ def compare_fairly(
     if found.ok or over is None or over.most <= over.first:
         return found
     for rounding in own():
-        largest = max(rounding.values(), default=0.0)
-        moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
-        wider = {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
+        wider = wider_gates(gates, rounding)
         found = compare(ours, reference, sizes, wider, of)
         if found.ok:
             certain = {n: min(gate, gates[n].tells) for n, gate in wider.items()}
             return _telling(found, ours, reference, certain)
     return found
+
+
+def wider_gates(gates: Mapping[str, Gate], rounding: Mapping[str, float]) -> dict[str, float]:
+    """The gates where rounding alone moves outputs so far; see compare_fairly."""
+    largest = max(rounding.values(), default=0.0)
+    moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
+    return {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
 
 
 def _telling(

@@ -20,6 +20,7 @@ alone. DoRA's g = m/‖V‖ multiplies the rows of V = W + s·b·a:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -68,11 +69,14 @@ class Insert:
         targets, sites = reached(find(graph), uses, required=required, hint=hint)
         done = graph.adapted()
         here = [(site, keys) for site, keys in sites if site.id not in done]
+        adapted_operands = Counter(_op(site) for site, _ in here)
         for site, keys in here:
             pairs = [(targets[k], self.updates[k]) for k in keys]
             # One update of a site without an output form puts all of them into the weight form: the
-            # two do not mix at one op.
-            if not self._output_form(graph, site, pairs):
+            # two do not mix at one op. Updates of two operands of one op multiply each other, as
+            # in (W + ΔW)(U + ΔU), which branches beside it do not.
+            product = adapted_operands[_op(site)] > 1
+            if product or not self._output_form(graph, site, pairs):
                 self._weight_form(graph, site, pairs)
         return PassResult(graph, bool(here))
 
@@ -165,6 +169,11 @@ class Insert:
         for target, update in pairs:
             w = changed(e, target, update, stored, w, self.role)
         graph.rebase(site, w)
+
+
+def _op(site: Site) -> str:
+    """The node of a site, which may have a slot after it; see Site.id."""
+    return site.id.partition(":")[0]
 
 
 def _picks_batches(site: Site, layout: Layout) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -259,7 +260,33 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
     rewrites = patched(rewriter, **({name: kept} if kept else {}))
-    with rewrites, patched(joining, **own), fold, exact_constants():
+    with rewrites, patched(joining, **own), fold, exact_constants(), _constants_apart():
+        yield
+
+
+@contextlib.contextmanager
+def _constants_apart() -> Iterator[None]:
+    """A block in which no constant that a rule adds takes the place of another one.
+
+    A rule names the bounds of a Clip by what is clipped. Where two of them clip one value, the
+    second takes the first one's place, and what reads that reads nothing.
+    """
+    from onnxscript.rewriter._rewrite_rule import RewriteRule
+
+    rewrite = RewriteRule.try_rewrite
+
+    def apart(
+        self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
+    ) -> object:
+        replacement = rewrite(self, model, graph, node, **options)
+        for constant in getattr(replacement, "new_initializers", ()):
+            name = constant.name
+            numbers = itertools.count(1)
+            while constant.name in graph.initializers:
+                constant.name = f"{name}.{next(numbers)}"
+        return replacement
+
+    with patched(RewriteRule, try_rewrite=apart):
         yield
 
 

@@ -151,10 +151,18 @@ class ChoosingFile:
 
     def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
         """The choices that others make, by their names in the file."""
-        return {name: others[other].value for name, other in self.same.items()}
+        values = {name: others[other].value for name, other in self.same.items()}
+        return {name: _listed(value, self.zeros[name].ndim) for name, value in values.items()}
 
     def _choice(self, name: str, made: Named) -> Choice:
         return Choice(made[name], {n: made[n] for n in self.choices[name]})
+
+
+def _listed(value: Array, ndim: int) -> Array:
+    """A choice as the file has it: boxes with their image and class before them, both the first."""
+    if ndim == value.ndim + 1:
+        return np.stack([np.zeros_like(value), np.zeros_like(value), value], axis=1)
+    return value
 
 
 def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:

@@ -397,6 +397,10 @@ class InGraph:
 
         return prove(run, module, arrays=given, tol=tol, rerun=rerun)[0]
 
+    def changes_live(self) -> bool:
+        """Whether the adapter changes an output of the live model on the example inputs."""
+        return _changes(self.state, partial(self._live, arrays_of(self.cap.named)))
+
     def _live(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         with eval_mode(self.state.model):
             named = named_of(self.cap.named, feeds)
@@ -442,6 +446,10 @@ class Explicit:
         )  # fmt: skip
         return found
 
+    def changes_live(self) -> bool:
+        """Whether the adapter changes an output of the live model on the example inputs."""
+        return _changes(self.state, partial(self._live, arrays_of(self.named)))
+
     def _unadapted(
         self, weights: Mapping[str, nn.Parameter], feeds: Named, changed: Mapping[str, torch.Tensor]
     ) -> dict[str, Array]:
@@ -453,6 +461,14 @@ class Explicit:
         named = named_of(self.named, feeds) if feeds else copied(self.named)
         with eval_mode(model):
             return by_output(self.signature.call(model, named))
+
+
+def _changes(state: Attachment, live: Callable[[], Named]) -> bool:
+    """Whether an attached model gives other outputs than without its adapter."""
+    adapted = live()
+    with state.base():
+        base = live()
+    return any(not np.array_equal(base[n], adapted[n]) for n in base)
 
 
 def _live_gates(expected: Named) -> dict[str, Gate]:
@@ -580,10 +596,23 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
             if found.ok and found.tol != CEILING:
                 return
         guilty = [k for k in probe if not alone(k).ok]
+        why = "each update is right alone, and all of them together are not"
+        if guilty:
+            alone(guilty[0])
+            why = READ_TWICE if reference.changes_live() else READ_PAST
     size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
     raise LoraFxError(
-        f"{', '.join(guilty[:3]) or 'the adapter'}: the attached model's {found.output!r} differs "
-        f"from the reference by {size}: something reads the weight past its module's attribute, "
-        "or reads it for more than the matmuls that were found",
-        "exclude it, or use lora_fx.insert",
+        f"{some(guilty, 3) or 'the adapter'}: the attached model's {found.output!r} differs "
+        f"from the reference by {size}: {why}",
+        "exclude it, or use lora_fx.insert" if guilty else "use lora_fx.insert",
     )
+
+
+READ_PAST = (
+    "the live model does not change with it, so something reads the weight past its module's "
+    "attribute"
+)
+READ_TWICE = (
+    "the live model changes with it in another way, so something reads the weight for more than "
+    "the matmuls that were found, or its numbers decide what the model does"
+)

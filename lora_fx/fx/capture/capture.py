@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
@@ -624,14 +625,16 @@ def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]
 
     None is the mode that it is in.
 
-    That is every module's mode, its buffers, in place or replaced, and the plain tensors among its
-    attributes: hooks write such (weight_norm's weight), and a trace would leave fake ones.
+    That is every module's mode, its buffers, in place or replaced, its children, and the tensors
+    and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
+    leave fake ones, and BigBird takes other attention from the first short input on.
     """
     # an attached model's frozen norms say False, whatever they are set to
     held = [
         (m, m.__dict__.get("training", m.training), dict(m._buffers), _plain(m))
         for m in model.modules()
     ]
+    children = [(m, dict(m._modules)) for m in model.modules() if m._modules]
     values = [(b, b.detach().clone()) for b in model.buffers()]
     if training is not None:
         model.train(training)
@@ -642,6 +645,8 @@ def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]
             m.training = was
             m._buffers.update(buffers)
             m.__dict__.update(plain)
+        for m, modules in children:
+            m._modules.update(modules)
         with torch.no_grad():
             for b, value in values:
                 b.copy_(value)
@@ -656,8 +661,16 @@ def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
         yield
 
 
-def _plain(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
+PLAIN = {bool, int, float, str, tuple, type(None)}
+"""Types of attributes that a run can only replace."""
+
+
+def _plain(module: nn.Module) -> dict[str, object]:
+    if isinstance(module, LazyModuleMixin):
+        return {}  # its first run makes it a module of another class
+    return {
+        k: v for k, v in module.__dict__.items() if type(v) in PLAIN or isinstance(v, torch.Tensor)
+    }
 
 
 def _hooked(model: nn.Module) -> Callable[..., Any]:

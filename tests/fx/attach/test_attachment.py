@@ -230,6 +230,34 @@ class Aliased(nn.Module):
         return self.head(F.linear(x, self.kept[0]))
 
 
+class Twice(Aliased):
+    """Reads its weight as an attribute too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lin(x) + F.linear(x.tanh(), self.kept[0]))
+
+
+class Scaled(Aliased):
+    """Reads a number of its weight in Python."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lin(x)) * float(self.kept[0].detach().abs().max())
+
+
+class Both(Aliased):
+    """Does something else where two weights are no longer what they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [self.lin.weight, self.head.weight]
+        self.was = [w.detach().clone() for w in self.kept]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(self.lin(x))
+        changed = all(not torch.equal(w, was) for w, was in zip(self.kept, self.was, strict=True))
+        return -y if changed else y
+
+
 class Measured(nn.Module):
     """Reads its weight for a norm too."""
 
@@ -244,7 +272,10 @@ class Measured(nn.Module):
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
-        (Aliased, "lin.weight: the attached model's 'output'"),
+        (Aliased, "lin.weight: the attached model's 'output' .* does not change with it"),
+        (Twice, "lin.weight: the attached model's 'output' .* changes with it in another way"),
+        (Scaled, "lin.weight: the attached model's 'output' .* its numbers decide"),
+        (Both, "the adapter: the attached model's 'output' .* each update is right alone"),
         (Measured, "w: read by linalg_vector_norm too"),
     ],
 )
