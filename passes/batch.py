@@ -28,6 +28,7 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Layout, Opaque, Permute, Region, Step, layout_of, region_of, track
 from lora_fx.onnx import batch, row_axis
 from lora_fx.onnx.graph.flow import dtype_name
+from lora_fx.onnx.graph.ops import shares_ranges
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
@@ -102,6 +103,8 @@ class Batch:
                     f"output {value.name!r} has no row for every row of the batch",
                     "batch mode serves models whose outputs keep the batch dimension",
                 )
+        if shares_ranges(graph.model):
+            self._refuse_mixing(graph, symbol, sites)
         own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         uses = []
         alike: dict[object, list[ir.Value]] = {}  # A of the uses that read one value
@@ -120,6 +123,22 @@ class Batch:
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
+
+    def _refuse_mixing(self, graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None:
+        """Raise where an output has rows that were mixed after a branch.
+
+        Other models are proven by comparing every row with the row alone. Where activations have
+        one range over all rows, a row alone is another row, so the graph itself has to tell.
+        """
+        activations = {graph.activation(s) for s in sites}
+        changed = {graph.output(s) for s in sites}
+        states = row_axis.provenance(graph.model, symbol, activations, changed)
+        for value in graph.model.graph.outputs:
+            if lost := states.get(value, row_axis.SAME).lost:
+                raise LoraFxError(
+                    f"output {value.name!r}: {lost}, and an adapter of one would reach others",
+                    "use mode merged or switch",
+                )
 
     def _reaching(self, site: Site) -> list[list[str]]:
         """Of each adapter, the keys of the updates that reach a use."""

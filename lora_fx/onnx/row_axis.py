@@ -17,7 +17,7 @@ ends the trail with a reason. The walk is a claim; the export that uses it prove
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -366,7 +366,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
     **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
     **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys((*_WINDOWS.split(), "ConvInteger"), _front(lambda node, i: i == 0)),
+    **dict.fromkeys(
+        (*_WINDOWS.split(), "ConvInteger", "QAttention"), _front(lambda node, i: i == 0)
+    ),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "TopK"),
         _along(-1),
@@ -375,7 +377,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_OF_CODES.split(), _along(-1)),
     "GatherBlockQuantized": _gather,
     **dict.fromkeys(("Concat", "GatherElements", "ScatterElements"), _along(0, _broadcast)),
-    **dict.fromkeys(("GRU", "LSTM", "RNN"), _recurrent),
+    **dict.fromkeys(("GRU", "LSTM", "RNN", "DynamicQuantizeLSTM"), _recurrent),
     **dict.fromkeys(
         ("SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert"), _of_sequence
     ),
@@ -401,7 +403,10 @@ RULES: Mapping[str, Rule] = {
 
 
 def provenance(
-    model: ir.Model, batch: str, read: Collection[ir.Value] = ()
+    model: ir.Model,
+    batch: str,
+    read: Collection[ir.Value] = (),
+    changed: Collection[ir.Value] | None = None,
 ) -> dict[ir.Value, RowAxis]:
     """Where every value of the main graph has its rows.
 
@@ -410,25 +415,42 @@ def provenance(
         batch: The symbol of the inputs' dimension 0.
         read: What branches will read. Equal rows, such as the zeros that a recurrent layer begins
             with, are rows from there on.
+        changed: What branches will change. Rows are lost where an op mixes these, and not where it
+            mixes what no branch changes.
     """
     states: dict[ir.Value, RowAxis] = {}
+    reached = set(changed or ())
     for value in model.graph.inputs:
         first = str(value.shape[0]) if value.shape else ""
         states[value] = RowAxis(0) if first == batch else SAME
     for node in model.graph:
         ins = [states.get(v, SAME) for v in node.inputs if v is not None]
         lost = next((s.lost for s in ins if s.lost), "")
+        changes = changed is None or any(v in reached for v in _operands(node))
         for i, out in enumerate(node.outputs):
             if node.op_type in ("Shape", "Size", "SequenceLength", "SequenceEmpty"):
                 states[out] = SAME
-            elif lost:
+                continue
+            if lost:
                 states[out] = RowAxis(lost=lost)
             elif bodies_of(node) or any(s.axis is not None for s in ins):
                 states[out] = _after(node, states, i, batch)
             else:
                 sizes = [str(d) for d in out.shape or ()] if out in read else []
                 states[out] = RowAxis(sizes.index(batch)) if batch in sizes else SAME
+            if changes:
+                reached.add(out)
+            elif states[out].lost and out not in reached:
+                states[out] = SAME
     return states
+
+
+def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
+    """What an op reads, in its bodies too."""
+    yield from node.inputs
+    for body in bodies_of(node):
+        for inner in body.all_nodes():
+            yield from inner.inputs
 
 
 def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
