@@ -292,6 +292,7 @@ def _regroup(d: Draft) -> None:
     else:
         d.say("h = g.turn(h, 1, 0, 2)")
     d.steps = None
+    d.ids = False  # a mask made of them lies as the rows did
     return None
 
 
