@@ -62,9 +62,10 @@ class _Writer:
         named = {f.target for f in self.told.values()}
         modules = named - {f.target for f in self.told.values() if f.kind == "stack"}
         full = {k: v for k, v in self.adapter.full.items() if k not in biases}
-        # PEFT saves a tensor of several modules with each of them
-        full |= {twin: v for v in full.values() for twin in v.twins if twin not in full}
-        twins = {twin for v in full.values() for twin in v.twins}
+        # PEFT saves a tensor of several modules with each of them, a bias that it trains too
+        tied = {twin: v for v in self.adapter.full.values() for twin in v.twins if twin not in full}
+        full |= tied
+        twins = {*tied, *(twin for v in full.values() for twin in v.twins)}
         whole, odd = split_full(full, named)
         for key, value in full.items():
             if key in twins and key in odd:
