@@ -23,12 +23,6 @@ def _reads(asked: JsonView, *statistics: str) -> bool:
 
 NO_SAY: shared.Rules = (
     NoSay(
-        ("data",),
-        lambda asked: bool(shared.first_given("method")) and not _reads(asked),
-        "for --method {0[method]}, which reads no data",
-        "leave it out, or --method importance, kfac or eva",
-    ),
-    NoSay(
         ("label", "loss", "examples", "max_length", "seed"),
         lambda asked: not _reads(asked),
         "for --method {0[method]}, which reads no data",
@@ -92,9 +86,6 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
         raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
     loaded, cap = shared.captured(model, options)
     batches = shared.some_batches(data, loaded, cap, options)
-    if data and not METHODS[options["method"]].wanted:
-        note(f"{data} decides nothing: --method {options['method']}, the default, reads no data")
-        batches = None
     loss = shared.loss_of(options.pop("loss")) if shared.first_given("loss") else None
     options.pop("loss", None)
     made = plan(cap, data=batches, loss=loss, name=model, **options)

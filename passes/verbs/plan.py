@@ -56,7 +56,7 @@ def plan(
         model: A module, a function of tensors, a Captured, or a path as on the command line.
         args: Example inputs.
         kwargs: Example inputs by keyword.
-        data: Batches by argument name, with a column of labels; none for uniform.
+        data: Batches by argument name, with a column of labels. Uniform reads none, and says so.
         budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.targets.budget).
         method: uniform, importance, kfac or eva (lora_fx.targets.budget).
         loss: ce, the default, mse, or a function of (output, labels).
@@ -75,10 +75,6 @@ def plan(
     if method not in METHODS:
         raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
     asked, way = Budget.of(budget), METHODS[method]
-    if not way.wanted and data is not None:
-        raise LoraFxError(
-            f"data has no say for method {method!r}, which reads none", "leave it out"
-        )
     if loss is not None and not {"outputs", "gradient"} & set(way.wanted):
         raise LoraFxError(
             f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
@@ -95,9 +91,12 @@ def plan(
     most = {key: found[key].layout.max_rank for key in uses}
     limit = asked.limit(found, costs, most)
     seen = Calibration(dict.fromkeys(uses, Moments()))
-    if way.wanted and data is not None:
+    unread: list[str] = []
+    if data is not None and not way.wanted:
+        unread.append(f"data decides nothing: method {method!r} reads none")
+    elif data is not None:
         seen = calibrate(cap, uses, data, loss or "ce", way.wanted)
-    graph, gains, notes = cap.fx_graph(), {}, list(seen.notes)
+    graph, gains, notes = cap.fx_graph(), {}, [*unread, *seen.notes]
     for key, target in ((k, found[k]) for k in uses if k not in seen.dead):
 
         def weight(target: Target = target) -> Array:

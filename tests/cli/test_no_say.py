@@ -71,6 +71,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     },
     "truncate": {"adapter": READS, "table": GOAL, "trust": PERMITS},
     "plan": {
+        "data": DATA,
         "model": READS, "output": WRITES, "budget": GOAL, "method": GOAL, "scale": GOAL,
         "include": TARGETS, "exclude": TARGETS, "weights": READS, "inputs_file": READS,
         "dynamic": RUNS, "static": RUNS, "trust": PERMITS,
@@ -214,7 +215,6 @@ NO_SAY: list[tuple[str, str, str]] = [
         (PLAN, o, "for --method uniform, which reads no data")
         for o in ("--label labels", "--loss ce", "--examples 8", "--max-length 8", "--seed 0")
     ),
-    (f"{PLAN} --method uniform", "data.npz", "for --method uniform, which reads no data"),
     ("plan model.py:build data.npz -o out.json --method eva", "--loss ce", "reads no gradient"),
     ("plan model.py:build data.npz -o out.json --method kfac", "--max-length 9", "tokenizer"),
     ("plan out.pt2 -o out.json", "--no-repeat", "which is traced already"),

@@ -79,9 +79,7 @@ def adapters() -> dict[str, lora_fx.Adapter]:
 def test_rows_that_reach_each_other_are_refused(name: str, tmp_path: Path) -> None:
     path = written(MIXED[name], tmp_path)
     with pytest.raises(LoraFxError, match=r"output 'y': .* may mix the rows of the batch, and an"):
-        lora_fx.export(
-            path, tmp_path / "b.onnx", adapters=adapters(), mode="batch", provider="cpu"
-        )
+        lora_fx.export(path, tmp_path / "b.onnx", adapters=adapters(), mode="batch", provider="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
