@@ -306,13 +306,13 @@ def other_first(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     monkeypatch.setattr(Attachment, "adapter", lambda self: changed(adapter_of(self)))
 
 
-WRONG = (1.01, *(pytest.param(factor, marks=pytest.mark.slow) for factor in (0.0, 0.99)))
+FACTORS = (1.01, *(pytest.param(factor, marks=pytest.mark.slow) for factor in (0.0, 0.99)))
 """What an update is multiplied by."""
 
 
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", CHAOTIC)
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", FACTORS)
 def test_a_wrong_branch_of_a_chaotic_live_model_is_found(
     wrong: float, name: str, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +325,7 @@ def test_a_wrong_branch_of_a_chaotic_live_model_is_found(
 
 @pytest.mark.parametrize("kind", [Scores, Unseen])
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", FACTORS)
 def test_a_wrong_branch_of_a_live_model_that_chooses_is_found(
     wrong: float, name: str, kind: type[Scores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
