@@ -59,12 +59,6 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _chosen(self, func: Any, result: torch.Tensor, among: list[Array]) -> torch.Tensor:
         """A result of an op, or the choice that the other run made in its place."""
-        if (
-            not isinstance(result, torch.Tensor)
-            or result.is_floating_point()
-            or result.is_complex()
-        ):
-            return result
         name = f"{func}:{len(self.choices)}"
         floats = {f"{name}.{i}": value for i, value in enumerate(among)}
         choice = Choice(to_numpy(result), floats)
