@@ -35,6 +35,15 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """True: what is compiled runs as it is compiled, as one op.
+
+        Of a function that torch.compile or torch.cond meets in another dispatch mode, torch notes
+        for good that it is not to be compiled: torch.cond would fail in the process from then on.
+        """
+        return True
+
     def __init__(self, others: Mapping[str, Choice]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.others = others
