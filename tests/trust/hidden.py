@@ -571,6 +571,9 @@ def drawn(seed: int) -> tuple[str, str]:
 def verdict(place: str, effect: str, *, moving: bool = True) -> Verdict:
     """Capture a model in both modes and compare its graphs with it, also far beyond the example."""
     torch.manual_seed(0)
+    STATE["table"].clear()  # of the model before, which may live until garbage is collected
+    STATE["by_module"].clear()
+    MODEL.clear()
     model = PLACES[place](EFFECTS[effect], int(moving)).eval()
     model.requires_grad_(False)  # else the first layer alone has an argument without gradient
     x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
