@@ -103,7 +103,12 @@ _run: ContextVar[Remembered | None] = ContextVar("run", default=None)
 
 @contextlib.contextmanager
 def remembering() -> Iterator[Remembered]:
-    """A run: what is read within is remembered until its end. One within another is part of it."""
+    """A run: what is read within is remembered until its end. One within another is part of it.
+
+    Raises:
+        LoraFxError: The block raised one, and an input is another file by now: it names that
+            input, whose numbers may have been of both.
+    """
     now = _run.get()
     if now is not None:
         yield now
@@ -112,6 +117,9 @@ def remembering() -> Iterator[Remembered]:
     token = _run.set(run)
     try:
         yield run
+    except LoraFxError:
+        check_unchanged()
+        raise
     finally:
         _run.reset(token)
 

@@ -243,6 +243,30 @@ def test_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, 3e38], ids=["NaN", "infinite", "large"])
+def test_numbers_that_are_none_in_the_middle(
+    number: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the new numbers is not told of a base that had others."""
+    from lora_fx.checkpoint.fold import TensorFold
+
+    scene(tmp_path)
+    block = TensorFold.block
+
+    def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.02)  # see written_over
+        for i in (1, 2):
+            with (tmp_path / f"base/model-0000{i}-of-00002.safetensors").open("r+b") as file:
+                file.seek(-4, os.SEEK_END)
+                file.write(np.float32(number).tobytes())
+        return block(self, *args, **kwargs)
+
+    monkeypatch.setattr(TensorFold, "block", late)
+    with pytest.raises(LoraFxError, match="changed while it was read"):
+        lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_and_extract_write_nothing_and_say_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
