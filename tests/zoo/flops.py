@@ -53,6 +53,7 @@ def counted(subject: Subject) -> int:
         for hook in hooks:
             hook.remove()
         torch.backends.mkldnn.set_flags(was)
+        torch._dynamo.reset()  # a torch.cond that the counter has seen could not be compiled later
     return counter.get_total_flops() + trilinear[0]
 
 
