@@ -182,6 +182,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def all_tensors(model: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers under all their names."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
 def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
     """({any name: first name}, {first name: other names}) of the tree; adapters' left out."""
     first: dict[int, str] = {}

@@ -174,7 +174,7 @@ def _attached(
         refuse_inference(model)
         cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
         cap.live = True
-        planner = GraphPlanner(cap.fx_graph(), found_in(cap), options.dropout)
+        planner = GraphPlanner(cap.fx_graph(root=cap.model), found_in(cap), options.dropout)
     except CaptureError as e:
         call = partial(model, *args, **(kwargs or {}))
         cap, planner = None, _partial(model, call, options.dropout, e)

@@ -35,7 +35,8 @@ from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
-from lora_fx.fx.tensors import AdapterTensors, parameter_of, patched
+from lora_fx.fx.skeleton import Skeleton
+from lora_fx.fx.tensors import AdapterTensors, all_tensors, parameter_of, patched
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.progress import stage
 from lora_fx.text import Json
@@ -224,10 +225,7 @@ class Captured:
 
     def _graph_module(self, training: bool) -> fx.GraphModule:
         self.allows(training, "update")
-        tensors = self._tensors(self.traced(training, self.named))
-        graph = self.fx_graph(training).graph
-        used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-        return fx.GraphModule({n: tensors[n] for n in used}, graph)
+        return self.fx_graph(training, self.model).module()
 
     def _tensors(self, traced: Traced) -> dict[str, Any]:
         # what the weightless source holds in the place of the model's tensors is fake
@@ -237,9 +235,17 @@ class Captured:
         """Raise LoraFxError where a mode cannot be run: a file may hold the other one only."""
 
     def fx_graph(self, training: bool = False, root: nn.Module | None = None) -> FxGraph:
-        """A fresh copy of a mode's graph, as passes see it."""
+        """A fresh copy of a mode's graph, as passes see it.
+
+        Args:
+            training: The mode.
+            root: The tree that holds the tensors, and that passes edit. None makes one which shares
+                the storage of the parameters, so that the user's module stays as it is.
+        """
         traced = self.traced(training, self.named)
-        return traced.fx_graph(self.model if root is None else root, training)
+        if root is None:
+            root = Skeleton(lambda name: nn.Module(), flags=True).of(self.model)
+        return traced.fx_graph(root, training)
 
     def traced(
         self,
@@ -611,12 +617,6 @@ def copied(named: Named) -> dict[str, Any]:
 
 def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
     return x * factor if x.is_floating_point() else x.clone()
-
-
-def all_tensors(model: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers under all their names."""
-    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-    return named | dict(model.named_buffers(remove_duplicate=False))
 
 
 @contextlib.contextmanager

@@ -94,7 +94,9 @@ class Traced:
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
         """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
-        graph = FxGraph(self.graph, root, training=training, bodies=self.bodies).clone()
+        graph = FxGraph(
+            self.graph, root, training=training, bodies=self.bodies, constants=self.constants
+        ).clone()
         graph.read_codes()
         graph.share(self.analyses)
         return graph

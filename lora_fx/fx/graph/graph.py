@@ -28,7 +28,7 @@ from lora_fx.fx.graph.nodes import (
     value,
 )
 from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, gathered, other_readers, slots, uses
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, to_numpy
+from lora_fx.fx.tensors import all_tensors, from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.text import free_name
@@ -42,6 +42,7 @@ class FxGraph(Analysed):
         root: The module tree. Passes may register parameters on it.
         training: True for a train graph; insert adds dropout to such graphs only.
         bodies: What the higher-order ops of the graph call, by the name that it reads.
+        constants: Tensors that the graph reads and that the tree does not hold, by that name.
 
     Attributes:
         held: What the tree's codes stand for, by first name, once `read_codes` has looked.
@@ -56,10 +57,12 @@ class FxGraph(Analysed):
         *,
         training: bool = False,
         bodies: Bodies | None = None,
+        constants: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.graph = graph
         self.bodies = dict(bodies or {})
+        self.constants = dict(constants or {})
         self.root = root
         self.training = training
         self._names, self._aliases = named_tensors(root)
@@ -364,10 +367,22 @@ class FxGraph(Analysed):
             if new.name != node.name:
                 new.name = node.name
         graph.set_codegen(self.graph._codegen)
-        other = FxGraph(graph, self.root, training=self.training, bodies=self.bodies)
+        other = FxGraph(
+            graph, self.root, training=self.training, bodies=self.bodies, constants=self.constants
+        )
         other.share(self._named)
         other.held = self.held
         return other
+
+    def module(self) -> fx.GraphModule:
+        """The graph as a module that runs.
+
+        It takes the inputs of the graph in their order, reads the tensors of the tree, and returns
+        the outputs in a tuple. What passes do later to this graph does not reach it.
+        """
+        tensors = {**self.constants, **all_tensors(self.root), **self.bodies}
+        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        return fx.GraphModule({name: tensors[name] for name in read}, self.clone().graph)
 
     def lint(self) -> None:
         """Run torch.fx's own check."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +25,13 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, all_tensors, base_dtype, copied
+from lora_fx.fx.capture.capture import Captured, alike, base_dtype, copied
 from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
-from lora_fx.fx.codes import HELD
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
-from lora_fx.fx.tensors import AdapterTensors, patched, to_numpy
+from lora_fx.fx.skeleton import Skeleton
+from lora_fx.fx.tensors import all_tensors, patched, to_numpy
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
@@ -41,12 +41,8 @@ Speedups = Callable[[Sequence[str]], list[Rewriter]]
 """The passes that make train programs cheaper, for the paths of a module's blocks."""
 
 
-# The tree that holds a model's tensors, and the weightless copy that holds its code.
-#
-# The skeleton has the user's names, ties and class names, shares the parameters' storage under
-# flags of its own, and copies the buffers. The weightless copy is the user's module with every
-# tensor faked: captures trace it, so the user's module keeps its mode and its statistics, and no
-# weight is held twice.
+# The weightless copy holds the model's code: the user's module with every tensor faked. Captures
+# trace that, so the module keeps its mode and its statistics, and no weight is held twice.
 
 
 class Scope(nn.Module):
@@ -95,47 +91,6 @@ def blocks_of(root: nn.Module) -> dict[str, Scope]:
             if isinstance(child, Scope) and all(child is not b for b in blocks.values()):
                 blocks[f"{name}.{key}".lstrip(".")] = child
     return blocks
-
-
-def skeleton(
-    module: nn.Module, memo: dict[int, Any], own: Collection[int], root: nn.Module | None = None
-) -> nn.Module:
-    """The tree of `module` without its code.
-
-    Args:
-        module: The user's module, or a part of it.
-        memo: id of an original → its counterpart; keeps ties and shared modules.
-        own: ids of parameters that get a copy of their storage (they will be trained).
-        root: The object to fill, for the top of the tree.
-    """
-    if id(module) in memo:
-        done: nn.Module = memo[id(module)]
-        return done
-    # ModuleList and ModuleDict have no forward to replace, and users index them: they stay
-    indexable = type(module) in (nn.ModuleList, nn.ModuleDict)
-    new = root
-    if new is None:
-        new = type(module)() if indexable else scope_class(type(module).__name__)()
-    memo[id(module)] = new
-    for name, p in module._parameters.items():
-        if p is not None and id(p) not in memo:
-            # the same storage under a new Parameter: requires_grad is not the user's
-            data = p.detach().clone() if id(p) in own else p.detach()
-            memo[id(p)] = nn.Parameter(data, requires_grad=id(p) in own)
-        new.register_parameter(name, None if p is None else memo[id(p)])
-    for name, b in module._buffers.items():
-        if b is not None and id(b) not in memo:
-            memo[id(b)] = b.detach().clone()  # a train step moves a batch norm's statistics
-        keep = name not in module._non_persistent_buffers_set
-        new.register_buffer(name, None if b is None else memo[id(b)], persistent=keep)
-    for name, child in module._modules.items():
-        if isinstance(child, AdapterTensors):
-            continue
-        new._modules[name] = None if child is None else skeleton(child, memo, own)
-    new.training = module.training
-    if HELD in module.__dict__:
-        new.__dict__[HELD] = dict(module.__dict__[HELD])
-    return new
 
 
 def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
@@ -206,7 +161,7 @@ class CapturedModule(Recomputing, Scope):
             )
         _check_free(tree, type(self))
         ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
-        skeleton(tree, {}, ids, self)
+        Skeleton(lambda name: scope_class(name)(), ids).of(tree, self)
         self._dtype = base_dtype(self) or captured.base_dtype
         self._shared = True
         self.eval()
@@ -334,7 +289,7 @@ class CapturedModule(Recomputing, Scope):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> object:
         # scales and zeros are part of the codes' values: no cast of the model rounds them
         kept = [(m, name, m._buffers[name])
-                for m in self.modules() for leaf in m.__dict__.get(HELD, ())
+                for m in self.modules() for leaf in m.__dict__.get(codes.HELD, ())
                 for name in (f"{leaf}_{p}" for p in codes.PARTS) if name in m._buffers]  # fmt: skip
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved: dict[int, torch.Tensor] = {}
