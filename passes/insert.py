@@ -81,9 +81,12 @@ class Insert:
         return PassResult(graph, bool(here))
 
     def _output_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> bool:
-        """Add the branches to the site's result; False where only the weight form exists."""
+        """Add the branches to the site's result.
+
+        Returns False, before anything is emitted, where only the weight form exists.
+        """
         read = site_layout(site, pairs[0][0].parameter.shape)
-        if self.weight_form or isinstance(site.kind, kinds.WeightForm) or read is None:
+        if self.weight_form or not site.kind.has_branch or read is None:
             return False
         ways = [_way(read, target, update) for target, update in pairs]
         if "" in ways or not _picks_batches(site, read[1]):
@@ -93,17 +96,14 @@ class Insert:
         e = graph.emit(site)
         total = graph.output(site)
         for pair, way in zip(pairs, ways, strict=True):
-            y = self._branch(graph, e, site, pair, way)
-            if y is None:
-                return False
-            total = e.op("add", total, y)
+            total = e.op("add", total, self._branch(graph, e, site, pair, way))
         graph.replace_output(site, total)
         return True
 
     def _branch(
         self, graph: Graph[V], e: Emitter[V], site: Site, pair: Pair, way: str, g: V | None = None
-    ) -> V | None:
-        """The branch s·b(a x) in the shape of the result; None where it has no such form.
+    ) -> V:
+        """The branch s·b(a x) in the shape of the result.
 
         `g` [*batch, out, 1] multiplies the rows of b.
         """
@@ -132,9 +132,8 @@ class Insert:
                 ids = graph.picked(site, e)
                 a, b = e.op("gather", a, ids), e.op("gather", b, ids)
             part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
-            if part is None:
-                return None
             y = part if y is None else e.op("add", y, part)
+        assert y is not None
         return y
 
     def _stretched_form(
@@ -157,8 +156,6 @@ class Insert:
         y = graph.output(site)
         g = e.op("cast_like", column, y)
         part = self._branch(graph, e, site, pairs[0], "straight", g)
-        if part is None:
-            return False
         less = e.op("add", e.op("reshape", g, shape=shape), -1.0)
         graph.replace_output(site, e.op("add", y, e.op("add", e.op("mul", product, less), part)))
         return True

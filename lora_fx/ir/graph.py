@@ -279,8 +279,12 @@ class Kind(Protocol):
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Which axes of an operand of this shape are batch, out and in."""
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
-        """b·(a·x) in the shape of the op's output; None where only the weight form exists."""
+    @property
+    def has_branch(self) -> bool:
+        """Whether b·(a·x) can be computed beside the op; else only the weight form exists."""
+
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
+        """b·(a·x) in the shape of the op's output, where `has_branch` says that there is one."""
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """The shape in which a number a row of W goes with the result; empty where none does."""

@@ -60,6 +60,7 @@ class Einsum:
     w: str
     y: str
     form: str = ""
+    has_branch = True
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ class Einsum:
         """One einsum."""
         return e.op("einsum", x, w, equation=f"{self.x},{self.w}->{self.y}")
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """Right: (x aᵀ) bᵀ; left: b (a x); else two einsums through a letter for the rank."""
         axes = self.axes(site.operand)
         if self.form == "left":
@@ -135,11 +136,16 @@ class Lookup(Apart):
 
     name = "embedding"
 
+    @property
+    def has_branch(self) -> bool:
+        """See Kind."""
+        return True
+
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The rows are in, everything else is out."""
         return Axes((), tuple(range(1, len(operand))), (0,))
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """aᵀ[ids] bᵀ: rows of aᵀ are looked up by the site's own op."""
         t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
         return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
@@ -156,9 +162,10 @@ class EmbeddingBag(Lookup):
 
     mode: str = "sum"
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
-        """bag(aᵀ) bᵀ for sum and mean, which are linear; max has the weight form only."""
-        return None if self.mode == "max" else super().branch(e, site, x, f)
+    @property
+    def has_branch(self) -> bool:
+        """Sum and mean are linear, so bag(aᵀ) bᵀ is theirs; max is not."""
+        return self.mode != "max"
 
 
 @dataclass(frozen=True)
@@ -166,12 +173,13 @@ class Grouped(Apart):
     """Rows of x [n, in] sorted by group, each group times its own matrix of w [groups, in, out]."""
 
     name = "grouped"  # as the experts of a mixture are
+    has_branch = True
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """The experts are batch."""
         return Axes((0,), (2,), (1,))
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """The site's own op twice, with aᵀ and with bᵀ."""
         a, b = f.a, f.b
         if more := -f.rank % int(site.attrs.get("rank_multiple", 1)):
@@ -193,14 +201,15 @@ class WeightForm(Apart):
 
     name: str
     parts: Axes
+    has_branch = False
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
         """Those that the op table's row names, whatever the operand."""
         return self.parts
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """There is none: the op reads W + s·b·a."""
-        return None
+        raise NotImplementedError(f"{self.name} has no branch")
 
 
 RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
@@ -216,6 +225,7 @@ class Conv:
     """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
 
     name = "conv"  # for any number of dimensions
+    has_branch = True
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
@@ -229,7 +239,7 @@ class Conv:
         """One convolution."""
         return e.op("conv", x, w, groups=self.groups, **site.attrs)
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """The site's own convolution to g·rank channels, then a 1×1 one with b."""
         g, window = self.groups, site.operand[1:]
         a = e.op("reshape", f.a, shape=(FREE, *window))
@@ -249,6 +259,7 @@ class ConvTranspose(Apart):
     """
 
     name = "conv_transpose"
+    has_branch = True
     groups: int = 1
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
@@ -260,7 +271,7 @@ class ConvTranspose(Apart):
         """One transposed convolution."""
         return e.op("conv_transpose", x, w, groups=self.groups, **site.attrs)
 
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V | None:
+    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
         g, window = self.groups, site.operand[1:]
         ones = tuple(1 for _ in window[1:])

@@ -14,6 +14,7 @@ import lora_fx
 from lora_fx import LowRank
 from lora_fx.fx.codes import beside
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
@@ -22,6 +23,9 @@ from lora_fx.passes.insert import Insert
 from lora_fx.passes.quantise import Quantise
 from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
+from tests.passes.test_rows import captured
+from tests.passes.test_variants import started
+from tests.table import ROWS, Row
 
 
 class Net(nn.Module):
@@ -151,3 +155,13 @@ def test_a_graph_over_codes_runs_as_their_numbers() -> None:
     Insert(updates(graph))(graph)
     assert same(before, state(coded))
     assert not graph.module()(x)[0].equal(got)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+def test_insert_leaves_no_node_that_nothing_reads(row: Row, variant: str) -> None:
+    _, _, cap = captured(row)
+    updates = started(cap, variant, "gaussian")[1]
+    graph = cap.fx_graph()
+    assert Insert(updates)(graph).modified == bool(updates)
+    assert not [n for n in graph.graph.nodes if is_marked(n) and not n.users]
