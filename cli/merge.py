@@ -78,7 +78,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
         emit(str(plan), inputs=inputs, **plan.to_json())
         return
     with progress_bar() as progress:
-        report = run(plan, out, link=link, force=force, workers=threads, progress=progress)
+        report = run(plan, out, link=link, force=force, threads=threads, progress=progress)
     note(*report.warnings, warns=True)
     outputs = list(report.outputs)
     emit(lines(report), inputs=inputs, outputs=outputs, **report_json(report))

@@ -62,8 +62,9 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     from lora_fx.files.checkpoint import open_checkpoint
 
     processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
-    keywords = {k: v for k, v in options.items() if k != "link"}
-    MergeOptions(**keywords)  # what no merge takes, and a base that cannot be read, is one error
+    link = options.pop("link")
+    merge_options = MergeOptions(**options)
+    # what no merge takes, and a base that cannot be read, is one error
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
     jobs = jobs_of([shared.split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
@@ -72,9 +73,9 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     made = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    rows, said = [], shared.arguments(options)
+    rows = []
     for row in merge_all(
-        base, jobs, processes=processes, force=force, arguments=said, options=keywords
+        base, jobs, processes=processes, force=force, link=link, options=merge_options
     ):
         rows.append(row)
         say(_line(row))

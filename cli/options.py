@@ -573,13 +573,6 @@ def in_groups(params: Sequence[click.Parameter]) -> dict[str, list[click.Option]
     return {"Options": [p for p in options if p not in grouped], **groups}
 
 
-def arguments(options: JsonView) -> list[str]:
-    """The command line that says these options."""
-    given = [f"--{name}" for name in FLAGS if options[name.replace("-", "_")]]
-    said = [name for name in ("dtype", "max_shard_size") if options[name]]
-    return [*given, *(x for n in said for x in (f"--{n.replace('_', '-')}", options[n]))]
-
-
 def load_numpy() -> None:
     """Import numpy with one BLAS thread, where nothing has imported it or said how many.
 

@@ -24,7 +24,7 @@ MODULES = list(HOUSE.modules.values())
 # Folders import only folders that stand above them; what shares a line may not import each other.
 ORDER = (
     ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.errors", "lora_fx.progress"),
-    ("lora_fx.regexes",),
+    ("lora_fx.regexes", "lora_fx.spellings"),
     ("lora_fx.conditions",),
     ("lora_fx.files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
@@ -219,11 +219,13 @@ def test_heavy_libraries_stay_in_their_folder() -> None:
 
 
 VERBS = (
+    "checkpoint.doctor.doctor",
     "checkpoint.extract.extract",
     "checkpoint.merge.merge",
     "passes.verbs.adapt.insert",
     "passes.verbs.attach.attach",
     "passes.verbs.export.export",
+    "passes.verbs.merge.merge",
     "passes.verbs.plan.plan",
     "passes.verbs.verify.verify",
 )

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -433,15 +432,48 @@ SERVED = "server"
 """The check of what a program makes of the adapter, where one is named."""
 
 
-def doctor(base: StrPath, adapter: StrPath, server: str | None = None, **options: Any) -> Report:
+def doctor(
+    base: StrPath,
+    adapter: StrPath,
+    server: str | None = None,
+    *,
+    how: str = "sum",
+    rank: int | None = None,
+    dtype: str | None = None,
+    allow_unused: bool = False,
+    untie: bool = False,
+    add: bool = False,
+    again: bool = False,
+    allow_missing: bool = False,
+    any_base: bool = False,
+    other_readers: bool = False,
+    trust: bool = False,
+    dequantise: bool = False,
+    requantise: bool = False,
+    lossy: bool = False,
+    max_shard_size: int | str | None = None,
+) -> Report:
     """What is wrong with a base and an adapter.
 
     Args:
         base: A Hugging Face folder or a `.safetensors` file.
         adapter: A file or folder that `lora_fx.load_adapter` reads, or would if it were sound.
         server: vllm, sglang or peft: also say what that program would read, misread or drop.
-        options: Those of `lora_fx.merge` that the pair is to be merged with, such as
-            dequantise=True; trust=True reads pickles.
+        how: As in `lora_fx.merge`, with which the pair is to be merged; so are those below.
+        rank: As there.
+        dtype: As there.
+        allow_unused: As there.
+        untie: As there.
+        add: As there.
+        again: As there.
+        allow_missing: As there.
+        any_base: As there.
+        other_readers: As there.
+        trust: Read pickles, by torch's unpickler that runs no code.
+        dequantise: As there.
+        requantise: As there.
+        lossy: As there.
+        max_shard_size: As there.
 
     Returns:
         A Report that is true where no finding is an error; `details["findings"]` has them all,
@@ -450,7 +482,12 @@ def doctor(base: StrPath, adapter: StrPath, server: str | None = None, **options
     Raises:
         LoraFxError: One of the two cannot be read at all.
     """
-    asked = MergeOptions(**options)
+    asked = MergeOptions(
+        how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
+        again=again, allow_missing=allow_missing, any_base=any_base,
+        other_readers=other_readers, trust=trust, dequantise=dequantise,
+        requantise=requantise, lossy=lossy, max_shard_size=max_shard_size,
+    )  # fmt: skip
     base, adapter = local(base), local(adapter)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -47,7 +47,8 @@ from lora_fx.files.read import (
 )
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
-from lora_fx.text import Json, JsonView, StrPath, some, table
+from lora_fx.spellings import under_either_name
+from lora_fx.text import Json, StrPath, some, table
 
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
@@ -78,8 +79,9 @@ def merge(
     max_shard_size: int | str | None = None,
     link: bool = False,
     force: bool = False,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Fold adapters into a checkpoint and write a new one of the same kind.
 
@@ -110,8 +112,9 @@ def merge(
             where None.
         link: Untouched shards share the base's inodes (hard links).
         force: Replace an output that exists.
-        workers: Threads; as many as there are cores where None.
+        threads: How many work at a time; as many as there are cores where None.
         progress: Called with bytes done and bytes in all.
+        workers: The old name of threads.
 
     Returns:
         A Report; `details["tensors"]` has, for every touched tensor, ‖Δ‖/‖W‖ (ratio), the share
@@ -130,9 +133,10 @@ def merge(
         requantise=requantise, lossy=lossy,
         max_shard_size=max_shard_size,
     )  # fmt: skip
+    threads = under_either_name("workers", workers, "threads", threads)
     check_output(out, force=force)
     plan = plan_merge(base, adapters, options)
-    return run(plan, out, link=link, force=force, workers=workers, progress=progress)
+    return run(plan, out, link=link, force=force, threads=threads, progress=progress)
 
 
 def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None = None) -> MergePlan:
@@ -151,7 +155,7 @@ def run(
     *,
     link: bool = False,
     force: bool = False,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan; see `merge`."""
@@ -170,8 +174,8 @@ def run(
         check_output(target, force=force, names=_names(plan, target))
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
-            threads = workers or cores()
-            stats = write(plan, stage, workers=threads, link=link, progress=progress)
+            threads = threads or cores()
+            stats = write(plan, stage, threads=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
             whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
             anew = [s for n, s in stats.items() if plan.changes[n].requantised]
@@ -183,7 +187,7 @@ def run(
                 )
             if not plan.options.lossy:
                 refuse_loss(anew, target)
-            wrong = list(prove(plan, open_checkpoint(stage), workers=threads))
+            wrong = list(prove(plan, open_checkpoint(stage), threads=threads))
             if wrong:
                 check_unchanged()  # a base that is another one now has other numbers
                 raise LoraFxError(
@@ -419,8 +423,8 @@ def merge_all(
     *,
     processes: int,
     force: bool,
-    arguments: Sequence[str] = (),
-    options: JsonView | None = None,
+    link: bool = False,
+    options: MergeOptions | None = None,
 ) -> Iterator[Json]:
     """Merge every job; one result each, as they finish.
 
@@ -429,8 +433,8 @@ def merge_all(
         jobs: See jobs_of.
         processes: How many merges run at a time.
         force: Replace outputs that exist; without it one that is this very merge is kept.
-        arguments: What `lora-fx merge` is given for all of them.
-        options: The same as keywords of `MergeOptions`.
+        link: Untouched shards share the base's inodes (hard links).
+        options: Of every merge.
 
     Yields:
         {"adapter", "out", "ok"} and, where it failed, "error" and "hint"; "kept" is true for an
@@ -439,9 +443,14 @@ def merge_all(
     """
     if (run := run_of_files()) is not None:
         run.outputs |= {job.out: inode_of(job.out) for job in jobs}
+    options = options or MergeOptions()
     threads = max(1, cores() // max(1, processes))
-    extra = [*arguments, "--threads", str(threads), *(["--force"] if force else [])]
-    running = _Running(base, extra, None if force else options or {})
+    arguments = [*command_line(options), "--threads", str(threads)]
+    if link:
+        arguments.append("--link")
+    if force:
+        arguments.append("--force")
+    running = _Running(base, arguments, None if force else options)
     with ThreadPoolExecutor(max(1, processes)) as pool:
         futures = [pool.submit(running.result, job) for job in jobs]
         try:
@@ -452,6 +461,22 @@ def merge_all(
             if type(error) is not KeyboardInterrupt:  # Ctrl-C has reached the children as well
                 running.stop()
             raise
+
+
+def command_line(options: MergeOptions) -> list[str]:
+    """The options of `lora-fx merge` that say the same.
+
+    >>> command_line(MergeOptions(dtype="fp16", untie=True))
+    ['--dtype', 'float16', '--untie']
+    """
+    arguments: list[str] = []
+    for field in fields(options):
+        value = getattr(options, field.name)
+        name = f"--{field.name.replace('_', '-')}"
+        if value == field.default:
+            continue
+        arguments += [name] if value is True else [name, str(value)]
+    return arguments
 
 
 _PROGRAM = (*isolated.PYTHON, "-m", "lora_fx.cli")
@@ -476,13 +501,15 @@ class _Running:
 
     Args:
         base: The checkpoint.
-        extra: Arguments of every merge.
-        options: Keywords of `MergeOptions`, by which an output that is kept is known; None: none
-            is.
+        arguments: Those of every merge.
+        options: The same, by which an output is known that is this very merge and stays; None
+            where every output is replaced.
     """
 
-    def __init__(self, base: str, extra: Sequence[str], options: JsonView | None) -> None:
-        self.base, self.extra, self.options = base, extra, options
+    def __init__(self, base: str, arguments: Sequence[str], options: MergeOptions | None) -> None:
+        self.base = base
+        self.arguments = arguments
+        self.options = options
         self._lock, self._stopped = Lock(), False
         self._processes: set[subprocess.Popen[str]] = set()
 
@@ -520,7 +547,7 @@ class _Running:
         adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
         command = [*_PROGRAM, "merge", self.base, adapter]
         for wait in (*_WAITS, None):
-            code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.extra])
+            code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.arguments])
             if wait is None or code != 2 or BUSY not in out:
                 break
             time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
@@ -545,6 +572,6 @@ class _Running:
         if self.options is None or not job.out.exists():
             return False
         out = open_checkpoint(job.out)
-        plan = plan_merge(self.base, [(job.adapter, job.weight)], MergeOptions(**self.options))
+        plan = plan_merge(self.base, [(job.adapter, job.weight)], self.options)
         names = {*plan.base.tensors, *plan.added}
         return set(out.tensors) == names and history(out) == json.loads(plan.record())

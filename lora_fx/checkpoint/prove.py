@@ -50,7 +50,7 @@ ROWS = 4
 
 
 def prove(
-    plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, workers: int = 1
+    plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, threads: int = 1
 ) -> Iterator[Difference]:
     """What differs between a merged checkpoint and what the plan says it should be.
 
@@ -58,7 +58,7 @@ def prove(
         plan: The plan of the merge.
         out: The merged checkpoint, reopened.
         rows: Rows of every touched tensor to compute again; None for all.
-        workers: Threads.
+        threads: How many work at a time.
     """
     for name in (*plan.base.tensors, *plan.added):
         if name not in out.tensors:
@@ -69,7 +69,7 @@ def prove(
     def tensor(name: str) -> list[Difference]:
         return list(_tensor(plan, out, weights, name, rows))
 
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         for found in pool.map(tensor, out.tensors):
             yield from found
 

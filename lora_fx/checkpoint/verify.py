@@ -78,7 +78,7 @@ def verify_files(
         else:
             parts = given(_listed(adapter), base=Path(b))
             plan, recorded, notes = chain_of(first, second, parts)
-            wrong = prove(plan, first, rows=rows, workers=cores())
+            wrong = prove(plan, first, rows=rows, threads=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
     check_unchanged()
     names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}

@@ -51,14 +51,14 @@ Progress = Callable[[int, int], None]
 
 
 def write(
-    plan: MergePlan, stage: Path, *, workers: int, link: bool, progress: Progress | None
+    plan: MergePlan, stage: Path, *, threads: int, link: bool, progress: Progress | None
 ) -> dict[str, Stats]:
     """Write the merged checkpoint.
 
     Args:
         plan: What to write.
         stage: A path that does not exist: becomes a file where the base is one, else a folder.
-        workers: Threads.
+        threads: How many work at a time.
         link: Give untouched shards the base's inodes (hard links) instead of copies.
         progress: See Progress.
 
@@ -81,7 +81,7 @@ def write(
             rest[name] = target
         else:
             touched.append(shard)
-    run = _Run(plan, workers, progress)
+    run = _Run(plan, threads, progress)
     with run.stack:
         stats = run.go(touched, rest, link=link)
     if is_folder:
@@ -93,8 +93,8 @@ def write(
 class _Run:
     """One merge under way: open files, threads, bytes done."""
 
-    def __init__(self, plan: MergePlan, workers: int, progress: Progress | None) -> None:
-        self.plan, self.stack, self.workers = plan, contextlib.ExitStack(), max(1, workers)
+    def __init__(self, plan: MergePlan, threads: int, progress: Progress | None) -> None:
+        self.plan, self.stack, self.threads = plan, contextlib.ExitStack(), max(1, threads)
         self.progress, self.done, self.total = progress or (lambda done, total: None), 0, 1
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
@@ -118,13 +118,13 @@ class _Run:
         folds = [self._jobs(shard, fd) for shard, fd in fds]
         changed = ((s, shard, fd) for shard, fd in fds for s in shard.slots if s.change is not None)
         self.places = {s.name: (fd, len(shard.head) + s.start) for s, shard, fd in changed}
-        jobs = itertools.chain(self.reserved, in_turn([*folds, *copies], self.workers))
+        jobs = itertools.chain(self.reserved, in_turn([*folds, *copies], self.threads))
         self.total = sum(s.size for s in touched)
         self.total += sum((self.plan.base.folder / n).stat().st_size for n in rest)
         with (
             one_blas_thread(),
             ThreadPoolExecutor(1) as disk,
-            ThreadPoolExecutor(self.workers) as pool,
+            ThreadPoolExecutor(self.threads) as pool,
         ):
             try:
                 stats = self._work(pool, disk, jobs)
@@ -147,7 +147,7 @@ class _Run:
         for job in itertools.chain(jobs, itertools.repeat(None)):
             if job is not None:
                 waiting.append(pool.submit(job))
-                if len(waiting) < WAITING * self.workers:
+                if len(waiting) < WAITING * self.threads:
                     continue
             if not waiting:
                 self.flush.result()

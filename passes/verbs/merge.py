@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import fspath
 from pathlib import Path
-from typing import Any
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
-from lora_fx.checkpoint.merge import GAIN, Adapters, given
-from lora_fx.checkpoint.merge_plan import Given, refuse_rank
+from lora_fx.checkpoint.merge import GAIN, Adapters, given, plan_merge
+from lora_fx.checkpoint.merge import run as merge_checkpoint
+from lora_fx.checkpoint.merge_plan import Given, MergeOptions, refuse_rank
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
+from lora_fx.checkpoint.write import Progress
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.errors import (
     LoraFxError,
@@ -41,6 +42,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
+from lora_fx.spellings import under_either_name
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, StrPath, table
 
@@ -86,14 +88,18 @@ class OnnxMergeOptions:
 
     @classmethod
     def of(cls, options: Named) -> OnnxMergeOptions:
-        """Those of `merge` that an .onnx file has; raises where another is given."""
+        """Those of `merge` that an .onnx file has; raises where another is given.
+
+        Args:
+            options: By name; None leaves one at its default.
+        """
         known = {f.name for f in fields(cls)}
         for name, value in options.items():
             if name not in known and value not in (None, False, "sum"):
                 raise LoraFxError(
                     f"{name} is an option for checkpoints, not for .onnx files", "leave it out"
                 )
-        asked = cls(**{k: v for k, v in options.items() if k in known})
+        asked = cls(**{k: v for k, v in options.items() if k in known and v is not None})
         refuse_no_say([RUN], asked, given_options(options))
         return asked
 
@@ -333,15 +339,75 @@ def _sum(
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
 
 
-def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Report:
+def merge(
+    base: StrPath,
+    adapters: Adapters,
+    out: StrPath,
+    *,
+    how: str = "sum",
+    rank: int | None = None,
+    dtype: str | None = None,
+    allow_unused: bool = False,
+    untie: bool = False,
+    add: bool = False,
+    again: bool = False,
+    allow_missing: bool = False,
+    any_base: bool = False,
+    other_readers: bool = False,
+    trust: bool = False,
+    dequantise: bool = False,
+    requantise: bool = False,
+    lossy: bool = False,
+    max_shard_size: int | str | None = None,
+    link: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    names: Mapping[str, str] | None = None,
+    external_over: int | None = None,
+    places: Sequence[Place] = (),
+    delta: bool = False,
+    run: bool = False,
+    inputs: Named | None = None,
+    provider: str | None = None,
+    workers: int | None = None,
+) -> Report:
     """Fold adapters into `base` and write `out`: the same kind of file.
 
     Args:
         base: A Hugging Face folder, a `.safetensors` or an `.onnx` file; it is not changed.
         adapters: Paths or Adapters; a pair (adapter, weight) multiplies its updates by weight.
         out: The folder or file to write.
-        options: Those of `lora_fx.checkpoint.merge.merge`; of an `.onnx` file those of
-            `lora_fx.passes.verbs.merge.OnnxMergeOptions`.
+        how: Several adapters: sum (exact, one rounding), cat (the same sum), linear, svd.
+        rank: The rank of an svd mix.
+        dtype: What touched tensors are stored in: bfloat16, float16, float32, float64; as they
+            were where None.
+        allow_unused: Leave out entries whose tensor the base lacks, instead of refusing.
+        untie: Write a tied head as a tensor of its own where an update means one use only.
+        add: Add whole tensors that the base lacks, such as a new head.
+        again: Fold an adapter that the base's metadata says is in it already.
+        allow_missing: Leave layers as they are that the adapter's config adapts and its file lacks.
+        any_base: Fold an adapter that says it was trained on other weights than these.
+        other_readers: Fold an update of a weight that more than its products read.
+        trust: Read pickles, by torch's unpickler that runs no code.
+        dequantise: Write the weights of a quantised checkpoint as floats.
+        requantise: Write them back in its codes.
+        lossy: Do not refuse what codes lose of the update.
+        max_shard_size: Bytes of a shard of what was dequantised, or a text such as 2GB.
+        link: Untouched shards share the base's inodes (hard links).
+        force: Replace an output that exists.
+        threads: How many work at a time; as many as there are cores where None.
+        progress: Called with bytes done and bytes in all.
+        names: Of `.onnx`: adapter key → tensor of the file, where the names do not tell.
+        external_over: Of `.onnx`: bytes of weights above which they go to a file of their own.
+        places: Of `.onnx`: where copies go.
+        delta: Of `.onnx`: write what changes, and share the rest with the base's data file.
+        run: Of `.onnx`: run it too, beside the base with branches, at three sizes.
+        inputs: Of `run`: arrays by input name, instead of sampled ones.
+        provider: Of `run`: auto, cpu or cuda; cpu where None.
+        workers: The old name of threads.
+
+    `lora_fx.checkpoint.merge.merge` and `OnnxMergeOptions` say more about each.
 
     Raises:
         LoraFxError: Every reason not to merge; nothing is written.
@@ -349,16 +415,39 @@ def merge(base: StrPath, adapters: Adapters, out: StrPath, **options: Any) -> Re
     """
     for name, path in (("base", base), ("out", out)):
         expect_path(path, name, "merge(base, adapters, out)")
-    if not is_onnx(base):
-        from lora_fx.checkpoint.merge import merge as merge_files
+    threads = under_either_name("workers", workers, "threads", threads)
+    of_onnx_files = {
+        "names": names, "external_over": external_over, "places": places, "delta": delta,
+        "run": run, "inputs": inputs, "provider": provider,
+    }  # fmt: skip
+    if is_onnx(base):
+        if not is_onnx(out):
+            raise LoraFxError(
+                f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
+            )
+        of_checkpoints = {
+            "dtype": dtype, "allow_unused": allow_unused, "untie": untie, "add": add,
+            "allow_missing": allow_missing, "any_base": any_base, "other_readers": other_readers,
+            "dequantise": dequantise, "requantise": requantise, "lossy": lossy,
+            "max_shard_size": max_shard_size, "link": link, "threads": threads,
+            "progress": progress,
+        }  # fmt: skip
+        of_both = {"how": how, "rank": rank, "again": again, "trust": trust, "force": force}
+        return merge_onnx(base, adapters, out, **of_both, **of_checkpoints, **of_onnx_files)
 
-        return merge_files(base, adapters, out, **options)
-
-    if not is_onnx(out):
+    if wrong := [name for name, value in of_onnx_files.items() if value]:
         raise LoraFxError(
-            f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
+            f"{wrong[0]} is an option for .onnx files, not for checkpoints", "leave it out"
         )
-    return merge_onnx(base, adapters, out, **options)
+    options = MergeOptions(
+        how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
+        again=again, allow_missing=allow_missing, any_base=any_base,
+        other_readers=other_readers, trust=trust, dequantise=dequantise,
+        requantise=requantise, lossy=lossy, max_shard_size=max_shard_size,
+    )  # fmt: skip
+    check_output(out, force=force)
+    plan = plan_merge(base, adapters, options)
+    return merge_checkpoint(plan, out, link=link, force=force, threads=threads, progress=progress)
 
 
 def is_onnx(path: StrPath) -> bool:

@@ -70,7 +70,7 @@ class Scene:
     def merge(self, out: Path | None = None, workers: int = 1) -> None:
         out = out or self.out
         base, adapter = self.folder / "base", self.folder / "adapter"
-        merge.merge(base, adapter, out, workers=workers, **self.options)
+        merge.merge(base, adapter, out, threads=workers, **self.options)
 
     @staticmethod
     def relative(path: Path) -> dict[str, str]:
@@ -161,7 +161,7 @@ def test_no_file_opens_before_its_data_is_there(memory: Path) -> None:
     def look(done: int, total: int) -> None:
         seen.append((done < total, len(scene.opened())))
 
-    merge.merge(memory / "base", memory / "adapter", scene.out, workers=1, progress=look)
+    merge.merge(memory / "base", memory / "adapter", scene.out, threads=1, progress=look)
     assert seen.pop() == (False, 3)
     assert len(seen) > 3 and set(seen) == {(True, 0)}
 
@@ -251,7 +251,7 @@ folder = Path(sys.argv[1])
 print("ready", flush=True)
 for _ in sys.stdin:
     try:
-        merge(folder / "base", folder / "adapter", folder / "out", workers=1)
+        merge(folder / "base", folder / "adapter", folder / "out", threads=1)
         print("won", flush=True)
     except LoraFxError as e:
         print(e.exit_code, e.message, flush=True)

@@ -145,7 +145,7 @@ def test_blocks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update(tmp_path / "adapter")
     lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "whole")
     monkeypatch.setattr(fold, "BLOCK", 1)  # 16 rows a block
-    lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "parts", workers=3)
+    lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "parts", threads=3)
     for name, value in read(tmp_path / "whole").items():
         assert value.tobytes() == read(tmp_path / "parts")[name].tobytes(), name
     for key in (f"{Q}.weight", f"{DOWN}.weight"):

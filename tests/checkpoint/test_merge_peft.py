@@ -142,7 +142,7 @@ def compared(
     there the two may be apart by the sum's bound, and each from the exact value by it too.
     """
     theirs = trained(base, tmp_path / "adapter", **config).state_dict()
-    merge(base, tmp_path / "adapter", tmp_path / "out", workers=2)
+    merge(base, tmp_path / "adapter", tmp_path / "out", threads=2)
     ours, before = read(tmp_path / "out"), read(base)
     root = config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
     limits = bounds(tmp_path / "adapter", config["lora_alpha"] / root)

@@ -34,7 +34,7 @@ def scene(tmp_path: Path) -> Path:
 
 def _wrong(scene: Path, message: str) -> None:
     with pytest.raises(LoraFxError, match=f"out: not written: {message}"):
-        merge(scene / "base", scene / "adapter", scene / "out", workers=2)
+        merge(scene / "base", scene / "adapter", scene / "out", threads=2)
     assert sorted(os.listdir(scene)) == ["adapter", "base"]
 
 

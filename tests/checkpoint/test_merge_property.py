@@ -44,7 +44,7 @@ def check(case: Case, folder: Path, counts: Counter[str]) -> None:
     before = read(base)
     out = folder / ("out.safetensors" if case.form == "file" else "out")
     try:
-        merge(base, adapters, out, dtype=case.dtype, workers=1, again=True)
+        merge(base, adapters, out, dtype=case.dtype, threads=1, again=True)
     except NoEffectError:
         assert not out.exists()
         for name, want in exact.items():

@@ -213,7 +213,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "base", {f"{Q}.weight": r.standard_normal((20011, 600)).astype(BF16)}, 1)
     adapter(tmp_path / "adapter", {Q: factors(r, 20011, 600, 8)})
     for out, workers in (("1", 1), ("2", 2), ("5", 5)):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / out, workers=workers)
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / out, threads=workers)
     first, *others = (
         {k[len(str(tmp_path)) + 2 :]: v for k, v in tree(tmp_path / o).items()} for o in "125"
     )
@@ -237,7 +237,7 @@ def test_an_adapter_in_memory_and_no_effect(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from lora_fx.checkpoint.merge import merge
-merge(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
+merge(sys.argv[1], sys.argv[2], sys.argv[3], threads=2)
 # Not ru_maxrss, which begins with what the process had before exec: that of the tests.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -239,7 +239,7 @@ def test_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(TensorFold, "block", late)
     with pytest.raises(LoraFxError, match="changed while it was read"):
-        lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", workers=1)
+        lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
 
 
