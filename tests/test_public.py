@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,17 @@ def test_names_that_the_docs_show_are_importable(path: Path) -> None:
 def test_a_misspelt_option_is_seen_by_an_editor(verb: str) -> None:
     kinds = [p.kind for p in inspect.signature(getattr(lora_fx, verb)).parameters.values()]
     assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_an_adapter_is_a_mapping() -> None:
+    update = LowRank(np.ones((2, 4), "f4"), np.ones((6, 2), "f4"), 2.0)
+    adapter = Adapter({"w.weight": update})
+    assert isinstance(adapter, Mapping)
+    assert dict(adapter) == {"w.weight": update} and adapter["w.weight"] is update
+    assert "w.weight" in adapter and "other" not in adapter
+    assert adapter.get("other") is None and [*adapter.values()] == [update]
+    with pytest.raises(KeyError, match="other"):
+        _ = adapter["other"]
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ class FileNames(Protocol):
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Updates by key, plus metadata (dropout, base name, where it was trained).
+class Adapter(Mapping[str, Entry]):
+    """A mapping of keys to updates, with metadata (dropout, base name, where it was trained).
 
     An adapter from a file is *unbound*: its keys are the file's names and its layouts are not
     known. `bind` gives it those of a model.
@@ -70,6 +70,10 @@ class Adapter:
             rank = f"rank {entry.rank}" if isinstance(entry, LowRank) else ""
             rows.append((key, name_of(entry), shape, rank))
         return rows
+
+    def __getitem__(self, key: str) -> Entry:
+        """The update of a key."""
+        return self.entries[key]
 
     def __len__(self) -> int:
         """Number of updates."""

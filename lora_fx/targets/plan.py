@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from os import PathLike, fspath
 
 from lora_fx import regexes
@@ -302,7 +303,7 @@ def make_plan(
     for key in chosen:
         given = (ranks or {}).get(key, rank)
         asked = given if isinstance(given, Mapping) else {"rank": given}
-        r, al = int(asked.get("rank", rank)), asked.get("alpha", alpha)
+        r, al = asked.get("rank", rank), asked.get("alpha", alpha)
         if r <= 0:
             raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
         if r > limits[key]:
@@ -451,7 +452,52 @@ def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
         return plan.ranks, "the plan"
     if isinstance(plan, (str, PathLike)):
         return read_plan(plan), fspath(plan)
-    return plan, "the plan"
+    if plan is None:
+        return None, "the plan"
+    if not isinstance(plan, Mapping):
+        raise LoraFxError(
+            f"the plan is of type {type(plan).__name__}; expected {{key: rank}}, the path of a "
+            "plan file, or what lora_fx.plan returns",
+            OWN_PLAN,
+        )
+    return {key: _row_of(key, value) for key, value in plan.items()}, "the plan"
+
+
+OWN_PLAN = "for example {'fc.weight': 8}, or {'fc.weight': {'rank': 8, 'alpha': 16}}"
+
+
+def _row_of(key: str, value: object) -> Json:
+    """The rank and the alpha of a key, of what a user wrote in Python: numpy's numbers are taken.
+
+    Raises:
+        LoraFxError: Something else than a whole rank and a number.
+    """
+    row = value if isinstance(value, Mapping) else {"rank": value}
+    if unknown := sorted(set(row) - {"rank", "alpha"}):
+        raise LoraFxError(f"the plan has {unknown[0]!r} of {key!r}; it is not known", OWN_PLAN)
+    checked: Json = {}
+    if "rank" in row:
+        rank = row["rank"]
+        if not isinstance(rank, Integral) or isinstance(rank, bool):
+            raise LoraFxError(
+                f"the plan: the rank of {key!r} is {_shown(rank)}; expected a whole number",
+                OWN_PLAN,
+            )
+        checked["rank"] = int(rank)
+    alpha = row.get("alpha")
+    if alpha is not None:
+        if not isinstance(alpha, Real) or isinstance(alpha, bool):
+            raise LoraFxError(
+                f"the plan: the alpha of {key!r} is {_shown(alpha)}; expected a number", OWN_PLAN
+            )
+        checked["alpha"] = float(alpha)
+    return checked
+
+
+def _shown(value: object) -> str:
+    """A short value as Python writes it; of another the name of its class."""
+    plain = value is None or isinstance(value, (str, int, float))
+    return repr(value) if plain else f"of type {type(value).__name__}"
 
 
 def read_plan(path: str | PathLike[str]) -> dict[str, Json]:

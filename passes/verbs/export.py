@@ -342,7 +342,7 @@ def _merged_file(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of the two may be left out."""
     adapter: Any = options.adapters  # the path of one too
     target = options.target
-    if isinstance(adapter, Mapping):
+    if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
     rewritten = options.rewrites
     if adapter is None and not rewritten:
