@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
@@ -265,7 +265,8 @@ def opened_adapters(
     if mode == "merged" and isinstance(given, (str, PathLike)):
         return as_adapter(given)
     if isinstance(given, Mapping):
-        return {name: as_adapter(a) for name, a in given.items()}
+        by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
+        return {name: as_adapter(a) for name, a in by_name.items()}
     every = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [a for a in every if isinstance(a, (str, PathLike))]
     if len(paths) < len(every):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -334,11 +334,11 @@ def write_batch(
 def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
     """Adapters by name, in the order of their ids."""
     if isinstance(adapters, Adapter):
-        adapters = [adapters]
+        return {"adapter_1": adapters}
     if not adapters:
         raise LoraFxError("mode batch needs adapters", "adapters=[first, second, …]")
     if isinstance(adapters, Mapping):
-        return dict(adapters)
+        return dict(cast(Mapping[str, Adapter], adapters))
     return {f"adapter_{i}": a for i, a in enumerate(adapters, 1)}
 
 
