@@ -62,6 +62,7 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
     from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.export import export
+    from lora_fx.passes.verbs.modes import BY_NAME, field_names
     from lora_fx.passes.verbs.options import check_adapters
 
     if not output.endswith(".onnx"):
@@ -80,6 +81,9 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
     given = {k: options.pop(k) for k in shared.CAPTURE}
     options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
     options |= {"mode": mode, "inputs": shared.load_npz(given["inputs_file"]) or None}
+    if mode in BY_NAME:
+        kind = BY_NAME[mode]
+        options["mode"] = kind(**{name: options.pop(name) for name in field_names(kind)})
     if model.endswith(".onnx"):
         from lora_fx.onnx.match import read_map
 

@@ -24,6 +24,7 @@ _NAMES = {
     "lora_fx.passes.verbs.attach": ("attach", "detach"),
     "lora_fx.passes.verbs.export": ("export",),
     "lora_fx.passes.verbs.merge": ("merge",),
+    "lora_fx.passes.verbs.modes": ("Batch", "Load", "Switch", "TrainStep"),
     "lora_fx.passes.verbs.open": ("capture",),
     "lora_fx.passes.verbs.plan": ("plan",),
     "lora_fx.passes.verbs.verify": ("verify",),
@@ -32,10 +33,14 @@ _NAMES = {
 __all__ = [
     "AdaptedModule",
     "Adapter",
+    "Batch",
     "Captured",
     "Full",
+    "Load",
     "LoraFxError",
     "LowRank",
+    "Switch",
+    "TrainStep",
     "__version__",
     "attach",
     "capture",
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     from lora_fx.passes.verbs.attach import attach, detach
     from lora_fx.passes.verbs.export import export
     from lora_fx.passes.verbs.merge import merge
+    from lora_fx.passes.verbs.modes import Batch, Load, Switch, TrainStep
     from lora_fx.passes.verbs.open import capture
     from lora_fx.passes.verbs.plan import plan
     from lora_fx.passes.verbs.verify import verify

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 from typing import TypeVar
 
 from lora_fx.errors import LoraFxError
 
 T = TypeVar("T")
+WRAPPERS = ("contextlib", "functools")
+"""Modules whose frames stand between a decorated function and its caller."""
 
 
 def under_either_name(old: str, old_value: T | None, new: str, new_value: T | None) -> T | None:
@@ -29,6 +33,18 @@ def under_either_name(old: str, old_value: T | None, new: str, new_value: T | No
         return new_value
     if new_value is not None:
         raise LoraFxError(f"{old} and {new} are one option", f"leave {old} out")
-    # the caller of the verb, which calls this function
-    warnings.warn(f"{old}= is called {new}= now", FutureWarning, stacklevel=3)
+    warn_caller(f"{old}= is called {new}= now")
     return old_value
+
+
+def warn_caller(text: str) -> None:
+    """A FutureWarning at the line of the user's code that called into lora_fx."""
+    depth = 2  # 1 is this function
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("lora_fx") and module not in WRAPPERS:
+            break
+        depth += 1
+        frame = frame.f_back
+    warnings.warn(text, FutureWarning, stacklevel=depth)

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
+from torch import nn
 
 import lora_fx
-from lora_fx import Adapter, LoraFxError, LowRank
+from lora_fx import Adapter, Batch, Load, LoraFxError, LowRank, Switch, TrainStep
+from lora_fx.passes.verbs.modes import ModeOptions
 
 HERE = Path(__file__).parent
 LISTED = HERE / "public.txt"
@@ -107,6 +111,66 @@ def test_what_only_graphs_have_is_refused_for_checkpoints(option: str, pair: Pat
     with pytest.raises(LoraFxError, match=f"{option} is an option for .onnx files"):
         lora_fx.merge(*files, **{option: OF_ONNX[option]})
     assert not files[2].exists()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 6)
+        self.two = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu())
+
+
+X = (torch.ones(2, 4),)
+MODES: dict[str, tuple[ModeOptions, dict[str, Any]]] = {
+    "switch": (Switch(include="one"), {"include": "one"}),
+    "load": (Load(include="one", rank=3), {"include": "one", "rank": 3}),
+    "train": (TrainStep(rank=3, clip=0.0), {"rank": 3, "clip": 0.0}),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_with_its_options_is_the_mode_with_keywords(name: str, tmp_path: Path) -> None:
+    mode, keywords = MODES[name]
+    model = Net().eval()
+    lora_fx.export(model, tmp_path / "new.onnx", X, mode=mode, provider="cpu")
+    with pytest.warns(FutureWarning, match=f"options of mode {name} are written mode=") as told:
+        lora_fx.export(model, tmp_path / "old.onnx", X, mode=name, provider="cpu", **keywords)
+    assert told[0].filename == __file__ and len(told) == 1
+    graphs = [onnx.load(tmp_path / f"{which}.onnx").graph for which in ("new", "old")]
+    assert graphs[0].node == graphs[1].node and graphs[0].input == graphs[1].input
+
+
+def test_rows_with_weights_are_said_by_their_mode(tmp_path: Path) -> None:
+    model = Net().eval()
+    adapter = lora_fx.insert(model, X, rank=2).adapter()
+    path = tmp_path / "rows.onnx"
+    lora_fx.export(model, path, X, adapters=[adapter], mode=Batch(scales=True), provider="cpu")
+    assert "adapter_scales" in {i.name for i in onnx.load(path).graph.input}
+
+
+WRONG_MODES: dict[str, tuple[dict[str, Any], str]] = {
+    "twice": ({"mode": Switch(), "include": "one"}, "include= beside mode=lora_fx.Switch"),
+    "of another": ({"mode": Switch(), "scales": True}, "mode switch would ignore what is for mode"),
+    "a rank of 0": ({"mode": Load(rank=0)}, "rank 0 is not a positive whole number"),
+    "a rank of 0 of a step": ({"mode": TrainStep(rank=0)}, "rank 0 is not a positive"),
+    "a fraction": ({"mode": Load(rank=1.5)}, "rank 1.5 is not a positive whole number"),
+    "a text": ({"mode": Load(rank="x")}, "rank 'x' is not a positive whole number"),
+    "a truth": ({"mode": Load(rank=True)}, "rank True is not a positive whole number"),
+    "no loss": ({"mode": TrainStep(loss="hinge")}, "no loss 'hinge'"),
+    "no mode": ({"mode": "swap"}, "no mode 'swap'"),
+    "no object of a mode": ({"mode": 3}, "mode"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MODES)
+def test_a_mode_that_contradicts_is_refused(name: str, tmp_path: Path) -> None:
+    options, message = WRONG_MODES[name]
+    with pytest.raises(LoraFxError, match=message):
+        lora_fx.export(Net().eval(), tmp_path / "m.onnx", X, provider="cpu", **options)
+    assert not list(tmp_path.iterdir())
 
 
 if __name__ == "__main__":

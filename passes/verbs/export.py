@@ -40,6 +40,7 @@ from lora_fx.passes.verbs.export_files import (
     write_switch,
 )
 from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
+from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
     EXPORT_RULES,
     REWRITE_RULES,
@@ -72,7 +73,7 @@ def export(
     kwargs: Named | None = None,
     *,
     adapters: AdapterLike | Mapping[str, AdapterLike] | Sequence[AdapterLike] | None = None,
-    mode: Mode = "merged",
+    mode: Mode | ModeOptions = "merged",
     include: Selectors = None,
     exclude: Selectors = None,
     rank: int | None = None,
@@ -118,11 +119,11 @@ def export(
         mode: merged; switch: adapters are chosen run by run (lora_fx.onnx.Session); load: one is
             chosen when a session is made; batch: one graph whose rows use different adapters
             (docs/export.md); train: a training step, beside its forward (docs/train-onnx.md).
-        include: In switch, load and train, targets instead of the adapters' or the default plan's.
-        exclude: In switch, load and train, targets to leave out.
-        rank: In load, the largest rank that an adapter may have; the largest given by default,
-            or 16. In train the rank, 8 by default.
-        scales: In batch, add an input of weights by row.
+            What belongs to one mode is said by lora_fx.Switch(…), Load(…), Batch(…), TrainStep(…).
+        include: Of mode switch, load and train; see lora_fx.Switch.
+        exclude: The same.
+        rank: Of mode load and train; see lora_fx.Load and lora_fx.TrainStep.
+        scales: Of mode batch; see lora_fx.Batch.
         names: For an .onnx file, adapter key → tensor, where the names do not tell.
         inputs: Arrays by input name for the check, instead of sampled ones.
         provider: auto, cpu or cuda.
@@ -148,11 +149,10 @@ def export(
             are ONNX Runtime's own, and adapters stay branches in float (switch and batch).
         accuracy_level: Of products over int4 and int8 codes: 0 computes in floats, 4 takes x in
             int8, which is faster, rounds, and is held to a gate of its own.
-        loss: In train: ce, the default, mse, or a function of (output, labels) that torch can
-            trace, with labels as ce has them. The model's own, where its forward takes `labels`.
-        optimizer: In train: adamw, the default, or sgd.
-        weight_decay: In train; 0.01 by default.
-        clip: In train, the longest gradient, as the norm of all together; 1 by default, 0 for any.
+        loss: Of mode train; see lora_fx.TrainStep.
+        optimizer: The same.
+        weight_decay: The same.
+        clip: The same.
         tol: Instead of the gate of float16, int8 or level 4, and above it: the largest max|a − b| /
             max|b| of an output that is accepted. What was reached is reported; the fold, and files
             without such a precision, keep their gates.
@@ -165,26 +165,32 @@ def export(
     """
     remember(*([model] if isinstance(model, (str, PathLike)) else []))
     expect_path(path, "path", "export(model, path, args)")
-    adapters, notes = opened_adapters(adapters, mode), list[str]()
+    keywords: Json = {
+        "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
+        "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
+    }  # fmt: skip
+    mode_name, of_mode = options_of_mode(mode, keywords)
+    adapters, notes = opened_adapters(adapters, mode_name), list[str]()
     options = ExportOptions(
-        target=Path(path), adapters=adapters, mode=mode, include=include, exclude=exclude,
-        rank=rank, scales=scales, names=names, inputs=inputs, provider=provider,
+        target=Path(path), adapters=adapters, mode=mode_name, names=names, inputs=inputs,
+        provider=provider,
         opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
         args=args, kwargs=kwargs, dynamic=dynamic, force=force,
         optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
-        cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, loss=loss,
-        optimizer=optimizer, weight_decay=weight_decay, clip=clip, repeat=repeat,
+        cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, repeat=repeat,
+        **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
     of_file = isinstance(model, (str, PathLike)) and is_onnx(model)
-    if adapters and not (of_file and mode == "merged"):  # before the model is captured
+    if adapters and not (of_file and mode_name == "merged"):  # before the model is captured
         check_adapters({"the adapter": adapters} if isinstance(adapters, Adapter)
-                       else named(adapters), mode)  # fmt: skip
+                       else named(adapters), mode_name)  # fmt: skip
     given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
     refuse_no_say(EXPORT_RULES, options, given)
-    if genai is not None and (not cache or mode not in ("merged", "switch")):
+    if genai is not None and (not cache or mode_name not in ("merged", "switch")):
         raise LoraFxError(
-            f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+            f"onnxruntime-genai runs no file of mode {mode_name} "
+            f"with{'' if cache else 'out'} a cache",
             "--cache, with --mode merged or --mode switch; or leave --genai out",
         )
     if cache:
@@ -212,7 +218,7 @@ def export(
                 f"{fspath(model)} is a graph as it is: {told}",
                 "leave them out; inputs={name: array} gives real data",
             )
-        if mode == "train":
+        if mode_name == "train":
             raise LoraFxError(
                 f"{fspath(model)}: gradients are derived from a model of torch",
                 "export the model that the file was made from; lora-fx insert adds branches here",
@@ -228,7 +234,7 @@ def export(
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.passes.verbs import export_torch
 
-    if quantise and mode == "train":
+    if quantise and mode_name == "train":
         raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
         if precision is not None:
@@ -239,8 +245,8 @@ def export(
         model, adapters, said = export_torch.quantised_base(model, options, quantise)
         notes += said
         options = replace(options, adapters=adapters)
-    run = export_torch.export_merged if mode == "merged" else export_torch.export_slots
-    if mode == "train":
+    run = export_torch.export_merged if mode_name == "merged" else export_torch.export_slots
+    if mode_name == "train":
         from lora_fx.passes.verbs.export_train import export_step
 
         run = export_step

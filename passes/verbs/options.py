@@ -31,6 +31,7 @@ from lora_fx.errors import (
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.targets.plan import GivenRanks, Plan, RankPlan, make_plan, select_names
 from lora_fx.targets.target import Found
+from lora_fx.text import is_whole
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
@@ -378,6 +379,10 @@ class ExportOptions:
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
+            raise LoraFxError(
+                f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
+            )
         object.__setattr__(self, "precision", long_name(self.precision))
         if self.precision is not None:
             known = "float32, bfloat16, float16 or int8"

@@ -96,7 +96,7 @@ def build(folder: Path) -> None:
     }
     (folder / "digits.json").write_text(json.dumps(digits))
     report = lora_fx.export(
-        model.eval(), folder / "step.onnx", (x[:2],), mode="train", rank=RANK,
+        model.eval(), folder / "step.onnx", (x[:2],), mode=lora_fx.TrainStep(rank=RANK),
         provider="cpu",
     )  # fmt: skip
     print(report)

@@ -1,0 +1,131 @@
+"""Modes of export beside `merged`, each with the options that it alone has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_fx.errors import LoraFxError
+from lora_fx.passes.verbs.options import Selectors
+from lora_fx.spellings import warn_caller
+from lora_fx.text import Json
+
+if TYPE_CHECKING:
+    from lora_fx.fx.train.loss import Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """Adapters are chosen run by run; see `lora_fx.onnx.Session`.
+
+    Attributes:
+        include: Targets instead of the adapters', or of the default plan's without adapters.
+        exclude: Targets to leave out.
+    """
+
+    name: ClassVar[str] = "switch"
+    include: Selectors = None
+    exclude: Selectors = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """An adapter is chosen when a session is made.
+
+    Attributes:
+        include: Targets instead of the adapters', or of the default plan's without adapters.
+        exclude: Targets to leave out.
+        rank: The largest rank that an adapter may have; the largest of `adapters`, or 16, where
+            None.
+    """
+
+    name: ClassVar[str] = "load"
+    include: Selectors = None
+    exclude: Selectors = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Every row of a batch picks an adapter of its own.
+
+    Attributes:
+        scales: Add an input of weights by row.
+    """
+
+    name: ClassVar[str] = "batch"
+    scales: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """A training step that ONNX Runtime runs, beside its forward; see docs/train-onnx.md.
+
+    Attributes:
+        include: Targets instead of the adapter's, or of the default plan's without one.
+        exclude: Targets to leave out.
+        rank: The rank of a new adapter; 8 where None.
+        loss: ce, mse, or a function of (output, labels) that torch can trace, with labels as ce
+            has them. Where None the model's own, if its forward takes `labels`, else ce.
+        optimizer: adamw or sgd; adamw where None.
+        weight_decay: That of the optimizer; 0.01 where None.
+        clip: The longest gradient, as the norm of all together; 1 where None, 0 for any.
+    """
+
+    name: ClassVar[str] = "train"
+    include: Selectors = None
+    exclude: Selectors = None
+    rank: int | None = None
+    loss: str | Loss | None = None
+    optimizer: str | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+
+
+ModeOptions = Switch | Load | Batch | TrainStep
+BY_NAME: Mapping[str, type[ModeOptions]] = {
+    kind.name: kind for kind in (Switch, Load, Batch, TrainStep)
+}
+
+
+def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]:
+    """The name of a mode, and the options that only modes have.
+
+    Args:
+        mode: A name, or one of the classes above.
+        keywords: The same options as keywords of `export`. Beside a name they go on working.
+
+    Raises:
+        LoraFxError: A keyword beside an object that has it as a field.
+
+    Warns:
+        FutureWarning: A keyword beside the name of a mode whose class has it as a field.
+    """
+    if not isinstance(mode, (str, ModeOptions)):
+        raise LoraFxError(
+            f"mode is of type {type(mode).__name__}; expected a name or one of "
+            f"{', '.join(f'lora_fx.{kind.__name__}(…)' for kind in BY_NAME.values())}",
+            'mode="switch", for example',
+        )
+    kind = BY_NAME.get(mode) if isinstance(mode, str) else type(mode)
+    of_mode = field_names(kind) if kind else ()
+    given = [name for name in of_mode if keywords[name] not in (None, False, (), [])]
+    if isinstance(mode, str):
+        if kind and given:
+            written = ", ".join(f"{name}=…" for name in given)
+            now = f"mode=lora_fx.{kind.__name__}({written})"
+            warn_caller(f"options of mode {mode} are written {now} now")
+        return mode, keywords
+
+    if given:
+        raise LoraFxError(
+            f"{given[0]}= beside mode=lora_fx.{type(mode).__name__}(…), which has it too",
+            "give it to the mode alone",
+        )
+    return mode.name, {**keywords, **{name: getattr(mode, name) for name in of_mode}}
+
+
+def field_names(kind: type[ModeOptions]) -> tuple[str, ...]:
+    """The options of a mode."""
+    return tuple(field.name for field in fields(kind))
