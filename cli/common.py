@@ -122,9 +122,10 @@ class FileCommand(click.Command):
         if not text.startswith("hf:"):
             return text
         from lora_fx.files.hub import fetch
+        from lora_fx.formats.registry import FORMATS
 
         model, weight = split_weight(text) if weighted else (text, 1.0)
-        path, said = fetch(model, weights=self.name != "targets")
+        path, said = fetch(model, weights=self.name != "targets", files=FORMATS.files_of_folders)
         note(said)
         return str(path) if model == text else f"{path}:{weight!r}"
 

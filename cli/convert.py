@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -11,11 +12,34 @@ from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.formats.io import WRITERS, Format, format_for, format_of, load_adapter, save_adapter
+from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter, save_for
+from lora_fx.formats.registry import FORMATS
 from lora_fx.text import Json
 
-NAMES = list(dict.fromkeys([*WRITERS, *LAYOUTS]))
 
+def _listed(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}"
+
+
+NAMES = list(dict.fromkeys([*FORMATS.writers(), *LAYOUTS]))
+
+HELP = rf"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
+
+ADAPTER's own format is told by its content: {", ".join(FORMATS)}. OUT is a folder
+({FORMATS.default.name}), or a file whose name ends as those of its format do; where several have
+that ending, as .safetensors, --format says which.
+
+{_listed(LAYOUTS)} are files of PEFT, with the experts of a mixture as these releases and programs
+have them.
+
+\b
+lora-fx convert ./adapter -o adapter.onnx_adapter
+lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
+lora-fx convert ./adapter -o adapter.gguf --base ./llama
+lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
+lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
+"""
 
 NO_SAY: shared.Rules = (
     NoSay(
@@ -25,7 +49,7 @@ NO_SAY: shared.Rules = (
 )  # fmt: skip
 
 
-@click.command("convert", cls=ReportCommand, no_say=NO_SAY)
+@click.command("convert", cls=ReportCommand, no_say=NO_SAY, help=HELP)
 @click.argument("adapter")
 @shared.output_option("OUT", "The file or folder to write.")
 @click.option(
@@ -59,24 +83,10 @@ def command(
     force: bool,
     **options: Any,
 ) -> None:
-    r"""Write ADAPTER to OUT in another format; what the format cannot say is an error.
-
-    ADAPTER's own format is told by its content: peft, kohya, diffusers, torchtune, onnx_adapter,
-    gguf. OUT is a folder (peft), or ends in .onnx_adapter or .gguf, or in .safetensors with
-    --format.
-
-    peft, peft-0.18, per-expert, per-expert-fused, vllm, sglang and sglang-3d are files of PEFT,
-    with the experts of a mixture as these releases and programs have them.
-
-    \b
-    lora-fx convert ./adapter -o adapter.onnx_adapter
-    lora-fx convert ./adapter -o de.onnx_adapter --for bert.onnx
-    lora-fx convert ./adapter -o adapter.gguf --base ./llama
-    lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
-    lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
-    """
+    """Convert an adapter between file formats; HELP is what the command says of itself."""
     wanted = name or format_for(output)
-    layout, name = LAYOUTS.get(name or ""), "peft" if wanted in LAYOUTS else wanted
+    layout = LAYOUTS.get(name or "")
+    name = FORMATS.default.name if wanted in LAYOUTS else wanted
     source = format_of(adapter)
     loaded = load_adapter(adapter, base=base)
     if options["include"] or options["exclude"]:
@@ -104,13 +114,9 @@ def command(
         loaded = laid_for(loaded, layout, base, options["model_type"])
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
-        notes += save_adapter(loaded, output, cast(Format, name), force=force, base=base)
-    elif name == "onnx_adapter":
-        from lora_fx.onnx.session import write_for
-
-        write_for(model, loaded, output, force=force)
+        notes += save_adapter(loaded, output, name, force=force, base=base)
     else:
-        raise LoraFxError(f"--for is for onnx_adapter, not for {name}", "-o X.onnx_adapter")
+        notes += save_for(model, loaded, output, name, force=force)
     note(*notes)
     fields["updates"] = len(loaded)
     said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"

@@ -45,9 +45,9 @@ def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> 
     """
     from lora_fx.checkpoint.extract import ExtractOptions, extraction
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
+    from lora_fx.formats.io import FORMATS, save_adapter
 
-    check_output(output, force=force, names=ADAPTER_FILES)
+    check_output(output, force=force, names=FORMATS.default.folder_files)
     result = extraction(base, tuned, ExtractOptions(**options), _progress())
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)

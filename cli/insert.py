@@ -39,10 +39,10 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     lora-fx insert bert.onnx -o branches.onnx --rank 4
     """
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
+    from lora_fx.formats.io import FORMATS, save_adapter
     from lora_fx.passes.verbs.adapt import insert
 
-    check_output(output, force=force, names=ADAPTER_FILES)
+    check_output(output, force=force, names=FORMATS.default.folder_files)
     if model.endswith(".onnx"):
         _onnx(model, output, force, options)
         return

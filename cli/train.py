@@ -46,14 +46,14 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     from lora_fx.adapter.variant import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.files.read import inputs_are_in_memory
-    from lora_fx.formats.io import ADAPTER_FILES, check_real, save_adapter
+    from lora_fx.formats.io import FORMATS, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert
 
     with shared.together(options.pop("device")) as (world, device):
-        check_output(output, force=force, names=ADAPTER_FILES)
+        check_output(output, force=force, names=FORMATS.default.folder_files)
         check_device(device)
         curve = options.pop("curve")
         settings, saving = shared.settings_of(options), shared.saving_of(options, curve, force)

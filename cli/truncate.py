@@ -51,7 +51,7 @@ def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: 
     """
     from lora_fx.adapter.truncate import truncation
     from lora_fx.files.atomic import check_output
-    from lora_fx.formats.io import ADAPTER_FILES, save_adapter
+    from lora_fx.formats.io import FORMATS, save_adapter
 
     options = {k: goal.pop(k) for k in TABLE}
     inputs = [{"adapter": adapter}]
@@ -62,7 +62,7 @@ def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: 
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
-    check_output(output, force=force, names=ADAPTER_FILES)
+    check_output(output, force=force, names=FORMATS.default.folder_files)
     result = truncation(shared.adapter_of(adapter), **goal)
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
 from lora_fx.files.read import json_object, open_input, read_text
-from lora_fx.text import Json, some
+from lora_fx.text import Json, StrPath, some
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
 Reader = Callable[[str], Mapping[str, object]]
@@ -326,16 +326,27 @@ def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[st
 # Readers of data files: each returns columns by name, of arrays or lists, one row an example.
 
 
+def check_unpacked(path: StrPath, hint: str) -> None:
+    """Raise for an archive that unpacks to far more than its size, before anything is unpacked.
+
+    Raises:
+        LoraFxError: More than MAX_GROWTH times its size, or a MiB's.
+        zipfile.BadZipFile: It is no archive.
+    """
+    with open_input(path) as file, zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        size = os.fstat(file.fileno()).st_size
+    if unpacked > MAX_GROWTH * max(MIB, size):
+        raise LoraFxError(
+            f"{os.fspath(path)}: {unpacked} bytes when unpacked, over {MAX_GROWTH} times its size",
+            hint,
+        )
+
+
 def read_npz(path: str) -> dict[str, Array]:
     """Arrays of an .npz by name; never unpickles."""
     try:
-        with open_input(path) as file, zipfile.ZipFile(file) as archive:
-            full = sum(i.file_size for i in archive.infolist())
-            if full > MAX_GROWTH * max(MIB, os.fstat(file.fileno()).st_size):
-                raise LoraFxError(
-                    f"{path}: {full} bytes when unpacked, over {MAX_GROWTH} times its size",
-                    "numpy.savez writes it without compression",
-                )
+        check_unpacked(path, "numpy.savez writes it without compression")
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
             found = dict(data)
         if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:

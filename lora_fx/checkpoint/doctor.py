@@ -32,6 +32,7 @@ from lora_fx.errors import LoraFxError, explained, visible
 from lora_fx.files.hub import local
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
+from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, StrPath, near, some, table
@@ -488,7 +489,7 @@ def doctor(
         other_readers=other_readers, trust=trust, dequantise=dequantise,
         requantise=requantise, lossy=lossy, max_shard_size=max_shard_size,
     )  # fmt: skip
-    base, adapter = local(base), local(adapter)
+    base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)
         findings: list[Finding] = []

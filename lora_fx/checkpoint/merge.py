@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -45,8 +44,8 @@ from lora_fx.files.read import (
     run_of_files,
     trusting,
 )
-from lora_fx.formats.io import AdapterLike, load_adapter
-from lora_fx.formats.peft.file import CONFIG, PICKLED, WEIGHTS
+from lora_fx.formats.io import AdapterLike, load_adapter, without_ending
+from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name
 from lora_fx.text import Json, StrPath, some, table
 
@@ -162,7 +161,7 @@ def run(
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
-        remember(path, *(path / name for name in (CONFIG, WEIGHTS, PICKLED)))
+        remember(path, *(path / name for name in FORMATS.files_of_folders()))
     with explained(target):
         if target.suffix in PICKLES:
             raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
@@ -232,7 +231,7 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
                 "give paths and Adapters, or pairs of one and its weight, in a list",
             )
         if not isinstance(adapter, Adapter):
-            where, path = str(adapter), Path(local(adapter))
+            where, path = str(adapter), Path(local(adapter, files=FORMATS.files_of_folders))
             adapter = load_adapter(path, most=most, base=base, resolve=False)
         digest = adapter_hash(adapter)
         result.append(Given(adapter, float(weight), where, digest, path, pair is item))
@@ -354,8 +353,8 @@ _WAITS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Seconds between tries at an output that another merge is writing."""
 
 
-_ENDING = r"\.(safetensors|onnx_adapter|bin|onnx)$"
-"""What a name loses; a version, as in llama-3.2, is no ending."""
+_OTHER_ENDINGS = (".bin", ".onnx")
+"""What a name loses beside the endings of formats; a version, as in llama-3.2, is no ending."""
 
 
 @dataclass(frozen=True)
@@ -403,7 +402,7 @@ def _output_names(paths: Sequence[str]) -> dict[str, str]:
     """
     if twice := next((p for p, count in Counter(paths).items() if count > 1), None):
         raise LoraFxError(f"{twice} is there twice", "give every adapter once")
-    parts = {p: Path(re.sub(_ENDING, "", os.path.abspath(known_as(p)))).parts for p in paths}
+    parts = {p: Path(_without_ending(os.path.abspath(known_as(p)))).parts for p in paths}
     if len(set(parts.values())) < len(paths):
         twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
         raise LoraFxError(f"{twice} is there twice", "give every adapter once")
@@ -415,6 +414,13 @@ def _output_names(paths: Sequence[str]) -> dict[str, str]:
             return names
         for p in clash:
             depth[p] += 1
+
+
+def _without_ending(path: str) -> str:
+    for ending in _OTHER_ENDINGS:
+        if path.endswith(ending):
+            return path.removesuffix(ending)
+    return without_ending(path)
 
 
 def merge_all(

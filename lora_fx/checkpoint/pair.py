@@ -28,7 +28,7 @@ from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
 from lora_fx.formats.peft.config import Pattern, facts, group_of
-from lora_fx.formats.peft.file import config_of
+from lora_fx.formats.peft.file import PEFT, config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, from_tensors, split_name, unwrapped
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView
@@ -265,7 +265,7 @@ def read_raw(path: Path) -> Raw:
     """
     file = tensor_file(path)
     with contextlib.suppress(LoraFxError):  # of no format that is known
-        if format_of(path) != "peft":
+        if format_of(path) != PEFT.name:
             return Raw()
     tensors, header = read_tensors(file)
     ours: JsonView = {}

@@ -23,6 +23,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained, stamp
+from lora_fx.files.adapter_files import adapter_files
 from lora_fx.files.read import (
     MAX_JSON,
     check_unchanged,
@@ -528,7 +529,7 @@ CURVE = "step,loss,validation"
 """The first line of a training's losses as CSV."""
 _HEAD = 1 << 16
 _AWAY = "move it away yourself, or choose another output"
-_ENDINGS = (".onnx", ".onnx_adapter", ".pt2", ".safetensors")
+_ENDINGS = (".onnx", ".pt2", ".safetensors")
 
 
 def write_contents(folder: Path) -> None:
@@ -609,16 +610,16 @@ def kind_of(file: Path) -> str | None:
     """What a file of a kind that lora-fx writes is; None for any other."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
-    length = int.from_bytes(head[:8], "little")
-    names = head[8 : 8 + length]  # no data: any letters may stand there
-    if file.suffix == ".safetensors" and re.search(rb"(?i)lora|hada_|lokr_|oft_", names):
-        return "an adapter in a .safetensors file"
-    if head[:4] == b"GGUF":  # a model has this ending too
-        adapter = re.search(rb"(?s)general\.type.{12}adapter", head)
-        return "an adapter in a .gguf file" if adapter else None
+    if (adapters := adapter_files()) is not None:
+        kind = adapters.kind_of(file, head)
+        if kind is not None:
+            return kind or None
+    is_safetensors = _begins_as_safetensors(file, head)
+    if adapters is None and (is_safetensors or file.suffix == ".safetensors"):
+        return None  # only the formats can tell an adapter from a checkpoint
     if file.suffix in _ENDINGS:
         return f"a {file.suffix} file"
-    if head[8:9] == b"{" and 8 + length <= file.stat().st_size:
+    if is_safetensors:
         return "a .safetensors file"
     if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
         return "a page of lora-fx"
@@ -631,6 +632,11 @@ def kind_of(file: Path) -> str | None:
         if isinstance(found.get("version"), int) and "format" in found:
             return "JSON of lora-fx"
     return None
+
+
+def _begins_as_safetensors(file: Path, head: bytes) -> bool:
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 8 + length <= file.stat().st_size
 
 
 def _foreign(folder: Path, names: Collection[str] | None) -> list[str]:

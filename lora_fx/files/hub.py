@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -37,10 +37,9 @@ _SMALL = (
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 """Configs, indexes, tokenizers and chat templates, wherever they lie in a repository."""
-_WEIGHTS = re.compile(
-    r"(model|diffusion_pytorch_model|adapter_model|pytorch_lora_weights)(-\d+-of-\d+)?\.safetensors"
-)
-"""The files that a folder is read from; other ones beside them are copies in another form."""
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
+"""The files that a model's folder is read from; others beside them are copies in another form."""
+Names = Callable[[], Collection[str]]
 _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
 """Ends of files, which no name of a model has."""
 
@@ -65,19 +64,20 @@ class HubId:
         return f"{whole}@{self.revision}" if self.revision else whole
 
 
-def local(given: StrPath, *, weights: bool = True) -> str | Path:
+def local(given: StrPath, *, weights: bool = True, files: Names = tuple) -> str | Path:
     """A path as it is; of a model of the Hub its folder in the cache, downloaded where it lacks.
 
     Args:
         given: An argument of the user's.
         weights: False where a config is enough.
+        files: Tells how the files of an adapter's folder are called, where it may be one.
 
     Raises:
         LoraFxError: As `fetch`; or nothing has this path, which looks like an id without prefix.
     """
     text = os.fspath(given)
     if text.startswith(PREFIX):
-        return fetch(text, weights=weights)[0]
+        return fetch(text, weights=weights, files=files)[0]
     like = re.fullmatch(f"{_NAME}/{_NAME}", text) and not text.endswith(_FILES)
     if like and not Path(text).exists() and not Path(text).parent.is_dir():
         raise LoraFxError(f"{text}: no such file or folder", f"of the Hub: {PREFIX}{text}")
@@ -123,7 +123,7 @@ def known_as(path: str) -> str:
     return f"{found[3]}/{found[1]}/{found[2]}{found[4] or ''}" if found else path
 
 
-def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
+def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Path, str]:
     """Downloads what the cache lacks of a model of the Hub.
 
     A branch is looked up every time, and a new commit of it is another folder; where the Hub
@@ -132,6 +132,7 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
     Args:
         text: An id, with its prefix.
         weights: False where configs and tokenizers are enough.
+        files: Tells how the files of an adapter's folder are called, where it may be one.
 
     Returns:
         The folder, or the file that was named; and a note: the commit, and what was left there.
@@ -146,7 +147,7 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
     own = _own_folders(hub, asked)
     try:
         with quiet, hub.utils.disable_progress_bars(), confined(f"{asked}: the Hub", *own):
-            folder, sizes = _downloaded(hub, asked, weights)
+            folder, sizes = _downloaded(hub, asked, weights, files())
     except LoraFxError:
         raise
     except Exception as error:  # of the library, of its HTTP client, of the system
@@ -172,7 +173,9 @@ def _library(text: str) -> ModuleType:
         return [import_module(f"huggingface_hub{part}") for part in parts][-1]
 
 
-def _downloaded(hub: ModuleType, asked: HubId, weights: bool) -> tuple[Path, Mapping[str, int]]:
+def _downloaded(
+    hub: ModuleType, asked: HubId, weights: bool, files: Collection[str]
+) -> tuple[Path, Mapping[str, int]]:
     """The folder of a commit in the cache, and the bytes of every file that the commit has."""
     small = [f"{'*/' * deep}{name}" for name in _SMALL for deep in (0, 1)]
     repo = asked.repo
@@ -190,7 +193,9 @@ def _downloaded(hub: ModuleType, asked: HubId, weights: bool) -> tuple[Path, Map
     if asked.part and not any(f"{n}/".startswith(f"{asked.part}/") for n in sizes):
         absent = f"{asked}: {asked.part} is not in commit {folder.name}"
         raise LoraFxError(absent, f"it has {some(sorted(sizes), 8)}")
-    wanted = _weights(asked, [*sizes]) if weights or asked.part.endswith(".safetensors") else []
+    wanted: list[str] = []
+    if weights or asked.part.endswith(".safetensors"):
+        wanted = _weights(asked, [*sizes], files)
     missing = [n for n in wanted if not (folder / n).exists()]
     total = human(sum(sizes[n] for n in missing))
     for i, name in enumerate(missing, 1):
@@ -206,7 +211,7 @@ def _inside(asked: HubId) -> str:
     return f"{folder}/" if folder else ""
 
 
-def _weights(asked: HubId, names: Sequence[str]) -> list[str]:
+def _weights(asked: HubId, names: Sequence[str], adapter_files: Collection[str]) -> list[str]:
     """The files that hold the weights of what is asked for."""
     if asked.part.endswith(".safetensors"):
         return [asked.part]
@@ -215,7 +220,8 @@ def _weights(asked: HubId, names: Sequence[str]) -> list[str]:
     top = [n for n in here if "/" not in n]
     files = [n for n in top if n.endswith(".safetensors")]
     if files:
-        return [start + n for n in files if _WEIGHTS.fullmatch(n)] or [start + n for n in files]
+        read = [n for n in files if _WEIGHTS.fullmatch(n) or n in adapter_files]
+        return [start + n for n in read or files]
     if pickles := [n for n in top if n.endswith(PICKLES)]:
         why = f"{asked}: its weights are pickles ({some(pickles)}), which can run code and stay"
         raise LoraFxError(why, f"{download} DIR and --trust (trust=True)")

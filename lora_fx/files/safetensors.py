@@ -22,6 +22,7 @@ import numpy as np
 
 from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, explained, one_line
+from lora_fx.files.adapter_files import adapter_files
 from lora_fx.files.copying import read_into
 from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer, trusted
 from lora_fx.text import Json
@@ -106,9 +107,14 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     return Header(found, metadata, 8 + n)
 
 
+def may_be_safetensors(head: bytes) -> bool:
+    """True for first bytes behind whose length a header begins."""
+    return head[8:9] in (b"{", b" ")
+
+
 def is_pickle(head: bytes) -> bool:
     """True for the first bytes of what torch.save writes; a safetensors file may begin alike."""
-    return head[8:9] not in (b"{", b" ") and head.startswith((b"PK\x03\x04", b"\x80"))
+    return not may_be_safetensors(head) and head.startswith((b"PK\x03\x04", b"\x80"))
 
 
 def _of_pickle(file: Path) -> Header:
@@ -287,20 +293,23 @@ def refuse_other_kinds(path: Path) -> None:
     """Raise with the right hint for files that are something else, by their first bytes."""
     head = first_bytes(path)
     # First, because the length of a header may begin with any byte, a pickle's included.
-    if head[8:9] in (b"{", b" ") or (trusted() and is_pickle(head)):
+    if may_be_safetensors(head) or (trusted() and is_pickle(head)):
         return
     if is_pickle(head):
         raise LoraFxError(
             f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
         )
-    if head[4:8] == b"TORT":
+    adapters = adapter_files()
+    other = adapters.ending_by_magic(head) if adapters else ""
+    if other:
         raise LoraFxError(
-            f"{path}: an ONNX Runtime adapter, which this reader does not take",
+            f"{path}: begins as a {other} file, which this reader does not take",
             "use the safetensors adapter that it was made from",
         )
+    endings = ", ".join(adapters.suffixes()) if adapters else ".safetensors"
     raise LoraFxError(
         f"{path}: not a safetensors file",
-        "adapters are read from safetensors and .onnx_adapter files, and from folders of them",
+        f"adapters are read from {endings} files, and from folders of them",
     )
 
 

@@ -22,7 +22,15 @@ from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows, from_json, t
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import finite, first_bytes, is_float, read_header, refuse_other_kinds
+from lora_fx.files.safetensors import (
+    Header,
+    finite,
+    first_bytes,
+    is_float,
+    read_header,
+    refuse_other_kinds,
+)
+from lora_fx.formats.format import FileHead
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 
@@ -237,42 +245,33 @@ def refused(what: str, key: str, why: str, hint: str = KEEPS) -> LoraFxError:
     return LoraFxError(f"{what} cannot say the update of {key!r}: {why}", hint)
 
 
-# What a file is, by its first bytes, its header and what lies beside it.
+# What a file is, by its header and what lies beside it.
 
 
-@dataclass(frozen=True)
-class FileHead:
-    """What a format's `detect` decides by; no tensor is read for it.
-
-    Attributes:
-        head: The first 64 bytes.
-        names: Tensor names of a safetensors file; empty for others.
-        metadata: The texts of its header.
-        config: True where adapter_config.json lies beside it.
-        elements: How many all tensors have together.
-    """
-
-    head: bytes
-    names: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    config: bool = False
-    elements: int = 0
-
-
-def look(path: Path) -> FileHead:
-    """See a file.
+def tensors_head(path: Path) -> FileHead:
+    """See a safetensors file, or a pickle within `trusting`.
 
     Raises:
         LoraFxError: A pickle, a Git LFS pointer, no safetensors file, or a damaged one.
     """
-    head = first_bytes(path)
-    config = (path.parent / "adapter_config.json").is_file()
-    if head[:4] == b"GGUF" or (head[4:8] == b"TORT" and head[8:9] not in (b"{", b" ")):
-        return FileHead(head, config=config)
     refuse_other_kinds(path)
-    header = read_header(path)
-    elements = sum(math.prod(t.shape) for t in header.tensors.values())
-    return FileHead(head, tuple(header.tensors), header.metadata, config, elements)
+    return head_with(read_header(path), first_bytes(path), path)
+
+
+def head_with(header: Header, head: bytes, path: Path) -> FileHead:
+    """What is seen of a file with such a header and such first bytes."""
+    return FileHead(
+        head,
+        names=tuple(header.tensors),
+        metadata=header.metadata,
+        config=has_config(path),
+        elements=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
+    )
+
+
+def has_config(path: Path) -> bool:
+    """Whether adapter_config.json lies beside a file."""
+    return (path.parent / "adapter_config.json").is_file()
 
 
 # The tensors of one adapter file, each checked as it is read.

@@ -40,13 +40,13 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, naming
-from lora_fx.formats.base import Arrays, File, FileHead
+from lora_fx.formats.base import Arrays, File
+from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
 from lora_fx.formats.peft.names import PREFIX, from_tensors
 from lora_fx.formats.peft.write import module_form, to_tensors
 from lora_fx.text import Json
 
-SUFFIXES = (".safetensors",)
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
 _OLD = re.compile(r"(.+?)\.(?:processor\.)?(\w+)_lora\.(down|up)\.weight(\.alpha)?")
@@ -253,3 +253,29 @@ def _config(component: str, updates: dict[str, LowRank]) -> Json:
     numbers = {name: (low.rank, low.alpha) for name, low in updates.items()}
     fields = {"use_rslora": variants.pop() == "rslora", "use_dora": with_magnitude.pop()}
     return build_config(numbers, updates, (), {}, fields)
+
+
+class DiffusersFile(Format):
+    """One safetensors file for all components of a pipeline, in its folder or not."""
+
+    name = "diffusers"
+    suffixes = (".safetensors",)
+    folder_files = (WEIGHTS,)
+    pickles = ("pytorch_lora_weights.bin",)
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether there are pairs under a component's name, or diffusers' header."""
+        return detect(seen)
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read one file, or a folder with it."""
+        return read(path)
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write one file, or a folder with it."""
+        if path.suffix in self.suffixes:
+            return write_file(adapter, path)
+        return write(adapter, path)
+
+
+DIFFUSERS = DiffusersFile()

@@ -54,11 +54,11 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import model_config, text_config
 from lora_fx.files.read import AGAIN, open_input
-from lora_fx.formats.base import File, FileHead, refused
+from lora_fx.formats.base import File, refused
+from lora_fx.formats.format import Format, Magic
 from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
 from lora_fx.text import Json, JsonView, StrPath
 
-SUFFIXES = (".gguf",)
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
 _DENSE = (*_ATTENTION, *(f"mlp.{x}" for x in _MLP))
@@ -87,11 +87,6 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
 _BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
 _MOST = 50_000
 """Values of a header that are read; an adapter has some thousands."""
-
-
-def detect(seen: FileHead) -> bool:
-    """True for every GGUF file; read says whether it is an adapter."""
-    return seen.head.startswith(b"GGUF")
 
 
 @dataclass(frozen=True)
@@ -378,3 +373,28 @@ def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: _Na
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+class GgufAdapter(Format):
+    """One file of llama.cpp; models have the same ending and magic, which `read` refuses."""
+
+    name = "gguf"
+    suffixes = (".gguf",)
+    magic = Magic(b"GGUF")
+    one_model = True
+    takes_base = True
+
+    def is_adapter(self, head: bytes) -> bool:
+        """Whether general.type says so, and not a model."""
+        return re.search(rb"(?s)general\.type.{12}adapter", head) is not None
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read one file."""
+        return read(path, base)
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write one file."""
+        return write_file(adapter, path, base)
+
+
+GGUF = GgufAdapter()

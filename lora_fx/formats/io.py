@@ -6,49 +6,40 @@ crash leaves the old adapter or none, never half of one. Inputs are never change
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.errors import LoraFxError, expect, expect_path, explained, near_path, one_line
+from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
 from lora_fx.files.read import trusting
-from lora_fx.formats import diffusers, gguf, kohya, onnx_adapter, torchtune
-from lora_fx.formats.base import FileHead, look
+from lora_fx.formats.detect import (
+    check_elements,
+    format_for,
+    format_in,
+    format_of,
+    is_adapter,
+    look,
+    tensor_file,
+)
+from lora_fx.formats.format import Format as AdapterFormat
+from lora_fx.formats.installed import InstalledFormat
 from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
-from lora_fx.formats.peft import file as peft
+from lora_fx.formats.registry import FORMATS, FormatName
 
-FORMATS: dict[str, ModuleType] = {
-    "peft": peft,
-    "kohya": kohya,
-    "diffusers": diffusers,
-    "torchtune": torchtune,
-    "onnx_adapter": onnx_adapter,
-    "gguf": gguf,
-}
-"""Name → module with detect(seen), read(path), and write_file and perhaps write for a folder."""
+__all__ = [
+    "FORMATS", "AdapterLike", "Format", "adapter_name", "as_adapter", "check_elements",
+    "check_real", "format_for", "format_of", "is_adapter", "load_adapter", "save_adapter",
+    "save_for", "tensor_file", "without_ending",
+]  # fmt: skip
 
-WRITERS = tuple(name for name, module in FORMATS.items() if hasattr(module, "write_file"))
-_NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
-ADAPTER_FILES = (peft.CONFIG, peft.WEIGHTS, diffusers.WEIGHTS)
-"""What a folder of an adapter can have, whatever its format."""
-PICKLED = (peft.PICKLED, "pytorch_lora_weights.bin")
-"""The same as pickles, which are never written."""
-_ONE_MODEL = ("peft", "onnx_adapter", "gguf")
-_OF_A_MODEL = ("torchtune", "gguf")
-"""Their names or orders of rows depend on the model: `read` takes its folder, and so does
-`write_file`."""
-_LARGE = 64 << 20
-
-Format = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"]
-"""What an adapter is written as."""
+Format = FormatName
 
 
 def check_real(updates: Updates) -> None:
@@ -89,31 +80,86 @@ def save_adapter(
     """
     expect(adapter, Adapter, "adapter", "an Adapter", "save_adapter(adapter, path)")
     expect_path(path, "path", "save_adapter(adapter, path)")
-    writer = FORMATS.get(format)
-    if writer is None or format not in WRITERS:
-        why = "torchtune's names are only read" if writer is torchtune else "no such format"
-        raise LoraFxError(
-            f"no adapter can be written as {format!r}: {why}", f"formats: {', '.join(WRITERS)}"
-        )
+    writer = _writer(format)
     check_real(adapter.lowrank)
-    if not adapter.entries and format != "peft":  # which says so in a note
+    if not adapter.entries and not writer.takes_empty:
         raise LoraFxError("the adapter has no update", "was it saved before training?")
-    path = Path(path)
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # replace what it is
-    single = _is_file_of(writer, path, format)
-    if format in _ONE_MODEL:
+    target = Path(path)
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))  # replace the file, and not the link
+    single = _is_one_file(writer, target)
+    if writer.one_model:
         adapter = one_model(adapter, f"format {format}")
-    write = writer.write_file if single else writer.write
-    if format in _OF_A_MODEL:
-        write = partial(write, base=local(base) if base else None)
-    with explained(path, itself=True):
-        force = force or (path.is_dir() and not single and not any(path.iterdir()))
-        if path.exists() or str(path).startswith(PREFIX):
-            check_output(path, force=force, names=ADAPTER_FILES)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, force=force) as stage:
-            notes: tuple[str, ...] = write(adapter, stage)
+    home = Path(local(base)) if writer.takes_base and base else None
+    with explained(target, itself=True):
+        is_empty_folder = target.is_dir() and not single and not any(target.iterdir())
+        with _output(target, writer, force or is_empty_folder) as stage:
+            notes = writer.write(adapter, stage, home)
+            _check_readable(stage, writer)
     return notes
+
+
+def save_for(
+    graph: str, adapter: Adapter, path: str | Path, format: FormatName, *, force: bool = False
+) -> tuple[str, ...]:
+    """Write a file for one switchable .onnx file, with the names and shapes of its inputs.
+
+    Args:
+        graph: The .onnx file.
+        adapter: What `save_adapter` takes.
+        path: The file to write.
+        format: One that has such files.
+        force: Replace an adapter that is there already.
+
+    Raises:
+        LoraFxError: The format has no such files, or the adapter does not fit the graph.
+    """
+    writer = _writer(format)
+    if not writer.fits_graphs:
+        fitting = [f for f in FORMATS.importable() if f.fits_graphs]
+        names = " or ".join(f.name for f in fitting)
+        hint = f"-o X{fitting[0].suffixes[0]}"
+        raise LoraFxError(f"--for is for {names}, not for {format}", hint)
+    target = Path(path)
+    check_output(target, force=force)
+    with replacing(target, force=force) as stage:
+        return writer.write_for(graph, adapter, stage)
+
+
+def _writer(format: str) -> AdapterFormat:
+    """The format of a name, where adapters are written in it."""
+    writer = FORMATS.get(format)
+    if writer is None or writer.only_read:
+        why = "it is only read" if writer else "no such format"
+        raise LoraFxError(
+            f"no adapter can be written as {format!r}: {why}",
+            f"formats: {', '.join(FORMATS.writers())}",
+        )
+    return writer
+
+
+@contextlib.contextmanager
+def _output(target: Path, writer: AdapterFormat, force: bool) -> Iterator[Path]:
+    """A temporary path that becomes the output, where nothing is there that must stay."""
+    if target.exists() or str(target).startswith(PREFIX):
+        check_output(target, force=force, names=writer.folder_files)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, force=force) as stage:
+        yield stage
+
+
+def _check_readable(written: Path, writer: AdapterFormat) -> None:
+    """Raise where what a format of another package wrote would be read as another's, or not."""
+    if not isinstance(writer, InstalledFormat):
+        return
+    file = tensor_file(written)
+    detecting = [format.name for format in FORMATS.detecting(look(file))]
+    if detecting != [writer.name]:
+        taken = " and ".join(detecting) or "no format"
+        raise LoraFxError(
+            f"{written.name}: not written: {writer} made a file that {taken} would read",
+            f"report it to the authors of {writer.package}",
+        )
 
 
 def load_adapter(
@@ -150,18 +196,19 @@ def load_adapter(
         with trusting():
             return load_adapter(path, base=base, most=most, resolve=resolve)
     expect_path(path, "path", "load_adapter(path)")
-    path, base = tensor_file(Path(local(path))), local(base) if base else None
-    if path.suffix == ".onnx":
+    file = tensor_file(Path(local(path, files=FORMATS.files_of_folders)))
+    base = local(base) if base else None
+    if file.suffix == ".onnx":
         from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
 
-        return adapter_in(path)
+        return adapter_in(file)
     if most is not None:
-        check_elements(path, most)
-    name = _sniffed(path, look(path))
-    more = (base,) if name in _OF_A_MODEL else ()
-    adapter: Adapter = FORMATS[name].read(path, *more)
+        check_elements(file, most)
+    format = format_in(file, look(file))
+    home = Path(base) if format.takes_base and base else None
+    adapter = _with_failures(format.read(file, home))
     if not adapter.entries:
-        raise LoraFxError(f"{path}: no update in it", "was the adapter saved before training?")
+        raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None or not resolve:
         return adapter
     resolved = adapter.resolved(names_of(base))
@@ -171,19 +218,14 @@ def load_adapter(
     return resolved
 
 
-def check_elements(path: str | PathLike[str], most: int) -> None:
-    """Refuse, before they are read, tensors of more elements than an adapter of a base can have.
-
-    Files up to 64 MiB are read in any case.
-    """
-    if Path(path).is_file() and os.stat(path).st_size > _LARGE:
-        count = look(Path(path)).elements
-        if count > most:
-            raise LoraFxError(
-                f"{fspath(path)}: its tensors have {count} elements; at most {most} are read for "
-                "this base, twice as many as that has",
-                "is it an adapter of this model?",
-            )
+def _with_failures(adapter: Adapter) -> Adapter:
+    """The adapter with a note on each format that could not be asked whether the file is its."""
+    failures = FORMATS.failures()
+    if not failures:
+        return adapter
+    unasked = [f"not asked whether this file is its: {error.message}" for error in failures]
+    notes = [*adapter.metadata.get("notes", []), *unasked]
+    return replace(adapter, metadata={**adapter.metadata, "notes": notes})
 
 
 AdapterLike = str | PathLike[str] | Adapter
@@ -195,8 +237,15 @@ def adapter_name(path: str | PathLike[str]) -> str:
     >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
     ('french', 'german')
     """
-    name = Path(known_as(fspath(path))).resolve().name
-    return name.removesuffix(".safetensors").removesuffix(".onnx_adapter")
+    return without_ending(Path(known_as(fspath(path))).resolve().name)
+
+
+def without_ending(name: str) -> str:
+    """The name of an adapter's file without the ending that its format gives it."""
+    for suffix in FORMATS.suffixes():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
@@ -204,82 +253,16 @@ def as_adapter(given: AdapterLike) -> Adapter:
     return given if isinstance(given, Adapter) else load_adapter(given)
 
 
-def tensor_file(path: Path) -> Path:
-    """The one tensor file of an adapter; a pickle where there is no other."""
-    if not path.exists():
-        raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
-    if path.is_file():
-        return tensor_file(path.parent) if path.name == peft.CONFIG else path
-    for name in (peft.WEIGHTS, diffusers.WEIGHTS, *PICKLED):
-        if (path / name).is_file():
-            return path / name
-    inside = sorted(p.parent.name for p in path.glob(f"*/{peft.WEIGHTS}"))
-    hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
-    if files := sorted(path.glob("*.safetensors")):
-        hint = f"name the file that is one: {files[0]}"
-    raise LoraFxError(f"{path}: no {peft.WEIGHTS} in this folder", hint)
-
-
-def format_of(path: str | Path) -> str:
-    """The format of an adapter that is there, by its content; raises as load_adapter does."""
-    path = tensor_file(Path(path))
-    return "onnx" if path.suffix == ".onnx" else _sniffed(path, look(path))
-
-
-def format_for(path: str | Path) -> str:
-    """The format that an output's name asks for, where only one would be called so.
-
-    >>> format_for("x.onnx_adapter"), format_for("folder")
-    ('onnx_adapter', 'peft')
-    """
-    path = Path(path)
-    for name in ("onnx_adapter", "gguf"):
-        if path.suffix in FORMATS[name].SUFFIXES:
-            return name
-    if path.name == diffusers.WEIGHTS:
-        return "diffusers"
-    if path.suffix == ".safetensors" or path.suffix in _NO_OUTPUT:
-        raise LoraFxError(
-            f"{path}: the name does not tell the format", f"--format: {', '.join(WRITERS)}"
-        )
-    return "peft"
-
-
-def _sniffed(path: Path, seen: FileHead) -> str:
-    hits = [name for name, module in FORMATS.items() if module.detect(seen)]
-    if not hits and (seen.config or any(".lora_A" in n or ".lora_B" in n for n in seen.names)):
-        return "peft"  # whose reader says what is missing
-    if len(hits) == 1:
-        return hits[0]
-    shown = ", ".join(one_line(n, 80) for n in seen.names[:3])
-    raise LoraFxError(
-        f"{path}: {'could be ' + ' or '.join(hits) if hits else 'no adapter that is known'}: its "
-        f"{len(seen.names)} tensors are named {shown or 'nothing'} …",
-        f"formats: {', '.join(FORMATS)}",
-    )
-
-
-def _is_file_of(writer: ModuleType, path: Path, format: str) -> bool:
+def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
     """True to write one file, False for a folder; raises where the format has no such thing."""
-    if path.suffix in writer.SUFFIXES:
+    if path.suffix in writer.suffixes:
         return True
-    of_files = {s for module in FORMATS.values() for s in module.SUFFIXES}
-    folder = hasattr(writer, "write")
-    if path.suffix in of_files or not folder:
-        want = f"a name that ends in {writer.SUFFIXES[0]}"
+    has_ending_of_another = path.suffix and path.suffix in FORMATS.suffixes()
+    if has_ending_of_another or not writer.folder_files:
+        wanted = f"a name that ends in {writer.suffixes[0]}"
+        or_folder = " or a folder" if writer.folder_files else ""
         raise LoraFxError(
-            f"{path}: format {format} needs {want}{' or a folder' if folder else ''}",
+            f"{path}: format {writer.name} needs {wanted}{or_folder}",
             "choose another name or another format",
         )
     return False
-
-
-def is_adapter(path: str | PathLike[str]) -> bool:
-    """True for what load_adapter would read: decided by files and headers, not by names."""
-    path = Path(path)
-    if path.is_dir():
-        return any((path / name).is_file() for name in (*ADAPTER_FILES, *PICKLED))
-    if path.suffix not in (".safetensors", ".onnx_adapter", ".gguf") or not path.is_file():
-        return path.name in PICKLED
-    seen = look(path)
-    return seen.config or any(module.detect(seen) for module in FORMATS.values())

@@ -39,11 +39,11 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats import base, lycoris, naming
-from lora_fx.formats.base import Arrays, File, FileHead
+from lora_fx.formats.base import Arrays, File
+from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.formats.peft.write import module_form, to_tensors
 
-SUFFIXES = (".safetensors",)
 _PART = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
@@ -260,3 +260,25 @@ def _number(value: float) -> Array:
     """A scalar in fp32, or in fp64 where fp32 would round it."""
     narrow = np.asarray(value, np.float32)
     return narrow if float(narrow) == value else np.asarray(value, np.float64)
+
+
+class Kohya(Format):
+    """One safetensors file of sd-scripts or LyCORIS, whose names need a model to be understood."""
+
+    name = "kohya"
+    suffixes = (".safetensors",)
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether tensors have these names, and not PEFT's."""
+        return detect(seen)
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read one file."""
+        return read(path)
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write one file."""
+        return write_file(adapter, path)
+
+
+KOHYA = Kohya()

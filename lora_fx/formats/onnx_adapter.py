@@ -34,73 +34,84 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File, FileHead, refused
+from lora_fx.formats.base import File, refused
+from lora_fx.formats.format import Format, Magic
 from lora_fx.targets.target import own_use
 from lora_fx.text import is_whole
 
-SUFFIXES = (".onnx_adapter",)
 TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
 
 
-def detect(seen: FileHead) -> bool:
-    """True for a file that begins as an adapter of ONNX Runtime."""
-    return seen.head[4:8] == b"TORT" and not seen.names
+class OnnxAdapter(Format):
+    """One file of ONNX Runtime, which matches its tensors with a graph's inputs by name."""
 
+    name = "onnx_adapter"
+    suffixes = (".onnx_adapter",)
+    magic = Magic(b"TORT", start=4)
+    one_model = True
+    fits_graphs = True
+    sole_suffix = True
 
-def read(path: str | Path) -> Adapter:
-    """An adapter from an .onnx_adapter file, of lora-fx or with names X.lora_A, X.lora_B.
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """An adapter from a file of lora-fx, or one with names X.lora_A, X.lora_B.
 
-    Returns:
-        An Adapter: LowRank in fp32 with alpha = rank, and whole tensors; layouts are None.
+        Returns:
+            An Adapter: LowRank in fp32 with alpha = rank, and whole tensors; layouts are None.
 
-    Raises:
-        LoraFxError: A damaged file, half a pair, shapes that do not fit.
-    """
-    from lora_fx.onnx.manifest import SERVED, read_file
+        Raises:
+            LoraFxError: A damaged file, half a pair, shapes that do not fit.
+        """
+        from lora_fx.onnx.manifest import SERVED, read_file
 
-    file = File(str(path))
-    tensors, versions = read_file(Path(path))
-    if versions["adapter_version"] == SERVED:
-        tensors = {n: x.swapaxes(-1, -2) if x.ndim > 1 else x for n, x in tensors.items()}
-        versions["adapter_version"] = 1
-    entries: dict[str, Entry] = {}
-    for name, array in tensors.items():
-        key, dot, half = name.rpartition(".lora_")
-        if not dot or half not in ("A", "B"):
-            entries[name] = _full(name, array, file)
-        elif half == "A" or f"{key}.lora_A" not in tensors:
-            entries[key] = _lowrank(key, tensors, file)
-    return Adapter(entries, {**versions, "notes": file.notes})
+        file = File(str(path))
+        tensors, versions = read_file(path)
+        if versions["adapter_version"] == SERVED:
+            tensors = {n: x.swapaxes(-1, -2) if x.ndim > 1 else x for n, x in tensors.items()}
+            versions["adapter_version"] = 1
+        entries: dict[str, Entry] = {}
+        for name, array in tensors.items():
+            key, dot, half = name.rpartition(".lora_")
+            if not dot or half not in ("A", "B"):
+                entries[name] = _full(name, array, file)
+            elif half == "A" or f"{key}.lora_A" not in tensors:
+                entries[key] = _lowrank(key, tensors, file)
+        return Adapter(entries, {**versions, "notes": file.notes})
 
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write a file, read it back and compare.
 
-def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
-    """Write an .onnx_adapter file, read it back and compare.
+        Args:
+            adapter: Bound or not; metadata may hold adapter_version and model_version (else 1).
+            path: The file to create.
+            base: Not needed.
 
-    Args:
-        adapter: Bound or not; metadata may hold adapter_version and model_version (else 1).
-        path: The file to create.
+        Returns:
+            Notes: that scales were multiplied in.
 
-    Returns:
-        Notes: that scales were multiplied in.
+        Raises:
+            LoraFxError: What the format cannot say, by key; names that clash.
+        """
+        from lora_fx.onnx.manifest import write_file
 
-    Raises:
-        LoraFxError: What the format cannot say, by key; names that clash.
-    """
-    from lora_fx.onnx.manifest import write_file
+        tensors: dict[str, Array] = {}
+        for key, entry in adapter.entries.items():
+            for name, array in _tensors(key, entry).items():
+                if name in tensors:
+                    what = f"two tensors would be named {name!r}"
+                    raise LoraFxError(what, "rename the parameter")
+                tensors[name] = array.astype(np.float32) if is_float(array) else array
+        fields = ("adapter_version", "model_version")
+        write_file(path, tensors, {field: _version(adapter.metadata, field) for field in fields})
+        scaled = sum(low.scale != 1.0 for low in adapter.lowrank.values())
+        note = f"the format has no alpha: the scales of {scaled} updates are multiplied into B"
+        return (note,) if scaled else ()
 
-    tensors: dict[str, Array] = {}
-    for key, entry in adapter.entries.items():
-        for name, array in _tensors(key, entry).items():
-            if name in tensors:
-                raise LoraFxError(f"two tensors would be named {name!r}", "rename the parameter")
-            tensors[name] = array if not is_float(array) else array.astype(np.float32)
-    versions = {
-        field: _version(adapter.metadata, field) for field in ("adapter_version", "model_version")
-    }
-    write_file(Path(path), tensors, versions)
-    scaled = sum(low.scale != 1.0 for low in adapter.lowrank.values())
-    note = f"the format has no alpha: the scales of {scaled} updates are multiplied into B"
-    return (note,) if scaled else ()
+    def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
+        """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
+        from lora_fx.onnx.manifest import manifest_of, write_adapter
+
+        write_adapter(adapter, manifest_of(graph), path)
+        return ()
 
 
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
@@ -152,3 +163,6 @@ def _version(metadata: Mapping[str, object], field: str) -> int:
             "choose a smaller one",
         )
     return value
+
+
+ONNX_ADAPTER = OnnxAdapter()

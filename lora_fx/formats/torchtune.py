@@ -46,10 +46,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats.base import File, FileHead, module_and_part
+from lora_fx.formats.base import File, module_and_part
+from lora_fx.formats.format import FileHead, Format
 from lora_fx.text import Json, JsonView, is_number
 
-SUFFIXES = (".safetensors",)
 _PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
 _part = partial(module_and_part, _PART)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
@@ -216,3 +216,23 @@ def _name(module: str, file: File) -> str:
         known = ", ".join(name.partition(".")[2] for name in _NAMES)
         raise file.error(module, f"is a module without a known name; known: {known}, output")
     return f"model.layers.{match[1]}.{_NAMES[match[2]]}"
+
+
+class Torchtune(Format):
+    """One safetensors file with adapter_config.json beside it, whose rows are in another order."""
+
+    name = "torchtune"
+    suffixes = (".safetensors",)
+    only_read = True
+    takes_base = True
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether there are lora_a and lora_b, in small letters."""
+        return detect(seen)
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read one file."""
+        return read(path, base)
+
+
+TORCHTUNE = Torchtune()

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,18 @@ from lora_fx.adapter.lowrank import FIELDS, LowRank, learning, slots_of, with_va
 from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, MisfitError, check_format, one_line, retold, stamp
+from lora_fx.errors import (
+    LoraFxError,
+    MisfitError,
+    check_format,
+    expect_path,
+    one_line,
+    retold,
+    stamp,
+)
 from lora_fx.files.read import json_object, json_value, open_input
 from lora_fx.ir.layout import Layout
+from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
 from lora_fx.targets.target import own_use
@@ -335,6 +344,42 @@ def _stored(matrix: Array, dtype: str) -> Array:
     return np.ascontiguousarray(np.swapaxes(matrix, -1, -2).astype(dtype))
 
 
+def manifest_of(path: str | PathLike[str]) -> Manifest:
+    """The manifest of an ONNX file, read without its weights.
+
+    Raises:
+        LoraFxError: The file cannot be read, or is not switchable.
+    """
+    expect_path(path, "the model", "the path of an .onnx file")
+    try:
+        model = ir.load(fspath(path))
+        text = model.metadata_props.get(PROPERTY)
+    except Exception as e:  # protobuf's and the system's errors have no common base
+        raise LoraFxError(
+            f"{fspath(path)}: not an ONNX file that can be read",
+            "is it a file of lora-fx export --mode switch, load or batch?",
+        ) from e
+    manifest = manifest_in(text, fspath(path))
+    slots = list(model.graph.inputs)
+    if manifest.mode == "load":
+        slots = list(model.graph.initializers.values())
+    if manifest.mode == "switch":
+        slots = [v for v in slots if v.is_initializer()]
+    declared = {str(v.name): (dtype_name(v), tuple(v.shape or ())) for v in slots}
+    manifest.check_declared(declared, fspath(path))
+    return manifest
+
+
+def manifest_in(text: str | None, where: str) -> Manifest:
+    """The manifest that a file's metadata has; raises where there is none."""
+    if text is None:
+        raise LoraFxError(
+            f"{where}: no manifest of lora-fx: the file is not switchable",
+            "lora-fx export MODEL -o X.onnx --mode switch writes one",
+        )
+    return Manifest.from_text(text, where)
+
+
 # The tensors of an .onnx_adapter file, read and written by ONNX Runtime.
 #
 # `AdapterFormat.set_parameters` keeps pointers into the arrays: where those are gone before
@@ -408,6 +453,11 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
                 f"{path}: tensor {name!r} does not read back as it was written",
                 "is the disk full? write it again",
             )
+
+
+def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
+    """Write an .onnx_adapter for the file that the manifest is of."""
+    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
 
 
 def _refuse_full_disk(path: Path, size: int) -> None:

@@ -23,17 +23,15 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
-from lora_fx.files.atomic import check_output, replacing
 from lora_fx.inputs import BATCH, OTHER_SIZES, SIZES, Input, Inputs, Named
-from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.manifest import (
     PROPERTY,
-    SERVED,
     Manifest,
     RowChoice,
     conditions_of,
+    manifest_in,
+    manifest_of,
     read_file,
-    write_file,
 )
 from lora_fx.onnx.quiet import quiet_options
 from lora_fx.text import Json, is_whole, near
@@ -41,7 +39,7 @@ from lora_fx.text import Json, is_whole, near
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-    from lora_fx.formats.io import Format
+    from lora_fx.formats.registry import FormatName
 
 
 MOST_THREADS = 1024
@@ -271,43 +269,6 @@ def feeds_of_sizes(inputs: Inputs, given: Named) -> Iterator[dict[str, Array]]:
 Choice = str | Mapping[str, float] | None
 
 
-def manifest_of(path: str | PathLike[str]) -> Manifest:
-    """The manifest of an ONNX file, read without its weights.
-
-    Raises:
-        LoraFxError: The file cannot be read, or is not switchable.
-    """
-    import onnx_ir as ir
-
-    expect_path(path, "the model", "the path of an .onnx file")
-    try:
-        model = ir.load(fspath(path))
-        text = model.metadata_props.get(PROPERTY)
-    except Exception as e:  # protobuf's and the system's errors have no common base
-        raise LoraFxError(
-            f"{fspath(path)}: not an ONNX file that can be read",
-            "is it a file of lora-fx export --mode switch, load or batch?",
-        ) from e
-    manifest = _manifest(text, fspath(path))
-    slots = list(model.graph.inputs)
-    if manifest.mode == "load":
-        slots = list(model.graph.initializers.values())
-    if manifest.mode == "switch":
-        slots = [v for v in slots if v.is_initializer()]
-    declared = {str(v.name): (dtype_name(v), tuple(v.shape or ())) for v in slots}
-    manifest.check_declared(declared, fspath(path))
-    return manifest
-
-
-def _manifest(text: str | None, where: str) -> Manifest:
-    if text is None:
-        raise LoraFxError(
-            f"{where}: no manifest of lora-fx: the file is not switchable",
-            "lora-fx export MODEL -o X.onnx --mode switch writes one",
-        )
-    return Manifest.from_text(text, where)
-
-
 def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> dict[str, Array]:
     """The tensors of an adapter, or of its file in any format, checked against a manifest."""
     if isinstance(adapter, Adapter):
@@ -322,19 +283,6 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
         manifest.check(found, where)
         return found
     return manifest.tensors(load_adapter(where), where)
-
-
-def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
-    """Write an .onnx_adapter for the file that the manifest is of."""
-    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
-
-
-def write_for(model: str, adapter: Adapter, output: str, *, force: bool = False) -> None:
-    """Write an .onnx_adapter with the names, shapes and dtypes of a switchable file's manifest."""
-    check_output(output, force=force)
-    manifest = manifest_of(model)
-    with replacing(Path(output), force=force) as temporary:
-        write_adapter(adapter, manifest, temporary)
 
 
 class Session:
@@ -378,7 +326,7 @@ class Session:
             external = manifest.padded(tensors_of(adapter, manifest))
         opened = open_session(path, provider, threads, exact=exact, external=external)
         self.session, self.provider, self.note = opened.session, opened.provider, opened.note
-        self.manifest = _manifest(opened.metadata.get(PROPERTY), fspath(path))
+        self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
         if self.manifest.mode == "train":
             raise LoraFxError(
                 f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
@@ -757,7 +705,7 @@ class TrainSession:
             n: self._held[n].numpy() for s in self.manifest.slots.values() for n in (s.a, s.b)
         })  # fmt: skip
 
-    def save(self, path: str | Path, format: Format = "peft", *, force: bool = False) -> None:
+    def save(self, path: str | Path, format: FormatName = "peft", *, force: bool = False) -> None:
         """Write the adapter in any format; see lora_fx.save_adapter."""
         from lora_fx.formats.io import save_adapter
 

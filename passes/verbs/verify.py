@@ -22,6 +22,7 @@ from lora_fx.errors import LoraFxError, NoSay, given_options, near_path, refuse_
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
+from lora_fx.formats.registry import FORMATS
 from lora_fx.inputs import Named
 from lora_fx.onnx.validity import blaming
 
@@ -105,7 +106,8 @@ def verify(
     with trusting(trust):
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
-        a, b = (local(m) if _is_path(m) else m for m in (a, b))
+        names = FORMATS.files_of_folders
+        a, b = (local(m, files=names) if _is_path(m) else m for m in (a, b))
         for path in filter(_is_path, (a, b)):
             if not Path(path).exists():
                 raise LoraFxError(
@@ -137,7 +139,8 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     Raises:
         LoraFxError: It does not, or the file is not switchable.
     """
-    from lora_fx.onnx.session import manifest_of, tensors_of
+    from lora_fx.onnx.manifest import manifest_of
+    from lora_fx.onnx.session import tensors_of
 
     manifest = manifest_of(path)
     details = {"targets": len(manifest.slots), "adapted": len(tensors_of(adapter, manifest)) // 2}

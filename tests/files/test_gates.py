@@ -18,6 +18,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import CONTENTS, Beside, replacing
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import inside, remember, remembering
+from lora_fx.formats import registry  # noqa: F401 (what --force may replace, for the children)
 from tests.checkpoint.made import adapter, factors
 from tests.faults import Faults
 
@@ -234,3 +235,19 @@ def test_a_config_may_have_infinity(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     read = model_config(folder / "config.json")
     assert read["limit"] == [0.0, float("inf")]
+
+
+def test_an_adapter_and_a_merged_checkpoint_do_not_replace_each_other(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The record of a merge stands in the header, and is no name of an adapter's tensor."""
+    update = lora_fx.LowRank(np.ones((2, 4), "f4"), np.ones((6, 2), "f4"), 2.0)
+    small, merged = tmp_path / "a.safetensors", tmp_path / "m.safetensors"
+    lora_fx.save_adapter(lora_fx.Adapter({"q.weight": update}), small)
+    base_file = pair[0] / "model.safetensors"
+    lora_fx.merge(base_file, [small], merged)
+    lora_fx.merge(base_file, [pair[1]], merged, force=True)
+    with pytest.raises(LoraFxError, match="is an adapter in a .safetensors file"):
+        lora_fx.merge(base_file, [pair[1]], small, force=True)
+    with pytest.raises(LoraFxError, match="is a .safetensors file, and an adapter"):
+        lora_fx.save_adapter(lora_fx.Adapter({"q.weight": update}), merged, force=True)

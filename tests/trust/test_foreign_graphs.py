@@ -20,7 +20,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.session import manifest_of, open_session
+from lora_fx.onnx.manifest import manifest_of
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from tests.onnx.test_batch import adapter
 

@@ -31,7 +31,8 @@ from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.read import json_object, read_json
 from lora_fx.files.safetensors import is_float, read_tensors, write_tensors
 from lora_fx.formats import lycoris
-from lora_fx.formats.base import FileHead, PeftFile, holds, metadata_text
+from lora_fx.formats.base import PeftFile, holds, metadata_text
+from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.peft import config as fields
 from lora_fx.formats.peft.names import (
     DELTA,
@@ -567,7 +568,6 @@ Decode = Callable[[PeftFile, JsonView], Adapter]
 """(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {"LORA": decode, **dict.fromkeys(lycoris.KINDS, lycoris.read_peft)}
 """peft_type → what reads its tensors."""
-SUFFIXES = (".safetensors",)
 
 
 def detect(seen: FileHead) -> bool:
@@ -665,3 +665,35 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         Path(path), tensors, {"format": "pt", "lora_fx": metadata_text({**ours, "config": config})}
     )
     return notes
+
+
+class Peft(Format):
+    """A folder with adapter_config.json, or one safetensors file with the config in its header."""
+
+    name = "peft"
+    suffixes = (".safetensors",)
+    folder_files = (WEIGHTS, CONFIG)
+    pickles = (PICKLED,)
+    one_model = True
+    takes_empty = True
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether there is PEFT's prefix, or our own JSON."""
+        return detect(seen)
+
+    def resembles(self, seen: FileHead) -> bool:
+        """Whether there is a config or a name of A or B, and no prefix."""
+        return seen.config or any(".lora_A" in name or ".lora_B" in name for name in seen.names)
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read a folder or a file."""
+        return read(path)
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write a folder that PEFT loads, or one file."""
+        if path.suffix in self.suffixes:
+            return write_file(adapter, path)
+        return write(adapter, path)
+
+
+PEFT = Peft()

@@ -1,0 +1,172 @@
+"""What an adapter file is, told by its content: its magic first, then its tensors and its header.
+
+Here is the door that every file passes before a format's `read` gets it, whatever format that is.
+Git-LFS pointers are refused, pickles too outside a block of `trusting`, headers of safetensors
+files are checked, and an archive that unpacks to far more than its size is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from os import PathLike, fspath
+from pathlib import Path
+
+from lora_fx.data import check_unpacked
+from lora_fx.errors import LoraFxError, near_path, one_line
+from lora_fx.files.read import open_input
+from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
+from lora_fx.formats.base import has_config, tensors_head
+from lora_fx.formats.format import FileHead, Format
+from lora_fx.formats.registry import FORMATS
+
+NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
+"""Endings that no adapter is written under."""
+
+_LARGE = 64 << 20
+_ZIP = b"PK\x03\x04"
+_PICKLED = (".pkl", ".pickle")
+_WIDEST = 8
+"""Bytes of an element, at most."""
+
+
+def look(path: Path) -> FileHead:
+    """See a file.
+
+    Raises:
+        LoraFxError: A pickle, a Git LFS pointer, no file of any format, or a damaged one.
+    """
+    head = first_bytes(path)
+    if not FORMATS.with_magic(head) and not is_pickle(head) and not may_be_safetensors(head):
+        for error in FORMATS.failures():  # of a format whose magic it might be
+            raise error
+    if not FORMATS.with_magic(head) or _is_pickled(path, head):
+        return tensors_head(path)
+    if head.startswith(_ZIP):
+        check_unpacked(path, "is it the right file?")
+    return FileHead(head, config=has_config(path))
+
+
+def _is_pickled(path: Path, head: bytes) -> bool:
+    """Whether a file is a pickle, or an archive that holds one."""
+    if not is_pickle(head):
+        return False
+    if not head.startswith(_ZIP):
+        return True
+    try:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            return any(name.endswith(_PICKLED) for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):
+        return True  # nobody can tell
+
+
+def format_in(path: Path, seen: FileHead) -> Format:
+    """The one format that a file is of.
+
+    Raises:
+        LoraFxError: No format knows the file, or several do; a format that might cannot be
+            imported.
+    """
+    detecting = FORMATS.detecting(seen)
+    if len(detecting) == 1:
+        return detecting[0]
+    if detecting:
+        names = " or ".join(format.name for format in detecting)
+        raise _unclear(path, seen, f"could be {names}")
+    for format in FORMATS.importable():
+        if format.resembles(seen):
+            return format
+    for error in FORMATS.failures():  # of a format that might have known it
+        raise error
+    raise _unclear(path, seen, "no adapter that is known")
+
+
+def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
+    shown = ", ".join(one_line(name, 80) for name in seen.names[:3]) or "nothing"
+    return LoraFxError(
+        f"{path}: {what}: its {len(seen.names)} tensors are named {shown} …",
+        f"formats: {', '.join(FORMATS)}",
+    )
+
+
+def format_of(path: str | Path) -> str:
+    """The format of an adapter that is there, by its content; raises as load_adapter does."""
+    path = tensor_file(Path(path))
+    return "onnx" if path.suffix == ".onnx" else format_in(path, look(path)).name
+
+
+def format_for(path: str | Path) -> str:
+    """The format that an output's name asks for, where only one would be called so.
+
+    >>> format_for("x.onnx_adapter"), format_for("folder")
+    ('onnx_adapter', 'peft')
+    """
+    path = Path(path)
+    written = [format for format in FORMATS.importable() if not format.only_read]
+    called_so = [format for format in written if path.suffix in format.suffixes]
+    if len(called_so) > 1:  # a file that is all of some format's folder has that one's name
+        called_so = [format for format in written if format.folder_files == (path.name,)]
+    if len(called_so) == 1:
+        return called_so[0].name
+    if path.suffix in FORMATS.default.suffixes or path.suffix in NO_OUTPUT:
+        raise LoraFxError(
+            f"{path}: the name does not tell the format",
+            f"--format: {', '.join(FORMATS.writers())}",
+        )
+    if path.suffix:
+        for error in FORMATS.failures():
+            raise error
+    return FORMATS.default.name
+
+
+def tensor_file(path: Path) -> Path:
+    """The one tensor file of an adapter; a pickle where there is no other."""
+    if not path.exists():
+        raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
+    if path.is_file():
+        beside = [name for f in FORMATS.importable() for name in f.folder_files[1:]]
+        return tensor_file(path.parent) if path.name in beside else path
+    safe = [format.folder_files[0] for format in FORMATS.importable() if format.folder_files]
+    for name in (*safe, *FORMATS.pickles()):
+        if (path / name).is_file():
+            return path / name
+    weights = FORMATS.default.folder_files[0]
+    inside = sorted(p.parent.name for p in path.glob(f"*/{weights}"))
+    hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
+    if files := sorted(path.glob("*.safetensors")):
+        hint = f"name the file that is one: {files[0]}"
+    raise LoraFxError(f"{path}: no {weights} in this folder", hint)
+
+
+def is_adapter(path: str | PathLike[str]) -> bool:
+    """True for what load_adapter would read: decided by files and headers, not by names."""
+    path = Path(path)
+    if path.is_dir():
+        return any((path / name).is_file() for name in FORMATS.files_of_folders())
+    if not path.is_file() or path.suffix in NO_OUTPUT or path.suffix not in FORMATS.suffixes():
+        return path.name in FORMATS.pickles()
+    seen = look(path)
+    return seen.config or bool(FORMATS.detecting(seen))
+
+
+def check_elements(path: str | PathLike[str], most: int) -> None:
+    """Refuse, before they are read, tensors of more elements than an adapter of a base can have.
+
+    Files up to 64 MiB are read in any case.
+    """
+    if not Path(path).is_file() or os.stat(path).st_size <= _LARGE:
+        return
+    seen = look(Path(path))
+    if seen.elements > most:
+        raise LoraFxError(
+            f"{fspath(path)}: its tensors have {seen.elements} elements; at most {most} are read "
+            "for this base, twice as many as that has",
+            "is it an adapter of this model?",
+        )
+    size = os.stat(path).st_size
+    if not seen.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
+        raise LoraFxError(
+            f"{fspath(path)}: it has {size} bytes; at most {most} elements are read for this base, "
+            "twice as many as that has",
+            "is it an adapter of this model?",
+        )

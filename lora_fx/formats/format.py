@@ -1,0 +1,159 @@
+"""Format: what a kind of adapter file says of itself, and how it is read and written.
+
+Whoever adds a format writes one object of this protocol. Nothing outside it knows its name: the
+registry (`lora_fx.formats.registry`) lists the formats, and `load_adapter`, `save_adapter`,
+`--force`, the command line and the documentation ask the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.errors import LoraFxError
+
+HEAD = 64
+"""Bytes of a file's beginning that tell its kind."""
+
+
+@dataclass(frozen=True)
+class Magic:
+    """The bytes by which every file of a format is known.
+
+    Attributes:
+        text: The bytes.
+        start: How many bytes stand before them; all of them lie within the first 64.
+
+    >>> Magic(b"TORT", start=4).begins(b"....TORT....")
+    True
+    """
+
+    text: bytes
+    start: int = 0
+
+    def begins(self, head: bytes) -> bool:
+        """Whether a file with these first bytes has the magic."""
+        return head.startswith(self.text, self.start)
+
+
+@dataclass(frozen=True)
+class FileHead:
+    """What a format's `detect` decides by; no tensor is read for it.
+
+    Attributes:
+        head: The first 64 bytes.
+        names: Tensor names of a safetensors file; empty for others.
+        metadata: The texts of its header.
+        config: True where adapter_config.json lies beside it.
+        elements: How many all tensors have together.
+    """
+
+    head: bytes
+    names: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: bool = False
+    elements: int = 0
+
+
+class Format(Protocol):
+    """One kind of adapter file. Subclass it and make one object: what has a default may stay out.
+
+    Attributes:
+        name: What `--format` and `save_adapter(format=…)` call it.
+        suffixes: The endings of its single files, each with its dot. A name that ends in one of
+            them asks for a file, and any other name for a folder.
+        magic: How every file of it begins. Without one its files are safetensors files, whose
+            tensor names and header `detect` looks at.
+        folder_files: The files of a folder of it by name, first the one that holds the tensors.
+            Empty where an adapter of it is always one file.
+        pickles: Names that the file of the tensors has in a folder as a pickle. They are read with
+            `--trust`, and never written.
+        only_read: Whether it is read and not written.
+        one_model: Whether a file of it holds the updates of one model, under the names of that
+            model's parameters. Updates of several components of a pipeline are refused.
+        takes_empty: Whether an adapter without an update is written, with a note that says so.
+        takes_base: Whether names or orders of rows depend on the model. Then `read` and `write` get
+            its folder, where the user gave one, and None otherwise.
+        fits_graphs: Whether it has `write_for`: files for one switchable graph (`--for X.onnx`).
+        sole_suffix: Whether no other program has files of these endings, so that `--force` replaces
+            such a file whatever it holds. Otherwise it replaces what the magic shows to be one.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    magic: Magic | None = None
+    folder_files: tuple[str, ...] = ()
+    pickles: tuple[str, ...] = ()
+    only_read: bool = False
+    one_model: bool = False
+    takes_empty: bool = False
+    takes_base: bool = False
+    fits_graphs: bool = False
+    sole_suffix: bool = False
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether a file is of this format, told by its content and never by its name.
+
+        It is asked of files with the magic, or of safetensors files where the format has none. Two
+        formats that both say True are an error, so be strict.
+        """
+        return self.magic is not None
+
+    def resembles(self, seen: FileHead) -> bool:
+        """Whether a file that no format detects is one of these that lacks something.
+
+        Then `read` gets it, and says what is missing.
+        """
+        return False
+
+    def is_adapter(self, head: bytes) -> bool:
+        """Whether a file with the magic is an adapter, by its first 64 KiB.
+
+        `--force` asks, where files of other content have the same magic.
+        """
+        return True
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read a file that `detect` knows.
+
+        Args:
+            path: The file; of a folder the one that holds the tensors.
+            base: The folder or file of the model, where the format takes one.
+
+        Returns:
+            An Adapter whose keys are the names of the file and whose layouts are None; `bind` fits
+            it to a model later. metadata["notes"] lists what should be said to the user.
+
+        Raises:
+            LoraFxError: Names the file, the tensor, what was found and what was expected.
+        """
+        ...
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write an adapter, of at least one update unless the format takes an empty one.
+
+        Args:
+            adapter: Bound to a model or not.
+            path: A new file where it ends in one of `suffixes`, else a folder to create.
+            base: The folder or file of the model, where the format takes one.
+
+        Returns:
+            Notes: what other readers of the format will not see.
+
+        Raises:
+            LoraFxError: Names the key of an update that the format cannot say.
+        """
+        raise LoraFxError(f"format {self.name} is only read", "choose another --format")
+
+    def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
+        """Write a file for one switchable .onnx file, with the names and shapes of its inputs.
+
+        Args:
+            graph: The .onnx file.
+            adapter: What `write` takes.
+            path: The new file.
+        """
+        raise LoraFxError(f"format {self.name} has no files for one graph", "leave --for out")

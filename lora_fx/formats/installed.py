@@ -1,0 +1,244 @@
+"""Formats of other installed packages, found by their entry points in the group `lora_fx.formats`.
+
+    [project.entry-points."lora_fx.formats"]        in the pyproject.toml of the package
+    mine = "my_package.my_module:MINE"              the format's name, and its object
+
+Such a package is code that the user installed, and it runs with the user's rights. Its module is
+imported when a format has to be known, and not before. What it raises is one line that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.formats.base import File
+from lora_fx.formats.format import HEAD, FileHead, Format, Magic
+from lora_fx.text import by_key, some
+
+GROUP = "lora_fx.formats"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
+_MEMBERS = (
+    "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
+    "takes_empty", "takes_base", "fits_graphs", "sole_suffix", "detect", "resembles", "is_adapter",
+    "read", "write", "write_for",
+)  # fmt: skip
+_METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
+OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
+"""Endings of files that are something else to lora-fx: models, pickles and configs."""
+
+
+def entry_points() -> dict[str, metadata.EntryPoint]:
+    """The entry points of installed formats by name; nothing is imported.
+
+    A distribution that lies in the current folder is not installed, though Python may have that
+    folder among the places of its imports.
+
+    Raises:
+        LoraFxError: Two of one name: both packages are named.
+    """
+    by_name = by_key((point.name, point) for point in _points())
+    for name, same in by_name.items():
+        if len(same) > 1:
+            raise two_of_one_name(name, package_of(same[0]), package_of(same[1]))
+    return {name: by_name[name][0] for name in sorted(by_name)}
+
+
+def _points() -> Iterator[metadata.EntryPoint]:
+    """The entry points of the group; of a package that is found at several places, the first's."""
+    seen = set[str]()
+    places = [place for place in sys.path if place]
+    for package in metadata.distributions(path=places):
+        points = package.entry_points.select(group=GROUP)
+        if points and package.name not in seen:
+            seen.add(package.name)
+            yield from points
+
+
+def package_of(point: metadata.EntryPoint) -> str:
+    """The name of the installed package that an entry point is of."""
+    return point.dist.name if point.dist else point.module
+
+
+def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
+    """The error about two packages that have a format of one name."""
+    first, second = sorted((package, other), key=lambda p: (p != "lora-fx", p))
+    return LoraFxError(
+        f"the packages {first} and {second} both have an adapter format {name!r}",
+        f"pip uninstall {second}, or ask its authors for another name",
+    )
+
+
+def load(point: metadata.EntryPoint) -> InstalledFormat:
+    """Import the format of an entry point.
+
+    Raises:
+        LoraFxError: It cannot be imported, or is no Format: the format and its package are named.
+    """
+    what = f"the adapter format {point.name!r} of the package {package_of(point)}"
+    hint = f"update the package, or pip uninstall {package_of(point)}"
+    try:
+        loaded = point.load()
+        fault = _fault(point.name, loaded)
+    except (Exception, SystemExit) as error:
+        why = one_line(f"{type(error).__name__}: {error}", 200)
+        raise LoraFxError(f"{what} cannot be imported: {why}", hint) from error
+    if fault:
+        raise LoraFxError(f"{what} is no Format: {fault}", f"{hint}; passes/README.md says how")
+    return InstalledFormat(loaded, package_of(point))
+
+
+def _fault(name: str, loaded: Format) -> str:
+    """What keeps an object from being the Format of this name; empty for nothing."""
+    if isinstance(loaded, type):
+        return f"{loaded.__name__} is a class; expected an object of it"
+    missing = [member for member in _MEMBERS if not hasattr(loaded, member)]
+    if missing:
+        return f"{type(loaded).__name__} has no {some(missing, 5)}"
+    no_methods = [member for member in _METHODS if not callable(getattr(loaded, member))]
+    if no_methods:
+        return f"its {some(no_methods, 5)} cannot be called"
+    if loaded.name != name or not _NAME.fullmatch(name):
+        return f"its name is {loaded.name!r}; expected {name!r}, in small letters, digits and -_.+"
+    if not _are_texts(loaded.suffixes) or not loaded.suffixes:
+        return f"its suffixes are {loaded.suffixes!r}; expected a tuple of endings"
+    for suffix in loaded.suffixes:
+        if not re.fullmatch(r"\.\w+", suffix) or suffix in OTHER_FILES:
+            return f"one of its suffixes is {suffix!r}; expected an ending that no model has"
+    for names in (loaded.folder_files, loaded.pickles):
+        if not _are_texts(names) or any(Path(n).name != n for n in names):
+            return f"its files of a folder are {names!r}; expected a tuple of names without '/'"
+    return _fault_of_magic(loaded.magic)
+
+
+def _fault_of_magic(magic: object) -> str:
+    if magic is None:
+        return ""
+    if not isinstance(magic, Magic) or not isinstance(magic.text, bytes):
+        return f"its magic is {magic!r}; expected a Magic, or None for safetensors files"
+    if not magic.text or not 0 <= magic.start <= HEAD - len(magic.text):
+        return f"its magic is {magic!r}; expected some of the first {HEAD} bytes"
+    if not magic.start and magic.text.startswith(b"\x80"):
+        return f"its magic is {magic!r}, and so begin pickles, which no format gets"
+    return ""
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+
+
+class InstalledFormat(Format):
+    """A format of another package: what it raises, and a result that is none, are one line.
+
+    Attributes:
+        package: The name of the package.
+    """
+
+    def __init__(self, inner: Format, package: str) -> None:
+        self._inner, self.package = inner, package
+        self.name = inner.name
+        self.suffixes = inner.suffixes
+        self.magic = inner.magic
+        self.folder_files = inner.folder_files
+        self.pickles = inner.pickles
+        self.only_read = bool(inner.only_read)
+        self.one_model = bool(inner.one_model)
+        self.takes_empty = bool(inner.takes_empty)
+        self.takes_base = bool(inner.takes_base)
+        self.fits_graphs = bool(inner.fits_graphs)
+        self.sole_suffix = bool(inner.sole_suffix)
+
+    def detect(self, seen: FileHead) -> bool:
+        """Whether a file is of this format."""
+        with self._retold("cannot tell its files"):
+            return bool(self._inner.detect(seen))
+
+    def resembles(self, seen: FileHead) -> bool:
+        """Whether a file is one of these that lacks something."""
+        with self._retold("cannot tell its files"):
+            return bool(self._inner.resembles(seen))
+
+    def is_adapter(self, head: bytes) -> bool:
+        """Whether a file with the magic is an adapter."""
+        with self._retold("cannot tell its files"):
+            return bool(self._inner.is_adapter(head))
+
+    def read(self, path: Path, base: Path | None = None) -> Adapter:
+        """Read a file, and check that updates of numbers came out."""
+        with self._retold("cannot read it", f"{path}: "):
+            adapter = self._inner.read(path, base)
+            if not isinstance(adapter, Adapter):
+                read = f"read a {type(adapter).__name__}, which is no Adapter"
+                raise self._error(f"{path}: ", read)
+            for key, entry in adapter.lowrank.items():
+                self._check(f"{path}: {self}: {key!r}", entry)
+        return adapter
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """Write a file or a folder."""
+        with self._retold("cannot write it", f"{path.name}: "):
+            notes = self._inner.write(adapter, path, base)
+        return self._written(path, notes)
+
+    def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
+        """Write a file for one switchable .onnx file."""
+        with self._retold("cannot write it", f"{path.name}: "):
+            notes = self._inner.write_for(graph, adapter, path)
+        return self._written(path, notes)
+
+    def __str__(self) -> str:
+        """The format and its package, for messages."""
+        return f"the adapter format {self.name!r} of the package {self.package}"
+
+    def _written(self, path: Path, notes: object) -> tuple[str, ...]:
+        """The notes of a writing, where there is something at the path, and no link."""
+        if not path.exists() or path.is_symlink():
+            raise self._error(f"{path.name}: ", "wrote nothing")
+        if not isinstance(notes, (tuple, list)):
+            raise self._error(f"{path.name}: ", f"returned {type(notes).__name__}, and no notes")
+        return tuple(map(str, notes))
+
+    def _check(self, where: str, update: LowRank) -> None:
+        """Raise for A and B that are no finite fp32 of [*batch, r, in] and [*batch, out, r]."""
+        a = np.asarray(update.a)
+        b = np.asarray(update.b)
+        fits = a.ndim >= 2 and b.ndim >= 2 and a.size and b.size
+        if not fits or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+            raise LoraFxError(
+                f"{where} has A {list(a.shape)} and B {list(b.shape)}; expected [*batch, r, in] "
+                "and [*batch, out, r]",
+                self._hint,
+            )
+        for half, array in (("A", a), ("B", b)):
+            if array.dtype != np.float32:
+                raise LoraFxError(f"{where} has {half} in {array.dtype}, not float32", self._hint)
+            File(where).check_finite(half, array)
+        if not np.isfinite(update.alpha):
+            raise LoraFxError(f"{where} has alpha {update.alpha}; expected a number", self._hint)
+
+    @property
+    def _hint(self) -> str:
+        return f"is the file good? then report it to the authors of {self.package}"
+
+    def _error(self, where: str, what: str) -> LoraFxError:
+        return LoraFxError(f"{where}{self} {what}", self._hint)
+
+    @contextlib.contextmanager
+    def _retold(self, what: str, where: str = "") -> Iterator[None]:
+        """Whatever the package raises as one line; its LoraFxErrors are lines already."""
+        try:
+            yield
+        except LoraFxError:
+            raise
+        except (Exception, SystemExit) as error:
+            why = one_line(f"{type(error).__name__}: {error}", 200)
+            raise self._error(where, f"{what}: {why}") from error

@@ -1,0 +1,196 @@
+"""The adapter formats: those of lora-fx, and those of other installed packages.
+
+Whoever wants to know which formats there are, what their files are called or which of them can do
+something asks here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Literal
+
+from lora_fx.adapter.fused import LAYOUTS
+from lora_fx.errors import LoraFxError
+from lora_fx.files.adapter_files import register
+from lora_fx.files.read import MAX_JSON
+from lora_fx.files.safetensors import may_be_safetensors, parse_header
+from lora_fx.formats import installed
+from lora_fx.formats.base import head_with
+from lora_fx.formats.diffusers import DIFFUSERS
+from lora_fx.formats.format import HEAD, FileHead, Format
+from lora_fx.formats.gguf import GGUF
+from lora_fx.formats.kohya import KOHYA
+from lora_fx.formats.onnx_adapter import ONNX_ADAPTER
+from lora_fx.formats.peft.file import PEFT
+from lora_fx.formats.torchtune import TORCHTUNE
+
+OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF)
+"""The formats of lora-fx. The first is that of a folder whose name says nothing else."""
+
+FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str
+"""What an adapter is written as: a format of ours, or the name of an installed one."""
+
+_PACKAGE = "lora-fx"
+_TENSORS = re.compile(rb"(?i)lora|hada_|lokr_|oft_")
+"""What the names of an adapter's tensors hold."""
+
+
+class Registry(Mapping[str, Format]):
+    """The formats by name; those of other packages are looked up when they are first asked for."""
+
+    def __init__(self, ours: tuple[Format, ...]) -> None:
+        self._ours = {format.name: format for format in ours}
+        self._loaded: dict[str, Format] = {}
+        self.default = ours[0]
+
+    @functools.cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        """The entry points of the formats of other packages by name; nothing is imported."""
+        points = installed.entry_points()
+        taken = {*self._ours, *LAYOUTS, "onnx"}
+        for name in (n for n in points if n in taken):
+            raise installed.two_of_one_name(name, _PACKAGE, installed.package_of(points[name]))
+        return points
+
+    def __getitem__(self, name: str) -> Format:
+        """A format; one of another package is imported.
+
+        Raises:
+            KeyError: There is no such format.
+            LoraFxError: The package cannot be imported, or two have a format of this name.
+        """
+        if name in self._ours:
+            return self._ours[name]
+        if name not in self._loaded:
+            self._loaded[name] = installed.load(self._points[name])
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a format of this name; no package is imported."""
+        return name in self._ours or name in self._points
+
+    def __iter__(self) -> Iterator[str]:
+        """The names; no package is imported."""
+        yield from self._ours
+        yield from self._points
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._ours) + len(self._points)
+
+    def refresh(self) -> None:
+        """Look for packages anew, after one was installed while this process runs."""
+        self._loaded.clear()
+        for looked_up in ("_points", "_imports"):
+            vars(self).pop(looked_up, None)
+
+    def writers(self) -> tuple[str, ...]:
+        """The names of the formats that are written; no package is imported.
+
+        Whether one of another package is only read is seen when it is asked to write.
+        """
+        ours = (name for name, format in self._ours.items() if not format.only_read)
+        return (*ours, *self._points)
+
+    def importable(self) -> list[Format]:
+        """The formats that can be imported, ours first."""
+        return [*self._ours.values(), *self._imports[0]]
+
+    def failures(self) -> list[LoraFxError]:
+        """Why the other ones cannot be imported."""
+        return self._imports[1]
+
+    @functools.cached_property
+    def _imports(self) -> tuple[list[Format], list[LoraFxError]]:
+        """The formats of other packages, and what was raised in place of some."""
+        formats: list[Format] = []
+        failures: list[LoraFxError] = []
+        for name in self._points:
+            try:
+                formats.append(self[name])
+            except LoraFxError as error:
+                failures.append(error)
+        return formats, failures
+
+    def suffixes(self) -> tuple[str, ...]:
+        """The endings of adapter files, each with its dot."""
+        every = (suffix for format in self.importable() for suffix in format.suffixes)
+        return tuple(dict.fromkeys(every))
+
+    def pickles(self) -> tuple[str, ...]:
+        """The names of the files in folders of adapters that are pickles."""
+        return tuple(name for format in self.importable() for name in format.pickles)
+
+    def files_of_folders(self) -> tuple[str, ...]:
+        """The names of all files that a folder of an adapter can have, pickles among them."""
+        safe = (name for format in self.importable() for name in format.folder_files)
+        return (*safe, *self.pickles())
+
+    def detecting(self, seen: FileHead) -> list[Format]:
+        """The formats that a file is of, by its content: one, where all is well."""
+        with_magic = self.with_magic(seen.head)
+        if with_magic and not seen.names:
+            return [format for format in with_magic if format.detect(seen)]
+        return [f for f in self.importable() if f.magic is None and f.detect(seen)]
+
+    def with_magic(self, head: bytes) -> list[Format]:
+        """The formats whose magic a file's first bytes have.
+
+        A file that begins as a safetensors file is one, whatever magic it has besides.
+        """
+        if may_be_safetensors(head) and int.from_bytes(head[:8], "little") <= MAX_JSON:
+            return []
+        return [f for f in self.importable() if f.magic is not None and f.magic.begins(head)]
+
+    def ending_by_magic(self, head: bytes) -> str:
+        """The ending of the files that begin so; empty where no format has this magic."""
+        with_magic = self.with_magic(head)
+        return with_magic[0].suffixes[0] if with_magic else ""
+
+    def kind_of(self, file: Path, head: bytes) -> str | None:
+        """What an adapter file is, for people, by its first 64 KiB.
+
+        Files of one kind take each other's place under `--force`: those of formats with one ending.
+
+        Returns:
+            None for the file of no adapter format, and an empty text for one that is no adapter.
+        """
+        with_magic = self.with_magic(head)
+        called_so = [format for format in self.importable() if file.suffix in format.suffixes]
+        for format in called_so:
+            if format.sole_suffix and (not with_magic or format in with_magic):
+                return f"a {file.suffix} file"
+        if with_magic:
+            adapters = [f.suffixes[0] for f in with_magic if f.is_adapter(head)]
+            return f"an adapter in a {adapters[0]} file" if adapters else ""
+        if called_so and _holds_an_adapter(file, head, called_so):
+            return f"an adapter in a {file.suffix} file"
+        return None
+
+
+def _holds_an_adapter(file: Path, head: bytes, formats: list[Format]) -> bool:
+    """Whether a safetensors file is an adapter: its names say so, or one of these formats does.
+
+    A checkpoint that `merge` wrote has its record in the header's metadata, which is none.
+    """
+    length = int.from_bytes(head[:8], "little")
+    if not may_be_safetensors(head) or length > MAX_JSON:
+        return False
+    with file.open("rb") as opened:  # an output that is there, and no input of the run
+        data = opened.read(8 + length)
+    try:
+        header = parse_header(data, file.stat().st_size, file)
+    except LoraFxError:  # damaged, and perhaps somebody's adapter
+        return _TENSORS.search(data) is not None
+    if any(_TENSORS.search(name.encode()) for name in header.tensors):
+        return True
+    seen = head_with(header, data[:HEAD], file)
+    return any(format.magic is None and format.detect(seen) for format in formats)
+
+
+FORMATS = Registry(OURS)
+register(FORMATS)
