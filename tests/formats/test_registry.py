@@ -1,0 +1,96 @@
+"""The registry of formats: its members hold, the page lists it, and nothing else knows a name."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.format import FileHead, Format, Magic
+from lora_fx.formats.io import Format as NameInIo
+from lora_fx.formats.io import format_for
+from lora_fx.formats.registry import FORMATS, OURS, FormatName
+from tests.house import HERE as ROOT
+from tests.house import House
+
+PAGE = (ROOT / "docs" / "convert.md").read_text()
+
+
+def rows() -> dict[str, tuple[str, str, str]]:
+    """(files, read, written) by format: the table of docs/convert.md."""
+    section = PAGE.partition("## Formats\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", section, re.M)
+    return {name: (files, read, written) for name, files, read, written in cells}
+
+
+def test_the_page_lists_the_formats() -> None:
+    table = rows()
+    assert list(table) == [format.name for format in OURS]
+    for format in OURS:
+        files, read, written = table[format.name]
+        assert (written == "no") == format.only_read
+        assert read != "no"
+        assert ("folder" in files) == bool(format.folder_files), format.name
+        assert any(suffix in files for suffix in format.suffixes), format.name
+
+
+def test_the_type_of_a_format_has_the_names_that_are_written() -> None:
+    literal, _ = get_args(FormatName)
+    assert get_args(literal) == tuple(f.name for f in OURS if not f.only_read)
+    assert NameInIo == FormatName
+    assert FORMATS.writers()[: len(OURS)][:5] == get_args(literal)
+
+
+@pytest.mark.parametrize("format", OURS, ids=lambda format: format.name)
+def test_a_format_of_ours(format: Format) -> None:
+    assert FORMATS[format.name] is format
+    assert format.suffixes and all(suffix.startswith(".") for suffix in format.suffixes)
+    if not format.folder_files and format.magic is not None:
+        assert format_for(f"x{format.suffixes[0]}") == format.name
+        head = format.magic.text.rjust(format.magic.start + len(format.magic.text), b".")
+        assert [f.name for f in FORMATS.with_magic(head)] == [format.name]
+        assert FORMATS.detecting(FileHead(head)) == [format]
+    if format.only_read:
+        with pytest.raises(LoraFxError, match="only read"):
+            format.write(None, Path("x"))
+    if not format.fits_graphs:
+        with pytest.raises(LoraFxError, match="no files for one graph"):
+            format.write_for("x.onnx", None, Path("x"))
+
+
+def test_a_safetensors_file_is_one_whatever_magic_it_has() -> None:
+    header = (300).to_bytes(8, "little") + b'{"a"'
+    assert Magic(header[:2]).begins(header) and not Magic(header[:2], start=1).begins(header)
+    assert FORMATS.with_magic(header) == []
+
+
+SERVED = ".onnx_adapter"
+"""The ending of ONNX Runtime's file, which an export writes beside a graph."""
+ELSEWHERE = {
+    ("lora_fx.adapter.fused", "peft"): "a layout of experts",
+    ("lora_fx.checkpoint.match", "peft"): "of the adapter's metadata: PEFT's own fields",
+    ("lora_fx.checkpoint.pair", "peft"): "the same",
+    ("lora_fx.checkpoint.renaming", "peft"): "the same",
+    ("lora_fx.files.checkpoint", ".gguf"): "weights of a model",
+    ("lora_fx.files.hub", ".gguf"): "the same",
+    ("lora_fx.onnx.session", "peft"): "a default, as save_adapter has it",
+    ("lora_fx.onnx.session", SERVED): "what a session loads",
+    ("lora_fx.passes.verbs.export_files", SERVED): "what an export writes",
+    ("lora_fx.passes.verbs.export_train", SERVED): "the same",
+}
+
+
+def test_nothing_else_knows_a_format() -> None:
+    names = {f.name for f in OURS} | {s for f in OURS for s in f.suffixes if s != ".safetensors"}
+    found = {
+        (module.name, node.value)
+        for module in House().modules.values()
+        if not module.name.startswith("lora_fx.formats")
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    }
+    assert found == set(ELSEWHERE)
