@@ -64,7 +64,8 @@ class Format(Protocol):
     Attributes:
         name: What `--format` and `save_adapter(format=…)` call it.
         suffixes: The endings of its single files, each with its dot. A name that ends in one of
-            them asks for a file, and any other name for a folder.
+            them asks for a file, and any other name for a folder. Empty where an adapter of it is
+            always a folder.
         magic: How every file of it begins. Without one its files are safetensors files, whose
             tensor names and header `detect` looks at.
         folder_files: The files of a folder of it by name, first the one that holds the tensors.

@@ -109,7 +109,7 @@ def _fault(name: str, loaded: Format) -> str:
         return f"its {some(no_methods, 5)} cannot be called"
     if loaded.name != name or not _NAME.fullmatch(name):
         return f"its name is {loaded.name!r}; expected {name!r}, in small letters, digits and -_.+"
-    if not _are_texts(loaded.suffixes) or not loaded.suffixes:
+    if not _are_texts(loaded.suffixes) or not (loaded.suffixes or loaded.folder_files):
         return f"its suffixes are {loaded.suffixes!r}; expected a tuple of endings"
     for suffix in loaded.suffixes:
         if not re.fullmatch(r"\.\w+", suffix) or suffix in OTHER_FILES:
@@ -144,7 +144,8 @@ class InstalledFormat(Format):
     """
 
     def __init__(self, inner: Format, package: str) -> None:
-        self._inner, self.package = inner, package
+        self._inner = inner
+        self.package = package
         self.name = inner.name
         self.suffixes = inner.suffixes
         self.magic = inner.magic

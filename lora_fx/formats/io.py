@@ -66,7 +66,8 @@ def save_adapter(
         adapter: Bound, or as a loader returned it.
         path: A folder to create; or, where it ends in .safetensors, .onnx_adapter or .gguf, one
             file. kohya, onnx_adapter and gguf are always one file.
-        format: peft, kohya, diffusers, onnx_adapter or gguf.
+        format: peft, kohya, diffusers, onnx_adapter or gguf; or one that another installed package
+            brings.
         force: Replace an adapter that is there already. A folder that holds anything else is
             never replaced.
         base: Folder of the model that it is for, of which gguf reads config.json.
@@ -152,8 +153,9 @@ def _check_readable(written: Path, writer: AdapterFormat) -> None:
     """Raise where what a format of another package wrote would be read as another's, or not."""
     if not isinstance(writer, InstalledFormat):
         return
-    file = tensor_file(written)
-    detecting = [format.name for format in FORMATS.detecting(look(file))]
+    detecting: list[str] = []
+    with contextlib.suppress(LoraFxError):  # which names the temporary file
+        detecting = [f.name for f in FORMATS.detecting(look(tensor_file(written)))]
     if detecting != [writer.name]:
         taken = " and ".join(detecting) or "no format"
         raise LoraFxError(
@@ -172,7 +174,8 @@ def load_adapter(
 ) -> Adapter:
     """Read an adapter: of PEFT, kohya, diffusers, torchtune, ONNX Runtime or llama.cpp.
 
-    An .onnx file is one that `insert` wrote, with branches that were trained since.
+    Formats that other installed packages bring are read too. An .onnx file is one that `insert`
+    wrote, with branches that were trained since.
 
     Args:
         path: A file or folder, or hf:ORG/NAME[/PART][@REVISION].
@@ -259,10 +262,11 @@ def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
         return True
     has_ending_of_another = path.suffix and path.suffix in FORMATS.suffixes()
     if has_ending_of_another or not writer.folder_files:
-        wanted = f"a name that ends in {writer.suffixes[0]}"
-        or_folder = " or a folder" if writer.folder_files else ""
+        wanted = [f"a name that ends in {suffix}" for suffix in writer.suffixes[:1]]
+        if writer.folder_files:
+            wanted.append("a folder")
         raise LoraFxError(
-            f"{path}: format {writer.name} needs {wanted}{or_folder}",
+            f"{path}: format {writer.name} needs {' or '.join(wanted)}",
             "choose another name or another format",
         )
     return False

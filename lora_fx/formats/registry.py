@@ -149,7 +149,7 @@ class Registry(Mapping[str, Format]):
     def ending_by_magic(self, head: bytes) -> str:
         """The ending of the files that begin so; empty where no format has this magic."""
         with_magic = self.with_magic(head)
-        return with_magic[0].suffixes[0] if with_magic else ""
+        return _called(with_magic[0]) if with_magic else ""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
         """What an adapter file is, for people, by its first 64 KiB.
@@ -165,11 +165,16 @@ class Registry(Mapping[str, Format]):
             if format.sole_suffix and (not with_magic or format in with_magic):
                 return f"a {file.suffix} file"
         if with_magic:
-            adapters = [f.suffixes[0] for f in with_magic if f.is_adapter(head)]
+            adapters = [_called(f) for f in with_magic if f.is_adapter(head)]
             return f"an adapter in a {adapters[0]} file" if adapters else ""
         if called_so and _holds_an_adapter(file, head, called_so):
             return f"an adapter in a {file.suffix} file"
         return None
+
+
+def _called(format: Format) -> str:
+    """What people call the files of a format: by their ending, or by the format."""
+    return format.suffixes[0] if format.suffixes else format.name
 
 
 def _holds_an_adapter(file: Path, head: bytes, formats: list[Format]) -> bool:

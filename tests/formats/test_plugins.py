@@ -226,7 +226,7 @@ FAULTS = {
         ("1 / 0", "'toy' of the package toy-format cannot write it: Zero"),
         ("return ()", "wrote nothing"),
         ("path.write_bytes(b'TOY1{}'); return None", "returned NoneType, and no notes"),
-        ("path.write_bytes(b'TOY2{}'); return ()", "not a safetensors file"),
+        ("path.write_bytes(b'TOY2{}'); return ()", "made a file that no format would read"),
     ],
     "detect": [("1 / 0", "cannot tell its files: ZeroDivisionError")],
 }  # fmt: skip
@@ -337,6 +337,16 @@ def test_safetensors_folders_and_archives(two: Path, out: str, name: str) -> Non
     if out == "x.safetensors":
         done = run(f"merge base.safetensors start -o {out} --force")
         refused(done, "it is an adapter in a .safetensors file")
+
+
+def test_a_format_that_is_always_a_folder(two: Path) -> None:
+    changed(two, f"{PLAIN}\nFlat.suffixes = ()\n")
+    for line in ("convert start -o x --format flat", "convert start -o x --format flat --force"):
+        done = run(line)
+        assert done.returncode == 0, done.stderr
+    assert run("convert x -o back").returncode == 0
+    assert run("convert x/flat.safetensors -o again").returncode == 0
+    refused(run("convert start -o x.gguf --format flat"), "format flat needs a folder")
 
 
 def test_the_door_is_the_same_for_all(two: Path) -> None:
