@@ -247,7 +247,7 @@ def test_an_adapter_and_a_merged_checkpoint_do_not_replace_each_other(
     base_file = pair[0] / "model.safetensors"
     lora_fx.merge(base_file, [small], merged)
     lora_fx.merge(base_file, [pair[1]], merged, force=True)
-    with pytest.raises(LoraFxError, match="is an adapter in a .safetensors file"):
+    with pytest.raises(LoraFxError, match=r"is an adapter in a \.safetensors file"):
         lora_fx.merge(base_file, [pair[1]], small, force=True)
-    with pytest.raises(LoraFxError, match="is a .safetensors file, and an adapter"):
+    with pytest.raises(LoraFxError, match=r"is a \.safetensors file, and an adapter"):
         lora_fx.save_adapter(lora_fx.Adapter({"q.weight": update}), merged, force=True)
