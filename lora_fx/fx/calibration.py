@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import Door, program_key
@@ -24,6 +23,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import padding
+from lora_fx.fx.trees import TreeSpec, tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Site
@@ -120,7 +120,7 @@ class Watched(CapturedModule):
         self.last = Run()
         self._choose, self._saw = choose, saw
         self._weights, self._results = weights, results
-        self._watching: dict[object, tuple[fx.Graph, tuple[Tap, ...], Door, pytree.TreeSpec]] = {}
+        self._watching: dict[object, tuple[fx.Graph, tuple[Tap, ...], Door, TreeSpec]] = {}
         try:
             captured.allows(False)
         except LoraFxError:
@@ -128,7 +128,7 @@ class Watched(CapturedModule):
 
     def _run(self, args: Sequence[Any], kwargs: Named) -> Any:
         named = self.captured.signature.bind(args, kwargs)
-        leaves = pytree.tree_leaves(named)
+        leaves = tree_leaves(named)
         key = program_key(named, leaves)
         if key not in self._watching:
             self._watching[key] = self._watch(named)
@@ -138,9 +138,9 @@ class Watched(CapturedModule):
         run = _Interpreter(self, graph, taps)
         with torch.set_grad_enabled(self._weights or self._results):
             out = run.run(*leaves, enable_io_processing=False)
-        return pytree.tree_unflatten(list(out), spec)
+        return tree_unflatten(list(out), spec)
 
-    def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, pytree.TreeSpec]:
+    def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, TreeSpec]:
         traced = self.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
         taps = []

@@ -33,10 +33,10 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, map_arg
-from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import Writes, written_by
 from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, hint, reached, replace_parts, value
+from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_structure
 from lora_fx.text import by_key
 
 aten = torch.ops.aten
@@ -177,19 +177,19 @@ def _parts(nodes: Sequence[fx.Node], program: ExportedProgram, table: Table) -> 
     parts = []
     for node, of in zip(nodes, reads, strict=True):
         begin = tuple(islice(inputs, len(of)))
-        end = tuple(islice(outputs, len(pytree.tree_leaves(value(node)))))
+        end = tuple(islice(outputs, len(tree_leaves(value(node)))))
         parts.append(_Part(begin, _between(done, begin, end), end))
     return parts
 
 
 def _reads(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments, as often as they stand there."""
-    return [x for x in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
+    return [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
 
 
 def _with(node: fx.Node, given: Iterator[Any]) -> Any:
     """(args, kwargs) of a node with others in the places of the nodes that it reads."""
-    return pytree.tree_map_only(fx.Node, lambda _: next(given), (node.args, node.kwargs))
+    return tree_map_only(fx.Node, lambda _: next(given), (node.args, node.kwargs))
 
 
 def _start(graph: fx.Graph, place: fx.Node, val: Any) -> Any:
@@ -310,7 +310,7 @@ def program_of(
     """
     nodes = list(module.graph.nodes)
     places = module.graph.find_nodes(op="placeholder")
-    tensors = pytree.tree_leaves([value(n) for n in nodes])
+    tensors = tree_leaves([value(n) for n in nodes])
     modes = {getattr(t, "fake_mode", None) for t in tensors if isinstance(t, torch.Tensor)}
     given = map(_like, map(value, places), inputs, free)
     if not all(map(_has_value, nodes)) or len(modes) != 1 or None in modes or not all(given):
@@ -364,8 +364,8 @@ def signed(
     ]
     given = [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in inputs]
     ends = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]
-    spec = pytree.tree_structure((tuple(range(len(inputs))), {}))
-    call = ModuleCallSignature([], [], spec, pytree.tree_structure(tuple(range(len(outputs)))))
+    spec = tree_structure((tuple(range(len(inputs))), {}))
+    call = ModuleCallSignature([], [], spec, tree_structure(tuple(range(len(outputs)))))
     return ExportedProgram(
         nn.Module(),
         graph,
@@ -467,7 +467,7 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
     fp32 have an fp32 result of narrow operands.
     """
-    tensors = (v for v in pytree.tree_leaves(value(node)) if isinstance(v, torch.Tensor))
+    tensors = (v for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor))
     made = next(tensors, None)
     chosen = str(node.target).startswith(CHOSEN)
     if chosen or made is None or not made.is_floating_point():

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
@@ -28,6 +27,7 @@ from lora_fx.fx.graph.patterns import SHARED
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, patched, to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import exact_constants, give_own_names, mark_data, unfolded
 from lora_fx.progress import stage
@@ -108,11 +108,11 @@ def _representative(module: CapturedModule, free: Mapping[str, Collection[int]])
     that no other length has.
     """
     example = module._in_own_dtype()
-    tensors = [x for x in pytree.tree_leaves(example) if isinstance(x, Tensor)]
-    sizes = dict(zip(leaf_names(example), pytree.tree_leaves(example), strict=True))
+    tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
+    sizes = dict(zip(leaf_names(example), tree_leaves(example), strict=True))
     single = any(sizes[name].shape[d] == 1 for name, dims in free.items() for d in dims)
     if single or not all(map(has_values, tensors)):
-        return [x for x in pytree.tree_leaves(module.sample()) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(module.sample()) if isinstance(x, Tensor)]
     return tensors
 
 
@@ -205,7 +205,7 @@ def flat_program(
         all_outputs: Keep the outputs that are no tensors.
         named: The arguments that it was made for; those of the capture without them.
     """
-    leaves = pytree.tree_leaves(module.captured.named if named is None else dict(named))
+    leaves = tree_leaves(module.captured.named if named is None else dict(named))
     names = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
     for place, name, leaf in zip(places, traced.door.names, leaves, strict=False):
@@ -215,7 +215,7 @@ def flat_program(
             place.replace_all_uses_with(leaf)  # a Python constant of the capture
             graph.erase_node(place)
     out = next(n for n in graph.nodes if n.op == "output")
-    values = list(pytree.tree_leaves(out.args[0]))
+    values = list(tree_leaves(out.args[0]))
     paths = output_paths(traced.out_spec, len(values))
     kept = [
         (leaf, path)
@@ -232,10 +232,10 @@ def output_paths(spec: Any, count: int) -> list[str]:
 
     An output class of transformers may give its fields back in another order than they came in.
     """
-    dummy = pytree.tree_unflatten(list(range(count)), spec)
+    dummy = tree_unflatten(list(range(count)), spec)
     if isinstance(dummy, int):
         return [""]
-    places = dict(zip(pytree.tree_leaves(dummy), leaf_names({"": dummy}), strict=True))
+    places = dict(zip(tree_leaves(dummy), leaf_names({"": dummy}), strict=True))
     return [places[i] for i in range(count)]
 
 
@@ -387,7 +387,7 @@ def _translated_once() -> contextlib.AbstractContextManager[None]:
 
     def replayed(function: Callable[..., object], *args: object, **named: object) -> object:
         recorder: Any = evaluator.default()
-        values = [v for v in pytree.tree_leaves((args, named)) if isinstance(v, ir.Value)]
+        values = [v for v in tree_leaves((args, named)) if isinstance(v, ir.Value)]
         order = {v: i for i, v in enumerate(dict.fromkeys(values))}
         key = function, id(recorder.constant_farm), _seen((args, named), order)
         if key not in known:
@@ -411,7 +411,7 @@ def _translated_once() -> contextlib.AbstractContextManager[None]:
                 ir.Node(node.domain, node.op_type, inputs, own, outputs=outputs,
                         overload=node.overload, version=node.version)
             )  # fmt: skip
-        return pytree.tree_map_only(ir.Value, lambda v: at.get(v, v), made)
+        return tree_map_only(ir.Value, lambda v: at.get(v, v), made)
 
     def dispatched(node: fx.Node, table: Any) -> tuple[object, str]:
         function, message = dispatch(node, table)

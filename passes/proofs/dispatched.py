@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.compare import Choice, grow, nearest_choice
 from lora_fx.dtypes import Array
 from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_map
 from lora_fx.inputs import Named
 from lora_fx.passes.proofs.reference import Choices, Run, Shown
 
@@ -55,16 +55,14 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)  # one of graphs has none
-        floats = [x for x in pytree.tree_leaves((args, kwargs)) if _is_plain_float(x)]
+        floats = [x for x in tree_leaves((args, kwargs)) if _is_plain_float(x)]
         if schema is None or schema.is_mutable or not floats:
             return result
-        discrete = [x for x in pytree.tree_leaves(result) if _is_discrete(x)]
+        discrete = [x for x in tree_leaves(result) if _is_discrete(x)]
         if not discrete:
             return result
         among = [to_numpy(x) for x in floats]
-        return pytree.tree_map(
-            lambda x: self._chosen(func, x, among) if _is_discrete(x) else x, result
-        )
+        return tree_map(lambda x: self._chosen(func, x, among) if _is_discrete(x) else x, result)
 
     def _chosen(self, func: Any, result: torch.Tensor, among: list[Array]) -> torch.Tensor:
         """A result of an op, or the choice that the other run made in its place."""

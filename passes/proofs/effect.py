@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_values
@@ -44,6 +43,7 @@ from lora_fx.fx.graph.rounding import nearby
 from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
 from lora_fx.fx.module.module import Rewriter, by_output, plain
 from lora_fx.fx.tensors import device_of
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named, default_dynamic
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.dispatched import LiveRerun, live_choices
@@ -199,7 +199,7 @@ def _gradients(
             if seed == DRAWS - 1 and is_real(own):  # where no draw is what the model is for
                 given = own
             with torch.enable_grad():
-                made = pytree.tree_leaves(trained.call(copied(given)))
+                made = tree_leaves(trained.call(copied(given)))
                 tensors = [y for y in made if isinstance(y, torch.Tensor)]
                 floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
                 outputs = [y for y in floats if y.requires_grad]
@@ -311,7 +311,7 @@ def _gradients_of(
         return torch.func.functional_call(model, given, args, kwargs)
 
     with as_it_was(model), torch.enable_grad():
-        out = pytree.tree_leaves(captured.signature.call(call, copied(named)))
+        out = tree_leaves(captured.signature.call(call, copied(named)))
         outputs = [y for y in out if isinstance(y, torch.Tensor) and y.requires_grad]
         parts = [(y * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)).sum() for y in outputs]
         if not parts:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from lora_fx.compare import Choice, grow
 from lora_fx.dtypes import Array
@@ -25,6 +24,7 @@ from lora_fx.fx.capture.capture import alike, copied
 from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Run, Shown
 
@@ -73,16 +73,16 @@ class Choosing(Wide):
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
         """The names of values, which an exported file has as well: an output has that of it."""
         (leaves,) = graph.output_node().args
-        out = pytree.tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
+        out = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
         outputs = {n: output_name(name) for name, n in leaves_of({"": out}) if _is_node(n)}
         return {n: n.name for n in graph.nodes} | outputs
 
     def outputs(self, named: Named) -> dict[str, Array]:
         """The outputs of a run, and the floats that choices are made among."""
-        leaves = [self.read(x) for x in pytree.tree_leaves(copied(named))]
+        leaves = [self.read(x) for x in tree_leaves(copied(named))]
         with torch.no_grad(), alike(self.model):
             out = self.run(*leaves, enable_io_processing=False)
-        return {**self.floats, **by_output(pytree.tree_unflatten(list(out), self.out_spec))}
+        return {**self.floats, **by_output(tree_unflatten(list(out), self.out_spec))}
 
     def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
         """What it would have chosen, where that is not a given choice that rounding turned."""

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import (
@@ -48,6 +47,7 @@ from lora_fx.fx.graph.rounding import Wide, nearby, widened
 from lora_fx.fx.module.module import CapturedModule, by_output, plain
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
+from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import OTHER_SIZES, Extents, Inputs, Named
 from lora_fx.passes.proofs.interpreted import ModuleRerun, choices_of, move
 from lora_fx.passes.proofs.reference import SEEDS, Choices, Rerun, Run, compared
@@ -59,14 +59,14 @@ def arrays_of(named: Named) -> dict[str, Array]:
     """The tensors among flattened named arguments, as arrays by ONNX input name."""
     return {
         onnx_name(n): to_numpy(x)
-        for n, x in zip(leaf_names(named), pytree.tree_leaves(dict(named)), strict=True)
+        for n, x in zip(leaf_names(named), tree_leaves(dict(named)), strict=True)
         if isinstance(x, torch.Tensor)
     }
 
 
 def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
     """What arrays_of was made of, in the structure of the example and with its constants."""
-    first = next(x for x in pytree.tree_leaves(dict(example)) if isinstance(x, torch.Tensor))
+    first = next(x for x in tree_leaves(dict(example)) if isinstance(x, torch.Tensor))
     device = None if first.is_meta else first.device
     return filled(example, {n: feeds.get(onnx_name(n)) for n in leaf_names(example)}, device)
 
@@ -205,7 +205,7 @@ def _runs(captured: Captured, named: Named) -> bool:
 
 def is_real(named: Named) -> bool:
     """Whether arguments have values: the example of a file, or of a meta model, has none."""
-    leaves = (x for x in pytree.tree_leaves(dict(named)) if isinstance(x, torch.Tensor))
+    leaves = (x for x in tree_leaves(dict(named)) if isinstance(x, torch.Tensor))
     return all(has_values(x) for x in leaves)
 
 
@@ -223,7 +223,7 @@ def outside(reference: CapturedModule, named: Named) -> SizeError | None:
     """Why the graph of the example does not hold at these sizes; None where it does."""
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
-    return traced.door.refused(pytree.tree_leaves(dict(named)))
+    return traced.door.refused(tree_leaves(dict(named)))
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> Gate:
@@ -316,10 +316,10 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
-        leaves = [run.read(x) for x in pytree.tree_leaves(copied(named))]
+        leaves = [run.read(x) for x in tree_leaves(copied(named))]
         with torch.no_grad(), alike(model):
             out = run.run(*leaves, enable_io_processing=False)
-        return by_output(pytree.tree_unflatten(list(out), traced.out_spec))
+        return by_output(tree_unflatten(list(out), traced.out_spec))
 
     return exactly
 
@@ -465,7 +465,7 @@ def prove_step(
             continue
         feeds = {**arrays_of(named), "labels": labels}
         shapes = shapes_of(feeds)
-        if refused := graph.traced.door.refused(pytree.tree_leaves(dict(named))):
+        if refused := graph.traced.door.refused(tree_leaves(dict(named))):
             leave_out(owner, shapes, f"another path: {refused.message}")
             continue
         step = _Torch(graph, slots, update)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import fx
 from torch._export.verifier import SpecViolationError
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.compare import ORT_TOL, Report, demand, rel
@@ -26,6 +25,7 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
+from lora_fx.fx import trees as pytree
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike, as_it_was
 from lora_fx.fx.codes import forms

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
@@ -26,6 +25,7 @@ from lora_fx.fx.capture.capture import alike
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.parity import is_real
 from lora_fx.passes.proofs.recorded import prove_as_it_is
@@ -126,7 +126,7 @@ def _prove(
     example = module._in_own_dtype()
     own = (*map(module.sample, SIZES), *([example] if is_real(example) else ()))
     for named in (*own, *(module._in_own_dtype(named) for named, _ in paths[1:])):
-        leaves = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
+        leaves = [x for x in tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
             want = module.flat(named)
         except (RuntimeError, ValueError, IndexError):
@@ -137,10 +137,10 @@ def _prove(
             continue  # the file says so by name; the module captures another path there
         ran += 1
         _demand(got, want, f"the {names} program")
-        if loaded is not None and paths[0][1].door.admits(pytree.tree_leaves(named)):
+        if loaded is not None and paths[0][1].door.admits(tree_leaves(named)):
             try:
                 with torch.no_grad(), alike(loaded):
-                    values = pytree.tree_leaves(loaded(*leaves))
+                    values = tree_leaves(loaded(*leaves))
             except RuntimeError as e:
                 if "Expected input at" not in str(e):
                     raise

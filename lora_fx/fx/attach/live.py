@@ -29,13 +29,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.fx.graph.nodes import reached
 from lora_fx.fx.tensors import owner, padding
+from lora_fx.fx.trees import tree_map_only
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum, Grouped
 
@@ -318,7 +318,7 @@ class LiveStack:
         extra = {*given} - {"offs"} or len(args) + len(given) > PRODUCTS.get(func.__name__, 0)
         if len(stacks) == len(xs) == 1 and not extra:
             return stacks[0].product(func, xs[0], args, given)
-        args, given = pytree.tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
+        args, given = tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
         return func(*args, **given)
 
     def product(self, func: Op, x: torch.Tensor, args: Sequence[object], given: Given) -> object:

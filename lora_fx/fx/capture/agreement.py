@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.compare import CEILING, EPSILON, ORT_TOL, Gate, Outputs, Parity, compare_fairly, grow
 from lora_fx.dtypes import Array
@@ -34,6 +33,7 @@ from lora_fx.fx.capture.call import Signature, leaves_of, sample_call, without_c
 from lora_fx.fx.graph.nodes import OverTensors, dtype_name, random_ops, value
 from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.tensors import to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_map_only
 from lora_fx.inputs import BATCH, LARGEST_CUT, Inputs, Named
 
 TIMES = (4, 3, 2)
@@ -116,14 +116,14 @@ class Agreement:
         return compare_fairly(ours, theirs, sizes, dict.fromkeys(theirs, gate), own, of=self.of)
 
     def _run(self, function: Callable[[Named], Any], named: Named) -> list[Any]:
-        apart = pytree.tree_map_only(torch.Tensor, torch.clone, dict(named))
+        apart = tree_map_only(torch.Tensor, torch.clone, dict(named))
         with self.alone(), torch.no_grad():
             torch.manual_seed(0)
-            return pytree.tree_leaves(without_cache(function(apart)))
+            return tree_leaves(without_cache(function(apart)))
 
     def _of_graph(self, kind: Callable[..., OverTensors], named: Named) -> Any:
         run = kind(self.tensors, self.graph)
-        leaves = pytree.tree_leaves(dict(named))
+        leaves = tree_leaves(dict(named))
         if isinstance(run, Wide):
             leaves = [run.read(x) for x in leaves]
         return run.run(*leaves, enable_io_processing=False)
@@ -275,4 +275,4 @@ def _scaled(named: Named, factor: float) -> Named:
     def times(x: torch.Tensor) -> torch.Tensor:
         return x * factor if x.is_floating_point() else x
 
-    return dict(pytree.tree_map_only(torch.Tensor, times, dict(named)))
+    return dict(tree_map_only(torch.Tensor, times, dict(named)))

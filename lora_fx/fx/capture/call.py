@@ -12,13 +12,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import aten_ops, dtype_name, dtype_of, reached, shape_of
 from lora_fx.fx.tensors import from_numpy, has_values
+from lora_fx.fx.trees import (
+    register_dataclass,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_structure,
+    tree_unflatten,
+)
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
 _EMPTY = inspect.Parameter.empty
@@ -105,9 +111,9 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
         out: An output class, dict or tuple of a model, or anything else, which comes back.
         left_out: Gets the names of what is left out.
     """
-    for leaf in pytree.tree_leaves(out):
+    for leaf in tree_leaves(out):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            pytree.register_dataclass(type(leaf))
+            register_dataclass(type(leaf))
             return without_cache(out, left_out)
     held = dict(enumerate(out)) if type(out) is tuple else out if isinstance(out, dict) else {}
     caches = [k for k, v in held.items() if is_cache(v)]
@@ -149,7 +155,7 @@ def apart(leaves: Sequence[Any]) -> list[Any]:
 def leaves_of(named: Named) -> list[tuple[str, Any]]:
     """Names and leaves, flattened: the argument's name, with `.i` for parts of a container."""
     result = []
-    for path, leaf in pytree.tree_flatten_with_path(dict(named))[0]:
+    for path, leaf in tree_flatten_with_path(dict(named))[0]:
         parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
         result.append((".".join(parts), leaf))
     return result
@@ -198,7 +204,7 @@ def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
     for k, v in named.items():
         parts.append(k)
         if not isinstance(v, torch.Tensor):
-            parts.append(len(pytree.tree_leaves(v)))
+            parts.append(len(tree_leaves(v)))
     for leaf in leaves:
         is_tensor = isinstance(leaf, torch.Tensor)
         parts.append((leaf.dtype, leaf.dim()) if is_tensor else (type(leaf).__name__, leaf))
@@ -436,4 +442,4 @@ def filled(named: Named, arrays: Named, device: torch.device | None = None) -> d
         from_numpy(arrays[n]).to(device, x.dtype) if isinstance(x, torch.Tensor) else x
         for n, x in leaves_of(named)
     ]
-    return dict(pytree.tree_unflatten(new, pytree.tree_structure(dict(named))))
+    return dict(tree_unflatten(new, tree_structure(dict(named))))

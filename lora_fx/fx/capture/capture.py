@@ -21,7 +21,6 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity, sizes_text
@@ -37,6 +36,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import AdapterTensors, all_tensors, parameter_of, patched
+from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.progress import stage
 from lora_fx.text import Json
@@ -152,8 +152,8 @@ class Captured:
                 f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
                 f"its signature is forward{self.signature.signature}",
             ) from e
-        given, spec = pytree.tree_flatten(self.named)
-        self.named = pytree.tree_unflatten(leaves := call.apart(given), spec)
+        given, spec = tree_flatten(self.named)
+        self.named = tree_unflatten(leaves := call.apart(given), spec)
         if not any(isinstance(x, torch.Tensor) for x in leaves):
             raise LoraFxError(
                 "no example input is a tensor",
@@ -262,7 +262,7 @@ class Captured:
         Raises:
             SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
-        leaves, example = pytree.tree_leaves(dict(named)), named is self.named
+        leaves, example = tree_leaves(dict(named)), named is self.named
         of_call = self._example_key if example else program_key(named, leaves)
         key = (training, portable, dtype or self.base_dtype, *of_call)
         held = self.tracings.setdefault(key, [])
@@ -281,13 +281,13 @@ class Captured:
 
     @cached_property
     def _example_key(self) -> tuple[object, ...]:
-        return program_key(self.named, pytree.tree_leaves(dict(self.named)))
+        return program_key(self.named, tree_leaves(dict(self.named)))
 
     def _elsewhere(
         self, held: Sequence[Traced], named: Named, new: Callable[..., Traced]
     ) -> Traced:
         """The graph at sizes where those so far do not hold: another path of the model's code."""
-        leaves = pytree.tree_leaves(dict(named))
+        leaves = tree_leaves(dict(named))
         refused = held[0].door.refused(leaves)
         assert refused is not None
         if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
@@ -465,7 +465,7 @@ class Captured:
         fixed = call.describe(named)
         drawn = [named, *(call.sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
         others = [
-            pytree.tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
+            tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
             for n in drawn
             for factor in (-1.0, 16.0, 1 / 16)
         ]
@@ -612,7 +612,7 @@ class Captured:
 
 def copied(named: Named) -> dict[str, Any]:
     """The arguments with a copy of every tensor."""
-    return dict(pytree.tree_map_only(torch.Tensor, torch.clone, dict(named)))
+    return dict(tree_map_only(torch.Tensor, torch.clone, dict(named)))
 
 
 def _times(factor: float, x: torch.Tensor) -> torch.Tensor:

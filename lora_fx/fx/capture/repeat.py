@@ -30,12 +30,12 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn.modules import module as torch_module
-from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import is_cache
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.tensors import patched
+from lora_fx.fx.trees import LeafSpec, TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 aten = torch.ops.aten
 _ALL = "CompositeExplicitAutograd"
@@ -139,7 +139,7 @@ class TracedCall:
     told: Tokens
     read: set[tuple[str, str]]
     made: list[object] = field(default_factory=list)
-    spec: pytree.TreeSpec = field(default_factory=pytree.LeafSpec)
+    spec: TreeSpec = field(default_factory=LeafSpec)
 
     def reads(self, module: nn.Module, name: str) -> None:
         """Write down that the call asked a module for an attribute."""
@@ -285,7 +285,7 @@ class Repeats:
         args: Sequence[object],
         kwargs: Mapping[str, object],
     ) -> object:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = tree_flatten((args, kwargs))
         given = [*(x for x in leaves if isinstance(x, torch.Tensor)), *block.tensors()]
         now = Snapshot(self.around)
         call = _described(leaves, spec, given, now) if block.as_found() else None
@@ -303,12 +303,12 @@ class Repeats:
                 out = [next(made) if isinstance(m, torch.Tensor) else m for m in pattern.made]
                 passed = dict(zip(map(id, pattern.given), given, strict=True))
                 out = [passed.get(id(m), x) for m, x in zip(pattern.made, out, strict=True)]
-                return pytree.tree_unflatten(out, pattern.spec)
+                return tree_unflatten(out, pattern.spec)
         pattern = TracedCall(next(_KEYS), block, call, given, told, {*block.family.fixed})
 
         def left() -> object:
             """What the call may leave behind, as it is now."""
-            tokens = map(Snapshot(self.around).token, pytree.tree_leaves((args, kwargs)))
+            tokens = map(Snapshot(self.around).token, tree_leaves((args, kwargs)))
             written = [t._version for t in given]
             return written, _decided(given), block.state(), [*tokens]
 
@@ -319,7 +319,7 @@ class Repeats:
             result = run(*args, **kwargs)
         finally:
             self.open.pop()
-        pattern.made, pattern.spec = pytree.tree_flatten(result)
+        pattern.made, pattern.spec = tree_flatten(result)
         tensors = [m for m in pattern.made if isinstance(m, torch.Tensor)]
         plain = all(isinstance(m, (torch.Tensor, torch.Size, *PLAIN)) for m in pattern.made)
         same = before == left() and pattern.holds_for(block.told(Snapshot(self.around)))

@@ -24,7 +24,6 @@ from torch.fx.experimental import _config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, silenced
@@ -50,6 +49,13 @@ from lora_fx.fx.lowering import (
     without_vmap,
 )
 from lora_fx.fx.tensors import patched
+from lora_fx.fx.trees import (
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_structure,
+    tree_unflatten,
+)
 from lora_fx.inputs import Named
 from lora_fx.text import Json
 
@@ -171,7 +177,7 @@ def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -
     inputs = dict(named)
     if fake is not None:
         static = partial(fake.from_tensor, static_shapes=True)
-        inputs = pytree.tree_map_only(torch.Tensor, static, inputs)
+        inputs = tree_map_only(torch.Tensor, static, inputs)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), fake or contextlib.nullcontext():
             entry(inputs)
@@ -186,11 +192,11 @@ def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
     torch 2.13 cannot name shapes inside **kwargs ("Must provide a tree_name"), and that is how
     Hugging Face's Trainer passes num_items_in_batch.
     """
-    given, spec = leaves_of(named), pytree.tree_structure(dict(named))
+    given, spec = leaves_of(named), tree_structure(dict(named))
     free = [requested.get(n, {}) if isinstance(x, torch.Tensor) else {} for n, x in given]
     large = [at_least_two(x, dims) for (_, x), dims in zip(given, free, strict=True)]
-    named = pytree.tree_unflatten(apart(large), spec)
-    shapes = pytree.tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
+    named = tree_unflatten(apart(large), spec)
+    shapes = tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
     log = GuardLog()
     model = entry.source()
     with (
@@ -221,7 +227,7 @@ def export_program(
     where the example is shorter. Only what a model's own code says of free sizes has lines worth
     looking up, node by node: that takes a sixth of an export.
     """
-    looked = not isinstance(module, fx.GraphModule) and any(pytree.tree_leaves(shapes))
+    looked = not isinstance(module, fx.GraphModule) and any(tree_leaves(shapes))
     lines = patched(fx.config, do_not_emit_stack_traces=not looked)
     # an example of batch 1 still gives a free dimension
     with quiet(), _config.patch(backed_size_oblivious=True), recurrent_shapes(), lines:  # type: ignore[attr-defined]
@@ -245,7 +251,7 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
         named: The example's arguments.
         why: Why torch.export refused, for `pinned`.
     """
-    leaves, spec = pytree.tree_flatten(dict(named))
+    leaves, spec = tree_flatten(dict(named))
     names, made = leaf_names(named), list[Any]()
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     # nothing is kept for a backward pass; what the model runs without gradient shows all the same
@@ -255,9 +261,9 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
     def run(parameters: Any, buffers: Any, given: list[torch.Tensor]) -> list[Any]:
         rest = iter(given)
         all_leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
-        arguments = (pytree.tree_unflatten(all_leaves, spec),)
+        arguments = (tree_unflatten(all_leaves, spec),)
         out = torch.func.functional_call(entry, {**parameters, **buffers}, arguments)
-        flat, out_spec = pytree.tree_flatten(out)
+        flat, out_spec = tree_flatten(out)
         made[:] = [out_spec]
         return flat
 
@@ -676,7 +682,7 @@ def _follow_device(graph: fx.Graph) -> None:
     """
     places = graph.find_nodes(op="placeholder")
     first = next((n for n in places if isinstance(value(n), torch.Tensor)), None)
-    literals = (a for n in graph.nodes for a in pytree.tree_leaves((n.args, n.kwargs)))
+    literals = (a for n in graph.nodes for a in tree_leaves((n.args, n.kwargs)))
     if first is None or not any(isinstance(a, torch.device) for a in literals):
         return
     with graph.inserting_after(places[-1]):

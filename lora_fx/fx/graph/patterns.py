@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.node import Argument, map_aggregate
-from torch.utils import _pytree as pytree
 
 from lora_fx.fx.graph.flow import SHAPE_ONLY
 from lora_fx.fx.graph.nodes import (
@@ -30,6 +29,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
+from lora_fx.fx.trees import tree_leaves
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -178,7 +178,7 @@ def _largest(made: Sequence[fx.Node]) -> int:
     reach: dict[fx.Node, int] = {}
     for node in made:
         number = value(node)
-        leaves = pytree.tree_leaves((node.args, node.kwargs))
+        leaves = tree_leaves((node.args, node.kwargs))
         if isinstance(number, torch.SymInt):
             leaves = [int(a) for a in number.node.expr.atoms() if a.is_Integer]
         numbers = (a for a in leaves if isinstance(a, (int, float)) and a != END and a > LOWEST)

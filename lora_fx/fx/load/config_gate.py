@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
 from lora_fx.fx.tensors import has_values, patched
+from lora_fx.fx.trees import tree_leaves, tree_map_only
 from lora_fx.text import JsonView, human
 
 ORIGINS = {
@@ -348,7 +348,7 @@ def _operands(value: object) -> Iterator[torch.Tensor]:
 
 def _size(values: tuple[object, ...]) -> int:
     """The elements of arguments that have values."""
-    return sum(t.numel() for t in pytree.tree_leaves(values) if _has_values(t))
+    return sum(t.numel() for t in tree_leaves(values) if _has_values(t))
 
 
 def _has_values(value: object) -> bool:
@@ -356,7 +356,7 @@ def _has_values(value: object) -> bool:
 
 
 def _as_shapes(values: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
+    return tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
 
 
 class Metered(TorchFunctionMode):

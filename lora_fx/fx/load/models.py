@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import (
@@ -46,6 +45,7 @@ from lora_fx.fx.load.beside import importable, is_reserved
 from lora_fx.fx.load.config_gate import sealed_libraries
 from lora_fx.fx.load.huggingface import LoadedModel, load_folder
 from lora_fx.fx.tensors import from_numpy
+from lora_fx.fx.trees import tree_map_only
 from lora_fx.text import some
 
 FORMS = (
@@ -88,7 +88,7 @@ def load_model(
     module = loaded.module.eval()
     if not any(p.is_meta for p in module.parameters()):
         module = module.to(place)
-    args, kwargs = pytree.tree_map_only(
+    args, kwargs = tree_map_only(
         torch.Tensor, lambda t: t.to("cpu" if meta else place), (loaded.args, loaded.kwargs)
     )
     return replace(loaded, module=module, args=args, kwargs=kwargs, origin=str(spec))

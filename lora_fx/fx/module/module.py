@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
@@ -32,6 +31,7 @@ from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import all_tensors, patched, to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Extents, Named
 
 Rewriter = Callable[[FxGraph], object]
@@ -171,7 +171,7 @@ class CapturedModule(Recomputing, Scope):
     def _run(self, args: Sequence[Any], kwargs: Named) -> Any:
         programs = self._programs
         named = programs.captured.signature.bind(args, kwargs)
-        leaves = pytree.tree_leaves(named)
+        leaves = tree_leaves(named)
         # Nothing flips flags or dtypes in a graph: another mode, dtype or set of arguments is
         # another program, captured when it is first called for. So are sizes at which the model's
         # code takes another path.
@@ -182,7 +182,7 @@ class CapturedModule(Recomputing, Scope):
         else:
             ident, traced = self._capture(key, named)
         out = programs.codes[ident, ""](self, *leaves)
-        return pytree.tree_unflatten(list(out), traced.out_spec)
+        return tree_unflatten(list(out), traced.out_spec)
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         """Turn a captured graph into this module's program."""
@@ -218,7 +218,7 @@ class CapturedModule(Recomputing, Scope):
         programs = self._programs
         programs.captured.allows(self.training, self._norm_stats)
         traced = programs.captured.traced(self.training, named, self._dtype)
-        traced.door.check(pytree.tree_leaves(named))
+        traced.door.check(tree_leaves(named))
         graph = self._graph(self.training, named)
         blocks = self._blocks() if programs.blocks else {}
         fast = self._fast if self.training and self._adapted else None
@@ -353,7 +353,7 @@ class CapturedModule(Recomputing, Scope):
         """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
         captured = self._programs.captured
         was, to = captured.base_dtype, self._dtype
-        cast = functools.partial(pytree.tree_map_only, torch.Tensor)
+        cast = functools.partial(tree_map_only, torch.Tensor)
         given = dict(captured.named if named is None else named)
         return dict(cast(lambda x: x.to(to) if x.dtype == was else x, given))
 
@@ -456,10 +456,10 @@ def _same_at(module: CapturedModule, named: Named) -> bool:
                 theirs = captured.signature.call(captured.model, copied(named))
         except Exception:  # of the user's code, which may raise anything at a size of ours
             return False
-        theirs = pytree.tree_leaves(without_cache(theirs))
+        theirs = tree_leaves(without_cache(theirs))
         try:
             with alike(module, training=False):
-                ours = pytree.tree_leaves(module._run_named(copied(named)))
+                ours = tree_leaves(module._run_named(copied(named)))
         except (LoraFxError, RuntimeError, ValueError, IndexError):
             return False  # the graph holds for the other sizes only
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]

@@ -14,7 +14,6 @@ from os import PathLike, fspath
 from typing import Any, TypeGuard
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
@@ -27,6 +26,7 @@ from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.text import Json, JsonView
 
@@ -93,7 +93,7 @@ class FileCaptured(Captured):
             for n, mode in manifest["programs"].items():
                 if n in programs:
                     self.programs.setdefault(mode == "train", []).append(n)
-            tensors = [x for x in pytree.tree_leaves(named) if isinstance(x, torch.Tensor)]
+            tensors = [x for x in tree_leaves(named) if isinstance(x, torch.Tensor)]
             named = program.read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
             signature = held_signature(program.read_signature(manifest["parameters"]), named)
         else:
@@ -200,12 +200,12 @@ class FileCaptured(Captured):
             )
         self._same_call(named)
         names = self.programs.get(training) or self.programs[not training]
-        leaves, example = pytree.tree_leaves(dict(named)), named is self.named
+        leaves, example = tree_leaves(dict(named)), named is self.named
         fit = (n for n in names if example or self._trace_of(n).door.admits(leaves))
         return self._trace_of(next(fit, names[0]))
 
     def _same_call(self, named: JsonView) -> None:
-        mine, other = (program_key(n, pytree.tree_leaves(dict(n))) for n in (self.named, named))
+        mine, other = (program_key(n, tree_leaves(dict(n))) for n in (self.named, named))
         if mine != other:
             raise LoraFxError(
                 f"{self.path} holds the program for {call_text(self.named)}, "
@@ -219,7 +219,7 @@ class FileCaptured(Captured):
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
         program.strip_branches(module.graph)
-        leaves = pytree.tree_leaves(self.named)
+        leaves = tree_leaves(self.named)
         match_places(module.graph, leaves)
         names = leaf_names(self.named)
         traced = clean_module(module, loaded.program, names, self.requested, GuardLog())

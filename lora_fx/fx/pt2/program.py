@@ -13,7 +13,6 @@ from torch import fx, nn
 from torch._export.serde import schema
 from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FIELDS, Full, LowRank, slots_of, with_values
@@ -25,6 +24,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
 from lora_fx.fx.tensors import named_tensors, owner, to_numpy
+from lora_fx.fx.trees import tree_unflatten
 from lora_fx.text import Json, JsonView, by_key
 
 
@@ -92,7 +92,7 @@ def _example(program: ExportedProgram, data: JsonView) -> Json:
                 "export with numbers as constants, or as tensors",
             )
         leaves.append(example_of(found) if isinstance(found, torch.Tensor) else found)
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    args, kwargs = tree_unflatten(leaves, spec)
     names = list(call.get("forward_arg_names") or ())
     if len(names) < len(args):
         names = [f"arg{i}" for i in range(len(args))]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import LoraFxError, expect_name
 from lora_fx.fx.tensors import has_values
+from lora_fx.fx.trees import tree_leaves
 
 UNLABELLED = "name it with --label; language models take text, prompt and completion, or messages"
 IGNORED = -100
@@ -98,7 +98,7 @@ def scores_of(out: object) -> torch.Tensor:
     """
     scores = field_of(out, "logits")
     if not isinstance(scores, torch.Tensor):
-        scores = next(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+        scores = next(t for t in tree_leaves(out) if isinstance(t, torch.Tensor))
     if not scores.dim():
         raise LoraFxError(
             "the model gives a number first, and no scores",

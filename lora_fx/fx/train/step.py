@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
 from lora_fx.adapter.variant import variant_of
@@ -44,6 +43,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import named_tensors, patched
 from lora_fx.fx.to_onnx import SQUEEZES, flat_program, mend_squeeze, registry, translated
 from lora_fx.fx.train.loss import Loss, scores_of
+from lora_fx.fx.trees import tree_flatten, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
 
@@ -160,7 +160,7 @@ class TrainGraph:
     def loss(self, run: fx.Interpreter, inputs: Sequence[Any], labels: Any) -> Tensor:
         """The loss of a run, with its graph."""
         out = run.run(*inputs, enable_io_processing=False)
-        return self.compute(pytree.tree_unflatten(list(out), self.traced.out_spec), labels)
+        return self.compute(tree_unflatten(list(out), self.traced.out_spec), labels)
 
 
 def train_graph(
@@ -245,17 +245,17 @@ def step_of(
     with fakes:
         batch = [_without_values(value(n), fakes) for n in places]
         ends: Any = graph.flat.graph.output_node().args[0]
-        out = pytree.tree_unflatten([value(n) if isinstance(n, fx.Node) else n for n in ends],
+        out = tree_unflatten([value(n) if isinstance(n, fx.Node) else n for n in ends],
                                     graph.traced.out_spec)  # fmt: skip
         target = [] if graph.own else [labels(scores_of(out))]
         numbers = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
         held = [torch.zeros(s.shape) for s in slots]
         states = STATES[update.optimizer]
         kept = [[torch.zeros(s.shape) for s in trained] for _ in states]
-    leaves, tree = pytree.tree_flatten((given, batch, target, numbers, held, kept))
+    leaves, tree = tree_flatten((given, batch, target, numbers, held, kept))
 
     def step(*leaves: Any) -> tuple[Any, ...]:
-        still, inputs, lab, (lr, count), matrices, moments = pytree.tree_unflatten(leaves, tree)
+        still, inputs, lab, (lr, count), matrices, moments = tree_unflatten(leaves, tree)
         alone = dict(zip(frozen, still, strict=True))
         weights = {n: alone[of] for n, of in names.items() if of in alone}
         with torch.enable_grad():
