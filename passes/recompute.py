@@ -44,6 +44,7 @@ from lora_fx.fx.graph.patterns import (
     projections,
 )
 from lora_fx.fx.graph.sites import slots
+from lora_fx.fx.interception import transforms_are_active
 from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult
 from lora_fx.text import by_key
@@ -269,7 +270,7 @@ def _plainly() -> bool:
 
 def traced() -> bool:
     """True while a compiler or a transform of torch.func sees what is run."""
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
+    return torch.compiler.is_compiling() or transforms_are_active()
 
 
 def stacked(group: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._export import utils
-from torch._guards import detect_fake_mode
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -31,19 +28,19 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Argument, map_arg
 
+from lora_fx.fx.fake_tensors import detect_fake_mode
 from lora_fx.fx.graph.flow import Writes, written_by
 from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, hint, reached, replace_parts, value
+from lora_fx.fx.interception import make_fx
+from lora_fx.fx.operators import SET_GRAD_ENABLED, OpOverload, decomposes_unasked
 from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_structure
 from lora_fx.text import by_key
 
 aten = torch.ops.aten
 Table = Mapping[Any, Callable[..., Any]]
 """Operator → what it is made of; what is not in it stays."""
-_kept = getattr(utils, "_is_preservable_cia_op", lambda op: False)
-"""Whether an operator that torch could take apart stays if it is not in the table."""
 NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CHECKS = {
     aten._assert_scalar.default,
@@ -99,7 +96,7 @@ def _comes_apart(node: fx.Node, table: Table) -> bool:
     target: Any = node.target
     if not isinstance(target, OpOverload) or target in CHECKS or isinstance(value(node), NUMBERS):
         return False
-    return target in table or (target._can_decompose() and not _kept(target))
+    return target in table or decomposes_unasked(target)
 
 
 def _known(x: object) -> Hashable:
@@ -434,7 +431,7 @@ def without_grad_modes(graph: fx.Graph) -> None:
     region: dict[fx.Node, None] = {}
     enabled = True
     for node in list(graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             enabled = bool(node.args[0])
             graph.erase_node(node)
         elif not enabled and node.op == "call_function":

@@ -22,6 +22,7 @@ from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.adapter.variant import on_base
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, retold, silenced
+from lora_fx.fx import fake_tensors
 from lora_fx.targets.target import split_region
 from lora_fx.text import some
 
@@ -58,7 +59,7 @@ def patched(thing: Any, **values: object) -> Iterator[None]:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """False for a tensor that is a shape alone: on the meta device, or a fake one of a trace."""
-    return tensor.device.type != "meta" and type(tensor).__name__ != "FakeTensor"
+    return tensor.device.type != "meta" and not fake_tensors.is_fake(tensor)
 
 
 def refuse_inference(model: nn.Module) -> None:
@@ -236,13 +237,11 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
     The byte is -1 of a tensor whose numbers do not lie in the file as they are, row by row.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     # Under the mode torch notes where a storage lies, instead of reading it. It then looks at no
     # size, and ends the process where bytes would have to be turned.
     sizes = _records(path)
-    mode = FakeTensorMode() if sizes else contextlib.nullcontext()
-    with silenced(levels={"torch._subclasses.fake_tensor": logging.CRITICAL}), mode:
+    mode = fake_tensors.FakeTensorMode() if sizes else contextlib.nullcontext()
+    with silenced(levels={fake_tensors.LOGGER: logging.CRITICAL}), mode:
         state = pickled(path)
     places = {}
     for name, t in state.items():

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch._export.verifier import SpecViolationError
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.compare import ORT_TOL, Report, demand, rel
@@ -33,6 +32,7 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.operators import SpecViolationError
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of

@@ -18,6 +18,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import OverTree, Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.dynamo import compiling_afresh
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.graph.patterns import VIEWS
@@ -105,14 +106,9 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
 
         return run
 
-    from torch import _dynamo  # private, and slow to import
+    with compiling_afresh(), quiet(), torch.no_grad():
+        torch.compile(call, backend=backend, dynamic=False)()
 
-    _dynamo.reset()  # what was compiled before would not be shown to this backend
-    try:
-        with quiet(), torch.no_grad(), _dynamo.config.patch(allow_rnn=True):
-            torch.compile(call, backend=backend, dynamic=False)()
-    finally:
-        _dynamo.reset()
     graphs, failed = [], []
     for i, (code, inputs) in enumerate(stretches):
         kept = [names.get(id(x)) for x in inputs]

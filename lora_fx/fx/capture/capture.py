@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lora_fx.adapter.adapter import Adapter
@@ -32,9 +30,11 @@ from lora_fx.fx.capture.agreement import Agreement, drawn_calls, sizes_of
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
+from lora_fx.fx.fake_tensors import FakeTensorMode, is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
+from lora_fx.fx.symbolic_sizes import ShapeEnv
 from lora_fx.fx.tensors import AdapterTensors, all_tensors, parameter_of, patched
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
@@ -586,7 +586,7 @@ class Captured:
                 owned.setdefault(p.data_ptr(), name)
         renamed = {}
         for name, t in list(traced.constants.items()):
-            fake = type(t).__name__ == "FakeTensor"
+            fake = is_fake(t)
             known = owned.get(id(t)) or (not fake and t.numel() and owned.get(t.data_ptr()))
             if known:
                 renamed[name] = str(known)

@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.fx.experimental import symbolic_shapes
-from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.conditions import (
     BINARY,
@@ -38,6 +36,7 @@ from lora_fx.conditions import (
 )
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
+from lora_fx.fx.symbolic_sizes import ShapeEnv, canonical, python_source
 from lora_fx.fx.tensors import patched
 
 aten = torch.ops.aten
@@ -68,7 +67,7 @@ class GuardLog:
         torch's deferred asserts name the call of the kernel that came last, not the line that
         asked, so its own log is read; without that log the lines are unknown and nothing else.
         """
-        kind: Any = symbolic_shapes.ShapeEnv
+        kind: Any = ShapeEnv
         original: Any = getattr(kind, "_log_guard", None)
         if original is None:
             return contextlib.nullcontext()
@@ -76,7 +75,7 @@ class GuardLog:
         def log(env: object, prefix: str, g: object, *args: object, **kwargs: object) -> None:
             if "suppressed" not in prefix:
                 found = Guard(g, *_origin(sys._getframe(1)))
-                for text in (str(g), str(symbolic_shapes.canonicalize_bool_expr(g))):
+                for text in (str(g), canonical(g)):
                     self.guards.setdefault(text, found)
             original(env, prefix, g, *args, **kwargs)
 
@@ -198,7 +197,7 @@ class Learnt:
         import sympy  # type: ignore[import-untyped]
 
         symbol = partial(sympy.Symbol, integer=True, positive=True)
-        printer, symbols = PythonPrinter().doprint, self.symbols
+        symbols = self.symbols
         for i, shape in enumerate(self.sizes):
             for d, n in enumerate(shape := shape or []):
                 if not isinstance(n, torch.SymInt) or symbols.get(n.node.expr) == (i, d):
@@ -207,7 +206,7 @@ class Learnt:
                 own = {s: f"s{k}" for k, s in enumerate(free, 1)}
                 try:
                     sizes = [(own[s], self.names[symbols[s][0]], symbols[s][1]) for s in free]
-                    right = printer(n.node.expr.subs({s: symbol(own[s]) for s in free}))
+                    right = python_source(n.node.expr.subs({s: symbol(own[s]) for s in free}))
                     parsed(text := f"s0 == {right}")
                 except (KeyError, LoraFxError, NotImplementedError, TypeError):
                     shape[d] = hint(n)  # what cannot be said cannot be checked: `pinned` says it
@@ -394,7 +393,7 @@ def drop_layout(
 def _canonical(test: Any) -> str:
     """A comparison of symbols as text, one for all its spellings."""
     found = test.node.expr if isinstance(test, torch.SymBool) else test
-    return str(symbolic_shapes.canonicalize_bool_expr(found))
+    return canonical(found)
 
 
 _OPERATORS: dict[str, Any] = {**BINARY, "min": torch.sym_min, "max": torch.sym_max}

@@ -27,13 +27,13 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._guards import detect_fake_mode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.nn.modules import module as torch_module
 
 from lora_fx.fx.capture.call import is_cache
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
+from lora_fx.fx.fake_tensors import detect_fake_mode
 from lora_fx.fx.graph.nodes import value
+from lora_fx.fx.interception import get_proxy_mode, get_proxy_slot, transforms_are_active
 from lora_fx.fx.tensors import patched
 from lora_fx.fx.trees import LeafSpec, TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -359,7 +359,7 @@ def _described(
     leaves: Sequence[object], spec: object, given: Sequence[torch.Tensor], now: Snapshot
 ) -> list[object] | None:
     """How a block is called; None where the call cannot be told from others."""
-    if torch.is_autocast_enabled("cpu") or torch._C._functorch.maybe_current_level() is not None:
+    if torch.is_autocast_enabled("cpu") or transforms_are_active():
         return None
     if not _tracked(given):
         return None

@@ -15,18 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch._decomp import decomposition_table
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import traceback
-from torch.fx.experimental import _config
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, silenced
+from lora_fx.fx import fake_tensors, symbolic_sizes
 from lora_fx.fx.capture.call import (
     Door,
     OverTree,
@@ -42,12 +38,14 @@ from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
+from lora_fx.fx.interception import make_fx
 from lora_fx.fx.lowering import (
     inline_regions,
     split_products,
     without_grad_modes,
     without_vmap,
 )
+from lora_fx.fx.operators import HigherOrderOperator, decomposition_table
 from lora_fx.fx.tensors import patched
 from lora_fx.fx.trees import (
     tree_flatten,
@@ -173,7 +171,7 @@ def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -
         named: Its arguments.
         error: What its export raised.
     """
-    fake = next((p.fake_mode for p in entry.parameters() if isinstance(p, FakeTensor)), None)
+    fake = next((p.fake_mode for p in entry.parameters() if fake_tensors.is_fake(p)), None)
     inputs = dict(named)
     if fake is not None:
         static = partial(fake.from_tensor, static_shapes=True)
@@ -230,7 +228,7 @@ def export_program(
     looked = not isinstance(module, fx.GraphModule) and any(tree_leaves(shapes))
     lines = patched(fx.config, do_not_emit_stack_traces=not looked)
     # an example of batch 1 still gives a free dimension
-    with quiet(), _config.patch(backed_size_oblivious=True), recurrent_shapes(), lines:  # type: ignore[attr-defined]
+    with quiet(), symbolic_sizes.ones_stay_free(), recurrent_shapes(), lines:
         return torch.export.export(
             module,
             args,
@@ -576,8 +574,8 @@ class RootModule(OverTree):
 
 def quiet() -> contextlib.AbstractContextManager[None]:
     """A block in which torch and the model warn of nothing; a failing capture prints its graph."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-    return silenced(contextlib.redirect_stderr, dict.fromkeys(names, logging.CRITICAL))
+    loggers = (symbolic_sizes.LOGGER, fake_tensors.LOGGER)
+    return silenced(contextlib.redirect_stderr, dict.fromkeys(loggers, logging.CRITICAL))
 
 
 @contextlib.contextmanager

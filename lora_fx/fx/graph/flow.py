@@ -34,6 +34,7 @@ from lora_fx.fx.graph.nodes import (
     value,
 )
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
+from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.fx.tensors import device_of, owner, parameter_of
 from lora_fx.ir.kinds import Shape
 from lora_fx.ir.layout import Cast, Gather, Permute, Reshape, Slice, Step, View
@@ -143,7 +144,7 @@ def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
                 continue
             row, read = row_of(user), True
             if not is_marked(user) and (
-                isinstance(user.target, torch._ops.HigherOrderOperator)
+                isinstance(user.target, HigherOrderOperator)
                 or (row is not None and any(pick(user, u.weight) is node for u in row.uses(user)))
             ):
                 return False

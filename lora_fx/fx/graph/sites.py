@@ -28,6 +28,7 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
+from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
 from lora_fx.ir.kinds import WeightForm, letters
 from lora_fx.ir.layout import View
@@ -125,7 +126,7 @@ def body_uses(
 
 def _operands(node: fx.Node, held: Bodies) -> tuple[list[fx.GraphModule], list[ops.Path]]:
     """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return [], []
     reads = {i: a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"}
     bodies = {i: held[str(a.target)] for i, a in reads.items() if str(a.target) in held}

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
 from lora_fx.adapter.lowrank import (
@@ -32,8 +31,10 @@ from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import FLOATING, Array, factor_dtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx import dynamo
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import numbers
+from lora_fx.fx.fake_tensors import is_wrapper
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups, decide_doubts
@@ -308,18 +309,15 @@ def fill(root: nn.Module, updates: Updates) -> None:
 def free_ranks(root: nn.Module, updates: Updates) -> None:
     """Tell torch.compile that the ranks of a tree's tensors may change."""
     for held in held_tensors(root, updates).values():
-        torch._dynamo.maybe_mark_dynamic(held["a"], held["a"].dim() - 2)
-        torch._dynamo.maybe_mark_dynamic(held["b"], held["b"].dim() - 1)
+        dynamo.may_vary(held["a"], held["a"].dim() - 2)
+        dynamo.may_vary(held["b"], held["b"].dim() - 1)
 
 
 def compile_ranks(root: nn.Module, updates: Updates) -> None:
     """Let a module whose `compile` was called take other ranks without another compilation."""
     free_ranks(root, updates)
-    # sizes of parameters are constants to dynamo, whatever is marked, unless these say no: the
-    # second for what it reaches through one of torch's own modules
-    static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes")
-    free = torch._dynamo.config.patch(dict.fromkeys(static, False))
-    root._compiled_call_impl = free(root._compiled_call_impl)
+    compiled: Any = root._compiled_call_impl
+    root._compiled_call_impl = dynamo.with_free_parameters(compiled)
 
 
 def fitted(
@@ -573,7 +571,7 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
             f"{name!r} is sharded: every process would have to gather it", "gather it before"
         )
     tensor = numbers(root, name)
-    if dtype_name(tensor.dtype) not in FLOATING or is_traceable_wrapper_subclass(tensor.data):
+    if dtype_name(tensor.dtype) not in FLOATING or is_wrapper(tensor.data):
         raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
     return name, tuple(tensor.shape), both_ends(tensor)
 

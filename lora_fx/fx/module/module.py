@@ -26,6 +26,7 @@ from lora_fx.fx import codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
 from lora_fx.fx.capture.capture import Captured, alike, base_dtype, copied
 from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
+from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
@@ -250,7 +251,7 @@ class CapturedModule(Recomputing, Scope):
         for name, t in constants.items():
             if name in state:
                 continue
-            if type(t).__name__ == "FakeTensor":
+            if is_fake(t):
                 raise LoraFxError(
                     f"the tensor {name!r} that forward makes has no value outside the capture",
                     "register it as a buffer of the module",

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._export.serde.serialize import _SERIALIZE_TO_TORCH_DTYPE
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import json_object, open_input
+from lora_fx.fx.operators import OpOverloadPacket
+from lora_fx.fx.pt2.serialised import dtype_of_code
 from lora_fx.text import Json, JsonView
 
 MANIFEST = "data/extra/lora_fx.json"
@@ -122,7 +123,7 @@ class Archive:
             )
         if row.get("use_pickle"):
             return self._pickled(member, name, bool(row.get("is_param")))
-        dtype = _SERIALIZE_TO_TORCH_DTYPE[about["dtype"]]
+        dtype = dtype_of_code(about["dtype"])
         sizes = tuple(_count(n) for n in about["sizes"])
         strides = tuple(_count(n) for n in about["strides"])
         offset = _count(about["storage_offset"])
@@ -369,7 +370,7 @@ def check_operator(target: object, where: str) -> None:
     parts = target.split(".") if isinstance(target, str) else []
     if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5 and parts[3] not in FILES:
         packet = getattr(torch.ops.aten, parts[3], None)
-        known = isinstance(packet, torch._ops.OpOverloadPacket)
+        known = isinstance(packet, OpOverloadPacket)
         if known and parts[4] in packet.overloads():  # type: ignore[union-attr]
             return
     raise LoraFxError(

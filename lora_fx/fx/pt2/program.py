@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._export.serde import schema
-from torch._export.serde.serialize import ExportedProgramDeserializer, _dict_to_dataclass
 from torch.export import ExportedProgram
 
 from lora_fx.adapter.adapter import Adapter
@@ -22,7 +20,9 @@ from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, scope_class
+from lora_fx.fx.operators import OpOverload
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
+from lora_fx.fx.pt2.serialised import program_of_json
 from lora_fx.fx.tensors import named_tensors, owner, to_numpy
 from lora_fx.fx.trees import tree_unflatten
 from lora_fx.text import Json, JsonView, by_key
@@ -54,8 +54,7 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
     weights = archive.state("data/weights/", name, "weights")
     constants = archive.state("data/constants/", name, "constants")
     try:
-        serialized = _dict_to_dataclass(schema.ExportedProgram, data)  # type: ignore[no-untyped-call]
-        program = ExportedProgramDeserializer().deserialize(serialized, weights, constants)
+        program = program_of_json(data, weights, constants)
         signature = program.graph_signature
         volatile = signature.non_persistent_buffers
         state = {**weights, **{n: t for n, t in constants.items() if n in volatile}}
@@ -199,7 +198,7 @@ def modal_nodes(graph: fx.Graph) -> list[Modal]:
     found = []
     for node in graph.nodes:
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(target, OpOverload):
             continue
         name = target._schema.name.partition("::")[2].rstrip("_")
         arguments = {a.name for a in target._schema.arguments}

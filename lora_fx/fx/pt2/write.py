@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._export.serde.schema import PayloadConfig, PayloadMeta
-from torch._export.serde.serialize import _dataclass_to_dict, serialize, serialize_tensor_meta
 from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveWriter
-from torch.export.pt2_archive._package import _get_raw_tensor_bytes
 
 from lora_fx.errors import LoraFxError, retold
 from lora_fx.fx.capture.call import leaves_of
@@ -21,6 +18,7 @@ from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_pr
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.program import make_manifest, plain_spec, tensor_places
+from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
 from lora_fx.fx.to_onnx import flat_program
 from lora_fx.inputs import Named
 from lora_fx.text import Json
@@ -67,7 +65,7 @@ class _Store:
         self, kind: str, prefix: str, program: str, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         """Write the bytes that are new, and the program's table of names."""
-        rows = {}
+        files = {}
         for name, t in tensors.items():
             if not isinstance(t, torch.Tensor) or type(t.data) is not torch.Tensor:
                 raise LoraFxError(
@@ -79,16 +77,9 @@ class _Store:
             if key not in self.files:
                 self.files[key] = f"{prefix}{len([k for k in self.files if k[0] == kind])}"
                 self.alive.append(t)
-                raw = _get_raw_tensor_bytes(t)
-                self.archive.write_bytes(f"data/{kind}/{self.files[key]}", raw)
-            rows[name] = PayloadMeta(
-                path_name=self.files[key],
-                is_param=isinstance(t, nn.Parameter),
-                use_pickle=False,
-                tensor_meta=serialize_tensor_meta(t),
-            )
-        table = _dataclass_to_dict(PayloadConfig(config=rows))  # type: ignore[no-untyped-call]
-        config = json.dumps(table)
+                self.archive.write_bytes(f"data/{kind}/{self.files[key]}", bytes_of(t))
+            files[name] = self.files[key]
+        config = json.dumps(table_of(tensors, files))
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
 
 
@@ -138,7 +129,7 @@ def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
             row["metadata"] = {k: v for k, v in kept.items() if v}
         return row
 
-    data = json.loads(serialize(program).exported_program, object_hook=strip)
+    data = json.loads(json_of(program), object_hook=strip)
     whole = data["graph_module"]
     whole["module_call_graph"] = whole["module_call_graph"][:1]
     whole["module_call_graph"][0]["signature"]["out_spec"] = spec

@@ -22,12 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of, slots_of
@@ -35,11 +30,14 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
 from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, value
+from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.operators import decomposition_table
 from lora_fx.fx.tensors import named_tensors, patched
 from lora_fx.fx.to_onnx import SQUEEZES, flat_program, mend_squeeze, registry, translated
 from lora_fx.fx.train.loss import Loss, scores_of

@@ -166,7 +166,7 @@ def test_a_wrong_program_gets_no_name(tmp_path: Path, monkeypatch: pytest.Monkey
     model, args, _ = ZOO["f_linear"].build()
     module = stirred(lora_fx.insert(model, args, rank=2))
     monkeypatch.setattr(
-        "lora_fx.fx.pt2.write._get_raw_tensor_bytes", lambda t: bytes(t.untyped_storage().nbytes())
+        "lora_fx.fx.pt2.write.bytes_of", lambda t: bytes(t.untyped_storage().nbytes())
     )
     with pytest.raises(LoraFxError, match="other numbers"):
         save_program(module, tmp_path / "x.pt2")
