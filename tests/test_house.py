@@ -24,7 +24,7 @@ MODULES = list(HOUSE.modules.values())
 # Folders import only folders that stand above them; what shares a line may not import each other.
 ORDER = (
     ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.errors", "lora_fx.progress"),
-    ("lora_fx.regexes", "lora_fx.spellings"),
+    ("lora_fx.regexes", "lora_fx.spellings", "lora_fx.patching"),
     ("lora_fx.conditions",),
     ("lora_fx.files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),

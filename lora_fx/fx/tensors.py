@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,6 @@ class AdapterTensors(nn.Module):
         return ", ".join(
             f"{n}: {list(p.shape)}" for n, p in self._parameters.items() if p is not None
         )
-
-
-_MISSING = object()
-
-
-@contextlib.contextmanager
-def patched(thing: Any, **values: object) -> Iterator[None]:
-    """A block in which an object, a class or a module has other values for some attributes."""
-    # what it inherits stays inherited
-    before = {name: vars(thing).get(name, _MISSING) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            if value is _MISSING:
-                delattr(thing, name)
-            else:
-                setattr(thing, name, value)
 
 
 def has_values(tensor: torch.Tensor) -> bool:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,22 +22,26 @@ from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached
 from lora_fx.fx.graph.patterns import SHARED
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, patched, to_numpy
-from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_unflatten
+from lora_fx.fx.onnx_exporter import table_read_once, translated_once, typed_by_values
+from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, to_numpy
+from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import exact_constants, give_own_names, mark_data, unfolded
+from lora_fx.onnx.names import give_own_names, mark_data, unfolded
+from lora_fx.onnx.rewriter import (
+    constants_apart,
+    exact_constants,
+    inferred_once,
+    matched_by_operator,
+    norms_unfused,
+    weights_unjoined,
+)
+from lora_fx.patching import patched
 from lora_fx.progress import stage
 from lora_fx.targets.target import Target
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 OPSET = 20
 LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
 """Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
-
-Types = Sequence[tuple["ir.Shape | None", "ir.TypeProtocol | None"]]
-"""Of the values that a node gives."""
 
 
 def to_onnx(
@@ -163,19 +163,6 @@ def translated(
     return onnx.model
 
 
-def registry() -> Any:
-    """The exporter's table of operators."""
-    return _registry()["from_torchlib"].__func__(OPSET)
-
-
-@functools.cache
-def _registry() -> dict[str, Any]:
-    """What `patched` takes, so that the exporter's table of operators is made once an opset."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry as Table
-
-    return {"thing": Table, "from_torchlib": staticmethod(functools.cache(Table.from_torchlib))}
-
-
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
     """Let the uses of a weight read an input in its place; returns its value."""
     # a copy: an export takes one tensor for one value, wherever it meets it
@@ -249,44 +236,11 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     no option for norms; where its rules are others, weights are marked as changed
     (names.mark_changed).
     """
-    from onnx_ir.passes.common import initializer_deduplication as joining
-    from onnxscript import optimizer, rewriter
+    from onnxscript import optimizer
 
-    name, skipped = "_DEFAULT_REWRITE_RULES", "_should_skip_initializer"
-    rules, skip = getattr(rewriter, name, ()), getattr(joining, skipped, None)
-    kept = tuple(r for r in rules if "batchnorm" not in type(r).__name__.lower()
-                 and "batchnorm" not in str(getattr(r, "name", "")).lower())  # fmt: skip
-    own = {skipped: lambda v, *rest: v.name in weights or skip(v, *rest)} if skip else {}
     rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
     fold = patched(optimizer, optimize_ir=rule)
-    rewrites = patched(rewriter, **({name: kept} if kept else {}))
-    with rewrites, patched(joining, **own), fold, exact_constants(), _constants_apart():
-        yield
-
-
-@contextlib.contextmanager
-def _constants_apart() -> Iterator[None]:
-    """A block in which no constant that a rule adds takes the place of another one.
-
-    A rule names the bounds of a Clip by what is clipped. Where two of them clip one value, the
-    second takes the first one's place, and what reads that reads nothing.
-    """
-    from onnxscript.rewriter._rewrite_rule import RewriteRule
-
-    rewrite = RewriteRule.try_rewrite
-
-    def apart(
-        self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
-    ) -> object:
-        replacement = rewrite(self, model, graph, node, **options)
-        for constant in getattr(replacement, "new_initializers", ()):
-            name = constant.name
-            numbers = itertools.count(1)
-            while constant.name in graph.initializers:
-                constant.name = f"{name}.{next(numbers)}"
-        return replacement
-
-    with patched(RewriteRule, try_rewrite=apart):
+    with norms_unfused(), weights_unjoined(weights), fold, exact_constants(), constants_apart():
         yield
 
 
@@ -294,182 +248,12 @@ def _constants_apart() -> Iterator[None]:
 def repeating() -> Iterator[None]:
     """A block in which the exporter does once, to the same graph, what it would for every node."""
     by_kind = partial(patched, ExportedProgram, run_decompositions=lowered)
-    quick = (_matched_by_operator, _typed_by_values, _translated_once, _inferred_once)
-    # it parses the source of 500 functions for every model, half of what a small one costs
-    with patched(**_registry()), contextlib.ExitStack() as held:
+    quick = (matched_by_operator, typed_by_values, translated_once, inferred_once)
+    with table_read_once(), contextlib.ExitStack() as held:
         for part in (by_kind, *quick):  # what a version lacks goes the long way
             with contextlib.suppress(ImportError, AttributeError):
                 held.enter_context(part())
         yield
-
-
-@contextlib.contextmanager
-def _matched_by_operator() -> Iterator[None]:
-    """A block in which a rule looks at nodes of its own operator only.
-
-    The exporter tries every rule at every node, and a rule of several outputs tries every node of
-    the graph as the second one, though both read one value: most of what a deep model costs.
-    """
-    from onnxscript.rewriter._matcher import SimplePatternMatcher
-    from onnxscript.rewriter._pattern_ir import Var
-    from onnxscript.rewriter._rewrite_rule import RewriteRule
-
-    rewrite, match = RewriteRule.try_rewrite, SimplePatternMatcher.match
-    places: dict[ir.Node, int] = {}
-
-    def quick(
-        self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
-    ) -> object:
-        own = self._matcher.pattern.output_nodes[0].op.matches(node.op_type)
-        return rewrite(self, model, graph, node, **options) if own else None
-
-    def near(
-        self: SimplePatternMatcher, model: ir.Model, graph: Any, node: ir.Node, **options: Any
-    ) -> object:
-        first, *others = self.pattern.output_nodes
-        read = zip(first.inputs, node.inputs, strict=False) if others else ()
-        shared = [v for p, v in read if isinstance(p, Var) and all(p in o.inputs for o in others)]
-        if shared and shared[0] is not None:
-            nodes = {use.node for use in shared[0].uses() if use.node.graph is node.graph}
-            if not nodes <= places.keys():
-                places.update((n, i) for i, n in enumerate(node.graph or ()))
-            graph = _Few(sorted(nodes, key=places.__getitem__), node.graph)
-        return match(self, model, graph, node, **options)
-
-    with patched(RewriteRule, try_rewrite=quick), patched(SimplePatternMatcher, match=near):
-        yield
-
-
-@dataclass(frozen=True)
-class _Few:
-    """A few nodes of a graph, in its order."""
-
-    nodes: Sequence[ir.Node]
-    graph: ir.Graph | None
-
-    def __iter__(self) -> Iterator[ir.Node]:
-        return iter(self.nodes)
-
-
-def _typed_by_values() -> contextlib.AbstractContextManager[None]:
-    """A block in which the exporter reads the dtypes of operands from the values of their nodes.
-
-    It runs the whole graph on shapes for them: a fifth of what a small model costs.
-    """
-    from torch.onnx._internal.fx.passes import type_promotion as promotion
-
-    run = promotion._TypePromotionInterpreter.run_node
-
-    def known(self: Any, node: fx.Node) -> object:
-        if value(node) is None:
-            return run(self, node)
-        if rule := promotion.get_type_promotion_rule(node, self.type_promotion_table):
-            with self._set_current_node(node):  # what is put in beside it has its marks
-                self._maybe_promote_node(node, rule)
-        return value(node)
-
-    return patched(promotion._TypePromotionInterpreter, run_node=known)
-
-
-def _translated_once() -> contextlib.AbstractContextManager[None]:
-    """A block in which a function of operators is run once for all nodes that give it the same.
-
-    What it made is copied for the others: the same nodes between other values. Constants that the
-    exporter shares among nodes stay shared.
-    """
-    import onnx_ir as ir
-    from onnxscript import evaluator
-    from torch.onnx._internal.exporter import _dispatching as dispatching
-    from torch.onnx._internal.exporter._tensors import SymbolicTensor
-
-    known: dict[Hashable, tuple[Sequence[ir.Value], Sequence[tuple[ir.Node, Types]], object]] = {}
-    farms, dispatch = list[object](), dispatching.dispatch
-
-    def replayed(function: Callable[..., object], *args: object, **named: object) -> object:
-        recorder: Any = evaluator.default()
-        values = [v for v in tree_leaves((args, named)) if isinstance(v, ir.Value)]
-        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-        key = function, id(recorder.constant_farm), _seen((args, named), order)
-        if key not in known:
-            made = function(*args, **named)
-            shared = set(recorder.constant_farm.values())
-            nodes = [n for n in recorder.nodes if n.outputs[0] not in shared]
-            if not any("GRAPH" in a.type.name for n in nodes for a in n.attributes.values()):
-                farms.append(recorder.constant_farm)  # held, so that no other one has its id
-                # the exporter will set other shapes for the last of them
-                known[key] = tuple(order), [(n, _types(n.outputs)) for n in nodes], made
-            return made
-        before, parts, made = known[key]
-        at: dict[ir.Value | None, ir.Value] = dict(zip(before, order, strict=True))
-        for node, types in parts:
-            outputs = [SymbolicTensor(recorder.opset) for _ in types]
-            _give(types, outputs)
-            inputs = [at.get(v, v) for v in node.inputs]
-            own = [ir.Attr(a.name, a.type, copy.copy(a.value)) for a in node.attributes.values()]
-            at |= zip(node.outputs, outputs, strict=True)
-            recorder.nodes.append(
-                ir.Node(node.domain, node.op_type, inputs, own, outputs=outputs,
-                        overload=node.overload, version=node.version)
-            )  # fmt: skip
-        return tree_map_only(ir.Value, lambda v: at.get(v, v), made)
-
-    def dispatched(node: fx.Node, table: Any) -> tuple[object, str]:
-        function, message = dispatch(node, table)
-        return function and partial(replayed, function), message
-
-    return patched(dispatching, dispatch=dispatched)
-
-
-def _inferred_once() -> contextlib.AbstractContextManager[None]:
-    """A block in which shapes are inferred once for all nodes that read the same.
-
-    onnx infers them in C++, after node and types were written as protobufs: half of what folding
-    constants costs.
-    """
-    from onnxscript.optimizer._constant_folding import FoldConstantsPass as Folding
-
-    known: dict[Hashable, Types] = {}
-    infer = Folding._do_inference
-
-    def inferred(self: Folding, node: ir.Node) -> None:
-        values = (*node.inputs, *node.outputs)
-        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-        given = tuple((a.name, _seen(a.value, order)) for a in node.attributes.values())
-        key = node.domain, node.op_type, given, _seen(values, order)
-        if key in known:
-            _give(known[key], node.outputs)
-        else:
-            infer(self, node)
-            known[key] = _types(node.outputs)
-
-    return patched(Folding, _do_inference=inferred)
-
-
-def _types(values: Iterable[ir.Value]) -> Types:
-    return [(None if v.shape is None else v.shape.copy(), copy.copy(v.type)) for v in values]
-
-
-def _give(types: Types, values: Iterable[ir.Value]) -> None:
-    """Let values have types; copies, since the exporter changes them in place."""
-    for v, (shape, of) in zip(values, types, strict=True):
-        v.shape, v.type = None if shape is None else shape.copy(), copy.copy(of)
-
-
-def _seen(x: Any, order: Mapping[Any, int]) -> Hashable:
-    """What can be told of arguments; their values by place in an order, type, shape and number."""
-    if isinstance(x, (list, tuple)):
-        return tuple(_seen(y, order) for y in x)
-    if isinstance(x, Mapping):
-        return tuple((k, _seen(y, order)) for k, y in x.items())
-    if x is None or isinstance(x, (bool, int, float, str)):
-        return type(x), repr(x)
-    if not hasattr(x, "const_value"):
-        return object()  # like nothing else: a tensor, a body, a type
-    known, shape = x.const_value, None
-    if x.shape is not None:
-        shape = tuple(d if isinstance(d, int) else str(d) for d in x.shape)
-    number = repr(known.numpy().tolist()) if known is not None and known.size <= 20 else None
-    return order[x], type(x.type), x.dtype, repr(x.name == ""), shape, number
 
 
 # Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.

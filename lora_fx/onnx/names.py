@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
-from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -25,26 +23,6 @@ COPY_OF = "lora_fx.copy_of"
 """Metadata key of a constant that is another copy of a tensor, with that tensor's name."""
 
 FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
-
-
-@contextlib.contextmanager
-def exact_constants() -> Iterator[None]:
-    """A block in which onnxscript's rules see a 0 or a 1 only where a constant is one.
-
-    Unasked they compare to 1e-8 and to a share of 1e-5: `x / (norm + 1e-8)` would be `x / norm`,
-    which is NaN for x = 0, and a factor of 1.000005 would be lost.
-    """
-    from onnxscript.rewriter import _matcher as matcher
-
-    def isclose(a: float, b: float, **_: float) -> bool:
-        # of others the rules give more digits than a file has
-        return bool(a == b if b in (0, 1) else np.float32(a) == np.float32(b))
-
-    held = vars(matcher)
-    with contextlib.ExitStack() as after:
-        after.callback(held.update, math=held["math"])
-        held["math"] = SimpleNamespace(isclose=isclose)
-        yield
 
 
 def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:

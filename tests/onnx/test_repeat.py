@@ -25,14 +25,14 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
 from lora_fx.fx.lowering import lowered
 from lora_fx.fx.module.module import plain
-from lora_fx.fx.tensors import patched
+from lora_fx.fx.onnx_exporter import table_read_once
 from tests.zoo.shared import captured
 
 
 @pytest.fixture(autouse=True)
 def _one_table() -> Iterator[None]:
     """The exporter's table of operators is the same on both ways, and takes a second to make."""
-    with patched(**to_onnx._registry()):
+    with table_read_once():
         yield
 
 

@@ -37,7 +37,7 @@ from lora_fx.conditions import (
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.symbolic_sizes import ShapeEnv, canonical, python_source
-from lora_fx.fx.tensors import patched
+from lora_fx.patching import patched
 
 aten = torch.ops.aten
 BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"

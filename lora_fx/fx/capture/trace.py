@@ -46,7 +46,6 @@ from lora_fx.fx.lowering import (
     without_vmap,
 )
 from lora_fx.fx.operators import HigherOrderOperator, decomposition_table
-from lora_fx.fx.tensors import patched
 from lora_fx.fx.trees import (
     tree_flatten,
     tree_leaves,
@@ -55,6 +54,7 @@ from lora_fx.fx.trees import (
     tree_unflatten,
 )
 from lora_fx.inputs import Named
+from lora_fx.patching import patched
 from lora_fx.text import Json
 
 aten = torch.ops.aten

@@ -41,7 +41,8 @@ from lora_fx.fx.load.config_gate import (
     sealed_libraries,
 )
 from lora_fx.fx.load.unnamed_class import class_of_weights
-from lora_fx.fx.tensors import patched, pickled
+from lora_fx.fx.tensors import pickled
+from lora_fx.patching import patched
 from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:

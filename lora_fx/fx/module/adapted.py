@@ -44,7 +44,6 @@ from lora_fx.fx.tensors import (
     named_tensors,
     owner,
     parameter_of,
-    patched,
     put,
     refuse_shards,
     settle,
@@ -52,6 +51,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
+from lora_fx.patching import patched
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, by_key, html, human, short
 

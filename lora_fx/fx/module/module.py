@@ -31,9 +31,10 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.skeleton import Skeleton
-from lora_fx.fx.tensors import all_tensors, patched, to_numpy
+from lora_fx.fx.tensors import all_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Extents, Named
+from lora_fx.patching import patched
 
 Rewriter = Callable[[FxGraph], object]
 Program = tuple[str, Traced]

@@ -37,13 +37,15 @@ from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, 
 from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.operators import decomposition_table
-from lora_fx.fx.tensors import named_tensors, patched
-from lora_fx.fx.to_onnx import SQUEEZES, flat_program, mend_squeeze, registry, translated
+from lora_fx.fx.tensors import named_tensors
+from lora_fx.fx.to_onnx import OPSET, SQUEEZES, flat_program, mend_squeeze, translated
 from lora_fx.fx.train.loss import Loss, scores_of
 from lora_fx.fx.trees import tree_flatten, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.onnx.names import give_own_names
+from lora_fx.patching import patched
 
 aten = torch.ops.aten
 STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
@@ -370,10 +372,7 @@ UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.
 
 
 def _table() -> Table:
-    from torch.onnx._internal.exporter import _decomp
-
-    known = set(_decomp.get_onnx_implemented_overloads(registry()))
-    return {**_decomp.create_onnx_friendly_decomposition_table(known), **OWN}
+    return {**decompositions(OPSET), **OWN}
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
