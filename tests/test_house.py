@@ -53,6 +53,20 @@ ANY = 7.5
 """Occurrences in 1,000 lines: Any stays where torch's pytrees and foreign objects begin."""
 MOST = 8
 """Arguments; a verb makes its options object in its first line."""
+PRIVATE = {
+    "trees of arguments": "lora_fx.fx.trees",
+    "operators": "lora_fx.fx.operators",
+    "fake tensors": "lora_fx.fx.fake_tensors",
+    "symbolic sizes": "lora_fx.fx.symbolic_sizes",
+    "modes and transforms": "lora_fx.fx.interception",
+    "dynamo": "lora_fx.fx.dynamo",
+    ".pt2 files": "lora_fx.fx.pt2.serialised",
+    "torch's ONNX exporter": "lora_fx.fx.onnx_exporter",
+    "onnxscript's rules": "lora_fx.onnx.rewriter",
+}
+"""Area → the one file that reads private modules of torch or onnxscript for it."""
+DOCUMENTED = {"torch._check"}
+"""Names that begin with an underscore, and that torch's documentation has."""
 IN_THEIR_FOLDER = {"read", "write", "names", "manifest", "base", "options", "program"}
 TWINS = {"lora_fx.fx.graph", "lora_fx.onnx.graph", "lora_fx.ir"}
 
@@ -222,6 +236,90 @@ def test_heavy_libraries_stay_in_their_folder() -> None:
         if m.name.startswith("lora_fx.cli"):
             assert not any(i.startswith(("lora_fx.fx", "lora_fx.onnx")) for i in loaded), m.name
         assert not {"passes", "cli"} & heavy, f"{m.name}: the bare name is a second copy"
+
+
+def _private_names(tree: ast.Module) -> set[str]:
+    """Dotted names of torch and onnxscript that a file reads, up to the first private part.
+
+    A private part is one that begins with an underscore. What comes after a class is the class's,
+    and after torch.ops the name of an operator: neither is a module.
+    """
+    dotted: dict[str, str] = {}
+    read = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            read |= {alias.name for alias in node.names}
+            dotted |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            read |= set(names.values())
+            dotted |= names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            read.add(f"{dotted.get(first, first)}.{rest}")
+    return set(filter(None, map(_to_private_part, read))) - DOCUMENTED
+
+
+def _to_private_part(name: str) -> str:
+    """The beginning of a dotted name up to its first private part, or nothing."""
+    parts = name.split(".")
+    if parts[0] not in ("torch", "onnxscript"):
+        return ""
+    for end, part in enumerate(parts[1:], 2):
+        if part.startswith("_"):
+            return "" if part.startswith("__") else ".".join(parts[:end])
+        if part[:1].isupper() or part == "ops":
+            return ""
+    return ""
+
+
+def test_private_names_are_found_in_every_spelling() -> None:
+    source = """
+import torch, torch._dynamo
+import torch.fx.experimental._config as config
+from torch import _guards, fx, nn
+from torch._ops import OpOverload
+from onnxscript.rewriter import _matcher as matcher
+def lazily(target):
+    torch._C._set_grad_enabled(False)
+    fx._symbolic_trace.trace()
+"""
+    assert _private_names(ast.parse(source)) == {
+        "torch._dynamo",
+        "torch.fx.experimental._config",
+        "torch._guards",
+        "torch._ops",
+        "torch._C",
+        "torch.fx._symbolic_trace",
+        "onnxscript.rewriter._matcher",
+    }
+    public = """
+import torch
+from torch import nn
+torch._check(torch.__version__ and torch.ops.aten._to_copy and nn.Module._apply)
+"""
+    assert _private_names(ast.parse(public)) == set()
+
+
+def test_private_modules_stand_behind_one_file_an_area() -> None:
+    """A release of torch or onnxscript that moves one is mended in one file."""
+    reading = {m.name: _private_names(m.tree) for m in MODULES}
+    readers = {name for name, names in reading.items() if names}
+    assert readers == set(PRIVATE.values()), {n: reading[n] for n in readers}
+
+
+@pytest.mark.parametrize("area", PRIVATE)
+def test_a_facade_says_which_versions_it_was_tried_with(area: str) -> None:
+    """The newest of them is the newest that pyproject.toml lets in."""
+    docstring = ast.get_docstring(HOUSE.modules[PRIVATE[area]].tree) or ""
+    tried = re.search(r"Tried with (torch|onnxscript) ([\d., and]*\d)\.$", docstring)
+    assert tried, docstring
+    versions = [tuple(map(int, v.split("."))) for v in re.findall(r"\d+\.\d+", tried[2])]
+    major, minor = max(versions)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (asked,) = (r for r in project["dependencies"] if r.startswith(f"{tried[1]}>="))
+    assert asked.endswith(f",<{major}.{minor + 1}")
 
 
 VERBS = (
