@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import TypeVar
 
@@ -14,7 +15,17 @@ WRAPPERS = ("contextlib", "functools")
 """Modules whose frames stand between a decorated function and its caller."""
 
 
-def under_either_name(old: str, old_value: T | None, new: str, new_value: T | None) -> T | None:
+def _warn_of_keyword(old: str, new: str) -> None:
+    warn_caller(f"{old}= is called {new}= now")
+
+
+def under_either_name(
+    old: str,
+    old_value: T | None,
+    new: str,
+    new_value: T | None,
+    tell: Callable[[str, str], None] = _warn_of_keyword,
+) -> T | None:
     """The value of an option, given under its name or under the one that it had before.
 
     Args:
@@ -22,18 +33,19 @@ def under_either_name(old: str, old_value: T | None, new: str, new_value: T | No
         old_value: What is given under that; None is nothing.
         new: The name that it has.
         new_value: What is given under that; None is nothing.
+        tell: Called with the old and the new name where the old one is used.
 
     Raises:
         LoraFxError: Both are given.
 
     Warns:
-        FutureWarning: The old name is used.
+        FutureWarning: The old name is used, unless `tell` says so in another way.
     """
     if old_value is None:
         return new_value
     if new_value is not None:
         raise LoraFxError(f"{old} and {new} are one option", f"leave {old} out")
-    warn_caller(f"{old}= is called {new}= now")
+    tell(old, new)
     return old_value
 
 

@@ -489,6 +489,13 @@ def doctor(
         other_readers=other_readers, trust=trust, dequantise=dequantise,
         requantise=requantise, lossy=lossy, max_shard_size=max_shard_size,
     )  # fmt: skip
+    return examine(base, adapter, asked, server)
+
+
+def examine(
+    base: StrPath, adapter: StrPath, asked: MergeOptions, server: str | None = None
+) -> Report:
+    """What `doctor` says, with the options of the merge that is meant as an object."""
     base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)

@@ -163,19 +163,44 @@ def insert(
     model = unwrapped(model)
     if is_program(model):
         model = open_program(model, args, kwargs, dynamic)
-    held = isinstance(model, Captured) and model.adapter is not None
-    if held or isinstance(model, (AdaptedModule, FoldedModule)):
-        raise LoraFxError(
-            f"{model.path if isinstance(model, FileCaptured) else 'this module'} holds an adapter "
-            "already",
-            "insert into the original model; load_adapter replaces an adapter",
-        )
+    refuse_second_adapter(model)
     with torch.inference_mode(False):  # A and B train, wherever insert is called
         cap = captured_of(model, args, kwargs, dynamic, adapter=options.adapter)
+        return insert_into(cap, options, quantise)
+
+
+@told
+def insert_into(
+    cap: Captured, options: InsertOptions, quantise: Wanted | None = None
+) -> AdaptedModule:
+    """What `insert` returns, for a model that is captured.
+
+    Args:
+        cap: The capture.
+        options: What is inserted.
+        quantise: As in insert.
+
+    Raises:
+        LoraFxError: The program holds an adapter; and as for insert.
+    """
+    refuse_second_adapter(cap)
+    with torch.inference_mode(False):
         refuse_inference(cap.model)
         if quantise:
             cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
         return build_module(cap, options)
+
+
+def refuse_second_adapter(model: object) -> None:
+    """Raise for a program or a module that holds an adapter already."""
+    is_program_with_adapter = isinstance(model, Captured) and model.adapter is not None
+    if not is_program_with_adapter and not isinstance(model, (AdaptedModule, FoldedModule)):
+        return
+    name = model.path if isinstance(model, FileCaptured) else "this module"
+    raise LoraFxError(
+        f"{name} holds an adapter already",
+        "insert into the original model; load_adapter replaces an adapter",
+    )
 
 
 @told
@@ -261,8 +286,6 @@ class OnnxInsertOptions(BranchOptions):
             )
 
 
-@remembering()
-@blaming
 def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **options: Any) -> Report:
     """Write the file with untrained branches.
 
@@ -276,7 +299,15 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
         LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
         NoEffectError: A target that changes no output; nothing is written.
     """
-    asked = OnnxInsertOptions.of(options)
+    return insert_into_file(source, path, OnnxInsertOptions.of(options))
+
+
+@remembering()
+@blaming
+def insert_into_file(
+    source: str | PathLike[str], path: str | PathLike[str], asked: OnnxInsertOptions
+) -> Report:
+    """What `insert_onnx` does, with its options as an object."""
     source, target = Path(source), Path(path)
     remember(source)
     check_output(target, force=asked.force)

@@ -53,7 +53,7 @@ from lora_fx.passes.verbs.options import (
 )
 from lora_fx.progress import Listener, told
 from lora_fx.targets.target import Found
-from lora_fx.text import Json
+from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
@@ -170,7 +170,7 @@ def export(
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
-    adapters, notes = opened_adapters(adapters, mode_name), list[str]()
+    adapters = opened_adapters(adapters, mode_name)
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode_name, names=names, inputs=inputs,
         provider=provider,
@@ -181,72 +181,72 @@ def export(
         **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
-    of_file = isinstance(model, (str, PathLike)) and is_onnx(model)
-    if adapters and not (of_file and mode_name == "merged"):  # before the model is captured
-        check_adapters({"the adapter": adapters} if isinstance(adapters, Adapter)
-                       else named(adapters), mode_name)  # fmt: skip
     given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    return export_as(model, options, given, quantise=quantise, genai=genai)
+
+
+@told
+@remembering()
+def export_as(
+    model: object,
+    options: ExportOptions,
+    given: Mapping[str, str],
+    *,
+    quantise: Wanted | None = None,
+    genai: StrPath | None = None,
+) -> Report:
+    """What `export` does, with its options as an object.
+
+    Args:
+        model: As in export.
+        options: What is asked for.
+        given: Those of external_over, inputs and within that were given, each as the user spells
+            it.
+        quantise: As in export.
+        genai: As in export.
+
+    Raises:
+        LoraFxError: An option that has no say for the model or the mode.
+        NoEffectError: The outputs differ; nothing is written.
+    """
+    file = fspath(model) if isinstance(model, (str, PathLike)) and is_onnx(model) else None
+    adapters = options.adapters
+    if adapters and not (file and options.mode == "merged"):  # before the model is captured
+        adapters_by_name = (
+            {"the adapter": adapters} if isinstance(adapters, Adapter) else named(adapters)
+        )
+        check_adapters(adapters_by_name, options.mode)
     refuse_no_say(EXPORT_RULES, options, given)
-    if genai is not None and (not cache or mode_name not in ("merged", "switch")):
+    if genai is not None and not (options.cache and options.mode in ("merged", "switch")):
         raise LoraFxError(
-            f"onnxruntime-genai runs no file of mode {mode_name} "
-            f"with{'' if cache else 'out'} a cache",
+            f"onnxruntime-genai runs no file of mode {options.mode} "
+            f"with{'' if options.cache else 'out'} a cache",
             "--cache, with --mode merged or --mode switch; or leave --genai out",
         )
-    if cache:
-        if args or kwargs or dynamic or inputs:
-            raise LoraFxError(
-                "with a cache the inputs and their dimensions are known", "leave yours out"
-            )
-        if isinstance(model, (str, PathLike)) and is_onnx(model):
-            raise LoraFxError(
-                f"{fspath(model)} is a graph as it is, with a cache or without",
-                "export the model that it was made from",
-            )
-        from lora_fx.passes.verbs.open import with_cache
-
-        model, adapters = with_cache(model, adapters)
-        places = [*options.places]
-        if genai is not None:
-            copy = genai_folder(genai, options.target, model.model.config, force=force)
-            places, notes = [*places, copy], [*notes, *copy.notes]
-        options = replace(options, adapters=adapters, places=places)
-    if isinstance(model, (str, PathLike)) and is_onnx(model):
-        if args or kwargs or dynamic or opset or not repeat:
-            told = "args, kwargs, dynamic, opset and repeat have no say"
-            raise LoraFxError(
-                f"{fspath(model)} is a graph as it is: {told}",
-                "leave them out; inputs={name: array} gives real data",
-            )
-        if mode_name == "train":
-            raise LoraFxError(
-                f"{fspath(model)}: gradients are derived from a model of torch",
-                "export the model that the file was made from; lora-fx insert adds branches here",
-            )
-        if quantise or accuracy_level:
-            raise LoraFxError(
-                f"{fspath(model)}: quantise and its accuracy level are for models of torch",
-                "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
-            )
+    notes: list[str] = []
+    if options.cache:
+        model, options, notes = _with_cache(model, options, genai)
+    if file:
+        _refuse_for_graph(file, options, quantise)
         refuse_no_say(REWRITE_RULES, options, given)
-        return export_onnx(model, options)
-    if names:
+        return export_onnx(file, options)
+    if options.names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
     from lora_fx.passes.verbs import export_torch
 
-    if quantise and mode_name == "train":
+    if quantise and options.mode == "train":
         raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
-        if precision is not None:
+        if options.precision is not None:
             raise LoraFxError(
-                f"precision {precision!r} beside quantise: both say how weights are stored",
+                f"precision {options.precision!r} beside quantise: both say how weights are stored",
                 "leave one out",
             )
         model, adapters, said = export_torch.quantised_base(model, options, quantise)
         notes += said
         options = replace(options, adapters=adapters)
-    run = export_torch.export_merged if mode_name == "merged" else export_torch.export_slots
-    if mode_name == "train":
+    run = export_torch.export_merged if options.mode == "merged" else export_torch.export_slots
+    if options.mode == "train":
         from lora_fx.passes.verbs.export_train import export_step
 
         run = export_step
@@ -260,6 +260,50 @@ def export(
             report = run(again, options)
         failed = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*notes, *report.warnings, failed))
+
+
+def _with_cache(
+    model: object, options: ExportOptions, genai: StrPath | None
+) -> tuple[object, ExportOptions, list[str]]:
+    """The capture of a decoder with its key-value cache, its options, and notes."""
+    if options.args or options.kwargs or options.dynamic or options.inputs:
+        raise LoraFxError(
+            "with a cache the inputs and their dimensions are known", "leave yours out"
+        )
+    if isinstance(model, (str, PathLike)) and is_onnx(model):
+        raise LoraFxError(
+            f"{fspath(model)} is a graph as it is, with a cache or without",
+            "export the model that it was made from",
+        )
+    from lora_fx.passes.verbs.open import with_cache
+
+    cap, adapters = with_cache(model, options.adapters)
+    options = replace(options, adapters=adapters)
+    if genai is None:
+        return cap, options, []
+    copy = genai_folder(genai, options.target, cap.model.config, force=options.force)
+    return cap, replace(options, places=[*options.places, copy]), [*copy.notes]
+
+
+def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
+    """Raise for options that an .onnx file, a graph as it is, has no place for."""
+    of_capture = options.args or options.kwargs or options.dynamic
+    if of_capture or options.opset or not options.repeat:
+        told = "args, kwargs, dynamic, opset and repeat have no say"
+        raise LoraFxError(
+            f"{file} is a graph as it is: {told}",
+            "leave them out; inputs={name: array} gives real data",
+        )
+    if options.mode == "train":
+        raise LoraFxError(
+            f"{file}: gradients are derived from a model of torch",
+            "export the model that the file was made from; lora-fx insert adds branches here",
+        )
+    if quantise or options.accuracy_level:
+        raise LoraFxError(
+            f"{file}: quantise and its accuracy level are for models of torch",
+            "onnxruntime's quantisers make a file of codes, and lora-fx reads it",
+        )
 
 
 def opened_adapters(

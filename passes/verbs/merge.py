@@ -93,15 +93,21 @@ class OnnxMergeOptions:
         Args:
             options: By name; None leaves one at its default.
         """
+        cls.refuse_others(options)
+        known = {f.name for f in fields(cls)}
+        asked = cls(**{k: v for k, v in options.items() if k in known and v is not None})
+        refuse_no_say([RUN], asked, given_options(options))
+        return asked
+
+    @classmethod
+    def refuse_others(cls, options: Named) -> None:
+        """Raise for an option that was given and is none of an .onnx file."""
         known = {f.name for f in fields(cls)}
         for name, value in options.items():
             if name not in known and value not in (None, False, "sum"):
                 raise LoraFxError(
                     f"{name} is an option for checkpoints, not for .onnx files", "leave it out"
                 )
-        asked = cls(**{k: v for k, v in options.items() if k in known and v is not None})
-        refuse_no_say([RUN], asked, given_options(options))
-        return asked
 
 
 RUN: NoSay[OnnxMergeOptions] = NoSay(
@@ -110,8 +116,6 @@ RUN: NoSay[OnnxMergeOptions] = NoSay(
 """What only a run of the merged file has."""
 
 
-@remembering()
-@blaming
 def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: object) -> Report:
     """Fold adapters into an .onnx file and write another.
 
@@ -125,7 +129,15 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
         LoraFxError: Every reason not to merge; nothing is written.
         NoEffectError: Every element of the output would be what it was.
     """
-    asked = OnnxMergeOptions.of(options)
+    return merge_into_file(base, adapters, out, OnnxMergeOptions.of(options))
+
+
+@remembering()
+@blaming
+def merge_into_file(
+    base: StrPath, adapters: Adapters, out: StrPath, asked: OnnxMergeOptions
+) -> Report:
+    """What `merge_onnx` does, with its options as an object."""
     source, target = Path(base), Path(out)
     remember(source)
     check_output(target, force=asked.force)
@@ -421,10 +433,7 @@ def merge(
         "run": run, "inputs": inputs, "provider": provider,
     }  # fmt: skip
     if is_onnx(base):
-        if not is_onnx(out):
-            raise LoraFxError(
-                f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
-            )
+        refuse_other_kind(base, out)
         of_checkpoints = {
             "dtype": dtype, "allow_unused": allow_unused, "untie": untie, "add": add,
             "allow_missing": allow_missing, "any_base": any_base, "other_readers": other_readers,
@@ -448,6 +457,14 @@ def merge(
     check_output(out, force=force)
     plan = plan_merge(base, adapters, options)
     return merge_checkpoint(plan, out, link=link, force=force, threads=threads, progress=progress)
+
+
+def refuse_other_kind(base: StrPath, out: StrPath) -> None:
+    """Raise for an output of an .onnx file that is called as something else."""
+    if not is_onnx(out):
+        raise LoraFxError(
+            f"{fspath(out)} does not end in .onnx, and {fspath(base)} does", "-o OUT.onnx"
+        )
 
 
 def is_onnx(path: StrPath) -> bool:
