@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import load_npz
 from lora_fx.cli.common import FileCommand
+from lora_fx.cli.options import THREADS, Rules
 from lora_fx.cli.output import emit
 from lora_fx.errors import NoSay
+from lora_fx.text import Json
 
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
         ("sizes",), lambda asked: bool(asked["inputs_file"]),
         "beside --inputs {0[inputs_file]}, which has one size", "leave one of them out",
@@ -30,9 +30,16 @@ NO_SAY: shared.Rules = (
 )
 @click.option("--inputs", "inputs_file", metavar="FILE.npz", help="Inputs by name, one size.")
 @click.option("--rounds", type=int, default=15, help="Rounds that count.")
-@click.option("--threads", type=shared.THREADS, default=1, help="Of ONNX Runtime.")
+@click.option("--threads", type=THREADS, default=1, help="Of ONNX Runtime.")
 @click.option("--provider", default="cpu", help="auto, cpu or cuda.")
-def command(files: tuple[str, ...], **options: Any) -> None:
+def command(
+    files: tuple[str, ...],
+    sizes: tuple[str, ...],
+    inputs_file: str | None,
+    rounds: int,
+    threads: int,
+    provider: str,
+) -> None:
     r"""Time ONNX files in turn, and print each one's latency and its ratio to A's.
 
     A is timed twice: the second row says how far two measurements of one thing lie apart.
@@ -42,13 +49,17 @@ def command(files: tuple[str, ...], **options: Any) -> None:
     """
     from lora_fx.onnx.bench import SIZES, bench
 
-    wanted = [_size(s) for s in options.pop("sizes")] or SIZES
-    arrays = shared.load_npz(options.pop("inputs_file")) or None
-    found = bench(files, sizes=wanted, inputs=arrays, **options)
-    rounds, threads = options["rounds"], options["threads"]
-    head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {options['provider']}"
-    text = "\n".join([head, *map(str, found)])
-    fields = {"rounds": rounds, "threads": threads, "timings": [t.to_json() for t in found]}
+    timings = bench(
+        files,
+        sizes=[_size(text) for text in sizes] or SIZES,
+        inputs=load_npz(inputs_file) or None,
+        rounds=rounds,
+        threads=threads,
+        provider=provider,
+    )
+    head = f"{rounds} rounds, {threads} thread{'s' if threads > 1 else ''}, {provider}"
+    text = "\n".join([head, *map(str, timings)])
+    fields: Json = {"rounds": rounds, "threads": threads, "timings": [t.to_json() for t in timings]}
     emit(text, inputs=[{"model": f} for f in files], **fields)
 
 

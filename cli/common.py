@@ -24,7 +24,8 @@ import click
 from click.core import ParameterSource
 
 from lora_fx import __version__
-from lora_fx.cli.options import FORCE, GIVEN, Rules, given_here, in_groups, split_weight
+from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.options import FORCE, GIVEN, Rules, given_here, in_groups
 from lora_fx.cli.output import echo, note, result, say, show, stages
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output, replacing, sweep
@@ -52,7 +53,7 @@ COMMANDS = {
 
 MODELS = ("model", "base", "tuned", "adapter", "adapters", "a", "b", "weights")
 """Arguments and options that can name a model or an adapter of the Hub."""
-NAMED = (*MODELS, "data", "inputs_file", "names", "plan", "eval_data")
+NAMED = (*MODELS, "data", "inputs_file", "names", "old_names", "plan", "eval_data")
 """Arguments and options that can name a file. Not every word that is one's name is meant so."""
 WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_config")
 """Options that name what is written."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
 from lora_fx.adapter.fused import LAYOUTS
-from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.options import (
+    TRUST,
+    Rules,
+    flag,
+    force_option,
+    option,
+    option_group,
+    output_option,
+    selectors,
+)
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter, save_for
@@ -41,7 +50,7 @@ lora-fx convert style.safetensors -o ./adapter --base ./stable-diffusion/unet
 lora-fx convert ./adapter -o ./served --format vllm --base ./mixtral
 """
 
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
         ("model_type",), lambda asked: asked["name"] not in LAYOUTS,
         "without a --format that lays experts out", f"--format {' or '.join(LAYOUTS)}",
@@ -49,9 +58,39 @@ NO_SAY: shared.Rules = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChangeOptions:
+    """What becomes of the updates on their way from one format to another."""
+
+    model_type: str | None = option(
+        "--model-type",
+        metavar="TYPE",
+        help="The base's, in its place, for experts alone.",
+    )
+    kind: str | None = option(
+        "--as", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA."
+    )
+    rank: int | None = option("--rank", type=int, help="Of --as.")
+    energy: float | None = option(
+        "--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep."
+    )
+    fuse: bool = flag("--fuse", "q, k, v, or gate, up, become one, as in --base.")
+    split: bool = flag("--split", "The reverse.")
+    rows: str | None = option(
+        "--map", metavar="FILE", help="Of both: whose rows are which, as JSON."
+    )
+    include: tuple[str, ...] | None = selectors(
+        "--include", "Of the adapter: the updates to write.  [default: all]"
+    )
+    exclude: tuple[str, ...] | None = selectors(
+        "--exclude", "Of the adapter: updates to leave out."
+    )
+    trust: bool = flag("--trust", TRUST)
+
+
 @click.command("convert", cls=ReportCommand, no_say=NO_SAY, help=HELP)
 @click.argument("adapter")
-@shared.output_option("OUT", "The file or folder to write.")
+@output_option("OUT", "The file or folder to write.")
 @click.option(
     "--format",
     "name",
@@ -59,29 +98,22 @@ NO_SAY: shared.Rules = (
     metavar="FORMAT",
     help=f"Of OUT: {', '.join(NAMES)}.  [default: told by its name where only one is called so]",
 )
-@shared.text_option(
+@click.option(
     "--base",
-    "FOLDER",
-    "The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
+    metavar="FOLDER",
+    help="The model that it is for, where ADAPTER or OUT depends on it: its names, heads or W.",
 )
 @click.option("--for", "model", metavar="X.onnx", help="The switchable file that OUT is for.")
-@shared.text_option("--model-type", "TYPE", "The base's, in its place, for experts alone.")
-@click.option("--as", "kind", type=click.Choice(["lora"]), help="LoHa, LoKr, DoRA … as LoRA.")
-@click.option("--rank", type=int, help="Of --as.")
-@click.option("--energy", type=float, help="Of --as, instead: the share of ‖ΔW‖² to keep.")
-@shared.fuse_options
-@shared.selectors_option("--include", "Of the adapter: the updates to write.  [default: all]")
-@shared.selectors_option("--exclude", "Of the adapter: updates to leave out.")
-@shared.trust_option
-@shared.force_option
+@option_group("changes", ChangeOptions)
+@force_option
 def command(
     adapter: str,
     output: str,
     name: str | None,
     base: str | None,
     model: str | None,
+    changes: ChangeOptions,
     force: bool,
-    **options: Any,
 ) -> None:
     """Convert an adapter between file formats; HELP is what the command says of itself."""
     wanted = name or format_for(output)
@@ -89,29 +121,29 @@ def command(
     name = FORMATS.default.name if wanted in LAYOUTS else wanted
     source = format_of(adapter)
     loaded = load_adapter(adapter, base=base)
-    if options["include"] or options["exclude"]:
-        loaded = loaded.select(options["include"] or "", options["exclude"] or "")
+    if changes.include or changes.exclude:
+        loaded = loaded.select(changes.include or "", changes.exclude or "")
     fields: Json = {"from": source, "to": wanted, "approximated": []}
     said = ""
-    if options["kind"]:
+    if changes.kind:
         from lora_fx.checkpoint.merge import plain_in
 
-        loaded, rows = plain_in(base, loaded, rank=options["rank"], energy=options["energy"])
+        loaded, rows = plain_in(base, loaded, rank=changes.rank, energy=changes.energy)
         fields["approximated"] = [row.to_json() for row in rows]
         said = "".join(f"{row}\n" for row in rows)
-    elif options["rank"] is not None or options["energy"] is not None:
+    elif changes.rank is not None or changes.energy is not None:
         raise LoraFxError(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
-    if any(given := [options[n] for n in ("fuse", "split", "rows")]):
+    if changes.fuse or changes.split or changes.rows:
         from lora_fx.checkpoint.renaming import refitted
 
-        loaded, moved = refitted(loaded, base, *given)
+        loaded, moved = refitted(loaded, base, changes.fuse, changes.split, changes.rows)
         said += "".join(f"{line}\n" for line in moved)
     if layout:  # else experts stay as they are
         from lora_fx.checkpoint.match import laid_for
 
-        loaded = laid_for(loaded, layout, base, options["model_type"])
+        loaded = laid_for(loaded, layout, base, changes.model_type)
     notes = [*loaded.metadata.get("notes", [])]
     if model is None:
         notes += save_adapter(loaded, output, name, force=force, base=base)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
+from lora_fx.cli.options import force_option
 from lora_fx.cli.output import emit, note, say
 
 
@@ -20,8 +20,8 @@ from lora_fx.cli.output import emit, note, say
     metavar="OUT",
     help="Folder for adapter/, model.onnx and report.json.",
 )
-@shared.flag_option("--quick", "A short run: few steps, no demand on the accuracy.")
-@shared.force_option
+@click.option("--quick", is_flag=True, help="A short run: few steps, no demand on the accuracy.")
+@force_option
 def command(output: str, quick: bool, force: bool) -> None:
     """Teach all-MiniLM-L6-v2 where in the standard library a docstring stands.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from lora_fx.cli import options as shared
 from lora_fx.cli.common import FileCommand
+from lora_fx.cli.groups import CheckpointOptions
+from lora_fx.cli.options import option_group
 from lora_fx.cli.output import emit, note
 from lora_fx.formats.servers import SERVERS
 
@@ -15,13 +14,13 @@ from lora_fx.formats.servers import SERVERS
 @click.command("doctor", cls=FileCommand)
 @click.argument("base")
 @click.argument("adapter")
-@shared.merge_options
+@option_group("merge", CheckpointOptions)
 @click.option(
     "--server",
     type=click.Choice([*SERVERS]),
     help="Also say what this program would read, misread, drop or refuse.",
 )
-def command(base: str, adapter: str, **options: Any) -> None:
+def command(base: str, adapter: str, merge: CheckpointOptions, server: str | None) -> None:
     r"""Say everything that is wrong with the pair BASE and ADAPTER, and what to do.
 
     BASE is a Hugging Face folder or a .safetensors file. Nothing is loaded or run. The options are
@@ -34,12 +33,11 @@ def command(base: str, adapter: str, **options: Any) -> None:
     lora-fx doctor ./llama-awq ./adapter --dequantise
     lora-fx doctor ./mixtral ./adapter --server vllm
     """
-    from lora_fx.checkpoint.doctor import doctor, lines
+    from lora_fx.checkpoint.doctor import examine, lines
 
-    del options["link"]  # which changes nothing of what is written
-    report = doctor(base, adapter, **options)
+    report = examine(base, adapter, merge.merge(), server)
     note(*report.warnings, warns=True)
     fields = {**report.to_json(), "inputs": [{"base": base, "adapter": adapter}]}
-    fields.pop("parity")
+    del fields["parity"]
     emit(lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

@@ -2,44 +2,111 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import captured, load_npz, loss_of, named_adapters
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import PROGRAM, QUANTISE, ModelOptions
+from lora_fx.cli.options import (
+    flag,
+    force_option,
+    names_of,
+    option,
+    option_group,
+    output_option,
+    refuse_given,
+    repeatable,
+    selectors,
+    under_new_name,
+)
 from lora_fx.cli.output import emit, note, table, wrote
+from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:
+    from lora_fx.fx.capture.capture import Captured
 
 
-@click.command("export", cls=ReportCommand, no_say=shared.PROGRAM)
+@dataclass(frozen=True, kw_only=True)
+class ModeOptions:
+    """What belongs to single modes."""
+
+    include: tuple[str, ...] | None = selectors("--include", "Of switch, load, train: targets.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Of switch, load, train: leave out.")
+    rank: int | None = option("--rank", type=int, help="Of load: the largest; of train, 8.")
+    loss: str | None = option("--loss", help="Of train: ce, mse or module:function.")
+    optimizer: str | None = option("--optimizer", help="Of train: adamw or sgd.")
+    weight_decay: float | None = option(
+        "--weight-decay", type=float, help="Of train: 0.01 without it."
+    )
+    clip: float | None = option(
+        "--clip", type=float, help="Of train: longest gradient (norm), 1; 0 for any."
+    )
+    scales: bool = flag("--scales", "Of batch: an input of weights by row.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What the file is: its numbers, its inputs, and where copies of it go."""
+
+    provider: str = option("--provider", default="auto", help="auto, cpu or cuda.")
+    opset: int = option("--opset", type=int, default=20, help="ONNX operator set.")
+    optimise: bool = flag("--optimise", "Rewrite the graph for ONNX Runtime, proven equal.")
+    precision: str | None = option(
+        "--precision",
+        metavar="DTYPE",
+        help="float16 or int8; of a bfloat16 model, float32 too.",
+    )
+    quantise: tuple[str, ...] = repeatable("--quantise", "KIND[=SELECTORS]", QUANTISE)
+    accuracy_level: int = option(
+        "--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8."
+    )
+    tol: float | None = option(
+        "--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this."
+    )
+    cache: bool = flag("--cache", "Of a decoder: its key-value cache goes in and out.")
+    genai: str | None = option(
+        "--genai", metavar="DIR", help="Of --cache: also a folder for onnxruntime-genai."
+    )
+    within: bool = flag("--within", "Leave out what fails at sizes outside `ranges`.")
+    names: str | None = option(
+        "--names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor."
+    )
+    old_names: str | None = option("--map", metavar="FILE", hidden=True)
+    triton: str | None = option(
+        "--triton", metavar="DIR", help="Also into a model repository of Triton."
+    )
+    max_batch: int | None = option(
+        "--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch."
+    )
+
+    def names_file(self) -> str | None:
+        """The file of --names, which was called --map."""
+        return under_new_name("--map", self.old_names, "--names", self.names)
+
+
+@click.command("export", cls=ReportCommand, no_say=PROGRAM)
 @click.argument("model")
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER[:W]]...")
-@shared.output_option("X.onnx", "The file to write.")
+@output_option("X.onnx", "The file to write.")
 @click.option("--mode", default="merged", help="merged, switch, load, batch or train.")
-@shared.selectors_option("--include", "Of switch, load, train: targets.")
-@shared.selectors_option("--exclude", "Of switch, load, train: leave out.")
-@click.option("--rank", type=int, help="Of load: the largest; of train, 8.")
-@click.option("--loss", help="Of train: ce, mse or module:function.")
-@click.option("--optimizer", help="Of train: adamw or sgd.")
-@click.option("--weight-decay", type=float, help="Of train: 0.01 without it.")
-@click.option("--clip", type=float, help="Of train: longest gradient (norm), 1; 0 for any.")
-@shared.flag_option("--scales", "Of batch: an input of weights by row.")
-@click.option("--provider", default="auto", help="auto, cpu or cuda.")
-@click.option("--opset", type=int, default=20, help="ONNX operator set.")
-@shared.flag_option("--optimise", "Rewrite the graph for ONNX Runtime, proven equal.")
-@shared.text_option("--precision", "DTYPE", "float16 or int8; of a bfloat16 model, float32 too.")
-@shared.quantise_option
-@click.option("--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8.")
-@click.option("--tol", type=float, metavar="REL", help="Accept rounding over its gate, up to this.")
-@shared.flag_option("--cache", "Of a decoder: its key-value cache goes in and out.")
-@shared.text_option("--genai", "DIR", "Of --cache: also a folder for onnxruntime-genai.")
-@shared.flag_option("--within", "Leave out what fails at sizes outside `ranges`.")
-@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, adapter key to tensor.")
-@shared.text_option("--triton", "DIR", "Also into a model repository of Triton.")
-@click.option("--max-batch", type=int, metavar="N", help="Of --triton: rows of one batch.")
-@shared.model_options
-@shared.force_option
-def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **options: Any) -> None:
+@option_group("of_mode", ModeOptions)
+@option_group("file", FileOptions)
+@option_group("capture", ModelOptions)
+@force_option
+def command(
+    model: str,
+    adapters: tuple[str, ...],
+    output: str,
+    mode: str,
+    of_mode: ModeOptions,
+    file: FileOptions,
+    capture: ModelOptions,
+    force: bool,
+) -> None:
     r"""Write MODEL as an ONNX file, proven equal at three sizes.
 
     In mode merged ADAPTER is folded in. In mode switch adapters are chosen at run time, in mode
@@ -59,44 +126,75 @@ def command(model: str, adapters: tuple[str, ...], output: str, mode: str, **opt
     lora-fx export model.py:build ./adapter -o model.onnx --dynamic x:0=batch,2=height
     lora-fx export ./my-bert ./adapter -o bert.onnx --triton ./models
     """
-    from lora_fx.errors import LoraFxError
+    from lora_fx.errors import given_options
     from lora_fx.files.atomic import check_output
-    from lora_fx.passes.verbs.export import export
-    from lora_fx.passes.verbs.modes import BY_NAME, field_names
-    from lora_fx.passes.verbs.options import check_adapters
+    from lora_fx.onnx.save import EXTERNAL_OVER
+    from lora_fx.onnx.triton import repository_of
+    from lora_fx.passes.verbs.export import export_as
+    from lora_fx.passes.verbs.options import ExportOptions, check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
-    check_output(output, force=options["force"])
+    check_output(output, force=force)
     if mode == "merged" and len(adapters) > 1:
         raise LoraFxError(
             f"merged takes one adapter, not {len(adapters)}", "--mode switch or batch"
         )
-    opset, names = options.pop("opset"), options.pop("names")
-    updates, loss = shared.named_adapters(adapters), options.pop("loss")
-    if updates and not (mode == "merged" and model.endswith(".onnx")):
+    is_graph = model.endswith(".onnx")
+    updates = named_adapters(adapters)
+    if updates and not (mode == "merged" and is_graph):
         check_adapters(updates, mode)
-    options["repeat"] = not options["no_repeat"]
-    options["loss"] = loss and shared.loss_of(loss)
-    given = {k: options.pop(k) for k in shared.CAPTURE}
-    options["adapters"] = next(iter(updates.values()), None) if mode == "merged" else updates
-    options |= {"mode": mode, "inputs": shared.load_npz(given["inputs_file"]) or None}
-    if mode in BY_NAME:
-        kind = BY_NAME[mode]
-        options["mode"] = kind(**{name: options.pop(name) for name in field_names(kind)})
-    if model.endswith(".onnx"):
+    loss = loss_of(of_mode.loss) if of_mode.loss else None
+    arrays = load_npz(capture.inputs_file) or None
+    names_file = file.names_file()
+    names = None
+    if is_graph:
         from lora_fx.onnx.match import read_map
 
-        own = [n for n in shared.CAPTURE if n != "inputs_file"]
-        shared.refuse_given(model, ("opset", *own, "quantise", "accuracy_level"))
-        report = export(model, output, names=read_map(names), **options)
+        of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
+        refuse_given(model, ("opset", *of_capture, "quantise", "accuracy_level"))
+        names = read_map(names_file)
+        source: str | Captured = model
         inputs = [{"model": model}]
-        note(*report.warnings, warns=True)
     else:
-        if names:
-            raise LoraFxError("--map is of .onnx files", "a model's own names tell")
-        _, cap = shared.captured(model, given, cache=options["cache"])
-        report = export(cap, output, opset=opset, **options)
-        inputs = cap.inputs.to_json()
+        if names_file:
+            raise LoraFxError("--names is of .onnx files", "a model's own names tell")
+        _, source = captured(model, capture, cache=file.cache)
+        inputs = source.inputs.to_json()
+
+    options = ExportOptions(
+        target=Path(output),
+        adapters=next(iter(updates.values()), None) if mode == "merged" else updates,
+        mode=mode,
+        include=of_mode.include,
+        exclude=of_mode.exclude,
+        rank=of_mode.rank,
+        scales=of_mode.scales,
+        loss=loss,
+        optimizer=of_mode.optimizer,
+        weight_decay=of_mode.weight_decay,
+        clip=of_mode.clip,
+        names=names,
+        inputs=arrays,
+        provider=file.provider,
+        opset=None if is_graph else file.opset,
+        external_over=EXTERNAL_OVER,
+        args=(),
+        kwargs=None,
+        dynamic=None,
+        force=force,
+        optimise=file.optimise,
+        precision=file.precision,
+        places=repository_of(file.triton, output, file.max_batch),
+        cache=file.cache,
+        within=file.within,
+        accuracy_level=file.accuracy_level,
+        tol=file.tol,
+        repeat=not capture.no_repeat,
+    )
+    given = given_options({"inputs": arrays, "within": file.within})
+    report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)
+    if is_graph:
+        note(*report.warnings, warns=True)
     said = f"{report}{table(report)}\n{wrote(report)}"
     emit(said, **{**report.to_json(), "inputs": inputs})

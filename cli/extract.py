@@ -3,37 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli import options as shared
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.options import (
+    TRUST,
+    flag,
+    force_option,
+    option,
+    option_group,
+    output_option,
+    seed_option,
+    selectors,
+)
 from lora_fx.cli.output import emit, note, say
+
+if TYPE_CHECKING:
+    from lora_fx.checkpoint.extract import ExtractOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """Which tensors are compared, and what rank an update has."""
+
+    rank: int | None = option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
+    energy: float | None = option(
+        "--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖²."
+    )
+    max_rank: int | None = option(
+        "--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]"
+    )
+    include: tuple[str, ...] | None = selectors("--include", "Weights to look at.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Tensors to leave out.")
+    also_full: bool = flag("--also-full", "Take norms and biases that differ, whole.")
+    whole: tuple[str, ...] | None = selectors(
+        "--whole", "Tensors to take whole where they differ, such as a head."
+    )
+    allow_missing: bool = flag("--allow-missing", "Leave out tensors that do not fit.")
+    fan_in_fan_out: bool | None = option(
+        "--fan-in-fan-out/--no-fan-in-fan-out",
+        default=None,
+        help="Linear weights are stored [in, out].  [default: config.json says]",
+    )
+    seed: int = seed_option("Of the random subspaces.")
+    trust: bool = flag("--trust", TRUST)
+
+    def extract(self) -> ExtractOptions:
+        """What an extraction is asked for; raises for options that exclude each other."""
+        from lora_fx.checkpoint.extract import ExtractOptions
+
+        return ExtractOptions(
+            rank=self.rank,
+            energy=self.energy,
+            max_rank=self.max_rank,
+            include=self.include,
+            exclude=self.exclude,
+            also_full=self.also_full,
+            allow_missing=self.allow_missing,
+            fan_in_fan_out=self.fan_in_fan_out,
+            seed=self.seed,
+            whole=self.whole,
+            trust=self.trust,
+        )
 
 
 @click.command("extract", cls=ReportCommand)
 @click.argument("base")
 @click.argument("tuned")
-@shared.output_option("ADAPTER", "Folder or .safetensors.")
-@click.option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
-@click.option("--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖².")
-@click.option("--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]")
-@shared.selectors_option("--include", "Weights to look at.")
-@shared.selectors_option("--exclude", "Tensors to leave out.")
-@shared.flag_option("--also-full", "Take norms and biases that differ, whole.")
-@shared.selectors_option("--whole", "Tensors to take whole where they differ, such as a head.")
-@shared.flag_option("--allow-missing", "Leave out tensors that do not fit.")
-@click.option(
-    "--fan-in-fan-out/--no-fan-in-fan-out",
-    default=None,
-    help="Linear weights are stored [in, out].  [default: config.json says]",
-)
-@shared.seed_option("Of the random subspaces.")
-@shared.trust_option
-@shared.force_option
-def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> None:
+@output_option("ADAPTER", "Folder or .safetensors.")
+@option_group("wanted", RecoveryOptions)
+@force_option
+def command(base: str, tuned: str, output: str, wanted: RecoveryOptions, force: bool) -> None:
     r"""Recover an adapter that turns BASE into TUNED.
 
     Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
@@ -43,12 +87,12 @@ def command(base: str, tuned: str, output: str, force: bool, **options: Any) -> 
     lora-fx extract ./llama ./llama-chat -o chat --rank 32
     lora-fx extract base.safetensors tuned.safetensors -o x --energy 0.9 --max-rank 64
     """
-    from lora_fx.checkpoint.extract import ExtractOptions, extraction
+    from lora_fx.checkpoint.extract import extraction
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import FORMATS, save_adapter
 
     check_output(output, force=force, names=FORMATS.default.folder_files)
-    result = extraction(base, tuned, ExtractOptions(**options), _progress())
+    result = extraction(base, tuned, wanted.extract(), _progress())
     said = save_adapter(result.adapter, output, force=force)
     note(*result.adapter.metadata["notes"], *said)
     text, inputs = f"{result}\nwrote {output}", [{"base": base, "tuned": tuned}]

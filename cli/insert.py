@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import captured, load_npz, loss_of, start_batches
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.output import emit, note
-from lora_fx.text import Json
-
-
-@click.command(
-    "insert", cls=ReportCommand, no_say=(*shared.PLANNED, *shared.STARTED, *shared.PROGRAM)
+from lora_fx.cli.groups import (
+    PLANNED,
+    PROGRAM,
+    STARTED,
+    ModelOptions,
+    StartOptions,
+    TargetOptions,
 )
+from lora_fx.cli.options import (
+    force_option,
+    names_of,
+    option_group,
+    output_option,
+    refuse_given,
+)
+from lora_fx.cli.output import emit, note
+
+
+@click.command("insert", cls=ReportCommand, no_say=(*PLANNED, *STARTED, *PROGRAM))
 @click.argument("model")
-@shared.output_option("OUT", "Folder, .safetensors, .pt2; .onnx from .onnx.")
-@shared.target_options
-@shared.text_option("--data", "DATA", "Data that --init eva or lora-ga reads.")
-@shared.label_option("Its labels.")
-@click.option("--loss", default="ce", help="ce, mse or module:function.")
-@shared.model_options
-@shared.force_option
-def command(model: str, output: str, force: bool, **options: Any) -> None:
+@output_option("OUT", "Folder, .safetensors, .pt2; .onnx from .onnx.")
+@option_group("targets", TargetOptions)
+@option_group("start", StartOptions)
+@option_group("capture", ModelOptions)
+@force_option
+def command(
+    model: str,
+    output: str,
+    targets: TargetOptions,
+    start: StartOptions,
+    capture: ModelOptions,
+    force: bool,
+) -> None:
     r"""Insert untrained branches and write them.
 
     OUT is an adapter folder or .safetensors file (a start for any trainer; PEFT loads it), or a
@@ -40,15 +55,20 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     """
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import FORMATS, save_adapter
-    from lora_fx.passes.verbs.adapt import insert
+    from lora_fx.passes.verbs.adapt import insert_into
 
     check_output(output, force=force, names=FORMATS.default.folder_files)
     if model.endswith(".onnx"):
-        _onnx(model, output, force, options)
+        _onnx(model, output, targets, capture, force=force)
         return
-    loaded, cap = shared.captured(model, options)
-    start = shared.start_from(loaded, cap, options)
-    module = insert(cap, **shared.only_given(options), **start)
+
+    loaded, cap = captured(model, capture)
+    data = start_batches(loaded, cap, targets.init, start)
+    if targets.init == "lora-ga":
+        options = targets.insert(data, loss_of(start.loss))
+    else:
+        options = targets.insert(data)
+    module = insert_into(cap, options, targets.quantise)
     report = module.report()
     if output.endswith(".pt2"):
         from lora_fx.passes.verbs.program import save_program
@@ -61,19 +81,35 @@ def command(model: str, output: str, force: bool, **options: Any) -> None:
     emit(f"{report}\nwrote {output}", warnings=report.notes, **fields)
 
 
-def _onnx(model: str, output: str, force: bool, options: Json) -> None:
+def _onnx(
+    model: str, output: str, targets: TargetOptions, capture: ModelOptions, *, force: bool
+) -> None:
+    """Insert branches into an .onnx file."""
     from lora_fx.errors import LoraFxError
-    from lora_fx.passes.verbs.adapt import insert_onnx
+    from lora_fx.passes.verbs.adapt import OnnxInsertOptions, insert_into_file
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")
-    arrays = shared.load_npz(options.pop("inputs_file")) or None
-    capture = [n for n in shared.CAPTURE if n != "inputs_file"]
-    no_say = ("also_train", "dropout", "quantise", *shared.START, *capture)
-    shared.refuse_given(model, no_say)
-    kept = {k: v for k, v in shared.only_given(options).items() if k not in no_say}
-    report = insert_onnx(model, output, inputs=arrays, force=force, **kept)
+    arrays = load_npz(capture.inputs_file) or None
+    of_capture = [name for name in names_of(ModelOptions) if name != "inputs_file"]
+    of_torch = ("also_train", "dropout", "quantise", *names_of(StartOptions))
+    refuse_given(model, (*of_torch, *of_capture))
+    options = OnnxInsertOptions(
+        plan=targets.plan,
+        rank=targets.rank,
+        alpha=targets.alpha,
+        include=targets.include,
+        exclude=targets.exclude,
+        variant=targets.variant,
+        init=targets.init,
+        seed=targets.seed,
+        dead=targets.dead,
+        inputs=arrays,
+        force=force,
+    )
+    report = insert_into_file(model, output, options)
     note(*report.warnings, warns=True)
-    count, trained = len(report.details["targets"]), report.details["trained"]
-    said = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
-    emit(said, **{**report.to_json(), "inputs": [{"model": model}]})
+    count = len(report.details["targets"])
+    trained = report.details["trained"]
+    summary = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
+    emit(summary, **{**report.to_json(), "inputs": [{"model": model}]})

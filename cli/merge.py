@@ -2,47 +2,91 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.blas import load_numpy
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import CheckpointOptions
+from lora_fx.cli.options import (
+    FROM_1,
+    Rules,
+    flag,
+    force_option,
+    option,
+    option_group,
+    under_new_name,
+)
 from lora_fx.cli.output import emit, note, progress_bar
-from lora_fx.errors import NoSay
-from lora_fx.text import Json
+from lora_fx.errors import LoraFxError, NoSay
 
-ONNX = {"names": "map", "delta": "delta", "run": "run"}
-"""Options that .onnx files alone have: argument → option."""
-
-
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
-        ("threads", "link"), lambda asked: asked["base"].endswith(".onnx"),
+        ("threads", "link"),
+        lambda asked: asked["base"].endswith(".onnx"),
         "for {0[base]}, a graph, of which one thread writes a file",
     ),
-)  # fmt: skip
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOptions:
+    """How several adapters become one."""
+
+    how: str = option(
+        "--how",
+        default="sum",
+        type=click.Choice(["sum", "cat", "linear", "svd"]),
+        help="Several adapters: their exact sum, or a mix of their factors.",
+    )
+    rank: int | None = option("--rank", type=int, help="Of an svd mix.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """How the output is written: an .onnx file, or a checkpoint by several threads."""
+
+    names: str | None = option("--names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
+    old_names: str | None = option("--map", metavar="FILE", hidden=True)
+    delta: bool = flag("--delta", "Of .onnx: write what changes, share the rest.")
+    run: bool = flag("--run", "Of .onnx: run it too, against branches.")
+    threads: int | None = option(
+        "--threads", type=FROM_1, help="Worker threads.  [default: one a core]"
+    )
+
+    def names_file(self) -> str | None:
+        """The file of --names, which was called --map."""
+        return under_new_name("--map", self.old_names, "--names", self.names)
+
+    def refuse_for_checkpoint(self) -> None:
+        """Raise for an option of .onnx files."""
+        of_onnx = {"--names": self.names_file(), "--delta": self.delta, "--run": self.run}
+        for name, value in of_onnx.items():
+            if value:
+                raise LoraFxError(f"{name} is of .onnx files", "leave it out")
 
 
 @click.command("merge", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
 @click.option("-o", "--out", required=True, metavar="OUT", help="The folder or file to write.")
-@shared.flag_option("--dry-run", "Check everything, print the plan, write nothing.")
-@click.option(
-    "--how",
-    default="sum",
-    type=click.Choice(["sum", "cat", "linear", "svd"]),
-    help="Several adapters: their exact sum, or a mix of their factors.",
-)
-@click.option("--rank", type=int, help="Of an svd mix.")
-@shared.merge_options
-@click.option("--map", "names", metavar="FILE", help="Of .onnx: JSON, key to tensor.")
-@shared.flag_option("--delta", "Of .onnx: write what changes, share the rest.")
-@shared.flag_option("--run", "Of .onnx: run it too, against branches.")
-@click.option("--threads", type=shared.FROM_1, help="Worker threads.  [default: one a core]")
-@shared.force_option
-def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@option_group("mix", MixOptions)
+@option_group("checkpoint", CheckpointOptions)
+@option_group("written", OutputOptions)
+@force_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    dry_run: bool,
+    mix: MixOptions,
+    checkpoint: CheckpointOptions,
+    written: OutputOptions,
+    force: bool,
+) -> None:
     r"""Fold adapters into the weights of BASE and write OUT: the same kind of file or folder.
 
     BASE is a Hugging Face folder, a .safetensors or an .onnx file; it and ADAPTER may be of the
@@ -54,49 +98,82 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     lora-fx merge ./llama style:0.7 task -o ./merged --dry-run
     lora-fx merge bert.onnx ./adapter -o merged.onnx
     """
-    if options["how"] != "svd":
-        shared.load_numpy()
+    if mix.how != "svd":
+        load_numpy()
+    if base.endswith(".onnx"):
+        _merge_onnx(base, adapters, out, dry_run, mix, checkpoint, written, force)
+        return
+
     from lora_fx.checkpoint.merge import lines, plan_merge, report_json, run
-    from lora_fx.checkpoint.merge_plan import MergeOptions
-    from lora_fx.errors import LoraFxError
     from lora_fx.files.atomic import check_output
 
-    threads = options.pop("threads")
-    if base.endswith(".onnx"):
-        _onnx(base, adapters, out, options)
-        return
-    of_onnx = {option: options.pop(name) for name, option in ONNX.items()}
-    if wrong := [option for option, value in of_onnx.items() if value]:
-        raise LoraFxError(f"--{wrong[0]} is of .onnx files", "leave it out")
-    dry_run, link, force = (options.pop(name) for name in ("dry_run", "link", "force"))
+    written.refuse_for_checkpoint()
     if not dry_run:
         check_output(out, force=force)
-    plan = plan_merge(base, [shared.split_weight(a) for a in adapters], MergeOptions(**options))
+    weighted = [split_weight(text) for text in adapters]
+    plan = plan_merge(base, weighted, checkpoint.merge(mix.how, mix.rank))
     inputs = [{"base": base, "adapters": list(adapters)}]
     if dry_run:
         note(*plan.notes)
         emit(str(plan), inputs=inputs, **plan.to_json())
         return
+
     with progress_bar() as progress:
-        report = run(plan, out, link=link, force=force, threads=threads, progress=progress)
+        report = run(
+            plan,
+            out,
+            link=checkpoint.link,
+            force=force,
+            threads=written.threads,
+            progress=progress,
+        )
     note(*report.warnings, warns=True)
     outputs = list(report.outputs)
     emit(lines(report), inputs=inputs, outputs=outputs, **report_json(report))
 
 
-def _onnx(base: str, adapters: tuple[str, ...], out: str, options: Json) -> None:
+def _merge_onnx(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    dry_run: bool,
+    mix: MixOptions,
+    checkpoint: CheckpointOptions,
+    written: OutputOptions,
+    force: bool,
+) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map
-    from lora_fx.passes.verbs.merge import OnnxMergeOptions, lines, merge, plan_onnx
+    from lora_fx.passes.verbs.merge import (
+        OnnxMergeOptions,
+        lines,
+        merge_into_file,
+        plan_onnx,
+        refuse_other_kind,
+    )
 
-    given = [shared.split_weight(a) for a in adapters]
+    weighted = [split_weight(text) for text in adapters]
+    names = read_map(written.names_file())
+    if not dry_run:
+        refuse_other_kind(base, out)
+    OnnxMergeOptions.refuse_others(vars(checkpoint))
+    options = OnnxMergeOptions(
+        names=names,
+        again=checkpoint.again,
+        trust=checkpoint.trust,
+        force=force,
+        how=mix.how,
+        rank=mix.rank,
+        delta=written.delta,
+        run=written.run,
+    )
     inputs = [{"base": base, "adapters": list(adapters)}]
-    dry_run, options["names"] = options.pop("dry_run"), read_map(options["names"])
     if dry_run:
-        plan = plan_onnx(base, given, OnnxMergeOptions.of(options))
+        plan = plan_onnx(base, weighted, options)
         note(*plan.graph.notes)
         emit(str(plan), inputs=inputs, **plan.to_json())
         return
-    report = merge(base, given, out, **options)
+
+    report = merge_into_file(base, weighted, out, options)
     note(*report.warnings, warns=True)
     emit(lines(report), **{**report.to_json(), "inputs": inputs})

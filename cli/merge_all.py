@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.blas import load_numpy
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import CheckpointOptions
+from lora_fx.cli.options import force_option, option_group
 from lora_fx.cli.output import emit, say
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.text import JsonView, table
@@ -44,9 +46,17 @@ def _line(row: JsonView) -> str:
     metavar="i/n",
     help="This machine's part of the list.",
 )
-@shared.merge_options
-@shared.force_option
-def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> None:
+@option_group("checkpoint", CheckpointOptions)
+@force_option
+def command(
+    base: str,
+    adapters: tuple[str, ...],
+    out: str,
+    processes: int,
+    shard: str,
+    checkpoint: CheckpointOptions,
+    force: bool,
+) -> None:
     r"""Merge every ADAPTER into BASE by itself, as DIR/NAME.
 
     One that cannot be merged fails alone, and the exit code is 1. An output that is this very merge
@@ -56,17 +66,14 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
     lora-fx merge-all ./llama adapters/* -o merged -j 4
     lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
     """
-    shared.load_numpy()
+    load_numpy()
     from lora_fx.checkpoint.merge import jobs_of, merge_all
-    from lora_fx.checkpoint.merge_plan import MergeOptions
     from lora_fx.files.checkpoint import open_checkpoint
 
-    processes, shard, force = (options.pop(name) for name in ("processes", "shard", "force"))
-    link = options.pop("link")
-    merge_options = MergeOptions(**options)
+    options = checkpoint.merge()
     # what no merge takes, and a base that cannot be read, is one error
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
-    jobs = jobs_of([shared.split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
+    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise LoraFxError(f"{out} is no folder", "choose another output")
@@ -75,7 +82,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, **options: Any) -> N
         folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in merge_all(
-        base, jobs, processes=processes, force=force, link=link, options=merge_options
+        base, jobs, processes=processes, force=force, link=checkpoint.link, options=options
     ):
         rows.append(row)
         say(_line(row))

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import (
+    batches_of,
+    captured,
+    loss_of,
+    refuse_row_labels,
+    training_data,
+)
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import MAX_LENGTH, PROGRAM, SCORES, ModelOptions
+from lora_fx.cli.options import (
+    FROM_1,
+    Rules,
+    count_option,
+    first_given,
+    force_option,
+    label_column,
+    option,
+    option_group,
+    output_option,
+    seed_option,
+    selectors,
+)
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import NoSay
 from lora_fx.text import Json, JsonView
+
+if TYPE_CHECKING:
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.load.huggingface import LoadedModel
 
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
@@ -21,7 +47,7 @@ def _reads(asked: JsonView, *statistics: str) -> bool:
     return bool(set(wanted) & set(statistics)) if statistics else bool(wanted)
 
 
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
         ("label", "loss", "examples", "max_length", "seed"),
         lambda asked: not _reads(asked),
@@ -33,37 +59,51 @@ NO_SAY: shared.Rules = (
         lambda asked: not _reads(asked, "outputs", "gradient"),
         "for --method {0[method]}, which reads no gradient",
     ),
-    *shared.PROGRAM,
+    *PROGRAM,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """The budget, the targets that share it, and the data that say what a rank is worth."""
+
+    budget: str = option(
+        "--budget",
+        default="uniform:8",
+        metavar="BUDGET",
+        help="params:N, flops:N, flops:F% or uniform:R, what rank R would take everywhere.",
+    )
+    method: Literal["uniform", "importance", "kfac", "eva"] = option(
+        "--method",
+        type=click.Choice(["uniform", "importance", "kfac", "eva"]),
+        default="uniform",
+        help="What a rank is worth; all but uniform read DATA.",
+    )
+    scale: float = option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
+    label: str = label_column("Column to predict.")
+    loss: str = option("--loss", default="ce", help=SCORES)
+    examples: int = option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
+    max_length: int | None = count_option("--max-length", MAX_LENGTH)
+    include: tuple[str, ...] | None = selectors("--include", "Targets to choose from.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Targets to leave out.")
+    seed: int = seed_option("Of the choice of examples.")
 
 
 @click.command("plan", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("model")
 @click.argument("data", required=False)
-@shared.output_option("PLAN", "A .json file.")
-@click.option(
-    "--budget",
-    default="uniform:8",
-    metavar="BUDGET",
-    help="params:N, flops:N, flops:F% or uniform:R, what rank R would take everywhere.",
-)
-@click.option(
-    "--method",
-    type=click.Choice(["uniform", "importance", "kfac", "eva"]),
-    default="uniform",
-    help="What a rank is worth; all but uniform read DATA.",
-)
-@click.option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
-@shared.label_option("Column to predict.")
-@click.option("--loss", default="ce", help="ce, mse or module:function.")
-@click.option("--examples", type=shared.FROM_1, default=1024, help="Of DATA, at most.")
-@shared.max_length_option
-@shared.selectors_option("--include", "Targets to choose from.")
-@shared.selectors_option("--exclude", "Targets to leave out.")
-@shared.seed_option("Of the choice of examples.")
-@shared.model_options
-@shared.force_option
-def command(model: str, data: str | None, output: str, force: bool, **options: Any) -> None:
+@output_option("PLAN", "A .json file.")
+@option_group("options", BudgetOptions)
+@option_group("capture", ModelOptions)
+@force_option
+def command(
+    model: str,
+    data: str | None,
+    output: str,
+    options: BudgetOptions,
+    capture: ModelOptions,
+    force: bool,
+) -> None:
     r"""Plan a rank for every target of MODEL under one budget, and write it.
 
     One pass over DATA (as for train) says where low rank is worth its cost. insert and train take
@@ -82,13 +122,21 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
     check_output(output, force=force)
     if not output.endswith(".json"):
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
-    if METHODS[options["method"]].wanted and not data:
-        raise LoraFxError(f"--method {options['method']} reads data", "lora-fx plan MODEL DATA …")
-    loaded, cap = shared.captured(model, options)
-    batches = shared.some_batches(data, loaded, cap, options)
-    loss = shared.loss_of(options.pop("loss")) if shared.first_given("loss") else None
-    options.pop("loss", None)
-    made = plan(cap, data=batches, loss=loss, name=model, **options)
+    if METHODS[options.method].wanted and not data:
+        raise LoraFxError(f"--method {options.method} reads data", "lora-fx plan MODEL DATA …")
+    loaded, cap = captured(model, capture)
+    batches = _batches(data, loaded, cap, options)
+    planned = plan(
+        cap,
+        data=batches,
+        budget=options.budget,
+        method=options.method,
+        loss=loss_of(options.loss) if first_given("loss") else None,
+        include=options.include,
+        exclude=options.exclude,
+        scale=options.scale,
+    )
+    made = replace(planned, model=model)
     made.save(output, force=force)
     note(*made.notes)
     found = find(cap)
@@ -97,3 +145,18 @@ def command(model: str, data: str | None, output: str, force: bool, **options: A
     fields: Json = {"inputs": cap.inputs.to_json(), "outputs": [output], "targets": rows}
     fields |= {k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")}
     emit(f"{made}\nwrote {output}", **fields)
+
+
+def _batches(
+    data: str | None, loaded: LoadedModel, cap: Captured, options: BudgetOptions
+) -> Iterator[JsonView] | None:
+    """Batches of at most --examples of DATA, drawn by --seed."""
+    import numpy as np
+
+    if not data:
+        return None
+    table = training_data(data, loaded, cap, options.label, options.max_length)
+    if options.method not in ("uniform", "eva"):  # which compute no loss
+        refuse_row_labels(table, loaded, data, options.loss)
+    drawn = np.random.default_rng(options.seed).permutation(len(table))[: options.examples]
+    return batches_of(table.rows(drawn), options.seed)

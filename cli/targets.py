@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import captured, load_npz
 from lora_fx.cli.common import FileCommand
+from lora_fx.cli.groups import PROGRAM, ModelOptions
+from lora_fx.cli.options import first_given, names_of, option_group
 from lora_fx.cli.output import emit
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json
@@ -18,11 +20,11 @@ if TYPE_CHECKING:
     from lora_fx.targets.target import Found
 
 
-@click.command("targets", cls=FileCommand, no_say=shared.PROGRAM)
+@click.command("targets", cls=FileCommand, no_say=PROGRAM)
 @click.argument("model")
-@shared.model_options
+@option_group("capture", ModelOptions)
 @click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
-def command(model: str, training: bool, **options: Any) -> None:
+def command(model: str, capture: ModelOptions, training: bool) -> None:
     r"""List what an adapter can attach to, and why the rest cannot.
 
     No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
@@ -37,8 +39,8 @@ def command(model: str, training: bool, **options: Any) -> None:
     tensors = Path(model).is_file() and model.endswith((".safetensors", ".bin"))
     onnx = model.endswith(".onnx")
     has_say = {"trust"} if tensors else {"inputs_file"}
-    no_say = [n for n in (*shared.CAPTURE, "training") if n not in has_say]
-    if (tensors or onnx) and (option := shared.first_given(*no_say)):
+    no_say = [n for n in (*names_of(ModelOptions), "training") if n not in has_say]
+    if (tensors or onnx) and (option := first_given(*no_say)):
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
@@ -48,11 +50,11 @@ def command(model: str, training: bool, **options: Any) -> None:
     elif onnx:
         from lora_fx.onnx.validity import blaming
 
-        found = blaming(_of_onnx)(model, shared.load_npz(options["inputs_file"]))
+        found = blaming(_of_onnx)(model, load_npz(capture.inputs_file))
     else:
         from lora_fx.passes.verbs.adapt import find
 
-        _, cap = shared.captured(model, options, meta=True)
+        _, cap = captured(model, capture, meta=True)
         found, inputs = find(cap, training=training), cap.inputs.to_json()
     refused = None
     if not (found.targets or tensors):

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import click
 
-from lora_fx.cli import options as shared
-from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.output import emit, note, say
-
-
-@click.command(
-    "train", cls=ReportCommand, no_say=(*shared.PLANNED, *shared.TRAINED, *shared.PROGRAM)
+from lora_fx.cli.arguments import (
+    BATCH,
+    batches_of,
+    captured,
+    loss_of,
+    module_with_adapter,
+    tables_of,
 )
+from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import (
+    PLANNED,
+    PROGRAM,
+    TRAINED,
+    ExampleOptions,
+    LoopOptions,
+    ModelOptions,
+    TargetOptions,
+)
+from lora_fx.cli.options import force_option, option_group, output_option
+from lora_fx.cli.output import emit, note, say
+from lora_fx.cli.train_run import stateful, together
+
+
+@click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *PROGRAM))
 @click.argument("model")
 @click.argument("data")
-@shared.output_option("ADAPTER", "Folder or .safetensors.")
-@shared.label_option("Column to predict.")
-@click.option("--loss", default="ce", help="ce, mse or module:function.")
-@click.option("--validation", type=float, default=0.1, help="Share held out.")
-@shared.text_option("--eval-data", "FILE", "Held-out examples, instead of a share of DATA.")
-@shared.max_length_option
-@shared.text_option("--curve", "FILE.csv", "Write the losses: step, loss, validation.")
-@click.option("--device", default="cpu", help="cpu or cuda.")
-@shared.loop_options
-@shared.target_options
-@shared.model_options
-@shared.force_option
-def command(model: str, data: str, output: str, force: bool, **options: Any) -> None:
+@output_option("ADAPTER", "Folder or .safetensors.")
+@option_group("examples", ExampleOptions)
+@option_group("loop", LoopOptions)
+@option_group("targets", TargetOptions)
+@option_group("capture", ModelOptions)
+@force_option
+def command(
+    model: str,
+    data: str,
+    output: str,
+    examples: ExampleOptions,
+    loop: LoopOptions,
+    targets: TargetOptions,
+    capture: ModelOptions,
+    force: bool,
+) -> None:
     r"""Insert branches into MODEL, train them on DATA, and save only the adapter.
 
     DATA is .npz or .jsonl (keys are the model's argument names), .csv with --label, or
@@ -50,29 +68,29 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
     from lora_fx.passes.proofs.recorded import prove_as_it_is
-    from lora_fx.passes.verbs.adapt import insert
+    from lora_fx.passes.verbs.adapt import insert_into
 
-    with shared.together(options.pop("device")) as (world, device):
+    with together(loop.device) as (world, device):
         check_output(output, force=force, names=FORMATS.default.folder_files)
         check_device(device)
-        curve = options.pop("curve")
-        settings, saving = shared.settings_of(options), shared.saving_of(options, curve, force)
-        loaded, cap = shared.captured(model, options)
-        training, validation = shared.tables_of(data, loaded, cap, options)
-        loss = shared.loss_of(options.pop("loss"))
-        chosen = shared.only_given(options)
-        if options["init"] in OF_DATA:
+        examples.check(loop.patience)
+        settings = loop.settings(targets.seed)
+        saving = loop.saving(force=force)
+        loaded, cap = captured(model, capture)
+        training, validation = tables_of(data, loaded, cap, examples, targets.seed)
+        loss = loss_of(examples.loss)
+        if cap.adapter is not None:
+            module = module_with_adapter(cap)
+        elif targets.init in OF_DATA:
             size = math.ceil(settings.batch_size / (settings.accumulate * world.size))
-            batches = shared.batches_of(training, rows=min(shared.BATCH, size))
-            chosen |= {"data": batches}
-        if options["init"] == "lora-ga":
-            chosen |= {"loss": loss}
-        recompute = options["activation_checkpointing"]
-        chosen.pop("activation_checkpointing", None)
-        module = shared.held(cap) if cap.adapter is not None else insert(cap, **chosen)
+            batches = batches_of(training, rows=min(BATCH, size))
+            read_loss = loss if targets.init == "lora-ga" else "ce"
+            module = insert_into(cap, targets.insert(batches, read_loss), targets.quantise)
+        else:
+            module = insert_into(cap, targets.insert(), targets.quantise)
         check_real(module.updates)  # before the training, and not at the file after it
         module = module.to(device)
-        if recompute:
+        if loop.activation_checkpointing:
             module.activation_checkpointing_enable()
 
         inputs_are_in_memory()
@@ -81,7 +99,7 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             if step == steps or step % max(1, steps // 10) == 0:
                 say(f"step {step}/{steps}: loss {value:.4f}")
 
-        with shared.stateful(saving):
+        with stateful(saving):
             report = fit(
                 module, training, validation, loss, settings, progress, saving=saving, world=world
             )
@@ -89,13 +107,14 @@ def command(model: str, data: str, output: str, force: bool, **options: Any) -> 
             return
         note(*report.warnings, *prove_as_it_is(module), warns=True)
         note(*save_adapter(module.adapter(), output, force=force))
-        outputs = [output, curve] if curve else [output]
-        if curve:
-            with replacing(curve, force=force) as temporary:
+        outputs = [output]
+        if loop.curve:
+            outputs.append(loop.curve)
+            with replacing(loop.curve, force=force) as temporary:
                 temporary.write_text(report.to_csv(), encoding="utf-8")
         made = module.report()
-        examples = {"training": len(training), "validation": len(validation)}
+        counts = {"training": len(training), "validation": len(validation)}
         fields = {"inputs": cap.inputs.to_json(), "outputs": outputs, **made.to_json()}
-        fields |= {"examples": examples, **report.to_json()}
+        fields |= {"examples": counts, **report.to_json()}
         said = f"{made}\n{report}\nwrote {' and '.join(outputs)}"
         emit(said, warnings=made.notes, **fields)

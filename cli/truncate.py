@@ -2,43 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import (
+    adapter_of,
+    captured,
+    loss_of,
+    refuse_row_labels,
+    training_data,
+)
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import ModelOptions
+from lora_fx.cli.options import (
+    Rules,
+    force_option,
+    label_column,
+    names_of,
+    option,
+    option_group,
+    trust_option,
+)
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.text import Json, JsonView
+from lora_fx.text import Json
 
-TABLE = ("table", "model", "label", "loss", "weights")
-
-
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
-        ("model", "label", "loss", "weights"), lambda asked: not asked["table"],
+        ("model", "label", "loss", "weights"),
+        lambda asked: not asked["table"],
         "without --table DATA",
     ),
-)  # fmt: skip
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalOptions:
+    """How far an adapter is truncated, of which one is given."""
+
+    rank: int | None = option("--rank", "-r", type=int, help="No update has a higher one.")
+    params: int | None = option(
+        "--params", type=int, help="Elements of all A and B together, at most."
+    )
+    energy: float | None = option(
+        "--energy", type=float, help="Share of Σσ² over all updates to keep, at least."
+    )
+    max_error: float | None = option(
+        "--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most."
+    )
+    max_abs_error: float | None = option(
+        "--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """The data on which every rank is judged, and the model that is run."""
+
+    table: str | None = option(
+        "--table", metavar="DATA", help="Print its loss at every rank, and no more."
+    )
+    model: str | None = option(
+        "--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on."
+    )
+    label: str = label_column("Of --table.")
+    loss: str = option("--loss", default="ce", help="Of --table, as for train.")
+    weights: str | None = option(
+        "--weights", metavar="FILE", help="Of --model, where it is built from code."
+    )
 
 
 @click.command("truncate", cls=ReportCommand, no_say=NO_SAY)
 @click.argument("adapter")
 @click.option("-o", "--output", metavar="OUT", help="Folder or .safetensors.")
-@click.option("--rank", "-r", type=int, help="No update has a higher one.")
-@click.option("--params", type=int, help="Elements of all A and B together, at most.")
-@click.option("--energy", type=float, help="Share of Σσ² over all updates to keep, at least.")
-@click.option("--max-error", type=float, help="‖ΔW − ΔW'‖/‖ΔW‖ over all updates, at most.")
-@click.option("--max-abs-error", type=float, help="‖ΔW − ΔW'‖ over all updates, at most.")
-@shared.text_option("--table", "DATA", "Print its loss at every rank, and no more.")
-@shared.text_option("--model", "MODEL", "Of --table: what ADAPTER was trained on.")
-@shared.label_option("Of --table.")
-@click.option("--loss", default="ce", help="Of --table, as for train.")
-@shared.text_option("--weights", "FILE", "Of --model, where it is built from code.")
-@shared.trust_option
-@shared.force_option
-def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: Any) -> None:
+@option_group("goal", GoalOptions)
+@option_group("of_table", TableOptions)
+@trust_option
+@force_option
+def command(
+    adapter: str,
+    output: str | None,
+    goal: GoalOptions,
+    of_table: TableOptions,
+    trust: bool,
+    force: bool,
+) -> None:
     r"""Drop the ranks of ADAPTER that matter least, over all its updates at once.
 
     Give one goal. No model is needed; the error is exact. --table needs a model and data, and says
@@ -53,40 +102,53 @@ def command(adapter: str, output: str | None, trust: bool, force: bool, **goal: 
     from lora_fx.files.atomic import check_output
     from lora_fx.formats.io import FORMATS, save_adapter
 
-    options = {k: goal.pop(k) for k in TABLE}
     inputs = [{"adapter": adapter}]
-    if options["table"]:
-        given = [k for k, v in {**goal, "output": output or None}.items() if v is not None]
-        said, fields = _table(adapter, given, trust, options)
-        emit(said, inputs=inputs, **fields)
+    if of_table.table:
+        _refuse_beside_table(goal, output)
+        text, fields = _table(adapter, of_table.table, of_table, trust)
+        emit(text, inputs=inputs, **fields)
         return
     if not output:
         raise LoraFxError("nothing to write to", "-o OUT, or --table DATA to look first")
     check_output(output, force=force, names=FORMATS.default.folder_files)
-    result = truncation(shared.adapter_of(adapter), **goal)
+    result = truncation(
+        adapter_of(adapter),
+        rank=goal.rank,
+        params=goal.params,
+        energy=goal.energy,
+        max_error=goal.max_error,
+        max_abs_error=goal.max_abs_error,
+    )
     if not result.dropped:
         note("no rank was dropped: the adapter is within the goal as it is")
     note(*save_adapter(result.adapter, output, force=force))
-    said, fields = f"{result}\nwrote {output}", result.to_json()
-    emit(said, inputs=inputs, outputs=[output], **fields)
+    text = f"{result}\nwrote {output}"
+    emit(text, inputs=inputs, outputs=[output], **result.to_json())
 
 
-def _table(adapter: str, given: list[str], trust: bool, options: JsonView) -> tuple[str, Json]:
-    """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
-    from lora_fx.passes.verbs.plan import held_out
-
+def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
+    """Raise for a goal or an output, where a table is printed."""
+    given = [name for name in names_of(GoalOptions) if getattr(goal, name) is not None]
+    if output:
+        given.append("output")
     if given:
         raise LoraFxError(
             f"--{given[0].replace('_', '-')} has no say beside --table, which writes nothing",
             "look at the table first",
         )
-    if not options["model"]:
+
+
+def _table(adapter: str, data: str, options: TableOptions, trust: bool) -> tuple[str, Json]:
+    """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
+    from lora_fx.passes.verbs.plan import held_out
+
+    if not options.model:
         raise LoraFxError("--table needs the model", "--model MODEL")
-    asked: Json = {"weights": options["weights"], "dynamic": (), "static": (), "trust": trust}
-    loaded, cap = shared.captured(options["model"], asked)
-    data = shared.training_data(options["table"], loaded, cap, options["label"])
-    shared.refuse_row_labels(data, loaded, options["table"], options["loss"])
-    result = held_out(cap, shared.adapter_of(adapter), data, shared.loss_of(options["loss"]))
+    capture = ModelOptions(weights=options.weights, trust=trust)
+    loaded, cap = captured(options.model, capture)
+    table = training_data(data, loaded, cap, options.label)
+    refuse_row_labels(table, loaded, data, options.loss)
+    result = held_out(cap, adapter_of(adapter), table, loss_of(options.loss))
     note(*result.notes)
     rows = [vars(row) for row in result.rows]
     return str(result), {"table": rows, "examples": result.examples}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli import options as shared
+from lora_fx.cli.arguments import adapter_of, captured, load_npz, split_weight
 from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.groups import ModelOptions
+from lora_fx.cli.options import Rules, option_group
 from lora_fx.cli.output import emit
 from lora_fx.errors import NoSay
 from lora_fx.text import JsonView
+
+if TYPE_CHECKING:
+    from lora_fx.passes.verbs.options import Provider
 
 
 def _fits(asked: JsonView) -> bool:
@@ -21,13 +26,18 @@ def _fits(asked: JsonView) -> bool:
 
 
 def _tensors(asked: JsonView) -> bool:
-    """Whether tensors are compared, or an adapter is fitted to them."""
-    from lora_fx.checkpoint.verify import is_tensor_file
+    return not asked["run"] and _of_tensors(asked["a"], asked["b"])
 
-    a, b = asked["a"], asked["b"]
-    gone = ":" not in b and not Path(b).exists()
-    one, other = is_tensor_file(a), _fits(asked) or is_tensor_file(b) or gone
-    return not asked["run"] and one and other
+
+def _of_tensors(a: str, b: str) -> bool:
+    """Whether both are files of tensors, or b is an adapter, or there is no b."""
+    from lora_fx.checkpoint.verify import is_tensor_file
+    from lora_fx.formats.io import is_adapter
+
+    if not is_tensor_file(a):
+        return False
+    is_missing = ":" not in b and not Path(b).exists()
+    return is_adapter(b) or is_tensor_file(b) or is_missing
 
 
 def _onnx(asked: JsonView) -> list[bool]:
@@ -35,7 +45,7 @@ def _onnx(asked: JsonView) -> list[bool]:
 
 
 MODEL = ("weights", "dynamic", "static", "no_repeat")
-NO_SAY: shared.Rules = (
+NO_SAY: Rules = (
     NoSay(
         ("adapters", "tol", "everything", "provider"), _fits,
         "beside {0[b]}, an adapter: names and shapes are compared",
@@ -69,10 +79,19 @@ NO_SAY: shared.Rules = (
 )
 @click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
 @click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
-@shared.flag_option("--run", "Run tensor files as models, and compare outputs.")
+@click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
 @click.option("--provider", show_default="auto", help="auto, cpu or cuda.")
-@shared.model_options
-def command(a: str, b: str, **options: Any) -> None:
+@option_group("capture", ModelOptions)
+def command(
+    a: str,
+    b: str,
+    adapters: tuple[str, ...],
+    tol: float | None,
+    everything: bool,
+    run: bool,
+    provider: Provider | None,
+    capture: ModelOptions,
+) -> None:
     r"""Compare models A and B; or check that adapter B fits model A.
 
     Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
@@ -92,24 +111,25 @@ def command(a: str, b: str, **options: Any) -> None:
     from lora_fx.formats.io import is_adapter
     from lora_fx.passes.verbs.verify import verify
 
-    model = {k: options.pop(k) for k in shared.CAPTURE}
-    adapters, everything = options.pop("adapters"), options.pop("everything")
     fits = is_adapter(b)
-    if _tensors({"a": a, "b": b, **options}):
-        given = [pair if (pair := shared.split_weight(x))[0] != x else x for x in adapters]
+    if not run and _of_tensors(a, b):
+        pairs = [split_weight(text) for text in adapters]
+        weighted = [
+            text if pair[0] == text else pair for text, pair in zip(adapters, pairs, strict=True)
+        ]
         rows = None if everything else ROWS
-        report = verify(a, b, adapter=given or None, tol=options["tol"], rows=rows)
+        report = verify(a, b, adapter=weighted or None, tol=tol, rows=rows)
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
-        adapter = shared.adapter_of(b)  # before the model, which takes longer to open
-        report = verify(shared.captured(a, model, meta=True)[1], adapter)
+        adapter = adapter_of(b)  # before the model, which takes longer to open
+        report = verify(captured(a, capture, meta=True)[1], adapter)
     else:
-        extra = [shared.adapter_of(x).weighted(w) for x, w in map(shared.split_weight, adapters)]
-        arrays = shared.load_npz(model["inputs_file"]) or None
-        one, two = (m if m.endswith(".onnx") else shared.captured(m, {**model})[1] for m in (a, b))
-        beside = extra[0] if len(extra) == 1 else extra or None
-        report = verify(one, two, arrays, adapter=beside, **options)
+        loaded = [adapter_of(path).weighted(w) for path, w in map(split_weight, adapters)]
+        arrays = load_npz(capture.inputs_file) or None
+        one, two = (m if m.endswith(".onnx") else captured(m, capture)[1] for m in (a, b))
+        beside = loaded[0] if len(loaded) == 1 else loaded or None
+        report = verify(one, two, arrays, adapter=beside, tol=tol, run=run, provider=provider)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}
     emit(lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)

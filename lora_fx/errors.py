@@ -212,7 +212,7 @@ _FLAGS = (
 )  # fmt: skip
 _KEYWORDS = (
     "accuracy-level", "base", "data", "dtype", "dynamic", "energy", "exclude", "genai", "how",
-    "include", "init", "inputs", "map", "max-abs-error", "max-error", "max-shard-size", "mode",
+    "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode", "names",
     "params", "precision", "provider", "rank", "static", "tol", "validation", "variant", "weights",
     "whole",
 )  # fmt: skip
@@ -236,7 +236,7 @@ def in_python(hint: str) -> str:
 
 def _keyword(found: re.Match[str]) -> str:
     option, value = found[1], found[2]
-    name = {"map": "names"}.get(option, option.replace("-", "_"))
+    name = option.replace("-", "_")
     if option in _FLAGS:
         return f"{name}=True{f' {value}' if value else ''}"
     if option not in _KEYWORDS:

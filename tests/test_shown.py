@@ -86,7 +86,8 @@ HINTS = {
     "--dtype bfloat16 or float32 can": "dtype='bfloat16' or float32 can",
     "--rank 8, or exclude it": "rank=8, or exclude it",
     "--exclude steps.q leaves it out": "exclude='steps.q' leaves it out",
-    "--map FILE says which": "names=FILE says which",
+    "--names FILE says which": "names=FILE says which",
+    "--map FILE, as a table of rows": "--map FILE, as a table of rows",
     "(--dynamic NAME:0=batch)": "(dynamic={NAME: {DIM: SYMBOL}})",
     "run lora-fx targets MODEL for the names": "print(lora_fx.find(model)) for the names",
     "lora-fx merge --add does; --trust reads": "lora-fx merge --add does; trust=True reads",
@@ -103,7 +104,7 @@ def test_hints_in_pythons_spelling(hint: str) -> None:
 
 
 def test_what_python_is_told_are_its_own_names() -> None:
-    """Each word is an argument of a public function; `map` is names there."""
+    """Each word is an argument of a public function."""
     import inspect
 
     from lora_fx.adapter.truncate import truncate
@@ -117,7 +118,7 @@ def test_what_python_is_told_are_its_own_names() -> None:
         lora_fx.load_model, truncate, load_adapter, of_files, OnnxMergeOptions, fit, lora_fx.verify,
     ]  # fmt: skip
     known = {name for verb in verbs for name in inspect.signature(verb).parameters}
-    said = {w.replace("-", "_") for w in (*_FLAGS, *_KEYWORDS)} - {"map"}
+    said = {w.replace("-", "_") for w in (*_FLAGS, *_KEYWORDS)}
     assert said - known == set()
 
 

@@ -174,12 +174,12 @@ def _ambiguous(key: str, some: Sequence[str], why: str) -> LoraFxError:
     return LoraFxError(
         f"{key!r} is no target of the model by name; it may be any of "
         f"{', '.join(map(repr, some[:4]))}: {why}",
-        "--map FILE says which: {adapter key: tensor}",
+        "--names FILE says which: {adapter key: tensor}",
     )
 
 
 def read_map(path: str | None) -> dict[str, str]:
-    """The map of a --map file: one JSON object of adapter keys and tensor names."""
+    """The map of a --names file: one JSON object of adapter keys and tensor names."""
     if path is None:
         return {}
     found = read_json(path, hint="a JSON object")

@@ -43,7 +43,7 @@ def command(name: str) -> click.Command:
 def test_every_option_stands_once_below_a_title(name: str) -> None:
     made = command(name)
     shown = sections(name)
-    options = [p for p in made.params if isinstance(p, click.Option)]
+    options = [p for p in made.params if isinstance(p, click.Option) and not p.hidden]
     rows = [row for rows in shown.values() for row in rows if row.startswith("  -")]
     heads = [row.strip().partition("  ")[0] for row in rows]
     for option in options:

@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import os
 before = dict(os.environ)
-from lora_fx.cli.options import load_numpy
+from lora_fx.cli.blas import load_numpy
 load_numpy()
 assert dict(os.environ) == before
 from threadpoolctl import threadpool_info

@@ -52,7 +52,7 @@ ALWAYS: dict[str, dict[str, str]] = {
     },
     "merge": {
         "base": READS, "adapters": READS, "out": WRITES, "dry_run": RUNS, "how": GOAL,
-        "again": PERMITS, "trust": PERMITS, "names": READS,
+        "again": PERMITS, "trust": PERMITS, "names": READS, "old_names": READS,
     },
     "merge-all": {
         "base": READS, "adapters": READS, "out": WRITES, "processes": RUNS, "shard": RUNS,
@@ -151,7 +151,8 @@ NO_SAY: list[tuple[str, str, str]] = [
     (MERGE, "--lossy", "of --requantise"),
     (f"{MERGE} --requantise", "--dtype fp32", "beside --requantise"),
     (f"{MERGE} --requantise", "--dequantise", "both"),
-    (MERGE, "--map m.json", "of .onnx files"),
+    (MERGE, "--names m.json", "--names is of .onnx files"),
+    (MERGE, "--map m.json", "--names is of .onnx files"),
     (MERGE, "--delta", "of .onnx files"),
     (MERGE, "--run", "of .onnx files"),
     (MERGE, "--link", "for base.safetensors, one file"),
@@ -187,7 +188,8 @@ NO_SAY: list[tuple[str, str, str]] = [
     (EXPORT, "--tol 0.1", "nothing is rounded here"),
     (EXPORT, "--genai out", "without a cache"),
     (EXPORT, "--max-batch 4", "of a repository"),
-    (EXPORT, "--map m.json", "of .onnx files"),
+    (EXPORT, "--names m.json", "--names is of .onnx files"),
+    (EXPORT, "--map m.json", "--names is of .onnx files"),
     *(
         (FROM_ONNX, o, "m.onnx")
         for o in (*GRAPH, "--opset 20", "--trust", "--quantise nf4", "--accuracy-level 0",

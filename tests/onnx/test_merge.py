@@ -215,7 +215,7 @@ def test_a_map_names_what_the_names_do_not_tell(bert: Path, tmp_path: Path) -> N
     given = {k: names[k] for k in wanted}
     (tmp_path / "map.json").write_text(json.dumps(given))
     command = ["merge", str(tmp_path / "base.onnx"), str(bert / "adapter")]
-    command += ["-o", str(tmp_path / "m.onnx"), "--map", str(tmp_path / "map.json")]
+    command += ["-o", str(tmp_path / "m.onnx"), "--names", str(tmp_path / "map.json")]
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert not stop.value.code

@@ -1,0 +1,22 @@
+"""The threads of BLAS, which a merge that has its own does not need."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def load_numpy() -> None:
+    """Import numpy with one BLAS thread, where nothing has imported it or said how many.
+
+    A merge has threads of its own. BLAS's are started as it is loaded, and spin in wait for work:
+    that is .1 s of a core on two cores.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if "numpy" in sys.modules or name in os.environ:
+        return
+    os.environ[name] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        del os.environ[name]
