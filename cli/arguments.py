@@ -14,7 +14,8 @@ from lora_fx.text import Json, JsonView, some
 
 if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
-    from lora_fx.cli.groups import ExampleOptions, ModelOptions, StartOptions
+    from lora_fx.cli.model_options import ModelOptions
+    from lora_fx.cli.train_options import ExampleOptions
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.huggingface import LoadedModel
@@ -217,29 +218,6 @@ def named_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
             raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
         result[name] = adapter_of(path).weighted(weight)
     return result
-
-
-def start_batches(
-    loaded: LoadedModel, cap: Captured, init: str, options: StartOptions
-) -> Iterator[JsonView] | None:
-    """The batches that a start reads; None for one that reads no data.
-
-    Raises:
-        LoraFxError: Data for a start that reads none, or none for one that does.
-    """
-    from lora_fx.adapter.variant import OF_DATA
-
-    data = options.data
-    if init not in OF_DATA:
-        if data:
-            raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
-        return None
-    if not data:
-        raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    table = training_data(data, loaded, cap, options.label)
-    if init == "lora-ga":
-        refuse_row_labels(table, loaded, data, options.loss)
-    return batches_of(table)
 
 
 def loss_of(text: str) -> str | Loss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from lora_fx.cli.common import FileCommand
-from lora_fx.cli.groups import CheckpointOptions
+from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import option_group
 from lora_fx.cli.output import emit, note
 from lora_fx.formats.servers import SERVERS

@@ -10,7 +10,7 @@ import click
 
 from lora_fx.cli.arguments import captured, load_npz, loss_of, named_adapters
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import PROGRAM, QUANTISE, ModelOptions
+from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     flag,
     force_option,
@@ -18,8 +18,8 @@ from lora_fx.cli.options import (
     option,
     option_group,
     output_option,
+    quantise_option,
     refuse_given,
-    repeatable,
     selectors,
     under_new_name,
 )
@@ -60,7 +60,7 @@ class FileOptions:
         metavar="DTYPE",
         help="float16 or int8; of a bfloat16 model, float32 too.",
     )
-    quantise: tuple[str, ...] = repeatable("--quantise", "KIND[=SELECTORS]", QUANTISE)
+    quantise: tuple[str, ...] = quantise_option()
     accuracy_level: int = option(
         "--accuracy-level", type=int, default=0, help="Of int4, int8 codes: 4 has x in int8."
     )

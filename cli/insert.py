@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import click
 
-from lora_fx.cli.arguments import captured, load_npz, loss_of, start_batches
-from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import (
-    PLANNED,
-    PROGRAM,
-    STARTED,
-    ModelOptions,
-    StartOptions,
-    TargetOptions,
+from lora_fx.cli.arguments import (
+    batches_of,
+    captured,
+    load_npz,
+    loss_of,
+    refuse_row_labels,
+    training_data,
 )
+from lora_fx.cli.branch_options import PLANNED, TargetOptions
+from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
+    Rules,
     force_option,
+    label_option,
+    loss_option,
     names_of,
+    option,
     option_group,
     output_option,
     refuse_given,
 )
 from lora_fx.cli.output import emit, note
+from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.text import JsonView
+
+if TYPE_CHECKING:
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.load.huggingface import LoadedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """The data that a start reads: --init eva, lora-ga."""
+
+    data: str | None = option(
+        "--data", metavar="DATA", help="Data that --init eva or lora-ga reads."
+    )
+    label: str = label_option("Its labels.")
+    loss: str = loss_option()
+
+
+def _reads_no_data(asked: JsonView) -> bool:
+    from lora_fx.adapter.variant import OF_DATA
+
+    return asked["init"] not in OF_DATA
+
+
+STARTED: Rules = (
+    NoSay(("label", "loss"), _reads_no_data, "for --init {0[init]}, which reads no data"),
+    NoSay(
+        ("loss",), lambda asked: asked["init"] == "eva", "for --init eva, which reads no gradient"
+    ),
+)
 
 
 @click.command("insert", cls=ReportCommand, no_say=(*PLANNED, *STARTED, *PROGRAM))
@@ -63,7 +103,7 @@ def command(
         return
 
     loaded, cap = captured(model, capture)
-    data = start_batches(loaded, cap, targets.init, start)
+    data = _start_batches(loaded, cap, targets.init, start)
     if targets.init == "lora-ga":
         options = targets.insert(data, loss_of(start.loss))
     else:
@@ -81,11 +121,33 @@ def command(
     emit(f"{report}\nwrote {output}", warnings=report.notes, **fields)
 
 
+def _start_batches(
+    loaded: LoadedModel, cap: Captured, init: str, options: StartOptions
+) -> Iterator[JsonView] | None:
+    """The batches that a start reads; None for one that reads no data.
+
+    Raises:
+        LoraFxError: Data for a start that reads none, or none for one that does.
+    """
+    from lora_fx.adapter.variant import OF_DATA
+
+    data = options.data
+    if init not in OF_DATA:
+        if data:
+            raise LoraFxError(f"--init {init} reads no data", f"--init {' or '.join(OF_DATA)}")
+        return None
+    if not data:
+        raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
+    table = training_data(data, loaded, cap, options.label)
+    if init == "lora-ga":
+        refuse_row_labels(table, loaded, data, options.loss)
+    return batches_of(table)
+
+
 def _onnx(
     model: str, output: str, targets: TargetOptions, capture: ModelOptions, *, force: bool
 ) -> None:
     """Insert branches into an .onnx file."""
-    from lora_fx.errors import LoraFxError
     from lora_fx.passes.verbs.adapt import OnnxInsertOptions, insert_into_file
 
     if not output.endswith(".onnx"):

@@ -11,7 +11,8 @@ A group is a frozen dataclass whose fields are options. A command takes it as on
     @option_group("limits", Limits)
     def command(limits: Limits) -> None: ...
 
-groups.py has the groups that commands share; a command's own stand in its file.
+model_options.py, branch_options.py, train_options.py and merge_options.py have the groups that
+commands share, or that become an object of a verb; others stand in the file of their command.
 """
 
 from __future__ import annotations
@@ -69,10 +70,31 @@ def selectors(name: str, text: str) -> Any:
     )
 
 
-def label_column(text: str) -> Any:
+def label_option(text: str) -> Any:
     """A field of a group: the column of labels. Without it the usual names are looked for."""
     return option(
         "--label", default="", show_default=False, metavar="COL", help=f"{text}  [default: labels]"
+    )
+
+
+def loss_option() -> Any:
+    """A field of a group: what is computed of outputs and labels."""
+    return option("--loss", default="ce", help="ce, mse or module:function.")
+
+
+def max_length_option() -> Any:
+    """A field of a group: how many tokens of a text are read."""
+    return count_option(
+        "--max-length", "Tokens of a text.  [default: 128; 1024 for causal language models]"
+    )
+
+
+def quantise_option() -> Any:
+    """A field of a group: the weights of the base that become codes."""
+    return repeatable(
+        "--quantise",
+        "KIND[=SELECTORS]",
+        "Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
     )
 
 

@@ -16,14 +16,15 @@ from lora_fx.cli.arguments import (
     training_data,
 )
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import MAX_LENGTH, PROGRAM, SCORES, ModelOptions
+from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     FROM_1,
     Rules,
-    count_option,
     first_given,
     force_option,
-    label_column,
+    label_option,
+    loss_option,
+    max_length_option,
     option,
     option_group,
     output_option,
@@ -80,10 +81,10 @@ class BudgetOptions:
         help="What a rank is worth; all but uniform read DATA.",
     )
     scale: float = option("--scale", type=float, default=2.0, help="alpha/rank everywhere.")
-    label: str = label_column("Column to predict.")
-    loss: str = option("--loss", default="ce", help=SCORES)
+    label: str = label_option("Column to predict.")
+    loss: str = loss_option()
     examples: int = option("--examples", type=FROM_1, default=1024, help="Of DATA, at most.")
-    max_length: int | None = count_option("--max-length", MAX_LENGTH)
+    max_length: int | None = max_length_option()
     include: tuple[str, ...] | None = selectors("--include", "Targets to choose from.")
     exclude: tuple[str, ...] | None = selectors("--exclude", "Targets to leave out.")
     seed: int = seed_option("Of the choice of examples.")

@@ -14,18 +14,12 @@ from lora_fx.cli.arguments import (
     module_with_adapter,
     tables_of,
 )
+from lora_fx.cli.branch_options import PLANNED, TargetOptions
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import (
-    PLANNED,
-    PROGRAM,
-    TRAINED,
-    ExampleOptions,
-    LoopOptions,
-    ModelOptions,
-    TargetOptions,
-)
+from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
+from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions
 from lora_fx.cli.train_run import stateful, together
 
 

@@ -14,11 +14,11 @@ from lora_fx.cli.arguments import (
     training_data,
 )
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import ModelOptions
+from lora_fx.cli.model_options import ModelOptions
 from lora_fx.cli.options import (
     Rules,
     force_option,
-    label_column,
+    label_option,
     names_of,
     option,
     option_group,
@@ -66,7 +66,7 @@ class TableOptions:
     model: str | None = option(
         "--model", metavar="MODEL", help="Of --table: what ADAPTER was trained on."
     )
-    label: str = label_column("Of --table.")
+    label: str = label_option("Of --table.")
     loss: str = option("--loss", default="ce", help="Of --table, as for train.")
     weights: str | None = option(
         "--weights", metavar="FILE", help="Of --model, where it is built from code."

@@ -9,7 +9,7 @@ import click
 
 from lora_fx.cli.arguments import adapter_of, captured, load_npz, split_weight
 from lora_fx.cli.common import ReportCommand
-from lora_fx.cli.groups import ModelOptions
+from lora_fx.cli.model_options import ModelOptions
 from lora_fx.cli.options import Rules, option_group
 from lora_fx.cli.output import emit
 from lora_fx.errors import NoSay
@@ -113,12 +113,9 @@ def command(
 
     fits = is_adapter(b)
     if not run and _of_tensors(a, b):
-        pairs = [split_weight(text) for text in adapters]
-        weighted = [
-            text if pair[0] == text else pair for text, pair in zip(adapters, pairs, strict=True)
-        ]
         rows = None if everything else ROWS
-        report = verify(a, b, adapter=weighted or None, tol=tol, rows=rows)
+        beside = [_with_weight(text) for text in adapters]
+        report = verify(a, b, adapter=beside or None, tol=tol, rows=rows)
     elif fits and a.endswith(".onnx"):
         report = verify(a, b)
     elif fits:
@@ -128,8 +125,14 @@ def command(
         loaded = [adapter_of(path).weighted(w) for path, w in map(split_weight, adapters)]
         arrays = load_npz(capture.inputs_file) or None
         one, two = (m if m.endswith(".onnx") else captured(m, capture)[1] for m in (a, b))
-        beside = loaded[0] if len(loaded) == 1 else loaded or None
-        report = verify(one, two, arrays, adapter=beside, tol=tol, run=run, provider=provider)
+        applied = loaded[0] if len(loaded) == 1 else loaded or None
+        report = verify(one, two, arrays, adapter=applied, tol=tol, run=run, provider=provider)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}
     emit(lines(report), **fields)
     click.get_current_context().exit(0 if report else 1)
+
+
+def _with_weight(text: str) -> str | tuple[str, float]:
+    """An `ADAPTER:W` argument as (path, W); one without a weight as it is."""
+    path, weight = split_weight(text)
+    return text if path == text else (path, weight)

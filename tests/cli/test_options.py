@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from lora_fx.cli import groups
+from lora_fx.cli import branch_options, merge_options, model_options, train_options
+from lora_fx.cli.branch_options import TargetOptions
 from lora_fx.cli.common import COMMANDS
 from lora_fx.cli.extract import RecoveryOptions
-from lora_fx.cli.groups import CheckpointOptions, ExampleOptions, LoopOptions, TargetOptions
+from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import flag, names_of, option, option_group, repeatable, selectors
+from lora_fx.cli.train_options import ExampleOptions, LoopOptions
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import save_adapter
 from tests.cli.test_cli import run
@@ -26,7 +28,8 @@ from tests.cli.test_mistakes import SHAPES, onnx_file, updates
 
 
 def modules() -> list[Any]:
-    return [groups, *(import_module(f"lora_fx.cli.{c.replace('-', '_')}") for c in COMMANDS)]
+    shared = [merge_options, model_options, branch_options, train_options]
+    return [*shared, *(import_module(f"lora_fx.cli.{c.replace('-', '_')}") for c in COMMANDS)]
 
 
 def every_group() -> dict[str, Any]:

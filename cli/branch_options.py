@@ -1,0 +1,97 @@
+"""The options of branches: which targets get them, of which rank, and what A and B start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from lora_fx.cli.options import Rules, option, quantise_option, seed_option, selectors
+from lora_fx.errors import NoSay
+
+if TYPE_CHECKING:
+    from lora_fx.fx.train.loss import Loss
+    from lora_fx.inputs import Named
+    from lora_fx.passes.verbs.options import InsertOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Which targets get branches, of which rank, and what A and B start from."""
+
+    plan: str | None = option("--plan", metavar="PLAN", help="Targets and ranks, of lora-fx plan.")
+    rank: int = option("--rank", "-r", type=int, default=8, help="Rank of every target.")
+    alpha: float | None = option(
+        "--alpha", type=float, help="Scale is alpha/rank.  [default: 2·rank]"
+    )
+    include: tuple[str, ...] | None = selectors(
+        "--include", "Targets, instead of the default plan: q_proj,role:v,op:conv2d,re:…"
+    )
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Targets to leave out.")
+    also_train: tuple[str, ...] | None = selectors(
+        "--also-train", "Tensors trained whole, such as a new head."
+    )
+    variant: str = option(
+        "--variant",
+        metavar="lora|rslora|dora|lora-fa|lora+|qalora[:G]",
+        default="lora",
+        help="What an update is and how it learns.",
+    )
+    init: str = option(
+        "--init",
+        type=click.Choice(
+            ["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+        ),
+        default="kaiming",
+        help="What A and B start from.",
+    )
+    dropout: float = option(
+        "--dropout", type=float, default=0.0, help="Dropout on the branches' inputs."
+    )
+    quantise: tuple[str, ...] = quantise_option()
+    seed: int = seed_option("Of initial values.")
+    dead: str = option(
+        "--dead",
+        type=click.Choice(["auto", "error", "drop", "keep", "allow"]),
+        default="auto",
+        help="Targets that no gradient reaches: refuse those you named and leave out others; "
+        "refuse; leave out; keep; or prove nothing.",
+    )
+
+    def insert(self, data: Iterable[Named] | None = None, loss: str | Loss = "ce") -> InsertOptions:
+        """What an insert is asked for.
+
+        Args:
+            data: The batches that a start of data reads.
+            loss: The loss whose gradients a start of gradients reads.
+        """
+        from lora_fx.passes.verbs.options import InsertOptions
+
+        return InsertOptions(
+            plan=self.plan,
+            rank=self.rank,
+            alpha=self.alpha,
+            include=self.include,
+            exclude=self.exclude,
+            also_train=self.also_train,
+            variant=self.variant,
+            init=self.init,
+            dropout=self.dropout,
+            seed=self.seed,
+            dead=self.dead,
+            data=data,
+            loss=loss,
+        )
+
+
+PLANNED: Rules = (
+    NoSay(
+        ("rank", "alpha", "include"),
+        lambda asked: bool(asked["plan"]),
+        "beside --plan {0[plan]}",
+        "leave one of them out",
+    ),
+)
+"""When one of them has no say."""

@@ -1,0 +1,34 @@
+"""The options of every command that loads and captures a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_fx.cli.options import Rules, flag, option, repeatable
+from lora_fx.errors import NoSay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is loaded and captured."""
+
+    weights: str | None = option(
+        "--weights", metavar="FILE", help="Weights for a model built from code."
+    )
+    inputs_file: str | None = option("--inputs", metavar="FILE.npz", help="Example inputs by name.")
+    dynamic: tuple[str, ...] = repeatable(
+        "--dynamic", "NAME:0=batch,2=h", "Dimensions that may vary."
+    )
+    static: tuple[str, ...] = repeatable("--static", "NAME[:DIM]", "Dimensions that may not.")
+    trust: bool = flag("--trust", "Read pickled tensors: .bin, and in a .pt2.")
+    no_repeat: bool = flag("--no-repeat", "Trace each of equal layers: slower, the same graph.")
+
+
+PROGRAM: Rules = (
+    NoSay(
+        ("no_repeat",),
+        lambda asked: str(asked["model"]).endswith(".pt2"),
+        "for {0[model]}, which is traced already",
+    ),
+)
+"""When one of them has no say."""
