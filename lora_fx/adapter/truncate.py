@@ -367,6 +367,10 @@ def as_lora(
             continue
         delta = _delta(adapter, key, entry, delta_of)
         low = _best(delta, rank, energy)
+        if isinstance(entry, LowRank):
+            # Its numbers alone are others: where it applies, and how it lies there, stays.
+            place = {name: getattr(entry, name) for name in ("layout", "use", "tied", "twins")}
+            low = replace(low, **place)
         entries[key] = replace(
             low, kernel=getattr(entry, "kernel", ()), op=getattr(entry, "op", "")
         )

@@ -134,3 +134,41 @@ def test_what_has_no_matrix(tmp_path: Path) -> None:
     for adapter, words in ((vector, "no matrix"), (rows, "has no ΔW")):
         with pytest.raises(LoraFxError, match=words):
             as_lora(adapter, rank=2)
+
+
+class Turned(nn.Module):
+    """A convolution, and a square weight that is stored [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 6, 4)
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).mean(2) @ self.w
+
+
+def test_an_update_keeps_its_place(tmp_path: Path) -> None:
+    """Merged, the plain adapter of all ranks gives the weights that the DoRA gives."""
+    import lora_fx
+
+    torch.manual_seed(0)
+    net = Turned()
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    x = torch.randn(2, 3, 9)
+    dora = lora_fx.insert(net, (x,), include="*", rank=2, variant="dora")
+    for p in dora.parameters():
+        if p.requires_grad:
+            p.data += 0.3 * torch.randn_like(p)
+    adapter = dora.adapter()
+    delta_of = partial(delta_in, open_checkpoint(tmp_path / "base.safetensors"))
+    plain, _ = as_lora(adapter, rank=99, delta_of=delta_of)
+    for key, low in adapter.lowrank.items():
+        assert plain.lowrank[key].layout == low.layout
+    (note,) = save_adapter(plain, tmp_path / "plain")  # of w alone: PEFT has the convolution
+    assert "'w'" in note
+    want, found = tmp_path / "want.safetensors", tmp_path / "found.safetensors"
+    lora_fx.merge(tmp_path / "base.safetensors", adapter, want)
+    lora_fx.merge(tmp_path / "base.safetensors", tmp_path / "plain", found)
+    assert lora_fx.verify(found, want, tol=1e-5)
+    assert not lora_fx.verify(want, tmp_path / "base.safetensors", tol=0.05)
