@@ -211,14 +211,14 @@ _FLAGS = (
     "also-full", "run",
 )  # fmt: skip
 _KEYWORDS = (
-    "accuracy-level", "base", "data", "dtype", "dynamic", "energy", "exclude", "genai", "how",
+    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai", "how",
     "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode", "names",
     "params", "precision", "provider", "rank", "static", "tol", "validation", "variant", "weights",
     "whole",
 )  # fmt: skip
 _OPTION = re.compile(
     r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
-    r"|qalora:\d+|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
+    r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
 )
 
 
@@ -227,6 +227,8 @@ def in_python(hint: str) -> str:
 
     >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
     "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
+    >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
+    "exclude leaves it out; dead='drop' leaves all such out"
     """
     hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
     parts = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint).split("; ")

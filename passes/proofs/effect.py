@@ -123,7 +123,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                     raise LoraFxError(
                         f"no backward pass of the model runs: {'; '.join(failures)}",
                         "does the original train with these inputs? A train mode may ask for "
-                        "targets; dead='allow' leaves this proof out",
+                        "targets; --dead allow leaves this proof out",
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
@@ -272,7 +272,7 @@ def without_gradient(found: Effect, count: int, dead: str) -> tuple[str, ...]:
         keys = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
         raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
-            "leave it out with exclude=…, or all such with dead='drop'; dead='allow' keeps it",
+            "--exclude leaves it out; --dead drop leaves all such out; --dead allow keeps it",
         )
     return ()
 
@@ -296,7 +296,7 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
     if len(ours) != len(theirs) or not all(near):
         raise LoraFxError(
             f"{some(own)} has a gradient of its own, which a graph drops: training would differ",
-            "lora_fx.attach trains the live model; dead='allow' inserts all the same",
+            "lora_fx.attach trains the live model; --dead allow inserts all the same",
         )
 
 
@@ -344,7 +344,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
             raise NoEffectError(
                 f"the branches differ from W + s·b·a: output {p.output!r}: rel {p.rel:.2e}, "
                 f"the gate is {p.tol:.1e}",
-                "dead='allow' inserts without the proof; please report this model",
+                "--dead allow inserts without the proof; please report this model",
             )
 
 
