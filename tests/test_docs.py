@@ -3,7 +3,7 @@
 Blocks of a page run in order, in one folder and one namespace:
 
     ```python                    run; a ```text block right after it is what it prints
-    ```python title="model.py"   written to that file, not run
+    ```python title="model.py"   written to that file, not run; so is ```toml title="run.toml"
     ```console                   `$ lora-fx …` lines run, and the lines below are the output
     ```sh, ```json, ```text      not run
 
@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "passes" / "README.md", *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
+LANGUAGES = {"python", "console", "sh", "text", "json", "toml"}
 JSON = (DOCS / "json.md").read_text()
 
 
@@ -102,7 +103,7 @@ def run_page(page: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     for block in blocks(page):
         where = f"{page.relative_to(ROOT)}:{block.line}"
-        if block.language == "python" and block.info:
+        if block.language in ("python", "toml") and block.info:
             title = re.fullmatch(r'title="([\w./]+)"', block.info)
             assert title, f"{where}: {block.info}"
             Path(title[1]).write_text(block.text)
@@ -125,7 +126,7 @@ def run_page(page: Path) -> dict[str, Any]:
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    assert {b.language for b in blocks(page)} <= {"python", "console", "sh", "text", "json"}
+    assert {b.language for b in blocks(page)} <= LANGUAGES
     assert page.read_text().count("```") == 2 * len(blocks(page)), "a fence of an unknown form"
     before = set(sys.modules)
     try:
