@@ -211,10 +211,10 @@ _FLAGS = (
     "also-full", "run",
 )  # fmt: skip
 _KEYWORDS = (
-    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai", "how",
-    "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode", "names",
-    "params", "precision", "provider", "rank", "static", "tol", "validation", "variant", "weights",
-    "whole",
+    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai",
+    "how", "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode",
+    "names", "params", "precision", "provider", "rank", "static", "tol", "validation", "variant",
+    "weights", "whole",
 )  # fmt: skip
 _OPTION = re.compile(
     r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"

@@ -93,6 +93,7 @@ HINTS = {
     "lora-fx merge --add does; --trust reads": "lora-fx merge --add does; trust=True reads",
     "pip install --force-reinstall x": "pip install --force-reinstall x",
     "--as lora --rank R makes LoRA of it": "--as lora --rank R makes LoRA of it",
+    "--dead drop leaves it out; --exclude does": "dead='drop' leaves it out; exclude does",
 }  # fmt: skip
 
 
