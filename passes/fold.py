@@ -23,14 +23,15 @@ from functools import partial
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import LowRank, Updates, pooled
+from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.qalora import pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import NumpyEmitter, Ops, V
 from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
-from lora_fx.ir.layout import Region
+from lora_fx.ir.layout import Layout, Region
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
@@ -195,13 +196,17 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
     """
     (old, *more), whole = (graph.zero_points(s) for s in target.sites), len(target.region) == 2
     whole &= target.region == tuple((0, n) for n in target.parameter.shape)
-    fits = whole and low.magnitude is None and (low.layout or target.layout).out == (0,)
+    variant = variant_of(low)
+    group = variant.constant_over
+    fits = whole and not variant.reads_weight and (low.layout or target.layout).out == (0,)
     if old is None or not fits or not all(z is not None and z.same(old) for z in more):
-        return "no zero points that may be floats are there" if low.group else ROUNDED
+        return "no zero points that may be floats are there" if group else ROUNDED
     a = pooled(low.a, min(old.block, low.a.shape[-1]))
+    if a is None and group:
+        blocks = f"whole blocks of {old.block} codes"
+        return f"{variant.title}'s groups of {group} inputs are not {blocks}"
     if a is None:
-        no = f"QA-LoRA's groups of {low.group} inputs are not whole blocks of {old.block} codes"
-        return ROUNDED if low.pooled is None else no
+        return ROUNDED
     return old, low.scale * (low.b.astype(np.float64) @ a.astype(np.float64))
 
 
@@ -259,8 +264,9 @@ def _add(wide: Array, updates: list[Pair]) -> None:
         part = wide[tuple(slice(lo, hi) for lo, hi in target.region)]
         layout, work = low.layout or target.layout, wide.dtype
         change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
-        size = None if low.magnitude is None else low.magnitude.astype(work)
-        part[...] = part + variant_of(low).change(e, layout, part, change, size)
+        variant = variant_of(low)
+        beside = {field: value.astype(work) for field, value in variant.beside(low).items()}
+        part[...] = part + variant.change(e, layout, part, change, beside.__getitem__)
 
 
 def _flat(base: Array, updates: list[Pair]) -> bool:
@@ -268,9 +274,15 @@ def _flat(base: Array, updates: list[Pair]) -> bool:
     return base.ndim == 2 and all(
         (low.layout or t.layout).shape == base.shape
         and t.region == tuple((0, n) for n in base.shape)
-        and (low.magnitude is None or (low.layout or t.layout).out == (0,))
+        and _by_rows(low, low.layout or t.layout)
         for t, low in updates
     )
+
+
+def _by_rows(low: LowRank, layout: Layout) -> bool:
+    """True where the change of some stored rows needs no others."""
+    variant = variant_of(low)
+    return not variant.reads_weight or (variant.by_rows and layout.out == (0,))
 
 
 def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
@@ -290,8 +302,7 @@ def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> Pair:
     layout = (low.layout or t.layout).narrow(((rows.start, rows.stop), (0, columns)))
     assert layout is not None  # one axis is out, the other in
     if layout.out == (0,):
-        size = None if low.magnitude is None else low.magnitude[rows]
-        part = replace(low, b=low.b[rows], layout=layout, magnitude=size)
+        part = replace(variant_of(low).rows(low, rows), layout=layout)
     else:
         part = replace(low, a=low.a[:, rows], layout=layout)
     return replace(t, region=region), part

@@ -12,7 +12,7 @@ its use, each with zeros around its factors.
 
 Frozen ranks, −b₀a₀ of a start that was taken from W, are a branch of their own: at the start both
 have the same numbers but for a sign, so that their sum is an exact zero. Dropout leaves them
-alone. DoRA's g = m/‖V‖ multiplies the rows of V = W + s·b·a:
+alone. A variant whose g [out] multiplies the rows of V = W + s·b·a, as DoRA's m/‖V‖ does, has
 
     output form    y' = y + (g − 1)·(y − bias) + g·s·B(A x)   where out is one axis of the result
     weight form    y' = op(x, view(W + (g·V − W)))            for every other use
@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from lora_fx.adapter.lowrank import FactorTensor, Half, LowRank, Updates, halves, slots_of
-from lora_fx.adapter.variant import stretch, variant_of
+from lora_fx.adapter.base import FactorTensor, Half, Read
+from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.variant import halves, slots_of, variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import V
@@ -91,7 +92,7 @@ class Insert:
         ways = [_way(read, target, update) for target, update in pairs]
         if "" in ways or not _picks_batches(site, read[1]):
             return False
-        if not all(variant_of(update).branches for _, update in pairs):
+        if any(variant_of(update).reads_weight for _, update in pairs):
             return self._stretched_form(graph, site, pairs, ways)
         e = graph.emit(site)
         total = graph.output(site)
@@ -139,11 +140,14 @@ class Insert:
     def _stretched_form(
         self, graph: Graph[V], site: Site, pairs: Sequence[Pair], ways: Sequence[str]
     ) -> bool:
-        """DoRA beside the op: see the formula above; False where the result has no such form."""
+        """W' = g·V beside the op, see above; False where the result has no such form."""
         (target, update), *others = pairs
         layout, stored = update.layout or target.layout, graph.weight(site)
         whole = target.region == tuple((0, n) for n in target.parameter.shape)
         if others or ways[0] != "straight" or not whole or layout.batch or site.gain != 1.0:
+            return False
+        variant = variant_of(update)
+        if not variant.stretches:
             return False
         shape = site.kind.along_out(site, layout.out_size)
         e = graph.emit(site)
@@ -152,7 +156,7 @@ class Insert:
             return False
         # The norm is no function of a and b for gradients (section 4.3 of the paper), as in PEFT.
         v = e.op("add", stored, e.op("detach", _delta(e, target, update, stored, self.role)))
-        column = stretch(e, layout, v, _magnitude(e, target, update, stored, self.role))
+        column = variant.stretch(e, layout, v, _beside(e, target, update, stored, self.role))
         y = graph.output(site)
         g = e.op("cast_like", column, y)
         part = self._branch(graph, e, site, pairs[0], "straight", g)
@@ -235,11 +239,12 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
         w: The same, with the updates of other regions in it already.
         role: What the tensors of the update are for.
     """
-    layout, variant = update.layout or target.layout, variant_of(update)
+    variant = variant_of(update)
     change = _delta(e, target, update, stored, role)
-    if update.magnitude is not None:
-        magnitude = _magnitude(e, target, update, stored, role)
-        change = variant.change(e, layout, _part(e, stored, target), change, magnitude)
+    if variant.reads_weight:
+        layout = update.layout or target.layout
+        read = _beside(e, target, update, stored, role)
+        change = variant.change(e, layout, _part(e, stored, target), change, read)
     return e.op("add", w, kinds.pad_region(e, change, target.region, target.parameter.shape))
 
 
@@ -253,10 +258,15 @@ def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role
     return reduce(partial(e.op, "add"), changes)
 
 
-def _magnitude(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
-    """DoRA's magnitude, [*batch, out], in the dtype of `stored`."""
-    slot = next(s for s in slots_of(target.key, update) if s.field == "magnitude")
-    return e.op("cast_like", e.parameter(slot.name, slot.value, role), stored)
+def _beside(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> Read[V]:
+    """Gives the tensors that only a change of W reads, in the dtype of `stored`."""
+    fields = variant_of(update).beside(update)
+    values = {
+        slot.field: e.op("cast_like", _stored(e, slot, role), stored)
+        for slot in slots_of(target.key, update)
+        if slot.field in fields
+    }
+    return values.__getitem__
 
 
 def _part(e: Emitter[V], stored: V, target: Target) -> V:
@@ -272,16 +282,18 @@ def factors(
 ) -> tuple[V, V]:
     """A and scale·b as values in the dtype of `like`, from the tensors of one branch."""
 
-    def stored(slot: FactorTensor) -> V:
-        own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
-        return e.parameter(slot.name, slot.value, own)
+    def read(field: str) -> V:
+        return _stored(e, half.tensors[field], role)
 
-    a = stored(half.a)
-    if half.group > 1:
-        a = e.op("repeat", a, times=half.group)
-    a = e.op("cast_like", a, like)
+    a = e.op("cast_like", half.variant.a(e, read), like)
     # the scale goes to b before the cast: once in fp32, on the smaller factor
-    b = stored(half.b)
+    b = half.variant.b(e, read)
     if scale is not None:
         b = e.op("mul", b, float(scale))
     return a, e.op("cast_like", b, like)
+
+
+def _stored(e: Emitter[V], slot: FactorTensor, role: Role) -> V:
+    """A tensor of an update, as a parameter of the graph."""
+    own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
+    return e.parameter(slot.name, slot.value, own)

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.adapter.fused import other_split, place
-from lora_fx.adapter.lowrank import LEARNS, Full, LowRank, truncated
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_plain, name_of
+from lora_fx.adapter.lowrank import Full, LowRank, truncated
+from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
+from lora_fx.adapter.variant import LEARNS, names_taken, slots_of, variant_of
 from lora_fx.dtypes import Array, factor_dtype
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.emitter import NumpyEmitter
-from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.plan import select_names
 from lora_fx.targets.target import Found, base_name, check_disjoint, own_use, split_use
 from lora_fx.text import Json, JsonView, html, human, near, some
@@ -101,8 +102,7 @@ class Adapter(Mapping[str, Entry]):
     @property
     def parameters(self) -> int:
         """Number of trained elements."""
-        fields = (v for entry in self.entries.values() for v in vars(entry).values())
-        return sum(v.size for v in fields if isinstance(v, np.ndarray))
+        return sum(_size(key, entry) for key, entry in self.entries.items())
 
     def deltas(self, base: object = None, dtype: npt.DTypeLike = "float64") -> dict[str, Array]:
         """{key: ΔW in stored layout}; an unbound update is taken as [out, in].
@@ -188,14 +188,27 @@ class Adapter(Mapping[str, Entry]):
         return bind(self, found)
 
 
-def check_plain(adapter: Adapter, what: str, *, dora: bool = False) -> None:
-    """Raise for an entry that is more than s·b·a or a whole tensor; DoRA may be let through."""
-    kinds = f"lora, rslora{', dora' if dora else ''}"
+def _size(key: str, entry: Entry) -> int:
+    """Number of trained elements of one update."""
+    if isinstance(entry, LowRank) and entry.own:
+        return sum(slot.value.size for slot in slots_of(key, entry) if slot.trained)
+    return sum(value.size for value in vars(entry).values() if isinstance(value, np.ndarray))
+
+
+def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) -> None:
+    """Raise for an entry that is more than s·b·a or a whole tensor.
+
+    Args:
+        adapter: Bound or not.
+        what: What should take it, for messages.
+        reading_weight: Let through a variant that reads W itself.
+    """
+    kinds = ", ".join(names_taken(reading_weight=reading_weight))
+    taken = is_on_base if reading_weight else is_plain
     for key, entry in adapter.entries.items():
-        plain = replace(entry, magnitude=None) if dora and isinstance(entry, LowRank) else entry
-        if not is_plain(plain):
+        if not taken(entry):
             raise LoraFxError(
-                f"{what}: the adapter's {key!r} is {name_of(plain)}; expected {kinds} or a whole "
+                f"{what}: the adapter's {key!r} is {name_of(entry)}; expected {kinds} or a whole "
                 "tensor",
                 "lora-fx merge folds it into a checkpoint",
             )
@@ -213,7 +226,7 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
     """
     stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
     adapter = replace(adapter, entries=stacks)
-    check_plain(adapter, "a graph", dora=True)
+    check_plain(adapter, "a graph", reading_weight=True)
     adapter = adapter.resolved(found.shapes)
     entries: dict[str, Entry] = {}
     entries |= _bind_full(adapter.full, found)
@@ -320,15 +333,14 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         if not entry.tied:  # there the file means all uses
             use = use or target.named_use(key, lookup=lookup)
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
-            entry = _turned(key, entry)
+            entry = variant_of(entry).turned(entry, key)
     elif entry.layout is None and key in (shared := target.modules) and len(shared) > 1:
         use = use or key
     if entry.layout == layout.transposed():
         # PEFT and extract go by the stored axes, or a table's name; the graph by what it contracts.
-        entry = _turned(key, entry)
+        entry = variant_of(entry).turned(entry, key)
     entry = _of_dtype(key, entry, target.parameter.dtype)
-    if entry.magnitude is not None:
-        entry = replace(entry, magnitude=_lengths(key, entry, layout))
+    entry = variant_of(entry).fitted(entry, key, layout)
     a, b = layout.factor_shapes(entry.rank)
     if entry.a.shape != a or entry.b.shape != b:
         raise MisfitError(
@@ -357,29 +369,6 @@ def _of_dtype(key: str, entry: LowRank, dtype: str) -> LowRank:
     if "c" in (entry.a.dtype.kind, entry.b.dtype.kind):
         raise MisfitError(f"the update of {key!r} has complex A and B; the weight is {dtype}")
     return entry
-
-
-def _turned(key: str, entry: LowRank) -> LowRank:
-    """The update of Wᵀ; raises for DoRA's, which has lengths of rows and none of columns."""
-    if entry.magnitude is not None:
-        raise LoraFxError(
-            f"the DoRA update of {key!r} is for a use that reads the tensor the other way round; "
-            "the model has one weight for both",
-            "lora-fx merge folds it into a checkpoint",
-        )
-    return replace(entry, a=np.swapaxes(entry.b, -1, -2), b=np.swapaxes(entry.a, -1, -2))
-
-
-def _lengths(key: str, entry: LowRank, layout: Layout) -> Array:
-    """DoRA's magnitude as [*batch, out]."""
-    assert entry.magnitude is not None
-    shape = (*layout.batch_shape, layout.out_size)
-    if entry.magnitude.size != math.prod(shape):
-        raise MisfitError(
-            f"the DoRA magnitude of {key!r} has {entry.magnitude.size} numbers; the weight has "
-            f"{math.prod(shape)} rows"
-        )
-    return entry.magnitude.reshape(shape)
 
 
 # Mixes of adapters: one adapter whose updates are weighted sums of others'.

@@ -19,6 +19,7 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Factors, LowRank, Updates, alpha_of
 from lora_fx.adapter.updates import Entry, is_plain, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import Layout, plain_layout
@@ -89,24 +90,26 @@ def parent(name: str) -> str:
 
 def sliced(low: LowRank, rows: Array) -> LowRank:
     """The update of some rows, without the ranks that reach none of them."""
-    b, size = low.b[rows], low.magnitude
-    kept = b.any(axis=0) if b.any() else np.full(low.rank, True)
-    alpha = alpha_of(low.scale, int(kept.sum()), low.variant)
-    size = None if size is None else size[rows]
-    a, b = low.a[kept], np.ascontiguousarray(b[:, kept])
-    return replace(low, a=a, b=b, alpha=alpha, magnitude=size, layout=None, frozen=0, layer=None)
+    part = variant_of(low).rows(low, rows)
+    kept = part.b.any(axis=0) if part.b.any() else np.full(part.rank, True)
+    alpha = alpha_of(part.scale, int(kept.sum()), part.variant)
+    a = part.a[kept]
+    b = np.ascontiguousarray(part.b[:, kept])
+    return replace(part, a=a, b=b, alpha=alpha, layout=None, frozen=0, layer=None)
 
 
 def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> LowRank:
     """Updates of different rows of one weight [out, in] as one: B in blocks, unless A is shared.
 
     Raises:
-        LoraFxError: They do not fit each other, or only some have DoRA's lengths of rows.
+        LoraFxError: They do not fit each other, or only some have lengths of rows, as DoRA has.
     """
     lows = [low for low, _ in pieces.values()]
     first = next((low for low in lows if low.scale), lows[0])  # the others' B is in units of it
     scale = first.scale or 1.0
-    blocks, size = list[Factors](), np.full(out, np.nan, np.float32)
+    blocks = list[Factors]()
+    beside = dict[str, Array]()
+    stretched = variant_of(first)
     for name, (low, rows) in pieces.items():
         room = (len(rows), first.a.shape[1])
         if low.shape != room:
@@ -116,21 +119,27 @@ def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> L
             )
         b = np.zeros((out, low.rank), np.float32)
         b[rows] = low.b * np.float32(low.scale / scale)
-        size[rows] = size[rows] if low.magnitude is None else low.magnitude
+        variant = variant_of(low)
+        for field, value in variant.beside(low).items():
+            stretched = variant
+            beside.setdefault(field, np.full(out, np.nan, np.float32))[rows] = value
         same = next((one for one in blocks if np.array_equal(one[0], low.a)), None)
         if same is None:
             blocks.append((low.a, b))
         else:
             same[1][rows] += b[rows]
-    count = int(np.isfinite(size).sum())
-    if count not in (0, out):
-        raise LoraFxError(
-            f"{key!r}: {count} of its {out} rows have DoRA's lengths; expected all or none",
-            "make plain LoRA of it first, by --as lora and the base that it was trained on",
-        )
+    for value in beside.values():
+        count = int(np.isfinite(value).sum())
+        if count < out:
+            raise LoraFxError(
+                f"{key!r}: {count} of its {out} rows have {stretched.title}'s lengths; expected "
+                "all or none",
+                "make plain LoRA of it first, by --as lora and the base that it was trained on",
+            )
     a, b = np.concatenate([a for a, _ in blocks]), np.concatenate([b for _, b in blocks], axis=1)
-    alpha = alpha_of(first.scale, len(a), first.variant)
-    return LowRank(a, b, alpha, variant=first.variant, magnitude=size if count else None)
+    name = first.variant if variant_of(first).peft_type else "lora"
+    whole = LowRank(a, b, alpha_of(first.scale, len(a), name), variant=name)
+    return stretched.with_values(whole, {"a": a, "b": b, **beside}) if beside else whole
 
 
 # Updates of expert stacks from files that do not say which parameter, or which way round.

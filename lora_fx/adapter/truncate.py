@@ -17,8 +17,9 @@ import numpy as np
 
 from lora_fx.adapter import lowrank
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LEARNS, LowRank, Triplets
+from lora_fx.adapter.lowrank import LowRank, Triplets
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
+from lora_fx.adapter.variant import LEARNS
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss

@@ -15,11 +15,12 @@ ReplacedRows  W[index] = value                           PEFT's trainable tokens
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.variant import VARIANTS, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView, short
@@ -166,8 +167,15 @@ Entry = Change | Full | ReplacedRows
 
 def is_plain(entry: Entry) -> bool:
     """True for a whole tensor or s·b·a on the base as it is: what a graph can hold."""
+    if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
+        return False
+    return is_on_base(entry)
+
+
+def is_on_base(entry: Entry) -> bool:
+    """True for a whole tensor, or a low-rank update of one tensor of the base as it is."""
     if isinstance(entry, LowRank):
-        return entry.magnitude is None and not entry.mutated and not entry.candidates
+        return not entry.mutated and not entry.candidates
     return isinstance(entry, Full)
 
 
@@ -178,7 +186,8 @@ def name_of(entry: Entry) -> str:
             return f"meant for a base that {entry.mutated} changed"
         if entry.candidates:
             return f"of one of the parameters {', '.join(entry.candidates)}"
-        return "DoRA" if entry.magnitude is not None else entry.variant
+        variant = variant_of(entry)
+        return variant.title if variant.reads_weight and variant.title else entry.variant
     names = {Hadamard: "LoHa", Kronecker: "LoKr", Rotation: "OFT", Dense: "a whole ΔW"}
     return {**names, ReplacedRows: "trained rows"}.get(type(entry), "a whole tensor")
 
@@ -190,10 +199,11 @@ def name_of(entry: Entry) -> str:
 # updates:
 #
 # =========================  ================================================================
-# op, kernel, mutated, group the fields of these names
+# op, kernel, mutated        the fields of these names
 # tied                       true, or the list of `twins`
 # lead, of                   of `layer`
 # module, depth, candidates  of `layer`, where the key does not name a parameter
+# group and the like         what the variant says: see `lora_fx.adapter.base.Variant.facts`
 # =========================  ================================================================
 
 
@@ -215,15 +225,31 @@ def from_json(entry: Described, row: JsonView) -> Described:
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError: The row was edited.
+        LoraFxError: The row is of a variant that is not known here.
     """
     said: Json = {"layout": Layout.from_json(row["layout"]) if row["layout"] else None}
     if isinstance(entry, LowRank):
         said |= {field: read(row[field]) for field, read in _READ.items() if field in row}
     elif "scale" in row and not isinstance(entry, Hadamard):
         said["scale"] = float(row["scale"])
+    facts: Json = dict(row.get("extra", {}))
     if "extra" in row and not isinstance(entry, (Dense, Rotation)):
-        said |= _facts(entry, dict(row["extra"]))
-    return replace(entry, **said)
+        said |= _facts(entry, facts)
+    read = replace(entry, **said)
+    return cast(Described, _with_facts(read, facts)) if isinstance(read, LowRank) else read
+
+
+def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
+    """The update with what its variant wrote into `extra`; raises for an unknown variant.
+
+    A format that has a and b alone holds LoRA, whatever variant made them.
+    """
+    named = named_variant(low.variant)
+    if not named.peft_type and (named.made_of or named.also) and not low.own:
+        low = replace(low, variant="lora")
+    for variant in VARIANTS.values():
+        low = variant.with_facts(low, facts)
+    return low
 
 
 def _plain(entry: Change, field: str) -> object:
@@ -244,7 +270,7 @@ def _extra(entry: Change) -> Json:
     facts: Json = {"op": entry.op, "kernel": list(entry.kernel)}
     facts |= {"tied": list(entry.twins) or entry.tied, "mutated": entry.mutated}
     layer = entry.layer or FileLayer("")
-    facts |= {"lead": layer.lead, "of": layer.of, "group": entry.group}
+    facts |= {"lead": layer.lead, "of": layer.of, **variant_of(entry).facts(entry)}
     found = {name: value for name, value in facts.items() if value}
     if layer.candidates:
         maybe = {name: list(numbers) for name, numbers in layer.candidates.items()}
@@ -270,5 +296,4 @@ def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
         "twins": tuple(str(name) for name in tied) if isinstance(tied, list) else (),
         "mutated": str(extra.get("mutated", "")),
         "layer": layer,
-        "group": int(extra.get("group", 0)),
     }

@@ -1,4 +1,4 @@
-"""The variants that insert trains: what each makes of W, how it learns, what it starts from.
+"""The registry of variants, and what an update is by it: its tensors, its numbers, its program.
 
 =======  ==========================================  ==================  ========================
 name     W'                                          trained             in PEFT's files
@@ -12,234 +12,281 @@ qalora   as lora, ΔW constant over 32 inputs;        a of groups, b      … an
          qalora:G over G
 =======  ==========================================  ==================  ========================
 
-lora: Hu et al. 2021 (2106.09685). rslora: Kalajdzievski 2023 (2312.03732). dora: Liu et al. 2024
-(2402.09353). lora-fa: Zhang et al. 2023 (2308.03303). lora+: Hayou et al. 2024 (2402.12354).
-qalora: Xu et al. 2023 (2309.14717).
-
-A variant composes Kinds and knows no IR. Its tensors by name are `lora_fx.adapter.lowrank`.
+The protocol is `lora_fx.adapter.base`. A variant composes Kinds and knows no IR.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 
+from lora_fx.adapter.base import (
+    Beginning,
+    FactorTensor,
+    Half,
+    Variant,
+    tensor_name,
+)
+from lora_fx.adapter.dora import Dora
+from lora_fx.adapter.lora import Lora
 from lora_fx.adapter.lowrank import (
     Factors,
     LowRank,
+    Updates,
     alpha_of,
     draw,
-    grouped,
     of_parts,
     scale_of,
 )
+from lora_fx.adapter.qalora import QaLora
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
-from lora_fx.errors import LoraFxError, MisfitError, expect_name
+from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect_name
 from lora_fx.inputs import generator
-from lora_fx.ir.emitter import NumpyEmitter, Ops, V
+from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout
 from lora_fx.targets.budget import Moments
 from lora_fx.targets.plan import Entry, Plan
 from lora_fx.targets.target import Found, Target, check_storable, own_use
-
-
-@dataclass(frozen=True)
-class Lora:
-    """W + s·b·a; a variant with another W' is a class of its own.
-
-    Attributes:
-        name: The variant's name.
-        ratio: The learning rate of b over that of a.
-        branches: True when s·b·a can be added beside the op; False when the op has to read W'.
-    """
-
-    name: str
-    ratio: float = 1.0
-    branches: ClassVar[bool] = True
-
-    def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
-        """The update with the tensors that this variant has beside a and b.
-
-        Args:
-            low: An update of this variant whose W' is still W.
-            weight: The base weight as [*batch, out, in]; only dora reads it.
-            where: The target, for messages.
-        """
-        return low
-
-    def change(self, e: Ops[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
-        """W' − W in the stored shape.
-
-        Args:
-            e: An emitter of any IR.
-            layout: The layout of the update.
-            w: The stored tensor, or the region that the update is for.
-            delta: s·b·a in the same shape.
-            magnitude: [*batch, out], where the update has one.
-        """
-        return delta
-
-    def rates(self, lr: float) -> dict[str, float]:
-        """The learning rate of each field of `lora_fx.adapter.lowrank`."""
-        return {"a": lr, "b": lr * self.ratio, "magnitude": lr * self.ratio}
-
-
-class Dora(Lora):
-    """The rows of W + s·b·a are given lengths of their own, which are trained."""
-
-    branches = False
-
-    def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
-        """The magnitude starts at the lengths of W's own rows, so that W' = W.
-
-        Raises:
-            LoraFxError: A row of W is zero or not finite.
-        """
-        assert weight is not None
-        wide = weight.reshape(-1, weight.shape[-1])
-        sums = squares(wide)
-        size = np.sqrt(sums).astype(np.float32)
-        factors(size, sums, where)  # raises for a row that has no direction
-        return replace(low, variant="lora", magnitude=size.reshape(weight.shape[:-1]))
-
-    def change(self, e: Ops[V], layout: Layout, w: V, delta: V, magnitude: V | None) -> V:
-        """m/‖V‖ · V − W."""
-        new = rescaled(e, layout, e.op("add", w, delta), magnitude)
-        return e.op("add", new, e.op("mul", w, -1.0))
-
-
-@dataclass(frozen=True)
-class QaLora(Lora):
-    """Each column of a is that of a group of inputs, so that zero points of codes can hold ΔW.
-
-    Attributes:
-        group: Inputs of a group; whole blocks of the codes that it shall be folded into.
-    """
-
-    group: int = 32
-
-    def prepared(self, low: LowRank, weight: Array | None, where: str) -> LowRank:
-        """An a [*batch, rank, in/group] within ±1/√(in/group), as PEFT draws it.
-
-        Raises:
-            LoraFxError: The groups do not divide the inputs.
-        """
-        width = low.a.shape[-1]
-        if width % self.group:
-            raise LoraFxError(
-                f"{where}: {width} inputs are no whole groups of {self.group}",
-                f"exclude it, or --variant qalora:{math.gcd(width, self.group)}",
-            )
-        a = low.a[..., :: self.group] * np.float32(self.group**0.5)
-        return grouped(replace(low, a=a, variant="lora"), self.group)
-
+from lora_fx.text import Json, JsonView, near
 
 VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
 """Those of VARIANTS; a text, since qalora may carry the size of its groups: qalora:32."""
-VARIANTS: Mapping[str, Lora] = {
+VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
         Lora("lora"),
         Lora("rslora"),  # its scale falls with √rank, so that high ranks learn as fast as low ones
         Dora("dora"),
-        Lora("lora-fa"),  # a stays as it was drawn: neither its gradient nor x has to be kept
+        # a stays as it was drawn: neither its gradient nor x has to be kept
+        Lora("lora-fa", still=("a",)),
         Lora("lora+", ratio=16.0),
         QaLora("qalora"),
     )
 }
+_ROW = frozenset((
+    "a0", "alpha", "b0", "dense", "extra", "full", "index", "key", "layout", "magnitude", "rank",
+    "role", "rows", "scale", "swapped", "use", "variant",
+))  # fmt: skip
+"""Words that the JSON of an update has beside the fields of its tensors."""
 
 
-def named_variant(name: str) -> Lora:
-    """The variant of a name; LoraFxError where there is none."""
-    kind, _, size = name.partition(":")
-    if kind == "qalora" and size.isascii() and size.isdigit() and int(size):
-        return QaLora(kind, group=int(size))
-    expect_name(name, VARIANTS, "no variant", f"the variants are {', '.join(VARIANTS)}")
+def register(variant: Variant) -> None:
+    """Add a variant, so that every verb, file and command knows its name.
+
+    Raises:
+        MistakeError: Another variant has this name, or a field has a name that files use for
+            something else.
+    """
+    if variant.name in VARIANTS or not variant.name or ":" in variant.name:
+        raise MistakeError(f"a variant cannot be called {variant.name!r}: the name is taken")
+    fields = (*variant.made_of, *variant.also)
+    taken = [field for field in fields if field in _ROW or not field.isidentifier()]
+    if taken:
+        raise MistakeError(f"{variant.name}: a tensor cannot have the field {taken[0]!r}")
+    VARIANTS[variant.name] = variant
+
+
+def named_variant(name: str) -> Variant:
+    """The variant of a name, or of NAME:ARGUMENT; LoraFxError where there is none."""
+    kind, colon, argument = name.partition(":")
+    if colon and kind in VARIANTS:
+        variant = VARIANTS[kind].with_argument(argument)
+        if variant is not None:
+            return variant
+    expect_name(name, VARIANTS, "no variant", _known())
     return VARIANTS[name]
 
 
-def variant_of(low: LowRank) -> Lora:
-    """What an update is: one with a magnitude is DoRA's, whatever its scale."""
-    return VARIANTS["dora"] if low.magnitude is not None else named_variant(low.variant)
-
-
-# DoRA's rescaling of a weight, in blocks and in graphs. Liu et al. 2024 (arXiv:2402.09353).
-#
-# In [out, in] order V = W + s·b·a, and the new weight is diag(magnitude / ‖V‖) · V, where ‖V‖ is
-# the norm of each row: over everything but out.
-#
-# ===========  ========================================  ===========================
-# op           rows of V are                             stored axis of the magnitude
-# ===========  ========================================  ===========================
-# linear       outputs: W[o, :]                          0
-# HF Conv1D    outputs; W is stored [in, out]            1
-# convolution  output channels: W[o, :, …], all taps     0
-# embedding    features; W is stored [rows, dim]         1
-# ===========  ========================================  ===========================
-#
-# PEFT's order of operations, fp32: (W + s·b·a), its norm, magnitude / norm, the product; one
-# rounding to W's dtype at the end. V is made from W as it is stored, widened to fp32.
-
-
-def squares(block: Array) -> Array:
-    """Sums of squares of the rows of a block of V, fp64 [rows]; those of column blocks add up.
+def expect_variant(name: str, where: str) -> None:
+    """Refuse a file whose update is of a variant that nothing here knows.
 
     Args:
-        block: [rows, columns] of V.
+        name: The variant's name in the file.
+        where: The file, and what of it, for the message.
     """
-    wide = widened(block)
-    return np.asarray(np.einsum("ij,ij->i", wide, wide.conj()).real)
-
-
-def factors(magnitude: Array, sums: Array, where: str) -> Array:
-    """What the rows of V are multiplied by: magnitude / norm, [out], in the magnitude's dtype.
-
-    Args:
-        magnitude: The norms that the rows shall have, [out].
-        sums: `squares` summed over all of in, [out].
-        where: The weight, for messages.
-
-    Raises:
-        LoraFxError: The sizes differ, or a row of V is zero or not finite.
-    """
-    if magnitude.shape != sums.shape:
-        raise MisfitError(
-            f"{where}: the DoRA magnitude has {magnitude.size} numbers; the weight has "
-            f"{sums.size} rows"
-        )
-    bad = np.flatnonzero(~(np.isfinite(sums) & (sums > 0)))
-    if bad.size:
+    if name.partition(":")[0] not in VARIANTS:
         raise LoraFxError(
-            f"{where}: row {bad[0]} of W + ΔW is zero or not finite; DoRA divides by its norm",
-            "was the adapter trained on this model?",
+            f"{where} is of variant {name!r}, which is not known here; its tensors are not read",
+            near(name, VARIANTS, _known()),
         )
-    return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))
 
 
-def rescaled(e: Ops[V], layout: Layout, v: V, magnitude: V | None) -> V:
-    """diag(magnitude / ‖V‖) · V in the stored shape, in any IR.
+def _known() -> str:
+    return f"the variants are {', '.join(VARIANTS)}"
 
-    The norm is no function of the factors for gradients (section 4.3 of the paper), as in PEFT.
+
+def variant_of(low: LowRank) -> Variant:
+    """What an update is by its tensors; its variant's name may say no more than its scale."""
+    named = named_variant(low.variant)
+    for variant in (named, *VARIANTS.values()):
+        own = variant.of(low)
+        if own is not None:
+            return own
+    # an update of which a and b were rewritten, and not the tensors that made them
+    return VARIANTS["lora"] if named.made_of else named
+
+
+def names_taken(*, reading_weight: bool) -> list[str]:
+    """Variants by their form, for messages: with those that read W itself, or without."""
+    forms = (v for v in VARIANTS.values() if not (v.learns_as_lora or v.constant_over))
+    return [v.name for v in forms if reading_weight or not v.reads_weight]
+
+
+def is_lora_or_dora(low: LowRank) -> bool:
+    """True for what files of other trainers can say: a sum, or what PEFT's type LORA has."""
+    variant = variant_of(low)
+    return not variant.reads_weight or bool(variant.peft_type)
+
+
+# The tensors of updates in a model.
+
+
+def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
+    """The trained ranks of an update, then the frozen ones if it has such.
 
     Args:
-        e: An emitter of the IR.
-        layout: How [*batch, out, in] lies in v.
-        v: The sum W + s·b·a, as it is stored.
-        magnitude: The norms that the rows shall have, [*batch, out].
+        key: The key of the update.
+        low: The update.
+        split: False gives one half with all ranks of a and b as they are, for graphs that train
+            nothing.
     """
-    rows = e.op("mul", layout.from_stored(e, v), stretch(e, layout, v, magnitude))
-    return layout.to_stored(e, rows)
+    variant = variant_of(low) if split else VARIANTS["lora"]
+    rank = low.rank
+    if split and not variant.made_of:
+        rank -= low.frozen
+    values = dict(variant.tensors(low))
+    if rank < low.rank:
+        values = {"a": low.a[..., :rank, :], "b": low.b[..., :rank]}
+    top = {
+        field: FactorTensor(field, tensor_name(key, field), value, field not in variant.still)
+        for field, value in values.items()
+    }
+    trained = Half(variant, top, rank)
+    if rank == low.rank:
+        return (trained,)
+    a0 = FactorTensor("a0", tensor_name(key, "a0"), low.a[..., rank:, :], False)
+    b0 = FactorTensor("b0", tensor_name(key, "b0"), low.b[..., rank:], False)
+    return trained, Half(variant, {"a": a0, "b": b0}, low.rank - rank)
 
 
-def stretch(e: Ops[V], layout: Layout, v: V, magnitude: V | None) -> V:
-    """Magnitude / ‖V‖ as [*batch, out, 1]; see `rescaled`."""
-    norm = e.op("detach", e.op("norm", layout.from_stored(e, v)))
-    column = e.op("reshape", magnitude, shape=(*layout.batch_shape, layout.out_size, 1))
-    return e.op("div", column, norm)
+def slots_of(key: str, low: LowRank, *, split: bool = True) -> tuple[FactorTensor, ...]:
+    """Every tensor of an update, in the order of the table of `lora_fx.adapter.base`.
+
+    Args:
+        key: The key of the update.
+        low: The update.
+        split: As in `halves`.
+    """
+    slots = [slot for half in halves(key, low, split=split) for slot in half.tensors.values()]
+    variant = variant_of(low)
+    for field, value in variant.beside(low).items():
+        trained = field not in variant.still
+        slots.append(FactorTensor(field, tensor_name(key, field), value, trained))
+    return tuple(slots)
+
+
+def with_values(low: LowRank, values: Mapping[str, Array]) -> LowRank:
+    """The update with other numbers.
+
+    Args:
+        low: The update.
+        values: Arrays by field, for every field that `slots_of` names.
+    """
+    return variant_of(low).with_values(low, values)
+
+
+def resized(low: LowRank, factor: float) -> LowRank:
+    """The update with `factor` times its ΔW, in the tensors that it has."""
+    variant = variant_of(low)
+    values = {slot.field: slot.value for slot in slots_of("", low)}
+    for field in (variant.proportional, "b0"):
+        if field in values:
+            values[field] = values[field] * np.float32(factor)
+    return variant.with_values(low, values)
+
+
+def asked(low: LowRank) -> tuple[int, float]:
+    """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
+    rank = low.rank - low.frozen
+    alpha = alpha_of(low.scale, rank, low.variant) if low.frozen else variant_of(low).alpha(low)
+    return rank, alpha
+
+
+def fields_of_files() -> tuple[str, ...]:
+    """The fields by which files name the tensors of an update, of every variant."""
+    fields = dict.fromkeys(("a", "b", "a0", "b0"))
+    for variant in VARIANTS.values():
+        fields |= dict.fromkeys((*variant.made_of, *variant.also))
+    return tuple(fields)
+
+
+def bare(values: Mapping[str, Array], row: JsonView) -> LowRank:
+    """The update that the tensors of a file are of, before the JSON of it is read.
+
+    Args:
+        values: Its tensors by field.
+        row: Its JSON, for the variant's name.
+    """
+    variant = named_variant(str(row.get("variant", "lora")))
+    empty = np.zeros((1, 1), np.float32)
+    low = LowRank(empty, empty, 0.0, variant=variant.name, magnitude=values.get("magnitude"))
+    if variant.peft_type:
+        return replace(low, a=values["a"], b=values["b"])
+    return variant.with_values(low, values)
+
+
+LEARNS = "learns"
+"""The adapter metadata that keeps what no format says: how the updates learn."""
+
+
+def learning(updates: Updates) -> Json:
+    """Metadata from which `relearning` makes the variants and the frozen ranks again."""
+    variants = {k: u.variant for k, u in updates.items() if named_variant(u.variant).learns_as_lora}
+    frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
+    return {LEARNS: {"variants": variants, "frozen": frozen}} if variants or frozen else {}
+
+
+def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
+    """Updates that learn as the metadata says, and the rest of the metadata."""
+    said = metadata.get(LEARNS) or {}
+    variants, frozen = said.get("variants", {}), said.get("frozen", {})
+    result = {}
+    for key, u in updates.items():
+        learns = VARIANTS.get(variants.get(key, ""))
+        if u.variant == "lora" and learns is not None and learns.learns_as_lora:
+            u = replace(u, variant=learns.name)
+        if isinstance(frozen.get(key), int) and 0 < frozen[key] < u.rank:
+            u = replace(u, frozen=frozen[key])
+        result[key] = u
+    return result, {k: v for k, v in metadata.items() if k != LEARNS}
+
+
+def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
+    """All of the updates that a program depends on: everything but the numbers in a and b.
+
+    The scale is part of it, since it is a constant in the graph. The rank is where a weight is
+    reshaped on the way to its matrix; a plain one has the same nodes at any rank.
+    """
+
+    def sizes(key: str, u: LowRank) -> tuple[tuple[int, ...], ...]:
+        tensors = halves(key, u)[0].tensors
+        if set(tensors) != {"a", "b"}:
+            return tuple(slot.value.shape for slot in tensors.values())
+        shape, layout = tensors["a"].value.shape, u.layout
+        matrix = layout and len(layout.in_) == len(layout.out) == 1 and not layout.batch
+        return (shape[1:] if matrix and not u.frozen else shape,)
+
+    def fields(key: str, u: LowRank) -> tuple[str, ...]:
+        return tuple(slot.field for slot in slots_of(key, u))
+
+    return {
+        k: (sizes(k, u), u.frozen, u.scale, u.layout, u.use, u.variant, fields(k, u))
+        for k, u in updates.items()
+    }
 
 
 # The values that an update starts from. The base weight is never changed.
@@ -302,11 +349,7 @@ def initial(
     """
     check_init(init)
     kind = named_variant(variant)
-    if isinstance(kind, QaLora) and init != "kaiming":
-        raise LoraFxError(
-            f"init {init!r} gives every input a column of A; qalora has one for a group of them",
-            "leave --init out",
-        )
+    kind.check_init(init)
     updates, notes = {}, []
     for key, entry in plan.entries.items():
         target = found[key]
@@ -314,7 +357,7 @@ def initial(
         if fitted.rank != entry.rank:
             notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
         weight = None
-        if read is not None and (init in OF_WEIGHT or not kind.branches):
+        if read is not None and (init in OF_WEIGHT or kind.reads_weight):
             check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
             weight = matrix(target, read(target.parameter.name))
         scale = scale_of(fitted.alpha, fitted.rank, kind.name)
@@ -327,7 +370,7 @@ def initial(
         low = replace(low, op=target.op, tied=target.of_several, twins=twins)
         if b.any() and init != "orthogonal":
             low = _with_frozen(low, scale, a, b)  # so that it is zero
-        updates[key] = kind.prepared(low, weight, repr(key))
+        updates[key] = kind.prepared(low, Beginning(key, seed, weight))
     return updates, tuple(notes)
 
 

@@ -12,7 +12,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
-from lora_fx.formats.peft.file import KINDS
+from lora_fx.formats.peft.file import KINDS, names_variant
 from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import Json, by_key, is_number
 
@@ -31,7 +31,7 @@ def config(pair: Pair) -> Iterator[Finding]:
             "take it from where the adapter comes from",
         )
     kind = pair.raw.config.get("peft_type")
-    if pair.raw.config and kind not in KINDS:
+    if pair.raw.config and kind not in KINDS and not names_variant(kind):
         yield Finding(["peft_type"], f"peft_type = {kind!r}", " or ".join(KINDS), MERGE)
     for name, (why, hint) in REFUSED.items():
         value = pair.raw.config.get(name)

@@ -18,6 +18,7 @@ import numpy as np
 from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import model_types
@@ -369,7 +370,8 @@ def added(pair: Pair) -> Iterator[Finding]:
 def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
     low = pair.adapter.lowrank.items()
-    zero = [k for k, e in low if e.magnitude is None and not e.mutated and e.norm == 0.0]
+    sums = [(k, e) for k, e in low if not e.mutated and not variant_of(e).reads_weight]
+    zero = [k for k, e in sums if e.norm == 0.0]
     turns = ((k, e) for k, e in pair.adapter.entries.items() if isinstance(e, Rotation))
     zero += [k for k, e in turns if not e.turn.any()]
     if not zero:

@@ -1,8 +1,8 @@
 """Fold a block of rows: W + Σ s·BA in fp32 (fp64 for fp64 weights), rounded once, and measured.
 
 The order is PEFT's: the fp32 product, times s, plus W. Its numbers are therefore bit for bit
-PEFT's wherever the two matrix products sum in the same order. Then, where DoRA asks for it, rows
-are rescaled; then single rows are replaced; then one rounding to the stored dtype.
+PEFT's wherever the two matrix products sum in the same order. Then, where a variant asks for it,
+rows are rescaled; then single rows are replaced; then one rounding to the stored dtype.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.dora import squares
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Change, Dense, Rotation
-from lora_fx.adapter.variant import factors, residual, squares
+from lora_fx.adapter.variant import residual, variant_of
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into
@@ -110,7 +111,7 @@ class TensorFold:
         name: The tensor's name.
         matrix: Its rows, columns and rectangles.
         rows: Row → its new values: PEFT's trainable tokens.
-        columns: By part, for DoRA of a transposed weight: what its columns are multiplied by.
+        columns: By part that reads a transposed weight: what its columns are multiplied by.
         residuals: By part, for an update of a changed base: its rows instead of W's.
     """
 
@@ -153,7 +154,7 @@ class TensorFold:
         if len(parts) == 1 and not self.rows and not self.residuals:
             i, p = parts[0]
             whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
-            if whole and p.magnitude is None:
+            if whole and not p.reads_weight:
                 delta = p.delta(low, high, space.array("delta", weight.shape, weight.dtype), weight)
                 return np.add(weight, delta, out=new), delta
         np.copyto(new, weight)
@@ -163,7 +164,7 @@ class TensorFold:
             if i in self.residuals:
                 view[...] = self.residuals[i][lo - p.top : hi - p.top]
             view += p.delta(lo, hi, None, view)
-            if p.magnitude is not None:
+            if p.reads_weight:
                 view *= self.factor(i, p, view, lo, hi)
         for row, value in self.rows.items():
             if low <= row < high:
@@ -171,12 +172,11 @@ class TensorFold:
         return new, new - weight
 
     def factor(self, i: int, p: Rectangle, sums: Array, lo: int, hi: int) -> Array:
-        """DoRA's magnitude / ‖W + ΔW‖, shaped to multiply rows lo ≤ i < hi."""
-        assert p.magnitude is not None
+        """What W + ΔW is multiplied by, shaped to multiply rows lo ≤ i < hi."""
         if p.transposed:
             return self.columns[i][None, :]
-        magnitude = p.magnitude[lo - p.top : hi - p.top]
-        return factors(magnitude, squares(sums), f"tensor {self.name!r}")[:, None]
+        rows = slice(lo - p.top, hi - p.top)
+        return p.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
         """Which value is no number: of the base, of the sum, or of what is stored."""
@@ -237,16 +237,16 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
-    """The fold with what needs the whole tensor: DoRA's column factors, and changed bases.
+    """The fold with what needs the whole tensor: factors of columns, and changed bases.
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
     parts = [*enumerate(fold.matrix.parts)]
     fold = replace(fold, residuals={i: _residual(fold, p, source) for i, p in parts if p.mutated})
     columns = {
-        i: factors(p.magnitude, _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
+        i: p.row_factors(slice(None), _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
         for i, p in parts
-        if p.magnitude is not None and p.transposed
+        if p.reads_weight and p.transposed
     }
     return replace(fold, columns=columns)
 
@@ -330,9 +330,14 @@ class Rectangle:
     transposed: bool = False
 
     @property
-    def magnitude(self) -> Array | None:
-        """[out] of DoRA, or None."""
-        return self.change.magnitude if isinstance(self.change, LowRank) else None
+    def reads_weight(self) -> bool:
+        """True where rows of W + ΔW are then multiplied by what W makes of them, as in DoRA."""
+        return isinstance(self.change, LowRank) and variant_of(self.change).reads_weight
+
+    def row_factors(self, rows: slice, squares: Array, where: str) -> Array:
+        """What those rows of W + ΔW are multiplied by; see `Variant.row_factors`."""
+        assert isinstance(self.change, LowRank)
+        return variant_of(self.change).row_factors(self.change, rows, squares, where)
 
     @property
     def mutated(self) -> str:
@@ -401,7 +406,7 @@ def whole(shape: tuple[int, ...], change: Change) -> Matrix:
 
 def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
     """ΔW computed at once, in the stored order."""
-    if not isinstance(change, LowRank) or change.magnitude is not None:
+    if not isinstance(change, LowRank) or variant_of(change).reads_weight:
         raise LoraFxError(
             f"an update of kind {type(change).__name__} lies in {list(shape)} in an order that "
             "cannot be merged",

@@ -18,6 +18,7 @@ from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.model_families import (
     CONV1D_MODELS,
     CONV1D_NAMES,
@@ -281,9 +282,10 @@ def _bound(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: boo
     if layout is None:
         sides = " × ".join(str(n) for n in entry.shape)
         raise _misfit(key, info, f"an update of {sides} (out × in)", "")
-    magnitude = entry.magnitude if isinstance(entry, LowRank) else None
-    if magnitude is not None and magnitude.shape != (layout.out_size,):
-        raise _misfit(key, info, f"a magnitude {list(magnitude.shape)}", "")
+    if isinstance(entry, LowRank) and (variant := variant_of(entry)).by_rows:
+        for field, value in variant.beside(entry).items():
+            if value.shape != (layout.out_size,):
+                raise _misfit(key, info, f"a {field} {list(value.shape)}", "")
     return replace(entry, layout=layout)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
 from lora_fx.checkpoint.match import (
     Placed,
@@ -248,8 +249,9 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             hint = error.hint
             if not (options.dequantise or options.requantise):
                 hint = _ways_on(base, given, options) or hint
-            if any(e.group for e in adapter.entries.values() if isinstance(e, LowRank)):
-                hint = f"lora-fx export puts QA-LoRA into zero points, without loss; {hint}"
+            pooled = (v for u in adapter.lowrank.values() if (v := variant_of(u)).constant_over)
+            if (variant := next(pooled, None)) is not None:
+                hint = f"lora-fx export puts {variant.title} into zero points, without loss; {hint}"
             raise LoraFxError(error.message, hint) from error
         new = _new(adapter, base) if options.add else {}
         with _of_another_model(adapter, where, base):
@@ -622,8 +624,8 @@ def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
     """Raise where an update's rescaling and another update meet: their order would matter."""
     for p in placed:
         how = "rotates it (OFT)" if isinstance(p.entry, Rotation) else ""
-        if isinstance(p.entry, LowRank) and p.entry.magnitude is not None:
-            how = "rescales it (DoRA)"
+        if isinstance(p.entry, LowRank) and variant_of(p.entry).reads_weight:
+            how = f"rescales it ({name_of(p.entry)})"
         if isinstance(p.entry, LowRank) and p.entry.mutated:
             how = f"is for a base that {p.entry.mutated} changed"
         others = (q for q in placed if q is not p and not isinstance(q.entry, ReplacedRows))

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, grouped
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.match import match, stacked, tie_and_names
 from lora_fx.checkpoint.merge_plan import MergeOptions

@@ -203,7 +203,7 @@ def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Ar
         if lo < hi:
             view = (slice(lo - low, hi - low), slice(p.left, p.right))
             size[view] += _size(p, lo, hi, old[view])
-            if p.magnitude is not None:
+            if p.reads_weight:
                 factor = fold.factor(i, p, old[view] + p.delta(lo, hi), lo, hi)
                 size[view] *= np.abs(factor)
                 size[view] += np.sqrt(fold.matrix.columns) * np.abs(want[view])

@@ -21,6 +21,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows, Rotation
+from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
@@ -38,7 +39,7 @@ SAMPLE = 32 << 10
 
 
 _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
-    LowRank: ("a", "b", "scale", "magnitude"),
+    LowRank: ("a", "b", "scale"),
     Full: ("value",),
     Hadamard: ("a1", "b1", "a2", "b2", "scale"),
     Kronecker: ("w1", "w2", "scale"),
@@ -72,8 +73,10 @@ def adapter_hash(adapter: Adapter) -> str:
     for key in sorted(adapter.entries):
         whole.update(key.encode() + b"\0")
         entry = adapter.entries[key]
-        for name in _HASHED[type(entry)]:
-            part = getattr(entry, name)
+        parts = [(name, getattr(entry, name)) for name in _HASHED[type(entry)]]
+        if isinstance(entry, LowRank):
+            parts += variant_of(entry).beside(entry).items()
+        for name, part in parts:
             if isinstance(part, np.ndarray):
                 whole.update(f"{part.dtype}{part.shape}".encode())
                 whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")

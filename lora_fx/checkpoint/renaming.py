@@ -14,7 +14,8 @@ import numpy as np
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter
 from lora_fx.adapter.fused import FUSED, QKV, joined, parent, sliced
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import Entry, is_plain, name_of
+from lora_fx.adapter.updates import Entry, is_on_base, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.model_families import CONV1D_NAMES, part_rows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -476,7 +477,7 @@ def refitted(
             )
         if split:
             parts = {k: sliced(lows[key], at[k]) for k in spans}
-            live = {k: p for k, p in parts.items() if p.b.any() or p.magnitude is not None}
+            live = {k: p for k, p in parts.items() if p.b.any() or variant_of(p).reads_weight}
             new = live or parts
         else:
             new = {key: joined(key, out, {k: (low, at[k]) for k, low in lows.items()})}
@@ -518,7 +519,7 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     """An update whose rows can be moved; raises for others."""
     if (bias := f"{key.removesuffix('weight')}bias") in others:
         raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
-    if isinstance(entry, LowRank) and is_plain(replace(entry, magnitude=None)):
+    if isinstance(entry, LowRank) and is_on_base(entry) and variant_of(entry).rows_apart:
         odd = entry.kernel or entry.tied or entry.use or entry.op in ("embedding", "experts")
         if entry.a.ndim == 2 and not odd:
             return entry

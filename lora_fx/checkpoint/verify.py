@@ -314,7 +314,7 @@ def _then(
         why = "replaced whole"
     elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):
         why = "seen with other axes"
-    elif any(p.magnitude is not None or p.mutated for p in two.matrix.parts):
+    elif any(p.reads_weight or p.mutated for p in two.matrix.parts):
         why = "changed, and then rescaled,"
     if one is None or two is None or why:
         raise LoraFxError(

@@ -23,8 +23,16 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
-from lora_fx.adapter.lowrank import FIELDS, LowRank, learning, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import from_json, to_json
+from lora_fx.adapter.variant import (
+    bare,
+    expect_variant,
+    fields_of_files,
+    learning,
+    slots_of,
+    with_values,
+)
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import (
@@ -504,8 +512,8 @@ def row_of(u: LowRank) -> Json:
 def update_of(row: JsonView, values: Mapping[str, Array]) -> LowRank:
     """The update of a row and its tensors by field."""
     layout = Layout(*(tuple(part) for part in row["layout"]))
-    low = LowRank(values["a"], values["b"], 0.0)
-    return with_values(from_json(low, {**row, "layout": layout.to_json()}), values)
+    low = from_json(bare(values, row), {**row, "layout": layout.to_json()})
+    return with_values(low, values)
 
 
 @blaming
@@ -525,7 +533,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
         )
     entries = {}
     for key, row in found["targets"].items():
-        values = {f: _tensor(model, row[f], path) for f in FIELDS if f in row}
+        expect_variant(str(row["variant"]), f"{path}: the update of {key!r}")
+        values = {f: _tensor(model, row[f], path) for f in fields_of_files() if f in row}
         entries[key] = update_of(row, values)
     return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})
 

@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry
+from lora_fx.adapter.updates import Entry, name_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.read import read_json
@@ -300,11 +301,11 @@ def _turned(entry: LowRank, lookup: bool) -> LowRank:
     turned = replace(entry, use="", layout=None, tied=False, twins=())
     if lookup == was_lookup:
         return turned
-    if entry.magnitude is not None:
+    if variant_of(entry).reads_weight:
         raise LoraFxError(
-            "a DoRA update is for both the lookup and the head of a tied tensor, whose rows are "
-            "the columns of the other",
+            f"a {name_of(entry)} update is for both the lookup and the head of a tied tensor, "
+            "whose rows are the columns of the other",
             "give the update to one of them",
         )
-    a, b = np.swapaxes(entry.b, -1, -2), np.swapaxes(entry.a, -1, -2)
-    return replace(turned, a=a, b=b, op="embedding" if lookup else "linear")
+    turned = variant_of(entry).turned(turned, "")
+    return replace(turned, op="embedding" if lookup else "linear")

@@ -1,9 +1,10 @@
 """Proof that an adapter takes effect: gradients reach every target, and branches equal W + s·b·a.
 
 At random a and b, one backward per mode with a fixed random cotangent on every output gives the
-gradient of each b. The cotangent is random because a plain sum is constant after a LayerNorm: its
-gradient there is rounding. A target is dead when the root mean square of its gradient is below
-1e-6 of the median target's. One eval forward is compared with the weight form of every site.
+gradient of each b, or of what another variant says its ΔW is in proportion to. The cotangent is
+random because a plain sum is constant after a LayerNorm: its gradient there is rounding. A target
+is dead when the root mean square of its gradient is below 1e-6 of the median target's. One eval
+forward is compared with the weight form of every site.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, Updates, draw, slots_of, with_values
+from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.variant import resized, slots_of, variant_of, with_values
 from lora_fx.compare import (
     CEILING,
     EPSILON,
@@ -61,8 +63,8 @@ SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
 HALVINGS = 10
 """Times that drawn updates are made smaller, where a model with them tells nothing."""
-Factors = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
-"""Target → its a and b."""
+Telling = Mapping[str, nn.Parameter]
+"""Target → the tensor that its ΔW is in proportion to, whose gradient tells: b of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
     modes: list[str] = []
     notes: list[str] = []
     failures: list[str] = []
-    with probe(trained) as pairs:
+    with probe(trained) as telling:
         for training in (False, True):
             mode = "train" if training else "eval"
             before = {n: b._version for n, b in _buffers(trained.model)}
             try:
-                size = _gradients(trained, named, pairs, training)
+                size = _gradients(trained, named, telling, training)
             except Exception as e:  # of the user's code, too
                 failures.append(f"in {mode} mode: {one_line(e, 160)}")
                 if len(failures) == 2 and not isinstance(e, LoraFxError):
@@ -150,22 +152,26 @@ def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def probe(trained: Trained, size: float = SIZE) -> Iterator[Factors]:
-    """Random a and b of a size in a model's updates, mode and buffers put back afterwards."""
+def probe(trained: Trained, size: float = SIZE) -> Iterator[Telling]:
+    """Random updates of a size in a model, mode and buffers put back afterwards."""
     held = held_tensors(trained.model, trained.updates)
-    pairs = {key: (fields["a"], fields["b"]) for key, fields in held.items()}
+    telling = {
+        key: held[key][variant_of(update).proportional] for key, update in trained.updates.items()
+    }
     kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
     try:
         with torch.no_grad():
-            for key, (a, b) in pairs.items():
-                u = trained.updates[key]
-                new_a, new_b = _drawn(key, u, a.shape[-1], seed=1)
-                a.copy_(torch.from_numpy(new_a))
-                b.copy_(torch.from_numpy(new_b * np.float32(size / abs(u.scale or 1.0))))
+            for key, u in trained.updates.items():
+                variant = variant_of(u)
+                for field, drawn in variant.drawn(u, key, seed=1).items():
+                    factor = 1.0
+                    if field == variant.proportional:
+                        factor = size / abs(u.scale or 1.0)
+                    held[key][field].copy_(torch.from_numpy(drawn * np.float32(factor)))
                 if u.frozen:  # a large part of W; the probe is small and random
                     held[key]["b0"].mul_(size)
         with as_it_was(trained.model, None):
-            yield pairs
+            yield telling
     finally:
         with torch.no_grad():
             for p, value in kept:
@@ -173,24 +179,16 @@ def probe(trained: Trained, size: float = SIZE) -> Iterator[Factors]:
                 p.grad = None
 
 
-def _drawn(key: str, update: LowRank, width: int, seed: int) -> tuple[Array, Array]:
-    """Random a [*batch, rank, width], a column for each group of inputs, and b of an update."""
-    assert update.layout is not None
-    dtype = update.b.dtype.name
-    a, b = draw(key, update.layout, update.rank - update.frozen, seed, "probe", dtype)
-    return np.ascontiguousarray(a[..., :: a.shape[-1] // width]), b
-
-
 def _gradients(
-    trained: Trained, named: Named, pairs: Factors, training: bool
+    trained: Trained, named: Named, telling: Telling, training: bool
 ) -> dict[str, float] | None:
-    """Key → root mean square of b's gradient; None where no output has a number with one.
+    """Key → root mean square of a gradient; None where no output has a number with one.
 
     A detector that finds nothing has outputs without elements, which tell nothing.
     """
     trained.model.train(training)
     own = trained.example
-    best = dict.fromkeys(pairs, 0.0)
+    best = dict.fromkeys(telling, 0.0)
     proven = False
     with torch.random.fork_rng(devices=[]):
         for seed in range(DRAWS):
@@ -200,8 +198,8 @@ def _gradients(
                 given = own
             with torch.enable_grad():
                 made = tree_leaves(trained.call(copied(given)))
-                tensors = [y for y in made if isinstance(y, torch.Tensor)]
-                floats = [y for y in tensors if y.is_floating_point() or y.is_complex()]
+                results = [y for y in made if isinstance(y, torch.Tensor)]
+                floats = [y for y in results if y.is_floating_point() or y.is_complex()]
                 outputs = [y for y in floats if y.requires_grad]
                 if not outputs:
                     return best if floats else None
@@ -210,9 +208,9 @@ def _gradients(
                     continue
                 proven = True
                 tangents = [torch.randn_like(y) for y in outputs]
-                bs = [b for _, b in pairs.values()]
-                grads = torch.autograd.grad(outputs, bs, tangents, allow_unused=True)
-            for key, g in zip(pairs, grads, strict=True):
+                tensors = list(telling.values())
+                grads = torch.autograd.grad(outputs, tensors, tangents, allow_unused=True)
+            for key, g in zip(telling, grads, strict=True):
                 size = 0.0 if g is None else float(g.abs().double().square().mean().sqrt())
                 best[key] = max(best[key], size)
             if min(best.values()) > DEAD * float(np.median(list(best.values()))):
@@ -497,10 +495,9 @@ def parameters_as(
 
 
 def random_values(key: str, update: LowRank) -> LowRank:
-    """An update of the same shapes with random a and b."""
+    """An update of the same shapes with random numbers."""
     values = {s.field: s.value for s in slots_of(key, update)}
-    values["a"], values["b"] = _drawn(key, update, values["a"].shape[-1], seed=0)
-    return with_values(update, values)
+    return with_values(update, {**values, **variant_of(update).drawn(update, key, seed=0)})
 
 
 @contextlib.contextmanager
@@ -572,7 +569,7 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
 
     def alone(key: str) -> Parity:
         """The comparison with every other update at zero."""
-        rest = {k: replace(u, b=np.zeros_like(u.b)) for k, u in probe.items() if k != key}
+        rest = {k: resized(u, 0.0) for k, u in probe.items() if k != key}
         return found_with({**probe, **rest})
 
     failed = "the attached model does not run on the example inputs"
@@ -591,7 +588,7 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
         for _ in range(HALVINGS):
             if math.isfinite(found.rel) and found.tol != CEILING:
                 break
-            probe = {k: replace(u, b=u.b * np.float32(0.5)) for k, u in probe.items()}
+            probe = {k: resized(u, 0.5) for k, u in probe.items()}
             found = found_with(probe)
             if found.ok and found.tol != CEILING:
                 return

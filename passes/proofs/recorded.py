@@ -337,7 +337,7 @@ def _delta(update: LowRank, weight: Array) -> Array:
     assert update.layout is not None
     emitter = NumpyEmitter()
     delta = update.layout.to_stored(emitter, update.matrix())
-    if update.magnitude is None:
-        return np.asarray(delta)
-    magnitude = np.asarray(update.magnitude, np.float64)
-    return np.asarray(variant_of(update).change(emitter, update.layout, weight, delta, magnitude))
+    variant = variant_of(update)
+    beside = {f: np.asarray(value, np.float64) for f, value in variant.beside(update).items()}
+    change = variant.change(emitter, update.layout, weight, delta, beside.__getitem__)
+    return np.asarray(change)

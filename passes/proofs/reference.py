@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Updates, slots_of
+from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.variant import slots_of, variant_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -571,7 +572,10 @@ class OnnxReference:
 
     def _path(self, updates: Updates, *, moved: bool = False) -> Path:
         """The file of the graph with branches for these keys and ranks, its weights as rounded."""
-        rows = ((k, u.rank, u.use, str(u.layout), u.magnitude is None) for k, u in updates.items())
+        rows = (
+            (k, u.rank, u.use, str(u.layout), tuple(variant_of(u).beside(u)))
+            for k, u in updates.items()
+        )
         key = (moved, *rows)
         if key not in self._made:
             assert self.graph is not None
@@ -595,10 +599,12 @@ class OnnxReference:
 
 
 def _factors(updates: Updates) -> dict[str, Array]:
-    scaled = {
-        k: replace(u, b=u.b * np.float32(u.scale), frozen=0, group=0) for k, u in updates.items()
-    }
-    return {slot.name: slot.value for k, u in scaled.items() for slot in slots_of(k, u)}
+    """The inputs of branches that hold a and b as they are, with the scale in b."""
+    values: dict[str, Array] = {}
+    for key, update in updates.items():
+        scaled = replace(update, b=update.b * np.float32(update.scale))
+        values |= {slot.name: slot.value for slot in slots_of(key, scaled, split=False)}
+    return values
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.lowrank import LowRank, slots_of
-from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial, slots_of
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import ORT_TOL, Report, demand, rel
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
@@ -126,9 +127,10 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
             "leave it out of also_train, or train with lora-fx train",
         )
     for key, u in made.lowrank.items():
-        if u.frozen or u.group:
+        if u.frozen or variant_of(u).made_of:
             raise LoraFxError(
-                f"{key!r} starts from its weight, or shares inputs in groups: it has no step",
+                f"{key!r} starts from its weight, or makes A and B of other tensors: it has no "
+                "step",
                 "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
             )
     if module.norm_stats != "frozen":

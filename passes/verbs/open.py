@@ -13,8 +13,15 @@ from os import PathLike, fspath
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.lowrank import Updates, relearning
-from lora_fx.adapter.variant import OF_DATA, OF_WEIGHT, initial, named_variant, variant_of
+from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.variant import (
+    OF_DATA,
+    OF_WEIGHT,
+    initial,
+    named_variant,
+    relearning,
+    variant_of,
+)
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
@@ -288,7 +295,7 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         updates, metadata = relearning(bound.lowrank, bound.metadata)
         metadata["dropout"] = options.dropout
         for key, u in updates.items():
-            if u.mutated or not variant_of(u).branches:
+            if u.mutated or variant_of(u).reads_weight:
                 check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
         said = tuple(text for k in updates if (text := found[k].said))
         said += tuple(
@@ -309,12 +316,13 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         seen = calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
         moments, said = seen.moments, seen.notes
     read: Callable[[str], Array] | None = None
-    if options.init in OF_WEIGHT or not named_variant(options.variant).branches:
+    if options.init in OF_WEIGHT or named_variant(options.variant).reads_weight:
         read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
     made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
     read_too = (text for k in made if (text := found[k].said))
-    graph = cap.fx_graph() if cap and any(u.group for u in made.values()) else None
-    coded = [k for k, u in made.items() if u.group and found[k].no_fold]
+    pooled = [k for k, u in made.items() if variant_of(u).constant_over]
+    graph = cap.fx_graph() if cap and pooled else None
+    coded = [k for k in pooled if found[k].no_fold]
     lost = [(k, exact(graph, found[k], made[k])) for k in coded] if graph else []
     never = (f"{k} will not be folded: {why}" for k, why in lost if isinstance(why, str))
     notes = (*plan.notes, *options.notes, *said, *notes, *read_too, *never)

@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, asked
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
-from lora_fx.adapter.variant import OF_DATA, check_init, named_variant
+from lora_fx.adapter.variant import (
+    OF_DATA,
+    asked,
+    check_init,
+    named_variant,
+    names_taken,
+    variant_of,
+)
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import (
@@ -203,7 +210,7 @@ class InsertOptions(BranchOptions):
     @property
     def notes(self) -> tuple[str, ...]:
         """Options that have no say beside others."""
-        if not self.dropout or named_variant(self.variant).branches:
+        if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
         acts = f"dropout {self.dropout:g} acts on branches"
         return (f"{acts}, and {self.variant} computes its weight instead",)
@@ -220,19 +227,21 @@ MODES: Mapping[str, tuple[str, ...]] = {
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
-def check_kinds(adapter: Adapter, name: str, taker: str, *, dora: bool = True) -> None:
+def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
     """Raise for an update that no graph can hold, which the adapter alone tells.
 
     Args:
         adapter: Bound or not.
         name: What the message calls it.
         taker: What should take it, such as "mode switch".
-        dora: DoRA is taken.
+        reading_weight: A variant that reads W itself is taken.
     """
     for key, entry in adapter.entries.items():
-        is_dora = isinstance(entry, LowRank) and entry.magnitude is not None
-        if isinstance(entry, (Hadamard, Kronecker, Rotation)) or (is_dora and not dora):
-            known = "lora, rslora and dora" if dora else "lora and rslora"
+        reads = isinstance(entry, LowRank) and variant_of(entry).reads_weight
+        other = isinstance(entry, (Hadamard, Kronecker, Rotation))
+        if other or (reads and not reading_weight):
+            *names, last = names_taken(reading_weight=reading_weight)
+            known = f"{', '.join(names)} and {last}"
             raise LoraFxError(
                 f"{name}: {key!r} is {name_of(entry)}; {taker} takes {known}",
                 f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
@@ -247,7 +256,7 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     tensors of a single adapter into the base.
     """
     for name, adapter in adapters.items():
-        check_kinds(adapter, name, f"mode {mode}", dora=mode in ("merged", "train"))
+        check_kinds(adapter, name, f"mode {mode}", reading_weight=mode in ("merged", "train"))
         entries = adapter.entries.items()
         whole = [key for key, entry in entries if isinstance(entry, (Full, Dense, ReplacedRows))]
         alone = mode == "switch" and len(adapters) == 1

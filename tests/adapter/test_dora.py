@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_fx.adapter import variant
+from lora_fx.adapter import dora as variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 

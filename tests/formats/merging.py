@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter import variant
+from lora_fx.adapter import dora as variant
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import place
 from lora_fx.adapter.lowrank import Full, LowRank

@@ -13,7 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, grouped
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.qalora import grouped
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.manifest import adapter_in
@@ -95,7 +97,7 @@ def update(group: int, seed: int = 1) -> LowRank:
 
 def by_hand(low: LowRank) -> Array:
     """s · in/group² · (b @ a)[o, i // group] in fp64, s of the alpha that PEFT is given."""
-    g = low.group
+    g = variant_of(low).constant_over
     wide = low.b.astype(np.float64) @ low.a[:, ::g].astype(np.float64)
     return np.repeat(g / 16 / 3 * K / g**2 * wide, g, 1)
 
@@ -216,4 +218,4 @@ def test_trained_as_a_graph(tmp_path: Path) -> None:
         assert rel(open_session(path, "cpu").run({"x": x})["y"], want) < TOL
     assert rel(open_session(base, "cpu").run({"x": x})["y"], want) > 0.05
     low = adapter_in(slots).lowrank["yw"]
-    assert low.group == 32 and low.asked == 6
+    assert variant_of(low).constant_over == 32 and variant_of(low).alpha(low) == 6

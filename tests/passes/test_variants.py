@@ -13,8 +13,16 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, draw, slots_of, with_values
-from lora_fx.adapter.variant import INITS, OF_DATA, VARIANTS, initial
+from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.variant import (
+    INITS,
+    OF_DATA,
+    VARIANTS,
+    initial,
+    slots_of,
+    variant_of,
+    with_values,
+)
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -60,7 +68,7 @@ def trained(key: str, low: LowRank) -> LowRank:
     assert low.layout is not None
     a, b = draw(key, low.layout, low.rank - low.frozen, 3, "probe")
     a = a[..., :: a.shape[-1] // held[0].value.shape[-1]]  # of QA-LoRA one column a group
-    moved = {"a": a, "b": b * np.float32(0.5 * low.asked / low.alpha)}
+    moved = {"a": a, "b": b * np.float32(0.5 * variant_of(low).alpha(low) / low.alpha)}
     values = {s.field: moved.get(s.field, s.value) if s.trained else s.value for s in held}
     if "magnitude" in values:
         step = np.random.default_rng(2).uniform(0.7, 1.4, values["magnitude"].shape)

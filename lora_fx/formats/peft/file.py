@@ -24,8 +24,16 @@ import numpy as np
 
 from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank, grouped
+from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
+from lora_fx.adapter.variant import (
+    bare,
+    expect_variant,
+    fields_of_files,
+    named_variant,
+    with_values,
+)
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.read import json_object, read_json
@@ -515,6 +523,13 @@ def _one(
                     raise ValueError(f"{len(index)} rows, {len(value)} in {name!r}")
                 return ReplacedRows(index, value), None
             return from_json(Dense(value), row), None
+    named = str(row.get("variant", reader.variant))
+    expect_variant(named, f"{source.name}: the update of {key!r}")
+    if not named_variant(named).peft_type:
+        own = {field: str(row[field]) for field in fields_of_files() if field in row}
+        taken.update(own.values())
+        values = {field: source.master(name, source.tensors[name]) for field, name in own.items()}
+        return with_values(from_json(bare(values, row), row), values), None
     names = (str(row["a"]), str(row["b"]))
     group = None
     if names[0].startswith(OWN):
@@ -540,7 +555,7 @@ def _one(
     if row.get("swapped"):
         low = replace(low, a=np.ascontiguousarray(low.b.T), b=np.ascontiguousarray(low.a.T))
     told = from_json(low, row)
-    return replace(told, mutated=low.mutated or told.mutated, group=low.group or told.group), group
+    return replace(told, mutated=low.mutated or told.mutated), group
 
 
 def _pair(source: PeftFile, names: tuple[str, str], entry: JsonView, taken: set[str]) -> LowRank:
@@ -616,6 +631,9 @@ def read(path: str | Path) -> Adapter:
         )
     kind = config.get("peft_type")
     reader = KINDS.get(kind) if isinstance(kind, str) else None
+    if names_variant(kind):
+        expect_variant(str(kind).removeprefix(OWN), f"{where}: the adapter")
+        reader = decode
     if reader is None:
         raise LoraFxError(
             f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
@@ -623,6 +641,11 @@ def read(path: str | Path) -> Adapter:
         )
     source = PeftFile(str(weights), tensors=tensors, config=config, config_file=where)
     return reader(source, ours)
+
+
+def names_variant(peft_type: object) -> bool:
+    """True for a type that names a variant which PEFT does not have: lora_fx.NAME."""
+    return isinstance(peft_type, str) and peft_type.startswith(OWN)
 
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:

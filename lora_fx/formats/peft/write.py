@@ -11,8 +11,13 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
-from lora_fx.adapter.updates import Dense, ReplacedRows, is_plain, name_of, to_json
-from lora_fx.adapter.variant import named_variant
+from lora_fx.adapter.updates import Dense, ReplacedRows, is_on_base, is_plain, name_of, to_json
+from lora_fx.adapter.variant import (
+    is_lora_or_dora,
+    named_variant,
+    slots_of,
+    variant_of,
+)
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
@@ -47,9 +52,13 @@ class _Writer:
         self.notes: list[str] = []
         self.updates = adapter.lowrank
         self.forms = forms_of(self.updates)
+        self.variant = one_own_variant(self.updates)
+        for key, low in self.updates.items():
+            if not variant_of(low).peft_type:
+                self.forms[key] = PeftForm("own", why=f"PEFT has no variant {self.variant!r}")
         self.told = {k: f for k, f in self.forms.items() if f.kind != "own"}
         self.stacks = any(f.kind == "stack" for f in self.told.values())
-        self.fields: Json = {}
+        self.fields: Json = {"peft_type": f"{OWN}{self.variant}"} if self.variant else {}
         self.group = self._groups()
 
     def run(self) -> Encoded:
@@ -113,17 +122,12 @@ class _Writer:
     def _update(self, key: str, low: LowRank) -> None:
         form = self.forms[key]
         if form.kind == "own":
-            lead = f"{OWN}{key}"
-            names = {"a": f"{lead}.lora_A", "b": f"{lead}.lora_B"}
-            values = {names["a"]: low.a, names["b"]: low.b}
-            if low.magnitude is not None:
-                names["magnitude"] = f"{lead}.magnitude"
-                values[names["magnitude"]] = low.magnitude.reshape(-1)
+            names, values = self._own_tensors(key, low)
             self.notes.append(f"PEFT will not see the update of {key!r}: {form.why}")
         else:
             names = dict(zip("ab", form.names, strict=True))
-            pooled = low.pooled if self.group else None
-            values = to_tensors(form, low if pooled is None else replace(low, a=pooled))
+            a = variant_of(low).tensors(low)["a"] if self.group else low.a
+            values = to_tensors(form, replace(low, a=a))
             if low.mutated == "kasa":  # a holds the diagonal already
                 values[f"{PREFIX}{form.lead}.lora_diag"] = np.ones(low.rank, np.float32)
         for name, value in values.items():
@@ -134,13 +138,45 @@ class _Writer:
             row = names | to_json(low, "layout", "use", "extra", *numbers)
             self.described[key] = {**row, "swapped": True} if form.swapped else row
 
+    def _own_tensors(self, key: str, low: LowRank) -> tuple[dict[str, str], dict[str, Array]]:
+        """Field → name, and name → tensor, of an update under names that PEFT passes over."""
+        lead = f"{OWN}{key}"
+        if not variant_of(low).peft_type:
+            return self._variant_tensors(key, low)
+        names = {"a": f"{lead}.lora_A", "b": f"{lead}.lora_B"}
+        values = {names["a"]: low.a, names["b"]: low.b}
+        if low.magnitude is not None:
+            names["magnitude"] = f"{lead}.magnitude"
+            values[names["magnitude"]] = low.magnitude.reshape(-1)
+        return names, values
+
+    def _variant_tensors(self, key: str, low: LowRank) -> tuple[dict[str, str], dict[str, Array]]:
+        """The same of a variant that PEFT does not have.
+
+        A tensor that does not train may be that of many updates. It is stored once.
+        """
+        names: dict[str, str] = {}
+        values: dict[str, Array] = {}
+        for slot in slots_of(key, low):
+            stored = None if slot.trained else self._stored_as(slot.value)
+            names[slot.field] = stored or f"{OWN}{key}.{slot.field}"
+            values[names[slot.field]] = slot.value
+        return names, values
+
+    def _stored_as(self, value: Array) -> str | None:
+        """The name under which a tensor of these numbers is stored already."""
+        for name, other in self.tensors.items():
+            if name.startswith(OWN) and np.array_equal(other, value):
+                return name
+        return None
+
     def _numbers(self) -> dict[str, tuple[int, float]]:
         """(rank, alpha) by the names that PEFT compares; target_parameters on the way."""
         result: dict[str, tuple[int, float]] = {}
         parameters: set[str] = set()
         for key, form in self.told.items():
             low = self.updates[key]
-            alpha = low.asked if self.group else low.alpha
+            alpha = variant_of(low).alpha(low) if self.group else low.alpha
             if form.kind == "stack":
                 maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
                 told = maybe or {key: (low.rank, alpha)}
@@ -167,7 +203,7 @@ class _Writer:
     def _groups(self) -> int:
         """The size of QA-LoRA's groups, one for the whole adapter; 0 for plain LoRA."""
         sizes = {
-            u.group if form.kind == "linear" and is_plain(u) and u.pooled is not None else 0
+            variant_of(u).constant_over if form.kind == "linear" and is_plain(u) else 0
             for form, u in ((form, self.updates[k]) for k, form in self.told.items())
         }
         if len(sizes) > 1:
@@ -420,7 +456,7 @@ def form_of(key: str, low: LowRank) -> PeftForm:
 
 def module_form(key: str, low: LowRank, refused: Callable[[str, str], LoraFxError]) -> PeftForm:
     """The form of an update in a file of modules' weights alone, stored with out first."""
-    if not is_plain(replace(low, magnitude=None)):
+    if not is_on_base(low) or not is_lora_or_dora(low):
         raise refused(key, f"it is {name_of(low)}")
     form = form_of(key, low)
     if form.kind == "embedding":
@@ -511,6 +547,23 @@ def partly_held(whole: list[str], full: Mapping[str, Full]) -> Iterator[str]:
             )
 
 
+def one_own_variant(updates: Mapping[str, LowRank]) -> str:
+    """The one variant that PEFT does not have; empty where PEFT has those of all updates."""
+    keys: dict[str, str] = {}
+    for key, low in updates.items():
+        variant = variant_of(low)
+        if not variant.peft_type:
+            keys.setdefault(variant.name, key)
+    if len(keys) > 1:
+        (one, first), (other, second), *_ = keys.items()
+        raise LoraFxError(
+            f"{first!r} is of variant {one!r} and {second!r} of variant {other!r}; expected one: a "
+            "file says one for the whole adapter",
+            "save them as two adapters",
+        )
+    return next(iter(keys), "")
+
+
 def all_or_none(has: Mapping[str, bool], what: str = "DoRA") -> bool:
     """True where every update has it; raises where only some do."""
     if any(has.values()) and not all(has.values()):
@@ -527,6 +580,8 @@ def one_variant(updates: Mapping[str, LowRank]) -> str:
     """The one scale of all updates, lora or rslora; how an update learns is not in the file."""
     first: dict[str, str] = {}
     for key, low in updates.items():
+        if not variant_of(low).peft_type:
+            continue
         name = named_variant(low.variant).name
         if name == "dora":  # an update with a magnitude is DoRA's; its variant says the scale
             raise LoraFxError(

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import SIDES, LowRank, Updates, frame, slots_of
+from lora_fx.adapter.lowrank import LowRank, Updates
+from lora_fx.adapter.variant import frame, slots_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import (
@@ -151,8 +152,8 @@ class Attachment:
             restore(module)
         self._swapped.clear()
         for module in list(self.model.modules()):
-            for name in SIDES:
-                if isinstance(module._modules.get(name), AdapterTensors):
+            for name, child in list(module._modules.items()):
+                if isinstance(child, AdapterTensors):
                     del module._modules[name]
 
     def uninstall(self) -> None:
@@ -193,8 +194,7 @@ class Attachment:
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        held = adapted.held_tensors(self.model, self.updates)
-        return {key: (fields["a"], fields["b"]) for key, fields in held.items()}
+        return adapted.factor_pairs(adapted.held_tensors(self.model, self.updates))
 
     def fill(self, updates: Updates) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""

@@ -14,18 +14,16 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
-from lora_fx.adapter.lowrank import (
-    Full,
-    LowRank,
-    Updates,
+from lora_fx.adapter.lowrank import Full, LowRank, Updates
+from lora_fx.adapter.variant import (
     asked,
     frame,
     learning,
     relearning,
     slots_of,
+    variant_of,
     with_values,
 )
-from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint import provenance
 from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import FLOATING, Array, factor_dtype, numpy_dtype
@@ -107,8 +105,11 @@ class AdaptedModule(CapturedModule):
         return partial(patched, self, _inserter=inserter, _fast=None, _programs=programs)
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the tensors a and b that the branches of the active adapter read, as trained."""
-        return {key: (held["a"], held["b"]) for key, held in self.tensors().items()}
+        """Key → the tensors a and b that the branches of the active adapter read, as trained.
+
+        Updates of a variant that makes a and b of other tensors are left out; see `tensors`.
+        """
+        return factor_pairs(self.tensors())
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
         """Key → every tensor of its update by field: a and b, and a variant's own."""
@@ -288,6 +289,13 @@ def held_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Pa
     }
 
 
+def factor_pairs(
+    tensors: Mapping[str, Mapping[str, nn.Parameter]],
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Key → the tensors a and b, of the updates that have them."""
+    return {key: (held["a"], held["b"]) for key, held in tensors.items() if {"a", "b"} <= {*held}}
+
+
 def fill(root: nn.Module, updates: Updates) -> None:
     """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
     settle(root)
@@ -308,9 +316,10 @@ def fill(root: nn.Module, updates: Updates) -> None:
 
 def free_ranks(root: nn.Module, updates: Updates) -> None:
     """Tell torch.compile that the ranks of a tree's tensors may change."""
-    for held in held_tensors(root, updates).values():
-        dynamo.may_vary(held["a"], held["a"].dim() - 2)
-        dynamo.may_vary(held["b"], held["b"].dim() - 1)
+    for key, held in held_tensors(root, updates).items():
+        if variant_of(updates[key]).peft_type:  # others have ranks elsewhere, too
+            dynamo.may_vary(held["a"], held["a"].dim() - 2)
+            dynamo.may_vary(held["b"], held["b"].dim() - 1)
 
 
 def compile_ranks(root: nn.Module, updates: Updates) -> None:
@@ -390,13 +399,14 @@ def held_adapter(
 
 
 def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
-    """Whether an update is other than zero."""
-    a, b = held["a"], held["b"]
+    """Whether W' is other than W."""
     if u.frozen:
-        return not (torch.equal(a, held["a0"]) and torch.equal(b, -held["b0"]))
-    size = held.get("magnitude")
-    grown = size is not None and not np.array_equal(to_numpy(size), np.asarray(u.magnitude))
-    return grown or (bool(a.any()) and bool(b.any()))
+        return not (torch.equal(held["a"], held["a0"]) and torch.equal(held["b"], -held["b0"]))
+    variant = variant_of(u)
+    for field, start in variant.beside(u).items():
+        if not np.array_equal(to_numpy(held[field]), np.asarray(start)):
+            return True
+    return all(bool(held[field].any()) for field in variant.zero_where)
 
 
 # What `model.report()` says.

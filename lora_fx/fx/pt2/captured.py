@@ -105,7 +105,7 @@ class FileCaptured(Captured):
         self.signature = FileSignature(self.path, signature)
         self.named = {k: v for k, v in named.items() if not program.is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
-        self.adapter: Adapter | None = program.read_adapter(manifest, state)
+        self.adapter: Adapter | None = program.read_adapter(manifest, state, str(self.path))
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
         self.model = program.tree_of(order, program.adapter_names(manifest))

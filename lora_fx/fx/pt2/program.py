@@ -13,8 +13,15 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FIELDS, Full, LowRank, slots_of, with_values
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import from_json, to_json
+from lora_fx.adapter.variant import (
+    bare,
+    expect_variant,
+    fields_of_files,
+    slots_of,
+    with_values,
+)
 from lora_fx.errors import LoraFxError, one_line, stamp
 from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
@@ -308,16 +315,23 @@ def _adapter(module: AdaptedModule) -> Json:
     return {"updates": rows, **whole, "metadata": _plain(metadata)}
 
 
-def read_adapter(manifest: JsonView, state: Mapping[str, torch.Tensor]) -> Adapter | None:
-    """The adapter of a file's manifest, its tensors taken from `state`; None without one."""
+def read_adapter(
+    manifest: JsonView, state: Mapping[str, torch.Tensor], file: str
+) -> Adapter | None:
+    """The adapter of a file's manifest, its tensors taken from `state`; None without one.
+
+    Raises:
+        LoraFxError: An update of a variant that is not known here, or ranks that do not fit.
+    """
     data = manifest.get("adapter")
     if data is None:
         return None
     entries: dict[str, LowRank | Full] = {}
     for key, row in data["updates"].items():
-        values = {f: _values(state, row[f]) for f in FIELDS if f in row}
-        low = from_json(LowRank(values["a"], values["b"], 0.0), row)
-        entries[key] = low = with_values(low, values)
+        expect_variant(str(row.get("variant", "lora")), f"{file}: the update of {key!r}")
+        values = {f: _values(state, row[f]) for f in fields_of_files() if f in row}
+        low = with_values(from_json(bare(values, row), row), values)
+        entries[key] = low
         if low.rank != row["rank"]:
             raise LoraFxError(
                 f"the manifest says rank {row['rank']} of {key!r}, its tensors {low.rank}",
@@ -341,7 +355,8 @@ def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
 def adapter_names(manifest: JsonView) -> frozenset[str]:
     """Names of the low-rank tensors in a file."""
     rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
-    return frozenset(row[side] for row in rows for side in FIELDS if side in row)
+    fields = fields_of_files()
+    return frozenset(row[field] for row in rows for field in fields if field in row)
 
 
 # --- the call ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter.lowrank import asked
+from lora_fx.adapter.variant import asked
 from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array

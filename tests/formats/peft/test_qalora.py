@@ -14,7 +14,9 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, grouped
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.qalora import grouped
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -120,7 +122,7 @@ def test_group_size_left_out_is_peft_s_default(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     assert config.pop("qalora_group_size") == 16
     file.write_text(json.dumps(config))
-    assert load_adapter(path).lowrank["fc.weight"].group == 16
+    assert variant_of(load_adapter(path).lowrank["fc.weight"]).constant_over == 16
 
 
 def test_bound_and_saved_and_in_other_formats(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_bound_and_saved_and_in_other_formats(tmp_path: Path) -> None:
     want = adapter.deltas()
     bound = adapter.bind(Tiny().eval(), (torch.zeros(2, 96),))
     save_adapter(bound, tmp_path / "bound")
-    assert load_adapter(tmp_path / "bound").lowrank["fc.weight"].group == 12
+    assert variant_of(load_adapter(tmp_path / "bound").lowrank["fc.weight"]).constant_over == 12
     one, two = (
         read_tensors(tmp_path / n / "adapter_model.safetensors")[0] for n in ("peft", "bound")
     )

@@ -16,7 +16,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank, grouped
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.qalora import grouped
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -126,7 +128,7 @@ def test_saved_and_trained_on(tmp_path: Path) -> None:
     for other in (again, loaded):
         assert tuple(other.up.lora_A.weight.shape) == (3, 3)
         assert rel(other.eval()(X).detach().numpy(), model(X).detach().numpy()) < TOL
-        assert other.adapter().lowrank["up.weight"].group == 32
+        assert variant_of(other.adapter().lowrank["up.weight"]).constant_over == 32
 
 
 def test_attached() -> None:

@@ -1,0 +1,263 @@
+"""A variant that is defined here, from outside, is trained, folded, exported, saved and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_fx
+from lora_fx.adapter.base import Beginning, Read, Variant
+from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.variant import VARIANTS, register, slots_of, variant_of
+from lora_fx.compare import rel
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, MistakeError
+from lora_fx.formats.io import load_adapter, save_adapter
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.inputs import generator
+from lora_fx.ir.emitter import Ops, V
+from lora_fx.onnx.session import open_session
+from lora_fx.passes.verbs.open import load_program
+from lora_fx.passes.verbs.program import save_program
+
+RANK = 4
+
+
+class Vectors(Variant):
+    """ΔW = diag(e)·B·diag(d)·A; A and B are drawn once for a shape and do not train.
+
+    Kopiczko et al. 2023 (arXiv:2310.11454).
+    """
+
+    made_of = ("frozen_a", "frozen_b", "d", "e")
+    proportional = "e"
+    zero_where = ("d", "e")
+
+    def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
+        """A and B are those of all targets of this shape; e is zero, so that W' = W."""
+        assert low.layout is not None
+        a, b = draw("vectors", low.layout, low.rank, beginning.seed, "probe")
+        d = np.ones(low.rank, np.float32)
+        e = np.zeros(low.b.shape[-2], np.float32)
+        values = {"frozen_a": a, "frozen_b": b, "d": d, "e": e}
+        return self.with_values(replace(low, alpha=float(low.rank)), values)
+
+    def a(self, e: Ops[V], read: Read[V]) -> V:
+        """diag(d)·A."""
+        return e.op("mul", read("frozen_a"), e.op("reshape", read("d"), shape=(-1, 1)))
+
+    def b(self, e: Ops[V], read: Read[V]) -> V:
+        """diag(e)·B."""
+        return e.op("mul", read("frozen_b"), e.op("reshape", read("e"), shape=(-1, 1)))
+
+    def drawn(self, low: LowRank, key: str, seed: int) -> Mapping[str, Array]:
+        """Both vectors."""
+        rng = generator(key, seed)
+        sizes = {"d": low.rank, "e": low.b.shape[-2]}
+        return {name: rng.standard_normal(n).astype(np.float32) for name, n in sizes.items()}
+
+
+VECTORS = Vectors("vectors", still=("frozen_a", "frozen_b"))
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    with mock.patch.dict(VARIANTS):
+        register(VECTORS)
+        yield
+
+
+class Net(nn.Module):
+    """Two weights of one shape, one of another, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        self.out = nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        out: torch.Tensor = self.out(torch.tanh(self.down(torch.relu(self.up(x)))))
+        return out
+
+
+X = torch.randn(8, 3, 7, 5, generator=torch.Generator().manual_seed(1))
+LAYERS = "conv,up,down,out"
+
+
+def net() -> Net:
+    torch.manual_seed(3)
+    return Net().eval()
+
+
+def trained() -> tuple[AdaptedModule, list[float]]:
+    """The module after ten steps, and the loss of each."""
+    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    optimizer = torch.optim.AdamW(module.parameter_groups(0.1))
+    labels = torch.arange(len(X)) % 10
+    losses = []
+    module.train()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(X), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return module.eval(), losses
+
+
+def of(module: nn.Module) -> np.ndarray[Any, Any]:
+    dtype = next(module.parameters()).dtype
+    with torch.no_grad():
+        return np.asarray(module(X.to(dtype)).double().numpy())
+
+
+def by_hand(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Net:
+    """The net in fp64 with W + diag(e)·B·diag(d)·A written out."""
+    changed = net().double()
+    for key, held in tensors.items():
+        frozen_a, frozen_b, d, e = (held[f].detach().double() for f in VECTORS.made_of)
+        delta = torch.diag(e) @ frozen_b @ torch.diag(d) @ frozen_a
+        weight = changed.get_parameter(key)
+        weight.data += delta.reshape(weight.shape)
+    return changed
+
+
+@pytest.mark.usefixtures("registered")
+def test_it_trains_folds_and_is_exported(tmp_path: Path) -> None:
+    module, losses = trained()
+    assert losses[-1] < 0.9 * losses[0]
+    learns = {n.rpartition(".")[0].rpartition(".")[2] for n, p in module.named_parameters()
+              if p.requires_grad}  # fmt: skip
+    assert learns == {"lora_d", "lora_e"}
+    held = module.tensors()
+    assert torch.equal(held["up.weight"]["frozen_a"], held["out.weight"]["frozen_a"])
+    assert not torch.equal(held["up.weight"]["e"], held["out.weight"]["e"])
+    assert str(module.effect).startswith("gradients reach every target in eval and train")
+    assert module.changes_anything()
+
+    want, before = of(by_hand(held)), of(net())
+    assert rel(want, before) > 0.05
+    assert rel(of(module), want) < 1e-6
+    assert rel(of(lora_fx.fold(module)), want) < 1e-6
+    lora_fx.export(module, tmp_path / "merged.onnx", provider="cpu")
+    session = open_session(tmp_path / "merged.onnx", "cpu")
+    (made,) = session.run({"x": X.numpy()}).values()
+    assert rel(made, want) < 2e-6
+
+
+@pytest.mark.usefixtures("registered")
+def test_it_starts_as_the_base() -> None:
+    module = lora_fx.insert(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    assert not module.changes_anything()
+    assert np.array_equal(of(module), of(net()))
+    with pytest.raises(LoraFxError, match="init 'pissa' starts a and b; vectors makes them"):
+        lora_fx.insert(net(), (X[:2],), rank=2, variant="vectors", init="pissa")
+
+
+@pytest.mark.usefixtures("registered")
+def test_it_is_saved_and_read(tmp_path: Path) -> None:
+    module, _ = trained()
+    want = of(by_hand(module.tensors()))
+    adapter = module.adapter()
+    save_adapter(adapter, tmp_path / "folder")
+    save_adapter(adapter, tmp_path / "file.safetensors")
+    save_program(module, tmp_path / "program.pt2")
+    stored = load_file(tmp_path / "folder" / "adapter_model.safetensors")
+    assert sum("frozen_a" in name for name in stored) == 3, "one for each shape"
+    for place in ("folder", "file.safetensors"):
+        again = lora_fx.insert(net(), (X[:2],), adapter=tmp_path / place)
+        assert np.array_equal(of(again), of(module))
+        assert _learning(again) == _learning(module)
+        assert {variant_of(u).name for u in again.updates.values()} == {"vectors"}
+    program = load_program(tmp_path / "program.pt2")
+    assert isinstance(program, AdaptedModule)
+    assert rel(of(program.eval()), want) < 1e-6
+    assert _learning(program) == _learning(module)
+    other = lora_fx.insert(net(), (X[:2],), rank=1)
+    other.load_adapter(tmp_path / "folder")
+    assert rel(of(other), want) < 1e-6
+    live = lora_fx.attach(net(), (X[:2],), rank=RANK, include=LAYERS, variant="vectors")
+    live.load_adapter(adapter)
+    assert rel(of(live), want) < 1e-6
+    lora_fx.detach(live)
+    assert np.array_equal(of(live), of(net()))
+
+
+def _learning(module: nn.Module) -> set[str]:
+    return {n for n, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_checkpoint_takes_it(tmp_path: Path) -> None:
+    module, _ = trained()
+    wanted = dict(by_hand(module.tensors()).named_parameters())
+    save_adapter(module.adapter(), tmp_path / "folder")
+    save_file(net().state_dict(), tmp_path / "base.safetensors")
+    report = lora_fx.merge(
+        tmp_path / "base.safetensors", [tmp_path / "folder"], tmp_path / "out.safetensors"
+    )
+    assert report
+    for name, value in load_file(tmp_path / "out.safetensors").items():
+        assert rel(value.numpy(), wanted[name].detach().numpy()) < 1e-6
+    assert lora_fx.doctor(tmp_path / "base.safetensors", tmp_path / "folder")
+
+
+@pytest.mark.usefixtures("registered")
+def test_parts_of_it_are_plain_lora() -> None:
+    """Whoever rewrites a or b gets an update of the same ΔW, and no vectors that say another."""
+    low = trained()[0].adapter().lowrank["up.weight"]
+    delta = low.matrix()
+    part = variant_of(low).rows(low, slice(2, 7))
+    np.testing.assert_array_equal(part.matrix(), delta[2:7])
+    turned = variant_of(low).turned(low, "up.weight")
+    np.testing.assert_allclose(turned.matrix(), delta.T, rtol=1e-6, atol=1e-7)
+    halved = replace(low, b=low.b * np.float32(0.5))
+    for rewritten in (part, turned, halved):
+        assert variant_of(rewritten).name == "lora"
+        assert {slot.field for slot in slots_of("up.weight", rewritten)} == {"a", "b"}
+
+
+def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
+    with mock.patch.dict(VARIANTS):
+        register(VECTORS)
+        module, _ = trained()
+        save_adapter(module.adapter(), tmp_path / "folder")
+        save_adapter(module.adapter(), tmp_path / "file.safetensors")
+        save_program(module, tmp_path / "program.pt2")
+        with pytest.raises(MistakeError, match="the name is taken"):
+            register(VECTORS)
+    for read, place in (
+        (load_adapter, "folder"),
+        (load_adapter, "file.safetensors"),
+        (load_program, "program.pt2"),
+    ):
+        with pytest.raises(LoraFxError, match=r" is of variant 'vectors', which is not") as e:
+            read(tmp_path / place)
+        assert place in e.value.message and "\n" not in e.value.message
+        assert "the variants are lora, rslora" in e.value.hint
+    with pytest.raises(LoraFxError, match="no variant 'vectors'"):
+        lora_fx.insert(net(), (X[:2],), variant="vectors")
+    with pytest.raises((KeyError, ValueError), match="vectors"):
+        peft.PeftModel.from_pretrained(net(), str(tmp_path / "folder"))
+
+
+def test_names_that_files_have_already() -> None:
+    class Odd(Variant):
+        made_of = ("rank", "b")
+
+    taken = "cannot have the field 'rank'"
+    with mock.patch.dict(VARIANTS), pytest.raises(MistakeError, match=taken):
+        register(Odd("odd"))
