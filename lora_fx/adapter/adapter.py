@@ -190,7 +190,7 @@ class Adapter(Mapping[str, Entry]):
 
 def _size(key: str, entry: Entry) -> int:
     """Number of trained elements of one update."""
-    if isinstance(entry, LowRank) and entry.own:
+    if isinstance(entry, LowRank) and entry.variant_tensors:
         return sum(slot.value.size for slot in slots_of(key, entry) if slot.trained)
     return sum(value.size for value in vars(entry).values() if isinstance(value, np.ndarray))
 

@@ -75,8 +75,9 @@ class Variant:
         still: Fields of tensors that do not train.
         title: What messages call such an update; empty for its name.
         made_of: Fields of the tensors that a and b are made of, where these are not a and b
-            themselves. They are in `LowRank.own`.
-        also: Fields of the tensors beside them that only `change` reads, in `LowRank.own` too.
+            themselves. They are in `LowRank.variant_tensors`.
+        also: Fields of the tensors beside them that only `change` reads. They are in
+            `LowRank.variant_tensors` too.
         reads_weight: True where W' is more than W + s·b·a: it is computed from W itself.
         stretches: True where W' = g·V, see `stretch`. Only then an update that reads W gets a
             branch beside its op.
@@ -145,7 +146,7 @@ class Variant:
         """This variant where an update has its tensors, and a and b are what they make; or None."""
         fields = {*self.made_of, *self.also}
         named = low.variant.partition(":")[0] == self.name
-        if not named or not fields or fields != set(low.own):
+        if not named or not fields or fields != set(low.variant_tensors):
             return None
         e = NumpyEmitter()
         read = self.tensors(low).__getitem__
@@ -155,12 +156,12 @@ class Variant:
     def tensors(self, low: LowRank) -> Mapping[str, Array]:
         """The tensors that a model holds for a and b, by field."""
         if self.made_of:
-            return {field: low.own[field] for field in self.made_of}
+            return {field: low.variant_tensors[field] for field in self.made_of}
         return {"a": low.a, "b": low.b}
 
     def beside(self, low: LowRank) -> Mapping[str, Array]:
         """The tensors of `also`, by field."""
-        return {field: low.own[field] for field in self.also}
+        return {field: low.variant_tensors[field] for field in self.also}
 
     def with_values(self, low: LowRank, values: Mapping[str, Array]) -> LowRank:
         """The update with other numbers.
@@ -169,14 +170,14 @@ class Variant:
             low: The update.
             values: Arrays by field, for every tensor that it has in a model.
         """
-        own = {field: values[field] for field in (*self.made_of, *self.also)}
+        tensors = {field: values[field] for field in (*self.made_of, *self.also)}
         e, read = NumpyEmitter(), values.__getitem__
         a = self.a(e, read)
         b = self.b(e, read)
         if low.frozen:
             a = np.concatenate([a, values["a0"]], axis=-2)
             b = np.concatenate([b, values["b0"]], axis=-1)
-        return replace(low, a=a, b=b, own=own)
+        return replace(low, a=a, b=b, variant_tensors=tensors)
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
         """The update of some rows of a weight [out, in]; one that is a sum becomes plain LoRA.
@@ -293,7 +294,7 @@ class Variant:
 def plain(low: LowRank) -> LowRank:
     """The update as LoRA, of the same ΔW."""
     alpha = alpha_of(low.scale, low.rank)
-    return replace(low, variant="lora", alpha=alpha, own={})
+    return replace(low, variant="lora", alpha=alpha, variant_tensors={})
 
 
 @dataclass(frozen=True)

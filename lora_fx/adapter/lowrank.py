@@ -67,8 +67,8 @@ class LowRank:
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
             is for; see `lora_fx.adapter.variant.residual`. Empty for the base as it is.
         layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
-        own: What its variant makes a and b of, by field (numbers are arrays without axes); see
-            `lora_fx.adapter.base`. Empty where these are a and b themselves.
+        variant_tensors: What its variant makes a and b of, by field (numbers are arrays without
+            axes); see `lora_fx.adapter.base`. Empty where these are a and b themselves.
     """
 
     a: Array
@@ -85,9 +85,16 @@ class LowRank:
     twins: tuple[str, ...] = field(default=(), compare=False)
     mutated: str = field(default="", compare=False)
     layer: FileLayer | None = field(default=None, compare=False)
-    own: Mapping[str, Array] = field(default_factory=dict, compare=False)
+    variant_tensors: Mapping[str, Array] = field(default_factory=dict, compare=False)
 
     __repr__ = short
+
+    def __setstate__(self, state: Mapping[str, object]) -> None:
+        """Take a pickle; an older one has no `variant_tensors`, and QA-LoRA's group as a field."""
+        fields = dict(state)
+        group = fields.pop("group", 0)
+        tensors = {"group": np.asarray(group)} if group else {}
+        self.__dict__.update({"variant_tensors": tensors, **fields})
 
     @property
     def rank(self) -> int:

@@ -51,7 +51,7 @@ class QaLora(Lora):
 
     def of(self, low: LowRank) -> Variant | None:
         """One with groups; whoever rewrote a may have left them, so its numbers are asked."""
-        group = int(low.own.get("group", 0))
+        group = int(low.variant_tensors.get("group", 0))
         if not group or pooled(low.a, group) is None:
             return None
         return replace(self, group=group)
@@ -118,14 +118,14 @@ class QaLora(Lora):
         a = low.a
         if low.layout is not None and a.shape[-1] * group == low.layout.in_size:
             a = np.repeat(a, group, -1)
-        return replace(low, a=a, own={"group": np.asarray(group)})
+        return replace(low, a=a, variant_tensors={"group": np.asarray(group)})
 
 
 def grouped(low: LowRank, group: int) -> LowRank:
     """The update of which QA-LoRA is given an a [*batch, rank, in/group]; see above."""
     a = np.repeat(low.a, group, -1)
     alpha = low.alpha * _gain(a.shape[-1], group)
-    return replace(low, a=a, alpha=alpha, own={"group": np.asarray(group)})
+    return replace(low, a=a, alpha=alpha, variant_tensors={"group": np.asarray(group)})
 
 
 def pooled(a: Array, group: int) -> Array | None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from lora_fx.adapter import lowrank
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.base import plain
 from lora_fx.adapter.lowrank import LowRank, Triplets
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
-from lora_fx.adapter.variant import LEARNS
+from lora_fx.adapter.variant import LEARNS, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss
@@ -245,8 +246,8 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
         norm = error = float(np.linalg.norm(s))
         if new == entry.rank:
             # The same update with the plain scale: PEFT has one flag for the whole adapter.
-            plain = replace(entry, alpha=entry.scale * entry.rank, variant="lora")
-            entries[key] = entry if entry.variant == "lora" else plain
+            unscaled = replace(entry, alpha=entry.scale * entry.rank, variant="lora")
+            entries[key] = entry if entry.variant == "lora" else unscaled
             error = 0.0
         elif new:
             a, b = lowrank.balanced(u, s, vt, new)
@@ -363,6 +364,10 @@ def as_lora(
     entries: dict[str, Entry] = {}
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():
+        if isinstance(entry, LowRank) and is_plain(entry) and not variant_of(entry).peft_type:
+            entries[key] = plain(entry)
+            rows.append(Approximated(key, name_of(entry), entry.rank, entry.norm, 0.0))
+            continue
         if is_plain(entry):
             entries[key] = entry
             continue

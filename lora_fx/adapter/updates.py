@@ -245,7 +245,7 @@ def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
     A format that has a and b alone holds LoRA, whatever variant made them.
     """
     named = named_variant(low.variant)
-    if not named.peft_type and (named.made_of or named.also) and not low.own:
+    if not named.peft_type and (named.made_of or named.also) and not low.variant_tensors:
         low = replace(low, variant="lora")
     for variant in VARIANTS.values():
         low = variant.with_facts(low, facts)

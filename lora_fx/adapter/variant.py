@@ -123,9 +123,9 @@ def variant_of(low: LowRank) -> Variant:
     """What an update is by its tensors; its variant's name may say no more than its scale."""
     named = named_variant(low.variant)
     for variant in (named, *VARIANTS.values()):
-        own = variant.of(low)
-        if own is not None:
-            return own
+        recognised = variant.of(low)
+        if recognised is not None:
+            return recognised
     # an update of which a and b were rewritten, and not the tensors that made them
     return VARIANTS["lora"] if named.made_of else named
 

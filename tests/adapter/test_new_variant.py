@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.base import Beginning, Read, Variant
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.truncate import as_lora
 from lora_fx.adapter.variant import VARIANTS, register, slots_of, variant_of
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
@@ -26,6 +28,7 @@ from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import Ops, V
+from lora_fx.ir.layout import Layout
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
@@ -218,14 +221,18 @@ def test_a_checkpoint_takes_it(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("registered")
 def test_parts_of_it_are_plain_lora() -> None:
     """Whoever rewrites a or b gets an update of the same ΔW, and no vectors that say another."""
-    low = trained()[0].adapter().lowrank["up.weight"]
+    adapter = trained()[0].adapter()
+    low = adapter.lowrank["up.weight"]
     delta = low.matrix()
+    as_plain, rows = as_lora(adapter, rank=1)
+    np.testing.assert_allclose(as_plain.lowrank["up.weight"].matrix(), delta, rtol=1e-12)
+    assert {(row.kind, row.error) for row in rows} == {("vectors", 0.0)}
     part = variant_of(low).rows(low, slice(2, 7))
     np.testing.assert_array_equal(part.matrix(), delta[2:7])
     turned = variant_of(low).turned(low, "up.weight")
     np.testing.assert_allclose(turned.matrix(), delta.T, rtol=1e-6, atol=1e-7)
     halved = replace(low, b=low.b * np.float32(0.5))
-    for rewritten in (part, turned, halved):
+    for rewritten in (part, turned, halved, as_plain.lowrank["up.weight"]):
         assert variant_of(rewritten).name == "lora"
         assert {slot.field for slot in slots_of("up.weight", rewritten)} == {"a", "b"}
 
@@ -252,6 +259,69 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
         lora_fx.insert(net(), (X[:2],), variant="vectors")
     with pytest.raises((KeyError, ValueError), match="vectors"):
         peft.PeftModel.from_pretrained(net(), str(tmp_path / "folder"))
+
+
+class Columns(Variant):
+    """W' = (W + s·b·a)·diag(c): more than a sum, so that there is no branch beside the op."""
+
+    reads_weight = True
+    also = ("c",)
+
+    def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
+        """All c are 1, so that W' = W."""
+        return replace(low, variant_tensors={"c": np.ones(low.a.shape[-1], np.float32)})
+
+    def change(self, e: Ops[V], layout: Layout, w: V, delta: V, read: Read[V]) -> V:
+        """See the class."""
+        v = layout.from_stored(e, e.op("add", w, delta))
+        new = layout.to_stored(e, e.op("mul", v, e.op("reshape", read("c"), shape=(1, -1))))
+        return e.op("add", new, e.op("mul", w, -1.0))
+
+
+def test_one_that_reads_the_weight(tmp_path: Path) -> None:
+    with mock.patch.dict(VARIANTS):
+        register(Columns("columns"))
+        module = lora_fx.insert(net(), (X[:2],), rank=2, include="up", variant="columns")
+        assert not module.changes_anything()
+        assert rel(of(module), of(net())) < 1e-6
+        held = module.tensors()["up.weight"]
+        assert {f for f, p in held.items() if p.requires_grad} == {"a", "b", "c"}
+        with torch.no_grad():
+            held["c"].copy_(torch.linspace(-1, 2, 6))
+            held["b"].normal_(generator=torch.Generator().manual_seed(2))
+        assert module.changes_anything()
+        a, b, c = (held[f].detach().double() for f in "abc")
+        changed = net().double()
+        changed.up.weight.data = (changed.up.weight.data + 2 * b @ a) * c
+        want = of(changed)
+        assert rel(want, of(net())) > 0.05
+        assert rel(of(module), want) < 1e-6
+        assert rel(of(lora_fx.fold(module)), want) < 1e-6
+        save_adapter(module.adapter(), tmp_path / "folder")
+        again = lora_fx.insert(net(), (X[:2],), adapter=tmp_path / "folder")
+        assert np.array_equal(of(again), of(module))
+        save_file(net().state_dict(), tmp_path / "base.safetensors")
+        base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+        for refuse in (
+            lambda: lora_fx.merge(base, [tmp_path / "folder"], out),
+            lambda: save_adapter(module.adapter(), tmp_path / "k.safetensors", format="kohya"),
+            lambda: lora_fx.export(module, tmp_path / "s.onnx", mode="switch"),
+        ):
+            with pytest.raises(LoraFxError, match="columns"):
+                refuse()
+        assert {p.name for p in tmp_path.iterdir()} == {"base.safetensors", "folder"}
+
+
+def test_pickles_of_older_versions() -> None:
+    """They have no `variant_tensors`, and the group of QA-LoRA was a field."""
+    a, b = np.repeat(np.ones((2, 3), np.float32), 4, -1), np.ones((5, 2), np.float32)
+    low = LowRank(a, b, 2.0)
+    for group in (0, 4):
+        fields = {k: v for k, v in vars(low).items() if k != "variant_tensors"}
+        older = object.__new__(LowRank)
+        older.__setstate__({**fields, "group": group})
+        assert variant_of(older).constant_over == group
+        assert vars(pickle.loads(pickle.dumps(older))).keys() == vars(low).keys()
 
 
 def test_names_that_files_have_already() -> None:

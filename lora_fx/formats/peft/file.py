@@ -526,9 +526,9 @@ def _one(
     named = str(row.get("variant", reader.variant))
     expect_variant(named, f"{source.name}: the update of {key!r}")
     if not named_variant(named).peft_type:
-        own = {field: str(row[field]) for field in fields_of_files() if field in row}
-        taken.update(own.values())
-        values = {field: source.master(name, source.tensors[name]) for field, name in own.items()}
+        stored = {field: str(row[field]) for field in fields_of_files() if field in row}
+        taken.update(stored.values())
+        values = {f: source.master(name, source.tensors[name]) for f, name in stored.items()}
         return with_values(from_json(bare(values, row), row), values), None
     names = (str(row["a"]), str(row["b"]))
     group = None
