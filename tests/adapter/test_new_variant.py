@@ -10,9 +10,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
+import onnx_ir
 import peft
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,6 +33,7 @@ from lora_fx.inputs import generator
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.session import open_session
+from lora_fx.passes.verbs.adapt import insert_onnx
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 
@@ -216,6 +220,36 @@ def test_a_checkpoint_takes_it(tmp_path: Path) -> None:
     for name, value in load_file(tmp_path / "out.safetensors").items():
         assert rel(value.numpy(), wanted[name].detach().numpy()) < 1e-6
     assert lora_fx.doctor(tmp_path / "base.safetensors", tmp_path / "folder")
+
+
+def test_branches_in_an_onnx_file(tmp_path: Path) -> None:
+    """insert into a file, any trainer, merge: the vectors are in the graph, and read back."""
+    base, slots, out = (tmp_path / f"{n}.onnx" for n in ("base", "slots", "out"))
+    numbers = "0.1, 0.7, -0.4, 0.3, -0.9, 0.2, 0.5, -0.6, 0.8, -0.2, 0.4, -0.7"
+    source = f"""
+    <ir_version: 10, opset_import: ["": 20]>
+    m (float[N, 4] x) => (float[N, 3] y) <float[4, 3] w = {{{numbers}}}> {{ y = MatMul(x, w) }}
+    """
+    onnx_ir.save(onnx_ir.from_onnx_text(source), base)
+    with mock.patch.dict(VARIANTS):
+        register(VECTORS)
+        insert_onnx(base, slots, rank=2, variant="vectors", include="*", provider="cpu")
+        model = onnx.load(slots)
+        tensors = {t.name: t for t in model.graph.initializer}
+        drawn = np.array([0.5, -1.0, 2.0], np.float32)
+        tensors["lora_e.w"].CopyFrom(numpy_helper.from_array(drawn, "lora_e.w"))
+        onnx.save(model, slots)
+        held = {n: numpy_helper.to_array(t).astype(np.float64) for n, t in tensors.items()}
+        frozen_a, frozen_b, d, e = (held[f"lora_{f}.w"] for f in VECTORS.made_of)
+        weight = held["w"] + (np.diag(e) @ frozen_b @ np.diag(d) @ frozen_a).T
+        lora_fx.merge(base, [slots], out)
+    x = np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)
+    want = x.astype(np.float64) @ weight
+    for path in (slots, out):
+        assert rel(open_session(path, "cpu").run({"x": x})["y"], want) < 1e-6
+    assert rel(open_session(base, "cpu").run({"x": x})["y"], want) > 0.05
+    with pytest.raises(LoraFxError, match=r"slots.onnx: the update of 'w' is of variant 'vectors'"):
+        lora_fx.merge(base, [slots], tmp_path / "other.onnx")
 
 
 @pytest.mark.usefixtures("registered")
