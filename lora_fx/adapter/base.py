@@ -160,7 +160,13 @@ class Variant:
         return {"a": low.a, "b": low.b}
 
     def beside(self, low: LowRank) -> Mapping[str, Array]:
-        """The tensors of `also`, by field."""
+        """The tensors of `also`, by field; raises LoraFxError for an update without them."""
+        for field in self.also:
+            if field not in low.variant_tensors:
+                raise LoraFxError(
+                    f"an update of variant {self.name} has no tensor {field!r}",
+                    f"insert(variant={self.name!r}) makes it",
+                )
         return {field: low.variant_tensors[field] for field in self.also}
 
     def with_values(self, low: LowRank, values: Mapping[str, Array]) -> LowRank:

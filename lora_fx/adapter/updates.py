@@ -242,10 +242,10 @@ def from_json(entry: Described, row: JsonView) -> Described:
 def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
     """The update with what its variant wrote into `extra`; raises for an unknown variant.
 
-    A format that has a and b alone holds LoRA, whatever variant made them.
+    A format that has a and b alone holds LoRA, whatever variant made them of other tensors.
     """
     named = named_variant(low.variant)
-    if not named.peft_type and (named.made_of or named.also) and not low.variant_tensors:
+    if not named.peft_type and named.made_of and not named.also and not low.variant_tensors:
         low = replace(low, variant="lora")
     for variant in VARIANTS.values():
         low = variant.with_facts(low, facts)

@@ -334,6 +334,9 @@ def test_one_that_reads_the_weight(tmp_path: Path) -> None:
         save_adapter(module.adapter(), tmp_path / "folder")
         again = lora_fx.insert(net(), (X[:2],), adapter=tmp_path / "folder")
         assert np.array_equal(of(again), of(module))
+        low = replace(module.adapter().lowrank["up.weight"], variant_tensors={})
+        with pytest.raises(LoraFxError, match="variant columns has no tensor 'c'"):
+            slots_of("up.weight", low)
         save_file(net().state_dict(), tmp_path / "base.safetensors")
         base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
         for refuse in (
