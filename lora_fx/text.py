@@ -85,8 +85,14 @@ def short(thing: Any) -> str:
     ('Pair(names=2)', 'Pair(names=(), weight=0.5)')
     """
     fields = ((f, getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.repr)
-    shown = (f"{f.name}={_brief(v)}" for f, v in fields if v is not f.default)
+    shown = (f"{f.name}={_brief(v)}" for f, v in fields if not _is_default(f, v))
     return f"{type(thing).__name__}({', '.join(shown)})"
+
+
+def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return value is field.default
 
 
 def _brief(value: object) -> str:

@@ -263,7 +263,7 @@ def test_numbers_that_are_none_in_the_middle(
 
     monkeypatch.setattr(TensorFold, "block", late)
     with pytest.raises(LoraFxError, match="changed while it was read"):
-        lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", workers=1)
+        lora_fx.merge(tmp_path / "base", tmp_path / "a", tmp_path / "out", threads=1)
     assert not (tmp_path / "out").exists()
 
 
