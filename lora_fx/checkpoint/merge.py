@@ -39,6 +39,7 @@ from lora_fx.files.hub import known_as, local
 from lora_fx.files.read import (
     check_unchanged,
     inode_of,
+    naming_changes,
     remember,
     remembering,
     run_of_files,
@@ -174,7 +175,8 @@ def run(
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
             threads = threads or cores()
-            stats = write(plan, stage, threads=threads, link=link, progress=progress)
+            with naming_changes():
+                stats = write(plan, stage, threads=threads, link=link, progress=progress)
             moved = any(s.still < s.elements and s.delta for s in stats.values())
             whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
             anew = [s for n, s in stats.items() if plan.changes[n].requantised]

@@ -103,12 +103,7 @@ _run: ContextVar[Remembered | None] = ContextVar("run", default=None)
 
 @contextlib.contextmanager
 def remembering() -> Iterator[Remembered]:
-    """A run: what is read within is remembered until its end. One within another is part of it.
-
-    Raises:
-        LoraFxError: The block raised one, and an input is another file by now: it names that
-            input, whose numbers may have been of both.
-    """
+    """A run: what is read within is remembered until its end. One within another is part of it."""
     now = _run.get()
     if now is not None:
         yield now
@@ -117,9 +112,6 @@ def remembering() -> Iterator[Remembered]:
     token = _run.set(run)
     try:
         yield run
-    except LoraFxError:
-        check_unchanged()
-        raise
     finally:
         _run.reset(token)
 
@@ -203,6 +195,21 @@ def check_unchanged() -> None:
             raise _changed(run.paths.get(folder, str(folder)), f"{new[0]!r} appeared in it")
         if gone and run.is_input(folder / gone[0]):
             raise _changed(run.paths.get(folder, str(folder)), f"{gone[0]!r} is gone")
+
+
+@contextlib.contextmanager
+def naming_changes() -> Iterator[None]:
+    """A block that computes with the numbers of inputs.
+
+    Raises:
+        LoraFxError: The block raised one, and an input is another file by now: its numbers may have
+            been of both, so the change is named and not what was wrong with them.
+    """
+    try:
+        yield
+    except LoraFxError:
+        check_unchanged()
+        raise
 
 
 def _difference(path: Path, before: FileState) -> str:
