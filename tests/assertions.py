@@ -104,6 +104,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compares the assertions of two checkouts.")
     parser.add_argument("old", type=Path, help="The older checkout.")
     old = parser.parse_args().old
+    if not (old / "tests").is_dir():
+        parser.error(f"{old} holds no folder tests")
     new = Path(__file__).parents[1]
 
     lines = differences(old, new)
