@@ -23,9 +23,10 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.graph import Role, Site
-from lora_fx.ir.layout import Layout, Opaque, Permute, Region, Step, layout_of, region_of, track
+from lora_fx.ir.layout import Layout, layout_of
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Opaque, Permute, Region, Step, region_of, track
 from lora_fx.onnx import batch, row_axis
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.graph.ops import shares_ranges

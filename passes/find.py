@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
-from lora_fx.ir.layout import Layout, Opaque, Region, layout_of, plain_layout, region_of, track
+from lora_fx.ir.layout import Layout, layout_of, plain_layout
+from lora_fx.ir.view import Opaque, Region, region_of, track
 from lora_fx.targets.plan import default_plan
 from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
 from lora_fx.text import by_key

@@ -28,11 +28,13 @@ from lora_fx.adapter.qalora import pooled
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import NumpyEmitter, Ops, V
+from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
-from lora_fx.ir.layout import Layout, Region
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import Pair, reached

@@ -33,7 +33,8 @@ from lora_fx.ir import kinds
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Emitter, Factors, Graph, Role, Site
 from lora_fx.ir.kinds import swap_last
-from lora_fx.ir.layout import Layout, Region
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
 from lora_fx.targets.target import Found, Target, applies, base_name, contains, relative, widen

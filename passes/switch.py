@@ -22,8 +22,9 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
+from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role
-from lora_fx.ir.kinds import Einsum, Embedding
+from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest
 from lora_fx.onnx.switch import accumulate, settle

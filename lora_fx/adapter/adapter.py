@@ -16,8 +16,8 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_bas
 from lora_fx.adapter.variant import LEARNS, names_taken, slots_of, variant_of
 from lora_fx.dtypes import Array, factor_dtype
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import plain_layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.plan import select_names
 from lora_fx.targets.target import Found, base_name, check_disjoint, own_use, split_use
 from lora_fx.text import Json, JsonView, html, human, near, some

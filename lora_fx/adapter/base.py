@@ -31,8 +31,9 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank, alpha_of, draw
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.ir.emitter import NumpyEmitter, Ops, V
+from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.text import Json, JsonView
 
 WHOLE = "lora_fx.fold and lora-fx export fold it into the model itself"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.inputs import generator
-from lora_fx.ir.emitter import product
+from lora_fx.ir.factor_product import product
 from lora_fx.ir.layout import Layout
 from lora_fx.text import short
 

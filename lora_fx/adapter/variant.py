@@ -46,8 +46,8 @@ from lora_fx.adapter.qalora import QaLora
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect_name
 from lora_fx.inputs import generator
-from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.budget import Moments
 from lora_fx.targets.plan import Entry, Plan
 from lora_fx.targets.target import Found, Target, check_storable, own_use

@@ -25,8 +25,9 @@ from lora_fx.files.copying import read_into
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.ir.emitter import NumpyEmitter
-from lora_fx.ir.layout import Layout, Region
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Region
 
 BLOCK = 1 << 19
 """Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock

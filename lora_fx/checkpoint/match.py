@@ -33,7 +33,8 @@ from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, kno
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
-from lora_fx.ir.layout import Layout, Region, plain_layout
+from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.ir.view import Region
 from lora_fx.targets.target import base_name, split_key, split_use
 from lora_fx.text import JsonView, near, some
 

@@ -25,9 +25,10 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import padding
 from lora_fx.fx.trees import TreeSpec, tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
-from lora_fx.ir import kinds
+from lora_fx.ir import convolution, einsum, kinds
 from lora_fx.ir.graph import Site
-from lora_fx.ir.layout import Gather, Layout
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Gather
 from lora_fx.text import by_key
 
 Choose = Callable[[FxGraph], Sequence[tuple[Site, tuple[str, ...]]]]
@@ -210,9 +211,9 @@ DOTS = "ABCDEFGH"
 
 def readable(site: Site) -> bool:
     """True when a use's x and dy can be had as rows; else only its gradient can."""
-    known = (kinds.Einsum, kinds.Embedding, kinds.Grouped, kinds.Conv)
+    known = (einsum.Einsum, kinds.Embedding, kinds.Grouped, convolution.Conv)
     gathered = any(isinstance(s, Gather) for s in site.view.steps)
-    return isinstance(site.kind, (*known, kinds.ConvTranspose)) and not gathered
+    return isinstance(site.kind, (*known, convolution.ConvTranspose)) and not gathered
 
 
 def rows_of(
@@ -230,14 +231,14 @@ def rows_of(
     if isinstance(kind, kinds.Embedding):
         rows = t.reshape(-1, math.prod(site.operand[1:])) if out else t.reshape(-1)
         return SiteRows(rows, len(rows), 0 if out else site.operand[0], () if out else t.shape)
-    if isinstance(kind, kinds.Einsum):
+    if isinstance(kind, einsum.Einsum):
         axes = kind.axes(site.operand)
         return _einsum(site, t, *((kind.y, axes.out) if out else (kind.x, axes.in_)))
     if isinstance(kind, kinds.Grouped):
         return _grouped(t, ends)
-    assert isinstance(kind, kinds.Conv | kinds.ConvTranspose)
+    assert isinstance(kind, convolution.Conv | convolution.ConvTranspose)
     t = t if t.dim() == len(site.operand) else t.unsqueeze(0)  # torch's can go without examples
-    if out == isinstance(kind, kinds.ConvTranspose):  # the side that spans the kernel
+    if out == isinstance(kind, convolution.ConvTranspose):  # the side that spans the kernel
         t = _windows(site, t, () if x is None else x[2 - len(site.operand) :])
     return _channels(kind.groups, t, site)
 
@@ -265,7 +266,7 @@ def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: 
 
 def _einsum(site: Site, t: Tensor, term: str, side: Sequence[int]) -> SiteRows | None:
     kind = site.kind
-    assert isinstance(kind, kinds.Einsum)
+    assert isinstance(kind, einsum.Einsum)
     batch = kind.axes(site.operand).batch
     spelled = term.replace("...", DOTS[: t.dim() - len(term.replace("...", ""))])
     places = [[spelled.index(kind.w[i]) for i in axes] for axes in (batch, side)]

@@ -43,7 +43,8 @@ from lora_fx.files.quantised.floats import E2M1
 from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
-from lora_fx.ir.quantised import FP4, NF4, Quantised, packed
+from lora_fx.ir.bit_packing import packed
+from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 PARTS = ("scale", "zero", "order")
 HELD = "_quantised"

@@ -1,7 +1,7 @@
 """The protocols that let one set of passes serve several IRs: Graph, Emitter and Site.
 
 A pass sees a graph only through these. `lora_fx.fx` and `lora_fx.onnx` implement them;
-`lora_fx.ir.emitter.NumpyEmitter` computes with numpy at once.
+`lora_fx.ir.numpy_emitter.NumpyEmitter` computes with numpy at once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from lora_fx.dtypes import Array
 from lora_fx.ir.emitter import Ops, V
-from lora_fx.ir.layout import Layout, Step, View
+from lora_fx.ir.layout import Layout
 from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.ir.view import Step, View
 
 T = TypeVar("T")
 

@@ -1,19 +1,19 @@
 """What a contraction is, in no IR: its axes, its low-rank branch and its weight form.
 
 A Kind knows which axes of the weight operand are batch, out and in, and how to compute the low-rank
-part of the output without the product b·a (`branch`), where such a form exists. Those of a product
-or a convolution also run the op on other operands, from primitives (`apply`). The weight form
-W + s·b·a needs no Kind: `delta`.
+part of the output without the product b·a (`branch`), where such a form exists. The weight form
+W + s·b·a needs no Kind: `delta`. Products stand in `einsum`, convolutions in `convolution`; these
+also run the op on other operands, from primitives (`apply`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from lora_fx.ir.emitter import Ops, V
-from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
-from lora_fx.ir.layout import Layout, Region, Reshape
+from lora_fx.ir.graph import Axes, Emitter, Factors, Site
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
 
 
 def delta(e: Ops[V], layout: Layout, a: V, b: V, scale: float) -> V:
@@ -45,87 +45,6 @@ class Apart:
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """See Kind."""
         return ()
-
-
-@dataclass(frozen=True)
-class Einsum:
-    """A contraction of an activation with one weight: x, w → y in einsum letters.
-
-    Letters of w that x and y share with it are batch, those only x has are in, those only y has
-    are out. `form` names the cases that need no einsum: right is x @ W with in as the last axis
-    of x, left is W @ x with in as the last but one (or the only one).
-    """
-
-    x: str
-    w: str
-    y: str
-    form: str = ""
-    has_branch = True
-
-    @property
-    def name(self) -> str:
-        """Linear where a matmul computes it, else einsum."""
-        return "linear" if self.form else "einsum"
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The letters decide; the axes of in stand in the order of x, those of out in that of y.
-
-        A letter of w alone, which the equation sums over, is out too, before the others.
-        """
-        batch: list[int] = []
-        out: list[int] = []
-        in_: list[int] = []
-        for i, c in enumerate(self.w):
-            (out if c not in self.x else batch if c in self.y else in_).append(i)
-        in_.sort(key=lambda i: self.x.index(self.w[i]))
-        out.sort(key=lambda i: self.y.find(self.w[i]))
-        return Axes(tuple(batch), tuple(out), tuple(in_))
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One einsum."""
-        return e.op("einsum", x, w, equation=f"{self.x},{self.w}->{self.y}")
-
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """Right: (x aᵀ) bᵀ; left: b (a x); else two einsums through a letter for the rank."""
-        axes = self.axes(site.operand)
-        if self.form == "left":
-            return e.op("matmul", f.b, e.op("matmul", f.a, x))
-        if self.form == "right":
-            swap = swap_last(len(axes.batch))
-            t = e.op("matmul", x, e.op("transpose", f.a, perm=swap))
-            return e.op("matmul", t, e.op("transpose", f.b, perm=swap))
-        # a letter that the equation does not use stands for the rank
-        rank = next(c for c in "zuvabcdefghijklmnopqrstwxy" if c not in self.x + self.w + self.y)
-        sizes = dict(zip(self.w, site.operand, strict=True))
-        batch, out, in_ = ("".join(self.w[i] for i in p) for p in (axes.batch, axes.out, axes.in_))
-        free = "".join(c for c in self.x if c not in in_)
-        lead = tuple(sizes[c] for c in batch)
-        a = e.op("reshape", f.a, shape=(*lead, FREE, *(sizes[c] for c in in_)))
-        b = e.op("reshape", f.b, shape=(*lead, *(sizes[c] for c in out), FREE))
-        t = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{in_}->{free}{rank}")
-        return e.op("einsum", t, b, equation=f"{free}{rank},{batch}{out}{rank}->{self.y}")
-
-    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The last axis of x @ W."""
-        return (out,) if self.form == "right" and len(site.operand) == 2 else ()
-
-
-def linear(batch: str = "") -> Einsum:
-    """X [..., in] with w [*batch, out, in]."""
-    x, y = (f"...{batch}ni", f"...{batch}no") if batch else ("...i", "...o")
-    return Einsum(x, f"{batch}oi", y, "right")
-
-
-def matmul_right(batch: str = "") -> Einsum:
-    """X [..., in] @ w [*batch, in, out]."""
-    return replace(linear(batch), w=f"{batch}io")
-
-
-def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
-    """W [*batch, out, in] @ x [..., in, n], or @ x [in]."""
-    if vector:  # x Wᵀ is the same; ONNX Runtime 1.31 gets Aᵀ x wrong when it fuses the transpose
-        return Einsum("i", "oi", "o", "right")
-    return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
 
 
 class Lookup(Apart):
@@ -214,145 +133,3 @@ class WeightForm(Apart):
 
 RECURRENT = WeightForm("recurrent", Axes((), (0,), (1,)))
 """A weight [gates·hidden, in] of an LSTM, GRU or RNN: all gates are one matrix."""
-
-
-# Convolutions and their transposes as contractions. The groups are batch, and the kernel belongs to
-# in, or to out of a transpose.
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution: w [g·out, in, *kernel] over x [n, g·in, *size]; in spans the kernel too."""
-
-    name = "conv"  # for any number of dimensions
-    has_branch = True
-    groups: int = 1
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """The groups are batch, and in is C_in/groups · ∏kernel."""
-        if self.groups == 1:
-            return Axes((), (0,), tuple(range(1, len(operand))))
-        split = (self.groups, operand[0] // self.groups, *operand[1:])
-        return Axes((0,), (1,), tuple(range(2, len(split))), (Reshape(split),))
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One convolution."""
-        return e.op("conv", x, w, groups=self.groups, **site.attrs)
-
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """The site's own convolution to g·rank channels, then a 1×1 one with b."""
-        g, window = self.groups, site.operand[1:]
-        a = e.op("reshape", f.a, shape=(FREE, *window))
-        b = e.op("reshape", f.b, shape=(site.operand[0], FREE, *(1 for _ in window[1:])))
-        return e.op("conv", e.like(site, x, a), b, groups=g)
-
-    def along_out(self, site: Site, out: int) -> tuple[int, ...]:
-        """The axis of the channels, before those of the size."""
-        return (out, *(1 for _ in site.operand[2:]))
-
-
-@dataclass(frozen=True)
-class ConvTranspose(Apart):
-    """A transposed convolution: w [g·in, out, *kernel] over x [n, g·in, *size].
-
-    Every input element is spread over the kernel, so here out spans it: out = C_out/g · ∏kernel.
-    """
-
-    name = "conv_transpose"
-    has_branch = True
-    groups: int = 1
-
-    def axes(self, operand: tuple[int, ...]) -> Axes:
-        """A convolution's with out and in swapped: out is C_out/groups · ∏kernel."""
-        conv = Conv(self.groups).axes(operand)
-        return replace(conv, out=conv.in_, in_=conv.out)
-
-    def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
-        """One transposed convolution."""
-        return e.op("conv_transpose", x, w, groups=self.groups, **site.attrs)
-
-    def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
-        """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
-        g, window = self.groups, site.operand[1:]
-        ones = tuple(1 for _ in window[1:])
-        a = e.op("reshape", f.a, shape=(FREE, site.operand[0] // g, *ones))
-        swap = (0, 2, 1) if f.layout.batch_shape else (1, 0)
-        b = e.op("reshape", e.op("transpose", f.b, perm=swap), shape=(FREE, *window))
-        return e.like(site, e.op("conv", x, a, groups=g), b)
-
-
-# Which kind of contraction a matmul or an einsum is: the shapes and letters of its operands tell.
-
-
-Shape = tuple[Any, ...]
-"""Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VECTOR = "the weight has one dimension"
-DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
-
-
-def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
-    """The Kind of x @ w (or w @ x) from the two shapes; why it is refused, or an empty text."""
-    if len(w) < 2:
-        return matmul_right(), VECTOR
-    lead = w[:-2]
-    if not lead:
-        return matmul_left(vector=len(x) == 1) if left else matmul_right(), ""
-    # i, o and n name the matrix axes; LETTERS[:len] reaches i only past eight batch axes
-    batch = LETTERS[: len(lead)]
-    inner = tuple(x[-2 - len(lead) : -2])
-    # Where x does not have the batch axes of w at the same sizes, one of the two is broadcast, and
-    # only the weight form is sure to mean the same. As many matrices as data picks is a symbol.
-    fits = len(x) >= len(w) and all(
-        str(n) == str(m) != "None" for n, m in zip(inner, lead, strict=True)
-    )
-    if fits:
-        return matmul_left(batch) if left else matmul_right(batch), ""
-    n = len(lead)
-    out, in_ = (n, n + 1) if left else (n + 1, n)
-    return WeightForm("linear", Axes(tuple(range(n)), (out,), (in_,))), ""
-
-
-def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
-    """The Kind of operand i of an einsum, from the letters of its operands and its result."""
-    w, y = terms[i], terms[-1]
-    others = [t for j, t in enumerate(terms[:-1]) if j != i]
-    x = "".join(others)
-    why = ""
-    if not others:
-        why = "einsum of one operand"
-    elif len(set(w)) < len(w) or any(len(set(t)) < len(t) for t in others):
-        why = "a letter stands twice in one operand"
-    elif all(c in x for c in w) and all(c in y for c in w):
-        why = "no contraction: nothing of low rank"
-    elif all(c in y for c in w) or all(c in x or c not in y for c in w):
-        met = tuple(k for k, c in enumerate(w) if c in others[0])
-        rest = tuple(k for k in range(len(w)) if k not in met)
-        if len(others) > 1 and met and rest:  # a link of a chain: what it meets first is in
-            return WeightForm("einsum", Axes((), rest, met)), ""
-        why = "one side of the weight has no axis: nothing of low rank"
-    summed = any(c not in x and c not in y for c in w)
-    if len(others) == 1 and (why or not summed):
-        return Einsum(others[0], w, y), why
-    in_ = tuple(k for k, c in enumerate(w) if c not in y)
-    batch = tuple(k for k, c in enumerate(w) if c in y and c in x)
-    out = tuple(k for k, c in enumerate(w) if c in y and c not in x)
-    return WeightForm("einsum", Axes(batch, out, in_)), why
-
-
-def letters(equation: str, ranks: list[int]) -> list[str]:
-    """The operands' and the result's letters, with the ellipsis spelled out."""
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    free = [c for c in LETTERS if c not in equation]
-    widths = [n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)]
-    longest = max((w for t, w in zip(terms, widths, strict=True) if "..." in t), default=0)
-    dots = "".join(free[:longest])
-    spelled = [t.replace("...", dots[longest - w :]) for t, w in zip(terms, widths, strict=True)]
-    if arrow:
-        result = right.replace("...", dots)
-    else:
-        every = "".join(terms).replace(".", "")
-        result = dots + "".join(sorted(c for c in set(every) if every.count(c) == 1))
-    return [*spelled, result]

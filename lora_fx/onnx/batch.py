@@ -31,8 +31,10 @@ import onnx_ir as ir
 
 from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
+from lora_fx.ir.convolution import Conv
+from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role, Site
-from lora_fx.ir.kinds import Conv, Einsum, Embedding
+from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph.flow import MARK, WAS, OnnxWeightUse, dtype_name, rank, shape_of
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import shares_ranges

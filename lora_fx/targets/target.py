@@ -13,7 +13,8 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, near, visible
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Parameter, Site
-from lora_fx.ir.layout import Layout, Region
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.view import Region
 from lora_fx.text import Json, by_key, html, human, some, table
 
 

@@ -37,7 +37,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
 from lora_fx.inputs import Named
-from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.dispatched import LiveRerun
 from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe

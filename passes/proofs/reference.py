@@ -47,8 +47,8 @@ from lora_fx.files.read import check_unchanged, scratch_folder
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
-from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.ir.view import Cast
 from lora_fx.onnx.batch import SCALES
 from lora_fx.onnx.choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest

@@ -38,7 +38,7 @@ from lora_fx.fx.untie import lone_names, untie
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Role, Site
-from lora_fx.ir.layout import Permute, View
+from lora_fx.ir.view import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed

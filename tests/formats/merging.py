@@ -18,7 +18,7 @@ from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.adapter.variant import residual
 from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.ir.emitter import NumpyEmitter
+from lora_fx.ir.numpy_emitter import NumpyEmitter
 
 Tensors = dict[str, Array]
 

@@ -15,8 +15,9 @@ from lora_fx.adapter.lowrank import LowRank, draw, scale_of
 from lora_fx.compare import compare, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import SIZES, Input, Inputs, default_dynamic, merge_dynamic
-from lora_fx.ir.emitter import NumpyEmitter
-from lora_fx.ir.layout import Cast, Layout, Opaque, Permute, Reshape, Slice, View, layout_of, track
+from lora_fx.ir.layout import Layout, layout_of
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Cast, Opaque, Permute, Reshape, Slice, View, track
 from lora_fx.passes.fold import fold_value
 from lora_fx.targets.plan import default_alpha
 from lora_fx.targets.target import Target, make_key, split_key

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_fx.ir import emitter as module
-from lora_fx.ir.emitter import product
+from lora_fx.ir import factor_product as module
+from lora_fx.ir.factor_product import product
 
 CASES = [
     (rows, rank, columns)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.ir.quantised import FP4, NF4, Quantised, blocks_in, packed, quantise, unpacked
+from lora_fx.ir.bit_packing import packed, unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised, blocks_in, quantise
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -26,7 +26,8 @@ import numpy as np
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight
 from lora_fx.files.read import json_object
-from lora_fx.ir.quantised import FP4, NF4, Quantised, packed, unpacked
+from lora_fx.ir.bit_packing import packed, unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised
 from lora_fx.text import JsonView, is_number, is_whole
 
 STATE = "weight.quant_state.bitsandbytes__"

@@ -24,7 +24,8 @@ import numpy as np
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
 from lora_fx.files.quantised.floats import largest_to_top
-from lora_fx.ir.quantised import Quantised, blocks_in, unpacked, words_of
+from lora_fx.ir.bit_packing import unpacked, words_of
+from lora_fx.ir.quantised import Quantised, blocks_in
 from lora_fx.text import JsonView
 
 INTEGERS = ("int8", "int32", "int64")

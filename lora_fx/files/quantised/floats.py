@@ -30,7 +30,8 @@ from lora_fx.files.quantised.base import (
     Written,
     packed_range,
 )
-from lora_fx.ir.quantised import Quantised, packed, unpacked
+from lora_fx.ir.bit_packing import packed, unpacked
+from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView, is_whole
 
 EXPONENTS = ("uint8", "float8_e8m0fnu")

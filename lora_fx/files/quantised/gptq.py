@@ -21,7 +21,8 @@ import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
-from lora_fx.ir.quantised import Quantised, unpacked, words_of
+from lora_fx.ir.bit_packing import unpacked, words_of
+from lora_fx.ir.quantised import Quantised
 
 BITS = (2, 3, 4, 8)
 

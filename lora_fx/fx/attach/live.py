@@ -36,8 +36,10 @@ from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.fx.graph.nodes import reached
 from lora_fx.fx.tensors import owner, padding
 from lora_fx.fx.trees import tree_map_only
+from lora_fx.ir.convolution import Conv, ConvTranspose
+from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role, Site
-from lora_fx.ir.kinds import Conv, ConvTranspose, Einsum, Grouped
+from lora_fx.ir.kinds import Grouped
 
 INPUTS = 3
 """A call brings the activation or the stored weight, the op's result, and the op of a stack."""

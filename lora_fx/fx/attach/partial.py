@@ -23,8 +23,8 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
 from lora_fx.fx.graph.patterns import VIEWS
 from lora_fx.fx.tensors import parameter_of
+from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
-from lora_fx.ir.kinds import Einsum
 
 
 class PartialGraphs(Analysed):

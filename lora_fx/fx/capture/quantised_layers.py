@@ -27,7 +27,8 @@ from lora_fx.files.quantised.base import FLOAT8, checked, wrong
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.fx.codes import LINEAR_IN, beside, store
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.ir.quantised import Quantised, unpacked
+from lora_fx.ir.bit_packing import unpacked
+from lora_fx.ir.quantised import Quantised
 
 PACKAGES: Mapping[str, Mapping[str, object]] = {
     "bitsandbytes": {},

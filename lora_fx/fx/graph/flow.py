@@ -36,8 +36,8 @@ from lora_fx.fx.graph.nodes import (
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.operators import HigherOrderOperator
 from lora_fx.fx.tensors import device_of, owner, parameter_of
-from lora_fx.ir.kinds import Shape
-from lora_fx.ir.layout import Cast, Gather, Permute, Reshape, Slice, Step, View
+from lora_fx.ir.einsum import Shape
+from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 
 aten = torch.ops.aten
 _MADE = "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
-from lora_fx.ir.kinds import Shape
+from lora_fx.ir.einsum import Shape
 
 T = TypeVar("T")
 

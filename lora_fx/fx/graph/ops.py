@@ -16,9 +16,9 @@ from torch.fx import Node
 
 from lora_fx.fx.graph.nodes import argument, aten_ops, op_name, overloads, shape_of, value
 from lora_fx.inputs import Named
-from lora_fx.ir import kinds
+from lora_fx.ir import convolution, einsum, kinds
+from lora_fx.ir.einsum import LETTERS, VECTOR, contraction, letters, product
 from lora_fx.ir.graph import Axes, Kind
-from lora_fx.ir.kinds import LETTERS, VECTOR, contraction, letters, product
 
 aten = torch.ops.aten
 Path = tuple[int, ...]
@@ -78,7 +78,7 @@ def pick(node: Node, path: Path) -> Any:
 
 def _linear(node: Node) -> Iterator[FxOperand]:
     flat = len(shape_of(pick(node, (1,))) or ()) != 2
-    yield FxOperand((1,), (0,), kinds.linear(), {}, VECTOR if flat else "")
+    yield FxOperand((1,), (0,), einsum.linear(), {}, VECTOR if flat else "")
 
 
 def _product(node: Node, at: int) -> Iterator[FxOperand]:
@@ -142,8 +142,8 @@ def _conv(node: Node) -> Iterator[FxOperand]:
     given = {k: argument(node, k) for k in names}
     attrs = {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
     lone = w is not None and groups > 1 and (w[0] == groups if turned else w[1] == 1)
-    kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
-    yield FxOperand((1,), (0,), kind, attrs, kinds.DEPTHWISE if lone else "", allowed=lone)
+    kind = convolution.ConvTranspose(groups) if turned else convolution.Conv(groups)
+    yield FxOperand((1,), (0,), kind, attrs, convolution.DEPTHWISE if lone else "", allowed=lone)
 
 
 def _embedding(node: Node) -> Iterator[FxOperand]:

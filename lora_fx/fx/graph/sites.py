@@ -29,10 +29,11 @@ from lora_fx.fx.graph.nodes import (
     value,
 )
 from lora_fx.fx.operators import HigherOrderOperator
+from lora_fx.ir.einsum import letters
 from lora_fx.ir.graph import Axes, Kind, OtherReader, Site
-from lora_fx.ir.kinds import WeightForm, letters
-from lora_fx.ir.layout import View
+from lora_fx.ir.kinds import WeightForm
 from lora_fx.ir.quantised import no_fold
+from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 Bodies = Mapping[str, fx.GraphModule]

@@ -15,9 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.ir.einsum import Shape
 from lora_fx.ir.graph import Parameter, Site
-from lora_fx.ir.kinds import Shape, WeightForm
-from lora_fx.ir.layout import Cast, Gather, Permute, Reshape, Slice, Step, View
+from lora_fx.ir.kinds import WeightForm
+from lora_fx.ir.view import Cast, Gather, Permute, Reshape, Slice, Step, View
 from lora_fx.onnx.graph.ops import (
     DATA_OPS,
     FOREIGN,

@@ -492,7 +492,7 @@ class OnnxEmitter:
         return add_initialiser(self.owner.model.graph, name, value, self.mark)
 
     def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
+        """Add the node of one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
         made = self._op(prim, *xs, **attrs)
         # onnx_ir infers no types, and later casts ask for this one
         first = next((x for x in xs if isinstance(x, ir.Value)), None)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.ir import kinds
+from lora_fx.ir import convolution, einsum, kinds
+from lora_fx.ir.einsum import VECTOR, Einsum, Shape, contraction, letters, product
 from lora_fx.ir.graph import Axes, Kind
-from lora_fx.ir.kinds import VECTOR, Einsum, Shape, WeightForm, contraction, letters, product
+from lora_fx.ir.kinds import WeightForm
 from lora_fx.ir.quantised import no_fold
 
 # Quantised weights in an ONNX graph: their codes, and where a branch beside one reads and adds.
@@ -300,16 +301,16 @@ def _turned(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         if w is None:
             continue
         if len(w) != 2:
-            yield OnnxOperand(slot, 1 - slot, kinds.linear(), VECTOR if len(w) < 2 else "a stack")
+            yield OnnxOperand(slot, 1 - slot, einsum.linear(), VECTOR if len(w) < 2 else "a stack")
         elif other:  # the activation is read transposed: no branch from x as it lies
             out_first = own if slot else not own
             axes = Axes((), (0,), (1,)) if out_first else Axes((), (1,), (0,))
             yield OnnxOperand(slot, 1 - slot, WeightForm("linear", axes), gain=gain)
         elif slot:
-            kind: Kind = kinds.linear() if own else kinds.matmul_right()
+            kind: Kind = einsum.linear() if own else einsum.matmul_right()
             yield OnnxOperand(1, 0, kind, gain=gain)
         else:
-            yield OnnxOperand(0, 1, LEFT_TURNED if own else kinds.matmul_left(), gain=gain)
+            yield OnnxOperand(0, 1, LEFT_TURNED if own else einsum.matmul_left(), gain=gain)
 
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -327,13 +328,13 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     if w is None:
         return
     if len(w) < 3:
-        yield OnnxOperand(1, 0, kinds.Conv(groups), VECTOR)
+        yield OnnxOperand(1, 0, convolution.Conv(groups), VECTOR)
         return
     lone = groups > 1 and (w[0] == groups if turned else w[1] == 1)
-    kind: Kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
+    kind: Kind = convolution.ConvTranspose(groups) if turned else convolution.Conv(groups)
     if node.attributes.get_string("activation", ""):  # FusedConv: it leaves no place for a sum
         kind = WeightForm("conv", kind.axes(w))
-    yield OnnxOperand(1, 0, kind, kinds.DEPTHWISE if lone else "", allowed=lone)
+    yield OnnxOperand(1, 0, kind, convolution.DEPTHWISE if lone else "", allowed=lone)
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -350,7 +351,7 @@ def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     shapes = [shape(i) for i in range(len(node.inputs))]
     if any(s is None and "." in t for s, t in zip(shapes, written, strict=True)):
         why = "the rank of an operand is unknown"
-        yield from (OnnxOperand(i, 0, kinds.linear(), why) for i, s in enumerate(shapes) if s)
+        yield from (OnnxOperand(i, 0, einsum.linear(), why) for i, s in enumerate(shapes) if s)
         return
     terms = letters(
         equation, [len(t if s is None else s) for s, t in zip(shapes, written, strict=True)]
@@ -368,7 +369,7 @@ def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     check_blocks(node, n, k, bits, number("block_size", 0), flat=flat)
     why = "" if number("transB", 1) else NO_PLACE.format("a product with W itself (transB 0)")
     codes = Codes(node.op_type, bits)
-    yield OnnxOperand(1, 0, kinds.linear(), why, stored=(n, k), codes=codes)
+    yield OnnxOperand(1, 0, einsum.linear(), why, stored=(n, k), codes=codes)
 
 
 def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -392,7 +393,7 @@ def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
         w = shape(weight)
         if w is None or len(w) < 2:
             return
-        kind: Kind = kinds.matmul_right()
+        kind: Kind = einsum.matmul_right()
         refusal, allowed = why.format(node.op_type), False
         if "Conv" in node.op_type:
             (conv,) = _conv(node, lambda slot: shape(weight if slot == 1 else slot))
@@ -415,7 +416,7 @@ def _inside(*slots: int, kind: Kind | None = None) -> Uses:
             if kind is not None:
                 yield OnnxOperand(slot, 0, kind)
             else:
-                yield OnnxOperand(slot, 0, kinds.matmul_right(), why, codes=codes)
+                yield OnnxOperand(slot, 0, einsum.matmul_right(), why, codes=codes)
 
     return uses
 

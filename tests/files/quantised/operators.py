@@ -21,7 +21,8 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.files.quantised.base import FLOAT8, checked, shaped, wrong
 from lora_fx.files.quantised.onnx import BITS, zeros_of
-from lora_fx.ir.quantised import FP4, NF4, Quantised, unpacked
+from lora_fx.ir.bit_packing import unpacked
+from lora_fx.ir.quantised import FP4, NF4, Quantised
 
 QUANT_TYPES = (FP4, NF4)
 """The levels of MatMulBnb4, at the number of its quant_type."""
