@@ -34,14 +34,16 @@ class Conv:
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """The site's own convolution to g·rank channels, then a 1×1 one with b."""
-        g, window = self.groups, site.operand[1:]
+        channels, *window = site.operand
+        ones = (1,) * (len(window) - 1)
         a = e.op("reshape", f.a, shape=(FREE, *window))
-        b = e.op("reshape", f.b, shape=(site.operand[0], FREE, *(1 for _ in window[1:])))
-        return e.op("conv", e.like(site, x, a), b, groups=g)
+        b = e.op("reshape", f.b, shape=(channels, FREE, *ones))
+        return e.op("conv", e.like(site, x, a), b, groups=self.groups)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """The axis of the channels, before those of the size."""
-        return (out, *(1 for _ in site.operand[2:]))
+        ones = (1,) * len(site.operand[2:])
+        return (out, *ones)
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,11 @@ class ConvTranspose(Apart):
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """A 1×1 convolution with a to g·rank channels, then the site's own op with b."""
-        g, window = self.groups, site.operand[1:]
-        ones = tuple(1 for _ in window[1:])
-        a = e.op("reshape", f.a, shape=(FREE, site.operand[0] // g, *ones))
+        channels, *window = site.operand
+        ones = (1,) * (len(window) - 1)
+        a = e.op("reshape", f.a, shape=(FREE, channels // self.groups, *ones))
+
         swap = (0, 2, 1) if f.layout.batch_shape else (1, 0)
-        b = e.op("reshape", e.op("transpose", f.b, perm=swap), shape=(FREE, *window))
-        return e.like(site, e.op("conv", x, a, groups=g), b)
-
-
-DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
+        b_transposed = e.op("transpose", f.b, perm=swap)
+        b = e.op("reshape", b_transposed, shape=(FREE, *window))
+        return e.like(site, e.op("conv", x, a, groups=self.groups), b)

@@ -10,6 +10,15 @@ from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
 from lora_fx.ir.kinds import FREE, WeightForm, swap_last
 
 
+Shape = tuple[Any, ...]
+"""Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+RANK_LETTERS = "zuvabcdefghijklmnopqrstwxy"
+"""Letters for the rank, in the order in which they are tried."""
+VECTOR = "the weight has one dimension"
+
+
 @dataclass(frozen=True)
 class Einsum:
     """A contraction of an activation with one weight: x, w → y in einsum letters.
@@ -37,12 +46,18 @@ class Einsum:
         """
         batch: list[int] = []
         out: list[int] = []
-        in_: list[int] = []
-        for i, c in enumerate(self.w):
-            (out if c not in self.x else batch if c in self.y else in_).append(i)
-        in_.sort(key=lambda i: self.x.index(self.w[i]))
-        out.sort(key=lambda i: self.y.find(self.w[i]))
-        return Axes(tuple(batch), tuple(out), tuple(in_))
+        contracted: list[int] = []
+        for axis, letter in enumerate(self.w):
+            if letter not in self.x:
+                out.append(axis)
+            elif letter in self.y:
+                batch.append(axis)
+            else:
+                contracted.append(axis)
+
+        contracted.sort(key=lambda axis: self.x.index(self.w[axis]))
+        out.sort(key=lambda axis: self.y.find(self.w[axis]))
+        return Axes(tuple(batch), tuple(out), tuple(contracted))
 
     def apply(self, e: Emitter[V], site: Site, x: V, w: V) -> V:
         """One einsum."""
@@ -50,33 +65,50 @@ class Einsum:
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """Right: (x aᵀ) bᵀ; left: b (a x); else two einsums through a letter for the rank."""
-        axes = self.axes(site.operand)
         if self.form == "left":
             return e.op("matmul", f.b, e.op("matmul", f.a, x))
         if self.form == "right":
-            swap = swap_last(len(axes.batch))
-            t = e.op("matmul", x, e.op("transpose", f.a, perm=swap))
-            return e.op("matmul", t, e.op("transpose", f.b, perm=swap))
-        # a letter that the equation does not use stands for the rank
-        rank = next(c for c in "zuvabcdefghijklmnopqrstwxy" if c not in self.x + self.w + self.y)
-        sizes = dict(zip(self.w, site.operand, strict=True))
-        batch, out, in_ = ("".join(self.w[i] for i in p) for p in (axes.batch, axes.out, axes.in_))
-        free = "".join(c for c in self.x if c not in in_)
-        lead = tuple(sizes[c] for c in batch)
-        a = e.op("reshape", f.a, shape=(*lead, FREE, *(sizes[c] for c in in_)))
-        b = e.op("reshape", f.b, shape=(*lead, *(sizes[c] for c in out), FREE))
-        t = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{in_}->{free}{rank}")
-        return e.op("einsum", t, b, equation=f"{free}{rank},{batch}{out}{rank}->{self.y}")
+            swap = swap_last(len(self.axes(site.operand).batch))
+            hidden = e.op("matmul", x, e.op("transpose", f.a, perm=swap))
+            return e.op("matmul", hidden, e.op("transpose", f.b, perm=swap))
+        return self._branch_of_einsums(e, site, x, f)
+
+    def _branch_of_einsums(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
+        """The branch in letters: x with a [batch, rank, in], and that with b [batch, out, rank]."""
+        axes = self.axes(site.operand)
+        batch = self._letters_of(axes.batch)
+        out = self._letters_of(axes.out)
+        contracted = self._letters_of(axes.in_)
+        uncontracted = "".join(letter for letter in self.x if letter not in contracted)
+        used = self.x + self.w + self.y
+        rank = next(letter for letter in RANK_LETTERS if letter not in used)
+
+        size = dict(zip(self.w, site.operand, strict=True))
+        batch_shape = tuple(size[letter] for letter in batch)
+        in_shape = tuple(size[letter] for letter in contracted)
+        out_shape = tuple(size[letter] for letter in out)
+        a = e.op("reshape", f.a, shape=(*batch_shape, FREE, *in_shape))
+        b = e.op("reshape", f.b, shape=(*batch_shape, *out_shape, FREE))
+
+        hidden = f"{uncontracted}{rank}"
+        a_x = e.op("einsum", x, a, equation=f"{self.x},{batch}{rank}{contracted}->{hidden}")
+        return e.op("einsum", a_x, b, equation=f"{hidden},{batch}{out}{rank}->{self.y}")
+
+    def _letters_of(self, axes: tuple[int, ...]) -> str:
+        return "".join(self.w[axis] for axis in axes)
 
     def along_out(self, site: Site, out: int) -> tuple[int, ...]:
         """The last axis of x @ W."""
-        return (out,) if self.form == "right" and len(site.operand) == 2 else ()
+        if self.form == "right" and len(site.operand) == 2:
+            return (out,)
+        return ()
 
 
 def linear(batch: str = "") -> Einsum:
     """X [..., in] with w [*batch, out, in]."""
-    x, y = (f"...{batch}ni", f"...{batch}no") if batch else ("...i", "...o")
-    return Einsum(x, f"{batch}oi", y, "right")
+    if batch:
+        return Einsum(f"...{batch}ni", f"{batch}oi", f"...{batch}no", "right")
+    return Einsum("...i", "oi", "...o", "right")
 
 
 def matmul_right(batch: str = "") -> Einsum:
@@ -91,77 +123,130 @@ def matmul_left(batch: str = "", *, vector: bool = False) -> Einsum:
     return Einsum(f"...{batch}in", f"{batch}oi", f"...{batch}on", "left")
 
 
-Shape = tuple[Any, ...]
-"""Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-VECTOR = "the weight has one dimension"
-
-
 def product(x: Shape, w: Shape, *, left: bool) -> tuple[Kind, str]:
     """The Kind of x @ w (or w @ x) from the two shapes; why it is refused, or an empty text."""
     if len(w) < 2:
         return matmul_right(), VECTOR
-    lead = w[:-2]
-    if not lead:
-        return matmul_left(vector=len(x) == 1) if left else matmul_right(), ""
-    # i, o and n name the matrix axes; LETTERS[:len] reaches i only past eight batch axes
-    batch = LETTERS[: len(lead)]
-    inner = tuple(x[-2 - len(lead) : -2])
-    # Where x does not have the batch axes of w at the same sizes, one of the two is broadcast, and
-    # only the weight form is sure to mean the same. As many matrices as data picks is a symbol.
-    fits = len(x) >= len(w) and all(
-        str(n) == str(m) != "None" for n, m in zip(inner, lead, strict=True)
-    )
-    if fits:
-        return matmul_left(batch) if left else matmul_right(batch), ""
-    n = len(lead)
-    out, in_ = (n, n + 1) if left else (n + 1, n)
-    return WeightForm("linear", Axes(tuple(range(n)), (out,), (in_,))), ""
+    if len(w) == 2:
+        if left:
+            return matmul_left(vector=len(x) == 1), ""
+        return matmul_right(), ""
+
+    n_batch = len(w) - 2
+    if _has_batch_axes(x, w):
+        # i, o and n name the matrix axes; LETTERS[:n_batch] reaches i only past eight batch axes
+        batch = LETTERS[:n_batch]
+        if left:
+            return matmul_left(batch), ""
+        return matmul_right(batch), ""
+
+    rows, columns = n_batch, n_batch + 1
+    if left:
+        axes = Axes(tuple(range(n_batch)), (rows,), (columns,))
+    else:
+        axes = Axes(tuple(range(n_batch)), (columns,), (rows,))
+    return WeightForm("linear", axes), ""
+
+
+def _has_batch_axes(x: Shape, w: Shape) -> bool:
+    """Whether x has the batch axes of w [*batch, m, n], at the same sizes.
+
+    Where it has not, one of the two is broadcast, and only the weight form is sure to mean the
+    same. A size of None is as many matrices as data picks: it equals no other.
+    """
+    if len(x) < len(w):
+        return False
+    batch_of_x = x[-len(w) : -2]
+    sizes = zip(batch_of_x, w[:-2], strict=True)
+    return all(str(size_x) == str(size_w) != "None" for size_x, size_w in sizes)
 
 
 def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
-    """The Kind of operand i of an einsum, from the letters of its operands and its result."""
-    w, y = terms[i], terms[-1]
-    others = [t for j, t in enumerate(terms[:-1]) if j != i]
-    x = "".join(others)
-    why = ""
-    if not others:
-        why = "einsum of one operand"
-    elif len(set(w)) < len(w) or any(len(set(t)) < len(t) for t in others):
-        why = "a letter stands twice in one operand"
-    elif all(c in x for c in w) and all(c in y for c in w):
-        why = "no contraction: nothing of low rank"
-    elif all(c in y for c in w) or all(c in x or c not in y for c in w):
-        met = tuple(k for k, c in enumerate(w) if c in others[0])
-        rest = tuple(k for k in range(len(w)) if k not in met)
-        if len(others) > 1 and met and rest:  # a link of a chain: what it meets first is in
-            return WeightForm("einsum", Axes((), rest, met)), ""
-        why = "one side of the weight has no axis: nothing of low rank"
-    summed = any(c not in x and c not in y for c in w)
-    if len(others) == 1 and (why or not summed):
-        return Einsum(others[0], w, y), why
-    in_ = tuple(k for k, c in enumerate(w) if c not in y)
-    batch = tuple(k for k, c in enumerate(w) if c in y and c in x)
-    out = tuple(k for k, c in enumerate(w) if c in y and c not in x)
-    return WeightForm("einsum", Axes(batch, out, in_)), why
+    """The Kind of operand i of an einsum, and why it is refused or an empty text.
+
+    Args:
+        terms: The letters of each operand, and of the result at the end.
+        i: Which of the operands is the weight.
+    """
+    w = terms[i]
+    y = terms[-1]
+    activations = [*terms[:i], *terms[i + 1 : -1]]
+    x = "".join(activations)
+
+    refusal = _refusal(w, activations, y)
+    if refusal == ONE_SIDED and len(activations) > 1:
+        link = _link_of_a_chain(w, activations[0])
+        if link is not None:
+            return link, ""
+
+    sums_alone = any(letter not in x and letter not in y for letter in w)
+    if len(activations) == 1 and (refusal or not sums_alone):
+        return Einsum(activations[0], w, y), refusal
+
+    in_ = tuple(axis for axis, letter in enumerate(w) if letter not in y)
+    batch = tuple(axis for axis, letter in enumerate(w) if letter in y and letter in x)
+    out = tuple(axis for axis, letter in enumerate(w) if letter in y and letter not in x)
+    return WeightForm("einsum", Axes(batch, out, in_)), refusal
+
+
+ONE_SIDED = "one side of the weight has no axis: nothing of low rank"
+
+
+def _refusal(w: str, activations: list[str], y: str) -> str:
+    """Why a weight of an einsum cannot be adapted, from its letters; empty where it can."""
+    if not activations:
+        return "einsum of one operand"
+    if any(len(set(term)) < len(term) for term in (w, *activations)):
+        return "a letter stands twice in one operand"
+
+    x = "".join(activations)
+    all_in_result = all(letter in y for letter in w)
+    if all_in_result and all(letter in x for letter in w):
+        return "no contraction: nothing of low rank"
+    has_no_out = all(letter in x or letter not in y for letter in w)
+    if all_in_result or has_no_out:
+        return ONE_SIDED
+    return ""
+
+
+def _link_of_a_chain(w: str, first: str) -> WeightForm | None:
+    """The weight form of a link of a chain of products: what it meets first is in."""
+    met = tuple(axis for axis, letter in enumerate(w) if letter in first)
+    unmet = tuple(axis for axis, letter in enumerate(w) if letter not in first)
+    if met and unmet:
+        return WeightForm("einsum", Axes((), unmet, met))
+    return None
 
 
 def letters(equation: str, ranks: list[int]) -> list[str]:
-    """The operands' and the result's letters, with the ellipsis spelled out."""
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    free = [c for c in LETTERS if c not in equation]
-    widths = [n - len(t.replace("...", "")) for t, n in zip(terms, ranks, strict=True)]
-    longest = max((w for t, w in zip(terms, widths, strict=True) if "..." in t), default=0)
-    dots = "".join(free[:longest])
-    spelled = [t.replace("...", dots[longest - w :]) for t, w in zip(terms, widths, strict=True)]
+    """The operands' and the result's letters, with the ellipsis spelled out.
+
+    Args:
+        equation: As einsum takes it, with or without an arrow.
+        ranks: How many axes each operand has.
+    """
+    operands, arrow, result = equation.partition("->")
+    terms = operands.split(",")
+
+    # how many axes the ellipsis of each operand stands for
+    widths = [
+        rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)
+    ]
+    widest = 0
+    for term, width in zip(terms, widths, strict=True):
+        if "..." in term:
+            widest = max(widest, width)
+    unused = [letter for letter in LETTERS if letter not in equation]
+    ellipsis = "".join(unused[:widest])
+
+    spelled = [
+        term.replace("...", ellipsis[widest - width :])
+        for term, width in zip(terms, widths, strict=True)
+    ]
     if arrow:
-        result = right.replace("...", dots)
-    else:
-        every = "".join(terms).replace(".", "")
-        result = dots + "".join(sorted(c for c in set(every) if every.count(c) == 1))
-    return [*spelled, result]
+        return [*spelled, result.replace("...", ellipsis)]
+
+    # without an arrow the result has every letter that stands once, in the alphabet's order
+    named = "".join(terms).replace(".", "")
+    singles = [letter for letter in sorted(set(named)) if named.count(letter) == 1]
+    return [*spelled, ellipsis + "".join(singles)]

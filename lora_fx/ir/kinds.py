@@ -23,8 +23,8 @@ def delta(e: Ops[V], layout: Layout, a: V, b: V, scale: float) -> V:
 
 def pad_region(e: Ops[V], value: V, region: Region, shape: tuple[int, ...]) -> V:
     """A region's value with zeros around it, in the whole stored shape."""
-    before = tuple(lo for lo, _ in region)
-    after = tuple(n - hi for n, (_, hi) in zip(shape, region, strict=True))
+    before = tuple(start for start, _ in region)
+    after = tuple(size - stop for size, (_, stop) in zip(shape, region, strict=True))
     if not any(before + after):
         return value
     return e.op("pad", value, before=before, after=after)
@@ -66,8 +66,8 @@ class Lookup(Apart):
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """aᵀ[ids] bᵀ: rows of aᵀ are looked up by the site's own op."""
-        t = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
-        return e.op("matmul", t, e.op("transpose", f.b, perm=(1, 0)))
+        rows = e.like(site, x, e.op("transpose", f.a, perm=(1, 0)))
+        return e.op("matmul", rows, e.op("transpose", f.b, perm=(1, 0)))
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,17 @@ class Grouped(Apart):
 
     def branch(self, e: Emitter[V], site: Site, x: V, f: Factors[V]) -> V:
         """The site's own op twice, with aᵀ and with bᵀ."""
-        a, b = f.a, f.b
-        if more := -f.rank % int(site.attrs.get("rank_multiple", 1)):
+        a = f.a
+        b = f.b
+        padding = -f.rank % int(site.attrs.get("rank_multiple", 1))
+        if padding:
             # the kernel wants aligned rows: ranks of zeros fill them up, and add exact zeros
-            a = e.op("pad", a, before=(0, 0, 0), after=(0, more, 0))
-            b = e.op("pad", b, before=(0, 0, 0), after=(0, 0, more))
+            a = e.op("pad", a, before=(0, 0, 0), after=(0, padding, 0))
+            b = e.op("pad", b, before=(0, 0, 0), after=(0, 0, padding))
+
         # the offsets of the groups come with the node, so both products are sorted alike
-        t = e.like(site, x, e.op("transpose", a, perm=(0, 2, 1)))
-        return e.like(site, t, e.op("transpose", b, perm=(0, 2, 1)))
+        hidden = e.like(site, x, e.op("transpose", a, perm=(0, 2, 1)))
+        return e.like(site, hidden, e.op("transpose", b, perm=(0, 2, 1)))
 
 
 @dataclass(frozen=True)
