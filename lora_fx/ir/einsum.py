@@ -9,7 +9,6 @@ from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Axes, Emitter, Factors, Kind, Site
 from lora_fx.ir.kinds import FREE, WeightForm, swap_last
 
-
 Shape = tuple[Any, ...]
 """Sizes of a tensor; one that is no whole number is symbolic, and free at run time."""
 
@@ -229,9 +228,7 @@ def letters(equation: str, ranks: list[int]) -> list[str]:
     terms = operands.split(",")
 
     # how many axes the ellipsis of each operand stands for
-    widths = [
-        rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)
-    ]
+    widths = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
     widest = 0
     for term, width in zip(terms, widths, strict=True):
         if "..." in term:

@@ -41,25 +41,43 @@ def product(b: Array, a: Array, out: Array | None = None) -> Array:
 
     `out` may be a C-contiguous array to compute in.
     """
-    (rows, rank), columns = b.shape, a.shape[1]
-    cut = rows >= ROWS and 0 < rank <= RANK and columns % _REGISTER == 0
-    single = b.dtype == a.dtype == np.float32
-    if not (cut and single and rows * columns * rank > SMALL and _small_is_fast()):
+    if not _is_cut(b, a):
         return np.matmul(b, a, out=out)
+
+    rows, rank = b.shape
+    columns = a.shape[1]
     if out is None:
         out = np.empty((rows, columns), np.float32)
-    most = SMALL // (ROWS * rank) // _COLUMNS * _COLUMNS
-    pieces = -(-columns // most)
-    step = min(most, -(-columns // (pieces * _COLUMNS)) * _COLUMNS)
-    whole = rows // ROWS * ROWS
-    above = b[:whole].reshape(-1, ROWS, rank)
-    into = out[:whole].reshape(-1, ROWS, columns)
-    for left in range(0, columns, step):
-        right = min(columns, left + step)
-        np.matmul(above, a[:, left:right], out=into[:, :, left:right])
-        if whole < rows:
-            out[whole:, left:right] = (b[-ROWS:] @ a[:, left:right])[whole - rows :]
+    stacked_rows = rows // ROWS * ROWS
+    b_pieces = b[:stacked_rows].reshape(-1, ROWS, rank)
+    out_pieces = out[:stacked_rows].reshape(-1, ROWS, columns)
+
+    width = _piece_width(rank, columns)
+    for start in range(0, columns, width):
+        piece = slice(start, min(columns, start + width))
+        np.matmul(b_pieces, a[:, piece], out=out_pieces[:, :, piece])
+        if stacked_rows < rows:  # the last rows with those before them, to make up a piece
+            last = b[-ROWS:] @ a[:, piece]
+            out[stacked_rows:, piece] = last[stacked_rows - rows :]
     return out
+
+
+def _is_cut(b: Array, a: Array) -> bool:
+    """Whether the product has the same bits in pieces, and is faster so."""
+    rows, rank = b.shape
+    columns = a.shape[1]
+    if rows < ROWS or not 0 < rank <= RANK or columns % _REGISTER:
+        return False
+    if b.dtype != np.float32 or a.dtype != np.float32:
+        return False
+    return rows * columns * rank > SMALL and _small_is_fast()
+
+
+def _piece_width(rank: int, columns: int) -> int:
+    """How many columns a piece has, so that all are small and about as wide."""
+    widest = SMALL // (ROWS * rank) // _COLUMNS * _COLUMNS
+    pieces = -(-columns // widest)
+    return min(widest, -(-columns // (pieces * _COLUMNS)) * _COLUMNS)
 
 
 @functools.cache
@@ -67,6 +85,6 @@ def _small_is_fast() -> bool:
     """True where every BLAS that is loaded has the kernels that this is about."""
     from threadpoolctl import threadpool_info
 
-    blas = [x for x in threadpool_info() if x["user_api"] == "blas"]
-    kinds = {(x["internal_api"], x.get("architecture")) for x in blas}
-    return kinds == {_KERNELS}
+    libraries = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    kernels = {(library["internal_api"], library.get("architecture")) for library in libraries}
+    return kernels == {_KERNELS}

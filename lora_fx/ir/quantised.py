@@ -67,8 +67,8 @@ class Quantised:
         else:
             weight = codes.astype(np.float32)
         if self.zero is not None and self.levels is None:
-            self._each(np.subtract, weight, self.zero, rows)
-        self._each(np.multiply, weight, self.scale, rows)
+            self._apply_by_block(np.subtract, weight, self.zero, rows)
+        self._apply_by_block(np.multiply, weight, self.scale, rows)
         if self.unit != 1:
             weight *= np.float32(self.unit)
         if self.order is not None:
@@ -80,103 +80,141 @@ class Quantised:
         scaled = np.array(weight, np.float32) / np.float32(self.unit)
         if self.order is not None:
             scaled = np.ascontiguousarray(scaled[:, self.order])
-        every = slice(None)
-        self._each(np.divide, scaled, np.where(self.scale == 0, 1, self.scale), every)
-        kind = self.codes.dtype
+        divisor = np.where(self.scale == 0, 1, self.scale)
+        self._apply_by_block(np.divide, scaled, divisor, slice(None))
+
         if self.levels is not None:
-            order = np.argsort(self.levels, kind="stable")
-            levels = self.levels.astype(np.float32)[order]
-            places = np.zeros(scaled.shape, np.uint8)
-            for middle in (levels[1:] + levels[:-1]) / 2:  # a tenth of the time of searchsorted
-                np.add(places, scaled > middle, out=places)
-            found = np.take(order.astype(np.uint8), places)
-            if not np.diff(levels).all():  # 0 and -0: the one that is there stays
-                same = np.take(self.levels, found) == np.take(self.levels, self.codes)
-                found = np.where(same, self.codes, found)
-            return replace(self, codes=found)
-        if kind.kind not in "iu":
-            halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
-            # seven bits of the mantissa, the last also for what follows, round as all of it
-            upper = halves[..., 1] | (halves[..., 0] != 0)
-            return replace(self, codes=np.take(_narrowed(kind), upper))
+            return replace(self, codes=self._nearest_levels(scaled, self.levels))
+        if self.codes.dtype.kind not in "iu":
+            return replace(self, codes=_nearest_narrow_floats(scaled, self.codes.dtype))
         if self.zero is not None:
-            self._each(np.add, scaled, self.zero, every)
-        low = 0 if kind.kind == "u" else -(2 ** (bits - 1))
-        codes = np.clip(np.rint(scaled, out=scaled), low, low + 2**bits - 1, out=scaled)
-        return replace(self, codes=codes.astype(kind))
+            self._apply_by_block(np.add, scaled, self.zero, slice(None))
+        return replace(self, codes=self._nearest_integers(scaled, bits))
+
+    def _nearest_levels(self, scaled: Array, levels: Array) -> Array:
+        """The places in `levels` of what is nearest to the scaled weight."""
+        order = np.argsort(levels, kind="stable")
+        ascending = levels.astype(np.float32)[order]
+        places = np.zeros(scaled.shape, np.uint8)
+        for middle in (ascending[1:] + ascending[:-1]) / 2:  # a tenth of the time of searchsorted
+            np.add(places, scaled > middle, out=places)
+        codes = np.take(order.astype(np.uint8), places)
+
+        if np.diff(ascending).all():
+            return codes
+        # 0 and -0 are both levels: a code that already stands for the value stays
+        unchanged = np.take(levels, codes) == np.take(levels, self.codes)
+        return np.where(unchanged, self.codes, codes)
+
+    def _nearest_integers(self, scaled: Array, bits: int) -> Array:
+        """The scaled weight, which is overwritten, rounded to the integers of so many bits."""
+        lowest = 0
+        if self.codes.dtype.kind != "u":
+            lowest = -(2 ** (bits - 1))
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, lowest, lowest + 2**bits - 1, out=scaled)
+        return scaled.astype(self.codes.dtype)
 
     def rescaled(
         self, stored: Array, weight: Array, delta: Array, rule: Callable[[Array], Array]
     ) -> Array:
-        """Scales as a file has them, new ones for the blocks that an update changes.
+        """Scales as a file has them, computed anew for the blocks that an update changes.
 
         Args:
             stored: The scales before, [blocks of the two axes].
-            weight: The new values, [rows, columns].
-            delta: How much of them is new.
+            weight: The updated values, [rows, columns].
+            delta: What the update added to them.
             rule: Largest value of a block, fp32 → its scale as a file has it.
         """
-        moved = np.count_nonzero(delta) == delta.size or self._largest(delta) > 0
-        largest = self._largest(weight)
-        new = rule(np.where(largest > 0, largest, 1)).astype(stored.dtype).reshape(stored.shape)
-        return np.where((moved & (largest > 0)).reshape(stored.shape), new, stored)
+        largest = self._largest_by_block(weight)
+        changed = largest > 0
+        if np.count_nonzero(delta) < delta.size:
+            changed &= self._largest_by_block(delta) > 0
 
-    def _largest(self, weight: Array) -> Array:
-        """Of |values| in each block of rows and columns."""
-        (rows, columns), (high, wide) = weight.shape, self.block
-        pads = [(0, -rows % high), (0, -columns % wide)]
-        whole = np.pad(np.abs(weight), pads) if any(p[1] for p in pads) else np.abs(weight)
-        blocks = whole.reshape(len(whole), whole.shape[1] // wide, wide)
+        scales = rule(np.where(largest > 0, largest, 1)).astype(stored.dtype)
+        return np.where(changed.reshape(stored.shape), scales.reshape(stored.shape), stored)
+
+    def _largest_by_block(self, weight: Array) -> Array:
+        """The largest |value| in each block of rows and columns."""
+        n_rows, n_columns = weight.shape
+        block_rows, block_columns = self.block
+        magnitudes = np.abs(weight)
+        row_padding = -n_rows % block_rows
+        column_padding = -n_columns % block_columns
+        if row_padding or column_padding:
+            magnitudes = np.pad(magnitudes, [(0, row_padding), (0, column_padding)])
+
+        rows, columns = magnitudes.shape
+        blocks = magnitudes.reshape(rows, columns // block_columns, block_columns)
         while blocks.shape[2] % 2 == 0:  # halves: numpy is slow along short axes
             half = blocks.shape[2] // 2
             blocks = np.maximum(blocks[..., :half], blocks[..., half:])
-        rows = blocks.max(2)
-        return np.asarray(rows.reshape(len(rows) // high, high, -1).max(1))
+        largest_of_rows = blocks.max(2)
+        return np.asarray(largest_of_rows.reshape(rows // block_rows, block_rows, -1).max(1))
 
     def in_place(self) -> Array:
         """The codes in the order of the weight's columns."""
-        return self.codes if self.order is None else self.codes[:, np.argsort(self.order)]
+        if self.order is None:
+            return self.codes
+        return self.codes[:, np.argsort(self.order)]
 
     def cut(self, rows: slice) -> Quantised:
         """Some of its rows, which begin and end where blocks do."""
-        low, high = rows.start, min(rows.stop, len(self.codes))
-        width = math.prod(self.shape[1:]) if self.flat else 1
-        first, last = low * width // self.block[0], -(-high * width // self.block[0])
-        single = self.block[0] >= len(self.codes) and not self.flat
-        some = slice(None) if single else slice(first, last)
-        zero = None if self.zero is None else self.zero[some]
-        block = (high - low, *self.block[1:]) if single else self.block
-        return replace(
-            self, codes=self.codes[low:high], scale=self.scale[some], zero=zero, block=block
-        )
+        start = rows.start
+        stop = min(rows.stop, len(self.codes))
+        codes = self.codes[start:stop]
+        if self.block[0] >= len(self.codes) and not self.flat:
+            return replace(self, codes=codes, block=(stop - start, *self.block[1:]))
 
-    def _each(self, op: np.ufunc, weight: Array, value: Array, rows: slice) -> None:
-        """Some rows of the weight, changed in place by a number a block."""
+        elements_of_row = math.prod(self.shape[1:]) if self.flat else 1
+        first_block = start * elements_of_row // self.block[0]
+        end_block = -(-stop * elements_of_row // self.block[0])
+        blocks = slice(first_block, end_block)
+        zero = self.zero
+        if zero is not None:
+            zero = zero[blocks]
+        return replace(self, codes=codes, scale=self.scale[blocks], zero=zero)
+
+    def _apply_by_block(self, op: np.ufunc, weight: Array, value: Array, rows: slice) -> None:
+        """Change some rows of the weight in place by a number a block, which `op` takes second."""
         start, stop, _ = rows.indices(self.shape[0])
         value = value.astype(np.float32)
         if self.flat:
-            width, block = math.prod(self.shape[1:]), self.block[0]
-            first, last = start * width, stop * width
-            low = first // block
-            value = value[low : -(-last // block)]
-            if first % block or last % block:
-                flat, value = weight.reshape(-1), np.repeat(value, block)
-                op(flat, value[first - low * block : last - low * block], out=flat)
-            else:
-                blocks = weight.reshape(-1, block)
-                op(blocks, value[:, None], out=blocks)
+            self._apply_by_flat_block(op, weight, value, start, stop)
             return
+
+        last_axis = len(self.shape) - 1
         for axis, (size, block) in enumerate(zip(self.shape, self.block, strict=True)):
             if axis == 0:
-                picked = np.arange(start, stop) // block
-                value = value[picked] if block < size or start else value
-            elif 1 < block < size and axis == len(self.shape) - 1 and not size % block:
-                blocks = weight.reshape(*weight.shape[:-1], size // block, block)
-                op(blocks, value[..., None], out=blocks)
-                return
+                if block < size or start:
+                    value = value[np.arange(start, stop) // block]
             elif 1 < block < size:
+                if axis == last_axis and size % block == 0:
+                    blocks = weight.reshape(*weight.shape[:-1], size // block, block)
+                    op(blocks, value[..., None], out=blocks)
+                    return
                 value = np.take(value, np.arange(size) // block, axis)
         op(weight, value, out=weight)
+
+    def _apply_by_flat_block(
+        self, op: np.ufunc, weight: Array, value: Array, start: int, stop: int
+    ) -> None:
+        """The same for blocks that go on from row to row: rows from start up to stop."""
+        elements_of_row = math.prod(self.shape[1:])
+        block = self.block[0]
+        first = start * elements_of_row
+        end = stop * elements_of_row
+        first_block = first // block
+        value = value[first_block : -(-end // block)]
+        if first % block == 0 and end % block == 0:
+            blocks = weight.reshape(-1, block)
+            op(blocks, value[:, None], out=blocks)
+            return
+
+        # the rows begin or end inside a block: one number an element
+        elements = weight.reshape(-1)
+        skipped = first_block * block
+        op(elements, np.repeat(value, block)[first - skipped : end - skipped], out=elements)
 
 
 @dataclass(frozen=True)
@@ -198,8 +236,11 @@ class ZeroPoints:
 
     def same(self, other: ZeroPoints) -> bool:
         """True where both stand for the same numbers."""
-        equal = np.array_equal(self.scale, other.scale) and np.array_equal(self.zero, other.zero)
-        return equal and self.block == other.block
+        return (
+            self.block == other.block
+            and np.array_equal(self.scale, other.scale)
+            and np.array_equal(self.zero, other.zero)
+        )
 
     def moved(self, delta: Array) -> Array:
         """The zeros of W + Δ, Δ [rows, blocks], in the dtype of the scales.
@@ -207,14 +248,15 @@ class ZeroPoints:
         They are infinite where Δ is not 0 and the scale is.
         """
         scale = self.scale.astype(np.float64)
+        zero = self.zero.astype(np.float64)
         with np.errstate(divide="ignore", over="ignore"):
-            step = np.divide(delta, scale, out=np.zeros(delta.shape), where=delta != 0)
-            return np.asarray((self.zero.astype(np.float64) - step).astype(self.scale.dtype))
+            steps = np.divide(delta, scale, out=np.zeros(delta.shape), where=delta != 0)
+            return np.asarray((zero - steps).astype(self.scale.dtype))
 
     def change(self, zero: Array) -> Array:
         """What other zeros add to the weight, [rows, blocks] in fp64."""
-        wide = (self.zero.astype(np.float64) - zero.astype(np.float64)) * self.scale
-        return np.asarray(wide, np.float64)
+        steps = self.zero.astype(np.float64) - zero.astype(np.float64)
+        return np.asarray(steps * self.scale, np.float64)
 
 
 def no_fold(kind: str) -> str:
@@ -230,16 +272,26 @@ def blocks_in(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]
     """
     if len(block) == 1 and len(shape) > 1:
         return (-(-math.prod(shape) // block[0]),)
-    return tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
+    return tuple(-(-size // length) for size, length in zip(shape, block, strict=True))
+
+
+def _nearest_narrow_floats(scaled: Array, dtype: NumpyDtype) -> Array:
+    """The scaled weight in a float dtype of 8 bits."""
+    halves = np.ascontiguousarray(scaled, "<f4").view("<u2").reshape(*scaled.shape, 2)
+    lower = halves[..., 0]
+    upper = halves[..., 1]
+    # seven bits of the mantissa, the last also for what follows, round as all of it
+    return np.take(_narrow_floats(dtype), upper | (lower != 0))
 
 
 @functools.cache
-def _narrowed(dtype: NumpyDtype) -> Array:
+def _narrow_floats(dtype: NumpyDtype) -> Array:
     """The code of every float of 16 bits, the upper half of one of 32, in a dtype of 8 bits."""
     with np.errstate(all="ignore"):
-        every = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
-        top = float(finfo(dtype).max)
-        return np.clip(every, -top, top).astype(dtype)
+        upper_halves = np.arange(1 << 16, dtype=np.uint32)
+        floats = (upper_halves << 16).view(np.float32)
+        largest = float(finfo(dtype).max)
+        return np.clip(floats, -largest, largest).astype(dtype)
 
 
 NF4 = np.array(
@@ -253,8 +305,8 @@ NF4 = np.array(
 )  # fmt: skip
 """The 16 levels of NormalFloat (Dettmers and others, 2023, QLoRA, appendix E)."""
 
-_HALF = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
-FP4 = (np.array([*_HALF, *(-x for x in _HALF)]) / 12 + 0.0).astype(np.float32)
+_TWELFTHS = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3])
+FP4 = (np.concatenate([_TWELFTHS, -_TWELFTHS]) / 12 + 0.0).astype(np.float32)
 """The levels of bitsandbytes' floats of 4 bits, whose second zero is 0 and not -0."""
 
 
@@ -265,22 +317,38 @@ def quantise(weight: Array, kind: str) -> Quantised:
         weight: Finite numbers.
         kind: nf4 (blocks of 64 along the flattened weight), int4 or int8 (blocks of 32 of a row).
     """
-    w = np.asarray(weight, np.float32)
+    weight = np.asarray(weight, np.float32)
     if kind == "nf4":
-        flat = np.pad(w.reshape(-1), (0, -w.size % 64)).reshape(-1, 64)
-        scale = np.abs(flat).max(1)
-        unit = flat / np.where(scale, scale, 1)[:, None]
-        middle = (NF4[1:] + NF4[:-1]) / 2
-        codes = np.searchsorted(middle, unit).astype(np.uint8)
-        return Quantised(codes.reshape(-1)[: w.size].reshape(w.shape), scale, None, (64,), NF4)
-    bits = {"int4": 4, "int8": 8}[kind]
+        return _in_normal_floats(weight)
+    return _in_integers(weight, {"int4": 4, "int8": 8}[kind])
+
+
+def _in_normal_floats(weight: Array) -> Quantised:
+    """A matrix as NF4 codes, in blocks of 64 along the flattened weight."""
+    padding = -weight.size % 64
+    blocks = np.pad(weight.reshape(-1), (0, padding)).reshape(-1, 64)
+    scale = np.abs(blocks).max(1)
+    in_units = blocks / np.where(scale, scale, 1)[:, None]
+
+    middles = (NF4[1:] + NF4[:-1]) / 2
+    codes = np.searchsorted(middles, in_units).astype(np.uint8)
+    codes = codes.reshape(-1)[: weight.size].reshape(weight.shape)
+    return Quantised(codes, scale, None, (64,), NF4)
+
+
+def _in_integers(weight: Array, bits: int) -> Quantised:
+    """A matrix as unsigned codes around a zero in their middle, in blocks of 32 of a row."""
+    rows, columns = weight.shape
     middle_code = 2 ** (bits - 1)
-    blocks = np.pad(w, ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(2)[..., None], 2)[..., 0]
+    blocks = np.pad(weight, ((0, 0), (0, -columns % 32))).reshape(rows, -1, 32)
+    places = np.abs(blocks).argmax(2)[..., None]
+    largest = np.take_along_axis(blocks, places, 2)[..., 0]
+
     # the end of the codes that is one longer, -2^(bits-1), is the largest value's: as llama.cpp
     # and ONNX Runtime's quantiser do, it keeps one code more in use
     scale = (largest / -middle_code).astype(np.float32)
     steps = np.rint(blocks / np.where(scale, scale, 1)[..., None])
-    codes = np.clip(steps, -middle_code, middle_code - 1) + middle_code
-    codes = codes.astype(np.uint8).reshape(len(w), -1)[:, : w.shape[1]]
-    return Quantised(codes, scale, np.full(scale.shape, middle_code, np.uint8), (1, 32))
+    shifted = np.clip(steps, -middle_code, middle_code - 1) + middle_code
+    codes = shifted.astype(np.uint8).reshape(rows, -1)[:, :columns]
+    zero = np.full(scale.shape, middle_code, np.uint8)
+    return Quantised(codes, scale, zero, (1, 32))
