@@ -150,7 +150,8 @@ class Analysed:
 
     def changed(self) -> None:
         """Drop every analysis: whoever edits the graph says so here."""
-        self._kept, self._named = {}, {}
+        self._kept = {}
+        self._named = {}
 
     def share(self, named: dict[str, object]) -> None:
         """Keep what holds by name in this dictionary, which graphs of the same nodes share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.view import Opaque, Region, Tracked
@@ -30,17 +31,20 @@ class Layout:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Sizes of the batch axes; empty for a plain matrix."""
-        return tuple(self.shape[i] for i in self.batch)
+        return self._sizes(self.batch)
 
     @property
     def out_size(self) -> int:
         """Rows of one matrix: the product of its out axes."""
-        return math.prod(self.shape[i] for i in self.out)
+        return math.prod(self._sizes(self.out))
 
     @property
     def in_size(self) -> int:
         """Columns of one matrix: the product of its in axes."""
-        return math.prod(self.shape[i] for i in self.in_)
+        return math.prod(self._sizes(self.in_))
+
+    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
 
     @property
     def max_rank(self) -> int:
@@ -53,7 +57,9 @@ class Layout:
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a, [*batch, rank, in], and of b, [*batch, out, rank]."""
-        return (*self.batch_shape, rank, self.in_size), (*self.batch_shape, self.out_size, rank)
+        a_shape = (*self.batch_shape, rank, self.in_size)
+        b_shape = (*self.batch_shape, self.out_size, rank)
+        return a_shape, b_shape
 
     def transposed(self) -> Layout:
         """The layout of a use that reads the tensor the other way round."""
@@ -66,64 +72,82 @@ class Layout:
             bounds: Half-open, per stored axis of this layout.
         """
         shape = list(self.shape)
-        for axes, (lo, hi), n in zip(self.split(), bounds, self.stored, strict=True):
-            if (lo, hi) != (0, n):
-                if len(axes) != 1 or not 0 <= lo < hi <= n:
-                    return None
-                shape[axes[0]] = hi - lo
-        stored = tuple(hi - lo for lo, hi in bounds)
+        for axes, (start, stop), size in zip(self.split(), bounds, self.stored, strict=True):
+            if (start, stop) == (0, size):
+                continue
+            if len(axes) != 1 or not 0 <= start < stop <= size:
+                return None
+            shape[axes[0]] = stop - start
+        stored = tuple(stop - start for start, stop in bounds)
         return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
         """Where a part that `narrow` allows begins, per axis of `shape`."""
-        first = {axes[0]: lo for axes, (lo, _) in zip(self.split(), bounds, strict=True) if axes}
-        return tuple(first.get(axis, 0) for axis in range(len(self.shape)))
+        starts = [0] * len(self.shape)
+        for axes, (start, _) in zip(self.split(), bounds, strict=True):
+            if axes:
+                starts[axes[0]] = start
+        return tuple(starts)
 
     def split(self) -> list[range]:
         """The axes of `shape` that each stored axis is split into."""
-        result, at = [], 0
-        for n in self.stored:
-            first = at
-            while at < len(self.shape) and (at == first or math.prod(self.shape[first:at]) < n):
-                at += 1
-            result.append(range(first, at))
-        return result
+        groups = []
+        stop = 0
+        for size in self.stored:
+            start = stop
+            stop = min(start + 1, len(self.shape))
+            while stop < len(self.shape) and math.prod(self.shape[start:stop]) < size:
+                stop += 1
+            groups.append(range(start, stop))
+        return groups
 
-    def _matrix(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """The axes of `shape` as [*batch, out, in] has them, their sizes, and its own shape."""
-        order = self.batch + self.out + self.in_
-        whole = (*self.batch_shape, self.out_size, self.in_size)
-        return order, tuple(self.shape[i] for i in order), whole
+    @property
+    def _matrix_axes(self) -> tuple[int, ...]:
+        """The axes of `shape` in the order of [*batch, out, in]."""
+        return self.batch + self.out + self.in_
+
+    @property
+    def _matrix_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, self.out_size, self.in_size)
 
     def from_stored(self, e: Ops[V], value: V) -> V:
         """Bring a value from the stored shape to [*batch, out, in], in any IR."""
-        order, split, whole = self._matrix()
-        value = _reshaped(e, value, self.stored, self.shape)
-        return _reshaped(e, _permuted(e, value, order), split, whole)
+        axes = self._matrix_axes
+        split = _reshaped(e, value, self.stored, self.shape)
+        permuted = _permuted(e, split, axes)
+        return _reshaped(e, permuted, self._sizes(axes), self._matrix_shape)
 
     def to_stored(self, e: Ops[V], delta: V) -> V:
         """Bring a value from [*batch, out, in] to the stored shape, in any IR."""
-        order, split, whole = self._matrix()
-        inverse = tuple(order.index(i) for i in range(len(order)))
-        delta = _permuted(e, _reshaped(e, delta, whole, split), inverse)
-        return _reshaped(e, delta, self.shape, self.stored)
+        axes = self._matrix_axes
+        inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+        split = _reshaped(e, delta, self._matrix_shape, self._sizes(axes))
+        permuted = _permuted(e, split, inverse)
+        return _reshaped(e, permuted, self.shape, self.stored)
 
     def to_json(self) -> dict[str, list[int]]:
         """The five fields as plain lists, for manifests and file headers."""
-        return {k: list(getattr(self, k)) for k in ("shape", "batch", "out", "in_", "stored")}
+        names = ("shape", "batch", "out", "in_", "stored")
+        return {name: list(getattr(self, name)) for name in names}
 
     @classmethod
     def from_json(cls, data: dict[str, list[int]]) -> Layout:
         """The Layout that `to_json` wrote."""
-        return cls(**{k: tuple(v) for k, v in data.items()})
+        return cls(**{name: tuple(axes) for name, axes in data.items()})
 
 
-def _reshaped(e: Ops[V], value: V, have: tuple[int, ...], want: tuple[int, ...]) -> V:
-    return value if have == want else e.op("reshape", value, shape=want)
+def _reshaped(e: Ops[V], value: V, before: tuple[int, ...], shape: tuple[int, ...]) -> V:
+    """The value under another shape; itself where that is the shape before."""
+    if before == shape:
+        return value
+    return e.op("reshape", value, shape=shape)
 
 
 def _permuted(e: Ops[V], value: V, perm: tuple[int, ...]) -> V:
-    return value if perm == tuple(range(len(perm))) else e.op("transpose", value, perm=perm)
+    """The value with its axes permuted; itself where they stay in their order."""
+    if perm == tuple(range(len(perm))):
+        return value
+    return e.op("transpose", value, perm=perm)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
@@ -142,30 +166,63 @@ def layout_of(
     Raises:
         Opaque: An operand axis is read by no part.
     """
-    parts = [[a for axis in axes for a in tracked.axes[axis]] for axes in (batch, out, in_)]
     # A size of 1 says nothing about the order of axes, and two uses may place it differently.
-    parts = [[a for a in part if tracked.size[a] != 1] for part in parts]
-    place = {a: (p, i) for p, part in enumerate(parts) for i, a in enumerate(part)}
-    runs: list[tuple[int, list[int]]] = []  # (part, atoms), in stored order
-    for row in tracked.stored:
-        fresh = True
-        for atom in (a for a in row if tracked.size[a] != 1):
-            if atom not in place:
-                raise Opaque("a stored axis is not read")
-            part, i = place[atom]
-            if part and not fresh and place[runs[-1][1][-1]] == (part, i - 1):
-                runs[-1][1].append(atom)
-            else:
-                runs.append((part, [atom]))
-            fresh = False
-        if fresh:  # an axis of size 1: keep it, as out if out is empty, else as in
-            runs.append((-1, []))
-    sides = [[i for i, (p, _) in enumerate(runs) if p == part] for part in range(3)]
-    for side in sides:
-        side.sort(key=lambda i: place[runs[i][1][0]])
-    for i, (part, _) in enumerate(runs):
-        if part < 0:
-            sides[1 if not sides[1] else 2].append(i)
-    shape = tuple(math.prod(tracked.size[a] for a in atoms) for _, atoms in runs)
-    stored = tuple(hi - lo for lo, hi in tracked.region)
-    return Layout(shape, tuple(sides[0]), tuple(sides[1]), tuple(sides[2]), stored)
+    place = {}
+    for side, axes in enumerate((batch, out, in_)):
+        for position, atom in enumerate(_large_atoms(tracked, axes)):
+            place[atom] = _Place(side, position)
+
+    runs: list[list[int]] = []
+    for atoms in tracked.stored:
+        large = [atom for atom in atoms if tracked.size[atom] != 1]
+        if any(atom not in place for atom in large):
+            raise Opaque("a stored axis is not read")
+        runs += _runs(large, place)
+
+    sides: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for axis, run in enumerate(runs):
+        if run:
+            sides[place[run[0]].side].append(axis)
+    for axes_of_side in sides:
+        axes_of_side.sort(key=lambda axis: place[runs[axis][0]].position)
+    batch_axes, out_axes, in_axes = sides
+    for axis, run in enumerate(runs):
+        if not run:  # a stored axis of size 1 is out if there is no out yet, else in
+            target_side = in_axes if out_axes else out_axes
+            target_side.append(axis)
+
+    shape = tuple(math.prod(tracked.size[atom] for atom in run) for run in runs)
+    stored = tuple(stop - start for start, stop in tracked.region)
+    return Layout(shape, tuple(batch_axes), tuple(out_axes), tuple(in_axes), stored)
+
+
+class _Place(NamedTuple):
+    """Where an atom lies in [*batch, out, in]."""
+
+    side: int  # 0 batch, 1 out, 2 in
+    position: int  # among the atoms of that side
+
+
+def _large_atoms(tracked: Tracked, axes: tuple[int, ...]) -> list[int]:
+    """The atoms of some axes of the operand, in their order, without those of size 1."""
+    atoms: list[int] = []
+    for axis in axes:
+        atoms += [atom for atom in tracked.axes[axis] if tracked.size[atom] != 1]
+    return atoms
+
+
+def _runs(atoms: list[int], place: dict[int, _Place]) -> list[list[int]]:
+    """The atoms of one stored axis in runs; one empty run for an axis of size 1.
+
+    Atoms are joined that follow each other in out or in too. Batch axes stay as they are split.
+    """
+    if not atoms:
+        return [[]]
+    runs: list[list[int]] = []
+    for atom in atoms:
+        side, position = place[atom]
+        if runs and side > 0 and place[runs[-1][-1]] == (side, position - 1):
+            runs[-1].append(atom)
+        else:
+            runs.append([atom])
+    return runs

@@ -20,7 +20,9 @@ def _slice(x: Array, axis: int, start: int, stop: int) -> Array:
 
 def _beside(x: Array, y: Array | float) -> Array:
     """The second operand of x; a number takes the dtype of x."""
-    return np.asarray(y, x.dtype) if isinstance(y, (int, float)) else y
+    if isinstance(y, (int, float)):
+        return np.asarray(y, x.dtype)
+    return y
 
 
 PRIMS: Mapping[str, Callable[..., object]] = {

@@ -92,12 +92,18 @@ class View:
     @property
     def picked(self) -> int | None:
         """The axis of the operand along which data picks; -1 where it is cut up, None for none."""
-        axis = None
+        axis: int | None = None
         for step in self.steps:
             if isinstance(step, Gather):
-                axis = step.axis if axis is None else -1
-            elif axis not in (None, -1) and not isinstance(step, Cast):
-                axis = step.perm.index(axis) if isinstance(step, Permute) else -1
+                if axis is not None:
+                    return -1
+                axis = step.axis
+            elif axis is None or isinstance(step, Cast):
+                continue
+            elif isinstance(step, Permute):
+                axis = step.perm.index(axis)
+            else:
+                return -1
         return axis
 
 
@@ -115,49 +121,64 @@ class Tracked:
     size: dict[int, int]
 
     def regroup(self, shape: tuple[int, ...]) -> None:
-        """Follow a reshape: the same atoms, and parts of them, make up other axes."""
+        """Follow a reshape: the same atoms, and pieces of them, make up other axes."""
         # Axes of size 1 hold nothing, and could belong to either neighbour: they are left out.
-        queue = [atom for axis in self.axes for atom in axis if self.size[atom] != 1]
-        self.axes = []
-        for want in shape:
-            group: list[int] = []
-            while want > 1:
-                if not queue:
-                    raise Opaque("reshape to more elements")
-                atom = queue.pop(0)
-                have = self.size[atom]
-                if have > want:  # split it: the rest belongs to the next axis
-                    if have % want:
-                        raise Opaque("reshape across stored axes")
-                    minor = max(self.size) + 1
-                    self.size[atom], self.size[minor] = want, have // want
-                    home = next(row for row in self.stored if atom in row)
-                    home.insert(home.index(atom) + 1, minor)
-                    queue.insert(0, minor)
-                    have = want
-                if want % have:
-                    raise Opaque("reshape across stored axes")
-                want //= have
-                group.append(atom)
-            self.axes.append(group)
+        queue: list[int] = []
+        for axis in self.axes:
+            queue += [atom for atom in axis if self.size[atom] != 1]
+
+        self.axes = [self._next_atoms(queue, size) for size in shape]
         if queue:
             raise Opaque("reshape to fewer elements")
 
+    def _next_atoms(self, queue: list[int], size: int) -> list[int]:
+        """Take the atoms of an axis of this size from the queue; the last one may be split."""
+        atoms: list[int] = []
+        missing = size
+        while missing > 1:
+            if not queue:
+                raise Opaque("reshape to more elements")
+            atom = queue.pop(0)
+            if self.size[atom] > missing:
+                queue.insert(0, self._split(atom, missing))
+            if missing % self.size[atom]:
+                raise Opaque("reshape across stored axes")
+            missing //= self.size[atom]
+            atoms.append(atom)
+        return atoms
+
+    def _split(self, atom: int, major_size: int) -> int:
+        """Cut an atom in two: it keeps its major elements, the atom of the minor is returned."""
+        if self.size[atom] % major_size:
+            raise Opaque("reshape across stored axes")
+        minor = max(self.size) + 1
+        self.size[minor] = self.size[atom] // major_size
+        self.size[atom] = major_size
+        row = self.stored[self._stored_axis(atom)]
+        row.insert(row.index(atom) + 1, minor)
+        return minor
+
+    def _stored_axis(self, atom: int) -> int:
+        return next(axis for axis, atoms in enumerate(self.stored) if atom in atoms)
+
     def narrow(self, step: Slice) -> None:
         """Follow a slice: less of one stored axis is read."""
-        axis = self.axes[step.axis]
-        if (step.start, step.stop) == (0, math.prod(self.size[a] for a in axis)):
+        atoms = self.axes[step.axis]
+        if (step.start, step.stop) == (0, math.prod(self.size[atom] for atom in atoms)):
             return
-        if len(axis) != 1:
+        if len(atoms) != 1:
             raise Opaque("slice of an axis that joins several stored axes")
-        atom = axis[0]
-        home = next(i for i, row in enumerate(self.stored) if atom in row)
-        if self.stored[home][0] != atom:
+        atom = atoms[0]
+        stored_axis = self._stored_axis(atom)
+        major, *minor = self.stored[stored_axis]
+        if major != atom:
             raise Opaque("slice inside a stored axis that is not contiguous")
-        inner = math.prod(self.size[a] for a in self.stored[home][1:])
-        first, read = self.region[home][0], self.region
-        bounds = (first + step.start * inner, first + step.stop * inner)
-        self.region = (*read[:home], bounds, *read[home + 1 :])
+
+        elements = math.prod(self.size[minor_atom] for minor_atom in minor)
+        first, _ = self.region[stored_axis]
+        region = list(self.region)
+        region[stored_axis] = (first + step.start * elements, first + step.stop * elements)
+        self.region = tuple(region)
         self.size[atom] = step.stop - step.start
 
 
@@ -167,17 +188,20 @@ def track(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Tracked:
     Raises:
         Opaque: A reshape or slice cuts across stored axes.
     """
-    atoms = range(len(shape))
-    region = tuple((0, n) for n in shape)
-    found = Tracked(region, [[i] for i in atoms], [[i] for i in atoms], dict(enumerate(shape)))
+    tracked = Tracked(
+        region=_all_of(shape),
+        stored=[[axis] for axis in range(len(shape))],
+        axes=[[axis] for axis in range(len(shape))],
+        size=dict(enumerate(shape)),
+    )
     for step in steps:
         if isinstance(step, Permute):
-            found.axes = [found.axes[d] for d in step.perm]
+            tracked.axes = [tracked.axes[axis] for axis in step.perm]
         elif isinstance(step, Reshape):
-            found.regroup(step.shape)
+            tracked.regroup(step.shape)
         elif isinstance(step, Slice):
-            found.narrow(step)
-    return found
+            tracked.narrow(step)
+    return tracked
 
 
 def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
@@ -185,4 +209,8 @@ def region_of(shape: tuple[int, ...], steps: tuple[Step, ...]) -> Region:
     try:
         return track(shape, steps).region
     except Opaque:
-        return tuple((0, n) for n in shape)
+        return _all_of(shape)
+
+
+def _all_of(shape: tuple[int, ...]) -> Region:
+    return tuple((0, size) for size in shape)
