@@ -12,6 +12,8 @@ from lora_fx.ir.graph import Axes, Emitter, Factors, Site
 from lora_fx.ir.kinds import FREE, Apart
 from lora_fx.ir.view import Reshape
 
+DEPTHWISE = "depthwise: one channel a group leaves nothing of low rank"
+
 
 @dataclass(frozen=True)
 class Conv:
