@@ -7,7 +7,7 @@
     x/2·(1 + F(r(x)))                   F = erf, r = x/√2, or F = tanh …  → gelu(x)
     dropout(x, 0), a slice that is all of x → x
 
-Each is found in the graph (lora_fx.fx.graph.patterns): a mask by what it lets through at small
+Each is found in the graph (lora_fx.fx.graph.masks): a mask by what it lets through at small
 sizes and at such as are beyond all numbers in it, repeated heads by shapes, GELU by the numbers
 that the chain makes. A mask that depends on an input, is changed in place, or is made by other ops,
 stays. Torch's definition of is_causal is j ≤ i, from the upper left corner. GELU's gradient is that
@@ -24,17 +24,12 @@ from functools import cache, partial
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import Writes
+from lora_fx.fx.graph.attention import ATTENTION, is_whole, plain_mask, shared_heads
+from lora_fx.fx.graph.gelu import gelu_of
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.in_place import Writes
+from lora_fx.fx.graph.masks import mask_form
 from lora_fx.fx.graph.nodes import argument
-from lora_fx.fx.graph.patterns import (
-    ATTENTION,
-    gelu_of,
-    is_whole,
-    mask_form,
-    plain_mask,
-    shared_heads,
-)
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

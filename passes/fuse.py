@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.fx.graph.branch_nodes import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
-from lora_fx.fx.graph.patterns import maker, operands
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.recompute import traced
 

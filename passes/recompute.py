@@ -4,9 +4,10 @@ x = f(v), tᵢ = x·aᵢᵀ        becomes        (x, t₁ …) = recomputed(a�
 
 with the same numbers, in forward and in backward. Autograd kept x for ∂L/∂aᵢ, and what the steps of
 f keep; the region keeps v only, and a frozen layer that reads x keeps nothing of it. What f is, and
-whether keeping v is less, is read from the graph: see lora_fx.fx.graph.patterns. Left alone:
-values that are no such chain, whose chain keeps as little already (a ReLU), that an op changes in
-place, whose branch has a dropout of its own, and branches in another block than their input.
+whether keeping v is less, is read from the graph: see lora_fx.fx.graph.elementwise_chains. Left
+alone: values that are no such chain, whose chain keeps as little already (a ReLU), that an op
+changes in place, whose branch has a dropout of its own, and branches in another block than their
+input.
 
 A weight that is made from codes, y = op(x, view(dequantise(codes))), is made again in backward too,
 and so are the matrices of a stack that data picks, a copy for each row, y = op(x, w[ids]):
@@ -30,20 +31,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.flow import FxWeight, Writes
+from lora_fx.fx.graph.branch_nodes import Projection, maker, projections
+from lora_fx.fx.graph.elementwise_chains import VIEWS, Chain, chain_of, differentiable_nodes
+from lora_fx.fx.graph.flow import FxWeight
 from lora_fx.fx.graph.graph import FxGraph, replaced
+from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import block_of, is_marked, reached, shape_of
-from lora_fx.fx.graph.ops import Path, pick, row_of
-from lora_fx.fx.graph.patterns import (
-    VIEWS,
-    Chain,
-    Projection,
-    chain_of,
-    differentiable_nodes,
-    maker,
-    projections,
-)
-from lora_fx.fx.graph.sites import slots
+from lora_fx.fx.graph.ops import Path, pick, row_of, slots
 from lora_fx.fx.interception import transforms_are_active
 from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult

@@ -31,7 +31,7 @@ from torch.export.graph_signature import (
 from torch.fx.node import Argument, map_arg
 
 from lora_fx.fx.fake_tensors import detect_fake_mode
-from lora_fx.fx.graph.flow import Writes, written_by
+from lora_fx.fx.graph.in_place import Writes, written_by
 from lora_fx.fx.graph.nodes import NO_GRAD, aten_ops, dtype_of, hint, reached, replace_parts, value
 from lora_fx.fx.interception import make_fx
 from lora_fx.fx.operators import SET_GRAD_ENABLED, OpOverload, decomposes_unasked

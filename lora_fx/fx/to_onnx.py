@@ -17,9 +17,9 @@ from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
 from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
+from lora_fx.fx.graph.attention import SHARED
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
-from lora_fx.fx.graph.patterns import SHARED
 from lora_fx.fx.lowering import lowered, program_of, without_writes
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_exporter import table_read_once, translated_once, typed_by_values

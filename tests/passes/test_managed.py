@@ -13,7 +13,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
-from lora_fx.fx.graph.graph import ManagedFxPass as FxManaged
+from lora_fx.fx.graph.pass_manager import ManagedFxPass as FxManaged
 from lora_fx.onnx.graph.graph import ManagedOnnxPass as OnnxManaged
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.find import find

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_fx
-from lora_fx.fx.graph.flow import Writes
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.in_place import Writes
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert

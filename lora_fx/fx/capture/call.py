@@ -15,8 +15,8 @@ from torch import fx, nn
 
 from lora_fx.conditions import Condition, Size, SizeError
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.graph.flow import VIEWS
 from lora_fx.fx.graph.nodes import aten_ops, dtype_name, dtype_of, reached, shape_of
+from lora_fx.fx.graph.views import VIEWS
 from lora_fx.fx.tensors import from_numpy, has_values
 from lora_fx.fx.trees import (
     register_dataclass,

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.fx import codes, tensors
 from lora_fx.fx.graph import ops
-from lora_fx.fx.graph.flow import FxFlow, Writes, evaluate, gather, weight_flow
+from lora_fx.fx.graph.computed_weights import evaluate
+from lora_fx.fx.graph.flops import data_flops, gathered
+from lora_fx.fx.graph.flow import FxFlow, weight_flow
+from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import (
     MARK,
     argument,
@@ -27,7 +29,10 @@ from lora_fx.fx.graph.nodes import (
     shape_of,
     value,
 )
-from lora_fx.fx.graph.sites import Bodies, FxUse, data_flops, gathered, other_readers, slots, uses
+from lora_fx.fx.graph.ops import slots
+from lora_fx.fx.graph.other_readers import other_readers
+from lora_fx.fx.graph.sites import Bodies, FxUse, uses
+from lora_fx.fx.graph.views import gather
 from lora_fx.fx.tensors import all_tensors, from_numpy, named_tensors, owner, parameter_of, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
@@ -403,10 +408,6 @@ def _node(arg: object) -> fx.Node:
     return arg
 
 
-# torch.fx as an Emitter: ATen nodes, each marked as part of a site's branch. They carry the module
-# stack of their site, so that they land in the same block when blocks become functions.
-
-
 aten = torch.ops.aten
 CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 
@@ -437,7 +438,11 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
 
 
 class FxEmitter:
-    """Inserts in order, after the site's node or before it, with the site's module stack."""
+    """Builds ATen nodes after a site's node or before it, each marked as part of its branch.
+
+    They carry the module stack of their site, so that they land in the same block when blocks
+    become functions.
+    """
 
     def __init__(self, graph: FxGraph, site: Site, node: fx.Node, *, before: bool) -> None:
         self.owner = graph
@@ -481,23 +486,3 @@ class FxEmitter:
             tensor = from_numpy(value).clone().to(tensors.device_of(root))
             module.register_parameter(leaf, nn.Parameter(tensor, role is Role.TRAIN))
         return self._make(name)
-
-
-# Our passes in torch.fx's own pass manager.
-
-
-class ManagedFxPass(PassBase):
-    """A pass of ours on graph modules, as `torch.export.export(…).module()` returns them.
-
-    Args:
-        rewrite: Insert, Fold or any other pass of lora_fx.passes.
-    """
-
-    def __init__(self, rewrite: Callable[[Any], Any]) -> None:
-        self.rewrite = rewrite
-
-    def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Edit the module and its tensors in place."""
-        done = self.rewrite(FxGraph(graph_module.graph, graph_module))
-        graph_module.recompile()
-        return PassResult(graph_module, done.modified)

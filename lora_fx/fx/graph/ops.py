@@ -76,6 +76,19 @@ def pick(node: Node, path: Path) -> Any:
     return arg
 
 
+def slots(node: Node, operand: Node) -> list[Path]:
+    """Every path to an operand in a node's args; empty for one that only a keyword reads."""
+
+    def inside(arg: object, path: Path) -> Iterator[Path]:
+        if arg is operand:
+            yield path
+        for i, a in enumerate(arg if isinstance(arg, (tuple, list)) else ()):
+            yield from inside(a, (*path, i))
+
+    by_name = [(-1,)] if operand in node.kwargs.values() else []
+    return [*inside(tuple(node.args), ()), *by_name]
+
+
 def _linear(node: Node) -> Iterator[FxOperand]:
     flat = len(shape_of(pick(node, (1,))) or ()) != 2
     yield FxOperand((1,), (0,), einsum.linear(), {}, VECTOR if flat else "")

@@ -31,8 +31,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import Traced, quiet
 from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
-from lora_fx.fx.graph.flow import written_by
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.in_place import written_by
 from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, value
 from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering import Table, signed, without_writes
