@@ -83,6 +83,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def sizes_of(node: object) -> tuple[str, ...]:
+    """The sizes of a node's tensor as text, symbols by their names; empty for anything else."""
     return tuple(str(s) for s in shape_of(node) or ())
 
 

@@ -7,8 +7,8 @@ that the user knows: `lin.weight~` for `lin.parametrizations.weight.original0` a
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from lora_fx.fx.graph.nodes import (
 )
 from lora_fx.fx.tensors import device_of, owner
 
-_HELD = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
+_PARAMETRISED = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
 
 
-_PARTS = re.compile(r"_(g|v|orig)$")
+_SUFFIX = re.compile(r"_(g|v|orig)$")
 
 
 def effective_name(behind: tuple[str, ...]) -> str:
@@ -37,39 +37,51 @@ def effective_name(behind: tuple[str, ...]) -> str:
     >>> effective_name(("c.weight_g", "c.weight_v")), effective_name(("a.q.weight", "a.k.weight"))
     ('c.weight~', 'a.weight~')
     """
-    names = {_PARTS.sub("", _HELD.sub(r"\1\2", n)) for n in behind}
+    names = set()
+    for parameter in behind:
+        name = _PARAMETRISED.sub(r"\1\2", parameter)
+        names.add(_SUFFIX.sub("", name))
     if len(names) == 1:
         return names.pop() + "~"
-    paths = [n.split(".")[:-1] for n in names]
-    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
-    return ".".join([*(level[0] for level in shared), "weight"]) + "~"
+
+    paths = [name.split(".")[:-1] for name in names]
+    common = []
+    for components in zip(*paths, strict=False):
+        if len(set(components)) > 1:
+            break
+        common.append(components[0])
+    return ".".join([*common, "weight"]) + "~"
 
 
 class Namer:
     """Gives computed weights their names, and the same name to equal computations."""
 
     def __init__(self) -> None:
-        self.known: dict[str, dict[str, int]] = {}
+        self.recipes: dict[str, dict[str, int]] = {}  # by the name, in the order of the graph
 
     def __call__(self, weight: FxWeight) -> str:
         """The parameter's name, or that of the computed weight."""
         if weight.name:
             return weight.name
         name = effective_name(weight.behind)
-        recipes = self.known.setdefault(name, {})
-        i = recipes.setdefault(_recipe(weight.root, {}), len(recipes))
-        return f"{name}{i}" if i else name
+        recipes = self.recipes.setdefault(name, {})
+        number = recipes.setdefault(_recipe(weight.root, {}), len(recipes))
+        if number == 0:
+            return name
+        return f"{name}{number}"
 
 
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
     """How a value is computed, as a text that is equal for equal computations."""
     if node not in memo:
-        inner: object = fx.node.map_aggregate(
-            (node.args, node.kwargs),
-            lambda a: _recipe(a, memo) if isinstance(a, fx.Node) else repr(a),
-        )
-        called = node.op == "call_function"
-        memo[node] = f"{op_name(node)}{inner}" if called else str(node.target)
+        if node.op == "call_function":
+            arguments: object = fx.node.map_aggregate(
+                (node.args, node.kwargs),
+                lambda arg: _recipe(arg, memo) if isinstance(arg, fx.Node) else repr(arg),
+            )
+            memo[node] = f"{op_name(node)}{arguments}"
+        else:
+            memo[node] = str(node.target)
     return memo[node]
 
 
@@ -78,31 +90,40 @@ def evaluate(root: torch.nn.Module, flow: FxFlow, node: fx.Node) -> torch.Tensor
 
     Ops that edit intermediate values in place run as well; buffers are copied first.
     """
-    wanted = _made_from(node)
-    for n in node.graph.nodes:  # what edits an intermediate belongs to its value
-        if n is node:
+    needed = _dependencies(node)
+    for earlier in node.graph.nodes:  # what edits an intermediate belongs to its value
+        if earlier is node:
             break
-        if flow.fixed(n) and any(w in wanted for w in written_by(n)):
-            wanted |= _made_from(n)
+        if flow.fixed(earlier) and any(operand in needed for operand in written_by(earlier)):
+            needed |= _dependencies(earlier)
+
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for n in node.graph.nodes:
-            if n not in wanted:
-                continue
-            if n.target is getattr:
-                values[n] = device_of(root)
-            elif n.op == "get_attr":
-                module, leaf = owner(root, str(n.target))
-                values[n] = getattr(module, leaf).detach().clone()
-            else:
-                args, kwargs = fx.node.map_aggregate(
-                    (n.args, n.kwargs), lambda a: values[a] if isinstance(a, fx.Node) else plain(a)
-                )
-                values[n] = n.target(*args, **kwargs)
+        for step in node.graph.nodes:
+            if step in needed:
+                values[step] = _computed(step, values, root)
     result: torch.Tensor = values[node]
     return result
 
 
-def _made_from(node: fx.Node) -> set[fx.Node]:
+def _computed(node: fx.Node, values: Mapping[fx.Node, Any], root: torch.nn.Module) -> Any:
+    """The value of one node, from those of the nodes before it and the tensors of the tree."""
+    if node.target is getattr:
+        return device_of(root)
+    if node.op == "get_attr":
+        module, leaf = owner(root, str(node.target))
+        return getattr(module, leaf).detach().clone()
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs),
+        lambda arg: values[arg] if isinstance(arg, fx.Node) else plain(arg),
+    )
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _dependencies(node: fx.Node) -> set[fx.Node]:
     """A node and all that its value depends on; a device is known without its tensor."""
-    return set(reached([node], lambda n: [] if n.target is getattr else n.all_input_nodes))
+
+    def operands(step: fx.Node) -> list[fx.Node]:
+        return [] if step.target is getattr else step.all_input_nodes
+
+    return set(reached([node], operands))

@@ -29,11 +29,14 @@ from lora_fx.fx.tensors import parameter_of
 from lora_fx.ir.view import View
 
 aten = torch.ops.aten
-_MADE = "zeros_like ones_like empty_like full_like rand_like randn_like randint_like"
-_NEW = "new_zeros new_ones new_empty new_full new_empty_strided"
+_LIKE_OPERAND_0 = (
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
+    "new_zeros new_ones new_empty new_full new_empty_strided"
+)
+_LIKE_OPERAND_1 = "type_as expand_as view_as reshape_as to"
 SHAPE_ONLY = {
-    **dict.fromkeys((*_MADE.split(), *_NEW.split()), 0),
-    **dict.fromkeys(("type_as", "expand_as", "view_as", "reshape_as", "to"), 1),
+    **dict.fromkeys(_LIKE_OPERAND_0.split(), 0),
+    **dict.fromkeys(_LIKE_OPERAND_1.split(), 1),
 }
 """Ops → the operand whose shape and dtype they read, and no element of it."""
 
@@ -86,7 +89,7 @@ def weight_flow(
     graph: fx.Graph,
     root: nn.Module | None,
     names: Mapping[str, str],
-    given: Mapping[fx.Node, FxWeight] | None = None,
+    placeholders: Mapping[fx.Node, FxWeight] | None = None,
     layers: Collection[fx.Node] = (),
 ) -> FxFlow:
     """Follow every parameter through a graph.
@@ -99,81 +102,131 @@ def weight_flow(
     Args:
         root: The tree that holds the parameters.
         names: Any name of a parameter → its first name.
-        given: Placeholders that are weights, in the body of a higher-order op.
+        placeholders: Placeholders that are weights, in the body of a higher-order op.
         layers: Such products that are layers; a first walk finds them.
     """
     flow = FxFlow()
-    for node, weight in (given or {}).items():
-        flow.weights[node], flow.behind[node] = weight, weight.behind
-    changed = Writes(graph).ever()
+    for node, weight in (placeholders or {}).items():
+        flow.weights[node] = weight
+        flow.behind[node] = weight.behind
+
+    changed_in_place = Writes(graph).ever()
     for node in graph.nodes:
         if node.op == "get_attr":
-            name = names.get(str(node.target))
-            if name is None:
-                flow.constants.add(node)
-            elif root is not None:
-                shape = tuple(parameter_of(root, name).shape)
-                flow.weights[node] = FxWeight(name, View(), shape, node, (name,))
-                flow.behind[node] = (name,)
+            _follow_tensor(flow, node, root, names)
         elif node.op == "call_function" and node not in layers:
-            _call(flow, node)
-        known = flow.weights.get(node)
-        if node in changed and known is not None and known.name:
-            flow.weights[node] = replace(known, edited="an in-place edit")
-    found = {p for p in flow.products if _is_layer(flow, p)} if not layers else None
-    return weight_flow(graph, root, names, given, found) if found else flow
+            _follow_call(flow, node)
+        node_weight = flow.weights.get(node)
+        if node in changed_in_place and node_weight is not None and node_weight.name:
+            flow.weights[node] = replace(node_weight, edited="an in-place edit")
+
+    if not layers:
+        layer_products = {product for product in flow.products if _is_layer(flow, product)}
+        if layer_products:
+            return weight_flow(graph, root, names, placeholders, layer_products)
+    return flow
 
 
 def _is_layer(flow: FxFlow, product: fx.Node) -> bool:
     """True when data is made of a product, and no layer's weight is; bodies count as layers."""
-    read = False
-    for node in reached([product], lambda n: [u for u in n.users if u in flow.behind]):
+
+    def fixed_users(node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user in flow.behind]
+
+    makes_data = False
+    for node in reached([product], fixed_users):
         for user in node.users:
             if user in flow.behind:
                 continue
-            row, read = row_of(user), True
-            if not is_marked(user) and (
-                isinstance(user.target, HigherOrderOperator)
-                or (row is not None and any(pick(user, u.weight) is node for u in row.uses(user)))
-            ):
+            if _reads_as_weight(user, node):
                 return False
-    return read
+            makes_data = True
+    return makes_data
 
 
-def _call(flow: FxFlow, node: fx.Node) -> None:
+def _reads_as_weight(user: fx.Node, operand: fx.Node) -> bool:
+    """Whether a layer, or the body of a higher-order op, may read the operand as its weight."""
+    if is_marked(user):
+        return False
+    if isinstance(user.target, HigherOrderOperator):
+        return True
+    row = row_of(user)
+    return row is not None and any(pick(user, use.weight) is operand for use in row.uses(user))
+
+
+def _follow_tensor(
+    flow: FxFlow, node: fx.Node, root: nn.Module | None, names: Mapping[str, str]
+) -> None:
+    """Enter what a get_attr reads: a parameter of the tree, or a constant."""
+    name = names.get(str(node.target))
+    if name is None:
+        flow.constants.add(node)
+    elif root is not None:
+        shape = tuple(parameter_of(root, name).shape)
+        flow.weights[node] = FxWeight(name, View(), shape, node, (name,))
+        flow.behind[node] = (name,)
+
+
+def _follow_call(flow: FxFlow, node: fx.Node) -> None:
+    """Enter what an op makes: a constant, a view of a weight, a computed weight, or nothing."""
     if node.target is getattr:  # the device of an input
         flow.constants.add(node)
         return
     inputs = node.all_input_nodes
-    found = [i for i in inputs if i in flow.behind]
-    if not found:
-        if all(i in flow.constants for i in inputs):
+    from_parameters = [operand for operand in inputs if operand in flow.behind]
+    if not from_parameters:
+        if all(operand in flow.constants for operand in inputs):
             flow.constants.add(node)
         return
     if SHAPE_ONLY.get(op_name(node)) == 0:
         if "rand" not in op_name(node):
             flow.constants.add(node)
         return
-    source = flow.weights.get(found[0])
-    # W + ΔW of the weight form: the weight is what it adds to
-    total = is_marked(node) and node.target is aten.add.Tensor
-    if is_marked(node) and not total and "val" not in node.meta:
-        return  # a step on the way to ΔW; the copy of a chain behind it has its value's shape
-    seen = source if total or source is None else _view(node, found[0], source)
-    if seen is not None:
-        flow.weights[node], flow.behind[node] = seen, seen.behind
-    if seen is not None or total or not all(flow.fixed(i) for i in inputs):
-        return
-    behind = tuple(sorted({n for i in found for n in flow.behind[i]}))
-    constant_product = node.target in PRODUCTS and len(found) == 1 and len(behind) == 1
-    if node.target in OPS and node.target not in COMPUTING and not constant_product:
-        return
-    if constant_product:
+
+    source = from_parameters[0]
+    if is_marked(node):
+        if node.target is aten.add.Tensor:
+            # W + ΔW of the weight form: the weight is what it adds to
+            _enter(flow, node, flow.weights.get(source))
+            return
+        if "val" not in node.meta:
+            return  # a step on the way to ΔW; the copy of a chain behind it has its value's shape
+
+    source_weight = flow.weights.get(source)
+    view = None
+    if source_weight is not None:
+        view = _view(node, source, source_weight)
+    if view is not None:
+        _enter(flow, node, view)
+    elif all(flow.fixed(operand) for operand in inputs):
+        _follow_computation(flow, node, from_parameters)
+
+
+def _enter(flow: FxFlow, node: fx.Node, weight: FxWeight | None) -> None:
+    if weight is not None:
+        flow.weights[node] = weight
+        flow.behind[node] = weight.behind
+
+
+def _follow_computation(flow: FxFlow, node: fx.Node, from_parameters: list[fx.Node]) -> None:
+    """Enter what an op makes of parameters and constants alone, unless the op is a layer."""
+    parameters: set[str] = set()
+    for operand in from_parameters:
+        parameters.update(flow.behind[operand])
+    behind = tuple(sorted(parameters))
+
+    is_constant_product = node.target in PRODUCTS and len(from_parameters) == 1 and len(behind) == 1
+    if is_constant_product:
         flow.products.append(node)
+    elif node.target in OPS and node.target not in COMPUTING:
+        return
+
     flow.behind[node] = behind
     shape = static_shape(shape_of(node))
     if shape is not None:
-        edited = next((w.edited for i in found if (w := flow.weights.get(i)) and w.edited), "")
+        operand_weights = [flow.weights.get(operand) for operand in from_parameters]
+        edits = [weight.edited for weight in operand_weights if weight and weight.edited]
+        edited = edits[0] if edits else ""
         flow.weights[node] = FxWeight("", View(), shape, node, behind, edited)
 
 
@@ -184,11 +237,11 @@ def _view(node: fx.Node, source: fx.Node, weight: FxWeight) -> FxWeight | None:
     if node.target is DEQUANTISE:
         shape, kind = node.args[4:6]
         return replace(weight, shape=tuple(shape), root=node, format=str(kind))  # type: ignore[arg-type]
-    rule = VIEWS.get(node.target)
     if not node.args or node.args[0] is not source:
         return None
-    steps = gather(node, weight.shape) if rule is None else rule(node, weight.shape)
+    rule = VIEWS.get(node.target, gather)
+    steps = rule(node, weight.shape)
     if steps is None:
         return None
-    shape = tuple(hint(n) for n in shape_of(node) or weight.shape)
+    shape = tuple(hint(size) for size in shape_of(node) or weight.shape)
     return replace(weight, view=weight.view.then(*steps), shape=shape)

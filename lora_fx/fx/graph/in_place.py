@@ -30,69 +30,90 @@ class Writes:
         self.order: dict[fx.Node, int] = {}
         self.storage: dict[fx.Node, Storage] = {}
         self.writes: list[tuple[int, Storage]] = []
-        for i, node in enumerate(graph.nodes):
-            self.order[node] = i
-            self.storage[node] = self._of(node)
-            self.writes += [(i, self.storage[v]) for v in written_by(node)]
+        for position, node in enumerate(graph.nodes):
+            self.order[node] = position
+            self.storage[node] = self._storage_of(node)
+            for operand in written_by(node):
+                self.writes.append((position, self.storage[operand]))
 
-    def _of(self, node: fx.Node) -> Storage:
+    def _storage_of(self, node: fx.Node) -> Storage:
         if node.op == "get_attr":
             return frozenset((str(node.target),))
-        held = aliased_by(node)
         if node.target is operator.getitem:
-            held = node.all_input_nodes
-            several = getattr(getattr(held[0].target, "_schema", None), "returns", ())
-            if len(several) > 1 and all(r.alias_info is None for r in several):
-                # results of their own, as the values and the places of a topk are
-                return frozenset((next(u for u in held[0].users if u.args[1] == node.args[1]),))
-        return frozenset().union(*(self.storage[v] for v in held)) or frozenset((node,))
+            several = node.all_input_nodes[0]
+            if _makes_separate_results(several):
+                # all who read this result share it
+                first_reader = next(user for user in several.users if user.args[1] == node.args[1])
+                return frozenset((first_reader,))
+            operands = node.all_input_nodes
+        else:
+            operands = aliased_by(node)
+        shared = frozenset().union(*(self.storage[operand] for operand in operands))
+        return shared or frozenset((node,))
 
     def between(self, value: fx.Node, start: fx.Node, end: fx.Node | None = None) -> bool:
         """Whether something writes to a value's storage after one node and before another."""
+        first = self.order[start]
         last = len(self.order) if end is None else self.order[end]
-        own = self.storage[value]
-        return any(self.order[start] < i < last and own & s for i, s in self.writes)
+        storage = self.storage[value]
+        return any(
+            first < position < last and storage & changed for position, changed in self.writes
+        )
 
     def ever(self) -> set[fx.Node]:
         """Values that some op changes in place, and all that lies in the same storage."""
-        changed = frozenset().union(*(s for _, s in self.writes))
-        return {n for n, s in self.storage.items() if s & changed} if changed else set()
+        changed = frozenset().union(*(storage for _, storage in self.writes))
+        return {node for node, storage in self.storage.items() if storage & changed}
+
+
+def _makes_separate_results(node: fx.Node) -> bool:
+    """Whether an op returns several tensors that lie in no operand, as the two of a topk do."""
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return len(returns) > 1 and all(result.alias_info is None for result in returns)
 
 
 def aliased_by(node: fx.Node) -> list[fx.Node]:
     """The operands in whose storage a node's result may lie."""
     if node.target in _MAY_ALIAS:
-        return [v for v in node.args[:1] if isinstance(v, fx.Node)]
+        return [operand for operand in node.args[:1] if isinstance(operand, fx.Node)]
     if node.op != "call_function" or not _may_alias(node.target):
         return []
-    return [v for _, v in _annotated(node)]
+    return [operand for _, operand in _annotated(node)]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The operands that a node changes in place."""
-    return [v for info, v in _annotated(node) if info.is_write]
+    return [operand for info, operand in _annotated(node) if info.is_write]
 
 
 def _annotated(node: fx.Node) -> list[tuple[Any, fx.Node]]:
-    """(what the op's schema says, operand) of operands that a result lies in or that change."""
+    """(the schema's alias info, operand) of operands that a result lies in or that change."""
     if node.op != "call_function":
         return []
-    said = [
-        (info, node.args[i] if i < len(node.args) else node.kwargs.get(name))
-        for i, name, info in _annotations(node.target)
-    ]
-    return [(info, v) for info, v in said if isinstance(v, fx.Node)]
+    annotated = []
+    for position, name, info in _annotations(node.target):
+        if position < len(node.args):
+            operand = node.args[position]
+        else:
+            operand = node.kwargs.get(name)
+        if isinstance(operand, fx.Node):
+            annotated.append((info, operand))
+    return annotated
 
 
 @functools.lru_cache(1024)
 def _annotations(target: Any) -> tuple[tuple[int, str, Any], ...]:
-    """(place, name, what is said) of the arguments of an op of whose storage its schema speaks."""
+    """(position, name, alias info) of the arguments for which an op's schema has alias info."""
     arguments = getattr(getattr(target, "_schema", None), "arguments", ())
-    return tuple((i, a.name, a.alias_info) for i, a in enumerate(arguments) if a.alias_info)
+    return tuple(
+        (position, slot.name, slot.alias_info)
+        for position, slot in enumerate(arguments)
+        if slot.alias_info
+    )
 
 
 @functools.lru_cache(1024)
 def _may_alias(target: Any) -> bool:
     """Whether an op's schema says that its result may lie in the storage of an operand."""
     returns = getattr(getattr(target, "_schema", None), "returns", ())
-    return any(r.alias_info for r in returns)
+    return any(result.alias_info for result in returns)

@@ -71,8 +71,10 @@ class FxOp:
 def pick(node: Node, path: Path) -> Any:
     """The argument at a path into node.args; None where there is none."""
     arg: object = node.args
-    for i in path:
-        arg = arg[i] if isinstance(arg, (tuple, list)) and i < len(arg) else None
+    for position in path:
+        if not isinstance(arg, (tuple, list)) or position >= len(arg):
+            return None
+        arg = arg[position]
     return arg
 
 
@@ -82,26 +84,33 @@ def slots(node: Node, operand: Node) -> list[Path]:
     def inside(arg: object, path: Path) -> Iterator[Path]:
         if arg is operand:
             yield path
-        for i, a in enumerate(arg if isinstance(arg, (tuple, list)) else ()):
-            yield from inside(a, (*path, i))
+        if isinstance(arg, (tuple, list)):
+            for position, item in enumerate(arg):
+                yield from inside(item, (*path, position))
 
-    by_name = [(-1,)] if operand in node.kwargs.values() else []
-    return [*inside(tuple(node.args), ()), *by_name]
+    paths = list(inside(tuple(node.args), ()))
+    if operand in node.kwargs.values():
+        paths.append((-1,))
+    return paths
 
 
 def _linear(node: Node) -> Iterator[FxOperand]:
-    flat = len(shape_of(pick(node, (1,))) or ()) != 2
-    yield FxOperand((1,), (0,), einsum.linear(), {}, VECTOR if flat else "")
+    is_matrix = len(shape_of(pick(node, (1,))) or ()) == 2
+    refusal = "" if is_matrix else VECTOR
+    yield FxOperand((1,), (0,), einsum.linear(), {}, refusal)
 
 
 def _product(node: Node, at: int) -> Iterator[FxOperand]:
     """A product of the operands at `at` and behind it; before them stands what it is added to."""
-    first, second = shape_of(pick(node, (at,))), shape_of(pick(node, (at + 1,)))
-    if first is None or second is None:
+    left = shape_of(pick(node, (at,)))
+    right = shape_of(pick(node, (at + 1,)))
+    if left is None or right is None:
         return
-    for w, x, left in ((at + 1, at, False), (at, at + 1, True)):
-        kind, why = product(*((second, first) if left else (first, second)), left=left)
-        yield FxOperand((w,), (x,), kind, {}, why, gain=float(argument(node, "alpha", 1)))
+    gain = float(argument(node, "alpha", 1))
+    kind, refusal = product(left, right, left=False)
+    yield FxOperand((at + 1,), (at,), kind, {}, refusal, gain=gain)
+    kind, refusal = product(right, left, left=True)
+    yield FxOperand((at,), (at + 1,), kind, {}, refusal, gain=gain)
 
 
 _matmul = partial(_product, at=0)
@@ -109,11 +118,12 @@ _addmm = partial(_product, at=1)
 
 
 def _einsum(node: Node) -> Iterator[FxOperand]:
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation = str(node.args[0]).replace(" ", "")
+    operands = node.args[1]
     if not isinstance(operands, (tuple, list)):
         return
-    terms = letters(equation, [len(shape_of(o) or ()) for o in operands])
-    yield from _contracted(node, terms, [(1, i) for i in range(len(operands))])
+    terms = letters(equation, [n_axes(operand) for operand in operands])
+    yield from _contracted(node, terms, [(1, position) for position in range(len(operands))])
 
 
 def _addbmm(node: Node) -> Iterator[FxOperand]:
@@ -121,42 +131,70 @@ def _addbmm(node: Node) -> Iterator[FxOperand]:
 
 
 def _inner(node: Node) -> Iterator[FxOperand]:
-    m, n = (len(shape_of(o) or ()) for o in node.args)
-    if m and n:
-        yield from _contracted(node, _dotted(m, n, [-1], [-1]), [(0,), (1,)])
+    left, right = (n_axes(operand) for operand in node.args)
+    if left and right:
+        yield from _contracted(node, _dotted(left, right, [-1], [-1]), [(0,), (1,)])
 
 
 def _tensordot(node: Node) -> Iterator[FxOperand]:
-    m, n = (len(shape_of(o) or ()) for o in node.args[:2])
-    dims = argument(node, "dims_self"), argument(node, "dims_other")
-    yield from _contracted(node, _dotted(m, n, *dims), [(0,), (1,)])
+    left, right = (n_axes(operand) for operand in node.args[:2])
+    terms = _dotted(left, right, argument(node, "dims_self"), argument(node, "dims_other"))
+    yield from _contracted(node, terms, [(0,), (1,)])
 
 
-def _dotted(m: int, n: int, left: Sequence[int], right: Sequence[int]) -> list[str]:
-    """The terms of a sum over pairs of axes of two operands; the other axes stand in order."""
-    a, b = list(LETTERS[:m]), list(LETTERS[m : m + n])
-    for i, j in zip(left, right, strict=True):
-        b[j] = a[i]
-    return ["".join(a), "".join(b), "".join(c for c in a + b if not (c in a and c in b))]
+def n_axes(operand: object) -> int:
+    """How many axes an operand has; 0 for what is no tensor."""
+    return len(shape_of(operand) or ())
+
+
+def _dotted(
+    left_axes: int, right_axes: int, left_dims: Sequence[int], right_dims: Sequence[int]
+) -> list[str]:
+    """The terms of a sum over pairs of axes of two operands; the other axes stand in order.
+
+    Args:
+        left_axes: How many axes the left operand has.
+        right_axes: How many the right one has.
+        left_dims: The axes of the left operand that are summed over.
+        right_dims: The axes of the right operand that they meet.
+    """
+    left = list(LETTERS[:left_axes])
+    right = list(LETTERS[left_axes : left_axes + right_axes])
+    for left_dim, right_dim in zip(left_dims, right_dims, strict=True):
+        right[right_dim] = left[left_dim]
+    summed = set(left) & set(right)
+    result = [letter for letter in left + right if letter not in summed]
+    return ["".join(left), "".join(right), "".join(result)]
 
 
 def _contracted(node: Node, terms: list[str], paths: Sequence[Path]) -> Iterator[FxOperand]:
     """The operands of a contraction, each of which may be the weight."""
-    for i, path in enumerate(paths):
-        kind, why = contraction(terms, i)
-        other = next((p for p in paths if p != path), path)
-        yield FxOperand(path, other, kind, {}, why, gain=float(argument(node, "alpha", 1)))
+    gain = float(argument(node, "alpha", 1))
+    for position, path in enumerate(paths):
+        kind, refusal = contraction(terms, position)
+        activation = next((other for other in paths if other != path), path)
+        yield FxOperand(path, activation, kind, {}, refusal, gain=gain)
 
 
 def _conv(node: Node) -> Iterator[FxOperand]:
-    groups, w = int(argument(node, "groups", 1)), shape_of(pick(node, (1,)))
-    names, turned = ["stride", "padding", "dilation"], "transpose" in op_name(node)
-    names += ["output_padding"] if turned else []
-    given = {k: argument(node, k) for k in names}
-    attrs = {k: v if isinstance(v, str) else tuple(v) for k, v in given.items()}
-    lone = w is not None and groups > 1 and (w[0] == groups if turned else w[1] == 1)
-    kind = convolution.ConvTranspose(groups) if turned else convolution.Conv(groups)
-    yield FxOperand((1,), (0,), kind, attrs, convolution.DEPTHWISE if lone else "", allowed=lone)
+    groups = int(argument(node, "groups", 1))
+    w = shape_of(pick(node, (1,)))
+    names = ["stride", "padding", "dilation"]
+    kind: Kind
+    if "transpose" in op_name(node):
+        names.append("output_padding")
+        kind = convolution.ConvTranspose(groups)
+        depthwise = groups > 1 and w is not None and w[0] == groups
+    else:
+        kind = convolution.Conv(groups)
+        depthwise = groups > 1 and w is not None and w[1] == 1
+
+    attrs = {}
+    for name in names:
+        setting = argument(node, name)
+        attrs[name] = setting if isinstance(setting, str) else tuple(setting)
+    refusal = convolution.DEPTHWISE if depthwise else ""
+    yield FxOperand((1,), (0,), kind, attrs, refusal, allowed=depthwise)
 
 
 def _embedding(node: Node) -> Iterator[FxOperand]:
@@ -173,26 +211,29 @@ def _bilinear(node: Node) -> Iterator[FxOperand]:
 
 
 def _grouped(node: Node) -> Iterator[FxOperand]:
-    x, w = shape_of(pick(node, (0,))), shape_of(pick(node, (1,)))
-    if x is None or w is None or len(x) != 2 or len(w) != 3:
+    x = pick(node, (0,))
+    if n_axes(x) != 2 or n_axes(pick(node, (1,))) != 3:
         return  # two ragged activations, or a ragged inner axis: no weight
     # torch's kernel wants rows of whole 16 bytes; the fallback of transformers takes any
-    width = value(pick(node, (0,))).dtype.itemsize
-    aligned = 1 if op_name(node) == "grouped_mm_fallback" else 16 // width
-    yield FxOperand((1,), (0,), kinds.Grouped(), {"rank_multiple": aligned})
+    rank_multiple = 1
+    if op_name(node) != "grouped_mm_fallback":
+        rank_multiple = 16 // value(x).dtype.itemsize
+    yield FxOperand((1,), (0,), kinds.Grouped(), {"rank_multiple": rank_multiple})
 
 
 def _recurrent(node: Node) -> Iterator[FxOperand]:
     """The matrices among the parameters of an LSTM, GRU or RNN, and of their cells."""
-    for i, slot in enumerate(node.target._schema.arguments[: len(node.args)]):  # type: ignore[union-attr]
+    slots_of_op = node.target._schema.arguments  # type: ignore[union-attr]
+    for position, (slot, arg) in enumerate(zip(slots_of_op, node.args, strict=False)):
         if slot.name in ("w_ih", "w_hh"):
-            yield FxOperand((i,), (0,), kinds.RECURRENT)
+            yield FxOperand((position,), (0,), kinds.RECURRENT)
         elif slot.name == "params":
-            for j, w in enumerate(node.args[i]):  # type: ignore[arg-type]
-                if len(shape_of(w) or ()) == 2:
-                    yield FxOperand((i, j), (0,), kinds.RECURRENT)
+            for index, parameter in enumerate(arg):  # type: ignore[arg-type]
+                if n_axes(parameter) == 2:
+                    yield FxOperand((position, index), (0,), kinds.RECURRENT)
 
 
+MULTIPLYING = ("matmul", "mm", "bmm", "mv")
 ADDING = ("addmm", "baddbmm", "addmv")
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -200,8 +241,8 @@ RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 def _table() -> dict[object, FxOp]:
     rows: dict[object, FxOp] = {
         aten.linear.default: FxOp("linear", _linear, bias=2),
-        **{getattr(aten, n).default: FxOp(n, _matmul) for n in ("matmul", "mm", "bmm", "mv")},
-        **{getattr(aten, n).default: FxOp(n, _addmm, bias=0) for n in ADDING},
+        **{getattr(aten, name).default: FxOp(name, _matmul) for name in MULTIPLYING},
+        **{getattr(aten, name).default: FxOp(name, _addmm, bias=0) for name in ADDING},
         aten.addbmm.default: FxOp("addbmm", _addbmm, bias=0),
         aten.einsum.default: FxOp("einsum", _einsum, many=True),
         aten.inner.default: FxOp("inner", _inner),
@@ -211,10 +252,12 @@ def _table() -> dict[object, FxOp]:
         aten._grouped_mm.default: FxOp("grouped_mm", _grouped),
         **overloads(FxOp("embedding_bag", _embedding_bag, first=True), "embedding_bag"),
     }
-    for name in (f"{conv}{n}d" for conv in ("conv", "conv_transpose") for n in (1, 2, 3)):
-        rows |= overloads(FxOp(name, _conv, bias=2), name)
-    for name in (f"{net}{cell}" for net in RECURRENT for cell in ("", "_cell")):
-        rows |= overloads(FxOp(name, _recurrent, many=True), name)
+    for dimensions in (1, 2, 3):
+        for name in (f"conv{dimensions}d", f"conv_transpose{dimensions}d"):
+            rows |= overloads(FxOp(name, _conv, bias=2), name)
+    for net in RECURRENT:
+        for name in (net, f"{net}_cell"):
+            rows |= overloads(FxOp(name, _recurrent, many=True), name)
     return rows
 
 

@@ -24,7 +24,10 @@ aten = torch.ops.aten
 
 
 def static_shape(shape: Shape | None) -> tuple[int, ...] | None:
-    return shape if shape is not None and all(isinstance(n, int) for n in shape) else None
+    """A shape whose sizes are all numbers; None for another, and for none."""
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        return None
+    return shape
 
 
 Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
@@ -33,67 +36,74 @@ Rule = Callable[[Node, tuple[int, ...]], list[Step] | None]
 
 def _permute(dims: Callable[[Node, int], tuple[int, ...]]) -> Rule:
     def steps(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-        n = len(shape)
-        return [Permute(tuple(d % n for d in dims(node, n)))]
+        n_axes = len(shape)
+        return [Permute(tuple(axis % n_axes for axis in dims(node, n_axes)))]
 
     return steps
 
 
-def _swapped(node: Node, n: int) -> tuple[int, ...]:
-    order = list(range(n))
-    i, j = int(argument(node, "dim0")) % n, int(argument(node, "dim1")) % n
-    order[i], order[j] = order[j], order[i]
+def _swapped(node: Node, n_axes: int) -> tuple[int, ...]:
+    order = list(range(n_axes))
+    first = int(argument(node, "dim0")) % n_axes
+    second = int(argument(node, "dim1")) % n_axes
+    order[first] = second
+    order[second] = first
     return tuple(order)
 
 
 def _reshape(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     # an expand that repeats is no view of the weight: each element is read several times
     out = static_shape(shape_of(node))
-    return [Reshape(out)] if out is not None and numel(out) == numel(shape) else None
+    if out is None or numel(out) != numel(shape):
+        return None
+    return [Reshape(out)]
 
 
 def _cast(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    before, after = value(node.args[0]), value(node)
-    return [] if before.dtype == after.dtype else [Cast(dtype_name(after.dtype))]
+    before = value(node.args[0]).dtype
+    after = value(node).dtype
+    if before == after:
+        return []
+    return [Cast(dtype_name(after))]
 
 
 def _slice(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
     axis = int(argument(node, "dim", 0)) % len(shape)
-    out, start, step = (
-        static_shape(shape_of(node)),
-        argument(node, "start"),
-        argument(node, "step", 1),
-    )
-    if out is None or step != 1 or not isinstance(start, int | None):
+    out = static_shape(shape_of(node))
+    start = argument(node, "start")
+    if out is None or argument(node, "step", 1) != 1 or not isinstance(start, int | None):
         return None
-    first = slice(start, None).indices(shape[axis])[0]
+    first, _, _ = slice(start, None).indices(shape[axis])
     return [Slice(axis, first, first + out[axis])]
 
 
 def _select(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    i = argument(node, "index")
-    return _one(node, shape, i) if isinstance(i, int) else None  # another one is computed
+    index = argument(node, "index")
+    if not isinstance(index, int):  # it is computed
+        return None
+    return _selected(node, shape, index)
 
 
-def _one(node: Node, shape: tuple[int, ...], i: int) -> list[Step]:
-    """The steps to one place along the op's axis, which goes."""
+def _selected(node: Node, shape: tuple[int, ...], index: int) -> list[Step]:
+    """The steps to one place along the op's axis, which the result lacks."""
     axis = int(argument(node, "dim", 0)) % len(shape)
-    i %= shape[axis]
-    return [Slice(axis, i, i + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
+    index %= shape[axis]
+    without_axis = shape[:axis] + shape[axis + 1 :]
+    return [Slice(axis, index, index + 1), Reshape(without_axis)]
 
 
 def _item(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    """A part of a split, chunk or unbind: the slice behind the sizes of the parts before it."""
-    parent, i = node.args
-    if not isinstance(parent, Node) or not isinstance(i, int):
+    """One result of a split, chunk or unbind: the slice behind the sizes of those before it."""
+    parent, index = node.args
+    if not isinstance(parent, Node) or not isinstance(index, int):
         return None
     if parent.target is aten.unbind.int:
-        return _one(parent, shape, i)
+        return _selected(parent, shape, index)
     axis = int(argument(parent, "dim", 0)) % len(shape)
-    sizes = [int(v.shape[axis]) for v in value(parent)]
-    i %= len(sizes)
-    start = sum(sizes[:i])
-    return [Slice(axis, start, start + sizes[i])]
+    sizes = [int(result.shape[axis]) for result in value(parent)]
+    index %= len(sizes)
+    start = sum(sizes[:index])
+    return [Slice(axis, start, start + sizes[index])]
 
 
 def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
@@ -101,12 +111,20 @@ def gather(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
 
     Without it, the experts of a mixture in batched form are no weights and go unreached.
     """
-    one = node.target is aten.index_select.default and int(argument(node, "dim")) == 0
-    if node.target is aten.index.Tensor:
-        ids = node.args[1]
-        lone = isinstance(ids, (tuple, list)) and len(ids) == 1 and isinstance(ids[0], Node)
-        one = lone and len(shape_of(ids[0]) or ()) == 1  # type: ignore[index]
-    return [Gather(0)] if one and len(shape) > 2 else None
+    if len(shape) <= 2:
+        return None
+    if node.target is aten.index_select.default:
+        return [Gather(0)] if int(argument(node, "dim")) == 0 else None
+    if node.target is aten.index.Tensor and _is_list_of_ids(node.args[1]):
+        return [Gather(0)]
+    return None
+
+
+def _is_list_of_ids(indices: object) -> bool:
+    """Whether an index is one tensor [n], for the first axis alone."""
+    if not isinstance(indices, (tuple, list)) or len(indices) != 1:
+        return False
+    return isinstance(indices[0], Node) and len(shape_of(indices[0]) or ()) == 1
 
 
 SPLITS = aten_ops(
@@ -114,15 +132,16 @@ SPLITS = aten_ops(
 )
 
 
-_reversed = _permute(lambda node, n: tuple(range(n))[::-1])
+_reversed = _permute(lambda node, n_axes: tuple(range(n_axes))[::-1])
 
 
-_last_two = _permute(lambda node, n: (*range(n - 2), n - 1, n - 2))
+_last_two = _permute(lambda node, n_axes: (*range(n_axes - 2), n_axes - 1, n_axes - 2))
 
 
 def _adjoint(node: Node, shape: tuple[int, ...]) -> list[Step] | None:
-    # conjugated, it is another tensor
-    return None if value(node).is_complex() else _last_two(node, shape)
+    if value(node).is_complex():  # conjugated, it is another tensor
+        return None
+    return _last_two(node, shape)
 
 
 _RESHAPES = aten_ops(
@@ -136,7 +155,7 @@ VIEWS: Mapping[object, Rule] = {
     aten.mT.default: _last_two,
     **dict.fromkeys(aten_ops("adjoint matrix_H"), _adjoint),
     aten.transpose.int: _permute(_swapped),
-    aten.permute.default: _permute(lambda node, n: tuple(argument(node, "dims"))),
+    aten.permute.default: _permute(lambda node, n_axes: tuple(argument(node, "dims"))),
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(aten_ops("slice.Tensor narrow"), _slice),
     aten.select.int: _select,
