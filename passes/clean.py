@@ -24,7 +24,7 @@ from functools import cache, partial
 import torch
 from torch import fx
 
-from lora_fx.fx.graph.attention import ATTENTION, is_whole, plain_mask, shared_heads
+from lora_fx.fx.graph.attention import ATTENTION, is_full_slice, plain_mask, shared_heads
 from lora_fx.fx.graph.gelu import gelu_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import Writes
@@ -63,7 +63,7 @@ class Clean:
 def _does_nothing(node: fx.Node) -> bool:
     if node.target is aten.dropout.default:
         return argument(node, "p") == 0.0 or not argument(node, "train")
-    return is_whole(node)
+    return is_full_slice(node)
 
 
 def _one_gelu(graph: fx.Graph, node: fx.Node, x: fx.Node, approximate: str) -> None:

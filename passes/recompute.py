@@ -131,9 +131,9 @@ def _replace(
     made = [x, *(n for n, users in outer.items() if users)]
     emit = maker(x, group[0].node)
     factors = [tuple(emit(str(a.target)) for a in p.factors) for p in group]
-    code = _code(chain.given, chain.steps, made, f"recomputed {x.name}")
+    code = _code(chain.reads, chain.steps, made, f"recomputed {x.name}")
     formula = gelu_tanh if made == [x] and _is_gelu_tanh(chain) else None
-    call = emit(region(code, formula), (factors, *chain.given))
+    call = emit(region(code, formula), (factors, *chain.reads))
     flows[call] = True
     idle = [*(n for p in group for n in _reads(p)), *chain.steps]
     for i, old in enumerate([*made, *(p.node for p in group)]):
@@ -160,7 +160,7 @@ def _reads(p: Projection) -> list[fx.Node]:
 def _is_gelu_tanh(chain: Chain) -> bool:
     """True where all that is done to the first value is GELU by its tanh formula."""
     done = [(n.target, n.kwargs) for n in chain.steps if n.target not in VIEWS]
-    same = str(shape_of(chain.given[0])) == str(shape_of(chain.steps[-1]))  # asks no symbol
+    same = str(shape_of(chain.reads[0])) == str(shape_of(chain.steps[-1]))  # asks no symbol
     return same and done == [(aten.gelu.default, {"approximate": "tanh"})]
 
 

@@ -34,21 +34,24 @@ class Projection:
 def projections(graph: fx.Graph) -> Iterator[Projection]:
     """Every product of an activation with factors of branches, in the order of the graph."""
     for node in graph.nodes:
-        x, turned = operands(node, aten.matmul.default) or (None, None)
-        cast, perm = operands(turned, aten.permute.default) or (None, None)
-        a, like = operands(cast, aten.type_as.default) or (None, None)
-        if perm != [1, 0] or like is not x:
+        x, transposed = operands(node, aten.matmul.default) or (None, None)
+        cast, perm = operands(transposed, aten.permute.default) or (None, None)
+        a, dtype_source = operands(cast, aten.type_as.default) or (None, None)
+        if perm != [1, 0] or dtype_source is not x:
             continue
-        held = tuple((operands(a, aten.cat.default) or [[a]])[0])
-        if all(isinstance(n, fx.Node) and n.op == "get_attr" for n in held):
-            yield Projection(node, x, held)
+        stacked = operands(a, aten.cat.default)
+        factors = tuple(stacked[0]) if stacked else (a,)
+        if all(isinstance(factor, fx.Node) and factor.op == "get_attr" for factor in factors):
+            yield Projection(node, x, factors)
 
 
 def operands(node: object, target: object) -> tuple[Any, ...]:
     """The arguments of a branch's node where it is this op and has no keywords; else nothing."""
     if not isinstance(node, fx.Node) or node.target is not target or not is_marked(node):
         return ()
-    return tuple(node.args) if not node.kwargs else ()
+    if node.kwargs:
+        return ()
+    return tuple(node.args)
 
 
 def maker(before: fx.Node, branch: fx.Node) -> Callable[..., fx.Node]:

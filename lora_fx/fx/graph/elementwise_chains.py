@@ -56,13 +56,13 @@ class Chain:
 
     Attributes:
         steps: The nodes; the value is the last.
-        given: What they read: tensors, parameters and sizes.
+        reads: What they read: tensors, parameters and sizes.
         gain: Bytes at the example's sizes that are not kept when the chain runs again, less those
-            of what it is given.
+            of what it reads.
     """
 
     steps: tuple[fx.Node, ...]
-    given: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
     gain: int
 
 
@@ -76,47 +76,75 @@ def chain_of(
         differentiable: Nodes through which a gradient can flow.
         written: Nodes that some op changes in place.
     """
-    walks = (_walk(x, differentiable, written, sums) for sums in (False, True))
-    best = max(filter(None, walks), key=lambda chain: chain.gain, default=None)
-    return best if best is not None and 4 * best.gain >= nbytes(x) else None
+    chains = [_walk(x, differentiable, written, sums) for sums in (False, True)]
+    best = max(filter(None, chains), key=lambda chain: chain.gain, default=None)
+    if best is None or 4 * best.gain < nbytes(x):
+        return None
+    return best
 
 
 def _walk(
     x: fx.Node, differentiable: Mapping[fx.Node, bool], written: Collection[fx.Node], sums: bool
 ) -> Chain | None:
-    """The chain of every cheap node whose users are all among the steps."""
-    steps: dict[fx.Node, None] = {}
-    # what x is a view of: others may read it too
-    trail = set(reached([x], lambda n: n.all_input_nodes[:1] if n.target in VIEWS else []))
-    todo, node = {x}, x
-    while todo:
-        if node in todo:
-            todo.remove(node)
-            inside = all(u in steps for u in node.users)
-            if (inside or node in trail) and _cheap(node, x, written, sums):
-                steps[node] = None
-                todo |= {i for i in node.all_input_nodes if i.target in CHEAP}
-        node = node.prev
-    order = list(reversed(steps))
-    given = dict.fromkeys(i for n in order for i in n.all_input_nodes if i not in steps)
-    views = all(n.target in VIEWS | CASTS for n in order)
-    if x not in steps or views or any(g in written for g in given):
+    """The chain of every cheap node whose users are all among the steps.
+
+    Args:
+        x: The value.
+        differentiable: Nodes through which a gradient can flow.
+        written: Nodes that some op changes in place.
+        sums: Whether a sum of two large tensors is a step, or where the chain begins.
+    """
+    steps = _cheap_steps(x, written, sums)
+    if x not in steps or all(step.target in VIEWS | CASTS for step in steps):
         return None
-    held = {stored(x), *(stored(n) for step in order for n in keeps(step, differentiable))}
-    kept = {n for n in held if n.op != "get_attr"}
-    reads = {stored(g) for g in given if g.op != "get_attr"}
-    gain = sum(map(nbytes, kept - reads)) - sum(map(nbytes, reads - kept))
-    return Chain(tuple(order), tuple(given), gain)
+    reads: dict[fx.Node, None] = {}
+    for step in steps:
+        reads.update((operand, None) for operand in step.all_input_nodes if operand not in steps)
+    if any(operand in written for operand in reads):
+        return None
+
+    # what autograd keeps of the chain as it is, and what it keeps of a chain that runs again
+    saved_before = {stored(x)}
+    for step in steps:
+        saved_before.update(stored(node) for node in keeps(step, differentiable))
+    saved_before = {node for node in saved_before if node.op != "get_attr"}
+    saved_after = {stored(operand) for operand in reads if operand.op != "get_attr"}
+    freed = sum(map(nbytes, saved_before - saved_after))
+    added = sum(map(nbytes, saved_after - saved_before))
+    return Chain(tuple(steps), tuple(reads), freed - added)
 
 
-def _cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:
+def _cheap_steps(x: fx.Node, written: Collection[fx.Node], sums: bool) -> list[fx.Node]:
+    """The cheap nodes that make x and are read by each other alone, in the order of the graph."""
+
+    def viewed(node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes[:1] if node.target in VIEWS else []
+
+    behind_views = set(reached([x], viewed))  # others may read these too
+    steps: dict[fx.Node, None] = {}
+    candidates = {x}
+    node = x
+    while candidates:
+        if node in candidates:
+            candidates.remove(node)
+            is_inside = node in behind_views or all(user in steps for user in node.users)
+            if is_inside and _is_cheap(node, x, written, sums):
+                steps[node] = None
+                operands = node.all_input_nodes
+                candidates.update(operand for operand in operands if operand.target in CHEAP)
+        node = node.prev
+    return list(reversed(steps))
+
+
+def _is_cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: bool) -> bool:
     if node.op != "call_function" or node.target not in CHEAP or is_marked(node):
         return False
     if node in written or not isinstance(value(node), torch.Tensor):
         return False
     if node.target in SUMS and not sums:
-        data = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
-        return sum(2 * nbytes(a) > nbytes(x) for a in data) < 2
+        data = [arg for arg in node.args if isinstance(arg, fx.Node) and arg.op != "get_attr"]
+        large = [arg for arg in data if 2 * nbytes(arg) > nbytes(x)]
+        return len(large) < 2
     return True
 
 
@@ -124,31 +152,40 @@ def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node
     """What autograd keeps of a cheap node's operands and result."""
     if not differentiable.get(node):
         return []
-    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if node.target in INPUT:
         return operands[:1]
     if node.target in OUTPUT:
         return [node]
     if node.target in PRODUCTS and len(operands) == 2:
         first, second = operands
-        return [a for a, b in ((first, second), (second, first)) if differentiable.get(b)]
+        factors = []
+        if differentiable.get(second):
+            factors.append(first)
+        if differentiable.get(first):
+            factors.append(second)
+        return factors
     return []
 
 
 def stored(node: fx.Node) -> fx.Node:
     """The node whose memory a value lies in, through views and casts to its own dtype."""
-    source = node.args[0] if node.args else None
-    if node.op == "call_function" and isinstance(source, fx.Node):
-        same = node.target in CASTS and dtype_of(node) == dtype_of(source)
-        if same or node.target in VIEWS:
-            return stored(source)
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return node
+    source = node.args[0]
+    if node.target in VIEWS:
+        return stored(source)
+    if node.target in CASTS and dtype_of(node) == dtype_of(source):
+        return stored(source)
     return node
 
 
 def nbytes(node: fx.Node) -> int:
     """Bytes of a node's tensor at the example's sizes; 0 for anything else."""
-    v = value(node)
-    return numel(tuple(v.shape)) * v.element_size() if isinstance(v, torch.Tensor) else 0
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor):
+        return 0
+    return numel(tuple(tensor.shape)) * tensor.element_size()
 
 
 def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool]:
@@ -158,17 +195,18 @@ def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool
         graph: Nodes with the values that the capture saw.
         root: Holds the tensors.
     """
-    found: dict[fx.Node, bool] = {}
+    differentiable: dict[fx.Node, bool] = {}
     named = root.named_parameters(remove_duplicate=False)
-    trained = {n for n, p in named if p.requires_grad}
+    trained = {name for name, parameter in named if parameter.requires_grad}
     for node in graph.nodes:
-        v = value(node)
-        if isinstance(v, torch.Tensor) and not v.is_floating_point():
-            found[node] = False
+        captured = value(node)
+        if isinstance(captured, torch.Tensor) and not captured.is_floating_point():
+            differentiable[node] = False
         elif node.op == "placeholder":
-            found[node] = isinstance(v, torch.Tensor)
+            differentiable[node] = isinstance(captured, torch.Tensor)
         elif node.op == "get_attr":
-            found[node] = str(node.target) in trained
+            differentiable[node] = str(node.target) in trained
         else:
-            found[node] = any(found.get(i, False) for i in node.all_input_nodes)
-    return found
+            operands = node.all_input_nodes
+            differentiable[node] = any(differentiable.get(operand, False) for operand in operands)
+    return differentiable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,19 +31,21 @@ def site_flops(node: fx.Node, use: ops.FxOperand) -> int:
     if use.kind.name == "embedding":
         return 0
     w = shape_of(ops.pick(node, use.weight)) or ()
+    x = shape_of(ops.pick(node, use.x)) or ()
     if use.kind.name == "recurrent":
-        x = shape_of(ops.pick(node, use.x)) or ()
         return 2 * numel(w) * numel(x[:-1])
     if use.kind.name == "conv_transpose":
-        return 2 * numel(shape_of(ops.pick(node, use.x)) or ()) * numel(w[1:])
+        return 2 * numel(x) * numel(w[1:])
+
     y = shape_of(node)
     if y is None:
         return 0
-    axes = use.kind.axes(tuple(hint(n) for n in w))
+    axes = use.kind.axes(tuple(hint(size) for size in w))
     split = axes.steps[0].shape if axes.steps else w  # type: ignore[union-attr]
     if use.refusal and len(split) < 2:
         return 2 * numel(y)  # a vector: every element once
-    return 2 * numel(y) * numel(tuple(split[i] for i in axes.in_ if i < len(split)))
+    in_sizes = tuple(split[axis] for axis in axes.in_ if axis < len(split))
+    return 2 * numel(y) * numel(in_sizes)
 
 
 def gathered(graph: fx.Graph, flow: FxFlow) -> dict[fx.Node, str]:
@@ -50,15 +53,17 @@ def gathered(graph: fx.Graph, flow: FxFlow) -> dict[fx.Node, str]:
 
     Experts are picked so from their stack: the one float that such an op reads is the parameter.
     """
-    found: dict[fx.Node, str] = {}
+    parameter_of: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.op != "call_function" or node in flow.behind or not _is_float(node):
             continue
-        floats = [n for n in node.all_input_nodes if _is_float(n)]
-        names = {found.get(n) or next(iter(flow.behind.get(n, ())), "") for n in floats}
+        names = set()
+        for operand in filter(_is_float, node.all_input_nodes):
+            behind = flow.behind.get(operand) or ("",)
+            names.add(parameter_of.get(operand) or behind[0])
         if len(names) == 1 and "" not in names:
-            found[node] = names.pop()
-    return found
+            parameter_of[node] = names.pop()
+    return parameter_of
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -68,22 +73,43 @@ def _is_float(node: fx.Node) -> bool:
 
 def data_flops(node: fx.Node) -> int:
     """FLOPs of one product of activations, 0 for anything else; an einsum has every letter's."""
-    y, row = shape_of(node), ops.row_of(node)
-    product = row is not None and not row.op.startswith("embedding")
-    if y is None or not (product or node.target in ops.DATA_OPS):
+    y = shape_of(node)
+    if y is None:
         return 0
     if node.target in ops.DATA_OPS:
-        q, k, v = (shape_of(a) or () for a in node.args[:3])
-        return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
+        return _attention_flops(node)
+    row = ops.row_of(node)
+    if row is None or row.op.startswith("embedding"):
+        return 0
     if node.target is aten.einsum.default:
-        shapes = [shape_of(o) or () for o in node.args[1]]  # type: ignore[union-attr]
-        terms = letters(str(node.args[0]).replace(" ", ""), [len(s) for s in shapes])
-        pairs = (zip(t, s, strict=True) for t, s in zip(terms, shapes, strict=False))
-        return 2 * numel(tuple({c: n for pair in pairs for c, n in pair}.values()))
+        return _einsum_flops(node)
     if op_name(node).startswith("conv"):
-        return 2 * numel(y) * numel((shape_of(node.args[1]) or ())[1:])
-    at = 1 if row is not None and row.bias == 0 else 0
-    first, second = (shape_of(a) or () for a in node.args[at : at + 2])
+        w = shape_of(node.args[1]) or ()
+        return 2 * numel(y) * numel(w[1:])
+
+    first_factor = 1 if row.bias == 0 else 0
+    factors = node.args[first_factor : first_factor + 2]
+    left, right = (shape_of(factor) or () for factor in factors)
     if op_name(node) in ("addbmm", "inner", "tensordot"):  # no axis of a stack in the result
-        return 2 * numel(y) * isqrt(numel(first) * numel(second) // max(1, numel(y)))
-    return 2 * numel(y) * hint(first[-1]) if first else 0
+        return 2 * numel(y) * isqrt(numel(left) * numel(right) // max(1, numel(y)))
+    if not left:
+        return 0
+    return 2 * numel(y) * hint(left[-1])
+
+
+def _attention_flops(node: fx.Node) -> int:
+    """Of q·kᵀ and of what softmax makes of it times v: q [..., n, d], k [..., m, d], v [m, e]."""
+    q, k, v = (shape_of(operand) or () for operand in node.args[:3])
+    return 2 * numel(q) * hint(k[-2]) + 2 * numel(q[:-1]) * numel(v[-2:])
+
+
+def _einsum_flops(node: fx.Node) -> int:
+    operands: Any = node.args[1]
+    shapes = [shape_of(operand) or () for operand in operands]
+    equation = str(node.args[0]).replace(" ", "")
+    size_of_letter: dict[str, Any] = {}
+    for term, shape in zip(
+        letters(equation, [len(shape) for shape in shapes]), shapes, strict=False
+    ):
+        size_of_letter.update(zip(term, shape, strict=True))
+    return 2 * numel(tuple(size_of_letter.values()))

@@ -55,12 +55,19 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
     """
     if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor):
         return None
-    walk = reached([node], lambda n: n.all_input_nodes if n.target in STEPS else [])
-    near = list(islice(walk, 1, LONGEST))
-    for x in near if any(n.target in FUNCTIONS for n in near) else ():
-        made = _computed(node, x, written)
-        for approximate, wanted in GELUS.items():
-            if isinstance(made, torch.Tensor) and torch.allclose(made, wanted, CLOSE, CLOSE):
+
+    def steps_before(step: fx.Node) -> list[fx.Node]:
+        return step.all_input_nodes if step.target in STEPS else []
+
+    candidates = list(islice(reached([node], steps_before), 1, LONGEST))
+    if not any(candidate.target in FUNCTIONS for candidate in candidates):
+        return None
+    for x in candidates:
+        result = _computed(node, x, written)
+        if not isinstance(result, torch.Tensor):
+            continue
+        for approximate, expected in GELUS.items():
+            if torch.allclose(result, expected, CLOSE, CLOSE):
                 return x, approximate
     return None
 
@@ -77,5 +84,7 @@ def _computed(
         return None
     if dtype_of(node) != dtype_of(x) or node.kwargs:
         return None
-    parts = [_computed(a, x, written) for a in node.args]
-    return None if any(p is None for p in parts) else node.target(*parts)  # type: ignore[operator]
+    operands = [_computed(arg, x, written) for arg in node.args]
+    if any(operand is None for operand in operands):
+        return None
+    return node.target(*operands)  # type: ignore[operator]

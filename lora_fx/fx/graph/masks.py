@@ -52,90 +52,141 @@ def mask_form(mask: fx.Node, written: Collection[fx.Node]) -> str:
         mask: Truths, or what is added to scores.
         written: Nodes that some op changes in place.
     """
-    nodes = set(reached([mask], _operands))
-    made = [n for n in mask.graph.nodes if n in nodes]
-    if any(not _is_given(n) and (n.target not in MASKING or n in written) for n in made):
-        return ""
-    sizes = [value(n).node.expr for n in made if isinstance(value(n), torch.SymInt)]
-    ends = [n.node.expr for n in (shape_of(mask) or ())[-2:] if isinstance(n, torch.SymInt)]
-    lengths = {s for end in ends for s in end.free_symbols}
-    most = _largest(made)
-    if lengths and most > LARGEST:
-        return ""
-    # where queries and keys have fixed lengths, each of their places is looked at
-    tries = [(2, 2), (3, 2), (5, 3), *([(most + 3, 2), (5, most + 3)] if lengths else [])]
-    symbols = sorted({s for size in sizes for s in size.free_symbols}, key=str)
-    forms = set[str]()
-    for length, other in tries:
-        at = {s: i + (length if s in lengths else other) for i, s in enumerate(symbols)}
-        try:
-            forms.add(_form_at(made, at))
-        except (RuntimeError, IndexError, ValueError):  # sizes that the ops do not take
+    dependencies = set(reached([mask], _operands))
+    nodes = [node for node in mask.graph.nodes if node in dependencies]
+    for node in nodes:
+        if not _is_size_or_device(node) and (node.target not in MASKING or node in written):
             return ""
+
+    lengths = set[Any]()  # the symbols of how many queries and keys there are
+    for size in (shape_of(mask) or ())[-2:]:
+        if isinstance(size, torch.SymInt):
+            lengths |= size.node.expr.free_symbols
+    reach = _largest(nodes)
+    if lengths and reach > LARGEST:
+        return ""
+    forms = _forms(nodes, lengths, reach)
     # along an axis of size 1 a mask is the same for all queries, or for all keys
     if forms == {"causal"} and "1" not in sizes_of(mask)[-2:]:
         return "causal"
-    return "open" if forms == {"open"} else ""
+    if forms == {"open"}:
+        return "open"
+    return ""
 
 
-def _largest(made: Sequence[fx.Node]) -> int:
+def _forms(nodes: Sequence[fx.Node], lengths: Collection[Any], reach: int) -> set[str]:
+    """The forms of a mask at small sizes, and at such as are beyond all numbers in it.
+
+    Args:
+        nodes: What makes the mask, which is the last of them.
+        lengths: The symbols of how many queries and keys there are. Where these are fixed, each of
+            their places is looked at, and no larger sizes are needed.
+        reach: How far the mask may look.
+    """
+    tries = [(2, 2), (3, 2), (5, 3)]
+    if lengths:
+        tries += [(reach + 3, 2), (5, reach + 3)]
+    symbols = set[Any]()
+    for node in nodes:
+        if isinstance(value(node), torch.SymInt):
+            symbols |= value(node).node.expr.free_symbols
+
+    forms = set[str]()
+    for length, other in tries:
+        sizes = {}
+        for place, symbol in enumerate(sorted(symbols, key=str)):
+            sizes[symbol] = place + (length if symbol in lengths else other)
+        try:
+            forms.add(_form_at(nodes, sizes))
+        except (RuntimeError, IndexError, ValueError):  # sizes that the ops do not take
+            return {""}
+    return forms
+
+
+def _largest(nodes: Sequence[fx.Node]) -> int:
     """How far the last of some nodes may look: all numbers behind it, as often as they are read."""
     reach: dict[fx.Node, int] = {}
-    for node in made:
-        number = value(node)
+    for node in nodes:
+        size = value(node)
         leaves = tree_leaves((node.args, node.kwargs))
-        if isinstance(number, torch.SymInt):
-            leaves = [int(a) for a in number.node.expr.atoms() if a.is_Integer]
-        numbers = (a for a in leaves if isinstance(a, (int, float)) and a != END and a > LOWEST)
-        reach[node] = sum(
-            min(math.ceil(abs(a)), LARGEST + 1) if a < math.inf else 0 for a in numbers
-        )
-        reach[node] += sum(reach.get(n, 0) for n in leaves if isinstance(n, fx.Node))
-    return reach[made[-1]]
+        if isinstance(size, torch.SymInt):
+            leaves = [int(atom) for atom in size.node.expr.atoms() if atom.is_Integer]
+        reach[node] = 0
+        for leaf in leaves:
+            if isinstance(leaf, fx.Node):
+                reach[node] += reach.get(leaf, 0)
+            elif isinstance(leaf, (int, float)) and leaf != END and LOWEST < leaf < math.inf:
+                reach[node] += min(math.ceil(abs(leaf)), LARGEST + 1)
+    return reach[nodes[-1]]
 
 
-def _is_given(node: fx.Node) -> bool:
+def _is_size_or_device(node: fx.Node) -> bool:
     """Whether a node is a size, or the device of an input."""
     return isinstance(value(node), (torch.SymInt, int)) or node.target is getattr
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """What decides the numbers that a node makes; not a tensor of which the dtype alone is read."""
-    if _is_given(node):
+    if _is_size_or_device(node):
         return []
-    place = SHAPE_ONLY.get(op_name(node))
-    like = node.args[place : place + 1] if place is not None else ()
-    return [n for n in node.all_input_nodes if n not in like]
+    operands = node.all_input_nodes
+    position = SHAPE_ONLY.get(op_name(node))
+    if position is None:
+        return operands
+    dtype_sources = node.args[position : position + 1]
+    return [operand for operand in operands if operand not in dtype_sources]
 
 
-def _form_at(made: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
+def _form_at(nodes: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
     """The form of the last of some nodes, run at sizes by their symbols; empty for any other."""
     values: dict[fx.Node, Argument] = {}
 
-    def read(x: Any) -> Argument:
-        if isinstance(x, torch.device):
+    def read(arg: Any) -> Argument:
+        if isinstance(arg, torch.device):
             return torch.device("cpu")  # that of the capture may be meta, or of another machine
-        if isinstance(x, fx.Node) and x not in values:
-            return torch.empty(0, dtype=dtype_of(x))
-        return values[x] if isinstance(x, fx.Node) else x
+        if not isinstance(arg, fx.Node):
+            return arg
+        if arg not in values:
+            return torch.empty(0, dtype=dtype_of(arg))
+        return values[arg]
 
     mask = torch.ones(())
-    for node in made:
+    for node in nodes:
+        captured = value(node)
         if node.target is getattr:
             values[node] = torch.device("cpu")
-        elif isinstance(number := value(node), torch.SymInt):
-            values[node] = int(number.node.expr.xreplace(sizes))
-        elif isinstance(number, int):
-            values[node] = number
+        elif isinstance(captured, torch.SymInt):
+            values[node] = int(captured.node.expr.xreplace(sizes))
+        elif isinstance(captured, int):
+            values[node] = captured
         else:
             args, kwargs = map_aggregate((node.args, node.kwargs), read)
-            values[node] = mask = node.target(*args, **kwargs)  # type: ignore[operator]
-            adds = mask.is_floating_point() and bool(((mask == 0) | (mask <= LOWEST)).all())
-            truths = bool(((mask == 0) | (mask == 1)).all())
-            if not (adds or truths or mask.dtype in (torch.int32, torch.int64)):
-                return ""  # numbers that a float may round
-    if mask.dtype != torch.bool and not adds:
+            mask = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = mask
+            if not _is_exact(mask):
+                return ""
+
+    if mask.dtype == torch.bool:
+        allowed = mask
+    elif _removes_or_adds_nothing(mask):
+        allowed = mask == 0
+    else:
         return ""
-    truth = mask if mask.dtype == torch.bool else mask == 0
-    causal = truth.dim() > 1 and torch.equal(truth, torch.ones_like(truth).tril())
-    return "open" if bool(truth.all()) else "causal" if causal else ""
+    if bool(allowed.all()):
+        return "open"
+    if allowed.dim() > 1 and torch.equal(allowed, torch.ones_like(allowed).tril()):
+        return "causal"
+    return ""
+
+
+def _is_exact(tensor: torch.Tensor) -> bool:
+    """Whether a float holds none of a tensor's numbers that it may have rounded."""
+    if tensor.dtype in (torch.int32, torch.int64):
+        return True
+    only_truths = bool(((tensor == 0) | (tensor == 1)).all())
+    return only_truths or _removes_or_adds_nothing(tensor)
+
+
+def _removes_or_adds_nothing(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, added to scores, removes some of them and leaves the others."""
+    return tensor.is_floating_point() and bool(((tensor == 0) | (tensor <= LOWEST)).all())

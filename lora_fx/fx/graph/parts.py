@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -48,62 +48,100 @@ def out_axis(kind: Kind) -> int | None:
 
 
 def parts_of(node: fx.Node, out_axis: int) -> tuple[Part, ...]:
-    """The parts of a node's result along one axis; one part where it is used as a whole."""
-    shape = tuple(hint(n) for n in shape_of(node) or ())
+    """The parts of a node's result along one axis; one part where it is used as a whole.
+
+    Empty where no role is proven, and where the parts are no regions of the weight.
+    """
+    shape = tuple(hint(size) for size in shape_of(node) or ())
     if len(shape) < 2 or numel(shape) > LARGEST:
         return ()
     axis = out_axis % len(shape)
     size = shape[axis]
-    halves = [u for u in node.users if u.target is aten.glu.default]
-    if halves and len(node.users) == 1:
+    if [user.target for user in node.users] == [aten.glu.default]:
         return ("up", 0, size // 2), ("gate", size // 2, size)
-    views = reached([node], lambda n: filter(is_view, n.users))
-    if not any(n.target in CUTS for n in views):
-        role = role_of([(u, node) for u in node.users])
+
+    views = reached([node], lambda view: filter(is_view, view.users))
+    if not any(view.target in CUTS for view in views):
+        role = role_of([(user, node) for user in node.users])
         return ((role, 0, size),) if role else ()
-    # Each place along out gets its number, and the numbers go through the views that follow: what
-    # arrives at a node is the region that it reads.
-    marks = torch.arange(size).view([-1 if i == axis else 1 for i in range(len(shape))])
-    runs: list[tuple[int, int, bool, Step]] = []
-    for marked, step in _leaves(node, marks.expand(shape)):
-        seen = torch.bincount(marked.reshape(-1)).nonzero()[:, 0]  # unique() sorts them all
-        if not len(seen):
-            continue  # the empty rest of a partial rotation
-        lo, hi = int(seen[0]), int(seen[-1]) + 1
-        runs.append((lo, hi, hi - lo == len(seen), step))
-    bounds = {(lo, hi) for lo, hi, joined, _ in runs if joined}
-    outer = [p for p in bounds if not any(q != p and _within(p, q) for q in bounds)]
-    pieces: dict[tuple[int, int], list[Step]] = {p: [] for p in sorted(outer)}
-    for lo, hi, _, step in runs:
-        home = next((p for p in pieces if _within((lo, hi), p)), None)
-        if home is None:
-            return ()  # interleaved by heads: no region of the weight
-        pieces[home].append(step)
-    ends = [0, *(hi for _, hi in pieces)]
-    if not 2 <= len(pieces) <= LIMIT or ends != [*(lo for lo, _ in pieces), size]:
+
+    pieces = _pieces(_reads(node, shape, axis))
+    if pieces is None or not 2 <= len(pieces) <= LIMIT:
         return ()
+    starts = [start for start, _ in pieces]
+    stops = [stop for _, stop in pieces]
+    if [*starts, size] != [0, *stops]:
+        return ()  # they overlap, or leave something out
     roles = roles_of(list(pieces.values()))
-    return tuple((role, lo, hi) for role, (lo, hi) in zip(roles, pieces, strict=True))
+    return tuple((role, start, stop) for role, (start, stop) in zip(roles, pieces, strict=True))
+
+
+class _Read(NamedTuple):
+    """What one reader of a result reads along out: from start up to stop."""
+
+    bounds: tuple[int, int]
+    gapless: bool  # all of it, and not every second one
+    step: Step
+
+
+def _reads(node: fx.Node, shape: tuple[int, ...], axis: int) -> list[_Read]:
+    """What is read along one axis of a node's result, a row for each way out through views.
+
+    Each place along the axis gets its number, and the numbers go through the views that follow:
+    what arrives at a node is the region that it reads.
+    """
+    along_axis = [1] * len(shape)
+    along_axis[axis] = -1
+    numbers = torch.arange(shape[axis]).view(along_axis).expand(shape)
+
+    reads = []
+    for arrived, step in _ways_out(node, numbers):
+        places = torch.bincount(arrived.reshape(-1)).nonzero()[:, 0]  # unique() sorts them all
+        if not len(places):
+            continue  # the empty remainder of a partial rotation
+        start = int(places[0])
+        stop = int(places[-1]) + 1
+        reads.append(_Read((start, stop), stop - start == len(places), step))
+    return reads
+
+
+def _pieces(reads: Sequence[_Read]) -> dict[tuple[int, int], list[Step]] | None:
+    """The widest gapless regions that are read, in order, and the steps that read in each.
+
+    None where something is read across them: heads are interleaved then.
+    """
+    regions = {read.bounds for read in reads if read.gapless}
+    pieces: dict[tuple[int, int], list[Step]] = {}
+    for region in sorted(regions):
+        if not any(other != region and _within(region, other) for other in regions):
+            pieces[region] = []
+
+    for read in reads:
+        piece = next((piece for piece in pieces if _within(read.bounds, piece)), None)
+        if piece is None:
+            return None
+        pieces[piece].append(read.step)
+    return pieces
 
 
 def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-def _leaves(node: fx.Node, marks: Any) -> Iterator[tuple[torch.Tensor, Step]]:
-    """Every way out of a node: its marks, and the first node on it that is no view."""
+def _ways_out(node: fx.Node, numbers: Any) -> Iterator[tuple[torch.Tensor, Step]]:
+    """Every way out of a node: the numbers that arrive, and the first step that is no view."""
     for user in node.users:
         if not is_view(user):
-            yield marks, (user, node)
-            continue
-        args, kwargs = map_arg(
-            (user.args, user.kwargs), lambda n: marks if n is node else plain(value(n))
-        )
-        if user.target in (aten.to.dtype, aten.type_as.default, aten.dropout.default):
-            made = marks
+            yield numbers, (user, node)
+        elif user.target in (aten.to.dtype, aten.type_as.default, aten.dropout.default):
+            yield from _ways_out(user, numbers)
         else:
+            args, kwargs = map_arg(
+                (user.args, user.kwargs),
+                lambda operand: numbers if operand is node else plain(value(operand)),
+            )
             try:
-                made = user.target(*args, **kwargs)  # type: ignore[operator]
+                viewed = user.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, TypeError, ValueError):
                 return
-        yield from _leaves(user, made)
+            yield from _ways_out(user, viewed)

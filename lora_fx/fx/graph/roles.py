@@ -37,30 +37,40 @@ FAR = 60
 
 
 def roles_of(pieces: Sequence[Sequence[Step]]) -> list[str]:
-    """The roles of the parts of a result, each given as the steps that read it."""
+    """The roles of the parts of a result.
+
+    Args:
+        pieces: For each part, the steps that read it.
+    """
     gated = [any(user.target in GATES for user, _ in steps) for steps in pieces]
-    if len(pieces) == 2 and sum(gated) == 1:
-        return ["gate" if g else "up" for g in gated]
+    if gated == [True, False]:
+        return ["gate", "up"]
+    if gated == [False, True]:
+        return ["up", "gate"]
     return [role_of(steps) for steps in pieces]
 
 
 def role_of(steps: Sequence[Step]) -> str:
     """The role that attention proves of a result: that of every product which it goes into."""
-    roles = {_in_attention(node, i) for node, i in _products(steps)}
-    return roles.pop() if len(roles) == 1 else ""
+    roles = {_in_attention(product, operand) for product, operand in _products(steps)}
+    if len(roles) != 1:
+        return ""
+    return roles.pop()
 
 
 def _products(steps: Sequence[Step]) -> Iterator[tuple[fx.Node, int]]:
     """The first products of activations behind some nodes, and which operand leads there."""
-    queue, seen = list(steps), set[fx.Node]()
-    while queue and len(seen) < FAR:
+    queue = list(steps)
+    visited = set[fx.Node]()
+    while queue and len(visited) < FAR:
         node, source = queue.pop(0)
         if node.target in ops.DATA_OPS or (node.target in DATA_PRODUCTS and _is_data(node)):
-            first = node.target is aten.baddbmm.default
-            yield from ((node, path[-1] - first) for path in slots(node, source))
-        elif node not in seen and ops.row_of(node) is None and node.op == "call_function":
-            queue += [(u, node) for u in node.users]
-        seen.add(node)
+            first_factor = 1 if node.target is aten.baddbmm.default else 0
+            for path in slots(node, source):
+                yield node, path[-1] - first_factor
+        elif node not in visited and ops.row_of(node) is None and node.op == "call_function":
+            queue += [(user, node) for user in node.users]
+        visited.add(node)
 
 
 def _in_attention(node: fx.Node, operand: int) -> str:
@@ -72,14 +82,18 @@ def _in_attention(node: fx.Node, operand: int) -> str:
         return ""
     if _is_softmax(factors[1 - operand]):
         return "v"
-    summed = _summed(node)
-    return "" if summed is None else "qk"[summed == operand]
+    keys = _factor_of_keys(node)
+    if keys is None:
+        return ""
+    return "k" if operand == keys else "q"
 
 
 def _factors(node: fx.Node) -> Sequence[Any]:
     if node.target is aten.einsum.default:
         return node.args[1]  # type: ignore[return-value]
-    return node.args[node.target is aten.baddbmm.default :][:2]
+    if node.target is aten.baddbmm.default:
+        return node.args[1:3]
+    return node.args[:2]
 
 
 def _is_softmax(value: object) -> bool:
@@ -89,31 +103,50 @@ def _is_softmax(value: object) -> bool:
             return False
         if value.target is aten.softmax.int:
             return True
-        value = value.args[0] if value.args else None
+        if not value.args:
+            return False
+        value = value.args[0]
     return False
 
 
-def _summed(node: fx.Node) -> int | None:
+def _factor_of_keys(node: fx.Node) -> int | None:
     """Which factor has the axis that a softmax of their product sums over: the keys'."""
-
-    def onwards(at: fx.Node) -> list[fx.Node]:
-        return [u for u in at.users if ops.row_of(u) is None and u.target not in TURNS]
-
-    near = (user for at in islice(reached([node], onwards), FAR) for user in at.users)
-    softmax = next((user for user in near if user.target is aten.softmax.int), None)
-    if softmax is None or not any(_products([(u, softmax) for u in softmax.users])):
+    softmax = _softmax_behind(node)
+    if softmax is None:
+        return None
+    feeds_a_product = any(_products([(user, softmax) for user in softmax.users]))
+    if not feeds_a_product:
         return None
     axis = argument(softmax, "dim") % -len(shape_of(softmax) or (0,))
-    return _owner(node, axis) if axis in (-1, -2) else None
+    if axis not in (-1, -2):
+        return None
+    return _factor_with_axis(node, axis)
 
 
-def _owner(node: fx.Node, axis: int) -> int | None:
+def _softmax_behind(node: fx.Node) -> fx.Node | None:
+    """The nearest softmax that a product of activations goes into, its axes in their places."""
+
+    def onwards(step: fx.Node) -> list[fx.Node]:
+        users = step.users
+        return [user for user in users if ops.row_of(user) is None and user.target not in TURNS]
+
+    for step in islice(reached([node], onwards), FAR):
+        for user in step.users:
+            if user.target is aten.softmax.int:
+                return user
+    return None
+
+
+def _factor_with_axis(node: fx.Node, axis: int) -> int | None:
+    """Which factor of a product has one of the last two axes of the result."""
     if node.target is not aten.einsum.default:
         return 1 if axis == -1 else 0
-    ranks = [len(shape_of(f) or ()) for f in _factors(node)]
-    first, second, result = letters(str(node.args[0]).replace(" ", ""), ranks)
-    mine = [result[axis] in term for term in (first, second)]
-    return mine.index(True) if sum(mine) == 1 else None
+    ranks = [ops.n_axes(factor) for factor in _factors(node)]
+    *terms, result = letters(str(node.args[0]).replace(" ", ""), ranks)
+    factors = [factor for factor, term in enumerate(terms) if result[axis] in term]
+    if len(factors) != 1:
+        return None
+    return factors[0]
 
 
 def _is_data(node: fx.Node) -> bool:
@@ -124,4 +157,4 @@ def _is_data(node: fx.Node) -> bool:
             value = value.args[0]
         return isinstance(value, fx.Node) and value.op == "get_attr"
 
-    return not any(stored(f) for f in _factors(node))
+    return not any(stored(factor) for factor in _factors(node))

@@ -43,37 +43,56 @@ def uses(graph: fx.Graph, flow: FxFlow, bodies: Bodies) -> Iterator[FxUse]:
         if node.op != "call_function" or is_marked(node):
             continue
         row = ops.row_of(node)
-        given = body_uses(node, flow.weights, bodies) if row is None else row.uses(node)
-        found = [(u, w) for u in given if (w := flow.weights.get(ops.pick(node, u.weight)))]
-        if row is not None and not row.many and len(found) > 1:
-            own = [(use, weight) for use, weight in found if weight.name]
-            use, weight = found[0]  # of two weights neither is an activation
-            both = replace(weight, edited=f"{op_name(node)} with another weight")
-            found = own if len(own) == 1 else [(use, both)]
-        if node in flow.behind and row is not None:
+        if row is not None and node in flow.behind:
             continue  # a constant times a parameter: a computed weight, read later on
-        for use, weight in found:
+        for use, weight in _weight_operands(node, row, flow, bodies):
             yield _site(node, use, weight, row, namer), node, weight
+
+
+def _weight_operands(
+    node: fx.Node, row: ops.FxOp | None, flow: FxFlow, bodies: Bodies
+) -> list[tuple[ops.FxOperand, FxWeight]]:
+    """The operands of a node that are weights; one of them where the op has one weight only."""
+    if row is None:
+        possible = body_uses(node, flow.weights, bodies)
+    else:
+        possible = row.uses(node)
+    operands = []
+    for use in possible:
+        weight = flow.weights.get(ops.pick(node, use.weight))
+        if weight is not None:
+            operands.append((use, weight))
+
+    if row is None or row.many or len(operands) < 2:
+        return operands
+    parameters = [(use, weight) for use, weight in operands if weight.name]
+    if len(parameters) == 1:
+        return parameters
+    use, weight = operands[0]  # of two weights neither is an activation
+    return [(use, replace(weight, edited=f"{op_name(node)} with another weight"))]
 
 
 def _site(
     node: fx.Node, use: ops.FxOperand, weight: FxWeight, row: ops.FxOp | None, namer: Namer
 ) -> Site:
-    scope, cls = scope_of(node)
+    scope, module_class = scope_of(node)
     refusal = use.refusal
     if weight.edited:
         refusal = f"the weight is computed by {weight.edited} from {', '.join(weight.behind)}"
-    many = row is None or row.many
+    site_id = node.name
+    if row is None or row.many:
+        site_id += ":" + ".".join(map(str, use.weight))
+    operand = shape_of(ops.pick(node, use.weight)) or ()
     axis = out_axis(use.kind)
     return Site(
-        id=f"{node.name}:{'.'.join(map(str, use.weight))}" if many else node.name,
+        id=site_id,
         op=op_name(node) if row is None else row.op,
         kind=use.kind,
         parameter=namer(weight),
         view=weight.view,
-        operand=tuple(hint(n) for n in shape_of(ops.pick(node, use.weight)) or ()),
+        operand=tuple(hint(size) for size in operand),
         scope=scope,
-        module_class=cls,
+        module_class=module_class,
         flops=site_flops(node, use),
         refusal=refusal,
         allowed=use.allowed and refusal == use.refusal,
@@ -97,52 +116,68 @@ def _result(node: fx.Node) -> fx.Node:
 
 
 def body_uses(
-    node: fx.Node, weights: Mapping[fx.Node, FxWeight], held: Bodies
+    node: fx.Node, weights: Mapping[fx.Node, FxWeight], bodies_by_name: Bodies
 ) -> Iterator[ops.FxOperand]:
     """Uses of a higher-order op's operands as weights, by what its bodies do with them.
 
     The ops are cond, while_loop, map. The parameter is an operand of the op, and the body says what
     it is for. An update goes to the operand, W + s·b·a, so the body does not change.
     """
-    bodies, paths = body_operands(node, held)
-    for path in paths:
+    bodies, paths = body_operands(node, bodies_by_name)
+    for position, path in enumerate(paths):
         operand = ops.pick(node, path)
         if not isinstance(operand, fx.Node) or operand not in weights:
             continue
-        inner = [u for b in bodies for u in _inside(b, paths.index(path), len(paths), operand)]
-        if inner:
-            form = WeightForm("body", inner[0][0])
-            yield ops.FxOperand(path, (0,), form, flops=sum(f for _, f in inner))
+        axes: list[Axes] = []
+        flops = 0
+        for body in bodies:
+            for axes_of_use, flops_of_use in _uses_inside(body, position, len(paths), operand):
+                axes.append(axes_of_use)
+                flops += flops_of_use
+        if axes:
+            yield ops.FxOperand(path, (0,), WeightForm("body", axes[0]), flops=flops)
 
 
-def body_operands(node: fx.Node, held: Bodies) -> tuple[list[fx.GraphModule], list[ops.Path]]:
+def body_operands(
+    node: fx.Node, bodies_by_name: Bodies
+) -> tuple[list[fx.GraphModule], list[ops.Path]]:
     """The bodies of a higher-order op, and the paths to what their placeholders stand for."""
     if not isinstance(node.target, HigherOrderOperator):
         return [], []
-    reads = {i: a for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"}
-    bodies = {i: held[str(a.target)] for i, a in reads.items() if str(a.target) in held}
-    last = max(bodies, default=-1)
+    bodies: list[fx.GraphModule] = []
+    first_operand = 0
+    for position, arg in enumerate(node.args):
+        if isinstance(arg, fx.Node) and arg.op == "get_attr" and str(arg.target) in bodies_by_name:
+            bodies.append(bodies_by_name[str(arg.target)])
+            first_operand = position + 1
+
     paths: list[ops.Path] = []
-    for i, arg in enumerate(node.args[last + 1 :], last + 1):
+    for position, arg in enumerate(node.args[first_operand:], first_operand):
         if isinstance(arg, (tuple, list)):
-            paths += [(i, j) for j in range(len(arg))]
+            paths += [(position, index) for index in range(len(arg))]
         else:
-            paths.append((i,))
-    return list(bodies.values()), paths
+            paths.append((position,))
+    return bodies, paths
 
 
-def _inside(
-    body: fx.GraphModule, i: int, count: int, operand: fx.Node
+def _uses_inside(
+    body: fx.GraphModule, position: int, count: int, operand: fx.Node
 ) -> Iterator[tuple[Axes, int]]:
     """The axes, in terms of the operand, and the FLOPs of each use of a body's placeholder."""
-    places = [n for n in body.graph.nodes if n.op == "placeholder"]
-    if len(places) != count or shape_of(places[i]) != shape_of(operand):
+    placeholders = body.graph.find_nodes(op="placeholder")
+    if len(placeholders) != count or shape_of(placeholders[position]) != shape_of(operand):
         return
-    shape = tuple(hint(n) for n in shape_of(operand) or ())
-    start = FxWeight("w", View(), shape, places[i], ("w",))
-    inner = {n: m for n, m in body.named_children() if isinstance(m, fx.GraphModule)}
-    flow = weight_flow(body.graph, None, {}, {places[i]: start})
-    for site, _, _ in uses(body.graph, flow, inner):
+    placeholder = placeholders[position]
+    shape = tuple(hint(size) for size in shape_of(operand) or ())
+    weight = FxWeight("w", View(), shape, placeholder, ("w",))
+    flow = weight_flow(body.graph, None, {}, {placeholder: weight})
+    for site, _, _ in uses(body.graph, flow, bodies_in(body)):
         if not site.refusal:
             axes = site.kind.axes(site.operand)
             yield replace(axes, steps=site.view.steps + axes.steps), site.flops
+
+
+def bodies_in(module: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """The bodies of the higher-order ops in a graph module, by the names that its graph reads."""
+    children = module.named_children()
+    return {name: child for name, child in children if isinstance(child, fx.GraphModule)}
