@@ -94,21 +94,47 @@ class FxGraph(Analysed):
 
         A computed weight follows the parameter that its computation starts from.
         """
+        computed = self._computed_parameters()
+        parameters = []
+        for name, aliases in self._aliases.items():
+            codes_of_it = self.held.get(name)
+            if codes_of_it is None:
+                tensor = parameter_of(self.root, name)
+                parameter = Parameter(
+                    name, tuple(tensor.shape), dtype_name(tensor.dtype), tuple(aliases)
+                )
+            else:
+                parameter = Parameter(
+                    name,
+                    tuple(codes_of_it.shape),
+                    dtype_name(codes_of_it.dtype),
+                    tuple(aliases),
+                    codes_of_it.format,
+                    codes_of_it.bits,
+                )
+            parameters.append(parameter)
+            parameters += computed.get(name, {}).values()
+        return parameters
+
+    def _computed_parameters(self) -> dict[str, dict[str, Parameter]]:
+        """Computed weights by name, under the parameter that the computation starts from."""
         computed: dict[str, dict[str, Parameter]] = {}
         for site, _, weight in self._uses():
-            if not weight.name:
-                name, made = site.parameter, value(weight.root)
-                aliases = tuple(filter(None, [name.rpartition("~")[0]]))
-                new = Parameter(name, tuple(made.shape), dtype_name(made.dtype), aliases)
-                computed.setdefault(weight.behind[0], {}).setdefault(name, new)
-        result = []
-        for name, others in self._aliases.items():
-            q = self.held.get(name)
-            of, form = (q, (q.format, q.bits)) if q else (parameter_of(self.root, name), ())
-            new = Parameter(name, tuple(of.shape), dtype_name(of.dtype), tuple(others), *form)
-            result.append(new)
-            result += computed.get(name, {}).values()
-        return result
+            if weight.name:
+                continue
+            name = site.parameter
+            captured = value(weight.root)
+            alias, _, _ = name.rpartition("~")
+            computed.setdefault(weight.behind[0], {}).setdefault(
+                name,
+                Parameter(
+                    name,
+                    tuple(captured.shape),
+                    dtype_name(captured.dtype),
+                    (alias,) if alias else (),
+                ),
+            )
+        return computed
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
@@ -127,26 +153,34 @@ class FxGraph(Analysed):
         sources = gathered(self.graph, self.flow())
         flops: dict[str, int] = {}
         for node, count in self._products().items():
-            names = [sources[n] for n in node.all_input_nodes if n in sources]
+            names = [sources[operand] for operand in node.all_input_nodes if operand in sources]
             if names:
                 flops[names[0]] = flops.get(names[0], 0) + count
         return flops
 
     def _products(self) -> dict[fx.Node, int]:
         """FLOPs of the products that are no site."""
-        taken = {node for _, node, _ in self._uses()}
-        others = (n for n in self.graph.nodes if n not in taken and not is_marked(n))
-        return {n: count for n in others if (count := data_flops(n))}
+        sites = {node for _, node, _ in self._uses()}
+        products = {}
+        for node in self.graph.nodes:
+            if node in sites or is_marked(node):
+                continue
+            count = data_flops(node)
+            if count:
+                products[node] = count
+        return products
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites that carry a branch, read from the marks of its nodes."""
-        return frozenset(n.meta["custom"][MARK]["site"] for n in self.graph.nodes if is_marked(n))
+        marked = filter(is_marked, self.graph.nodes)
+        return frozenset(node.meta["custom"][MARK]["site"] for node in marked)
 
     def read(self, name: str) -> Array:
         """A stored parameter as an array; a computed weight is computed."""
-        for site, _, weight in self._uses() if name not in self._aliases else ():
-            if site.parameter == name:
-                return to_numpy(evaluate(self.root, self.flow(), weight.root))
+        if name not in self._aliases:
+            for site, _, weight in self._uses():
+                if site.parameter == name:
+                    return to_numpy(evaluate(self.root, self.flow(), weight.root))
         return to_numpy(codes.numbers(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
@@ -167,7 +201,7 @@ class FxGraph(Analysed):
         name = site.id.partition(":")[0]
         node = self._index.get(name)
         if node is None or node._erased:
-            self._index = {n.name: n for n in self.graph.nodes}
+            self._index = {candidate.name: candidate for candidate in self.graph.nodes}
             node = self._index.get(name)
         if node is None:
             raise LoraFxError(
@@ -180,7 +214,7 @@ class FxGraph(Analysed):
         node = self._at(site)
         row = ops.row_of(node)
         assert row is not None
-        return next(u for u in row.uses(node) if u.weight == site.slot)
+        return next(use for use in row.uses(node) if use.weight == site.slot)
 
     def activation(self, site: Site) -> fx.Node:
         """The operand of the site that is no weight, as it is now."""
@@ -191,9 +225,10 @@ class FxGraph(Analysed):
 
         A frozen layer keeps no x for backward, so a model may; a branch keeps it for ∂L/∂a.
         """
-        x, node = self.activation(site), self._at(site)
+        x = self.activation(site)
         if not self.training:
             return x
+        node = self._at(site)
         if self._writes is None:  # insertion writes to nothing, so it holds for all sites
             self._writes = Writes(self.graph)
         if x not in self._writes.order or not self._writes.between(x, node):
@@ -208,9 +243,12 @@ class FxGraph(Analysed):
 
     def picked(self, site: Site, e: object) -> fx.Node:
         """What the last gather on the weight's way takes."""
-        picks = (n for n in self._chain(site)[1:] if gather(n, shape_of(n.args[0]) or ()))
-        ids = next(picks).args[-1]
-        return _node(ids[0] if isinstance(ids, (tuple, list)) else ids)
+        chain = self._chain(site)[1:]
+        pick = next(node for node in chain if gather(node, shape_of(node.args[0]) or ()))
+        ids = pick.args[-1]
+        if isinstance(ids, (tuple, list)):
+            return _node(ids[0])
+        return _node(ids)
 
     def output(self, site: Site) -> fx.Node:
         """The result of the site's op; of an op with several results, the first."""
@@ -218,25 +256,30 @@ class FxGraph(Analysed):
         row = ops.row_of(node)
         if row is None or not row.first:
             return node
-        first = [u for u in node.users if u.target is operator.getitem and u.args[1] == 0]
-        if first:
-            return _node(first[0])
+        for user in node.users:
+            if user.target is operator.getitem and user.args[1] == 0:
+                return user
         raise MistakeError(f"nothing reads the result of site {site.id!r}")
 
     def product(self, site: Site, e: Any) -> fx.Node | None:
         """The result without its bias: the bias is subtracted again, so no product runs twice."""
-        node, y = self._at(site), self.output(site)
+        node = self._at(site)
+        y = self.output(site)
         row = ops.row_of(node)
         assert row is not None
-        bias = None if row.bias is None else ops.pick(node, (row.bias,))
+        if row.bias is None:
+            return y
+        bias = ops.pick(node, (row.bias,))
         if not isinstance(bias, fx.Node):
             return y
         if row.bias == 0 and float(argument(node, "beta", 1)) != 1.0:
             return None
+
         if row.op.startswith("conv"):
-            bias = e.op("reshape", bias, shape=(-1, *(1 for _ in site.operand[2:])))
-        less = e.op("cast_like", e.op("mul", bias, -1.0), y)
-        return _node(e.op("add", less, y))
+            ones = (1,) * len(site.operand[2:])
+            bias = e.op("reshape", bias, shape=(-1, *ones))
+        negative = e.op("cast_like", e.op("mul", bias, -1.0), y)
+        return _node(e.op("add", negative, y))
 
     def emit(self, site: Site, *, before: bool = False) -> FxEmitter:
         """An emitter at the site: after its node (branch) or before it (weight form)."""
@@ -261,14 +304,14 @@ class FxGraph(Analysed):
     def _replay(self, site: Site, start: fx.Node, *, marked: bool = False) -> None:
         """Let the site read what a copy of its chain makes of `start`."""
         node, chain = self.places(site)
-        env = {chain[0]: start}
+        copies = {chain[0]: start}
         with self.graph.inserting_before(node):
-            for old in chain[1:]:
-                new = self.graph.node_copy(old, lambda n: env.get(n, n))
+            for step in chain[1:]:
+                copy = self.graph.node_copy(step, lambda operand: copies.get(operand, operand))
                 if marked:
-                    mark(new, site.id)
-                env[old] = new
-        w = env[chain[-1]]
+                    mark(copy, site.id)
+                copies[step] = copy
+        w = copies[chain[-1]]
         w.meta["val"] = chain[-1].meta.get("val")
         node.args = replaced(node.args, site.slot, w)
         self.changed()
@@ -286,51 +329,70 @@ class FxGraph(Analysed):
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when these sites are all that reads a parameter in this graph."""
-        inside = {n for s in sites for n in self._chain(s)}
-        mine = {(self._at(s), s.slot) for s in sites}
-        reads = self.graph.find_nodes(op="get_attr")
-        starts = {n for n in reads if self._names.get(str(n.target)) == name}
-        # a node may read the weight in another slot than the site's, as its bias
-        return all(
-            user in inside or all((user, path) in mine for path in slots(user, n))
-            for n in inside | starts
-            for user in n.users
-        )
+        site_slots = {(self._at(site), site.slot) for site in sites}
+        chains: set[fx.Node] = set()
+        for site in sites:
+            chains.update(self._chain(site))
+        starts = {
+            node
+            for node in self.graph.find_nodes(op="get_attr")
+            if self._names.get(str(node.target)) == name
+        }
+        for node in chains | starts:
+            for user in node.users:
+                if user in chains:
+                    continue
+                # a node may read the weight in another slot than the site's, as its bias
+                if any((user, path) not in site_slots for path in slots(user, node)):
+                    return False
+        return True
 
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`.
 
         A parameter whose every use is among the sites is replaced under all its names.
         """
-        value = value.compute() if isinstance(value, Deferred) else value
-        stored = name.removesuffix("~")
-        module, leaf = owner(self.root, stored)
-        old = parameter_of(self.root, name if name in self._aliases else sites[0].behind[0])
-        # a computed weight may have another dtype than what it is computed from
-        made = from_numpy(value, old) if name in self._aliases else from_numpy(value).to(old.device)
-        new = nn.Parameter(made, requires_grad=False)
-        if name in self._aliases and self.covers(name, sites):
-            tensors.replace_parameter(self.root, old, new)
+        array = value.compute() if isinstance(value, Deferred) else value
+        is_computed = name not in self._aliases
+        if is_computed:
+            before = parameter_of(self.root, sites[0].behind[0])
+            # a computed weight may have another dtype than what it is computed from
+            tensor = from_numpy(array).to(before.device)
+        else:
+            before = parameter_of(self.root, name)
+            tensor = from_numpy(array, before)
+        constant = nn.Parameter(tensor, requires_grad=False)
+        if not is_computed and self.covers(name, sites):
+            tensors.replace_parameter(self.root, before, constant)
             return name
-        fresh = free_name(f"{leaf}_folded", module._parameters, "_")
-        module.register_parameter(fresh, new)
-        stored = stored.removesuffix(leaf) + fresh
+
+        stored_name = name.removesuffix("~")
+        module, leaf = owner(self.root, stored_name)
+        folded_leaf = free_name(f"{leaf}_folded", module._parameters, "_")
+        module.register_parameter(folded_leaf, constant)
+        folded_name = stored_name.removesuffix(leaf) + folded_leaf
         self.refresh()
-        self.repoint(sites, stored)
-        return stored
+        self.repoint(sites, folded_name)
+        return folded_name
 
     def zero_points(self, site: Site) -> ZeroPoints | None:
         """Those of codes [out, in] whose product in ONNX Runtime takes floats for them."""
         name = site.parameter
-        stored = codes.stored_of(self.root, name) if name in self._aliases else None
-        if stored is None or stored.turned or stored.parts[1:] not in ((), ("zero",)):
+        if name not in self._aliases:
             return None
-        taken = not stored.parts[1:] and codes.taken(self.root, name, ("zero",))
-        if taken or len(stored.shape) != 2 or stored.format not in ("int2", "int4"):
+        stored = codes.stored_of(self.root, name)
+        if stored is None or stored.turned or stored.format not in ("int2", "int4"):
             return None
-        _, scale, *zero = map(to_numpy, codes.tensors_of(self.root, name))
-        (n, k), first = stored.shape, zero[0] if zero else None
-        return nbits_zero_points(name, scale, first, (n, k), stored.bits, stored.block)
+        if len(stored.shape) != 2:
+            return None
+        has_zero = stored.parts[1:] == ("zero",)
+        if not has_zero and (stored.parts[1:] or codes.taken(self.root, name, ("zero",))):
+            return None
+
+        _, scale, *zeros = map(to_numpy, codes.tensors_of(self.root, name))
+        zero = zeros[0] if zeros else None
+        rows, columns = stored.shape
+        return nbits_zero_points(name, scale, zero, (rows, columns), stored.bits, stored.block)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
         """Let all uses of a weight read its codes by other zero points; returns their name.
@@ -363,21 +425,25 @@ class FxGraph(Analysed):
     def clone(self) -> FxGraph:
         """The same graph in new nodes, which keep their names; tensors and tree are shared."""
         graph = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
+        copies: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
-            new = env[node] = graph.create_node(node.op, node.target, None, None, node.name)
+            copy = graph.create_node(node.op, node.target, None, None, node.name)
+            copies[node] = copy
             # set afterwards: create_node looks for symbols among its arguments, a third of its time
-            new.args, new.kwargs = (map_arg(a, env.__getitem__) for a in (node.args, node.kwargs))
-            new.meta, new.type = dict(node.meta), node.type
-            if new.name != node.name:
-                new.name = node.name
+            copy.args = map_arg(node.args, copies.__getitem__)
+            copy.kwargs = map_arg(node.kwargs, copies.__getitem__)
+            copy.meta = dict(node.meta)
+            copy.type = node.type
+            if copy.name != node.name:
+                copy.name = node.name
         graph.set_codegen(self.graph._codegen)
-        other = FxGraph(
+
+        clone = FxGraph(
             graph, self.root, training=self.training, bodies=self.bodies, constants=self.constants
         )
-        other.share(self._named)
-        other.held = self.held
-        return other
+        clone.share(self._named)
+        clone.held = self.held
+        return clone
 
     def module(self) -> fx.GraphModule:
         """The graph as a module that runs.
@@ -386,8 +452,8 @@ class FxGraph(Analysed):
         the outputs in a tuple. What passes do later to this graph does not reach it.
         """
         tensors = {**self.constants, **all_tensors(self.root), **self.bodies}
-        read = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
-        return fx.GraphModule({name: tensors[name] for name in read}, self.clone().graph)
+        names = {str(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        return fx.GraphModule({name: tensors[name] for name in names}, self.clone().graph)
 
     def lint(self) -> None:
         """Run torch.fx's own check."""
@@ -398,9 +464,12 @@ def replaced(args: Any, path: Sequence[int], value: Any) -> Any:
     """The arguments with another value at a path."""
     if not path:
         return value
+    position, *deeper = path
     changed = list(args)
-    changed[path[0]] = replaced(changed[path[0]], path[1:], value)
-    return tuple(changed) if isinstance(args, tuple) else changed
+    changed[position] = replaced(changed[position], deeper, value)
+    if isinstance(args, tuple):
+        return tuple(changed)
+    return changed
 
 
 def _node(arg: object) -> fx.Node:
@@ -448,10 +517,11 @@ class FxEmitter:
         self.owner = graph
         self.site = site
         self.node = node
-        after = node.next
-        while after.target is operator.getitem and after.args[0] is node:
-            after = after.next  # the parts of a result that is a tuple
-        self.next = node if before else after
+        self.next = node  # what the branch's nodes stand before
+        if not before:
+            self.next = node.next
+            while self.next.target is operator.getitem and self.next.args[0] is node:
+                self.next = self.next.next  # past what picks from a result that is a tuple
 
     def _make(self, target: Any, args: Any = None, kwargs: Any = None) -> fx.Node:
         return make_marked(self.next, self.node, self.site.id, target, args, kwargs)
@@ -466,15 +536,19 @@ class FxEmitter:
 
     def like(self, site: Site, x: fx.Node, w: fx.Node) -> fx.Node:
         """The site's own op on other operands, its attributes kept and its bias left out."""
-        row, use = ops.row_of(self.node), self.owner.use(site)
+        row = ops.row_of(self.node)
         assert row is not None
+        use = self.owner.use(site)
         args = list(self.node.args)
-        args[use.weight[0]], args[use.x[0]] = w, x
+        args[use.weight[0]] = w
+        args[use.x[0]] = x
         if row.bias is not None and row.bias < len(args):
             args[row.bias] = None
-        kwargs = {k: v for k, v in self.node.kwargs.items() if k != "bias"}
+        kwargs = {name: setting for name, setting in self.node.kwargs.items() if name != "bias"}
         result = self._make(self.node.target, tuple(args), kwargs)
-        return self._make(operator.getitem, (result, 0)) if row.first else result
+        if row.first:
+            return self._make(operator.getitem, (result, 0))
+        return result
 
     def parameter(self, name: str, value: Array, role: Role) -> fx.Node:
         """A get_attr of an adapter's tensor, registered once at its dotted name on the tree."""

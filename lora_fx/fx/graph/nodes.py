@@ -18,31 +18,41 @@ T = TypeVar("T")
 
 def value(node: object) -> Any:
     """The fake tensor that a node stands for, or a tuple of them."""
-    return node.meta.get("val") if isinstance(node, Node) else node
+    if isinstance(node, Node):
+        return node.meta.get("val")
+    return node
 
 
 def shape_of(node: object) -> Shape | None:
     """The sizes of a node's tensor, ints or SymInts; None for anything else."""
-    v = value(node)
-    return tuple(v.shape) if isinstance(v, torch.Tensor) else None
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    return tuple(tensor.shape)
 
 
 def dtype_of(node: object) -> torch.dtype | None:
     """The dtype of a node's tensor; None for anything else."""
-    v = value(node)
-    return v.dtype if isinstance(v, torch.Tensor) else None
+    tensor = value(node)
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    return tensor.dtype
 
 
 def hint(size: Any) -> int:
     """The number that a size is in the example; 2 for one that depends on a tensor's values."""
     if not isinstance(size, torch.SymInt):
         return int(size)
-    return 2 if size.node.hint is None else int(size.node.hint)
+    if size.node.hint is None:
+        return 2
+    return int(size.node.hint)
 
 
 def plain(value: object) -> Any:
     """A value of the capture as it is in the example: a size as its number."""
-    return hint(value) if isinstance(value, torch.SymInt) else value
+    if isinstance(value, torch.SymInt):
+        return hint(value)
+    return value
 
 
 def numel(shape: Shape) -> int:
@@ -57,11 +67,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def argument(node: Node, name: str, default: object = None) -> Any:
     """An argument by its name in the op's schema, given by position or by keyword."""
-    for i, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if a.name == name:
-            if i < len(node.args):
-                return node.args[i]
-            return node.kwargs.get(name, a.default_value if a.has_default_value() else default)
+    for position, slot in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if slot.name != name:
+            continue
+        if position < len(node.args):
+            return node.args[position]
+        if slot.has_default_value():
+            default = slot.default_value
+        return node.kwargs.get(name, default)
     return default
 
 
@@ -72,12 +85,13 @@ def op_name(node: Node) -> str:
 
 def scopes_of(node: fx.Node) -> dict[str, str]:
     """Path → class name of the modules in whose forward a node was made, the outermost first."""
-    found: dict[str, str] = {}
-    for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-        name, path = cls if isinstance(cls, str) else cls.__name__, str(path).partition("@")[0]
-        found.pop(path, None)  # one that calls itself is innermost again
-        found[path] = name.rpartition(".")[2]
-    return found
+    scopes: dict[str, str] = {}
+    for path_with_call, module_class in (node.meta.get("nn_module_stack") or {}).values():
+        path, _, _ = str(path_with_call).partition("@")
+        name = module_class if isinstance(module_class, str) else module_class.__name__
+        scopes.pop(path, None)  # one that calls itself is innermost again
+        scopes[path] = name.rpartition(".")[2]
+    return scopes
 
 
 def scope_of(node: fx.Node) -> tuple[str, str]:
@@ -87,32 +101,39 @@ def scope_of(node: fx.Node) -> tuple[str, str]:
 
 def block_of(node: fx.Node, blocks: Sequence[str]) -> str:
     """The block among `blocks` whose forward made a node; empty for the rest of the model."""
-    made_in = scopes_of(node)
-    return next((b for b in blocks if b in made_in), "")
+    scopes = scopes_of(node)
+    return next((block for block in blocks if block in scopes), "")
 
 
 def overloads(row: T, *names: str) -> dict[object, T]:
     """One row of a table of ATen's ops for every overload of the ops by these names."""
-    packets = [getattr(torch.ops.aten, name) for name in names]
-    return {getattr(packet, o): row for packet in packets for o in packet.overloads()}
+    rows: dict[object, T] = {}
+    for name in names:
+        packet = getattr(torch.ops.aten, name)
+        rows |= {getattr(packet, overload): row for overload in packet.overloads()}
+    return rows
 
 
 def aten_ops(names: str) -> set[object]:
     """ATen's ops by these names: `add.Tensor`, or `relu` for relu.default."""
-    split = (name.partition(".") for name in names.split())
-    return {getattr(getattr(torch.ops.aten, op), kind or "default") for op, _, kind in split}
+    operators = set[object]()
+    for name in names.split():
+        op, _, overload = name.partition(".")
+        operators.add(getattr(getattr(torch.ops.aten, op), overload or "default"))
+    return operators
 
 
 def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
     """What a walk through a graph meets, the nearest first and each once, `start` included."""
-    seen = dict.fromkeys(start)
-    queue = deque(seen)
+    visited = dict.fromkeys(start)
+    queue = deque(visited)
     while queue:
-        here = queue.popleft()
-        yield here
-        new = [n for n in onwards(here) if n not in seen]
-        seen.update(dict.fromkeys(new))
-        queue.extend(dict.fromkeys(new))
+        node = queue.popleft()
+        yield node
+        for neighbour in onwards(node):
+            if neighbour not in visited:
+                visited[neighbour] = None
+                queue.append(neighbour)
 
 
 def replace_parts(node: Node, parts: Sequence[Node]) -> None:
@@ -125,12 +146,14 @@ def replace_parts(node: Node, parts: Sequence[Node]) -> None:
 
 def random_ops(graph: fx.Graph) -> list[str]:
     """The ops of a graph that draw random numbers; a dropout that is off draws none."""
-    seeded = [
-        n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-    ]
-    off = ("train", "training", "p", "dropout", "dropout_p")
-    drawing = (n for n in seeded if all(argument(n, name, True) for name in off))
-    return list(dict.fromkeys(map(op_name, drawing)))
+    switches = ("train", "training", "p", "dropout", "dropout_p")
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        if all(argument(node, switch, True) for switch in switches):
+            names[op_name(node)] = None
+    return list(names)
 
 
 NO_GRAD = "lora_fx_no_grad"
@@ -148,7 +171,8 @@ def mark(node: fx.Node, site: str) -> None:
 
 def unmark(node: fx.Node) -> None:
     """Take the mark off a node again."""
-    node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != MARK}
+    custom = node.meta["custom"]
+    node.meta["custom"] = {key: entry for key, entry in custom.items() if key != MARK}
 
 
 def make_marked(
@@ -167,21 +191,23 @@ def make_marked(
     graph = before.graph
     with graph.inserting_before(before):
         if args is None:
-            new = graph.get_attr(target)
+            node = graph.get_attr(target)
         else:
             name = f"lora_{getattr(target, '_opname', target.__name__)}"
-            new = graph.create_node("call_function", target, args, kwargs or {}, name)
+            node = graph.create_node("call_function", target, args, kwargs or {}, name)
     stack = beside.meta.get("nn_module_stack")
     if stack is not None:
-        new.meta["nn_module_stack"] = stack
-    mark(new, site)
-    return new
+        node.meta["nn_module_stack"] = stack
+    mark(node, site)
+    return node
 
 
 def is_marked(node: fx.Node, site: str | None = None) -> bool:
     """True for nodes that a pass emitted, for `site` or for any."""
-    found = node.meta.get("custom", {}).get(MARK)
-    return found is not None and (site is None or found["site"] == site)
+    mark_of_node = node.meta.get("custom", {}).get(MARK)
+    if mark_of_node is None:
+        return False
+    return site is None or mark_of_node["site"] == site
 
 
 class OverTensors(fx.Interpreter):

@@ -15,18 +15,21 @@ class Wide(fx.Interpreter):
     @functools.cached_property
     def writes(self) -> bool:
         """Whether an op writes into a tensor, which the ops after it read."""
-        schemas = (getattr(n.target, "_schema", None) for n in self.graph.nodes)
-        return any(s is not None and s.is_mutable for s in schemas)
+        schemas = [getattr(node.target, "_schema", None) for node in self.graph.nodes]
+        return any(schema is not None and schema.is_mutable for schema in schemas)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A tensor of the model: in fp64 for each of its readers, or for all where one writes."""
-        held = super().get_attr(target, args, kwargs)
-        return self.read(held) if self.writes else held
+        tensor = super().get_attr(target, args, kwargs)
+        if self.writes:
+            return self.read(tensor)
+        return tensor
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The result of an op, on numbers in fp64; an embedding's rows become it when gathered."""
         if target is not torch.ops.aten.embedding.default:
-            args, kwargs = (fx.node.map_aggregate(a, self.read) for a in (args, kwargs))
+            args = fx.node.map_aggregate(args, self.read)
+            kwargs = fx.node.map_aggregate(kwargs, self.read)
         return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
@@ -38,7 +41,9 @@ def widened(x: Any) -> Any:
     """A float as fp64, and the dtype of one as that of fp64; anything else as it is."""
     if isinstance(x, torch.dtype):
         return torch.float64 if x.is_floating_point else x
-    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.double()
+    return x
 
 
 def nearby(x: Any, generator: torch.Generator) -> Any:
