@@ -221,8 +221,15 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     # size, and ends the process where bytes would have to be turned.
     sizes = _records(path)
     mode = fake_tensors.FakeTensorMode() if sizes else contextlib.nullcontext()
-    with silenced(levels={fake_tensors.LOGGER: logging.CRITICAL}), mode:
-        state = pickled(path)
+    with silenced(levels={fake_tensors.LOGGER: logging.CRITICAL}):
+        try:
+            with mode:
+                state = pickled(path)
+        except LoraFxError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+            # torch 2.15 checks the indices of sparse tensors, which have no numbers under the mode
+            state = pickled(path, mapped=True)
     places = {}
     for name, t in state.items():
         at, shape = -1, tuple(t.shape)

@@ -471,7 +471,7 @@ def _watched(model: nn.Module) -> Iterator[Callable[[], tuple[tuple[str, ...], t
 
     def noted(cls: Any, /, *args: object, **kwargs: object) -> Any:
         own.extend([cls.__qualname__] * (not cls.__module__.startswith("torch.")))
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     def hooked(self: object, *args: object) -> object:
         own.append("Tensor.register_hook")
@@ -526,10 +526,14 @@ def _scopes(model: nn.Module) -> Iterator[None]:
     stack: dict[str, tuple[str, str]] = {}
 
     def enter(path: str, module: nn.Module, _args: object) -> None:
+        if torch.compiler.is_dynamo_compiling():  # a body, which must not write to a dict
+            return
         stack[path] = (path, type(module).__qualname__)
         traceback.current_meta["nn_module_stack"] = dict(stack)
 
     def leave(path: str, _m: object, _args: object, _out: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
         stack.pop(path, None)
         traceback.current_meta["nn_module_stack"] = dict(stack)
 
