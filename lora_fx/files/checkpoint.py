@@ -52,15 +52,19 @@ def model_config(file: Path) -> Json:
         LoraFxError: Names the field.
     """
     config = read_json(file, constants=True)  # which Python writes for infinite limits
-    for part in (config, text_config(config)):
+    for section in (config, text_config(config)):
         for name, kinds in _FIELDS.items():
-            value, wanted = part.get(name), " or ".join(k.__name__ for k in kinds)
-            fits = value is None or type(value) in kinds
-            if fits and name == "architectures":
-                fits, wanted = all(isinstance(n, str) for n in value or ()), "texts"
-            if not fits:
+            value = section.get(name)
+            if value is None:
+                continue
+            expected = ""
+            if type(value) not in kinds:
+                expected = " or ".join(kind.__name__ for kind in kinds)
+            elif name == "architectures" and not all(isinstance(item, str) for item in value):
+                expected = "texts"
+            if expected:
                 raise LoraFxError(
-                    f"{file}: {name} is {one_line(repr(value), 80)}; expected {wanted}",
+                    f"{file}: {name} is {one_line(repr(value), 80)}; expected {expected}",
                     "correct the file, or download it again",
                 )
     return config
@@ -68,8 +72,10 @@ def model_config(file: Path) -> Json:
 
 def text_config(config: JsonView) -> JsonView:
     """What a config.json of several models says of the one of language; empty for others."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else {}
+    section = config.get("text_config")
+    if isinstance(section, dict):
+        return section
+    return {}
 
 
 def says_tied(config: JsonView) -> bool | None:
@@ -78,8 +84,10 @@ def says_tied(config: JsonView) -> bool | None:
     The model's own word counts before that of its `text_config`, and null is no word.
     """
     field = "tie_word_embeddings"
-    own = config.get(field)
-    return text_config(config).get(field) if own is None else own
+    tied = config.get(field)
+    if tied is None:
+        tied = text_config(config).get(field)
+    return tied
 
 
 @dataclass(frozen=True)
@@ -106,25 +114,32 @@ class Checkpoint:
     @property
     def folder(self) -> Path:
         """Where the shards lie."""
-        return self.path if self.path.is_dir() else self.path.parent
+        if self.path.is_dir():
+            return self.path
+        return self.path.parent
 
     @property
     def size(self) -> int:
         """Bytes of all shards."""
-        sizes = (t.stop - t.start for h in self.shards.values() for t in h.tensors.values())
-        return sum(sizes) + sum(h.data for h in self.shards.values())
+        total = 0
+        for header in self.shards.values():
+            total += header.data
+            total += sum(tensor.stop - tensor.start for tensor in header.tensors.values())
+        return total
 
     @property
     def elements(self) -> int:
-        """How many all tensors have together."""
-        return sum(math.prod(t.shape) for t in self.tensors.values())
+        """How many numbers all tensors have together."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def config(self) -> Json:
         """config.json of a folder; empty for a file, or where there is none."""
         if self.settings is not None:
             return dict(self.settings)
         file = self.path / "config.json"
-        return model_config(file) if self.path.is_dir() and file.is_file() else {}
+        if self.path.is_dir() and file.is_file():
+            return model_config(file)
+        return {}
 
     def companions(self) -> tuple[list[PurePosixPath], list[str]]:
         """Relative paths of the folder's other files, and names that are left out.
@@ -134,28 +149,44 @@ class Checkpoint:
         Raises:
             LoraFxError: A file is a link that leads out of the folder.
         """
-        mine = {*self.shards, self.index.name if self.index else ""}
-        mine |= {*self.of.shards} if self.of is not None else set()
-        mine |= {*QUANTISER_CONFIGS} if self.settings is not None else set()
-        found = _walk(self.path, PurePosixPath()) if self.path.is_dir() else ()
-        others = [(name, goes) for name, goes in found if str(name) not in mine]
-        for name in (n for n, goes in others if goes):
+        if not self.path.is_dir():
+            return [], []
+        checkpoint_files = set(self.shards)
+        if self.index is not None:
+            checkpoint_files.add(self.index.name)
+        if self.of is not None:
+            checkpoint_files.update(self.of.shards)
+        if self.settings is not None:
+            checkpoint_files.update(QUANTISER_CONFIGS)
+
+        companions: list[PurePosixPath] = []
+        left_out: list[str] = []
+        for name, travels in _walk(self.path, PurePosixPath()):
+            if str(name) in checkpoint_files:
+                continue
+            if travels:
+                companions.append(name)
+            else:
+                left_out.append(str(name))
+        for name in companions:
             companion(self.path, str(name))
-        return [n for n, goes in others if goes], [str(n) for n, goes in others if not goes]
+        return companions, left_out
 
 
-def _walk(folder: Path, at: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool]]:
+def _walk(folder: Path, prefix: PurePosixPath) -> Iterator[tuple[PurePosixPath, bool]]:
     """Every file below a folder, and whether it goes along with other weights."""
     for child in sorted(folder.iterdir()):
-        name, hidden = at / child.name, child.name.startswith(".")
+        name = prefix / child.name
+        hidden = child.name.startswith(".")
         if hidden and (".lora_fx_" in child.name or child.name.endswith(".lock")):
             continue  # what is being written, in a folder of its own base
         if child.is_dir() and not (hidden or child.is_symlink() or len(name.parts) > 8):
-            if not (child / CONTENTS).is_file():  # a folder of lora-fx's own
+            written_by_lora_fx = (child / CONTENTS).is_file()
+            if not written_by_lora_fx:
                 yield from _walk(child, name)
         elif child.name != CONTENTS:
-            weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))
-            yield name, child.is_file() and not (hidden or weights)
+            has_weights = child.name.endswith((*OTHER_WEIGHTS, ".index.json"))
+            yield name, child.is_file() and not (hidden or has_weights)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -168,48 +199,70 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     remember(path)
-    file, is_index = _weights_of(path) if path.is_dir() else (path, False)
+    if path.is_dir():
+        file, is_index = _weights_of(path)
+    else:
+        file, is_index = path, False
     if is_index:
-        found = _sharded(path, file)
+        checkpoint = _sharded(path, file)
     else:
         header = read_header(file)
-        found = Checkpoint(path, {file.name: header}, header.tensors)
-    pickled = any(not header.data for header in found.shards.values())
-    return _of_pickles(found) if pickled else found
+        checkpoint = Checkpoint(path, {file.name: header}, header.tensors)
+
+    is_pickled = any(header.data == 0 for header in checkpoint.shards.values())
+    if is_pickled:
+        return _of_pickles(checkpoint)
+    return checkpoint
 
 
 def _of_pickles(base: Checkpoint) -> Checkpoint:
     """The view of a checkpoint whose weights are pickles."""
-    odd = next((n for n, t in base.tensors.items() if t.start < 0), None)
-    if odd is not None:
-        raise LoraFxError(
-            f"{base.tensors[odd].file}: the numbers of tensor {odd!r} do not lie there row by row: "
-            "it is transposed, compressed, cut off, or in torch's format from before 1.6",
-            CONVERT,
-        )
-    stems = (Path(name.removeprefix("pytorch_")).stem for name in base.shards)
-    shards = {f"{s}.safetensors": h for s, h in zip(stems, base.shards.values(), strict=True)}
+    for name, tensor in base.tensors.items():
+        if tensor.start < 0:
+            raise LoraFxError(
+                f"{tensor.file}: the numbers of tensor {name!r} do not lie there row by row: "
+                "it is transposed, compressed, cut off, or in torch's format from before 1.6",
+                CONVERT,
+            )
+    shards = {}
+    for name, header in base.shards.items():
+        stem = Path(name.removeprefix("pytorch_")).stem
+        shards[f"{stem}.safetensors"] = header
     return replace(base, shards=shards, of=base)
 
 
 def _weights_of(folder: Path) -> tuple[Path, bool]:
-    """The file that holds a folder's weights, or the index of its shards and True."""
-    if (found := _named(folder, STEMS, ".safetensors")) is not None:
-        return found
-    names = sorted(p.name for p in folder.iterdir())
-    files = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_")]
-    indexes = [n for n in names if n.endswith(".safetensors.index.json")]
-    if len(indexes) == 1 or (not indexes and len(files) == 1):
-        return folder / (indexes or files)[0], bool(indexes)
-    if indexes or files:
+    """The file that holds a folder's weights, or the index of its shards and True.
+
+    The first of these that is there:
+    1. a file or an index by one of the usual names;
+    2. the only index, or without one the only file of weights;
+    3. within `trusting`, a pickle or an index of pickles by one of the usual names.
+    """
+    usual = _usual_name(folder, STEMS, ".safetensors")
+    if usual is not None:
+        return usual
+
+    names = sorted(path.name for path in folder.iterdir())
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [
+        name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")
+    ]
+    candidates = indexes or files
+    if len(candidates) == 1:
+        return folder / candidates[0], bool(indexes)
+    if candidates:
         raise LoraFxError(
-            f"{folder}: {len(indexes) or len(files)} candidates and no model.safetensors "
-            f"({', '.join((indexes or files)[:3])} …)",
+            f"{folder}: {len(candidates)} candidates and no model.safetensors "
+            f"({', '.join(candidates[:3])} …)",
             "give the one file that you mean",
         )
-    if trusted() and (found := _named(folder, PICKLED, ".bin")) is not None:
-        return found
-    pickles = [n for n in names if n.endswith(PICKLES)]
+
+    if trusted():
+        pickle = _usual_name(folder, PICKLED, ".bin")
+        if pickle is not None:
+            return pickle
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise LoraFxError(
             f"{folder}: its weights are pickles ({pickles[0]}), which can run code and are not "
@@ -221,53 +274,71 @@ def _weights_of(folder: Path) -> tuple[Path, bool]:
     raise LoraFxError(f"{folder}: no .safetensors file", "is the download complete?")
 
 
-def _named(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path, bool] | None:
+def _usual_name(folder: Path, stems: tuple[str, ...], ending: str) -> tuple[Path, bool] | None:
     """The first of these that is there: a file of weights, or an index and True."""
-    for name in (f"{stem}{ending}{index}" for stem in stems for index in ("", ".index.json")):
-        if os.path.lexists(folder / name):
-            return folder / name, name.endswith(".json")
+    for stem in stems:
+        file = folder / f"{stem}{ending}"
+        if os.path.lexists(file):
+            return file, False
+        index = folder / f"{stem}{ending}.index.json"
+        if os.path.lexists(index):
+            return index, True
     return None
 
 
 def _sharded(folder: Path, index: Path) -> Checkpoint:
     """All shards; where two hold the same name, the index says which counts."""
-    home = read_json(index).get("weight_map")
-    if not isinstance(home, dict) or not all(isinstance(v, str) for v in home.values()):
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(v, str) for v in shard_of.values()):
         raise LoraFxError(f"{index}: no weight_map of tensor names to file names", AGAIN)
-    result: dict[str, TensorInfo] = {}
-    shards = {shard: _shard(index, shard, home) for shard in dict.fromkeys(home.values())}
+    names = dict.fromkeys(shard_of.values())
+    shards = {shard: _shard(index, shard, shard_of) for shard in names}
+
+    tensors: dict[str, TensorInfo] = {}
     for shard, header in shards.items():
         for name, info in header.tensors.items():
-            here = home.get(name, shard) == shard
-            if here and name in result:
+            if shard_of.get(name, shard) != shard:
+                continue
+            if name in tensors:
                 raise LoraFxError(
                     f"{index}: tensor {name!r} is in two shards and in no line of it", AGAIN
                 )
-            if here:
-                result[name] = info
-    lost = next((n for n in home if n not in result), None)
-    if lost is not None:
-        raise LoraFxError(
-            f"{index.parent / home[lost]}: tensor {lost!r} is not there, but {index.name} says so",
-            AGAIN,
-        )
-    return Checkpoint(folder, shards, result, index)
+            tensors[name] = info
+    for name, shard in shard_of.items():
+        if name not in tensors:
+            raise LoraFxError(
+                f"{index.parent / shard}: tensor {name!r} is not there, but {index.name} says so",
+                AGAIN,
+            )
+    return Checkpoint(folder, shards, tensors, index)
 
 
-def _shard(index: Path, name: str, home: Mapping[str, str]) -> Header:
-    outside = inside(index.parent, name) is None
-    if outside or not name.endswith((".safetensors", *(PICKLES if trusted() else ()))):
-        elsewhere = "do not use this folder: its index points elsewhere"
-        copied = "it is a link: copy what it points to (cp -L) in its place"
-        linked = "\0" not in name and os.path.islink(index.parent / name)
+def _shard(index: Path, name: str, shard_of: Mapping[str, str]) -> Header:
+    """The header of a shard that an index names.
+
+    Args:
+        index: The file of the index.
+        name: What it says.
+        shard_of: Tensor → name of its shard, for messages.
+    """
+    is_outside = inside(index.parent, name) is None
+    endings = (".safetensors", *PICKLES) if trusted() else (".safetensors",)
+    if is_outside or not name.endswith(endings):
+        is_link = "\0" not in name and os.path.islink(index.parent / name)
+        if not is_outside:
+            hint = TRUST
+        elif is_link:
+            hint = "it is a link: copy what it points to (cp -L) in its place"
+        else:
+            hint = "do not use this folder: its index points elsewhere"
         raise LoraFxError(
             f"{index}: names the shard {one_line(repr(name), 120)}; expected a .safetensors file "
             "inside the folder",
-            (copied if linked else elsewhere) if outside else TRUST,
+            hint,
         )
     file = index.parent / name
     if not os.path.exists(file):  # also False for names that no file can have
-        count = sum(1 for v in home.values() if v == name)
+        count = list(shard_of.values()).count(name)
         raise LoraFxError(
             f"{file}: this shard is missing ({count} tensors)",
             "is the download complete?",

@@ -34,25 +34,35 @@ def copy_range(source: int, target: int, source_at: int, target_at: int, count: 
     Raises:
         OSError: What reading or writing gave; without errno when the source ends early.
     """
-    done = 0
-    while done < count and hasattr(os, "copy_file_range"):
-        at, n = source_at + done, min(count - done, _CALL)
+    copied = _copy_in_kernel(source, target, source_at, target_at, count)
+    # sendfile was no faster than this between two file systems, and threads took turns at it
+    chunk = memoryview(bytearray(min(CHUNK, count - copied)))
+    while copied < count:
+        data = chunk[: count - copied]
+        read_into(source, data, source_at + copied)
+        write_at(target, data, target_at + copied)
+        copied += len(data)
+
+
+def _copy_in_kernel(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    """Copy by copy_file_range; returns how many bytes it copied before it could not."""
+    copied = 0
+    if not hasattr(os, "copy_file_range"):
+        return copied
+    while copied < count:
+        wanted = min(count - copied, _CALL)
         try:
-            n = os.copy_file_range(source, target, n, at, target_at + done)
+            n_bytes = os.copy_file_range(
+                source, target, wanted, source_at + copied, target_at + copied
+            )
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
-            n = 0
-        if n == 0:  # not supported, or the end: the other way tells which
-            break
-        done += n
-    # sendfile was no faster than this between two file systems, and threads took turns at it
-    chunk = memoryview(bytearray(min(CHUNK, count - done)))
-    while done < count:
-        data = chunk[: count - done]
-        read_into(source, data, source_at + done)
-        write_at(target, data, target_at + done)
-        done += len(data)
+            return copied
+        if n_bytes == 0:  # not supported, or the end: the other way tells which
+            return copied
+        copied += n_bytes
+    return copied
 
 
 def read_into(fd: int, data: memoryview, at: int) -> None:
@@ -61,22 +71,25 @@ def read_into(fd: int, data: memoryview, at: int) -> None:
     Raises:
         OSError: The file ends before (without errno), or cannot be read.
     """
-    end, rest = at + len(data), data
-    while rest:
-        n = os.preadv(fd, [rest], end - len(rest))
-        if n <= 0:
-            raise OSError(f"the file ends at byte {end - len(rest)}, expected {end}")
-        rest = rest[n:]
+    end = at + len(data)
+    unfilled = data
+    while unfilled:
+        position = end - len(unfilled)
+        n_bytes = os.preadv(fd, [unfilled], position)
+        if n_bytes <= 0:
+            raise OSError(f"the file ends at byte {position}, expected {end}")
+        unfilled = unfilled[n_bytes:]
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, at: int) -> None:
     """All of `data` at `at`, however often the system has to be asked."""
-    rest = memoryview(data).cast("B")
-    while rest:
-        n = os.pwrite(fd, rest, at)
-        if n <= 0:
-            raise OSError(errno.EIO, f"{len(rest)} bytes to write and none written")
-        rest, at = rest[n:], at + n
+    unwritten = memoryview(data).cast("B")
+    while unwritten:
+        n_bytes = os.pwrite(fd, unwritten, at)
+        if n_bytes <= 0:
+            raise OSError(errno.EIO, f"{len(unwritten)} bytes to write and none written")
+        unwritten = unwritten[n_bytes:]
+        at += n_bytes
 
 
 def preallocate(fd: int, size: int) -> None:
@@ -103,13 +116,13 @@ def reflink(source: Path, target: Path) -> bool:
     Raises:
         OSError: `source` cannot be read, or `target` exists or cannot be made.
     """
-    made = False
+    is_copy = False
     with open(source, "rb") as read, open(target, "xb") as write:
         try:
             with contextlib.suppress(OSError):  # a real one comes again when it is copied
                 fcntl.ioctl(write.fileno(), getattr(fcntl, "FICLONE", _FICLONE), read.fileno())
-                made = True
+                is_copy = True
         finally:
-            if not made:
+            if not is_copy:
                 os.unlink(target)
-    return made
+    return is_copy

@@ -30,7 +30,7 @@ from lora_fx.text import Json
 MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
 
-_BY_CODE = {d.code: d for d in DTYPES.values()}
+_BY_CODE = {dtype.code: dtype for dtype in DTYPES.values()}
 CONVERT = (
     "convert it to safetensors: safetensors.torch.save_file({k: v.contiguous().clone() for k, v in "
     "state_dict.items()}, 'model.safetensors')"
@@ -95,16 +95,16 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
         LoraFxError: Anything else that is wrong; the message names file and tensor.
     """
     refuse_pointer(data, size, file)
-    n = _length(data[:8], size, file)
-    entries = json_object(data[8 : 8 + n], f"{file}: header", sizes=True)
+    data_start = 8 + _length(data[:8], size, file)
+    entries = json_object(data[8:data_start], f"{file}: header", sizes=True)
     metadata = entries.pop("__metadata__", None)
     if metadata is None:  # serde reads null so too
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise LoraFxError(f"{file}: __metadata__ is not a map of texts", AGAIN)
-    found = {name: _entry(file, name, entry, 8 + n) for name, entry in entries.items()}
-    _covered(file, found, 8 + n, size)
-    return Header(found, metadata, 8 + n)
+    tensors = {name: _entry(file, name, entry, data_start) for name, entry in entries.items()}
+    _check_ranges(file, tensors, data_start, size)
+    return Header(tensors, metadata, data_start)
 
 
 def may_be_safetensors(head: bytes) -> bool:
@@ -121,30 +121,30 @@ def _of_pickle(file: Path) -> Header:
     """The header of a pickle: `data` is 0, and `start` as `pickled_places` has it."""
     from lora_fx.fx.tensors import pickled_places  # the only way to read one is torch's
 
-    found = {}
+    tensors = {}
     for name, (dtype, shape, start) in pickled_places(file).items():
         if dtype not in DTYPES:
             raise LoraFxError(f"{file}: tensor {name!r} has dtype {dtype}", CONVERT)
         size = math.prod(shape) * DTYPES[dtype].bits // 8
-        found[name] = TensorInfo(dtype, shape, file, start, start + size)
-    return Header(found)
+        tensors[name] = TensorInfo(dtype, shape, file, start, start + size)
+    return Header(tensors)
 
 
 def _length(head: bytes, size: int, file: Path) -> int:
-    """Of the JSON, from the first 8 bytes."""
-    n = int.from_bytes(head, "little")
+    """Bytes of the header's JSON, from the first 8 of the file."""
+    length = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
-    if n > MAX_JSON:
+    if length > MAX_JSON:
         if head.startswith((b"PK", b"\x80")):  # only now: a header of 128 bytes begins so too
             raise LoraFxError(f"{file}: a PyTorch pickle, not a safetensors file", TRUST)
         raise LoraFxError(
-            f"{file}: its header would be {n} bytes; at most {MAX_JSON} are read",
+            f"{file}: its header would be {length} bytes; at most {MAX_JSON} are read",
             "is this a safetensors file?",
         )
-    if 8 + n > size:
-        raise LoraFxError(f"{file}: {size} bytes, but its header alone needs {8 + n}", AGAIN)
-    return n
+    if 8 + length > size:
+        raise LoraFxError(f"{file}: {size} bytes, but its header alone needs {8 + length}", AGAIN)
+    return length
 
 
 def _open(file: Path, count: int) -> tuple[int, bytes]:
@@ -156,52 +156,58 @@ def _open(file: Path, count: int) -> tuple[int, bytes]:
     return size, head[:count]
 
 
-def _entry(file: Path, name: str, entry: object, data: int) -> TensorInfo:
-    def bad(found: object, expected: str) -> LoraFxError:
-        where = one_line(repr(name), 120)
-        return LoraFxError(f"{file}: tensor {where}: {one_line(found, 120)}; {expected}", AGAIN)
+def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    """Where the tensor of an entry of the header lies; the offsets count from `data_start`."""
+
+    def wrong(value: object, expected: str) -> LoraFxError:
+        tensor = one_line(repr(name), 120)
+        return LoraFxError(f"{file}: tensor {tensor}: {one_line(value, 120)}; {expected}", AGAIN)
 
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
-        raise bad(
-            f"has {sorted(entry) if isinstance(entry, dict) else entry!r}",
-            "expected dtype, shape and data_offsets",
-        )
-    dtype = _BY_CODE.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise bad(f"dtype {entry['dtype']!r} is unknown", f"expected one of {', '.join(_BY_CODE)}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _sizes(shape) or len(shape) > MAX_DIMS:
-        raise bad(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"data_offsets {offsets!r}", "expected [start, stop]")
+        content = sorted(entry) if isinstance(entry, dict) else repr(entry)
+        raise wrong(f"has {content}", "expected dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in _BY_CODE:
+        raise wrong(f"dtype {code!r} is unknown", f"expected one of {', '.join(_BY_CODE)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMS:
+        raise wrong(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong(f"data_offsets {offsets!r}", "expected [start, stop]")
     if 0 in shape and max(itertools.accumulate(shape, operator.mul)) >= 1 << 64:
-        raise bad(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
-    bits, length = math.prod(shape) * dtype.bits, offsets[1] - offsets[0]
-    if bits != 8 * length:
-        raise bad(
-            f"its range holds {length} bytes",
-            f"{entry['dtype']} {one_line(shape, 120)} needs {one_line(-(-bits // 8), 40)}",
+        raise wrong(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
+
+    dtype = _BY_CODE[code]
+    start, stop = offsets
+    bits = math.prod(shape) * dtype.bits
+    if bits != 8 * (stop - start):
+        needed = one_line(-(-bits // 8), 40)
+        raise wrong(
+            f"its range holds {stop - start} bytes", f"{code} {one_line(shape, 120)} needs {needed}"
         )
-    return TensorInfo(dtype.name, tuple(shape), file, data + offsets[0], data + offsets[1])
+    return TensorInfo(dtype.name, tuple(shape), file, data_start + start, data_start + stop)
 
 
-def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+def _are_sizes(value: object) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
 
 
-def _covered(file: Path, found: Tensors, data: int, size: int) -> None:
+def _check_ranges(file: Path, tensors: Tensors, data_start: int, size: int) -> None:
     """Raise unless the ranges cover the data exactly once."""
-    reached, last = data, "the header"
-    for name, t in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if t.start != reached:
-            what = "overlaps" if t.start < reached else "leaves a hole after"
+    reached = data_start
+    previous = "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != reached:
+            what = "overlaps" if tensor.start < reached else "leaves a hole after"
             raise LoraFxError(
-                f"{file}: tensor {one_line(repr(name), 120)} {what} {one_line(last, 120)}: "
-                f"it starts at byte {t.start}, expected {reached}",
+                f"{file}: tensor {one_line(repr(name), 120)} {what} {one_line(previous, 120)}: "
+                f"it starts at byte {tensor.start}, expected {reached}",
                 AGAIN,
             )
-        reached, last = t.stop, f"tensor {name!r}"
+        reached = tensor.stop
+        previous = f"tensor {name!r}"
     if reached != size:
         what = "it is cut off" if size < reached else "bytes that belong to no tensor follow"
         raise LoraFxError(f"{file}: {size} bytes, but its tensors end at {reached}: {what}", AGAIN)
@@ -247,9 +253,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[st
             raise LoraFxError(
                 f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
             )
-        shape, stop = list(array.shape), offset + array.nbytes
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
+        offsets = [offset, offset + array.nbytes]
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
+        offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     with open(path, "wb") as file:
@@ -299,14 +305,16 @@ def refuse_other_kinds(path: Path) -> None:
         raise LoraFxError(
             f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
         )
+    endings = ".safetensors"
     adapters = adapter_files()
-    other = adapters.ending_by_magic(head) if adapters else ""
-    if other:
-        raise LoraFxError(
-            f"{path}: begins as a {other} file, which this reader does not take",
-            "use the safetensors adapter that it was made from",
-        )
-    endings = ", ".join(adapters.suffixes()) if adapters else ".safetensors"
+    if adapters is not None:
+        ending = adapters.ending_by_magic(head)
+        if ending:
+            raise LoraFxError(
+                f"{path}: begins as a {ending} file, which this reader does not take",
+                "use the safetensors adapter that it was made from",
+            )
+        endings = ", ".join(adapters.suffixes())
     raise LoraFxError(
         f"{path}: not a safetensors file",
         f"adapters are read from {endings} files, and from folders of them",
@@ -341,16 +349,23 @@ def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
     Raises:
         LoraFxError: The file ends before it, or cannot be read.
     """
-    shape, dtype = info.shape or (1,), numpy_dtype(info.dtype)
-    low, high, _ = part.indices(shape[axis])
-    inner = math.prod(shape[axis + 1 :]) * dtype.itemsize
-    runs = np.empty((math.prod(shape[:axis]), (high - low) * inner), np.uint8)
+    dtype = numpy_dtype(info.dtype)
+    shape = info.shape or (1,)
+    start, stop, _ = part.indices(shape[axis])
+    length = stop - start
+    outer = shape[:axis]
+    inner = shape[axis + 1 :]
+
+    # one run of bytes for every place along the axes before this one
+    stride = math.prod(inner) * dtype.itemsize
+    runs = np.empty((math.prod(outer), length * stride), np.uint8)
     with reading(info), open_input(info.file) as file:
-        for i, run in enumerate(runs):
-            at = info.start + (i * shape[axis] + low) * inner
-            read_into(file.fileno(), run.data, at)
-    sizes = (*shape[:axis], high - low, *shape[axis + 1 :]) if info.shape else ()
-    return runs.view(dtype).reshape(sizes)
+        for place, run in enumerate(runs):
+            offset = (place * shape[axis] + start) * stride
+            read_into(file.fileno(), run.data, info.start + offset)
+    if not info.shape:
+        return runs.view(dtype).reshape(())
+    return runs.view(dtype).reshape(*outer, length, *inner)
 
 
 def stored_elements(info: TensorInfo, lo: int, hi: int) -> Array:
@@ -376,7 +391,8 @@ def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
         and os.path.samefile(a.file, b.file)
     ):
         return True
-    return all(x == y for x, y in zip(_blocks(a), _blocks(b), strict=True))
+    blocks = zip(_blocks(a), _blocks(b), strict=True)
+    return all(block_a == block_b for block_a, block_b in blocks)
 
 
 def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
@@ -395,8 +411,8 @@ def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
     else:
         flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
         for lo in range(0, len(flat), CHUNK):
-            part = flat[lo : lo + CHUNK]
-            block[: len(part)] = part.data
+            chunk = flat[lo : lo + CHUNK]
+            block[: len(chunk)] = chunk.data
             yield block
 
 
@@ -405,7 +421,8 @@ def reading(info: TensorInfo) -> Iterator[None]:
     """Errors of the operating system as LoraFxErrors that name the file."""
     try:
         yield
-    except OSError as e:
-        torn = "ends inside a tensor while it is read"
-        why = f"cannot be read: {e.strerror}" if e.strerror else torn
-        raise LoraFxError(f"{info.file}: {why}", AGAIN) from e
+    except OSError as error:
+        why = "ends inside a tensor while it is read"
+        if error.strerror:
+            why = f"cannot be read: {error.strerror}"
+        raise LoraFxError(f"{info.file}: {why}", AGAIN) from error
