@@ -167,6 +167,8 @@ def each_fault(
         options: As in Faults.
     """
     prepare()
+    work()  # what is imported or looked up once a process is not counted
+    prepare()
     with Faults(**{k: v for k, v in options.items() if k == "only"}) as seen:
         work()
     # One more than there are calls: the last run has no fault, so the count was right.
