@@ -162,7 +162,7 @@ def run(
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
-        remember(path, *(path / name for name in FORMATS.files_of_folders()))
+        remember(path, *(path / name for name in FORMATS.names_of_input()))
     with explained(target):
         if target.suffix in PICKLES:
             raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")

@@ -98,8 +98,9 @@ class Format(Protocol):
     def detect(self, seen: FileHead) -> bool:
         """Whether a file is of this format, told by its content and never by its name.
 
-        It is asked of files with the magic, or of safetensors files where the format has none. Two
-        formats that both say True are an error, so be strict.
+        It is asked of files with the magic, or of safetensors files where the format has none; one
+        of another package, only of files that no format of lora-fx's own knows. Two formats that
+        both say True are an error, so be strict.
         """
         return self.magic is not None
 

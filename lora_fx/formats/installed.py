@@ -13,8 +13,8 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.formats.base import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
 from lora_fx.text import by_key, some
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
@@ -37,7 +40,7 @@ OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
 """Endings of files that are something else to lora-fx: models, pickles and configs."""
 
 
-def entry_points() -> dict[str, metadata.EntryPoint]:
+def entry_points() -> dict[str, EntryPoint]:
     """The entry points of installed formats by name; nothing is imported.
 
     A distribution that lies in the current folder is not installed, though Python may have that
@@ -53,8 +56,10 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
     return {name: by_name[name][0] for name in sorted(by_name)}
 
 
-def _points() -> Iterator[metadata.EntryPoint]:
+def _points() -> Iterator[EntryPoint]:
     """The entry points of the group; of a package that is found at several places, the first's."""
+    from importlib import metadata  # an import of 20 ms, which few need
+
     seen = set[str]()
     places = [place for place in sys.path if place]
     for package in metadata.distributions(path=places):
@@ -64,7 +69,7 @@ def _points() -> Iterator[metadata.EntryPoint]:
             yield from points
 
 
-def package_of(point: metadata.EntryPoint) -> str:
+def package_of(point: EntryPoint) -> str:
     """The name of the installed package that an entry point is of."""
     return point.dist.name if point.dist else point.module
 
@@ -78,7 +83,7 @@ def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
     )
 
 
-def load(point: metadata.EntryPoint) -> InstalledFormat:
+def load(point: EntryPoint) -> InstalledFormat:
     """Import the format of an entry point.
 
     Raises:

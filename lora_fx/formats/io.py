@@ -209,7 +209,9 @@ def load_adapter(
         check_elements(file, most)
     format = format_in(file, look(file))
     home = Path(base) if format.takes_base and base else None
-    adapter = _with_failures(format.read(file, home))
+    adapter = format.read(file, home)
+    if isinstance(format, InstalledFormat):
+        adapter = _with_failures(adapter)
     if not adapter.entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None or not resolve:
@@ -245,10 +247,7 @@ def adapter_name(path: str | PathLike[str]) -> str:
 
 def without_ending(name: str) -> str:
     """The name of an adapter's file without the ending that its format gives it."""
-    for suffix in FORMATS.suffixes():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
+    return name.removesuffix(FORMATS.suffix_of(name))
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
@@ -260,7 +259,7 @@ def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
     """True to write one file, False for a folder; raises where the format has no such thing."""
     if path.suffix in writer.suffixes:
         return True
-    has_ending_of_another = path.suffix and path.suffix in FORMATS.suffixes()
+    has_ending_of_another = FORMATS.suffix_of(path.suffix)
     if has_ending_of_another or not writer.folder_files:
         wanted = [f"a name that ends in {suffix}" for suffix in writer.suffixes[:1]]
         if writer.folder_files:

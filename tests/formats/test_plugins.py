@@ -165,9 +165,11 @@ def test_two_of_one_name(place: Path, name: str, words: tuple[str, ...]) -> None
     FORMATS.refresh()
     refused(run("convert start -o x.toy"), *words)
     assert run("--help").returncode == 0
-    with pytest.raises(LoraFxError, match=words[0]):
-        load_adapter("start")
+    assert len(load_adapter("start")) == 1  # which lora-fx knows by itself
     assert not Path("x.toy").exists()
+    Path("x.toy").write_bytes(b"TOY1{}")
+    with pytest.raises(LoraFxError, match=words[0]):
+        load_adapter("x.toy")
 
 
 BROKEN = {
@@ -201,7 +203,7 @@ def test_one_that_cannot_be_imported_keeps_no_other_from_being_read(place: Path)
     changed(place / "toy_format.py", "import nothing_of_this_name")
     done = run("convert start -o x --format peft")
     assert done.returncode == 0, done.stderr
-    assert "note: not asked whether this file is its: the adapter format 'toy'" in done.stderr
+    assert "toy" not in done.stderr
     done = run("convert --help")
     assert done.returncode == 0 and "gguf, toy" in " ".join(done.stdout.split())
 
@@ -382,9 +384,54 @@ def test_a_large_file_with_a_magic_is_bounded_too(place: Path) -> None:
     refused(done, "it has 68157440 bytes; at most 48 elements are read for this base")
 
 
-def test_two_formats_that_know_a_file(two: Path) -> None:
+def test_two_packages_that_know_a_file(two: Path) -> None:
+    assert run("convert start -o x.flat").returncode == 0
+    changed(two, f"{PLAIN}\nZipped.magic = None\nZipped.detect = Flat.detect\n")
+    refused(run("convert x.flat -o x --format peft"), "could be flat or zipped")
+
+
+def test_a_file_of_ours_is_ours(two: Path) -> None:
+    """No package is asked about it, and a package that says that it is its own is not believed."""
     changed(two, f"{PLAIN}\nFlat.detect = lambda self, seen: True\n")
-    refused(run("convert start -o x --format peft"), "could be peft or flat")
+    done = run("convert start -o x --format peft --json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["from"] == "peft"
+
+
+NOTHING_IS_ASKED = """
+import sys
+import lora_fx
+from lora_fx.cli import main
+from lora_fx.formats.io import adapter_name, format_for, save_adapter
+from lora_fx.formats.registry import FORMATS
+lines = (
+    "merge base.safetensors start -o m.safetensors",
+    "merge base.safetensors one.safetensors -o m.safetensors --dry-run",
+    "merge base.safetensors start/adapter_config.json -o m.safetensors --dry-run",
+    "merge base.safetensors start one.safetensors -o m.safetensors --again --dry-run",
+    "truncate start -o small --rank 1",
+    "truncate one.safetensors -o small --rank 1 --force",
+)
+for line in lines:
+    try:
+        main(line.split())
+    except SystemExit as stop:
+        assert not stop.code, line
+assert adapter_name("start") == "start" and adapter_name("one.safetensors") == "one"
+assert format_for("x.gguf") == "gguf" and format_for("x") == "peft"
+save_adapter(lora_fx.load_adapter("start"), "one.safetensors", force=True)
+assert "_points" not in vars(FORMATS) and "toy_format" not in sys.modules
+assert "importlib.metadata" not in sys.modules
+"""
+
+
+def test_nothing_is_asked_where_ours_know_every_file(work: Path, tmp_path: Path) -> None:
+    """Not even which packages there are."""
+    install(tmp_path / "place", "toy-format", "open('canary', 'w')")
+    save_adapter(load_adapter("start"), "one.safetensors")
+    done = child("-c", NOTHING_IS_ASKED, place=tmp_path / "place", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not Path("canary").exists()
 
 
 def test_a_file_that_its_own_format_would_not_read_is_not_written(two: Path) -> None:
