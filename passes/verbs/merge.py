@@ -351,6 +351,7 @@ def _sum(
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
 
 
+@remembering()
 def merge(
     base: StrPath,
     adapters: Adapters,
@@ -444,7 +445,7 @@ def merge(
         of_both = {"how": how, "rank": rank, "again": again, "trust": trust, "force": force}
         return merge_onnx(base, adapters, out, **of_both, **of_checkpoints, **of_onnx_files)
 
-    if wrong := [name for name, value in of_onnx_files.items() if value]:
+    if wrong := [name for name in given_options(of_onnx_files) if name != "places" or places]:
         raise LoraFxError(
             f"{wrong[0]} is an option for .onnx files, not for checkpoints", "leave it out"
         )
