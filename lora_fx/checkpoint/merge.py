@@ -50,6 +50,8 @@ from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name
 from lora_fx.text import Json, StrPath, some, table
 
+OTHER_MODELS = (".onnx", ".pt2")
+"""Endings of models that a merge of a checkpoint does not write."""
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
@@ -166,6 +168,11 @@ def run(
     with explained(target):
         if target.suffix in PICKLES:
             raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
+        if target.suffix in OTHER_MODELS:
+            raise LoraFxError(
+                f"{target}: {plan.base.path} is a checkpoint, and what is written is one too",
+                "-o X.safetensors, or a folder",
+            )
         if link and not plan.base.path.is_dir():
             raise LoraFxError(
                 f"link has no say for {plan.base.path}, one file, which is written anew",
