@@ -140,6 +140,14 @@ def _others(options: InsertOptions, place: int) -> bool:
     return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
 
 
+def _of_other_variant(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another variant than was asked for."""
+    if options.adapter is None:
+        return False
+    wanted = named_variant(options.variant)
+    return any(variant_of(update) != wanted for update in options.adapter.lowrank.values())
+
+
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
         ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
@@ -150,7 +158,11 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or the adapter",
     ),
     NoSay(
-        ("variant", "init", "seed", "data", "loss"),
+        ("variant",), _of_other_variant, "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
         "beside an adapter, which brings its own",
         "leave it out, or the adapter",
@@ -311,7 +323,8 @@ def _exclude_command(name: str, keys: Sequence[str]) -> str:
     return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
-def _given(option: object) -> bool:
+def is_given(option: object) -> bool:
+    """Whether an option of a mode has a value; an empty sequence is none."""
     empty = isinstance(option, Sequence) and not option
     return option is not None and option is not False and not empty
 
@@ -383,7 +396,7 @@ class ExportOptions:
         expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
         for mode, names in MODES.items():
             more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
-            if mode not in (self.mode, *more) and any(_given(getattr(self, n)) for n in names):
+            if mode not in (self.mode, *more) and any(is_given(getattr(self, n)) for n in names):
                 raise LoraFxError(
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",

@@ -91,7 +91,7 @@ BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(
         (name, {"adapter": GIVEN}, {name: value})
         for name, values in {
-            "rank": (8, 3), "alpha": (16.0, 4.0), "variant": ("lora", "lora-fa", "dora"),
+            "rank": (8, 3), "alpha": (16.0, 4.0), "variant": ("lora-fa", "dora"),
             "init": ("kaiming", "pissa"), "seed": (0, 1), "loss": ("ce",), "data": (BATCH,),
         }.items()
         for value in values
@@ -121,6 +121,7 @@ def test_an_option_without_a_say(
     [
         {"adapter": GIVEN, "dropout": 0.1, "dead": "keep", "norm_stats": "frozen"},
         {"adapter": GIVEN, "rank": 2, "alpha": 2.0},  # which it has
+        {"adapter": GIVEN, "variant": "lora"},  # the same
         {"plan": PARTS, "rank": 2, "alpha": 3.0},
         {"plan": WHOLE, "rank": 2, "alpha": 4.0},  # which it has
         {"plan": WHOLE, "exclude": "1", "seed": 1, "variant": "rslora"},
@@ -134,6 +135,37 @@ def test_an_option_without_a_say(
 def test_options_that_have_one(given: dict[str, Any]) -> None:
     module = lora_fx.insert(net(), (X,), **given)
     assert module.adapter().lowrank
+
+
+def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
+    """Told by its tensors: a DoRA's own name says lora, and a QA-LoRA's has no group."""
+    for variant, others in (("dora", "lora"), ("qalora:2", "qalora:4"), ("lora+", "lora")):
+        made = lora_fx.insert(net(), (X,), rank=2, variant=variant).adapter()
+        assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
+        with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
+            lora_fx.insert(net(), (X,), adapter=made, variant=others)
+
+
+@pytest.mark.parametrize("learns", [[], {"variants": []}, {"variants": {"0.weight": []}}])
+def test_metadata_that_says_something_else_of_how_it_learns(learns: Any) -> None:
+    made = lora_fx.Adapter(GIVEN.entries, {"learns": learns})
+    assert lora_fx.insert(net(), (X,), adapter=made).adapter().lowrank
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "name"),
+    [
+        (lora_fx.Load(rank=4), {"rank": 0}, "rank"),
+        (lora_fx.TrainStep(), {"clip": 0.0}, "clip"),
+        (lora_fx.TrainStep(), {"weight_decay": 0}, "weight_decay"),
+    ],
+)
+def test_an_option_of_zero_beside_a_mode(
+    tmp_path: Path, mode: Any, given: dict[str, Any], name: str
+) -> None:
+    """It is one that was given, and is not passed over."""
+    with pytest.raises(LoraFxError, match=f"^{name}= beside mode=lora_fx"):
+        lora_fx.export(net(), tmp_path / "x.onnx", (X,), mode=mode, **given)
 
 
 def test_a_variant_is_not_dropped_beside_an_adapter() -> None:
