@@ -12,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry
+from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
 from lora_fx.text import by_key, some
@@ -185,7 +188,8 @@ class InstalledFormat(Format):
             if not isinstance(adapter, Adapter):
                 read = f"read a {type(adapter).__name__}, which is no Adapter"
                 raise self._error(f"{path}: ", read)
-            for key, entry in adapter.lowrank.items():
+            self._check_texts(f"{path}: ", adapter)
+            for key, entry in adapter.entries.items():
                 self._check(f"{path}: {self}: {key!r}", entry)
         return adapter
 
@@ -213,8 +217,46 @@ class InstalledFormat(Format):
             raise self._error(f"{path.name}: ", f"returned {type(notes).__name__}, and no notes")
         return tuple(map(str, notes))
 
-    def _check(self, where: str, update: LowRank) -> None:
+    def _check_texts(self, where: str, adapter: Adapter) -> None:
+        """Raise for keys that are no names, and for notes that nobody can print."""
+        if not isinstance(adapter.entries, Mapping):
+            read = type(adapter.entries).__name__
+            raise self._error(where, f"read entries of type {read}; expected a mapping")
+        for key in adapter.entries:
+            if not isinstance(key, str) or not key:
+                raise self._error(where, f"read the key {key!r}; expected a name")
+        notes = adapter.metadata.get("notes", [])
+        if not isinstance(notes, (list, tuple)) or not all(isinstance(n, str) for n in notes):
+            raise self._error(where, f"read {notes!r} as notes; expected a list of texts")
+
+    def _check(self, where: str, entry: object) -> None:
+        """Raise for an entry that is no update, or holds numbers that are none."""
+        if not isinstance(entry, get_args(Entry)):
+            raise LoraFxError(
+                f"{where} is of type {type(entry).__name__}; expected a LowRank, a Full or another "
+                "kind of update",
+                self._hint,
+            )
+        if isinstance(entry, Full) and not isinstance(entry.value, np.ndarray):
+            raise LoraFxError(
+                f"{where} has a value of type {type(entry.value).__name__}; expected an array",
+                self._hint,
+            )
+        if isinstance(entry, LowRank):
+            self._check_factors(where, entry)
+        for name, value in vars(entry).items():
+            if isinstance(value, np.ndarray) and is_float(value):
+                File(where).check_finite(name, value)
+
+    def _check_factors(self, where: str, update: LowRank) -> None:
         """Raise for A and B that are no finite fp32 of [*batch, r, in] and [*batch, out, r]."""
+        expect_variant(update.variant, where)
+        for half, factor in (("A", update.a), ("B", update.b)):
+            if not isinstance(factor, np.ndarray):
+                raise LoraFxError(
+                    f"{where} has {half} of type {type(factor).__name__}; expected an array",
+                    self._hint,
+                )
         a = np.asarray(update.a)
         b = np.asarray(update.b)
         fits = a.ndim >= 2 and b.ndim >= 2 and a.size and b.size
