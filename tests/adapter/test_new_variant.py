@@ -361,6 +361,19 @@ def test_pickles_of_older_versions() -> None:
         assert vars(pickle.loads(pickle.dumps(older))).keys() == vars(low).keys()
 
 
+@pytest.mark.parametrize(
+    ("fields", "taken"), [(("A",), "A"), (("d", "B0"), "B0"), (("d", "d"), "d"), (("x.y",), "x.y")]
+)
+def test_fields_whose_tensors_would_have_one_name(fields: tuple[str, ...], taken: str) -> None:
+    """The factor a is called lora_A in a model."""
+
+    class Clashing(Variant):
+        made_of = fields
+
+    with pytest.raises(LoraFxError, match=f"cannot have the field '{taken}'"):
+        register(Clashing("clashing"))
+
+
 def test_names_that_files_have_already() -> None:
     class Odd(Variant):
         made_of = ("rank", "b")
