@@ -397,11 +397,16 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
         if rule.outcome == READS:
             yield Finding(names, what, "", "", NOTE)
             continue
-        hint = f"lora-fx convert --format {server} --base {pair.base.path}"
+        hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
         hint = "lora-fx merge folds it into its base" if rule.what in STAYS else hint
         yield Finding(names, what, "what it applies as it was trained", hint)
     if not shapes:
-        yield Finding([], "a file of another format", "one of PEFT's", "lora-fx convert -o FOLDER")
+        yield Finding(
+            [],
+            "a file of another format",
+            "one of PEFT's",
+            f"lora-fx convert {pair.path} -o FOLDER",
+        )
 
 
 # All checks, and what they come to.
