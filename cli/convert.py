@@ -23,7 +23,7 @@ from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter, save_for
 from lora_fx.formats.registry import FORMATS
-from lora_fx.text import Json
+from lora_fx.text import Json, counted
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -151,5 +151,5 @@ def command(
         notes += save_for(model, loaded, output, name, force=force)
     note(*notes)
     fields["updates"] = len(loaded)
-    said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
+    said += f"wrote {output}: {counted(len(loaded), 'update')}, {source} → {wanted}"
     emit(said, inputs=[{"adapter": adapter}], outputs=[output], **fields)

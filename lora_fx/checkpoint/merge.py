@@ -48,7 +48,7 @@ from lora_fx.files.read import (
 from lora_fx.formats.io import AdapterLike, load_adapter, without_ending
 from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name
-from lora_fx.text import Json, StrPath, some, table
+from lora_fx.text import Json, StrPath, counted, some, table
 
 OTHER_MODELS = (".onnx", ".pt2")
 """Endings of models that a merge of a checkpoint does not write."""
@@ -189,8 +189,9 @@ def run(
             anew = [s for n, s in stats.items() if plan.changes[n].requantised]
             if stats and not moved and not whole:
                 wider = "--dequantise" if anew else "a wider --dtype"
+                tensors = counted(len(stats), "tensor")
                 raise NoEffectError(
-                    f"{target}: not written: no element of {len(stats)} tensors would change",
+                    f"{target}: not written: no element of {tensors} would change",
                     f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
                 )
             if not plan.options.lossy:

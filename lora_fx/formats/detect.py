@@ -85,7 +85,7 @@ def format_in(path: Path, seen: FileHead) -> Format:
 def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
     shown = ", ".join(one_line(name, 80) for name in seen.names[:3]) or "nothing"
     return LoraFxError(
-        f"{path}: {what}: its {len(seen.names)} tensors are named {shown} …",
+        f"{path}: {what}: its tensors ({len(seen.names)}) are named {shown} …",
         f"formats: {', '.join(FORMATS)}",
     )
 

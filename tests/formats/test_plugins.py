@@ -90,7 +90,7 @@ def test_it_is_converted_read_merged_and_replaced(work: Path, tmp_path: Path) ->
     done = lora_fx("convert start -o x.toy")
     assert done.returncode == 0, done.stderr
     assert "note: toys have no layouts" in done.stderr
-    assert done.stdout == "wrote x.toy: 1 updates, peft → toy\n"
+    assert done.stdout == "wrote x.toy: 1 update, peft → toy\n"
 
     done = lora_fx("convert x.toy -o back")
     assert done.returncode == 0, done.stderr
