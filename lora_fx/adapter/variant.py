@@ -44,7 +44,7 @@ from lora_fx.adapter.lowrank import (
 )
 from lora_fx.adapter.qalora import QaLora
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
-from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect_name
+from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.layout import Layout
@@ -92,6 +92,7 @@ def register(variant: Variant) -> None:
 
 def named_variant(name: str) -> Variant:
     """The variant of a name, or of NAME:ARGUMENT; LoraFxError where there is none."""
+    expect(name, str, "variant", "a name", _known())
     kind, colon, argument = name.partition(":")
     if colon and kind in VARIANTS:
         variant = VARIANTS[kind].with_argument(argument)

@@ -29,7 +29,7 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
-from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.errors import LoraFxError, expect_name, expect_path, explained, visible
 from lora_fx.files.hub import local
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
@@ -503,6 +503,10 @@ def examine(
     base: StrPath, adapter: StrPath, asked: MergeOptions, server: str | None = None
 ) -> Report:
     """What `doctor` says, with the options of the merge that is meant as an object."""
+    for name, path in (("base", base), ("adapter", adapter)):
+        expect_path(path, name, "doctor(base, adapter)")
+    if server:
+        expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
     base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)

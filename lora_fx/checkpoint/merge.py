@@ -48,7 +48,7 @@ from lora_fx.files.read import (
 from lora_fx.formats.io import AdapterLike, load_adapter, without_ending
 from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name
-from lora_fx.text import Json, StrPath, counted, some, table
+from lora_fx.text import Json, StrPath, counted, is_whole, some, table
 
 OTHER_MODELS = (".onnx", ".pt2")
 """Endings of models that a merge of a checkpoint does not write."""
@@ -161,6 +161,8 @@ def run(
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan; see `merge`."""
+    if threads is not None and (not is_whole(threads) or threads < 0):
+        raise LoraFxError(f"threads is {threads!r}; expected a whole number", "leave it out")
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):

@@ -5,7 +5,7 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
+from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
@@ -327,6 +327,7 @@ def opened_adapters(
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
         return {name: as_adapter(a) for name, a in by_name.items()}
+    expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
     every = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [a for a in every if isinstance(a, (str, PathLike))]
     if len(paths) < len(every):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -108,8 +109,7 @@ class BranchOptions:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
         expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
         for name in ("include", "exclude", "also_train"):
-            given = getattr(self, name, None)
-            expect(given or "", (str, Sequence), name, "selectors", f"{name}=['q_proj', 'fc1']")
+            expect_selectors(getattr(self, name, None), name)
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
@@ -323,6 +323,11 @@ def _exclude_command(name: str, keys: Sequence[str]) -> str:
     return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
+def expect_selectors(given: object, name: str) -> None:
+    """Refuse what is no comma list and no list of them; nothing at all is taken."""
+    expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
+
+
 def is_given(option: object) -> bool:
     """Whether an option of a mode has a value; an empty sequence is none."""
     empty = isinstance(option, Sequence) and not option
@@ -401,6 +406,8 @@ class ExportOptions:
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        for name in ("include", "exclude"):
+            expect_selectors(getattr(self, name), name)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
             raise LoraFxError(
                 f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
@@ -434,6 +441,7 @@ class ExportOptions:
             raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
         for name in ("weight_decay", "clip"):
             given = getattr(self, name)
+            expect(given or 0, Real, name, "a number", f"{name}=0.01")
             if given is not None and not 0 <= given < math.inf:
                 raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
         if self.places:

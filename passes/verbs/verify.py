@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -19,7 +20,7 @@ from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
-from lora_fx.errors import LoraFxError, NoSay, given_options, near_path, refuse_no_say
+from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -105,6 +106,7 @@ def verify(
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
     with trusting(trust):
+        expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
         names = FORMATS.files_of_folders

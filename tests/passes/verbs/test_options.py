@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
@@ -144,6 +146,42 @@ def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
         assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
         with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
             lora_fx.insert(net(), (X,), adapter=made, variant=others)
+
+
+FOLD: dict[str, Any] = {"base": "b.safetensors", "out": "o.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: lora_fx.insert(net(), (X,), variant=5), "variant is a int, not a name"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), adapters=5), "adapters is a int"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.Switch(include=5)),
+         "include is a int, not selectors"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.TrainStep(clip="much")),
+         "clip is a str, not a number"),
+        (lambda: lora_fx.verify("b.safetensors", "b.safetensors", tol="much"),
+         "tol is a str, not a number"),
+        (lambda: lora_fx.merge(adapters="a", threads=-1, **FOLD), "threads is -1"),
+        (lambda: lora_fx.merge(adapters="a", threads="all", **FOLD), "threads is 'all'"),
+        (lambda: lora_fx.doctor("b.safetensors", "a", server="vlm"), "no server 'vlm'"),
+        (lambda: lora_fx.doctor("b.safetensors", GIVEN), "adapter is a Adapter, not a path"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_type(
+    call: Callable[[], object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"0.weight": np.ones((6, 4), "f4")}, "b.safetensors")
+    lora_fx.save_adapter(GIVEN, "a")
+    with pytest.raises(LoraFxError, match=said):
+        call()
+
+
+def test_targets_of_a_model_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)).eval()
+    assert [target.key for target in lora_fx.find(model, (X,)).targets] == ["0.weight"]
 
 
 @pytest.mark.parametrize("learns", [[], {"variants": []}, {"variants": {"0.weight": []}}])
