@@ -35,8 +35,8 @@ GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _MEMBERS = (
     "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
-    "takes_empty", "takes_base", "fits_graphs", "sole_suffix", "detect", "resembles", "is_adapter",
-    "read", "write", "write_for",
+    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "sole_suffix", "detect",
+    "resembles", "is_adapter", "read", "write", "write_for",
 )  # fmt: skip
 _METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
@@ -162,6 +162,7 @@ class InstalledFormat(Format):
         self.only_read = bool(inner.only_read)
         self.one_model = bool(inner.one_model)
         self.takes_empty = bool(inner.takes_empty)
+        self.keeps_variants = bool(inner.keeps_variants)
         self.takes_base = bool(inner.takes_base)
         self.fits_graphs = bool(inner.fits_graphs)
         self.sole_suffix = bool(inner.sole_suffix)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -97,7 +98,7 @@ def save_adapter(
         with _output(target, writer, force or is_empty_folder) as stage:
             notes = writer.write(adapter, stage, home)
             _check_readable(stage, writer)
-    return notes
+    return (*notes, *_notes_on_variants(adapter, writer))
 
 
 def save_for(
@@ -124,7 +125,17 @@ def save_for(
     target = Path(path)
     check_output(target, force=force)
     with replacing(target, force=force) as stage:
-        return writer.write_for(graph, adapter, stage)
+        notes = writer.write_for(graph, adapter, stage)
+    return (*notes, *_notes_on_variants(adapter, writer))
+
+
+def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
+    """A note on each variant of which the format keeps ΔW alone, and not what trains."""
+    if writer.keeps_variants:
+        return []
+    variants = {variant_of(low).name: variant_of(low) for low in adapter.lowrank.values()}
+    lost = [name for name, variant in variants.items() if not variant.peft_type]
+    return [f"updates of variant {name} are written as plain LoRA, of the same ΔW" for name in lost]
 
 
 def _writer(format: str) -> AdapterFormat:
