@@ -46,7 +46,12 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def captured(
-    model: str, options: ModelOptions, *, meta: bool = False, cache: bool = False
+    model: str,
+    options: ModelOptions,
+    *,
+    meta: bool = False,
+    cache: bool = False,
+    check: Callable[[Any], object] | None = None,
 ) -> tuple[LoadedModel, Captured]:
     """(LoadedModel, Captured) of a MODEL argument, whose notes are printed.
 
@@ -55,6 +60,7 @@ def captured(
         options: How it is loaded and captured.
         meta: Read no weights.
         cache: Capture a decoder with its key-value cache.
+        check: Of a decoder: called with its config before it is captured; it may raise.
     """
     from lora_fx.fx.capture.decoder import decoder
     from lora_fx.fx.load.huggingface import LoadedModel
@@ -85,7 +91,7 @@ def captured(
             )
         repeat = not options.no_repeat
         if cache:
-            cap = decoder(loaded.module, repeat=repeat)
+            cap = decoder(loaded.module, repeat=repeat, check=check)
         else:
             quiet = replace(loaded, notes=())  # they were told above
             cap = capture(quiet, (), inputs, dynamic, static, repeat=repeat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,7 +131,7 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.onnx.save import EXTERNAL_OVER
     from lora_fx.onnx.triton import repository_of
-    from lora_fx.passes.verbs.export import export_as
+    from lora_fx.passes.verbs.export import export_as, refuse_genai
     from lora_fx.passes.verbs.options import ExportOptions, check_adapters
 
     if not output.endswith(".onnx"):
@@ -159,7 +160,9 @@ def command(
     else:
         if names_file:
             raise LoraFxError("--names is of .onnx files", "a model's own names tell")
-        _, source = captured(model, capture, cache=file.cache)
+        refuse_genai(file.genai, mode, cache=file.cache)
+        check = partial(_check_genai, file.genai, output, force) if file.genai else None
+        _, source = captured(model, capture, cache=file.cache, check=check)
         inputs = source.inputs.to_json()
 
     options = ExportOptions(
@@ -198,3 +201,10 @@ def command(
         note(*report.warnings, warns=True)
     said = f"{report}{table(report)}\n{wrote(report)}"
     emit(said, **{**report.to_json(), "inputs": inputs})
+
+
+def _check_genai(folder: str, output: str, force: bool, config: object) -> None:
+    """Refuse, before any work, a model that onnxruntime-genai lacks something of."""
+    from lora_fx.onnx.genai import genai_folder
+
+    genai_folder(folder, Path(output), config, force=force)

@@ -32,7 +32,7 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, counted
 
 if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
@@ -173,5 +173,6 @@ def _onnx(
     note(*report.warnings, warns=True)
     count = len(report.details["targets"])
     trained = report.details["trained"]
-    summary = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
+    size = f"{counted(count, 'target')}, {counted(trained, 'element')} to train"
+    summary = f"{size}\n{report}\nwrote {output}"
     emit(summary, **{**report.to_json(), "inputs": [{"model": model}]})

@@ -109,8 +109,9 @@ def command(
     from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import lines
     from lora_fx.formats.io import is_adapter
-    from lora_fx.passes.verbs.verify import verify
+    from lora_fx.passes.verbs.verify import refuse_adapter_as_model, verify
 
+    refuse_adapter_as_model(a, b)
     fits = is_adapter(b)
     if not run and _of_tensors(a, b):
         rows = None if everything else ROWS

@@ -29,7 +29,7 @@ from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
-from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.errors import LoraFxError, expect_name, expect_path, explained, visible
 from lora_fx.files.hub import local
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
@@ -397,11 +397,16 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
         if rule.outcome == READS:
             yield Finding(names, what, "", "", NOTE)
             continue
-        hint = f"lora-fx convert --format {server} --base {pair.base.path}"
+        hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
         hint = "lora-fx merge folds it into its base" if rule.what in STAYS else hint
         yield Finding(names, what, "what it applies as it was trained", hint)
     if not shapes:
-        yield Finding([], "a file of another format", "one of PEFT's", "lora-fx convert -o FOLDER")
+        yield Finding(
+            [],
+            "a file of another format",
+            "one of PEFT's",
+            f"lora-fx convert {pair.path} -o FOLDER",
+        )
 
 
 # All checks, and what they come to.
@@ -498,6 +503,10 @@ def examine(
     base: StrPath, adapter: StrPath, asked: MergeOptions, server: str | None = None
 ) -> Report:
     """What `doctor` says, with the options of the merge that is meant as an object."""
+    for name, path in (("base", base), ("adapter", adapter)):
+        expect_path(path, name, "doctor(base, adapter)")
+    if server:
+        expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
     base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)

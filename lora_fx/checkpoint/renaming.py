@@ -529,11 +529,32 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     )
 
 
+def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]) -> dict[str, str]:
+    """What a map could say of the parts of a whole: one after another, as large as is known.
+
+    Args:
+        key: The whole.
+        parts: The names of its parts.
+        lows: Updates of the whole or of parts.
+    """
+    names = [*parts]
+    sizes = [len(lows[name].b) if name in lows else 64 for name in names]
+    if key in lows:
+        out = len(lows[key].b)
+        ends = [out * (i + 1) // len(names) for i in range(len(names))]
+    else:
+        ends = [*accumulate(sizes)]
+    starts = [0, *ends]
+    return {
+        name.removesuffix(".weight"): f"{start}:{end}"
+        for name, start, end in zip(names, starts, ends, strict=False)
+    }
+
+
 def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
     """How many rows the whole has: by an update of it, or by one of a part and its rows."""
     if not all(spans.values()):
-        parts = dict.fromkeys((name.removesuffix(".weight") for name in spans), "0:64")
-        example = json.dumps({key.removesuffix(".weight"): parts})
+        example = json.dumps({key.removesuffix(".weight"): _example_of_rows(key, spans, lows)})
         raise LoraFxError(
             f"{where}: which rows of {key!r} are whose is not known", f"--map FILE, as {example}"
         )

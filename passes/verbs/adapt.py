@@ -125,7 +125,7 @@ def insert(
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter, or that of a path. It brings its targets, ranks, alphas,
-            variants and values, so the options of these have no say, and are refused.
+            variants and values; options that say something else are refused.
         seed: The seed of the initial values, 0 by default; each target draws from (seed, key).
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:

@@ -5,7 +5,7 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
+from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.batch import batch_symbol
-from lora_fx.onnx.genai import genai_folder
+from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import check_no_slots
@@ -217,12 +217,7 @@ def export_as(
         )
         check_adapters(adapters_by_name, options.mode)
     refuse_no_say(EXPORT_RULES, options, given)
-    if genai is not None and not (options.cache and options.mode in ("merged", "switch")):
-        raise LoraFxError(
-            f"onnxruntime-genai runs no file of mode {options.mode} "
-            f"with{'' if options.cache else 'out'} a cache",
-            "--cache, with --mode merged or --mode switch; or leave --genai out",
-        )
+    refuse_genai(genai, options.mode, cache=options.cache)
     notes: list[str] = []
     if options.cache:
         model, options, notes = _with_cache(model, options, genai)
@@ -262,6 +257,16 @@ def export_as(
         return replace(report, warnings=(*notes, *report.warnings, failed))
 
 
+def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
+    """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
+    if genai is None or (cache and mode in ("merged", "switch")):
+        return
+    raise LoraFxError(
+        f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+        "--cache, with --mode merged or --mode switch; or leave --genai out",
+    )
+
+
 def _with_cache(
     model: object, options: ExportOptions, genai: StrPath | None
 ) -> tuple[object, ExportOptions, list[str]]:
@@ -277,11 +282,16 @@ def _with_cache(
         )
     from lora_fx.passes.verbs.open import with_cache
 
-    cap, adapters = with_cache(model, options.adapters)
-    options = replace(options, adapters=adapters)
     if genai is None:
-        return cap, options, []
-    copy = genai_folder(genai, options.target, cap.model.config, force=options.force)
+        cap, adapters = with_cache(model, options.adapters)
+        return cap, replace(options, adapters=adapters), []
+
+    def place_of_copy(config: object) -> GenaiFolder:
+        return genai_folder(genai, options.target, config, force=options.force)
+
+    cap, adapters = with_cache(model, options.adapters, place_of_copy)
+    copy = place_of_copy(cap.model.config)
+    options = replace(options, adapters=adapters)
     return cap, replace(options, places=[*options.places, copy]), [*copy.notes]
 
 
@@ -317,6 +327,7 @@ def opened_adapters(
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
         return {name: as_adapter(a) for name, a in by_name.items()}
+    expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
     every = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [a for a in every if isinstance(a, (str, PathLike))]
     if len(paths) < len(every):

@@ -25,7 +25,6 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx import trees as pytree
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike, as_it_was
 from lora_fx.fx.codes import forms
@@ -38,6 +37,7 @@ from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import (
     PROPERTY,
@@ -240,7 +240,7 @@ class _Files:
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
         traced, module = graph.traced, self.module
         named, labels = self._labelled(sample)
-        door, leaves = traced.door, pytree.tree_leaves(named)
+        door, leaves = traced.door, tree_leaves(named)
         broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
         if not broken or not broken <= {*traced.doubtful}:
             return

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
+from typing import Any
 
 from torch import nn
 
@@ -136,11 +137,18 @@ def refuse_dynamic(dynamic: Dynamic | None) -> None:
 
 
 def with_cache(
-    model: object, adapters: ExportAdapters | None = None
+    model: object,
+    adapters: ExportAdapters | None = None,
+    check: Callable[[Any], object] | None = None,
 ) -> tuple[Captured, ExportAdapters | None]:
     """The capture of a decoder with its cache as tensors, and the adapters.
 
     A module that insert returned brings its own adapter where none are given.
+
+    Args:
+        model: A module, a capture or a path.
+        adapters: Those that were given.
+        check: Called with the model's config before it is captured; it may raise.
 
     Raises:
         LoraFxError: No decoder; or a module of ours whose weights the original has no more.
@@ -159,10 +167,10 @@ def with_cache(
         model = model.captured
     elif isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model))
-        captured = decoder(loaded.module)
+        captured = decoder(loaded.module, check=check)
         captured.notes += loaded.notes
         return captured, adapters
-    return decoder(model), adapters
+    return decoder(model, check=check), adapters
 
 
 def _shares(module: CapturedModule) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -108,8 +109,7 @@ class BranchOptions:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
         expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
         for name in ("include", "exclude", "also_train"):
-            given = getattr(self, name, None)
-            expect(given or "", (str, Sequence), name, "selectors", f"{name}=['q_proj', 'fc1']")
+            expect_selectors(getattr(self, name, None), name)
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
@@ -140,6 +140,14 @@ def _others(options: InsertOptions, place: int) -> bool:
     return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
 
 
+def _of_other_variant(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another variant than was asked for."""
+    if options.adapter is None:
+        return False
+    wanted = named_variant(options.variant)
+    return any(variant_of(update) != wanted for update in options.adapter.lowrank.values())
+
+
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
         ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
@@ -150,7 +158,11 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or the adapter",
     ),
     NoSay(
-        ("variant", "init", "seed", "data", "loss"),
+        ("variant",), _of_other_variant, "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
         "beside an adapter, which brings its own",
         "leave it out, or the adapter",
@@ -311,7 +323,13 @@ def _exclude_command(name: str, keys: Sequence[str]) -> str:
     return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
-def _given(option: object) -> bool:
+def expect_selectors(given: object, name: str) -> None:
+    """Refuse what is no comma list and no list of them; nothing at all is taken."""
+    expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
+
+
+def is_given(option: object) -> bool:
+    """Whether an option of a mode has a value; an empty sequence is none."""
     empty = isinstance(option, Sequence) and not option
     return option is not None and option is not False and not empty
 
@@ -383,11 +401,13 @@ class ExportOptions:
         expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
         for mode, names in MODES.items():
             more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
-            if mode not in (self.mode, *more) and any(_given(getattr(self, n)) for n in names):
+            if mode not in (self.mode, *more) and any(is_given(getattr(self, n)) for n in names):
                 raise LoraFxError(
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        for name in ("include", "exclude"):
+            expect_selectors(getattr(self, name), name)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
             raise LoraFxError(
                 f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
@@ -421,6 +441,7 @@ class ExportOptions:
             raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
         for name in ("weight_decay", "clip"):
             given = getattr(self, name)
+            expect(given or 0, Real, name, "a number", f"{name}=0.01")
             if given is not None and not 0 <= given < math.inf:
                 raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
         if self.places:

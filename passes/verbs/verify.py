@@ -7,8 +7,10 @@ run.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -18,7 +20,7 @@ from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
-from lora_fx.errors import LoraFxError, NoSay, given_options, near_path, refuse_no_say
+from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -104,6 +106,7 @@ def verify(
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
     with trusting(trust):
+        expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
         names = FORMATS.files_of_folders
@@ -113,6 +116,7 @@ def verify(
                 raise LoraFxError(
                     f"{path}: cannot be read: no such file or folder", near_path(path)
                 )
+        refuse_adapter_as_model(a, b)
         fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
         tensors = is_tensor_file(a) and not run and (fits or is_tensor_file(b))
         asked = {"inputs": inputs, "adapter": adapter, "tol": tol, "provider": provider, "run": run}
@@ -131,6 +135,27 @@ def verify(
         if fits and not isinstance(b, Adapter):
             b = load_adapter(b)
         return verify_run(a, b, options)
+
+
+def refuse_adapter_as_model(a: object, b: object) -> None:
+    """Raise where A, which has to be a model, is an adapter.
+
+    Raises:
+        LoraFxError: Says what can be asked of two adapters, or of an adapter and a model.
+    """
+    if not (isinstance(a, Adapter) or (_is_path(a) and is_adapter(a))):
+        return
+    name = os.fspath(a) if _is_path(a) else "A"
+    if isinstance(b, Adapter) or (_is_path(b) and is_adapter(b)):
+        other = os.fspath(b) if _is_path(b) else "B"
+        raise LoraFxError(
+            f"{name} and {other} are adapters: what they do is a question to a model",
+            "lora-fx merge each into their base, and compare what was written",
+        )
+    raise LoraFxError(
+        f"{name} is an adapter; expected a model",
+        f"lora-fx verify {os.fspath(b) if _is_path(b) else 'MODEL'} {name} says whether it fits",
+    )
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
