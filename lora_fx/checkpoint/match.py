@@ -29,7 +29,8 @@ from lora_fx.checkpoint.model_families import (
     is_table,
     tie_in,
 )
-from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
+from lora_fx.checkpoint.releases import stacked_experts
+from lora_fx.checkpoint.renaming import Renaming, Stack, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
@@ -416,7 +417,7 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
     family = family_of(kinds := model_types(config))
-    if family is None or not (kinds & STACKED or family.listed):
+    if family is None or not (stacked_experts(kinds) or family.listed):
         return None
     return family.peft_turns(saved_by(adapter))
 
