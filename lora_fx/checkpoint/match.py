@@ -19,6 +19,7 @@ from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, fami
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.loaded_names import Stack
 from lora_fx.checkpoint.model_families import (
     CONV1D_MODELS,
     CONV1D_NAMES,
@@ -30,7 +31,7 @@ from lora_fx.checkpoint.model_families import (
     tie_in,
 )
 from lora_fx.checkpoint.releases import stacked_experts
-from lora_fx.checkpoint.renaming import Renaming, Stack, absent_of, known_rows, renaming
+from lora_fx.checkpoint.renaming import Renaming, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors

@@ -12,8 +12,8 @@ import pytest
 import transformers
 
 from lora_fx.adapter.fused import FAMILIES
+from lora_fx.checkpoint.loaded_names import Loaded, loaded_of
 from lora_fx.checkpoint.releases import RENAMED, STACKED, Renamed, renamed_parts
-from lora_fx.checkpoint.renaming import Loaded, loaded_of
 from lora_fx.files.checkpoint import open_checkpoint
 from tests.checkpoint.made import Array, read
 
