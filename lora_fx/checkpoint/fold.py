@@ -3,6 +3,12 @@
 The order is PEFT's: the fp32 product, times s, plus W. Its numbers are therefore bit for bit
 PEFT's wherever the two matrix products sum in the same order. Then, where a variant asks for it,
 rows are rescaled; then single rows are replaced; then one rounding to the stored dtype.
+
+The fold of a graph (`lora_fx.passes.fold`) is another, and stays so. There an update lies in any
+order of axes and may be complex, and a variant computes its change through an Emitter from whole
+regions. Here every block of rows is had alone, from at least WINDOW rows a product since BLAS sums
+fewer in another order than PEFT's, and changes may be of other kinds than low rank. Both measure
+what rounding kept by `Applied`.
 """
 
 from __future__ import annotations

@@ -32,12 +32,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_fx.text import by_key
 
-
-def as_it_is(name: str) -> Iterator[Hashable]:
+def as_it_is(name: str) -> tuple[str]:
     """The name itself."""
-    yield name
+    return (name,)
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,12 @@ class Names:
         self._names = tuple(dict.fromkeys(names))
         self._indices = [(rule, self._index(rule)) for rule in rules]
 
-    def _index(self, rule: NameRule) -> dict[Hashable, list[str]]:
-        pairs = []
+    def _index(self, rule: NameRule) -> dict[Hashable, dict[str, None]]:
+        index: dict[Hashable, dict[str, None]] = {}
         for name in self._names:
-            pairs += [(spelling, name) for spelling in dict.fromkeys(rule.spellings(name))]
-        return by_key(pairs)
+            for spelling in rule.spellings(name):
+                index.setdefault(spelling, {})[name] = None
+        return index
 
     def __iter__(self) -> Iterator[str]:
         """The names of the tensors, each once."""
@@ -91,7 +90,7 @@ class Names:
         for rule, index in self._indices:
             hits: dict[str, None] = {}
             for reading in rule.readings(name):
-                hits |= dict.fromkeys(index.get(reading, ()))
+                hits |= index.get(reading, {})
             if hits:
                 return tuple(hits)
         return ()
@@ -115,9 +114,9 @@ def _longer_or_shorter(name: str, *, known: bool) -> Iterator[Hashable]:
 
     An end never meets an end: `a.fc` is no `b.fc`.
     """
-    yield (name, known)
+    yield name, known
     for tail in tails(name):
-        yield (tail, not known)
+        yield tail, not known
 
 
 ENDS = NameRule(
@@ -157,18 +156,18 @@ def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
 
     There is none where a name is known as it is, or where two prefixes explain as many names.
     """
-    foreign, known = tuple(foreign), frozenset(known)
-    if any(name in known for name in foreign):
+    counts, known = Counter(foreign), frozenset(known)
+    if not known.isdisjoint(counts):
         return Prefix()
 
-    by_ends = Names(known, ENDS)
+    by_ends = Names(counts, ENDS)  # of the two sets the smaller one
     votes: Counter[Prefix] = Counter()
-    for name in foreign:
+    for name in known:
         for hit in by_ends.find(name):
-            if hit.endswith(name):
-                votes[Prefix(less=hit.removesuffix(name))] += 1
+            if name.endswith(hit):
+                votes[Prefix(less=name.removesuffix(hit))] += counts[hit]
             else:
-                votes[Prefix(more=name.removesuffix(hit))] += 1
+                votes[Prefix(more=hit.removesuffix(name))] += counts[hit]
     most = max(votes.values(), default=0)
     winners = [prefix for prefix, count in votes.items() if count == most]
     return winners[0] if len(winners) == 1 else Prefix()
