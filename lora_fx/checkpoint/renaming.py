@@ -24,15 +24,8 @@ from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
-from lora_fx.targets.names import (
-    ENDS,
-    EXACT,
-    NameRule,
-    Names,
-    Prefix,
-    also_called,
-    common_prefix,
-)
+from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, also_called
+from lora_fx.targets.prefix import Prefix, common_prefix
 from lora_fx.targets.target import base_name, split_key
 from lora_fx.text import JsonView
 

@@ -18,7 +18,8 @@ size          by in and out                               by in and out         
 ============  ==========================================  =======================  ===============
 
 FLAT is in `lora_fx.formats.naming`, since what tools put before a name is a fact of formats; the
-names of releases are in `lora_fx.checkpoint.releases`.
+names of releases are in `lora_fx.checkpoint.releases`; the prefix of all names of an adapter is
+found in `lora_fx.targets.prefix`.
 
 Three ways from an adapter to a tensor are no rules of spelling, and stand where their matter is:
 regions, uses and aliases are part of our own keys (`lora_fx.targets.target.Found.get`); a part of a
@@ -28,7 +29,6 @@ are told by the shapes of all updates of a module together (`lora_fx.adapter.fus
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -96,10 +96,6 @@ class Names:
         return ()
 
 
-# Two sets of names of one model, where one has more before its names than the other: a model that
-# was saved by its inner class lacks the outer's prefix, and a component of a pipeline its own.
-
-
 def tails(name: str) -> list[str]:
     """A name, and its ends after each dot.
 
@@ -124,50 +120,3 @@ ENDS = NameRule(
     readings=lambda name: _longer_or_shorter(name, known=False),
 )
 """One of the two names is the other's end from a dot on, or they are equal."""
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What foreign names have before those of the model, or lack.
-
-    Attributes:
-        more: What foreign names begin with, and the model's do not.
-        less: What the model's names begin with, and foreign ones do not.
-    """
-
-    more: str = ""
-    less: str = ""
-
-    def __bool__(self) -> bool:
-        """True where the two differ."""
-        return bool(self.more or self.less)
-
-    def changed(self, name: str) -> str:
-        """A foreign name as the model would have it."""
-        return self.less + name.removeprefix(self.more)
-
-    def back(self, name: str) -> str:
-        """A name of the model as the foreign ones have it."""
-        return self.more + name.removeprefix(self.less)
-
-
-def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
-    """The prefix by which the most foreign names become known ones.
-
-    There is none where a name is known as it is, or where two prefixes explain as many names.
-    """
-    counts, known = Counter(foreign), frozenset(known)
-    if not known.isdisjoint(counts):
-        return Prefix()
-
-    by_ends = Names(counts, ENDS)  # of the two sets the smaller one
-    votes: Counter[Prefix] = Counter()
-    for name in known:
-        for hit in by_ends.find(name):
-            if name.endswith(hit):
-                votes[Prefix(less=name.removesuffix(hit))] += counts[hit]
-            else:
-                votes[Prefix(more=hit.removesuffix(name))] += counts[hit]
-    most = max(votes.values(), default=0)
-    winners = [prefix for prefix, count in votes.items() if count == most]
-    return winners[0] if len(winners) == 1 else Prefix()

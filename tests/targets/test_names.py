@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, Prefix, also_called, common_prefix
+from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, also_called
+from lora_fx.targets.prefix import Prefix, common_prefix
 
 
 def test_the_first_rule_with_an_answer_decides() -> None:
