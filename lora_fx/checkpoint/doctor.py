@@ -83,7 +83,7 @@ def model(pair: Pair) -> Iterator[Finding]:
 
 def prefix(pair: Pair) -> Iterator[Finding]:
     """The adapter's names begin as the base's do."""
-    more, less = pair.rename.more, pair.rename.less
+    more, less = pair.rename.prefix.more, pair.rename.prefix.less
     if pair.raw.prefixes:
         return  # told by names
     if more or less:

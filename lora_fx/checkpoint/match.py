@@ -19,6 +19,7 @@ from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, fami
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.loaded_names import Stack
 from lora_fx.checkpoint.model_families import (
     CONV1D_MODELS,
     CONV1D_NAMES,
@@ -29,7 +30,8 @@ from lora_fx.checkpoint.model_families import (
     is_table,
     tie_in,
 )
-from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
+from lora_fx.checkpoint.releases import stacked_experts
+from lora_fx.checkpoint.renaming import Renaming, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
@@ -417,7 +419,7 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
     family = family_of(kinds := model_types(config))
-    if family is None or not (kinds & STACKED or family.listed):
+    if family is None or not (stacked_experts(kinds) or family.listed):
         return None
     return family.peft_turns(saved_by(adapter))
 

@@ -486,7 +486,11 @@ class Found:
         return target
 
     def get(self, key: str) -> Target | None:
-        """The target of a key, as by indexing; None where there is none."""
+        """The target of a key, as by indexing; None where there is none.
+
+        Keys are our own language of regions and uses. What a foreign name means is looked up before
+        it becomes a key, by the rules of `lora_fx.targets.names`.
+        """
         whole = self.by_key.get(key)
         if whole is not None:
             return whole
