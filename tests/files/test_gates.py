@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_fx
+from lora_fx.checkpoint.merge import plan_merge
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import CONTENTS, Beside, replacing
@@ -48,7 +49,7 @@ def test_an_input_that_changes_after_it_was_planned_with(
     pair: tuple[Path, Path], which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read of it before is of another file than what would be read now."""
-    planned = merging.plan_merge
+    planned = plan_merge
 
     def plan_then_change(*arguments: Any) -> MergePlan:
         plan = planned(*arguments)
