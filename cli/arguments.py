@@ -99,7 +99,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
-    from lora_fx.passes.verbs.open import module_of
+    from lora_fx.passes.verbs.build import module_of
 
     assert isinstance(cap, FileCaptured)
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")

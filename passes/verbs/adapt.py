@@ -40,16 +40,10 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.recorded import prove_as_it_is
 from lora_fx.passes.proofs.reference import FileRerun, reference_of
-from lora_fx.passes.verbs.open import (
-    Wanted,
-    build_module,
-    captured_of,
-    found_in,
-    opened,
-    quantised,
-    refuse_dynamic,
-)
+from lora_fx.passes.verbs.build import build_module, found_in
+from lora_fx.passes.verbs.open import captured_of, opened, refuse_dynamic
 from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
+from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.target import Found

@@ -43,7 +43,8 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
-from lora_fx.passes.verbs.open import found_in, refuse_dynamic, start_of
+from lora_fx.passes.verbs.build import found_in, start_of
+from lora_fx.passes.verbs.open import refuse_dynamic
 from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan

@@ -57,7 +57,7 @@ from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
-    from lora_fx.passes.verbs.open import Wanted
+    from lora_fx.passes.verbs.quantise import Wanted
 
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]

@@ -51,8 +51,9 @@ from lora_fx.passes.proofs.parity import (
 from lora_fx.passes.proofs.reference import FileRerun
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
-from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
+from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
+from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
 from lora_fx.text import Json, free_name, some
 
