@@ -131,7 +131,7 @@ def command(
     from lora_fx.onnx.save import EXTERNAL_OVER
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as
-    from lora_fx.passes.verbs.options import ExportOptions, check_adapters
+    from lora_fx.passes.verbs.options import CaptureOptions, ExportOptions, check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
@@ -159,7 +159,7 @@ def command(
     else:
         if names_file:
             raise LoraFxError("--names is of .onnx files", "a model's own names tell")
-        _, source = captured(model, capture, cache=file.cache)
+        source = captured(model, capture, cache=file.cache)
         inputs = source.inputs.to_json()
 
     options = ExportOptions(
@@ -179,18 +179,14 @@ def command(
         provider=file.provider,
         opset=None if is_graph else file.opset,
         external_over=EXTERNAL_OVER,
-        args=(),
-        kwargs=None,
-        dynamic=None,
+        capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
         force=force,
         optimise=file.optimise,
         precision=file.precision,
         places=repository_of(file.triton, output, file.max_batch),
-        cache=file.cache,
         within=file.within,
         accuracy_level=file.accuracy_level,
         tol=file.tol,
-        repeat=not capture.no_repeat,
     )
     given = given_options({"inputs": arrays, "within": file.within})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)

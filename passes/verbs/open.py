@@ -1,18 +1,15 @@
-"""What a verb is given, as a capture or as a module: opened, quantised, built and proven.
-
-It may be a module, a function, a file, or a module of ours.
-"""
+"""From a MODEL, whatever it is, to a Captured: each verb and command asks `captured_of` for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
+from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
@@ -25,48 +22,135 @@ from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.untie import lone_names, untied
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.build import module_of
-from lora_fx.passes.verbs.options import ExportAdapters
+from lora_fx.passes.verbs.options import CaptureOptions, ExportAdapters
+
+DEFAULTS = CaptureOptions()
 
 
-def captured_of(
-    model: object,
-    args: Sequence[object] = (),
-    kwargs: Named | None = None,
-    dynamic: Dynamic | None = None,
-    *,
-    meta: bool = False,
-    repeat: bool = True,
-    adapter: Adapter | None = None,
-) -> Captured:
-    """The capture of a model; a Captured or a captured module brings its own.
+def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
+    """The capture of a model: the one way in, for every verb and every command.
 
-    A text or path is loaded as on the command line (a Hugging Face folder, file.py:factory …),
-    without its weights where `meta` is given. Where the adapter saves one name of a tied tensor,
-    the capture is of a copy of the model in which this name has a tensor of its own.
+    Args:
+        model: A Captured is taken as it is, and a module of ours stands for the model that it was
+            made from. A text or path is opened as on the command line: a .pt2 file, a Hugging Face
+            folder, hf:ORG/NAME, FILE.py:FACTORY and so on. What load_model returned has an example,
+            which inputs of the options replace. Anything else is a module, a function of tensors,
+            or a bound method of a module.
+        options: What the verbs ask for.
+
+    Raises:
+        CaptureError: The model cannot be traced.
+        LoraFxError: No such model, inputs that do not fit it, options that have no say for it.
     """
     model = unwrapped(model)
-    if isinstance(model, (Captured, CapturedModule)):
-        refuse_dynamic(dynamic)
-        return apart(model, adapter) if isinstance(model, Captured) else model.captured
-    if is_attached(model):
+    if isinstance(model, Captured):
+        options.refuse_for_captured()
+        return apart(decoder(model) if options.cache else model, options.adapter)
+    if isinstance(model, CapturedModule) and not options.with_branches:
+        options.refuse_for_captured()
+        return _under_branches(model, options)
+    if is_attached(model) and not options.with_branches:
         raise LoraFxError(
             f"an adapter is attached to this {type(model).__name__}",
             "keep model.adapter(), then lora_fx.detach(model), and pass the adapter",
         )
     if is_program(model):
-        return apart(open_program(model, args, kwargs, dynamic, meta=meta), adapter)
+        return _of_program(model, options)
     if isinstance(model, (str, PathLike)):
-        model = load_model(fspath(model), meta=meta)
-    module = model.module if isinstance(model, LoadedModel) else model
-    if adapter is None or not isinstance(module, nn.Module):
-        return capture(model, args, kwargs, dynamic, repeat=repeat)
-    names = lone_names(adapter, module)
-    if not names:
-        return capture(model, args, kwargs, dynamic, repeat=repeat)
-    changed = untied(module, names)
-    source = replace(model, module=changed) if isinstance(model, LoadedModel) else changed
-    cap = capture(source, args, kwargs, dynamic, repeat=repeat)
-    cap.notes.append(said_of_names(names))
+        model = load_model(
+            fspath(model), weights=options.weights, meta=options.meta, trust=options.trust
+        )
+        if options.tell is not None:
+            options.tell(*model.notes)
+            model = replace(model, notes=())
+    if isinstance(model, LoadedModel):
+        return _of_loaded(model, options)
+    return _of_module(model, options)
+
+
+def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured:
+    """The capture that a module of ours was made from.
+
+    Raises:
+        LoraFxError: Another capture is asked for, with a cache, and the original has no more the
+            weights of the module.
+    """
+    if not options.cache:
+        return module.captured
+    if hasattr(module, "folded") or not _shares(module):
+        raise LoraFxError(
+            "this module's weights are no longer those of the model that was captured",
+            "export the original with adapters=…",
+        )
+    return decoder(module.captured)
+
+
+def _shares(module: CapturedModule) -> bool:
+    """True where the frozen weights of a module are the captured model's own."""
+    originals = dict(module.captured.model.named_parameters())
+    return all(
+        parameter.requires_grad or parameter.data_ptr() == originals[name].data_ptr()
+        for name, parameter in module.named_parameters()
+        if name in originals
+    )
+
+
+def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
+    """The capture that a .pt2 file is."""
+    if options.weights:
+        raise LoraFxError(f"{fspath(path)} holds its weights", "leave --weights out")
+    program = open_program(
+        path,
+        options.args,
+        options.kwargs,
+        options.dynamic,
+        options.static,
+        trust=options.trust,
+        meta=options.meta,
+    )
+    if options.cache:
+        return decoder(program)  # raises
+    return apart(program, options.adapter)
+
+
+def _of_loaded(loaded: LoadedModel, options: CaptureOptions) -> Captured:
+    """The capture of a model that load_model opened, at its own example unless inputs are given."""
+    if not options.cache and _is_empty(options.args) and _is_empty(options.kwargs):
+        options = replace(options, args=loaded.args, kwargs=loaded.kwargs)
+    cap = _of_module(loaded.module, options, loaded.notes)
+    cap.tokenizer_folder = loaded.tokenizer_folder
+    return cap
+
+
+def _is_empty(inputs: object) -> bool:
+    return inputs is None or (isinstance(inputs, (tuple, list, Mapping)) and not inputs)
+
+
+def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()) -> Captured:
+    """The capture of a live model, traced in eval mode; `notes` are of its loading."""
+    names: tuple[str, ...] = ()
+    if options.adapter is not None and isinstance(model, nn.Module):
+        names = lone_names(options.adapter, model)
+        model = untied(model, names) if names else model
+
+    if options.cache:
+        cap = decoder(model, repeat=options.repeat)
+    else:
+        cap = Captured(
+            model,
+            options.args,
+            options.kwargs,
+            options.dynamic,
+            options.static,
+            repeat=options.repeat,
+        )
+        if options.example_sizes:
+            cap.fix_sizes()
+        cap.traced(False, cap.named)
+
+    cap.notes += notes
+    if names:
+        cap.notes.append(note_of_untied(names))
     return cap
 
 
@@ -85,75 +169,41 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
             "whole tensor is for that name alone",
             "give the model itself, instead of a file of its graph",
         )
-    model = untied(cap.quantised or cap.model, names)
-    new = Captured(model, (), cap.named, cap.requested, repeat=cap.repeat)
-    new.notes += [*cap.notes, said_of_names(names)]
+    new = captured_again(cap, untied(user_module(cap), names))
+    new.notes += [*cap.notes, note_of_untied(names)]
     return new
 
 
-def said_of_names(names: Sequence[str]) -> str:
-    """What a report says of names that have tensors of their own."""
+def captured_again(cap: Captured, model: nn.Module) -> Captured:
+    """A capture of another module at the inputs and free sizes of one that there is."""
+    return Captured(model, (), cap.named, cap.requested, repeat=cap.repeat)
+
+
+def user_module(cap: Captured) -> nn.Module:
+    """The module that was captured; where it has quantised layers, `model` is a copy without."""
+    return cap.quantised or cap.model
+
+
+def note_of_untied(names: Sequence[str]) -> str:
+    """The note of a report on names that have tensors of their own."""
     return f"saved alone, and so no longer tied: {', '.join(names)}"
-
-
-def refuse_dynamic(dynamic: Dynamic | None) -> None:
-    """Refuse other free dimensions of a model that is captured already.
-
-    Example inputs are let be: a caller who passes those of the capture again asks for nothing else.
-    """
-    asked = {"dynamic": dynamic or None}
-    captured = NoSay[Named](tuple(asked), bool, "beside a captured model, which has its sizes")
-    refuse_no_say([captured], asked, given_options(asked))
-
-
-def with_cache(
-    model: object, adapters: ExportAdapters | None = None
-) -> tuple[Captured, ExportAdapters | None]:
-    """The capture of a decoder with its cache as tensors, and the adapters.
-
-    A module that insert returned brings its own adapter where none are given.
-
-    Raises:
-        LoraFxError: No decoder; or a module of ours whose weights the original has no more.
-    """
-    model = opened(model)
-    if is_attached(model):
-        return captured_of(model), adapters  # raises
-    if isinstance(model, CapturedModule):
-        if hasattr(model, "folded") or not _shares(model):
-            raise LoraFxError(
-                "this module's weights are no longer those of the model that was captured",
-                "export the original with adapters=…",
-            )
-        if adapters is None and isinstance(model, AdaptedModule):
-            adapters = model.adapter()
-        model = model.captured
-    elif isinstance(model, (str, PathLike)):
-        loaded = load_model(fspath(model))
-        captured = decoder(loaded.module)
-        captured.notes += loaded.notes
-        return captured, adapters
-    return decoder(model), adapters
-
-
-def _shares(module: CapturedModule) -> bool:
-    """True where the frozen weights of a module are the captured model's own."""
-    theirs = dict(module.captured.model.named_parameters())
-    return all(
-        p.requires_grad or p.data_ptr() == theirs[n].data_ptr()
-        for n, p in module.named_parameters()
-        if n in theirs
-    )
 
 
 def opened(model: object) -> object:
     """A .pt2 file, or its capture, that holds branches as its module; a wrapper's own module."""
     model = unwrapped(model)
     if is_program(model):
-        model = open_program(model)
+        model = captured_of(model)
     if isinstance(model, FileCaptured) and model.adapter is not None:
         return module_of(model)
     return model
+
+
+def own_adapters(model: object, adapters: ExportAdapters | None) -> ExportAdapters | None:
+    """The adapters of an export; a module that insert returned brings its own without others."""
+    if adapters is None and isinstance(model, AdaptedModule):
+        return model.adapter()
+    return adapters
 
 
 def load_program(path: str | PathLike[str], *, trust: bool = False) -> CapturedModule:
@@ -184,8 +234,9 @@ def capture(
     """Capture a model with example inputs.
 
     Args:
-        model: An nn.Module, a function of tensors, a bound method of a module, the path of a .pt2
-            file, which needs no inputs, or what load_model returned, which has an example.
+        model: An nn.Module, a function of tensors, a bound method of a module, what load_model
+            returned, or a path or name as on the command line; the last two have an example, which
+            `args` and `kwargs` replace, and a .pt2 file needs none. A Captured is returned.
         args: Positional example inputs.
         kwargs: Keyword example inputs.
         dynamic: {input: {dimension: name}} or {input: (dimensions)}, beside the defaults:
@@ -198,14 +249,12 @@ def capture(
         CaptureError: The model cannot be traced; the message names the line of its code.
         LoraFxError: The inputs do not fit the signature.
     """
-    if is_program(model):
-        return open_program(model, args, kwargs, dynamic, static)
-    if isinstance(model, LoadedModel):
-        if not args and not kwargs:
-            args, kwargs = model.args, model.kwargs
-        cap = capture(model.module, args, kwargs, dynamic, static, repeat=repeat)
-        cap.notes += model.notes
-        return cap
-    cap = Captured(model, args, kwargs, dynamic, static, repeat=repeat)
-    cap.traced(False, cap.named)
-    return cap
+    options = CaptureOptions(
+        args=args,
+        kwargs=kwargs,
+        dynamic=dynamic,
+        static=static,
+        repeat=repeat,
+        with_branches=True,
+    )
+    return captured_of(model, options)
