@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import peft
 from safetensors.numpy import load_file
 
 import lora_fx
+from lora_fx import LowRank
 from tests.checkpoint.doctor import pairs, sound
 from tests.checkpoint.doctor.sound import codes, image, new_head, normal_rng, simple, tied
 from tests.checkpoint.doctor.tiny import (
@@ -217,6 +219,8 @@ def unpaired(*lost: str) -> Build:
     return image({n: v for n, v in LINEAR.items() if not any(p in n for p in lost)})
 
 
+NARROW = LowRank(normal(2, 6), normal(8, 2), 2.0)
+WIDE = LowRank(normal(2, 7), normal(8, 2), 2.0)
 FP8 = ml_dtypes.float8_e4m3fn
 HALF = f"{Q}.weight"
 WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
@@ -317,6 +321,15 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     "a tied head": (lambda folder: tied(folder) and None, ("lm_head.weight", "--untie")),
     "a new head": (lambda folder: new_head(folder) and None, ("score.weight", "--add")),
     "merged before": (twice, ("merged", "--again")),
+    # names of a tensor that the file stores once
+    "one use of a tensor": (
+        sound.one_file("alias.weight", replace(NARROW, use="tied.weight")),
+        ("tied weights", "'alias.weight' means one use of 'tied.weight'", "which the base stores"),
+    ),
+    "another shape than the twin's": (
+        sound.one_file("alias.weight", replace(WIDE, twins=("tied.weight",))),
+        ("shapes", "alias.weight", "8 × 7", "[8, 6]"),
+    ),
     # files
     "the adapter is cut off": (cut("adapter/adapter_model.safetensors"), ("adapter_model",)),
     "the base is cut off": (cut("base/model.safetensors"), ("model.safetensors", "cut off")),
