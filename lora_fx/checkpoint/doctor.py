@@ -36,12 +36,11 @@ from lora_fx.checkpoint.refusal import (
     MergeRefusal,
 )
 from lora_fx.checkpoint.renaming import absent_of
-from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
+from lora_fx.checkpoint.requantise import HINT, codes_of, refuse_loss, sampled, stored_as
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
 from lora_fx.errors import LoraFxError, explained, visible
 from lora_fx.files.hub import local
-from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
 from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
@@ -59,9 +58,15 @@ _VOCABULARY = re.compile(
 
 
 def _lost(pair: Pair) -> list[str]:
-    """Keys of updates that the base has no tensor for."""
+    """Keys of updates that the base has no tensor for, nor codes of one."""
     updates = (k for k, e in pair.adapter.entries.items() if not isinstance(e, Full))
-    return [k for k in updates if pair.tensor(k) is None]
+    absent = [k for k in updates if pair.tensor(k) is None]
+    return [k for k in absent if not _codes(pair, k)]
+
+
+def _codes(pair: Pair, key: str) -> str:
+    """The format of the codes that the base has of a key's weight; empty where it has none."""
+    return codes_of(pair.rename(base_name(key)), pair.base, pair.base.config())
 
 
 def _strange(pair: Pair) -> bool:
@@ -217,19 +222,29 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     """The tensors to change are plain floats; int8 that merge takes is a warning."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for key, entry in pair.adapter.entries.items():
-        info, name = pair.tensor(key), pair.rename(base_name(key))
-        scheme, info = scheme_of(name, pair.base.tensors), pair.base.tensors.get(name, info)
-        if scheme or (info is not None and info.dtype not in FLOATING and key not in pair.misfits):
-            why = ""
-            try:
-                taken = info is not None and stored_as(name, info, pair.base, [entry])
-            except LoraFxError as error:
-                taken, why = None, error.message.partition(" a scale a row: ")[2]
-            kind = scheme or (info.dtype if info else "")
-            if not taken and why and info is not None and info.dtype == "int8":
+        name = pair.rename(base_name(key))
+        info = pair.base.tensors.get(name, pair.tensor(key))
+        scheme = _codes(pair, key)
+        if info is None:
+            if scheme:
+                kinds.setdefault((scheme, ERROR), []).append(key)
+            continue
+        if not scheme and (info.dtype in FLOATING or key in pair.misfits):
+            continue
+
+        kind = scheme or info.dtype
+        try:
+            int8 = stored_as(name, info, pair.base, [entry])
+        except LoraFxError as error:
+            why = error.message.partition(" a scale a row: ")[2]
+            if why and info.dtype == "int8":
                 kind += f": {why}"
-            severity = WARNING if taken else ERROR
-            kinds.setdefault((kind, severity), []).append(key)
+            kinds.setdefault((kind, ERROR), []).append(key)
+            continue
+        if int8 is not None:
+            kinds.setdefault((kind, WARNING), []).append(key)
+        elif scheme:  # a view of the codes as floats, which a merge takes by option
+            kinds.setdefault((kind, ERROR), []).append(key)
     no = planned(pair, ("",)) if kinds else None  # as if all else that is wrong were mended
     ways = "--dequantise or --requantise, as is asked"
     if isinstance(no, LoraFxError):

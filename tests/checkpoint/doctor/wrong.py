@@ -13,7 +13,7 @@ import peft
 from safetensors.numpy import load_file
 
 import lora_fx
-from lora_fx import LowRank
+from lora_fx import Full, LowRank
 from tests.checkpoint.doctor import pairs, sound
 from tests.checkpoint.doctor.sound import codes, image, new_head, normal_rng, simple, tied
 from tests.checkpoint.doctor.tiny import (
@@ -220,6 +220,7 @@ def unpaired(*lost: str) -> Build:
 
 
 NARROW = LowRank(normal(2, 6), normal(8, 2), 2.0)
+CODES = np.zeros((4, 4), np.int32)
 WIDE = LowRank(normal(2, 7), normal(8, 2), 2.0)
 FP8 = ml_dtypes.float8_e4m3fn
 HALF = f"{Q}.weight"
@@ -316,6 +317,22 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     "floats that no flag is for": (
         lambda folder: simple("llama", "q_proj")(folder) or {"dequantise": True},
         ("none of its weights is quantised",),
+    ),
+    "codes that the config tells of": (
+        sound.one_file(
+            "w.weight", NARROW, {"w.numbers": CODES}, quantization_config={"quant_method": "xyz"}
+        ),
+        ("quantised base", "w.weight", "xyz, as config.json says"),
+    ),
+    "codes without their scales": (
+        sound.one_file("w.weight", NARROW, {"w.qweight": CODES}),
+        ("quantised base", "w.weight", "GPTQ or AWQ"),
+    ),
+    "int8 replaced by floats": (
+        sound.one_file(
+            "w.weight", Full(normal(8, 6)), {"w.weight": np.zeros((8, 6), np.int8)}
+        ),
+        ("'w.weight' is int8", "replaces it by float32"),
     ),
     # what an option of merge would take
     "a tied head": (lambda folder: tied(folder) and None, ("lm_head.weight", "--untie")),
