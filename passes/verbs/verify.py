@@ -87,7 +87,8 @@ def verify(
     everything else output by output at three sizes.
 
     Args:
-        a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
+        a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
+            returned, or a model's name as on the command line.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
