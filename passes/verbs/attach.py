@@ -157,12 +157,12 @@ def _attached(
         ties: Goes to the attachment, which ties names again when it is taken off.
     """
     args, kwargs = example.args, example.kwargs
+    source = model
+    model = _module(user_module(source)) if isinstance(source, Captured) else source
+    refuse_inference(model)
     cap: Captured | None
     try:
-        cap = captured_of(model, example)
-        model = _module(user_module(cap))
-        refuse_inference(model)
-        cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
+        cap = copy.deepcopy(captured_of(source, example))  # a capture of the caller stays as it is
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(root=cap.model), found_in(cap), options.dropout)
     except CaptureError as e:
