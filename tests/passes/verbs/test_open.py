@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_fx import Adapter, LoraFxError, LowRank
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import CaptureOptions
 from lora_fx.passes.verbs.program import save_program
+from tests.house import House
 
 CODE = """
 import torch
@@ -169,3 +171,16 @@ def test_what_loading_says_comes_before_the_capture() -> None:
     with pytest.raises(LoraFxError, match="nothing"):
         captured_of("timm:resnet18", options)
     assert "random weights" in told[0]
+
+
+def test_no_other_file_of_a_verb_or_a_command_opens_a_model() -> None:
+    opens = {"Captured", "FileCaptured", "decoder", "load_model", "open_program"}
+    folders = ("lora_fx.passes.verbs", "lora_fx.cli")
+    files = [m for m in House().modules.values() if m.folder in folders]
+    calls = {
+        (module.path.name, node.func.id)
+        for module in files
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert {file for file, name in calls if name in opens} == {"open.py"}
