@@ -132,7 +132,7 @@ def command(
     from lora_fx.onnx.save import EXTERNAL_OVER
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as, refuse_genai
-    from lora_fx.passes.verbs.options import ExportOptions, check_adapters
+    from lora_fx.passes.verbs.options import CaptureOptions, ExportOptions, check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
@@ -162,7 +162,7 @@ def command(
             raise LoraFxError("--names is of .onnx files", "a model's own names tell")
         refuse_genai(file.genai, mode, cache=file.cache)
         check = partial(_check_genai, file.genai, output, force) if file.genai else None
-        _, source = captured(model, capture, cache=file.cache, check=check)
+        source = captured(model, capture, cache=file.cache, check=check)
         inputs = source.inputs.to_json()
 
     options = ExportOptions(
@@ -182,18 +182,14 @@ def command(
         provider=file.provider,
         opset=None if is_graph else file.opset,
         external_over=EXTERNAL_OVER,
-        args=(),
-        kwargs=None,
-        dynamic=None,
+        capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
         force=force,
         optimise=file.optimise,
         precision=file.precision,
         places=repository_of(file.triton, output, file.max_batch),
-        cache=file.cache,
         within=file.within,
         accuracy_level=file.accuracy_level,
         tol=file.tol,
-        repeat=not capture.no_repeat,
     )
     given = given_options({"inputs": arrays, "within": file.within})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)

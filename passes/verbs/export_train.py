@@ -55,8 +55,8 @@ from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, captured_for, torch_reference
-from lora_fx.passes.verbs.open import opened
+from lora_fx.passes.verbs.export_torch import base_of, torch_reference
+from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
 TAKEN = ("lr", "step", "seed", "loss")
@@ -112,12 +112,12 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
             )
         module = model
     else:
-        captured = captured_for(model, options)
-        _refuse_base(captured.model)
+        cap = captured_of(model, options.capture_of_base())
+        _refuse_base(cap.model)
         chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
         if adapter is None:
             chosen |= {"include": options.include, "exclude": options.exclude}
-        module = insert(captured, adapter=adapter, **chosen)
+        module = insert(cap, adapter=adapter, **chosen)
     _refuse_base(module)
     made = module.adapter()
     check_plain(made, "mode train")
@@ -208,7 +208,7 @@ class _Files:
             raise LoraFxError(
                 f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
             )
-        opset, repeat = options.opset or OPSET, options.repeat
+        opset, repeat = options.opset or OPSET, options.capture.repeat
         model = step_of(graph, slots, self.update, self._without_values, opset, repeat=repeat)
         model.metadata_props[PROPERTY] = self._manifest(manifest, slots, graph.seeded).to_text()
         say_within(model, onnx_conditions(graph.traced.door.conditions))

@@ -89,7 +89,8 @@ def verify(
     everything else output by output at three sizes.
 
     Args:
-        a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
+        a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
+            returned, or a model's name as on the command line.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
@@ -112,7 +113,7 @@ def verify(
         names = FORMATS.files_of_folders
         a, b = (local(m, files=names) if _is_path(m) else m for m in (a, b))
         for path in filter(_is_path, (a, b)):
-            if not Path(path).exists():
+            if not Path(path).exists() and ":" not in str(path):  # of a factory, or timm:NAME
                 raise LoraFxError(
                     f"{path}: cannot be read: no such file or folder", near_path(path)
                 )
@@ -207,27 +208,40 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
     from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.proofs.reference import FileRerun, Rerun
-    from lora_fx.passes.verbs.open import captured_of, opened
 
     adapter, tol = options.adapter_alone(), options.tol
     if isinstance(b, Adapter):
         return _fits(a, b)
-    a, b = (opened(captured_of(m) if _is_path(m) and Path(m).is_dir() else m) for m in (a, b))
+    (a, notes_a), (b, notes_b) = _opened(a), _opened(b)
+    opening = list(dict.fromkeys([*notes_a, *notes_b]))
     file, other = (a, b) if _is_path(a) else (b, a)
     if _is_path(file):
         session, module = open_session(file, options.provider), _module(other, adapter)
         run: Run = session.run
         rerun: Rerun = FileRerun(Path(file), options.provider)
-        notes = [session.note] if session.note else []
+        notes = [*opening, *filter(None, [session.note])]
         tol = _gate(session) if tol is None else tol
     else:
         ours, module = _module(a, None), _module(b, adapter)
         run, rerun = torch_run(ours), torch_rerun(ours, same=False)
-        notes = [*prove_as_it_is(ours)]
+        notes = [*opening, *prove_as_it_is(ours)]
     notes += [note for note in prove_as_it_is(module) if note not in notes]
     gate = ORT_TOL if tol is None else tol
     parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return _report(parity, notes)
+
+
+def _opened(model: object) -> tuple[object, Sequence[str]]:
+    """A path of .onnx, a module or a capture; and what opening a model by its name has to say."""
+    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.passes.verbs.open import captured_of, opened
+
+    if _is_onnx(model):
+        return model, ()
+    if not _is_path(model) and not isinstance(model, LoadedModel):
+        return opened(model), ()
+    captured = captured_of(model)
+    return opened(captured), captured.notes
 
 
 def _gate(*sessions: RuntimeSession) -> float:
@@ -263,10 +277,14 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
 def _fits(model: object, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
     from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.passes.verbs.adapt import find
-    from lora_fx.passes.verbs.open import apart
+    from lora_fx.passes.verbs.open import captured_of
+    from lora_fx.passes.verbs.options import CaptureOptions
 
-    found = find(apart(model, adapter) if isinstance(model, Captured) else model)
+    if _is_path(model) or isinstance(model, (Captured, LoadedModel)):
+        model = captured_of(model, CaptureOptions(meta=True, adapter=adapter))
+    found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
     details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}
