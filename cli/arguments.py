@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from lora_fx.cli.train_options import ExampleOptions
     from lora_fx.data import Buckets, Table
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.train.loss import Loss
 
@@ -46,60 +44,51 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def captured(
-    model: str, options: ModelOptions, *, meta: bool = False, cache: bool = False
-) -> tuple[LoadedModel, Captured]:
-    """(LoadedModel, Captured) of a MODEL argument, whose notes are printed.
+    model: str,
+    options: ModelOptions,
+    *,
+    meta: bool = False,
+    cache: bool = False,
+    check: Callable[[Any], object] | None = None,
+) -> Captured:
+    """The capture of a MODEL argument, whose notes are printed.
 
     Args:
         model: A path or name, as on the command line.
         options: How it is loaded and captured.
         meta: Read no weights.
         cache: Capture a decoder with its key-value cache.
+        check: Of a decoder: called with its config before it is captured; it may raise.
     """
-    from lora_fx.fx.capture.decoder import decoder
-    from lora_fx.fx.load.huggingface import LoadedModel
-    from lora_fx.fx.load.models import load_model
-    from lora_fx.fx.pt2.captured import is_program, open_program
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic
-    from lora_fx.passes.verbs.open import capture
+    from lora_fx.passes.verbs.open import captured_of
+    from lora_fx.passes.verbs.options import CaptureOptions
 
     arrays = load_npz(options.inputs_file)
-    inputs = {name: from_numpy(array) for name, array in arrays.items()}
-    dynamic = parse_dynamic(options.dynamic) or None
-    static = options.static
-    if is_program(model):
-        if options.weights:
-            raise LoraFxError(f"{model} holds its weights", "leave --weights out")
-        cap: Captured = open_program(
-            model, (), inputs, dynamic, static, trust=options.trust, meta=meta
-        )
-        loaded = LoadedModel(cap.model, (), dict(cap.named), model)
-    else:
-        loaded = load_model(model, weights=options.weights, meta=meta, trust=options.trust)
-        note(*loaded.notes)
-        if cache and (options.inputs_file or options.dynamic or static):
-            raise LoraFxError(
-                "with --cache the inputs and their dimensions are known",
-                "leave --inputs, --dynamic and --static out",
-            )
-        repeat = not options.no_repeat
-        if cache:
-            cap = decoder(loaded.module, repeat=repeat)
-        else:
-            quiet = replace(loaded, notes=())  # they were told above
-            cap = capture(quiet, (), inputs, dynamic, static, repeat=repeat)
-
+    asked = CaptureOptions(
+        kwargs={name: from_numpy(array) for name, array in arrays.items()},
+        dynamic=parse_dynamic(options.dynamic) or None,
+        static=options.static,
+        repeat=not options.no_repeat,
+        cache=cache,
+        weights=options.weights,
+        meta=meta,
+        trust=options.trust,
+        tell=note,
+        check=check,
+    )
+    cap = captured_of(model, asked)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
-    note(*(f"captured for: {c}" for c in cap.ranges))
-    return loaded, cap
+    note(*(f"captured for: {condition}" for condition in cap.ranges))
+    return cap
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:
     """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
-    from lora_fx.passes.verbs.open import module_of
+    from lora_fx.passes.verbs.build import module_of
 
     assert isinstance(cap, FileCaptured)
     chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
@@ -120,20 +109,19 @@ def load_npz(path: str | None) -> Json:
     return read_npz(path) if path else {}
 
 
-def training_data(
-    path: str, loaded: LoadedModel, cap: Captured, label: str, max_length: int | None = None
-) -> Table:
+def training_data(path: str, cap: Captured, label: str, max_length: int | None = None) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
     from lora_fx.fx.load.huggingface import tokenizer_of
     from lora_fx.fx.load.models import call_function
     from lora_fx.fx.train.language_data import language_table
+    from lora_fx.passes.verbs.open import user_module
 
-    folder = loaded.tokenizer_folder
+    folder = cap.tokenizer_folder
     if max_length and folder is None:
         raise LoraFxError("--max-length has no say for a model without a tokenizer", "leave it out")
     if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
-        found = language_table(path, loaded.module, folder, max_length)
+        found = language_table(path, user_module(cap), folder, max_length)
         if found is not None:
             note(*found[1])
             return found[0]
@@ -147,12 +135,13 @@ def training_data(
     return table
 
 
-def refuse_row_labels(table: Table, loaded: LoadedModel, data: str, loss: str) -> None:
+def refuse_row_labels(table: Table, cap: Captured, data: str, loss: str) -> None:
     """Raise where DATA has one label a row and the model scores something else by itself."""
     from lora_fx.fx.train import row_labels
+    from lora_fx.passes.verbs.open import user_module
 
     if ":" not in loss:
-        row_labels.refuse_row_labels(table, loaded.module, data, loaded.tokenizer_folder)
+        row_labels.refuse_row_labels(table, user_module(cap), data, cap.tokenizer_folder)
 
 
 class Texts:
@@ -168,29 +157,26 @@ class Texts:
         return self.tokenizer(texts)
 
 
-def tables_of(
-    data: str, loaded: LoadedModel, cap: Captured, options: ExampleOptions, seed: int
-) -> tuple[Table, Table]:
+def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> tuple[Table, Table]:
     """Examples to train on, and those that are held out.
 
     Args:
         data: The DATA argument.
-        loaded: The model.
-        cap: Its capture, which has the names of its inputs.
+        cap: The model.
         options: What is held out, and the names of columns.
         seed: That of the draw of examples that are held out.
     """
     from lora_fx.data import alike, repeated, split
 
-    table = training_data(data, loaded, cap, options.label, options.max_length)
-    refuse_row_labels(table, loaded, data, options.loss)
+    table = training_data(data, cap, options.label, options.max_length)
+    refuse_row_labels(table, cap, data, options.loss)
     if table.words:
         note("labels: " + some([f"{i} = {word}" for i, word in enumerate(table.words)], 8))
     path = options.eval_data
     if not path:
         return split(table, options.validation, seed)
 
-    read = training_data(path, loaded, cap, options.label, options.max_length)
+    read = training_data(path, cap, options.label, options.max_length)
     held_out = alike(read, table, path, data)
     if count := repeated(held_out, table):
         repeats = f"{path}: {count} of {len(held_out)} examples are trained on too, from {data}"

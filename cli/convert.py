@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -20,10 +21,10 @@ from lora_fx.cli.options import (
     selectors,
 )
 from lora_fx.cli.output import emit, note
-from lora_fx.errors import LoraFxError, NoSay
+from lora_fx.errors import LoraFxError, NoSay, near_path
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter, save_for
 from lora_fx.formats.registry import FORMATS
-from lora_fx.text import Json
+from lora_fx.text import Json, counted
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -116,6 +117,8 @@ def command(
     force: bool,
 ) -> None:
     """Convert an adapter between file formats; HELP is what the command says of itself."""
+    if base and not Path(base).exists():
+        raise LoraFxError(f"{base}: cannot be read: no such file or folder", near_path(base))
     wanted = name or format_for(output)
     layout = LAYOUTS.get(name or "")
     name = FORMATS.default.name if wanted in LAYOUTS else wanted
@@ -151,5 +154,5 @@ def command(
         notes += save_for(model, loaded, output, name, force=force)
     note(*notes)
     fields["updates"] = len(loaded)
-    said += f"wrote {output}: {len(loaded)} updates, {source} → {wanted}"
+    said += f"wrote {output}: {counted(len(loaded), 'update')}, {source} → {wanted}"
     emit(said, inputs=[{"adapter": adapter}], outputs=[output], **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,8 +131,8 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.onnx.save import EXTERNAL_OVER
     from lora_fx.onnx.triton import repository_of
-    from lora_fx.passes.verbs.export import export_as
-    from lora_fx.passes.verbs.options import ExportOptions, check_adapters
+    from lora_fx.passes.verbs.export import export_as, refuse_genai
+    from lora_fx.passes.verbs.options import CaptureOptions, ExportOptions, check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")
@@ -159,7 +160,9 @@ def command(
     else:
         if names_file:
             raise LoraFxError("--names is of .onnx files", "a model's own names tell")
-        _, source = captured(model, capture, cache=file.cache)
+        refuse_genai(file.genai, mode, cache=file.cache)
+        check = partial(_check_genai, file.genai, output, force) if file.genai else None
+        source = captured(model, capture, cache=file.cache, check=check)
         inputs = source.inputs.to_json()
 
     options = ExportOptions(
@@ -179,18 +182,14 @@ def command(
         provider=file.provider,
         opset=None if is_graph else file.opset,
         external_over=EXTERNAL_OVER,
-        args=(),
-        kwargs=None,
-        dynamic=None,
+        capture=CaptureOptions(cache=file.cache, repeat=not capture.no_repeat),
         force=force,
         optimise=file.optimise,
         precision=file.precision,
         places=repository_of(file.triton, output, file.max_batch),
-        cache=file.cache,
         within=file.within,
         accuracy_level=file.accuracy_level,
         tol=file.tol,
-        repeat=not capture.no_repeat,
     )
     given = given_options({"inputs": arrays, "within": file.within})
     report = export_as(source, options, given, quantise=file.quantise, genai=file.genai)
@@ -198,3 +197,10 @@ def command(
         note(*report.warnings, warns=True)
     said = f"{report}{table(report)}\n{wrote(report)}"
     emit(said, **{**report.to_json(), "inputs": inputs})
+
+
+def _check_genai(folder: str, output: str, force: bool, config: object) -> None:
+    """Refuse, before any work, a model that onnxruntime-genai lacks something of."""
+    from lora_fx.onnx.genai import genai_folder
+
+    genai_folder(folder, Path(output), config, force=force)

@@ -32,11 +32,10 @@ from lora_fx.cli.options import (
 )
 from lora_fx.cli.output import emit, note
 from lora_fx.errors import LoraFxError, NoSay
-from lora_fx.text import JsonView
+from lora_fx.text import JsonView, counted
 
 if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.huggingface import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +101,8 @@ def command(
         _onnx(model, output, targets, capture, force=force)
         return
 
-    loaded, cap = captured(model, capture)
-    data = _start_batches(loaded, cap, targets.init, start)
+    cap = captured(model, capture)
+    data = _start_batches(cap, targets.init, start)
     if targets.init == "lora-ga":
         options = targets.insert(data, loss_of(start.loss))
     else:
@@ -121,9 +120,7 @@ def command(
     emit(f"{report}\nwrote {output}", warnings=report.notes, **fields)
 
 
-def _start_batches(
-    loaded: LoadedModel, cap: Captured, init: str, options: StartOptions
-) -> Iterator[JsonView] | None:
+def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[JsonView] | None:
     """The batches that a start reads; None for one that reads no data.
 
     Raises:
@@ -138,9 +135,9 @@ def _start_batches(
         return None
     if not data:
         raise LoraFxError(f"--init {init} reads data", "--data FILE, as train takes it")
-    table = training_data(data, loaded, cap, options.label)
+    table = training_data(data, cap, options.label)
     if init == "lora-ga":
-        refuse_row_labels(table, loaded, data, options.loss)
+        refuse_row_labels(table, cap, data, options.loss)
     return batches_of(table)
 
 
@@ -173,5 +170,6 @@ def _onnx(
     note(*report.warnings, warns=True)
     count = len(report.details["targets"])
     trained = report.details["trained"]
-    summary = f"{count} targets, {trained} elements to train\n{report}\nwrote {output}"
+    size = f"{counted(count, 'target')}, {counted(trained, 'element')} to train"
+    summary = f"{size}\n{report}\nwrote {output}"
     emit(summary, **{**report.to_json(), "inputs": [{"model": model}]})

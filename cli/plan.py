@@ -37,7 +37,6 @@ from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.huggingface import LoadedModel
 
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
@@ -125,8 +124,8 @@ def command(
         raise LoraFxError(f"{output} does not end in .json", "-o plan.json")
     if METHODS[options.method].wanted and not data:
         raise LoraFxError(f"--method {options.method} reads data", "lora-fx plan MODEL DATA …")
-    loaded, cap = captured(model, capture)
-    batches = _batches(data, loaded, cap, options)
+    cap = captured(model, capture)
+    batches = _batches(data, cap, options)
     planned = plan(
         cap,
         data=batches,
@@ -148,16 +147,14 @@ def command(
     emit(f"{made}\nwrote {output}", **fields)
 
 
-def _batches(
-    data: str | None, loaded: LoadedModel, cap: Captured, options: BudgetOptions
-) -> Iterator[JsonView] | None:
+def _batches(data: str | None, cap: Captured, options: BudgetOptions) -> Iterator[JsonView] | None:
     """Batches of at most --examples of DATA, drawn by --seed."""
     import numpy as np
 
     if not data:
         return None
-    table = training_data(data, loaded, cap, options.label, options.max_length)
+    table = training_data(data, cap, options.label, options.max_length)
     if options.method not in ("uniform", "eva"):  # which compute no loss
-        refuse_row_labels(table, loaded, data, options.loss)
+        refuse_row_labels(table, cap, data, options.loss)
     drawn = np.random.default_rng(options.seed).permutation(len(table))[: options.examples]
     return batches_of(table.rows(drawn), options.seed)

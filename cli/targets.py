@@ -54,7 +54,7 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     else:
         from lora_fx.passes.verbs.adapt import find
 
-        _, cap = captured(model, capture, meta=True)
+        cap = captured(model, capture, meta=True)
         found, inputs = find(cap, training=training), cap.inputs.to_json()
     refused = None
     if not (found.targets or tensors):

@@ -70,8 +70,8 @@ def command(
         examples.check(loop.patience)
         settings = loop.settings(targets.seed)
         saving = loop.saving(force=force)
-        loaded, cap = captured(model, capture)
-        training, validation = tables_of(data, loaded, cap, examples, targets.seed)
+        cap = captured(model, capture)
+        training, validation = tables_of(data, cap, examples, targets.seed)
         loss = loss_of(examples.loss)
         if cap.adapter is not None:
             module = module_with_adapter(cap)

@@ -145,9 +145,9 @@ def _table(adapter: str, data: str, options: TableOptions, trust: bool) -> tuple
     if not options.model:
         raise LoraFxError("--table needs the model", "--model MODEL")
     capture = ModelOptions(weights=options.weights, trust=trust)
-    loaded, cap = captured(options.model, capture)
-    table = training_data(data, loaded, cap, options.label)
-    refuse_row_labels(table, loaded, data, options.loss)
+    cap = captured(options.model, capture)
+    table = training_data(data, cap, options.label)
+    refuse_row_labels(table, cap, data, options.loss)
     result = held_out(cap, adapter_of(adapter), table, loss_of(options.loss))
     note(*result.notes)
     rows = [vars(row) for row in result.rows]

@@ -109,8 +109,9 @@ def command(
     from lora_fx.checkpoint.prove import ROWS
     from lora_fx.checkpoint.verify import lines
     from lora_fx.formats.io import is_adapter
-    from lora_fx.passes.verbs.verify import verify
+    from lora_fx.passes.verbs.verify import refuse_adapter_as_model, verify
 
+    refuse_adapter_as_model(a, b)
     fits = is_adapter(b)
     if not run and _of_tensors(a, b):
         rows = None if everything else ROWS
@@ -120,11 +121,11 @@ def command(
         report = verify(a, b)
     elif fits:
         adapter = adapter_of(b)  # before the model, which takes longer to open
-        report = verify(captured(a, capture, meta=True)[1], adapter)
+        report = verify(captured(a, capture, meta=True), adapter)
     else:
         loaded = [adapter_of(path).weighted(w) for path, w in map(split_weight, adapters)]
         arrays = load_npz(capture.inputs_file) or None
-        one, two = (m if m.endswith(".onnx") else captured(m, capture)[1] for m in (a, b))
+        one, two = (m if m.endswith(".onnx") else captured(m, capture) for m in (a, b))
         applied = loaded[0] if len(loaded) == 1 else loaded or None
         report = verify(one, two, arrays, adapter=applied, tol=tol, run=run, provider=provider)
     fields = {**report.to_json(), "inputs": [{"a": a, "b": b}]}

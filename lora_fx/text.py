@@ -157,6 +157,20 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, word: str, shown: str = "") -> str:
+    """A count and its word, which has an s but for one.
+
+    Args:
+        count: How many.
+        word: For one of them.
+        shown: The count as a text, where it is not its plain digits.
+
+    >>> counted(1, "update"), counted(2, "update")
+    ('1 update', '2 updates')
+    """
+    return f"{shown or count} {word}{'' if count == 1 else 's'}"
+
+
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
     """The stem where it is free, else the first of STEM.1, STEM.2 … that is.
 

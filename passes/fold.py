@@ -23,6 +23,7 @@ from functools import partial
 
 import numpy as np
 
+from lora_fx.adapter.applied import Applied
 from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.adapter.qalora import pooled
 from lora_fx.adapter.variant import variant_of
@@ -172,9 +173,9 @@ class Fold:
         stored = name if not delta.any() else graph.put_zeros(members, zero)
         if ident not in self.applied:
             self.applied[ident] = stored
-            size = float(np.vdot(delta, delta))
-            kept = float(np.vdot(old.change(zero), delta)) / size if size else 1.0
-            self.report.append(Folded(name, stored, keys, kept, zero.nbytes, zeros=True))
+            applied = Applied()
+            applied.count(old.change(zero), delta)
+            self.report.append(Folded(name, stored, keys, applied.gain, zero.nbytes, zeros=True))
         return stored != name
 
     def _again(
@@ -227,7 +228,7 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
     # Never in 16 bits: the sum would be rounded twice, and W would be added to a rounded Δ.
     work = np.result_type(base.dtype, np.float32)  # fp64 and complex numbers stay what they are
     value = np.empty_like(base)
-    square = kept = 0.0
+    applied = Applied()
     for rows, block in _blocks(base, updates):
         before: Array = base[rows].astype(work, copy=False)
         wide: Array = np.array(before)
@@ -235,11 +236,8 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
-        wanted: Array = wide - before
-        got: Array = value[rows].astype(work) - before
-        square += float(np.vdot(wanted, wanted).real)
-        kept += float(np.vdot(got, wanted).real)
-    return value, kept / square if square else 1.0
+        applied.count(value[rows].astype(work) - before, wide - before)
+    return value, applied.gain
 
 
 def fold_wide(read: Callable[[], Array], updates: list[Pair]) -> Array:

@@ -161,7 +161,8 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge and verify",
     ),
     "a text to capture": (
-        lambda cap: lora_fx.capture("model"), "a str is no model", "load_model(path).module",
+        lambda cap: lora_fx.capture("model"),
+        "'model' is no model", "MODEL is a Hugging Face folder",
     ),
     "export the wrong way round": (
         lambda cap: lora_fx.export("m.onnx", cap),

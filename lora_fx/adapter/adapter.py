@@ -20,7 +20,7 @@ from lora_fx.ir.layout import plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.plan import select_names
 from lora_fx.targets.target import Found, base_name, check_disjoint, own_use, split_use
-from lora_fx.text import Json, JsonView, html, human, near, some
+from lora_fx.text import Json, JsonView, counted, html, human, near, some
 
 
 class FileNames(Protocol):
@@ -61,7 +61,9 @@ class Adapter(Mapping[str, Entry]):
 
     def _repr_html_(self) -> str:
         """The table of its updates, for notebooks."""
-        return html(f"{len(self)} updates, {human(self.parameters)} parameters", self._rows())
+        return html(
+            f"{counted(len(self), 'update')}, {human(self.parameters)} parameters", self._rows()
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("key", "kind", "shape", "rank")]

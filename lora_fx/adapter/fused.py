@@ -37,8 +37,25 @@ FUSED = {
 """The roles of the parts of fused weights with such names."""
 
 
+def roles_of(name: str) -> tuple[str, ...]:
+    """The roles of the parts of a fused weight, or the one of another weight; empty for no role.
+
+    >>> roles_of("h.0.attn.qkv_proj.weight"), roles_of("h.0.attn.q_proj.weight"), roles_of("h.0.ln")
+    (('q', 'k', 'v'), ('q',), ())
+    """
+    module = name.removesuffix(".weight")
+    for roles, rule in FUSED.items():
+        if rule.search(module):
+            return roles
+    role = role_by_name(module)
+    return (role,) if role else ()
+
+
 def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
     """The update under the keys that the model has instead; empty where it has none such.
+
+    This is no rule of `lora_fx.targets.names`: what a key means here is rows of another tensor, and
+    the update has to be cut to them.
 
     Args:
         key: A key that is no target of the model.
@@ -50,19 +67,17 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
     sizes = [t.layout.out_size for t in whole if t.layout == plain_layout(t.layout.stored)]
     if len(sizes) == len(whole) and sizes and sum(sizes) == entry.b.shape[0]:
         return dict(_rows(entry, whole, sizes))
-    path, role = parent(key), role_by_name(key.removesuffix(".weight"))
-    for t in _beside(found, path):
-        for r, part in t.parts:
-            if r == role and role:
-                return {part: entry}
-    for roles, rule in FUSED.items():
-        known = rule.search(key.removesuffix(".weight")) and QKV not in key
-        if known and entry.b.ndim == 2:
-            by_role = {t.role: t for t in _beside(found, path)}
-            parts = [by_role[r] for r in roles if r in by_role]
-            sizes = [t.layout.out_size for t in parts]
-            if len(parts) == len(roles) and sum(sizes) == entry.b.shape[0]:
-                return dict(_rows(entry, parts, sizes))
+    beside = [t for t in found.targets if parent(t.parameter.name) == parent(key)]
+    roles = roles_of(key)
+    if len(roles) == 1:
+        part = next((part for t in beside for role, part in t.parts if role == roles[0]), None)
+        return {} if part is None else {part: entry}
+    if roles and QKV not in key and entry.b.ndim == 2:
+        by_role = {t.role: t for t in beside}
+        parts = [by_role[role] for role in roles if role in by_role]
+        sizes = [t.layout.out_size for t in parts]
+        if len(parts) == len(roles) and sum(sizes) == entry.b.shape[0]:
+            return dict(_rows(entry, parts, sizes))
     return {}
 
 
@@ -70,10 +85,6 @@ def _rows(entry: LowRank, parts: list[Target], sizes: list[int]) -> Iterator[tup
     ends = np.cumsum([0, *sizes])
     for t, low, high in zip(parts, ends[:-1], ends[1:], strict=True):
         yield t.key, sliced(entry, np.arange(low, high))
-
-
-def _beside(found: Found, path: str) -> list[Target]:
-    return [t for t in found.targets if parent(t.parameter.name) == path]
 
 
 def parent(name: str) -> str:
@@ -163,6 +174,9 @@ def place(
     turned: bool | None = None,
 ) -> dict[str, Entry]:
     """The entries with stacks of experts under their own names, each with its Layout.
+
+    This is no rule of `lora_fx.targets.names`: the file has no name for a stack, and the shapes of
+    all updates of a module together say which is which.
 
     What a binder does with updates whose op is experts: call this before it matches keys.
 

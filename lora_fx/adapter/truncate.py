@@ -204,7 +204,7 @@ def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
     if len(given) != 1 or not set(given) <= set(GOALS):
         raise LoraFxError(
             f"{len(given)} goals ({', '.join(given) or 'none'}); expected one",
-            f"give one of {', '.join(f'--{g}' for g in GOALS)}",
+            f"give one of {', '.join('--' + goal.replace('_', '-') for goal in GOALS)}",
         )
     name, value = next(iter(given.items()))
     whole = name in ("rank", "params")
@@ -359,8 +359,10 @@ def as_lora(
     """
     if (rank is None) == (energy is None):
         raise LoraFxError("expected one of rank and energy", "for example --rank 16")
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise LoraFxError(f"rank {rank}, energy {energy}", "a rank from 1 up, or 0 < energy <= 1")
+    if rank is not None and rank < 1:
+        raise LoraFxError(f"rank is {rank}; expected 1 or more", "for example --rank 16")
+    if energy is not None and not 0 < energy <= 1:
+        raise LoraFxError(f"energy {energy} is not in (0, 1]", "0.99, for example")
     entries: dict[str, Entry] = {}
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():

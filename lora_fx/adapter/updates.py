@@ -186,6 +186,8 @@ def name_of(entry: Entry) -> str:
             return f"meant for a base that {entry.mutated} changed"
         if entry.candidates:
             return f"of one of the parameters {', '.join(entry.candidates)}"
+        if entry.variant.partition(":")[0] not in VARIANTS:  # of a pickle of another process
+            return entry.variant
         variant = variant_of(entry)
         return variant.title if variant.reads_weight and variant.title else entry.variant
     names = {Hadamard: "LoHa", Kronecker: "LoKr", Rotation: "OFT", Dense: "a whole ΔW"}

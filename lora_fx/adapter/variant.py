@@ -44,7 +44,7 @@ from lora_fx.adapter.lowrank import (
 )
 from lora_fx.adapter.qalora import QaLora
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
-from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect_name
+from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
@@ -68,10 +68,10 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 _ROW = frozenset((
-    "a0", "alpha", "b0", "dense", "extra", "full", "index", "key", "layout", "magnitude", "rank",
-    "role", "rows", "scale", "swapped", "use", "variant",
+    "A", "A0", "B", "B0", "a0", "alpha", "b0", "dense", "extra", "full", "index", "key", "layout",
+    "magnitude", "rank", "role", "rows", "scale", "swapped", "use", "variant",
 ))  # fmt: skip
-"""Words that the JSON of an update has beside the fields of its tensors."""
+"""Words that names of tensors and the JSON of an update have beside the fields of its tensors."""
 
 
 def register(variant: Variant) -> None:
@@ -84,7 +84,7 @@ def register(variant: Variant) -> None:
     if variant.name in VARIANTS or not variant.name or ":" in variant.name:
         raise MistakeError(f"a variant cannot be called {variant.name!r}: the name is taken")
     fields = (*variant.made_of, *variant.also)
-    taken = [field for field in fields if field in _ROW or not field.isidentifier()]
+    taken = [f for f in fields if f in _ROW or fields.count(f) > 1 or not f.isidentifier()]
     if taken:
         raise MistakeError(f"{variant.name}: a tensor cannot have the field {taken[0]!r}")
     VARIANTS[variant.name] = variant
@@ -92,6 +92,7 @@ def register(variant: Variant) -> None:
 
 def named_variant(name: str) -> Variant:
     """The variant of a name, or of NAME:ARGUMENT; LoraFxError where there is none."""
+    expect(name, str, "variant", "a name", _known())
     kind, colon, argument = name.partition(":")
     if colon and kind in VARIANTS:
         variant = VARIANTS[kind].with_argument(argument)
@@ -252,17 +253,24 @@ def learning(updates: Updates) -> Json:
 
 def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
     """Updates that learn as the metadata says, and the rest of the metadata."""
-    said = metadata.get(LEARNS) or {}
-    variants, frozen = said.get("variants", {}), said.get("frozen", {})
+    variants = _rows_of(metadata, "variants")
+    frozen = _rows_of(metadata, "frozen")
     result = {}
     for key, u in updates.items():
-        learns = VARIANTS.get(variants.get(key, ""))
+        learns = VARIANTS.get(str(variants.get(key, "")))
         if u.variant == "lora" and learns is not None and learns.learns_as_lora:
             u = replace(u, variant=learns.name)
         if isinstance(frozen.get(key), int) and 0 < frozen[key] < u.rank:
             u = replace(u, frozen=frozen[key])
         result[key] = u
     return result, {k: v for k, v in metadata.items() if k != LEARNS}
+
+
+def _rows_of(metadata: JsonView, what: str) -> JsonView:
+    """Key → what `learning` wrote of it; empty for metadata of a file that says something else."""
+    learns = metadata.get(LEARNS)
+    rows = learns.get(what) if isinstance(learns, Mapping) else None
+    return rows if isinstance(rows, Mapping) else {}
 
 
 def frame(updates: Updates) -> dict[str, tuple[object, ...]]:

@@ -151,8 +151,9 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
-    """Float tensors."""
-    names = _bad(pair, lambda value: not is_float(value))
+    """Float factors; a whole tensor has the dtype of what it replaces, as a merge tells."""
+    whole = {*pair.raw.whole.values()} if pair.refusal is None else set[str]()
+    names = [n for n in _bad(pair, lambda value: not is_float(value)) if n not in whole]
     names = [n for n in names if re.search(r"\.(lora|hada|lokr)_|\.weight$", n)]
     yield from about(
         names,

@@ -24,14 +24,23 @@ from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
-from lora_fx.checkpoint.provenance import base_note, history
+from lora_fx.checkpoint.provenance import base_note, history, refuse_again
+from lora_fx.checkpoint.refusal import (
+    BASE,
+    MERGED,
+    MISSING,
+    READ_TOO,
+    SHAPES,
+    TIED,
+    UNUSED,
+    MergeRefusal,
+)
 from lora_fx.checkpoint.renaming import absent_of
-from lora_fx.checkpoint.requantise import HINT, refuse_loss, sampled, stored_as
+from lora_fx.checkpoint.requantise import HINT, codes_of, refuse_loss, sampled, stored_as
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
-from lora_fx.errors import LoraFxError, explained, visible
+from lora_fx.errors import LoraFxError, expect_name, expect_path, explained, visible
 from lora_fx.files.hub import local
-from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.read import trusting
 from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
@@ -49,9 +58,15 @@ _VOCABULARY = re.compile(
 
 
 def _lost(pair: Pair) -> list[str]:
-    """Keys of updates that the base has no tensor for."""
+    """Keys of updates that the base has no tensor for, nor codes of one."""
     updates = (k for k, e in pair.adapter.entries.items() if not isinstance(e, Full))
-    return [k for k in updates if pair.tensor(k) is None]
+    absent = [k for k in updates if pair.tensor(k) is None]
+    return [k for k in absent if not _codes(pair, k)]
+
+
+def _codes(pair: Pair, key: str) -> str:
+    """The format of the codes that the base has of a key's weight; empty where it has none."""
+    return codes_of(pair.rename(base_name(key)), pair.base, pair.base.config())
 
 
 def _strange(pair: Pair) -> bool:
@@ -83,7 +98,7 @@ def model(pair: Pair) -> Iterator[Finding]:
 
 def prefix(pair: Pair) -> Iterator[Finding]:
     """The adapter's names begin as the base's do."""
-    more, less = pair.rename.more, pair.rename.less
+    more, less = pair.rename.prefix.more, pair.rename.prefix.less
     if pair.raw.prefixes:
         return  # told by names
     if more or less:
@@ -207,19 +222,29 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     """The tensors to change are plain floats; int8 that merge takes is a warning."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for key, entry in pair.adapter.entries.items():
-        info, name = pair.tensor(key), pair.rename(base_name(key))
-        scheme, info = scheme_of(name, pair.base.tensors), pair.base.tensors.get(name, info)
-        if scheme or (info is not None and info.dtype not in FLOATING and key not in pair.misfits):
-            why = ""
-            try:
-                taken = info is not None and stored_as(name, info, pair.base, [entry])
-            except LoraFxError as error:
-                taken, why = None, error.message.partition(" a scale a row: ")[2]
-            kind = scheme or (info.dtype if info else "")
-            if not taken and why and info is not None and info.dtype == "int8":
+        name = pair.rename(base_name(key))
+        info = pair.base.tensors.get(name, pair.tensor(key))
+        scheme = _codes(pair, key)
+        if info is None:
+            if scheme:
+                kinds.setdefault((scheme, ERROR), []).append(key)
+            continue
+        if not scheme and (info.dtype in FLOATING or key in pair.misfits):
+            continue
+
+        kind = scheme or info.dtype
+        try:
+            int8 = stored_as(name, info, pair.base, [entry])
+        except LoraFxError as error:
+            why = error.message.partition(" a scale a row: ")[2]
+            if why and info.dtype == "int8":
                 kind += f": {why}"
-            severity = WARNING if taken else ERROR
-            kinds.setdefault((kind, severity), []).append(key)
+            kinds.setdefault((kind, ERROR), []).append(key)
+            continue
+        if int8 is not None:
+            kinds.setdefault((kind, WARNING), []).append(key)
+        elif scheme:  # a view of the codes as floats, which a merge takes by option
+            kinds.setdefault((kind, ERROR), []).append(key)
     no = planned(pair, ("",)) if kinds else None  # as if all else that is wrong were mended
     ways = "--dequantise or --requantise, as is asked"
     if isinstance(no, LoraFxError):
@@ -295,16 +320,25 @@ def effect(pair: Pair) -> Iterator[Finding]:
 # doctor's checks that ask the plan of a merge, or what a merge has left. They yield findings.
 
 
-TOLD: Json = dict.fromkeys(
-    ("untie", "again", "any_base", "other_readers", "allow_unused", "allow_missing", "add"), True
-)
-"""The options of a merge that takes what one of the checks has told already."""
+TAKEN_BY: Mapping[str, tuple[str, ...]] = {
+    UNUSED: ("allow_unused",),
+    MISSING: ("allow_missing",),
+    TIED: ("untie",),
+    BASE: ("any_base",),
+    MERGED: ("again",),
+    READ_TOO: ("other_readers",),
+    "new tensors": ("add",),
+    "quantised base": ("dequantise", "requantise"),
+}
+"""Check → the options of a merge, each of which takes what it finds."""
+LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 1}
+"""The options of a merge that takes what one of the checks has found already."""
 
 
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
     """What merge would do with these entries; `lenient` takes what a check has told already."""
     adapter, options = replace(pair.adapter, entries=entries), pair.options
-    options = replace(options, **TOLD) if lenient else options
+    options = replace(options, **LENIENT) if lenient else options
     return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
 
 
@@ -347,8 +381,9 @@ def tied(pair: Pair) -> Iterator[Finding]:
 
 def merged(pair: Pair) -> Iterator[Finding]:
     """The adapter is not in the base already."""
-    folded = {a.get("hash") for m in history(pair.base) for a in m["adapters"]}
-    if pair.digest in folded:
+    try:
+        refuse_again(pair.base.path, history(pair.base), [("it", pair.digest)], again=False)
+    except MergeRefusal:
         yield Finding(
             list(pair.adapter.entries),
             "the base's metadata says that this adapter is merged into it",
@@ -397,11 +432,16 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
         if rule.outcome == READS:
             yield Finding(names, what, "", "", NOTE)
             continue
-        hint = f"lora-fx convert --format {server} --base {pair.base.path}"
+        hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
         hint = "lora-fx merge folds it into its base" if rule.what in STAYS else hint
         yield Finding(names, what, "what it applies as it was trained", hint)
     if not shapes:
-        yield Finding([], "a file of another format", "one of PEFT's", "lora-fx convert -o FOLDER")
+        yield Finding(
+            [],
+            "a file of another format",
+            "one of PEFT's",
+            f"lora-fx convert {pair.path} -o FOLDER",
+        )
 
 
 # All checks, and what they come to.
@@ -411,15 +451,15 @@ CHECKS = {
     **OF_FILE,
     "model": model,
     "prefix": prefix,
-    "unused keys": unused,
-    "missing keys": missing,
+    UNUSED: unused,
+    MISSING: missing,
     "vocabulary": vocabulary,
-    "shapes": shapes,
-    "tied weights": tied,
+    SHAPES: shapes,
+    TIED: tied,
     "quantised base": quantised,
-    "base": base,
+    BASE: base,
     "base values": values,
-    "merged before": merged,
+    MERGED: merged,
     "new tensors": added,
     "training": trained,
     "effect": effect,
@@ -498,6 +538,10 @@ def examine(
     base: StrPath, adapter: StrPath, asked: MergeOptions, server: str | None = None
 ) -> Report:
     """What `doctor` says, with the options of the merge that is meant as an object."""
+    for name, path in (("base", base), ("adapter", adapter)):
+        expect_path(path, name, "doctor(base, adapter)")
+    if server:
+        expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
     base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)
@@ -535,16 +579,18 @@ def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) ->
     if clear and told >= pair.adapter.entries.keys():
         return
     left = planned(pair, told) if clear else plan
-    if isinstance(left, LoraFxError):
+    if isinstance(left, MergeRefusal):
+        check = left.check if left.check in CHECKS else LAST
+        yield Finding(left.keys, left.message, "a pair that can be merged", left.hint, check=check)
+    elif isinstance(left, LoraFxError):
         yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
 
 
 def _taken(finding: Finding, asked: MergeOptions) -> Finding:
-    """What merge takes is no error: a note where an option of the hint takes it, else a warning."""
+    """What merge takes is no error: a note where an option was given for it, else a warning."""
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
-    on = [f"--{n.replace('_', '-')}" for n, value in vars(asked).items() if value is True]
-    wanted = any(option in finding.hint for option in on)
+    wanted = any(getattr(asked, option) for option in TAKEN_BY.get(finding.check, ()))
     return replace(finding, severity=NOTE if wanted else WARNING)
 
 

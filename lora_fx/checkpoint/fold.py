@@ -3,6 +3,12 @@
 The order is PEFT's: the fp32 product, times s, plus W. Its numbers are therefore bit for bit
 PEFT's wherever the two matrix products sum in the same order. Then, where a variant asks for it,
 rows are rescaled; then single rows are replaced; then one rounding to the stored dtype.
+
+The fold of a graph (`lora_fx.passes.fold`) is another, and stays so. There an update lies in any
+order of axes and may be complex, and a variant computes its change through an Emitter from whole
+regions. Here every block of rows is had alone, from at least WINDOW rows a product since BLAS sums
+fewer in another order than PEFT's, and changes may be of other kinds than low rank. Both measure
+what rounding kept by `Applied`.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.adapter.applied import Applied
 from lora_fx.adapter.dora import squares
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Change, Dense, Rotation
@@ -35,15 +42,13 @@ after every few microseconds: with 2¹⁶ two threads were no faster than one.""
 
 
 @dataclass
-class Stats:
+class Stats(Applied):
     """What a fold did to the elements it went over; sums, so that blocks can be added up.
 
     Attributes:
         elements: How many.
         still: Those that did not move.
         weight: ‖W‖².
-        delta: ‖Δ‖², Δ = what should have been added.
-        along: ⟨W_new − W, Δ⟩; over `delta` it is the gain: 1 where all of Δ arrived.
         error: ‖W + Δ − W_new‖² of a weight that is quantised anew.
         own: What quantising W itself is taken to have cost, squared: step²/12 an element.
     """
@@ -51,8 +56,6 @@ class Stats:
     elements: int = 0
     still: int = 0
     weight: float = 0.0
-    delta: float = 0.0
-    along: float = 0.0
     error: float = 0.0
     own: float = 0.0
 
@@ -67,11 +70,6 @@ class Stats:
         if not self.delta:
             return 0.0
         return float(np.sqrt(self.delta / self.weight)) if self.weight else float("inf")
-
-    @property
-    def gain(self) -> float:
-        """⟨applied, Δ⟩/⟨Δ, Δ⟩; 1 where there is no Δ."""
-        return self.along / self.delta if self.delta else 1.0
 
     @property
     def missed(self) -> float | None:
@@ -215,9 +213,9 @@ def _measured(old: Array, weight: Array, delta: Array, result: Array, space: Spa
 
 def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
     """The sums of a block: W, Δ, W_new − W, and how many elements did not move."""
-    w, m = weight.reshape(-1), moved.reshape(-1)
-    d = np.ascontiguousarray(delta).reshape(-1)
-    return Stats(w.size, still, float(np.dot(w, w)), float(np.dot(d, d)), float(np.dot(m, d)))
+    stats = Stats(elements=weight.size, still=still, weight=float(np.vdot(weight, weight)))
+    stats.count(moved, np.ascontiguousarray(delta))
+    return stats
 
 
 def arithmetic(source: str, dtype: str) -> Floating:

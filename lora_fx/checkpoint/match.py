@@ -19,6 +19,7 @@ from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, fami
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.loaded_names import Stack
 from lora_fx.checkpoint.model_families import (
     CONV1D_MODELS,
     CONV1D_NAMES,
@@ -29,7 +30,9 @@ from lora_fx.checkpoint.model_families import (
     is_table,
     tie_in,
 )
-from lora_fx.checkpoint.renaming import STACKED, Renaming, Stack, absent_of, known_rows, renaming
+from lora_fx.checkpoint.refusal import MISSING, SHAPES, TIED, UNUSED, MergeRefusal
+from lora_fx.checkpoint.releases import stacked_experts
+from lora_fx.checkpoint.renaming import Renaming, absent_of, known_rows, renaming
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
@@ -74,7 +77,9 @@ class Placed:
                 return self
             if use.startswith("op:") and tie.head:
                 return replace(self, tensor=tie.head)
-        raise LoraFxError(
+        raise MergeRefusal(
+            TIED,
+            [self.key],
             f"{base.path}: the update of {self.key!r} means one use of {self.tensor!r} ({use}), "
             "which the base stores once for several; merged, it would change all of them",
             "train one update for all uses, or export the model itself: fold keeps uses apart",
@@ -115,8 +120,6 @@ def match(
     placed, lost = [], []
     turned = turned_weights(adapter, rename, where, notes)
     for key, entry in adapter.entries.items():
-        use = use_of(key, entry)
-        name = rename(use if use in tensors else base_name(key))  # the alias it acts through
         if new and key in new:
             placed.append(Placed(key, key, tuple((0, n) for n in new[key].shape), entry))
             continue
@@ -124,8 +127,7 @@ def match(
         if stack is not None:
             placed += _apart(key, entry, stack)
             continue
-        twins = map(rename, entry.twins) if isinstance(entry, LowRank | Full) else ()
-        names = [n for n in (name, *twins) if n in tensors]
+        names = stored_names(key, entry, rename)
         if not names:
             lost.append(key)
             continue
@@ -149,9 +151,8 @@ def match(
             laid_out = f"lora-fx convert {source} -o LAID --format peft --base {where}"
             hint = f"{laid_out}; then merge that: experts are laid out in several ways"
         if not allow_unused:
-            raise LoraFxError(
-                f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}", hint
-            )
+            said = f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}"
+            raise MergeRefusal(UNUSED, lost, said, hint)
         notes.append(f"left out, the base has no such tensor: {some(lost)}")
     absent = absent_of(adapter, rename)
     if absent:
@@ -162,9 +163,20 @@ def match(
         )
         hint = "is the file complete, and this its base? --allow-missing leaves them as they are"
         if not allow_missing:
-            raise LoraFxError(said, hint)
+            raise MergeRefusal(MISSING, [f"{name}.weight" for name in absent], said, hint)
         notes.append(said)
     return placed, notes
+
+
+def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
+    """The tensors of a checkpoint that an entry changes: its own first, then what is tied to it.
+
+    Empty where the checkpoint has none of them, or has a stack's matrices as tensors of their own.
+    """
+    use = use_of(key, entry)
+    name = rename(use if use in rename.tensors else base_name(key))  # the alias it acts through
+    twins = map(rename, entry.twins) if isinstance(entry, LowRank | Full) else ()
+    return [n for n in (name, *twins) if n in rename.tensors]
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
@@ -304,7 +316,9 @@ def _rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
 
 
 def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
-    return LoraFxError(
+    return MergeRefusal(
+        SHAPES,
+        [key],
         f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is {what}",
         hint or "was the adapter trained on another model?",
     )
@@ -417,7 +431,7 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
     family = family_of(kinds := model_types(config))
-    if family is None or not (kinds & STACKED or family.listed):
+    if family is None or not (stacked_experts(kinds) or family.listed):
         return None
     return family.peft_turns(saved_by(adapter))
 
@@ -601,7 +615,9 @@ def of_one_use(
             "save the base with tie_word_embeddings false first, then merge",
         )
     if not untie:
-        raise LoraFxError(
+        raise MergeRefusal(
+            TIED,
+            dict.fromkeys(p.key for p in ours),
             f"{where}: {ours[0].key!r} is one of two uses of a tied tensor "
             f"({tie.table!r} is also the output head); merged into it, the update would change "
             "both",

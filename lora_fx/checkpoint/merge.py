@@ -48,8 +48,10 @@ from lora_fx.files.read import (
 from lora_fx.formats.io import AdapterLike, load_adapter, without_ending
 from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name
-from lora_fx.text import Json, StrPath, some, table
+from lora_fx.text import Json, StrPath, counted, is_whole, some, table
 
+OTHER_MODELS = (".onnx", ".pt2")
+"""Endings of models that a merge of a checkpoint does not write."""
 GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 Adapters = AdapterLike | Sequence[AdapterLike | tuple[AdapterLike, float]]
@@ -159,13 +161,20 @@ def run(
     progress: Progress | None = None,
 ) -> Report:
     """Carry out a plan; see `merge`."""
+    if threads is not None and (not is_whole(threads) or threads < 0):
+        raise LoraFxError(f"threads is {threads!r}; expected a whole number", "leave it out")
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
     for path in (g.path for g in plan.given if g.path):
-        remember(path, *(path / name for name in FORMATS.files_of_folders()))
+        remember(path, *(path / name for name in FORMATS.names_of_input()))
     with explained(target):
         if target.suffix in PICKLES:
             raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
+        if target.suffix in OTHER_MODELS:
+            raise LoraFxError(
+                f"{target}: {plan.base.path} is a checkpoint, and what is written is one too",
+                "-o X.safetensors, or a folder",
+            )
         if link and not plan.base.path.is_dir():
             raise LoraFxError(
                 f"link has no say for {plan.base.path}, one file, which is written anew",
@@ -182,8 +191,9 @@ def run(
             anew = [s for n, s in stats.items() if plan.changes[n].requantised]
             if stats and not moved and not whole:
                 wider = "--dequantise" if anew else "a wider --dtype"
+                tensors = counted(len(stats), "tensor")
                 raise NoEffectError(
-                    f"{target}: not written: no element of {len(stats)} tensors would change",
+                    f"{target}: not written: no element of {tensors} would change",
                     f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
                 )
             if not plan.options.lossy:

@@ -38,6 +38,7 @@ from lora_fx.checkpoint.provenance import (
     refuse_again,
     sample_hash,
 )
+from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import Int8, in_all, int8_of, refuse_codes, sampled, stored_as
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
@@ -327,6 +328,8 @@ def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterato
     except LoraFxError as error:
         if not (told := other_model(adapter, where, base)):
             raise
+        if isinstance(error, MergeRefusal):
+            raise error.after(told) from error
         raise LoraFxError(f"{told}: {error.message}", error.hint) from error
 
 
@@ -363,7 +366,9 @@ def _read_too(given: Sequence[Given], options: MergeOptions) -> list[str]:
         for key in (k for k in read if k in g.adapter.entries):
             said = f"{g.where}: the update of {key!r} does not reach {', '.join(read[key])}"
             if not options.other_readers:
-                raise LoraFxError(
+                raise MergeRefusal(
+                    READ_TOO,
+                    [key],
                     f"{said}, which reads the tensor too; a merge would change that",
                     "lora-fx export keeps them apart; --other-readers merges all the same",
                 )

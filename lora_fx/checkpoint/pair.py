@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.match import match, stacked, tie_and_names
+from lora_fx.checkpoint.match import match, stacked, stored_names, tie_and_names
 from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash, stretches
@@ -97,8 +97,10 @@ class Pair:
     options: MergeOptions
 
     def tensor(self, key: str) -> TensorInfo | None:
-        """The base's tensor of a key."""
-        return self.rename.info(base_name(key))
+        """The base's tensor that a merge would change for a key; of a stack, its first matrix."""
+        entry = self.adapter.entries.get(key)
+        names = () if entry is None else stored_names(key, entry, self.rename)
+        return self.rename.tensors[names[0]] if names else self.rename.info(base_name(key))
 
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
@@ -162,8 +164,13 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
 def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
     """Why one update does not fit its tensor; empty where it fits, or has none."""
     old = base_name(key)
-    name, stack = rename(old), rename.stack(old)
-    names = {part.tensor for part in stack.parts} if stack else {name} & {*rename.tensors}
+    stack = rename.stack(old)
+    if stack:
+        names = [part.tensor for part in stack.parts]
+        name = rename(old)
+    else:
+        names = stored_names(key, adapter.entries[key], rename)
+        name = names[0] if names else ""
     if not names:
         return ""
     metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}

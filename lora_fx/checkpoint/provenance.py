@@ -22,6 +22,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows, Rotation
 from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.refusal import BASE, MERGED, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
@@ -124,7 +125,9 @@ def refuse_again(
     folded = {a.get("hash") for m in merges for a in m["adapters"]}
     for where, digest in adapters:
         if digest in folded and not again:
-            raise LoraFxError(
+            raise MergeRefusal(
+                MERGED,
+                (),
                 f"{path}: {where} is merged into it already",
                 "start from the original base; --again merges it once more",
             )
@@ -180,7 +183,9 @@ def base_note(
     if any_base:
         return said
     assert recorded is not None  # it was compared
-    raise LoraFxError(
+    raise MergeRefusal(
+        BASE,
+        adapter.lowrank,
         f"{said}: samples of the {len(recorded['names'])} tensors that it changed there differ",
         "merge it into the base that it was trained on; --any-base merges it anyway",
     )

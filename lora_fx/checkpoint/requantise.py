@@ -204,16 +204,27 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
     """Raise where a weight that an adapter means is there as codes only, under other names."""
     for key in keys:
         name = base_name(key)
-        scheme, here = scheme_of(name, base.tensors), base.tensors.get(name)
+        here = base.tensors.get(name)
         if here is not None:
             _refuse_empty(name, here)
-        method = config.get("quantization_config")
-        if not scheme and here is None and name.endswith(".weight") and isinstance(method, dict):
-            module = name.removesuffix("weight")
-            if any(n.startswith(module) for n in base.tensors):
-                scheme = f"{method.get('quant_method', 'quantised')}, as config.json says"
+        scheme = codes_of(name, base, config)
         if scheme and (here is None or here.dtype not in (*FLOATING, "int8")):
             raise _refusal(name, here, scheme, base)
+
+
+def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
+    """The format of the codes that a base has of a weight, as its tensors or its config tell.
+
+    Empty where it has none.
+    """
+    scheme = scheme_of(name, base.tensors)
+    method = config.get("quantization_config")
+    if scheme or name in base.tensors or not isinstance(method, dict):
+        return scheme
+    module = name.removesuffix("weight")
+    if not name.endswith(".weight") or not any(n.startswith(module) for n in base.tensors):
+        return ""
+    return f"{method.get('quant_method', 'quantised')}, as config.json says"
 
 
 def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry]) -> Int8 | None:

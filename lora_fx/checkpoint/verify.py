@@ -83,7 +83,9 @@ def verify_files(
     check_unchanged()
     names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}
     details: Json = {"tensors": len(names), "equal": len(names) - len({d.tensor for d in found})}
-    if plan is not None:
+    if plan is None:
+        details["tol"] = tol
+    else:
         details["touched"] = len(plan.changes)
         details["rows"] = "all" if rows is None else rows
         details["recorded"] = [r.to_json() for r in recorded]
@@ -129,7 +131,12 @@ def lines(report: Report) -> str:
     touched = f"; {d['touched']} hold the adapters" if "touched" in d else ""
     some = f", {d['rows']} rows of each computed again" if touched else ""
     head = f"verify: {'ok' if report else 'FAILED'}: {d['equal']} of {d['tensors']} tensors are "
-    head += f"{'as they should be' if touched else 'equal'}{touched}{some}"
+    if touched:
+        head += f"as they should be{touched}{some}"
+    elif d.get("tol"):
+        head += f"equal within {d['tol']:g} of their largest element (--tol)"
+    else:
+        head += "equal"
     rows = [f"  {x['key']}: {x['what']}" for x in d["differences"][:20]]
     left = len(d["differences"]) - len(rows)
     rows += [f"  and {left} more"] if left > 0 else []

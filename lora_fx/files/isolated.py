@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 
 PYTHON = (sys.executable, "-P")
@@ -17,6 +16,8 @@ PYTHON = (sys.executable, "-P")
 
 def environment() -> dict[str, str]:
     """The variables of such a process: PYTHONPATH without empty entries."""
+    from importlib import metadata  # an import of 20 ms, which few need
+
     places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     try:
         metadata.distribution("lora-fx")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Collection
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
 from lora_fx.formats.base import has_config, tensors_head
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.registry import FORMATS
+from lora_fx.formats.registry import FORMATS, files_of
 
 NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 """Endings that no adapter is written under."""
@@ -84,7 +85,7 @@ def format_in(path: Path, seen: FileHead) -> Format:
 def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
     shown = ", ".join(one_line(name, 80) for name in seen.names[:3]) or "nothing"
     return LoraFxError(
-        f"{path}: {what}: its {len(seen.names)} tensors are named {shown} …",
+        f"{path}: {what}: its tensors ({len(seen.names)}) are named {shown} …",
         f"formats: {', '.join(FORMATS)}",
     )
 
@@ -102,20 +103,24 @@ def format_for(path: str | Path) -> str:
     ('onnx_adapter', 'peft')
     """
     path = Path(path)
-    written = [format for format in FORMATS.importable() if not format.only_read]
-    called_so = [format for format in written if path.suffix in format.suffixes]
-    if len(called_so) > 1:  # a file that is all of some format's folder has that one's name
-        called_so = [format for format in written if format.folder_files == (path.name,)]
-    if len(called_so) == 1:
-        return called_so[0].name
-    if path.suffix in FORMATS.default.suffixes or path.suffix in NO_OUTPUT:
+    if not path.suffix:
+        return FORMATS.default.name
+    is_shared = False
+    for formats in FORMATS.in_turn():
+        written = [format for format in formats if not format.only_read]
+        called_so = [format for format in written if path.suffix in format.suffixes]
+        is_shared = is_shared or len(called_so) > 1
+        if is_shared:  # a file that is all of some format's folder has that one's name
+            called_so = [format for format in written if format.folder_files == (path.name,)]
+        if len(called_so) == 1:
+            return called_so[0].name
+    if is_shared or path.suffix in NO_OUTPUT:
         raise LoraFxError(
             f"{path}: the name does not tell the format",
             f"--format: {', '.join(FORMATS.writers())}",
         )
-    if path.suffix:
-        for error in FORMATS.failures():
-            raise error
+    for error in FORMATS.failures():
+        raise error
     return FORMATS.default.name
 
 
@@ -124,12 +129,11 @@ def tensor_file(path: Path) -> Path:
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
-        beside = [name for f in FORMATS.importable() for name in f.folder_files[1:]]
-        return tensor_file(path.parent) if path.name in beside else path
-    safe = [format.folder_files[0] for format in FORMATS.importable() if format.folder_files]
-    for name in (*safe, *FORMATS.pickles()):
-        if (path / name).is_file():
-            return path / name
+        return tensor_file(path.parent) if _lies_beside(path) else path
+    for formats in FORMATS.in_turn():
+        for name in files_with_tensors(formats):
+            if (path / name).is_file():
+                return path / name
     weights = FORMATS.default.folder_files[0]
     inside = sorted(p.parent.name for p in path.glob(f"*/{weights}"))
     hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
@@ -138,13 +142,30 @@ def tensor_file(path: Path) -> Path:
     raise LoraFxError(f"{path}: no {weights} in this folder", hint)
 
 
+def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
+    """The names that the file of the tensors has in folders of these formats; pickles come last."""
+    safe = (format.folder_files[0] for format in formats if format.folder_files)
+    return (*safe, *(name for format in formats for name in format.pickles))
+
+
+def _lies_beside(path: Path) -> bool:
+    """Whether a file has the name of one that lies beside the tensors in a folder, a config say."""
+    for formats in FORMATS.in_turn():
+        if any(path.name in format.folder_files[1:] for format in formats):
+            return True
+        if any(path.suffix in format.suffixes or path.name in format.pickles for format in formats):
+            return False
+    return False
+
+
 def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        return any((path / name).is_file() for name in FORMATS.files_of_folders())
-    if not path.is_file() or path.suffix in NO_OUTPUT or path.suffix not in FORMATS.suffixes():
-        return path.name in FORMATS.pickles()
+        every = (files_of(formats) for formats in FORMATS.in_turn())
+        return any((path / name).is_file() for names in every for name in names)
+    if not path.is_file() or path.suffix in NO_OUTPUT or not FORMATS.suffix_of(path.name):
+        return FORMATS.is_pickle(path.name)
     seen = look(path)
     return seen.config or bool(FORMATS.detecting(seen))
 

@@ -76,6 +76,8 @@ class Format(Protocol):
         one_model: Whether a file of it holds the updates of one model, under the names of that
             model's parameters. Updates of several components of a pipeline are refused.
         takes_empty: Whether an adapter without an update is written, with a note that says so.
+        keeps_variants: Whether an update comes back as the variant that it was, with its tensors.
+            Otherwise those that PEFT does not have are written as plain LoRA, and that is noted.
         takes_base: Whether names or orders of rows depend on the model. Then `read` and `write` get
             its folder, where the user gave one, and None otherwise.
         fits_graphs: Whether it has `write_for`: files for one switchable graph (`--for X.onnx`).
@@ -91,6 +93,7 @@ class Format(Protocol):
     only_read: bool = False
     one_model: bool = False
     takes_empty: bool = False
+    keeps_variants: bool = False
     takes_base: bool = False
     fits_graphs: bool = False
     sole_suffix: bool = False
@@ -98,8 +101,9 @@ class Format(Protocol):
     def detect(self, seen: FileHead) -> bool:
         """Whether a file is of this format, told by its content and never by its name.
 
-        It is asked of files with the magic, or of safetensors files where the format has none. Two
-        formats that both say True are an error, so be strict.
+        It is asked of files with the magic, or of safetensors files where the format has none; one
+        of another package, only of files that no format of lora-fx's own knows. Two formats that
+        both say True are an error, so be strict.
         """
         return self.magic is not None
 

@@ -57,7 +57,7 @@ from lora_fx.files.read import AGAIN, open_input
 from lora_fx.formats.base import File, refused
 from lora_fx.formats.format import Format, Magic
 from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
-from lora_fx.text import Json, JsonView, StrPath
+from lora_fx.text import Json, JsonView, StrPath, counted
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
@@ -298,7 +298,8 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     _write(path, {k: file.master(k, array) for k, array in tensors.items()}, alpha, names)
     others = sum(x != alpha for x in alphas.values())
-    note = f"a GGUF adapter has one alpha in fp32, {alpha!r}: the scales of {others} updates of "
+    updates = counted(others, "update")
+    note = f"a GGUF adapter has one alpha in fp32, {alpha!r}: the scales of {updates} of "
     return (f"{note}another are multiplied into B",) if others else ()
 
 

@@ -12,32 +12,38 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Entry
+from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
 from lora_fx.text import by_key, some
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "lora_fx.formats"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*")
 _MEMBERS = (
     "name", "suffixes", "magic", "folder_files", "pickles", "only_read", "one_model",
-    "takes_empty", "takes_base", "fits_graphs", "sole_suffix", "detect", "resembles", "is_adapter",
-    "read", "write", "write_for",
+    "takes_empty", "keeps_variants", "takes_base", "fits_graphs", "sole_suffix", "detect",
+    "resembles", "is_adapter", "read", "write", "write_for",
 )  # fmt: skip
 _METHODS = ("detect", "resembles", "is_adapter", "read", "write", "write_for")
 OTHER_FILES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".pt2", ".json")
 """Endings of files that are something else to lora-fx: models, pickles and configs."""
 
 
-def entry_points() -> dict[str, metadata.EntryPoint]:
+def entry_points() -> dict[str, EntryPoint]:
     """The entry points of installed formats by name; nothing is imported.
 
     A distribution that lies in the current folder is not installed, though Python may have that
@@ -53,8 +59,10 @@ def entry_points() -> dict[str, metadata.EntryPoint]:
     return {name: by_name[name][0] for name in sorted(by_name)}
 
 
-def _points() -> Iterator[metadata.EntryPoint]:
+def _points() -> Iterator[EntryPoint]:
     """The entry points of the group; of a package that is found at several places, the first's."""
+    from importlib import metadata  # an import of 20 ms, which few need
+
     seen = set[str]()
     places = [place for place in sys.path if place]
     for package in metadata.distributions(path=places):
@@ -64,7 +72,7 @@ def _points() -> Iterator[metadata.EntryPoint]:
             yield from points
 
 
-def package_of(point: metadata.EntryPoint) -> str:
+def package_of(point: EntryPoint) -> str:
     """The name of the installed package that an entry point is of."""
     return point.dist.name if point.dist else point.module
 
@@ -78,7 +86,7 @@ def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
     )
 
 
-def load(point: metadata.EntryPoint) -> InstalledFormat:
+def load(point: EntryPoint) -> InstalledFormat:
     """Import the format of an entry point.
 
     Raises:
@@ -154,6 +162,7 @@ class InstalledFormat(Format):
         self.only_read = bool(inner.only_read)
         self.one_model = bool(inner.one_model)
         self.takes_empty = bool(inner.takes_empty)
+        self.keeps_variants = bool(inner.keeps_variants)
         self.takes_base = bool(inner.takes_base)
         self.fits_graphs = bool(inner.fits_graphs)
         self.sole_suffix = bool(inner.sole_suffix)
@@ -180,7 +189,8 @@ class InstalledFormat(Format):
             if not isinstance(adapter, Adapter):
                 read = f"read a {type(adapter).__name__}, which is no Adapter"
                 raise self._error(f"{path}: ", read)
-            for key, entry in adapter.lowrank.items():
+            self._check_texts(f"{path}: ", adapter)
+            for key, entry in adapter.entries.items():
                 self._check(f"{path}: {self}: {key!r}", entry)
         return adapter
 
@@ -208,8 +218,46 @@ class InstalledFormat(Format):
             raise self._error(f"{path.name}: ", f"returned {type(notes).__name__}, and no notes")
         return tuple(map(str, notes))
 
-    def _check(self, where: str, update: LowRank) -> None:
+    def _check_texts(self, where: str, adapter: Adapter) -> None:
+        """Raise for keys that are no names, and for notes that nobody can print."""
+        if not isinstance(adapter.entries, Mapping):
+            read = type(adapter.entries).__name__
+            raise self._error(where, f"read entries of type {read}; expected a mapping")
+        for key in adapter.entries:
+            if not isinstance(key, str) or not key:
+                raise self._error(where, f"read the key {key!r}; expected a name")
+        notes = adapter.metadata.get("notes", [])
+        if not isinstance(notes, (list, tuple)) or not all(isinstance(n, str) for n in notes):
+            raise self._error(where, f"read {notes!r} as notes; expected a list of texts")
+
+    def _check(self, where: str, entry: object) -> None:
+        """Raise for an entry that is no update, or holds numbers that are none."""
+        if not isinstance(entry, get_args(Entry)):
+            raise LoraFxError(
+                f"{where} is of type {type(entry).__name__}; expected a LowRank, a Full or another "
+                "kind of update",
+                self._hint,
+            )
+        if isinstance(entry, Full) and not isinstance(entry.value, np.ndarray):
+            raise LoraFxError(
+                f"{where} has a value of type {type(entry.value).__name__}; expected an array",
+                self._hint,
+            )
+        if isinstance(entry, LowRank):
+            self._check_factors(where, entry)
+        for name, value in vars(entry).items():
+            if isinstance(value, np.ndarray) and is_float(value):
+                File(where).check_finite(name, value)
+
+    def _check_factors(self, where: str, update: LowRank) -> None:
         """Raise for A and B that are no finite fp32 of [*batch, r, in] and [*batch, out, r]."""
+        expect_variant(update.variant, where)
+        for half, factor in (("A", update.a), ("B", update.b)):
+            if not isinstance(factor, np.ndarray):
+                raise LoraFxError(
+                    f"{where} has {half} of type {type(factor).__name__}; expected an array",
+                    self._hint,
+                )
         a = np.asarray(update.a)
         b = np.asarray(update.b)
         fits = a.ndim >= 2 and b.ndim >= 2 and a.size and b.size

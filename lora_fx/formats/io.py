@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -97,7 +98,7 @@ def save_adapter(
         with _output(target, writer, force or is_empty_folder) as stage:
             notes = writer.write(adapter, stage, home)
             _check_readable(stage, writer)
-    return notes
+    return (*notes, *_notes_on_variants(adapter, writer))
 
 
 def save_for(
@@ -124,7 +125,17 @@ def save_for(
     target = Path(path)
     check_output(target, force=force)
     with replacing(target, force=force) as stage:
-        return writer.write_for(graph, adapter, stage)
+        notes = writer.write_for(graph, adapter, stage)
+    return (*notes, *_notes_on_variants(adapter, writer))
+
+
+def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
+    """A note on each variant of which the format keeps ΔW alone, and not what trains."""
+    if writer.keeps_variants:
+        return []
+    variants = {variant_of(low).name: variant_of(low) for low in adapter.lowrank.values()}
+    lost = [name for name, variant in variants.items() if not variant.peft_type]
+    return [f"updates of variant {name} are written as plain LoRA, of the same ΔW" for name in lost]
 
 
 def _writer(format: str) -> AdapterFormat:
@@ -209,7 +220,9 @@ def load_adapter(
         check_elements(file, most)
     format = format_in(file, look(file))
     home = Path(base) if format.takes_base and base else None
-    adapter = _with_failures(format.read(file, home))
+    adapter = format.read(file, home)
+    if isinstance(format, InstalledFormat):
+        adapter = _with_failures(adapter)
     if not adapter.entries:
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None or not resolve:
@@ -245,10 +258,7 @@ def adapter_name(path: str | PathLike[str]) -> str:
 
 def without_ending(name: str) -> str:
     """The name of an adapter's file without the ending that its format gives it."""
-    for suffix in FORMATS.suffixes():
-        if name.endswith(suffix):
-            return name.removesuffix(suffix)
-    return name
+    return name.removesuffix(FORMATS.suffix_of(name))
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
@@ -260,7 +270,7 @@ def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
     """True to write one file, False for a folder; raises where the format has no such thing."""
     if path.suffix in writer.suffixes:
         return True
-    has_ending_of_another = path.suffix and path.suffix in FORMATS.suffixes()
+    has_ending_of_another = FORMATS.suffix_of(path.suffix)
     if has_ending_of_another or not writer.folder_files:
         wanted = [f"a name that ends in {suffix}" for suffix in writer.suffixes[:1]]
         if writer.folder_files:

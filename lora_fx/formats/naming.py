@@ -27,7 +27,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
+from lora_fx.targets.names import EXACT, NameRule, Names
 from lora_fx.text import Json, near
+
+Flat = tuple[str, str, str]
+"""(component, module with "_" for ".", leaf) of a name."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,14 @@ class ForeignNames:
         Raises:
             LoraFxError: A name that fits no parameter or several, or two that fit the same.
         """
-        index = _Index(names)
+        parameters = Names(names, EXACT, FLAT)
         entries: dict[str, Entry] = {}
         source: dict[str, str] = {}
         fits: set[str] = set()
         lost: dict[str, list[str]] = {}
         for key, entry in adapter.entries.items():
-            hits = index.find(key)
-            read = (c for c, _ in _readings(key.rpartition(".")[0]) if c)
-            component = split_component(key)[0] or next(read, "")
+            hits = parameters.find(key)
+            component = _component_of(key)
             if len(hits) > 1:
                 raise LoraFxError(
                     f"adapter key {key!r} fits {' and '.join(map(repr, hits[:3]))}: '_' stands for "
@@ -118,7 +121,7 @@ class ForeignNames:
             if not fits or component in fits or not component:
                 raise LoraFxError(
                     f"adapter key {keys[0]!r} fits no parameter of the model",
-                    near(keys[0], index.names),
+                    near(keys[0], parameters),
                 )
             notes.append(
                 f"{len(keys)} updates of {component} are for another model and not applied "
@@ -143,6 +146,12 @@ def split_component(key: str) -> tuple[str, str]:
     """
     head, _, rest = key.partition(".")
     return (head, rest) if head in COMPONENTS and rest else ("", key)
+
+
+def _component_of(key: str) -> str:
+    """The first component that a key may be of; empty where it names none."""
+    read = (component for component, _, _ in _readings(key) if component)
+    return split_component(key)[0] or next(read, "")
 
 
 def has_home(key: str) -> bool:
@@ -194,28 +203,14 @@ def is_pipeline(base: str | Path) -> bool:
     return (Path(base) / "model_index.json").is_file()
 
 
-class _Index:
-    """A model's names by (component, module with "_" for ".", leaf)."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = dict.fromkeys(names)
-        self.table: dict[tuple[str, str, str], list[str]] = {}
-        for name in self.names:
-            module, _, leaf = name.rpartition(".")
-            for component, spelling in dict.fromkeys(_spellings(module)):
-                self.table.setdefault((component, spelling, leaf), []).append(name)
-
-    def find(self, key: str) -> list[str]:
-        """The parameters that a key may mean; the key itself where it is one."""
-        if key in self.names:
-            return [key]
-        module, _, leaf = key.rpartition(".")
-        hits = (self.table.get((c, r, leaf), []) for c, r in _readings(module))
-        return list(dict.fromkeys(name for names in hits for name in names))
+def _readings(key: str) -> Iterator[Flat]:
+    """Everything that a name of a file may mean."""
+    module, _, leaf = key.rpartition(".")
+    for component, rest in _readings_of_module(module):
+        yield component, rest, leaf
 
 
-def _readings(module: str) -> Iterator[tuple[str, str]]:
-    """(component, the rest with "_") for everything that a file's name may mean."""
+def _readings_of_module(module: str) -> Iterator[tuple[str, str]]:
     flat = module.replace(".", "_")
     for name, component in COMPONENTS.items():
         for prefix in (*component.prefixes, *component.homes):
@@ -230,8 +225,14 @@ def _readings(module: str) -> Iterator[tuple[str, str]]:
     yield "", flat
 
 
-def _spellings(module: str) -> Iterator[tuple[str, str]]:
-    """(component, name with "_") under which a model's module may stand in a file."""
+def _spellings(name: str) -> Iterator[Flat]:
+    """Everything by which a parameter of a model may stand in a file."""
+    module, _, leaf = name.rpartition(".")
+    for component, rest in _spellings_of_module(module):
+        yield component, rest, leaf
+
+
+def _spellings_of_module(module: str) -> Iterator[tuple[str, str]]:
     yield "", module.replace(".", "_")
     homes = [(c, h) for c, part in COMPONENTS.items() for h in part.homes if module.startswith(h)]
     for component, home in homes or [(c, "") for c in COMPONENTS]:
@@ -242,6 +243,10 @@ def _spellings(module: str) -> Iterator[tuple[str, str]]:
         elif component == "unet":
             for name in sgm_names(rest):
                 yield component, name.replace(".", "_")
+
+
+FLAT = NameRule(_spellings, _readings)
+"""Of names of files with those of a model, both with "_" for "."; see `lora_fx.targets.names`."""
 
 
 # Names of a Stable Diffusion UNet: those of diffusers → those of the original code (sgm, ldm).

@@ -37,7 +37,7 @@ from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, refused
 from lora_fx.formats.format import Format, Magic
 from lora_fx.targets.target import own_use
-from lora_fx.text import is_whole
+from lora_fx.text import counted, is_whole
 
 TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"
 
@@ -103,7 +103,8 @@ class OnnxAdapter(Format):
         fields = ("adapter_version", "model_version")
         write_file(path, tensors, {field: _version(adapter.metadata, field) for field in fields})
         scaled = sum(low.scale != 1.0 for low in adapter.lowrank.values())
-        note = f"the format has no alpha: the scales of {scaled} updates are multiplied into B"
+        updates = counted(scaled, "update")
+        note = f"the format has no alpha: the scales of {updates} are multiplied into B"
         return (note,) if scaled else ()
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:

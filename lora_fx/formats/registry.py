@@ -1,17 +1,17 @@
 """The adapter formats: those of lora-fx, and those of other installed packages.
 
 Whoever wants to know which formats there are, what their files are called or which of them can do
-something asks here.
+something asks here. Packages are looked for where no format of lora-fx knows a name or a file, and
+where all formats are listed: reading what lora-fx knows by itself runs no code of theirs.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
-from importlib.metadata import EntryPoint
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.fused import LAYOUTS
 from lora_fx.errors import LoraFxError
@@ -27,6 +27,9 @@ from lora_fx.formats.kohya import KOHYA
 from lora_fx.formats.onnx_adapter import ONNX_ADAPTER
 from lora_fx.formats.peft.file import PEFT
 from lora_fx.formats.torchtune import TORCHTUNE
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGUF)
 """The formats of lora-fx. The first is that of a folder whose name says nothing else."""
@@ -116,35 +119,68 @@ class Registry(Mapping[str, Format]):
                 failures.append(error)
         return formats, failures
 
+    def in_turn(self) -> Iterator[Sequence[Format]]:
+        """The formats of lora-fx, and then those of other packages, which are imported by then.
+
+        Whoever finds an answer among the first does not go on.
+        """
+        yield [*self._ours.values()]
+        yield self._imports[0]
+
     def suffixes(self) -> tuple[str, ...]:
         """The endings of adapter files, each with its dot."""
         every = (suffix for format in self.importable() for suffix in format.suffixes)
         return tuple(dict.fromkeys(every))
 
-    def pickles(self) -> tuple[str, ...]:
-        """The names of the files in folders of adapters that are pickles."""
-        return tuple(name for format in self.importable() for name in format.pickles)
+    def suffix_of(self, name: str) -> str:
+        """The ending of a file's name that some format has; empty where none has it."""
+        if "." not in name:
+            return ""
+        for formats in self.in_turn():
+            for suffix in (suffix for format in formats for suffix in format.suffixes):
+                if name.endswith(suffix):
+                    return suffix
+        return ""
+
+    def is_pickle(self, name: str) -> bool:
+        """Whether a file of this name is the pickle in a folder of an adapter."""
+        return any(name in format.pickles for formats in self.in_turn() for format in formats)
 
     def files_of_folders(self) -> tuple[str, ...]:
         """The names of all files that a folder of an adapter can have, pickles among them."""
-        safe = (name for format in self.importable() for name in format.folder_files)
-        return (*safe, *self.pickles())
+        return files_of(self.importable())
+
+    def names_of_input(self) -> tuple[str, ...]:
+        """The names of the files in the folder of an adapter that was read in this process.
+
+        A package that was not imported has read none.
+        """
+        return files_of([*self._ours.values(), *self._loaded.values()])
 
     def detecting(self, seen: FileHead) -> list[Format]:
-        """The formats that a file is of, by its content: one, where all is well."""
-        with_magic = self.with_magic(seen.head)
-        if with_magic and not seen.names:
-            return [format for format in with_magic if format.detect(seen)]
-        return [f for f in self.importable() if f.magic is None and f.detect(seen)]
+        """The formats that a file is of, by its content: one, where all is well.
+
+        Packages are asked about files that no format of lora-fx knows.
+        """
+        for formats in self.in_turn():
+            detecting = detecting_among(formats, seen)
+            if detecting:
+                return detecting
+        return []
 
     def with_magic(self, head: bytes) -> list[Format]:
         """The formats whose magic a file's first bytes have.
 
-        A file that begins as a safetensors file is one, whatever magic it has besides.
+        A file that begins as a safetensors file is one, whatever magic it has besides. Packages are
+        asked about files that have no magic of lora-fx's formats.
         """
-        if may_be_safetensors(head) and int.from_bytes(head[:8], "little") <= MAX_JSON:
-            return []
-        return [f for f in self.importable() if f.magic is not None and f.magic.begins(head)]
+        for formats in self.in_turn():
+            if begins_as_safetensors(head):
+                return []
+            with_magic = [f for f in formats if f.magic is not None and f.magic.begins(head)]
+            if with_magic:
+                return with_magic
+        return []
 
     def ending_by_magic(self, head: bytes) -> str:
         """The ending of the files that begin so; empty where no format has this magic."""
@@ -160,16 +196,37 @@ class Registry(Mapping[str, Format]):
             None for the file of no adapter format, and an empty text for one that is no adapter.
         """
         with_magic = self.with_magic(head)
-        called_so = [format for format in self.importable() if file.suffix in format.suffixes]
-        for format in called_so:
-            if format.sole_suffix and (not with_magic or format in with_magic):
-                return f"a {file.suffix} file"
-        if with_magic:
-            adapters = [_called(f) for f in with_magic if f.is_adapter(head)]
-            return f"an adapter in a {adapters[0]} file" if adapters else ""
-        if called_so and _holds_an_adapter(file, head, called_so):
-            return f"an adapter in a {file.suffix} file"
+        for formats in self.in_turn():
+            called_so = [format for format in formats if file.suffix in format.suffixes]
+            for format in called_so:
+                if format.sole_suffix and (not with_magic or format in with_magic):
+                    return f"a {file.suffix} file"
+            if with_magic:
+                adapters = [_called(f) for f in with_magic if f.is_adapter(head)]
+                return f"an adapter in a {adapters[0]} file" if adapters else ""
+            if called_so and _holds_an_adapter(file, head, called_so):
+                return f"an adapter in a {file.suffix} file"
         return None
+
+
+def files_of(formats: Collection[Format]) -> tuple[str, ...]:
+    """The names of all files that folders of these formats can have, pickles among them."""
+    safe = (name for format in formats for name in format.folder_files)
+    return (*safe, *(name for format in formats for name in format.pickles))
+
+
+def begins_as_safetensors(head: bytes) -> bool:
+    """Whether a file with these first bytes is a safetensors file, or a damaged one."""
+    return may_be_safetensors(head) and int.from_bytes(head[:8], "little") <= MAX_JSON
+
+
+def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]:
+    """Those of these formats that a file is of, by its content."""
+    if not seen.names and not begins_as_safetensors(seen.head):
+        with_magic = [f for f in formats if f.magic is not None and f.magic.begins(seen.head)]
+        if with_magic:
+            return [format for format in with_magic if format.detect(seen)]
+    return [f for f in formats if f.magic is None and f.detect(seen)]
 
 
 def _called(format: Format) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_fx.fx.codes import HELD
@@ -74,9 +75,11 @@ class Skeleton:
         if id(parameter) not in self.copies:
             trained = id(parameter) in self.trained
             data = parameter.detach()
-            self.copies[id(parameter)] = nn.Parameter(
-                data.clone() if trained else data,
-                requires_grad=parameter.requires_grad if self.flags else trained,
-            )
+            # torch lets a tensor of its inference mode require a gradient only in that mode
+            with torch.inference_mode(data.is_inference()):
+                self.copies[id(parameter)] = nn.Parameter(
+                    data.clone() if trained else data,
+                    requires_grad=parameter.requires_grad if self.flags else trained,
+                )
         copy: nn.Parameter = self.copies[id(parameter)]
         return copy

@@ -113,7 +113,7 @@ class Quantised:
             lowest = -(2 ** (bits - 1))
         np.rint(scaled, out=scaled)
         np.clip(scaled, lowest, lowest + 2**bits - 1, out=scaled)
-        return scaled.astype(self.codes.dtype)
+        return np.asarray(scaled.astype(self.codes.dtype))
 
     def rescaled(
         self, stored: Array, weight: Array, delta: Array, rule: Callable[[Array], Array]
@@ -281,7 +281,7 @@ def _nearest_narrow_floats(scaled: Array, dtype: NumpyDtype) -> Array:
     lower = halves[..., 0]
     upper = halves[..., 1]
     # seven bits of the mantissa, the last also for what follows, round as all of it
-    return np.take(_narrow_floats(dtype), upper | (lower != 0))
+    return np.asarray(np.take(_narrow_floats(dtype), upper | (lower != 0)))
 
 
 @functools.cache

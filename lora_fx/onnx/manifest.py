@@ -533,7 +533,7 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
         )
     entries = {}
     for key, row in found["targets"].items():
-        expect_variant(str(row["variant"]), f"{path}: the update of {key!r}")
+        expect_variant(str(row.get("variant", "lora")), f"{path}: the update of {key!r}")
         values = {f: _tensor(model, row[f], path) for f in fields_of_files() if f in row}
         entries[key] = update_of(row, values)
     return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})

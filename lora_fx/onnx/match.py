@@ -5,7 +5,9 @@
 3. a map that the user gives, adapter key → tensor
 4. the shape, where no key of the adapter is a name and one key and one target alone have it
 
-What several tensors answer to is refused.
+What several tensors answer to is refused. Paths and shapes are rules of `lora_fx.targets.names`;
+with the paths as further names of its targets, `lora_fx.adapter.adapter.bind` takes the file as any
+other graph.
 
 A whole tensor (a bias, a new head) goes by the same names; a matrix lies as its op reads it.
 """
@@ -28,6 +30,7 @@ from lora_fx.files.read import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of
+from lora_fx.targets.names import Names, also_called
 from lora_fx.targets.target import Found, Target, base_name, split_use
 from lora_fx.text import near
 
@@ -124,49 +127,64 @@ def _check_unchanged(key: str, graph: OnnxGraph, found: Found) -> None:
 def _scoped(adapter: Adapter, found: Found) -> Found:
     """The targets, which then also go by the module path of the nodes that read them."""
     every = (*found.targets, *found.optional)
-    own = {n for t in every for n in t.parameter.names}
-    paths: dict[str, dict[str, Target]] = {}
-    for t in every:
-        for scope in {s.scope for s in t.sites if s.scope}:
-            for key in {scope, f"{scope}.weight"} - own:
-                paths.setdefault(key, {})[t.parameter.name] = t
+    parameters = {target.parameter.name: target.parameter for target in every}
+    known = {name for parameter in parameters.values() for name in parameter.names}
+    paths: dict[str, dict[str, None]] = {name: {} for name in parameters}
+    for target in every:
+        for site in target.sites:
+            if site.scope:
+                paths[target.parameter.name] |= dict.fromkeys((site.scope, f"{site.scope}.weight"))
+    paths = {name: dict.fromkeys(p for p in ways if p not in known) for name, ways in paths.items()}
+
+    by_path = Names(parameters, also_called(paths))
     for key in adapter.entries:
-        if len(several := paths.get(key, {})) > 1:
-            raise _ambiguous(key, sorted(several), "nodes of one module read them")
-    names = {k: t.parameter for k, ts in paths.items() if len(ts) == 1 for t in ts.values()}
+        hits = by_path.find(key)
+        if len(hits) > 1:
+            raise _ambiguous(key, sorted(hits), "nodes of one module read them")
+    sole = {
+        name: tuple(path for path in ways if len(by_path.find(path)) == 1)
+        for name, ways in paths.items()
+    }
 
-    def known(t: Target) -> Target:
-        new = tuple(k for k, p in names.items() if p.name == t.parameter.name)
-        return replace(t, parameter=replace(t.parameter, aliases=(*t.parameter.aliases, *new)))
+    def with_paths(target: Target) -> Target:
+        aliases = (*target.parameter.aliases, *sole[target.parameter.name])
+        return replace(target, parameter=replace(target.parameter, aliases=aliases))
 
+    shapes = dict(found.shapes)
+    for name, ways in sole.items():
+        shapes |= dict.fromkeys(ways, parameters[name].shape)
     return replace(
         found,
-        targets=tuple(map(known, found.targets)),
-        optional=tuple(map(known, found.optional)),
-        shapes={**found.shapes, **{k: p.shape for k, p in names.items()}},
+        targets=tuple(map(with_paths, found.targets)),
+        optional=tuple(map(with_paths, found.optional)),
+        shapes=shapes,
     )
 
 
 def _by_shape(adapter: Adapter, graph: OnnxGraph, found: Found) -> dict[str, str]:
     """For each adapter key the one target of its shape; empty where names lead anywhere."""
-    low = adapter.lowrank
+    lowrank = adapter.lowrank
     names = {*found.shapes, *graph.flow.stores}
     known = any(base_name(k) in names or found.get(k) is not None for k in adapter.entries)
-    if known or len(low) < len(adapter.entries) or adapter.names is not None:
+    if known or len(lowrank) < len(adapter.entries) or adapter.names is not None:
         return {}
+
+    sizes = {t.key: [(t.layout.in_size, t.layout.out_size)] for t in found.targets}
+    wanted = {key: [(low.a.shape[-1], low.b.shape[-2])] for key, low in lowrank.items()}
+    targets = Names(sizes, also_called(sizes, wanted.__getitem__))
+    updates = Names(wanted, also_called(wanted, sizes.__getitem__))
+    why = "no name leads from one to the other, and their shapes are equal"
     result: dict[str, str] = {}
-    for key, entry in low.items():
-        size = (entry.a.shape[-1], entry.b.shape[-2])
-        fits = [t for t in found.targets if (t.layout.in_size, t.layout.out_size) == size]
-        rivals = [k for k, e in low.items() if (e.a.shape[-1], e.b.shape[-2]) == size]
-        if not fits:
+    for key in lowrank:
+        hits = targets.find(key)
+        if not hits:
             return {}
-        why = "no name leads from one to the other, and their shapes are equal"
-        if len(fits) > 1:
-            raise _ambiguous(key, [t.key for t in fits], why)
+        if len(hits) > 1:
+            raise _ambiguous(key, hits, why)
+        rivals = updates.find(hits[0])
         if len(rivals) > 1:
-            raise _ambiguous(fits[0].key, rivals, why)
-        result[key] = fits[0].key
+            raise _ambiguous(hits[0], rivals, why)
+        result[key] = hits[0]
     graph.notes += [f"{k!r} goes to {n!r}, the only one of its shape" for k, n in result.items()]
     return result
 

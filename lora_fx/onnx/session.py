@@ -34,7 +34,7 @@ from lora_fx.onnx.manifest import (
     read_file,
 )
 from lora_fx.onnx.quiet import quiet_options
-from lora_fx.text import Json, is_whole, near
+from lora_fx.text import Json, counted, is_whole, near
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -643,7 +643,7 @@ class TrainSession:
             other = [k for k, u in given.items() if not math.isclose(u.scale, now[k].scale)]
             notes += [
                 f"{where}: {k!r} has the scale {given[k].scale:g}, the file {now[k].scale:g}; B of "
-                f"{len(other)} updates was rescaled" for k in other[:1]
+                f"{counted(len(other), 'update')} was rescaled" for k in other[:1]
             ]  # fmt: skip
         self.note = "; ".join(filter(None, notes))
 

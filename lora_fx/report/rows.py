@@ -16,7 +16,7 @@ from math import prod
 from markupsafe import Markup
 
 from lora_fx.errors import visible
-from lora_fx.text import JsonView, by_key, is_number
+from lora_fx.text import JsonView, by_key, counted, is_number
 
 
 @dataclass
@@ -259,4 +259,4 @@ def plural(count: int, word: str) -> str:
     >>> plural(1, "target"), plural(2, "target")
     ('1 target', '2 targets')
     """
-    return f"{number(count)} {word}{'' if count == 1 else 's'}"
+    return counted(count, word, number(count))

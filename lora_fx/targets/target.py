@@ -15,7 +15,7 @@ from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Parameter, Site
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
-from lora_fx.text import Json, by_key, html, human, some, table
+from lora_fx.text import Json, by_key, counted, html, human, some, table
 
 
 def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
@@ -486,7 +486,11 @@ class Found:
         return target
 
     def get(self, key: str) -> Target | None:
-        """The target of a key, as by indexing; None where there is none."""
+        """The target of a key, as by indexing; None where there is none.
+
+        Keys are our own language of regions and uses. What a foreign name means is looked up before
+        it becomes a key, by the rules of `lora_fx.targets.names`.
+        """
         whole = self.by_key.get(key)
         if whole is not None:
             return whole
@@ -540,11 +544,11 @@ class Found:
     def __repr__(self) -> str:
         """The targets and their shapes, and how much cannot be adapted."""
         shapes = [f"{t.key} {list(t.parameter.shape)}" for t in self.targets]
-        return f"Found({some(shapes) or 'no target'}; {len(self.refusals)} refusals)"
+        return f"Found({some(shapes) or 'no target'}; {counted(len(self.refusals), 'refusal')})"
 
     def _repr_html_(self) -> str:
         """The table of targets, for notebooks."""
-        return html(f"{len(self.targets)} targets", self._rows())
+        return html(counted(len(self.targets), "target"), self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
         head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
@@ -572,8 +576,13 @@ class Found:
         total = max(1, self.weight_flops)
         lines = table(self._rows()) if self.targets else ["no target"]
         if any(t.sites for t in self.targets):
+            reach = (
+                "1 target reaches"
+                if len(self.targets) == 1
+                else f"{len(self.targets)} targets reach"
+            )
             lines.append(
-                f"{len(self.targets)} targets reach {self.reached_share:.1%} of the weight FLOPs "
+                f"{reach} {self.reached_share:.1%} of the weight FLOPs "
                 f"({human(self.flops['reached'])} of {human(total)}; "
                 f"between activations {human(self.data_flops)})"
                 + (f", at {sizes_text(self.sizes)}" if self.sizes else "")

@@ -25,7 +25,7 @@ from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
-from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
+from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
@@ -40,16 +40,17 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.recorded import prove_as_it_is
 from lora_fx.passes.proofs.reference import FileRerun, reference_of
-from lora_fx.passes.verbs.open import (
-    Wanted,
-    build_module,
-    captured_of,
-    found_in,
-    opened,
-    quantised,
-    refuse_dynamic,
+from lora_fx.passes.verbs.build import build_module, found_in
+from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.passes.verbs.options import (
+    BranchOptions,
+    CaptureOptions,
+    Dead,
+    InsertOptions,
+    NormStats,
+    Selectors,
 )
-from lora_fx.passes.verbs.options import BranchOptions, Dead, InsertOptions, NormStats, Selectors
+from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.target import Found
@@ -73,14 +74,15 @@ def find(
         dynamic: As in capture.
         training: Look at the train graph; the result is the same.
     """
+    options = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, meta=True)
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
-        refuse_dynamic(dynamic)
+        options.refuse_for_captured()
         return replace(found_in(model.captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
-        refuse_dynamic(dynamic)
+        options.refuse_for_captured()
         return find_graph(model)
-    return found_in(captured_of(model, args, kwargs, dynamic, meta=True), training)
+    return found_in(captured_of(model, options), training)
 
 
 @told
@@ -125,7 +127,7 @@ def insert(
         dropout: On the input of each branch, in train mode.
         plan: A plan file, {key: rank} or {key: {rank, alpha}}, or what `plan` returned.
         adapter: Start from this adapter, or that of a path. It brings its targets, ranks, alphas,
-            variants and values, so the options of these have no say, and are refused.
+            variants and values; options that say something else are refused.
         seed: The seed of the initial values, 0 by default; each target draws from (seed, key).
         dynamic: As in capture.
         norm_stats: frozen: batch norms use their running statistics while training. update:
@@ -161,12 +163,10 @@ def insert(
     }  # fmt: skip
     options = InsertOptions.of(asked)
     model = unwrapped(model)
-    if is_program(model):
-        model = open_program(model, args, kwargs, dynamic)
     refuse_second_adapter(model)
+    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
     with torch.inference_mode(False):  # A and B train, wherever insert is called
-        cap = captured_of(model, args, kwargs, dynamic, adapter=options.adapter)
-        return insert_into(cap, options, quantise)
+        return insert_into(captured_of(model, capturing), options, quantise)
 
 
 @told
@@ -231,7 +231,8 @@ def fold(
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
     loaded = None if adapter is None else as_adapter(adapter)
-    cap = captured_of(model, args, kwargs, dynamic, adapter=loaded)
+    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=loaded)
+    cap = captured_of(model, capturing)
     if loaded is None:
         if not isinstance(model, AdaptedModule):
             raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")

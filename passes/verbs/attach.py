@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,8 +43,9 @@ from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
 from lora_fx.passes.proofs import effect as proofs
-from lora_fx.passes.verbs.open import found_in, refuse_dynamic, start_of
-from lora_fx.passes.verbs.options import Dead, InsertOptions, NormStats, Selectors
+from lora_fx.passes.verbs.build import found_in, start_of
+from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
+from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
 from lora_fx.targets.plan import GivenRanks, Plan
 from lora_fx.targets.target import Found, Target, applies, split_use
@@ -117,17 +118,11 @@ def attach(
         live = model if isinstance(model, Captured) else _module(model)
         if options.adapter is not None:
             live = _apart(live, options.adapter, ties)
-        adapted = _attached(live, Example(args, kwargs, dynamic), options, ties)
+        example = CaptureOptions(
+            args=args, kwargs=kwargs, dynamic=dynamic, example_sizes=not dynamic
+        )
+        adapted = _attached(live, example, options, ties)
     return adapted if isinstance(model, Captured) else model
-
-
-@dataclass(frozen=True)
-class Example:
-    """The call that shows a live model's targets; see `capture`."""
-
-    args: Sequence[object]
-    kwargs: Named | None
-    dynamic: Dynamic | None
 
 
 def _apart(
@@ -141,38 +136,33 @@ def _apart(
         ties: Gets what ties the names again.
     """
     cap = model if isinstance(model, Captured) else None
-    live = model if isinstance(model, nn.Module) else _module(model.quantised or model.model)
+    live = model if isinstance(model, nn.Module) else _module(user_module(model))
     names = lone_names(adapter, live)
     for step in reversed(untie(live, names)):  # the stack runs them from its end
         ties.callback(step)
     if cap is None or not names:
         return model
-    return Captured(live, (), cap.named, cap.requested, repeat=cap.repeat)
+    return captured_again(cap, live)
 
 
 def _attached(
-    model: Any, example: Example, options: InsertOptions, ties: contextlib.ExitStack
+    model: Any, example: CaptureOptions, options: InsertOptions, ties: contextlib.ExitStack
 ) -> Any:
     """The module that was adapted.
 
     Args:
         model: A module or a capture.
-        example: Its example inputs.
+        example: How it is captured: its example inputs, and their sizes.
         options: What is asked for.
         ties: Goes to the attachment, which ties names again when it is taken off.
     """
     args, kwargs = example.args, example.kwargs
+    source = model
+    model = _module(user_module(source)) if isinstance(source, Captured) else source
+    refuse_inference(model)
     cap: Captured | None
     try:
-        captured = isinstance(model, Captured)
-        if captured:
-            refuse_dynamic(example.dynamic)
-        cap = model if captured else Captured(model, args, kwargs, example.dynamic)
-        if not captured and not example.dynamic:
-            cap.fix_sizes()
-        model = _module(cap.quantised or cap.model)
-        refuse_inference(model)
-        cap = copy.deepcopy(cap)  # a capture of the caller stays as it is
+        cap = copy.deepcopy(captured_of(source, example))  # a capture of the caller stays as it is
         cap.live = True
         planner = GraphPlanner(cap.fx_graph(root=cap.model), found_in(cap), options.dropout)
     except CaptureError as e:

@@ -5,7 +5,7 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
-from lora_fx.errors import LoraFxError, expect_path, given_options, refuse_no_say
+from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.batch import batch_symbol
-from lora_fx.onnx.genai import genai_folder
+from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import check_no_slots
@@ -43,7 +43,9 @@ from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
 from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
     EXPORT_RULES,
+    KNOWN_WITH_CACHE,
     REWRITE_RULES,
+    CaptureOptions,
     ExportAdapters,
     ExportOptions,
     Provider,
@@ -57,7 +59,7 @@ from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
-    from lora_fx.passes.verbs.open import Wanted
+    from lora_fx.passes.verbs.quantise import Wanted
 
 
 Mode = Literal["merged", "switch", "load", "batch", "train"]
@@ -171,13 +173,16 @@ def export(
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
     adapters = opened_adapters(adapters, mode_name)
+    capturing = CaptureOptions(
+        args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache
+    )
     options = ExportOptions(
         target=Path(path), adapters=adapters, mode=mode_name, names=names, inputs=inputs,
         provider=provider,
         opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
-        args=args, kwargs=kwargs, dynamic=dynamic, force=force,
+        capture=capturing, force=force,
         optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
-        cache=cache, within=within, accuracy_level=accuracy_level, tol=tol, repeat=repeat,
+        within=within, accuracy_level=accuracy_level, tol=tol,
         **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
@@ -217,14 +222,9 @@ def export_as(
         )
         check_adapters(adapters_by_name, options.mode)
     refuse_no_say(EXPORT_RULES, options, given)
-    if genai is not None and not (options.cache and options.mode in ("merged", "switch")):
-        raise LoraFxError(
-            f"onnxruntime-genai runs no file of mode {options.mode} "
-            f"with{'' if options.cache else 'out'} a cache",
-            "--cache, with --mode merged or --mode switch; or leave --genai out",
-        )
+    refuse_genai(genai, options.mode, cache=options.capture.cache)
     notes: list[str] = []
-    if options.cache:
+    if options.capture.cache:
         model, options, notes = _with_cache(model, options, genai)
     if file:
         _refuse_for_graph(file, options, quantise)
@@ -262,33 +262,47 @@ def export_as(
         return replace(report, warnings=(*notes, *report.warnings, failed))
 
 
+def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
+    """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
+    if genai is None or (cache and mode in ("merged", "switch")):
+        return
+    raise LoraFxError(
+        f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+        "--cache, with --mode merged or --mode switch; or leave --genai out",
+    )
+
+
 def _with_cache(
     model: object, options: ExportOptions, genai: StrPath | None
 ) -> tuple[object, ExportOptions, list[str]]:
     """The capture of a decoder with its key-value cache, its options, and notes."""
-    if options.args or options.kwargs or options.dynamic or options.inputs:
-        raise LoraFxError(
-            "with a cache the inputs and their dimensions are known", "leave yours out"
-        )
+    if options.inputs:
+        raise LoraFxError(*KNOWN_WITH_CACHE)
     if isinstance(model, (str, PathLike)) and is_onnx(model):
         raise LoraFxError(
             f"{fspath(model)} is a graph as it is, with a cache or without",
             "export the model that it was made from",
         )
-    from lora_fx.passes.verbs.open import with_cache
+    from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 
-    cap, adapters = with_cache(model, options.adapters)
-    options = replace(options, adapters=adapters)
+    model = opened(model)
+    options = replace(options, adapters=own_adapters(model, options.adapters))
     if genai is None:
-        return cap, options, []
-    copy = genai_folder(genai, options.target, cap.model.config, force=options.force)
-    return cap, replace(options, places=[*options.places, copy]), [*copy.notes]
+        return captured_of(model, options.capture), options, []
+
+    def place_of_copy(config: object) -> GenaiFolder:
+        return genai_folder(genai, options.target, config, force=options.force)
+
+    captured = captured_of(model, replace(options.capture, check=place_of_copy))
+    copy = place_of_copy(captured.model.config)
+    return captured, replace(options, places=[*options.places, copy]), [*copy.notes]
 
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
     """Raise for options that an .onnx file, a graph as it is, has no place for."""
-    of_capture = options.args or options.kwargs or options.dynamic
-    if of_capture or options.opset or not options.repeat:
+    asked = options.capture
+    of_capture = asked.args or asked.kwargs or asked.dynamic
+    if of_capture or options.opset or not asked.repeat:
         told = "args, kwargs, dynamic, opset and repeat have no say"
         raise LoraFxError(
             f"{file} is a graph as it is: {told}",
@@ -317,6 +331,7 @@ def opened_adapters(
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
         return {name: as_adapter(a) for name, a in by_name.items()}
+    expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
     every = [given] if isinstance(given, (str, PathLike)) else list(given)
     paths = [a for a in every if isinstance(a, (str, PathLike))]
     if len(paths) < len(every):

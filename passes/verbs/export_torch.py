@@ -51,8 +51,9 @@ from lora_fx.passes.proofs.parity import (
 from lora_fx.passes.proofs.reference import FileRerun
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
-from lora_fx.passes.verbs.open import Wanted, captured_of, opened, quantised
+from lora_fx.passes.verbs.open import captured_again, captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
+from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
 from lora_fx.text import Json, free_name, some
 
@@ -149,14 +150,6 @@ def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Call
     return result
 
 
-def captured_for(model: object, options: ExportOptions) -> Captured:
-    """The capture of a model by what an export is asked for."""
-    given = options.args, options.kwargs, options.dynamic
-    adapters = [*files.named(options.adapters).values()] if options.adapters else []
-    adapter = adapters[0] if len(adapters) == 1 else None
-    return captured_of(model, *given, repeat=options.repeat, adapter=adapter)
-
-
 def level_gate(options: ExportOptions) -> float:
     """The gate of the level that products over codes compute at."""
     return options.tol or GATES.get(f"level {options.accuracy_level}", ORT_TOL)
@@ -180,7 +173,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
         if adapter is not None:
             raise _folded()
         return model
-    cap = captured_for(model, options)
+    cap = captured_of(model, options.capture_of_base())
     return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
 
 
@@ -191,11 +184,10 @@ def quantised_base(
 
     A module that insert returned brings its own adapter where none are given.
     """
-    model, adapters = opened(model), options.adapters
-    if isinstance(model, AdaptedModule) and adapters is None:
-        adapters = model.adapter()
+    model = opened(model)
+    adapters = own_adapters(model, options.adapters)
     every = [*files.named(adapters).values()] if adapters else []
-    cap = captured_for(model, options)
+    cap = captured_of(model, options.capture_of_base())
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
         before, after = (plain(c).flat(c.named) for c in (cap, new))
@@ -223,13 +215,11 @@ WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its ro
 def export_slots(model: object, options: ExportOptions) -> Report:
     """See lora_fx.passes.verbs.export."""
     model = opened(model)
-    if isinstance(model, AdaptedModule):
-        if options.adapters is None:
-            options = replace(options, adapters=model.adapter())
-    elif isinstance(model, CapturedModule):
+    if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise _folded()
+    options = replace(options, adapters=own_adapters(model, options.adapters))
     adapters = files.by_name(options)
-    captured = captured_for(model, options)
+    captured = captured_of(model, options.capture_of_base())
     found = find(captured)
     bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
     whole: list[str] = []
@@ -369,7 +359,7 @@ def _translated(
     apart: Mapping[str, Target] | None = None,
 ) -> tuple[Any, list[str]]:
     """A module in ONNX, in a dtype that the runtime has, and what has to be said of that."""
-    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.repeat)
+    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.capture.repeat)
     at_level(model, level)
     mask_by_infinity(model)
     if options.precision != "bfloat16":
@@ -432,7 +422,7 @@ def eager(model: Any) -> Iterator[Any]:
     source.set_attn_implementation("eager")
     try:
         if isinstance(model, Captured):
-            model = Captured(source, (), model.named, model.requested)
+            model = captured_again(model, source)
         yield model
     finally:
         source.set_attn_implementation(was)

@@ -25,7 +25,6 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx import trees as pytree
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike, as_it_was
 from lora_fx.fx.codes import forms
@@ -38,6 +37,7 @@ from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import (
     PROPERTY,
@@ -55,8 +55,8 @@ from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, captured_for, torch_reference
-from lora_fx.passes.verbs.open import opened
+from lora_fx.passes.verbs.export_torch import base_of, torch_reference
+from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
 TAKEN = ("lr", "step", "seed", "loss")
@@ -112,12 +112,12 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
             )
         module = model
     else:
-        captured = captured_for(model, options)
-        _refuse_base(captured.model)
+        cap = captured_of(model, options.capture_of_base())
+        _refuse_base(cap.model)
         chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
         if adapter is None:
             chosen |= {"include": options.include, "exclude": options.exclude}
-        module = insert(captured, adapter=adapter, **chosen)
+        module = insert(cap, adapter=adapter, **chosen)
     _refuse_base(module)
     made = module.adapter()
     check_plain(made, "mode train")
@@ -208,7 +208,7 @@ class _Files:
             raise LoraFxError(
                 f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
             )
-        opset, repeat = options.opset or OPSET, options.repeat
+        opset, repeat = options.opset or OPSET, options.capture.repeat
         model = step_of(graph, slots, self.update, self._without_values, opset, repeat=repeat)
         model.metadata_props[PROPERTY] = self._manifest(manifest, slots, graph.seeded).to_text()
         say_within(model, onnx_conditions(graph.traced.door.conditions))
@@ -240,7 +240,7 @@ class _Files:
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
         traced, module = graph.traced, self.module
         named, labels = self._labelled(sample)
-        door, leaves = traced.door, pytree.tree_leaves(named)
+        door, leaves = traced.door, tree_leaves(named)
         broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
         if not broken or not broken <= {*traced.doubtful}:
             return

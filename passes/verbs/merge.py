@@ -44,7 +44,7 @@ from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
 from lora_fx.spellings import under_either_name
 from lora_fx.targets.target import Found
-from lora_fx.text import Json, StrPath, table
+from lora_fx.text import Json, StrPath, counted, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +159,9 @@ def merge_into_file(
         changed = {*fold.applied.values(), *matched.whole}
         written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
+            tensors = counted(len(changed), "tensor")
             raise NoEffectError(
-                f"{target}: not written: no element of {len(changed)} tensors would change",
+                f"{target}: not written: no element of {tensors} would change",
                 "is the adapter untrained, or its weight 0?",
             )
         parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
@@ -351,6 +352,7 @@ def _sum(
 # merge: adapters folded into a file of weights, or into an ONNX graph; neither needs torch.
 
 
+@remembering()
 def merge(
     base: StrPath,
     adapters: Adapters,
@@ -444,7 +446,7 @@ def merge(
         of_both = {"how": how, "rank": rank, "again": again, "trust": trust, "force": force}
         return merge_onnx(base, adapters, out, **of_both, **of_checkpoints, **of_onnx_files)
 
-    if wrong := [name for name, value in of_onnx_files.items() if value]:
+    if wrong := [name for name in given_options(of_onnx_files) if name != "places" or places]:
         raise LoraFxError(
             f"{wrong[0]} is an option for .onnx files, not for checkpoints", "leave it out"
         )

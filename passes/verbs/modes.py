@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.verbs.options import Selectors
+from lora_fx.passes.verbs.options import Selectors, is_given
 from lora_fx.spellings import warn_caller
 from lora_fx.text import Json
 
@@ -110,7 +110,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
         )
     kind = BY_NAME.get(mode) if isinstance(mode, str) else type(mode)
     of_mode = field_names(kind) if kind else ()
-    given = [name for name in of_mode if keywords[name] not in (None, False, (), [])]
+    given = [name for name in of_mode if is_given(keywords[name])]
     if isinstance(mode, str):
         if kind and given:
             written = ", ".join(f"{name}=…" for name in given)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -52,6 +53,69 @@ Selectors = str | Sequence[str] | None
 """A comma list, or a list of them; None where none was given."""
 ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 """One, or several: by name, or in the order of their ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """How a MODEL becomes a Captured; see `lora_fx.passes.verbs.open.captured_of`.
+
+    Attributes:
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        dynamic: Dimensions that may vary, as in `lora_fx.capture`.
+        static: Dimensions that may not, as there.
+        repeat: Trace a block that repeats once, as there.
+        cache: Capture a decoder with its key-value cache as tensors.
+        check: Of such a decoder: called with its config before it is captured; it may raise.
+        weights: The file of weights of a model that a name builds.
+        meta: Read no weights of a model that is opened by its name.
+        trust: Read pickled tensors, by torch's unpickler that runs no code.
+        adapter: What the model is to hold: where it has a whole tensor for one name of a tied one,
+            the capture is of a copy of the model in which this name has a tensor of its own.
+        with_branches: A module that holds an adapter is captured as any other, its branches
+            included; else it stands for the model that it was made from.
+        example_sizes: Trace at the sizes of the example alone.
+        tell: Called with what loading has to say, before the capture begins; without it the
+            capture has these among its notes.
+    """
+
+    args: Sequence[object] = ()
+    kwargs: Named | None = None
+    dynamic: Dynamic | None = None
+    static: Sequence[str] = ()
+    repeat: bool = True
+    cache: bool = False
+    check: Callable[[Any], object] | None = None
+    weights: str | None = None
+    meta: bool = False
+    trust: bool = False
+    adapter: Adapter | None = None
+    with_branches: bool = False
+    example_sizes: bool = False
+    tell: Callable[..., object] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise for inputs beside a cache, whose inputs are all known."""
+        if self.cache and (self.args or self.kwargs or self.dynamic or self.static):
+            raise LoraFxError(*KNOWN_WITH_CACHE)
+
+    def refuse_for_captured(self) -> None:
+        """Raise for other sizes or weights of a model that is captured already.
+
+        Example inputs are let be: a caller who passes those of the capture again asks for nothing
+        else.
+        """
+        asked: Named = {"dynamic": self.dynamic, "static": self.static, "weights": self.weights}
+        given = {name: value or None for name, value in asked.items()}
+        captured = NoSay[Named](tuple(given), bool, "beside a captured model, which has its sizes")
+        refuse_no_say([captured], given, given_options(given))
+
+
+KNOWN_WITH_CACHE = (
+    "with a cache the inputs and their dimensions are known",
+    "leave inputs and their dimensions out",
+)
+"""Message and hint where inputs are given beside a cache."""
 
 
 def _plan_says(options: BranchOptions, what: str) -> bool:
@@ -108,8 +172,7 @@ class BranchOptions:
         """Raise for a name that is not known; dead="auto" takes its meaning."""
         expect(self.alpha or 0, (int, float), "alpha", "a number", "2·rank is usual")
         for name in ("include", "exclude", "also_train"):
-            given = getattr(self, name, None)
-            expect(given or "", (str, Sequence), name, "selectors", f"{name}=['q_proj', 'fc1']")
+            expect_selectors(getattr(self, name, None), name)
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
@@ -140,6 +203,14 @@ def _others(options: InsertOptions, place: int) -> bool:
     return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
 
 
+def _of_other_variant(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another variant than was asked for."""
+    if options.adapter is None:
+        return False
+    wanted = named_variant(options.variant)
+    return any(variant_of(update) != wanted for update in options.adapter.lowrank.values())
+
+
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
         ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
@@ -150,7 +221,11 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or the adapter",
     ),
     NoSay(
-        ("variant", "init", "seed", "data", "loss"),
+        ("variant",), _of_other_variant, "beside an adapter, which brings its own",
+        "leave it out, or the adapter",
+    ),
+    NoSay(
+        ("init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
         "beside an adapter, which brings its own",
         "leave it out, or the adapter",
@@ -311,7 +386,13 @@ def _exclude_command(name: str, keys: Sequence[str]) -> str:
     return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
-def _given(option: object) -> bool:
+def expect_selectors(given: object, name: str) -> None:
+    """Refuse what is no comma list and no list of them; nothing at all is taken."""
+    expect(given or "", (str, Collection), name, "selectors", f"{name}=['q_proj', 'fc1']")
+
+
+def is_given(option: object) -> bool:
+    """Whether an option of a mode has a value; an empty sequence is none."""
     empty = isinstance(option, Sequence) and not option
     return option is not None and option is not False and not empty
 
@@ -359,14 +440,11 @@ class ExportOptions:
     provider: str
     opset: int | None
     external_over: int
-    args: Sequence[object]
-    kwargs: Named | None
-    dynamic: Dynamic | None
+    capture: CaptureOptions
     force: bool
     optimise: bool
     precision: str | None
     places: Sequence[Place]
-    cache: bool
     within: bool = False
     accuracy_level: int = 0
     loss: str | Loss | None = None
@@ -376,18 +454,19 @@ class ExportOptions:
     owner: Path | None = None
     also: Callable[[Output, Manifest], Companions] | None = None
     tol: float | None = None
-    repeat: bool = True
 
     def __post_init__(self) -> None:
         """Raise for a mode that is not known, and for an option that it would ignore."""
         expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
         for mode, names in MODES.items():
             more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
-            if mode not in (self.mode, *more) and any(_given(getattr(self, n)) for n in names):
+            if mode not in (self.mode, *more) and any(is_given(getattr(self, n)) for n in names):
                 raise LoraFxError(
                     f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
                     "leave it out",
                 )
+        for name in ("include", "exclude"):
+            expect_selectors(getattr(self, name), name)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
             raise LoraFxError(
                 f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
@@ -407,7 +486,7 @@ class ExportOptions:
                 f"no accuracy level {self.accuracy_level} in mode {self.mode}",
                 "0, or 4 in merged, switch and load: x in int8 for products over codes",
             )
-        if self.cache and self.mode == "train":
+        if self.capture.cache and self.mode == "train":
             raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
         if self.mode == "train":
             self._check_step()
@@ -421,6 +500,7 @@ class ExportOptions:
             raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
         for name in ("weight_decay", "clip"):
             given = getattr(self, name)
+            expect(given or 0, Real, name, "a number", f"{name}=0.01")
             if given is not None and not 0 <= given < math.inf:
                 raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
         if self.places:
@@ -438,6 +518,14 @@ class ExportOptions:
                 f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
                 "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
             )
+
+    def capture_of_base(self) -> CaptureOptions:
+        """How the base is captured: for the adapter, where there is one alone."""
+        if isinstance(self.adapters, Adapter):
+            return replace(self.capture, adapter=self.adapters)
+        values = self.adapters.values() if isinstance(self.adapters, Mapping) else self.adapters
+        adapters = [*(values or ())]
+        return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
 
     @property
     def rewrites(self) -> bool:

@@ -28,7 +28,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.open import captured_of
-from lora_fx.passes.verbs.options import Selectors
+from lora_fx.passes.verbs.options import CaptureOptions, Selectors
 from lora_fx.targets.budget import METHODS, Budget, Calibration, Moments, TargetStatistics, allocate
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
 from lora_fx.targets.target import Target, own_use
@@ -83,7 +83,7 @@ def plan(
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
     if way.wanted and data is None:
         raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
-    cap = captured_of(model, args, kwargs, dynamic)
+    cap = captured_of(model, CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic))
     found = find(cap)
     chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)
     uses = {key: own_use(key) for key in chosen.entries}

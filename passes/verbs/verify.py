@@ -7,8 +7,10 @@ run.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -18,7 +20,7 @@ from lora_fx.checkpoint.merge import Adapters
 from lora_fx.checkpoint.prove import ROWS
 from lora_fx.checkpoint.verify import fits_files, is_tensor_file, verify_files
 from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
-from lora_fx.errors import LoraFxError, NoSay, given_options, near_path, refuse_no_say
+from lora_fx.errors import LoraFxError, NoSay, expect, given_options, near_path, refuse_no_say
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
@@ -87,7 +89,8 @@ def verify(
     everything else output by output at three sizes.
 
     Args:
-        a: A tensor file, a captured module, a Captured, or an .onnx or .pt2 file.
+        a: A tensor file, a captured module, a Captured, an .onnx or .pt2 file, what load_model
+            returned, or a model's name as on the command line.
         b: Another one, the reference; or an Adapter or its path: does it fit `a`?
         inputs: Arrays by input name, instead of sampled ones.
         adapter: Where models are run, it goes into whichever of the two is not an .onnx file (b
@@ -104,15 +107,17 @@ def verify(
         LoraFxError: What cannot be compared; an adapter that does not fit.
     """
     with trusting(trust):
+        expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
         names = FORMATS.files_of_folders
         a, b = (local(m, files=names) if _is_path(m) else m for m in (a, b))
         for path in filter(_is_path, (a, b)):
-            if not Path(path).exists():
+            if not Path(path).exists() and ":" not in str(path):  # of a factory, or timm:NAME
                 raise LoraFxError(
                     f"{path}: cannot be read: no such file or folder", near_path(path)
                 )
+        refuse_adapter_as_model(a, b)
         fits = isinstance(b, Adapter) or (_is_path(b) and is_adapter(b))
         tensors = is_tensor_file(a) and not run and (fits or is_tensor_file(b))
         asked = {"inputs": inputs, "adapter": adapter, "tol": tol, "provider": provider, "run": run}
@@ -131,6 +136,27 @@ def verify(
         if fits and not isinstance(b, Adapter):
             b = load_adapter(b)
         return verify_run(a, b, options)
+
+
+def refuse_adapter_as_model(a: object, b: object) -> None:
+    """Raise where A, which has to be a model, is an adapter.
+
+    Raises:
+        LoraFxError: Says what can be asked of two adapters, or of an adapter and a model.
+    """
+    if not (isinstance(a, Adapter) or (_is_path(a) and is_adapter(a))):
+        return
+    name = os.fspath(a) if _is_path(a) else "A"
+    if isinstance(b, Adapter) or (_is_path(b) and is_adapter(b)):
+        other = os.fspath(b) if _is_path(b) else "B"
+        raise LoraFxError(
+            f"{name} and {other} are adapters: what they do is a question to a model",
+            "lora-fx merge each into their base, and compare what was written",
+        )
+    raise LoraFxError(
+        f"{name} is an adapter; expected a model",
+        f"lora-fx verify {os.fspath(b) if _is_path(b) else 'MODEL'} {name} says whether it fits",
+    )
 
 
 def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
@@ -182,27 +208,40 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
     from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.proofs.reference import FileRerun, Rerun
-    from lora_fx.passes.verbs.open import captured_of, opened
 
     adapter, tol = options.adapter_alone(), options.tol
     if isinstance(b, Adapter):
         return _fits(a, b)
-    a, b = (opened(captured_of(m) if _is_path(m) and Path(m).is_dir() else m) for m in (a, b))
+    (a, notes_a), (b, notes_b) = _opened(a), _opened(b)
+    opening = list(dict.fromkeys([*notes_a, *notes_b]))
     file, other = (a, b) if _is_path(a) else (b, a)
     if _is_path(file):
         session, module = open_session(file, options.provider), _module(other, adapter)
         run: Run = session.run
         rerun: Rerun = FileRerun(Path(file), options.provider)
-        notes = [session.note] if session.note else []
+        notes = [*opening, *filter(None, [session.note])]
         tol = _gate(session) if tol is None else tol
     else:
         ours, module = _module(a, None), _module(b, adapter)
         run, rerun = torch_run(ours), torch_rerun(ours, same=False)
-        notes = [*prove_as_it_is(ours)]
+        notes = [*opening, *prove_as_it_is(ours)]
     notes += [note for note in prove_as_it_is(module) if note not in notes]
     gate = ORT_TOL if tol is None else tol
     parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return _report(parity, notes)
+
+
+def _opened(model: object) -> tuple[object, Sequence[str]]:
+    """A path of .onnx, a module or a capture; and what opening a model by its name has to say."""
+    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.passes.verbs.open import captured_of, opened
+
+    if _is_onnx(model):
+        return model, ()
+    if not _is_path(model) and not isinstance(model, LoadedModel):
+        return opened(model), ()
+    captured = captured_of(model)
+    return opened(captured), captured.notes
 
 
 def _gate(*sessions: RuntimeSession) -> float:
@@ -238,10 +277,14 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
 def _fits(model: object, adapter: Adapter) -> Report:
     """Does every key of an adapter have a target of its shape in a model?"""
     from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.passes.verbs.adapt import find
-    from lora_fx.passes.verbs.open import apart
+    from lora_fx.passes.verbs.open import captured_of
+    from lora_fx.passes.verbs.options import CaptureOptions
 
-    found = find(apart(model, adapter) if isinstance(model, Captured) else model)
+    if _is_path(model) or isinstance(model, (Captured, LoadedModel)):
+        model = captured_of(model, CaptureOptions(meta=True, adapter=adapter))
+    found = find(model)
     bound = bind(adapter, found)
     untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
     details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}

@@ -295,6 +295,20 @@ def test_who_does_not_know_it_refuses_it(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(net(), str(tmp_path / "folder"))
 
 
+def test_a_file_that_keeps_no_variant_says_so(tmp_path: Path) -> None:
+    a, b = np.ones((2, 6), np.float32), np.ones((10, 2), np.float32)
+    tensors = {"frozen_a": a, "frozen_b": b, "d": np.ones(2, "f4"), "e": np.ones(10, "f4")}
+    note = "updates of variant vectors are written as plain LoRA, of the same ΔW"
+    with mock.patch.dict(VARIANTS):
+        register(VECTORS)
+        low = LowRank(a, b, 2.0, variant="vectors", variant_tensors=tensors)
+        adapter = lora_fx.Adapter({"up.weight": low})
+        assert note in save_adapter(adapter, tmp_path / "x.safetensors", "kohya")
+        assert note in save_adapter(adapter, tmp_path / "x.onnx_adapter", "onnx_adapter")
+        assert note not in save_adapter(adapter, tmp_path / "folder")
+    assert "vectors" in repr(adapter)  # of a process that does not know the variant
+
+
 class Columns(Variant):
     """W' = (W + s·b·a)·diag(c): more than a sum, so that there is no branch beside the op."""
 
@@ -359,6 +373,19 @@ def test_pickles_of_older_versions() -> None:
         older.__setstate__({**fields, "group": group})
         assert variant_of(older).constant_over == group
         assert vars(pickle.loads(pickle.dumps(older))).keys() == vars(low).keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"), [(("A",), "A"), (("d", "B0"), "B0"), (("d", "d"), "d"), (("x.y",), "x.y")]
+)
+def test_fields_whose_tensors_would_have_one_name(fields: tuple[str, ...], taken: str) -> None:
+    """The factor a is called lora_A in a model."""
+
+    class Clashing(Variant):
+        made_of = fields
+
+    with pytest.raises(LoraFxError, match=f"cannot have the field '{taken}'"):
+        register(Clashing("clashing"))
 
 
 def test_names_that_files_have_already() -> None:

@@ -81,6 +81,12 @@ def same_output(folder: Path) -> list[str]:
     return ["-o", str(folder / "base"), "--force"]
 
 
+def output_of_another_kind(folder: Path) -> list[str]:
+    base(folder)
+    good(folder)
+    return ["-o", str(folder / "merged.onnx")]
+
+
 def around_output(folder: Path) -> list[str]:
     base(folder)
     good(folder)
@@ -274,6 +280,10 @@ PAIRS: dict[str, tuple[Build, tuple[str, ...]]] = {
     # outputs
     "output exists": (existing_output, ("out exists", "--force")),
     "output is the base": (same_output, ("would replace the input", "base")),
+    "output of another kind": (
+        output_of_another_kind,
+        ("merged.onnx", "is a checkpoint", "-o X.safetensors"),
+    ),
     "output around the base": (around_output, ("would replace the input",)),
 }
 PAIRS |= {name: (other(make), texts) for name, (make, texts) in BASES.items()}

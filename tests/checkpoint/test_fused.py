@@ -453,6 +453,30 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert not Path("out").exists()
 
 
+WHOLE = LowRank(np.ones((1, N), "f4"), np.ones((SIZE, 1), "f4"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "how", "base"),
+    [
+        ({k.replace("m.", "attn."): v for k, v in lows().items()}, "--fuse", "odd"),
+        ({"m.query_key_value.weight": WHOLE}, "--split", "split"),
+    ],
+)
+def test_the_map_of_a_hint_is_one(
+    here: Path, entries: dict[str, Any], how: str, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lacks what nobody knows, whose rows are which, and is a division of the whole."""
+    wide = {"attn.query_key_value.weight": np.ones((SIZE, N), "f4")}
+    made.checkpoint(Path("odd"), wide, config={"model_type": "new"})
+    save_adapter(Adapter(entries), "start")
+    code, _, err = run(capsys, "convert", "start", "-o", "out", how, "--base", base)
+    assert code == 2
+    Path("told.json").write_text(err.partition("--map FILE, as ")[2])
+    code, _, err = run(capsys, "convert", "start", "-o", "out", how, "--map", "told.json")
+    assert code == 0, err
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_peft_reads_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peft = pytest.importorskip("peft")

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import transformers
 
-from lora_fx.checkpoint.renaming import RENAMED, STACKED, Loaded, loaded_of
+from lora_fx.adapter.fused import FAMILIES
+from lora_fx.checkpoint.loaded_names import Loaded, loaded_of
+from lora_fx.checkpoint.releases import RENAMED, STACKED, Renamed, renamed_parts
 from lora_fx.files.checkpoint import open_checkpoint
 from tests.checkpoint.made import Array, read
 
@@ -163,7 +165,20 @@ def test_every_parameter_is_found_in_the_file(kind: str, tmp_path: Path) -> None
 
 
 def test_every_type_is_covered() -> None:
-    assert {*RENAMED, *STACKED} == {*MODELS, *SAME}
+    types = {kind for row in (*RENAMED, *STACKED) for kind in row.types}
+    assert types == {*MODELS, *SAME}
+
+
+def _sparse() -> Renamed:
+    (row,) = (row for row in RENAMED if row.parts == {"block_sparse_moe": "mlp"})
+    return row
+
+
+def test_what_holds_experts_one_by_one_is_what_a_release_renamed() -> None:
+    """`convert` lays experts out by a table of its own, which has what vLLM does with them too."""
+    (family,) = (family for family in FAMILIES if family.holder != "mlp")
+    assert family.types == set(_sparse().types)
+    assert (family.holder, "mlp") == next(iter(_sparse().parts.items()))
 
 
 def test_the_types_without_a_model_here_are_as_said() -> None:
@@ -172,4 +187,4 @@ def test_the_types_without_a_model_here_are_as_said() -> None:
     as_of = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
     for kind, other in SAME.items():
         assert as_of[kind] == other or as_of[kind] == as_of.get(other), kind
-        assert RENAMED[kind] == RENAMED[other]
+        assert renamed_parts(kind) == renamed_parts(other)

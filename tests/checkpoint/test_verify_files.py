@@ -64,6 +64,17 @@ def test_a_merge_is_what_it_says(home: Path) -> None:
     assert lines(report).startswith("verify: ok: 21 of 21 tensors are as they should be; 4 hold")
 
 
+def test_a_gate_is_said(tmp_path: Path) -> None:
+    numbers = np.linspace(-1.0, 2.0, 12, dtype="f4").reshape(3, 4)
+    write_tensors(tmp_path / "a.safetensors", {"w": numbers}, {})
+    write_tensors(tmp_path / "b.safetensors", {"w": numbers + np.float32(0.1)}, {})
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    text = "verify: ok: 1 of 1 tensors are equal within 0.125 of their largest element (--tol)"
+    assert lines(lora_fx.verify(*files, tol=0.125)) == text
+    assert lora_fx.verify(*files, tol=0.125).details["tol"] == 0.125
+    assert lines(lora_fx.verify(files[0], files[0])) == "verify: ok: 1 of 1 tensors are equal"
+
+
 def test_what_peft_merges_is_right_too(home: Path, tmp_path: Path) -> None:
     merged = pairs.peft_merge(pairs.llama(), home / "adapter")
     write_tensors(tmp_path / "merged.safetensors", dict(merged), {})

@@ -45,7 +45,7 @@ def test_there_and_back(made: Path, capsys: Any) -> None:
     ):
         assert run(source, "-o", out, "--format", name) == 0
         assert format_of(out) == name
-    assert "1 updates, diffusers → peft" in capsys.readouterr().out
+    assert "1 update, diffusers → peft" in capsys.readouterr().out
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (made / "start" / file).read_bytes() == (made / "end" / file).read_bytes()
 
@@ -78,7 +78,7 @@ def test_names_need_the_base(made: Path, capsys: Any) -> None:
         (["start", "-o", "x.safetensors", "--format", "gguf"], "a name that ends in .gguf"),
         (["start", "-o", "start"], "start exists"),
         (["gone", "-o", "x"], "no such file"),
-        (["odd.safetensors", "-o", "x"], "no adapter that is known: its 1 tensors are named odd"),
+        (["odd.safetensors", "-o", "x"], "no adapter that is known: its tensors (1) are named odd"),
         (["two.safetensors", "-o", "x"], "could be kohya or torchtune"),
         (["lone.safetensors", "-o", "x"], "no adapter_config.json beside it"),
     ],
@@ -271,10 +271,10 @@ def test_doctor_says_what_a_server_makes_of_it(mixture: Path, capsys: Any) -> No
             main(["doctor", "base", "stacks", "--server", server])
         out = capsys.readouterr().out
         assert int(stop.value.code or 0) == code and said in out
-        hint = f"lora-fx convert --format {server} --base base"
+        hint = f"lora-fx convert stacks -o OUT --format {server} --base base"
         assert (hint in out) == bool(code)
         if code:
-            assert run("stacks", *hint.split()[2:], "-o", server) == 0
+            assert run(*hint.replace("OUT", server).split()[2:]) == 0
             capsys.readouterr()
             with pytest.raises(SystemExit):
                 main(["doctor", "base", server, "--server", server, "--json"])

@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_fx
+from lora_fx.checkpoint.merge import plan_merge
+from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import CONTENTS, Beside, replacing
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import inside, remember, remembering
 from lora_fx.formats import registry  # noqa: F401 (what --force may replace, for the children)
+from lora_fx.passes.verbs import merge as merging
 from tests.checkpoint.made import adapter, factors
 from tests.faults import Faults
 
@@ -38,6 +42,25 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     base(tmp_path / "base")
     adapter(tmp_path / "adapter", {"q": factors(RNG, 6, 4, 2)})
     return tmp_path / "base", tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_input_that_changes_after_it_was_planned_with(
+    pair: tuple[Path, Path], which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of it before is of another file than what would be read now."""
+    planned = plan_merge
+
+    def plan_then_change(*arguments: Any) -> MergePlan:
+        plan = planned(*arguments)
+        file = next(pair[which].glob("*.safetensors"))
+        os.utime(file, ns=(1, 1))
+        return plan
+
+    monkeypatch.setattr(merging, "plan_merge", plan_then_change)
+    with pytest.raises(LoraFxError, match="changed"):
+        lora_fx.merge(pair[0], [pair[1]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_snapshot_of_the_cache_is_served(pair: tuple[Path, Path], tmp_path: Path) -> None:

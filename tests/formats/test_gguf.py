@@ -129,7 +129,7 @@ def test_one_alpha_for_the_file_and_the_others_in_b(tmp_path: Path) -> None:
     entries: dict[str, Entry] = {Q: low(0, 24), K: low(1, 8), UP: low(2, 14, alpha=5.0)}
     base = model(tmp_path / "base", "qwen2")
     (note,) = save_adapter(Adapter(entries), tmp_path / "x.gguf", "gguf", base=base)
-    assert "one alpha in fp32, 6.0" in note and "1 updates of another" in note
+    assert "one alpha in fp32, 6.0" in note and "1 update of another" in note
     tensors = {t.name: t.data for t in GGUFReader(tmp_path / "x.gguf").tensors}
     assert tensors["blk.1.attn_q.weight.lora_b"].tobytes() == normal(100, 24, 2).tobytes()
     scaled = normal(102, 14, 2) * np.float32(5 / 6)

@@ -100,6 +100,8 @@ def test_components(key: str, name: str) -> None:
 def test_ambiguity_is_refused_by_name() -> None:
     with pytest.raises(LoraFxError, match=r"fits 'a_b\.c\.weight' and 'a\.b_c\.weight'"):
         resolved("lora_unet_a_b_c.weight", "a_b.c.weight", "a.b_c.weight")
+    exact = resolved("a_b.c.weight", "a_b.c.weight", "a.b_c.weight")
+    assert exact == "a_b.c.weight", "a name of the model's is no other's spelling"
     both = named("lora_te1_x.weight", "lora_te2_x.weight")
     with pytest.raises(LoraFxError, match=r"'lora_te1_x.weight' and 'lora_te2_x.weight' both"):
         both.resolved(["x.weight"])

@@ -90,7 +90,7 @@ def test_it_is_converted_read_merged_and_replaced(work: Path, tmp_path: Path) ->
     done = lora_fx("convert start -o x.toy")
     assert done.returncode == 0, done.stderr
     assert "note: toys have no layouts" in done.stderr
-    assert done.stdout == "wrote x.toy: 1 updates, peft → toy\n"
+    assert done.stdout == "wrote x.toy: 1 update, peft → toy\n"
 
     done = lora_fx("convert x.toy -o back")
     assert done.returncode == 0, done.stderr
@@ -165,9 +165,11 @@ def test_two_of_one_name(place: Path, name: str, words: tuple[str, ...]) -> None
     FORMATS.refresh()
     refused(run("convert start -o x.toy"), *words)
     assert run("--help").returncode == 0
-    with pytest.raises(LoraFxError, match=words[0]):
-        load_adapter("start")
+    assert len(load_adapter("start")) == 1  # which lora-fx knows by itself
     assert not Path("x.toy").exists()
+    Path("x.toy").write_bytes(b"TOY1{}")
+    with pytest.raises(LoraFxError, match=words[0]):
+        load_adapter("x.toy")
 
 
 BROKEN = {
@@ -201,7 +203,7 @@ def test_one_that_cannot_be_imported_keeps_no_other_from_being_read(place: Path)
     changed(place / "toy_format.py", "import nothing_of_this_name")
     done = run("convert start -o x --format peft")
     assert done.returncode == 0, done.stderr
-    assert "note: not asked whether this file is its: the adapter format 'toy'" in done.stderr
+    assert "toy" not in done.stderr
     done = run("convert --help")
     assert done.returncode == 0 and "gguf, toy" in " ".join(done.stdout.split())
 
@@ -211,7 +213,7 @@ FAULTS = {
         ("1 / 0", "cannot read it: ZeroDivisionError: division by zero"),
         ("raise SystemExit(0)", "cannot read it: SystemExit: 0"),
         ("return {}", "read a dict, which is no Adapter"),
-        ("return Adapter(1)", "cannot read it: AttributeError"),
+        ("return Adapter(1)", "read entries of type int; expected a mapping"),
         ("return Adapter({'x': LowRank(np.zeros((2, 3), 'f4'), np.zeros((4, 3), 'f4'), 1.0)})",
          "'x' has A [2, 3] and B [4, 3]"),
         ("return Adapter({'x': LowRank(np.zeros((2, 3)), np.zeros((4, 2)), 1.0)})",
@@ -221,6 +223,20 @@ FAULTS = {
         ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, float('nan'))})",
          "'x' has alpha nan"),
         ("return Adapter({})", "no update in it"),
+        ("return Adapter({'x': 5})", "'x' is of type int; expected a LowRank, a Full"),
+        ("x = np.ones((2, 2), 'f4'); return Adapter({5: LowRank(x, x, 1.0)})", "read the key 5"),
+        ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, 1.0)}, {'notes': 5})",
+         "read 5 as notes; expected a list of texts"),
+        ("return Adapter({'x': LowRank([[1.0]], [[1.0]], 1.0)})", "'x' has A of type list"),
+        ("from lora_fx import Full; return Adapter({'x': Full(1.0)})",
+         "'x' has a value of type float; expected an array"),
+        ("from lora_fx import Full; return Adapter({'x': Full(np.full(2, np.nan, 'f4'))})",
+         "'value' has NaN or infinite values"),
+        ("x = np.ones((2, 2), 'f4'); n = np.full(2, np.nan, 'f4')\n"
+         "    return Adapter({'x': LowRank(x, x, 1.0, magnitude=n)})",
+         "'magnitude' has NaN or infinite values"),
+        ("x = np.ones((2, 2), 'f4'); return Adapter({'x': LowRank(x, x, 1.0, variant='none')})",
+         "'x' is of variant 'none', which is not known here"),
     ],
     "write": [
         ("1 / 0", "'toy' of the package toy-format cannot write it: Zero"),
@@ -382,9 +398,54 @@ def test_a_large_file_with_a_magic_is_bounded_too(place: Path) -> None:
     refused(done, "it has 68157440 bytes; at most 48 elements are read for this base")
 
 
-def test_two_formats_that_know_a_file(two: Path) -> None:
+def test_two_packages_that_know_a_file(two: Path) -> None:
+    assert run("convert start -o x.flat").returncode == 0
+    changed(two, f"{PLAIN}\nZipped.magic = None\nZipped.detect = Flat.detect\n")
+    refused(run("convert x.flat -o x --format peft"), "could be flat or zipped")
+
+
+def test_a_file_of_ours_is_ours(two: Path) -> None:
+    """No package is asked about it, and a package that says that it is its own is not believed."""
     changed(two, f"{PLAIN}\nFlat.detect = lambda self, seen: True\n")
-    refused(run("convert start -o x --format peft"), "could be peft or flat")
+    done = run("convert start -o x --format peft --json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["from"] == "peft"
+
+
+NOTHING_IS_ASKED = """
+import sys
+import lora_fx
+from lora_fx.cli import main
+from lora_fx.formats.io import adapter_name, format_for, save_adapter
+from lora_fx.formats.registry import FORMATS
+lines = (
+    "merge base.safetensors start -o m.safetensors",
+    "merge base.safetensors one.safetensors -o m.safetensors --dry-run",
+    "merge base.safetensors start/adapter_config.json -o m.safetensors --dry-run",
+    "merge base.safetensors start one.safetensors -o m.safetensors --again --dry-run",
+    "truncate start -o small --rank 1",
+    "truncate one.safetensors -o small --rank 1 --force",
+)
+for line in lines:
+    try:
+        main(line.split())
+    except SystemExit as stop:
+        assert not stop.code, line
+assert adapter_name("start") == "start" and adapter_name("one.safetensors") == "one"
+assert format_for("x.gguf") == "gguf" and format_for("x") == "peft"
+save_adapter(lora_fx.load_adapter("start"), "one.safetensors", force=True)
+assert "_points" not in vars(FORMATS) and "toy_format" not in sys.modules
+assert "importlib.metadata" not in sys.modules
+"""
+
+
+def test_nothing_is_asked_where_ours_know_every_file(work: Path, tmp_path: Path) -> None:
+    """Not even which packages there are."""
+    install(tmp_path / "place", "toy-format", "open('canary', 'w')")
+    save_adapter(load_adapter("start"), "one.safetensors")
+    done = child("-c", NOTHING_IS_ASKED, place=tmp_path / "place", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert not Path("canary").exists()
 
 
 def test_a_file_that_its_own_format_would_not_read_is_not_written(two: Path) -> None:

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import Beside
+from lora_fx.fx.capture import decoder
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 
 GENERATION = {"eos_token_id": [95, 7], "temperature": 0.75, "do_sample": True, "max_new_tokens": 9}
@@ -248,6 +249,22 @@ def test_refusals(name: str, source: Path) -> None:
         genai_folder(folder, Path("m.onnx"), config, force=False)
     assert words in caught.value.message and hint in str(caught.value)
     assert caught.value.exit_code == 2 and files(Path()) == {"model"}
+
+
+def test_what_the_model_lacks_is_said_before_it_is_captured(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(
+        **sizes, intermediate_size=16, vocab_size=32, bos_token_id=None, eos_token_id=None
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.config._name_or_path = str(source)
+    (source / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(decoder, "with_cache", None)
+    with pytest.raises(LoraFxError, match="has an eos_token_id"):
+        lora_fx.export(model, "m.onnx", cache=True, genai="genai")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,12 @@ def test_by_the_scope_in_node_names(tmp_path: Path) -> None:
     check(tmp_path / "m.onnx", base, adapter_of(keys), keys)
 
 
+def test_an_initialiser_s_name_is_no_module_of_others(tmp_path: Path) -> None:
+    names = {n: f"/{STORED['o']}/MatMul" for n in "qk"}
+    base, keys = model(tmp_path / "m.onnx", names), {STORED["o"]: "o"}
+    check(tmp_path / "m.onnx", base, adapter_of(keys), keys)
+
+
 def test_by_a_map(tmp_path: Path) -> None:
     base, keys = model(tmp_path / "m.onnx"), {"layers.0.key": "k", "layers.0.query": "q"}
     names = {k: STORED[n] for k, n in keys.items()}

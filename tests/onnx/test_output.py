@@ -112,6 +112,6 @@ def test_an_update_that_rounding_swallows_is_no_merge(tmp_path: Path) -> None:
     lora_fx.export(model, tmp_path / "base.onnx", (X.half(),), provider="cpu")
     a, b = np.full((1, 16), 1e-5, np.float32), np.full((24, 1), 1e-5, np.float32)
     tiny = Adapter({"fc.weight": LowRank(a, b, 1.0)})
-    with pytest.raises(NoEffectError, match="no element of 1 tensors would change"):
+    with pytest.raises(NoEffectError, match="no element of 1 tensor would change"):
         lora_fx.merge(tmp_path / "base.onnx", tiny, tmp_path / "m.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["base.onnx"]

@@ -409,7 +409,7 @@ def test_another_scale_is_the_files_and_is_said(tmp_path: Path) -> None:
     lora_fx.save_adapter(given, tmp_path / "a")
     for adapter in (given, tmp_path / "a"):
         session = TrainSession(path, 0.3, "cpu", adapter=adapter)
-        assert "'weight' has the scale 4, the file 2.5; B of 1 updates was rescaled" in session.note
+        assert "'weight' has the scale 4, the file 2.5; B of 1 update was rescaled" in session.note
         made = session.adapter()
         assert made.lowrank[key].alpha == 5.0
         np.testing.assert_allclose(made.deltas()[key], given.deltas()[key], rtol=1e-6)

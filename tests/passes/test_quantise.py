@@ -30,7 +30,8 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.ir.quantised import NF4, quantise
 from lora_fx.passes.quantise import Quantise
-from lora_fx.passes.verbs.open import KINDS, capture, quantised
+from lora_fx.passes.verbs.open import capture
+from lora_fx.passes.verbs.quantise import KINDS, quantised
 from tests.fx.train.saved_bytes import saved_bytes
 
 THE_WEIGHT = "re:^weight"

@@ -22,7 +22,8 @@ from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import forms, numbers
 from lora_fx.onnx import Session
 from lora_fx.passes.proofs.parity import prove
-from lora_fx.passes.verbs.open import KINDS, capture, quantised
+from lora_fx.passes.verbs.open import capture
+from lora_fx.passes.verbs.quantise import KINDS, quantised
 from tests.onnx.decoders import MODELS as DECODERS
 from tests.onnx.test_decoder import IDS, MASK, generated, greedy, with_delta
 from tests.onnx.test_decoder import adapter as tuned

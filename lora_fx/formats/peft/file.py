@@ -699,6 +699,7 @@ class Peft(Format):
     pickles = (PICKLED,)
     one_model = True
     takes_empty = True
+    keeps_variants = True
 
     def detect(self, seen: FileHead) -> bool:
         """Whether there is PEFT's prefix, or our own JSON."""

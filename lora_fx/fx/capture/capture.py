@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class Captured:
         adapter: What a file's branches hold; None for a model with source.
         repeat: Blocks that repeat are traced once, and the graph compared with the model.
         compared: Where such graphs were compared with it, and how far they were off.
+        tokenizer_folder: The folder of its tokenizer, of a model that was opened by name.
     """
 
     adapter: Adapter | None = None
@@ -121,6 +123,7 @@ class Captured:
     repeat = True
     compared: tuple[Parity, ...] = ()
     idle: frozenset[object] | None = None
+    tokenizer_folder: Path | None = None
     _limits_known = False
     live = False  # True where the model itself trains, and the graph shows its targets
 

@@ -8,7 +8,7 @@ stay those of the user's model, which is not touched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,15 @@ class Cached:
         return {"logits": out.logits, "present": present}
 
 
-def decoder(model: Any, *, repeat: bool = True) -> Captured:
+def decoder(
+    model: Any, *, repeat: bool = True, check: Callable[[Any], object] | None = None
+) -> Captured:
     """The capture of a model with its cache; that of a model without is taken as its source.
+
+    Args:
+        model: A decoder of transformers, or its capture.
+        repeat: Trace equal layers once.
+        check: Called with the model's config before it is captured; it may raise.
 
     Raises:
         LoraFxError: The model is no decoder of transformers, or its cache is of another kind.
@@ -77,6 +84,8 @@ def decoder(model: Any, *, repeat: bool = True) -> Captured:
             return model
         notes, repeat, model = model.notes, model.repeat, model.model
     layers = _layers(model)
+    if check is not None:
+        check(model.config)
     generator = torch.Generator().manual_seed(0)
     rows = int(model.config.get_text_config().vocab_size)
     dtype, device = base_dtype(model), _device(model)

@@ -87,4 +87,5 @@ def _computed(
     operands = [_computed(arg, x, written) for arg in node.args]
     if any(operand is None for operand in operands):
         return None
-    return node.target(*operands)  # type: ignore[operator]
+    result: torch.Tensor | float = node.target(*operands)  # type: ignore[operator]
+    return result

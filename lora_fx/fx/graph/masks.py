@@ -145,7 +145,8 @@ def _form_at(nodes: Sequence[fx.Node], sizes: Mapping[object, int]) -> str:
         if isinstance(arg, torch.device):
             return torch.device("cpu")  # that of the capture may be meta, or of another machine
         if not isinstance(arg, fx.Node):
-            return arg
+            plain: Argument = arg
+            return plain
         if arg not in values:
             return torch.empty(0, dtype=dtype_of(arg))
         return values[arg]

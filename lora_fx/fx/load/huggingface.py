@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_fx.checkpoint.renaming import loaded_of
+from lora_fx.checkpoint.loaded_names import loaded_of
 from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, importing, one_line, retold, silenced

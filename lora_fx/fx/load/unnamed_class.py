@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_fx.checkpoint.renaming import loaded_of
+from lora_fx.checkpoint.loaded_names import loaded_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors

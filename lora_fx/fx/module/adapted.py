@@ -51,7 +51,7 @@ from lora_fx.fx.tensors import (
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
 from lora_fx.targets.target import Found
-from lora_fx.text import Json, by_key, html, human, short
+from lora_fx.text import Json, by_key, counted, html, human, short
 
 Inserter = Callable[[Updates, bool], Rewriter]
 
@@ -466,8 +466,9 @@ class AdaptedReport:
 
     def __str__(self) -> str:
         """A few lines."""
+        targets = counted(len(self.targets), "target")
         lines = [
-            f"{len(self.targets)} targets adapted ({self.adapted_share:.1%} of the weight FLOPs), "
+            f"{targets} adapted ({self.adapted_share:.1%} of the weight FLOPs), "
             f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
         ]
         lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]

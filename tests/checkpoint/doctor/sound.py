@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import Adapter, Full, LowRank
+from lora_fx.adapter.updates import Entry
 from tests.checkpoint import test_dequantise
 from tests.checkpoint.doctor import pairs
 from tests.checkpoint.doctor.pairs import LINEAR as LLAMA
@@ -32,7 +33,7 @@ from tests.checkpoint.doctor.tiny import (
     peft_folder,
     pickled,
 )
-from tests.checkpoint.made import adapter, factors
+from tests.checkpoint.made import Array, adapter, checkpoint, factors
 from tests.files.quantised.rows import read as read_row
 
 
@@ -48,6 +49,24 @@ def simple(kind: str, *ends: str, base_of: Mapping[str, Any] = {}, **config: Any
 
 def by_peft(model: Any, config: Any) -> Build:
     return lambda folder: peft_folder(folder, model(), config())
+
+
+def one_file(
+    key: str,
+    entry: Entry,
+    tensors: Mapping[str, Array] = {"tied.weight": normal(8, 6)},
+    **config: Any,
+) -> Build:
+    """A base of these tensors and one more, and our own file of an update of each."""
+
+    def build(folder: Path) -> None:
+        stored = {**tensors, "other.weight": normal(8, 6)}
+        checkpoint(folder / "base", stored, config=config)
+        other = LowRank(normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0)
+        made = Adapter({key: entry, "other.weight": other})
+        lora_fx.save_adapter(made, folder / "adapter.safetensors")
+
+    return build
 
 
 def image(tensors: Mapping[str, Any], lead: str = "lora_unet_") -> Build:
@@ -296,5 +315,18 @@ SOUND: dict[str, Build] = {
     "more layers than the base": more_layers,
     "fewer layers than the config": fewer_layers,
     "merged before": twice,
+    "whole numbers, replaced whole": one_file(
+        "ids.weight",
+        Full(np.arange(12, dtype=np.int32).reshape(3, 4)),
+        {"ids.weight": np.zeros((3, 4), np.int32)},
+    ),
+    # names of a tensor that the file stores once
+    "a whole tensor under its twin's name": one_file(
+        "untied.weight", Full(normal(8, 6), True, ("tied.weight",))
+    ),
+    "an update under its twin's name": one_file(
+        "untied.weight",
+        LowRank(normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0, twins=("tied.weight",)),
+    ),
 }  # fmt: skip
 """Name → what makes the pair, and returns the options of the merge that is meant."""

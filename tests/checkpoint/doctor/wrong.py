@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import peft
 from safetensors.numpy import load_file
 
 import lora_fx
+from lora_fx import Full, LowRank
 from tests.checkpoint.doctor import pairs, sound
 from tests.checkpoint.doctor.sound import codes, image, new_head, normal_rng, simple, tied
 from tests.checkpoint.doctor.tiny import (
@@ -217,6 +219,9 @@ def unpaired(*lost: str) -> Build:
     return image({n: v for n, v in LINEAR.items() if not any(p in n for p in lost)})
 
 
+NARROW = LowRank(normal(2, 6), normal(8, 2), 2.0)
+CODES = np.zeros((4, 4), np.int32)
+WIDE = LowRank(normal(2, 7), normal(8, 2), 2.0)
 FP8 = ml_dtypes.float8_e4m3fn
 HALF = f"{Q}.weight"
 WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
@@ -313,10 +318,35 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
         lambda folder: simple("llama", "q_proj")(folder) or {"dequantise": True},
         ("none of its weights is quantised",),
     ),
+    "codes that the config tells of": (
+        sound.one_file(
+            "w.weight", NARROW, {"w.numbers": CODES}, quantization_config={"quant_method": "xyz"}
+        ),
+        ("quantised base", "w.weight", "xyz, as config.json says"),
+    ),
+    "codes without their scales": (
+        sound.one_file("w.weight", NARROW, {"w.qweight": CODES}),
+        ("quantised base", "w.weight", "GPTQ or AWQ"),
+    ),
+    "int8 replaced by floats": (
+        sound.one_file(
+            "w.weight", Full(normal(8, 6)), {"w.weight": np.zeros((8, 6), np.int8)}
+        ),
+        ("'w.weight' is int8", "replaces it by float32"),
+    ),
     # what an option of merge would take
     "a tied head": (lambda folder: tied(folder) and None, ("lm_head.weight", "--untie")),
     "a new head": (lambda folder: new_head(folder) and None, ("score.weight", "--add")),
     "merged before": (twice, ("merged", "--again")),
+    # names of a tensor that the file stores once
+    "one use of a tensor": (
+        sound.one_file("alias.weight", replace(NARROW, use="tied.weight")),
+        ("tied weights", "'alias.weight' means one use of 'tied.weight'", "which the base stores"),
+    ),
+    "another shape than the twin's": (
+        sound.one_file("alias.weight", replace(WIDE, twins=("tied.weight",))),
+        ("shapes", "alias.weight", "8 × 7", "[8, 6]"),
+    ),
     # files
     "the adapter is cut off": (cut("adapter/adapter_model.safetensors"), ("adapter_model",)),
     "the base is cut off": (cut("base/model.safetensors"), ("model.safetensors", "cut off")),

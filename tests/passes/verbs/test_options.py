@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
@@ -91,7 +93,7 @@ BRANCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(
         (name, {"adapter": GIVEN}, {name: value})
         for name, values in {
-            "rank": (8, 3), "alpha": (16.0, 4.0), "variant": ("lora", "lora-fa", "dora"),
+            "rank": (8, 3), "alpha": (16.0, 4.0), "variant": ("lora-fa", "dora"),
             "init": ("kaiming", "pissa"), "seed": (0, 1), "loss": ("ce",), "data": (BATCH,),
         }.items()
         for value in values
@@ -121,6 +123,7 @@ def test_an_option_without_a_say(
     [
         {"adapter": GIVEN, "dropout": 0.1, "dead": "keep", "norm_stats": "frozen"},
         {"adapter": GIVEN, "rank": 2, "alpha": 2.0},  # which it has
+        {"adapter": GIVEN, "variant": "lora"},  # the same
         {"plan": PARTS, "rank": 2, "alpha": 3.0},
         {"plan": WHOLE, "rank": 2, "alpha": 4.0},  # which it has
         {"plan": WHOLE, "exclude": "1", "seed": 1, "variant": "rslora"},
@@ -134,6 +137,73 @@ def test_an_option_without_a_say(
 def test_options_that_have_one(given: dict[str, Any]) -> None:
     module = lora_fx.insert(net(), (X,), **given)
     assert module.adapter().lowrank
+
+
+def test_the_variant_of_an_adapter_is_no_contradiction() -> None:
+    """Told by its tensors: a DoRA's own name says lora, and a QA-LoRA's has no group."""
+    for variant, others in (("dora", "lora"), ("qalora:2", "qalora:4"), ("lora+", "lora")):
+        made = lora_fx.insert(net(), (X,), rank=2, variant=variant).adapter()
+        assert lora_fx.insert(net(), (X,), adapter=made, variant=variant).adapter().lowrank
+        with pytest.raises(LoraFxError, match="variant has no say beside an adapter"):
+            lora_fx.insert(net(), (X,), adapter=made, variant=others)
+
+
+FOLD: dict[str, Any] = {"base": "b.safetensors", "out": "o.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: lora_fx.insert(net(), (X,), variant=5), "variant is a int, not a name"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), adapters=5), "adapters is a int"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.Switch(include=5)),
+         "include is a int, not selectors"),
+        (lambda: lora_fx.export(net(), "x.onnx", (X,), mode=lora_fx.TrainStep(clip="much")),
+         "clip is a str, not a number"),
+        (lambda: lora_fx.verify("b.safetensors", "b.safetensors", tol="much"),
+         "tol is a str, not a number"),
+        (lambda: lora_fx.merge(adapters="a", threads=-1, **FOLD), "threads is -1"),
+        (lambda: lora_fx.merge(adapters="a", threads="all", **FOLD), "threads is 'all'"),
+        (lambda: lora_fx.doctor("b.safetensors", "a", server="vlm"), "no server 'vlm'"),
+        (lambda: lora_fx.doctor("b.safetensors", GIVEN), "adapter is a Adapter, not a path"),
+    ],
+)  # fmt: skip
+def test_an_option_of_another_type(
+    call: Callable[[], object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"0.weight": np.ones((6, 4), "f4")}, "b.safetensors")
+    lora_fx.save_adapter(GIVEN, "a")
+    with pytest.raises(LoraFxError, match=said):
+        call()
+
+
+def test_targets_of_a_model_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)).eval()
+    assert [target.key for target in lora_fx.find(model, (X,)).targets] == ["0.weight"]
+
+
+@pytest.mark.parametrize("learns", [[], {"variants": []}, {"variants": {"0.weight": []}}])
+def test_metadata_that_says_something_else_of_how_it_learns(learns: Any) -> None:
+    made = lora_fx.Adapter(GIVEN.entries, {"learns": learns})
+    assert lora_fx.insert(net(), (X,), adapter=made).adapter().lowrank
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "name"),
+    [
+        (lora_fx.Load(rank=4), {"rank": 0}, "rank"),
+        (lora_fx.TrainStep(), {"clip": 0.0}, "clip"),
+        (lora_fx.TrainStep(), {"weight_decay": 0}, "weight_decay"),
+    ],
+)
+def test_an_option_of_zero_beside_a_mode(
+    tmp_path: Path, mode: Any, given: dict[str, Any], name: str
+) -> None:
+    """It is one that was given, and is not passed over."""
+    with pytest.raises(LoraFxError, match=f"^{name}= beside mode=lora_fx"):
+        lora_fx.export(net(), tmp_path / "x.onnx", (X,), mode=mode, **given)
 
 
 def test_a_variant_is_not_dropped_beside_an_adapter() -> None:

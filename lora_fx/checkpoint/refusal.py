@@ -1,0 +1,36 @@
+"""A refusal of a merge by its name, so that doctor can collect them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Self
+
+from lora_fx.errors import LoraFxError
+
+UNUSED = "unused keys"
+MISSING = "missing keys"
+SHAPES = "shapes"
+TIED = "tied weights"
+BASE = "base"
+MERGED = "merged before"
+READ_TOO = "other readers"
+
+
+class MergeRefusal(LoraFxError):
+    """Why a pair of base and adapter is not merged, where an option or other keys would mend it.
+
+    Args:
+        check: Its name, one of those above.
+        keys: The adapter's keys that it is about.
+        message: As of every error.
+        hint: The same.
+    """
+
+    def __init__(self, check: str, keys: Iterable[str], message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.check = check
+        self.keys = tuple(keys)
+
+    def after(self, lead: str) -> Self:
+        """The same refusal, whose message begins with something else."""
+        return type(self)(self.check, self.keys, f"{lead}: {self.message}", self.hint)
