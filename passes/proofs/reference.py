@@ -51,8 +51,9 @@ from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.batch import SCALES
 from lora_fx.onnx.choices import choosing_file
-from lora_fx.onnx.graph.graph import OnnxGraph, highest
-from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.id_limits import highest
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched

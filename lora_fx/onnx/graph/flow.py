@@ -8,42 +8,40 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx_ir as ir
 
-from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.dtypes import numpy_dtype
 from lora_fx.ir.graph import Parameter, Site
 from lora_fx.ir.kinds import Shape, WeightForm
-from lora_fx.ir.layout import Cast, Gather, Permute, Reshape, Slice, Step, View
-from lora_fx.onnx.graph.ops import (
-    DATA_OPS,
+from lora_fx.ir.layout import Cast, View
+from lora_fx.onnx.graph.coded_weights import (
     FOREIGN,
     NO_PLACE,
     QUANTISER,
     UNSCALED,
     Codes,
-    OnnxOp,
-    OnnxOperand,
     check_scales,
     may_weigh,
     narrow,
     quantiser,
-    row_of,
     scaled,
 )
+from lora_fx.onnx.graph.flops import count, flops_of_data, flops_of_use
+from lora_fx.onnx.graph.marks import DATA, MARK, VIEW, site_name
+from lora_fx.onnx.graph.ops import OnnxOp, OnnxOperand, row_of
+from lora_fx.onnx.graph.values import (
+    bodies_of,
+    made_by,
+    operand,
+    shape_of,
+    tensor_dtype,
+)
+from lora_fx.onnx.graph.views import VIEWS, after
 from lora_fx.targets.target import base_name
 from lora_fx.text import free_name, listed_texts
-
-MARK = "lora_fx"
-VIEW = "lora_fx.view"
-"""Metadata key of the views of a use in weight form, which start at a sum, not at the weight."""
-WAS = "lora_fx.was"
-"""Metadata key of a site's value whose own name went to the sum with its branches."""
-DATA = "lora_fx.data"
-"""Metadata key of a constant that a product or a lookup has for its input: no weight."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         return
     if _computes(flow, node):
         return
-    flops = _data(node)
+    flops = flops_of_data(node)
     picked = [flow.gathered[v] for v in node.inputs if v is not None and v in flow.gathered]
     if picked:
         flow.gathered_flops[picked[0]] = flow.gathered_flops.get(picked[0], 0) + flops
@@ -219,7 +217,7 @@ def _gather_from(flow: OnnxFlow, node: ir.Node) -> None:
         if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
             continue
         weight = flow.weight_of(value)
-        if weight is not None and value.shape is not None and _count(tuple(value.shape)) == 1:
+        if weight is not None and value.shape is not None and count(tuple(value.shape)) == 1:
             continue  # a factor, which every row is multiplied by
         names.add(weight.name if weight is not None else flow.gathered.get(value, ""))
     if len(names) == 1 and "" not in names:
@@ -256,17 +254,6 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
                 why = known[value].computed or f"the weight is carried by a {node.op_type}"
                 flow.computed[inner] = replace(known[value], computed=why, view=View())
     return False
-
-
-def bodies_of(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that an If, a Loop or a Scan runs; empty for other ops."""
-    bodies: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            bodies.append(attribute.as_graph())
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            bodies += attribute.as_graphs()
-    return bodies
 
 
 def _root(value: ir.Value | None) -> ir.Value | None:
@@ -325,22 +312,6 @@ def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
 def _names(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
     """The names of the stored tensors that values are, or that lie behind them."""
     return tuple(dict.fromkeys(n for w in weights if w for n in w.behind or (w.name,)))
-
-
-def shape_of(value: ir.Value | None) -> Shape | None:
-    """The sizes of a value, whole numbers or symbols; None where the file does not say."""
-    return None if value is None or value.shape is None else tuple(value.shape)
-
-
-def values_of(model: ir.Model) -> list[ir.Value]:
-    """Inputs, initialisers and what nodes make, bodies included."""
-    stored = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
-    return [*dict.fromkeys(stored), *(v for n in model.graph.all_nodes() for v in n.outputs)]
-
-
-def rank(value: ir.Value | None) -> int | None:
-    """The number of dimensions of a value; None where it is unknown."""
-    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
@@ -432,7 +403,7 @@ def _site(
         operand=operand,
         scope=scope[0],
         module_class=scope[1],
-        flops=_flops(node, use, operand, node.outputs[0] if y is None else y),
+        flops=flops_of_use(node, use, operand, node.outputs[0] if y is None else y),
         refusal=weight.computed or use.refusal,
         allowed=use.allowed and not weight.computed,
         gain=use.gain,
@@ -440,13 +411,6 @@ def _site(
         slot=(use.weight,),
         root=weight.name,
     )
-
-
-def site_name(node: ir.Node) -> str:
-    """The name that a node's first result had before any pass."""
-    # by the result, since node names may be empty or repeated
-    value = node.outputs[0]
-    return value.metadata_props.get(WAS, str(value.name))
 
 
 def scope_of(node: ir.Node) -> tuple[str, str]:
@@ -463,242 +427,3 @@ def scope_of(node: ir.Node) -> tuple[str, str]:
     if node.name and node.name.startswith("/"):
         return ".".join(node.name.strip("/").split("/")[:-1]), ""
     return "", ""
-
-
-def _count(shape: Shape | None) -> int:
-    """The number of elements, where a symbolic size counts once."""
-    sizes = [n for n in shape or () if isinstance(n, int) and n >= 0]  # some files say -1 for free
-    return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
-
-
-def _flops(node: ir.Node, use: OnnxOperand, operand: tuple[int, ...], result: ir.Value) -> int:
-    """FLOPs of one use, 2 · elements of the result · in; a symbolic size counts once."""
-    if use.kind.name == "embedding" or len(operand) < 2:
-        return 0
-    if use.kind.name == "conv_transpose":
-        return 2 * _count(shape_of(node.inputs[use.x])) * _count(operand[1:])
-    if use.kind.name == "recurrent":
-        return 2 * _count(operand) * _count((shape_of(node.inputs[0]) or (1,))[:-1])
-    axes = use.kind.axes(operand)
-    split = axes.steps[0].shape if axes.steps else operand  # type: ignore[union-attr]
-    inner = _count(tuple(split[i] for i in axes.in_))
-    y = shape_of(result)
-    return 2 * inner * (_count(y) if y is not None else _count(tuple(split[i] for i in axes.out)))
-
-
-def _data(node: ir.Node) -> int:
-    """FLOPs of one product of activations; 0 for everything else."""
-    first, y = shape_of(operand(node, 0)), shape_of(node.outputs[0])
-    if (node.domain, node.op_type) not in DATA_OPS or not first or y is None:
-        return 0
-    return 2 * _count(y) * _count(first[-1:])
-
-
-# The ONNX ops that may stand between a weight and its use, as View steps.
-
-
-Steps = list[Step] | None
-Rule = Callable[[ir.Node, tuple[int, ...], int], Steps]
-"""A rule takes the node, the shape of its first operand, and which of its results is meant; it
-gives the steps, or None where the node is no view."""
-
-
-def operand(node: ir.Node, slot: int) -> ir.Value | None:
-    """The operand in a slot; None where the node leaves it out."""
-    return node.inputs[slot] if slot < len(node.inputs) else None
-
-
-def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node that makes a value, where it is this op of ONNX."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op and not node.domain else None
-
-
-def remove_unread(node: ir.Node | None) -> None:
-    """Remove a node that nothing reads, and those before it that nothing reads then."""
-    if node is None or node.graph is None:  # it may have been removed as what is before another
-        return
-    if any(v.uses() or v.is_graph_output() for v in node.outputs):
-        return
-    before = [v.producer() for v in node.inputs if v is not None]
-    node.graph.remove(node, safe=True)
-    for maker in before:
-        remove_unread(maker)
-
-
-def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initialiser or a Constant; None for anything else."""
-    # an initialiser that is an input too can be overridden in every run: no constant
-    if value is None or value.is_graph_input():
-        return None
-    found = ir.convenience.get_const_tensor(value)
-    return None if found is None else found.numpy()
-
-
-def numbers(
-    node: ir.Node, name: str, slot: int, absent: list[int] | None = None
-) -> list[int] | None:
-    """The whole numbers that an op takes as an attribute, or as an operand in later opsets.
-
-    None where they are not known, and `absent` where the node leaves them out.
-    """
-    if name in node.attributes:
-        found = node.attributes[name].value
-        return [int(found)] if isinstance(found, int) else [int(n) for n in found]
-    given = operand(node, slot)
-    value = constant(given)
-    if value is None:
-        return absent if given is None else None
-    return [int(n) for n in value.reshape(-1)]
-
-
-def is_tensor(value: ir.Value) -> bool:
-    """Whether a value is a tensor, as far as the model says, and no sequence or option of some."""
-    return not isinstance(value.type, (ir.SequenceType, ir.OptionalType))
-
-
-def dtype_name(value: ir.Value | None) -> str:
-    """The name of a tensor's dtype; empty where the model does not say, and of a sequence."""
-    dtype = None if value is None or not is_tensor(value) else value.dtype
-    if dtype is None and value is not None and value.const_value is not None:
-        dtype = value.const_value.dtype
-    return "" if dtype is None else tensor_dtype(dtype)
-
-
-def tensor_dtype(dtype: ir.DataType) -> str:
-    """The name of a dtype as numpy has it, or ONNX's own where numpy has none."""
-    try:
-        return str(dtype.numpy().name)
-    except (TypeError, KeyError):
-        return dtype.name.lower()
-
-
-def _transpose(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    perm = node.attributes.get("perm")
-    return [Permute(tuple(perm.as_ints()) if perm else tuple(range(len(shape)))[::-1])]
-
-
-def _cast(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    to = tensor_dtype(ir.DataType(node.attributes["to"].as_int()))
-    if "float" not in to:
-        return None
-    return [] if to == dtype_name(node.inputs[0]) else [Cast(to)]
-
-
-def _reshape(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    wanted = numbers(node, "shape", 1)
-    if wanted is None:
-        return None
-    # Reshape: a size of 0 copies that of the input, unless allowzero says that it is 0.
-    keep_zero = node.attributes.get_int("allowzero", 0)
-    sizes = [shape[k] if n == 0 and not keep_zero else n for k, n in enumerate(wanted)]
-    rest = math.prod(n for n in sizes if n != -1)
-    whole = math.prod(shape)
-    return [Reshape(tuple(whole // rest if n == -1 else n for n in sizes))] if rest else None
-
-
-def _squeeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axes = numbers(node, "axes", 1, [k for k, n in enumerate(shape) if n == 1])
-    if axes is None:
-        return None
-    gone = {a % len(shape) for a in axes}
-    return [Reshape(tuple(n for k, n in enumerate(shape) if k not in gone))]
-
-
-def _unsqueeze(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axes = numbers(node, "axes", 1)
-    if axes is None:
-        return None
-    rank = len(shape) + len(axes)
-    new, rest = {a % rank for a in axes}, iter(shape)
-    return [Reshape(tuple(1 if k in new else next(rest) for k in range(rank)))]
-
-
-def _flatten(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    at = node.attributes.get_int("axis", 1)
-    return [Reshape((math.prod(shape[:at]), math.prod(shape[at:])))]
-
-
-def _expand(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    wanted = numbers(node, "shape", 1)
-    if wanted is None:
-        return None
-    out = np.broadcast_shapes(shape, tuple(wanted))
-    return [Reshape(out)] if math.prod(out) == math.prod(shape) else None
-
-
-def _slice(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    starts, stops = numbers(node, "starts", 1), numbers(node, "ends", 2)
-    if starts is None or stops is None:
-        return None
-    axes = numbers(node, "axes", 3, list(range(len(starts))))
-    if axes is None or set(numbers(node, "steps", 4, [1]) or ()) != {1}:
-        return None
-    steps: list[Step] = []
-    for axis, start, stop in zip(axes, starts, stops, strict=True):
-        # Python's slices clamp as ONNX does: ends are often INT64_MAX
-        lo, hi, _ = slice(start, stop).indices(shape[axis])
-        steps.append(Slice(axis % len(shape), lo, hi))
-    return steps
-
-
-def _split(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    axis = node.attributes.get_int("axis", 0) % len(shape)
-    # without sizes, all parts are equal and the last may be shorter
-    part = -(-shape[axis] // len(node.outputs))
-    equal = [min(part, shape[axis] - part * k) for k in range(len(node.outputs))]
-    sizes = numbers(node, "split", 1, equal)
-    if sizes is None:
-        return None
-    start = sum(sizes[:i])
-    return [Slice(axis, start, start + sizes[i])]
-
-
-def _gather(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    """The slice of one entry of an axis that a constant picks; ids from data pick matrices."""
-    value = node.inputs[1]
-    ids = None if value is None or DATA in value.metadata_props else constant(value)
-    axis = node.attributes.get_int("axis", 0) % len(shape)
-    if ids is None or ids.ndim:
-        return _picked(node, shape, 1) if ids is None and axis == 0 else None
-    k = int(ids) % shape[axis]
-    return [Slice(axis, k, k + 1), Reshape(shape[:axis] + shape[axis + 1 :])]
-
-
-def _gather_nd(node: ir.Node, shape: tuple[int, ...], i: int) -> Steps:
-    batched = node.attributes.get_int("batch_dims", 0)
-    one = (shape_of(node.inputs[1]) or (0,))[-1] == 1
-    return _picked(node, shape, 2) if one and not batched else None
-
-
-def _picked(node: ir.Node, shape: tuple[int, ...], dims: int) -> Steps:
-    """Stacked matrices that data picks along the first axis; ids of other ranks make new axes."""
-    return [Gather(0)] if rank(node.inputs[1]) == dims and len(shape) > 2 else None
-
-
-VIEWS: Mapping[str, Rule] = {
-    "Identity": lambda node, shape, i: [],
-    "Transpose": _transpose,
-    "Cast": _cast,
-    "Reshape": _reshape,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Flatten": _flatten,
-    "Expand": _expand,
-    "Slice": _slice,
-    "Split": _split,
-    "Gather": _gather,
-    "GatherND": _gather_nd,
-}
-
-
-def after(shape: tuple[int, ...], steps: list[Step]) -> tuple[int, ...]:
-    """The shape that a tensor has after some steps."""
-    for step in steps:
-        if isinstance(step, Permute):
-            shape = tuple(shape[d] for d in step.perm)
-        elif isinstance(step, Reshape):
-            shape = step.shape
-        elif isinstance(step, Slice):
-            shape = (*shape[: step.axis], step.stop - step.start, *shape[step.axis + 1 :])
-    return shape

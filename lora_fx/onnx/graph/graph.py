@@ -6,71 +6,31 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, MistakeError, silenced
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, silenced
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Role, Site
-from lora_fx.ir.kinds import Embedding
+from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Site
 from lora_fx.ir.quantised import ZeroPoints
-from lora_fx.onnx.graph.flow import (
-    MARK,
-    VIEW,
-    WAS,
-    OnnxFlow,
-    OnnxWeightUse,
-    bodies_of,
-    constant,
-    dtype_name,
-    follow,
-    operand,
-    shape_of,
-    site_name,
-)
-from lora_fx.onnx.graph.ops import row_of
-from lora_fx.text import by_key, free_name
+from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser, as_tensor
+from lora_fx.onnx.graph.flow import OnnxFlow, OnnxWeightUse, follow
+from lora_fx.onnx.graph.inlining import counted_names
+from lora_fx.onnx.graph.marks import MARK, WAS, site_name
+from lora_fx.onnx.graph.shape_inference import copy_shapes, in_floats, unknown_shapes
+from lora_fx.onnx.graph.values import bodies_of, constant, operand
+from lora_fx.text import free_name
 
 OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
 UNKNOWN_SHAPES = "some shapes are unknown: FLOPs are too low"
-
-
-@contextlib.contextmanager
-def _counted_names() -> Iterator[None]:
-    """A block in which onnx_ir's inliner remembers how far it has counted the copies of a name.
-
-    Unasked it tries NAME_2, NAME_3 … anew for each copy: 4,096 of one name take 12 s. The names
-    that come of it are the same, since none is given back.
-    """
-    from onnx_ir.passes.common import inliner
-
-    last: dict[tuple[str, int], int] = {}
-
-    def unique(name: str, callstack: list[str], used_names: set[str]) -> str:
-        count, candidate = last.get((name, id(used_names)), 1), name
-        while candidate in used_names:
-            count += 1
-            candidate = f"{name}_{count}"
-        last[name, id(used_names)] = count
-        used_names.add(candidate)
-        return candidate
-
-    before = inliner._make_unique_name
-    try:
-        inliner._make_unique_name = unique
-        yield
-    finally:
-        inliner._make_unique_name = before
 
 
 class OnnxGraph(Analysed):
@@ -99,18 +59,18 @@ class OnnxGraph(Analysed):
             from onnx_ir.passes.common import InlinePass
 
             self.notes.append(f"{len(model.functions)} model functions were inlined")
-            with _counted_names():
+            with counted_names():
                 InlinePass()(model)
-        if _unknown(model):
+        if unknown_shapes(model):
             from onnx_ir.passes.common import ShapeInferencePass
 
             # where it cannot infer, it logs an error; the note says it to the user
             with silenced(levels={"onnx_ir": logging.CRITICAL}):
                 ShapeInferencePass()(model)
-                if (twin := _in_floats(model)) is not None:
+                if (twin := in_floats(model)) is not None:
                     ShapeInferencePass()(twin)
-                    _copy_shapes(twin, model)
-            if _unknown(model):
+                    copy_shapes(twin, model)
+            if unknown_shapes(model):
                 self.notes.append(UNKNOWN_SHAPES)
         self._names = 0
         self._taken = {v.name for node in model.graph.all_nodes() for v in node.outputs}
@@ -359,49 +319,6 @@ class OnnxGraph(Analysed):
         _lint(self.model.graph, set())
 
 
-def _unknown(model: ir.Model) -> bool:
-    """True when an op of the table has an operand of unknown shape."""
-    nodes = (n for n in model.graph.all_nodes() if row_of(n) is not None)
-    values = (v for n in nodes for v in (*n.inputs, n.outputs[0]) if v is not None)
-    return any(shape_of(v) is None and v.const_value is None for v in values)
-
-
-def _in_floats(model: ir.Model) -> ir.Model | None:
-    """The model with floats in the place of codes that ONNX's inference knows nothing of.
-
-    None where there are none.
-    """
-    whole = model.clone()
-    known = [(n, r) for n in whole.graph.all_nodes() if n.domain and (r := row_of(n)) and r.twin]
-    for i, (node, row) in enumerate(known):
-        use = next(row.uses(node, [shape_of(v) for v in node.inputs].__getitem__), None)
-        scale, graph = node.inputs[2], node.graph
-        if use is None or scale is None or graph is None:
-            continue
-        w = use.stored or shape_of(node.inputs[use.weight]) or ()
-        w = w[::-1] if use.stored and row.twin == "MatMul" else w
-        kind = ir.TensorType(scale.dtype or ir.DataType.FLOAT)
-        floats = ir.Value(name=f"{i}_in_floats", shape=ir.Shape(w), type=kind)
-        whole.graph.inputs.append(floats)
-        x = node.inputs[use.x]
-        new = [ir.node("Cast", [x], {"to": int(kind.dtype)})] if row.twin == "MatMul" else []
-        operands = {use.x: new[0].outputs[0] if new else x, use.weight: floats}
-        new.append(ir.node(row.twin, [operands[0], operands[1]]))
-        made = new[-1].outputs
-        made[0].name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs[:1], made)
-    return whole if known else None
-
-
-def _copy_shapes(source: ir.Model, model: ir.Model) -> None:
-    """Give values the shape and dtype that another model has for their names."""
-    known = {v.name: v for n in source.graph.all_nodes() for v in n.outputs}
-    for value in (v for n in model.graph.all_nodes() for v in n.outputs):
-        other = known.get(value.name)
-        if value.shape is None and other is not None and other.shape is not None:
-            value.shape, value.type = other.shape, value.type or other.type
-
-
 def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
     seen = outer | {*graph.inputs, *graph.initializers.values()}
     for node in graph:
@@ -414,175 +331,6 @@ def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
         for body in bodies_of(node):
             _lint(body, seen)
         seen.update(node.outputs)
-
-
-# onnx_ir as an Emitter: nodes at a site, each marked as part of its branch.
-
-
-def as_tensor(value: Array | Deferred, name: str) -> ir.TensorProtocol:
-    """The array as a tensor; a deferred one is computed each time that it is read."""
-    if not isinstance(value, Deferred):
-        return ir.tensor(value, name=name)
-    dtype = ir.DataType.from_numpy(numpy_dtype(value.dtype))
-    compute = value.compute
-    return ir.LazyTensor(lambda: ir.tensor(compute()), dtype, ir.Shape(value.shape), name=name)
-
-
-def add_initialiser(
-    graph: ir.Graph, name: str, value: Array | Deferred, mark: str = ""
-) -> ir.Value:
-    """A new initialiser; `mark` is the site of the branch that it belongs to."""
-    marked = {MARK: mark} if mark else None
-    v = ir.val(name, const_value=as_tensor(value, name), metadata_props=marked)
-    graph.initializers[name] = v
-    return v
-
-
-OF_CODES = {"bits", "block_size", "gather_axis", "quantize_axis"}
-"""Attributes of a lookup of codes, which one of floats does not have."""
-PLAIN = {"matmul": "MatMul", "div": "Div", "gather": "Gather", "einsum": "Einsum",
-         "transpose": "Transpose"}  # fmt: skip
-"""Primitives that are a node of the same operands and attributes."""
-
-
-@dataclass(eq=False, repr=False)
-class OnnxEmitter:
-    """Inserts in order, after the site's node or before it, in the graph or body that holds it."""
-
-    owner: OnnxGraph
-    node: ir.Node
-    mark: str
-    found: OnnxWeightUse | None = None
-    before: bool = field(kw_only=True)
-    viewing: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        """The first node stands beside the site's, each other one after the last."""
-        self.last = self.node
-
-    def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """Add a node of an ONNX op and give its first result."""
-        return self._place(ir.node(op, inputs, attributes))
-
-    def results(self, op: str, *inputs: ir.Value, count: int, **attributes: Any) -> list[ir.Value]:
-        """Add a node of an ONNX op and give all its results."""
-        made = ir.node(op, inputs, attributes, num_outputs=count)
-        self._place(made)
-        return list(made.outputs)
-
-    def _place(self, new: ir.Node) -> ir.Value:
-        new.metadata_props[MARK] = self.mark
-        if self.viewing:
-            new.metadata_props[VIEW] = "of the weight form"
-        for value in new.outputs:
-            value.name = self.owner.fresh(f"{self.mark}_lora")
-        if self.before:
-            self.node.prepend(new)
-        else:
-            self.last.append(new)
-            self.last = new
-        self.owner.changed()
-        return new.outputs[0]
-
-    def _ints(self, *values: int) -> ir.Value:
-        return self._constant(np.array(values, np.int64))
-
-    def _constant(self, value: Array) -> ir.Value:
-        name = self.owner.fresh(f"{self.mark}_lora_const")
-        return add_initialiser(self.owner.model.graph, name, value, self.mark)
-
-    def op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        """Add the node of one primitive of the closed set; see lora_fx.ir.layout.Ops."""
-        made = self._op(prim, *xs, **attrs)
-        # onnx_ir infers no types, and later casts ask for this one
-        first = next((x for x in xs if isinstance(x, ir.Value)), None)
-        if made.dtype is None and first is not None and first.dtype is not None:
-            made.type = ir.TensorType(first.dtype)
-        return made
-
-    def _op(self, prim: str, *xs: Any, **attrs: Any) -> ir.Value:
-        if prim in PLAIN:
-            return self.call(PLAIN[prim], *xs, **attrs)
-        if prim in ("add", "mul"):
-            x, y = xs
-            if isinstance(y, (int, float)):
-                kind = numpy_dtype(dtype_name(x) or "float32")
-                y = self._constant(np.array(y, np.float32).astype(kind))
-            return self.call(prim.title(), x, y)
-        if prim == "norm":
-            if self.owner.model.opset_imports.get("", 0) < 18:
-                return self.call("ReduceL2", xs[0], axes=[-1], keepdims=1)
-            return self.call("ReduceL2", xs[0], self._ints(-1), keepdims=1)
-        if prim in ("detach", "dropout"):  # a file has no gradients and is no training graph
-            assert isinstance(xs[0], ir.Value)
-            return xs[0]
-        if prim == "repeat":
-            shape = [int(n) for n in shape_of(xs[0]) or ()]
-            one, wide = self._ints(*shape, 1), self._ints(*shape, attrs["times"])
-            wide = self.call("Expand", self.call("Reshape", xs[0], one), wide)
-            return self.call("Reshape", wide, self._ints(*shape[:-1], -1))
-        if prim == "reshape":
-            return self.call("Reshape", xs[0], self._ints(*attrs["shape"]))
-        if prim == "slice":
-            bounds = (self._ints(attrs[k]) for k in ("start", "stop", "axis"))
-            return self.call("Slice", xs[0], *bounds)
-        if prim == "pad":
-            return self.call("Pad", xs[0], self._ints(*attrs["before"], *attrs["after"]))
-        if prim == "conv":
-            return self.call("Conv", *xs, group=attrs["groups"])
-        if prim == "cast":
-            return self._cast(xs[0], attrs["dtype"])
-        if prim == "cast_like":
-            wanted = dtype_name(xs[1])
-            if wanted:
-                return self._cast(xs[0], wanted)
-            if self.owner.model.opset_imports.get("", 0) < 15:
-                raise LoraFxError(
-                    f"the dtype of {xs[1].name!r} is unknown, and opset 15 is needed to ask for it",
-                    "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
-                )
-            return self.call("CastLike", *xs)
-        raise MistakeError(f"the ONNX emitter has no primitive {prim!r}")
-
-    def _cast(self, x: ir.Value, dtype: str) -> ir.Value:
-        if dtype_name(x) == dtype:
-            return x
-        to = ir.DataType.from_numpy(numpy_dtype(dtype))
-        made = self.call("Cast", x, to=int(to))
-        made.type = ir.TensorType(to)
-        return made
-
-    def like(self, site: Site, x: ir.Value, w: ir.Value) -> ir.Value:
-        """The site's own op on other operands, its attributes kept and its bias left out."""
-        assert self.found is not None
-        node, use, row = self.found.node, self.found.use, self.found.row
-        inputs = list(node.inputs)
-        inputs[use.x], inputs[use.weight] = x, w
-        if row.bias is not None and row.bias < len(inputs):
-            inputs = inputs[: row.bias]
-        attributes = list(node.attributes.values())
-        domain, op = node.domain, node.op_type
-        if row.twin:
-            domain, op, inputs = "", row.twin, inputs[:2]
-            attributes = [a for a in attributes if a.name not in OF_CODES]
-        made = self._place(ir.Node(domain, op, inputs, attributes))
-        if w.dtype is not None:
-            made.type = ir.TensorType(w.dtype)
-        return made
-
-    def parameter(self, name: str, value: Array, role: Role) -> ir.Value:
-        """A new initialiser, or the one of that name; an input of the graph where `role` says so.
-
-        An optional input has the value as its default.
-        """
-        graph = self.owner.model.graph
-        known = graph.initializers.get(name)
-        if known is not None:
-            return known
-        made = add_initialiser(graph, name, value, self.mark)
-        if role is Role.OPTIONAL_INPUT:
-            graph.inputs.append(made)
-        return made
 
 
 # Our passes in onnx_ir's own pass manager.
@@ -603,30 +351,3 @@ class ManagedOnnxPass(ir.passes.InPlacePass):
         """Edit the model in place."""
         done = self.rewrite(OnnxGraph(model))
         return ir.passes.PassResult(model, done.modified)
-
-
-# How far the integers of an input may go. A sample or a user's number above the rows of the table
-# that it indexes would be refused by the runtime.
-
-
-SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose",
-                "Slice", "Expand", "Gather", "GatherND"}  # fmt: skip
-"""Ops whose outputs are elements of their first input."""
-
-
-def highest(graph: OnnxGraph) -> dict[str, int]:
-    """For each input that indexes tables, the rows of the smallest of them."""
-    lookups = (s for s in graph.sites() if isinstance(s.kind, Embedding))
-    tables = by_key((_input(graph.activation(s), graph.model), s.operand[0]) for s in lookups)
-    return {name: min(rows) for name, rows in tables.items() if name is not None}
-
-
-def _input(value: ir.Value | None, model: ir.Model) -> str | None:
-    while value is not None:
-        node = value.producer()
-        if node is None:
-            return value.name if value in model.graph.inputs else None
-        if node.op_type not in SAME_NUMBERS:
-            return None
-        value = node.inputs[0]
-    return None
