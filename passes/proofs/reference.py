@@ -58,13 +58,8 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import (
-    RuntimeSession,
-    feeds_of_sizes,
-    open_session,
-    signature,
-    tensors_by_name,
-)
+from lora_fx.onnx.session import RuntimeSession, open_session, tensors_by_name
+from lora_fx.onnx.signature import feeds_of_sizes, signature
 from lora_fx.onnx.steps import stepped_file
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
