@@ -10,32 +10,45 @@ from lora_fx.onnx.graph.ops import DATA_OPS, OnnxOperand
 from lora_fx.onnx.graph.values import operand, shape_of
 
 
-def count(shape: Shape | None) -> int:
-    """The number of elements, where a symbolic size counts once."""
-    sizes = [n for n in shape or () if isinstance(n, int) and n >= 0]  # some files say -1 for free
-    return int(np.prod(sizes, dtype=np.int64)) if shape is not None else 0
+def element_count(shape: Shape | None) -> int:
+    """The number of elements, where a symbolic size counts once; 0 for an unknown shape."""
+    if shape is None:
+        return 0
+    sizes = [n for n in shape if isinstance(n, int) and n >= 0]  # some files say -1 for free
+    return int(np.prod(sizes, dtype=np.int64))
 
 
 def flops_of_use(
-    node: ir.Node, use: OnnxOperand, operand: tuple[int, ...], result: ir.Value
+    node: ir.Node, use: OnnxOperand, weight_shape: tuple[int, ...], product: ir.Value
 ) -> int:
-    """FLOPs of one use, 2 · elements of the result · in; a symbolic size counts once."""
-    if use.kind.name == "embedding" or len(operand) < 2:
+    """FLOPs of one use, 2 · elements of the product · in; a symbolic size counts once."""
+    if use.kind.name == "embedding" or len(weight_shape) < 2:
         return 0
     if use.kind.name == "conv_transpose":
-        return 2 * count(shape_of(node.inputs[use.x])) * count(operand[1:])
+        x_shape = shape_of(node.inputs[use.x])
+        return 2 * element_count(x_shape) * element_count(weight_shape[1:])
     if use.kind.name == "recurrent":
-        return 2 * count(operand) * count((shape_of(node.inputs[0]) or (1,))[:-1])
-    axes = use.kind.axes(operand)
-    split = axes.steps[0].shape if axes.steps else operand  # type: ignore[union-attr]
-    inner = count(tuple(split[i] for i in axes.in_))
-    y = shape_of(result)
-    return 2 * inner * (count(y) if y is not None else count(tuple(split[i] for i in axes.out)))
+        x_shape = shape_of(node.inputs[0]) or (1,)
+        return 2 * element_count(weight_shape) * element_count(x_shape[:-1])
+
+    axes = use.kind.axes(weight_shape)
+    sizes = weight_shape
+    if axes.steps:
+        sizes = axes.steps[0].shape  # type: ignore[union-attr]
+    in_size = element_count(tuple(sizes[axis] for axis in axes.in_))
+    product_shape = shape_of(product)
+    if product_shape is None:
+        out_size = element_count(tuple(sizes[axis] for axis in axes.out))
+        return 2 * in_size * out_size
+    return 2 * in_size * element_count(product_shape)
 
 
 def flops_of_data(node: ir.Node) -> int:
     """FLOPs of one product of activations; 0 for everything else."""
-    first, y = shape_of(operand(node, 0)), shape_of(node.outputs[0])
-    if (node.domain, node.op_type) not in DATA_OPS or not first or y is None:
+    if (node.domain, node.op_type) not in DATA_OPS:
         return 0
-    return 2 * count(y) * count(first[-1:])
+    first_shape = shape_of(operand(node, 0))
+    product_shape = shape_of(node.outputs[0])
+    if not first_shape or product_shape is None:
+        return 0
+    return 2 * element_count(product_shape) * element_count(first_shape[-1:])

@@ -10,7 +10,9 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import numpy_dtype
@@ -29,7 +31,7 @@ from lora_fx.onnx.graph.coded_weights import (
     quantiser,
     scaled,
 )
-from lora_fx.onnx.graph.flops import count, flops_of_data, flops_of_use
+from lora_fx.onnx.graph.flops import element_count, flops_of_data, flops_of_use
 from lora_fx.onnx.graph.marks import DATA, MARK, VIEW, site_name
 from lora_fx.onnx.graph.ops import OnnxOp, OnnxOperand, row_of
 from lora_fx.onnx.graph.values import (
@@ -46,7 +48,16 @@ from lora_fx.text import free_name, listed_texts
 
 @dataclass(frozen=True)
 class OnnxWeight:
-    """A value that is one stored tensor seen through a View."""
+    """A value that is one stored tensor seen through a View.
+
+    Attributes:
+        name: The tensor's name.
+        view: The steps from the tensor to the value.
+        shape: The value's shape.
+        codes: What the tensor's integers are; None for floats.
+        computed: Why the value is not the tensor itself, where it is computed from it; else empty.
+        behind: The names of all stored tensors that the value depends on; empty for `name` alone.
+    """
 
     name: str
     view: View
@@ -81,8 +92,12 @@ class OnnxWeightUse:
     @property
     def x(self) -> ir.Value:
         """The activation as it is now, in floats."""
-        node, slot = (self.node, self.use.x) if self.source is None else (self.source, 0)
-        value = node.inputs[slot]
+        reader = self.node
+        slot = self.use.x
+        if self.source is not None:
+            reader = self.source
+            slot = 0
+        value = reader.inputs[slot]
         assert value is not None
         return value
 
@@ -96,7 +111,7 @@ class OnnxFlow:
             model's own come first, in file order.
         weights: Values that are a stored tensor seen through views.
         computed: Values that are made of stored tensors alone, or of one that a loop carries.
-        found: Every use of one, in execution order.
+        uses: Every use of a weight, in execution order.
         data_flops: FLOPs of the products of activations.
         gathered: Values that are picked from one stored tensor by numbers that a run computes.
         gathered_flops: FLOPs of the products of these, by the tensor's name.
@@ -105,24 +120,27 @@ class OnnxFlow:
     stores: dict[str, ir.Value] = field(default_factory=dict)
     weights: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
     computed: dict[ir.Value, OnnxWeight] = field(default_factory=dict)
-    found: list[OnnxWeightUse] = field(default_factory=list)
+    uses: list[OnnxWeightUse] = field(default_factory=list)
     data_flops: int = 0
     gathered: dict[ir.Value, str] = field(default_factory=dict)
     gathered_flops: dict[str, int] = field(default_factory=dict)
 
     def weight_of(self, value: ir.Value | None) -> OnnxWeight | None:
         """The weight that a value is, or that it is computed from."""
-        return None if value is None else self.weights.get(value) or self.computed.get(value)
+        if value is None:
+            return None
+        return self.weights.get(value) or self.computed.get(value)
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """The tensor that is stored under a name now."""
-        found = ir.convenience.get_const_tensor(self.stores[name])
-        assert found is not None
-        return found
+        tensor = ir.convenience.get_const_tensor(self.stores[name])
+        assert tensor is not None
+        return tensor
 
     def put(self, name: str, tensor: ir.TensorProtocol) -> None:
-        """Store another tensor in the place of one."""
-        value, node = self.stores[name], self.stores[name].producer()
+        """Store another tensor under a name that is stored already."""
+        value = self.stores[name]
+        node = value.producer()
         if node is not None:
             node.attributes["value"] = ir.AttrTensor("value", tensor)
         if node is None or value.const_value is not None:  # passes give a Constant's value one too
@@ -130,26 +148,37 @@ class OnnxFlow:
 
     def parameters(self) -> list[Parameter]:
         """Floating tensors that no pass added, codes of weights, and what may be such codes."""
-        coded = {f.site.parameter: f for f in self.found if f.codes is not None}
-        result = []
+        coded_uses = {use.site.parameter: use for use in self.uses if use.codes is not None}
+        parameters = []
         for name, value in self.stores.items():
-            tensor, use = self.tensor(name), coded.get(name)
-            dtype = tensor_dtype(tensor.dtype)
-            if use is None and not ("float" in dtype or narrow(tensor)):
+            if name in coded_uses:
+                parameters.append(self._coded_parameter(name, value, coded_uses[name]))
                 continue
-            shape = (use.use.stored if use else ()) or tuple(tensor.shape.numpy())
-            alias, kept = (str(value.name),) * _is_odd(value), use.codes if use else None
-            plain = QUANTISER.sub("", name)
-            alias += (plain,) * (kept is not None and plain not in self.stores)
-            form = (kept.format, kept.bits) if kept else ()
-            result.append(Parameter(name, shape, dtype, alias, *form))
-        return result
+            tensor = self.tensor(name)
+            dtype = tensor_dtype(tensor.dtype)
+            if "float" in dtype or narrow(tensor):
+                shape = tuple(tensor.shape.numpy())
+                parameters.append(Parameter(name, shape, dtype, _aliases(value)))
+        return parameters
+
+    def _coded_parameter(self, name: str, value: ir.Value, use: OnnxWeightUse) -> Parameter:
+        """A weight stored as codes, in the shape that its operator reads them in."""
+        assert use.codes is not None
+        tensor = self.tensor(name)
+        shape = use.use.stored or tuple(tensor.shape.numpy())
+        dtype = tensor_dtype(tensor.dtype)
+        aliases = _aliases(value)
+        name_before_quantising = QUANTISER.sub("", name)
+        if name_before_quantising not in self.stores:
+            aliases += (name_before_quantising,)
+        return Parameter(name, shape, dtype, aliases, use.codes.format, use.codes.bits)
 
 
 def follow(model: ir.Model) -> OnnxFlow:
     """Walk a model once, over all nodes, bodies included, in execution order."""
     flow = OnnxFlow()
-    for value in sorted(model.graph.initializers.values(), key=_is_odd):
+    # odd names come last, so that a plain name is the key of its own tensor
+    for value in sorted(model.graph.initializers.values(), key=_has_odd_name):
         _store(flow, value)
     for node in model.graph.all_nodes():
         if node.graph is not model.graph and isinstance(node.graph, ir.Graph):
@@ -160,134 +189,202 @@ def follow(model: ir.Model) -> OnnxFlow:
     return flow
 
 
-def _is_odd(value: ir.Value) -> bool:
+def _has_odd_name(value: ir.Value) -> bool:
     """Whether a name would read as the key of a part or of a use of another tensor."""
     return base_name(str(value.name)) != value.name
 
 
+def _aliases(value: ir.Value) -> tuple[str, ...]:
+    """The name in the file, where the tensor's key is another one."""
+    return (str(value.name),) if _has_odd_name(value) else ()
+
+
 def _store(flow: OnnxFlow, value: ir.Value) -> None:
+    """Note a stored tensor, unless a pass added it; it is a weight unless it is marked as data."""
     if MARK in value.metadata_props or value.name is None:
         return
-    own = str(value.name)
-    if _is_odd(value):  # such come last, so that a plain name is the key of its own tensor
-        own = re.sub(r"[@\[\]]", "_", own)
-    name = free_name(own, flow.stores)  # a body may use a name again
+    key = str(value.name)
+    if _has_odd_name(value):
+        key = re.sub(r"[@\[\]]", "_", key)
+    name = free_name(key, flow.stores)  # a body may use a name again
     flow.stores[name] = value
     if DATA not in value.metadata_props:
         flow.weights[value] = OnnxWeight(name, View(), tuple(flow.tensor(name).shape.numpy()))
 
 
 def _visit(flow: OnnxFlow, node: ir.Node) -> None:
+    """Note what a node does with weights.
+
+    The first of these that applies decides:
+    1. a Constant is a stored tensor;
+    2. a product or a sum with scales or zero points makes a weight of codes;
+    3. a node that a pass added gives W + ΔW, or a view of it, or nothing that counts here;
+    4. a view of a weight is a weight;
+    5. an op of the table uses a weight;
+    6. a node whose operands are all weights computes one;
+    7. any other node has FLOPs, and may pick rows of one stored tensor.
+    """
     if node.op_type == "Constant" and not node.domain:
-        out = node.outputs[0]
-        if "value" in node.attributes and (out.uses() or out.is_graph_output()):
-            _store(flow, out)
+        value = node.outputs[0]
+        if "value" in node.attributes and (value.uses() or value.is_graph_output()):
+            _store(flow, value)
         return
+
+    if node.op_type in SCALING and not node.domain and _scales_codes(flow, node):
+        return
+
     source = operand(node, 0)
     weight = None if source is None else flow.weights.get(source)
-    if node.op_type in SCALING and not node.domain and _scaling(flow, node):
-        return
     if MARK in node.metadata_props:
-        if node.op_type == "Add" and weight is not None:
-            flow.weights[node.outputs[0]] = weight  # W + ΔW of the weight form
-        elif VIEW in node.metadata_props and weight is not None:
-            _through(flow, node, weight)
+        if weight is not None:
+            _follow_added(flow, node, weight)
         return
-    if weight is not None and _through(flow, node, weight):
+
+    if weight is not None and _views(flow, node, weight):
         return
+
     row = row_of(node)
-    if row is not None and (found := _uses(flow, node, row)):
-        flow.found += found
-        return
+    if row is not None:
+        uses = _uses(flow, node, row)
+        if uses:
+            flow.uses += uses
+            return
+
     if _computes(flow, node):
         return
+    _count_flops(flow, node)
+    _picks(flow, node)
+
+
+def _follow_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
+    """Note the weight that a node of a pass gives: W + ΔW of the weight form, or a view of that."""
+    if node.op_type == "Add":
+        flow.weights[node.outputs[0]] = weight
+    elif VIEW in node.metadata_props:
+        _views(flow, node, weight)
+
+
+def _count_flops(flow: OnnxFlow, node: ir.Node) -> None:
+    """Add a product's FLOPs to those of the tensor that its operand is picked from, or of data."""
     flops = flops_of_data(node)
-    picked = [flow.gathered[v] for v in node.inputs if v is not None and v in flow.gathered]
-    if picked:
-        flow.gathered_flops[picked[0]] = flow.gathered_flops.get(picked[0], 0) + flops
-    else:
-        flow.data_flops += flops
-    _gather_from(flow, node)
+    for value in node.inputs:
+        if value is not None and value in flow.gathered:
+            name = flow.gathered[value]
+            flow.gathered_flops[name] = flow.gathered_flops.get(name, 0) + flops
+            return
+    flow.data_flops += flops
 
 
-def _gather_from(flow: OnnxFlow, node: ir.Node) -> None:
-    """Note what a node picks from one stored tensor, the one float that it reads."""
+def _picks(flow: OnnxFlow, node: ir.Node) -> None:
+    """Note what a node picks from a stored tensor, where it reads floats of that tensor alone."""
     names = set()
     for value in node.inputs:
         if value is None or (value.dtype is not None and not value.dtype.is_floating_point()):
             continue
         weight = flow.weight_of(value)
-        if weight is not None and value.shape is not None and count(tuple(value.shape)) == 1:
-            continue  # a factor, which every row is multiplied by
-        names.add(weight.name if weight is not None else flow.gathered.get(value, ""))
+        if weight is None:
+            names.add(flow.gathered.get(value, ""))
+        elif value.shape is None or element_count(tuple(value.shape)) != 1:
+            names.add(weight.name)
+        # a weight of one element is a factor, which every row is multiplied by
     if len(names) == 1 and "" not in names:
         name = names.pop()
-        flow.gathered |= {v: name for v in node.outputs}
+        flow.gathered |= dict.fromkeys(node.outputs, name)
 
 
 NORMS = ("LayerNormalization", "RMSNormalization")
-"""What they make of a table of positions is data, which layers read; no weight is made by them."""
+"""What these make of a table of positions is data, which layers read: no weight is made by them."""
 
 
 def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
-    """Note what a node makes of stored tensors alone, and what the body of a loop gets of them."""
-    known = {v: w for v in node.inputs if (w := flow.weight_of(v))}
-    floats = [w for w in known.values() if may_weigh(flow.tensor(w.name))]
-    names = _names(floats)
+    """Note what a node makes of stored tensors alone, and what the body of a loop gets of them.
+
+    True where all its operands are made of stored tensors, so that the node computes a weight.
+    """
+    weights = {}
+    for value in node.inputs:
+        weight = flow.weight_of(value)
+        if value is not None and weight is not None:
+            weights[value] = weight
+
+    floats = [w for w in weights.values() if may_weigh(flow.tensor(w.name))]
+    names = _names_behind(floats)
     if not names or node.op_type in NORMS:
         return False
-    why = next((w.computed for w in floats if w.computed), "")
-    why = why or f"the weight is computed by {node.op_type} from {' and '.join(names)}"
-    bodies = bodies_of(node)
-    made = OnnxWeight(names[0], View(), (), computed=why, behind=names)
-    if not bodies and all(v is None or v in known for v in node.inputs):
-        for out in node.outputs:
-            sizes = (n if isinstance(n, int) else 0 for n in shape_of(out) or ())
-            flow.computed[out] = replace(made, shape=tuple(sizes))
+
+    if not bodies_of(node) and all(v is None or v in weights for v in node.inputs):
+        why = f"the weight is computed by {node.op_type} from {' and '.join(names)}"
+        for weight in floats:
+            if weight.computed:
+                why = weight.computed
+                break
+        for value in node.outputs:
+            shape = tuple(size if isinstance(size, int) else 0 for size in shape_of(value) or ())
+            flow.computed[value] = OnnxWeight(names[0], View(), shape, computed=why, behind=names)
         return True
+
     if node.op_type in ("Loop", "Scan"):
-        into, back = (2, 1) if node.op_type == "Loop" else (0, 0)
-        for i, value in enumerate(node.inputs[into:]):
-            inner = bodies[0].inputs[into + i]
-            same = i + back < len(bodies[0].outputs) and _root(bodies[0].outputs[i + back]) is inner
-            if value in known and same:
-                why = known[value].computed or f"the weight is carried by a {node.op_type}"
-                flow.computed[inner] = replace(known[value], computed=why, view=View())
+        _carry(flow, node, weights)
     return False
 
 
-def _root(value: ir.Value | None) -> ir.Value | None:
-    """What a value is a copy of."""
+def _carry(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWeight]) -> None:
+    """Note the weights that a loop hands to its body and that no iteration changes."""
+    body = bodies_of(node)[0]
+    first_input = 0
+    first_output = 0
+    if node.op_type == "Loop":
+        # the trip count and the condition come first, and the condition among the results
+        first_input = 2
+        first_output = 1
+
+    for i, value in enumerate(node.inputs[first_input:]):
+        if value not in weights or first_output + i >= len(body.outputs):
+            continue
+        carried = body.inputs[first_input + i]
+        if _copied_value(body.outputs[first_output + i]) is not carried:
+            continue
+        weight = weights[value]
+        why = weight.computed or f"the weight is carried by a {node.op_type}"
+        flow.computed[carried] = replace(weight, computed=why, view=View())
+
+
+def _copied_value(value: ir.Value | None) -> ir.Value | None:
+    """The value that a chain of Identity nodes copies; the value itself where there is none."""
     node = None if value is None else value.producer()
-    return _root(node.inputs[0]) if node is not None and node.op_type == "Identity" else value
+    if node is None or node.op_type != "Identity":
+        return value
+    return _copied_value(node.inputs[0])
 
 
-def _through(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
-    """Note what a node makes of a weight where it only views it."""
+def _views(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
+    """Note what a node makes of a weight that it only views, decodes or makes codes of."""
     tensor = flow.tensor(weight.name)
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
-        axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-        check_scales(node, 1, weight.shape, axis, block)
+        axis = node.attributes.get_int("axis", 1)
+        block_size = node.attributes.get_int("block_size", 0)
+        check_scales(node, 1, weight.shape, axis, block_size)
         codes = Codes(node.op_type, tensor.dtype.bitwidth)
-        behind = _names(map(flow.weight_of, node.inputs))
+        behind = _names_behind(map(flow.weight_of, node.inputs))
         flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
         return True
     if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
         _computes(flow, node)  # its scale and zero point
         flow.weights[node.outputs[0]] = replace(weight, codes=Codes(node.op_type, 8, scaled=False))
         return True
+
     rule = None if node.domain else VIEWS.get(node.op_type)
     if rule is None:
         return False
     if node.op_type == "Cast" and narrow(tensor):
-        name = f"{tensor_dtype(tensor.dtype)} cast"
-        weight = replace(weight, codes=Codes(name, tensor.dtype.bitwidth, scaled=False))
-    for i, out in enumerate(node.outputs):
+        format = f"{tensor_dtype(tensor.dtype)} cast"
+        weight = replace(weight, codes=Codes(format, tensor.dtype.bitwidth, scaled=False))
+    for i, value in enumerate(node.outputs):
         steps = rule(node, weight.shape, i)
         if steps is None:
             return False
         shape = after(weight.shape, steps)
-        flow.weights[out] = replace(weight, view=weight.view.then(*steps), shape=shape)
+        flow.weights[value] = replace(weight, view=weight.view.then(*steps), shape=shape)
     return True
 
 
@@ -295,115 +392,176 @@ SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
 """Ops that make a weight of codes, and whether they apply its scale."""
 
 
-def _scaling(flow: OnnxFlow, node: ir.Node) -> bool:
+def _scales_codes(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of codes that were cast, with scales or zero points."""
-    known = [flow.weights[v] for v in node.inputs if v in flow.weights]
-    if len(known) != 2:
+    operands = [flow.weights[value] for value in node.inputs if value in flow.weights]
+    if len(operands) != 2:
         return False
-    weight, other = sorted(known, key=lambda w: -math.prod(w.shape))
-    if weight.codes is None or weight.codes.scaled or len(other.shape) > len(weight.shape):
+    weight, factor = sorted(operands, key=_size, reverse=True)
+    if weight.codes is None or weight.codes.scaled or len(factor.shape) > len(weight.shape):
         return False
     codes = replace(weight.codes, scaled=SCALING[node.op_type])
-    behind = (*(weight.behind or (weight.name,)), other.name)
+    behind = (*(weight.behind or (weight.name,)), factor.name)
     flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
     return True
 
 
-def _names(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
-    """The names of the stored tensors that values are, or that lie behind them."""
-    return tuple(dict.fromkeys(n for w in weights if w for n in w.behind or (w.name,)))
+def _size(weight: OnnxWeight) -> int:
+    return math.prod(weight.shape)
+
+
+def _names_behind(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
+    """The names of the stored tensors that values are, or that lie behind them, each once."""
+    names: dict[str, None] = {}
+    for weight in weights:
+        if weight is not None:
+            names |= dict.fromkeys(weight.behind or (weight.name,))
+    return tuple(names)
 
 
 def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
+    """The uses of weights by a node that the op table knows; none where all operands are stored."""
+
     def shape(slot: int) -> Shape | None:
         value = operand(node, slot)
-        known = flow.weight_of(value)
-        if known is not None and known.view.picked is None:
-            return known.shape
+        weight = flow.weight_of(value)
+        if weight is None:
+            return shape_of(value) or None  # a scalar is no operand of a product
+        if weight.view.picked is None:
+            return weight.shape
         # of matrices that data picks, there are as many as it picks
-        return shape_of(value) or (None if known is None else (None,) * len(known.shape))
+        return shape_of(value) or (None,) * len(weight.shape)
 
-    result = []
-    for use in row.uses(node, shape):
-        weight = flow.weight_of(operand(node, use.weight))
+    uses = []
+    for weight_operand in row.uses(node, shape):
+        weight = flow.weight_of(operand(node, weight_operand.weight))
         if weight is None:
             continue
-        tensor = flow.tensor(weight.name)
-        codes = use.codes or weight.codes
-        if codes is None and row.op == "embedding" and narrow(tensor):
-            codes = Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
-        if not (codes or use.refusal or weight.computed or "float" in tensor_dtype(tensor.dtype)):
-            continue
+        codes = _codes_of(flow, row, weight_operand, weight)
         if codes is not None:
-            result.append(_coded(flow, node, row, use, weight, codes))
+            uses.append(_coded_use(flow, node, row, weight_operand, weight, codes))
             continue
-        site = _site(node, row, use, weight)
-        result.append(OnnxWeightUse(site, node, use, row, node.outputs[0]))
-        if not use.refusal:
-            _tell(flow, node, use, weight)
-    stored = (v is None or v in flow.weights or v in flow.computed for v in node.inputs)
-    if not row.many and all(stored):
+        is_float = "float" in tensor_dtype(flow.tensor(weight.name).dtype)
+        if not is_float and not weight.computed and not weight_operand.refusal:
+            continue
+        site = _site(node, row, weight_operand, weight)
+        uses.append(OnnxWeightUse(site, node, weight_operand, row, node.outputs[0]))
+        if not weight_operand.refusal:
+            _give_dtypes(flow, node, weight_operand, weight)
+
+    if row.many:
+        return uses
+    if all(v is None or v in flow.weights or v in flow.computed for v in node.inputs):
         return []  # a constant
-    if not row.many and len(result) > 1:  # an einsum of several weights: each has its own branch
-        result = [replace(f, site=replace(f.site, id=f"{f.site.id}:{f.use.weight}"))
-                  for f in result]  # fmt: skip
-    return result
+    if len(uses) > 1:
+        return [_in_own_slot(use) for use in uses]  # an einsum of several weights
+    return uses
 
 
-def _coded(
+def _codes_of(
+    flow: OnnxFlow, row: OnnxOp, weight_operand: OnnxOperand, weight: OnnxWeight
+) -> Codes | None:
+    """What a weight's integers are where an op reads it; None for floats."""
+    codes = weight_operand.codes or weight.codes
+    tensor = flow.tensor(weight.name)
+    if codes is None and row.op == "embedding" and narrow(tensor):
+        return Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
+    return codes
+
+
+def _in_own_slot(use: OnnxWeightUse) -> OnnxWeightUse:
+    """The use under an id of its own: each weight of a node has a branch of its own."""
+    site = replace(use.site, id=f"{use.site.id}:{use.use.weight}")
+    return replace(use, site=site)
+
+
+def _coded_use(
     flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, codes: Codes
 ) -> OnnxWeightUse:
     """A use of a quantised weight: what its branch reads and adds to, or why it has none."""
-    y, source, why = node.outputs[0], None, ""
-    made = weight.codes.bits if weight.codes else flow.tensor(weight.name).dtype.bitwidth
-    codes = replace(codes, bits=codes.bits or made)
+    y = node.outputs[0]
+    source = None
+    why = ""
+    if not codes.bits:
+        codes = replace(codes, bits=_bits(flow, weight))
     if row.integer:
         source = quantiser(node.inputs[use.x])
-        why = "" if source is not None else FOREIGN
-    if not (codes.scaled or why or use.refusal):
+        if source is None:
+            why = FOREIGN
+
+    if not codes.scaled and not why and not use.refusal:
         x_scale = None if source is None else source.outputs[1]
-        found = scaled(y, x_scale, lambda v: flow.weight_of(v) is not None)
-        y, why = (y, UNSCALED) if found is None else (found, "")
+        scaled_y = scaled(y, x_scale, lambda value: flow.weight_of(value) is not None)
+        if scaled_y is None:
+            why = UNSCALED
+        else:
+            y = scaled_y
         if made_by(y, "DequantizeLinear"):  # of codes that were looked up
             codes = replace(codes, format="DequantizeLinear")
+
     if isinstance(use.kind, WeightForm):
         why = NO_PLACE.format(node.op_type)
-    use = replace(use, refusal=use.refusal or why, allowed=use.allowed and not why)
-    others = (flow.weight_of(v) for i, v in enumerate(node.inputs) if i != use.x)
-    weight = replace(weight, behind=(*weight.behind, *_names(others)))
+    if why:
+        use = replace(use, refusal=use.refusal or why, allowed=False)
+    beside_x = [flow.weight_of(value) for i, value in enumerate(node.inputs) if i != use.x]
+    weight = replace(weight, behind=(*weight.behind, *_names_behind(beside_x)))
     site = replace(_site(node, row, use, weight, y), no_fold=codes.no_fold)
     return OnnxWeightUse(site, node, use, row, y, codes, source)
 
 
-def _tell(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -> None:
+def _bits(flow: OnnxFlow, weight: OnnxWeight) -> int:
+    """The bits of one code of a weight."""
+    if weight.codes is not None:
+        return weight.codes.bits
+    return flow.tensor(weight.name).dtype.bitwidth
+
+
+def _give_dtypes(flow: OnnxFlow, node: ir.Node, use: OnnxOperand, weight: OnnxWeight) -> None:
     """Give x and the result the weight's dtype, where the file does not say theirs.
 
     ONNX's inference knows nothing of other domains; ids are no numbers of that dtype.
     """
-    cast = [s.dtype for s in weight.view.steps if isinstance(s, Cast)]
-    dtype = numpy_dtype(cast[-1]) if cast else flow.tensor(weight.name).dtype.numpy()
-    ids = use.kind.name == "embedding"
-    for value in (None if ids else node.inputs[use.x], node.outputs[0]):
-        if value is not None and value.dtype is None:
+    dtype = _dtype_of(flow, weight)
+    values = [node.outputs[0]]
+    x = node.inputs[use.x]
+    if x is not None and use.kind.name != "embedding":
+        values.append(x)
+    for value in values:
+        if value.dtype is None:
             value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+
+
+def _dtype_of(flow: OnnxFlow, weight: OnnxWeight) -> np.dtype[Any]:
+    """The dtype of a weight's values: of the last cast on its way, or else of its tensor."""
+    casts = [step.dtype for step in weight.view.steps if isinstance(step, Cast)]
+    if casts:
+        return numpy_dtype(casts[-1])
+    return flow.tensor(weight.name).dtype.numpy()
 
 
 def _site(
     node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight, y: ir.Value | None = None
 ) -> Site:
-    operand = use.stored or weight.shape
-    conv = row.op in ("conv", "conv_transpose")
-    scope = scope_of(node)
+    """The use of a weight as passes see it; `y` is its product, by default the node's result."""
+    shape = use.stored or weight.shape
+    id = site_name(node)
+    if row.many:
+        id = f"{id}:{use.weight}"
+    op = row.op
+    if op in ("conv", "conv_transpose"):
+        op = f"{op}{len(shape) - 2}d"
+    scope, module_class = scope_of(node)
+    product = node.outputs[0] if y is None else y
     return Site(
-        id=f"{site_name(node)}:{use.weight}" if row.many else site_name(node),
-        op=f"{row.op}{len(operand) - 2}d" if conv else row.op,
+        id=id,
+        op=op,
         kind=use.kind,
         parameter=weight.name,
         view=weight.view,
-        operand=operand,
-        scope=scope[0],
-        module_class=scope[1],
-        flops=flops_of_use(node, use, operand, node.outputs[0] if y is None else y),
+        operand=shape,
+        scope=scope,
+        module_class=module_class,
+        flops=flops_of_use(node, use, shape, product),
         refusal=weight.computed or use.refusal,
         allowed=use.allowed and not weight.computed,
         gain=use.gain,

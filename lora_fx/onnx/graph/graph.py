@@ -86,7 +86,7 @@ class OnnxGraph(Analysed):
 
     def _follow(self) -> OnnxFlow:
         flow = follow(self.model)
-        self._found |= {f.site.id: f for f in flow.found}
+        self._found |= {f.site.id: f for f in flow.uses}
         self._stores |= flow.stores
         return flow
 
@@ -102,7 +102,7 @@ class OnnxGraph(Analysed):
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
-        return [f.site for f in self.flow.found]
+        return [f.site for f in self.flow.uses]
 
     def gathered_flops(self) -> dict[str, int]:
         """See Graph; a symbolic size counts once."""
@@ -241,7 +241,7 @@ class OnnxGraph(Analysed):
 
     def other_readers(self) -> Sequence[OtherReader]:
         """What reads a stored tensor beside its sites."""
-        found = (f for f in self.flow.found if not f.site.refusal or f.site.allowed)
+        found = (f for f in self.flow.uses if not f.site.refusal or f.site.allowed)
         mine = {(id(f.node), f.use.weight) for f in found}
         return [
             OtherReader(w.name, op, w.view)
