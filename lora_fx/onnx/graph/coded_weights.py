@@ -34,7 +34,7 @@ class Codes:
 
     Attributes:
         format: The operator that decodes them, or `int8 cast` and its like.
-        bits: Of one code.
+        bits: The bits of one code.
         scaled: False while the value has codes' sizes, and the scale is still to come.
     """
 
@@ -54,30 +54,39 @@ QUANTISER = re.compile(r"(_DQ)?_Q[248]$|_Bnb4$|_quantized$")
 
 def may_weigh(tensor: ir.TensorProtocol) -> bool:
     """True for floats, and for matrices of integers that may hold codes; indices have 64 bits."""
-    integers = tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 32
-    return tensor.dtype.is_floating_point() or (integers and len(tensor.shape) >= 2)
+    if tensor.dtype.is_floating_point():
+        return True
+    return _is_integer_matrix(tensor, most_bits=32)
 
 
 def narrow(tensor: ir.TensorProtocol) -> bool:
     """True for matrices of so few bits that they may be codes of a weight; indices have more."""
-    return len(tensor.shape) >= 2 and (tensor.dtype.is_integer() and tensor.dtype.bitwidth <= 8)
+    return _is_integer_matrix(tensor, most_bits=8)
+
+
+def _is_integer_matrix(tensor: ir.TensorProtocol, most_bits: int) -> bool:
+    if len(tensor.shape) < 2 or not tensor.dtype.is_integer():
+        return False
+    return tensor.dtype.bitwidth <= most_bits
 
 
 def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a stored tensor; None for anything else."""
-    stored = None if value is None else value.const_value
-    return None if stored is None else tuple(stored.shape.numpy())
+    if value is None or value.const_value is None:
+        return None
+    return tuple(value.const_value.shape.numpy())
 
 
-def _expect(node: ir.Node, slot: int, wanted: Sequence[tuple[int, ...]], what: str) -> None:
+def _expect(node: ir.Node, slot: int, shapes: Sequence[tuple[int, ...]], what: str) -> None:
     """Raise where a stored operand has none of these shapes; one axis alone is a count."""
     value = node.inputs[slot] if slot < len(node.inputs) else None
-    found = sizes(value)
-    if value is None or found is None:
+    stored_shape = sizes(value)
+    if value is None or stored_shape is None:
         return
-    if found not in wanted and (math.prod(found),) not in wanted:
-        shapes = " or ".join(str(list(w)) for w in dict.fromkeys(wanted))
-        raise damaged(node, f"{what} {value.name!r} are {list(found)}; expected {shapes}")
+    if stored_shape in shapes or (math.prod(stored_shape),) in shapes:
+        return
+    expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    raise damaged(node, f"{what} {value.name!r} are {list(stored_shape)}; expected {expected}")
 
 
 def damaged(node: ir.Node, what: str) -> LoraFxError:
@@ -93,19 +102,22 @@ def check_blocks(node: ir.Node, n: int, k: int, bits: int, block: int, *, flat: 
         node: MatMulNBits, whose blocks are parts of rows, or MatMulBnb4.
         n: Rows.
         k: Columns.
-        bits: Of one code.
+        bits: The bits of one code.
         block: Codes that share a scale.
-        flat: Blocks go on from row to row.
+        flat: True where blocks go on from row to row, as those of MatMulBnb4 do.
     """
     if min(n, k) < 1 or block < 1 or bits not in (2, 4, 8):
         raise damaged(node, f"[{n}, {k}] in blocks of {block} and {bits} bits")
-    each = -(-k // block)
-    codes, scales = ((n * k + 1) // 2, -(-n * k // block)) if flat else (
-        n * each * (block * bits // 8), n * each)  # fmt: skip
-    _expect(node, 1, [(codes,)], "codes")
-    _expect(node, 2, [(scales,)], "scales")
-    if not flat:
-        _expect(node, 3, [(n * -(-each * bits // 8),), (scales,)], "zero points")
+    if flat:
+        _expect(node, 1, [((n * k + 1) // 2,)], "codes")
+        _expect(node, 2, [(-(-n * k // block),)], "scales")
+        return
+    blocks_in_row = -(-k // block)
+    scale_count = n * blocks_in_row
+    _expect(node, 1, [(scale_count * (block * bits // 8),)], "codes")
+    _expect(node, 2, [(scale_count,)], "scales")
+    packed_zero_points = n * -(-blocks_in_row * bits // 8)
+    _expect(node, 3, [(packed_zero_points,), (scale_count,)], "zero points")
 
 
 def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, block: int) -> None:
@@ -113,31 +125,98 @@ def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, bl
 
     Args:
         node: DequantizeLinear or GatherBlockQuantized.
-        slot: Of the scales.
-        shape: Of the codes, one an element.
-        axis: Along which scales differ.
-        block: Codes that share one; 0 for one scale an index of the axis, or one for all.
+        slot: The slot of the scales; that of the zero points is the next.
+        shape: The shape of the codes.
+        axis: The axis along which scales differ.
+        block: Codes that share a scale; 0 for one scale an index of the axis, or one for all.
     """
-    axis = axis + len(shape) if axis < 0 else axis
-    found = sizes(node.inputs[slot])
+    if axis < 0:
+        axis += len(shape)
+    scales_shape = sizes(node.inputs[slot])
     if not 0 <= axis < len(shape):
         raise damaged(node, f"axis {axis} of codes {list(shape)}")
-    blocked = node.domain or (found is not None and len(found) == len(shape) > 1)
-    if blocked and block < 1:
-        raise damaged(node, f"blocks of {block} codes")
-    wanted: list[tuple[int, ...]] = [(1,), (shape[axis],)]
-    if blocked:
-        wanted = [(*shape[:axis], -(-shape[axis] // block), *shape[axis + 1 :])]
-    _expect(node, slot, wanted, "scales")
+
+    as_many_axes = scales_shape is not None and len(scales_shape) == len(shape) > 1
+    if node.domain or as_many_axes:
+        if block < 1:
+            raise damaged(node, f"blocks of {block} codes")
+        blocks = -(-shape[axis] // block)
+        expected: list[tuple[int, ...]] = [(*shape[:axis], blocks, *shape[axis + 1 :])]
+    else:
+        expected = [(1,), (shape[axis],)]
+    _expect(node, slot, expected, "scales")
     if not node.domain:  # packed zero points of the other are as many bytes as the runtime likes
-        _expect(node, slot + 1, wanted, "zero points")
+        _expect(node, slot + 1, expected, "zero points")
 
 
 def quantiser(value: ir.Value | None) -> ir.Node | None:
     """The DynamicQuantizeLinear that made codes of a float."""
     node = None if value is None else value.producer()
-    known = node is not None and node.op_type == "DynamicQuantizeLinear"
-    return node if known and node is not None and value is node.outputs[0] else None
+    if node is None or node.op_type != "DynamicQuantizeLinear":
+        return None
+    if value is not node.outputs[0]:  # the scale, or the zero point
+        return None
+    return node
+
+
+@dataclass
+class _Unscaled:
+    """A product of codes, followed from node to node until it has its scales.
+
+    Attributes:
+        value: The product so far.
+        missing: Whose scales are still to come: w's, x's or both.
+        x_scale: The scale of the activation, where that is codes too.
+        stored: Whether a value is made of stored tensors alone.
+    """
+
+    value: ir.Value
+    missing: set[str]
+    x_scale: ir.Value | None
+    stored: Callable[[ir.Value], bool]
+
+    def apply(self, node: ir.Node) -> bool:
+        """Go on behind a node; False where it is no step towards the scaled product."""
+        operands = [v for v in node.inputs if v is not self.value and v is not None]
+        if node.op_type in ("Mul", "DequantizeLinear"):
+            if node.op_type == "DequantizeLinear" and node.inputs[0] is not self.value:
+                return False
+            scales = set[str]()
+            for factor in operands[:1]:  # a DequantizeLinear's second is its zero point
+                scales |= self._scales_in(factor)
+            if not scales or not scales <= self.missing:
+                return False
+            self.missing -= scales
+        elif node.op_type == "Add":
+            for bias in operands:  # in units of the codes
+                if bias.dtype != ir.DataType.INT32 or not self.stored(bias):
+                    return False
+        elif node.op_type == "Sub":
+            if not all(map(self.stored, operands)):  # zero points
+                return False
+        elif node.op_type != "Cast":
+            return False
+        self.value = node.outputs[0]
+        return True
+
+    def _scales_in(self, factor: ir.Value) -> set[str]:
+        """Whose scales a factor holds: w's, x's or both; empty for another factor."""
+        if factor is self.x_scale:
+            return {"x"}
+        if self.stored(factor):
+            return {"w"}
+        node = factor.producer()
+        if node is None or node.op_type != "Mul":
+            return set()
+        scales = set[str]()
+        for value in node.inputs:
+            if value is None:
+                continue
+            scales_in_value = self._scales_in(value)
+            if not scales_in_value:
+                return set()
+            scales |= scales_in_value
+        return scales
 
 
 def scaled(
@@ -151,56 +230,42 @@ def scaled(
         stored: Whether a value is made of stored tensors alone.
     """
     missing = {"w"} if x_scale is None else {"w", "x"}
-    graph = None if (maker := value.producer()) is None else maker.graph
-    while missing:
-        readers = [u.node for u in value.uses()]
-        node = readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+    product = _Unscaled(value, missing, x_scale, stored)
+    producer = value.producer()
+    graph = None if producer is None else producer.graph
+    while product.missing:
+        node = _only_reader(product.value)
         if node is None or node.domain or node.graph is not graph:
             return None
-        others = [v for v in node.inputs if v is not value and v is not None]
-        if node.op_type in ("Mul", "DequantizeLinear"):
-            own = others[:1] if node.op_type == "Mul" else others[:1] * (node.inputs[0] is value)
-            got = {s for v in own for s in _scales(v, x_scale, stored)}
-            if not got or not got <= missing:
-                return None
-            missing -= got
-        elif node.op_type in ("Add", "Sub"):
-            zero_point = node.op_type == "Sub"
-            bias = all(v.dtype == ir.DataType.INT32 for v in others)  # in units of the codes
-            if not (zero_point or bias) or not all(map(stored, others)):
-                return None
-        elif node.op_type != "Cast":
+        if not product.apply(node):
             return None
-        value = node.outputs[0]
-    return value
+    return product.value
 
 
-def _scales(
-    value: ir.Value, x_scale: ir.Value | None, stored: Callable[[ir.Value], bool]
-) -> set[str]:
-    """Whose scales a factor holds: w's, x's or both; empty for another factor."""
-    if value is x_scale:
-        return {"x"}
-    if stored(value):
-        return {"w"}
-    node = value.producer()
-    if node is None or node.op_type != "Mul":
-        return set()
-    parts = [_scales(v, x_scale, stored) for v in node.inputs if v is not None]
-    return set().union(*parts) if all(parts) else set()
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads a value; None where others do, or the graph gives it out."""
+    readers = [use.node for use in value.uses()]
+    if len(readers) != 1 or value.is_graph_output():
+        return None
+    return readers[0]
 
 
 DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM", "QAttention"}
+"""Ops that take the range of their codes from all activations of a run."""
 
 
 def shares_ranges(model: ir.Model) -> bool:
     """True where a run takes one range over all rows of a batch, so that they depend on another."""
-    return any(n.op_type in DYNAMIC for n in model.graph.all_nodes())
+    return any(node.op_type in DYNAMIC for node in model.graph.all_nodes())
 
 
 def rounds_activations(model: ir.Model) -> bool:
     """True where a run makes codes of activations, which a rounding may move by a whole step."""
-    return shares_ranges(model) or any(
-        n.op_type == "QuantizeLinear" or n.attributes.get_int("accuracy_level", 0) == 4
-        for n in model.graph.all_nodes()
-    )
+    if shares_ranges(model):
+        return True
+    for node in model.graph.all_nodes():
+        if node.op_type == "QuantizeLinear":
+            return True
+        if node.attributes.get_int("accuracy_level", 0) == 4:
+            return True
+    return False

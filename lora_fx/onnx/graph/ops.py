@@ -18,6 +18,7 @@ from lora_fx.ir.kinds import VECTOR, Einsum, Shape, WeightForm, contraction, let
 from lora_fx.onnx.graph.coded_weights import NO_PLACE, Codes, check_blocks, check_scales
 
 MS = "com.microsoft"
+"""The domain of the ops of ONNX Runtime's own."""
 INTEGERS = "the weight is quantised, and {} makes codes of its product: no float to add a branch to"
 
 
@@ -50,6 +51,7 @@ class OnnxOperand:
 Shapes = Callable[[int], Shape | None]
 """Gives the shape of the operand in a slot; None where it is unknown."""
 Uses = Callable[[ir.Node, Shapes], Iterator[OnnxOperand]]
+"""Gives every way in which a node may read a weight."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,28 @@ class OnnxOp:
     integer: bool = False
 
 
+OTHER_AXIS = "a lookup along another axis than the first"
+LINEAR_IN_OUT = WeightForm("linear", Axes((), (1,), (0,)))
+"""W + ΔW of a matrix [in, out]."""
+LINEAR_OUT_IN = WeightForm("linear", Axes((), (0,), (1,)))
+"""W + ΔW of a matrix [out, in]."""
+ANY_RANK = (0,) * 9
+"""The shape that stands for an unknown one: of more dimensions than any weight's."""
+
+
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    first, second = shape(0), shape(1)
-    for slot, x, w, left in ((1, first, second, False), (0, second, first, True)):
-        if w is not None:
-            kind, why = product((0,) * 9 if x is None else x, w, left=left)
-            if left and x is None and len(w) == 2:  # a vector, maybe, for which see matmul_left
-                kind = WeightForm("linear", Axes((), (0,), (1,)))
-            yield OnnxOperand(slot, 1 - slot, kind, why)
+    first = shape(0)
+    second = shape(1)
+    if second is not None:
+        x = ANY_RANK if first is None else first
+        kind, why = product(x, second, left=False)
+        yield OnnxOperand(1, 0, kind, why)
+    if first is not None:
+        x = ANY_RANK if second is None else second
+        kind, why = product(x, first, left=True)
+        if second is None and len(first) == 2:  # x is a vector, maybe, for which see matmul_left
+            kind = LINEAR_OUT_IN
+        yield OnnxOperand(0, 1, kind, why)
 
 
 LEFT_TURNED = Einsum("...in", "io", "...on", "left")
@@ -89,25 +105,39 @@ LEFT_TURNED = Einsum("...in", "io", "...on", "left")
 
 def _turned(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """A product of two matrices of which each may be read transposed."""
-    number, gain = node.attributes.get_int, node.attributes.get_float("alpha", 1.0)
-    turns = bool(number("transA", 0)), bool(number("transB", 0))
+    number = node.attributes.get_int
+    gain = node.attributes.get_float("alpha", 1.0)
+    is_turned = [bool(number("transA", 0)), bool(number("transB", 0))]
     if number("transBatchA", 0) or number("transBatchB", 0):  # of FusedMatMul
-        turns = True, True
+        is_turned = [True, True]
+
     for slot in (1, 0):
-        w, own, other = shape(slot), turns[slot], turns[1 - slot]
+        w = shape(slot)
         if w is None:
             continue
+        x_slot = 1 - slot
         if len(w) != 2:
-            yield OnnxOperand(slot, 1 - slot, kinds.linear(), VECTOR if len(w) < 2 else "a stack")
-        elif other:  # the activation is read transposed: no branch from x as it lies
-            out_first = own if slot else not own
-            axes = Axes((), (0,), (1,)) if out_first else Axes((), (1,), (0,))
-            yield OnnxOperand(slot, 1 - slot, WeightForm("linear", axes), gain=gain)
-        elif slot:
-            kind: Kind = kinds.linear() if own else kinds.matmul_right()
-            yield OnnxOperand(1, 0, kind, gain=gain)
+            why = VECTOR if len(w) < 2 else "a stack"
+            yield OnnxOperand(slot, x_slot, kinds.linear(), why)
+        elif is_turned[x_slot]:  # the activation is read transposed: no branch from x as it lies
+            kind = _kind_of_turned_product(slot, is_turned[slot])
+            yield OnnxOperand(slot, x_slot, kind, gain=gain)
         else:
-            yield OnnxOperand(0, 1, LEFT_TURNED if own else kinds.matmul_left(), gain=gain)
+            kind = _kind_of_product(slot, is_turned[slot])
+            yield OnnxOperand(slot, x_slot, kind, gain=gain)
+
+
+def _kind_of_turned_product(slot: int, is_turned: bool) -> Kind:
+    """The kind of xᵀ @ W or W @ xᵀ, whose weight in `slot` may be transposed as well."""
+    out_first = is_turned if slot == 1 else not is_turned
+    return LINEAR_OUT_IN if out_first else LINEAR_IN_OUT
+
+
+def _kind_of_product(slot: int, is_turned: bool) -> Kind:
+    """The kind of x @ W or W @ x, whose weight in `slot` may be transposed."""
+    if slot == 1:
+        return kinds.linear() if is_turned else kinds.matmul_right()
+    return LEFT_TURNED if is_turned else kinds.matmul_left()
 
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -120,81 +150,118 @@ def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    w, groups = shape(1), node.attributes.get_int("group", 1)
-    turned = node.op_type == "ConvTranspose"
+    w = shape(1)
     if w is None:
         return
+    groups = node.attributes.get_int("group", 1)
     if len(w) < 3:
         yield OnnxOperand(1, 0, kinds.Conv(groups), VECTOR)
         return
-    lone = groups > 1 and (w[0] == groups if turned else w[1] == 1)
-    kind: Kind = kinds.ConvTranspose(groups) if turned else kinds.Conv(groups)
+
+    if node.op_type == "ConvTranspose":
+        kind: Kind = kinds.ConvTranspose(groups)
+        depthwise = groups > 1 and w[0] == groups
+    else:
+        kind = kinds.Conv(groups)
+        depthwise = groups > 1 and w[1] == 1
     if node.attributes.get_string("activation", ""):  # FusedConv: it leaves no place for a sum
         kind = WeightForm("conv", kind.axes(w))
-    yield OnnxOperand(1, 0, kind, kinds.DEPTHWISE if lone else "", allowed=lone)
+    why = kinds.DEPTHWISE if depthwise else ""
+    yield OnnxOperand(1, 0, kind, why, allowed=depthwise)
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     w = shape(0)
-    if w is not None and len(w) >= 2:
-        axis = node.attributes.get_int("axis", 0)
-        why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
-        yield OnnxOperand(0, 1, kinds.Embedding(), why)
+    if w is None or len(w) < 2:
+        return
+    by_rows = node.attributes.get_int("axis", 0) == 0 and len(w) == 2
+    yield OnnxOperand(0, 1, kinds.Embedding(), "" if by_rows else OTHER_AXIS)
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     equation = node.attributes.get_string("equation", "").replace(" ", "")
-    written = equation.partition("->")[0].split(",")
-    shapes = [shape(i) for i in range(len(node.inputs))]
-    if any(s is None and "." in t for s, t in zip(shapes, written, strict=True)):
-        why = "the rank of an operand is unknown"
-        yield from (OnnxOperand(i, 0, kinds.linear(), why) for i, s in enumerate(shapes) if s)
-        return
-    terms = letters(
-        equation, [len(t if s is None else s) for s, t in zip(shapes, written, strict=True)]
-    )
-    for i in range(len(shapes)):
-        kind, why = contraction(terms, i)
-        other = next((j for j in range(len(shapes)) if j != i), i)
-        yield OnnxOperand(i, other, kind, why)
+    terms = equation.partition("->")[0].split(",")
+    slots = range(len(node.inputs))
+    shapes = [shape(slot) for slot in slots]
+
+    ranks = []
+    for operand_shape, term in zip(shapes, terms, strict=True):
+        if operand_shape is not None:
+            ranks.append(len(operand_shape))
+        elif "." not in term:
+            ranks.append(len(term))
+        else:
+            yield from _unknown_rank(shapes)
+            return
+
+    terms_in_letters = letters(equation, ranks)
+    for slot in slots:
+        kind, why = contraction(terms_in_letters, slot)
+        first_other = next((other for other in slots if other != slot), slot)
+        yield OnnxOperand(slot, first_other, kind, why)
+
+
+def _unknown_rank(shapes: list[Shape | None]) -> Iterator[OnnxOperand]:
+    """The operands of an einsum whose letters are unknown, since an ellipsis may stand for any."""
+    for slot, shape in enumerate(shapes):
+        if shape:
+            yield OnnxOperand(slot, 0, kinds.linear(), "the rank of an operand is unknown")
 
 
 def _blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     """MatMulNBits and its kin, whose weight is codes of a matrix [out, in] that is read as Wᵀ."""
-    number, flat = node.attributes.get_int, node.op_type == "MatMulBnb4"
-    n, k, bits = number("N", 0), number("K", 0), number("bits", 4)
-    check_blocks(node, n, k, bits, number("block_size", 0), flat=flat)
-    why = "" if number("transB", 1) else NO_PLACE.format("a product with W itself (transB 0)")
+    number = node.attributes.get_int
+    n = number("N", 0)
+    k = number("K", 0)
+    bits = number("bits", 4)
+    block_size = number("block_size", 0)
+    check_blocks(node, n, k, bits, block_size, flat=node.op_type == "MatMulBnb4")
+    why = ""
+    if not number("transB", 1):
+        why = NO_PLACE.format("a product with W itself (transB 0)")
     codes = Codes(node.op_type, bits)
     yield OnnxOperand(1, 0, kinds.linear(), why, stored=(n, k), codes=codes)
 
 
 def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-    """A lookup of rows of codes; in bytes there are several codes of four bits or fewer in one."""
-    w, codes = shape(0), node.inputs[0]
+    """A lookup of rows of codes, of which a byte may hold several of four bits or fewer."""
+    w = shape(0)
+    codes = node.inputs[0]
     if w is None or len(w) < 2 or codes is None:
         return
     number = node.attributes.get_int
-    axis, bits = number("gather_axis", 0), number("bits", 4)
-    dense = 8 // bits if codes.dtype is ir.DataType.UINT8 and bits in (2, 4) else 1
-    w = (*w[:-1], w[-1] * dense)
-    check_scales(node, 2, w, number("quantize_axis", 1), number("block_size", 128))
-    why = "" if axis == 0 and len(w) == 2 else "a lookup along another axis than the first"
-    yield OnnxOperand(0, 1, kinds.Embedding(), why, stored=w, codes=Codes(node.op_type, bits))
+    bits = number("bits", 4)
+    codes_in_element = 1
+    if codes.dtype is ir.DataType.UINT8 and bits in (2, 4):
+        codes_in_element = 8 // bits
+    stored = (*w[:-1], w[-1] * codes_in_element)
+    check_scales(node, 2, stored, number("quantize_axis", 1), number("block_size", 128))
+    by_rows = number("gather_axis", 0) == 0 and len(stored) == 2
+    why = "" if by_rows else OTHER_AXIS
+    codes_of_op = Codes(node.op_type, bits)
+    yield OnnxOperand(0, 1, kinds.Embedding(), why, stored=stored, codes=codes_of_op)
 
 
 def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
-    """A matrix or a convolution's kernel in integers; `scaled` where the result is a float."""
+    """Uses of a matrix or a convolution's kernel in integers.
+
+    Args:
+        weight: Slot of the weight.
+        why: Why it cannot be adapted, with {} for the name of the op; empty where it can.
+        scaled: Whether the result is a float.
+    """
 
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         w = shape(weight)
         if w is None or len(w) < 2:
             return
         kind: Kind = kinds.matmul_right()
-        refusal, allowed = why.format(node.op_type), False
+        refusal = why.format(node.op_type)
+        allowed = False
         if "Conv" in node.op_type:
             (conv,) = _conv(node, lambda slot: shape(weight if slot == 1 else slot))
-            kind, allowed = conv.kind, conv.allowed and not refusal
+            kind = conv.kind
+            allowed = conv.allowed and not refusal
             refusal = refusal or conv.refusal
         elif len(w) > 2:
             refusal = refusal or "a stack of matrices in integers"
@@ -205,10 +272,11 @@ def _integer(weight: int = 1, why: str = "", *, scaled: bool = True) -> Uses:
 
 
 def _inside(*slots: int, kind: Kind | None = None) -> Uses:
-    """Weights whose product never leaves the node: it reads W + ΔW of a kind, or else codes."""
+    """Weights whose product never leaves the node; it reads W + ΔW of `kind`, or else codes."""
 
     def uses(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
-        why, codes = NO_PLACE.format(node.op_type), Codes(node.op_type, 0)
+        why = NO_PLACE.format(node.op_type)
+        codes = Codes(node.op_type, 0)
         for slot in slots:
             if kind is not None:
                 yield OnnxOperand(slot, 0, kind)
@@ -220,9 +288,10 @@ def _inside(*slots: int, kind: Kind | None = None) -> Uses:
 
 _GATES = _inside(1, 2, kind=WeightForm("recurrent", Axes((0,), (1,), (2,))))
 """W [directions, gates·hidden, in] and R [directions, gates·hidden, hidden]."""
-_QKV = _inside(1, kind=WeightForm("linear", Axes((), (1,), (0,))))
+_QKV = _inside(1, kind=LINEAR_IN_OUT)
 """q, k and v [in, 3·out] of fused attention in one."""
 _TABLES = _inside(2, 3, 4, kind=WeightForm("embedding", Axes((), (1,), (0,))))
+"""Tables of words, positions and segments, [rows, out]."""
 OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "MatMul"): OnnxOp("matmul", _matmul),
     ("", "Gemm"): OnnxOp("gemm", _gemm, bias=2),
@@ -230,11 +299,15 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "ConvTranspose"): OnnxOp("conv_transpose", _conv, bias=2),
     ("", "Gather"): OnnxOp("embedding", _gather),
     ("", "Einsum"): OnnxOp("einsum", _einsum),
-    **{("", n): OnnxOp(n.lower(), _GATES, many=True) for n in ("LSTM", "GRU", "RNN")},
-    **{(MS, n): OnnxOp("matmul", _turned) for n in ("FusedMatMul", "TransposeMatMul")},
+    ("", "LSTM"): OnnxOp("lstm", _GATES, many=True),
+    ("", "GRU"): OnnxOp("gru", _GATES, many=True),
+    ("", "RNN"): OnnxOp("rnn", _GATES, many=True),
+    (MS, "FusedMatMul"): OnnxOp("matmul", _turned),
+    (MS, "TransposeMatMul"): OnnxOp("matmul", _turned),
     (MS, "FusedGemm"): OnnxOp("gemm", _gemm, bias=2),
     (MS, "FusedConv"): OnnxOp("conv", _conv, bias=2),
-    **{(MS, n): OnnxOp("attention", _QKV, bias=2) for n in ("Attention", "PackedAttention")},
+    (MS, "Attention"): OnnxOp("attention", _QKV, bias=2),
+    (MS, "PackedAttention"): OnnxOp("attention", _QKV, bias=2),
     (MS, "EmbedLayerNormalization"): OnnxOp("embedding", _TABLES, many=True),
     (MS, "MatMulNBits"): OnnxOp("matmul_nbits", _blocks, bias=5, twin="MatMul"),
     (MS, "MatMulBnb4"): OnnxOp("matmul_bnb4", _blocks, twin="MatMul"),
@@ -245,7 +318,8 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     ("", "ConvInteger"): OnnxOp("conv", _integer(scaled=False), twin="Conv", integer=True),
     (MS, "QGemm"): OnnxOp("gemm", _integer(3, INTEGERS)),
     ("", "QLinearMatMul"): OnnxOp("matmul", _integer(3, INTEGERS)),
-    **{(d, "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)) for d in ("", MS)},
+    ("", "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
+    (MS, "QLinearConv"): OnnxOp("conv", _integer(3, INTEGERS)),
     (MS, "QAttention"): OnnxOp("attention", _inside(1)),
     (MS, "QEmbedLayerNormalization"): OnnxOp("embedding", _inside(2, 3, 4), many=True),
     (MS, "DynamicQuantizeLSTM"): OnnxOp("lstm", _inside(1, 2), many=True),
@@ -253,10 +327,15 @@ OPS: Mapping[tuple[str, str], OnnxOp] = {
     (MS, "MatMulNBitsMlp"): OnnxOp("matmul_nbits", _inside(3, 6), many=True),
     (MS, "MatMulNBitsQkv"): OnnxOp("matmul_nbits", _inside(3, 6, 9), many=True),
 }
-
+"""The rows, by domain and op type."""
 DATA_OPS = {
-    *(("", name) for name in ("MatMul", "Gemm", "Einsum", "Attention")),
-    *((MS, name) for name in ("FusedMatMul", "MultiHeadAttention", "GroupQueryAttention")),
+    ("", "MatMul"),
+    ("", "Gemm"),
+    ("", "Einsum"),
+    ("", "Attention"),
+    (MS, "FusedMatMul"),
+    (MS, "MultiHeadAttention"),
+    (MS, "GroupQueryAttention"),
 }
 """Ops that may be matmuls between activations, which no row adapts."""
 
