@@ -6,7 +6,6 @@ function serves all its calls with one body; bodies of If, Loop and Scan are rew
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -14,15 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError, silenced
+from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.onnx import nbits_zero_points
 from lora_fx.ir.graph import Analysed, Deferred, Emitter, OtherReader, Parameter, Site
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser, as_tensor
 from lora_fx.onnx.graph.flow import OnnxFlow, OnnxWeightUse, follow
-from lora_fx.onnx.graph.inlining import counted_names
+from lora_fx.onnx.graph.inlining import inline_functions
 from lora_fx.onnx.graph.marks import MARK, WAS, site_name
-from lora_fx.onnx.graph.shape_inference import copy_shapes, in_floats, unknown_shapes
+from lora_fx.onnx.graph.shape_inference import infer_shapes
 from lora_fx.onnx.graph.values import bodies_of, constant, operand
 from lora_fx.text import free_name
 
@@ -56,45 +55,38 @@ class OnnxGraph(Analysed):
                 "onnx.version_converter.convert_version(model, 18) rewrites it",
             )
         if model.functions:
-            from onnx_ir.passes.common import InlinePass
-
             self.notes.append(f"{len(model.functions)} model functions were inlined")
-            with counted_names():
-                InlinePass()(model)
-        if unknown_shapes(model):
-            from onnx_ir.passes.common import ShapeInferencePass
-
-            # where it cannot infer, it logs an error; the note says it to the user
-            with silenced(levels={"onnx_ir": logging.CRITICAL}):
-                ShapeInferencePass()(model)
-                if (twin := in_floats(model)) is not None:
-                    ShapeInferencePass()(twin)
-                    copy_shapes(twin, model)
-            if unknown_shapes(model):
-                self.notes.append(UNKNOWN_SHAPES)
-        self._names = 0
-        self._taken = {v.name for node in model.graph.all_nodes() for v in node.outputs}
-        self._found: dict[str, OnnxWeightUse] = {}  # these two hold through every edit
+            inline_functions(model)
+        if not infer_shapes(model):
+            self.notes.append(UNKNOWN_SHAPES)
+        self._name_count = 0
+        self._names_in_file = set[str | None]()
+        for node in model.graph.all_nodes():
+            self._names_in_file.update(value.name for value in node.outputs)
+        # These two hold through every edit of the graph.
+        self._uses: dict[str, OnnxWeightUse] = {}
         self._stores: dict[str, ir.Value] = {}
 
     # --- reading ---------------------------------------------------------------------------------
 
     @property
     def flow(self) -> OnnxFlow:
-        """What a walk over the graph found; walked again after every change."""
+        """The data flow of the graph, which is walked again after every change."""
         return self.kept("flow", self._follow)
 
     def _follow(self) -> OnnxFlow:
         flow = follow(self.model)
-        self._found |= {f.site.id: f for f in flow.uses}
+        self._uses |= {use.site.id: use for use in flow.uses}
         self._stores |= flow.stores
         return flow
 
     def fresh(self, stem: str) -> str:
         """A name that no value has."""
-        self._names += 1
-        name = f"{stem}_{self._names}"
-        return self.fresh(stem) if name in self._taken else name  # a file with branches has some
+        self._name_count += 1
+        name = f"{stem}_{self._name_count}"
+        if name in self._names_in_file:  # a file with branches has some
+            return self.fresh(stem)
+        return name
 
     def parameters(self) -> Sequence[Parameter]:
         """Floating tensors that no pass added, in file order."""
@@ -102,7 +94,7 @@ class OnnxGraph(Analysed):
 
     def sites(self) -> Sequence[Site]:
         """Every use of a weight, in execution order."""
-        return [f.site for f in self.flow.uses]
+        return [use.site for use in self.flow.uses]
 
     def gathered_flops(self) -> dict[str, int]:
         """See Graph; a symbolic size counts once."""
@@ -114,8 +106,8 @@ class OnnxGraph(Analysed):
 
     def adapted(self) -> frozenset[str]:
         """The ids of sites whose branch stands in the graph."""
-        marks = (n.metadata_props.get(MARK) for n in self.model.graph.all_nodes())
-        return frozenset(m for m in marks if m)
+        marks = (node.metadata_props.get(MARK) for node in self.model.graph.all_nodes())
+        return frozenset(mark for mark in marks if mark)
 
     def read(self, name: str) -> Array:
         """The value of a stored tensor."""
@@ -129,18 +121,23 @@ class OnnxGraph(Analysed):
         tensor = self.flow.tensor(name)
         if isinstance(tensor, ir.ExternalTensor) and tensor.size:
             shape = tuple(tensor.shape.numpy())
-            dtype, start = tensor.dtype.numpy(), tensor.offset or 0
+            dtype = tensor.dtype.numpy()
+            start = tensor.offset or 0
             return lambda: np.memmap(tensor.path, dtype, "r", start, shape)
         return tensor.numpy
 
     def at(self, site: Site) -> OnnxWeightUse:
-        """What the walk found at a site."""
-        if site.id not in self._found:
+        """The use of a weight at a site.
+
+        Raises:
+            LoraFxError: The site is not in this graph, or its node was removed.
+        """
+        if site.id not in self._uses:
             self.flow  # noqa: B018  # walks the graph, where nobody has yet
-        found = self._found.get(site.id)
-        if found is not None and found.node.graph is not None:
-            return found
-        raise LoraFxError(f"site {site.id!r} is not in this graph", "run find again")
+        use = self._uses.get(site.id)
+        if use is None or use.node.graph is None:
+            raise LoraFxError(f"site {site.id!r} is not in this graph", "run find again")
+        return use
 
     def activation(self, site: Site) -> ir.Value:
         """The operand of the site that is no weight."""
@@ -162,10 +159,10 @@ class OnnxGraph(Analysed):
 
     def emit(self, site: Site, *, before: bool = False) -> OnnxEmitter:
         """An emitter after the site's node, or before it."""
-        found = self.at(site)
-        node = found.node if before else found.y.producer()
+        use = self.at(site)
+        node = use.node if before else use.y.producer()
         assert node is not None
-        return OnnxEmitter(self, node, site.id, found, before=before)
+        return OnnxEmitter(self, node, site.id, use, before=before)
 
     def emit_first(self, mark: str) -> OnnxEmitter:
         """An emitter before all nodes, for what is computed of initialisers."""
@@ -176,17 +173,21 @@ class OnnxGraph(Analysed):
 
         The name is part of the file's interface, so it goes to y, and the old value gets another.
         """
-        old = self.output(site)
-        y.shape, y.type = old.shape, old.type
-        for user, i in list(old.uses()):
+        replaced = self.output(site)
+        y.shape = replaced.shape
+        y.type = replaced.type
+        for user, slot in list(replaced.uses()):
             if user.metadata_props.get(MARK) != site.id:
-                user.replace_input_with(i, y)
+                user.replace_input_with(slot, y)
+
         graph = self.at(site).node.graph
         assert isinstance(graph, ir.Graph)  # functions were inlined
-        for i, out in enumerate(graph.outputs):
-            if out is old:
-                old.metadata_props[WAS] = str(old.name)
-                y.name, old.name = old.name, self.fresh(f"{old.name}_base")
+        for i, graph_output in enumerate(graph.outputs):
+            if graph_output is replaced:
+                name = replaced.name
+                replaced.metadata_props[WAS] = str(name)
+                replaced.name = self.fresh(f"{name}_base")
+                y.name = name
                 graph.outputs[i] = y
         self.changed()
 
@@ -205,17 +206,22 @@ class OnnxGraph(Analysed):
                 f"{site.parameter!r}: {site.no_fold}: this update has no branch there, only W + ΔW",
                 "plain LoRA has one: --mode switch or batch",
             )
-        e = self.emit(site, before=True)
-        e.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
-        ids = None if site.view.picked is None else self.picked(site, e)
-        operand = site.view.replay(e, w, ids)
+        emitter = self.emit(site, before=True)
+        emitter.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
+        ids = None
+        if site.view.picked is not None:
+            ids = self.picked(site, emitter)
+        operand = site.view.replay(emitter, w, ids)
         self.at(site).node.replace_input_with(site.slot[0], operand)
         self.changed()
 
     def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
         """What the last Gather on the weight's way takes, as a list."""
         value = self.at(site).node.inputs[site.slot[0]]
-        while value is not None and (node := value.producer()) is not None:
+        while value is not None:
+            node = value.producer()
+            if node is None:
+                break
             if node.op_type in ("Gather", "GatherND") and constant(node.inputs[1]) is None:
                 ids = e.op("reshape", node.inputs[1], shape=(-1,))
                 ids.shape = ir.Shape([None])  # by which the walk knows a list of them
@@ -225,30 +231,46 @@ class OnnxGraph(Analysed):
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""
-        mine = {(id(self.at(s).node), s.slot[0]) for s in sites}
-        weights = self.flow.weights.items()
-        return not any(w.name == name and self._beside(v, mine) for v, w in weights)
+        slots = {(id(self.at(site).node), site.slot[0]) for site in sites}
+        for value, weight in self.flow.weights.items():
+            if weight.name == name and self._readers_beside(value, slots):
+                return False
+        return True
 
-    def _beside(self, value: ir.Value, mine: Collection[tuple[int, int]]) -> list[str]:
-        """What reads a weight at other places than these, and is no view of it."""
-        weights, name = self.flow.weights, self.flow.weights[value].name
-        others = ["the output"] if value.is_graph_output() else []
-        for user, i in value.uses():
-            viewed = any(o in weights and weights[o].name == name for o in user.outputs)
-            if not viewed and (id(user), i) not in mine:
-                others.append(user.op_type)
-        return others
+    def _readers_beside(
+        self, value: ir.Value, slots_of_sites: Collection[tuple[int, int]]
+    ) -> list[str]:
+        """What reads a weight in other slots than these, and is no view of it.
+
+        Args:
+            value: The weight.
+            slots_of_sites: The id of a site's node, and the slot of its weight.
+        """
+        weights = self.flow.weights
+        name = weights[value].name
+        readers = []
+        if value.is_graph_output():
+            readers.append("the output")
+        for user, slot in value.uses():
+            if (id(user), slot) in slots_of_sites:
+                continue
+            is_view = any(out in weights and weights[out].name == name for out in user.outputs)
+            if not is_view:
+                readers.append(user.op_type)
+        return readers
 
     def other_readers(self) -> Sequence[OtherReader]:
         """What reads a stored tensor beside its sites."""
-        found = (f for f in self.flow.uses if not f.site.refusal or f.site.allowed)
-        mine = {(id(f.node), f.use.weight) for f in found}
-        return [
-            OtherReader(w.name, op, w.view)
-            for v, w in self.flow.weights.items()
-            for op in self._beside(v, mine)
-            if op not in ("Shape", "Size")
-        ]
+        slots = set()
+        for use in self.flow.uses:
+            if not use.site.refusal or use.site.allowed:
+                slots.add((id(use.node), use.use.weight))
+        readers = []
+        for value, weight in self.flow.weights.items():
+            for op in self._readers_beside(value, slots):
+                if op not in ("Shape", "Size"):
+                    readers.append(OtherReader(weight.name, op, weight.view))
+        return readers
 
     def repoint(self, sites: Sequence[Site], stored: str) -> None:
         """Let sites read another stored tensor through views of their own."""
@@ -258,8 +280,8 @@ class OnnxGraph(Analysed):
     def replace_parameter(self, name: str, sites: Sequence[Site], value: Array | Deferred) -> str:
         """Let sites read a value; a constant of their own is called `NAME_folded[_1]`."""
         if self.covers(name, sites):
-            # no other flow: nothing to drop
-            self.flow.put(name, as_tensor(value, str(self.flow.tensor(name).name)))
+            tensor = as_tensor(value, str(self.flow.tensor(name).name))
+            self.flow.put(name, tensor)  # the flow stays what it is: nothing to drop
             return name
         stored = free_name(f"{name}_folded", self.flow.stores, "_")
         add_initialiser(self.model.graph, stored, value)
@@ -268,69 +290,89 @@ class OnnxGraph(Analysed):
         return stored
 
     def zero_points(self, site: Site) -> ZeroPoints | None:
-        """Those of a MatMulNBits; None for other operators, and where they may not be floats."""
+        """The zero points of a MatMulNBits.
+
+        None for other operators, and where they may not be floats.
+        """
         node = self.at(site).node
-        number, given = node.attributes.get_int, operand(node, 3)
-        bits, scales, zero = number("bits", 4), constant(operand(node, 2)), constant(given)
-        odd = number("weight_prepacked", 0) or operand(node, 4) or (given and zero is None)
-        if node.op_type != "MatMulNBits" or bits not in (2, 4) or odd or scales is None:
+        number = node.attributes.get_int
+        bits = number("bits", 4)
+        scales = constant(operand(node, 2))
+        stored_zero_points = operand(node, 3)
+        zero_points = constant(stored_zero_points)
+        if node.op_type != "MatMulNBits" or bits not in (2, 4) or scales is None:
             return None
-        (n, k), block = site.operand, number("block_size", 0)
-        return nbits_zero_points(site.parameter, scales, zero, (n, k), bits, block)
+        if number("weight_prepacked", 0) or operand(node, 4) is not None:
+            return None
+        if stored_zero_points is not None and zero_points is None:
+            return None
+        n, k = site.operand
+        block_size = number("block_size", 0)
+        return nbits_zero_points(site.parameter, scales, zero_points, (n, k), bits, block_size)
 
     def put_zeros(self, sites: Sequence[Site], zero: Array) -> str:
         """Let sites of one weight read their codes by other zero points; returns their name.
 
-        What no other node reads gives its place and its name.
+        Zero points that no other node reads are removed, and these take their name.
         """
-        nodes, name = [self.at(s).node for s in sites], f"{sites[0].parameter}_zero"
-        old = {v for n in nodes if (v := operand(n, 3)) is not None}
-        name = free_name(name, self.flow.stores, "_")
+        nodes = [self.at(site).node for site in sites]
+        replaced = {value for node in nodes if (value := operand(node, 3)) is not None}
+        name = free_name(f"{sites[0].parameter}_zero", self.flow.stores, "_")
         for node in nodes:
             node.resize_inputs(max(4, len(node.inputs)))
             node.replace_input_with(3, None)
-        for value in (v for v in old if not v.uses()):
-            name, maker, graph = str(value.name), value.producer(), value.graph
-            assert isinstance(graph, ir.Graph)
-            if maker is None:
-                del graph.initializers[name]
-            else:
-                graph.remove(maker, safe=True)
-        made = add_initialiser(self.model.graph, name, zero)
+        for value in replaced:
+            if not value.uses():
+                name = str(value.name)
+                _remove_stored(value)
+        zero_points = add_initialiser(self.model.graph, name, zero)
         for node in nodes:
-            node.replace_input_with(3, made)
+            node.replace_input_with(3, zero_points)
         self.changed()
         return name
 
     def store(self, name: str, value: Array) -> None:
         """Store another value [stored shape] in a tensor, in the dtype that it has."""
-        was = self.flow.tensor(name)
-        self.flow.put(name, ir.tensor(value.astype(was.dtype.numpy()), name=was.name))
+        tensor = self.flow.tensor(name)
+        self.flow.put(name, ir.tensor(value.astype(tensor.dtype.numpy()), name=tensor.name))
 
     def clone(self) -> OnnxGraph:
         """The same graph in new nodes; tensors are shared."""
-        other = OnnxGraph(self.model.clone())
-        other._names, other.notes = self._names, list(self.notes)
-        other.share(self._named)
-        return other
+        copy = OnnxGraph(self.model.clone())
+        copy._name_count = self._name_count
+        copy.notes = list(self.notes)
+        copy.share(self._named)
+        return copy
 
     def lint(self) -> None:
         """Raise unless every operand is an initialiser, an input, or made before its use."""
         _lint(self.model.graph, set())
 
 
-def _lint(graph: ir.Graph, outer: set[ir.Value]) -> None:
-    seen = outer | {*graph.inputs, *graph.initializers.values()}
+def _remove_stored(value: ir.Value) -> None:
+    """Remove an initialiser or a Constant from the graph that it stands in."""
+    producer = value.producer()
+    graph = value.graph
+    assert isinstance(graph, ir.Graph)
+    if producer is None:
+        del graph.initializers[str(value.name)]
+    else:
+        graph.remove(producer, safe=True)
+
+
+def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
+    """Raise where a node reads a value of no graph around it, or one that is made after it."""
+    values = outer_values | {*graph.inputs, *graph.initializers.values()}
     for node in graph:
-        for v in node.inputs:
-            if v is not None and v not in seen:
+        for value in node.inputs:
+            if value is not None and value not in values:
                 raise LoraFxError(
-                    f"{node.op_type} {site_name(node)} reads {v.name!r} too early",
+                    f"{node.op_type} {site_name(node)} reads {value.name!r} too early",
                     "onnx.checker says where the order of its nodes is wrong",
                 )
         for body in bodies_of(node):
-            _lint(body, seen)
-        seen.update(node.outputs)
+            _lint(body, values)
+        values.update(node.outputs)
 
 
 # Our passes in onnx_ir's own pass manager.
@@ -349,5 +391,5 @@ class ManagedOnnxPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
-        done = self.rewrite(OnnxGraph(model))
-        return ir.passes.PassResult(model, done.modified)
+        result = self.rewrite(OnnxGraph(model))
+        return ir.passes.PassResult(model, result.modified)

@@ -9,21 +9,39 @@ import onnx_ir as ir
 
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.text import by_key
 
-SAME_NUMBERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Transpose",
-                "Slice", "Expand", "Gather", "GatherND"}  # fmt: skip
+SAME_NUMBERS = {
+    "Cast",
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Transpose",
+    "Slice",
+    "Expand",
+    "Gather",
+    "GatherND",
+}
 """Ops whose outputs are elements of their first input."""
 
 
 def highest(graph: OnnxGraph) -> dict[str, int]:
     """For each input that indexes tables, the rows of the smallest of them."""
-    lookups = (s for s in graph.sites() if isinstance(s.kind, Embedding))
-    tables = by_key((_input(graph.activation(s), graph.model), s.operand[0]) for s in lookups)
-    return {name: min(rows) for name, rows in tables.items() if name is not None}
+    limits: dict[str, int] = {}
+    for site in graph.sites():
+        if not isinstance(site.kind, Embedding):
+            continue
+        name = _input_of(graph.activation(site), graph.model)
+        if name is not None:
+            rows = site.operand[0]
+            limits[name] = min(rows, limits.get(name, rows))
+    return limits
 
 
-def _input(value: ir.Value | None, model: ir.Model) -> str | None:
+def _input_of(ids: ir.Value | None, model: ir.Model) -> str | None:
+    """The name of the input whose elements the ids are; None where a node computes them."""
+    value = ids
     while value is not None:
         node = value.producer()
         if node is None:

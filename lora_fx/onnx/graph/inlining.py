@@ -5,30 +5,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import onnx_ir as ir
+
+
+def inline_functions(model: ir.Model) -> None:
+    """Put the nodes of each model function in the place of its calls."""
+    from onnx_ir.passes.common import InlinePass
+
+    with _counted_names():
+        InlinePass()(model)
+
 
 @contextlib.contextmanager
-def counted_names() -> Iterator[None]:
-    """A block in which onnx_ir's inliner remembers how far it has counted the copies of a name.
+def _counted_names() -> Iterator[None]:
+    """Let onnx_ir's inliner remember, within a block, how far it has counted copies of a name.
 
-    Unasked it tries NAME_2, NAME_3 … anew for each copy: 4,096 of one name take 12 s. The names
-    that come of it are the same, since none is given back.
+    Without it, the inliner tries NAME_2, NAME_3 … anew for each copy: 4,096 of one name take 12 s.
+    The names are the same, since a name that was given once stays in use.
     """
     from onnx_ir.passes.common import inliner
 
-    last: dict[tuple[str, int], int] = {}
+    last_counts: dict[tuple[str, int], int] = {}
 
-    def unique(name: str, callstack: list[str], used_names: set[str]) -> str:
-        count, candidate = last.get((name, id(used_names)), 1), name
+    def make_unique_name(name: str, callstack: list[str], used_names: set[str]) -> str:
+        count = last_counts.get((name, id(used_names)), 1)
+        candidate = name
         while candidate in used_names:
             count += 1
             candidate = f"{name}_{count}"
-        last[name, id(used_names)] = count
+        last_counts[name, id(used_names)] = count
         used_names.add(candidate)
         return candidate
 
-    before = inliner._make_unique_name
+    original = inliner._make_unique_name
     try:
-        inliner._make_unique_name = unique
+        inliner._make_unique_name = make_unique_name
         yield
     finally:
-        inliner._make_unique_name = before
+        inliner._make_unique_name = original

@@ -2,50 +2,104 @@
 
 from __future__ import annotations
 
+import logging
+
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.ops import row_of
+from lora_fx.errors import silenced
+from lora_fx.onnx.graph.ops import OnnxOp, row_of
 from lora_fx.onnx.graph.values import shape_of
 
 
-def unknown_shapes(model: ir.Model) -> bool:
+def infer_shapes(model: ir.Model) -> bool:
+    """Give the values of a model the shapes that ONNX's inference finds; whether all are known.
+
+    Inference knows nothing of ops of codes: what lies behind them has the shape that it has in a
+    copy of the model with floats in the place of these codes.
+    """
+    if not has_unknown_shapes(model):
+        return True
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    # where it cannot infer, it logs an error; a note says it to the user
+    with silenced(levels={"onnx_ir": logging.CRITICAL}):
+        ShapeInferencePass()(model)
+        copy = _in_floats(model)
+        if copy is not None:
+            ShapeInferencePass()(copy)
+            _copy_shapes(copy, model)
+    return not has_unknown_shapes(model)
+
+
+def has_unknown_shapes(model: ir.Model) -> bool:
     """True when an op of the table has an operand of unknown shape."""
-    nodes = (n for n in model.graph.all_nodes() if row_of(n) is not None)
-    values = (v for n in nodes for v in (*n.inputs, n.outputs[0]) if v is not None)
-    return any(shape_of(v) is None and v.const_value is None for v in values)
+    for node in model.graph.all_nodes():
+        if row_of(node) is None:
+            continue
+        for value in (*node.inputs, node.outputs[0]):
+            if value is not None and shape_of(value) is None and value.const_value is None:
+                return True
+    return False
 
 
-def in_floats(model: ir.Model) -> ir.Model | None:
+def _in_floats(model: ir.Model) -> ir.Model | None:
     """The model with floats in the place of codes that ONNX's inference knows nothing of.
 
     None where there are none.
     """
-    whole = model.clone()
-    known = [(n, r) for n in whole.graph.all_nodes() if n.domain and (r := row_of(n)) and r.twin]
-    for i, (node, row) in enumerate(known):
-        use = next(row.uses(node, [shape_of(v) for v in node.inputs].__getitem__), None)
-        scale, graph = node.inputs[2], node.graph
-        if use is None or scale is None or graph is None:
-            continue
-        w = use.stored or shape_of(node.inputs[use.weight]) or ()
-        w = w[::-1] if use.stored and row.twin == "MatMul" else w
-        kind = ir.TensorType(scale.dtype or ir.DataType.FLOAT)
-        floats = ir.Value(name=f"{i}_in_floats", shape=ir.Shape(w), type=kind)
-        whole.graph.inputs.append(floats)
-        x = node.inputs[use.x]
-        new = [ir.node("Cast", [x], {"to": int(kind.dtype)})] if row.twin == "MatMul" else []
-        operands = {use.x: new[0].outputs[0] if new else x, use.weight: floats}
-        new.append(ir.node(row.twin, [operands[0], operands[1]]))
-        made = new[-1].outputs
-        made[0].name = node.outputs[0].name
-        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs[:1], made)
-    return whole if known else None
+    copy = model.clone()
+    replaceable = []
+    for node in copy.graph.all_nodes():
+        row = row_of(node)
+        if node.domain and row is not None and row.twin:
+            replaceable.append((node, row))
+    for i, (node, row) in enumerate(replaceable):
+        _replace_by_floats(copy, node, row, f"{i}_in_floats")
+    if not replaceable:
+        return None
+    return copy
 
 
-def copy_shapes(source: ir.Model, model: ir.Model) -> None:
+def _replace_by_floats(model: ir.Model, node: ir.Node, row: OnnxOp, name: str) -> None:
+    """Replace a node by its twin, whose weight is a new input of floats."""
+    shapes = [shape_of(value) for value in node.inputs]
+    use = next(row.uses(node, shapes.__getitem__), None)
+    scale = node.inputs[2]
+    graph = node.graph
+    if use is None or scale is None or graph is None:
+        return
+
+    shape = use.stored or shape_of(node.inputs[use.weight]) or ()
+    if use.stored and row.twin == "MatMul":
+        shape = shape[::-1]
+    dtype = scale.dtype or ir.DataType.FLOAT
+    weight = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    model.graph.inputs.append(weight)
+
+    x = node.inputs[use.x]
+    twins = []
+    if row.twin == "MatMul":  # x may be codes too
+        cast = ir.node("Cast", [x], {"to": int(dtype)})
+        twins.append(cast)
+        x = cast.outputs[0]
+    operands = {use.x: x, use.weight: weight}
+    twin = ir.node(row.twin, [operands[0], operands[1]])
+    twins.append(twin)
+    twin.outputs[0].name = node.outputs[0].name
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], twins, node.outputs[:1], twin.outputs
+    )
+
+
+def _copy_shapes(source: ir.Model, model: ir.Model) -> None:
     """Give values the shape and dtype that another model has for their names."""
-    known = {v.name: v for n in source.graph.all_nodes() for v in n.outputs}
-    for value in (v for n in model.graph.all_nodes() for v in n.outputs):
-        other = known.get(value.name)
-        if value.shape is None and other is not None and other.shape is not None:
-            value.shape, value.type = other.shape, value.type or other.type
+    source_values = {}
+    for node in source.graph.all_nodes():
+        for value in node.outputs:
+            source_values[value.name] = value
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            source_value = source_values.get(value.name)
+            if value.shape is None and source_value is not None and source_value.shape is not None:
+                value.shape = source_value.shape
+                value.type = value.type or source_value.type
