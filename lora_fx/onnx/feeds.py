@@ -22,13 +22,13 @@ def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> di
         return manifest.tensors(adapter)
     from lora_fx.formats.io import load_adapter
 
-    wanted = "an Adapter, or the path of one"
-    expect(adapter, (str, PathLike), "the adapter", wanted, "adapter=None runs the base model")
+    expected = "an Adapter, or the path of one"
+    expect(adapter, (str, PathLike), "the adapter", expected, "adapter=None runs the base model")
     where = fspath(adapter)
     if where.endswith(".onnx_adapter"):
-        found = read_file(Path(where))[0]
-        manifest.check(found, where)
-        return found
+        tensors = read_file(Path(where))[0]
+        manifest.check(tensors, where)
+        return tensors
     return manifest.tensors(load_adapter(where), where)
 
 
@@ -53,31 +53,45 @@ def arrays_of(inputs: object) -> dict[str, Array]:
 
 
 def check_inputs(
-    inputs: Mapping[str, Array], known: Collection[str], ranges: Sequence[Condition]
+    inputs: Mapping[str, Array], names: Collection[str], ranges: Sequence[Condition]
 ) -> None:
-    """Raise for an input that is missing or unknown, and for sizes that a file is not true for."""
+    """Raise for an input that is missing or unknown, and for sizes that a file is not true for.
+
+    Args:
+        inputs: Arrays by input name.
+        names: The names of the file's inputs.
+        ranges: The sizes that the file is true for.
+    """
     for name in inputs:
-        if name not in known:
-            hint = near(name, [*known], f"inputs: {sorted(known)}")
+        if name not in names:
+            hint = near(name, [*names], f"inputs: {sorted(names)}")
             raise LoraFxError(f"the model has no input {name!r}", hint)
-    missing = sorted(set(known) - set(inputs))
-    if missing:
-        raise LoraFxError(f"input {missing[0]!r} is missing", f"inputs: {sorted(known)}")
-    for _, name, d in (size for condition in ranges for size in condition.sizes):
-        if inputs[name].ndim <= d:
-            found = f"{inputs[name].ndim} dimensions; expected {d + 1} at least"
-            raise LoraFxError(f"input {name!r} has {found}", "give arrays as the model takes them")
+    missing_names = sorted(set(names) - set(inputs))
+    if missing_names:
+        raise LoraFxError(f"input {missing_names[0]!r} is missing", f"inputs: {sorted(names)}")
+
+    # The dimensions of all conditions come first: no condition is asked where one is lacking.
     for condition in ranges:
-        given = {(n, d): inputs[n].shape[d] for _, n, d in condition.sizes}
-        if not condition.holds(given):
-            raise condition.refusal(given)
+        for _, name, axis in condition.sizes:
+            _check_dimension(name, inputs[name], axis)
+    for condition in ranges:
+        sizes = {(name, axis): inputs[name].shape[axis] for _, name, axis in condition.sizes}
+        if not condition.holds(sizes):
+            raise condition.refusal(sizes)
+
+
+def _check_dimension(name: str, array: Array, axis: int) -> None:
+    """Raise for an input that lacks a dimension."""
+    if array.ndim <= axis:
+        dimensions = f"{array.ndim} dimensions; expected {axis + 1} at least"
+        raise LoraFxError(f"input {name!r} has {dimensions}", "give arrays as the model takes them")
 
 
 def ort_values(tensors: Mapping[str, Array], device: str = "cpu") -> Json:
     """The arrays as OrtValues on a device, by name."""
     from onnxruntime import OrtValue
 
-    return {
-        n: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x), device, 0)
-        for n, x in tensors.items()
-    }
+    values = {}
+    for name, tensor in tensors.items():
+        values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), device, 0)
+    return values

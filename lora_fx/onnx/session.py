@@ -54,19 +54,19 @@ class RuntimeSession:
     @functools.cached_property
     def row_choice(self) -> RowChoice | None:
         """Which adapter a row may ask for, in a file of mode batch."""
-        shapes = {i.name: i.shape for i in self.session.get_inputs()}
+        shapes = {node.name: node.shape for node in self.session.get_inputs()}
         return RowChoice.from_text(self.metadata.get(PROPERTY), shapes)
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What the file says of itself, by key."""
-        found: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
-        return found
+        """The metadata of the file, by key."""
+        metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
+        return metadata
 
     @property
     def input_names(self) -> list[str]:
         """The names of the graph's inputs."""
-        return [i.name for i in self.session.get_inputs()]
+        return [node.name for node in self.session.get_inputs()]
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run on arrays by input name and give arrays by output name.
@@ -83,11 +83,12 @@ class RuntimeSession:
 
     def outputs(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """As `run`, but with the runtime's own errors, and with any ids of rows."""
-        optional = self.session.get_overridable_initializers()  # A and B of a switchable file
-        taken = {*self.input_names, *(i.name for i in optional)}
-        known = {k: widened(feeds[k]) for k in taken.intersection(feeds)}
-        names = [o.name for o in self.session.get_outputs()]
-        return tensors_by_name(names, self.session.run(names, known))
+        input_names = set(self.input_names)
+        for initialiser in self.session.get_overridable_initializers():
+            input_names.add(initialiser.name)  # A and B of a switchable file
+        arrays = {name: widened(feeds[name]) for name in input_names.intersection(feeds)}
+        names = [node.name for node in self.session.get_outputs()]
+        return tensors_by_name(names, self.session.run(names, arrays))
 
 
 def tensors_by_name(
@@ -97,7 +98,8 @@ def tensors_by_name(
     tensors: dict[str, Array] = {}
     for name, value in zip(names, outputs, strict=True):
         if isinstance(value, list):
-            tensors |= {f"{name}[{i}]": tensor for i, tensor in enumerate(value)}
+            for i, tensor in enumerate(value):
+                tensors[f"{name}[{i}]"] = tensor
         elif isinstance(value, np.ndarray):
             tensors[name] = value
     return tensors
@@ -108,21 +110,23 @@ def told(
     feeds: Mapping[str, Array],
     hint: str = "check sizes and dtypes of the inputs against the model",
 ) -> Iterator[None]:
-    """The runtime's errors, which have no common base, as one of ours that names the sizes."""
+    """Raise errors of the runtime, which have no common base, as ours, with the feeds' sizes."""
     try:
         yield
-    except Exception as e:
-        sizes = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds.items())
-        said = str(e).partition("Name:")[2] or str(e)
+    except Exception as error:
+        sizes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        message = str(error).partition("Name:")[2] or str(error)
         raise LoraFxError(
-            f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(said, 240)}",
+            f"ONNX Runtime fails at {one_line(sizes, 120)}: {one_line(message, 240)}",
             hint,
-        ) from e
+        ) from error
 
 
 def widened(array: Array) -> Array:
-    """bfloat16, which the runtime takes from no array, as float32; anything else as it is."""
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+    """The array, as float32 where it is bfloat16, which the runtime takes from no array."""
+    if array.dtype.name == "bfloat16":
+        return array.astype(np.float32)
+    return array
 
 
 def open_session(
@@ -139,9 +143,9 @@ def open_session(
 
     Args:
         path: The .onnx file.
-        provider: cpu; cuda, which is an error when it cannot be had; or auto: CUDA when it is
-            really there, else CPU with a note.
-        threads: How many; 0 leaves the number to the runtime.
+        provider: cpu; cuda, which is an error when it cannot be had; or auto: CUDA where it can
+            be had, else CPU with a note.
+        threads: The number of threads; 0 leaves it to the runtime.
         rewrites: Let the runtime rewrite the graph.
         exact: Products are computed in float32. Unasked, the runtime makes int8 of activations at
             block-wise DequantizeLinear (level 4 of MatMulNBits): rel 5e-3, and CUDA multiplies in
@@ -159,8 +163,9 @@ def open_session(
     expect(provider, str, "provider", "a text", "auto, cpu or cuda")
     expect_name(provider, ("auto", "cpu", "cuda"), "no provider", "auto, cpu or cuda")
     if not is_whole(threads) or not 0 <= threads <= MOST_THREADS:
-        found = one_line(repr(threads), 60)
-        raise LoraFxError(f"threads is {found}; expected 0 to {MOST_THREADS}", "0 lets it choose")
+        text = one_line(repr(threads), 60)
+        raise LoraFxError(f"threads is {text}; expected 0 to {MOST_THREADS}", "0 lets it choose")
+
     options = quiet_options()
     options.enable_mem_pattern = patterns
     if threads:
@@ -169,35 +174,51 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if exact:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    held = {n: ort.OrtValue.ortvalue_from_numpy(v) for n, v in (external or {}).items()}
-    if held:
+
+    if external:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in external.values()]
         # add_initializer would be ignored, without a word, where W + A·B is folded at load
-        options.add_external_initializers(list(held), list(held.values()))
-    usable = provider != "cpu" and "cuda" in providers()
-    if usable and hasattr(ort, "preload_dlls"):
+        options.add_external_initializers(list(external), values)
+
+    try_cuda = provider != "cpu" and "cuda" in providers()
+    if try_cuda and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
-    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"} if exact else {})
-    wanted = [*[cuda] * usable, "CPUExecutionProvider"]
     with retold(
         f"{fspath(path)}: ONNX Runtime cannot load it", "was it written for a newer opset?"
     ):
-        session = ort.InferenceSession(fspath(path), options, providers=wanted)
-    got = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-    if provider == "cuda" and got != "cuda":
+        session = ort.InferenceSession(
+            fspath(path), options, providers=_providers_to_try(try_cuda, exact)
+        )
+
+    used_provider = "cpu"
+    if session.get_providers()[0] == "CUDAExecutionProvider":
+        used_provider = "cuda"
+    if provider == "cuda" and used_provider != "cuda":
         why = "the driver did not load" if not driver_present() else "its libraries did not load"
         raise LoraFxError(
             f"CUDA was asked for and cannot be had: {why}",
             "pip install 'lora-fx[gpu]' on a machine with a GPU, or --provider cpu",
         )
+    note = ""
     # A machine without a GPU runs on its CPU, which is no news.
-    missed = provider == "auto" and got == "cpu" and driver_present()
-    note = "running on CPU: this build of ONNX Runtime does not use the GPU" if missed else ""
-    return RuntimeSession(session, got, note)
+    if provider == "auto" and used_provider == "cpu" and driver_present():
+        note = "running on CPU: this build of ONNX Runtime does not use the GPU"
+    return RuntimeSession(session, used_provider, note)
+
+
+def _providers_to_try(cuda: bool, exact: bool) -> list[str | tuple[str, dict[str, str]]]:
+    """The runtime's providers, with their options, in the order in which it takes them."""
+    if not cuda:
+        return ["CPUExecutionProvider"]
+    options = {"use_tf32": "0"} if exact else {}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def providers() -> list[str]:
-    """What sessions can run on here, the fastest first: cuda with a build and a driver, and cpu."""
+    """The providers of this machine, the fastest first: cuda with a build and a driver, and cpu."""
     import onnxruntime as ort
 
     built = "CUDAExecutionProvider" in ort.get_available_providers()
-    return ["cuda"] * (built and driver_present()) + ["cpu"]
+    if built and driver_present():
+        return ["cuda", "cpu"]
+    return ["cpu"]
