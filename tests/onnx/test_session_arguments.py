@@ -183,11 +183,13 @@ def test_a_training_step_needs_a_start_of_its_ranks(folder: Path, tmp_path: Path
     for file in folder.glob("step.onnx*"):
         if file.suffix != ".onnx_adapter":
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(LoraFxError, match="step.onnx_adapter is not there: nothing to start from"):
+    with pytest.raises(
+        LoraFxError, match=r"step\.onnx_adapter is not there: nothing to start from"
+    ):
         TrainSession(tmp_path / "step.onnx", provider="cpu")
     session = TrainSession(folder / "step.onnx", provider="cpu")
     a, b = np.ones((3, 4), np.float32), np.ones((6, 3), np.float32)
-    with pytest.raises(LoraFxError, match="the adapter: 'fc.weight' has rank 3; expected 2"):
+    with pytest.raises(LoraFxError, match=r"the adapter: 'fc\.weight' has rank 3; expected 2"):
         session.load(Adapter({"fc.weight": LowRank(a, b, 3.0)}))
 
 
