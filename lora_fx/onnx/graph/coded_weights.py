@@ -151,7 +151,9 @@ def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, bl
 
 def quantiser(value: ir.Value | None) -> ir.Node | None:
     """The DynamicQuantizeLinear that made codes of a float."""
-    node = None if value is None else value.producer()
+    if value is None:
+        return None
+    node = value.producer()
     if node is None or node.op_type != "DynamicQuantizeLinear":
         return None
     if value is not node.outputs[0]:  # the scale, or the zero point

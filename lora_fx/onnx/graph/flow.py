@@ -233,8 +233,10 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if node.op_type in SCALING and not node.domain and _scales_codes(flow, node):
         return
 
+    weight = None
     source = operand(node, 0)
-    weight = None if source is None else flow.weights.get(source)
+    if source is not None:
+        weight = flow.weights.get(source)
     if MARK in node.metadata_props:
         if weight is not None:
             _follow_added(flow, node, weight)
@@ -307,7 +309,7 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
         if value is not None and weight is not None:
             weights[value] = weight
 
-    floats = [w for w in weights.values() if may_weigh(flow.tensor(w.name))]
+    floats = [weight for weight in weights.values() if may_weigh(flow.tensor(weight.name))]
     names = _names_behind(floats)
     if not names or node.op_type in NORMS:
         return False
@@ -351,7 +353,9 @@ def _carry(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWeight]) -
 
 def _copied_value(value: ir.Value | None) -> ir.Value | None:
     """The value that a chain of Identity nodes copies; the value itself where there is none."""
-    node = None if value is None else value.producer()
+    if value is None:
+        return None
+    node = value.producer()
     if node is None or node.op_type != "Identity":
         return value
     return _copied_value(node.inputs[0])

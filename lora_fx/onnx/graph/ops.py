@@ -75,7 +75,6 @@ class OnnxOp:
     integer: bool = False
 
 
-OTHER_AXIS = "a lookup along another axis than the first"
 LINEAR_IN_OUT = WeightForm("linear", Axes((), (1,), (0,)))
 """W + ΔW of a matrix [in, out]."""
 LINEAR_OUT_IN = WeightForm("linear", Axes((), (0,), (1,)))
@@ -174,8 +173,15 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
     w = shape(0)
     if w is None or len(w) < 2:
         return
-    by_rows = node.attributes.get_int("axis", 0) == 0 and len(w) == 2
-    yield OnnxOperand(0, 1, kinds.Embedding(), "" if by_rows else OTHER_AXIS)
+    why = _refusal_of_lookup(w, node.attributes.get_int("axis", 0))
+    yield OnnxOperand(0, 1, kinds.Embedding(), why)
+
+
+def _refusal_of_lookup(table: Shape, axis: int) -> str:
+    """Why a lookup cannot be adapted; empty for one of the rows of a matrix."""
+    if axis == 0 and len(table) == 2:
+        return ""
+    return "a lookup along another axis than the first"
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
@@ -236,8 +242,7 @@ def _gather_blocks(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
         codes_in_element = 8 // bits
     stored = (*w[:-1], w[-1] * codes_in_element)
     check_scales(node, 2, stored, number("quantize_axis", 1), number("block_size", 128))
-    by_rows = number("gather_axis", 0) == 0 and len(stored) == 2
-    why = "" if by_rows else OTHER_AXIS
+    why = _refusal_of_lookup(stored, number("gather_axis", 0))
     codes_of_op = Codes(node.op_type, bits)
     yield OnnxOperand(0, 1, kinds.Embedding(), why, stored=stored, codes=codes_of_op)
 

@@ -54,7 +54,9 @@ def operand(node: ir.Node, slot: int) -> ir.Value | None:
 
 def made_by(value: ir.Value | None, op: str) -> ir.Node | None:
     """The node that makes a value, where it is this op of ONNX."""
-    node = None if value is None else value.producer()
+    if value is None:
+        return None
+    node = value.producer()
     if node is None or node.op_type != op or node.domain:
         return None
     return node
