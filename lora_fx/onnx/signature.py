@@ -55,11 +55,11 @@ def _input(node: ort.NodeArg) -> Input:
     return Input(node.name, dtype, tuple(sizes), dimension_names)
 
 
-def feeds_of_sizes(inputs: Inputs, given: Named) -> Iterator[dict[str, Array]]:
+def feeds_of_sizes(inputs: Inputs, user_arrays: Named) -> Iterator[dict[str, Array]]:
     """Feeds of every size at which shapes differ; of one size where a user gives arrays."""
     tried_shapes: list[dict[str, tuple[int, ...]]] = []
-    for size in SIZES[:1] if given else inputs.checks:
-        feeds = {**inputs.sample(size), **given}
+    for size in SIZES[:1] if user_arrays else inputs.checks:
+        feeds = {**inputs.sample(size), **user_arrays}
         shapes = {name: array.shape for name, array in feeds.items()}
         if shapes not in tried_shapes:
             tried_shapes.append(shapes)

@@ -121,7 +121,7 @@ def check_blocks(node: ir.Node, n: int, k: int, bits: int, block: int, *, flat: 
 
 
 def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, block: int) -> None:
-    """Raise unless the scales in a slot, and the zero points in the next, are of such a tensor.
+    """Raise unless scales and zero points of codes have the sizes that the operator says.
 
     Args:
         node: DequantizeLinear or GatherBlockQuantized.

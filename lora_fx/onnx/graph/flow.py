@@ -179,12 +179,12 @@ def follow(model: ir.Model) -> OnnxFlow:
     flow = OnnxFlow()
     # odd names come last, so that a plain name is the key of its own tensor
     for value in sorted(model.graph.initializers.values(), key=_has_odd_name):
-        _store(flow, value)
+        _note_stored(flow, value)
     for node in model.graph.all_nodes():
         if node.graph is not model.graph and isinstance(node.graph, ir.Graph):
             for value in node.graph.initializers.values():
                 if value not in flow.weights:
-                    _store(flow, value)
+                    _note_stored(flow, value)
         _visit(flow, node)
     return flow
 
@@ -199,7 +199,7 @@ def _aliases(value: ir.Value) -> tuple[str, ...]:
     return (str(value.name),) if _has_odd_name(value) else ()
 
 
-def _store(flow: OnnxFlow, value: ir.Value) -> None:
+def _note_stored(flow: OnnxFlow, value: ir.Value) -> None:
     """Note a stored tensor, unless a pass added it; it is a weight unless it is marked as data."""
     if MARK in value.metadata_props or value.name is None:
         return
@@ -227,10 +227,10 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
     if node.op_type == "Constant" and not node.domain:
         value = node.outputs[0]
         if "value" in node.attributes and (value.uses() or value.is_graph_output()):
-            _store(flow, value)
+            _note_stored(flow, value)
         return
 
-    if node.op_type in SCALING and not node.domain and _scales_codes(flow, node):
+    if node.op_type in SCALING and not node.domain and _note_scaling(flow, node):
         return
 
     weight = None
@@ -239,34 +239,34 @@ def _visit(flow: OnnxFlow, node: ir.Node) -> None:
         weight = flow.weights.get(source)
     if MARK in node.metadata_props:
         if weight is not None:
-            _follow_added(flow, node, weight)
+            _note_added(flow, node, weight)
         return
 
-    if weight is not None and _views(flow, node, weight):
+    if weight is not None and _note_view(flow, node, weight):
         return
 
     row = row_of(node)
     if row is not None:
-        uses = _uses(flow, node, row)
+        uses = _uses_of(flow, node, row)
         if uses:
             flow.uses += uses
             return
 
-    if _computes(flow, node):
+    if _note_computed(flow, node):
         return
-    _count_flops(flow, node)
-    _picks(flow, node)
+    _add_flops(flow, node)
+    _note_gathered(flow, node)
 
 
-def _follow_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
+def _note_added(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> None:
     """Note the weight that a node of a pass gives: W + ΔW of the weight form, or a view of that."""
     if node.op_type == "Add":
         flow.weights[node.outputs[0]] = weight
     elif VIEW in node.metadata_props:
-        _views(flow, node, weight)
+        _note_view(flow, node, weight)
 
 
-def _count_flops(flow: OnnxFlow, node: ir.Node) -> None:
+def _add_flops(flow: OnnxFlow, node: ir.Node) -> None:
     """Add a product's FLOPs to those of the tensor that its operand is picked from, or of data."""
     flops = flops_of_data(node)
     for value in node.inputs:
@@ -277,7 +277,7 @@ def _count_flops(flow: OnnxFlow, node: ir.Node) -> None:
     flow.data_flops += flops
 
 
-def _picks(flow: OnnxFlow, node: ir.Node) -> None:
+def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
     """Note what a node picks from a stored tensor, where it reads floats of that tensor alone."""
     names = set()
     for value in node.inputs:
@@ -298,7 +298,7 @@ NORMS = ("LayerNormalization", "RMSNormalization")
 """What these make of a table of positions is data, which layers read: no weight is made by them."""
 
 
-def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
+def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
     """Note what a node makes of stored tensors alone, and what the body of a loop gets of them.
 
     True where all its operands are made of stored tensors, so that the node computes a weight.
@@ -315,22 +315,26 @@ def _computes(flow: OnnxFlow, node: ir.Node) -> bool:
         return False
 
     if not bodies_of(node) and all(v is None or v in weights for v in node.inputs):
-        why = f"the weight is computed by {node.op_type} from {' and '.join(names)}"
-        for weight in floats:
-            if weight.computed:
-                why = weight.computed
-                break
+        why = _why_computed(node, floats, names)
         for value in node.outputs:
             shape = tuple(size if isinstance(size, int) else 0 for size in shape_of(value) or ())
             flow.computed[value] = OnnxWeight(names[0], View(), shape, computed=why, behind=names)
         return True
 
     if node.op_type in ("Loop", "Scan"):
-        _carry(flow, node, weights)
+        _note_carried(flow, node, weights)
     return False
 
 
-def _carry(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWeight]) -> None:
+def _why_computed(node: ir.Node, weights: list[OnnxWeight], names: tuple[str, ...]) -> str:
+    """How a weight is computed: what the first of its operands says, or by this node."""
+    for weight in weights:
+        if weight.computed:
+            return weight.computed
+    return f"the weight is computed by {node.op_type} from {' and '.join(names)}"
+
+
+def _note_carried(flow: OnnxFlow, node: ir.Node, weights: dict[ir.Value, OnnxWeight]) -> None:
     """Note the weights that a loop hands to its body and that no iteration changes."""
     body = bodies_of(node)[0]
     first_input = 0
@@ -361,8 +365,11 @@ def _copied_value(value: ir.Value | None) -> ir.Value | None:
     return _copied_value(node.inputs[0])
 
 
-def _views(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
-    """Note what a node makes of a weight that it only views, decodes or makes codes of."""
+def _note_view(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
+    """Note what a node makes of a weight that it only views, decodes or makes codes of.
+
+    False for a node that does none of these.
+    """
     tensor = flow.tensor(weight.name)
     if node.op_type == "DequantizeLinear" and len(weight.shape) >= 2:
         axis = node.attributes.get_int("axis", 1)
@@ -373,7 +380,7 @@ def _views(flow: OnnxFlow, node: ir.Node, weight: OnnxWeight) -> bool:
         flow.weights[node.outputs[0]] = replace(weight, codes=codes, behind=behind)
         return True
     if node.op_type == "DynamicQuantizeLinear" and len(weight.shape) >= 2:
-        _computes(flow, node)  # its scale and zero point
+        _note_computed(flow, node)  # its scale and zero point
         flow.weights[node.outputs[0]] = replace(weight, codes=Codes(node.op_type, 8, scaled=False))
         return True
 
@@ -396,8 +403,11 @@ SCALING = {"Mul": True, "Div": True, "Sub": False, "Add": False}
 """Ops that make a weight of codes, and whether they apply its scale."""
 
 
-def _scales_codes(flow: OnnxFlow, node: ir.Node) -> bool:
-    """Note what a node makes of codes that were cast, with scales or zero points."""
+def _note_scaling(flow: OnnxFlow, node: ir.Node) -> bool:
+    """Note what a node makes of codes that were cast, with scales or zero points.
+
+    False for a node that does not apply any to such codes.
+    """
     operands = [flow.weights[value] for value in node.inputs if value in flow.weights]
     if len(operands) != 2:
         return False
@@ -423,14 +433,14 @@ def _names_behind(weights: Iterable[OnnxWeight | None]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
+def _uses_of(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     """The uses of weights by a node that the op table knows; none where all operands are stored."""
 
     def shape(slot: int) -> Shape | None:
         value = operand(node, slot)
         weight = flow.weight_of(value)
         if weight is None:
-            return shape_of(value) or None  # a scalar is no operand of a product
+            return shape_of(value) or None  # a scalar counts as unknown
         if weight.view.picked is None:
             return weight.shape
         # of matrices that data picks, there are as many as it picks
@@ -439,19 +449,10 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     uses = []
     for weight_operand in row.uses(node, shape):
         weight = flow.weight_of(operand(node, weight_operand.weight))
-        if weight is None:
-            continue
-        codes = _codes_of(flow, row, weight_operand, weight)
-        if codes is not None:
-            uses.append(_coded_use(flow, node, row, weight_operand, weight, codes))
-            continue
-        is_float = "float" in tensor_dtype(flow.tensor(weight.name).dtype)
-        if not is_float and not weight.computed and not weight_operand.refusal:
-            continue
-        site = _site(node, row, weight_operand, weight)
-        uses.append(OnnxWeightUse(site, node, weight_operand, row, node.outputs[0]))
-        if not weight_operand.refusal:
-            _give_dtypes(flow, node, weight_operand, weight)
+        if weight is not None:
+            use = _use_of(flow, node, row, weight_operand, weight)
+            if use is not None:
+                uses.append(use)
 
     if row.many:
         return uses
@@ -462,11 +463,25 @@ def _uses(flow: OnnxFlow, node: ir.Node, row: OnnxOp) -> list[OnnxWeightUse]:
     return uses
 
 
-def _codes_of(
-    flow: OnnxFlow, row: OnnxOp, weight_operand: OnnxOperand, weight: OnnxWeight
-) -> Codes | None:
+def _use_of(
+    flow: OnnxFlow, node: ir.Node, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight
+) -> OnnxWeightUse | None:
+    """The use of one operand of a node; None where it holds integers that are no codes."""
+    codes = _codes_of(flow, row, use, weight)
+    if codes is not None:
+        return _coded_use(flow, node, row, use, weight, codes)
+    is_float = "float" in tensor_dtype(flow.tensor(weight.name).dtype)
+    if not is_float and not weight.computed and not use.refusal:
+        return None
+    site = _site(node, row, use, weight)
+    if not use.refusal:
+        _give_dtypes(flow, node, use, weight)
+    return OnnxWeightUse(site, node, use, row, node.outputs[0])
+
+
+def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Codes | None:
     """What a weight's integers are where an op reads it; None for floats."""
-    codes = weight_operand.codes or weight.codes
+    codes = use.codes or weight.codes
     tensor = flow.tensor(weight.name)
     if codes is None and row.op == "embedding" and narrow(tensor):
         return Codes(f"{tensor_dtype(tensor.dtype)} cast", 0, scaled=False)
