@@ -70,7 +70,7 @@ def _is_integer_matrix(tensor: ir.TensorProtocol, most_bits: int) -> bool:
     return tensor.dtype.bitwidth <= most_bits
 
 
-def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
+def _stored_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a stored tensor; None for anything else."""
     if value is None or value.const_value is None:
         return None
@@ -78,9 +78,12 @@ def sizes(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def _expect(node: ir.Node, slot: int, shapes: Sequence[tuple[int, ...]], what: str) -> None:
-    """Raise where a stored operand has none of these shapes; one axis alone is a count."""
+    """Raise where a stored operand has none of these shapes.
+
+    A shape of one axis is met by every operand of as many elements, however it is stored.
+    """
     value = node.inputs[slot] if slot < len(node.inputs) else None
-    stored_shape = sizes(value)
+    stored_shape = _stored_shape(value)
     if value is None or stored_shape is None:
         return
     if stored_shape in shapes or (math.prod(stored_shape),) in shapes:
@@ -132,7 +135,7 @@ def check_scales(node: ir.Node, slot: int, shape: tuple[int, ...], axis: int, bl
     """
     if axis < 0:
         axis += len(shape)
-    scales_shape = sizes(node.inputs[slot])
+    scales_shape = _stored_shape(node.inputs[slot])
     if not 0 <= axis < len(shape):
         raise damaged(node, f"axis {axis} of codes {list(shape)}")
 
