@@ -84,6 +84,7 @@ ANY_RANK = (0,) * 9
 
 
 def _matmul(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """A product of two matrices, or stacks of them, of which either may be the weight."""
     first = shape(0)
     second = shape(1)
     if second is not None:
@@ -140,6 +141,7 @@ def _kind_of_product(slot: int, is_turned: bool) -> Kind:
 
 
 def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """A product of two matrices, which FusedGemm also applies an activation to."""
     activated = node.attributes.get_string("activation", "")
     for use in _turned(node, shape):
         if activated and not use.refusal:  # FusedGemm: no place for a sum
@@ -149,6 +151,7 @@ def _gemm(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """A convolution with a kernel [out, in / groups, …], or a transposed one."""
     w = shape(1)
     if w is None:
         return
@@ -170,6 +173,7 @@ def _conv(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """A lookup of the rows of a table."""
     w = shape(0)
     if w is None or len(w) < 2:
         return
@@ -185,6 +189,7 @@ def _refusal_of_lookup(table: Shape, axis: int) -> str:
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
+    """An einsum, each operand of which may be a weight."""
     equation = node.attributes.get_string("equation", "").replace(" ", "")
     terms = equation.partition("->")[0].split(",")
     slots = range(len(node.inputs))
