@@ -28,8 +28,8 @@ from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Opaque, Permute, Region, Step, region_of, track
 from lora_fx.onnx import batch, row_axis
-from lora_fx.onnx.graph.flow import dtype_name
-from lora_fx.onnx.graph.ops import shares_ranges
+from lora_fx.onnx.graph.coded_weights import shares_ranges
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult

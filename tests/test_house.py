@@ -44,8 +44,9 @@ ORDER = (
     ("lora_fx.cli",),
 )
 LAZY = {
-    ("lora_fx.onnx.session", "lora_fx.formats.io"),
-    ("lora_fx.onnx.session", "lora_fx.formats.registry"),
+    ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
     ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""

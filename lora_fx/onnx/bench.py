@@ -19,7 +19,8 @@ from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.load import checked
-from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.signature import signature
 from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))

@@ -46,7 +46,7 @@ from lora_fx.errors import (
 )
 from lora_fx.files.read import json_object, json_value, open_input
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.graph.flow import dtype_name
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
 from lora_fx.targets.target import own_use

@@ -10,9 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.graph.flow import DATA, VIEWS, constant, follow, made_by, values_of
-from lora_fx.onnx.graph.graph import OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.emitter import add_initialiser
+from lora_fx.onnx.graph.flow import follow
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.marks import DATA
 from lora_fx.onnx.graph.ops import row_of
+from lora_fx.onnx.graph.values import constant, made_by, values_of
+from lora_fx.onnx.graph.views import VIEWS
 from lora_fx.onnx.load import load
 from lora_fx.text import free_name, listed_texts
 

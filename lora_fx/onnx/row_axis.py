@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import bodies_of, numbers, operand, rank
 from lora_fx.onnx.graph.ops import MS
+from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.errors import LoraFxError, silenced
 from lora_fx.inputs import BATCH, Input, Inputs, Named, expect_input
-from lora_fx.onnx.graph.flow import tensor_dtype
-from lora_fx.onnx.session import IMAGE
+from lora_fx.onnx.graph.values import tensor_dtype
+from lora_fx.onnx.signature import IMAGE
 
 Shapes = Mapping[str, tuple[int, ...]]
 

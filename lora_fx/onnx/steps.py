@@ -15,8 +15,9 @@ import onnx_ir as ir
 from lora_fx.compare import SIGMOID_STEP
 from lora_fx.files.read import scratch_folder
 from lora_fx.inputs import Named
-from lora_fx.onnx.graph.flow import dtype_name
-from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.load import load
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session

@@ -13,8 +13,10 @@ import onnx_ir as ir
 from lora_fx.adapter.base import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
-from lora_fx.onnx.graph.flow import MARK, constant, made_by, rank, remove_unread
-from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.emitter import EmittingGraph, OnnxEmitter, add_initialiser
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.marks import MARK
+from lora_fx.onnx.graph.values import constant, made_by, rank, remove_unread
 from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.targets.target import Target
 
@@ -170,7 +172,7 @@ def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
 # activation once more. Elsewhere the bias is left to the runtime, which fuses it into what follows.
 
 
-def keep_zeros(graph: OnnxGraph) -> dict[str, int]:
+def keep_zeros(graph: EmittingGraph) -> dict[str, int]:
     """Attributes of a Reshape to a computed shape: from opset 14 on, a size of 0 is one."""
     return {"allowzero": 1} if graph.model.opset_imports.get("", 0) >= 14 else {}
 

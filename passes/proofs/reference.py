@@ -51,19 +51,15 @@ from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.batch import SCALES
 from lora_fx.onnx.choices import choosing_file
-from lora_fx.onnx.graph.graph import OnnxGraph, highest
-from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.id_limits import highest
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import (
-    RuntimeSession,
-    feeds_of_sizes,
-    open_session,
-    signature,
-    tensors_by_name,
-)
+from lora_fx.onnx.session import RuntimeSession, open_session, tensors_by_name
+from lora_fx.onnx.signature import feeds_of_sizes, signature
 from lora_fx.onnx.steps import stepped_file
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows

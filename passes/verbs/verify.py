@@ -165,8 +165,8 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     Raises:
         LoraFxError: It does not, or the file is not switchable.
     """
+    from lora_fx.onnx.feeds import tensors_of
     from lora_fx.onnx.manifest import manifest_of
-    from lora_fx.onnx.session import tensors_of
 
     manifest = manifest_of(path)
     details = {"targets": len(manifest.slots), "adapted": len(tensors_of(adapter, manifest)) // 2}

@@ -13,7 +13,8 @@ import pytest
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.graph.flow import follow, remove_unread
+from lora_fx.onnx.graph.flow import follow
+from lora_fx.onnx.graph.values import remove_unread
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import GemmToMatMul, SplitSkipNorm, apply_stages
 from tests.onnx.test_survive import fused

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.session import open_session
 from tests.fx.module.test_module import perturb
 
 

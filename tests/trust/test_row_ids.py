@@ -27,7 +27,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.onnx import batch
-from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph
+from lora_fx.onnx.graph.emitter import OnnxEmitter
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
