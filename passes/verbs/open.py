@@ -35,6 +35,8 @@ from lora_fx.fx.graph.nodes import hint, shape_of
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
@@ -76,7 +78,9 @@ def captured_of(
     model = unwrapped(model)
     if isinstance(model, (Captured, CapturedModule)):
         refuse_dynamic(dynamic)
-        return apart(model, adapter) if isinstance(model, Captured) else model.captured
+        if isinstance(model, Captured):
+            return apart(model, adapter)
+        return execution_of(model).captured
     if is_attached(model):
         raise LoraFxError(
             f"an adapter is attached to this {type(model).__name__}",
@@ -156,7 +160,7 @@ def with_cache(
             )
         if adapters is None and isinstance(model, AdaptedModule):
             adapters = model.adapter()
-        model = model.captured
+        model = execution_of(model).captured
     elif isinstance(model, (str, PathLike)):
         loaded = load_model(fspath(model))
         captured = decoder(loaded.module)
@@ -167,7 +171,7 @@ def with_cache(
 
 def _shares(module: CapturedModule) -> bool:
     """True where the frozen weights of a module are the captured model's own."""
-    theirs = dict(module.captured.model.named_parameters())
+    theirs = dict(execution_of(module).captured.model.named_parameters())
     return all(
         p.requires_grad or p.data_ptr() == theirs[n].data_ptr()
         for n, p in module.named_parameters()
@@ -369,8 +373,8 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     if start.bound is not None and start.bound.full:
         module.load_adapter(start.bound)
     if options.adapter is not None:
-        module.check_base(options.adapter)
-    module.say(*prove_drawn(module))
+        insertion_of(module).check_base(options.adapter)
+    insertion_of(module).say(*prove_drawn(module))
     return module
 
 

@@ -24,7 +24,7 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
 from lora_fx.fx.lowering import lowered
-from lora_fx.fx.module.module import plain
+from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.onnx_exporter import table_read_once
 from tests.zoo.shared import captured
 
