@@ -92,7 +92,7 @@ def test_an_untied_head(name: str, tmp_path: Path) -> None:
     assert any(head in n and "--untie" in n for n in made.metadata["notes"])
     with pytest.raises(LoraFxError, match="one of two uses"):
         lora_fx.merge(base, made, tmp_path / "no")
-    assert made.lowrank[table].op == "embedding"
+    assert made.lowrank[table].origin.op == "embedding"
 
 
 def only(*names: str) -> Callable[[str, int], bool]:

@@ -10,7 +10,6 @@ import pytest
 
 import lora_fx
 from lora_fx import Adapter, Full, LoraFxError
-from lora_fx.adapter.origin import Origin
 from tests.checkpoint.families import load, logits, tied
 from tests.checkpoint.made import checkpoint, read
 from tests.checkpoint.test_untie_families import low
@@ -40,7 +39,7 @@ def moved(base: Path, out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("stored", [(), (HEAD,), (ENCODER, DECODER), (ENCODER, DECODER, HEAD)])
 def test_an_update_of_all_uses_changes_every_copy(stored: tuple[str, ...], tmp_path: Path) -> None:
     base = copies("bart", tmp_path, TABLE, *stored)
-    entry = low(1, origin=Origin(op="linear", tied=True))
+    entry = low(1, op="linear", tied=True)
     lora_fx.merge(base, Adapter({TABLE: entry}), tmp_path / "out")
     change = moved(base, tmp_path / "out")
     assert set(change) == {TABLE, *stored}
@@ -54,8 +53,8 @@ def test_uses_go_to_their_own_tensor(stored: tuple[str, ...], tmp_path: Path) ->
     """Of the shared table for all lookups, of one lookup for it alone, of the head for the head."""
     base = copies("bart", tmp_path, TABLE, *stored)
     entries = {
-        TABLE: low(1, origin=Origin(op="embedding")),
-        DECODER: low(2, origin=Origin(op="embedding")),
+        TABLE: low(1, op="embedding"),
+        DECODER: low(2, op="embedding"),
         HEAD: low(3),
     }
     with pytest.raises(LoraFxError, match="one of two uses"):
@@ -97,11 +96,11 @@ def test_a_trained_bias_has_two_names(stored: bool, tmp_path: Path) -> None:
 def test_t5_has_one_table_for_its_lookups(tmp_path: Path) -> None:
     names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     base = copies("t5", tmp_path, "shared.weight", *names)
-    one = Adapter({names[0]: low(1, origin=Origin(op="embedding"))})
+    one = Adapter({names[0]: low(1, op="embedding")})
     for untie in (False, True):
         with pytest.raises(LoraFxError, match="one of several lookups"):
             lora_fx.merge(base, one, tmp_path / "out", untie=untie)
-    lookups = Adapter({"shared.weight": low(1, origin=Origin(op="embedding"))})
+    lookups = Adapter({"shared.weight": low(1, op="embedding")})
     lora_fx.merge(base, lookups, tmp_path / "out", untie=True)
     old, new = read(base), read(tmp_path / "out")
     for name in ("shared.weight", *names):
@@ -118,7 +117,7 @@ def test_a_t5_is_tied_whatever_its_config_says(said: bool, tmp_path: Path) -> No
     file = base / "config.json"
     text = file.read_text().replace('"scale_decoder_outputs": true,', "")
     file.write_text(text.replace('embeddings": true', f'embeddings": {str(said).lower()}'))
-    entry = Adapter({"shared.weight": low(1, origin=Origin(op="embedding"))})
+    entry = Adapter({"shared.weight": low(1, op="embedding")})
     with pytest.raises(LoraFxError, match="scales its logits" if said else "one of two uses"):
         lora_fx.merge(base, entry, tmp_path / "out")
     if not said:
