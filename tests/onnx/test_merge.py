@@ -170,7 +170,7 @@ def test_convolutions_before_batch_norms(resnet: Path, tmp_path: Path) -> None:
     lora_fx.merge(resnet / "plain.onnx", module.adapter(), tmp_path / "m.onnx")
     named = execution_of(module).sample((2, 5))
     with torch.no_grad():
-        wanted = next(iter(module.eval().flat(named).values()))
+        wanted = next(iter(execution_of(module.eval()).flat(named).values()))
     feeds = {k: v.numpy() for k, v in named.items()}
     got = next(iter(open_session(tmp_path / "m.onnx", "cpu").run(feeds).values()))
     base = next(iter(open_session(resnet / "plain.onnx", "cpu").run(feeds).values()))
