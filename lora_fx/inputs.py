@@ -456,10 +456,10 @@ def merge_dynamic(
             dim = _dimension(name, int(number), ranks[name])
             merged.setdefault(name, {})[dim] = _label(symbol) or _default_label(name, dim)
     for text in static:
-        name, colon, number = text.partition(":")
+        name, colon, dim_text = text.partition(":")
         expect_input(name, ranks)
         if colon:
-            merged.get(name, {}).pop(int(number), None)
+            merged.get(name, {}).pop(int(dim_text), None)
         else:
             merged.pop(name, None)
     return merged

@@ -83,7 +83,7 @@ def test_a_program_with_branches() -> None:
     captured = lora_fx.capture(str(OLD / "insert.pt2"))
     (low,) = captured.adapter.lowrank.values()
     fresh = lora_fx.insert(*small(), rank=2).adapter().lowrank["weight"]  # of the same seed
-    assert (low.layout, low.use, low.op) == (fresh.layout, fresh.use, fresh.op)
+    assert (low.layout, low.use, low.origin) == (fresh.layout, fresh.use, fresh.origin)
     assert low.alpha == 4.0 and not low.b.any()
     np.testing.assert_array_equal(low.a, fresh.a)
 

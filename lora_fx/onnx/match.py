@@ -68,7 +68,7 @@ def match(
     rest = {k: e for k, e in adapter.entries.items() if not isinstance(e, Full)}
     free = spread(rest, found, copies_of(graph.model))
     loose = free | {  # the layout of another graph says nothing of this one
-        k: replace(e, layout=None, op="" if e.op == "embedding" and not as_lookup(e) else e.op)
+        k: replace(e, layout=None, origin=replace(e.origin, op=_op_of(e)))
         for k, e in free.items()
         if isinstance(e, LowRank)
     }
@@ -286,14 +286,16 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
     """The copies that an update is for: all of them, or the lookup's, or the head's."""
     use = entry.use or split_use(key)[1]
     if not use:
-        if entry.tied and entry.op != "embedding" and {t.op for t in stored} == {"embedding"}:
+        origin = entry.origin
+        only_lookups = {t.op for t in stored} == {"embedding"}
+        if origin.tied and origin.op != "embedding" and only_lookups:
             raise LoraFxError(
-                f"the update of {key!r} is for a lookup and for another product ({entry.op}), and "
+                f"the update of {key!r} is for a lookup and for another product ({origin.op}), and "
                 "the file has only the lookup by this name",
                 "fold the adapter first: lora-fx export MODEL ADAPTER -o X.onnx",
             )
         return stored
-    lookup = (use if use.startswith("op:") else f"op:{entry.op}") == "op:embedding"
+    lookup = (use if use.startswith("op:") else f"op:{entry.origin.op}") == "op:embedding"
     meant = []
     for t in stored:
         keys = t.keys_of([s for s in t.sites if (s.op == "embedding") == lookup])
@@ -310,13 +312,21 @@ def _reached(key: str, entry: LowRank, stored: Sequence[Target]) -> Sequence[Tar
 
 def as_lookup(entry: LowRank) -> bool:
     """True where in of an update is the rows of a table; a bound one may lie as the head does."""
-    return entry.op == "embedding" and (entry.layout is None or entry.layout.in_ == (0,))
+    named = entry.origin.op == "embedding"
+    return named and (entry.layout is None or entry.layout.in_ == (0,))
+
+
+def _op_of(entry: LowRank) -> str:
+    """The op of an update, where that still says which way round the update lies."""
+    op = entry.origin.op
+    return "" if op == "embedding" and not as_lookup(entry) else op
 
 
 def _turned(entry: LowRank, lookup: bool) -> LowRank:
     """The update as a copy's op reads it: a lookup's in and out are the head's swapped."""
     was_lookup = as_lookup(entry)
-    turned = replace(entry, use="", layout=None, tied=False, twins=())
+    origin = replace(entry.origin, tied=False, twins=())
+    turned = replace(entry, use="", layout=None, origin=origin)
     if lookup == was_lookup:
         return turned
     if variant_of(entry).reads_weight:
@@ -326,4 +336,4 @@ def _turned(entry: LowRank, lookup: bool) -> LowRank:
             "give the update to one of them",
         )
     turned = variant_of(entry).turned(turned, "")
-    return replace(turned, op="embedding" if lookup else "linear")
+    return replace(turned, origin=replace(origin, op="embedding" if lookup else "linear"))

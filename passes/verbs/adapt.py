@@ -24,7 +24,9 @@ from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, FoldedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
@@ -78,7 +80,8 @@ def find(
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
-        return replace(found_in(model.captured, graph=model.graph(training)), notes=())
+        captured = execution_of(model).captured
+        return replace(found_in(captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
         options.refuse_for_captured()
         return find_graph(model)

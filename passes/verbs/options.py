@@ -363,12 +363,13 @@ def check_rows(adapter: Adapter, name: str) -> None:
 
 def _without_rows(entry: LowRank) -> str:
     """What the weight of an update is, where mode batch has no form for it; empty where it has."""
-    if entry.op.startswith("conv_transpose"):
+    op = entry.origin.op
+    if op.startswith("conv_transpose"):
         return "a transposed convolution"
-    if entry.op.startswith(RECURRENT):
+    if op.startswith(RECURRENT):
         return "a recurrent layer"
     if entry.a.ndim > 2:
-        return "a grouped convolution" if entry.op.startswith("conv") else "a stack of matrices"
+        return "a grouped convolution" if op.startswith("conv") else "a stack of matrices"
     return ""
 
 

@@ -37,6 +37,7 @@ from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, 
 from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.operators import decomposition_table
 from lora_fx.fx.tensors import named_tensors
@@ -193,7 +194,8 @@ def train_graph(
     for rewrite in passes:
         rewrite(graph)
     without_writes(graph.graph)
-    traced = module.captured.traced(True, named, module.base_dtype)
+    execution = execution_of(module)
+    traced = execution.captured.traced(True, named, execution.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, traced, named=named)
     seeded = _seed_dropouts(flat.graph)
     if drawn := random_ops(flat.graph):
@@ -294,7 +296,7 @@ def step_of(
     outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
     program = signed(made.graph, nodes[len(given) :], frozen)
     model = translated(lambda: program, inputs, outputs, set(frozen), opset, repeat=repeat)
-    free_sizes = graph.traced.door.free(graph.module.captured.requested)
+    free_sizes = graph.traced.door.free(execution_of(graph.module).captured.requested)
     give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
     return model
 

@@ -14,6 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.origin import Origin
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
@@ -121,7 +122,7 @@ def test_an_update_reaches_both_copies_of_a_table(
     rng = np.random.default_rng(0)
     sides = (50, 12) if op == "embedding" else (12, 50)
     a, b = (rng.standard_normal(s).astype(np.float32) * 0.4 for s in ((3, sides[0]), (sides[1], 3)))
-    low = LowRank(a, b, 3.0, op=op)
+    low = LowRank(a, b, 3.0, origin=Origin(op=op))
     lora_fx.merge(tmp_path / "base.onnx", Adapter({"embed.weight": low}), tmp_path / "m.onnx")
     delta = b.astype(np.float64) @ a
     wide = Tied().eval().double()
