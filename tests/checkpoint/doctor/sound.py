@@ -326,7 +326,10 @@ SOUND: dict[str, Build] = {
     ),
     "an update under its twin's name": one_file(
         "untied.weight",
-        LowRank(normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0, origin=Origin(twins=("tied.weight",))),
+        LowRank(
+            normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0,
+            origin=Origin(twins=("tied.weight",)),
+        ),
     ),
 }  # fmt: skip
 """Name → what makes the pair, and returns the options of the merge that is meant."""
