@@ -24,16 +24,11 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.inputs import BATCH, OTHER_SIZES, SIZES, Input, Inputs, Named
-from lora_fx.onnx.manifest import (
-    PROPERTY,
-    Manifest,
-    RowChoice,
-    conditions_of,
-    manifest_in,
-    manifest_of,
-    read_file,
-)
+from lora_fx.onnx.adapter_ids import RowChoice
+from lora_fx.onnx.manifest import PROPERTY, Manifest, manifest_in, manifest_of
 from lora_fx.onnx.quiet import quiet_options
+from lora_fx.onnx.range_guards import conditions_of
+from lora_fx.onnx.runtime_adapter import read_file
 from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:

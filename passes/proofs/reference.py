@@ -49,12 +49,12 @@ from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_in
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
+from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.batch import SCALES
 from lora_fx.onnx.choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import (

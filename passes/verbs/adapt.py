@@ -30,7 +30,8 @@ from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.manifest import PROPERTY, check_no_slots, listed
+from lora_fx.onnx.inserted_branches import listed
+from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.save import EXTERNAL_OVER, output
 from lora_fx.onnx.session import open_session
@@ -257,7 +258,8 @@ def fold(
 # A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 # is proven, and that a B other than zero moves the outputs, target by target. A and B are
 # initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs;
-# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.manifest` reads them back.
+# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.inserted_branches` reads them
+# back.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,11 @@ from lora_fx.onnx.batch import SCALES as SCALES_BY_ROW
 from lora_fx.onnx.batch import batch_symbol, join_copies, outputs_without_nan
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import Manifest, guard_within, say_within, write_adapter
+from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.precision import narrow
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature
 from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.conditions import SizeError
 from lora_fx.fx.pt2.captured import open_program
-from lora_fx.onnx.manifest import RANGES
+from lora_fx.onnx.range_guards import RANGES
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb

@@ -1,0 +1,119 @@
+"""The tensors of an .onnx_adapter file, read and written by ONNX Runtime.
+
+`AdapterFormat.set_parameters` keeps pointers into the arrays: where those are gone before
+`export_adapter`, the file holds garbage and nothing says so. They are held here, and the file is
+read back and compared. bfloat16 has no numpy type in the runtime, so it goes as bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line, retold
+from lora_fx.files.read import open_input
+from lora_fx.onnx.manifest import Manifest
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+SERVED = int.from_bytes(b"LFX1")
+"""The adapter_version of files with A [*batch, in, rank] and B [*batch, rank, out], as a graph's
+inputs have them: a file of the runtime has room for no other mark."""
+_BF16 = 16
+"""The number of BFLOAT16 in onnx.TensorProto.DataType."""
+
+
+def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
+    """The tensors by name, in name order, and adapter_version and model_version.
+
+    Raises:
+        LoraFxError: Not there, not such a file, or damaged.
+    """
+    from onnxruntime import AdapterFormat
+
+    open_input(path).close()  # the runtime calls a file that is not there damaged
+    damaged = f"{path}: a damaged ONNX Runtime adapter"
+    again = "the download or copy may be incomplete; fetch the file again"
+    with retold(damaged, again, (RuntimeError, ValueError)):
+        file = AdapterFormat.read_adapter(str(path))
+        values = file.get_parameters()
+        tensors = {name: _array(values[name]) for name in sorted(values)}
+    versions = {
+        "adapter_version": int(file.get_adapter_version()),
+        "model_version": int(file.get_model_version()),
+    }
+    return tensors, versions
+
+
+def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, int]) -> None:
+    """Write a file and compare what it reads back as, bit by bit.
+
+    Args:
+        path: The file to create.
+        tensors: Arrays by name.
+        versions: adapter_version and model_version.
+
+    Raises:
+        LoraFxError: The file does not hold what was given.
+    """
+    from onnxruntime import AdapterFormat, OrtValue
+
+    held = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    bits = {n: a.view(np.uint16) for n, a in held.items() if a.dtype == ml_dtypes.bfloat16}
+    file = AdapterFormat()
+    file.set_adapter_version(versions["adapter_version"])
+    file.set_model_version(versions["model_version"])
+    values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
+    values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
+    file.set_parameters(values)
+    try:
+        file.export_adapter(str(path))
+        again, _ = read_file(path)
+    except (RuntimeError, LoraFxError) as error:
+        _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in held.values()))
+        raise LoraFxError(
+            f"{path.name}: ONNX Runtime cannot write it: {one_line(error, 160)}",
+            "is there space and access?",
+        ) from error
+    for name, array in held.items():
+        got = again.get(name)
+        if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
+            raise LoraFxError(
+                f"{path}: tensor {name!r} does not read back as it was written",
+                "is the disk full? write it again",
+            )
+
+
+def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
+    """Write an .onnx_adapter for the file that the manifest is of."""
+    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
+
+
+def _refuse_full_disk(path: Path, size: int) -> None:
+    """Raise what the system says of so many bytes at a path; the runtime says nothing of it.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    with open(path, "wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _array(value: ort.OrtValue) -> Array:
+    """An own copy of a value of the runtime."""
+    if value.data_type() != "tensor(bfloat16)":
+        return np.array(value.numpy())
+    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()).copy()
