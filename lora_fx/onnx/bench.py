@@ -7,19 +7,17 @@ is the mean of so many runs that it lasts about 5 ms.
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import TypeVar
 
 from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.load import checked
 from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))
@@ -170,86 +168,3 @@ def _feeds(
             f"the inputs are {', '.join(session.input_names)}",
         )
     return {**signature(session).sample(size), **given}
-
-
-# Runs are timed in turn, A B C A B C …, and compared with the first of the same round: a machine
-# that slows down slows all of a round.
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measurement: seconds by the clock and seconds of this process's CPU."""
-
-    wall: float
-    cpu: float
-
-
-def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
-    """Seconds that one call takes, as the mean over `repeats` calls."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        function()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    if not cpu:  # some systems count it in steps of ten milliseconds
-        cpu = wall
-    return Sample(wall / repeats, cpu / repeats)
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], T]],
-    rounds: int,
-    warmup: int = 1,
-    before: Callable[[], None] | None = None,
-) -> dict[str, list[T]]:
-    """Run everything once a round, in the given order; returns what each counted round gave.
-
-    Args:
-        runs: Name → a function that measures; the first is the baseline, and a second one of the
-            same thing the control.
-        rounds: How many rounds are counted.
-        warmup: How many rounds before them are not.
-        before: A function that is called before every run.
-    """
-    found: dict[str, list[T]] = {name: [] for name in runs}
-    for i in range(warmup + rounds):
-        for name, measure in runs.items():
-            if before:
-                before()
-            one = measure()
-            if i >= warmup:
-                found[name].append(one)
-    return found
-
-
-def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % interval of the median, by order statistics; None under six values.
-
-    >>> bounds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    (1.0, 6.0)
-    """
-    n, k = len(ratios), 0
-    while sum(math.comb(n, i) for i in range(k + 1)) / 2**n <= 0.025:
-        k += 1
-    ranked = sorted(ratios)
-    return (ranked[k - 1], ranked[n - k]) if k else None
-
-
-def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
-    """Median and minimum in seconds, and their ratios to the baseline's.
-
-    `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null
-    under six rounds.
-    """
-    ratios = [a / b for a, b in zip(mine, base, strict=True)]
-    lower, upper = bounds(ratios) or (None, None)
-    return {
-        "median": statistics.median(mine),
-        "min": min(mine),
-        "ratio": statistics.median(mine) / statistics.median(base),
-        "min_ratio": min(mine) / min(base),
-        "lower": lower,
-        "upper": upper,
-    }

@@ -23,8 +23,8 @@ from typing import Any
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import Beside, check_output, copy_file, replacing
 from lora_fx.files.read import companion, read_json
+from lora_fx.onnx.place import MODEL, copy_model
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.triton import MODEL, copy_model
 from lora_fx.text import Json, is_whole, some
 
 GENAI = "genai_config.json"

@@ -51,7 +51,7 @@ from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.batch import SCALES
-from lora_fx.onnx.choices import choosing_file
+from lora_fx.onnx.discrete_choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
 from lora_fx.onnx.load import load

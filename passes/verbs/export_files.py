@@ -33,10 +33,10 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.runtime_adapter import write_adapter
-from lora_fx.onnx.save import Output
 from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight

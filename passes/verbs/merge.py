@@ -36,7 +36,9 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, Place, is_external, output, weight_bytes
+from lora_fx.onnx.output_file import output
+from lora_fx.onnx.place import Place
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find

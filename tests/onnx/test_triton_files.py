@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.triton import Config, Port, write_repository
+from lora_fx.onnx.triton import write_repository
+from lora_fx.onnx.triton_config import Config, Port
 from tests.onnx.triton_models import Net, export, folders
 from tests.onnx.triton_rules import loads, proto
 
@@ -63,7 +64,7 @@ def test_a_copy_that_does_not_load_gets_no_name(
         if Path(target).name != "m.onnx.data":
             copy(source, target)
 
-    monkeypatch.setattr("lora_fx.onnx.triton.shutil.copyfile", failing)
+    monkeypatch.setattr("lora_fx.onnx.place.shutil.copyfile", failing)
     with pytest.raises(LoraFxError, match="cannot load it"):
         write_repository(tmp_path / "m.onnx", tmp_path / "models")
     assert not (tmp_path / "models").exists()
