@@ -37,14 +37,18 @@ class RowChoice:
             text: The manifest, where the file has one.
             shapes: Sizes and symbols of the inputs by name.
         """
-        sizes = shapes.get(IDS)
-        if text is None or sizes is None or len(sizes) != 1:
+        ids_shape = shapes.get(IDS)
+        if text is None or ids_shape is None or len(ids_shape) != 1:
             return None
         data = read_manifest(text, "the model")
         names = data.get("adapters")
         if data.get("mode") != "batch" or not isinstance(names, list):
             return None
-        rowed = [n for n, s in shapes.items() if n != IDS and s and s[0] == sizes[0]]
+
+        batch = ids_shape[0]
+        rowed = [
+            name for name, shape in shapes.items() if name != IDS and shape and shape[0] == batch
+        ]
         return cls(tuple(map(str, names)), tuple(rowed))
 
     def check(self, feeds: Mapping[str, Array]) -> None:
@@ -53,25 +57,50 @@ class RowChoice:
         Raises:
             LoraFxError: The runtime would refuse them, or answer with NaN.
         """
-        last = len(self.adapters)
-        names = [repr(n) for n in self.adapters]
-        shown = ", ".join(names if last <= 4 else [*names[:3], "…", names[-1]])
-        hint = f"int64 [batch]: 0 is the base, 1 to {last} are the adapters {shown}"
         if IDS not in feeds:
-            raise LoraFxError(f"input {IDS!r} is missing: which adapter has each row?", hint)
+            raise LoraFxError(
+                f"input {IDS!r} is missing: which adapter has each row?", self._hint()
+            )
+
         ids = feeds[IDS]
-        if not isinstance(ids, np.ndarray) or ids.dtype != np.int64:
-            found = ids.dtype if isinstance(ids, np.ndarray) else type(ids).__name__
-            raise LoraFxError(f"input {IDS!r} is {found}; expected an array of int64", hint)
-        rows = next((feeds[n].shape[0] for n in self.rowed if n in feeds and feeds[n].ndim), None)
+        if not isinstance(ids, np.ndarray):
+            kind = type(ids).__name__
+            raise LoraFxError(f"input {IDS!r} is {kind}; expected an array of int64", self._hint())
+        if ids.dtype != np.int64:
+            raise LoraFxError(
+                f"input {IDS!r} is {ids.dtype}; expected an array of int64", self._hint()
+            )
+
+        rows = self._row_count(feeds)
         if ids.ndim != 1 or rows not in (None, len(ids)):
-            wanted = "[batch]" if rows is None else f"[{rows}], one for each row"
-            raise LoraFxError(f"input {IDS!r} is {list(ids.shape)}; expected {wanted}", hint)
-        outside = np.flatnonzero((ids < 0) | (ids > last))
-        if outside.size:
-            row = int(outside[0])
+            expected = "[batch]"
+            if rows is not None:
+                expected = f"[{rows}], one for each row"
+            raise LoraFxError(
+                f"input {IDS!r} is {list(ids.shape)}; expected {expected}", self._hint()
+            )
+
+        last = len(self.adapters)
+        rows_outside = np.flatnonzero((ids < 0) | (ids > last))
+        if rows_outside.size:
+            row = int(rows_outside[0])
             raise LoraFxError(
                 f"input {IDS!r}: row {row} asks for adapter {ids[row]}, which is out of range; "
                 f"expected 0 to {last}",
-                hint,
+                self._hint(),
             )
+
+    def _row_count(self, feeds: Mapping[str, Array]) -> int | None:
+        """The size of the batch, by another input that has it; None where there is none."""
+        for name in self.rowed:
+            if name in feeds and feeds[name].ndim:
+                return int(feeds[name].shape[0])
+        return None
+
+    def _hint(self) -> str:
+        """Which ids there are, with the names of four adapters at most."""
+        names = [repr(name) for name in self.adapters]
+        last = len(names)
+        if last > 4:
+            names = [*names[:3], "…", names[-1]]
+        return f"int64 [batch]: 0 is the base, 1 to {last} are the adapters {', '.join(names)}"

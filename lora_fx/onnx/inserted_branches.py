@@ -21,14 +21,15 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import PROPERTY, read_manifest
 from lora_fx.onnx.update_row import row_of, update_of
 from lora_fx.onnx.validity import blaming
-from lora_fx.text import JsonView
+from lora_fx.text import Json, JsonView
 
 
 def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
     """The bound updates by key, and their adapter's metadata, as JSON for the model's metadata."""
-    targets = {}
-    for key, u in updates.items():
-        targets[key] = {**{slot.field: slot.name for slot in slots_of(key, u)}, **row_of(u)}
+    targets: dict[str, Json] = {}
+    for key, update in updates.items():
+        tensor_names = {slot.field: slot.name for slot in slots_of(key, update)}
+        targets[key] = {**tensor_names, **row_of(update)}
     return json.dumps({**stamp(), "mode": "insert", "targets": targets, "metadata": metadata})
 
 
@@ -41,18 +42,23 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     """
     model = load(path)
     text = model.metadata_props.get(PROPERTY)
-    found = read_manifest(text, str(path)) if text else {}
-    if found.get("mode") != "insert":
+    manifest: Json = {}
+    if text:
+        manifest = read_manifest(text, str(path))
+    if manifest.get("mode") != "insert":
         raise LoraFxError(
             f"{path}: an ONNX file without trainable branches",
             "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
         )
-    entries = {}
-    for key, row in found["targets"].items():
+
+    updates: dict[str, LowRank] = {}
+    for key, row in manifest["targets"].items():
         expect_variant(str(row["variant"]), f"{path}: the update of {key!r}")
-        values = {f: _tensor(model, row[f], path) for f in fields_of_files() if f in row}
-        entries[key] = update_of(row, values)
-    return Adapter(entries, {**found.get("metadata", {}), **learning(entries)})
+        tensors = {
+            field: _tensor(model, row[field], path) for field in fields_of_files() if field in row
+        }
+        updates[key] = update_of(row, tensors)
+    return Adapter(updates, {**manifest.get("metadata", {}), **learning(updates)})
 
 
 def _tensor(model: ir.Model, name: str, path: str | PathLike[str]) -> Array:

@@ -1,10 +1,10 @@
-"""What an ONNX file of ours says of itself: the tensors an adapter brings, and the sizes it takes.
+"""The manifest of a switchable ONNX file: which two tensors an adapter brings for each key.
 
-The manifest of a switchable file is JSON in the model's metadata under `lora_fx.manifest`. For
-every key it names two tensors: A [*batch, in, rank] and B [*batch, rank, out], scale multiplied
-into B, so that the change of y is (x A) B. In mode switch they are inputs that have defaults; in
-mode load initialisers of a fixed rank, which a session replaces when it is made. Adapter files,
-sessions and checks read it; nothing guesses names.
+It is JSON in the model's metadata under `lora_fx.manifest`. For every key it names two tensors:
+A [*batch, in, rank] and B [*batch, rank, out], scale multiplied into B, so that the change of y is
+(x A) B. In mode switch they are inputs that have defaults; in mode load initialisers of a fixed
+rank, which a session replaces when it is made. Adapter files, sessions and checks read it; nothing
+guesses names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.variant import learning
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
@@ -29,6 +30,11 @@ from lora_fx.targets.target import own_use
 from lora_fx.text import Json, JsonView, near
 
 PROPERTY = "lora_fx.manifest"
+CHANGED_SINCE = (
+    "a program that simplifies or converts models has changed it since (onnxsim folds what "
+    "has a default): take the file that export wrote"
+)
+"""The hint where a graph and its manifest disagree."""
 
 
 def read_manifest(text: str, where: str) -> Json:
@@ -71,6 +77,13 @@ class SwitchSlot:
     rank: int = 0
     dtype: str = "float32"
 
+    def tensor_shapes(self, rank: int | None) -> dict[str, tuple[int | None, ...]]:
+        """The shapes of A and B by name, for an update of a rank; None stands for any rank."""
+        return {
+            self.a: (*self.batch, self.inside, rank),
+            self.b: (*self.batch, rank, self.out),
+        }
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -90,9 +103,11 @@ class Manifest:
 
     def to_text(self) -> str:
         """The manifest as JSON, for the model's metadata."""
-        slots = {k: asdict(s) for k, s in self.slots.items()}
-        more = {"training": self.training} if self.training else {}
-        return json.dumps({**stamp(), "mode": self.mode, "slots": slots, **more})
+        data: Json = {**stamp(), "mode": self.mode}
+        data["slots"] = {key: asdict(slot) for key, slot in self.slots.items()}
+        if self.training:
+            data["training"] = self.training
+        return json.dumps(data)
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Manifest:
@@ -108,10 +123,7 @@ class Manifest:
                     f"{where}: a file of mode {data['mode']}, whose adapters are in it",
                     "files of modes switch and load take adapters: lora-fx export --mode switch",
                 )
-            slots = {}
-            for key, s in data["slots"].items():
-                fields = {**s, "batch": tuple(s["batch"]), "shape": tuple(s["shape"])}
-                slots[key] = SwitchSlot(**fields)
+            slots = {key: _slot_from_json(fields) for key, fields in data["slots"].items()}
             return cls(slots, str(data["mode"]), data.get("training", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise LoraFxError(f"{where}: its manifest is damaged", "export the model again") from e
@@ -134,28 +146,36 @@ class Manifest:
                 f"{where}: {next(iter(adapter.full))!r} is a whole tensor; expected s·b·a",
                 "export --mode merged folds whole tensors",
             )
-        result: dict[str, Array] = {}
-        for key, low in adapter.lowrank.items():
-            slot = self.slots.get(key)
-            if slot is None or low.use != own_use(key):
-                name = key if "@" in key or not low.use else f"{key}@{low.use}"
-                raise LoraFxError(
-                    f"{where}: {name!r} is no target of the file", near(key, self.slots)
-                )
-            result[slot.a] = _stored(low.a, slot.dtype)
-            result[slot.b] = _stored(low.b * np.float32(low.scale), slot.dtype)
-        self.check(result, where)
-        return result
+
+        tensors: dict[str, Array] = {}
+        for key, update in adapter.lowrank.items():
+            slot = self._slot_of(key, update, where)
+            scaled_b = update.b * np.float32(update.scale)
+            tensors[slot.a] = _transposed(update.a, slot.dtype)
+            tensors[slot.b] = _transposed(scaled_b, slot.dtype)
+        self.check(tensors, where)
+        return tensors
+
+    def _slot_of(self, key: str, update: LowRank, where: str) -> SwitchSlot:
+        """The slot of an update, which has to be of the same use of the weight."""
+        slot = self.slots.get(key)
+        if slot is not None and update.use == own_use(key):
+            return slot
+        name = key
+        if update.use and "@" not in key:
+            name = f"{key}@{update.use}"
+        raise LoraFxError(f"{where}: {name!r} is no target of the file", near(key, self.slots))
 
     def adapter(self, tensors: Mapping[str, Array]) -> Adapter:
         """The adapter of tensors by their names in the file; the inverse of `tensors`."""
-        entries = {}
+        updates: dict[str, LowRank] = {}
         for key, row in self.training["updates"].items():
             slot = self.slots[key]
-            a, b = (np.swapaxes(tensors[n], -1, -2).copy() for n in (slot.a, slot.b))
-            u = update_of(row, {"a": a, "b": b})
-            entries[key] = replace(u, b=b / np.float32(u.scale))
-        return Adapter(entries, {**self.training["metadata"], **learning(entries)})
+            a = np.swapaxes(tensors[slot.a], -1, -2).copy()
+            scaled_b = np.swapaxes(tensors[slot.b], -1, -2).copy()
+            scaled = update_of(row, {"a": a, "b": scaled_b})
+            updates[key] = replace(scaled, b=scaled_b / np.float32(scaled.scale))
+        return Adapter(updates, {**self.training["metadata"], **learning(updates)})
 
     def check(self, tensors: Mapping[str, Array], where: str) -> None:
         """Compare tensors with the slots.
@@ -163,16 +183,48 @@ class Manifest:
         Raises:
             LoraFxError: An unknown name, half a pair, a shape, rank or dtype that does not fit.
         """
-        known = {name: key for key, s in self.slots.items() for name in (s.a, s.b)}
+        key_of_tensor: dict[str, str] = {}
+        for key, slot in self.slots.items():
+            key_of_tensor[slot.a] = key
+            key_of_tensor[slot.b] = key
+
         for name in tensors:
-            if name not in known:
+            if name not in key_of_tensor:
                 raise LoraFxError(
-                    f"{where}: tensor {name!r} is no input of the file", near(name, known)
+                    f"{where}: tensor {name!r} is no input of the file", near(name, key_of_tensor)
                 )
         if not tensors:
             raise LoraFxError(f"{where}: it holds no tensors", "was it converted for this file?")
-        for key in dict.fromkeys(known[name] for name in tensors):
+        for key in dict.fromkeys(key_of_tensor[name] for name in tensors):
             self._check_pair(self.slots[key], tensors, where)
+
+    def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
+        for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
+            if name not in tensors:
+                raise LoraFxError(
+                    f"{where}: tensor {other!r} is there and {name!r} is missing",
+                    "convert the adapter again",
+                )
+
+        a = tensors[slot.a]
+        rank = a.shape[-1] if a.ndim else 0
+        if self.mode == "load" and rank > slot.rank:
+            raise LoraFxError(
+                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
+                f"lora-fx export --mode load --rank {rank} makes room for it",
+            )
+
+        for name, shape in slot.tensor_shapes(rank).items():
+            tensor = tensors[name]
+            if tensor.shape != shape:
+                raise MisfitError(
+                    f"{where}: tensor {name!r} is {list(tensor.shape)}; expected {list(shape)}"
+                )
+            if tensor.dtype.name != slot.dtype:
+                raise LoraFxError(
+                    f"{where}: tensor {name!r} is {tensor.dtype.name}; expected {slot.dtype}",
+                    "lora-fx convert ADAPTER --for X.onnx writes the dtype of the file",
+                )
 
     def check_declared(
         self, declared: Mapping[str, tuple[str, Sequence[object]]], where: str
@@ -187,74 +239,58 @@ class Manifest:
         Raises:
             LoraFxError: A slot that the graph has no longer, or has in another dtype or shape.
         """
-        hint = (
-            "a program that simplifies or converts models has changed it since (onnxsim folds what "
-            "has a default): take the file that export wrote"
-        )
         for key, slot in self.slots.items():
-            wanted = {
-                slot.a: (*slot.batch, slot.inside, None),
-                slot.b: (*slot.batch, None, slot.out),
-            }
-            for name, sizes in wanted.items():
+            for name, expected_shape in slot.tensor_shapes(None).items():
                 if name not in declared:
                     raise LoraFxError(
                         f"{where}: the graph has no {name!r}, which its manifest names for {key!r}",
-                        hint,
+                        CHANGED_SINCE,
                     )
                 dtype, shape = declared[name]
                 if dtype != slot.dtype:
                     raise LoraFxError(
-                        f"{where}: {name!r} is {dtype}, and {slot.dtype} in its manifest", hint
+                        f"{where}: {name!r} is {dtype}, and {slot.dtype} in its manifest",
+                        CHANGED_SINCE,
                     )
-                pairs = zip(sizes, shape, strict=False)
-                fixed = [(size, n) for size, n in pairs if size is not None and isinstance(n, int)]
-                same = len(sizes) == len(shape) and all(size == n for size, n in fixed)
-                if not same:
-                    shown = ", ".join("rank" if n is None else str(n) for n in sizes)
+                if not _fits(shape, expected_shape):
+                    shown = ", ".join(
+                        "rank" if size is None else str(size) for size in expected_shape
+                    )
                     raise LoraFxError(
-                        f"{where}: {name!r} is {list(shape)}, and [{shown}] in its manifest", hint
+                        f"{where}: {name!r} is {list(shape)}, and [{shown}] in its manifest",
+                        CHANGED_SINCE,
                     )
 
     def padded(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors with zeros up to the rank of their slots, which change no product."""
-        result = {}
+        padded: dict[str, Array] = {}
         for slot in self.slots.values():
-            for name, axis in ((slot.a, -1), (slot.b, -2)):
+            for name, rank_axis in ((slot.a, -1), (slot.b, -2)):
                 if name in tensors:
-                    more = slot.rank - tensors[name].shape[axis]
-                    result[name] = np.pad(tensors[name], {axis: (0, more)})
-        return result
-
-    def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
-        for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
-            if name not in tensors:
-                raise LoraFxError(
-                    f"{where}: tensor {other!r} is there and {name!r} is missing",
-                    "convert the adapter again",
-                )
-        a = tensors[slot.a]
-        rank = a.shape[-1] if a.ndim else 0
-        wanted = {slot.a: (*slot.batch, slot.inside, rank), slot.b: (*slot.batch, rank, slot.out)}
-        if self.mode == "load" and rank > slot.rank:
-            raise LoraFxError(
-                f"{where}: tensor {slot.a!r} has rank {rank}; expected at most {slot.rank}",
-                f"lora-fx export --mode load --rank {rank} makes room for it",
-            )
-        for name, shape in wanted.items():
-            found = tensors[name]
-            if found.shape != shape:
-                raise MisfitError(
-                    f"{where}: tensor {name!r} is {list(found.shape)}; expected {list(shape)}"
-                )
-            if found.dtype.name != slot.dtype:
-                raise LoraFxError(
-                    f"{where}: tensor {name!r} is {found.dtype.name}; expected {slot.dtype}",
-                    "lora-fx convert ADAPTER --for X.onnx writes the dtype of the file",
-                )
+                    missing_ranks = slot.rank - tensors[name].shape[rank_axis]
+                    padded[name] = np.pad(tensors[name], {rank_axis: (0, missing_ranks)})
+        return padded
 
 
-def _stored(matrix: Array, dtype: str) -> Array:
+def _slot_from_json(fields: JsonView) -> SwitchSlot:
+    """A slot as `Manifest.to_text` writes it; JSON has lists where a slot has tuples."""
+    batch = tuple(fields["batch"])
+    shape = tuple(fields["shape"])
+    return SwitchSlot(**{**fields, "batch": batch, "shape": shape})
+
+
+def _fits(shape: Sequence[object], expected: Sequence[int | None]) -> bool:
+    """Whether a declared shape has the expected sizes; a free size on either side fits any."""
+    if len(shape) != len(expected):
+        return False
+    for size, expected_size in zip(shape, expected, strict=True):
+        fixed = isinstance(size, int) and expected_size is not None
+        if fixed and size != expected_size:
+            return False
+    return True
+
+
+def _transposed(matrix: Array, dtype: str) -> Array:
     """A matrix, or a stack of them, transposed and contiguous."""
     return np.ascontiguousarray(np.swapaxes(matrix, -1, -2).astype(dtype))
 
@@ -274,15 +310,23 @@ def manifest_of(path: str | PathLike[str]) -> Manifest:
             f"{fspath(path)}: not an ONNX file that can be read",
             "is it a file of lora-fx export --mode switch, load or batch?",
         ) from e
+
     manifest = manifest_in(text, fspath(path))
-    slots = list(model.graph.inputs)
-    if manifest.mode == "load":
-        slots = list(model.graph.initializers.values())
-    if manifest.mode == "switch":
-        slots = [v for v in slots if v.is_initializer()]
-    declared = {str(v.name): (dtype_name(v), tuple(v.shape or ())) for v in slots}
+    declared = {
+        str(value.name): (dtype_name(value), tuple(value.shape or ()))
+        for value in _possible_slots(model.graph, manifest.mode)
+    }
     manifest.check_declared(declared, fspath(path))
     return manifest
+
+
+def _possible_slots(graph: ir.Graph, mode: str) -> list[ir.Value]:
+    """The values among which the slots of a mode are."""
+    if mode == "load":
+        return list(graph.initializers.values())
+    if mode == "switch":
+        return [value for value in graph.inputs if value.is_initializer()]
+    return list(graph.inputs)
 
 
 def manifest_in(text: str | None, where: str) -> Manifest:

@@ -1,4 +1,4 @@
-"""The sizes that a file is true for: in its metadata, and as nodes that fail elsewhere.
+"""The sizes that a file is true for: in its metadata, and as nodes that fail at other sizes.
 
 A guard is a Reshape of an input to its own shape, or where the condition does not hold to
 
@@ -31,29 +31,32 @@ _OPS = {
 
 def say_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
     """Write conditions on a model's inputs into its metadata; a file of ours may have them."""
-    own = _of_inputs(model, conditions)
-    if own:
-        model.metadata_props.setdefault(RANGES, json.dumps([c.stored() for c in own]))
+    stored = [condition.stored() for condition in _on_inputs(model, conditions)]
+    if stored:
+        model.metadata_props.setdefault(RANGES, json.dumps(stored))
 
 
 def guard_within(model: ir.Model, conditions: Sequence[Condition]) -> None:
     """Put nodes in that fail where one of the conditions does not hold; once for a model."""
-    inputs = {str(v.name): v for v in model.graph.inputs}
-    if any(str(n.name).startswith(GUARD) for n in model.graph):
+    if any(str(node.name).startswith(GUARD) for node in model.graph):
         return
-    for i, condition in enumerate(_of_inputs(model, conditions)):
-        _guard(model.graph, inputs[condition.sizes[0][1]], inputs, condition, i)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    for number, condition in enumerate(_on_inputs(model, conditions)):
+        _guard(model.graph, inputs, condition, number)
 
 
-def _of_inputs(model: ir.Model, conditions: Sequence[Condition]) -> list[Condition]:
-    """Those over the model's inputs, without folders of this machine."""
-    names = {str(v.name) for v in model.graph.inputs}
-    own = (c for c in conditions if all(n in names for _, n, _ in c.sizes))
-    return [Condition.read(c.stored()) for c in own]
+def _on_inputs(model: ir.Model, conditions: Sequence[Condition]) -> list[Condition]:
+    """The conditions on sizes of the model's inputs alone, without folders of this machine."""
+    input_names = {str(value.name) for value in model.graph.inputs}
+    result: list[Condition] = []
+    for condition in conditions:
+        if all(name in input_names for _, name, _ in condition.sizes):
+            result.append(Condition.read(condition.stored()))  # what is stored names no folder
+    return result
 
 
 def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, ...]:
-    """What a file says of its sizes; nothing where another program wrote it."""
+    """The conditions that a file's metadata has; none where another program wrote the file."""
     text = metadata.get(RANGES)
     if text is None:
         return ()
@@ -65,54 +68,74 @@ def conditions_of(metadata: Mapping[str, str], where: str) -> tuple[Condition, .
         ) from e
 
 
-class _Nodes:
-    """The nodes of one guard."""
+class _GuardNodes:
+    """The nodes of one guard, in the order in which they are made."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix, self.nodes = prefix, list[ir.Node]()
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
 
     def op(
-        self, kind: str, *xs: ir.Value | int, name: str = "", **given: int | ir.TensorProtocol
+        self,
+        op_type: str,
+        *operands: ir.Value | int,
+        name: str = "",
+        **attributes: int | ir.TensorProtocol,
     ) -> ir.Value:
-        values = [self.value(x) for x in xs]
-        own = f"{self.prefix}_{len(self.nodes)}"
-        node = ir.node(kind, values, given, name=name or own)
-        node.outputs[0].name = f"{own}_value"
+        """Make a node of one output; operands that are numbers become constants."""
+        inputs = [self.value(operand) for operand in operands]
+        numbered = f"{self.prefix}_{len(self.nodes)}"
+        node = ir.node(op_type, inputs, attributes, name=name or numbered)
+        node.outputs[0].name = f"{numbered}_value"
         self.nodes.append(node)
         return node.outputs[0]
 
-    def value(self, x: ir.Value | int) -> ir.Value:
-        return self.op("Constant", value=ir.tensor([x])) if isinstance(x, int) else x
+    def value(self, operand: ir.Value | int) -> ir.Value:
+        """An operand, a number as a constant [1]."""
+        if isinstance(operand, int):
+            return self.op("Constant", value=ir.tensor([operand]))
+        return operand
 
-    def make(self, op: str, xs: Sequence[ir.Value | int]) -> ir.Value | int:
+    def make(self, op: str, operands: Sequence[ir.Value | int]) -> ir.Value | int:
+        """Make an operation of a condition; `Condition.build` calls this."""
         if op == "NotEq":
-            return self.op("Not", self.op("Equal", *xs))
+            return self.op("Not", self.op("Equal", *operands))
         if op == "FloorDiv":  # ONNX rounds towards zero
-            x, by = map(self.value, xs)
-            return self.op("Div", self.op("Sub", x, self.op("Mod", x, by)), by)
-        return self.op(_OPS[op], *xs)
+            dividend, divisor = map(self.value, operands)
+            remainder = self.op("Mod", dividend, divisor)
+            return self.op("Div", self.op("Sub", dividend, remainder), divisor)
+        return self.op(_OPS[op], *operands)
 
 
 def _guard(
-    graph: ir.Graph, x: ir.Value, inputs: Mapping[str, ir.Value], condition: Condition, i: int
+    graph: ir.Graph, inputs: Mapping[str, ir.Value], condition: Condition, number: int
 ) -> None:
-    made = _Nodes(f"lora_fx_within_{i}")
-    users = [(u.node, u.idx) for u in x.uses()]
-    sizes: dict[str, ir.Value | int] = {
-        n: made.op("Gather", made.op("Shape", inputs[name]), d) for n, name, d in condition.sizes
-    }
-    holds = condition.build(made.make, sizes)
+    """Put a guard behind the input whose size a condition names first."""
+    guarded = inputs[condition.sizes[0][1]]
+    uses = [(use.node, use.idx) for use in guarded.uses()]  # before the guard itself reads it
+    guard = _GuardNodes(f"lora_fx_within_{number}")
+
+    sizes: dict[str, ir.Value | int] = {}
+    for symbol, name, axis in condition.sizes:
+        sizes[symbol] = guard.op("Gather", guard.op("Shape", inputs[name]), axis)
+    holds = condition.build(guard.make, sizes)
     assert isinstance(holds, ir.Value)
-    broken = made.op("Cast", made.op("Not", holds), to=int(ir.DataType.INT64))
-    shape = made.op("Shape", x)
-    other = made.op("Add", shape, made.op("Mul", made.op("Add", shape, 1), broken))
-    name = f"{GUARD}{condition} only"
-    if any(node.name == name for node in graph):  # another one comes to the same bound
-        name = f"{name} ({i})"
-    y = made.op("Reshape", x, other, name=name)
-    y.type, y.shape = x.type, x.shape
-    for node, index in users:
-        node.replace_input_with(index, y)
-    if x in graph.outputs:
-        graph.outputs[graph.outputs.index(x)] = y
-    graph.insert_before(graph[0], made.nodes)
+    broken = guard.op("Cast", guard.op("Not", holds), to=int(ir.DataType.INT64))
+
+    # shape + (shape + 1) · broken: see the top of this module
+    shape = guard.op("Shape", guarded)
+    other_shape = guard.op("Mul", guard.op("Add", shape, 1), broken)
+    target_shape = guard.op("Add", shape, other_shape)
+
+    node_name = f"{GUARD}{condition} only"
+    if any(node.name == node_name for node in graph):  # another condition comes to the same bound
+        node_name = f"{node_name} ({number})"
+    reshaped = guard.op("Reshape", guarded, target_shape, name=node_name)
+    reshaped.type = guarded.type
+    reshaped.shape = guarded.shape
+
+    for node, index in uses:
+        node.replace_input_with(index, reshaped)
+    if guarded in graph.outputs:
+        graph.outputs[graph.outputs.index(guarded)] = reshaped
+    graph.insert_before(graph[0], guard.nodes)

@@ -1,8 +1,9 @@
 """The tensors of an .onnx_adapter file, read and written by ONNX Runtime.
 
 `AdapterFormat.set_parameters` keeps pointers into the arrays: where those are gone before
-`export_adapter`, the file holds garbage and nothing says so. They are held here, and the file is
-read back and compared. bfloat16 has no numpy type in the runtime, so it goes as bits.
+`export_adapter`, the file holds garbage and nothing says so. So `write_file` keeps the arrays until
+the file is written, reads the file back and compares. bfloat16 has no numpy type in the runtime, so
+it goes as bits.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
 
     open_input(path).close()  # the runtime calls a file that is not there damaged
     damaged = f"{path}: a damaged ONNX Runtime adapter"
-    again = "the download or copy may be incomplete; fetch the file again"
-    with retold(damaged, again, (RuntimeError, ValueError)):
+    hint = "the download or copy may be incomplete; fetch the file again"
+    with retold(damaged, hint, (RuntimeError, ValueError)):
         file = AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
         tensors = {name: _array(values[name]) for name in sorted(values)}
@@ -68,30 +69,48 @@ def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, 
     """
     from onnxruntime import AdapterFormat, OrtValue
 
-    held = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    bits = {n: a.view(np.uint16) for n, a in held.items() if a.dtype == ml_dtypes.bfloat16}
+    # both dicts live until the file is written: see the top of this module
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    bits = {
+        name: array.view(np.uint16)
+        for name, array in arrays.items()
+        if array.dtype == ml_dtypes.bfloat16
+    }
+    values = {
+        name: OrtValue.ortvalue_from_numpy(array)
+        for name, array in arrays.items()
+        if name not in bits
+    }
+    for name, array in bits.items():
+        values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BF16)
+
     file = AdapterFormat()
     file.set_adapter_version(versions["adapter_version"])
     file.set_model_version(versions["model_version"])
-    values = {n: OrtValue.ortvalue_from_numpy(a) for n, a in held.items() if n not in bits}
-    values |= {n: OrtValue.ortvalue_from_numpy_with_onnx_type(b, _BF16) for n, b in bits.items()}
     file.set_parameters(values)
     try:
         file.export_adapter(str(path))
-        again, _ = read_file(path)
+        read_back, _ = read_file(path)
     except (RuntimeError, LoraFxError) as error:
-        _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in held.values()))
+        _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in arrays.values()))
         raise LoraFxError(
             f"{path.name}: ONNX Runtime cannot write it: {one_line(error, 160)}",
             "is there space and access?",
         ) from error
-    for name, array in held.items():
-        got = again.get(name)
-        if got is None or got.dtype != array.dtype or got.tobytes() != array.tobytes():
+
+    for name, array in arrays.items():
+        if not _same_bits(read_back.get(name), array):
             raise LoraFxError(
                 f"{path}: tensor {name!r} does not read back as it was written",
                 "is the disk full? write it again",
             )
+
+
+def _same_bits(read: Array | None, written: Array) -> bool:
+    """Whether an array was read, with the dtype and the bytes that were written."""
+    if read is None or read.dtype != written.dtype:
+        return False
+    return bool(read.tobytes() == written.tobytes())
 
 
 def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
@@ -100,10 +119,10 @@ def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
 
 
 def _refuse_full_disk(path: Path, size: int) -> None:
-    """Raise what the system says of so many bytes at a path; the runtime says nothing of it.
+    """Write so many bytes at a path, to learn why the runtime could not: its error does not say.
 
     Raises:
-        OSError: They cannot be written.
+        OSError: The system cannot write them.
     """
     with open(path, "wb") as file:
         file.write(bytes(size))
@@ -112,7 +131,7 @@ def _refuse_full_disk(path: Path, size: int) -> None:
 
 
 def _array(value: ort.OrtValue) -> Array:
-    """An own copy of a value of the runtime."""
+    """A copy of a value of the runtime, which owns its memory."""
     if value.data_type() != "tensor(bfloat16)":
         return np.array(value.numpy())
     data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())

@@ -12,15 +12,17 @@ from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 
 
-def row_of(u: LowRank) -> Json:
-    """All of a bound update but its tensors."""
-    assert u.layout is not None
-    said = to_json(u, "frozen", "rank", "alpha", "variant", "use", "extra")
-    return {**said, "layout": list(u.layout.to_json().values())}  # without names, as 0.1 reads it
+def row_of(update: LowRank) -> Json:
+    """All fields of a bound update but its tensors."""
+    assert update.layout is not None
+    row = to_json(update, "frozen", "rank", "alpha", "variant", "use", "extra")
+    row["layout"] = list(update.layout.to_json().values())  # without names, as 0.1 reads it
+    return row
 
 
 def update_of(row: JsonView, values: Mapping[str, Array]) -> LowRank:
     """The update of a row and its tensors by field."""
-    layout = Layout(*(tuple(part) for part in row["layout"]))
-    low = from_json(bare(values, row), {**row, "layout": layout.to_json()})
-    return with_values(low, values)
+    layout = Layout(*(tuple(axes) for axes in row["layout"]))
+    fields = {**row, "layout": layout.to_json()}
+    update = from_json(bare(values, row), fields)
+    return with_values(update, values)
