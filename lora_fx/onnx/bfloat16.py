@@ -18,24 +18,30 @@ from lora_fx.onnx.graph.flow import values_of
 
 def in_bfloat16(model: ir.Model) -> list[ir.Value]:
     """The values of a model that are in bfloat16, bodies included."""
-    return [v for v in values_of(model) if v.dtype is ir.DataType.BFLOAT16]
+    return [value for value in values_of(model) if value.dtype is ir.DataType.BFLOAT16]
 
 
 def widen(model: ir.Model) -> bool:
     """Make bfloat16 float32 in place, in inputs and outputs too; whether there was any."""
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    found = in_bfloat16(model)
-    for value in found:
-        value.dtype = wide
+    values = in_bfloat16(model)
+    for value in values:
+        value.dtype = ir.DataType.FLOAT
         if value.const_value is not None:
             value.const_value = _float32(value.const_value)
     for node in model.graph.all_nodes():
-        for name, a in list(node.attributes.items()):
-            if name in ("to", "dtype") and a.value == narrow:
-                node.attributes[name] = ir.AttrInt64(name, int(wide))
-            elif a.type is ir.AttributeType.TENSOR and a.as_tensor().dtype is narrow:
-                node.attributes[name] = ir.AttrTensor(name, _float32(a.as_tensor()))
-    return bool(found)
+        _widen_attributes(node)
+    return bool(values)
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    """Make bfloat16 float32 in the dtypes and the tensors that a node has as attributes."""
+    for name, attribute in list(node.attributes.items()):
+        if name in ("to", "dtype") and attribute.value == ir.DataType.BFLOAT16:
+            node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        elif attribute.type is ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
+            if tensor.dtype is ir.DataType.BFLOAT16:
+                node.attributes[name] = ir.AttrTensor(name, _float32(tensor))
 
 
 def unround(
@@ -53,21 +59,29 @@ def unround(
     Returns:
         The names of `exact` of which every copy could be replaced.
     """
-    kept: dict[str, bool] = {}
+    every_copy_replaced: dict[str, bool] = {}
     for name, value in model.graph.initializers.items():
         source = copies.get(name, name)
-        held = value.const_value
-        if source not in exact or held is None or value.dtype is not ir.DataType.FLOAT:
+        stored = value.const_value
+        if source not in exact or stored is None or value.dtype is not ir.DataType.FLOAT:
             continue
-        wide = exact[source]().astype(np.float32, copy=False)
-        rounded, stored = wide.astype(ml_dtypes.bfloat16).astype(np.float32), held.numpy()
-        if stored.shape != wide.shape or not np.array_equal(rounded, stored):
-            wide, rounded = wide.T, rounded.T
-        same = stored.shape == wide.shape and np.array_equal(rounded, stored)
-        if same:
-            value.const_value = ir.tensor(np.ascontiguousarray(wide), name=held.name)
-        kept[source] = same and kept.get(source, True)
-    return frozenset(name for name, same in kept.items() if same)
+        unrounded = _unrounded(stored.numpy(), exact[source]())
+        if unrounded is not None:
+            value.const_value = ir.tensor(np.ascontiguousarray(unrounded), name=stored.name)
+        replaced = unrounded is not None
+        every_copy_replaced[source] = replaced and every_copy_replaced.get(source, True)
+    return frozenset(name for name, replaced in every_copy_replaced.items() if replaced)
+
+
+def _unrounded(stored: Array, exact: Array) -> Array | None:
+    """The exact numbers as they are stored; None where those stored are no rounding of them."""
+    wide = exact.astype(np.float32, copy=False)
+    rounded = wide.astype(ml_dtypes.bfloat16).astype(np.float32)
+    if np.array_equal(rounded, stored):
+        return wide
+    if np.array_equal(rounded.T, stored):
+        return wide.T
+    return None
 
 
 def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

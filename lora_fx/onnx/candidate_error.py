@@ -30,43 +30,55 @@ class WorstError:
     """
 
     def __init__(self, model: ir.Model, feeds: Feeds, provider: str) -> None:
-        self._feeds, self._provider, self.failure = feeds, provider, ""
-        self.base = _open(model, provider)
-        self._wanted = [self.base.run(f) for f in feeds]
+        self.failure = ""
+        self.base = open_model(model, provider)
+        self._provider = provider
+        self._feeds = feeds
+        self._expected = [self.base.run(feed) for feed in feeds]
 
     def __call__(self, candidate: ir.Model) -> float:
         """The largest max|a − b| / max|b|."""
         self.failure = ""
         try:
-            return max(p.rel for p in self.compared(_open(candidate, self._provider)))
+            session = open_model(candidate, self._provider)
+            return max(parity.rel for parity in self.compared(session))
         except Exception as e:  # the runtime's exceptions have no common base
             self.failure = f" ({one_line(e, 160)})"
             return math.inf
 
     def compared(self, session: RuntimeSession) -> list[Parity]:
         """A session's outputs beside the model's, at every size."""
-        both = zip(self._feeds, self._wanted, strict=True)
-        return [
-            compare(session.run(f), want, {k: v.shape for k, v in f.items()}, ORT_TOL)
-            for f, want in both
-        ]
+        parities: list[Parity] = []
+        for feed, expected in zip(self._feeds, self._expected, strict=True):
+            sizes = {name: array.shape for name, array in feed.items()}
+            parities.append(compare(session.run(feed), expected, sizes, ORT_TOL))
+        return parities
 
 
 def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
     """Value of the graph → the largest magnitude that it takes, before any rewrite."""
-    copy = model.clone()
-    shown = [v for n in copy.graph for v in n.outputs if v.name and not v.is_graph_output()]
-    copy.graph.outputs.extend(v for v in shown if dtype_name(v) == "float32")
-    found: dict[str, float] = {}
-    session = _open(copy, provider)
+    observed = model.clone()
+    for node in observed.graph:
+        for value in node.outputs:
+            if value.name and not value.is_graph_output() and dtype_name(value) == "float32":
+                observed.graph.outputs.append(value)
+
+    magnitudes: dict[str, float] = {}
+    session = open_model(observed, provider)
     for feed in feeds:
-        for name, value in {**feed, **session.run(feed)}.items():
-            if value.dtype == np.float32 and value.size:
-                found[name] = max(found.get(name, 0.0), float(np.abs(value).max()))
-    return found
+        for name, array in {**feed, **session.run(feed)}.items():
+            if array.dtype == np.float32 and array.size:
+                magnitude = float(np.abs(array).max())
+                magnitudes[name] = max(magnitudes.get(name, 0.0), magnitude)
+    return magnitudes
 
 
-def _open(model: ir.Model, provider: str) -> RuntimeSession:
+def open_model(model: ir.Model, provider: str) -> RuntimeSession:
+    """Load a model from a scratch folder.
+
+    Raises:
+        MistakeError: The runtime cannot load it.
+    """
     with scratch_folder() as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)

@@ -19,7 +19,7 @@ from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import one_line
 from lora_fx.onnx.bench import time_sessions
-from lora_fx.onnx.candidate_error import Feeds, WorstError, _open
+from lora_fx.onnx.candidate_error import Feeds, WorstError, open_model
 from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
 from lora_fx.onnx.rewrites.onnxscript_passes import FoldConstants, FuseForRuntime
@@ -76,7 +76,9 @@ class RewriteStage:
             text += f", rel {self.error:.2e}"
         if self.seconds is not None and self.ratio is not None:
             text += f", {self.seconds * 1e3:.2f} ms ({self.ratio:.2f} of before)"
-        return text if self.kept else f"{text}; rolled back: {self.why}"
+        if not self.kept:
+            text += f"; rolled back: {self.why}"
+        return text
 
 
 def apply_stages(
@@ -94,49 +96,102 @@ def apply_stages(
         provider: auto, cpu or cuda.
     """
     error = WorstError(model, feeds, provider)
+    if stages is None and error.base.provider == "cpu":
+        stages = {**STAGES, **CPU_STAGES}
+    elif stages is None:
+        stages = STAGES
+
     rows: list[RewriteStage] = []
-    if stages is None:
-        stages = {**STAGES, **(CPU_STAGES if error.base.provider == "cpu" else {})}
     for name, rewrite in stages.items():
-        candidate, session = model.clone(), error.base
-        worst: float | None = None
-        try:
-            if not rewrite(candidate).modified:
-                continue
-            why = _renamed(model, candidate)
-            if not why:
-                session = _open(candidate, provider)
-                found = error.compared(session)
-                why = next(map(_over, (p for p in found if not p.ok)), "")
-                worst = max(p.rel for p in found)
-        except Exception as e:  # a library's rewrite may raise anything; so may the runtime
-            why = one_line(e, 160) or type(e).__name__
-        nodes = sum(1 for _ in candidate.graph.all_nodes())
-        finite = worst if worst is not None and math.isfinite(worst) else None
-        row = RewriteStage(name, not why, why, nodes, weight_bytes(candidate), error=finite)
-        rows.append(row if why else _timed(row, error.base, session, feeds[0]))
-        model = model if why else candidate
+        candidate = model.clone()
+        trial = _try(rewrite, model, candidate, error, provider)
+        if trial is None:
+            continue
+        row = RewriteStage(
+            name,
+            kept=not trial.failure,
+            why=trial.failure,
+            nodes=sum(1 for _ in candidate.graph.all_nodes()),
+            bytes=weight_bytes(candidate),
+            error=trial.error,
+        )
+        if trial.session is not None:
+            row = _timed(row, error.base, trial.session, feeds[0])
+            model = candidate
+        rows.append(row)
     return model, rows
 
 
-def _renamed(before: ir.Model, after: ir.Model) -> str:
+@dataclass(frozen=True)
+class _Trial:
+    """What became of a candidate.
+
+    Attributes:
+        failure: Why it is rolled back; empty where it is not.
+        error: Its largest difference, where it was compared and that is finite.
+        session: Its session, where it is not rolled back.
+    """
+
+    failure: str = ""
+    error: float | None = None
+    session: RuntimeSession | None = None
+
+
+def _try(
+    rewrite: Rewrite, model: ir.Model, candidate: ir.Model, error: WorstError, provider: str
+) -> _Trial | None:
+    """Rewrite a clone of a model and compare it; None where the rewrite changes nothing.
+
+    Args:
+        rewrite: What edits the candidate.
+        model: The model as it was before this stage.
+        candidate: Its clone.
+        error: The comparison with the model that came in, before all stages.
+        provider: Where the candidate runs.
+    """
+    try:
+        if not rewrite(candidate).modified:
+            return None
+        changed_names = _changed_names(model, candidate)
+        if changed_names:
+            return _Trial(changed_names)
+        session = open_model(candidate, provider)
+        parities = error.compared(session)
+        worst = max(parity.rel for parity in parities)
+    except Exception as e:  # a library's rewrite may raise anything; so may the runtime
+        return _Trial(one_line(e, 160) or type(e).__name__)
+
+    finite = worst if math.isfinite(worst) else None
+    for parity in parities:
+        if not parity.ok:
+            return _Trial(_over_the_gate(parity), finite)
+    return _Trial(error=finite, session=session)
+
+
+def _changed_names(before: ir.Model, after: ir.Model) -> str:
     """Which inputs or outputs a rewrite changed; empty where it changed none."""
     for what in ("inputs", "outputs"):
-        a, b = ([v.name for v in getattr(m.graph, what)] for m in (before, after))
-        if a != b:
-            lost = ", ".join(str(n) for n in a if n not in b) or "their order"
-            return f"it changes the {what}: {lost}"
+        names_before = [value.name for value in getattr(before.graph, what)]
+        names_after = [value.name for value in getattr(after.graph, what)]
+        if names_before != names_after:
+            missing = [str(name) for name in names_before if name not in names_after]
+            return f"it changes the {what}: {', '.join(missing) or 'their order'}"
     return ""
 
 
-def _over(p: Parity) -> str:
+def _over_the_gate(parity: Parity) -> str:
     """Where an output differs by more than the gate."""
-    return f"output {p.output!r} at {sizes_text(p.sizes)}: rel {p.rel:.2e}, the gate is {p.tol:.1e}"
+    return (
+        f"output {parity.output!r} at {sizes_text(parity.sizes)}: rel {parity.rel:.2e}, "
+        f"the gate is {parity.tol:.1e}"
+    )
 
 
 def _timed(
     row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
 ) -> RewriteStage:
-    found = time_sessions({"base": base, "new": session}, {"base": feed, "new": feed}, ROUNDS, 1)
-    cpu = found.rows()[1]["cpu"]
+    """The row of a stage with the time of its candidate, beside that of the base."""
+    sessions = {"base": base, "new": session}
+    timings = time_sessions(sessions, dict.fromkeys(sessions, feed), ROUNDS, 1)
+    cpu = timings.rows()[1]["cpu"]
     return replace(row, seconds=cpu["median"], ratio=cpu["ratio"])

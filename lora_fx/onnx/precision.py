@@ -1,4 +1,4 @@
-"""The dtype of a graph: float16 with islands of float32, or int8 products.
+"""A graph in a lower precision: float16 with islands of float32, or int8 products.
 
 int8 is onnxruntime's own conversion. For float16, nodes whose values come near the end of its range
 stay in float32: on the CPU, where ONNX Runtime computes float16 in float32, nothing else would show
@@ -45,7 +45,7 @@ class Narrowed:
     """A converted model.
 
     Attributes:
-        model: It.
+        model: The model.
         error: Largest difference of an output to the model before.
         islands: Names of nodes that stayed in float32.
     """
@@ -60,8 +60,9 @@ class Narrowed:
         if self.error > GATES[precision]:
             text += f", over the gate of {GATES[precision]:.1e}, which tol widens"
         if self.islands:
-            some = ", ".join(self.islands[:4]) + (" …" if len(self.islands) > 4 else "")
-            text += f"; {len(self.islands)} nodes stay in float32: {some}"
+            text += f"; {len(self.islands)} nodes stay in float32: {', '.join(self.islands[:4])}"
+        if len(self.islands) > 4:
+            text += " …"
         return text
 
 
@@ -88,13 +89,13 @@ def narrow(
             "converters and runtimes take one protobuf message",
         )
     error = WorstError(model, feeds, provider)
-    most = tol or GATES[precision]
+    tol = tol or GATES[precision]
     if precision == "int8":
-        made = _int8(model, error, most)
+        narrowed = _to_int8(model, error, tol)
     else:
-        made = _half(model, error, peaks(model, feeds, provider), most)
-    made.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
-    return made
+        narrowed = _to_float16(model, error, peaks(model, feeds, provider), tol)
+    narrowed.model.metadata_props[PRECISION] = precision  # the gate of whoever compares it later
+    return narrowed
 
 
 def at_level(model: ir.Model, level: int) -> None:
@@ -105,7 +106,7 @@ def at_level(model: ir.Model, level: int) -> None:
     """
     if not level:
         return
-    products = [n for n in model.graph.all_nodes() if n.op_type == "MatMulNBits"]
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
     if not products:
         raise LoraFxError(
             f"accuracy level {level} is of products over int4 or int8 codes, and there is none",
@@ -116,68 +117,94 @@ def at_level(model: ir.Model, level: int) -> None:
     model.metadata_props[PRECISION] = f"level {level}"
 
 
-def _half(
-    model: ir.Model, error: Callable[[ir.Model], float], high: Mapping[str, float], tol: float
+def _to_float16(
+    model: ir.Model, error: Callable[[ir.Model], float], magnitudes: Mapping[str, float], tol: float
 ) -> Narrowed:
-    named = _named(model)
-    order = [str(n.name) for n in named.graph]
-    islands = [
-        str(n.name)
-        for n in named.graph
-        if any(v and high.get(str(v.name), 0.0) > RANGE for v in (*n.inputs, *n.outputs))
-    ]
-    most = len(islands) + MOST
+    """Convert a model to float16, but for as few nodes as have to stay in float32.
 
-    def tried(kept: Collection[str]) -> tuple[ir.Model, float]:
-        made = named.clone()
-        ToHalf(frozenset(kept))(made)
-        _drop_unread(made)
-        return made, error(made)
+    1. Nodes of values near the end of float16's range stay, the islands.
+    2. While the outputs differ by more than the gate, one more node stays, found by bisection.
+    3. Once MOST nodes have been added, or bisection can name no further one, a difference up to
+       `tol` is accepted, and a larger one is an error.
+
+    Args:
+        model: In float32; not changed.
+        error: The largest difference of a candidate's outputs.
+        magnitudes: Value → the largest that it takes.
+        tol: What is accepted where the gate cannot be met.
+    """
+    named = _named(model)
+    order = [str(node.name) for node in named.graph]
+    islands = [str(node.name) for node in named.graph if _comes_near_the_range(node, magnitudes)]
+    most_islands = len(islands) + MOST
+
+    def converted(float32_nodes: Collection[str]) -> ir.Model:
+        candidate = named.clone()
+        ToHalf(frozenset(float32_nodes))(candidate)
+        _drop_unread(candidate)
+        return candidate
 
     def fails(count: int) -> bool:
         """Whether the first so many nodes, islands among them left out, are too many in float16."""
-        return not tried({*islands, *order[count:]})[1] <= GATES["float16"]
+        return not error(converted({*islands, *order[count:]})) <= GATES["float16"]
 
     while True:
-        made, found = tried(islands)
-        if found <= GATES["float16"]:
-            return Narrowed(made, found, tuple(islands))
-        name = order[bisect_left(range(1, len(order)), True, key=fails)]
-        if name in islands or len(islands) >= most:
-            if found <= tol:
-                return Narrowed(made, found, tuple(islands))
+        candidate = converted(islands)
+        difference = error(candidate)
+        if difference <= GATES["float16"]:
+            return Narrowed(candidate, difference, tuple(islands))
+
+        culprit = order[bisect_left(range(1, len(order)), True, key=fails)]
+        if culprit not in islands and len(islands) < most_islands:
+            islands.append(culprit)
+        elif difference <= tol:
+            return Narrowed(candidate, difference, tuple(islands))
+        else:
             raise LoraFxError(
-                f"float16 differs by {found:.1e} with {len(islands)} nodes left in float32; the "
-                f"gate is {tol:.1e}{getattr(error, 'failure', '')}",
+                f"float16 differs by {difference:.1e} with {len(islands)} nodes left in float32; "
+                f"the gate is {tol:.1e}{getattr(error, 'failure', '')}",
                 "the model needs float32's range or precision in too many places; --tol accepts "
                 "more",
             )
-        islands.append(name)
 
 
 def _named(model: ir.Model) -> ir.Model:
     """A copy whose nodes have names of their own and whose values have dtypes."""
     copy = model.clone()
-    taken: set[str] = set()
+    names: set[str] = set()
     for i, node in enumerate(copy.graph.all_nodes()):
-        if not node.name or node.name in taken:
+        if not node.name or node.name in names:
             node.name = f"{node.op_type}_{i}"
-        taken.add(node.name)
-    if any(v.dtype is None for n in copy.graph for v in n.outputs):
+        names.add(node.name)
+    if any(_lacks_dtype(node) for node in copy.graph):
         ShapeInferencePass()(copy)
     return copy
 
 
+def _lacks_dtype(node: ir.Node) -> bool:
+    return any(output.dtype is None for output in node.outputs)
+
+
+def _comes_near_the_range(node: ir.Node, magnitudes: Mapping[str, float]) -> bool:
+    """Whether a value that a node reads or makes is larger than RANGE."""
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and magnitudes.get(str(value.name), 0.0) > RANGE:
+            return True
+    return False
+
+
 def _drop_unread(model: ir.Model) -> None:
     """Float32 weights that were converted go, and the new ones take their names."""
-    stored = model.graph.initializers
-    for name, value in list(stored.items()):
-        if name.endswith("_half") and (old := stored.get(name[:-5])) is not None and not old.uses():
-            del stored[name[:-5]]
-            value.name = name[:-5]
+    initialisers = model.graph.initializers
+    for name, value in list(initialisers.items()):
+        full_name = name.removesuffix("_half")
+        full = initialisers.get(full_name)
+        if full_name != name and full is not None and not full.uses():
+            del initialisers[full_name]
+            value.name = full_name
 
 
-def _int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
+def _to_int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
     """Weights by channel, activations as they come; biases and everything else stay.
 
     Weights take seven bits: processors without VNNI add pairs of 8-bit products in 16 bits, which
@@ -187,20 +214,23 @@ def _int8(model: ir.Model, error: WorstError, tol: float) -> Narrowed:
 
     # the converter logs advice that is not for our users
     with scratch_folder() as folder, silenced(levels={"": logging.ERROR}):
-        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        before = Path(folder) / "before.onnx"
+        after = Path(folder) / "after.onnx"
         copy = model.clone()
         ir.external_data.load_to_model(copy)
         proto = ir.to_proto(copy)
         del proto.graph.value_info[:]  # the converter turns weights and keeps the shapes they had
         onnx.save(proto, before)
-        kind = QuantType.QInt8
-        quantize_dynamic(before, after, weight_type=kind, per_channel=True, reduce_range=True)
-        made = ir.load(after)
-        ir.external_data.load_to_model(made)
-    found = error(made)
-    if not found <= tol:
+        quantize_dynamic(
+            before, after, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
+        quantised = ir.load(after)
+        ir.external_data.load_to_model(quantised)
+
+    difference = error(quantised)
+    if not difference <= tol:
         raise LoraFxError(
-            f"int8 differs by {found:.1e}; the gate is {tol:.1e}{error.failure}",
+            f"int8 differs by {difference:.1e}; the gate is {tol:.1e}{error.failure}",
             "float16, or a model that was trained for int8; --tol accepts more",
         )
-    return Narrowed(made, found)
+    return Narrowed(quantised, difference)

@@ -105,7 +105,7 @@ def narrowed(
 
     for i, node in enumerate(model.graph):
         node.name = f"n{i}"
-    return precision._half(model, error, {}, tol)
+    return precision._to_float16(model, error, {}, tol)
 
 
 def test_culprits_are_found_by_bisection() -> None:

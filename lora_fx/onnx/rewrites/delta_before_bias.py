@@ -36,22 +36,38 @@ def _bias_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> 
 
 def _delta_first(op: Any, product: ir.Value, bias: ir.Value, delta: ir.Value) -> object:
     total = op.Add(product, delta)
-    total.name, total.type, total.shape = f"{product.name}_delta", product.type, product.shape
+    total.name = f"{product.name}_delta"
+    total.type = product.type
+    total.shape = product.shape
     return op.Add(total, bias)
 
 
 def _swaps(context: object, product: ir.Value, bias: ir.Value, delta: ir.Value) -> bool:
-    made = made_by(product, "MatMul")
-    x = None if made is None else made.inputs[0]
-    return bias.const_value is not None and x is not None and _reaches(delta, x, 0, DEPTH)
+    """Whether the bias is a constant, and delta a chain of products of what the product reads."""
+    matmul = made_by(product, "MatMul")
+    if matmul is None or bias.const_value is None:
+        return False
+    x = matmul.inputs[0]
+    return x is not None and _is_chain(delta, x, 0, DEPTH)
 
 
-def _reaches(value: ir.Value, x: ir.Value, products: int, left: int) -> bool:
-    """Value is x times two matrices or more, by products, scales and casts only."""
+def _is_chain(value: ir.Value, x: ir.Value, products: int, depth: int) -> bool:
+    """Whether a value is x times two matrices or more, by products, scales and casts only.
+
+    Args:
+        value: The value.
+        x: The other end of the chain.
+        products: The products between the value and the end that the search began at.
+        depth: The nodes that the search may still go back by.
+    """
     if value is x:
         return products >= 2
     node = value.producer()
-    if node is None or not left or node.op_type not in ("MatMul", "Mul", "Cast"):
+    if node is None or depth == 0 or node.op_type not in ("MatMul", "Mul", "Cast"):
         return False
-    more = products + (node.op_type == "MatMul")
-    return any(v is not None and _reaches(v, x, more, left - 1) for v in node.inputs)
+    if node.op_type == "MatMul":
+        products += 1
+    for source in node.inputs:
+        if source is not None and _is_chain(source, x, products, depth - 1):
+            return True
+    return False

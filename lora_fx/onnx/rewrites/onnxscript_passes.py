@@ -21,7 +21,9 @@ class FoldConstants(ir.passes.InPlacePass):
         from onnxscript.optimizer import optimize_ir
 
         before = sum(1 for _ in model.graph.all_nodes())
-        weights = [n for n, v in model.graph.initializers.items() if len(v.shape or ()) > 1]
+        weights = [
+            name for name, value in model.graph.initializers.items() if len(value.shape or ()) > 1
+        ]
         with silenced(contextlib.redirect_stdout), exact_constants():
             optimize_ir(model, should_fold=unfolded(weights))
         after = sum(1 for _ in model.graph.all_nodes())

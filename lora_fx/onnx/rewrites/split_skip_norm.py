@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import made_by
+from lora_fx.onnx.graph.flow import made_by, operand
 
 NORMS = {
     "SkipLayerNormalization": "LayerNormalization",
@@ -33,44 +33,57 @@ class SplitSkipNorm(ir.passes.InPlacePass):
             if node.domain == "com.microsoft" and node.op_type in NORMS:
                 changed |= _split(node)
             elif not node.domain and node.op_type in NORMS.values():
-                changed |= _hold(node)
+                changed |= _keep_apart(node)
         return ir.passes.PassResult(model, changed)
 
 
 def _split(fused: ir.Node) -> bool:
-    x, skip, gamma, *rest = fused.inputs
-    simplified = "Simplified" in fused.op_type
-    beta = rest.pop(0) if rest and not simplified else None
-    bias = rest[0] if rest else None
-    if any(v.uses() or v.is_graph_output() for v in fused.outputs[1:3]):  # mean and deviation
+    """Put a Sum and a norm in the place of a fused one, unless its mean or deviation is read."""
+    if any(output.uses() or output.is_graph_output() for output in fused.outputs[1:3]):
         return False
-    total = ir.node("Sum", [v for v in (x, skip, bias) if v is not None])
+
+    x, skip, gamma = fused.inputs[:3]
+    if "Simplified" in fused.op_type:  # it has no beta
+        beta = None
+        bias = operand(fused, 3)
+    else:
+        beta = operand(fused, 3)
+        bias = operand(fused, 4)
+
+    y = fused.outputs[0]
+    total = ir.node("Sum", [value for value in (x, skip, bias) if value is not None])
+    total.outputs[0].name = f"{y.name}_sum"
+    total.outputs[0].type = y.type
+    total.outputs[0].shape = y.shape
+
+    operands = [total.outputs[0], gamma]
+    if beta is not None:
+        operands.append(beta)
     epsilon = fused.attributes.get_float("epsilon", DEFAULT_EPSILON)
-    operands = [total.outputs[0], gamma, *([] if beta is None else [beta])]
     norm = ir.node(NORMS[fused.op_type], operands, {"axis": -1, "epsilon": epsilon})
-    y, added = fused.outputs[0], total.outputs[0]
-    added.name, added.type, added.shape = f"{y.name}_sum", y.type, y.shape
-    _replace(fused, [total, norm], [norm.outputs[0], added])
+    _replace(fused, [total, norm], [norm.outputs[0], total.outputs[0]])
     return True
 
 
-def _hold(norm: ir.Node) -> bool:
+def _keep_apart(norm: ir.Node) -> bool:
     """Sum for an Add of two activations of one shape: a bias is a constant, or smaller."""
     add = made_by(norm.inputs[0], "Add")
     if add is None:
         return False
-    a, b = add.inputs
-    if a is None or b is None or a.shape is None or a.shape != b.shape:
+    x, skip = add.inputs
+    if x is None or skip is None or x.shape is None or x.shape != skip.shape:
         return False
-    if a.const_value is not None or b.const_value is not None:
+    if x.const_value is not None or skip.const_value is not None:
         return False
-    total = ir.node("Sum", [a, b])
+    total = ir.node("Sum", [x, skip])
     _replace(add, [total], total.outputs)
     return True
 
 
-def _replace(old: ir.Node, new: Sequence[ir.Node], values: Sequence[ir.Value]) -> None:
+def _replace(replaced: ir.Node, nodes: Sequence[ir.Node], values: Sequence[ir.Value]) -> None:
     """Put nodes in the place of one, whose first result, and fourth if it has one, are values."""
-    assert old.graph is not None
-    was = [old.outputs[0], *old.outputs[3:]]
-    ir.convenience.replace_nodes_and_values(old.graph, old, [old], new, was, values[: len(was)])
+    assert replaced.graph is not None
+    results = [replaced.outputs[0], *replaced.outputs[3:]]
+    ir.convenience.replace_nodes_and_values(
+        replaced.graph, replaced, [replaced], nodes, results, values[: len(results)]
+    )

@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -15,14 +15,15 @@ import onnx_ir as ir
 from lora_fx.onnx.graph.flow import bodies_of, is_tensor
 from lora_fx.onnx.graph.graph import add_initialiser
 
-KEPT = frozenset({
+FLOAT32_ONLY = frozenset({
     "Resize", "Upsample", "NonMaxSuppression", "TopK", "RoiAlign", "Range", "CumSum", "Min", "Max",
     "ConstantOfShape", "Constant", "RandomNormal", "RandomUniform", "RandomNormalLike",
     "RandomUniformLike", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
 })  # fmt: skip
 """Ops with operands or kernels that are float32 only, or whose dtype is an attribute."""
 MICROSOFT = "com.microsoft"
-FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FULL = ir.DataType.FLOAT
+HALF = ir.DataType.FLOAT16
 
 
 @dataclass(frozen=True)
@@ -39,61 +40,76 @@ class ToHalf(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Edit the model in place."""
         graph = model.graph
-        nodes = [n for n in graph if self._converts(n)]
-        taken = set(nodes)
-        mine = {o for n in nodes for o in n.outputs if o.dtype == FULL}
-        outputs = {o for o in graph.outputs if o in mine}
+        converted = dict.fromkeys(node for node in graph if self._converts(node))
+        halved = _float32_outputs(converted)
+        halved_outputs = [output for output in graph.outputs if output in halved]
+
         for node in graph.all_nodes():
-            to = HALF if node in taken else FULL
+            dtype = HALF if node in converted else FULL
             for i, value in enumerate(node.inputs):
-                now = HALF if value in mine else None if value is None else value.dtype
-                if value is not None and {now, to} == {FULL, HALF}:
-                    node.replace_input_with(i, self._as(graph, value, to))
-        for node in nodes:
+                if value is None:
+                    continue
+                value_dtype = HALF if value in halved else value.dtype
+                if {value_dtype, dtype} == {FULL, HALF}:
+                    node.replace_input_with(i, self._cast(graph, value, dtype))
+
+        for node in converted:
             if node.op_type == "Cast" and node.attributes["to"].as_int() == FULL:
                 node.attributes["to"] = ir.AttrInt64("to", int(HALF))
-        for value in mine:
+        for value in halved:
             value.type = ir.TensorType(HALF)
-        for value in outputs:
-            self._end(graph, value)
-        return ir.passes.PassResult(model, bool(nodes))
+        for value in dict.fromkeys(halved_outputs):
+            self._restore_output(graph, value)
+        return ir.passes.PassResult(model, bool(converted))
 
     def _converts(self, node: ir.Node) -> bool:
         """True for a node that computes with floats, and may do so with fewer bits."""
-        if node.op_type in KEPT or node.name in self.islands or node.domain not in ("", MICROSOFT):
+        if node.op_type in FLOAT32_ONLY or node.name in self.islands:
             return False
-        if bodies_of(node):
+        if node.domain not in ("", MICROSOFT) or bodies_of(node):
             return False
-        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
-        known = all(v.dtype is not None and is_tensor(v) for v in values)
-        return known and any(v.dtype == FULL for v in values)
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+        if any(value.dtype is None or not is_tensor(value) for value in values):
+            return False
+        return any(value.dtype == FULL for value in values)
 
-    def _as(self, graph: ir.Graph, value: ir.Value, to: ir.DataType) -> ir.Value:
+    def _cast(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in another dtype: a converted initialiser, or one cast of its own."""
-        known = self._casts.get((id(value), to))
-        if known is not None:
-            return known
-        stem = "half" if to == HALF else "full"
+        if (id(value), dtype) in self._casts:
+            return self._casts[id(value), dtype]
+
+        stem = "half" if dtype == HALF else "full"
+        name = f"{value.name}_{stem}"
         if value.const_value is not None and value.name in graph.initializers:
-            array = value.const_value.numpy().astype(to.numpy())
-            made = add_initialiser(graph, f"{value.name}_{stem}", array)
-            made.metadata_props.update(value.metadata_props)
+            array = value.const_value.numpy().astype(dtype.numpy())
+            cast = add_initialiser(graph, name, array)
+            cast.metadata_props.update(value.metadata_props)
         else:
-            node = ir.node("Cast", [value], {"to": int(to)}, name=f"{value.name}_to_{stem}")
-            made = node.outputs[0]
-            made.name, made.type = f"{value.name}_{stem}", ir.TensorType(to)
-            made.shape = value.shape
-            maker = value.producer()
-            if maker is None:
+            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_to_{stem}")
+            cast = node.outputs[0]
+            cast.name = name
+            cast.type = ir.TensorType(dtype)
+            cast.shape = value.shape
+            producer = value.producer()
+            if producer is None:
                 graph[0].prepend(node)
             else:
-                maker.append(node)
-        self._casts[id(value), to] = made
-        return made
+                producer.append(node)
+        self._casts[id(value), dtype] = cast
+        return cast
 
-    def _end(self, graph: ir.Graph, value: ir.Value) -> None:
-        """An output of the graph keeps its name and dtype, and a cast makes it."""
-        name, value.name = value.name, f"{value.name}_half"
-        full = self._as(graph, value, FULL)
+    def _restore_output(self, graph: ir.Graph, value: ir.Value) -> None:
+        """Let an output of the graph keep its name and dtype: a cast of the value makes it."""
+        name = value.name
+        value.name = f"{name}_half"
+        full = self._cast(graph, value, FULL)
         full.name = name
         graph.outputs[graph.outputs.index(value)] = full
+
+
+def _float32_outputs(nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    """The values in float32 that nodes make."""
+    values: set[ir.Value] = set()
+    for node in nodes:
+        values.update(output for output in node.outputs if output.dtype == FULL)
+    return values
