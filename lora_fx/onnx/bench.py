@@ -39,42 +39,52 @@ class Timings:
 
     def rows(self) -> list[Json]:
         """One row for each model, with `cpu` and `wall` as `summary` gives them."""
-        first = next(iter(self.samples.values()))
-
-        def seconds(samples: Sequence[Sample], clock: str) -> list[float]:
-            return [getattr(s, clock) for s in samples]
-
-        return [
-            {"model": name}
-            | {c: summary(seconds(mine, c), seconds(first, c)) for c in ("cpu", "wall")}
-            for name, mine in self.samples.items()
-        ]
+        base = next(iter(self.samples.values()))
+        base_cpu = [sample.cpu for sample in base]
+        base_wall = [sample.wall for sample in base]
+        rows: list[Json] = []
+        for name, samples in self.samples.items():
+            cpu = summary([sample.cpu for sample in samples], base_cpu)
+            wall = summary([sample.wall for sample in samples], base_wall)
+            rows.append({"model": name, "cpu": cpu, "wall": wall})
+        return rows
 
     def to_json(self) -> Json:
         """One row of `timings[]`."""
         return {
-            "sizes": {k: list(v) for k, v in self.sizes.items()},
+            "sizes": {name: list(shape) for name, shape in self.sizes.items()},
             "repeats": self.repeats,
             "rows": self.rows(),
         }
 
     def __str__(self) -> str:
         """A table, in milliseconds."""
-        sizes = sizes_text(self.sizes)
-        wide = max(len(n) for n in self.samples)
+        width = max(map(len, self.samples))
         lines = [
-            f"{sizes} ({self.repeats} runs a sample)",
-            f"  {'ms':{wide}}   cpu    min  ratio  min r  95 %          wall    min  ratio",
+            f"{sizes_text(self.sizes)} ({self.repeats} runs a sample)",
+            f"  {'ms':{width}}   cpu    min  ratio  min r  95 %          wall    min  ratio",
         ]
-        for row in self.rows():
-            cpu, wall = row["cpu"], row["wall"]
-            span = "" if cpu["lower"] is None else f"{cpu['lower']:.2f}-{cpu['upper']:.2f}"
-            lines.append(
-                f"  {row['model']:{wide}} {cpu['median'] * 1e3:6.2f} {cpu['min'] * 1e3:6.2f} "
-                f"{cpu['ratio']:6.2f} {cpu['min_ratio']:6.2f}  {span:11} "
-                f"{wall['median'] * 1e3:6.2f} {wall['min'] * 1e3:6.2f} {wall['ratio']:6.2f}"
-            )
+        lines += [_table_line(row, width) for row in self.rows()]
         return "\n".join(lines)
+
+
+def _table_line(row: Json, width: int) -> str:
+    """A row of `Timings.rows` as a line of the table, the model's name `width` characters wide."""
+    cpu = row["cpu"]
+    wall = row["wall"]
+    interval = ""
+    if cpu["lower"] is not None:
+        interval = f"{cpu['lower']:.2f}-{cpu['upper']:.2f}"
+    columns = [
+        _aligned(cpu["median"] * 1e3, cpu["min"] * 1e3, cpu["ratio"], cpu["min_ratio"]),
+        f" {interval:11}",
+        _aligned(wall["median"] * 1e3, wall["min"] * 1e3, wall["ratio"]),
+    ]
+    return f"  {row['model']:{width}} {' '.join(columns)}"
+
+
+def _aligned(*numbers: float) -> str:
+    return " ".join(f"{number:6.2f}" for number in numbers)
 
 
 def bench(
@@ -108,15 +118,19 @@ def bench(
         raise LoraFxError("no file to time", "bench A.onnx B.onnx")
     for file in files:
         checked(file)
-    opened = _sessions([fspath(f) for f in files], provider, threads)
-    found, seen = [], set()
-    for size in sizes if inputs is None else sizes[:1]:
-        feeds = {n: _feeds(n, s, size, inputs) for n, s in opened.items()}
-        shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
-        if tuple(shapes.items()) not in seen:
-            seen.add(tuple(shapes.items()))
-            found.append(time_sessions(opened, feeds, rounds, warmup))
-    return found
+    sessions = _sessions([fspath(file) for file in files], provider, threads)
+    if inputs is not None:
+        sizes = sizes[:1]
+
+    timings: list[Timings] = []
+    timed_shapes: list[dict[str, tuple[int, ...]]] = []
+    for size in sizes:
+        feeds = {name: _feeds(name, session, size, inputs) for name, session in sessions.items()}
+        shapes = _shapes(next(iter(feeds.values())))
+        if shapes not in timed_shapes:
+            timed_shapes.append(shapes)
+            timings.append(time_sessions(sessions, feeds, rounds, warmup))
+    return timings
 
 
 def time_sessions(
@@ -130,41 +144,52 @@ def time_sessions(
 
     `seconds` is how long a sample of the first one shall last.
     """
-    shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
-    first, second = 0.0, math.inf
-    for name, session in opened.items():
+    shapes = _shapes(next(iter(feeds.values())))
+    runs = {name: partial(session.run, feeds[name]) for name, session in opened.items()}
+
+    seconds_of_a_run: list[float] = []
+    for name, run in runs.items():
         try:
-            one = [timed(partial(session.run, feeds[name])).wall for _ in range(2)]
+            run()  # the first one is slower
+            seconds_of_a_run.append(timed(run).wall)
         except Exception as e:  # the runtime's exceptions have no common base
-            text = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds[name].items())
+            shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
             raise LoraFxError(
-                f"{name}: does not run at {text}: {one_line(e, 160)}",
+                f"{name}: does not run at {shown}: {one_line(e, 160)}",
                 "--size BATCH,LENGTH, or give real data with --inputs",
             ) from e
-        if not first:
-            first, second = one
-    repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / max(second, 1e-7)))
-    runs = {n: partial(timed, partial(s.run, feeds[n]), repeats) for n, s in opened.items()}
-    return Timings(shapes, repeats, interleave(runs, rounds, warmup))
+
+    base_seconds = max(seconds_of_a_run[0], 1e-7)
+    repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / base_seconds))
+    measured = {name: partial(timed, run, repeats) for name, run in runs.items()}
+    return Timings(shapes, repeats, interleave(measured, rounds, warmup))
+
+
+def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in feed.items()}
 
 
 def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, RuntimeSession]:
     """The first file, the first again, and the others; equal paths get a number."""
-    open_ = partial(open_session, provider=provider, threads=threads, exact=False)
-    result = {files[0]: open_(files[0]), f"{files[0]} ({CONTROL})": open_(files[0])}
-    for i, path in enumerate(files[1:], 2):
-        name = f"{path} ({i})" if path in result else path
-        result[name] = open_(path)
-    return result
+    open_file = partial(open_session, provider=provider, threads=threads, exact=False)
+    base = files[0]
+    sessions = {base: open_file(base), f"{base} ({CONTROL})": open_file(base)}
+    for number, path in enumerate(files[1:], 2):
+        name = path
+        if path in sessions:
+            name = f"{path} ({number})"
+        sessions[name] = open_file(path)
+    return sessions
 
 
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    given = inputs or {}
-    if given and set(given).isdisjoint(session.input_names):
+    """The arrays that a session is run on: those of a user, and sampled ones for the others."""
+    inputs = inputs or {}
+    if inputs and set(inputs).isdisjoint(session.input_names):
         raise LoraFxError(
-            f"{name}: no input is named {', '.join(sorted(given))}",
+            f"{name}: no input is named {', '.join(sorted(inputs))}",
             f"the inputs are {', '.join(session.input_names)}",
         )
-    return {**signature(session).sample(size), **given}
+    return {**signature(session).sample(size), **inputs}

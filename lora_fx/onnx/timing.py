@@ -27,10 +27,12 @@ class Sample:
 
 def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
     """Seconds that one call takes, as the mean over `repeats` calls."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall_start = time.perf_counter()
+    cpu_start = time.process_time()
     for _ in range(repeats):
         function()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    cpu = time.process_time() - cpu_start
+    wall = time.perf_counter() - wall_start
     if not cpu:  # some systems count it in steps of ten milliseconds
         cpu = wall
     return Sample(wall / repeats, cpu / repeats)
@@ -51,15 +53,15 @@ def interleave(
         warmup: How many rounds before them are not.
         before: A function that is called before every run.
     """
-    found: dict[str, list[T]] = {name: [] for name in runs}
-    for i in range(warmup + rounds):
+    results: dict[str, list[T]] = {name: [] for name in runs}
+    for number in range(warmup + rounds):
         for name, measure in runs.items():
             if before:
                 before()
-            one = measure()
-            if i >= warmup:
-                found[name].append(one)
-    return found
+            result = measure()
+            if number >= warmup:
+                results[name].append(result)
+    return results
 
 
 def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
@@ -68,11 +70,17 @@ def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
     >>> bounds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     (1.0, 6.0)
     """
-    n, k = len(ratios), 0
-    while sum(math.comb(n, i) for i in range(k + 1)) / 2**n <= 0.025:
-        k += 1
+    count = len(ratios)
+    # as many values of each end as the median lies beyond with a probability of 2.5 % at most
+    outer = 0
+    outcomes = 1
+    while outcomes / 2**count <= 0.025:
+        outer += 1
+        outcomes += math.comb(count, outer)
+    if outer == 0:
+        return None
     ranked = sorted(ratios)
-    return (ranked[k - 1], ranked[n - k]) if k else None
+    return ranked[outer - 1], ranked[count - outer]
 
 
 def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
@@ -81,7 +89,7 @@ def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
     `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null
     under six rounds.
     """
-    ratios = [a / b for a, b in zip(mine, base, strict=True)]
+    ratios = [seconds / base_seconds for seconds, base_seconds in zip(mine, base, strict=True)]
     lower, upper = bounds(ratios) or (None, None)
     return {
         "median": statistics.median(mine),
