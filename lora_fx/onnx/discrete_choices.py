@@ -28,8 +28,10 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
 
-CHOSEN, TAKEN = ".chosen", ".taken"
-"""What the inputs for a choice have after its name: the choice, and whether it is that."""
+CHOSEN = ".chosen"
+"""The end of the name of the input that brings a choice."""
+TAKEN = ".taken"
+"""The end of the name of the input that says whether the choice is the one that is brought."""
 SIZES = {"Shape", "Size"}
 """Ops that make integers of floats, of which they read no number."""
 ROUNDS = 64
@@ -38,19 +40,22 @@ ROUNDS = 64
 
 def choices_of(model: ir.Model) -> dict[str, tuple[str, ...]]:
     """The choices of a graph, in their order; those of nested graphs are left out."""
-    found: dict[str, tuple[str, ...]] = {}
+    choices: dict[str, tuple[str, ...]] = {}
     for node in model.graph:
-        among = tuple(str(v.name) for v in node.inputs if v is not None and _is_computed_float(v))
-        if node.op_type in SIZES or not among:
+        floats = [value for value in node.inputs if value is not None and _is_computed_float(value)]
+        if not floats or node.op_type in SIZES:
             continue
-        found |= {str(v.name): among for v in node.outputs if _is_discrete(v)}
-    return found
+        for output in node.outputs:
+            if _is_discrete(output):
+                choices[str(output.name)] = tuple(str(value.name) for value in floats)
+    return choices
 
 
 def _is_computed_float(value: ir.Value) -> bool:
     node = value.producer()
-    computed = node is not None and node.op_type != "Constant"
-    return computed and value.dtype is not None and value.dtype.is_floating_point()
+    if node is None or node.op_type == "Constant":
+        return False
+    return value.dtype is not None and value.dtype.is_floating_point()
 
 
 def _is_discrete(value: ir.Value) -> bool:
@@ -59,36 +64,49 @@ def _is_discrete(value: ir.Value) -> bool:
 
 def let_choose(model: ir.Model, choices: Mapping[str, tuple[str, ...]]) -> None:
     """Let choices come from outside, and give the graph's own and what they are among; edits it."""
-    values = {str(v.name): v for node in model.graph for v in node.outputs}
-    outputs = {v.name for v in model.graph.outputs}
-    shown = dict.fromkeys(n for name, among in choices.items() for n in (name, *among))
-    model.graph.outputs.extend(values[n] for n in shown if n not in outputs)
-    for name in choices:
-        _let_choose(model.graph, values[name])
+    values: dict[str, ir.Value] = {}
+    for node in model.graph:
+        for value in node.outputs:
+            values[str(value.name)] = value
+
+    output_names = {value.name for value in model.graph.outputs}
+    for choice, floats in choices.items():
+        for name in (choice, *floats):
+            if name not in output_names:
+                output_names.add(name)
+                model.graph.outputs.append(values[name])
+
+    for choice in choices:
+        _choose_outside(model.graph, values[choice])
 
 
-def _let_choose(graph: ir.Graph, value: ir.Value) -> None:
-    uses = tuple(value.uses())
+def _choose_outside(graph: ir.Graph, value: ir.Value) -> None:
+    """Let readers of a value read an If that gives the value, or an input in its place."""
     node = value.producer()
     assert node is not None
+    uses = tuple(value.uses())  # before the If reads it, too
     shape = value.shape and ir.Shape([None] * len(value.shape))
+
     chosen = ir.Value(name=f"{value.name}{CHOSEN}", type=value.type, shape=shape)
-    taken = ir.Value(
+    from_outside = ir.Value(
         name=f"{value.name}{TAKEN}", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([])
     )
-    graph.inputs.extend([taken, chosen])
+    graph.inputs.extend([from_outside, chosen])
+
+    then_branch = _branch(f"{value.name}.then_branch", chosen)
+    else_branch = _branch(f"{value.name}.else_branch", value)
     branches = [
-        ir.AttrGraph(branch, _of_one(f"{value.name}.{branch}", source))
-        for branch, source in (("then_branch", chosen), ("else_branch", value))
+        ir.AttrGraph("then_branch", then_branch),
+        ir.AttrGraph("else_branch", else_branch),
     ]
     result = ir.Value(name=f"{value.name}.here", type=value.type, shape=shape)
-    graph.insert_after(node, ir.Node("", "If", [taken], branches, outputs=[result]))
+    graph.insert_after(node, ir.Node("", "If", [from_outside], branches, outputs=[result]))
     for use in uses:
         use.node.replace_input_with(use.idx, result)
 
 
-def _of_one(name: str, source: ir.Value) -> ir.Graph:
-    """A branch that gives a value from outside."""
+def _branch(name: str, source: ir.Value) -> ir.Graph:
+    """A branch of an If that gives a value from outside."""
     result = ir.Value(name=name, type=source.type, shape=source.shape)
     node = ir.Node("", "Identity", [source], outputs=[result])
     return ir.Graph([], [result], nodes=[node], name=name)
@@ -102,9 +120,9 @@ class ChoosingFile:
         session: The graph of let_choose.
         choices: Choice → the floats that it is among.
         inner: The outputs of the graph that are none of the file.
-        zeros: Choice → what its input takes where it is not asked for.
-        same: Choice → that of another run, since `follow`.
-        floats: Float of another run, which its choices are among → that of the file.
+        zeros: Choice → the array that its input takes where the file makes the choice itself.
+        same: Choice → the same one of another run, since `follow`.
+        floats: Float of another run, which its choices are among → the same one of the file.
     """
 
     session: RuntimeSession
@@ -131,34 +149,39 @@ class ChoosingFile:
     def follow(self, feeds: Named, others: Mapping[str, Choice]) -> None:
         """Learn which choices are those of another run, by the floats that they are made among.
 
-        One that was turned moves the floats of later ones. So the file runs with the choices that
-        it is known to share until no more of them are found.
+        A choice that was turned moves the floats of later choices. So the file runs with the
+        choices that it is known to share until no more of them are found.
         """
         for _ in range(ROUNDS):
-            made = self.run(feeds, self.chosen(others))
-            found = {name: self._choice(name, made) for name in self.choices}
-            nearest = {name: nearest_choice(choice, others) for name, choice in found.items()}
-            same = {name: other for name, other in nearest.items() if other}
-            if same == self.same:
-                break
-            self.same = same
-            for name, other in same.items():
-                self.floats |= found[name].pairs(others[other])
+            outputs = self.run(feeds, self.chosen(others))
+            shared: dict[str, str] = {}
+            choices: dict[str, Choice] = {}
+            for name, among in self.choices.items():
+                choice = Choice(outputs[name], {key: outputs[key] for key in among})
+                nearest = nearest_choice(choice, others)
+                if nearest:
+                    choices[name] = choice
+                    shared[name] = nearest
+            if shared == self.same:
+                return
 
-    def outputs(self, made: Named) -> dict[str, Array]:
-        """Those of the file, of all that a run made."""
-        return {name: value for name, value in made.items() if name not in self.inner}
+            self.same = shared
+            for name, nearest in shared.items():
+                self.floats |= choices[name].pairs(others[nearest])
+
+    def outputs(self, results: Named) -> dict[str, Array]:
+        """The outputs of the file, of all those of a run."""
+        return {name: value for name, value in results.items() if name not in self.inner}
 
     def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
         """The choices that others make, by their names in the file."""
-        values = {name: others[other].value for name, other in self.same.items()}
-        return {name: _listed(value, self.zeros[name].ndim) for name, value in values.items()}
+        chosen: dict[str, Array] = {}
+        for name, other in self.same.items():
+            chosen[name] = _with_image_and_class(others[other].value, self.zeros[name].ndim)
+        return chosen
 
-    def _choice(self, name: str, made: Named) -> Choice:
-        return Choice(made[name], {n: made[n] for n in self.choices[name]})
 
-
-def _listed(value: Array, ndim: int) -> Array:
+def _with_image_and_class(value: Array, ndim: int) -> Array:
     """A choice as the file has it: boxes with their image and class before them, both the first."""
     if ndim == value.ndim + 1:
         return np.stack([np.zeros_like(value), np.zeros_like(value), value], axis=1)
@@ -174,19 +197,23 @@ def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | No
         stored: Arrays in the place of the file's initialisers.
     """
     model = OnnxGraph(load(path)).model
-    outputs = {v.name for v in model.graph.outputs}
+    output_names = {value.name for value in model.graph.outputs}
     choices = choices_of(model)
     if not choices:
         return None
     for name, array in stored.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     let_choose(model, choices)
-    inner = frozenset(str(v.name) for v in model.graph.outputs if v.name not in outputs)
-    zeros = {
-        str(x.name).removesuffix(CHOSEN): np.zeros((0,) * len(x.shape or ()), x.dtype.numpy())
-        for x in model.graph.inputs
-        if str(x.name).endswith(CHOSEN) and x.dtype is not None
-    }
+    inner = frozenset(
+        str(value.name) for value in model.graph.outputs if value.name not in output_names
+    )
+    zeros: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        name = str(value.name)
+        if name.endswith(CHOSEN) and value.dtype is not None:
+            empty = (0,) * len(value.shape or ())
+            zeros[name.removesuffix(CHOSEN)] = np.zeros(empty, value.dtype.numpy())
+
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "choosing.onnx"
         save(model, saved)
