@@ -1,4 +1,4 @@
-"""Places of servers: where a copy of an exported file goes, and how it is copied."""
+"""Places of servers: where a copy of an exported .onnx file goes, and how it is copied."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MODEL = "model.onnx"
 
 
 class Place(Protocol):
-    """Where a copy of a file goes, for a server."""
+    """Where a copy of an .onnx file goes, for a server."""
 
     def config(self, model: Path) -> object:
-        """What is written of an .onnx file there; raises where it cannot go there."""
+        """The configuration that is written beside the copy; raises where there can be none."""
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
         """Copy an .onnx file, its data and its adapters there, beside a main output."""
@@ -28,13 +28,14 @@ def copy_model(model: Path, folder: Path) -> list[str]:
     """Copy an .onnx file, as MODEL, and its data into a folder; returns their names.
 
     Raises:
-        LoraFxError: Its data has the name of something that is there.
+        LoraFxError: The data has the name of a file that is in the folder.
     """
-    data = data_names(model)
+    names = data_names(model)
     shutil.copyfile(model, folder / MODEL)
-    for name in data:
-        if (folder / name).exists():
+    for name in names:
+        copy = folder / name
+        if copy.exists():
             raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(model.parent / name, folder / name)
-    return [MODEL, *data]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(model.parent / name, copy)
+    return [MODEL, *names]

@@ -33,7 +33,7 @@ class Repository:
     Attributes:
         folder: DIR.
         name: NAME.
-        max_batch: None: 0, or what the config that is there says.
+        max_batch: The largest batch; None means that of the config that is there, and else 0.
     """
 
     folder: Path
@@ -46,10 +46,10 @@ class Repository:
         return self.folder / self.name
 
     def existing(self) -> Config | None:
-        """The config that is there, before any work is done.
+        """The config of the versions that are there, if there are any; it costs no work.
 
         Raises:
-            LoraFxError: What is there is no model repository of the ONNX Runtime backend.
+            LoraFxError: The folders are no model repository of the ONNX Runtime backend.
         """
         if (self.max_batch or 0) < 0:
             raise LoraFxError(f"a batch size of {self.max_batch}", "0 or more")
@@ -68,15 +68,19 @@ class Repository:
         Raises:
             LoraFxError: It does not fit the one that is there, named by what differs.
         """
-        there = self.existing()
-        size = there.max_batch if there and self.max_batch is None else self.max_batch or 0
-        made = config_of(open_session(model, "cpu"), self.name, size)
-        if there and (found := there.difference(made)):
+        existing = self.existing()
+        max_batch = self.max_batch or 0
+        if existing and self.max_batch is None:
+            max_batch = existing.max_batch
+
+        config = config_of(open_session(model, "cpu"), self.name, max_batch)
+        difference = existing.difference(config) if existing else ""
+        if difference:
             raise LoraFxError(
-                f"{self.home / CONFIG} is for another model: {found}",
+                f"{self.home / CONFIG} is for another model: {difference}",
                 "versions of one model have the same inputs and outputs: choose another name",
             )
-        return made
+        return config
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
         """Copy an .onnx file and its data in as the next version, beside a main output.
@@ -87,21 +91,30 @@ class Repository:
             LoraFxError: It does not fit what is there; nothing is written.
         """
         config = self.config(model)
-        first = not self.home.exists()
-        number = "1" if first else str(max([0, *_versions(self.home)]) + 1)
-        made = self.home if first else self.home / number
         if not self.folder.exists():
             beside.on_error(partial(_remove_empty, self.folder))
             with explained(self.folder):
                 self.folder.mkdir()
-        with replacing(made, listed=False, beside=beside) as new:
-            version = new / number if first else new
+        if self.home.exists():
+            return self._place_next_version(model, beside)
+
+        with replacing(self.home, listed=False, beside=beside) as temporary:
+            version = temporary / "1"
             version.mkdir(parents=True)
-            if first:
-                (new / CONFIG).write_text(config.to_text(), encoding="utf-8")
-            copied = copy_model(model, version)
-            _compare(_read(new if first else self.home), version / MODEL, self.name)
-        return [self.home / CONFIG] * first + [self.home / number / n for n in copied]
+            (temporary / CONFIG).write_text(config.to_text(), encoding="utf-8")
+            names = copy_model(model, version)
+            _compare(_read(temporary), version / MODEL, self.name)
+        return [self.home / CONFIG, *(self.home / "1" / name for name in names)]
+
+    def _place_next_version(self, model: Path, beside: Beside) -> list[Path]:
+        """Copy an .onnx file in beside the versions that are there, under the next number."""
+        number = max([0, *_versions(self.home)]) + 1
+        folder = self.home / str(number)
+        with replacing(folder, listed=False, beside=beside) as version:
+            version.mkdir(parents=True)
+            names = copy_model(model, version)
+            _compare(_read(self.home), version / MODEL, self.name)
+        return [folder / name for name in names]
 
 
 def repository_of(
@@ -116,9 +129,9 @@ def repository_of(
         if max_batch is not None:
             raise LoraFxError("a batch size is of a repository", "--triton DIR, or leave it out")
         return ()
-    made = Repository(Path(folder), Path(model).stem, max_batch)
-    made.existing()
-    return (made,)
+    repository = Repository(Path(folder), Path(model).stem, max_batch)
+    repository.existing()
+    return (repository,)
 
 
 def write_repository(
@@ -151,29 +164,36 @@ def check_repository(folder: str | PathLike[str]) -> dict[str, list[int]]:
     Raises:
         LoraFxError: A config and a model that disagree, named by what differs; no model at all.
     """
-    found: dict[str, list[int]] = {}
     if not Path(folder).is_dir():
         raise LoraFxError(f"{folder}: no such folder", "a repository is DIR/NAME/1/model.onnx")
-    for home in sorted(p for p in Path(folder).iterdir() if p.is_dir() and p.name[0] != "."):
+
+    versions: dict[str, list[int]] = {}
+    for home in sorted(Path(folder).iterdir()):
+        if not home.is_dir() or home.name.startswith("."):
+            continue
         config = _read(home)
-        found[home.name] = sorted(_versions(home))
-        for version in found[home.name]:
+        versions[home.name] = sorted(_versions(home))
+        for version in versions[home.name]:
             _compare(config, home / str(version) / MODEL, home.name)
-    if not any(found.values()):
+
+    if not any(versions.values()):
         raise LoraFxError(f"{folder}: no model in it", "a repository is DIR/NAME/1/model.onnx")
-    return found
+    return versions
 
 
 def _compare(config: Config, model: Path, name: str) -> None:
+    """Raise where a model has other inputs or outputs than a config says."""
     session = open_session(model, "cpu")
-    if found := config.difference(config_of(session, name, config.max_batch)):
-        raise LoraFxError(f"{model}: its {CONFIG} is not true: {found}", "write it anew")
+    difference = config.difference(config_of(session, name, config.max_batch))
+    if difference:
+        raise LoraFxError(f"{model}: its {CONFIG} is not true: {difference}", "write it anew")
 
 
 def _read(home: Path) -> Config:
+    """The config of a model's folder."""
     path = home / CONFIG
-    unread = (OSError, UnicodeDecodeError)
-    with retold(f"{path}: cannot be read", "is the folder a model's?", unread):
+    errors = (OSError, UnicodeDecodeError)
+    with retold(f"{path}: cannot be read", "is the folder a model's?", errors):
         text = path.read_text(encoding="utf-8")
     return Config.from_text(text, str(path), home.name)
 
@@ -186,5 +206,6 @@ def _remove_empty(folder: Path) -> None:
 def _versions(home: Path) -> Iterator[int]:
     """Numbers of the version folders; the server reads as many digits as there are, `2b` as 2."""
     for path in home.iterdir():
-        if path.is_dir() and (number := re.match(r"\d+", path.name)):
-            yield int(number[0])
+        digits = re.match(r"\d+", path.name)
+        if digits and path.is_dir():
+            yield int(digits[0])

@@ -1,4 +1,4 @@
-"""The config of a model for Triton: what a config.pbtxt says, and what a session would have it say.
+"""The config of a model for Triton: as a config.pbtxt has it, and as a loaded model needs it.
 
 What the server refuses is refused here. Its rules, from its sources (core's ValidateIOShape, the
 ONNX Runtime backend's ValidateInputs and CompareDimsSupported): no dimension of 0, at least one
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf import text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -52,19 +52,22 @@ class Port:
 
     def __str__(self) -> str:
         """The port as errors show it."""
-        return f"{self.kind} {list(self.dims)}" + " optional" * self.optional
+        text = f"{self.kind} {list(self.dims)}"
+        if self.optional:
+            text += " optional"
+        return text
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a config.pbtxt says of a model, or what a session would have it say.
+    """The inputs and outputs of a model: as a config.pbtxt has them, or as the model needs them.
 
     Attributes:
         name: The name of the model and of its folder.
         inputs: By name.
         outputs: By name.
-        max_batch: 0: dims are whole. Else the server leaves out the first dimension, and may put
-            requests together.
+        max_batch: With 0, the dimensions in the file are those of the model. Above that the file
+            leaves out the first one, and the server may put requests together.
     """
 
     name: str
@@ -74,22 +77,39 @@ class Config:
 
     def to_text(self) -> str:
         """The config.pbtxt."""
-        lines = [f"name: {_quoted(self.name)}", 'backend: "onnxruntime"']
-        lines.append(f"max_batch_size: {self.max_batch}")
-        for title, ports in (("input", self.inputs), ("output", self.outputs)):
-            for name, port in ports.items():
-                dims = port.dims[1:] if self.max_batch else port.dims
-                lines += [f"{title} {{", f"  name: {_quoted(name)}", f"  data_type: {port.kind}"]
-                lines.append(f"  dims: [ {', '.join(map(str, dims)) or '1'} ]")
-                lines += ["  reshape: { shape: [ ] }"] * (not dims)
-                lines += ["  optional: true"] * port.optional
-                lines.append("}")
-        lines += ["dynamic_batching { }"] * bool(self.max_batch)
+        lines = [
+            f"name: {_quoted(self.name)}",
+            'backend: "onnxruntime"',
+            f"max_batch_size: {self.max_batch}",
+        ]
+        for name, port in self.inputs.items():
+            lines += self._port_lines("input", name, port)
+        for name, port in self.outputs.items():
+            lines += self._port_lines("output", name, port)
+        if self.max_batch:
+            lines.append("dynamic_batching { }")
         return "\n".join(lines) + "\n"
+
+    def _port_lines(self, side: str, name: str, port: Port) -> list[str]:
+        """An input or output as lines of the config.pbtxt."""
+        dims = port.dims[1:] if self.max_batch else port.dims
+        shown = ", ".join(map(str, dims)) or "1"
+        lines = [
+            f"{side} {{",
+            f"  name: {_quoted(name)}",
+            f"  data_type: {port.kind}",
+            f"  dims: [ {shown} ]",
+        ]
+        if not dims:
+            lines.append("  reshape: { shape: [ ] }")
+        if port.optional:
+            lines.append("  optional: true")
+        lines.append("}")
+        return lines
 
     @classmethod
     def from_text(cls, text: str, where: str, folder: str = "") -> Config:
-        """The inverse of to_text; what else a config may say is left alone.
+        """The inverse of to_text; other fields that a config may have are passed over.
 
         Args:
             text: A config.pbtxt.
@@ -99,45 +119,70 @@ class Config:
         Raises:
             LoraFxError: No ModelConfig, or one for another backend or file.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # of protobuf for a wrong escape; the server's fails
-                plain = _LIST.sub(lambda found: found[1] or ": [", text)
-                made = text_format.Parse(plain, _model_config()(), allow_unknown_field=True)
-        except (text_format.ParseError, RecursionError, DeprecationWarning) as error:
-            raise _no_config(where, one_line(error)) from error
-        for key, known in OURS.items():
-            if (found := getattr(made, key)) not in known:
+        message = _parsed(text, where)
+        for key, values in OURS.items():
+            value = getattr(message, key)
+            if value not in values:
                 raise LoraFxError(
-                    f"{where}: {key} is {found!r}; expected {known[0]!r}",
+                    f"{where}: {key} is {value!r}; expected {values[0]!r}",
                     "choose another folder or name",
                 )
-        size = max(0, made.max_batch_size)
-        sides: list[dict[str, Port]] = []
-        for side in ("input", "output"):
-            sides.append({})
-            for p in getattr(made, side):
-                if p.name in sides[-1]:
-                    raise _no_config(where, f"{side} {p.name!r} is there twice")
-                if p.data_type not in KINDS:
-                    raise _no_config(where, f"the data_type {p.data_type} is unknown")
-                dims = p.reshape.shape if p.HasField("reshape") else p.dims
-                whole = (-1, *dims) if size else tuple(dims)
-                sides[-1][p.name] = Port(KINDS[p.data_type], whole, p.optional)
-        return cls(made.name or folder, sides[0], sides[1], size)
+        max_batch = max(0, message.max_batch_size)
+        batch = (-1,) if max_batch else ()
+        inputs = _ports(message.input, "input", batch, where)
+        outputs = _ports(message.output, "output", batch, where)
+        return cls(message.name or folder, inputs, outputs, max_batch)
 
     def difference(self, model: Config) -> str:
         """What this config and a model's own disagree on, the first by name; else empty."""
-        for what in ("input", "output"):
-            here, there = getattr(self, f"{what}s"), getattr(model, f"{what}s")
-            for name in sorted({*here, *there}):
-                if here.get(name) != there.get(name):
-                    one, two = here.get(name, "missing"), there.get(name, "missing")
-                    return f"{what} {name!r} is {one}; the model's is {two}"
+        sides = {
+            "input": (self.inputs, model.inputs),
+            "output": (self.outputs, model.outputs),
+        }
+        for side, (ports, model_ports) in sides.items():
+            for name in sorted({*ports, *model_ports}):
+                port = ports.get(name, "missing")
+                model_port = model_ports.get(name, "missing")
+                if port != model_port:
+                    return f"{side} {name!r} is {port}; the model's is {model_port}"
         for key in ("name", "max_batch"):
             if getattr(self, key) != getattr(model, key):
                 return f"{key} is {getattr(self, key)!r}; expected {getattr(model, key)!r}"
         return ""
+
+
+def _parsed(text: str, where: str) -> Any:
+    """A config.pbtxt as a message of `_model_config`."""
+    try:
+        with_colons = _LIST.sub(lambda match: match[1] or ": [", text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of protobuf for a wrong escape; the server's fails
+            return text_format.Parse(with_colons, _model_config()(), allow_unknown_field=True)
+    except (text_format.ParseError, RecursionError, DeprecationWarning) as error:
+        raise _no_config(where, one_line(error)) from error
+
+
+def _ports(
+    messages: Iterable[Any], side: str, batch: tuple[int, ...], where: str
+) -> dict[str, Port]:
+    """The inputs or outputs of a config by name.
+
+    Args:
+        messages: The messages of one side.
+        side: input or output, for errors.
+        batch: The dimensions that the config leaves out.
+        where: The file, for errors.
+    """
+    ports: dict[str, Port] = {}
+    for message in messages:
+        if message.name in ports:
+            raise _no_config(where, f"{side} {message.name!r} is there twice")
+        if message.data_type not in KINDS:
+            raise _no_config(where, f"the data_type {message.data_type} is unknown")
+        dims = message.reshape.shape if message.HasField("reshape") else message.dims
+        kind = KINDS[message.data_type]
+        ports[message.name] = Port(kind, (*batch, *dims), message.optional)
+    return ports
 
 
 _ORDER = (
@@ -147,8 +192,8 @@ _ORDER = (
 KINDS = {number: f"TYPE_{name}" for number, name in enumerate(_ORDER)}
 """Triton's numbers of dtypes."""
 
-# What is looked at of Triton's ModelConfig: message → field → its type. The numbers do not matter
-# to text, and protobuf's reader passes over whatever else a config says.
+# The fields of Triton's ModelConfig that are read here: message → field → type. Their numbers do
+# not matter to text, and protobuf's reader passes over all other fields of a config.
 _MESSAGES: Mapping[str, Mapping[str, str]] = {
     "Shape": {"shape": "TYPE_INT64"},
     "Port": {
@@ -161,7 +206,7 @@ _MESSAGES: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 _LISTS = ("shape", "dims", "input", "output")
-"""Fields of them that may be there several times."""
+"""The fields that may be there several times."""
 # `instance_group [ { … } ]`, as Triton's own examples have it: protobuf's reader passes over the
 # list of an unknown field only after a colon. Strings and comments stay as they are.
 _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w)\s*\[""", re.S)
@@ -169,18 +214,19 @@ _LIST = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*)|(?<=\w
 
 @cache
 def _model_config() -> type[Message]:
+    """The class of a ModelConfig, made of `_MESSAGES`."""
     file = FileDescriptorProto(name="model_config", package="lora_fx.triton", syntax="proto3")
     kinds = file.enum_type.add(name="DataType")
     for number, name in KINDS.items():
         kinds.value.add(name=name, number=number)
-    for message, fields in _MESSAGES.items():
-        added = file.message_type.add(name=message)
-        for number, (name, of) in enumerate(fields.items(), 1):
+    for message_name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=message_name)
+        for number, (name, field_type) in enumerate(fields.items(), 1):
             label = "LABEL_REPEATED" if name in _LISTS else "LABEL_OPTIONAL"
-            kind = {"type" if of.startswith("TYPE_") else "type_name": of}
-            added.field.add(name=name, number=number, label=label, **kind)
-    made: type[Message] = GetMessages([file])["lora_fx.triton.ModelConfig"]
-    return made
+            kind = {"type" if field_type.startswith("TYPE_") else "type_name": field_type}
+            message.field.add(name=name, number=number, label=label, **kind)
+    model_config: type[Message] = GetMessages([file])["lora_fx.triton.ModelConfig"]
+    return model_config
 
 
 def _quoted(text: str) -> str:
@@ -201,40 +247,54 @@ def config_of(session: RuntimeSession, name: str, max_batch: int = 0) -> Config:
         LoraFxError: A tensor that the server cannot carry, or batching that the model has not.
     """
     inner = session.session
-    meta = inner.get_modelmeta().custom_metadata_map.get(PROPERTY)
-    slots = _slots(meta, name)
-    free = [v for v in inner.get_overridable_initializers() if v.name in slots]
-    inputs = {v.name: _port(v, False) for v in inner.get_inputs()}
-    inputs |= {v.name: _port(v, True) for v in free}
-    outputs = {v.name: _port(v, False) for v in inner.get_outputs()}
-    values = [*inner.get_inputs(), *free, *inner.get_outputs()]
-    first = {v.shape[0] if v.shape else None for v in values}
+    adapter_tensors = _adapter_tensors(session.metadata.get(PROPERTY), name)
+    optional = [
+        value for value in inner.get_overridable_initializers() if value.name in adapter_tensors
+    ]
+    values = [*inner.get_inputs(), *optional, *inner.get_outputs()]
+
+    inputs = {value.name: _port(value, False) for value in inner.get_inputs()}
+    for value in optional:
+        inputs[value.name] = _port(value, True)
+    outputs = {value.name: _port(value, False) for value in inner.get_outputs()}
+
     # an adapter's A begins with a number: optional inputs are refused here too, as the server does
-    if max_batch and (len(first) > 1 or not isinstance(next(iter(first)), str)):
-        found = ", ".join(f"{v.name} {v.shape}" for v in values)
+    if max_batch and not _have_one_dynamic_batch(values):
+        shown = ", ".join(f"{value.name} {value.shape}" for value in values)
         raise LoraFxError(
             f"{name}: a batch size needs one dynamic dimension 0 that every input and output has, "
-            f"and no adapters as inputs; found {found}",
+            f"and no adapters as inputs; found {shown}",
             "leave the batch size out, or export with a dynamic batch",
         )
     return Config(name, inputs, outputs, max_batch)
 
 
-def _slots(text: str | None, where: str) -> set[str]:
+def _adapter_tensors(text: str | None, where: str) -> set[str]:
+    """The names of A and B of a file of mode switch, by its manifest; none of other files."""
     if text is None or read_manifest(text, where).get("mode") != "switch":
         return set()
-    return {n for s in Manifest.from_text(text, where).slots.values() for n in (s.a, s.b)}
+    names: set[str] = set()
+    for slot in Manifest.from_text(text, where).slots.values():
+        names.update((slot.a, slot.b))
+    return names
+
+
+def _have_one_dynamic_batch(values: Iterable[ort.NodeArg]) -> bool:
+    """Whether all values have a dimension 0, and a symbol as its size, the same one."""
+    first_dims = {value.shape[0] if value.shape else None for value in values}
+    return len(first_dims) == 1 and isinstance(first_dims.pop(), str)
 
 
 def _port(value: ort.NodeArg, optional: bool) -> Port:
+    """An input or output of a session as the server has it."""
     dtype = from_onnx(value.type).replace("bfloat", "bf").replace("float", "fp")
     kind = f"TYPE_{dtype.upper()}"
     if kind not in KINDS.values():
         raise LoraFxError(
             f"{value.name!r} is {value.type}, which Triton does not carry", "leave --triton out"
         )
-    dims = tuple(d if isinstance(d, int) else -1 for d in value.shape)
-    if any(d < 1 and d != -1 for d in dims):
+    dims = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    if any(size < 1 and size != -1 for size in dims):
         raise LoraFxError(
             f"{value.name!r} is {list(dims)}; Triton takes no dimension of 0", "leave --triton out"
         )
