@@ -1,4 +1,4 @@
-"""A file that has no name yet, and gets it with its data and copies when nothing has failed."""
+"""Output files: a file that gets its name, with its data and copies, when nothing has failed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Output:
         target: The name that it gets.
         path: Where it is written.
         data: The name that its data gets, if it is saved with any.
-        seen: What can be loaded before it has its name: `path`, but for a file that shares data.
+        seen: The file that can be loaded before it has its name: `path`, or a copy beside the
+            target where the file shares the data of another.
         external: True when it was saved with data.
         places: Where copies go.
         adapters: The files of adapters that were written beside it.
@@ -53,7 +54,7 @@ class Output:
         *,
         delta: bool = False,
     ) -> None:
-        """Write a model, in the place of what was written before; see save."""
+        """Write a model, in the place of one that was written before; see save."""
         files = save(
             model,
             self.path,
@@ -78,17 +79,20 @@ class Output:
             for entry in tensor.external_data:
                 if entry.key == "location" and entry.value == self.data.name:
                     entry.value = f"{self.path.parent.name}/{self.data.name}"
+
         if self.seen == self.path:
             stem = f".{self.target.name}.lora_fx_"
-            for left in self.target.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * 8}.onnx"):
-                left.unlink()  # by a killed run: this one has the lock of the target
+            of_killed_runs = f"{glob.escape(stem)}{'[0-9a-f]' * 8}.onnx"
+            for copy in self.target.parent.glob(of_killed_runs):
+                copy.unlink()  # no other run is at work: this one has the lock of the target
             self.seen = self.target.with_name(f"{stem}{secrets.token_hex(4)}.onnx")
         self.seen.write_bytes(proto.SerializeToString())
 
     @property
     def files(self) -> list[Path]:
-        """The names of what was written."""
-        return [self.target, *([self.data] if self.external else []), *self.adapters, *self.copies]
+        """The names of the files that were written."""
+        data = [self.data] if self.external else []
+        return [self.target, *data, *self.adapters, *self.copies]
 
 
 @contextlib.contextmanager
@@ -110,21 +114,29 @@ def output(
         LoraFxError: The file exists and `force` is not given; its data exists and it is not.
     """
     beside = Beside()
+    owner = owner or target
     with replacing(target, force=force, parts=beside) as temporary:
-        owner = owner or target
-        names = (f"{owner.name}.{i}.data" for i in itertools.count(1))
-        paths = map(owner.with_name, itertools.chain([f"{owner.name}.data"], names))
-        data = next(path for path in paths if not (path.exists() or path.is_symlink()))
-        made = Output(target, temporary, data, temporary, places=places, beside=beside)
+        data = _free_data_path(owner)
+        file = Output(target, temporary, data, temporary, places=places, beside=beside)
         try:
-            yield made
+            yield file
         finally:
-            if made.seen != made.path:
-                made.seen.unlink(missing_ok=True)
-        if made.external and made.data.name != f"{owner.name}.data" and not force:
+            if file.seen != file.path:
+                file.seen.unlink(missing_ok=True)
+
+        if file.external and file.data.name != f"{owner.name}.data" and not force:
             raise LoraFxError(f"{owner}.data exists already", EXISTS)
-        for other in places:
-            made.copies += other.place(temporary, beside, made.adapters)
-        if made.external:
-            with replacing(made.data, beside=beside) as place:
-                temporary.with_name(made.data.name).replace(place)
+        for place in places:
+            file.copies += place.place(temporary, beside, file.adapters)
+        if file.external:
+            with replacing(file.data, beside=beside) as temporary_data:
+                temporary.with_name(file.data.name).replace(temporary_data)
+
+
+def _free_data_path(owner: Path) -> Path:
+    """The first of NAME.data, NAME.1.data, NAME.2.data … that is not there."""
+    path = owner.with_name(f"{owner.name}.data")
+    numbers = itertools.count(1)
+    while path.exists() or path.is_symlink():
+        path = owner.with_name(f"{owner.name}.{next(numbers)}.data")
+    return path

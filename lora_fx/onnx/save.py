@@ -21,14 +21,17 @@ INLINE = 256
 
 def weight_bytes(model: ir.Model) -> int:
     """How many bytes all initialisers have."""
-    values = model.graph.initializers.values()
-    return sum(v.const_value.nbytes for v in values if v.const_value is not None)
+    total = 0
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            total += value.const_value.nbytes
+    return total
 
 
 def is_external(path: Path) -> bool:
     """True when a file keeps tensors in another file."""
     values = ir.load(path).graph.initializers.values()
-    return any(isinstance(v.const_value, ir.ExternalTensor) for v in values)
+    return any(isinstance(value.const_value, ir.ExternalTensor) for value in values)
 
 
 def save(
@@ -63,30 +66,45 @@ def save(
 def _with_data(
     model: ir.Model, path: Path, data: str, beside: Collection[str], delta: bool
 ) -> list[Path]:
-    for graph in () if delta else model.graphs():  # else they would name the data of another file
-        for v in graph.initializers.values():
-            held, body = v.const_value, graph is not model.graph
-            if isinstance(held, ir.ExternalTensor) and (body or held.nbytes < INLINE):
-                v.const_value = ir.tensor(held.numpy().copy(), name=held.name)
-    # what a session replaces has to lie beside the file, however small it is
-    kept = {
-        v: held
-        for v in model.graph.initializers.values()
-        if (held := v.const_value) is not None
-        and (held.nbytes >= INLINE or v.name in beside)
-        and not (delta and isinstance(held, ir.ExternalTensor))
-    }
-    moved = ir.external_data.convert_tensors_to_external(
-        list(kept.values()), path.parent, data, max_workers=1
+    """Write a model, and the tensors that a data file of its own holds.
+
+    1. A tensor of INLINE bytes or more lies there, and so does any that `beside` names: a session
+       can replace what lies in a data file, and nothing else.
+    2. With `delta`, a tensor that lies in the data file of another model stays there. Without, it
+       is read from there and written anew.
+    3. Any other tensor lies in the model's file.
+    """
+    if not delta:
+        _load_what_stays_in_the_file(model)
+    stored: dict[ir.Value, ir.TensorProtocol] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or (delta and isinstance(tensor, ir.ExternalTensor)):
+            continue
+        if tensor.nbytes >= INLINE or value.name in beside:
+            stored[value] = tensor
+
+    external = ir.external_data.convert_tensors_to_external(
+        list(stored.values()), path.parent, data, max_workers=1
     )
     try:
-        for value, tensor in zip(kept, moved, strict=True):
+        for value, tensor in zip(stored, external, strict=True):
             value.const_value = tensor
         ir.save(model, path)
     finally:
-        for value, was in kept.items():
-            value.const_value = was
+        for value, tensor in stored.items():
+            value.const_value = tensor
     return [path, path.with_name(data)]
+
+
+def _load_what_stays_in_the_file(model: ir.Model) -> None:
+    """Read external tensors that are small, or of bodies: they would name another file's data."""
+    for graph in model.graphs():
+        is_body = graph is not model.graph
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (is_body or tensor.nbytes < INLINE):
+                value.const_value = ir.tensor(tensor.numpy().copy(), name=tensor.name)
 
 
 def save_beside(model: ir.Model, path: Path, other: Path) -> int:
@@ -95,40 +113,51 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> int:
     A tensor that is stored transposed there is read so, with a Transpose where a reader needs one.
 
     Args:
-        model: The model, edited in place. Its tensors that are not found lie in its own file.
+        model: The model, edited in place. Tensors that the other file lacks lie in its own file.
         path: Where to write.
         other: A saved file of that folder.
     """
     graph = OnnxGraph(model)
-    known = {_digest(t): t for _, t in _large(ir.load(other))}
-    left = 0
-    for value, held in _large(model):
-        same = known.get(_digest(held))
-        turned = known.get(_digest(held, turned=True)) if same is None else None
-        if turned is not None:
-            name, marked = str(value.name), dict(value.metadata_props)
-            new = ir.val(name, const_value=turned, metadata_props=marked)
-            del model.graph.initializers[name]
-            model.graph.initializers[name] = new
-            reread(graph, value, new, (1, 0))
-        elif same is not None:
-            value.const_value = same
+    shared = {_digest(tensor): tensor for _, tensor in _large_tensors(ir.load(other))}
+    bytes_left = 0
+    for value, tensor in _large_tensors(model):
+        equal = shared.get(_digest(tensor))
+        if equal is not None:
+            value.const_value = equal
+            continue
+        transposed = shared.get(_digest(tensor, transposed=True))
+        if transposed is not None:
+            _read_transposed(graph, value, transposed)
         else:
-            left += held.nbytes
+            bytes_left += tensor.nbytes
     ir.save(model, path)
-    return left
+    return bytes_left
 
 
-def _large(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+def _read_transposed(graph: OnnxGraph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Put an initialiser in the place of another one, whose transpose it holds."""
+    name = str(value.name)
+    initialisers = graph.model.graph.initializers
+    replacement = ir.val(name, const_value=tensor, metadata_props=dict(value.metadata_props))
+    del initialisers[name]
+    initialisers[name] = replacement
+    reread(graph, value, replacement, (1, 0))
+
+
+def _large_tensors(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     """The initialisers that lie in a data file, and their tensors."""
-    stored = ((v, v.const_value) for v in model.graph.initializers.values())
-    return [(v, t) for v, t in stored if t is not None and t.nbytes >= INLINE]
+    large: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= INLINE:
+            large.append((value, tensor))
+    return large
 
 
-def _digest(tensor: ir.TensorProtocol, *, turned: bool = False) -> tuple[object, ...] | None:
-    """What tells a tensor from others: its dtype, shape and bytes; of a matrix its transpose's."""
+def _digest(tensor: ir.TensorProtocol, *, transposed: bool = False) -> tuple[object, ...] | None:
+    """Dtype, shape and hash of a tensor, or of a matrix's transpose, which tell it from others."""
     array = tensor.numpy()
-    if turned:
+    if transposed:
         if array.ndim != 2:
             return None
         array = array.T
