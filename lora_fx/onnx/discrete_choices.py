@@ -121,7 +121,7 @@ class ChoosingFile:
         choices: Choice → the floats that it is among.
         inner: The outputs of the graph that are none of the file.
         zeros: Choice → the array that its input takes where the file makes the choice itself.
-        same: Choice → the same one of another run, since `follow`.
+        shared_choices: Choice → the same one of another run, since `follow`.
         floats: Float of another run, which its choices are among → the same one of the file.
     """
 
@@ -129,7 +129,7 @@ class ChoosingFile:
     choices: Mapping[str, tuple[str, ...]]
     inner: frozenset[str]
     zeros: Named
-    same: dict[str, str] = field(default_factory=dict)
+    shared_choices: dict[str, str] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
     def run(self, feeds: Named, chosen: Named | None = None) -> dict[str, Array]:
@@ -162,10 +162,10 @@ class ChoosingFile:
                 if nearest:
                     choices[name] = choice
                     shared[name] = nearest
-            if shared == self.same:
+            if shared == self.shared_choices:
                 return
 
-            self.same = shared
+            self.shared_choices = shared
             for name, nearest in shared.items():
                 self.floats |= choices[name].pairs(others[nearest])
 
@@ -176,7 +176,7 @@ class ChoosingFile:
     def chosen(self, others: Mapping[str, Choice]) -> dict[str, Array]:
         """The choices that others make, by their names in the file."""
         chosen: dict[str, Array] = {}
-        for name, other in self.same.items():
+        for name, other in self.shared_choices.items():
             chosen[name] = _with_image_and_class(others[other].value, self.zeros[name].ndim)
         return chosen
 

@@ -24,7 +24,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.text import Json, JsonView
 
 
-def listed(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
+def branches_as_json(updates: Mapping[str, LowRank], metadata: JsonView) -> str:
     """The bound updates by key, and their adapter's metadata, as JSON for the model's metadata."""
     targets: dict[str, Json] = {}
     for key, update in updates.items():

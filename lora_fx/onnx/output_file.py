@@ -27,7 +27,7 @@ class Output:
         target: The name that it gets.
         path: Where it is written.
         data: The name that its data gets, if it is saved with any.
-        seen: The file that can be loaded before it has its name: `path`, or a copy beside the
+        loadable: The file that can be loaded before it has its name: `path`, or a copy beside the
             target where the file shares the data of another.
         external: True when it was saved with data.
         places: Where copies go.
@@ -39,7 +39,7 @@ class Output:
     target: Path
     path: Path
     data: Path
-    seen: Path
+    loadable: Path
     external: bool = False
     places: Sequence[Place] = ()
     adapters: list[Path] = field(default_factory=list)
@@ -80,13 +80,13 @@ class Output:
                 if entry.key == "location" and entry.value == self.data.name:
                     entry.value = f"{self.path.parent.name}/{self.data.name}"
 
-        if self.seen == self.path:
+        if self.loadable == self.path:
             stem = f".{self.target.name}.lora_fx_"
             of_killed_runs = f"{glob.escape(stem)}{'[0-9a-f]' * 8}.onnx"
             for copy in self.target.parent.glob(of_killed_runs):
                 copy.unlink()  # no other run is at work: this one has the lock of the target
-            self.seen = self.target.with_name(f"{stem}{secrets.token_hex(4)}.onnx")
-        self.seen.write_bytes(proto.SerializeToString())
+            self.loadable = self.target.with_name(f"{stem}{secrets.token_hex(4)}.onnx")
+        self.loadable.write_bytes(proto.SerializeToString())
 
     @property
     def files(self) -> list[Path]:
@@ -121,8 +121,8 @@ def output(
         try:
             yield file
         finally:
-            if file.seen != file.path:
-                file.seen.unlink(missing_ok=True)
+            if file.loadable != file.path:
+                file.loadable.unlink(missing_ok=True)
 
         if file.external and file.data.name != f"{owner.name}.data" and not force:
             raise LoraFxError(f"{owner}.data exists already", EXISTS)

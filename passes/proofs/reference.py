@@ -165,12 +165,12 @@ class FileRerun:
 
         def run(feeds: Named) -> dict[str, Array]:
             feeds = self.also(feeds)
-            if not file.same:
+            if not file.shared_choices:
                 file.follow(feeds, others)
             made = file.run(feeds, file.chosen(others))
             shapes = {name: choices.outputs[name].shape for name in file.floats}
             floats = {name: made[own].reshape(shapes[name]) for name, own in file.floats.items()}
-            chosen = {name: choices.values[name] for name in file.same.values()}
+            chosen = {name: choices.values[name] for name in file.shared_choices.values()}
             return {**file.outputs(made), **floats, **chosen}
 
         return run

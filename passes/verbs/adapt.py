@@ -30,7 +30,7 @@ from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.inserted_branches import listed
+from lora_fx.onnx.inserted_branches import branches_as_json
 from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.names import named_graph
 from lora_fx.onnx.output_file import output
@@ -335,7 +335,9 @@ def insert_into_file(
             updates = {k: u for k, u in updates.items() if not told or k not in idle}
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))
+        rewritten.model.metadata_props[PROPERTY] = branches_as_json(
+            updates, reading(found, updates, {})
+        )
         rewritten.lint()
         with output(target, force=asked.force) as made:
             made.save(rewritten.model, asked.external_over)

@@ -159,14 +159,16 @@ def merge_into_file(
     with output(target, force=asked.force, places=asked.places) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
-        written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
+        written = prove_merge(
+            made.loadable, target, before, changed, plan.found, plan.matched, fold
+        )
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
             raise NoEffectError(
                 f"{target}: not written: no element of {len(changed)} tensors would change",
                 "is the adapter untrained, or its weight 0?",
             )
-        parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
-        loads = [] if asked.run else _loads(source, made.seen, weight_bytes(model))
+        parity = _ran(source, pristine, made.loadable, matched, asked) if asked.run else []
+        loads = [] if asked.run else _loads(source, made.loadable, weight_bytes(model))
         notes = [*graph.notes, *loads]
     return _report(made.files, fold, plan, notes, parity)
 
