@@ -28,9 +28,13 @@ CONTROL = "again"
 
 @dataclass(frozen=True)
 class Timings:
-    """All samples at one size: {name: [Sample, …]}; the first is the baseline, the second it again.
+    """All samples at one size.
 
-    `repeats` is the number of runs that one sample is the mean of.
+    Attributes:
+        sizes: The shapes of the inputs by name.
+        repeats: The number of runs that one sample is the mean of.
+        samples: Name of a model → its samples. The first model is the baseline, and the second one
+            is the baseline again, as a control.
     """
 
     sizes: Mapping[str, tuple[int, ...]]

@@ -1,13 +1,14 @@
-"""Files that make the choices of another run: what a comparison of near-equal numbers decides.
+"""Discrete choices of a graph, and a file in which they can be those of another run.
 
 A choice is a value of integers or booleans that a node computes from floats: the indices of TopK,
-ArgMax or NonMaxSuppression, a comparison, a cast. Rounding alone turns it among near-equal scores,
-and what is gathered by it are other numbers. In the graph that is made here each one is
+ArgMax or NonMaxSuppression, a comparison, a cast. Among near-equal scores rounding alone turns it,
+and then all that is gathered by it differs, in a graph that is right. So that two runs can be
+compared all the same, each choice y becomes
 
     y' = If(NAME.taken, NAME.chosen, y)
 
-so that any of them can come from outside. The graph gives its own, and the floats that they are
-among, as outputs.
+with two new inputs, and any of them can come from outside. The choices that the graph itself makes,
+and the floats that it makes them among, become outputs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROUNDS = 64
 
 
 def choices_of(model: ir.Model) -> dict[str, tuple[str, ...]]:
-    """The choices of a graph, in their order; those of nested graphs are left out."""
+    """Choice → the floats that it is made among, in the graph's order, without nested graphs."""
     choices: dict[str, tuple[str, ...]] = {}
     for node in model.graph:
         floats = [value for value in node.inputs if value is not None and _is_computed_float(value)]
@@ -63,7 +64,7 @@ def _is_discrete(value: ir.Value) -> bool:
 
 
 def let_choose(model: ir.Model, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Let choices come from outside, and give the graph's own and what they are among; edits it."""
+    """Edit a model: its choices can come from outside, and they and their floats are outputs."""
     values: dict[str, ir.Value] = {}
     for node in model.graph:
         for value in node.outputs:
@@ -189,7 +190,7 @@ def _with_image_and_class(value: Array, ndim: int) -> Array:
 
 
 def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | None:
-    """A file that makes the choices of another run; None where it makes none.
+    """The file with choices that can be those of another run; None where it makes no choice.
 
     Args:
         path: The file.
@@ -203,6 +204,7 @@ def choosing_file(path: Path, provider: str, stored: Named) -> ChoosingFile | No
         return None
     for name, array in stored.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+
     let_choose(model, choices)
     inner = frozenset(
         str(value.name) for value in model.graph.outputs if value.name not in output_names

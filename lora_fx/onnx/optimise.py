@@ -46,13 +46,13 @@ class RewriteStage:
     """What became of one rewrite.
 
     Attributes:
-        name: Its name.
-        kept: The graph has it.
-        why: Why not, or empty.
-        nodes: How many nodes the graph after it has, or what was rolled back.
-        bytes: How many bytes its weights have.
+        name: The name of the stage.
+        kept: Whether the graph keeps what the rewrite changed.
+        why: Why it was rolled back; empty where it was kept.
+        nodes: The number of nodes after the rewrite, even where it was rolled back.
+        bytes: The number of bytes of the weights then.
         seconds: Median CPU of one run at the first size, one thread; None where it was not run.
-        ratio: That over the time of the graph that came in, in the same rounds.
+        ratio: Those seconds over the time of the graph that came in, in the same rounds.
         error: Largest max|a − b| / max|b| to the graph that came in; None where it was not run.
     """
 
@@ -124,12 +124,12 @@ def apply_stages(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What became of a candidate.
+    """The result of a rewrite that changed something.
 
     Attributes:
-        failure: Why it is rolled back; empty where it is not.
-        error: Its largest difference, where it was compared and that is finite.
-        session: Its session, where it is not rolled back.
+        failure: Why the candidate is rolled back; empty where it is kept.
+        error: Its largest difference; None where it was not compared, or is not finite.
+        session: Its session; None where it is rolled back.
     """
 
     failure: str = ""

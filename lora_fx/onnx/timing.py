@@ -71,16 +71,17 @@ def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
     (1.0, 6.0)
     """
     count = len(ratios)
-    # as many values of each end as the median lies beyond with a probability of 2.5 % at most
-    outer = 0
+    # the largest k for which the median lies below the k-th smallest value with a probability of
+    # 2.5 % at most: so it does where fewer than k values of `count` fall below it
+    k = 0
     outcomes = 1
     while outcomes / 2**count <= 0.025:
-        outer += 1
-        outcomes += math.comb(count, outer)
-    if outer == 0:
+        k += 1
+        outcomes += math.comb(count, k)
+    if k == 0:
         return None
     ranked = sorted(ratios)
-    return ranked[outer - 1], ranked[count - outer]
+    return ranked[k - 1], ranked[count - k]
 
 
 def summary(mine: Sequence[float], base: Sequence[float]) -> Json:

@@ -38,7 +38,14 @@ class ToHalf(ir.passes.InPlacePass):
     _casts: dict[tuple[int, ir.DataType], ir.Value] = field(default_factory=dict, compare=False)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Edit the model in place."""
+        """Edit the model in place.
+
+        1. A node reads float16 where it is converted, and float32 where it is not; what it reads in
+           the other dtype is cast.
+        2. A converted Cast to float32 is one to float16.
+        3. The float32 values that converted nodes make are float16.
+        4. An output of the graph is float32 as before.
+        """
         graph = model.graph
         converted = dict.fromkeys(node for node in graph if self._converts(node))
         halved = _float32_outputs(converted)
@@ -58,6 +65,7 @@ class ToHalf(ir.passes.InPlacePass):
                 node.attributes["to"] = ir.AttrInt64("to", int(HALF))
         for value in halved:
             value.type = ir.TensorType(HALF)
+
         for value in dict.fromkeys(halved_outputs):
             self._restore_output(graph, value)
         return ir.passes.PassResult(model, bool(converted))
