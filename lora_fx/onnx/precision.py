@@ -54,7 +54,7 @@ class Narrowed:
     error: float
     islands: tuple[str, ...] = ()
 
-    def describe(self, precision: str) -> str:
+    def said(self, precision: str) -> str:
         """A line for the report."""
         text = f"{precision}: outputs differ from float32 by {self.error:.1e}"
         if self.error > GATES[precision]:

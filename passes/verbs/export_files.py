@@ -386,7 +386,7 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     if precision:
         made = narrow(model, precision, feeds, provider, options.tol)
         model = made.model
-        said.append(made.describe(precision))
+        said.append(made.said(precision))
     with options.output() as made_file:
         made_file.save(model)
     nodes = sum(1 for _ in model.graph.all_nodes())

@@ -104,7 +104,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     if precision in GATES:
         made_of = narrow(model, precision, feeds, provider, options.tol)
         model, tol = made_of.model, options.tol or GATES[precision]
-        warnings.append(made_of.describe(precision))
+        warnings.append(made_of.said(precision))
     with options.output() as made_file:
         for model in (model, exported):  # noqa: B020
             told = files.save_within(made_file, model, conditions, guards(branched), options)

@@ -124,9 +124,9 @@ def test_a_repository_without_a_model(tmp_path: Path) -> None:
 def test_data_under_the_name_of_the_copy(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
     value = onnx.helper.make_tensor_value_info
-    ends = [[value(name, onnx.TensorProto.FLOAT, [500])] for name in "xy"]
+    x, y = (value(name, onnx.TensorProto.FLOAT, [500]) for name in "xy")
     w = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [500], bytes(2000), raw=True)
-    graph = onnx.helper.make_graph([node], "g", *ends, [w])
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [w])
     opsets = [onnx.helper.make_opsetid("", 20)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="model.onnx")
