@@ -131,11 +131,11 @@ def _one_cache_shape(
     heads = shapes[first][1]
     width = shapes[first][3]
     for name in caches:
-        own_heads = shapes[name][1]
-        own_width = shapes[name][3]
-        if (own_heads, own_width) != (heads, width):
+        layer_heads = shapes[name][1]
+        layer_width = shapes[name][3]
+        if (layer_heads, layer_width) != (heads, width):
             raise LoraFxError(
-                f"{name} has {own_heads} heads of {own_width}, and {first} {heads} of {width}: "
+                f"{name} has {layer_heads} heads of {layer_width}, and {first} {heads} of {width}: "
                 "onnxruntime-genai takes one shape for all",
                 "leave --genai out",
             )

@@ -199,6 +199,7 @@ class Manifest:
             self._check_pair(self.slots[key], tensors, where)
 
     def _check_pair(self, slot: SwitchSlot, tensors: Mapping[str, Array], where: str) -> None:
+        """Compare the A and B of one key with their slot; raises as `check` does."""
         for name, other in ((slot.a, slot.b), (slot.b, slot.a)):
             if name not in tensors:
                 raise LoraFxError(
