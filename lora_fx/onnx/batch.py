@@ -35,13 +35,13 @@ from lora_fx.ir.convolution import Conv
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Embedding
+from lora_fx.onnx.adapter_ids import IDS
 from lora_fx.onnx.graph.coded_weights import shares_ranges
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.flow import OnnxWeightUse
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.marks import MARK, WAS
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
-from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros
 from lora_fx.targets.target import base_name

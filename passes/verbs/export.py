@@ -443,7 +443,7 @@ def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
     with options.output() as made:
         made.save(graph.model, 0 if is_external(source) else options.external_over)
         nothing = Matched({}, {}), Fold({})
-        prove_merge(made.seen, options.target, before, set(), find(graph), *nothing)
+        prove_merge(made.loadable, options.target, before, set(), find(graph), *nothing)
     said = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, made.files))
     return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})

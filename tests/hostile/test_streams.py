@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.checkpoint.merge import jobs_of
 from lora_fx.errors import LoraFxError, explained
-from lora_fx.onnx.manifest import write_file
+from lora_fx.onnx.runtime_adapter import write_file
 
 MERGE = "merge base.safetensors peft -o out.safetensors --force"
 MISSING = "merge base.safetensors nope -o out.safetensors --force"
