@@ -17,7 +17,7 @@ from lora_fx.cli.arguments import (
     training_data,
 )
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     Rules,

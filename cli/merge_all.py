@@ -9,7 +9,7 @@ import click
 
 from lora_fx.cli.arguments import split_weight
 from lora_fx.cli.blas import load_numpy
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import force_option, option_group
 from lora_fx.cli.output import emit, say

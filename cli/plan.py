@@ -15,7 +15,7 @@ from lora_fx.cli.arguments import (
     refuse_row_labels,
     training_data,
 )
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     FROM_1,

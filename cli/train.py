@@ -15,7 +15,7 @@ from lora_fx.cli.arguments import (
     tables_of,
 )
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say

@@ -13,7 +13,7 @@ from lora_fx.cli.arguments import (
     refuse_row_labels,
     training_data,
 )
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.model_options import ModelOptions
 from lora_fx.cli.options import (
     Rules,

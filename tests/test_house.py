@@ -415,7 +415,7 @@ def test_public_names() -> None:
 
 
 def _commands() -> set[str]:
-    from lora_fx.cli.common import COMMANDS
+    from lora_fx.cli.group import COMMANDS
 
     return set(COMMANDS)
 
