@@ -67,46 +67,56 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
 
 def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
     """{parameter: value} of a table, each of the type of its option."""
-    known = {key: p for p in ctx.command.params if p.name not in OWN for key in _keys(p)}
-    found: Json = {}
+    param_of: dict[str, click.Parameter] = {}
+    for param in ctx.command.params:
+        if param.name not in OWN:
+            param_of.update(dict.fromkeys(_keys(param), param))
+
+    values: Json = {}
     for key, value in table.items():
         where = f"{path}: [{ctx.info_name}] {key}"
-        param = known.get(key.replace("_", "-"))
-        if param is None or param.name is None:
-            hint = near(key.replace("_", "-"), known, f"{ctx.command_path} --help lists them")
+        spelling = key.replace("_", "-")
+        if spelling not in param_of or param_of[spelling].name is None:
+            hint = near(spelling, param_of, f"{ctx.command_path} --help lists them")
             raise LoraFxError(f"{where}: no such option", hint)
-        if param.name in found:
+        param = param_of[spelling]
+        name = param.name or ""
+        if name in values:
             raise LoraFxError(f"{where}: given twice", "leave one of them out")
-        found[param.name] = _value(ctx, param, value, where)
-    if found.get("trust"):
+        values[name] = _value(ctx, param, value, where)
+    if values.get("trust"):
         note(f"{path} says trust: pickles are read, by torch's unpickler that runs no code")
-    return found
+    return values
 
 
 def _keys(param: click.Parameter) -> list[str]:
     """The names that a parameter has in a file; the first is the one that is written."""
-    long = [o.removeprefix("--") for o in param.opts if o.startswith("--")]
+    long = [option.removeprefix("--") for option in param.opts if option.startswith("--")]
     return long or [(param.name or "").replace("_", "-")]
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
     """A value of a file as click takes it from a default."""
-    many = param.nargs == -1 or getattr(param, "multiple", False)
+    takes_several = param.nargs == -1 or getattr(param, "multiple", False)
     kind, fits, example = _type(param)
-    whole = value if isinstance(value, list) and many else [value]
-    for part in whole:
-        if not fits(part):
-            said = one_line(json.dumps(value, default=str, ensure_ascii=False), 80)
+    items = value if isinstance(value, list) and takes_several else [value]
+    for item in items:
+        if not fits(item):
+            shown = one_line(json.dumps(value, default=str, ensure_ascii=False), 80)
+            expected = f"{kind} or a list of them" if takes_several else kind
             raise LoraFxError(
-                f"{where} = {said}; expected {kind}{' or a list of them' if many else ''}",
+                f"{where} = {shown}; expected {expected}",
                 f"for example {_keys(param)[0]} = {example}",
             )
         try:
-            param.type.convert(part, param, ctx)
-        except click.BadParameter as e:
+            param.type.convert(item, param, ctx)
+        except click.BadParameter as error:
             choices = getattr(param.type, "choices", ())
-            raise LoraFxError(f"{where}: {e.message}", near(str(part), choices, example)) from e
-    return list(whole) if many else value
+            hint = near(str(item), choices, example)
+            raise LoraFxError(f"{where}: {error.message}", hint) from error
+    if takes_several:
+        return list(items)
+    return value
 
 
 def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
@@ -123,7 +133,8 @@ def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
 @contextlib.contextmanager
 def saving_config(ctx: click.Context) -> Iterator[None]:
     """A block at whose end the config of --save-config is written, unless it refused its input."""
-    path, force = ctx.params.get("save_config"), bool(ctx.params.get("force"))
+    path = ctx.params.get("save_config")
+    force = bool(ctx.params.get("force"))
     if not path or os.environ.get("RANK", "0") != "0":  # the first of several processes writes it
         yield
         return
@@ -134,9 +145,9 @@ def saving_config(ctx: click.Context) -> Iterator[None]:
     refused = False
     try:
         yield
-    except BaseException as e:
-        answer = isinstance(e, click.exceptions.Exit) or getattr(e, "exit_code", 2) == 1
-        refused = not answer
+    except BaseException as error:
+        is_answer = isinstance(error, click.exceptions.Exit) or getattr(error, "exit_code", 2) == 1
+        refused = not is_answer
         raise
     finally:
         if not refused:
@@ -167,7 +178,7 @@ def _toml(value: object) -> str:
     if isinstance(value, float):
         return repr(value)  # inf and nan are other words in JSON
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         hint = "rename the file, or leave --save-config out"
         raise LoraFxError(f"{text} is not UTF-8, and a .toml file is", hint)
     return text

@@ -67,15 +67,16 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value:
         return
     click.echo(f"lora-fx {__version__}")
-    found = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
-    for name, number in found.items():
+    libraries = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
+    for name, number in libraries.items():
         click.echo(f"{name} {number}")
-    if "onnxruntime" in found or "onnxruntime-gpu" in found:
+    if "onnxruntime" in libraries or "onnxruntime-gpu" in libraries:
         from lora_fx.onnx.session import providers
 
         click.echo(f"providers {', '.join(providers())}")
-    if both := two_runtimes():
-        say(both)
+    warning = two_runtimes()
+    if warning:
+        say(warning)
     ctx.exit()
 
 
@@ -109,4 +110,5 @@ def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
     run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
     ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv
     # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
-    ctx.with_resource(telling(stages() if os.environ.get("RANK", "0") == "0" else None))
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    ctx.with_resource(telling(stages() if is_first_process else None))

@@ -17,17 +17,23 @@ NAMED = (*MODELS, "data", "inputs_file", "names", "old_names", "plan", "eval_dat
 
 def input_paths(given: JsonView) -> list[Path]:
     """The files that were given: weights, and the function of `file.py:name`, cut off."""
-    found: list[Path] = []
+    existing: dict[Path, None] = {}
     for text in texts_of(given, NAMED):
-        if "\0" not in text and len(text) <= 4096:
-            paths = (Path(text), Path(text.rpartition(":")[0]))
-            found += [p for p in paths if p.name and p.exists()][:1]
-    return list(dict.fromkeys(found))
+        if "\0" in text or len(text) > 4096:
+            continue
+        before_colon, _, _ = text.rpartition(":")
+        for path in (Path(text), Path(before_colon)):
+            if path.name and path.exists():
+                existing[path] = None
+                break
+    return list(existing)
 
 
 def texts_of(given: JsonView, names: Sequence[str]) -> Iterator[str]:
     """The texts that these arguments and options were given, one or several each."""
-    for value in (given[n] for n in names if n in given):
-        for text in value if isinstance(value, (tuple, list)) else [value]:
+    for name in names:
+        value = given.get(name)
+        texts = value if isinstance(value, (tuple, list)) else [value]
+        for text in texts:
             if isinstance(text, str) and text:
                 yield text

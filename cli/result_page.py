@@ -44,27 +44,35 @@ def write_page(path: str, force: bool, shown: JsonView) -> str:
     run = ctx.find_root().obj
     added: Json = {"argv": run.get("argv") or [], "versions": versions(), **when(run["began"])}
     added["notes"] = [text for text in run["notes"] if text not in run["warned"]]
-    outputs = [Path(p) for p in shown["outputs"]]
-    source = [p for p in input_paths(ctx.params) if p not in outputs]
-    added |= _hashed([("input", p) for p in source] + [("output", p) for p in outputs], path)
-    added["adapters"], said = _adapters(outputs, ctx.params)
-    added["unhashed"] += said
-    _once(added["adapters"], shown)
+    outputs = [Path(output) for output in shown["outputs"]]
+    inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
+    rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
+    added |= _hashed(rows, path)
+    added["adapters"], without_spectra = _adapters(outputs, ctx.params)
+    added["unhashed"] += without_spectra
+    _drop_repeated(added["adapters"], shown)
     text = page({**shown, "page": added})
     with replacing(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
 
-def _once(adapters: list[Json], told: JsonView) -> None:
+def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:
     """Take out of the adapters' rows what the result's own row of the same key says."""
-    own = told.get("targets")
-    rows = {t["key"]: t for t in own} if isinstance(own, list) else {}
+    targets = shown.get("targets")
+    if not isinstance(targets, list):
+        return
+    target_of = {target["key"]: target for target in targets}
     for adapter in adapters:
-        for i, row in enumerate(adapter["updates"]):
-            same = rows.get(row["key"], {})
-            kept = {k: v for k, v in row.items() if k == "key" or k not in same or same[k] != v}
-            adapter["updates"][i] = kept
+        for update in adapter["updates"]:
+            target = target_of.get(update["key"], {})
+            repeated = [
+                field
+                for field, value in update.items()
+                if field != "key" and field in target and target[field] == value
+            ]
+            for field in repeated:
+                del update[field]
 
 
 def when(began: dict[str, float]) -> Json:
@@ -76,57 +84,78 @@ def when(began: dict[str, float]) -> Json:
 
 def versions() -> dict[str, str]:
     """{library: version} of those that are installed; nothing is imported."""
-    found = {"lora-fx": __version__, "python": platform.python_version(), **installed(*LIBRARIES)}
-    return {**found, "platform": platform.platform(terse=True)}
+    return {
+        "lora-fx": __version__,
+        "python": platform.python_version(),
+        **installed(*LIBRARIES),
+        "platform": platform.platform(terse=True),
+    }
 
 
 def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
     """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
     rows: list[Json] = []
-    said: list[str] = []
-    seen: set[Path] = set()
+    unhashed: list[str] = []
+    hashed: set[Path] = set()
     for of, path in paths:
-        files = sorted(f for f in path.iterdir() if f.name[0] != ".") if path.is_dir() else [path]
-        plain = [f for f in files if f.is_file() and f.resolve() != Path(page).resolve()]
-        for file in plain[:FILES]:
-            if file.resolve() in seen:
+        files = _files_of(path, page)
+        for file in files[:FILES]:
+            if file.resolve() in hashed:
                 continue
-            seen.add(file.resolve())
+            hashed.add(file.resolve())
             try:
-                with file.open("rb") as f:
-                    digest = hashlib.file_digest(f, "sha256").hexdigest()
+                with file.open("rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
                 size = file.stat().st_size
-            except OSError as e:
-                said.append(f"{file}: not hashed: {e.strerror or e}")
+            except OSError as error:
+                unhashed.append(f"{file}: not hashed: {error.strerror or error}")
                 continue
             rows.append({"of": of, "path": str(file), "bytes": size, "sha256": digest})
-        if len(plain) > FILES:
-            said.append(f"{path}: {len(plain) - FILES} more files are not hashed")
-    return {"files": rows, "unhashed": said}
+        if len(files) > FILES:
+            unhashed.append(f"{path}: {len(files) - FILES} more files are not hashed")
+    return {"files": rows, "unhashed": unhashed}
+
+
+def _files_of(path: Path, page: str) -> list[Path]:
+    """A file, or the files of a folder without hidden ones and without the page."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    page_path = Path(page).resolve()
+    return [file for file in files if file.is_file() and file.resolve() != page_path]
 
 
 def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[str]]:
     """The adapters that were written, or else those that were given, with their spectra."""
-    found, said = [], []
     base = given.get("base")
-    base = base if base and not str(base).endswith(".onnx") else None
-    asked = map(split_weight, texts_of(given, ("adapter", "adapters", "b")))
-    for path, weight in _loadable((str(p), 1.0) for p in outputs) or _loadable(asked):
+    if base and str(base).endswith(".onnx"):
+        base = None
+    adapters = _adapters_among((str(output), 1.0) for output in outputs)
+    if not adapters:
+        adapters = _adapters_among(map(split_weight, texts_of(given, ("adapter", "adapters", "b"))))
+
+    rows: list[Json] = []
+    without_spectra: list[str] = []
+    for path, weight in adapters:
         from lora_fx.adapter.truncate import summary
         from lora_fx.formats.io import load_adapter
 
         try:
-            loaded = load_adapter(path, base=base)
-            rows = summary(loaded.weighted(weight))
-        except LoraFxError as e:
-            said.append(f"{path}: no spectra: {e.message}")
+            adapter = load_adapter(path, base=base or None)
+            updates = summary(adapter.weighted(weight))
+        except LoraFxError as error:
+            without_spectra.append(f"{path}: no spectra: {error.message}")
             continue
-        found.append({"path": path, "weight": weight, "updates": rows})
-    return found, said
+        rows.append({"path": path, "weight": weight, "updates": updates})
+    return rows, without_spectra
 
 
-def _loadable(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+def _adapters_among(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The paths that are adapters, with their weights."""
     from lora_fx.formats.io import is_adapter
 
-    plain = ((p, w) for p, w in paths if not p.endswith((".onnx", ".pt2", ".data")))
-    return [(path, weight) for path, weight in plain if is_adapter(path)]
+    adapters = []
+    for path, weight in paths:
+        if not path.endswith((".onnx", ".pt2", ".data")) and is_adapter(path):
+            adapters.append((path, weight))
+    return adapters

@@ -19,14 +19,14 @@ def stopping() -> Iterator[None]:
     Does nothing outside the main thread, where no handler can be set, and where SIGTERM already
     has another handler or is ignored. A forked process ends as it would without this.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    mine = os.getpid()
+    process = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != mine:
+        if os.getpid() != process:  # a fork
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
             return
