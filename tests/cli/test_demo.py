@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lora_fx.cli import demo_stages
-from lora_fx.cli.demo_stages import VOLUMES, Result, Size, _judge, refusal, table, topics
+from lora_fx.cli.demo_data import VOLUMES, topics
+from lora_fx.cli.demo_stages import Result, Size, _judge, refusal, table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.load import minilm
 
