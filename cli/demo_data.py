@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +51,8 @@ def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
     """(top-level module, docstring) of every definition, parsed and never imported."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if SKIP & set(parts) or parts[0].startswith("config-"):
+        components = path.relative_to(root).parts
+        if SKIP & set(components) or components[0].startswith("config-"):
             continue
         try:
             tree = ast.parse(path.read_bytes())
@@ -62,26 +62,49 @@ def docstrings(root: Path | None = None) -> Iterator[tuple[str, str]]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = " ".join((ast.get_docstring(node) or "").split())
                 if len(text.split()) >= WORDS:
-                    yield parts[0].removesuffix(".py"), text
+                    yield components[0].removesuffix(".py"), text
 
 
 def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) -> Topics:
     """About `train` and `test` examples, every volume in its share; no text stands twice."""
-    where: dict[str, set[str]] = {}
+    modules_of: dict[str, set[str]] = {}
     for module, text in docstrings(root):
-        where.setdefault(text, set()).add(module)
-    rows = sorted((next(iter(m)), t) for t, m in where.items() if len(m) == 1)
-    counts = Counter(m for m, _ in rows)
-    volume, reached = {}, 0
-    for module in sorted(counts):
-        volume[module] = min(VOLUMES - 1, reached * VOLUMES // len(rows))
-        reached += counts[module]
-    used = sorted(set(volume.values()))  # a module larger than a volume leaves one empty
-    volume = {m: used.index(v) for m, v in volume.items()}
-    inside = [[m for m in sorted(counts) if volume[m] == v] for v in range(len(used))]
+        modules_of.setdefault(text, set()).add(module)
+    rows = sorted(
+        (next(iter(modules)), text) for text, modules in modules_of.items() if len(modules) == 1
+    )
+    volumes = _volumes(Counter(module for module, _ in rows))
+    volume_of: dict[str, int] = {}
+    for number, modules in enumerate(volumes):
+        volume_of.update(dict.fromkeys(modules, number))
+
     order = np.random.default_rng(seed).permutation(len(rows))[: train + test]
-    picked = [rows[i] for i in order]
-    held = min(test, len(picked) // 4)
-    names = tuple(f"{modules[0]} … {modules[-1]}" for modules in inside)
-    parts = (picked[held:], picked[:held])
-    return Topics(names, *(([t for _, t in p], [volume[m] for m, _ in p]) for p in parts))
+    picked = [rows[index] for index in order]
+    n_test = min(test, len(picked) // 4)
+    names = tuple(f"{modules[0]} … {modules[-1]}" for modules in volumes)
+    return Topics(
+        names, _labelled(picked[n_test:], volume_of), _labelled(picked[:n_test], volume_of)
+    )
+
+
+def _volumes(counts: Mapping[str, int]) -> list[list[str]]:
+    """Modules in alphabetical order, cut into volumes with about as many texts each.
+
+    A module larger than a volume leaves one empty, which is left out.
+    """
+    total = sum(counts.values())
+    volumes: list[list[str]] = [[] for _ in range(VOLUMES)]
+    texts_before = 0
+    for module in sorted(counts):
+        volumes[min(VOLUMES - 1, texts_before * VOLUMES // total)].append(module)
+        texts_before += counts[module]
+    return [modules for modules in volumes if modules]
+
+
+def _labelled(
+    rows: list[tuple[str, str]], volume_of: Mapping[str, int]
+) -> tuple[list[str], list[int]]:
+    """The texts of (module, text) rows, and the numbers of their volumes."""
+    texts = [text for _, text in rows]
+    labels = [volume_of[module] for module, _ in rows]
+    return texts, labels
