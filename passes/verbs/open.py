@@ -26,9 +26,10 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.hub import origin
 from lora_fx.fx.attach.attachment import is_attached
-from lora_fx.fx.capture.call import leaf_names, unwrapped
+from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.codes import beside, taken, tensors_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import hint, shape_of

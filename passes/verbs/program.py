@@ -21,7 +21,7 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.capture.capture import alike
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.module import CapturedModule, FoldedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError, retold
-from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
-from lora_fx.fx.capture.trace import traceable_experts
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.expert_forms import traceable_experts
+from lora_fx.fx.capture.model_source import base_dtype, weightless
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST

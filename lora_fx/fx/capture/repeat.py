@@ -17,24 +17,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as torch_module
 
+from lora_fx.fx.capture.block_family import (
+    CLASS,
+    Block,
+    BlockFamily,
+    TracedCall,
+    differing_tokens,
+    is_altered,
+)
 from lora_fx.fx.capture.call import is_cache
-from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
+from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot
 from lora_fx.fx.fake_tensors import detect_fake_mode
-from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.interception import get_proxy_mode, get_proxy_slot, transforms_are_active
-from lora_fx.fx.trees import LeafSpec, TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_unflatten
 from lora_fx.patching import patched
 
 aten = torch.ops.aten
@@ -52,105 +56,7 @@ for _name, _mark in (("start", START), ("end", END)):
 FEWEST = 4
 """Modules in a block, itself among them: a copy of fewer is no cheaper than its trace."""
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MISSING = object()
-_CLASS = ""
-"""Stands for a module's class among the names of what it holds."""
-Tokens = Mapping[tuple[str, str], Token]
-"""(path in a block, attribute) → the token of what is held there."""
-
-
-class NotRepeated(Exception):
-    """Copies cannot be put into a graph; the model is traced without any."""
-
-
-@dataclass(eq=False)
-class Block:
-    """A module that others are like, with the modules in it by path."""
-
-    modules: dict[str, nn.Module]
-    family: BlockFamily
-    called: bool = False
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Its parameters and buffers as they are now: a trace puts others in their place."""
-        held = ((*m._parameters.values(), *m._buffers.values()) for m in self.modules.values())
-        return [t for own in held for t in own if t is not None]
-
-    def held(self) -> dict[tuple[str, str], object]:
-        """What else its modules hold now, by path and name."""
-        return {(p, k): v for p, m in self.modules.items() for k, v in held(m).items()}
-
-    def told(self, now: Snapshot) -> dict[tuple[str, str], Token]:
-        """The tokens of what its modules hold, and of their classes."""
-        classes = {(p, _CLASS): now.token(type(m)) for p, m in self.modules.items()}
-        return {at: now.token(v) for at, v in self.held().items()} | classes
-
-    def state(self) -> list[object]:
-        """Which things its modules hold, to see whether a call has put others in their places."""
-        things = self.held()
-        return [*things, *map(id, things.values()), *map(id, self.tensors())]
-
-    def as_found(self) -> bool:
-        """Whether it has the modules still that it was compared with others by, and no hooks."""
-        now = dict(self.modules[""].named_modules(remove_duplicate=False))
-        return [*map(id, now.values())] == [*map(id, self.modules.values())] and not _altered(now)
-
-
-@dataclass(eq=False)
-class BlockFamily:
-    """Modules of one class and structure.
-
-    Attributes:
-        blocks: They.
-        differ: (path in a block, attribute) of what they do not all hold alike.
-        fixed: Those of which it cannot be seen whether they are read: the class has the name too,
-            or is what differs, or its code reads attributes by `vars`.
-        patterns: Calls that were traced, which later ones may be copies of.
-        broken: True once a call was such that no other can be its copy.
-    """
-
-    blocks: list[Block] = field(default_factory=list)
-    differ: set[tuple[str, str]] = field(default_factory=set)
-    fixed: set[tuple[str, str]] = field(default_factory=set)
-    patterns: list[TracedCall] = field(default_factory=list)
-    broken: bool = False
-
-
-@dataclass(eq=False)
-class TracedCall:
-    """One traced call.
-
-    Attributes:
-        key: What its marks in the graph say.
-        block: Whose call it was.
-        call: How it was called; its sizes may be symbols.
-        given: The tensors that it was called with, and those of its block.
-        told: The tokens of what its block held then, and of what its code could reach.
-        read: Those of the family's differences that it read.
-        made: Its outputs, flat.
-        spec: Their tree.
-    """
-
-    key: int
-    block: Block
-    call: Sequence[object]
-    given: Sequence[torch.Tensor]
-    told: Tokens
-    read: set[tuple[str, str]]
-    made: list[object] = field(default_factory=list)
-    spec: TreeSpec = field(default_factory=LeafSpec)
-
-    def reads(self, module: nn.Module, name: str) -> None:
-        """Write down that the call asked a module for an attribute."""
-        for path, differing in self.block.family.differ:
-            own = self.block.modules[path].__dict__ is module.__dict__
-            if differing == name and own:
-                self.read.add((path, name))
-
-    def holds_for(self, told: Tokens) -> bool:
-        """Whether what the call may have read is, in a block of these tokens, as it was then."""
-        return _differing(self.told, told) <= self.block.family.differ - self.read
 
 
 _KEYS = count()
@@ -185,7 +91,7 @@ class Repeats:
         every = () if hooks._has_any_global_hook() else dict.fromkeys(model.modules())
         for module in every:
             below = dict(module.named_modules(remove_duplicate=False))
-            if len(below) >= FEWEST and module is not model and not _altered(below):
+            if len(below) >= FEWEST and module is not model and not is_altered(below):
                 family = families.setdefault(_structure(below), BlockFamily())
                 family.blocks.append(Block(below, family))
         self.families = list(families.values())
@@ -204,11 +110,11 @@ class Repeats:
         now = Snapshot(self.around)
         every = [b.told(now) for b in family.blocks]
         first = family.blocks[0].modules
-        family.differ = {n for told in every for n in _differing(every[0], told)}
+        family.differ = {n for told in every for n in differing_tokens(every[0], told)}
         family.fixed = {
             (path, name)
             for path, name in family.differ
-            if name == _CLASS or hasattr(type(first[path]), name) or now.names & READS_ALL
+            if name == CLASS or hasattr(type(first[path]), name) or now.names & READS_ALL
         }
 
     @contextlib.contextmanager
@@ -332,12 +238,6 @@ class Repeats:
         return result
 
 
-def _altered(modules: Mapping[str, nn.Module]) -> bool:
-    """Whether some module does more, or other things, than the forward of its class."""
-    own = any("forward" in m.__dict__ for m in modules.values())
-    return own or any(getattr(m, k, ()) for path, m in modules.items() if path for k in _HOOKS)
-
-
 def _structure(modules: Mapping[str, nn.Module]) -> object:
     """What blocks have to share: classes, modes and shapes of tensors, by path."""
 
@@ -349,10 +249,6 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
         tensors = (*m._parameters.items(), *m._buffers.items())
         parts += [path, type(m), m.training, *((n, shape(t)) for n, t in tensors)]
     return tuple(parts)
-
-
-def _differing(a: Tokens, b: Tokens) -> set[tuple[str, str]]:
-    return {n for n in a.keys() | b.keys() if n not in a or n not in b or a[n] != b[n]}
 
 
 def _described(
@@ -398,80 +294,3 @@ def _decided(given: Sequence[torch.Tensor]) -> int:
     """How many sizes the trace has so far that values decide."""
     env = getattr(detect_fake_mode(given), "shape_env", None)
     return 0 if env is None else int(env.counter["create_unbacked_symbol"])
-
-
-def write_out(module: fx.GraphModule) -> None:
-    """Put the copies that the opaque nodes of a graph stand for in their places.
-
-    Raises:
-        NotRepeated: Some node is elsewhere than its pattern, or reads what has no counterpart.
-    """
-    graph = module.graph
-    starts: dict[int, fx.Node] = {}
-    ends: dict[int, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.target is START:
-            starts[node.args[1]] = node
-        elif node.target is END:
-            ends[node.args[1]] = node
-        elif node.target is AGAIN:
-            key = node.args[1]
-            if key not in starts or key not in ends:
-                raise NotRepeated
-            _copy(module, starts[key], ends[key], node)
-    for mark in (*starts.values(), *ends.values()):
-        graph.erase_node(mark)
-    marks = {START, END, AGAIN}
-    for part in module.modules():
-        if isinstance(part, fx.GraphModule) and any(n.target in marks for n in part.graph.nodes):
-            raise NotRepeated
-
-
-def _is_number(node: fx.Node) -> bool:
-    return isinstance(value(node), (*_NUMBERS, int, float))
-
-
-def _copy(module: fx.GraphModule, start: fx.Node, end: fx.Node, call: fx.Node) -> None:
-    graph = module.graph
-    given, theirs, made = (cast("list[fx.Node]", n.args[0]) for n in (start, call, end))
-    env = dict(zip(given, theirs, strict=True))
-    inside, at = list[fx.Node](), start
-    while (at := at.next) is not end:
-        inside.append(at)
-    here = {*given, *inside, end}
-    with graph.inserting_before(call):
-        for inner in inside:
-            if _is_number(inner) or inner.target in (START, END, aten._assert_scalar.default):
-                continue  # numbers are the same in every call
-            read = {n for n in inner.all_input_nodes if n.op != "get_attr" and not _is_number(n)}
-            if inner.op != "get_attr" and inner not in made:
-                read.update(inner.users)
-            if read - here:  # other calls would not share it
-                raise NotRepeated
-            new = graph.node_copy(inner, lambda n: env.get(n, n))
-            new.meta["nn_module_stack"] = _moved(inner, start, call)
-            body = getattr(module, str(inner.target), None) if inner.op == "get_attr" else None
-            if isinstance(body, fx.GraphModule):  # passes edit a body for the one call of it
-                new.target = f"{inner.target}_{new.name}"
-                module.add_submodule(new.target, deepcopy(body))
-            env[inner] = new
-    for user in list(call.users):
-        if user.target is operator.getitem:
-            result = made[cast("int", user.args[1])]
-            user.replace_all_uses_with(env.get(result, result))
-            graph.erase_node(user)
-    graph.erase_node(call)
-
-
-def _moved(node: fx.Node, start: fx.Node, call: fx.Node) -> dict[str, tuple[str, object]]:
-    """The modules that a copied node was made in: those of the call, and then the node's own."""
-    stack, outer, here = (n.meta.get("nn_module_stack") or {} for n in (node, start, call))
-    if list(stack)[: len(outer)] != list(outer) or not outer or not here:
-        return dict(stack)
-    (old, (old_path, _)), (new, (new_path, _)) = (list(s.items())[-1] for s in (outer, here))
-    inner = list(stack.items())[len(outer) :]
-    moved = {
-        new + k.removeprefix(old): (new_path + path.removeprefix(old_path), kind)
-        for k, (path, kind) in inner
-    }
-    return {**here, **moved}

@@ -23,9 +23,15 @@ from lora_fx.conditions import Condition, Size
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
-from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, base_dtype, copied
-from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
+from lora_fx.fx.capture.call import copied, leaves_of, program_key, without_cache
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.expert_forms import has_grouped
+from lora_fx.fx.capture.model_source import base_dtype
+from lora_fx.fx.capture.onnx_names import output_name
+from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
