@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,80 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lora_fx.patching import patched
+
+_IMMUTABLE = {bool, int, float, str, tuple, type(None)}
+"""Types of attributes that a run can only replace."""
+_ATTRIBUTES_OF_TORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
+
+
+@dataclass(frozen=True)
+class _ModuleState:
+    """What a run may replace in one module."""
+
+    module: nn.Module
+    training: bool
+    buffers: Mapping[str, torch.Tensor | None]
+    children: Mapping[str, nn.Module | None]
+    attributes: Mapping[str, object]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _ModuleState:
+        # an attached model's frozen norms say False, whatever they are set to
+        training = module.__dict__.get("training", module.training)
+        attributes = _replaceable_attributes(module)
+        return cls(module, training, dict(module._buffers), dict(module._modules), attributes)
+
+    def restore(self) -> None:
+        self.module.training = self.training
+        self.module._buffers.update(self.buffers)
+        self.module._modules.update(self.children)
+        self.module.__dict__.update(self.attributes)
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
+    """A block in which a model runs in a mode; what a run may leave behind is put back after it.
+
+    That is every module's mode, its buffers, in place or replaced, its children, and the tensors
+    and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
+    leave fake ones, and BigBird takes other attention from the first short input on.
+
+    Args:
+        model: The model.
+        training: The mode in the block; None leaves every module in the mode that it is in.
+    """
+    states = [_ModuleState.of(module) for module in model.modules()]
+    buffer_values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    if training is not None:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for state in states:
+            state.restore()
+        with torch.no_grad():
+            for buffer, value in buffer_values:
+                buffer.copy_(value)
+
+
+def _replaceable_attributes(module: nn.Module) -> dict[str, object]:
+    if isinstance(module, LazyModuleMixin):
+        return {}  # its first run makes it a module of another class
+    return {
+        name: attribute
+        for name, attribute in module.__dict__.items()
+        if type(attribute) in _IMMUTABLE or isinstance(attribute, torch.Tensor)
+    }
+
+
+@contextlib.contextmanager
+def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """A block in which a model draws the same random numbers every time, and is as it was after."""
+    uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count() if uses_cuda else 0)
+    with as_it_was(model, training), torch.random.fork_rng(devices):
+        yield
 
 
 @contextlib.contextmanager
@@ -24,20 +99,18 @@ def same_dtypes() -> Iterator[None]:
 
     def changed(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         with torch.no_grad():
-            new = fn(tensor)
-        return (new.dtype, new.device, new.shape) != (tensor.dtype, tensor.device, tensor.shape)
+            result = fn(tensor)
+        after = (result.dtype, result.device, result.shape)
+        return after != (tensor.dtype, tensor.device, tensor.shape)
 
     def apply_changes(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-        if any(changed(t, fn) for t in (*self.parameters(recurse), *self.buffers(recurse))):
+        tensors = (*self.parameters(recurse), *self.buffers(recurse))
+        if any(changed(tensor, fn) for tensor in tensors):
             return apply(self, fn, recurse)
         return self
 
     with patched(nn.Module, _apply=apply_changes):
         yield
-
-
-_OF_TORCH = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 
 
 @contextlib.contextmanager
@@ -48,86 +121,40 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
     several modules shared would be apart then: the next trace, or the user's own module, is
     another model.
     """
-    own = [
-        (m, {name: x for name, x in vars(m).items() if name not in _OF_TORCH})
-        for m in model.modules()
-    ]
-    contents = dict[int, tuple[Any, Any]]()
-    for _, attributes in own:
-        for x in attributes.values():
-            _keep_contents(x, contents)
+    attributes_of_modules: list[tuple[nn.Module, dict[str, Any]]] = []
+    contents: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        attributes = {
+            name: attribute
+            for name, attribute in vars(module).items()
+            if name not in _ATTRIBUTES_OF_TORCH
+        }
+        attributes_of_modules.append((module, attributes))
+        for attribute in attributes.values():
+            _note_contents(attribute, contents)
     try:
         yield
     finally:
-        for module, attributes in own:
+        for module, attributes in attributes_of_modules:
             vars(module).update(attributes)
-        for container, before in contents.values():
+        for container, content in contents.values():
             container.clear()
             if isinstance(container, dict):
-                container.update(before)
+                container.update(content)
             else:
-                container.extend(before)
+                container.extend(content)
 
 
-def _keep_contents(x: Any, kept: dict[int, tuple[Any, Any]]) -> None:
-    """Note what lists and dicts hold, and those in them, by their ids."""
-    if not (type(x) in _CONTAINERS or isinstance(x, tuple)) or id(x) in kept:
+def _note_contents(thing: Any, contents: dict[int, tuple[Any, Any]]) -> None:
+    """Note what lists and dicts hold, and those in them: id → (the container, its content)."""
+    is_container = type(thing) in _CONTAINERS
+    if not (is_container or isinstance(thing, tuple)) or id(thing) in contents:
         return
-    if not isinstance(x, tuple):
-        kept[id(x)] = x, dict(x) if isinstance(x, dict) else list(x)
-    for inner in x.values() if isinstance(x, dict) else x:
-        _keep_contents(inner, kept)
-
-
-@contextlib.contextmanager
-def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
-    """A block in which a model runs in a mode; what a run may leave behind is put back after it.
-
-    None is the mode that it is in.
-
-    That is every module's mode, its buffers, in place or replaced, its children, and the tensors
-    and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
-    leave fake ones, and BigBird takes other attention from the first short input on.
-    """
-    # an attached model's frozen norms say False, whatever they are set to
-    held = [
-        (m, m.__dict__.get("training", m.training), dict(m._buffers), _plain(m))
-        for m in model.modules()
-    ]
-    children = [(m, dict(m._modules)) for m in model.modules() if m._modules]
-    values = [(b, b.detach().clone()) for b in model.buffers()]
-    if training is not None:
-        model.train(training)
-    try:
-        yield
-    finally:
-        for m, was, buffers, plain in held:
-            m.training = was
-            m._buffers.update(buffers)
-            m.__dict__.update(plain)
-        for m, modules in children:
-            m._modules.update(modules)
-        with torch.no_grad():
-            for b, value in values:
-                b.copy_(value)
-
-
-@contextlib.contextmanager
-def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """A block in which a model draws the same random numbers every time, and is as it was after."""
-    there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if there else 0)
-    with as_it_was(model, training), torch.random.fork_rng(devices):
-        yield
-
-
-PLAIN = {bool, int, float, str, tuple, type(None)}
-"""Types of attributes that a run can only replace."""
-
-
-def _plain(module: nn.Module) -> dict[str, object]:
-    if isinstance(module, LazyModuleMixin):
-        return {}  # its first run makes it a module of another class
-    return {
-        k: v for k, v in module.__dict__.items() if type(v) in PLAIN or isinstance(v, torch.Tensor)
-    }
+    inner_things: Iterable[Any] = thing
+    if isinstance(thing, dict):
+        contents[id(thing)] = thing, dict(thing)
+        inner_things = thing.values()
+    elif is_container:
+        contents[id(thing)] = thing, list(thing)
+    for inner in inner_things:
+        _note_contents(inner, contents)
