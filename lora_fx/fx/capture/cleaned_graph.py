@@ -1,4 +1,4 @@
-"""The cleaned graph of a program: leaves in, flat outputs out, over the skeleton's names."""
+"""The cleaned graph of a program: leaves in, flat outputs out, over the names of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_fx.conditions import Condition
 from lora_fx.fx.capture.block_copies import write_out
 from lora_fx.fx.capture.door import Door, Requested
 from lora_fx.fx.capture.guards import UNKNOWN, GuardLog
-from lora_fx.fx.capture.learnt_sizes import learn
+from lora_fx.fx.capture.learnt_sizes import Shape, learn
 from lora_fx.fx.capture.size_nodes import constants_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import value
@@ -25,6 +25,33 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.text import Json
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A dimension that was asked to be dynamic and that the model fixed.
+
+    Attributes:
+        input: The name of the leaf.
+        dim: The dimension.
+        size: What it is fixed at.
+        op: The line of code, or the reason, that fixed it.
+        rung: How the graph was captured: "pinned" by an export, "recorded" by one recorded run.
+    """
+
+    input: str
+    dim: int
+    size: int
+    op: str
+    rung: str = "pinned"
+
+    def to_json(self) -> Json:
+        """One row of `pinned[]`."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        """A line for people."""
+        return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
 
 
 @dataclass
@@ -37,15 +64,16 @@ class Traced:
         door: The sizes that it takes.
         out_spec: How the flat outputs become what the model returns.
         pinned: Dimensions that were asked to be dynamic and are not.
-        doubtful: What a kernel asked of sizes; a run decides whether it matters.
+        doubtful: Conditions that a kernel asked for; a run decides whether they matter.
         cuts: Numbers that sizes are compared, cut or divided with.
         bodies: What higher-order ops call, by the name that the graph reads.
         left_out: Outputs that are no tensors, and that no graph makes.
-        notes: What else has to be said.
-        own_gradients: What may have another gradient than its forward, which a graph has not.
+        notes: Further notes for the user.
+        own_gradients: Functions and modules whose gradient may differ from that of their forward,
+            by name: a graph has the forward only.
         copies: Calls of blocks that are copies of the nodes of another one.
-        modeless: True where nothing asked for a mode, so that the other one's graph is this one.
-        analyses: What was computed of it; see lora_fx.ir.graph.Analysed.
+        modeless: True where no code asked for the mode, so that this is the other mode's graph too.
+        analyses: What was computed of the graph; see lora_fx.ir.graph.Analysed.
     """
 
     graph: fx.Graph
@@ -64,32 +92,13 @@ class Traced:
     analyses: dict[str, object] = field(default_factory=dict)
 
     def fx_graph(self, root: nn.Module, training: bool) -> FxGraph:
-        """A fresh copy over a tree that holds the tensors; what find saw of one holds for all."""
+        """A fresh copy over a tree that holds the tensors; all copies share what find computes."""
         graph = FxGraph(
             self.graph, root, training=training, bodies=self.bodies, constants=self.constants
         ).clone()
         graph.read_codes()
         graph.share(self.analyses)
         return graph
-
-
-def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
-    """One placeholder for each leaf of the call: constants get one, or lose theirs."""
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    tensors = [p for p in places if isinstance(p.meta.get("val"), torch.Tensor)]
-    for place in places:
-        if place not in tensors:
-            place.replace_all_uses_with(place.meta.get("val"))
-            graph.erase_node(place)
-    wanted = iter(tensors)
-    at = None
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            at = next(wanted)
-            continue
-        anchor = next(iter(graph.nodes)) if at is None else at.next
-        with graph.inserting_before(anchor):
-            at = graph.placeholder(f"constant_{i}")
 
 
 def clean_module(
@@ -115,16 +124,15 @@ def clean_module(
     # these bake dtype and device in: .to(bf16) and autocast would fail on them
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+
     learnt = learn(program, graph, names, log)
-    fixed = tuple(
-        None if s is None else tuple(n if isinstance(n, int) else None for n in s)
-        for s in learnt.sizes
-    )
-    door = Door(tuple(names), fixed, tuple(learnt.conditions))
-    pinned = [
-        Pinned(n, d, size, learnt.fixed.get((names.index(n), d), UNKNOWN))
-        for (n, d), size in door.fixed(requested).items()
-    ]
+    fixed_sizes = tuple(_fixed_sizes(shape) for shape in learnt.sizes)
+    door = Door(tuple(names), fixed_sizes, tuple(learnt.conditions))
+    pinned = []
+    for (name, dim), size in door.fixed(requested).items():
+        line = learnt.fixed.get((names.index(name), dim), UNKNOWN)
+        pinned.append(Pinned(name, dim, size, line))
+
     constants, bodies = constants_and_bodies(module, graph)
     cuts = constants_of(graph)
     finish(graph)
@@ -132,14 +140,53 @@ def clean_module(
     return Traced(graph, constants, door, out_spec, pinned, learnt.doubtful, cuts, bodies)
 
 
+def _fixed_sizes(shape: Shape | None) -> tuple[int | None, ...] | None:
+    """The fixed sizes of a leaf, with None for a free one; None for a leaf that is no tensor."""
+    if shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
 def constants_and_bodies(
     module: fx.GraphModule, graph: fx.Graph
 ) -> tuple[dict[str, torch.Tensor], dict[str, fx.GraphModule]]:
-    """The tensors that a graph reads, and the bodies of higher-order ops."""
-    names = [str(node.target) for node in graph.find_nodes(op="get_attr")]
-    held = {name: operator.attrgetter(name)(module) for name in names}
-    tensors = {n: v for n, v in held.items() if isinstance(v, torch.Tensor)}
-    return tensors, {n: v for n, v in held.items() if isinstance(v, fx.GraphModule)}
+    """The tensors that a graph reads, and the bodies of higher-order ops, by name."""
+    constants: dict[str, torch.Tensor] = {}
+    bodies: dict[str, fx.GraphModule] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        attribute = operator.attrgetter(name)(module)
+        if isinstance(attribute, torch.Tensor):
+            constants[name] = attribute
+        elif isinstance(attribute, fx.GraphModule):
+            bodies[name] = attribute
+    return constants, bodies
+
+
+def match_places(graph: fx.Graph, leaves: Sequence[object]) -> None:
+    """Give a graph one placeholder for each leaf of the call.
+
+    A constant among the leaves gets one that nothing reads; a placeholder of a constant becomes
+    the constant.
+    """
+    tensor_places = []
+    for place in graph.find_nodes(op="placeholder"):
+        constant = place.meta.get("val")
+        if isinstance(constant, torch.Tensor):
+            tensor_places.append(place)
+        else:
+            place.replace_all_uses_with(constant)
+            graph.erase_node(place)
+
+    next_place = iter(tensor_places)
+    previous: fx.Node | None = None
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            previous = next(next_place)
+            continue
+        following = next(iter(graph.nodes)) if previous is None else previous.next
+        with graph.inserting_before(following):
+            previous = graph.placeholder(f"constant_{i}")
 
 
 def finish(graph: fx.Graph) -> None:
@@ -156,32 +203,24 @@ def _follow_device(graph: fx.Graph) -> None:
     A captured Llama has 28 of them, and the graph would stay on the device of the capture.
     """
     places = graph.find_nodes(op="placeholder")
-    first = next((n for n in places if isinstance(value(n), torch.Tensor)), None)
-    literals = (a for n in graph.nodes for a in tree_leaves((n.args, n.kwargs)))
-    if first is None or not any(isinstance(a, torch.device) for a in literals):
+    tensor_places = (place for place in places if isinstance(value(place), torch.Tensor))
+    first = next(tensor_places, None)
+    if first is None or not _has_device_literals(graph):
         return
+
     with graph.inserting_after(places[-1]):
         device = graph.call_function(getattr, (first, "device"))
-    for n in graph.nodes:
-        n.args, n.kwargs = map_aggregate(
-            (n.args, n.kwargs), lambda a: device if isinstance(a, torch.device) else a
-        )
+
+    def followed(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), followed)
 
 
-@dataclass(frozen=True)
-class Pinned:
-    """A dimension that was asked to be dynamic and that the model fixed."""
-
-    input: str
-    dim: int
-    size: int
-    op: str
-    rung: str = "pinned"
-
-    def to_json(self) -> Json:
-        """One row of `pinned[]`."""
-        return dict(vars(self))
-
-    def __str__(self) -> str:
-        """A line for people."""
-        return f"{self.input} dimension {self.dim} is fixed at {self.size} by {self.op}"
+def _has_device_literals(graph: fx.Graph) -> bool:
+    for node in graph.nodes:
+        arguments = tree_leaves((node.args, node.kwargs))
+        if any(isinstance(argument, torch.device) for argument in arguments):
+            return True
+    return False

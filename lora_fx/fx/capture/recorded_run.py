@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.fx import traceback
 
 from lora_fx.fx.capture.call import leaf_names
@@ -42,54 +42,67 @@ def record(entry: RootModule, named: Named, why: str) -> Traced:
         why: Why torch.export refused, for `pinned`.
     """
     leaves, spec = tree_flatten(dict(named))
-    names, made = leaf_names(named), list[Any]()
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     # nothing is kept for a backward pass; what the model runs without gradient shows all the same
-    frozen = {n: nn.Parameter(p.detach(), False) for n, p in entry.named_parameters()}
-    buffers = {n: b.clone() for n, b in entry.named_buffers()}
+    parameters = {n: nn.Parameter(p.detach(), False) for n, p in entry.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in entry.named_buffers()}
+    out_spec: Any = None
 
-    def run(parameters: Any, buffers: Any, given: list[torch.Tensor]) -> list[Any]:
-        rest = iter(given)
-        all_leaves = [next(rest) if isinstance(x, torch.Tensor) else x for x in leaves]
-        arguments = (tree_unflatten(all_leaves, spec),)
+    def run(parameters: Any, buffers: Any, given_tensors: list[torch.Tensor]) -> list[Any]:
+        nonlocal out_spec
+        next_tensor = iter(given_tensors)
+        run_leaves = [
+            next(next_tensor) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        ]
+        arguments = (tree_unflatten(run_leaves, spec),)
         out = torch.func.functional_call(entry, {**parameters, **buffers}, arguments)
-        flat, out_spec = tree_flatten(out)
-        made[:] = [out_spec]
-        return flat
+        flat_outputs, out_spec = tree_flatten(out)
+        return flat_outputs
 
     source = entry.source()
-    modes = quiet(), torch.enable_grad(), _scopes(source), same_dtypes()
-    with contextlib.ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
-        seen = stack.enter_context(observing(source))
-        module = make_fx(
+    with (
+        quiet(),
+        torch.enable_grad(),
+        _scopes(source),
+        same_dtypes(),
+        observing(source) as observed,
+    ):
+        record_run = make_fx(
             run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
-        )(frozen, buffers, [x.clone() for x in tensors])
+        )
+        module = record_run(parameters, buffers, [tensor.clone() for tensor in tensors])
+
     graph = module.graph
     without_grad_modes(graph)
     constants, bodies = constants_and_bodies(module, graph)
     graph.owning_module = None  # it has none of the model's names
-    places = graph.find_nodes(op="placeholder")
-    for place, name in zip(places, (*frozen, *buffers), strict=False):
-        with graph.inserting_before(place):
-            read = graph.get_attr(name)
-        read.meta = dict(place.meta)
-        place.replace_all_uses_with(read)
-        graph.erase_node(place)
+    _read_by_name(graph, (*parameters, *buffers))
     match_places(graph, leaves)
-    (end,) = graph.find_nodes(op="output")
-    end.args = (tuple(end.args[0]),)
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tuple(output.args[0]),)
     finish(graph)
-    sizes = tuple(tuple(x.shape) if isinstance(x, torch.Tensor) else None for x in leaves)
-    traced = Traced(graph, constants, Door(tuple(names), sizes), made[0], bodies=bodies)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
-    traced.pinned = [
-        Pinned(n, d, size, why, "recorded")
-        for n, shape in zip(names, sizes, strict=True)
-        for d, size in enumerate(shape or ())
-    ]
+
+    names = leaf_names(named)
+    sizes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+    traced = Traced(graph, constants, Door(tuple(names), sizes), out_spec, bodies=bodies)
+    traced.left_out = tuple(entry.left_out())
+    traced.notes = tuple(observed.notes)
+    traced.own_gradients = tuple(observed.own_gradients)
+    for name, shape in zip(names, sizes, strict=True):
+        for dim, size in enumerate(shape or ()):
+            traced.pinned.append(Pinned(name, dim, size, why, "recorded"))
     return traced
+
+
+def _read_by_name(graph: fx.Graph, names: Iterable[str]) -> None:
+    """Turn the first placeholders of a graph into reads of the model's tensors of these names."""
+    places = graph.find_nodes(op="placeholder")
+    for place, name in zip(places, names, strict=False):
+        with graph.inserting_before(place):
+            tensor = graph.get_attr(name)
+        tensor.meta = dict(place.meta)
+        place.replace_all_uses_with(tensor)
+        graph.erase_node(place)
 
 
 @contextlib.contextmanager
@@ -101,7 +114,7 @@ def _scopes(model: nn.Module) -> Iterator[None]:
         stack[path] = (path, type(module).__qualname__)
         traceback.current_meta["nn_module_stack"] = dict(stack)
 
-    def leave(path: str, _m: object, _args: object, _out: object) -> None:
+    def leave(path: str, _module: object, _args: object, _out: object) -> None:
         stack.pop(path, None)
         traceback.current_meta["nn_module_stack"] = dict(stack)
 

@@ -1,4 +1,4 @@
-"""One torch.export of a source, cleaned into a flat graph over the skeleton's names."""
+"""One torch.export of a model, cleaned into a flat graph over the names of its tensors."""
 
 from __future__ import annotations
 
@@ -43,29 +43,36 @@ def trace(entry: RootModule, named: Named, requested: Requested, *, repeat: bool
         repeat: Trace blocks that repeat once; see lora_fx.fx.capture.repeat.
     """
     try:
-        return _repeated(entry, named, requested, repeat=repeat)
+        return _trace_blocks(entry, named, requested, repeat=repeat)
     except Exception:
-        lone = ones_of(named, requested)
-        if not lone:
+        dims_of_size_one = ones_of(named, requested)
+        if not dims_of_size_one:
             raise
-        traced = _repeated(entry, named, less(requested, lone), repeat=repeat)
+        traced = _trace_blocks(entry, named, less(requested, dims_of_size_one), repeat=repeat)
         where = "the model: it does not run at size 2"
-        traced.pinned = [*traced.pinned, *(Pinned(n, d, 1, where) for n, d in lone)]
+        pinned = [Pinned(name, dim, 1, where) for name, dim in dims_of_size_one]
+        traced.pinned = [*traced.pinned, *pinned]
         return traced
 
 
-def _repeated(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
+def _trace_blocks(entry: RootModule, named: Named, requested: Requested, *, repeat: bool) -> Traced:
     """Export with blocks that repeat traced once, or each for itself where that fails."""
-    if repeat and (repeats := Repeats(entry.source())).families:
-        try:
-            with repeats.watching():
-                traced = _trace(entry, named, requested)
-            traced.copies = repeats.copies
-            return traced
-        except Exception as error:  # of the model, or it comes of the watching
-            if raises_alike(entry, named, error):
-                raise
-    return _trace(entry, named, requested)
+    if not repeat:
+        return _export_once(entry, named, requested)
+    repeats = Repeats(entry.source())
+    if not repeats.families:
+        return _export_once(entry, named, requested)
+
+    try:
+        with repeats.watching():
+            traced = _export_once(entry, named, requested)
+    except Exception as error:  # the model raises it, or the watching does
+        if raises_alike(entry, named, error):
+            raise
+    else:
+        traced.copies = repeats.copies
+        return traced
+    return _export_once(entry, named, requested)
 
 
 def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -> bool:
@@ -78,48 +85,68 @@ def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -
         named: Its arguments.
         error: What its export raised.
     """
-    fake = next((p.fake_mode for p in entry.parameters() if fake_tensors.is_fake(p)), None)
+    fakes = (p.fake_mode for p in entry.parameters() if fake_tensors.is_fake(p))
+    fake_mode = next(fakes, None)
     inputs = dict(named)
-    if fake is not None:
-        static = partial(fake.from_tensor, static_shapes=True)
-        inputs = tree_map_only(torch.Tensor, static, inputs)
+    if fake_mode is not None:
+        as_fake = partial(fake_mode.from_tensor, static_shapes=True)
+        inputs = tree_map_only(torch.Tensor, as_fake, inputs)
+
+    on_fake_tensors = fake_mode or contextlib.nullcontext()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), fake or contextlib.nullcontext():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), on_fake_tensors:
             entry(inputs)
-    except Exception as found:
-        return type(found) is type(error) and str(found) == str(error)
+    except Exception as untraced:
+        return type(untraced) is type(error) and str(untraced) == str(error)
     return False
 
 
-def _trace(entry: RootModule, named: Named, requested: Requested) -> Traced:
-    """Export once, through one dict argument.
+def _export_once(entry: RootModule, named: Named, requested: Requested) -> Traced:
+    """Export a model through one dict argument, and clean its graph.
 
     torch 2.13 cannot name shapes inside **kwargs ("Must provide a tree_name"), and that is how
     Hugging Face's Trainer passes num_items_in_batch.
     """
-    given, spec = leaves_of(named), tree_structure(dict(named))
-    free = [requested.get(n, {}) if isinstance(x, torch.Tensor) else {} for n, x in given]
-    large = [at_least_two(x, dims) for (_, x), dims in zip(given, free, strict=True)]
-    named = tree_unflatten(apart(large), spec)
-    shapes = tree_unflatten([{d: Dim.AUTO for d in dims} or None for dims in free], spec)
+    names: list[str] = []
+    examples: list[Any] = []
+    dynamic_dims: list[dict[int, Any] | None] = []
+    for name, leaf in leaves_of(named):
+        dims = requested.get(name, {}) if isinstance(leaf, torch.Tensor) else {}
+        names.append(name)
+        examples.append(at_least_two(leaf, dims))
+        dynamic_dims.append(dict.fromkeys(dims, Dim.AUTO) or None)
+    spec = tree_structure(dict(named))
+    arguments = tree_unflatten(apart(examples), spec)
+    dynamic_shapes = tree_unflatten(dynamic_dims, spec)
+
     log = GuardLog()
     model = entry.source()
     with (
         log.listening(),
         same_dtypes(),
         same_attributes(model),
-        observing(model) as seen,
-        observing_modes(model) as read,
+        observing(model) as observed,
+        observing_modes(model) as mode_readers,
     ):
-        program = export_program(entry, (named,), (shapes,))
+        program = export_program(entry, (arguments,), (dynamic_shapes,))
     module = program.module(check_guards=False)
-    traced = clean_module(module, program, [n for n, _ in given], requested, log)
-    traced.left_out, traced.notes, traced.own_gradients = tuple(entry.left_out()), *seen()
-    # what draws numbers may be a layer that a train mode drops, see observing; the bodies of
-    # higher-order ops are traced by a compiler, whose reads are not seen
-    bodies = any(isinstance(n.target, HigherOrderOperator) for n in program.graph.nodes)
-    traced.modeless = not (read() or bodies or random_ops(traced.graph))
+    traced = clean_module(module, program, names, requested, log)
+
+    traced.left_out = tuple(entry.left_out())
+    traced.notes = tuple(observed.notes)
+    traced.own_gradients = tuple(observed.own_gradients)
+    traced.modeless = not mode_readers and _has_no_mode(program, traced.graph)
     return traced
+
+
+def _has_no_mode(program: ExportedProgram, graph: fx.Graph) -> bool:
+    """Whether nothing in a graph can be another in the other mode, if no module read its mode.
+
+    What draws numbers may be a layer that a train mode drops, see `EveryLayer`; the bodies of
+    higher-order ops are traced by a compiler, whose reads are not seen.
+    """
+    has_bodies = any(isinstance(n.target, HigherOrderOperator) for n in program.graph.nodes)
+    return not has_bodies and not random_ops(graph)
 
 
 def export_program(
@@ -132,8 +159,9 @@ def export_program(
     where the example is shorter. Only what a model's own code says of free sizes has lines worth
     looking up, node by node: that takes a sixth of an export.
     """
-    looked = not isinstance(module, fx.GraphModule) and any(tree_leaves(shapes))
-    lines = patched(fx.config, do_not_emit_stack_traces=not looked)
+    has_own_code = not isinstance(module, fx.GraphModule)
+    wants_lines = has_own_code and any(tree_leaves(shapes))
+    lines = patched(fx.config, do_not_emit_stack_traces=not wants_lines)
     # an example of batch 1 still gives a free dimension
     with quiet(), symbolic_sizes.ones_stay_free(), recurrent_shapes(), lines:
         return torch.export.export(
@@ -143,6 +171,14 @@ def export_program(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+def at_least_two(leaf: Any, dims: Mapping[int, str]) -> Any:
+    """A leaf whose every dynamic dimension of size 1 is doubled to 2."""
+    for dim in dims:
+        if dim < leaf.dim() and leaf.shape[dim] == 1:
+            leaf = torch.cat([leaf, leaf], dim)
+    return leaf
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
@@ -158,11 +194,12 @@ def recurrent_shapes() -> Iterator[None]:
     torch's rule for a traced one runs every step of it in Python, which fixes the length.
     """
     ops = (aten.lstm.input, aten.gru.input)  # the exporter to ONNX has no RNN, and needs its steps
-    held = [(op, dict(op.py_kernels), decomposition_table[op]) for op in ops]
+    originals = [(op, dict(op.py_kernels), decomposition_table[op]) for op in ops]
 
-    def shapes(x: torch.Tensor, hx: object, *args: object) -> tuple[torch.Tensor, ...]:
+    def output_shapes(x: torch.Tensor, hx: object, *args: object) -> tuple[torch.Tensor, ...]:
         states: Any = hx if isinstance(hx, (tuple, list)) else [hx]
-        directions = 2 if args[5] else 1
+        is_bidirectional = args[5]
+        directions = 2 if is_bidirectional else 1
         out = x.new_empty((*x.shape[:2], directions * states[0].shape[2]))
         return out, *map(torch.empty_like, states)
 
@@ -173,16 +210,8 @@ def recurrent_shapes() -> Iterator[None]:
 
     try:
         for op in ops:
-            put(op, dict.fromkeys(op.py_kernels, shapes), shapes)
+            put(op, dict.fromkeys(op.py_kernels, output_shapes), output_shapes)
         yield
     finally:
-        for kept in held:
-            put(*kept)
-
-
-def at_least_two(x: Any, dims: Mapping[int, str]) -> Any:
-    """A leaf whose every dynamic dimension of size 1 is doubled to 2."""
-    for d in dims:
-        if d < x.dim() and x.shape[d] == 1:
-            x = torch.cat([x, x], d)
-    return x
+        for op, kernels, decomposition in originals:
+            put(op, kernels, decomposition)
