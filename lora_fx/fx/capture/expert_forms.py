@@ -5,12 +5,15 @@ that the values chose, which no export follows and a recorded run writes down fo
 values only: a capture takes one grouped product instead. For that one ONNX has no op, nor has
 ATen where torch lacks the kernel: a capture for export takes the batched form, which gathers
 every row's matrices by common ops.
+
+Other libraries and plain models write the same loop themselves: see `EveryTurn`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,83 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx.fx.graph.ops import row_of
 from lora_fx.patching import patched
+
+EAGER = "eager"
+GROUPED = "grouped_mm"
+BATCHED = "batched_mm"
+
+
+def has_grouped(graph: fx.Graph) -> bool:
+    """True when a graph has a grouped product."""
+    rows = (row_of(node) for node in graph.nodes)
+    return any(row is not None and row.op == GROUPED for row in rows)
+
+
+@contextlib.contextmanager
+def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str, ...]]:
+    """A context in which transformers' experts run in a form that a graph can hold.
+
+    Args:
+        model: The model; its configs are put back.
+        portable: Take the form that other runtimes have.
+
+    Yields:
+        Notes for the user: which form stands for a loop.
+    """
+    name = "_experts_implementation_internal"  # the public setter also reaches into sub-configs
+    notes: tuple[str, ...] = ()
+    with contextlib.ExitStack() as switched:
+        for experts in model.modules():
+            if not hasattr(experts, "_apply_gate"):
+                continue
+            config = getattr(experts, "config", None)
+            if not hasattr(config, name):  # another library's
+                continue
+            configured = getattr(config, name) or EAGER
+            form = BATCHED if portable or not _is_aligned(experts) else GROUPED
+            if configured == EAGER or (configured == GROUPED and portable):
+                switched.enter_context(patched(config, **{name: form}))
+            if configured == EAGER:
+                notes = (
+                    f"experts that run in a loop (experts_implementation={EAGER!r}) are captured "
+                    f"as {form!r}, which has the same numbers; the model keeps its loop",
+                )
+        yield notes
+
+
+def _is_aligned(experts: nn.Module) -> bool:
+    """True where the grouped product takes these matrices: in bfloat16 torch's kernel traces it.
+
+    Every row and column of such a matrix has to fill whole units of 16 bytes.
+    """
+    for parameter in experts.parameters():
+        if parameter.dtype != torch.bfloat16 or parameter.dim() != 3:
+            continue
+        if any(size * parameter.element_size() % 16 for size in parameter.shape[1:]):
+            return False
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """The places where a mask is true, as nonzero gives them.
+
+    Attributes:
+        tensor: The result of nonzero, or of a squeeze of it.
+        mask: The mask.
+        shape: That of one place: [1], or [] after the squeeze.
+    """
+
+    tensor: torch.Tensor
+    mask: torch.Tensor
+    shape: list[int]
+
+    def all_places(self) -> tuple[torch.Tensor, ...]:
+        """The number of every place of the mask, whether it is true there or not."""
+        device = self.mask.device
+        return tuple(
+            torch.tensor(i, device=device).reshape(self.shape) for i in range(self.mask.shape[0])
+        )
 
 
 class EveryTurn(TorchFunctionMode):
@@ -35,69 +115,26 @@ class EveryTurn(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.turns: list[int] = []
-        self._places: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []
+        self._places: list[_Places] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Run a function; the parts of a mask's places are the numbers of all places."""
         if func in (torch.unbind, torch.Tensor.unbind) and args[1:] in ((), (0,)) and not kwargs:
-            for places, mask, shape in self._places:
-                if args[0] is places:
-                    self.turns.append(mask.shape[0])
-                    rows = range(mask.shape[0])
-                    return tuple(torch.tensor(i, device=mask.device).reshape(shape) for i in rows)
+            for places in self._places:
+                if args[0] is places.tensor:
+                    self.turns.append(places.mask.shape[0])
+                    return places.all_places()
         if func is torch.Tensor.__format__ and args[0].dim() == 0:  # the name of an expert
             return format(args[0].item(), args[1])
+
         result = func(*args, **(kwargs or {}))
         if func in (torch.nonzero, torch.Tensor.nonzero) and not kwargs:
             mask = args[0]
             if mask.dim() == 1 and isinstance(mask.shape[0], int):
-                self._places.append((result, mask, [1]))
+                self._places.append(_Places(result, mask, [1]))
         elif func in (torch.squeeze, torch.Tensor.squeeze) and args[1:] in ((1,), (-1,)):
-            self._places += [(result, m, []) for p, m, _ in self._places if p is args[0]]
+            squeezed = [places for places in self._places if places.tensor is args[0]]
+            self._places += [_Places(result, places.mask, []) for places in squeezed]
         return result
-
-
-EAGER, GROUPED, BATCHED = "eager", "grouped_mm", "batched_mm"
-
-
-def has_grouped(graph: fx.Graph) -> bool:
-    """True when a graph has a grouped product."""
-    return any((row := row_of(n)) is not None and row.op == GROUPED for n in graph.nodes)
-
-
-@contextlib.contextmanager
-def traceable_experts(model: nn.Module, *, portable: bool) -> Iterator[tuple[str, ...]]:
-    """A context in which transformers' experts run in a form that a graph can hold.
-
-    Args:
-        model: The model; its configs are put back.
-        portable: Take the form that other runtimes have.
-
-    Yields:
-        What has to be said: which form stands for a loop.
-    """
-    name = "_experts_implementation_internal"  # the public setter also reaches into sub-configs
-    said: tuple[str, ...] = ()
-    with contextlib.ExitStack() as switched:
-        for experts in (m for m in model.modules() if hasattr(m, "_apply_gate")):
-            config = getattr(experts, "config", None)
-            if not hasattr(config, name):  # another library's
-                continue
-            own = getattr(config, name) or EAGER
-            form = BATCHED if portable or not _aligned(experts) else GROUPED
-            if own == EAGER or (own == GROUPED and portable):
-                switched.enter_context(patched(config, **{name: form}))
-            if own == EAGER:
-                said = (
-                    f"experts that run in a loop (experts_implementation={EAGER!r}) are captured "
-                    f"as {form!r}, which has the same numbers; the model keeps its loop",
-                )
-        yield said
-
-
-def _aligned(experts: nn.Module) -> bool:
-    """True where the grouped product takes these matrices: in bfloat16 torch's kernel traces it."""
-    narrow = [p for p in experts.parameters() if p.dtype == torch.bfloat16 and p.dim() == 3]
-    return not any(n * p.element_size() % 16 for p in narrow for n in p.shape[1:])
