@@ -1,4 +1,4 @@
-"""The call of a captured model: arguments are bound by its signature, sizes checked at the door."""
+"""The call of a captured model: its arguments by name, as flat leaves, and without caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from lora_fx.fx.trees import register_dataclass, tree_flatten_with_path, tree_leaves, tree_map_only
+from lora_fx.fx.trees import (
+    register_dataclass,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+)
 from lora_fx.inputs import Named
 
 _EMPTY = inspect.Parameter.empty
@@ -22,22 +27,29 @@ class Signature:
     """
 
     def __init__(self, forward: Callable[..., Any] | inspect.Signature) -> None:
-        self.signature = inspect.signature(forward) if callable(forward) else forward
+        if callable(forward):
+            self.signature = inspect.signature(forward)
+        else:
+            self.signature = forward
         kinds = inspect.Parameter
-        params = self.signature.parameters.values()
+        parameters = self.signature.parameters.values()
 
-        def of(kind: object) -> list[str]:
-            return [p.name for p in params if p.kind is kind]
+        def names_of(kind: object) -> list[str]:
+            return [parameter.name for parameter in parameters if parameter.kind is kind]
 
-        self.positional_only = of(kinds.POSITIONAL_ONLY)
-        self.positional = self.positional_only + of(kinds.POSITIONAL_OR_KEYWORD)
-        named = self.positional + of(kinds.KEYWORD_ONLY)
+        self.positional_only = names_of(kinds.POSITIONAL_ONLY)
+        self.positional = self.positional_only + names_of(kinds.POSITIONAL_OR_KEYWORD)
+        named = self.positional + names_of(kinds.KEYWORD_ONLY)
         self.keywords = set(named)
-        self.rest = next(iter(of(kinds.VAR_POSITIONAL)), "")
-        self.open = bool(of(kinds.VAR_KEYWORD))
-        self.order = {p.name: i for i, p in enumerate(params)}
-        self.defaults = {p.name: p.default for p in params if p.default is not _EMPTY}
-        self.required = [n for n in named if n not in self.defaults]
+        self.rest = next(iter(names_of(kinds.VAR_POSITIONAL)), "")
+        self.open = bool(names_of(kinds.VAR_KEYWORD))
+        self.order = {parameter.name: i for i, parameter in enumerate(parameters)}
+        self.defaults = {
+            parameter.name: parameter.default
+            for parameter in parameters
+            if parameter.default is not _EMPTY
+        }
+        self.required = [name for name in named if name not in self.defaults]
 
     def bind(self, args: Sequence[Any], kwargs: Named) -> dict[str, Any]:
         """The arguments by name, in the order of the signature, without those at their defaults.
@@ -46,9 +58,9 @@ class Signature:
             TypeError: As the original would: an unknown, repeated or missing argument.
         """
         named: dict[str, Any] = {}
-        for i, v in enumerate(args):
+        for i, argument in enumerate(args):
             if i < len(self.positional):
-                named[self.positional[i]] = v
+                named[self.positional[i]] = argument
             elif self.rest:
                 named[self.rest] = tuple(args[i:])
                 break
@@ -56,34 +68,35 @@ class Signature:
                 raise TypeError(
                     f"takes {len(self.positional)} positional arguments, got {len(args)}"
                 )
-        for k, v in kwargs.items():
-            if k in named:
-                raise TypeError(f"got multiple values for argument {k!r}")
-            if k not in self.keywords and not self.open:
-                raise TypeError(f"got an unexpected keyword argument {k!r}")
-            named[k] = v
-        for k in self.required:
-            if k not in named:
-                raise TypeError(f"missing a required argument: {k!r}")
+        for name, argument in kwargs.items():
+            if name in named:
+                raise TypeError(f"got multiple values for argument {name!r}")
+            if name not in self.keywords and not self.open:
+                raise TypeError(f"got an unexpected keyword argument {name!r}")
+            named[name] = argument
+        for name in self.required:
+            if name not in named:
+                raise TypeError(f"missing a required argument: {name!r}")
         last = len(self.order)
-        names = sorted(named, key=lambda k: (self.order.get(k, last), k))
-        return {k: named[k] for k in names if not self._is_default(k, named[k])}
+        names = sorted(named, key=lambda name: (self.order.get(name, last), name))
+        return {name: named[name] for name in names if not self._is_default(name, named[name])}
 
     def _is_default(self, name: str, value: object) -> bool:
         """Whether an argument is the plain value that the forward has without it."""
         default = self.defaults.get(name, _EMPTY)
         if value is None:
             return default is None
-        plain = isinstance(value, (bool, int, float, str)) and type(value) is type(default)
-        return plain and bool(value == default)
+        is_plain = isinstance(value, (bool, int, float, str)) and type(value) is type(default)
+        return is_plain and bool(value == default)
 
     def call(self, forward: Callable[..., Any], named: Named) -> Any:
         """Call a forward of this signature with bound arguments."""
-        named = dict(named)
-        rest = named.pop(self.rest, ()) if self.rest else ()
-        names = self.positional if rest else self.positional_only
-        lead = [named.pop(n, self.defaults.get(n)) for n in names]
-        return forward(*lead, *rest, **named)
+        keywords = dict(named)
+        var_positional = keywords.pop(self.rest, ()) if self.rest else ()
+        # what comes before *args has to be positional too
+        names = self.positional if var_positional else self.positional_only
+        positional = [keywords.pop(name, self.defaults.get(name)) for name in names]
+        return forward(*positional, *var_positional, **keywords)
 
 
 def without_cache(out: object, left_out: list[str] | None = None) -> object:
@@ -100,22 +113,30 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             register_dataclass(type(leaf))
             return without_cache(out, left_out)
-    held = dict(enumerate(out)) if type(out) is tuple else out if isinstance(out, dict) else {}
-    caches = [k for k, v in held.items() if is_cache(v)]
-    if not caches:
+
+    if type(out) is tuple:
+        outputs: dict[Any, Any] = dict(enumerate(out))
+    elif isinstance(out, dict):
+        outputs = out
+    else:
+        return out
+    cache_keys = [key for key, output in outputs.items() if is_cache(output)]
+    if not cache_keys:
         return out
     if left_out is not None:
-        left_out += [str(k) for k in caches]
-    kept = {str(k): v for k, v in held.items() if k not in caches}
-    return tuple(kept.values()) if type(out) is tuple else type(out)(**kept)
+        left_out += [str(key) for key in cache_keys]
+    remaining = {str(key): output for key, output in outputs.items() if key not in cache_keys}
+    if type(out) is tuple:
+        return tuple(remaining.values())
+    return type(out)(**remaining)
 
 
 def is_cache(value: object) -> bool:
     """Whether this is a key-value cache of transformers, or of a model of it that has its own."""
-    kinds = type(value).__mro__
-    return any(
-        k.__module__.startswith("transformers.") and k.__name__.endswith("Cache") for k in kinds
-    )
+    for kind in type(value).__mro__:
+        if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache"):
+            return True
+    return False
 
 
 def apart(leaves: Sequence[Any]) -> list[Any]:
@@ -124,26 +145,39 @@ def apart(leaves: Sequence[Any]) -> list[Any]:
     torch.export would take the two (labels=input_ids) for one input, and the graph would mix them
     up. The steps of a cut, `ids[:, :16]`, would be sizes of their own, which other calls have not.
     """
-    seen: set[int] = set()
-    result = []
-    for x in leaves:
-        given = x
-        if isinstance(x, torch.Tensor) and x.layout is torch.strided and x.numel():
-            steps = zip(x.shape, x.stride(), strict=True)
-            if x.numel() != 1 + sum((n - 1) * step for n, step in steps):  # cut, or expanded
-                x = x.contiguous()
-        result.append(x.clone() if isinstance(x, torch.Tensor) and id(given) in seen else x)
-        seen.add(id(given))
+    seen_ids: set[int] = set()
+    result: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            result.append(leaf)
+            continue
+        tensor = leaf.contiguous() if _is_cut_or_expanded(leaf) else leaf
+        result.append(tensor.clone() if id(leaf) in seen_ids else tensor)
+        seen_ids.add(id(leaf))
     return result
+
+
+def _is_cut_or_expanded(tensor: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor do not fill a span of memory, each once."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * step for size, step in steps)
+    return tensor.numel() != span
 
 
 def leaves_of(named: Named) -> list[tuple[str, Any]]:
     """Names and leaves, flattened: the argument's name, with `.i` for parts of a container."""
-    result = []
-    for path, leaf in tree_flatten_with_path(dict(named))[0]:
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        result.append((".".join(parts), leaf))
-    return result
+    leaves_with_paths, _ = tree_flatten_with_path(dict(named))
+    return [(".".join(map(_key_text, path)), leaf) for path, leaf in leaves_with_paths]
+
+
+def _key_text(key: object) -> str:
+    """A step of a path into a tree: a key, an index or the name of a field."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
 
 
 def leaf_names(named: Named) -> list[str]:
@@ -153,15 +187,17 @@ def leaf_names(named: Named) -> list[str]:
 
 def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
     """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
-    parts: list[object] = []
-    for k, v in named.items():
-        parts.append(k)
-        if not isinstance(v, torch.Tensor):
-            parts.append(len(tree_leaves(v)))
+    key: list[object] = []
+    for name, argument in named.items():
+        key.append(name)
+        if not isinstance(argument, torch.Tensor):
+            key.append(len(tree_leaves(argument)))
     for leaf in leaves:
-        is_tensor = isinstance(leaf, torch.Tensor)
-        parts.append((leaf.dtype, leaf.dim()) if is_tensor else (type(leaf).__name__, leaf))
-    return tuple(parts)
+        if isinstance(leaf, torch.Tensor):
+            key.append((leaf.dtype, leaf.dim()))
+        else:
+            key.append((type(leaf).__name__, leaf))
+    return tuple(key)
 
 
 def copied(named: Named) -> dict[str, Any]:

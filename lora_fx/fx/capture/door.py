@@ -35,36 +35,46 @@ class Door:
 
         In plain loops, which torch.compile traces.
         """
-        for name, want, leaf in zip(self.names, self.sizes, leaves, strict=True):
-            for i, n in enumerate(want or ()):
-                if n is not None and leaf.shape[i] != n:
+        for name, fixed_sizes, leaf in zip(self.names, self.sizes, leaves, strict=True):
+            for dim, size in enumerate(fixed_sizes or ()):
+                if size is not None and leaf.shape[dim] != size:
                     return SizeError(
-                        f"{name}: captured for sizes {list(want or ())} (None = any), "
+                        f"{name}: captured for sizes {list(fixed_sizes or ())} (None = any), "
                         f"got {list(leaf.shape)}",
                         "give such sizes, or capture with this dimension dynamic",
                     )
         for condition in self.conditions:
-            given = self.given(condition, leaves)
-            if not condition.holds(given):
-                return condition.refusal(given)
+            sizes = self.given(condition, leaves)
+            if not condition.holds(sizes):
+                return condition.refusal(sizes)
         return None
 
     def free(self, requested: Requested) -> dict[str, dict[int, str]]:
         """Name of a tensor leaf → {dimension: symbol} of what should be dynamic and is."""
-        return {
-            name: {d: s for d, s in requested.get(name, {}).items() if fixed[d] is None}
-            for name, fixed in zip(self.names, self.sizes, strict=True)
-            if fixed is not None
-        }
+        free_dims: dict[str, dict[int, str]] = {}
+        for name, fixed_sizes in zip(self.names, self.sizes, strict=True):
+            if fixed_sizes is None:
+                continue
+            symbols = requested.get(name, {})
+            free_dims[name] = {
+                dim: symbol for dim, symbol in symbols.items() if fixed_sizes[dim] is None
+            }
+        return free_dims
 
     def fixed(self, requested: Requested) -> dict[Size, int]:
         """The sizes that should be dynamic and are not."""
-        held = ((n, fixed) for n, fixed in zip(self.names, self.sizes, strict=True) if fixed)
-        pairs = ((n, d, fixed) for n, fixed in held for d in requested.get(n, {}) if d < len(fixed))
-        return {(n, d): size for n, d, fixed in pairs if (size := fixed[d]) is not None}
+        fixed: dict[Size, int] = {}
+        for name, fixed_sizes in zip(self.names, self.sizes, strict=True):
+            for dim in requested.get(name, {}):
+                if fixed_sizes is None or dim >= len(fixed_sizes):
+                    continue
+                size = fixed_sizes[dim]
+                if size is not None:
+                    fixed[name, dim] = size
+        return fixed
 
     def check(self, leaves: Sequence[Any]) -> None:
-        """Raise what refused gives."""
+        """Raise the error of `refused` where there is one."""
         error = self.refused(leaves)
         if error is not None:
             raise error
@@ -75,22 +85,29 @@ class Door:
 
     def given(self, condition: Condition, leaves: Sequence[Any]) -> dict[Size, int]:
         """The sizes that a condition speaks of."""
-        return {(n, d): leaves[self.names.index(n)].shape[d] for _, n, d in condition.sizes}
+        return {
+            (name, dim): leaves[self.names.index(name)].shape[dim]
+            for _, name, dim in condition.sizes
+        }
 
 
 def ones_of(named: Named, requested: Requested) -> list[tuple[str, int]]:
     """(leaf name, dimension) of what should be dynamic and has size 1."""
     leaves = dict(leaves_of(named))
-    return [
-        (n, d)
-        for n, dims in requested.items()
-        for d in dims
-        if isinstance(x := leaves.get(n), torch.Tensor) and d < x.dim() and x.shape[d] == 1
-    ]
+    dims_of_size_one: list[tuple[str, int]] = []
+    for name, dims in requested.items():
+        leaf = leaves.get(name)
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        for dim in dims:
+            if dim < leaf.dim() and leaf.shape[dim] == 1:
+                dims_of_size_one.append((name, dim))
+    return dims_of_size_one
 
 
 def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
     """What should be dynamic, but for these dimensions, which become fixed."""
-    return {
-        n: {d: s for d, s in dims.items() if (n, d) not in fixed} for n, dims in requested.items()
-    }
+    remaining: dict[str, dict[int, str]] = {}
+    for name, dims in requested.items():
+        remaining[name] = {dim: symbol for dim, symbol in dims.items() if (name, dim) not in fixed}
+    return remaining

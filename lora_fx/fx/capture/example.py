@@ -19,25 +19,29 @@ from lora_fx.fx.trees import tree_structure, tree_unflatten
 from lora_fx.inputs import Extents, Input, Inputs, Named
 
 aten = torch.ops.aten
-_PASS = {*VIEWS} | aten_ops(
+_ID_LIKE = {*VIEWS} | aten_ops(
     "add.Tensor add_.Tensor sub.Tensor masked_fill.Scalar masked_fill_.Scalar where.self cat "
     "new_zeros copy_ clamp"
 )
+"""Ops whose results index the tables that their operands index."""
 
 
 def describe(named: Named) -> Inputs:
     """The signature of an example; integers take their limit from the example for now."""
-    specs = []
-    for name, x in leaves_of(named):
-        if not isinstance(x, torch.Tensor):
-            continue
-        whole = not x.dtype.is_floating_point and not x.dtype.is_complex
-        real = whole and x.numel() and has_values(x)
-        high = int(x.max()) + 1 if real and x.dtype != torch.bool else None
+    leaves = leaves_of(named)
+    return Inputs(tuple(_input(name, x) for name, x in leaves if isinstance(x, torch.Tensor)))
+
+
+def _input(name: str, tensor: torch.Tensor) -> Input:
+    high: int | None = None
+    fill: int | None = None
+    is_whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+    if is_whole and tensor.numel() and has_values(tensor):
+        if tensor.dtype != torch.bool:
+            high = int(tensor.max()) + 1
         # torch's padding masks are True where a token is left out, those of transformers where not
-        fill = int(x.double().mean() >= 0.5) if real else None
-        specs.append(Input(name, dtype_name(x.dtype), tuple(x.shape), high=high, fill=fill))
-    return Inputs(tuple(specs))
+        fill = int(tensor.double().mean() >= 0.5)
+    return Input(name, dtype_name(tensor.dtype), tuple(tensor.shape), high=high, fill=fill)
 
 
 def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
@@ -45,23 +49,35 @@ def limits(inputs: Inputs, graph: fx.Graph, door: Door) -> tuple[Input, ...]:
 
     Integers stay below the rows of the tables that they index, sizes where the graph is true.
     """
-    places = zip(door.names, graph.find_nodes(op="placeholder"), strict=True)
-    rows = {name: _rows_reached(place) for name, place in places}
-    free = door.free({s.name: s.dims for s in inputs.specs})
-    return tuple(
-        replace(s, high=min(rows.get(s.name, ()), default=s.high), dims=free.get(s.name, s.dims))
-        for s in inputs.specs
-    )
+    places = graph.find_nodes(op="placeholder")
+    rows: dict[str, list[int]] = {}
+    for name, place in zip(door.names, places, strict=True):
+        rows[name] = _rows_reached(place)
+    free_dims = door.free({spec.name: spec.dims for spec in inputs.specs})
+
+    limited: list[Input] = []
+    for spec in inputs.specs:
+        high = min(rows.get(spec.name, ()), default=spec.high)
+        dims = free_dims.get(spec.name, spec.dims)
+        limited.append(replace(spec, high=high, dims=dims))
+    return tuple(limited)
 
 
 def _rows_reached(place: fx.Node) -> list[int]:
     """Rows of every lookup table whose ids come from an integer input through id-like ops."""
     if not _is_whole(place):
         return []
-    ids = reached([place], lambda n: [u for u in n.users if u.target in _PASS and _is_whole(u)])
-    readers = ((u, n) for n in ids for u in n.users if u.target is aten.embedding.default)
-    tables = (u.args[0] for u, n in readers if u.args[1] is n)
-    return [int(n) for table in tables for n in (shape_of(table) or ())[:1]]
+
+    def id_like_users(node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user.target in _ID_LIKE and _is_whole(user)]
+
+    rows: list[int] = []
+    for ids in reached([place], id_like_users):
+        for lookup in ids.users:
+            if lookup.target is aten.embedding.default and lookup.args[1] is ids:
+                table_shape = shape_of(lookup.args[0]) or ()
+                rows += [int(size) for size in table_shape[:1]]
+    return rows
 
 
 def _is_whole(node: fx.Node) -> bool:
@@ -89,18 +105,22 @@ def sample_call(
         device: Where the tensors go; without it they stay on the CPU.
     """
     drawn = dict(inputs.sample(size, seed))
-    spelled = {onnx_name(name): name for name in drawn} | {name: name for name in drawn}
-    for k, v in (arrays or {}).items():
-        if k not in spelled:
-            raise LoraFxError(f"no input is named {k!r}", f"the inputs are {', '.join(drawn)}")
-        drawn[spelled[k]] = v
+    names_by_spelling = {onnx_name(name): name for name in drawn} | {name: name for name in drawn}
+    for spelling, array in (arrays or {}).items():
+        if spelling not in names_by_spelling:
+            raise LoraFxError(
+                f"no input is named {spelling!r}", f"the inputs are {', '.join(drawn)}"
+            )
+        drawn[names_by_spelling[spelling]] = array
     return filled(named, drawn, device)
 
 
 def filled(named: Named, arrays: Named, device: torch.device | None = None) -> dict[str, Any]:
     """Named arguments again, their tensors from arrays by the names of the leaves."""
-    new = [
-        from_numpy(arrays[n]).to(device, x.dtype) if isinstance(x, torch.Tensor) else x
-        for n, x in leaves_of(named)
-    ]
-    return dict(tree_unflatten(new, tree_structure(dict(named))))
+    leaves: list[Any] = []
+    for name, leaf in leaves_of(named):
+        if isinstance(leaf, torch.Tensor):
+            leaves.append(from_numpy(arrays[name]).to(device, leaf.dtype))
+        else:
+            leaves.append(leaf)
+    return dict(tree_unflatten(leaves, tree_structure(dict(named))))

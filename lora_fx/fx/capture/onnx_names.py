@@ -8,14 +8,6 @@ from dataclasses import replace
 
 from lora_fx.conditions import Condition
 
-
-def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
-    """Conditions over the inputs' names in an ONNX file."""
-    return tuple(
-        replace(c, sizes=tuple((s, onnx_name(n), d) for s, n, d in c.sizes)) for c in conditions
-    )
-
-
 _CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
 
 
@@ -25,17 +17,34 @@ def onnx_name(path: str) -> str:
     >>> onnx_name("pair.0"), onnx_name("past_key_values.0.key")
     ('pair_0', 'past_key_values.0.key')
     """
-    return path if _CACHE.fullmatch(path) else path.replace(".", "_")
-
-
-def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
-    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
-    return {(onnx_name(name), d): s for name, dims in free.items() for d, s in dims.items()}
+    if _CACHE.fullmatch(path):
+        return path
+    return path.replace(".", "_")
 
 
 def output_name(path: str) -> str:
     """The name of a flat output: its field in a dict or output class, else output, output_1."""
     name = path.lstrip(".")
-    if not name or name.split(".")[0].isdigit():
-        return f"output_{name.replace('.', '_')}" if name and name != "0" else "output"
+    if name in ("", "0"):
+        return "output"
+    if name.split(".")[0].isdigit():
+        return f"output_{name.replace('.', '_')}"
     return onnx_name(name)
+
+
+def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Conditions over the inputs' names in an ONNX file."""
+    renamed: list[Condition] = []
+    for condition in conditions:
+        sizes = tuple((symbol, onnx_name(name), dim) for symbol, name, dim in condition.sizes)
+        renamed.append(replace(condition, sizes=sizes))
+    return tuple(renamed)
+
+
+def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
+    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
+    symbols: dict[tuple[str, int], str] = {}
+    for name, dims in free.items():
+        for dim, symbol in dims.items():
+            symbols[onnx_name(name), dim] = symbol
+    return symbols

@@ -12,8 +12,11 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import Signature, without_cache
 
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
-            "DataParallel": "module"}  # fmt: skip
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
 """Classes of torch whose modules call another one, by the name that they hold it under."""
 
 
@@ -24,7 +27,8 @@ def wrappers(model: object) -> Iterator[Any]:
     """
     yield model
     if isinstance(model, nn.Module) and type(model).__module__.startswith("torch."):
-        inner = model._modules.get(WRAPPERS.get(type(model).__name__, ""))
+        inner_name = WRAPPERS.get(type(model).__name__, "")
+        inner = model._modules.get(inner_name)
         if inner is not None:
             yield from wrappers(inner)
 
@@ -55,14 +59,14 @@ class OverTree(nn.Module):
     """Another forward over the tensors and modules of a source, under their names.
 
     Args:
-        source: Whose tree it is, and whose mode; None for a tree of its own.
+        source: The module whose tree and mode it takes; None for a tree of its own.
     """
 
     def __init__(self, source: nn.Module | None) -> None:
         super().__init__()
         if source is not None:
-            for part in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-                self.__dict__[part] = getattr(source, part)
+            for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+                self.__dict__[name] = getattr(source, name)
             self.training = source.training
 
 
@@ -70,19 +74,19 @@ class Called(OverTree):
     """A function as a module; the modules that it closes over are its children."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        bound = getattr(function, "__self__", None)
-        source = bound if isinstance(bound, nn.Module) else None
+        bound_to = getattr(function, "__self__", None)
+        source = bound_to if isinstance(bound_to, nn.Module) else None
         super().__init__(source)
         self.function = function
         inner = inspect.unwrap(function)
         if source is not None or not inspect.isfunction(inner):
             return
-        free = inspect.getclosurevars(inner)
-        for name, v in {**free.globals, **free.nonlocals}.items():
-            if isinstance(v, nn.Module):
-                self.add_module(name, v)
-            elif isinstance(v, nn.Parameter):
-                self.register_parameter(name, v)
+        variables = inspect.getclosurevars(inner)
+        for name, variable in {**variables.globals, **variables.nonlocals}.items():
+            if isinstance(variable, nn.Module):
+                self.add_module(name, variable)
+            elif isinstance(variable, nn.Parameter):
+                self.register_parameter(name, variable)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function."""
