@@ -1,7 +1,7 @@
-"""What torch.export learnt about sizes: the ranges, equalities and orders that a graph is true for.
+"""The guards of an export: what torch.export asked of sizes while it ran, and what code asked.
 
-torch keeps it in three places: asserts among the nodes, ranges of symbols, and placeholders that
-share a symbol. Where a guard came from decides what becomes of it:
+torch keeps what it learnt in three places: asserts among the nodes, ranges of symbols, and
+placeholders that share a symbol. Where a guard came from decides what becomes of it:
 
 branch   Python looked at a size (`if x.shape[1] < 8`): elsewhere another graph is the model
 demand   torch checked that two sizes fit: elsewhere the model does not run
@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import linecache
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -22,7 +24,9 @@ import torch
 from lora_fx.fx.symbolic_sizes import ShapeEnv, canonical
 from lora_fx.patching import patched
 
-BRANCH, DEMAND, LAYOUT = "branch", "demand", "layout"
+BRANCH = "branch"
+DEMAND = "demand"
+LAYOUT = "layout"
 UNKNOWN = "the model's arithmetic"
 
 
@@ -54,9 +58,9 @@ class GuardLog:
 
         def log(env: object, prefix: str, g: object, *args: object, **kwargs: object) -> None:
             if "suppressed" not in prefix:
-                found = Guard(g, *_origin(sys._getframe(1)))
+                guard = Guard(g, *_origin(sys._getframe(1)))
                 for text in (str(g), canonical(g)):
-                    self.guards.setdefault(text, found)
+                    self.guards.setdefault(text, guard)
             original(env, prefix, g, *args, **kwargs)
 
         return patched(kind, _log_guard=log)
@@ -68,49 +72,78 @@ class GuardLog:
     def of_equal(self, symbols: set[object]) -> Guard:
         """The guard of a line of Python that asked whether such sizes are equal, or a demand."""
         for guard in self.guards.values():
-            own: set[object] = getattr(guard.expression, "free_symbols", set())
-            equal = getattr(guard.expression, "rel_op", "") == "==" and len(own) > 1
-            if guard.kind == BRANCH and equal and own & symbols:
+            if guard.kind != BRANCH or getattr(guard.expression, "rel_op", "") != "==":
+                continue
+            compared: set[object] = getattr(guard.expression, "free_symbols", set())
+            if len(compared) > 1 and compared & symbols:
                 return guard
         return Guard(None, DEMAND, UNKNOWN)
 
     def of_bound(self, symbol: object, outside: int) -> Guard:
         """The guard that keeps a symbol from a value."""
         for guard in self.guards.values():
-            own = getattr(guard.expression, "free_symbols", None) == {symbol}
-            if own and guard.expression.subs(symbol, outside) == False:  # noqa: E712 - sympy's own
+            if getattr(guard.expression, "free_symbols", None) != {symbol}:
+                continue
+            if guard.expression.subs(symbol, outside) == False:  # noqa: E712 - sympy's own
                 return guard
         return Guard(None, BRANCH, UNKNOWN)
 
 
 _TORCH = torch.__file__.rpartition("/")[0]
-_MACHINERY = ("/fx/experimental/symbolic_shapes.py", "/fx/experimental/sym_node.py",
-              "/fx/experimental/recording.py")  # fmt: skip
+_MACHINERY = (
+    "/fx/experimental/symbolic_shapes.py",
+    "/fx/experimental/sym_node.py",
+    "/fx/experimental/recording.py",
+)
+_CHECKS = ("_check", "_check_with")
+"""Functions of torch/__init__.py by which code demands something of sizes."""
+_QUESTIONS = ("__bool__", "__int__", "__index__")
+"""Methods of a symbolic number by which Python looks at it."""
 _OURS = __file__.rpartition("/fx/capture/")[0]
 
 
 def _origin(frame: FrameType | None) -> tuple[str, str]:
-    """What kind of guard it is that a stack of frames made, and the line of the user's code."""
-    kind, asked, line = "", False, ""
-    while frame is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        inside = path.startswith(_TORCH)
-        tail = path.removeprefix(_TORCH)
-        if inside and tail == "/export/_trace.py":
-            break  # what called the exporter is no line of the model's
-        if not kind:
-            if tail == "/__init__.py" and name in ("_check", "_check_with"):
-                kind = DEMAND
-            elif tail == "/__init__.py" and name in ("__bool__", "__int__", "__index__"):
-                asked = True
-            elif tail not in _MACHINERY:
-                library = not inside or tail.startswith("/nn/")
-                kind = BRANCH if asked and library else LAYOUT
-        if kind and not inside and not path.startswith(_OURS):
-            code = linecache.getline(path, frame.f_lineno).strip()
-            where = f"{path}, line {frame.f_lineno}, in {name}"
-            return kind, f"{where}: `{code}`" if code else where
-        if kind and inside and tail.startswith("/nn/") and not line:
-            line = f"{path}, line {frame.f_lineno}, in {name}"
+    """The kind of the guard that a stack of frames made, and the line of the user's code.
+
+    From the innermost frame outwards, torch's machinery left out, the kind is:
+    1. a demand, where a check of torch's comes first;
+    2. a branch, where Python looks at a size first, in a library's code or in nn;
+    3. a matter of layout otherwise: a kernel of torch's looked.
+    """
+    frames = _frames_within_export(frame)
+    python_asked = False
+    for inner in frames:
+        path = inner.f_code.co_filename
+        name = inner.f_code.co_name
+        file_of_torch = path.removeprefix(_TORCH)
+        if file_of_torch == "/__init__.py" and name in _CHECKS:
+            return DEMAND, _line_of_user(inner, frames)
+        if file_of_torch == "/__init__.py" and name in _QUESTIONS:
+            python_asked = True
+        elif file_of_torch not in _MACHINERY:
+            is_model_code = not path.startswith(_TORCH) or file_of_torch.startswith("/nn/")
+            kind = BRANCH if python_asked and is_model_code else LAYOUT
+            return kind, _line_of_user(inner, frames)
+    return LAYOUT, UNKNOWN
+
+
+def _frames_within_export(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it, up to the exporter: what called that is no model's line."""
+    while frame is not None and frame.f_code.co_filename != f"{_TORCH}/export/_trace.py":
+        yield frame
         frame = frame.f_back
-    return kind or LAYOUT, line or UNKNOWN
+
+
+def _line_of_user(inner: FrameType, outer: Iterator[FrameType]) -> str:
+    """The innermost line that is neither torch's nor ours; else the innermost of torch.nn's."""
+    line_of_nn = ""
+    for frame in chain([inner], outer):
+        path = frame.f_code.co_filename
+        where = f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+        if path.startswith(_TORCH):
+            if path.startswith(f"{_TORCH}/nn/") and not line_of_nn:
+                line_of_nn = where
+        elif not path.startswith(_OURS):
+            code = linecache.getline(path, frame.f_lineno).strip()
+            return f"{where}: `{code}`" if code else where
+    return line_of_nn or UNKNOWN
