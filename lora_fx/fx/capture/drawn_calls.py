@@ -1,9 +1,19 @@
-"""Calls beyond the example's sizes, at which a graph is compared with its model."""
+"""Calls beyond the example's sizes, at which a graph is compared with its model.
+
+A graph whose blocks were copied may be the model's at the example and nowhere else: a window or a
+clip of distances shows beyond its own length only. So two calls more are drawn. In one every free
+size but the batch is four times the example's; in the other the batch is, the rest is small, and
+floats are large. They are nearer where the graph holds only nearer, where the model does not run,
+and beyond LONGEST, where a run would take long; a call of more than MOST_NUMBERS has no more than
+four times the example's.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import fx
@@ -23,13 +33,16 @@ SMALL = 3
 LARGE = 16.0
 """By what floats are multiplied there: a clip of values shows at large ones only."""
 aten = torch.ops.aten
+_SCALAR_COMPARES = ("lt", "le", "gt", "ge", "eq", "ne", "rsub", "remainder", "fmod", "floor_divide")
+_BOUNDED = ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "tril", "triu")
 _COMPARES = {
-    *(getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "eq", "ne", "rsub")),
-    *(getattr(aten, name).Scalar for name in ("remainder", "fmod", "floor_divide")),
-    *(getattr(aten, name).default for name in ("clamp", "clamp_min", "clamp_max", "clip")),
-    *(getattr(aten, name).default for name in ("hardtanh", "threshold", "tril", "triu")),
-    *(aten.floor_divide.default, aten.div.Tensor_mode, aten.sub.Tensor),
-    *(aten.full.default, aten.full_like.default),  # for a minimum of two tensors
+    *(getattr(aten, name).Scalar for name in _SCALAR_COMPARES),
+    *(getattr(aten, name).default for name in _BOUNDED),
+    aten.floor_divide.default,
+    aten.div.Tensor_mode,
+    aten.sub.Tensor,
+    aten.full.default,  # for a minimum of two tensors
+    aten.full_like.default,
 }
 
 
@@ -41,83 +54,115 @@ def drawn_calls(
     Args:
         inputs: The signature, with the limits and the free sizes of the graph.
         named: The example.
-        graph: Whose numbers tell which sizes may matter.
-        device: Of the example's tensors.
+        graph: Its numbers tell which sizes may matter.
+        device: That of the example's tensors.
     """
     example = _example_sizes(inputs)
-    most = _most(inputs, example)
-    others = {s: n for s, n in example.items() if s != BATCH}
-    batch = {s: n for s, n in example.items() if s == BATCH}
-    beyond = max((2 * n + 1 for n in _numbers(graph)), default=0)
+    largest = _largest_sizes(inputs, example)
+    batch = {symbol: size for symbol, size in example.items() if symbol == BATCH}
+    lengths = {symbol: size for symbol, size in example.items() if symbol != BATCH}
+    beyond_numbers = max((2 * number + 1 for number in _numbers(graph)), default=0)
 
-    def times(sizes: Mapping[str, int], least: int = 0) -> list[dict[str, int]]:
-        wanted = ({s: max(k * n, least) for s, n in sizes.items()} for k in TIMES)
-        return [{s: min(n, most[s]) for s, n in w.items()} for w in wanted]
-
-    long, wide = times(others, beyond), times(batch)
-    if others and batch:
-        few = {BATCH: min(batch[BATCH], 2)}
-        small = {s: min(n, SMALL) for s, n in others.items()}
-        long = [few | sizes for sizes in long]
-        wide = [sizes | lengths for lengths in (small, others) for sizes in wide]
+    long = _multiples(lengths, largest, beyond_numbers)
+    wide = _multiples(batch, largest)
+    if lengths and batch:
+        few_rows = {BATCH: min(batch[BATCH], 2)}
+        small_lengths = {symbol: min(size, SMALL) for symbol, size in lengths.items()}
+        long = [few_rows | sizes for sizes in long]
+        wide = [*(sizes | small_lengths for sizes in wide), *(sizes | lengths for sizes in wide)]
     elif example:
-        long = long if others else wide
-        wide = [{s: n + 1 for s, n in example.items()}]
-    seen = {tuple(s.shape for s in inputs.specs)}
-    rows = [[sizes for sizes in tried if _is_other(inputs, sizes, seen)] for tried in (long, wide)]
-    factors = ((1.0,), (LARGE, 1.0))
+        if not lengths:
+            long = wide
+        wide = [{symbol: size + 1 for symbol, size in example.items()}]
 
-    def drawn(seed: int) -> Iterator[Named]:
-        for factor in factors[seed]:
-            for sizes in rows[seed]:
-                yield _scaled(sample_call(inputs, named, sizes, seed, device=device), factor)
+    seen_shapes = {tuple(spec.shape for spec in inputs.specs)}
+    long = [sizes for sizes in long if _is_other(inputs, sizes, seen_shapes)]
+    wide = [sizes for sizes in wide if _is_other(inputs, sizes, seen_shapes)]
+    calls: list[Iterator[Named]] = []
+    if long:
+        draw = partial(sample_call, inputs, named, seed=0, device=device)
+        calls.append(draw(sizes) for sizes in long)
+    if wide:
+        draw_wide = partial(sample_call, inputs, named, seed=1, device=device)
+        large = (_multiplied(draw_wide(sizes), LARGE) for sizes in wide)
+        ordinary = (draw_wide(sizes) for sizes in wide)
+        calls.append(chain(large, ordinary))
+    return calls
 
-    return [drawn(i) for i, row in enumerate(rows) if row]
+
+def _multiples(
+    sizes: Mapping[str, int], largest: Mapping[str, int], least: int = 0
+) -> list[dict[str, int]]:
+    """Sizes several times as large, and no less than `least`: of each of TIMES."""
+    multiples: list[dict[str, int]] = []
+    for times in TIMES:
+        multiple: dict[str, int] = {}
+        for symbol, size in sizes.items():
+            multiple[symbol] = min(max(times * size, least), largest[symbol])
+        multiples.append(multiple)
+    return multiples
 
 
 def _example_sizes(inputs: Inputs) -> dict[str, int]:
-    """What the symbols of free sizes are in the example."""
-    found: dict[str, int] = {}
+    """Symbol of a free size → what it is in the example."""
+    sizes: dict[str, int] = {}
     for spec in inputs.specs:
-        for d, symbol in spec.dims.items():
+        for dim, symbol in spec.dims.items():
             if "+" not in symbol:
-                found[symbol] = max(found.get(symbol, 0), spec.shape[d])
-    return found
+                sizes[symbol] = max(sizes.get(symbol, 0), spec.shape[dim])
+    return sizes
 
 
-def _most(inputs: Inputs, example: Mapping[str, int]) -> dict[str, int]:
-    """The largest value of every symbol."""
-    most = {s: max(n, LONGEST) for s, n in example.items()}
+def _largest_sizes(inputs: Inputs, example: Mapping[str, int]) -> dict[str, int]:
+    """The largest value that each symbol may take."""
+    largest = {symbol: max(size, LONGEST) for symbol, size in example.items()}
     for condition in inputs.conditions:
         _, high = condition.bounds()
-        symbol = inputs.symbol(*condition.sizes[0][1:])
-        if high is not None and symbol in most:
-            most[symbol] = min(most[symbol], high)
-    return most
+        _, name, dim = condition.sizes[0]
+        symbol = inputs.symbol(name, dim)
+        if high is not None and symbol in largest:
+            largest[symbol] = min(largest[symbol], high)
+    return largest
 
 
 def _numbers(graph: fx.Graph) -> list[int]:
     """Whole numbers that positions may be compared with: windows, clips of distances."""
-    operands = (a for n in graph.nodes if n.target in _COMPARES for a in n.args[1:])
-    whole = [abs(int(a)) for a in operands if isinstance(a, (int, float)) and a == a // 1]
-    return [n for n in whole if 2 * n < LARGEST_CUT]
+    numbers: list[int] = []
+    for node in graph.nodes:
+        if node.target not in _COMPARES:
+            continue
+        for operand in node.args[1:]:
+            if isinstance(operand, (int, float)) and operand == operand // 1:
+                numbers.append(abs(int(operand)))
+    return [number for number in numbers if 2 * number < LARGEST_CUT]
 
 
 def _is_other(
-    inputs: Inputs, sizes: Mapping[str, int], seen: set[tuple[tuple[int, ...], ...]]
+    inputs: Inputs, sizes: Mapping[str, int], seen_shapes: set[tuple[tuple[int, ...], ...]]
 ) -> bool:
-    """Whether the nearest sizes that the graph takes are new, and not too large to run."""
-    found = inputs.sizes(sizes)
-    shapes = tuple(found[s.name] for s in inputs.specs)
-    numbers = [(math.prod(found[s.name]), math.prod(s.shape)) for s in inputs.specs]
-    if shapes in seen or any(n > max(MOST_NUMBERS, TIMES[0] * m) for n, m in numbers):
+    """Whether the nearest sizes that the graph takes are new, and not too large to run.
+
+    Args:
+        inputs: The signature.
+        sizes: What the symbols should be.
+        seen_shapes: Those of calls so far; gets these.
+    """
+    shapes_by_name = inputs.sizes(sizes)
+    shapes = tuple(shapes_by_name[spec.name] for spec in inputs.specs)
+    if shapes in seen_shapes:
         return False
-    seen.add(shapes)
+    for spec, shape in zip(inputs.specs, shapes, strict=True):
+        most = max(MOST_NUMBERS, TIMES[0] * math.prod(spec.shape))
+        if math.prod(shape) > most:
+            return False
+    seen_shapes.add(shapes)
     return True
 
 
-def _scaled(named: Named, factor: float) -> Named:
-    def times(x: torch.Tensor) -> torch.Tensor:
-        return x * factor if x.is_floating_point() else x
+def _multiplied(named: Named, factor: float) -> Named:
+    """A call whose floating tensors are multiplied."""
+
+    def times(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * factor if tensor.is_floating_point() else tensor
 
     return dict(tree_map_only(torch.Tensor, times, dict(named)))
