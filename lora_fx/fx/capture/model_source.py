@@ -42,10 +42,11 @@ class ModelSource:
     def of(cls, model: nn.Module) -> ModelSource:
         """Copy a model without its weights; where it cannot be copied, take it as it is."""
         if isinstance(model, Called):
-            bound = getattr(model.function, "__self__", None)
-            if not isinstance(bound, nn.Module):
+            bound_to = getattr(model.function, "__self__", None)
+            if not isinstance(bound_to, nn.Module):
                 return cls(model)
-            return cls(*weightless(bound), str(getattr(model.function, "__name__", "forward")))
+            method = str(getattr(model.function, "__name__", "forward"))
+            return cls(*weightless(bound_to), method)
         try:
             return cls(*weightless(model))
         except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
@@ -55,8 +56,10 @@ class ModelSource:
     @property
     def forward(self) -> Callable[..., Any]:
         """What a capture calls."""
-        named: Any = getattr(self.module, self.method or "forward")
-        return named if self.method else hooked_forward(self.module)
+        if not self.method:
+            return hooked_forward(self.module)
+        method: Callable[..., Any] = getattr(self.module, self.method)
+        return method
 
     def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
         """The source with its floating tensors in another dtype.
@@ -81,22 +84,26 @@ def hooked_forward(model: nn.Module) -> Callable[..., Any]:
     """The forward of a module, with the module's own hooks where it has some."""
     if not (model._forward_pre_hooks or model._forward_hooks):
         return model.forward
-    order = Signature(model.forward).positional
+    positional = Signature(model.forward).positional
 
     def forward(*args: Any, **named: Any) -> Any:
         # hooks see positional arguments, as in an ordinary call
-        given = takewhile(named.__contains__, order[len(args) :])
-        rest = [named.pop(name) for name in given]
-        return model._call_impl(*args, *rest, **named)  # type: ignore[no-untyped-call]
+        next_names = takewhile(named.__contains__, positional[len(args) :])
+        next_args = [named.pop(name) for name in next_names]
+        return model._call_impl(*args, *next_args, **named)  # type: ignore[no-untyped-call]
 
     return forward
 
 
 def base_dtype(model: nn.Module) -> torch.dtype | None:
     """The dtype of the first floating parameter that is not an adapter's."""
-    own = (m for m in model.modules() if not isinstance(m, AdapterTensors))
-    held = (p for m in own for p in m._parameters.values() if p is not None)
-    return next((p.dtype for p in held if p.is_floating_point()), None)
+    for module in model.modules():
+        if isinstance(module, AdapterTensors):
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter.dtype
+    return None
 
 
 def weightless(
@@ -115,16 +122,23 @@ def weightless(
     """
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    coded_forms = {id(parameter_of(model, n)): form for n, form in codes.forms(model).items()}
     memo: dict[int, Any] = {}
-    numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
-    for t in [*model.parameters(), *model.buffers()]:
-        device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
-        like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
-        want = dtype if dtype is not None and like.is_floating_point() else like.dtype
+    for tensor in [*model.parameters(), *model.buffers()]:
+        like: torch.Tensor = tensor
+        if id(tensor) in coded_forms:
+            form = coded_forms[id(tensor)]
+            like = torch.empty(form.shape, dtype=form.dtype, device="meta")
+        fake_dtype = like.dtype
+        if dtype is not None and like.is_floating_point():
+            fake_dtype = dtype
+        device = "cpu" if tensor.device.type == "meta" else tensor.device
         with mode:
-            fake = torch.empty_strided(like.shape, like.stride(), dtype=want, device=device)
-        memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+            fake = torch.empty_strided(like.shape, like.stride(), dtype=fake_dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, tensor.requires_grad)
+        memo[id(tensor)] = fake
     copied = copy.deepcopy(model, memo)
-    if numbers:
+    if coded_forms:
         codes.forget(copied)
     return copied, mode
