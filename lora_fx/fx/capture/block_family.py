@@ -43,7 +43,7 @@ class Block:
         return tensors
 
     def attributes(self) -> dict[Place, object]:
-        """What its modules hold beside tensors, modules and hooks."""
+        """The attributes of its modules, but for tensors, modules and hooks."""
         attributes: dict[Place, object] = {}
         for path, module in self.modules.items():
             for name, attribute in attributes_of_module(module).items():
@@ -74,8 +74,8 @@ class BlockFamily:
     """Modules of one class and structure.
 
     Attributes:
-        blocks: They.
-        differ: The places where not all of them have the same.
+        blocks: The modules.
+        differ: The places where not all blocks have the same.
         fixed: Places of `differ` of which it cannot be seen whether they are read: the class has
             the name too, or is what differs, or its code reads attributes by `vars`.
         patterns: Calls that were traced, which later ones may be copies of.

@@ -132,14 +132,14 @@ def without_cache(out: object, left_out: list[str] | None = None) -> object:
 
 
 def is_cache(value: object) -> bool:
-    """Whether this is a key-value cache of transformers, or of a model of it that has its own."""
+    """Whether this is a key-value cache of transformers, or one of its models' own kind."""
     for kind in type(value).__mro__:
         if kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache"):
             return True
     return False
 
 
-def apart(leaves: Sequence[Any]) -> list[Any]:
+def in_separate_memory(leaves: Sequence[Any]) -> list[Any]:
     """The leaves, with a copy where one tensor is given for two inputs, or is cut from a larger.
 
     torch.export would take the two (labels=input_ids) for one input, and the graph would mix them
@@ -186,7 +186,7 @@ def leaf_names(named: Named) -> list[str]:
 
 
 def program_key(named: Named, leaves: Sequence[Any]) -> tuple[object, ...]:
-    """What decides which program a call needs: names, structure, constants, dtypes and ranks."""
+    """The key of the program that a call needs: names, structure, constants, dtypes and ranks."""
     key: list[object] = []
     for name, argument in named.items():
         key.append(name)

@@ -22,10 +22,10 @@ from lora_fx.compare import Parity, sizes_text
 from lora_fx.conditions import Condition, Size
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
 from lora_fx.fx.capture.agreement import Agreement, sizes_of
-from lora_fx.fx.capture.call import Signature, apart, leaves_of, program_key
+from lora_fx.fx.capture.call import Signature, in_separate_memory, leaves_of, program_key
 from lora_fx.fx.capture.capture_error import TAKEN, explain
 from lora_fx.fx.capture.cleaned_graph import Pinned, Traced
-from lora_fx.fx.capture.door import Door, Requested, less, ones_of
+from lora_fx.fx.capture.door import Door, Requested, dims_of_one, without_dims
 from lora_fx.fx.capture.drawn_calls import drawn_calls
 from lora_fx.fx.capture.example import describe, limits, sample_call
 from lora_fx.fx.capture.expert_forms import EveryTurn, traceable_experts
@@ -59,7 +59,7 @@ class Captured:
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
         notes: Notes for the user, from all captures so far.
         quantised: The user's own module where that has quantised layers; `model` is another then.
-        adapter: What a file's branches hold; None for a model with source.
+        adapter: The adapter in a file's branches; None for a model with source.
         repeat: Blocks that repeat are traced once, and the graph compared with the model.
         compared: Where such graphs were compared with it, and how far they were off.
         idle: Doubtful conditions that a run has shown to be of no meaning; None before that run.
@@ -121,7 +121,7 @@ class Captured:
                 f"its signature is forward{self.signature.signature}",
             ) from e
         example_leaves, spec = tree_flatten(named)
-        leaves = apart(example_leaves)
+        leaves = in_separate_memory(example_leaves)
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise LoraFxError(
                 "no example input is a tensor",
@@ -268,7 +268,7 @@ class Captured:
         if len(tracings) >= MOST_PATHS or not self._may_have_a_path(tracings[0].door, leaves):
             raise refusal
         try:  # a free size is never 1 in an export: there the size is part of the path
-            traced = capture(fixed=ones_of(named, self.requested))
+            traced = capture(fixed=dims_of_one(named, self.requested))
         except CaptureError as e:
             raise refusal from e
         if not traced.door.admits(leaves):
@@ -325,7 +325,7 @@ class Captured:
         """A call like `named` that breaks a condition of a door and no other, at size 1 at last."""
         tensors = {name: x for name, x in leaves_of(named) if isinstance(x, torch.Tensor)}
         other_conditions = [c for c in door.conditions if c is not condition]
-        dims = less(self.requested, door.fixed(self.requested).keys() - condition.about)
+        dims = without_dims(self.requested, door.fixed(self.requested).keys() - condition.about)
         base_sizes: dict[str, int] = {}
         for name, symbols in dims.items():
             for dim, symbol in symbols.items():
@@ -357,7 +357,7 @@ class Captured:
         source = self.source.in_dtype(dtype, self.base_dtype)
         dynamic = default_dynamic(describe(named))
         unknown = {name: dims for name, dims in dynamic.items() if name not in self.inputs.names}
-        requested = less({**self.requested, **unknown}, fixed)
+        requested = without_dims({**self.requested, **unknown}, fixed)
         with traceable_experts(source.module, portable=portable) as expert_notes:
             try:
                 traced = self._trace(source, training, named, requested)
@@ -628,7 +628,7 @@ class Captured:
 
 
 def _output_notes(traced: Traced, training: bool) -> list[str]:
-    """What has to be said of a graph's outputs: those left out, and those that are drawn."""
+    """Notes on a graph's outputs: those left out, and those that are drawn at random."""
     why = "is left out: a key-value cache is no tensor"
     notes = [f"the output {name!r} {why}" for name in traced.left_out]
     drawn = [] if training else random_ops(traced.graph)

@@ -34,7 +34,7 @@ class Pinned:
     Attributes:
         input: The name of the leaf.
         dim: The dimension.
-        size: What it is fixed at.
+        size: The size at which it is fixed.
         op: The line of code, or the reason, that fixed it.
         rung: How the graph was captured: "pinned" by an export, "recorded" by one recorded run.
     """
@@ -66,14 +66,14 @@ class Traced:
         pinned: Dimensions that were asked to be dynamic and are not.
         doubtful: Conditions that a kernel asked for; a run decides whether they matter.
         cuts: Numbers that sizes are compared, cut or divided with.
-        bodies: What higher-order ops call, by the name that the graph reads.
+        bodies: The graphs that higher-order ops call, by the name that the graph reads.
         left_out: Outputs that are no tensors, and that no graph makes.
         notes: Further notes for the user.
         own_gradients: Functions and modules whose gradient may differ from that of their forward,
             by name: a graph has the forward only.
         copies: Calls of blocks that are copies of the nodes of another one.
         modeless: True where no code asked for the mode, so that this is the other mode's graph too.
-        analyses: What was computed of the graph; see lora_fx.ir.graph.Analysed.
+        analyses: Results of analyses of the graph; see lora_fx.ir.graph.Analysed.
     """
 
     graph: fx.Graph
@@ -114,8 +114,8 @@ def clean_module(
         module: The program's; it may have been edited.
         program: The export, or what a file holds.
         names: The names of the leaves.
-        requested: What should be dynamic.
-        log: What was learnt while it was made; empty for a file.
+        requested: The dimensions that should be dynamic.
+        log: The guards of the export; empty for a file.
     """
     graph = module.graph
     inline_regions(module)

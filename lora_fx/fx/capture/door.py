@@ -13,7 +13,7 @@ from lora_fx.fx.capture.call import leaves_of
 from lora_fx.inputs import Named
 
 Requested = Mapping[str, Mapping[int, str]]
-"""What should be dynamic: leaf name → {dimension: symbol name}."""
+"""The dimensions that should be dynamic: leaf name → {dimension: symbol name}."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Door:
     Attributes:
         names: Names of the leaves.
         sizes: For each tensor leaf, the fixed size of each dimension, or None for any.
-        conditions: What the free sizes have to satisfy.
+        conditions: Conditions that the free sizes have to satisfy.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Door:
         return None
 
     def free(self, requested: Requested) -> dict[str, dict[int, str]]:
-        """Name of a tensor leaf → {dimension: symbol} of what should be dynamic and is."""
+        """Name of a tensor leaf → {dimension: symbol} of those that should be dynamic and are."""
         free_dims: dict[str, dict[int, str]] = {}
         for name, fixed_sizes in zip(self.names, self.sizes, strict=True):
             if fixed_sizes is None:
@@ -91,8 +91,8 @@ class Door:
         }
 
 
-def ones_of(named: Named, requested: Requested) -> list[tuple[str, int]]:
-    """(leaf name, dimension) of what should be dynamic and has size 1."""
+def dims_of_one(named: Named, requested: Requested) -> list[tuple[str, int]]:
+    """(leaf name, dimension) of those that should be dynamic and have size 1."""
     leaves = dict(leaves_of(named))
     dims_of_size_one: list[tuple[str, int]] = []
     for name, dims in requested.items():
@@ -105,8 +105,8 @@ def ones_of(named: Named, requested: Requested) -> list[tuple[str, int]]:
     return dims_of_size_one
 
 
-def less(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
-    """What should be dynamic, but for these dimensions, which become fixed."""
+def without_dims(requested: Requested, fixed: Collection[tuple[str, int]]) -> Requested:
+    """The requested dimensions without these, which become fixed."""
     remaining: dict[str, dict[int, str]] = {}
     for name, dims in requested.items():
         remaining[name] = {dim: symbol for dim, symbol in dims.items() if (name, dim) not in fixed}

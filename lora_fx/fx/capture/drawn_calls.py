@@ -23,15 +23,15 @@ from lora_fx.fx.trees import tree_map_only
 from lora_fx.inputs import BATCH, LARGEST_CUT, Inputs, Named
 
 TIMES = (4, 3, 2)
-"""A drawn size in those of the example; the first that the graph and the model take."""
+"""A drawn size is so many times the example's: the first that graph and model take."""
 LONGEST = 1024
 """No free size is drawn larger than this, or than the example's."""
 MOST_NUMBERS = 2**22
-"""Of one input of a drawn call that has more than four times the example's."""
+"""Numbers in one input of a drawn call, where that is more than four times the example's."""
 SMALL = 3
 """A free size where the batch is large."""
 LARGE = 16.0
-"""By what floats are multiplied there: a clip of values shows at large ones only."""
+"""Factor of the floats where the batch is large: a clip of values shows at large ones only."""
 aten = torch.ops.aten
 _SCALAR_COMPARES = ("lt", "le", "gt", "ge", "eq", "ne", "rsub", "remainder", "fmod", "floor_divide")
 _BOUNDED = ("clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "tril", "triu")
@@ -104,7 +104,7 @@ def _multiples(
 
 
 def _example_sizes(inputs: Inputs) -> dict[str, int]:
-    """Symbol of a free size → what it is in the example."""
+    """Symbol of a free size → the example's size."""
     sizes: dict[str, int] = {}
     for spec in inputs.specs:
         for dim, symbol in spec.dims.items():
@@ -144,7 +144,7 @@ def _is_other(
 
     Args:
         inputs: The signature.
-        sizes: What the symbols should be.
+        sizes: The wanted size of each symbol.
         seen_shapes: Those of calls so far; gets these.
     """
     shapes_by_name = inputs.sizes(sizes)

@@ -99,7 +99,7 @@ def sample_call(
     Args:
         inputs: The signature, with the sizes and limits to draw from.
         named: The example, which has the structure and the constants.
-        size: What the symbols become: see lora_fx.inputs.
+        size: The sizes of the symbols: see lora_fx.inputs.
         seed: Draws the numbers.
         arrays: Overrides by input name, from a user's .npz.
         device: Where the tensors go; without it they stay on the CPU.

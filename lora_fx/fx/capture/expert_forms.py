@@ -84,7 +84,7 @@ class _Places:
     """The places where a mask is true, as nonzero gives them.
 
     Attributes:
-        tensor: The result of nonzero, or of a squeeze of it.
+        tensor: The result of nonzero, or the same squeezed.
         mask: The mask.
         shape: That of one place: [1], or [] after the squeeze.
     """

@@ -1,4 +1,4 @@
-"""What an export learnt about sizes, sorted into conditions, fixed sizes and doubts."""
+"""The sizes that an export holds for: conditions, fixed sizes, and conditions in doubt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
         program: The export.
         graph: Its nodes; edited.
         names: The names of the leaves.
-        log: What was written down while it was made; an empty one for a program from a file.
+        log: The guards of the export; an empty one for a program from a file.
     """
     places = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
     sizes: list[Shape | None] = []
@@ -44,11 +44,11 @@ def learn(program: ExportedProgram, graph: fx.Graph, names: Sequence[str], log: 
     learnt.read_asserts(graph, places)
     for symbol, bounds in program.range_constraints.items():
         if symbol in learnt.symbols:
-            learnt.bound(symbol, bounds)
-    learnt.shared()
-    learnt.squeezed(graph)
+            learnt.add_range(symbol, bounds)
+    learnt.add_equations()
+    learnt.add_squeezed(graph)
     learnt.conditions = without_implied(_distinct(learnt.conditions))
-    learnt.only_size()
+    learnt.fix_only_sizes()
     doubtful = _distinct(learnt.doubtful)
     learnt.doubtful = [doubt for doubt in doubtful if doubt not in learnt.conditions]
     return learnt
@@ -61,9 +61,9 @@ class Learnt:
     Attributes:
         names: The names of the leaves.
         sizes: For each leaf, the size of each dimension: a number where it is fixed.
-        log: What was written down while the export was made.
+        log: The guards of the export.
         symbols: Symbol → the first (leaf, dimension) whose size it is, alone.
-        conditions: What sizes have to satisfy.
+        conditions: Conditions that sizes have to satisfy.
         doubtful: Conditions that a run has to decide: see `layout` in guards.py.
         fixed: (leaf, dimension) → the line that fixed it.
     """
@@ -89,10 +89,10 @@ class Learnt:
             guard = self.log.of(asserted_expression(node))
             condition = condition_of(node.args[0], places, guard)
             if condition is not None:
-                self.sort(condition, guard)
+                self.add_condition(condition, guard)
                 graph.erase_node(node)
 
-    def sort(self, condition: Condition, guard: Guard) -> None:
+    def add_condition(self, condition: Condition, guard: Guard) -> None:
         """Put a condition among those that hold or those that a run decides; drop an idle one."""
         holds = [condition.holds(dict.fromkeys(condition.about, n)) for n in condition.turns()]
         fails_at_one_only = len(condition.sizes) == 1 and not holds[0] and all(holds[1:])
@@ -106,7 +106,7 @@ class Learnt:
         elif len(condition.sizes) > 1 or not all(holds):
             self.conditions.append(condition)
 
-    def bound(self, symbol: Any, bounds: Any) -> None:
+    def add_range(self, symbol: Any, bounds: Any) -> None:
         """Turn the range of one symbol into conditions, or into a fixed size."""
         low = _number(bounds.lower)
         high = _number(bounds.upper)
@@ -130,9 +130,9 @@ class Learnt:
     def _add_bound(self, text: str, place: tuple[int, int], guard: Guard) -> None:
         leaf, dim = place
         sizes = (("s0", self.names[leaf], dim),)
-        self.sort(Condition(text, sizes, guard.line, guard.kind == DEMAND), guard)
+        self.add_condition(Condition(text, sizes, guard.line, guard.kind == DEMAND), guard)
 
-    def shared(self) -> None:
+    def add_equations(self) -> None:
         """Add what binds a size that is not free: it equals another one, or is computed of some."""
         for leaf, shape in enumerate(self.sizes):
             for dim, size in enumerate(shape or ()):
@@ -166,7 +166,7 @@ class Learnt:
         guard = self.log.of_equal(expression.free_symbols)
         return Condition(text, tuple(sizes), guard.line, guard.kind == DEMAND)
 
-    def squeezed(self, graph: fx.Graph) -> None:
+    def add_squeezed(self, graph: fx.Graph) -> None:
         """Add that a free size that is squeezed is not 1: there the result has another rank."""
         for node in graph.nodes:
             if node.target not in _SQUEEZES:
@@ -178,7 +178,7 @@ class Learnt:
                     sizes = (("s0", self.names[leaf], dim),)
                     self.conditions.append(Condition("s0 != 1", sizes, line))
 
-    def only_size(self) -> None:
+    def fix_only_sizes(self) -> None:
         """Fix a size that an equation leaves no choice, beside the example's other sizes."""
         example_sizes: dict[Size, int] = {}
         for name, shape in zip(self.names, self.sizes, strict=True):

@@ -55,7 +55,7 @@ class ModelSource:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """What a capture calls."""
+        """The function that a capture calls."""
         if not self.method:
             return hooked_forward(self.module)
         method: Callable[..., Any] = getattr(self.module, self.method)

@@ -1,4 +1,4 @@
-"""What is observed while a model is traced, because the graph that comes out cannot hold it."""
+"""Observing a model while it is traced: its graph has no hooks, modes or drawn numbers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class EveryLayer(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Observed:
-    """What was observed of a model while it was traced.
+    """The observations of one trace.
 
     Attributes:
         notes: Notes for the user.
-        own_gradients: What may have another gradient than its forward, by name, each once:
-            modules with backward hooks, autograd functions, hooks of tensors.
+        own_gradients: Names, each once, of code whose gradient may differ from that of its
+            forward: modules with backward hooks, autograd functions, hooks of tensors.
     """
 
     notes: list[str] = field(default_factory=list)

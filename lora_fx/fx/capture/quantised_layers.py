@@ -35,7 +35,7 @@ PACKAGES: Mapping[str, Mapping[str, object]] = {
 }
 """Packages whose layers are known by their class → what a config.json would say of their layout."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""How the names of a module's hooks begin that are called around its forward."""
+"""Beginnings of the names under which a module holds the hooks around its forward."""
 
 
 class PlainLinear(nn.Linear):
@@ -199,7 +199,7 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
 def _config_of_package(
     layer: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Mapping[str, object] | None:
-    """What a config.json would say of the layout of a layer; None for a layer of no package."""
+    """The config.json that would describe a layer's layout; None for a layer of no package."""
     is_awq = "Awq" in type(layer).__name__  # gptqmodel's
     config = PACKAGES.get("awq" if is_awq else _package(type(layer)))
     if config is None and _is_compressed(parameters):

@@ -256,7 +256,7 @@ class Repeats:
         inputs = pattern.inputs
 
         def left_behind() -> object:
-            """What the call may leave behind, as it is now."""
+            """The present state of all that the call may change."""
             snapshot = Snapshot(self._around)
             tokens = [snapshot.token(leaf) for leaf in tree_leaves((args, kwargs))]
             versions = [tensor._version for tensor in inputs]
@@ -297,7 +297,7 @@ def _families(model: nn.Module, modules: Sequence[nn.Module]) -> list[BlockFamil
 
 
 def _structure(modules: Mapping[str, nn.Module]) -> object:
-    """What blocks of one family share: classes, modes and shapes of tensors, by path."""
+    """The structure that blocks of one family share: classes, modes and tensors, by path."""
     structure: list[object] = []
     for path, module in modules.items():
         structure += [path, type(module), module.training]
@@ -307,7 +307,7 @@ def _structure(modules: Mapping[str, nn.Module]) -> object:
 
 
 def _form(tensor: torch.Tensor | None) -> object:
-    """What two tensors have to share so that the same nodes compute with them."""
+    """The properties of a tensor that nodes computing with it depend on."""
     if tensor is None:
         return None
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad

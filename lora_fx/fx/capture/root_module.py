@@ -99,7 +99,7 @@ class RootModule(OverTree):
     Args:
         source: The model.
         signature: That of its forward.
-        forward: What is called.
+        forward: The function that is called.
 
     Attributes:
         source: Gives the model.

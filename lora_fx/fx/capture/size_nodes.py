@@ -60,7 +60,7 @@ def condition_of(test: Any, names: Mapping[fx.Node, str], guard: Guard) -> Condi
     Args:
         test: The node.
         names: Those of the leaves, by their placeholders.
-        guard: What is known of the assert.
+        guard: The guard that the assert came from.
     """
     symbols: dict[Size, str] = {}
     try:
@@ -79,7 +79,7 @@ def _spell(
     """A comparison, or an expression of sizes, as text.
 
     Args:
-        node: What computes it, or a number.
+        node: The node that computes it, or a number.
         names: Those of the leaves, by their placeholders.
         symbols: (leaf name, dimension) → the symbol of its size; gets those that are met.
         negated: Spell the opposite of a comparison.
@@ -115,7 +115,7 @@ def put_asserts(
     Args:
         graph: The graph; edited.
         places: Its placeholders by the names of the leaves. A condition on another is left out.
-        conditions: What sizes have to satisfy.
+        conditions: Conditions that sizes have to satisfy.
     """
 
     def compute(op: str, operands: Sequence[Any]) -> fx.Node:
@@ -141,14 +141,14 @@ def drop_layout(
 ) -> None:
     """Erase asserts that only a kernel's question about strides left, while a graph was exported.
 
-    What mattered of those of the capture is among its conditions, whose asserts stay: torch has
-    some of them in words of its own.
+    Where such a question mattered in the capture it is one of its conditions, whose asserts stay:
+    torch has some of them in words of its own.
 
     Args:
-        graph: That of the program.
-        log: What was written down while it was made.
+        graph: The graph of the program; edited.
+        log: The guards of its export.
         shapes: The sizes of its inputs by name, as the program has them.
-        conditions: What was written into it.
+        conditions: Conditions that were written into the graph.
     """
 
     def compute(op: str, operands: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Snapshots: what the things that a module's code can reach are at one moment, as tokens.
+"""Snapshots: the state, at one moment, of the things that a module's code can reach, as tokens.
 
 Blocks of one structure may differ by something that is no part of them: a counter in an object that
 all share or in their class, a closure, a global, a default argument, a context variable. Where two
@@ -40,13 +40,13 @@ STATEFUL = {
 """Modules of the standard library whose objects hold what their users put in."""
 OWN = {"_parameters", "_buffers", "_modules", "training"}
 ASKS_WHO = {"id", "hash", "globals", "_getframe", "currentframe"}
-"""Functions whose result tells blocks apart, or reads what no token tells."""
+"""Functions that tell blocks apart, or read what no token covers."""
 READS_ALL = {"vars", "__dict__"}
 """Names of code that may read any attribute unseen."""
 MOST = 20_000
 """Things that one snapshot looks at."""
 MOST_BYTES = 1 << 20
-"""Of one array that a snapshot reads."""
+"""Bytes of one array that a snapshot reads."""
 _SKIPPED = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _MAKING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights"}
 """Methods of modules that no call of one runs."""
@@ -60,7 +60,7 @@ class Unseen:
 
 
 def attributes_of_module(module: nn.Module) -> dict[str, object]:
-    """What a module holds beside its tensors, modules and hooks."""
+    """The attributes of a module, but for its tensors, modules and hooks."""
     attributes = {
         name: attribute
         for name, attribute in module.__dict__.items()
@@ -76,7 +76,7 @@ class Snapshot:
         around: Ids of the modules that hold blocks, and of the blocks.
 
     Attributes:
-        names: What the code that was met names.
+        names: Names and words in the code that was met.
     """
 
     def __init__(self, around: Iterable[int] = ()) -> None:
@@ -86,7 +86,7 @@ class Snapshot:
         self._alive: list[object] = []  # an id is a thing's own only as long as the thing lives
 
     def token(self, thing: Any) -> Token:
-        """What a thing is now."""
+        """The token of the present state of a thing."""
         if isinstance(thing, (float, complex)):
             return type(thing), repr(thing)  # NaN equals itself, and 0.0 is not -0.0
         if isinstance(thing, PLAIN):
@@ -144,7 +144,7 @@ class Snapshot:
         return id(module), tuple(states), self._all(tensors)
 
     def _class(self, kind: type) -> Token:
-        """What the classes of users that a class is made of hold."""
+        """The attributes of a class and its bases, but for those of libraries."""
         skipped = _SKIPPED
         if issubclass(kind, nn.Module):
             skipped = _SKIPPED | _MAKING
@@ -179,7 +179,7 @@ class Snapshot:
         return self._thing(thing)
 
     def _function(self, function: FunctionType) -> Token:
-        """What a function of a user's holds and names; of a library's, what it wraps."""
+        """The values that a user's function holds or names; of a library's, the one it wraps."""
         wrapped = getattr(function, "__wrapped__", None)
         if _is_library(function.__module__):
             return self.token(wrapped)
@@ -208,7 +208,7 @@ class Snapshot:
         return self._all((*read, globals_read))
 
     def _thing(self, thing: Any) -> Token:
-        """What is no container, module, class or code."""
+        """A thing that is no container, module, class or code."""
         kind = type(thing)
         if isinstance(thing, ModuleType):
             return ()
@@ -234,7 +234,7 @@ class Snapshot:
         return self._items(_attributes(thing)), self._members(thing), self.token(kind)
 
     def _members(self, thing: Any) -> Token:
-        """What a container of a kind of its own holds."""
+        """The members of a deque, a Counter and their like."""
         if type(thing).__module__ in ("collections", "_collections"):
             return self._all(thing)
         return ()
@@ -270,7 +270,7 @@ def _attributes(thing: object) -> dict[str, object]:
 
 
 def _slots(thing: object) -> dict[str, object]:
-    """What a thing holds in the slots of its classes."""
+    """The attributes of a thing in the slots of its classes."""
     names: list[str] = []
     for kind in type(thing).__mro__:
         slots = vars(kind).get("__slots__", ())

@@ -14,9 +14,9 @@ from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import silenced
 from lora_fx.fx import fake_tensors, symbolic_sizes
-from lora_fx.fx.capture.call import apart, leaves_of
+from lora_fx.fx.capture.call import in_separate_memory, leaves_of
 from lora_fx.fx.capture.cleaned_graph import Pinned, Traced, clean_module
-from lora_fx.fx.capture.door import Requested, less, ones_of
+from lora_fx.fx.capture.door import Requested, dims_of_one, without_dims
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.observed import observing, observing_modes
 from lora_fx.fx.capture.repeat import Repeats
@@ -39,16 +39,17 @@ def trace(entry: RootModule, named: Named, requested: Requested, *, repeat: bool
     Args:
         entry: The model.
         named: Its arguments.
-        requested: What should be dynamic.
+        requested: The dimensions that should be dynamic.
         repeat: Trace blocks that repeat once; see lora_fx.fx.capture.repeat.
     """
     try:
         return _trace_blocks(entry, named, requested, repeat=repeat)
     except Exception:
-        dims_of_size_one = ones_of(named, requested)
+        dims_of_size_one = dims_of_one(named, requested)
         if not dims_of_size_one:
             raise
-        traced = _trace_blocks(entry, named, less(requested, dims_of_size_one), repeat=repeat)
+        remaining = without_dims(requested, dims_of_size_one)
+        traced = _trace_blocks(entry, named, remaining, repeat=repeat)
         where = "the model: it does not run at size 2"
         pinned = [Pinned(name, dim, 1, where) for name, dim in dims_of_size_one]
         traced.pinned = [*traced.pinned, *pinned]
@@ -83,7 +84,7 @@ def raises_alike(entry: RootModule, named: Named, error: BaseException | None) -
     Args:
         entry: The model, with its values or on fake tensors, in the mode to run.
         named: Its arguments.
-        error: What its export raised.
+        error: The error that its export raised.
     """
     fakes = (p.fake_mode for p in entry.parameters() if fake_tensors.is_fake(p))
     fake_mode = next(fakes, None)
@@ -116,7 +117,7 @@ def _export_once(entry: RootModule, named: Named, requested: Requested) -> Trace
         examples.append(at_least_two(leaf, dims))
         dynamic_dims.append(dict.fromkeys(dims, Dim.AUTO) or None)
     spec = tree_structure(dict(named))
-    arguments = tree_unflatten(apart(examples), spec)
+    arguments = tree_unflatten(in_separate_memory(examples), spec)
     dynamic_shapes = tree_unflatten(dynamic_dims, spec)
 
     log = GuardLog()

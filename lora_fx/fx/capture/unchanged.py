@@ -22,7 +22,7 @@ _CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 
 @dataclass(frozen=True)
 class _ModuleState:
-    """What a run may replace in one module."""
+    """The mode, buffers, children and plain attributes of one module, which a run may replace."""
 
     module: nn.Module
     training: bool

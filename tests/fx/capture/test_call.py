@@ -13,13 +13,13 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import (
     Signature,
-    apart,
+    in_separate_memory,
     leaf_names,
     leaves_of,
     program_key,
     without_cache,
 )
-from lora_fx.fx.capture.door import Door, less, ones_of
+from lora_fx.fx.capture.door import Door, dims_of_one, without_dims
 from lora_fx.fx.capture.example import describe, filled, sample_call
 from lora_fx.fx.capture.onnx_names import onnx_conditions, output_name, symbols_of
 from lora_fx.fx.capture.root_module import as_module
@@ -80,7 +80,9 @@ def test_leaves_have_the_names_of_their_containers() -> None:
 def test_leaves_are_apart_and_whole() -> None:
     whole = torch.arange(8.0)
     cut = torch.ones(2, 6)[:, :3]
-    leaves = apart([whole, 5, whole, cut, torch.ones(1, 3).expand(2, 3), torch.ones(0, 3)])
+    leaves = in_separate_memory(
+        [whole, 5, whole, cut, torch.ones(1, 3).expand(2, 3), torch.ones(0, 3)]
+    )
     assert leaves[0] is whole and leaves[1] == 5
     assert leaves[2] is not whole and torch.equal(leaves[2], whole)
     assert leaves[3].stride() == (3, 1) and leaves[4].stride() == (3, 1)
@@ -142,13 +144,13 @@ def test_a_door_knows_what_is_free_and_what_is_fixed() -> None:
     requested = {"x": {0: "batch", 1: "n"}, "flag": {0: "n"}, "y": {0: "batch", 3: "far"}}
     assert door.fixed(requested) == {("x", 1): 4, ("y", 0): 2}
     assert door.free({"x": {0: "batch", 1: "n"}}) == {"x": {0: "batch"}, "y": {}}
-    assert less(requested, [("x", 1), ("flag", 0)]) == {
+    assert without_dims(requested, [("x", 1), ("flag", 0)]) == {
         "x": {0: "batch"},
         "flag": {},
         "y": {0: "batch", 3: "far"},
     }
     named = {"x": torch.ones(1, 4), "flag": 1, "y": torch.ones(1)}
-    assert ones_of(named, requested) == [("x", 0), ("y", 0)]
+    assert dims_of_one(named, requested) == [("x", 0), ("y", 0)]
     door.check([torch.ones(3, 4), 1, torch.ones(2)])
     with pytest.raises(LoraFxError, match="captured for sizes"):
         door.check([torch.ones(3, 5), 1, torch.ones(2)])

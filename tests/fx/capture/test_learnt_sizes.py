@@ -56,7 +56,7 @@ def below_eight(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def demanded(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    torch._check(x.shape[0] >= 3)  # type: ignore[no-untyped-call]
+    torch._check(x.shape[0] >= 3)
     return x * 2 + y.sum()
 
 
@@ -103,7 +103,7 @@ def test_a_squeezed_size_is_not_one() -> None:
         graph.call_function(aten.squeeze.default, (y,))
         graph.call_function(aten.squeeze.dims, (x, [0, 1]))
         graph.call_function(aten.squeeze.dim, (x, 1)).meta["stack_trace"] = trace
-    learnt.squeezed(graph)
+    learnt.add_squeezed(graph)
     rows = [(c.text, *c.sizes[0][1:], c.line) for c in learnt.conditions]
     assert rows == [
         ("s0 != 1", "x", 1, "/user/net.py, line 3, in forward"),
@@ -117,7 +117,7 @@ def test_a_squeezed_size_is_not_one() -> None:
 def test_a_size_of_which_nothing_can_be_said_is_fixed() -> None:
     learnt, _ = learnt_of(apart_sizes)
     learnt.symbols.clear()
-    learnt.shared()
+    learnt.add_equations()
     assert learnt.sizes == [[3, 4], [3, 4]] and learnt.conditions == []
 
 
@@ -125,8 +125,8 @@ def test_doubts_are_listed_apart_and_idle_conditions_dropped() -> None:
     learnt = Learnt(["x"], [None], GuardLog())
     sizes = (("s0", "x", 0),)
     for text, kind in (("s0 != 1", BRANCH), ("s0 < 5", LAYOUT), ("s0 > -1", BRANCH)):
-        learnt.sort(Condition(text, sizes), Guard(None, kind, ""))
-    learnt.sort(Condition("s0 < 7", sizes), Guard(None, BRANCH, ""))
+        learnt.add_condition(Condition(text, sizes), Guard(None, kind, ""))
+    learnt.add_condition(Condition("s0 < 7", sizes), Guard(None, BRANCH, ""))
     assert [c.text for c in learnt.doubtful] == ["s0 != 1", "s0 < 5"]
     assert [c.text for c in learnt.conditions] == ["s0 < 7"]
 

@@ -7,6 +7,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import CellType, FunctionType
 from typing import Any, ClassVar
 from weakref import ref
 
@@ -35,6 +36,9 @@ class Lazy:
     def doubled(self) -> list[int]:
         return self.shared * 2
 
+    def read(self) -> list[int]:
+        return self.shared
+
     @property
     def tripled(self) -> list[int]:
         return self.shared * 3
@@ -60,13 +64,9 @@ def closure(numbers: list[int]) -> Callable[[], int]:
     return lambda: len(numbers)
 
 
-def unfilled() -> Callable[[], int]:
-    def inner() -> int:
-        return later
-
-    if not inner:
-        later = 1
-    return inner
+def unfilled() -> FunctionType:
+    """A function with an empty cell."""
+    return FunctionType(closure([1]).__code__, globals(), closure=(CellType(),))
 
 
 def changing(kind: str) -> tuple[Any, Callable[[], object]]:
@@ -112,7 +112,7 @@ def changing(kind: str) -> tuple[Any, Callable[[], object]]:
             return functools.partial(counting, numbers, start=1), lambda: numbers.append(3)
         case "method":
             lazy = Lazy()
-            return lazy.__init__, lambda: setattr(lazy, "extra", 1)
+            return lazy.read, lambda: setattr(lazy, "extra", 1)
         case "closure":
             return closure(numbers), lambda: numbers.append(3)
         case "cached function":

@@ -51,7 +51,7 @@ def test_no_layer_is_dropped() -> None:
 
 def test_experts_of_other_libraries_stay() -> None:
     experts = nn.Linear(2, 2)
-    experts._apply_gate = experts.config = None  # type: ignore[assignment]
+    experts._apply_gate = experts.config = None
     with traceable_experts(nn.Sequential(experts), portable=False) as notes:
         assert notes == ()
 
@@ -115,17 +115,17 @@ def test_a_cast_to_the_same_dtype_replaces_nothing() -> None:
 
 
 def test_attributes_are_the_same_things_after_a_trace() -> None:
-    shared = [1, {"a": (2, [3])}]
-    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    shared: Any = [1, {"a": (2, [3])}]
+    model: Any = nn.Sequential(nn.ReLU(), nn.ReLU())
     for layer in model:
-        layer.shared = shared  # type: ignore[assignment]
-    inner = shared[1]["a"][1]  # type: ignore[index]
+        layer.shared = shared
+    inner = shared[1]["a"][1]
     with same_attributes(model):
-        model[0].shared = []  # type: ignore[assignment]
+        model[0].shared = []
         shared.clear()
         inner.append(4)
     assert model[0].shared is shared and model[1].shared is shared
-    assert shared == [1, {"a": (2, [3])}] and shared[1]["a"][1] is inner  # type: ignore[index]
+    assert shared == [1, {"a": (2, [3])}] and shared[1]["a"][1] is inner
 
 
 def test_a_run_leaves_nothing_behind() -> None:
