@@ -106,8 +106,8 @@ def changing(kind: str) -> tuple[Any, Callable[[], object]]:
             slotted = Slotted()
             return slotted, lambda: slotted.value.append(2)
         case "class":
-            lazy = type("Lazier", (Lazy,), {"__module__": "user", "extra": numbers})
-            return lazy, lambda: numbers.append(3)
+            lazier = type("Lazier", (Lazy,), {"__module__": "user", "extra": numbers})
+            return lazier, lambda: numbers.append(3)
         case "partial":
             return functools.partial(counting, numbers, start=1), lambda: numbers.append(3)
         case "method":
