@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
-from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
+from lora_fx.fx.capture.call import leaf_names
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import onnx_name, output_name, symbols_of
+from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.attention import SHARED
 from lora_fx.fx.graph.graph import FxGraph

@@ -21,8 +21,8 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule

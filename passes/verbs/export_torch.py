@@ -16,8 +16,9 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import Captured, as_it_was
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.doubts import plain
