@@ -69,9 +69,9 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
 def _of_onnx(model: str, arrays: Named) -> Found:
     from dataclasses import replace
 
+    from lora_fx.onnx.fixed_shapes import sized
     from lora_fx.onnx.graph.graph import UNKNOWN_SHAPES, OnnxGraph
     from lora_fx.onnx.names import named_graph
-    from lora_fx.onnx.sizes import sized
     from lora_fx.passes.find import find
 
     graph, _ = named_graph(model)

@@ -33,7 +33,7 @@ from lora_fx.onnx.manifest import (
     manifest_of,
     read_file,
 )
-from lora_fx.onnx.quiet import quiet_options
+from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.text import Json, is_whole, near
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ from lora_fx.onnx.session import (
     signature,
     tensors_by_name,
 )
-from lora_fx.onnx.steps import stepped_file
+from lora_fx.onnx.sigmoid_step import stepped_file
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
