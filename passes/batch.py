@@ -27,10 +27,10 @@ from lora_fx.ir.emitter import NumpyEmitter
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Layout, Opaque, Permute, Region, Step, layout_of, region_of, track
 from lora_fx.onnx import batch, row_axis
+from lora_fx.onnx.flat_rows import Flat
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.graph.ops import shares_ranges
 from lora_fx.onnx.manifest import PROPERTY
-from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
 from lora_fx.text import Json

@@ -24,9 +24,10 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Role
 from lora_fx.ir.kinds import Einsum, Embedding
+from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.switch import accumulate, settle
+from lora_fx.onnx.switch import settle
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed

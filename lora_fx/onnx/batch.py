@@ -33,12 +33,12 @@ from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Conv, Einsum, Embedding
+from lora_fx.onnx.flat_rows import keep_zeros
 from lora_fx.onnx.graph.flow import MARK, WAS, OnnxWeightUse, dtype_name, rank, shape_of
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import shares_ranges
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.row_axis import RowAxis
-from lora_fx.onnx.switch import keep_zeros
 from lora_fx.targets.target import base_name
 
 SCALES = "adapter_scales"
