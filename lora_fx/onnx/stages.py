@@ -24,9 +24,9 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, one_line, silenced
 from lora_fx.files.read import scratch_folder
 from lora_fx.onnx.bench import time_sessions
+from lora_fx.onnx.constant_folding import unfolded
 from lora_fx.onnx.graph.flow import constant, dtype_name, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser
-from lora_fx.onnx.names import unfolded
 from lora_fx.onnx.rewriter import exact_constants
 from lora_fx.onnx.save import save, weight_bytes
 from lora_fx.onnx.session import RuntimeSession, open_session

@@ -49,7 +49,7 @@ from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_in
 from lora_fx.ir.graph import Role
 from lora_fx.ir.layout import Cast
 from lora_fx.ir.quantised import ZeroPoints
-from lora_fx.onnx.batch import SCALES
+from lora_fx.onnx.batch_inputs import SCALES
 from lora_fx.onnx.choices import choosing_file
 from lora_fx.onnx.graph.graph import OnnxGraph, highest
 from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges

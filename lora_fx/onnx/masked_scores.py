@@ -1,0 +1,31 @@
+"""Scores that a boolean mask leaves out: −∞, as in torch, and not the dtype's least number."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.onnx.graph.flow import constant, made_by
+from lora_fx.onnx.graph.graph import add_initialiser
+
+LOWEST = -6e4
+"""Scores are above it: float16's least number is −65504."""
+
+
+def mask_by_infinity(model: ir.Model) -> None:
+    """Let a boolean mask add −∞ to the scores that it leaves out.
+
+    The exporter adds the least number of the dtype. A row that is masked everywhere, as the padding
+    before a prompt is, then is the mean of all values. In torch it is 0, which the nodes IsNaN and
+    Where behind the softmax make of −∞: its softmax is 0/0.
+    """
+    for node in list(model.graph.all_nodes()):
+        softmax = made_by(node.inputs[0], "Softmax") if node.op_type == "IsNaN" else None
+        added = made_by(softmax.inputs[0], "Add") if softmax is not None else None
+        for value in added.inputs if added is not None else ():
+            where = made_by(value, "Where")
+            low = None if where is None else constant(where.inputs[2])
+            if where is not None and low is not None and low.size == 1 and low.item() < LOWEST:
+                name = f"{where.outputs[0].name}_left_out"
+                infinity = np.full(low.shape, -np.inf, low.dtype)
+                where.replace_input_with(2, add_initialiser(model.graph, name, infinity))
