@@ -56,6 +56,7 @@ class Row:
 
 ROWS: Mapping[str, Row] = {
     "rows of a node": Row(row_axis.node, ("lora_fx.onnx.row_axis._after",)),
+    "rows of a Reshape": Row(row_axis.reshape, ("lora_fx.onnx.row_axis._after",)),
     "rows of a graph": Row(row_axis.graph, ("lora_fx.onnx.row_axis.provenance",)),
 }
 

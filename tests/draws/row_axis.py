@@ -15,7 +15,7 @@ from lora_fx.onnx.row_axis import SAME, RowAxis
 BATCH = "batch"
 SIZES = (BATCH, BATCH, BATCH, "length", "3*batch", "batch*length", 1, 1, 2, 3, 4, 6, 12, None)
 FAMILIES = [
-    *["Reshape"] * 4,
+    "Reshape",
     *["Transpose", "Gather", "GatherND", "MatMul", "Einsum"] * 2,
     "Add Clip Identity Mul Where",
     "ReduceMax ReduceMean ArgMax ArgMin Squeeze",
@@ -71,8 +71,17 @@ RECURRENT = ("GRU", "LSTM", "RNN", "DynamicQuantizeLSTM")
 
 def node(rng: Random) -> tuple[ir.Node, dict[ir.Value, RowAxis], int, str]:
     """A node, the rows of what it reads, the number of one of its results, and the symbol."""
+    return _node_of(rng, rng.choice(rng.choice(FAMILIES).split()))
+
+
+def reshape(rng: Random) -> tuple[ir.Node, dict[ir.Value, RowAxis], int, str]:
+    """A Reshape, and so on as in `node`."""
+    return _node_of(rng, "Reshape")
+
+
+def _node_of(rng: Random, op: str) -> tuple[ir.Node, dict[ir.Value, RowAxis], int, str]:
     pool = [_value(rng, f"x{i}") for i in range(4)]
-    drawn = _node(rng, pool)
+    drawn = _node(rng, pool, op)
     states = {value: _rows(rng, value) for value in drawn.inputs if value is not None}
     if rng.random() < 0.6:  # one operand alone has rows
         states = dict([rng.choice(sorted(states.items(), key=lambda pair: str(pair[0].name)))])
@@ -85,7 +94,7 @@ def graph(rng: Random) -> tuple[ir.Model, str, set[ir.Value], set[ir.Value] | No
     pool = list(inputs)
     nodes = []
     for _ in range(rng.randint(2, 6)):
-        drawn = _node(rng, pool)
+        drawn = _node(rng, pool, rng.choice(rng.choice(FAMILIES).split()))
         nodes.append(drawn)
         pool += drawn.outputs
     nodes += [_if(pool[-1])] * (rng.random() < 0.1)
@@ -124,8 +133,7 @@ def _rows(rng: Random, value: ir.Value) -> RowAxis:
     return RowAxis(axis, exact, inner=inner)
 
 
-def _node(rng: Random, pool: Sequence[ir.Value]) -> ir.Node:
-    op = rng.choice(rng.choice(FAMILIES).split())
+def _node(rng: Random, pool: Sequence[ir.Value], op: str) -> ir.Node:
     data = rng.choice(pool)
     rank = len(data.shape) if data.shape is not None else rng.randint(1, 4)
     inputs: list[ir.Value | None] = [data]
@@ -137,11 +145,11 @@ def _node(rng: Random, pool: Sequence[ir.Value]) -> ir.Node:
         inputs += [rng.choice((*pool, None)) for _ in range(5)]
     for slot, name in _numbers_of(op).items():
         inputs = inputs[:slot] + [None] * (slot - len(inputs))
-        chance = rng.random()
-        if chance < 0.9:
+        chance = rng.random() - 0.5 * (name == "split")
+        if 0 < chance < 0.9:
             tensor = ir.tensor(np.array(_numbers(rng, name, rank), np.int64))
             inputs.append(ir.Value(name=f"numbers {slot}", const_value=tensor))
-        elif chance < 0.95:
+        elif 0 < chance < 0.95:
             inputs.append(rng.choice(pool))
     attributes = {}
     for name in _attributes_of(op):
@@ -200,7 +208,7 @@ def _equation(rng: Random, inputs: Sequence[ir.Value | None]) -> str:
     terms = []
     for value in inputs:
         rank = len(value.shape) if value is not None and value.shape is not None else 4
-        terms.append("".join(rng.sample("abcdef"[: max(rank, 4)], rank)))
+        terms.append("".join(rng.sample("abcdefghijkl"[: max(rank, 4)], rank)))
     letters = sorted(set("".join(terms)))
     result = "".join(rng.sample(letters, rng.randint(0, len(letters))))
     arrow = rng.choice(("->", "->", "->", " -> ", ""))
