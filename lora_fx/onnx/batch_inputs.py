@@ -43,47 +43,64 @@ def batch_symbol(
     Raises:
         LoraFxError: No input has a dynamic dimension 0, or they differ.
     """
-    found = {
-        str(v.shape[0])
-        for v in model.graph.inputs
-        if v.shape is not None and len(v.shape) and isinstance(v.shape[0], ir.SymbolicDim)
-    } - {"None"}
-    if len(found) != 1:
-        had = ", ".join(sorted(found)) or "none"
-        had = f"{had}: {why}" if why else had
-        raise LoraFxError(
-            f"batch mode needs one dynamic dimension 0 over the inputs; found {had}", hint
-        )
-    return found.pop()
+    symbols = set()
+    for value in model.graph.inputs:
+        if value.shape and isinstance(value.shape[0], ir.SymbolicDim):
+            symbols.add(str(value.shape[0]))
+    symbols.discard("None")
+    if len(symbols) == 1:
+        return symbols.pop()
+    listed = ", ".join(sorted(symbols)) or "none"
+    if why:
+        listed = f"{listed}: {why}"
+    raise LoraFxError(
+        f"batch mode needs one dynamic dimension 0 over the inputs; found {listed}", hint
+    )
 
 
 def add_inputs(graph: OnnxGraph, batch: str, count: int, *, scales: bool) -> RowAdapters:
-    """Add `adapter_ids` int64 [batch], and with `scales` also `adapter_scales` float [batch]."""
-    inner = graph.model.graph
-    taken = {v.name for v in inner.inputs} | set(inner.initializers)
+    """Add the inputs of batch mode, and the nodes that check the ids.
 
-    def added(name: str, dtype: ir.DataType) -> ir.Value:
-        if name in taken:
-            raise LoraFxError(f"the model has an input {name!r} already", "rename it")
-        value = ir.Value(name=name, shape=ir.Shape([batch]), type=ir.TensorType(dtype))
-        inner.inputs.append(value)
-        return value
+    Args:
+        graph: The graph, edited in place.
+        batch: The symbol of the batch dimension.
+        count: How many adapters there are, the base among them.
+        scales: Add `adapter_scales` float [batch] beside `adapter_ids` int64 [batch].
 
-    def constant(name: str, value: Array) -> ir.Value:
-        return add_initialiser(inner, f"{IDS}_{name}", value, IDS)
-
-    e = graph.emit_first(IDS)
-    raw = added(IDS, ir.DataType.INT64)
-    weights = added(SCALES, ir.DataType.FLOAT) if scales else None
-    zero = constant("zero", np.array(0, np.int64))
-    last = constant("last", np.array(count - 1, np.int64))
-    outside = e.call("Or", e.call("Less", raw, zero), e.call("Greater", raw, last))
+    Raises:
+        LoraFxError: The model has an input or an initialiser of that name.
+    """
+    emitter = graph.emit_first(IDS)
+    ids = _add_input(graph, IDS, ir.DataType.INT64, batch)
+    weights = None
+    if scales:
+        weights = _add_input(graph, SCALES, ir.DataType.FLOAT, batch)
+    zero = _add_constant(graph, "zero", np.array(0, np.int64))
+    last = _add_constant(graph, "last", np.array(count - 1, np.int64))
+    below = emitter.call("Less", ids, zero)
+    outside = emitter.call("Or", below, emitter.call("Greater", ids, last))
 
     # Gather counts a negative id from the end, so all of them become one that it refuses.
-    refused = e.call("Where", outside, constant(REFUSED, np.array(count, np.int64)), raw)
-    seen = e.call("Gather", constant("numbers", np.arange(count)), refused)
-    checker = seen.producer()
+    refused = _add_constant(graph, REFUSED, np.array(count, np.int64))
+    refusable = emitter.call("Where", outside, refused, ids)
+    numbers = _add_constant(graph, "numbers", np.arange(count))
+    gathered = emitter.call("Gather", numbers, refusable)
+    checker = gathered.producer()
     assert checker is not None
     checker.name = f"lora_fx: {IDS} out of range, 0 to {count - 1}"  # the runtime's error quotes it
-    checked = e.call("Where", outside, zero, seen)
-    return RowAdapters(e, checked, count, weights, batch, outside)
+    checked = emitter.call("Where", outside, zero, gathered)
+    return RowAdapters(emitter, checked, count, weights, batch, outside)
+
+
+def _add_input(graph: OnnxGraph, name: str, dtype: ir.DataType, batch: str) -> ir.Value:
+    """Add an input [batch]."""
+    owner = graph.model.graph
+    if name in owner.initializers or any(value.name == name for value in owner.inputs):
+        raise LoraFxError(f"the model has an input {name!r} already", "rename it")
+    value = ir.Value(name=name, shape=ir.Shape([batch]), type=ir.TensorType(dtype))
+    owner.inputs.append(value)
+    return value
+
+
+def _add_constant(graph: OnnxGraph, name: str, value: Array) -> ir.Value:
+    return add_initialiser(graph.model.graph, f"{IDS}_{name}", value, IDS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
 from lora_fx.dtypes import numpy_dtype
+from lora_fx.ir.kinds import Shape
 from lora_fx.onnx.graph.flow import MARK, WAS, dtype_name, rank, shape_of
 from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
 from lora_fx.onnx.graph.ops import shares_ranges
@@ -32,66 +31,78 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
         graph: The graph, whose outputs have their rows on axis 0.
         outside: Which rows those are, bool [batch].
     """
-    inner = graph.model.graph
+    owner = graph.model.graph
     guards = _Guards(graph, outside)
     # NaN inside of the model would reach a range over all rows, and outputs of integers.
     early = not shares_ranges(graph.model) and not outputs_without_nan(graph.model)
 
-    for i, y in enumerate(inner.outputs):
+    for number, y in enumerate(owner.outputs):
         if dtype_name(y) not in WITH_NAN or y.is_graph_input():
             continue
         operands = _deciding(y) if early else []
         for node, slot in operands:
             guards.put(node, slot)
         if not operands:
-            made = guards.of(OnnxEmitter(graph, inner[-1], IDS, before=False), y)
+            guarded = guards.of(OnnxEmitter(graph, owner[-1], IDS, before=False), y)
             y.metadata_props.setdefault(WAS, str(y.name))
-            made.name, y.name = y.name, graph.fresh(f"{y.name}_unguarded")
-            inner.outputs[i] = made
+            unguarded_name = graph.fresh(f"{y.name}_unguarded")
+            guarded.name = y.name
+            y.name = unguarded_name
+            owner.outputs[number] = guarded
 
 
 class _Guards:
     """Makes Where(outside, NaN, y)."""
 
     def __init__(self, graph: OnnxGraph, outside: ir.Value) -> None:
-        self.graph, self.outside = graph, outside
+        self.graph = graph
+        self.outside = outside
         self._columns: dict[int, ir.Value] = {1: outside}
 
-    def of(self, e: OnnxEmitter, y: ir.Value) -> ir.Value:
-        """What e emits: y, NaN in the rows that are outside."""
-        stored, dtype = self.graph.model.graph.initializers, dtype_name(y)
+    def of(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
+        """A value that is y, and NaN in the rows that are outside; its node is the emitter's."""
+        initialisers = self.graph.model.graph.initializers
+        dtype = dtype_name(y)
         name = f"{NAN}_{dtype}"
-        if name not in stored:
-            value = np.array(np.nan, numpy_dtype(dtype))
-            add_initialiser(self.graph.model.graph, name, value, IDS)
-        made = e.call("Where", self._column(e, y), stored[name], y)
-        made.shape, made.type = y.shape, y.type
-        return made
+        if name not in initialisers:
+            nan = np.array(np.nan, numpy_dtype(dtype))
+            add_initialiser(self.graph.model.graph, name, nan, IDS)
+        guarded = emitter.call("Where", self._column(emitter, y), initialisers[name], y)
+        guarded.shape = y.shape
+        guarded.type = y.type
+        return guarded
 
     def put(self, node: ir.Node, slot: int) -> None:
-        """Let a node read its operand so."""
+        """Guard what a node reads in a slot."""
         x = node.inputs[slot]
         assert x is not None
         if not is_guard(x.producer()):
-            e = OnnxEmitter(self.graph, node, IDS, before=True)
-            node.replace_input_with(slot, self.of(e, x))
+            emitter = OnnxEmitter(self.graph, node, IDS, before=True)
+            node.replace_input_with(slot, self.of(emitter, x))
 
-    def _column(self, e: OnnxEmitter, y: ir.Value) -> ir.Value:
+    def _column(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
         """`outside` as [batch, 1, … 1], with as many axes as y has."""
-        r = rank(y)
-        if r is None:
-            sizes = e.call("Shape", y)
-            ones = e.call("Cast", e.call("Equal", sizes, sizes), to=int(ir.DataType.INT64))
-            tail = e.call("Slice", ones, self._ints(1), self._ints(np.iinfo(np.int64).max))
-            shape = e.call("Concat", self._ints(-1), tail, axis=0)
-            return e.call("Reshape", self.outside, shape)
-        if r not in self._columns:
+        y_rank = rank(y)
+        if y_rank is None:
+            return self._column_at_run_time(emitter, y)
+        if y_rank not in self._columns:
             first = self.outside.producer()
             assert first is not None
-            beside = OnnxEmitter(self.graph, first, IDS, before=False)
-            shape = self._ints(-1, *[1] * (r - 1))
-            self._columns[r] = beside.call("Reshape", self.outside, shape)
-        return self._columns[r]
+            # Behind `outside`, so that every later node may read it.
+            emitter = OnnxEmitter(self.graph, first, IDS, before=False)
+            shape = self._ints(-1, *[1] * (y_rank - 1))
+            self._columns[y_rank] = emitter.call("Reshape", self.outside, shape)
+        return self._columns[y_rank]
+
+    def _column_at_run_time(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
+        """As `_column`, of a y whose number of axes the model does not say."""
+        sizes = emitter.call("Shape", y)
+        equal = emitter.call("Equal", sizes, sizes)
+        unit_sizes = emitter.call("Cast", equal, to=int(ir.DataType.INT64))
+        largest = np.iinfo(np.int64).max
+        tail = emitter.call("Slice", unit_sizes, self._ints(1), self._ints(largest))
+        shape = emitter.call("Concat", self._ints(-1), tail, axis=0)
+        return emitter.call("Reshape", self.outside, shape)
 
     def _ints(self, *values: int) -> ir.Value:
         name = self.graph.fresh(f"{IDS}_const")
@@ -104,46 +115,78 @@ def _deciding(y: ir.Value) -> list[tuple[ir.Node, int]]:
     A Where over all logits took 8 % of a small language model's run, and one over the keys and
     values 20 % of a step of decoding behind 512 positions. So it stands before the product; and
     before the new keys are put behind those that the caller gave, which go out as they came.
+
+    Returns:
+        Each as a node that reads it, and the slot; empty where y itself has to be guarded.
     """
-    node, sizes = y.producer(), shape_of(y)
+    node = y.producer()
+    sizes = shape_of(y)
     if node is None or node.domain or sizes is None:
         return []
     if node.op_type == "Add":
-        parts = (_deciding(v) for v in node.inputs if v is not None and shape_of(v) == sizes)
-        return next(filter(None, parts), [])
+        return _deciding_of_sum(node, sizes)
     if node.op_type == "MatMul":
-        x, w = node.inputs
-        same = rank(x) == len(sizes) and dtype_name(x) in WITH_NAN
-        return [(node, 0)] if same and _widens(w) else []
+        return _deciding_of_product(node, len(sizes))
     if node.op_type == "Concat" and node.attributes["axis"].as_int() % len(sizes):
-        brought = [v is not None and v.is_graph_input() for v in node.inputs]
-        known = all(rank(v) == len(sizes) for v in node.inputs)
-        return [(node, k) for k, b in enumerate(brought) if not b] if known and any(brought) else []
+        return _deciding_of_concat(node, len(sizes))
     return []
+
+
+def _deciding_of_sum(node: ir.Node, sizes: Shape) -> list[tuple[ir.Node, int]]:
+    """Those of the first term of the sum's own sizes that has any."""
+    for term in node.inputs:
+        if term is not None and shape_of(term) == sizes:
+            operands = _deciding(term)
+            if operands:
+                return operands
+    return []
+
+
+def _deciding_of_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
+    """The activation of a product with a weight that makes it wider."""
+    x, w = node.inputs
+    if rank(x) != y_rank or dtype_name(x) not in WITH_NAN or not _widens(w):
+        return []
+    return [(node, 0)]
+
+
+def _deciding_of_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
+    """What is put beside inputs of the graph, which go out as they came."""
+    slots = []
+    for slot, value in enumerate(node.inputs):
+        if rank(value) != y_rank:
+            return []
+        if value is None or not value.is_graph_input():
+            slots.append(slot)
+    if len(slots) == len(node.inputs):
+        return []
+    return [(node, slot) for slot in slots]
 
 
 def is_guarded(y: ir.Value) -> bool:
     """Whether an output is NaN in the rows that are outside."""
-    operands = [node.inputs[slot] for node, slot in _deciding(y)]
-    return is_guard(y.producer()) or _guarded(operands)
+    if is_guard(y.producer()):
+        return True
+    values = [node.inputs[slot] for node, slot in _deciding(y)]
+    if not values:
+        return False
+    return all(value is not None and is_guard(value.producer()) for value in values)
 
 
 def brings_input(y: ir.Value) -> bool:
-    """Whether a part of an output is an input as it came, so that others alone are guarded."""
+    """Whether a part of an output is an input as it came, so that the others alone are guarded."""
     node = y.producer()
     return node is not None and node.op_type == "Concat" and is_guarded(y)
 
 
-def _guarded(values: Sequence[ir.Value | None]) -> bool:
-    return bool(values) and all(v is not None and is_guard(v.producer()) for v in values)
-
-
 def _widens(w: ir.Value | None) -> bool:
     """Whether w is a stored matrix of floats, at least as wide as high, or a transpose of one."""
-    turned = w.producer() if w is not None else None
-    source = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else w
+    producer = w.producer() if w is not None else None
+    stored = w
+    if producer is not None and producer.op_type == "Transpose":
+        stored = producer.inputs[0]
     sizes = shape_of(w)
-    if source is None or source.const_value is None or sizes is None or len(sizes) != 2:
+    if stored is None or stored.const_value is None or sizes is None or len(sizes) != 2:
         return False
     height, width = sizes
     return isinstance(height, int) and isinstance(width, int) and 0 < height <= width
@@ -159,8 +202,10 @@ def is_guard(node: ir.Node | None) -> bool:
 
 def guards_alone(model: ir.Model) -> ir.Model:
     """The nodes that make NaN of rows, as a model of the ids and of what these nodes read."""
-    guards = [n for n in model.graph if is_guard(n)]
-    begins = [IDS, *(str(n.inputs[2].name) for n in guards if n.inputs[2] is not None)]
-    ends = [str(n.outputs[0].name) for n in guards]
-    graph = ir.convenience.extract(model.graph, [*dict.fromkeys(begins)], ends)
+    guards = [node for node in model.graph if is_guard(node)]
+    guarded_values = [node.inputs[2] for node in guards]
+    names = [str(value.name) for value in guarded_values if value is not None]
+    begins = dict.fromkeys([IDS, *names])
+    ends = [str(node.outputs[0].name) for node in guards]
+    graph = ir.convenience.extract(model.graph, [*begins], ends)
     return ir.Model(graph, ir_version=model.ir_version)
