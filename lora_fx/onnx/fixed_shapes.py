@@ -20,7 +20,7 @@ from lora_fx.onnx.session import IMAGE
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def sized(model: ir.Model, arrays: Named, where: str) -> tuple[ir.Model, Shapes]:
+def with_fixed_shapes(model: ir.Model, arrays: Named, where: str) -> tuple[ir.Model, Shapes]:
     """A clone of a model whose inputs have sizes, and these.
 
     Args:
