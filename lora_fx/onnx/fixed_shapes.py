@@ -21,51 +21,64 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def with_fixed_shapes(model: ir.Model, arrays: Named, where: str) -> tuple[ir.Model, Shapes]:
-    """A clone of a model whose inputs have sizes, and these.
+    """A clone of a model whose inputs have numbers for sizes, and the shapes of these inputs.
 
     Args:
         model: The model; it stays as it is.
-        arrays: A user's inputs by name, whose sizes they are; any that are not given fit them.
+        arrays: A user's inputs by name; their sizes are taken, and inputs left out fit them.
         where: The file, for messages.
 
     Raises:
         LoraFxError: An array that is no input, or does not fit it.
     """
     clone = model.clone()
-    inputs = {str(v.name): v for v in clone.graph.inputs if v.name not in clone.graph.initializers}
+    inputs = {}
+    for value in clone.graph.inputs:
+        if value.name not in clone.graph.initializers:
+            inputs[str(value.name)] = value
     symbols: dict[str, int] = {}
     for name, array in arrays.items():
         expect_input(name, inputs)
         _bind(inputs[name], tuple(array.shape), symbols, where)
-    shapes = _shapes(inputs, symbols) | {n: tuple(a.shape) for n, a in arrays.items()}
-    free = _symbols(inputs, shapes)
+    shapes = _shapes(inputs, symbols)
+    shapes |= {name: tuple(array.shape) for name, array in arrays.items()}
+    numbers = _numbers(inputs, shapes)
     for name, shape in shapes.items():
         inputs[name].shape = ir.Shape(shape)
-    before = {v: v.shape for node in clone.graph.all_nodes() for v in node.outputs}
-    for value in before:
-        value.shape = None
+
+    file_shapes = {}
+    for node in clone.graph.all_nodes():
+        for value in node.outputs:
+            file_shapes[value] = value.shape
+            value.shape = None
     with silenced(levels={"onnx_ir": logging.CRITICAL}):
         ShapeInferencePass()(clone)
-    for value, shape in before.items():
-        if value.shape is None and shape is not None:  # what the inference does not know
-            value.shape = ir.Shape([_size(d, free) for d in shape])
+    for value, file_shape in file_shapes.items():
+        if value.shape is None and file_shape is not None:  # what the inference does not know
+            value.shape = ir.Shape([_size(size, numbers) for size in file_shape])
     return clone, shapes
 
 
 def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], where: str) -> None:
-    """Note what an array says of the names of an input's sizes."""
+    """Note which numbers an array gives to the names of an input's sizes."""
     expected = list(value.shape) if value.shape is not None else [None] * len(shape)
-    fits = len(expected) == len(shape)
-    for d, n in zip(expected, shape, strict=False):
-        fits = fits and (not isinstance(d, int) or d in (n, -1))
-        if isinstance(d, ir.SymbolicDim) and d.value:
-            fits = fits and symbols.setdefault(str(d.value), n) == n
-    if not fits:
-        sizes = ", ".join(str(d) for d in expected)
-        raise LoraFxError(
-            f"{where}: input {str(value.name)!r} takes [{sizes}], and --inputs has {list(shape)}",
-            "give an array of such a shape",
-        )
+    pairs = zip(expected, shape, strict=False)
+    if len(expected) == len(shape) and all(_fits(*pair, symbols) for pair in pairs):
+        return
+    sizes = ", ".join(str(size) for size in expected)
+    raise LoraFxError(
+        f"{where}: input {str(value.name)!r} takes [{sizes}], and --inputs has {list(shape)}",
+        "give an array of such a shape",
+    )
+
+
+def _fits(size: int | ir.SymbolicDim | None, number: int, symbols: dict[str, int]) -> bool:
+    """Whether a size of the file may be a number; the first number of a name is noted."""
+    if isinstance(size, int):
+        return size in (number, -1)
+    if size is not None and size.value:
+        return symbols.setdefault(str(size.value), number) == number
+    return True
 
 
 def _shapes(
@@ -76,11 +89,12 @@ def _shapes(
     for name, value in inputs.items():
         if value.shape is None:
             continue
-        texts = [_text(d, symbols) for d in value.shape]
-        dims = {k: t if k or t.isdigit() else BATCH for k, t in enumerate(texts)}
-        sizes = tuple(int(t) if t.isdigit() else IMAGE for t in texts)
+        texts = [_text(size, symbols) for size in value.shape]
+        if texts and not texts[0].isdigit():
+            texts[0] = BATCH
+        sizes = tuple(int(text) if text.isdigit() else IMAGE for text in texts)
+        free = {axis: text for axis, text in enumerate(texts) if not text.isdigit()}
         dtype = tensor_dtype(value.dtype or ir.DataType.FLOAT)
-        free = {k: t for k, t in dims.items() if not t.isdigit()}
         specs.append(Input(name, dtype, sizes, free))
     return Inputs(tuple(specs)).sizes((1, IMAGE))
 
@@ -93,11 +107,15 @@ def _text(size: int | ir.SymbolicDim, symbols: Mapping[str, int]) -> str:
     return str(symbols.get(name, name))
 
 
-def _symbols(inputs: Mapping[str, ir.Value], shapes: Shapes) -> dict[str, int]:
+def _numbers(inputs: Mapping[str, ir.Value], shapes: Shapes) -> dict[str, int]:
     """The sizes by their names in the file."""
-    pairs = (p for n, s in shapes.items() for p in zip(inputs[n].shape or (), s, strict=False))
-    return {str(d.value): n for d, n in pairs if isinstance(d, ir.SymbolicDim)}
+    numbers = {}
+    for name, shape in shapes.items():
+        for size, number in zip(inputs[name].shape or (), shape, strict=False):
+            if isinstance(size, ir.SymbolicDim):
+                numbers[str(size.value)] = number
+    return numbers
 
 
-def _size(size: int | ir.SymbolicDim, symbols: Mapping[str, int]) -> int | ir.SymbolicDim:
-    return size if isinstance(size, int) else symbols.get(str(size.value), size)
+def _size(size: int | ir.SymbolicDim, numbers: Mapping[str, int]) -> int | ir.SymbolicDim:
+    return size if isinstance(size, int) else numbers.get(str(size.value), size)
