@@ -8,6 +8,7 @@ result and its bias are only reshaped, all of it stays flat: Gemm(x A, B, Gemm(x
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -17,30 +18,42 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import SwitchSlot
 
 
+@dataclass(frozen=True)
+class BranchSum:
+    """The values of a sum y + (x A) B."""
+
+    x: ir.Value
+    a: ir.Value
+    b: ir.Value
+    y: ir.Value
+
+
 def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
     """Rewrite every branch of that form; branches with casts or stacks in them stay as they are."""
     flat = Flat(graph)
-    pairs = {(s.a, s.b): s for s in slots if not s.batch}
+    slots_by_names = {(slot.a, slot.b): slot for slot in slots if not slot.batch}
     for node in list(graph.model.graph.all_nodes()):
-        match = _match(node)
-        slot = pairs.get((str(match[1].name), str(match[2].name))) if match else None
-        if match and slot and not _beside_codes(node, match[0]):
-            _rewrite(node, match, slot, flat)
+        branch = _match(node)
+        if branch is None:
+            continue
+        slot = slots_by_names.get((str(branch.a.name), str(branch.b.name)))
+        if slot is not None and not _beside_codes(node, branch.x):
+            _rewrite(node, branch, slot, flat)
     graph.changed()
 
 
-Match = tuple[ir.Value, ir.Value, ir.Value, ir.Value]
-
-
-def _match(node: ir.Node) -> Match | None:
-    """The values x, A, B and y of Add(y, MatMul(MatMul(x, A), B)); None for other nodes."""
+def _match(node: ir.Node) -> BranchSum | None:
+    """The values of Add(y, MatMul(MatMul(x, A), B)); None for other nodes."""
     if node.op_type != "Add" or node.domain:
         return None
     for y, delta in (node.inputs, node.inputs[::-1]):
         outer = product_operands(delta)
         inner = product_operands(outer[0]) if outer else None
-        if outer and inner and y is not None and rank(y) == rank(inner[0]) and rank(y):
-            return (*inner, outer[1], y)
+        if outer is None or inner is None or y is None:
+            continue
+        x, a = inner
+        if rank(y) and rank(y) == rank(x):
+            return BranchSum(x, a, outer[1], y)
     return None
 
 
@@ -50,27 +63,41 @@ def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
     ONNX Runtime 1.31 moves QuantizeLinear over it, with a zero point of another dtype than the
     scale's own codes, and then refuses the graph.
     """
-    readers = (u.node.op_type for u in add.outputs[0].uses())
+    readers = [use.node.op_type for use in add.outputs[0].uses()]
     return made_by(x, "DequantizeLinear") is not None or "QuantizeLinear" in readers
 
 
-def _rewrite(add: ir.Node, match: Match, slot: SwitchSlot, flat: Flat) -> None:
-    """Make one product of the sum, or of the sum and its bias; a graph's output keeps its name."""
-    x, a, b, y = match
-    plain = rank(y) == 2
-    left = x if plain else flat.rows(add, x, slot.inside)
-    t = flat.made(add, "MatMul", left, a)
-    old, bias = add.outputs[0], None if plain else reshaped_bias(add, x, y)
+def _rewrite(add: ir.Node, branch: BranchSum, slot: SwitchSlot, flat: Flat) -> None:
+    """Make one product of the sum, or of the sum and its bias."""
+    total = add.outputs[0]
+    if rank(branch.y) == 2:
+        low = flat.made(add, "MatMul", branch.x, branch.a)
+        product = flat.made(add, "Gemm", low, branch.b, branch.y)
+        product.shape = total.shape
+        _replace(total, product)
+        return
+
+    rows = flat.rows(add, branch.x, slot.inside)
+    low = flat.made(add, "MatMul", rows, branch.a)
+    bias = reshaped_bias(add, branch.x, branch.y)
     if bias is not None:
-        total, old = flat.made(add, "Gemm", t, b, flat.layer(add, bias, y, left)), bias.outputs[0]
-    else:
-        total = flat.made(add, "Gemm", t, b, y if plain else flat.rows(add, y, slot.out))
-        if not plain:
-            shape = flat.made(add, "Shape", y)
-            total = flat.made(add, "Reshape", total, shape, **keep_zeros(flat.graph))
-        total.shape = old.shape
-    total.type = old.type
-    old.replace_all_uses_with(total, replace_graph_outputs=True)
-    if total.is_graph_output():
-        total.name, old.name = old.name, total.name
-    remove_unread(old.producer())
+        layer = flat.layer(add, bias, branch.y, rows)
+        _replace(bias.outputs[0], flat.made(add, "Gemm", low, branch.b, layer))
+        return
+    y_rows = flat.rows(add, branch.y, slot.out)
+    product = flat.made(add, "Gemm", low, branch.b, y_rows)
+    y_shape = flat.made(add, "Shape", branch.y)
+    product = flat.made(add, "Reshape", product, y_shape, **keep_zeros(flat.graph))
+    product.shape = total.shape
+    _replace(total, product)
+
+
+def _replace(total: ir.Value, product: ir.Value) -> None:
+    """Let all readers of a sum read the product; an output of the graph keeps its name."""
+    product.type = total.type
+    total.replace_all_uses_with(product, replace_graph_outputs=True)
+    if product.is_graph_output():
+        unused_name = product.name
+        product.name = total.name
+        total.name = unused_name
+    remove_unread(total.producer())

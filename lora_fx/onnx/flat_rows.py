@@ -20,8 +20,10 @@ def product_operands(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None
     node = made_by(value, "MatMul")
     if node is None or len(node.outputs[0].uses()) != 1:
         return None
-    left, right = node.inputs
-    return None if left is None or right is None else (left, right)
+    x, w = node.inputs
+    if x is None or w is None:
+        return None
+    return x, w
 
 
 def keep_zeros(graph: OnnxGraph) -> dict[str, int]:
@@ -48,78 +50,118 @@ class Flat:
         """
         key = (id(add.graph), id(value))
         if key not in self._rows:
-            owner, name = self.graph.model.graph, f"lora_rows_of_{width}"
-            to = owner.initializers.get(name)
-            if to is None:
-                to = add_initialiser(owner, name, np.array([-1, width], np.int64), name)
-            self._rows[key] = self.made(add, "Reshape", value, to)
+            owner = self.graph.model.graph
+            name = f"lora_rows_of_{width}"
+            shape = owner.initializers.get(name)
+            if shape is None:
+                shape = add_initialiser(owner, name, np.array([-1, width], np.int64), name)
+            self._rows[key] = self.made(add, "Reshape", value, shape)
         return self._rows[key]
 
-    def layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, left: ir.Value) -> ir.Value:
-        """Put Gemm(left, W, bias) in the place of the product y = x W and the Add of the bias."""
-        product, old = y.producer(), add.outputs[0]
+    def layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, x_rows: ir.Value) -> ir.Value:
+        """Gemm(x_rows, W, bias) in the place of the product y = x W and the Add of the bias.
+
+        Args:
+            add: The sum of the product and its branch.
+            bias: The Add of the bias, which reads that sum.
+            y: The product.
+            x_rows: Its activation x on flat rows.
+        """
+        product = y.producer()
         assert product is not None
-        w, c = product.inputs[1], next(v for v in bias.inputs if v is not old)
-        assert w is not None and c is not None
-        whole = self.made(add, "Gemm", left, w, c)
-        node = whole.producer()
-        assert node is not None
-        node.name = product.name
-        node.metadata_props.clear()
-        node.metadata_props.update(product.metadata_props)
-        return whole
+        w = product.inputs[1]
+        b = _other_input(bias, add.outputs[0])
+        assert w is not None and b is not None
+        layer = self.made(add, "Gemm", x_rows, w, b)
+        gemm = layer.producer()
+        assert gemm is not None
+        gemm.name = product.name
+        gemm.metadata_props.clear()
+        gemm.metadata_props.update(product.metadata_props)
+        return layer
 
     def heads(self) -> None:
-        """Rewrite every branch of that form."""
-        for add in list(self.graph.model.graph.all_nodes()):
-            if add.op_type != "Add" or add.domain or MARK not in add.metadata_props:
-                continue
-            for y, delta in (add.inputs, add.inputs[::-1]):
-                product = made_by(y, "MatMul")
-                if product is None or MARK in product.metadata_props:
-                    continue
-                x, w = product.inputs
-                bias = reshaped_bias(add, x, y)
-                if bias is None:
-                    continue
-                assert x is not None and y is not None and delta is not None
-                assert w is not None and w.shape is not None
-                width, out = w.shape.numpy()
-                whole = self.layer(add, bias, y, self.rows(add, x, int(width)))
-                total = self.made(add, "Add", whole, self.rows(add, delta, int(out)))
-                total.type = bias.outputs[0].type
-                bias.outputs[0].replace_all_uses_with(total)
-                remove_unread(bias)
-                break
+        """Rewrite every branch of the form of the module's docstring."""
+        for node in list(self.graph.model.graph.all_nodes()):
+            if node.op_type == "Add" and not node.domain and MARK in node.metadata_props:
+                self._rewrite(node)
         self.graph.changed()
+
+    def _rewrite(self, add: ir.Node) -> None:
+        """Rewrite the branch that `add` ends, where it has that form."""
+        for y, delta in (add.inputs, add.inputs[::-1]):
+            product = made_by(y, "MatMul")
+            if product is None or MARK in product.metadata_props:
+                continue
+            x, w = product.inputs
+            bias = reshaped_bias(add, x, y)
+            if bias is None:
+                continue
+            assert x is not None and y is not None and delta is not None
+            assert w is not None and w.shape is not None
+            in_size, out_size = w.shape.numpy()
+            layer = self.layer(add, bias, y, self.rows(add, x, int(in_size)))
+            total = self.made(add, "Add", layer, self.rows(add, delta, int(out_size)))
+            total.type = bias.outputs[0].type
+            bias.outputs[0].replace_all_uses_with(total)
+            remove_unread(bias)
+            return
 
 
 def reshaped_bias(add: ir.Node, x: ir.Value | None, y: ir.Value | None) -> ir.Node | None:
-    """The Add of a bias after the sum, where all that follows reshapes it, naming every size."""
-    left, w = product_operands(y) or (None, None)
+    """The Add of a bias after the sum, where all that follows reshapes it, naming every size.
+
+    Args:
+        add: The sum of a product and its branch.
+        x: The branch's activation.
+        y: The product, which is None for other sums.
+    """
+    operands = product_operands(y)
+    if operands is None or operands[0] is not x:
+        return None
+    _, w = operands
     # of codes the runtime knows MatMul alone
-    if left is not x or rank(x) is None or rank(w) != 2 or made_by(w, "DequantizeLinear"):
+    if rank(x) is None or rank(w) != 2 or made_by(w, "DequantizeLinear"):
         return None
+
     total = add.outputs[0]
-    readers = [u.node for u in total.uses()]
-    after = made_by(readers[0].outputs[0], "Add") if len(readers) == 1 else None
-    if after is None or after.graph is not add.graph or total.is_graph_output():
+    readers = [use.node for use in total.uses()]
+    if len(readers) != 1 or total.is_graph_output():
         return None
-    bias, out = next(v for v in after.inputs if v is not total), after.outputs[0]
+    bias_add = made_by(readers[0].outputs[0], "Add")
+    if bias_add is None or bias_add.graph is not add.graph:
+        return None
+    bias = _other_input(bias_add, total)
     if bias is None or bias.const_value is None or rank(bias) != 1:
         return None
-    heads = [] if out.is_graph_output() else out.consumers()
-    flat = heads and all(
-        n.op_type == "Reshape" and n.inputs[0] is out and _no_zero(n.inputs[1]) for n in heads
-    )
-    return after if flat else None
+    return bias_add if _is_only_reshaped(bias_add.outputs[0]) else None
 
 
-def _no_zero(target: ir.Value | None) -> bool:
-    """True for a shape that copies no size from its input: none of its constants is 0."""
-    joined = made_by(target, "Concat")
-    parts = [target] if joined is None else list(joined.inputs)
-    known = [constant(v) for v in parts]
-    if len(parts) == 1 and known[0] is None:
+def _other_input(add: ir.Node, value: ir.Value) -> ir.Value | None:
+    """What an Add adds to a value."""
+    return next(term for term in add.inputs if term is not value)
+
+
+def _is_only_reshaped(value: ir.Value) -> bool:
+    """Whether nothing but Reshapes reads a value, and none of them copies a size from it."""
+    if value.is_graph_output():
         return False
-    return all(t is None or bool((t != 0).all()) for t in known)
+    readers = value.consumers()
+    for node in readers:
+        if node.op_type != "Reshape" or node.inputs[0] is not value:
+            return False
+        if not _names_all_sizes(node.inputs[1]):
+            return False
+    return bool(readers)
+
+
+def _names_all_sizes(target: ir.Value | None) -> bool:
+    """True for a shape that copies no size from its input: none of its constants is 0."""
+    concat = made_by(target, "Concat")
+    if concat is None:
+        sizes = constant(target)
+        return sizes is not None and bool((sizes != 0).all())
+    constants = [constant(value) for value in concat.inputs]
+    if len(constants) == 1 and constants[0] is None:
+        return False
+    return all(sizes is None or bool((sizes != 0).all()) for sizes in constants)

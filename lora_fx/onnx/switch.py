@@ -26,6 +26,9 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
         rank: The rank of the default, which is zeros.
         symbol: The name of the rank as a dynamic dimension of inputs; empty where A and B are
             initialisers and no inputs.
+
+    Raises:
+        LoraFxError: The graph has a tensor of such a name.
     """
     layout = target.layout
     batch = layout.batch_shape
@@ -33,53 +36,80 @@ def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSl
     free: int | str = symbol or rank
     shapes = ((*batch, layout.in_size, free), (*batch, free, layout.out_size))
     owner = graph.model.graph
-    for old, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
-        if name in owner.initializers or any(v.name == name for v in owner.inputs):
+    for inserted_name, name, shape in zip(slot_names(target.key), names, shapes, strict=True):
+        if name in owner.initializers or any(value.name == name for value in owner.inputs):
             raise LoraFxError(f"the graph has a tensor {name!r} already", f"--exclude {target.key}")
-        was = owner.initializers[old]
-        zeros = np.zeros([n if isinstance(n, int) else rank for n in shape], np.float32)
-        new = add_initialiser(owner, name, zeros, was.metadata_props[MARK])
-        new.shape = ir.Shape(shape)
-        reread(graph, was, new, swap_last(len(batch)))
-        del owner.initializers[old]
+        inserted = owner.initializers[inserted_name]
+        sizes = [size if isinstance(size, int) else rank for size in shape]
+        zeros = np.zeros(sizes, np.float32)
+        factor = add_initialiser(owner, name, zeros, inserted.metadata_props[MARK])
+        factor.shape = ir.Shape(shape)
+        reread(graph, inserted, factor, swap_last(len(batch)))
+        del owner.initializers[inserted_name]
         if symbol:
-            owner.inputs.remove(was)
-            owner.inputs.append(new)
+            owner.inputs.remove(inserted)
+            owner.inputs.append(factor)
     stored = tuple(target.parameter.shape)
     return SwitchSlot(
         *names, layout.in_size, layout.out_size, batch, stored, target.op, target.role, rank
     )
 
 
-def reread(graph: OnnxGraph, was: ir.Value, new: ir.Value, perm: tuple[int, ...]) -> None:
-    """Let users of `was` read `new`, its transpose, with as few transposes as there can be."""
-    made = graph.model.graph.initializers
-    for user, i in list(was.uses()):
+def reread(graph: OnnxGraph, value: ir.Value, transposed: ir.Value, perm: tuple[int, ...]) -> None:
+    """Let users of a value read its transpose, with as few transposes as there can be.
+
+    By what reads the value:
+    1. A product with 1, the scale that insert made, goes away, and its users read the transpose.
+    2. A transpose by perm goes away.
+    3. A Gather of matrices reads the transpose, and what it picks is transposed instead.
+    4. Everything else reads a transpose of the transpose.
+
+    Args:
+        graph: The graph, edited in place.
+        value: What is read now.
+        transposed: What is read then: the value, transposed by perm.
+        perm: The permutation.
+    """
+    for user, slot in list(value.uses()):
         body = user.graph
         assert body is not None
-        if user.op_type == "Mul" and _is_one(one := user.inputs[1 - i]):
-            reread(graph, user.outputs[0], new, perm)
+        result = user.outputs[0]
+        if user.op_type == "Mul" and _is_one(user.inputs[1 - slot]):
+            factor = user.inputs[1 - slot]
+            reread(graph, result, transposed, perm)
             body.remove(user, safe=True)
-            if one is not None and not one.uses() and one.name in made:
-                del made[str(one.name)]
+            _delete_unread(graph, factor)
         elif user.op_type == "Transpose" and tuple(user.attributes["perm"].as_ints()) == perm:
-            for reader, j in list(user.outputs[0].uses()):
-                reader.replace_input_with(j, new)
+            for reader, reader_slot in list(result.uses()):
+                reader.replace_input_with(reader_slot, transposed)
             body.remove(user, safe=True)
-        elif user.op_type == "Gather" and i == perm[0] == user.attributes.get_int("axis", 0) == 0:
-            # matrices that data picks: a transpose behind it would be fused into the product, and
-            # ONNX Runtime 1.31 leaves one of rank 0 unwritten
-            user.replace_input_with(0, new)
-            user.outputs[0].shape = None
-            reread(graph, user.outputs[0], user.outputs[0], perm)
+        elif slot == 0 and perm[0] == 0 and _picks_matrices(user):
+            # a transpose behind it would be fused into the product, and ONNX Runtime 1.31 leaves
+            # one of rank 0 unwritten
+            user.replace_input_with(0, transposed)
+            result.shape = None
+            reread(graph, result, result, perm)
         else:
-            e = OnnxEmitter(graph, user, user.metadata_props.get(MARK, ""), before=True)
-            turned = e.call("Transpose", new, perm=list(perm))
-            turned.type = new.type
-            user.replace_input_with(i, turned)
+            emitter = OnnxEmitter(graph, user, user.metadata_props.get(MARK, ""), before=True)
+            back = emitter.call("Transpose", transposed, perm=list(perm))
+            back.type = transposed.type
+            user.replace_input_with(slot, back)
+
+
+def _picks_matrices(node: ir.Node) -> bool:
+    """Whether a node picks matrices of a stack, along its first axis."""
+    return node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
+
+
+def _delete_unread(graph: OnnxGraph, value: ir.Value | None) -> None:
+    """Delete an initialiser that nothing reads any more."""
+    stored = graph.model.graph.initializers
+    if value is not None and not value.uses() and value.name in stored:
+        del stored[str(value.name)]
 
 
 def _is_one(value: ir.Value | None) -> bool:
+    """Whether a value is a constant 1 that a pass added."""
     if value is None or value.const_value is None or MARK not in value.metadata_props:
         return False
     return value.const_value.size == 1 and float(value.const_value.numpy().reshape(())) == 1.0
