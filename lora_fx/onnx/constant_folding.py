@@ -22,33 +22,47 @@ def unfolded(weights: Collection[str]) -> Callable[[ir.Node], bool | None]:
     names = set(weights)
 
     def rule(node: ir.Node) -> bool | None:
-        viewed = node.op_type in VIEWS and node.op_type != "Gather"
-        read = [v for v in node.inputs[: 1 if viewed else None] if v is not None and _of(v) & names]
-        if not read or (node.op_type == "Transpose" and len(read[0].uses()) == 1):
+        is_view = node.op_type in VIEWS and node.op_type != "Gather"
+        operands = node.inputs[:1] if is_view else node.inputs
+        read = [value for value in operands if value is not None and _names_of(value) & names]
+        if not read:
             return None
-        return False if viewed or _is_site(node) else None
+        if node.op_type == "Transpose" and len(read[0].uses()) == 1:
+            return None
+        return False if is_view or _is_site(node) else None
 
     return rule
 
 
-def _of(value: ir.Value) -> set[str]:
+def mark_data(model: ir.Model, weights: Collection[str]) -> None:
+    """Mark the constants that weights are multiplied by, or looked up at: they are no weights."""
+    flow = follow(model)
+    names = set(weights)
+    for node in filter(_is_site, model.graph.all_nodes()):
+        stored = []
+        for value in node.inputs:
+            weight = flow.weight_of(value)
+            if weight is not None:
+                stored.append(flow.stores[weight.name])
+        data = [value for value in stored if not _names_of(value) & names]
+        if len(data) < len(stored):
+            for value in data:
+                value.metadata_props[DATA] = node.op_type
+
+
+def _names_of(value: ir.Value) -> set[str]:
     """The name of a value, and of what it was folded from; none of sizes and other integers."""
-    whole = value.dtype is not None and value.dtype.is_integer()
-    return set() if whole else {str(value.name), *value.meta.get(FOLDED_FROM, ())}
+    if value.dtype is not None and value.dtype.is_integer():
+        return set()
+    return {str(value.name), *value.meta.get(FOLDED_FROM, ())}
 
 
 def _is_site(node: ir.Node) -> bool:
     """Whether a node is a product or a lookup; what picks rows by an index is a reader."""
-    known = "aten.embedding" in node.metadata_props.get("pkg.torch.onnx.fx_node", "")
-    marked = any(v is not None and DATA in v.metadata_props for v in node.inputs)
-    return row_of(node) is not None and (node.op_type != "Gather" or known or marked)
-
-
-def mark_data(model: ir.Model, weights: Collection[str]) -> None:
-    """Mark the constants that weights are multiplied by, or looked up at: they are no weights."""
-    flow, names = follow(model), set(weights)
-    for node in filter(_is_site, model.graph.all_nodes()):
-        known = [flow.stores[w.name] for v in node.inputs if (w := flow.weight_of(v))]
-        others = [v for v in known if not _of(v) & names]
-        for value in others if len(others) < len(known) else ():
-            value.metadata_props[DATA] = node.op_type
+    if row_of(node) is None:
+        return False
+    if node.op_type != "Gather":
+        return True
+    if "aten.embedding" in node.metadata_props.get("pkg.torch.onnx.fx_node", ""):
+        return True
+    return any(value is not None and DATA in value.metadata_props for value in node.inputs)

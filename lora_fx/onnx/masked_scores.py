@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -20,12 +22,23 @@ def mask_by_infinity(model: ir.Model) -> None:
     Where behind the softmax make of −∞: its softmax is 0/0.
     """
     for node in list(model.graph.all_nodes()):
-        softmax = made_by(node.inputs[0], "Softmax") if node.op_type == "IsNaN" else None
-        added = made_by(softmax.inputs[0], "Add") if softmax is not None else None
-        for value in added.inputs if added is not None else ():
+        for value in _masked_sum(node):
             where = made_by(value, "Where")
-            low = None if where is None else constant(where.inputs[2])
-            if where is not None and low is not None and low.size == 1 and low.item() < LOWEST:
+            if where is None:
+                continue
+            low = constant(where.inputs[2])
+            if low is not None and low.size == 1 and low.item() < LOWEST:
                 name = f"{where.outputs[0].name}_left_out"
                 infinity = np.full(low.shape, -np.inf, low.dtype)
                 where.replace_input_with(2, add_initialiser(model.graph, name, infinity))
+
+
+def _masked_sum(node: ir.Node) -> Sequence[ir.Value | None]:
+    """The terms of the Add in IsNaN(Softmax(Add(scores, mask))); none for other nodes."""
+    if node.op_type != "IsNaN":
+        return ()
+    softmax = made_by(node.inputs[0], "Softmax")
+    if softmax is None:
+        return ()
+    add = made_by(softmax.inputs[0], "Add")
+    return () if add is None else add.inputs

@@ -36,22 +36,22 @@ def named_graph(path: str | PathLike[str]) -> tuple[OnnxGraph, int]:
 
 def give_own_names(
     model: ir.Model,
-    first: Mapping[str, str] | None,
+    aliases: Mapping[str, str] | None,
     symbols: Mapping[tuple[str, int], str],
 ) -> None:
     """Give an exported model the names of its weights and dimensions, and take traces out of it.
 
     Args:
         model: The model, edited in place.
-        first: As in restore_weight_names.
+        aliases: As in restore_weight_names.
         symbols: As in rename_dimensions.
     """
-    restore_weight_names(model, first)
+    restore_weight_names(model, aliases)
     rename_dimensions(model, symbols)
     strip_traces(model)
 
 
-def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None) -> int:
+def restore_weight_names(model: ir.Model, aliases: Mapping[str, str] | None = None) -> int:
     """Rename `val_N` initialisers to the parameter that the exporter folded them from.
 
     torch's exporter transposes the weight of a linear layer into a new constant, and leaves the
@@ -59,29 +59,40 @@ def restore_weight_names(model: ir.Model, first: Mapping[str, str] | None = None
     clears metadata.
 
     Two constants of one parameter (a tied weight and its transpose) get `NAME` and `NAME.1`.
-    Returns the number of renamed initialisers.
 
     Args:
         model: The model, edited in place.
-        first: Any name of a tied tensor → the name that it goes by.
+        aliases: Any name of a tied tensor → the name that it goes by.
+
+    Returns:
+        The number of renamed initialisers.
     """
-    graph, names = model.graph, first or {}
-    taken = set(graph.initializers)  # and what nodes make: the exporter may fold from such a name
-    taken |= {str(o.name) for n in graph.all_nodes() for o in n.outputs}
+    graph = model.graph
+    used_names = set(graph.initializers)
+    for node in graph.all_nodes():  # the exporter may fold from a name that a node's result has
+        used_names |= {str(value.name) for value in node.outputs}
+
     count = 0
     for value in list(graph.initializers.values()):
-        old = str(value.name)
-        source = _source(value.metadata_props.get(FOLDED_FROM, "")) or old
-        source = names.get(source, source)
-        if source == old or value.is_graph_output():  # whose name is the file's interface
+        stored_name = str(value.name)
+        source = _source(value.metadata_props.get(FOLDED_FROM, "")) or stored_name
+        if aliases is not None:
+            source = aliases.get(source, source)
+        if source == stored_name or value.is_graph_output():  # whose name is the file's interface
             continue
-        name = free_name(source, taken)
+        name = free_name(source, used_names)
         value.name = name
         if name != source:
             value.metadata_props[COPY_OF] = source
-        taken.add(name)
+        used_names.add(name)
         count += 1
     return count
+
+
+def _source(text: str) -> str | None:
+    """The one name in a folded_from list; None where it has several."""
+    names = listed_texts(text)
+    return names[0] if len(names) == 1 else None
 
 
 def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> None:
@@ -94,43 +105,48 @@ def mark_changed(model: ir.Model, values: Mapping[str, Callable[[], Array]]) -> 
     for node in model.graph.all_nodes():
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.inputs) < 2:
             continue
-        value = node.inputs[1]
-        if value is None or value.const_value is None or str(value.name) not in values:
+        weight = node.inputs[1]
+        if weight is None or weight.const_value is None or str(weight.name) not in values:
             continue
-        ours, theirs = value.const_value.numpy(), values[str(value.name)]()
-        same = ours.shape == theirs.shape and np.array_equal(ours, theirs, equal_nan=True)
-        if not same and not (ours.ndim == 2 and np.array_equal(ours.T, theirs, equal_nan=True)):
-            value.metadata_props[CHANGED] = node.op_type
-
-
-def _source(text: str) -> str | None:
-    """The one name in a folded_from list; None where it has several."""
-    names = listed_texts(text)
-    return names[0] if len(names) == 1 else None
+        stored = weight.const_value.numpy()
+        parameter = values[str(weight.name)]()
+        if np.array_equal(stored, parameter, equal_nan=True):
+            continue
+        if stored.ndim == 2 and np.array_equal(stored.T, parameter, equal_nan=True):
+            continue
+        weight.metadata_props[CHANGED] = node.op_type
 
 
 def rename_dimensions(model: ir.Model, symbols: Mapping[tuple[str, int], str]) -> None:
-    """Give the dynamic dimensions of inputs the names the user knows, wherever they appear."""
-    mapping: dict[str, str] = {}
+    """Give the dynamic dimensions of inputs the names the user knows, wherever they appear.
+
+    Args:
+        model: The model, edited in place.
+        symbols: Name of an input and a dimension → the name of its size.
+    """
+    names: dict[str, str] = {}
     for value in model.graph.inputs:
-        for d, size in enumerate(value.shape or ()):
-            wanted = symbols.get((str(value.name), d))
-            if isinstance(size, ir.SymbolicDim) and size.value and wanted:
-                mapping.setdefault(str(size.value), wanted)
-    if not mapping:
+        for axis, size in enumerate(value.shape or ()):
+            name = symbols.get((str(value.name), axis))
+            if name and isinstance(size, ir.SymbolicDim) and size.value:
+                names.setdefault(str(size.value), name)
+    if not names:
         return
-    pattern = re.compile(r"\b(" + "|".join(map(re.escape, mapping)) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def renamed(
+        value: ir.Value, axis: int, size: int | ir.SymbolicDim
+    ) -> int | ir.SymbolicDim | str:
+        if not isinstance(size, ir.SymbolicDim) or not size.value:
+            return size
+        # sizes of inputs that have to be equal have one symbol, and names of their own
+        name = symbols.get((str(value.name), axis))
+        return name or pattern.sub(lambda match: names[match.group()], str(size.value))
 
     for value in values_of(model):
         if value.shape is not None:
-            # sizes of inputs that have to be equal have one symbol, and names of their own
-            value.shape = ir.Shape(
-                symbols.get((str(value.name), d))
-                or pattern.sub(lambda m: mapping[m.group()], str(size.value))
-                if isinstance(size, ir.SymbolicDim) and size.value
-                else size
-                for d, size in enumerate(value.shape)
-            )
+            sizes = [renamed(value, axis, size) for axis, size in enumerate(value.shape)]
+            value.shape = ir.Shape(sizes)
 
 
 def strip_traces(model: ir.Model) -> None:
@@ -139,8 +155,9 @@ def strip_traces(model: ir.Model) -> None:
     What lora-fx wrote stays.
     """
     graph = model.graph
-    things: list[ir.Node | ir.Value] = [*graph.all_nodes(), *values_of(model)]
-    for thing in things:
-        for key in [k for k in thing.metadata_props if not k.startswith("lora_fx")]:
-            del thing.metadata_props[key]
+    owners: list[ir.Node | ir.Value] = [*graph.all_nodes(), *values_of(model)]
+    for owner in owners:
+        traces = [key for key in owner.metadata_props if not key.startswith("lora_fx")]
+        for key in traces:
+            del owner.metadata_props[key]
     graph.metadata_props.clear()

@@ -15,34 +15,49 @@ COPY_OF = "lora_fx.copy_of"
 
 def copies_of(model: ir.Model) -> dict[str, str]:
     """For each initialiser that is another copy of a tensor, the name of that tensor."""
-    values = model.graph.initializers.values()
-    return {str(v.name): v.metadata_props[COPY_OF] for v in values if COPY_OF in v.metadata_props}
+    tensors_by_copy = {}
+    for value in model.graph.initializers.values():
+        if COPY_OF in value.metadata_props:
+            tensors_by_copy[str(value.name)] = value.metadata_props[COPY_OF]
+    return tensors_by_copy
 
 
 def join_copies(model: ir.Model, names: Iterable[str]) -> None:
-    """Store once what has copies that told its uses apart, where the exporter left it as it was.
+    """Store a tensor once where copies told its uses apart, and the exporter left it as it was.
 
     Args:
         model: The model, edited in place.
-        names: Of the copies, `NAME@USE`.
+        names: The names of the copies, `NAME@USE`.
     """
     stored = model.graph.initializers
     for name in names:
-        copy, first = stored[name], stored.get(base_name(name))
+        copy = stored[name]
+        first = stored.get(base_name(name))
         if first is copy or copy.const_value is None:
             continue
-        if first is not None and first.const_value is not None:
-            ours, theirs = copy.const_value.numpy(), first.const_value.numpy()
-            if np.array_equal(ours, theirs):
-                copy.replace_all_uses_with(first)
-                del stored[name]
-                continue
-            if ours.ndim != 2 or not np.array_equal(ours.T, theirs):
-                continue
-            turned = ir.Node("", "Transpose", [copy])  # the exporter turns what one product reads
-            turned.outputs[0].name = f"{first.name}_turned"
-            turned.outputs[0].shape, turned.outputs[0].type = first.shape, first.type
-            model.graph.insert_before(model.graph[0], turned)
-            first.replace_all_uses_with(turned.outputs[0])
-            del stored[str(first.name)]
-        copy.name = base_name(name)
+        if first is None or first.const_value is None:
+            copy.name = base_name(name)
+            continue
+        copied = copy.const_value.numpy()
+        tensor = first.const_value.numpy()
+        if np.array_equal(copied, tensor):
+            copy.replace_all_uses_with(first)
+            del stored[name]
+        elif copied.ndim == 2 and np.array_equal(copied.T, tensor):
+            _replace_by_transpose(model, first, copy)
+            copy.name = base_name(name)
+
+
+def _replace_by_transpose(model: ir.Model, first: ir.Value, copy: ir.Value) -> None:
+    """Let users of an initialiser read the transpose of its copy, as a node before all others.
+
+    The exporter turns a weight that one product reads.
+    """
+    transpose = ir.Node("", "Transpose", [copy])
+    result = transpose.outputs[0]
+    result.name = f"{first.name}_turned"
+    result.shape = first.shape
+    result.type = first.type
+    model.graph.insert_before(model.graph[0], transpose)
+    first.replace_all_uses_with(result)
+    del model.graph.initializers[str(first.name)]
