@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.draws import row_axis
+from tests.draws import onnx_file, row_axis
 
 SHOWN = 3
 """Inputs of a row that are shown where they differ."""
@@ -55,6 +55,8 @@ class Row:
 
 
 ROWS: Mapping[str, Row] = {
+    "a stored tensor": Row(onnx_file.tensor, ("lora_fx.onnx.load._check",)),
+    "nodes of functions": Row(onnx_file.functions, ("lora_fx.onnx.load._node_count",)),
     "rows of a node": Row(row_axis.node, ("lora_fx.onnx.row_axis._after",)),
     "rows of a Reshape": Row(row_axis.reshape, ("lora_fx.onnx.row_axis._after",)),
     "rows of a graph": Row(row_axis.graph, ("lora_fx.onnx.row_axis.provenance",)),
