@@ -342,7 +342,8 @@ def _reduce(op: NodeRows) -> RowAxis | None:
     reduced = {axis % dims for axis in axes}
     if rows.axis in reduced:
         return None
-    if op.node.op_type != "Squeeze" and op.node.attributes.get_int("keepdims", 1):
+    keeps_axes = op.node.attributes.get_int("keepdims", 1) != 0
+    if keeps_axes and op.node.op_type != "Squeeze":
         return rows
     removed_before = sum(axis < rows.axis for axis in reduced)
     return replace(rows, axis=rows.axis - removed_before)

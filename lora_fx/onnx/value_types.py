@@ -47,10 +47,10 @@ def described(argument: Any, order: Mapping[Any, int]) -> Hashable:
         return type(argument), repr(argument)
     if not hasattr(argument, "const_value"):
         return object()
-    return order[argument], *_described_value(argument)
+    return order[argument], _described_value(argument)
 
 
-def _described_value(value: ir.Value) -> tuple[Hashable, ...]:
+def _described_value(value: ir.Value) -> Hashable:
     """Everything of a value but its place."""
     shape = None
     if value.shape is not None:
