@@ -28,7 +28,7 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Layout, Opaque, Permute, Region, Step, layout_of, region_of, track
 from lora_fx.onnx import row_axis, row_branches, row_guards
 from lora_fx.onnx.batch_inputs import add_inputs, batch_symbol
-from lora_fx.onnx.flat_rows import Flat
+from lora_fx.onnx.flat_rows import FlatRows
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.graph.ops import shares_ranges
 from lora_fx.onnx.manifest import PROPERTY
@@ -119,7 +119,7 @@ class Batch:
             e = row_branches.BatchEmitter(graph, site, own, row)
             x, y = graph.activation(site), graph.output(site)
             graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
-        Flat(graph).heads()
+        FlatRows(graph).flatten_layers()
         row_guards.guard_outputs(graph, own.outside)
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})

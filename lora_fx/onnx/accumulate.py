@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lora_fx.onnx.flat_rows import Flat, keep_zeros, product_operands, reshaped_bias
+from lora_fx.onnx.flat_rows import FlatRows, keep_zeros, product_operands, reshaped_bias
 from lora_fx.onnx.graph.flow import made_by, rank, remove_unread
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import SwitchSlot
@@ -30,7 +30,7 @@ class BranchSum:
 
 def accumulate(graph: OnnxGraph, slots: Iterable[SwitchSlot]) -> None:
     """Rewrite every branch of that form; branches with casts or stacks in them stay as they are."""
-    flat = Flat(graph)
+    flat = FlatRows(graph)
     slots_by_names = {(slot.a, slot.b): slot for slot in slots if not slot.batch}
     for node in list(graph.model.graph.all_nodes()):
         branch = _match(node)
@@ -67,27 +67,27 @@ def _beside_codes(add: ir.Node, x: ir.Value) -> bool:
     return made_by(x, "DequantizeLinear") is not None or "QuantizeLinear" in readers
 
 
-def _rewrite(add: ir.Node, branch: BranchSum, slot: SwitchSlot, flat: Flat) -> None:
+def _rewrite(add: ir.Node, branch: BranchSum, slot: SwitchSlot, flat: FlatRows) -> None:
     """Make one product of the sum, or of the sum and its bias."""
     total = add.outputs[0]
     if rank(branch.y) == 2:
-        low = flat.made(add, "MatMul", branch.x, branch.a)
-        product = flat.made(add, "Gemm", low, branch.b, branch.y)
+        low = flat.emit(add, "MatMul", branch.x, branch.a)
+        product = flat.emit(add, "Gemm", low, branch.b, branch.y)
         product.shape = total.shape
         _replace(total, product)
         return
 
     rows = flat.rows(add, branch.x, slot.inside)
-    low = flat.made(add, "MatMul", rows, branch.a)
+    low = flat.emit(add, "MatMul", rows, branch.a)
     bias = reshaped_bias(add, branch.x, branch.y)
     if bias is not None:
-        layer = flat.layer(add, bias, branch.y, rows)
-        _replace(bias.outputs[0], flat.made(add, "Gemm", low, branch.b, layer))
+        layer = flat.biased_layer(add, bias, branch.y, rows)
+        _replace(bias.outputs[0], flat.emit(add, "Gemm", low, branch.b, layer))
         return
     y_rows = flat.rows(add, branch.y, slot.out)
-    product = flat.made(add, "Gemm", low, branch.b, y_rows)
-    y_shape = flat.made(add, "Shape", branch.y)
-    product = flat.made(add, "Reshape", product, y_shape, **keep_zeros(flat.graph))
+    product = flat.emit(add, "Gemm", low, branch.b, y_rows)
+    y_shape = flat.emit(add, "Shape", branch.y)
+    product = flat.emit(add, "Reshape", product, y_shape, **keep_zeros(flat.graph))
     product.shape = total.shape
     _replace(total, product)
 

@@ -31,14 +31,14 @@ def keep_zeros(graph: OnnxGraph) -> dict[str, int]:
     return {"allowzero": 1} if graph.model.opset_imports.get("", 0) >= 14 else {}
 
 
-class Flat:
+class FlatRows:
     """Makes nodes before the Add of a branch; each activation is flattened once."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
         self._rows: dict[tuple[int, int], ir.Value] = {}
 
-    def made(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+    def emit(self, add: ir.Node, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """A new node of the branch that `add` ends."""
         mark = add.metadata_props.get(MARK, "")
         return OnnxEmitter(self.graph, add, mark, before=True).call(op, *inputs, **attributes)
@@ -55,10 +55,10 @@ class Flat:
             shape = owner.initializers.get(name)
             if shape is None:
                 shape = add_initialiser(owner, name, np.array([-1, width], np.int64), name)
-            self._rows[key] = self.made(add, "Reshape", value, shape)
+            self._rows[key] = self.emit(add, "Reshape", value, shape)
         return self._rows[key]
 
-    def layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, x_rows: ir.Value) -> ir.Value:
+    def biased_layer(self, add: ir.Node, bias: ir.Node, y: ir.Value, x_rows: ir.Value) -> ir.Value:
         """Gemm(x_rows, W, bias) in the place of the product y = x W and the Add of the bias.
 
         Args:
@@ -72,7 +72,7 @@ class Flat:
         w = product.inputs[1]
         b = _other_input(bias, add.outputs[0])
         assert w is not None and b is not None
-        layer = self.made(add, "Gemm", x_rows, w, b)
+        layer = self.emit(add, "Gemm", x_rows, w, b)
         gemm = layer.producer()
         assert gemm is not None
         gemm.name = product.name
@@ -80,7 +80,7 @@ class Flat:
         gemm.metadata_props.update(product.metadata_props)
         return layer
 
-    def heads(self) -> None:
+    def flatten_layers(self) -> None:
         """Rewrite every branch of the form of the module's docstring."""
         for node in list(self.graph.model.graph.all_nodes()):
             if node.op_type == "Add" and not node.domain and MARK in node.metadata_props:
@@ -100,8 +100,8 @@ class Flat:
             assert x is not None and y is not None and delta is not None
             assert w is not None and w.shape is not None
             in_size, out_size = w.shape.numpy()
-            layer = self.layer(add, bias, y, self.rows(add, x, int(in_size)))
-            total = self.made(add, "Add", layer, self.rows(add, delta, int(out_size)))
+            layer = self.biased_layer(add, bias, y, self.rows(add, x, int(in_size)))
+            total = self.emit(add, "Add", layer, self.rows(add, delta, int(out_size)))
             total.type = bias.outputs[0].type
             bias.outputs[0].replace_all_uses_with(total)
             remove_unread(bias)

@@ -17,7 +17,7 @@ from lora_fx.onnx.manifest import SwitchSlot
 from lora_fx.targets.target import Target
 
 
-def settle(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
+def put_factors(graph: OnnxGraph, target: Target, rank: int, symbol: str) -> SwitchSlot:
     """Put A and B, as they are read, in the place of what insert made.
 
     Args:
