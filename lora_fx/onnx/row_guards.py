@@ -39,11 +39,12 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
     for number, y in enumerate(owner.outputs):
         if dtype_name(y) not in WITH_NAN or y.is_graph_input():
             continue
-        operands = _deciding(y) if early else []
+        operands = _deciding_operands(y) if early else []
         for node, slot in operands:
-            guards.put(node, slot)
+            guards.guard_operand(node, slot)
         if not operands:
-            guarded = guards.of(OnnxEmitter(graph, owner[-1], IDS, before=False), y)
+            emitter = OnnxEmitter(graph, owner[-1], IDS, before=False)
+            guarded = guards.guarded(emitter, y)
             y.metadata_props.setdefault(WAS, str(y.name))
             unguarded_name = graph.fresh(f"{y.name}_unguarded")
             guarded.name = y.name
@@ -52,15 +53,15 @@ def guard_outputs(graph: OnnxGraph, outside: ir.Value) -> None:
 
 
 class _Guards:
-    """Makes Where(outside, NaN, y)."""
+    """Makes the guards Where(outside, NaN, y)."""
 
     def __init__(self, graph: OnnxGraph, outside: ir.Value) -> None:
         self.graph = graph
         self.outside = outside
         self._columns: dict[int, ir.Value] = {1: outside}
 
-    def of(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
-        """A value that is y, and NaN in the rows that are outside; its node is the emitter's."""
+    def guarded(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
+        """Emit the guard of y: a value that is y, and NaN in the rows that are outside."""
         initialisers = self.graph.model.graph.initializers
         dtype = dtype_name(y)
         name = f"{NAN}_{dtype}"
@@ -72,13 +73,13 @@ class _Guards:
         guarded.type = y.type
         return guarded
 
-    def put(self, node: ir.Node, slot: int) -> None:
-        """Guard what a node reads in a slot."""
+    def guard_operand(self, node: ir.Node, slot: int) -> None:
+        """Let a node read the guard of its operand in a slot."""
         x = node.inputs[slot]
         assert x is not None
         if not is_guard(x.producer()):
             emitter = OnnxEmitter(self.graph, node, IDS, before=True)
-            node.replace_input_with(slot, self.of(emitter, x))
+            node.replace_input_with(slot, self.guarded(emitter, x))
 
     def _column(self, emitter: OnnxEmitter, y: ir.Value) -> ir.Value:
         """`outside` as [batch, 1, … 1], with as many axes as y has."""
@@ -109,7 +110,7 @@ class _Guards:
         return add_initialiser(self.graph.model.graph, name, np.array(values, np.int64), IDS)
 
 
-def _deciding(y: ir.Value) -> list[tuple[ir.Node, int]]:
+def _deciding_operands(y: ir.Value) -> list[tuple[ir.Node, int]]:
     """Operands before y whose NaN makes all of a row of y NaN, where they are smaller than y.
 
     A Where over all logits took 8 % of a small language model's run, and one over the keys and
@@ -124,25 +125,25 @@ def _deciding(y: ir.Value) -> list[tuple[ir.Node, int]]:
     if node is None or node.domain or sizes is None:
         return []
     if node.op_type == "Add":
-        return _deciding_of_sum(node, sizes)
+        return _deciding_in_sum(node, sizes)
     if node.op_type == "MatMul":
-        return _deciding_of_product(node, len(sizes))
+        return _deciding_in_product(node, len(sizes))
     if node.op_type == "Concat" and node.attributes["axis"].as_int() % len(sizes):
-        return _deciding_of_concat(node, len(sizes))
+        return _deciding_in_concat(node, len(sizes))
     return []
 
 
-def _deciding_of_sum(node: ir.Node, sizes: Shape) -> list[tuple[ir.Node, int]]:
-    """Those of the first term of the sum's own sizes that has any."""
+def _deciding_in_sum(node: ir.Node, sizes: Shape) -> list[tuple[ir.Node, int]]:
+    """The deciding operands of the first term that has any; terms are as large as the sum."""
     for term in node.inputs:
         if term is not None and shape_of(term) == sizes:
-            operands = _deciding(term)
+            operands = _deciding_operands(term)
             if operands:
                 return operands
     return []
 
 
-def _deciding_of_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
+def _deciding_in_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
     """The activation of a product with a weight that makes it wider."""
     x, w = node.inputs
     if rank(x) != y_rank or dtype_name(x) not in WITH_NAN or not _widens(w):
@@ -150,7 +151,7 @@ def _deciding_of_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]
     return [(node, 0)]
 
 
-def _deciding_of_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
+def _deciding_in_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
     """What is put beside inputs of the graph, which go out as they came."""
     slots = []
     for slot, value in enumerate(node.inputs):
@@ -167,7 +168,7 @@ def is_guarded(y: ir.Value) -> bool:
     """Whether an output is NaN in the rows that are outside."""
     if is_guard(y.producer()):
         return True
-    values = [node.inputs[slot] for node, slot in _deciding(y)]
+    values = [node.inputs[slot] for node, slot in _deciding_operands(y)]
     if not values:
         return False
     return all(value is not None and is_guard(value.producer()) for value in values)
