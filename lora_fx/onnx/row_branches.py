@@ -168,6 +168,7 @@ class BatchEmitter(OnnxEmitter):
         if products:
             return products
         order = self._batch_first(x)
+        dtype = numpy_dtype(dtype_name(x) or "float32")
         width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
         if self.rows.inner:
             minus_one = self._ints(-1)
@@ -183,7 +184,7 @@ class BatchEmitter(OnnxEmitter):
         a = self.call("Gather", table, self.adapters.rows(low_rank, len(tables)))
         product = self.call("MatMul", matrices, self.call("Transpose", a, perm=[0, 2, 1]))
         # no product with 0: an Inf of another adapter would be this row's NaN
-        zero = self._constant(np.array(0, numpy_dtype(dtype_name(x) or "float32")))
+        zero = self._constant(np.array(0, dtype))
         mask = self.adapters.mask(low_rank, len(tables))
         product = self._scaled(self.call("Where", mask, product, zero), x)
         if len(tables) > 1:

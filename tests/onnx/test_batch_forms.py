@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError
@@ -63,3 +65,27 @@ def test_an_input_that_has_the_name_of_ours(tmp_path: Path) -> None:
     path = left(tmp_path, "adapter_ids")
     with pytest.raises(LoraFxError, match="the model has an input 'adapter_ids' already"):
         lora_fx.export(path, tmp_path / "b.onnx", adapters=adapters(path), mode="batch")
+
+
+class Attention(nn.Module):
+    """Attention whose rows are innermost, [length · batch, in], before its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(0, 1)
+        return self.attention(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+
+def test_rows_that_are_innermost_in_float16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = lora_fx.capture(Attention().half().eval(), (torch.randn(3, 5, 8).half(),))
+    lows = {}
+    for target in lora_fx.find(model).targets:
+        a, b = draw(target.key, target.layout, 2, 1, "probe")
+        lows[target.key] = lora_fx.LowRank(a, b, 2.0, target.layout)
+    assert "attention.out_proj.weight" in lows
+    out = tmp_path / "b.onnx"
+    assert lora_fx.export(model, out, adapters=[Adapter(lows)], mode="batch", provider="cpu")
