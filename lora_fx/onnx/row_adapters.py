@@ -24,6 +24,7 @@ LIMIT = 5
 """Below it sharing is cheaper: there u adapters' products cost what b copies do. Measured on BERT,
 256 wide, rank 8, with 4 to 32 rows of 1 to 128 tokens."""
 NAME = "adapter_rows"
+"""How the names of these nodes begin."""
 
 
 class RowAdapters(OnnxEmitter):
