@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError
-from lora_fx.adapter.variant import draw
+from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import rel
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
