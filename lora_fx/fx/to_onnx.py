@@ -29,7 +29,8 @@ from lora_fx.fx.onnx_exporter import table_read_once, translated_once, typed_by_
 from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import give_own_names, mark_data, unfolded
+from lora_fx.onnx.constant_folding import mark_data, unfolded
+from lora_fx.onnx.names import give_own_names
 from lora_fx.onnx.onnxscript_rules import (
     constants_apart,
     exact_constants,
