@@ -169,8 +169,8 @@ def _scoped(adapter: Adapter, found: Found) -> Found:
         return replace(target, parameter=replace(target.parameter, aliases=aliases))
 
     shapes = dict(found.shapes)
-    for name, paths_of_name in unique_paths.items():
-        shapes |= dict.fromkeys(paths_of_name, parameters[name].shape)
+    for name, unique in unique_paths.items():
+        shapes |= dict.fromkeys(unique, parameters[name].shape)
     return replace(
         found,
         targets=tuple(map(with_paths, found.targets)),
