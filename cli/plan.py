@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lora_fx.cli.arguments import (
-    batches_of,
-    captured,
-    loss_of,
-    refuse_row_labels,
-    training_data,
-)
+from lora_fx.cli.data_arguments import batches_of, loss_of, refuse_row_labels, training_data
 from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     FROM_1,

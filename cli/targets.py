@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.arguments import captured, load_npz
+from lora_fx.cli.data_arguments import load_npz
 from lora_fx.cli.file_command import FileCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import first_given, names_of, option_group
 from lora_fx.cli.output import emit

@@ -1,20 +1,18 @@
-"""A run of train: the processes that share it, and the states that it leaves."""
+"""The processes that share a run of train."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.output import note, say
-from lora_fx.errors import LoraFxError, Terminated
+from lora_fx.cli.output import note
+from lora_fx.errors import Terminated
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving
 
 
 @contextlib.contextmanager
@@ -45,28 +43,3 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
                 raise click.exceptions.Exit(143 if isinstance(stop, Terminated) else 130) from None
     except Elsewhere as e:
         raise click.exceptions.Exit(e.exit_code) from None
-
-
-@contextlib.contextmanager
-def stateful(saving: Saving) -> Iterator[None]:
-    """What is stopped in this block says which state it leaves."""
-    from lora_fx.fx.train.state import step_of
-
-    before = None if saving.resume else _written(saving.folder)
-    try:
-        yield
-    except (KeyboardInterrupt, LoraFxError) as stop:
-        folder = saving.folder if _written(saving.folder) != before else None
-        step = step_of(folder) if folder else None
-        said = f"{folder} holds the state of step {step}"
-        if step is not None and isinstance(stop, KeyboardInterrupt):
-            stop.left = f"{said}: --resume {folder} goes on from there"  # type: ignore[attr-defined]
-        elif step is not None and not saving.resume:
-            say(said)
-        raise
-
-
-def _written(folder: str | None) -> tuple[int, int] | None:
-    """Tells one state from the next; None where there is none."""
-    path = Path(folder or "")
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None
