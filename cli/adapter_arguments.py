@@ -19,17 +19,17 @@ def split_weight(text: str) -> tuple[str, float]:
     >>> split_weight("adapter"), split_weight("hf:org/name:0.5")
     (('adapter', 1.0), ('hf:org/name', 0.5))
     """
-    path, colon, number = text.rpartition(":")
-    if colon and path and (path.startswith("hf:") or Path(path).exists()):
-        try:
-            return path, float(number)
-        except ValueError as e:
-            if path.endswith(".py"):
-                raise LoraFxError(
-                    f"{text} is a model, not an adapter", "the model comes first"
-                ) from e
-            raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from e
-    return text, 1.0
+    path, _, number = text.rpartition(":")
+    if not path or not (path.startswith("hf:") or Path(path).exists()):
+        return text, 1.0
+    try:
+        return path, float(number)
+    except ValueError as error:
+        if path.endswith(".py"):
+            raise LoraFxError(
+                f"{text} is a model, not an adapter", "the model comes first"
+            ) from error
+        raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from error
 
 
 def adapter_of(path: str) -> Adapter:
@@ -45,10 +45,10 @@ def named_adapters(texts: Sequence[str]) -> dict[str, Adapter]:
     """`ADAPTER[:W]` arguments by the name of the folder or file."""
     from lora_fx.formats.io import adapter_name
 
-    result: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     for path, weight in map(split_weight, texts):
         name = adapter_name(path)
-        if name in result:
+        if name in adapters:
             raise LoraFxError(f"two adapters are called {name!r}", "rename one of them")
-        result[name] = adapter_of(path).weighted(weight)
-    return result
+        adapters[name] = adapter_of(path).weighted(weight)
+    return adapters

@@ -25,7 +25,9 @@ def load_npz(path: str | None) -> Json:
     """Arrays of an --inputs file by name; empty without one."""
     from lora_fx.data import read_npz
 
-    return read_npz(path) if path else {}
+    if not path:
+        return {}
+    return read_npz(path)
 
 
 def training_data(path: str, cap: Captured, label: str, max_length: int | None = None) -> Table:
@@ -40,14 +42,17 @@ def training_data(path: str, cap: Captured, label: str, max_length: int | None =
     if max_length and folder is None:
         raise LoraFxError("--max-length has no say for a model without a tokenizer", "leave it out")
     if folder and not label and path.endswith(".jsonl") and Path(path).is_file():
-        found = language_table(path, user_module(cap), folder, max_length)
-        if found is not None:
-            note(*found[1])
-            return found[0]
-    texts = Texts(None if folder is None else tokenizer_of(folder, max_length or 128))
-    tokenizer = None if folder is None else texts
+        examples = language_table(path, user_module(cap), folder, max_length)
+        if examples is not None:
+            table, notes = examples
+            note(*notes)
+            return table
+
+    tokenizer = None
+    if folder is not None:
+        tokenizer = Texts(tokenizer_of(folder, max_length or 128))
     table = training_table(path, cap.inputs.names, call_function, label=label, tokenizer=tokenizer)
-    if max_length and not texts.seen:
+    if max_length and tokenizer is not None and not tokenizer.seen:
         raise LoraFxError(
             f"--max-length has no say for {path}, which has no column of texts", "leave it out"
         )
@@ -66,12 +71,12 @@ def refuse_row_labels(table: Table, cap: Captured, data: str, loss: str) -> None
 class Texts:
     """A tokenizer that knows whether it was given any text."""
 
-    def __init__(self, tokenizer: Callable[[list[str]], Any] | None) -> None:
-        self.tokenizer, self.seen = tokenizer, False
+    def __init__(self, tokenizer: Callable[[list[str]], Any]) -> None:
+        self.tokenizer = tokenizer
+        self.seen = False
 
     def __call__(self, texts: list[str]) -> Any:
         """The columns of texts."""
-        assert self.tokenizer is not None
         self.seen = True
         return self.tokenizer(texts)
 
@@ -90,14 +95,16 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
     table = training_data(data, cap, options.label, options.max_length)
     refuse_row_labels(table, cap, data, options.loss)
     if table.words:
-        note("labels: " + some([f"{i} = {word}" for i, word in enumerate(table.words)], 8))
+        labels = [f"{number} = {word}" for number, word in enumerate(table.words)]
+        note(f"labels: {some(labels, 8)}")
     path = options.eval_data
     if not path:
         return split(table, options.validation, seed)
 
     read = training_data(path, cap, options.label, options.max_length)
     held_out = alike(read, table, path, data)
-    if count := repeated(held_out, table):
+    count = repeated(held_out, table)
+    if count:
         repeats = f"{path}: {count} of {len(held_out)} examples are trained on too, from {data}"
         note(f"{repeats}: the validation loss says less of new ones", warns=True)
     return table, held_out
@@ -107,7 +114,9 @@ def loss_of(text: str) -> str | Loss:
     """Ce or mse as they are, the function of module:NAME."""
     from lora_fx.fx.load.models import load_function
 
-    loss: str | Loss = load_function(text) if ":" in text else text
+    if ":" not in text:
+        return text
+    loss: Loss = load_function(text)
     return loss
 
 

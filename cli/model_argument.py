@@ -39,7 +39,7 @@ def captured(
     from lora_fx.passes.verbs.options import CaptureOptions
 
     arrays = load_npz(options.inputs_file)
-    asked = CaptureOptions(
+    capture_options = CaptureOptions(
         kwargs={name: from_numpy(array) for name, array in arrays.items()},
         dynamic=parse_dynamic(options.dynamic) or None,
         static=options.static,
@@ -51,7 +51,7 @@ def captured(
         tell=note,
         check=check,
     )
-    cap = captured_of(model, asked)
+    cap = captured_of(model, capture_options)
     note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
     note(*(f"captured for: {condition}" for condition in cap.ranges))
     return cap
@@ -64,8 +64,9 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
     from lora_fx.passes.verbs.build import module_of
 
     assert isinstance(cap, FileCaptured)
-    chosen = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
-    if option := first_given(*chosen, "plan", "quantise", "dead"):
+    choosing = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
+    option = first_given(*choosing, "plan", "quantise", "dead")
+    if option:
         raise LoraFxError(
             f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
             "leave it out, or start from the original model",

@@ -29,7 +29,8 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
                 click.get_current_context().find_root().obj["quiet"] = True
             if world.size > 1:
                 note(f"{world.size} processes: each takes a share of every batch")
-                device = f"cuda:{world.local}" if device == "cuda" else device
+                if device == "cuda":
+                    device = f"cuda:{world.local}"
             elif one_by_accelerate():
                 note(
                     "accelerate launch --cpu started one process: it starts several by MPI alone "
@@ -40,6 +41,7 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
             except KeyboardInterrupt as stop:  # which came to all of them
                 if world.first:
                     raise
-                raise click.exceptions.Exit(143 if isinstance(stop, Terminated) else 130) from None
-    except Elsewhere as e:
-        raise click.exceptions.Exit(e.exit_code) from None
+                exit_code = 143 if isinstance(stop, Terminated) else 130
+                raise click.exceptions.Exit(exit_code) from None
+    except Elsewhere as error:
+        raise click.exceptions.Exit(error.exit_code) from None

@@ -19,21 +19,24 @@ def stateful(saving: Saving) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
     from lora_fx.fx.train.state import step_of
 
-    before = None if saving.resume else _written(saving.folder)
+    before = None if saving.resume else _version(saving.folder)
     try:
         yield
     except (KeyboardInterrupt, LoraFxError) as stop:
-        folder = saving.folder if _written(saving.folder) != before else None
-        step = step_of(folder) if folder else None
-        said = f"{folder} holds the state of step {step}"
-        if step is not None and isinstance(stop, KeyboardInterrupt):
-            stop.left = f"{said}: --resume {folder} goes on from there"  # type: ignore[attr-defined]
-        elif step is not None and not saving.resume:
-            say(said)
+        folder = saving.folder
+        if folder and _version(folder) != before:
+            step = step_of(folder)
+            state = f"{folder} holds the state of step {step}"
+            if step is not None and isinstance(stop, KeyboardInterrupt):
+                stop.left = f"{state}: --resume {folder} goes on from there"  # type: ignore[attr-defined]
+            elif step is not None and not saving.resume:
+                say(state)
         raise
 
 
-def _written(folder: str | None) -> tuple[int, int] | None:
-    """Tells one state from the next; None where there is none."""
-    path = Path(folder or "")
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if folder and path.is_dir() else None
+def _version(folder: str | None) -> tuple[int, int] | None:
+    """What tells one state of a folder from the next; None where there is no state."""
+    if not folder or not Path(folder).is_dir():
+        return None
+    found = Path(folder).stat()
+    return found.st_ino, found.st_mtime_ns
