@@ -110,7 +110,7 @@ def command(
     inputs = [{"base": base, "adapters": list(adapters)}]
     text = ""
     if rows:
-        lines = [("adapter", "result", "output")]
+        lines: list[tuple[str, ...]] = [("adapter", "result", "output")]
         for row in rows:
             lines.append((row["adapter"], _result(row), row["out"] if row["ok"] else ""))
         text = "\n".join(table(lines))
