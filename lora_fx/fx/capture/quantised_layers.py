@@ -187,8 +187,10 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
     if is_coded:
         yield "weight", partial(_of_state, path, layer, config or {})
 
+    if not is_coded and not of_torchao:
+        return
     is_plain = _is_plain(layer)
-    is_replaced = (is_coded or bool(of_torchao)) and _has_foreign_forward(layer)
+    is_replaced = _has_foreign_forward(layer)
     if (is_replaced and is_plain) or (is_coded and not is_plain):
         raise LoraFxError(
             f"{path}: this quantised {type(layer).__name__} has a forward of its own",
