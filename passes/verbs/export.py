@@ -9,52 +9,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering, scratch_folder
+from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
-from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import check_no_slots
-from lora_fx.onnx.match import Matched, match
-from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, is_external
+from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.onnx.validity import blaming
-from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.find import find
-from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.reference import prove_merge, reference_of
-from lora_fx.passes.verbs.export_files import (
-    by_name,
-    named,
-    optimise_file,
-    write_batch,
-    write_switch,
-)
-from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
+from lora_fx.passes.verbs.export_files import named
+from lora_fx.passes.verbs.export_onnx import export_onnx
+from lora_fx.passes.verbs.export_options import EXPORT_RULES, REWRITE_RULES, ExportOptions
+from lora_fx.passes.verbs.merge import is_onnx
 from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
-    EXPORT_RULES,
     KNOWN_WITH_CACHE,
-    REWRITE_RULES,
     CaptureOptions,
     ExportAdapters,
-    ExportOptions,
     Provider,
     Selectors,
-    check_adapters,
-    exclude_hint,
 )
+from lora_fx.passes.verbs.refused_updates import check_adapters
 from lora_fx.progress import Listener, told
-from lora_fx.targets.target import Found
 from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:
@@ -232,7 +212,7 @@ def export_as(
         return export_onnx(file, options)
     if options.names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.passes.verbs import export_torch
+    from lora_fx.passes.verbs import eager_attention, export_merged, export_slots, export_torch
 
     if quantise and options.mode == "train":
         raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
@@ -245,7 +225,7 @@ def export_as(
         model, adapters, said = export_torch.quantised_base(model, options, quantise)
         notes += said
         options = replace(options, adapters=adapters)
-    run = export_torch.export_merged if options.mode == "merged" else export_torch.export_slots
+    run = export_merged.export_merged if options.mode == "merged" else export_slots.export_slots
     if options.mode == "train":
         from lora_fx.passes.verbs.export_train import export_step
 
@@ -254,9 +234,9 @@ def export_as(
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
-        if not export_torch.may_help(model, e):
+        if not eager_attention.may_help(model, e):
             raise
-        with export_torch.eager(model) as again:
+        with eager_attention.eager(model) as again:
             report = run(again, options)
         failed = f"with eager attention, since the model's own failed: {e.message}"
         return replace(report, warnings=(*notes, *report.warnings, failed))
@@ -343,107 +323,3 @@ def opened_adapters(
             raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
         found[name] = as_adapter(path)
     return found
-
-
-# export of an .onnx file, from whatever framework, without torch.
-#
-# Mode merged is merge, then the stages of optimise where those are asked for. The other modes are
-# the same passes as after a torch export; what they have to equal is the file itself in ONNX
-# Runtime, with the branches that insert adds.
-
-
-UNNAMED = (
-    "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
-    "onnx.tools.update_model_dims.update_inputs_outputs_dims"
-)
-"""What to do with a file whose inputs share no dynamic dimension 0."""
-
-
-@blaming
-def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
-    """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
-
-    Raises:
-        LoraFxError: An adapter that does not fit, an option that the mode would ignore.
-        NoEffectError: The outputs differ; nothing is written.
-    """
-    source = Path(source)
-    if options.mode == "merged":
-        return _merged_file(source, options)
-    adapters = by_name(options)
-    graph, renamed = named_graph(source)
-    check_no_slots(graph.model, source)
-    found = find(graph)
-    bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
-    said = [*graph.notes]
-    if renamed:
-        said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
-    with reference_of(source, graph, options.provider, options.inputs) as reference:
-        rewritten = graph.clone()
-        if options.mode == "batch":
-            batch_symbol(rewritten.model, "", UNNAMED)
-            every = (*found.targets, *found.optional)
-            calls = {s.id: f"call:{n}" for t in every for n, s in enumerate(t.sites)}
-            stored = {p.name: StoredWeight(p.shape, calls=calls) for p in graph.parameters()}
-            sources = {name: (name, weight) for name, weight in stored.items()}
-            return write_batch(rewritten, reference, sources, bound, options, said)
-        keys, _ = options.chosen(found, bound)
-        return write_switch(rewritten, reference, keys, bound, options, said)
-
-
-def _bound(
-    name: str, adapter: Adapter, graph: OnnxGraph, found: Found, names: Mapping[str, str] | None
-) -> Adapter:
-    """An adapter in the keys and layouts of the graph."""
-    matched = match(adapter, graph, found, names)
-    if matched.whole:
-        raise LoraFxError(
-            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
-            exclude_hint(name, sorted(matched.whole)),
-        )
-    return replace(adapter, entries=dict(matched.updates), names=None)
-
-
-def _merged_file(source: Path, options: ExportOptions) -> Report:
-    """Merge, then optimise; one of the two may be left out."""
-    adapter: Any = options.adapters  # the path of one too
-    target = options.target
-    if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
-        raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = options.rewrites
-    if adapter is None and not rewritten:
-        graph = OnnxGraph(load(source))
-        if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged
-            return _copied(source, graph, options)
-        raise LoraFxError(
-            f"{source} is an .onnx file already, and there is nothing to do",
-            "give an adapter, --optimise, --precision or a --mode",
-        )
-    last: Json = {"force": options.force, "places": options.places}
-    given: Json = {"names": options.names, "external_over": options.external_over}
-    if not rewritten:
-        return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
-    if adapter is None:
-        return optimise_file(source, options)
-    with scratch_folder() as folder:
-        merged = Path(folder) / "merged.onnx"
-        try:
-            made = merge_onnx(source, [adapter], merged, **given)
-        except LoraFxError as e:
-            said = e.message.replace(str(merged), str(target))
-            raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, options)
-        details = {**made.details, **done.details}
-        return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
-
-
-def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
-    """Write a quantised file again, with the bytes of its tensors."""
-    before = {n: graph.reader(n) for n in graph.flow.stores}
-    with options.output() as made:
-        made.save(graph.model, 0 if is_external(source) else options.external_over)
-        nothing = Matched({}, {}), Fold({})
-        prove_merge(made.seen, options.target, before, set(), find(graph), *nothing)
-    said = "a copy: no adapter was given, and none goes into a quantised weight"
-    outputs = tuple(map(str, made.files))
-    return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})

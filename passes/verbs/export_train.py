@@ -54,10 +54,10 @@ from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, torch_reference
+from lora_fx.passes.verbs.export_options import MODES, Companions, ExportOptions
+from lora_fx.passes.verbs.export_slots import base_of, torch_reference
+from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
