@@ -20,21 +20,22 @@ REFUSED = "torch's ONNX exporter refused the model"
 
 def may_help(model: object, error: LoraFxError) -> bool:
     """True where the model could not be captured or translated, and has another attention."""
+    if not isinstance(error, CaptureError) and not error.message.startswith(REFUSED):
+        return False
     source = model.model if isinstance(model, Captured) else model
-    now = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
-    failed = isinstance(error, CaptureError) or error.message.startswith(REFUSED)
-    return failed and now not in (None, "eager") and hasattr(source, "set_attn_implementation")
+    attention = getattr(getattr(source, "config", None), "_attn_implementation", "eager")
+    return attention not in (None, "eager") and hasattr(source, "set_attn_implementation")
 
 
 @contextlib.contextmanager
 def eager(model: Any) -> Iterator[Any]:
     """The model with eager attention while the block runs; a capture is one of it, anew."""
     source: Any = model.model if isinstance(model, Captured) else model
-    was = source.config._attn_implementation
+    attention = source.config._attn_implementation
     source.set_attn_implementation("eager")
     try:
         if isinstance(model, Captured):
             model = captured_again(model, source)
         yield model
     finally:
-        source.set_attn_implementation(was)
+        source.set_attn_implementation(attention)

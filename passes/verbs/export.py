@@ -5,7 +5,7 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -145,29 +145,27 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    remember(*([model] if isinstance(model, (str, PathLike)) else []))
+    if isinstance(model, (str, PathLike)):
+        remember(model)
     expect_path(path, "path", "export(model, path, args)")
     keywords: Json = {
         "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
-    adapters = opened_adapters(adapters, mode_name)
-    capturing = CaptureOptions(
-        args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache
-    )
+    opened = opened_adapters(adapters, mode_name)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache)
     options = ExportOptions(
-        target=Path(path), adapters=adapters, mode=mode_name, names=names, inputs=inputs,
-        provider=provider,
-        opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
-        capture=capturing, force=force,
-        optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
-        within=within, accuracy_level=accuracy_level, tol=tol,
-        **of_mode,
+        target=Path(path), adapters=opened, mode=mode_name, names=names, inputs=inputs,
+        provider=provider, opset=opset,
+        external_over=EXTERNAL_OVER if external_over is None else external_over,
+        capture=capture, force=force, optimise=optimise, precision=precision,
+        places=repository_of(triton, path, max_batch), within=within,
+        accuracy_level=accuracy_level, tol=tol, **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
-    given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
-    return export_as(model, options, given, quantise=quantise, genai=genai)
+    spellings = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    return export_as(model, options, spellings, quantise=quantise, genai=genai)
 
 
 @told
@@ -194,60 +192,99 @@ def export_as(
         LoraFxError: An option that has no say for the model or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
-    file = fspath(model) if isinstance(model, (str, PathLike)) and is_onnx(model) else None
-    adapters = options.adapters
-    if adapters and not (file and options.mode == "merged"):  # before the model is captured
-        adapters_by_name = (
-            {"the adapter": adapters} if isinstance(adapters, Adapter) else named(adapters)
-        )
-        check_adapters(adapters_by_name, options.mode)
+    file = None
+    if isinstance(model, (str, PathLike)) and is_onnx(model):
+        file = fspath(model)
+    _check_adapters(options, of_file=file is not None)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
     notes: list[str] = []
     if options.capture.cache:
         model, options, notes = _with_cache(model, options, genai)
-    if file:
+
+    if file is not None:
         _refuse_for_graph(file, options, quantise)
         refuse_no_say(REWRITE_RULES, options, given)
         return export_onnx(file, options)
+
     if options.names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.passes.verbs import eager_attention, export_merged, export_slots, export_torch
-
-    if quantise and options.mode == "train":
-        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
-        if options.precision is not None:
-            raise LoraFxError(
-                f"precision {options.precision!r} beside quantise: both say how weights are stored",
-                "leave one out",
-            )
-        model, adapters, said = export_torch.quantised_base(model, options, quantise)
-        notes += said
-        options = replace(options, adapters=adapters)
-    run = export_merged.export_merged if options.mode == "merged" else export_slots.export_slots
-    if options.mode == "train":
-        from lora_fx.passes.verbs.export_train import export_step
+        model, options, notes_of_codes = _with_codes(model, options, quantise)
+        notes += notes_of_codes
+    return _export_model(model, options, notes)
 
-        run = export_step
+
+def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
+    """Raise for an adapter that a file of this mode has no place for, before a model is captured.
+
+    An adapter that is merged into an .onnx file is checked by the merge.
+    """
+    adapters = options.adapters
+    if not adapters or (of_file and options.mode == "merged"):
+        return
+    if isinstance(adapters, Adapter):
+        check_adapters({"the adapter": adapters}, options.mode)
+    else:
+        check_adapters(named(adapters), options.mode)
+
+
+def _with_codes(
+    model: object, options: ExportOptions, quantise: Wanted
+) -> tuple[object, ExportOptions, list[str]]:
+    """The quantised capture of a model, the options with its adapters, and notes."""
+    if options.mode == "train":
+        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
+    if options.precision is not None:
+        raise LoraFxError(
+            f"precision {options.precision!r} beside quantise: both say how weights are stored",
+            "leave one out",
+        )
+    from lora_fx.passes.verbs.export_torch import quantised_base
+
+    base, adapters, notes = quantised_base(model, options, quantise)
+    return base, replace(options, adapters=adapters), notes
+
+
+def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -> Report:
+    """Export a model of torch; once more with eager attention where that may help."""
+    from lora_fx.passes.verbs.eager_attention import eager, may_help
+
+    run = _exporter(options.mode)
     try:
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
-        if not eager_attention.may_help(model, e):
+        if not may_help(model, e):
             raise
-        with eager_attention.eager(model) as again:
-            report = run(again, options)
-        failed = f"with eager attention, since the model's own failed: {e.message}"
-        return replace(report, warnings=(*notes, *report.warnings, failed))
+        with eager(model) as eager_model:
+            report = run(eager_model, options)
+        warning = f"with eager attention, since the model's own failed: {e.message}"
+        return replace(report, warnings=(*notes, *report.warnings, warning))
+
+
+def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
+    """The function that exports a model of torch in a mode."""
+    if mode == "merged":
+        from lora_fx.passes.verbs.export_merged import export_merged
+
+        return export_merged
+    if mode == "train":
+        from lora_fx.passes.verbs.export_train import export_step
+
+        return export_step
+    from lora_fx.passes.verbs.export_slots import export_slots
+
+    return export_slots
 
 
 def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
     """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
     if genai is None or (cache and mode in ("merged", "switch")):
         return
+    with_cache = "with" if cache else "without"
     raise LoraFxError(
-        f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+        f"onnxruntime-genai runs no file of mode {mode} {with_cache} a cache",
         "--cache, with --mode merged or --mode switch; or leave --genai out",
     )
 
@@ -280,12 +317,11 @@ def _with_cache(
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
     """Raise for options that an .onnx file, a graph as it is, has no place for."""
-    asked = options.capture
-    of_capture = asked.args or asked.kwargs or asked.dynamic
-    if of_capture or options.opset or not asked.repeat:
-        told = "args, kwargs, dynamic, opset and repeat have no say"
+    capture = options.capture
+    example = capture.args or capture.kwargs or capture.dynamic
+    if example or options.opset or not capture.repeat:
         raise LoraFxError(
-            f"{file} is a graph as it is: {told}",
+            f"{file} is a graph as it is: args, kwargs, dynamic, opset and repeat have no say",
             "leave them out; inputs={name: array} gives real data",
         )
     if options.mode == "train":
@@ -310,16 +346,18 @@ def opened_adapters(
         return as_adapter(given)
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
-        return {name: as_adapter(a) for name, a in by_name.items()}
+        return {name: as_adapter(adapter) for name, adapter in by_name.items()}
+
     expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
-    every = [given] if isinstance(given, (str, PathLike)) else list(given)
-    paths = [a for a in every if isinstance(a, (str, PathLike))]
-    if len(paths) < len(every):
-        return [as_adapter(a) for a in every]
-    found: dict[str, Adapter] = {}
+    adapters = [given] if isinstance(given, (str, PathLike)) else list(given)
+    paths = [adapter for adapter in adapters if isinstance(adapter, (str, PathLike))]
+    if len(paths) < len(adapters):
+        return [as_adapter(adapter) for adapter in adapters]
+
+    by_last_part: dict[str, Adapter] = {}
     for path in paths:
         name = adapter_name(path)
-        if name in found:
+        if name in by_last_part:
             raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
-        found[name] = as_adapter(path)
-    return found
+        by_last_part[name] = as_adapter(path)
+    return by_last_part

@@ -22,11 +22,11 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.proofs.reference import FileRerun, Reference, prove_rows
 from lora_fx.passes.proofs.row_ids import prove_ids
+from lora_fx.passes.verbs.export_files import check_shared, report_of, save_within
 from lora_fx.passes.verbs.export_options import ExportOptions
 
 if TYPE_CHECKING:
-    pass
-from lora_fx.passes.verbs.export_files import check_shared, report_of, save_within
+    import onnx_ir as ir
 
 
 def write_batch(
@@ -53,31 +53,58 @@ def write_batch(
     """
     check_shared(adapters, "a file of one adapter a row")
     model = graph.model
-    before = sum(1 for _ in model.graph.all_nodes())
-    Batch({n: a.lowrank for n, a in adapters.items()}, sources, options.scales)(graph)
+    nodes_of_base = _count_nodes(model)
+    updates = {name: adapter.lowrank for name, adapter in adapters.items()}
+    Batch(updates, sources, options.scales)(graph)
     join_copies(model, [name for name, stored in sources.values() if stored.keys])
     graph.lint()
-    symbol = batch_symbol(model)
-    rowed = [str(v.name) for v in model.graph.inputs if v.shape and str(v.shape[0]) == symbol]
-    with options.output() as made_file:
-        told = save_within(made_file, model, reference.conditions, reference.guards(), options)
-        session = open_session(made_file.path, options.provider)
-        rerun = FileRerun(made_file.path, options.provider)
+
+    inputs_by_row = _inputs_by_row(model)
+    with options.output() as output:
+        notes = save_within(output, model, reference.conditions, reference.guards(), options)
+        session = open_session(output.path, options.provider)
         parity = prove_rows(
-            session.run, reference, adapters, rowed, scales=options.scales, rerun=rerun
+            session.run,
+            reference,
+            adapters,
+            inputs_by_row,
+            scales=options.scales,
+            rerun=FileRerun(output.path, options.provider),
         )
         demand(parity, "a batch differs")
+
         feeds = reference.feeds((4, SIZES[0][1]))
-        rows = next(feeds[n].shape[0] for n in rowed if n in feeds)
+        rows = next(feeds[name].shape[0] for name in inputs_by_row if name in feeds)
         if options.scales:
             feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
         prove_ids(session, model, feeds, rows, len(adapters) + 1)
-    told += [
+
+    notes += [
         f"output {name!r} can hold no NaN: where a runtime does not refuse adapter_ids out of "
         "range, such a row has the base model's values there"
         for name in outputs_without_nan(model)
     ]
-    said = [*warnings, *told, *filter(None, [session.note])]
-    nodes = {"nodes": sum(1 for _ in model.graph.all_nodes()), "nodes_of_base": before}
-    details = {"mode": "batch", "adapters": list(adapters), **nodes, **reference.details()}
-    return report_of(made_file.files, session.provider, parity, said, details)
+    if session.note:
+        notes.append(session.note)
+    details = {
+        "mode": "batch",
+        "adapters": list(adapters),
+        "nodes": _count_nodes(model),
+        "nodes_of_base": nodes_of_base,
+        **reference.details(),
+    }
+    return report_of(output.files, session.provider, parity, [*warnings, *notes], details)
+
+
+def _count_nodes(model: ir.Model) -> int:
+    return sum(1 for _ in model.graph.all_nodes())
+
+
+def _inputs_by_row(model: ir.Model) -> list[str]:
+    """Names of the inputs whose dimension 0 is that of the batch."""
+    symbol = batch_symbol(model)
+    names = []
+    for value in model.graph.inputs:
+        if value.shape and str(value.shape[0]) == symbol:
+            names.append(str(value.name))
+    return names

@@ -27,8 +27,13 @@ def by_name(options: ExportOptions) -> dict[str, Adapter]:
     """The adapters of a file that holds several; raises where a file of one is in the way."""
     if options.mode == "batch":
         return named(options.adapters)
-    given = options.adapters or {}
-    adapters = {"adapter": given} if isinstance(given, Adapter) else named(given) if given else {}
+
+    adapters: dict[str, Adapter] = {}
+    if options.adapters:
+        if isinstance(options.adapters, Adapter):
+            adapters = {"adapter": options.adapters}
+        else:
+            adapters = named(options.adapters)
     beside(adapters, options)
     return adapters
 
@@ -42,7 +47,7 @@ def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
 
 
 def save_within(
-    made: Output,
+    output: Output,
     model: ir.Model,
     conditions: Sequence[Condition],
     guards: Sequence[Condition],
@@ -52,7 +57,7 @@ def save_within(
     """Save a model with the sizes that it is true for; returns a line for each that matters.
 
     Args:
-        made: The file.
+        output: The file.
         model: What goes into it.
         conditions: What sizes have to satisfy.
         guards: Those outside which a session could give an answer. They get a guard each.
@@ -62,10 +67,10 @@ def save_within(
     say_within(model, conditions)
     if guards and not options.within:
         guard_within(model, guards)
-    made.save(model, options.external_over, slots)
-    then = "it is not checked" if options.within else "the file fails elsewhere"
+    output.save(model, options.external_over, slots)
+    elsewhere = "it is not checked" if options.within else "the file fails elsewhere"
     bounds = dict.fromkeys(map(str, guards))
-    return [f"it holds for {bound} only: {then}" for bound in bounds]
+    return [f"it holds for {bound} only: {elsewhere}" for bound in bounds]
 
 
 def report_of(
@@ -76,9 +81,9 @@ def report_of(
     details: JsonView,
 ) -> Report:
     """The report of an export that has written these files."""
-    sizes = {str(f): f.stat().st_size for f in files}
-    whole = {"files": sizes, "provider": provider, **details}
-    return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), whole)
+    sizes = {str(file): file.stat().st_size for file in files}
+    all_details = {"files": sizes, "provider": provider, **details}
+    return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), all_details)
 
 
 def check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
@@ -101,4 +106,4 @@ def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
         raise LoraFxError("mode batch needs adapters", "adapters=[first, second, …]")
     if isinstance(adapters, Mapping):
         return dict(cast(Mapping[str, Adapter], adapters))
-    return {f"adapter_{i}": a for i, a in enumerate(adapters, 1)}
+    return {f"adapter_{i}": adapter for i, adapter in enumerate(adapters, 1)}

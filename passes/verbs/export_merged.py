@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +25,13 @@ from lora_fx.fx.tensors import (
     with_base,
 )
 from lora_fx.fx.to_onnx import OPSET
+from lora_fx.inputs import Named
 from lora_fx.onnx.names import copies_of, mark_changed
 from lora_fx.onnx.precision import GATES, narrow, unround
-from lora_fx.onnx.session import open_session
+from lora_fx.onnx.save import Output
+from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.stages import RewriteStage
-from lora_fx.passes.fold import said_of_zeros
+from lora_fx.passes.fold import Folded, said_of_zeros
 from lora_fx.passes.proofs.parity import (
     feeds_of,
     guards,
@@ -39,8 +42,8 @@ from lora_fx.passes.proofs.parity import (
 )
 from lora_fx.passes.proofs.reference import FileRerun
 from lora_fx.passes.verbs import export_files as files
-from lora_fx.passes.verbs import export_optimised
 from lora_fx.passes.verbs.adapt import find, fold, insert
+from lora_fx.passes.verbs.export_optimised import optimised
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_torch import WIDENED, folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened
@@ -54,91 +57,6 @@ def export_merged(model: object, options: ExportOptions) -> Report:
         return _write(branched, options)
 
 
-def _write(branched: CapturedModule, options: ExportOptions) -> Report:
-    """Fold, prove, translate, prove, and give the file its name."""
-    inputs, provider, precision = options.inputs, options.provider, options.precision
-    folded, parity = branched, list[Parity]()
-    warnings: list[str] = [str(p) for p in branched.captured.pinned]
-    if isinstance(branched, AdaptedModule):
-        folded = fold(branched)
-        if not branched.changes_anything():
-            warnings.append("the adapter changes nothing: every update is zero")
-        parity += prove(
-            torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold",
-            rerun=torch_rerun(folded),
-        )  # fmt: skip
-        demand(parity, "the fold differs from the unfolded model")
-    exported, said = translated(folded, options, level=options.accuracy_level)
-    warnings += said
-    values: dict[str, Callable[[], Array]] = {
-        n: partial(to_numpy, parameter_of(folded, n)) for n in named_tensors(folded)[0]
-    }
-    wide: frozenset[str] = frozenset()
-    if WIDENED in said:
-        unrounded = _unrounded(folded, options)
-        wide = unround(exported, unrounded, copies_of(exported))
-        values |= {name: unrounded[name] for name in wide}
-        narrow_still = [name for name in unrounded if name not in wide]
-        warnings += [f"{name}: rounded to bfloat16 on the way" for name in narrow_still]
-    mark_changed(exported, values)
-    model = exported
-    conditions = onnx_conditions(branched.conditions())
-    stages: list[RewriteStage] = []
-    wanted = feeds_of(branched, inputs) if options.optimise or precision in GATES else ()
-    feeds = [f for _, f, extra in wanted if not extra]
-    if options.optimise:
-        model, stages = export_optimised.optimised(model, feeds, provider)
-        mark_changed(model, values)
-    tol = level_gate(options)
-    if precision in GATES:
-        made_of = narrow(model, precision, feeds, provider, options.tol)
-        model, tol = made_of.model, options.tol or GATES[precision]
-        warnings.append(made_of.said(precision))
-    with options.output() as made_file:
-        for model in (model, exported):  # noqa: B020
-            told = files.save_within(made_file, model, conditions, guards(branched), options)
-            session = open_session(made_file.path, provider)
-            rerun = FileRerun(made_file.path, provider)
-            runtime = prove(
-                session.run, branched, arrays=inputs, tol=tol, of="onnxruntime", rerun=rerun
-            )
-            rewritten = any(s.kept for s in stages) and precision not in GATES
-            if not rewritten or all(p.ok for p in runtime):
-                break
-            # each stage was near the exported graph, but together they are too far from torch
-            why = "the stages together differ from torch"
-            stages = [replace(s, kept=False, why=s.why or why) for s in stages]
-        demand(runtime, "ONNX Runtime differs from torch")
-    warnings += [*told, *filter(None, [session.note])]
-    changes = getattr(folded, "folded", ())
-    warnings += [*said_of_zeros(changes), *(f.said for f in changes if f.said)]
-    warnings += [
-        f"{f.parameter}: rounding kept {f.kept:.1%} of the change"
-        for f in changes
-        if f.kept < 0.95 and f.stored_as not in wide
-    ]
-    nodes = sum(1 for _ in model.graph.all_nodes())
-    grown = sum(f.grew for f in changes)
-    opset = options.opset or OPSET
-    details: Json = {"opset": opset, "mode": "merged", "nodes": nodes, "grown_bytes": grown}
-    details |= rows_of(branched.captured)
-    if options.optimise:
-        details["stages"] = [s.to_json() for s in stages]
-    parity += runtime
-    return files.report_of(made_file.files, session.provider, parity, warnings, details)
-
-
-def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
-    """Name of a tensor that changed → its value before it was rounded to the model's dtype."""
-    result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
-    if isinstance(options.adapters, Adapter):
-        # the module holds whole tensors in its own dtype, and the adapter as they were trained
-        captured = folded.captured
-        bound = bind(with_base(options.adapters, captured.model), find(captured))
-        result |= {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
-    return result
-
-
 def _branched(model: object, options: ExportOptions) -> CapturedModule:
     """The unfolded module that the file has to equal."""
     adapter = options.adapters
@@ -150,12 +68,227 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
     if isinstance(model, AdaptedModule):
         if adapter is None:
             return model
-        own: AdaptedModule = copy.deepcopy(model)  # the caller's adapter stays
-        own.load_adapter(adapter)
-        return own
+        copied: AdaptedModule = copy.deepcopy(model)  # the caller's adapter stays
+        copied.load_adapter(adapter)
+        return copied
     if isinstance(model, CapturedModule):
         if adapter is not None:
             raise folded_already()
         return model
-    cap = captured_of(model, options.capture_of_base())
-    return plain(cap) if adapter is None else insert(cap, adapter=adapter, dead="allow")
+
+    captured = captured_of(model, options.capture_of_base())
+    if adapter is None:
+        return plain(captured)
+    return insert(captured, adapter=adapter, dead="allow")
+
+
+def _write(branched: CapturedModule, options: ExportOptions) -> Report:
+    """Fold, prove, translate, prove, and give the file its name."""
+    warnings: list[str] = [str(pinned) for pinned in branched.captured.pinned]
+    folded, parity = _folded(branched, options, warnings)
+    translation = _translate(folded, options)
+    warnings += translation.warnings
+
+    rewriting = _rewrite(branched, translation, options)
+    if rewriting.warning:
+        warnings.append(rewriting.warning)
+    with options.output() as output:
+        written = _write_proven(output, branched, translation.model, rewriting, options)
+        demand(written.parity, "ONNX Runtime differs from torch")
+
+    warnings += written.notes
+    if written.session.note:
+        warnings.append(written.session.note)
+    changes = getattr(folded, "folded", ())
+    warnings += _warnings_of_fold(changes, translation.unrounded)
+
+    details: Json = {
+        "opset": options.opset or OPSET,
+        "mode": "merged",
+        "nodes": sum(1 for _ in written.model.graph.all_nodes()),
+        "grown_bytes": sum(change.grew for change in changes),
+        **rows_of(branched.captured),
+    }
+    if options.optimise:
+        details["stages"] = [stage.to_json() for stage in written.stages]
+    parity += written.parity
+    return files.report_of(output.files, written.session.provider, parity, warnings, details)
+
+
+def _folded(
+    branched: CapturedModule, options: ExportOptions, warnings: list[str]
+) -> tuple[CapturedModule, list[Parity]]:
+    """The module without branches, and how near it is; a module that has none is returned."""
+    if not isinstance(branched, AdaptedModule):
+        return branched, []
+    folded = fold(branched)
+    if not branched.changes_anything():
+        warnings.append("the adapter changes nothing: every update is zero")
+    parity = prove(
+        torch_run(folded),
+        branched,
+        arrays=options.inputs,
+        tol=FOLD_TOL,
+        of="fold",
+        rerun=torch_rerun(folded),
+    )
+    demand(parity, "the fold differs from the unfolded model")
+    return folded, parity
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """A folded module in ONNX.
+
+    Attributes:
+        model: The model.
+        values: How its tensors are read, by name.
+        unrounded: Names of the tensors that are stored as they were before they were rounded to
+            the module's bfloat16.
+        warnings: What has to be said.
+    """
+
+    model: Any
+    values: Mapping[str, Callable[[], Array]]
+    unrounded: frozenset[str]
+    warnings: Sequence[str]
+
+
+def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
+    """Translate a folded module, and mark the tensors that its export changed."""
+    model, notes = translated(folded, options, level=options.accuracy_level)
+    warnings = [*notes]
+    values: dict[str, Callable[[], Array]] = {
+        name: partial(to_numpy, parameter_of(folded, name)) for name in named_tensors(folded)[0]
+    }
+    unrounded: frozenset[str] = frozenset()
+    if WIDENED in notes:
+        exact_values = _unrounded(folded, options)
+        unrounded = unround(model, exact_values, copies_of(model))
+        for name in unrounded:
+            values[name] = exact_values[name]
+        warnings += [
+            f"{name}: rounded to bfloat16 on the way"
+            for name in exact_values
+            if name not in unrounded
+        ]
+    mark_changed(model, values)
+    return _Translation(model, values, unrounded, warnings)
+
+
+def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
+    """Name of a tensor that changed → its value before it was rounded to the model's dtype."""
+    result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
+    if isinstance(options.adapters, Adapter):
+        # the module holds whole tensors in its own dtype, and the adapter as they were trained
+        captured = folded.captured
+        bound = bind(with_base(options.adapters, captured.model), find(captured))
+        for name, full in bound.full.items():
+            result[name] = partial(np.asarray, full.value)
+    return result
+
+
+@dataclass(frozen=True)
+class _Rewriting:
+    """An exported model after the stages of optimise and in its precision.
+
+    Attributes:
+        model: The model; the exported one where neither was asked for.
+        stages: The stages of optimise.
+        tol: What its outputs are held to.
+        warning: What the precision costs; empty without one.
+    """
+
+    model: Any
+    stages: Sequence[RewriteStage]
+    tol: float
+    warning: str = ""
+
+
+def _rewrite(
+    branched: CapturedModule, translation: _Translation, options: ExportOptions
+) -> _Rewriting:
+    """Rewrite the exported model as far as the options ask for it."""
+    model = translation.model
+    stages: list[RewriteStage] = []
+    narrows = options.precision in GATES
+    feeds: list[Named] = []
+    if options.optimise or narrows:
+        for _, arrays, is_extra in feeds_of(branched, options.inputs):
+            if not is_extra:
+                feeds.append(arrays)
+
+    if options.optimise:
+        model, stages = optimised(model, feeds, options.provider)
+        mark_changed(model, translation.values)
+    if options.precision is None or not narrows:
+        return _Rewriting(model, stages, level_gate(options))
+    narrowed = narrow(model, options.precision, feeds, options.provider, options.tol)
+    tol = options.tol or GATES[options.precision]
+    return _Rewriting(narrowed.model, stages, tol, narrowed.said(options.precision))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The model that the file holds, proven or not, and what ran it."""
+
+    model: Any
+    stages: Sequence[RewriteStage]
+    session: RuntimeSession
+    parity: list[Parity]
+    notes: Sequence[str]
+
+
+def _write_proven(
+    output: Output,
+    branched: CapturedModule,
+    exported: Any,
+    rewriting: _Rewriting,
+    options: ExportOptions,
+) -> _Written:
+    """Write the rewritten model, or the exported one where the stages together are too far off.
+
+    Each stage was near the exported graph, but together they may be too far from torch.
+    """
+    written = _write_and_compare(
+        output, branched, rewriting.model, rewriting.stages, rewriting.tol, options
+    )
+    is_rewritten = any(stage.kept for stage in rewriting.stages)
+    if not is_rewritten or options.precision in GATES or all(row.ok for row in written.parity):
+        return written
+    reason = "the stages together differ from torch"
+    dropped = [replace(stage, kept=False, why=stage.why or reason) for stage in rewriting.stages]
+    return _write_and_compare(output, branched, exported, dropped, rewriting.tol, options)
+
+
+def _write_and_compare(
+    output: Output,
+    branched: CapturedModule,
+    model: Any,
+    stages: Sequence[RewriteStage],
+    tol: float,
+    options: ExportOptions,
+) -> _Written:
+    """Write one model, and run it beside the unfolded module."""
+    conditions = onnx_conditions(branched.conditions())
+    notes = files.save_within(output, model, conditions, guards(branched), options)
+    session = open_session(output.path, options.provider)
+    parity = prove(
+        session.run,
+        branched,
+        arrays=options.inputs,
+        tol=tol,
+        of="onnxruntime",
+        rerun=FileRerun(output.path, options.provider),
+    )
+    return _Written(model, stages, session, parity, notes)
+
+
+def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
+    """What has to be said of folded weights, and what their rounding lost."""
+    warnings = [*said_of_zeros(changes)]
+    warnings += [change.said for change in changes if change.said]
+    for change in changes:
+        if change.kept < 0.95 and change.stored_as not in unrounded:
+            warnings.append(f"{change.parameter}: rounding kept {change.kept:.1%} of the change")
+    return warnings

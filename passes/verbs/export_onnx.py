@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
@@ -37,11 +37,6 @@ from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from lora_fx.passes.verbs.refused_updates import exclude_hint
 from lora_fx.targets.target import Found
-from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    pass
-
 
 UNNAMED = (
     "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
@@ -61,32 +56,34 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     source = Path(source)
     if options.mode == "merged":
         return _merged_file(source, options)
+
     adapters = by_name(options)
     graph, renamed = named_graph(source)
     check_no_slots(graph.model, source)
-    found = find(graph)
-    bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
-    said = [*graph.notes]
+    targets = find(graph)
+    bound = {
+        name: _bound(name, adapter, graph, targets, options.names)
+        for name, adapter in adapters.items()
+    }
+    notes = [*graph.notes]
     if renamed:
-        said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+        notes.append(f"{renamed} tensors got the names that the exporter's metadata tells")
+
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         rewritten = graph.clone()
         if options.mode == "batch":
             batch_symbol(rewritten.model, "", UNNAMED)
-            every = (*found.targets, *found.optional)
-            calls = {s.id: f"call:{n}" for t in every for n, s in enumerate(t.sites)}
-            stored = {p.name: StoredWeight(p.shape, calls=calls) for p in graph.parameters()}
-            sources = {name: (name, weight) for name, weight in stored.items()}
-            return write_batch(rewritten, reference, sources, bound, options, said)
-        keys, _ = options.chosen(found, bound)
-        return write_switch(rewritten, reference, keys, bound, options, said)
+            sources = _stored_weights(graph, targets)
+            return write_batch(rewritten, reference, sources, bound, options, notes)
+        keys, _ = options.chosen(targets, bound)
+        return write_switch(rewritten, reference, keys, bound, options, notes)
 
 
 def _bound(
-    name: str, adapter: Adapter, graph: OnnxGraph, found: Found, names: Mapping[str, str] | None
+    name: str, adapter: Adapter, graph: OnnxGraph, targets: Found, names: Mapping[str, str] | None
 ) -> Adapter:
     """An adapter in the keys and layouts of the graph."""
-    matched = match(adapter, graph, found, names)
+    matched = match(adapter, graph, targets, names)
     if matched.whole:
         raise LoraFxError(
             f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
@@ -95,46 +92,81 @@ def _bound(
     return replace(adapter, entries=dict(matched.updates), names=None)
 
 
+def _stored_weights(graph: OnnxGraph, targets: Found) -> dict[str, tuple[str, StoredWeight]]:
+    """Every stored tensor by its name, as mode batch takes them; its uses are numbered calls."""
+    calls = {}
+    for target in (*targets.targets, *targets.optional):
+        for number, site in enumerate(target.sites):
+            calls[site.id] = f"call:{number}"
+    return {
+        parameter.name: (parameter.name, StoredWeight(parameter.shape, calls=calls))
+        for parameter in graph.parameters()
+    }
+
+
 def _merged_file(source: Path, options: ExportOptions) -> Report:
     """Merge, then optimise; one of the two may be left out."""
     adapter: Any = options.adapters  # the path of one too
-    target = options.target
     if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
         raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = options.rewrites
-    if adapter is None and not rewritten:
-        graph = OnnxGraph(load(source))
-        if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged
-            return _copied(source, graph, options)
+    if adapter is None:
+        if options.rewrites:
+            return optimise_file(source, options)
+        return _copied_file(source, options)
+    if options.rewrites:
+        return _merged_and_optimised(source, adapter, options)
+
+    report = merge_onnx(
+        source,
+        [adapter],
+        options.target,
+        names=options.names,
+        external_over=options.external_over,
+        force=options.force,
+        places=options.places,
+    )
+    return replace(report, command="export")
+
+
+def _merged_and_optimised(source: Path, adapter: Any, options: ExportOptions) -> Report:
+    """Merge into a file that is thrown away, and optimise that."""
+    with scratch_folder() as folder:
+        merged = Path(folder) / "merged.onnx"
+        try:
+            merge_report = merge_onnx(
+                source,
+                [adapter],
+                merged,
+                names=options.names,
+                external_over=options.external_over,
+            )
+        except LoraFxError as e:
+            message = e.message.replace(str(merged), str(options.target))
+            raise LoraFxError(message, e.hint, exit_code=e.exit_code) from e
+        report = optimise_file(merged, options)
+
+    warnings = (*merge_report.warnings, *report.warnings)
+    return replace(report, warnings=warnings, details={**merge_report.details, **report.details})
+
+
+def _copied_file(source: Path, options: ExportOptions) -> Report:
+    """Write a quantised file again, with the bytes of its tensors.
+
+    Raises:
+        LoraFxError: A file that an adapter could be merged into: there is nothing to do.
+    """
+    graph = OnnxGraph(load(source))
+    if not any(target.no_fold for target in find(graph).targets):
         raise LoraFxError(
             f"{source} is an .onnx file already, and there is nothing to do",
             "give an adapter, --optimise, --precision or a --mode",
         )
-    last: Json = {"force": options.force, "places": options.places}
-    given: Json = {"names": options.names, "external_over": options.external_over}
-    if not rewritten:
-        return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
-    if adapter is None:
-        return optimise_file(source, options)
-    with scratch_folder() as folder:
-        merged = Path(folder) / "merged.onnx"
-        try:
-            made = merge_onnx(source, [adapter], merged, **given)
-        except LoraFxError as e:
-            said = e.message.replace(str(merged), str(target))
-            raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, options)
-        details = {**made.details, **done.details}
-        return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
 
-
-def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
-    """Write a quantised file again, with the bytes of its tensors."""
-    before = {n: graph.reader(n) for n in graph.flow.stores}
-    with options.output() as made:
-        made.save(graph.model, 0 if is_external(source) else options.external_over)
-        nothing = Matched({}, {}), Fold({})
-        prove_merge(made.seen, options.target, before, set(), find(graph), *nothing)
-    said = "a copy: no adapter was given, and none goes into a quantised weight"
-    outputs = tuple(map(str, made.files))
-    return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})
+    before = {name: graph.reader(name) for name in graph.flow.stores}
+    with options.output() as output:
+        output.save(graph.model, 0 if is_external(source) else options.external_over)
+        no_updates = Matched({}, {})
+        prove_merge(output.seen, options.target, before, set(), find(graph), no_updates, Fold({}))
+    note = "a copy: no adapter was given, and none goes into a quantised weight"
+    outputs = tuple(map(str, output.files))
+    return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

@@ -31,9 +31,9 @@ def optimised(
     stages: Mapping[str, Rewrite] | None = None,
 ) -> tuple[ir.Model, list[RewriteStage]]:
     """The model after the stages, with its weights' own names and no traces, and their rows."""
-    made, rows = apply_stages(model, feeds, stages, provider)
-    give_own_names(made, None, {})
-    return made, rows
+    rewritten, rows = apply_stages(model, feeds, stages, provider)
+    give_own_names(rewritten, None, {})
+    return rewritten, rows
 
 
 @blaming
@@ -48,24 +48,32 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
         LoraFxError: The file does not load or run; nothing is written.
     """
     remember(source)
-    provider, precision = options.provider, options.precision
-    opened = load(source)
-    restore_weight_names(opened)
-    stored = opened.graph.initializers.items()
-    values = {str(n): v.const_value.numpy for n, v in stored if v.const_value is not None}
+    provider = options.provider
+    original = load(source)
+    restore_weight_names(original)
+    values = {}
+    for name, value in original.graph.initializers.items():
+        if value.const_value is not None:
+            values[str(name)] = value.const_value.numpy
     session = open_session(source, provider)
     feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
-    model, stages = optimised(opened, feeds, provider, None if options.optimise else {})
+
+    no_stages: dict[str, Rewrite] = {}
+    model, stages = optimised(original, feeds, provider, None if options.optimise else no_stages)
     mark_changed(model, values)
-    said = [*filter(None, [session.note])]
-    if precision:
-        made = narrow(model, precision, feeds, provider, options.tol)
-        model = made.model
-        said.append(made.said(precision))
-    with options.output() as made_file:
-        made_file.save(model)
-    nodes = sum(1 for _ in model.graph.all_nodes())
-    rows = [s.to_json() for s in stages]
-    details = {"provider": session.provider, "mode": "optimised", "nodes": nodes, "stages": rows}
-    outputs = tuple(map(str, made_file.files))
-    return Report("export", True, (), outputs, tuple(said), details)
+    notes = [session.note] if session.note else []
+    if options.precision:
+        narrowed = narrow(model, options.precision, feeds, provider, options.tol)
+        model = narrowed.model
+        notes.append(narrowed.said(options.precision))
+
+    with options.output() as output:
+        output.save(model)
+    details = {
+        "provider": session.provider,
+        "mode": "optimised",
+        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "stages": [stage.to_json() for stage in stages],
+    }
+    outputs = tuple(map(str, output.files))
+    return Report("export", True, (), outputs, tuple(notes), details)

@@ -30,10 +30,11 @@ from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.proofs.parity import (
     TorchReference,
 )
-from lora_fx.passes.verbs import export_batch, export_switch
-from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, insert
+from lora_fx.passes.verbs.export_batch import write_batch
+from lora_fx.passes.verbs.export_files import by_name
 from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.export_torch import folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
@@ -46,70 +47,88 @@ def export_slots(model: object, options: ExportOptions) -> Report:
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise folded_already()
     options = replace(options, adapters=own_adapters(model, options.adapters))
-    adapters = files.by_name(options)
+    adapters = by_name(options)
     captured = captured_of(model, options.capture_of_base())
-    found = find(captured)
-    bound = {n: bind(with_base(a, captured.model), found) for n, a in adapters.items()}
-    whole: list[str] = []
-    if options.mode == "switch" and len(bound) == 1:
-        captured, bound, whole = _with_whole(captured, bound)
-        found = find(captured) if whole else found
-    reference = torch_reference(captured, options, level_gate(options))
+    targets = find(captured)
+    bound = {
+        name: bind(with_base(adapter, captured.model), targets)
+        for name, adapter in adapters.items()
+    }
     if options.mode == "batch":
-        every = dict.fromkeys(k for a in bound.values() for k in a.lowrank)
-        wanted = dict.fromkeys(split_region(k)[0] if split_use(k)[1] else k for k in every)
-        graph, keys_of, said = base_of(reference, [*wanted], options)
-        sources = _sources(reference.base, graph, keys_of)
-        batch_symbol(graph.model, *_without_batch(captured))
-        return export_batch.write_batch(graph, reference, sources, bound, options, said)
-    keys, loose = options.chosen(found, bound)
-    graph, _, said = base_of(reference, keys, options)
-    said += whole
+        return _export_batch(captured, bound, options)
+
+    notes_of_base: list[str] = []
+    if options.mode == "switch" and len(bound) == 1:
+        captured, bound, notes_of_base = _with_whole_tensors(captured, bound)
+        if notes_of_base:
+            targets = find(captured)
+    reference = torch_reference(captured, options, level_gate(options))
+    keys, loose = options.chosen(targets, bound)
+    graph, _, notes = base_of(reference, keys, options)
+    notes += notes_of_base
     at_level(graph.model, options.accuracy_level)
-    return export_switch.write_switch(
-        graph, reference, keys, bound, options, said, loose=loose, found=found
-    )
+    return write_switch(graph, reference, keys, bound, options, notes, loose=loose, found=targets)
 
 
-def _with_whole(
+def _export_batch(
+    captured: Captured, adapters: Mapping[str, Adapter], options: ExportOptions
+) -> Report:
+    """Export the base with a row of the batch for each adapter."""
+    reference = torch_reference(captured, options, level_gate(options))
+    keys: dict[str, None] = {}
+    for adapter in adapters.values():
+        for key in adapter.lowrank:
+            keys[split_region(key)[0] if split_use(key)[1] else key] = None
+    graph, keys_of, notes = base_of(reference, [*keys], options)
+    sources = _sources(reference.base, graph, keys_of)
+    batch_symbol(graph.model, *_without_batch(captured))
+    return write_batch(graph, reference, sources, adapters, options, notes)
+
+
+def _with_whole_tensors(
     captured: Captured, adapters: Mapping[str, Adapter]
 ) -> tuple[Captured, dict[str, Adapter], list[str]]:
-    """A capture of the base with the whole tensors of an adapter, the rest of it, and a note.
+    """A capture of the base with the whole tensors of an adapter, its updates alone, and a note.
 
     A slot holds a low-rank update, so a head that was trained whole is part of the base.
     """
     ((name, adapter),) = adapters.items()
-    first, aliases = named_tensors(captured.model)
-    tied = [key for key in adapter.full if aliases.get(first.get(key, key))]
+    first_names, aliases = named_tensors(captured.model)
+    tied = [key for key in adapter.full if aliases.get(first_names.get(key, key))]
     if not adapter.full or tied:  # of a tied one, one use alone may be meant
         return captured, dict(adapters), []
-    based = copy.copy(captured)
-    based.model = beside(captured.model)
-    traced = captured.tracings.items()
-    based.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in traced}
+
+    base = copy.copy(captured)
+    base.model = beside(captured.model)
+    base.tracings = {
+        training: [replace(tracing, analyses={}) for tracing in tracings]
+        for training, tracings in captured.tracings.items()
+    }
     for key, full in adapter.full.items():
-        old = parameter_of(based.model, first.get(key, key))
-        value = from_numpy(full.value).to(old.device, old.dtype)
-        replace_parameter(based.model, old, torch.nn.Parameter(value, old.requires_grad))
-    kept = replace(adapter, entries={**adapter.lowrank})
+        parameter = parameter_of(base.model, first_names.get(key, key))
+        value = from_numpy(full.value).to(parameter.device, parameter.dtype)
+        trained = torch.nn.Parameter(value, parameter.requires_grad)
+        replace_parameter(base.model, parameter, trained)
+
+    low_rank_alone = replace(adapter, entries={**adapter.lowrank})
     note = (
         f"{name}: its whole tensors are folded into the base ({some(sorted(adapter.full))}): the "
         "file has them without an adapter too"
     )
-    return based, {name: kept}, [note]
+    return base, {name: low_rank_alone}, [note]
 
 
 def _without_batch(captured: Captured) -> tuple[str, str]:
     """Why the inputs of a capture may share no dynamic dimension 0, and what to do then."""
-    specs = [s for s in captured.inputs.specs if s.shape]
-    pinned = {p.input: str(p) for p in captured.pinned if p.dim == 0}
-    asked = [s.name for s in specs if 0 not in s.dims and s.name not in pinned]
-    if asked:
-        names = ", ".join(asked)
+    specs = [spec for spec in captured.inputs.specs if spec.shape]
+    pinned = {pin.input: str(pin) for pin in captured.pinned if pin.dim == 0}
+    fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
+    if fixed_by_user:
+        names = ", ".join(fixed_by_user)
         return "", f"leave dimension 0 of {names} dynamic: drop --static, or --dynamic NAME:0=batch"
     if pinned:
         return next(iter(pinned.values())), "use mode merged or switch"
-    names = ", ".join(s.name for s in specs)
+    names = ", ".join(spec.name for spec in specs)
     return "", f"one symbol for all of {names}: --dynamic NAME:0=batch for each"
 
 
@@ -129,36 +148,43 @@ def base_of(
 ) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
     """The base in ONNX with a target for every key that can have one.
 
-    In mode batch a key of one use has it apart, whatever the file can tell.
+    In mode batch the weight of a key of one use is stored apart, whatever the file can tell.
 
     Returns:
-        It, the keys that reach each weight that it has apart, and what has to be said.
+        The base, the keys that reach each weight that is stored apart, and what has to be said.
     """
-    model, said = translated(reference.base, options)
+    model, notes = translated(reference.base, options)
     graph = OnnxGraph(model)
-    apart, keys_of = _by_keys(_lost(reference, graph, keys, single=options.mode == "batch"))
-    if apart:
-        graph = OnnxGraph(translated(reference.base, options, apart=apart)[0])
-    return graph, keys_of, [*map(str, reference.base.captured.pinned), *said]
+    lost = _lost_targets(reference, graph, keys, single=options.mode == "batch")
+    stored_apart, keys_of = _by_keys(lost)
+    if stored_apart:
+        model, _ = translated(reference.base, options, apart=stored_apart)
+        graph = OnnxGraph(model)
+    pinned = map(str, reference.base.captured.pinned)
+    return graph, keys_of, [*pinned, *notes]
 
 
-def _lost(
+def _lost_targets(
     reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool
 ) -> dict[str, Target]:
     """Targets that the exporter lost: it computed from their weight, or has no such use of it.
 
     With `single` those of single uses too: the file does not say which module a use is of.
     """
-    here = find(graph)
-    lost = [k for k in keys if here.get(k) is None or (single and split_use(k)[1])]
-    known = find(reference.base.graph(False, portable=True)) if lost else here
-    apart: dict[str, Target] = {}
-    for key in lost:
-        target = known.get(key)
-        if target is not None and not target.other_readers and not key.endswith("]"):
-            sites = tuple(s for s in target.sites if applies(own_use(key), s))
-            apart |= {key: replace(target, sites=sites)} if sites else {}
-    return apart
+    exported = find(graph)
+    lost_keys = [key for key in keys if exported.get(key) is None or (single and split_use(key)[1])]
+    if not lost_keys:
+        return {}
+    captured = find(reference.base.graph(False, portable=True))
+    lost: dict[str, Target] = {}
+    for key in lost_keys:
+        target = captured.get(key)
+        if target is None or target.other_readers or key.endswith("]"):
+            continue
+        sites = tuple(site for site in target.sites if applies(own_use(key), site))
+        if sites:
+            lost[key] = replace(target, sites=sites)
+    return lost
 
 
 def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, tuple[str, ...]]]:
@@ -166,41 +192,50 @@ def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, t
 
     Keys of several adapters may share uses: `w@head.weight` and `w@op:linear`.
     """
-    groups: dict[tuple[str, ...], dict[str, Site]] = {}
-    for site in (s for t in lost.values() for s in t.sites):
-        reach = tuple(k for k, t in lost.items() if site in t.sites)
-        groups.setdefault(reach, {})[site.id] = site
-    apart: dict[str, Target] = {}
+    sites_of: dict[tuple[str, ...], dict[str, Site]] = {}
+    for target in lost.values():
+        for site in target.sites:
+            keys = tuple(key for key, other in lost.items() if site in other.sites)
+            sites_of.setdefault(keys, {})[site.id] = site
+
+    stored_apart: dict[str, Target] = {}
     keys_of: dict[str, tuple[str, ...]] = {}
-    for reach, sites in groups.items():
-        name = free_name(reach[0], apart)
-        apart[name] = replace(lost[reach[0]], sites=tuple(sites.values()))
-        keys_of[name] = reach
-    return apart, keys_of
+    for keys, sites in sites_of.items():
+        name = free_name(keys[0], stored_apart)
+        stored_apart[name] = replace(lost[keys[0]], sites=tuple(sites.values()))
+        keys_of[name] = keys
+    return stored_apart, keys_of
 
 
 def _sources(
     base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
-    torch_side, held = base.graph(False), forms(base)
-    names = {n: p for p in torch_side.parameters() for n in p.names}
+    torch_graph = base.graph(False)
+    coded = forms(base)
+    parameters = {}
+    for parameter in torch_graph.parameters():
+        for name in parameter.names:
+            parameters[name] = parameter
+
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
-        if alone := keys_of.keys() & {*stored.names}:
-            name = alone.pop()
+        names_apart = keys_of.keys() & {*stored.names}
+        if names_apart:
+            name = names_apart.pop()
             result[stored.name] = (name, StoredWeight(stored.shape, keys=keys_of[name]))
             continue
-        p = names.get(stored.name)
-        if p is None or len(p.shape) < 2:
+        parameter = parameters.get(stored.name)
+        if parameter is None or len(parameter.shape) < 2:
             continue
-        if p.format:
+        if parameter.format:
             # rows of codes are [out, in], however the parameter lies
-            turned = held[p.name].turned
+            transposed = coded[parameter.name].turned
         else:
-            ours, theirs = graph.read(stored.name), torch_side.read(p.name)
-            turned = not np.array_equal(ours, theirs)
-            if turned and not (theirs.ndim == 2 and np.array_equal(ours, theirs.T)):
+            stored_value = graph.read(stored.name)
+            value = torch_graph.read(parameter.name)
+            transposed = not np.array_equal(stored_value, value)
+            if transposed and not (value.ndim == 2 and np.array_equal(stored_value, value.T)):
                 continue
-        result[stored.name] = (p.name, StoredWeight(p.shape, turned=turned))
+        result[stored.name] = (parameter.name, StoredWeight(parameter.shape, turned=transposed))
     return result

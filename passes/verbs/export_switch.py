@@ -8,18 +8,18 @@ session is made, and an adapter takes their place there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.compare import Report, compare, demand
+from lora_fx.compare import Parity, Report, compare, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import replacing
-from lora_fx.inputs import SIZES
+from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.batch import join_copies
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -29,22 +29,15 @@ from lora_fx.onnx.session import Session
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import FileRerun, Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.export_options import Companions, ExportOptions
-from lora_fx.targets.target import Found, base_name, own_use, split_use
-from lora_fx.text import Json
-
-if TYPE_CHECKING:
-    pass
 from lora_fx.passes.verbs.export_files import beside, check_shared, report_of, save_within
+from lora_fx.passes.verbs.export_options import Companions, ExportOptions
+from lora_fx.targets.target import Found, Target, base_name, own_use, split_use
+from lora_fx.text import Json
 
 RANK = 4
 """The rank of the random adapter that stands in where none is given."""
-
-
 SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
 """Scales of the random adapter: the first at which no output changes by more than its size."""
-
-
 LOAD_RANK = 16
 """The rank of the slots of mode load where neither a rank nor an adapter is given."""
 
@@ -76,111 +69,265 @@ def write_switch(
         LoraFxError: A target that the graph has not; nothing is written.
         NoEffectError: The outputs differ, or a target changes nothing.
     """
-    load, rank = options.mode == "load", options.rank
-    paths = beside(adapters, options)
+    adapter_paths = beside(adapters, options)
     check_shared(adapters, "a switchable file")
-    others = [p.name for p in paths.values() if p.exists() and not options.target.exists()]
-    warnings = [*warnings, *(f"{name} of another file is replaced" for name in others)]
-    here, kept = find(graph), graph.model.graph.initializers
-    known = here if found is None else found
-    there = {k: t for k in keys if (t := here.get(k)) is not None}
-    lost = (known.get(k) for k in keys if k not in there)
-    apart = [t for t in lost if t and not t.other_readers and t.key in kept]  # see to_onnx
-    keys = [k for k in keys if k not in {t.key for t in apart}]
+    warnings = [*warnings, *_replaced_files(adapter_paths, options)]
+
+    exported = find(graph)
+    captured = exported if found is None else found
+    slots = _Slots.of(graph, keys, exported, captured)
     if loose:
-        left = (k for k in keys if k not in there)
-        warnings += [f"{k}: left out, the exported graph has no such target" for k in left]
-        keys = [k for k in keys if k in there]
-    stored = copies_of(graph.model).values()
-    twice = [k for k in keys if base_name(k) in stored]
-    if twice:
-        raise LoraFxError(
-            f"{twice[0]!r} is stored twice in the exported graph, for two uses of a tied tensor",
-            "mode merged adapts both; here --exclude it",
-        )
-    copies = [k for k in keys if split_use(k)[1] and k in kept]
-    both = {base_name(k) for k in copies}.intersection(k for k in keys if not split_use(k)[1])
-    if both:
-        raise LoraFxError(
-            f"{min(both)!r} is adapted in all its uses, and beside that in one of them alone: a "
-            "file has slots for the one or the other",
-            "mode batch takes both; else export a file for each",
-        )
-    largest = max((u.rank for a in adapters.values() for u in a.lowrank.values()), default=0)
-    if load and rank and rank < largest:
-        raise LoraFxError(f"an adapter of rank {largest}, and --rank {rank}", f"--rank {largest}")
-    layouts = {k: known[k].layout for k in (*keys, *(t.key for t in apart))}
-    lookups = {k: t.layout for k, t in there.items() if t.op == "embedding"}
-    turned = {k for k in keys if k in lookups and layouts[k].in_ == lookups[k].out}
-    switch = Switch(keys, (rank or largest or LOAD_RANK) if load else 0, apart, turned)
+        slots, left_out = slots.without_missing()
+        warnings += left_out
+    copies = slots.copies_for_one_use(graph)
+    rank = _rank_of_slots(adapters, options)
+    layouts = slots.layouts(captured)
+
+    switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
     switch(graph)
     join_copies(graph.model, copies)
     manifest = switch.made[0]
-    with options.output() as made_file:
-        slots = [n for s in manifest.slots.values() for n in (s.a, s.b)] if load else ()
+
+    with options.output() as output:
+        replaced_by_session = _tensor_names(manifest) if options.mode == "load" else ()
         warnings += save_within(
-            made_file, graph.model, reference.conditions, reference.guards(), options, slots
+            output,
+            graph.model,
+            reference.conditions,
+            reference.guards(),
+            options,
+            replaced_by_session,
         )
-        session = Session(made_file.path, options.provider)
-        rerun = partial(_rerun, made_file.path, options, manifest)
-        parity = reference.prove(session.run, None, "base", rerun(None))
-        feeds = reference.feeds(SIZES[0])
-        base = session.run(feeds)
+        session = Session(output.path, options.provider)
+        file = _SwitchableFile(output.path, options, manifest, rank, session)
+        parity = _prove(file, reference, layouts, adapters, warnings)
+        for name, path in adapter_paths.items():
+            with replacing(path, force=options.force, beside=output.beside) as temporary:
+                write_adapter(adapters[name], manifest, temporary)
+        output.adapters += adapter_paths.values()
+        companions = options.also(output, manifest) if options.also else Companions()
 
-        def serve(adapter: Adapter) -> Run:
-            """What runs with an adapter: the one session, or in mode load one of its own."""
-            if load:
-                return Session(made_file.path, options.provider, adapter=adapter).run
-            session.load("adapter", adapter)
-            return partial(session.run, adapter="adapter")
-
-        def small(adapter: Adapter) -> bool:
-            """Whether no output changes by more than its size."""
-            return compare(serve(adapter)(feeds), base, {}, 1.0).ok
-
-        tried = adapters or {"random": _random(layouts, switch.rank or RANK, small)}
-        for name, adapter in tried.items():
-            run = serve(adapter)
-            changed = run(feeds)
-            if all(np.array_equal(changed[k], base[k]) for k in base):
-                if not adapters:
-                    raise NoEffectError(
-                        "a random adapter changes nothing in the exported file", "report this model"
-                    )
-                warnings.append(f"the adapter {name!r} changes nothing")
-            parity += reference.prove(run, adapter, name, rerun(adapter))
-        demand(parity, "ONNX Runtime differs from the model")
-        for name, path in paths.items():
-            with replacing(path, force=options.force, beside=made_file.beside) as part:
-                write_adapter(adapters[name], manifest, part)
-        made_file.adapters += paths.values()
-        more = options.also(made_file, manifest) if options.also else Companions()
-    parity += more.parity
-    warnings += [*more.warnings, *filter(None, [session.note])]
-    details: Json = {"mode": manifest.mode, "targets": len(manifest.slots), **reference.details()}
-    details["nodes"] = sum(1 for _ in graph.model.graph.all_nodes())
-    files = [*made_file.files, *more.files]
+    parity += companions.parity
+    warnings += companions.warnings
+    if session.note:
+        warnings.append(session.note)
+    details: Json = {
+        "mode": manifest.mode,
+        "targets": len(manifest.slots),
+        **reference.details(),
+        "nodes": sum(1 for _ in graph.model.graph.all_nodes()),
+    }
+    files = [*output.files, *companions.files]
     return report_of(files, session.provider, parity, warnings, details)
 
 
-def _rerun(
-    path: Path, options: ExportOptions, manifest: Manifest, adapter: Adapter | None
-) -> FileRerun:
-    """Other ways to run a file of mode switch or load with an adapter."""
-    tensors = {} if adapter is None else manifest.tensors(adapter)
-    if manifest.mode == "load":
-        return FileRerun(path, options.provider, stored=manifest.padded(tensors) if tensors else {})
-    return FileRerun(path, options.provider, lambda feeds: {**feeds, **tensors})
+def _replaced_files(adapter_paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
+    """A line for each adapter's file that is there, and belongs to no earlier export of ours."""
+    if options.target.exists():
+        return []
+    return [
+        f"{path.name} of another file is replaced"
+        for path in adapter_paths.values()
+        if path.exists()
+    ]
 
 
-def _random(layouts: Mapping[str, Layout], most: int, small: Callable[[Adapter], bool]) -> Adapter:
+@dataclass(frozen=True)
+class _Slots:
+    """The targets of an exported graph that get slots for A and B.
+
+    Attributes:
+        keys: Keys of the targets, those of `stored_apart` left out.
+        targets: The graph's own target of each key that has one.
+        stored_apart: The exporter stores a tied table once more where a use needs it transposed
+            (to_onnx.py): its key is an initialiser of the file, but no target of the graph.
+    """
+
+    keys: list[str]
+    targets: Mapping[str, Target]
+    stored_apart: Sequence[Target]
+
+    @classmethod
+    def of(cls, graph: OnnxGraph, keys: Sequence[str], exported: Found, captured: Found) -> _Slots:
+        """Look the keys up in the exported graph, and those it lost in the capture."""
+        targets: dict[str, Target] = {}
+        stored_apart: list[Target] = []
+        for key in keys:
+            target = exported.get(key)
+            if target is not None:
+                targets[key] = target
+                continue
+            target = captured.get(key)
+            if target is None or target.other_readers:
+                continue
+            if target.key in graph.model.graph.initializers:
+                stored_apart.append(target)
+
+        keys_apart = {target.key for target in stored_apart}
+        return cls([key for key in keys if key not in keys_apart], targets, stored_apart)
+
+    def without_missing(self) -> tuple[_Slots, list[str]]:
+        """The slots of keys that the graph has a target for, and a line for each other key."""
+        notes = [
+            f"{key}: left out, the exported graph has no such target"
+            for key in self.keys
+            if key not in self.targets
+        ]
+        keys = [key for key in self.keys if key in self.targets]
+        return _Slots(keys, self.targets, self.stored_apart), notes
+
+    def copies_for_one_use(self, graph: OnnxGraph) -> list[str]:
+        """The keys of one use that the file stores a copy of the weight for.
+
+        Raises:
+            LoraFxError: A tied tensor that is stored twice, or that is adapted both in all its uses
+                and in one of them.
+        """
+        copied_names = copies_of(graph.model).values()
+        stored_twice = [key for key in self.keys if base_name(key) in copied_names]
+        if stored_twice:
+            raise LoraFxError(
+                f"{stored_twice[0]!r} is stored twice in the exported graph, for two uses of a "
+                "tied tensor",
+                "mode merged adapts both; here --exclude it",
+            )
+
+        keys_of_all_uses = [key for key in self.keys if not split_use(key)[1]]
+        initializers = graph.model.graph.initializers
+        copies = [key for key in self.keys if split_use(key)[1] and key in initializers]
+        adapted_twice = {base_name(key) for key in copies}.intersection(keys_of_all_uses)
+        if adapted_twice:
+            raise LoraFxError(
+                f"{min(adapted_twice)!r} is adapted in all its uses, and beside that in one of "
+                "them alone: a file has slots for the one or the other",
+                "mode batch takes both; else export a file for each",
+            )
+        return copies
+
+    def layouts(self, captured: Found) -> dict[str, Layout]:
+        """The layout of each key as adapters know it."""
+        keys_apart = [target.key for target in self.stored_apart]
+        return {key: captured[key].layout for key in (*self.keys, *keys_apart)}
+
+    def transposed_lookups(self, layouts: Mapping[str, Layout]) -> set[str]:
+        """Keys of lookup tables whose rows are the `in` of the adapters' layout, not the `out`."""
+        transposed = set()
+        for key in self.keys:
+            target = self.targets.get(key)
+            if target is None or target.op != "embedding":
+                continue
+            if layouts[key].in_ == target.layout.out:
+                transposed.add(key)
+        return transposed
+
+
+def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> int:
+    """The rank of every slot in mode load; 0 in mode switch, whose inputs take any rank."""
+    if options.mode != "load":
+        return 0
+    largest = 0
+    for adapter in adapters.values():
+        for update in adapter.lowrank.values():
+            largest = max(largest, update.rank)
+    if options.rank and options.rank < largest:
+        raise LoraFxError(
+            f"an adapter of rank {largest}, and --rank {options.rank}", f"--rank {largest}"
+        )
+    return options.rank or largest or LOAD_RANK
+
+
+def _tensor_names(manifest: Manifest) -> list[str]:
+    """The names of A and B of every slot."""
+    names = []
+    for slot in manifest.slots.values():
+        names += [slot.a, slot.b]
+    return names
+
+
+@dataclass(frozen=True)
+class _SwitchableFile:
+    """A file that is written, as ONNX Runtime runs it with one adapter or another.
+
+    `rank` is that of the slots in mode load; 0 where they take any rank.
+    """
+
+    path: Path
+    options: ExportOptions
+    manifest: Manifest
+    rank: int
+    session: Session
+
+    def run_with(self, adapter: Adapter) -> Run:
+        """How it runs with an adapter: in the one session, or in mode load in one of its own."""
+        if self.options.mode == "load":
+            return Session(self.path, self.options.provider, adapter=adapter).run
+        self.session.load("adapter", adapter)
+        return partial(self.session.run, adapter="adapter")
+
+    def rerun_with(self, adapter: Adapter | None) -> FileRerun:
+        """Other ways to run the file with an adapter."""
+        tensors = {} if adapter is None else self.manifest.tensors(adapter)
+        provider = self.options.provider
+        if self.manifest.mode == "load":
+            stored = self.manifest.padded(tensors) if tensors else {}
+            return FileRerun(self.path, provider, stored=stored)
+        return FileRerun(self.path, provider, lambda feeds: {**feeds, **tensors})
+
+
+def _prove(
+    file: _SwitchableFile,
+    reference: Reference,
+    layouts: Mapping[str, Layout],
+    adapters: Mapping[str, Adapter],
+    warnings: list[str],
+) -> list[Parity]:
+    """Compare the file with the reference: as it is, then with each adapter.
+
+    Where there is no adapter a random one stands in. An adapter that changes nothing is said in
+    `warnings`.
+
+    Raises:
+        NoEffectError: The outputs differ, or the random adapter changes nothing.
+    """
+    parity = reference.prove(file.session.run, None, "base", file.rerun_with(None))
+    feeds = reference.feeds(SIZES[0])
+    base = file.session.run(feeds)
+
+    def changes_little(adapter: Adapter) -> bool:
+        """Whether no output changes by more than its size."""
+        return compare(file.run_with(adapter)(feeds), base, {}, 1.0).ok
+
+    proven = adapters
+    if not adapters:
+        proven = {"random": _random_adapter(layouts, file.rank or RANK, changes_little)}
+    for name, adapter in proven.items():
+        run = file.run_with(adapter)
+        if _all_equal(run(feeds), base):
+            if not adapters:
+                raise NoEffectError(
+                    "a random adapter changes nothing in the exported file", "report this model"
+                )
+            warnings.append(f"the adapter {name!r} changes nothing")
+        parity += reference.prove(run, adapter, name, file.rerun_with(adapter))
+    demand(parity, "ONNX Runtime differs from the model")
+    return parity
+
+
+def _all_equal(outputs: Named, expected: Named) -> bool:
+    return all(np.array_equal(outputs[name], expected[name]) for name in expected)
+
+
+def _random_adapter(
+    layouts: Mapping[str, Layout], most: int, changes_little: Callable[[Adapter], bool]
+) -> Adapter:
     """An update of every target, large enough to see, and not so large that rounding explodes."""
-    for size in SCALES:
+    for scale in SCALES:
         entries = {}
         for key, layout in layouts.items():
-            a, b = draw(key, layout, min(RANK, most, layout.max_rank), 0, "probe")
-            entries[key] = LowRank(a, b, size * a.shape[-2], layout, use=own_use(key))
-        made = Adapter(entries)
-        if small(made):
+            rank = min(RANK, most, layout.max_rank)
+            a, b = draw(key, layout, rank, 0, "probe")
+            entries[key] = LowRank(a, b, scale * a.shape[-2], layout, use=own_use(key))
+        adapter = Adapter(entries)
+        if changes_little(adapter):
             break
-    return made
+    return adapter

@@ -15,12 +15,39 @@ from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.names import mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, widen
-from lora_fx.passes.verbs import export_files as files
+from lora_fx.passes.verbs.export_files import named
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.target import Target
+
+WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
+
+
+def translated(
+    module: CapturedModule,
+    options: ExportOptions,
+    *,
+    level: int = 0,
+    apart: Mapping[str, Target] | None = None,
+) -> tuple[Any, list[str]]:
+    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that.
+
+    Args:
+        module: The module.
+        options: What export is asked for.
+        level: The accuracy level of products over codes.
+        apart: Uses whose weight the file is to store under a name of its own, by that name.
+    """
+    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.capture.repeat)
+    at_level(model, level)
+    mask_by_infinity(model)
+    if options.precision != "bfloat16":
+        return model, [WIDENED] if widen(model) else []
+    if not in_bfloat16(model):
+        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
+    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
 
 
 def level_gate(options: ExportOptions) -> float:
@@ -36,19 +63,26 @@ def quantised_base(
     A module that insert returned brings its own adapter where none are given.
     """
     model = opened(model)
-    adapters = own_adapters(model, options.adapters)
-    every = [*files.named(adapters).values()] if adapters else []
-    cap = captured_of(model, options.capture_of_base())
-    new = quantised(cap, wanted, {name for a in every for name in a.full})
+    export_adapters = own_adapters(model, options.adapters)
+    adapters = list(named(export_adapters).values()) if export_adapters else []
+    captured = captured_of(model, options.capture_of_base())
+
+    trained_whole: set[str] = set()
+    for adapter in adapters:
+        trained_whole.update(adapter.full)
+    coded = quantised(captured, wanted, trained_whole)
     with torch.no_grad():
-        before, after = (plain(c).flat(c.named) for c in (cap, new))
-    off = compare(after, before, {}, 1.0).rel
-    new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
+        before = plain(captured).flat(captured.named)
+        after = plain(coded).flat(coded.named)
+    difference = compare(after, before, {}, 1.0).rel
+    coded.notes.append(f"quantising moves the base's outputs by {difference:.1e} of the largest")
+
     base = Base()
-    for i, adapter in enumerate(every, 1):
-        base.check(adapter.metadata, new.model, f"adapter {i}" if len(every) > 1 else "the adapter")
-    new.notes += base.said
-    return new, adapters, new.notes[len(cap.notes) :]
+    for i, adapter in enumerate(adapters, 1):
+        name = f"adapter {i}" if len(adapters) > 1 else "the adapter"
+        base.check(adapter.metadata, coded.model, name)
+    coded.notes += base.said
+    return coded, export_adapters, coded.notes[len(captured.notes) :]
 
 
 def folded_already() -> LoraFxError:
@@ -56,24 +90,3 @@ def folded_already() -> LoraFxError:
     return LoraFxError(
         "this module's weights are folded already", "export the original with adapters=…"
     )
-
-
-WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
-
-
-def translated(
-    module: CapturedModule,
-    options: ExportOptions,
-    *,
-    level: int = 0,
-    apart: Mapping[str, Target] | None = None,
-) -> tuple[Any, list[str]]:
-    """A module in ONNX, in a dtype that the runtime has, and what has to be said of that."""
-    model = to_onnx(module, options.opset or OPSET, apart, repeat=options.capture.repeat)
-    at_level(model, level)
-    mask_by_infinity(model)
-    if options.precision != "bfloat16":
-        return model, [WIDENED] * widen(model)
-    if not in_bfloat16(model):
-        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
-    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
@@ -16,9 +15,6 @@ from lora_fx.adapter.variant import (
 from lora_fx.errors import (
     LoraFxError,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
