@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.variant import Init, VariantName, learning
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
@@ -36,7 +37,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.proofs import effect as proofs
 from lora_fx.passes.verbs.attach_forms import GraphPlanner
-from lora_fx.passes.verbs.build import found_in, start_of
+from lora_fx.passes.verbs.build import Start, found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
@@ -94,29 +95,27 @@ def attach(
         LoraFxError: As insert; an update that cannot reach one use of a tied tensor alone; a
             target whose effect on the live model is not that of the graph.
     """
-    asked: Named = {
+    keywords: Named = {
         "rank": rank, "alpha": alpha, "include": include, "exclude": exclude,
         "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
         "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
         "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
     }  # fmt: skip
-    options = InsertOptions.of(asked)
+    options = InsertOptions.of(keywords)
     if is_attached(model):
         raise LoraFxError(
             "an adapter is attached to this model already", "detach it, or use load_adapter"
         )
+    example = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, example_sizes=not dynamic)
     with torch.inference_mode(False), contextlib.ExitStack() as ties:  # A and B train
-        live = model if isinstance(model, Captured) else _module(model)
+        source = model if isinstance(model, Captured) else _module(model)
         if options.adapter is not None:
-            live = _apart(live, options.adapter, ties)
-        example = CaptureOptions(
-            args=args, kwargs=kwargs, dynamic=dynamic, example_sizes=not dynamic
-        )
-        adapted = _attached(live, example, options, ties)
+            source = _untied(source, options.adapter, ties)
+        adapted = _attached(source, example, options, ties)
     return adapted if isinstance(model, Captured) else model
 
 
-def _apart(
+def _untied(
     model: Captured | nn.Module, adapter: Adapter, ties: contextlib.ExitStack
 ) -> Captured | nn.Module:
     """The model with a tensor of its own for every name of a tied one that is saved alone.
@@ -126,92 +125,68 @@ def _apart(
         adapter: What is to be attached.
         ties: Gets what ties the names again.
     """
-    cap = model if isinstance(model, Captured) else None
-    live = model if isinstance(model, nn.Module) else _module(user_module(model))
+    live = _live_module(model)
     names = lone_names(adapter, live)
     for step in reversed(untie(live, names)):  # the stack runs them from its end
         ties.callback(step)
-    if cap is None or not names:
-        return model
-    return captured_again(cap, live)
+    if isinstance(model, Captured) and names:
+        return captured_again(model, live)
+    return model
+
+
+def _live_module(source: Captured | nn.Module) -> nn.Module:
+    """The module itself, or the one that was captured."""
+    if isinstance(source, nn.Module):
+        return source
+    return _module(user_module(source))
 
 
 def _attached(
-    model: Any, example: CaptureOptions, options: InsertOptions, ties: contextlib.ExitStack
-) -> Any:
+    source: Captured | nn.Module,
+    example: CaptureOptions,
+    options: InsertOptions,
+    ties: contextlib.ExitStack,
+) -> nn.Module:
     """The module that was adapted.
 
+    1. The targets are found in a capture; where the model has none, in dynamo's partial graphs.
+    2. The updates start from an adapter or from a plan; those that no form carries out are left
+       out, or refused.
+    3. Random updates are attached, and the attached model is compared with the graph.
+    4. The initial values take their place.
+
     Args:
-        model: A module or a capture.
+        source: A module or a capture.
         example: How it is captured: its example inputs, and their sizes.
         options: What is asked for.
         ties: Goes to the attachment, which ties names again when it is taken off.
     """
-    args, kwargs = example.args, example.kwargs
-    source = model
-    model = _module(user_module(source)) if isinstance(source, Captured) else source
+    model = _live_module(source)
     refuse_inference(model)
-    cap: Captured | None
-    try:
-        cap = copy.deepcopy(captured_of(source, example))  # a capture of the caller stays as it is
-        cap.live = True
-        planner = GraphPlanner(cap.fx_graph(root=cap.model), found_in(cap), options.dropout)
-    except CaptureError as e:
-        call = partial(model, *args, **(kwargs or {}))
-        cap, planner = None, _partial(model, call, options.dropout, e)
+    cap, planner = _planned(model, source, example, options)
     start = start_of(model, cap, planner.found, options)
-    updates, notes = start.adapter.lowrank, start.notes
-    lost = planner.lost(updates)
-    # where sizes are free, as insert has them, what is repeated for every row is no target
-    repeated = planner.repeated(lost) if options.adapter is None else set()
-    refused = {} if options.dead == "drop" else {k: lost[k] for k in lost if k not in repeated}
-    if len(lost) == len(updates):
-        refused = lost
-    for key, why in refused.items():
-        raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
-    for key, why in lost.items():
-        reached = "" if key in repeated else ", lora_fx.insert reaches it"
-        notes = (*notes, f"{why}: left out{reached}")
-    updates = {k: u for k, u in updates.items() if k not in lost}
-    # what the values of a recorded run decided need not be so with an adapter
-    alone = (
-        cap is not None
-        and cap.recorded
-        and not any(k.endswith("~") or u.use for k, u in updates.items())
-    )
-    probe = {k: proofs.random_values(k, u) for k, u in updates.items()}
+    lost = planner.lost(start.adapter.lowrank)
+    notes = _refuse_or_say(lost, planner, start, options)
+    updates = {key: update for key, update in start.adapter.lowrank.items() if key not in lost}
+
     state = Attachment(
         model,
         planner,
         also_train=start.whole,
         frozen_norms=options.norm_stats == "frozen",
-        notes=notes,
+        notes=(*start.notes, *notes),
         metadata=start.adapter.metadata,
     )
     state.lost = lost
     state.ties = ties.pop_all()
-    signature = Signature(model.forward) if cap is None else cap.signature
-    named = signature.bind(tuple(args), dict(kwargs or {})) if cap is None else cap.named
+    call = _call_of(model, cap, example)
     model.__dict__[REGISTRY] = state
     try:
-        state.install(probe)
-        if updates:
-            reference: proofs.InGraph | proofs.Explicit
-            if cap is None or alone:
-                reference = proofs.Explicit(state, signature, named)
-            else:
-                reference = proofs.InGraph(state, cap, Adapter(probe, learning(probe)))
-            proofs.prove_live(state, reference, probe)
-        if updates and options.dead != "allow":
-            idle = proofs.prove_trained(state, cap, signature, named, options.dead)
-            if idle:
-                state.say(*start.without(idle).notes[len(start.notes) :])
-                updates = {k: u for k, u in updates.items() if k not in idle}
-                state.install(updates)
+        updates = _proven(state, cap, call, updates, start, options)
         for line in state.weight_form():
             said(line)
         state.fill(updates)
-        state.proven = {k: u.use for k, u in updates.items()}
+        state.proven = {key: update.use for key, update in updates.items()}
         if start.bound is not None and start.bound.full:
             state.load_adapter(start.bound)
         if options.adapter is not None:
@@ -220,6 +195,119 @@ def _attached(
         detach(model)
         raise
     return model
+
+
+def _planned(
+    model: nn.Module,
+    source: Captured | nn.Module,
+    example: CaptureOptions,
+    options: InsertOptions,
+) -> tuple[Captured | None, GraphPlanner]:
+    """The capture and its targets; no capture where they are those of dynamo's partial graphs."""
+    try:
+        # a capture of the caller stays as it is
+        cap = copy.deepcopy(captured_of(source, example))
+        cap.live = True
+        graph = cap.fx_graph(root=cap.model)
+        return cap, GraphPlanner(graph, found_in(cap), options.dropout)
+    except CaptureError as e:
+        call = partial(model, *example.args, **(example.kwargs or {}))
+        return None, _partial(model, call, options.dropout, e)
+
+
+def _refuse_or_say(
+    lost: Mapping[str, str], planner: GraphPlanner, start: Start, options: InsertOptions
+) -> list[str]:
+    """A note on each target that is left out, since no form carries its update out.
+
+    Args:
+        lost: Target → why.
+        planner: Knows which of them are repeated: where sizes are free, as insert has them, such a
+            weight is no target. The default plan and `include` may leave these out.
+        start: All updates.
+        options: With dead="drop" any target may be left out, but not all of them.
+
+    Raises:
+        LoraFxError: A target that may not be left out.
+    """
+    repeated = planner.repeated(lost) if options.adapter is None else set()
+    refused = {key: reason for key, reason in lost.items() if key not in repeated}
+    if options.dead == "drop":
+        refused = {}
+    if len(lost) == len(start.adapter.lowrank):
+        refused = dict(lost)
+    for key, reason in refused.items():
+        raise LoraFxError(reason, f"exclude={key!r}, or use lora_fx.insert")
+
+    notes = []
+    for key, reason in lost.items():
+        reached = "" if key in repeated else ", lora_fx.insert reaches it"
+        notes.append(f"{reason}: left out{reached}")
+    return notes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The example's call: the signature of the model's forward, and the arguments by name."""
+
+    signature: Signature
+    named: Named
+
+
+def _call_of(model: nn.Module, cap: Captured | None, example: CaptureOptions) -> _Call:
+    if cap is not None:
+        return _Call(cap.signature, cap.named)
+    signature = Signature(model.forward)
+    named = signature.bind(tuple(example.args), dict(example.kwargs or {}))
+    return _Call(signature, named)
+
+
+def _proven(
+    state: Attachment,
+    cap: Captured | None,
+    call: _Call,
+    updates: Updates,
+    start: Start,
+    options: InsertOptions,
+) -> Updates:
+    """Install random updates and compare; the updates that a gradient reaches are left installed.
+
+    Raises:
+        LoraFxError: The live model differs from its graph; no gradient reaches a target.
+    """
+    random_updates = {key: proofs.random_values(key, update) for key, update in updates.items()}
+    state.install(random_updates)
+    if not updates:
+        return updates
+
+    reference: proofs.InGraph | proofs.Explicit
+    if cap is None or _is_proven_alone(cap, updates):
+        reference = proofs.Explicit(state, call.signature, call.named)
+    else:
+        adapter = Adapter(random_updates, learning(random_updates))
+        reference = proofs.InGraph(state, cap, adapter)
+    proofs.prove_live(state, reference, random_updates)
+    if options.dead == "allow":
+        return updates
+
+    idle = proofs.prove_trained(state, cap, call.signature, call.named, options.dead)
+    if not idle:
+        return updates
+    state.say(*start.without(idle).notes[len(start.notes) :])
+    updates = {key: update for key, update in updates.items() if key not in idle}
+    state.install(updates)
+    return updates
+
+
+def _is_proven_alone(cap: Captured, updates: Updates) -> bool:
+    """Whether the live model is compared with itself, W + s·b·a in its parameters.
+
+    What the values of a recorded run decided need not be so with an adapter. A computed weight is
+    no parameter, and an update of one use is in none.
+    """
+    if not cap.recorded:
+        return False
+    return not any(key.endswith("~") or update.use for key, update in updates.items())
 
 
 def detach(model: Any) -> Any:
@@ -237,7 +325,8 @@ def detach(model: Any) -> Any:
 
 
 def _module(model: object) -> nn.Module:
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in wrappers(model)):
+    """The live module itself, out of its wrappers."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in wrappers(model)):
         raise LoraFxError(
             "a DistributedDataParallel synchronises the parameters that its module had when it was "
             "made: A and B would differ from process to process",
@@ -270,12 +359,12 @@ def _partial(
             raise error from e
         finally:
             let_pack(layers)
-    found = find_graph(graphs)  # type: ignore[arg-type]
-    if not found.targets:
+    targets = find_graph(graphs)  # type: ignore[arg-type]
+    if not targets.targets:
         raise error
     note = (
         f"targets found in {len(graphs.graphs) + len(graphs.failed)} partial graphs, at the "
         f"example inputs: {one_line(error.message, 200)}"
     )
-    found = replace(found, notes=(note, *graphs.failed))
-    return GraphPlanner(graphs, found, dropout, whole=False)
+    targets = replace(targets, notes=(note, *graphs.failed))
+    return GraphPlanner(graphs, targets, dropout, whole=False)

@@ -19,8 +19,8 @@ forward holds both kinds of use cannot tell them apart, and is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_fx.adapter.lowrank import Updates
@@ -62,35 +62,56 @@ class GraphPlanner(Planner):
         self.dropout = dropout
         self.graph = graph if whole else None
         root = graph.root
-        paths = {id(m): path for path, m in root.named_modules()}
-        self.path_of = {p: paths[id(m)] for p, m in root.named_modules(remove_duplicate=False)}
+        first_paths = {id(module): path for path, module in root.named_modules()}
+        self.path_of = {
+            path: first_paths[id(module)]
+            for path, module in root.named_modules(remove_duplicate=False)
+        }
         self.owners: dict[str, dict[Owner, None]] = {}  # each once, in order
         for name, canonical in named_tensors(root)[0].items():
             module, leaf = owner(root, name)
-            self.owners.setdefault(canonical, {})[paths[id(module)], leaf] = None
-        self.clean = self._clean(graph) if whole else frozenset()
-        uses = (
-            (s, stack_of(s, t.parameter.shape)) for t in found.targets for s in t.sites if whole
-        )
-        self.stacks = {s.id: stack for s, stack in uses if stack and s.id not in self.clean}
-        targets = (
-            replace(t, sites=tuple(self.stacks.get(s.id, s) for s in t.sites))
-            for t in found.targets
-        )
-        self.stacked = replace(found, targets=tuple(targets))
+            self.owners.setdefault(canonical, {})[first_paths[id(module)], leaf] = None
 
-    def _clean(self, graph: FxGraph) -> frozenset[str]:
+        self.lone_ops: frozenset[str] = frozenset()
+        self.stacks: dict[str, Site] = {}
+        if whole:
+            self.lone_ops = self._lone_ops(graph)
+            self.stacks = self._stacks()
+        self.with_stacks = self._with_stacks()
+
+    def _lone_ops(self, graph: FxGraph) -> frozenset[str]:
         """Ids of the sites whose module's forward is that op alone."""
-        fixed, bodies = graph.flow().behind, bodies_of(graph.graph)
-        return frozenset(
-            site.id
-            for site in graph.sites()
-            if not site.refusal
-            and not isinstance(site.kind, (kinds.WeightForm, kinds.Grouped))
-            and site.scope in self.path_of
-            and one_argument(graph.root.get_submodule(site.scope))
-            and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
-        )
+        fixed = graph.flow().behind
+        bodies = bodies_of(graph.graph)
+        ids = set()
+        for site in graph.sites():
+            if site.refusal or isinstance(site.kind, (kinds.WeightForm, kinds.Grouped)):
+                continue
+            if site.scope not in self.path_of:
+                continue
+            if not one_argument(graph.root.get_submodule(site.scope)):
+                continue
+            if one_op(site, graph.output(site), graph.activation(site), fixed, bodies):
+                ids.add(site.id)
+        return frozenset(ids)
+
+    def _stacks(self) -> dict[str, Site]:
+        """Site id → the use as a product with all of a stack, where it is one."""
+        stacks = {}
+        for target in self.found.targets:
+            for site in target.sites:
+                stack = stack_of(site, target.parameter.shape)
+                if stack is not None and site.id not in self.lone_ops:
+                    stacks[site.id] = stack
+        return stacks
+
+    def _with_stacks(self) -> Found:
+        """The targets with the uses of stacks as such products."""
+        targets = []
+        for target in self.found.targets:
+            sites = tuple(self.stacks.get(site.id, site) for site in target.sites)
+            targets.append(replace(target, sites=sites))
+        return replace(self.found, targets=tuple(targets))
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:
         """Module path → Form.
@@ -99,76 +120,97 @@ class GraphPlanner(Planner):
             LoraFxError: An update that reaches only some of the uses in one forward.
         """
         branches = self._branches(updates)
-        for key, why in self.unreached(updates, by_weight).items():
-            raise LoraFxError(why, f"exclude={key!r}, or use lora_fx.insert")
+        for key, reason in self.unreached(updates, by_weight).items():
+            raise LoraFxError(reason, f"exclude={key!r}, or use lora_fx.insert")
+
         pairs = [(self.found[key], update) for key, update in updates.items()]
+        by_parameter = by_key((pair[0].parameter.name, pair) for pair in pairs)
         result: dict[str, Form] = {}
-        for name, group in by_key((t.parameter.name, (t, u)) for t, u in pairs).items():
+        for name, group in by_parameter.items():
             if not name.endswith("~"):
                 self._place(name, group, branches, by_weight, result)
                 continue
             # a computed weight is no parameter: there is only the output form
-            for site in (s for t, _ in group for s in t.sites):
-                result.setdefault(self.path_of[site.scope], Form()).output = branches[site.id]
+            for target, _ in group:
+                for site in target.sites:
+                    form = result.setdefault(self.path_of[site.scope], Form())
+                    form.output = branches[site.id]
         return result
 
     def _branches(self, updates: Updates) -> dict[str, tuple[Program, Program]]:
         """Site id → the programs of its new output, in eval and in train mode."""
         if self.graph is None:
             return {}
-        evals, trains = (
-            _Recorded(self.graph, self.stacked).run(updates, self.dropout, training=t)
-            for t in (False, True)
+        in_eval = _Recorded(self.graph, self.with_stacks).run(updates, self.dropout, training=False)
+        in_training = _Recorded(self.graph, self.with_stacks).run(
+            updates, self.dropout, training=True
         )
-        return {k: (evals[k], trains[k]) for k in evals if k in self.clean | {*self.stacks}}
+        return {
+            site_id: (program, in_training[site_id])
+            for site_id, program in in_eval.items()
+            if site_id in self.lone_ops or site_id in self.stacks
+        }
 
     def unreached(
         self, updates: Updates, by_weight: frozenset[str] = frozenset()
     ) -> dict[str, str]:
         """Computed weights that no module's output shows, and why each is out of reach."""
-        computed = {k: u for k, u in updates.items() if self.found[k].parameter.name.endswith("~")}
-        branches = self._branches(computed) if computed else {}
-        lost = {}
+        computed = {
+            key: update
+            for key, update in updates.items()
+            if self.found[key].parameter.name.endswith("~")
+        }
+        if not computed:
+            return {}
+        branches = self._branches(computed)
+        reasons = {}
         for key in computed:
             for site in self.found[key].sites:
                 behind = f"the model computes this weight from {', '.join(site.behind)}"
-                if site.id not in self.clean or self.path_of[site.scope] in by_weight:
-                    lost[key] = f"{key}: {behind}, and no module's forward is that op alone"
+                if site.id not in self.lone_ops or self.path_of[site.scope] in by_weight:
+                    reasons[key] = f"{key}: {behind}, and no module's forward is that op alone"
                 elif site.id not in branches:  # DoRA's norms are those of W + s·B·A
-                    lost[key] = f"{key}: {behind}, and this update needs the weight itself"
-        return lost
+                    reasons[key] = f"{key}: {behind}, and this update needs the weight itself"
+        return reasons
 
     def lost(self, updates: Updates) -> dict[str, str]:
         """Updates that no form carries out as the graph has them, and why; insert does."""
-        lost = self.unreached(updates)
-        left = {k: u for k, u in updates.items() if k not in lost}
-        while left:
+        reasons = self.unreached(updates)
+        placeable = {key: update for key, update in updates.items() if key not in reasons}
+        while placeable:
             try:
-                forms = self.forms(left)
+                forms = self.forms(placeable)
             except InseparableError as e:
-                lost[e.key] = e.message
-                del left[e.key]
+                reasons[e.key] = e.message
+                del placeable[e.key]
                 continue
-            misread = self._misread(left, forms)
-            return lost | misread
-        return lost
+            return reasons | self._misread(placeable, forms)
+        return reasons
 
     def repeated(self, keys: Iterable[str]) -> set[str]:
         """Those of some keys whose weight is another tensor, repeated."""
+        repeated: set[str] = set()
         if self.graph is None:
-            return set()
-        sites = {key: self.found[key].sites[0] for key in keys}
-        return {k for k, site in sites.items() if self.graph.weight(site).target in REPEATS}
+            return repeated
+        for key in keys:
+            site = self.found[key].sites[0]
+            if self.graph.weight(site).target in REPEATS:
+                repeated.add(key)
+        return repeated
 
     def _misread(self, updates: Updates, forms: Mapping[str, Form]) -> dict[str, str]:
         """Updates in every read of a weight that more than matmuls read, and why they are wrong."""
-        return {
-            k: f"{self.found[k].said}, and a matmul reads it outside a module of its own"
-            for k in updates
-            if self.found[k].other_readers
-            for path, leaf in self.owners.get(self.found[k].parameter.name, ())
-            if path in forms and leaf in forms[path].weights
-        }
+        reasons = {}
+        for key in updates:
+            target = self.found[key]
+            if not target.other_readers:
+                continue
+            for path, leaf in self.owners.get(target.parameter.name, ()):
+                if path in forms and leaf in forms[path].weights:
+                    reasons[key] = (
+                        f"{target.said}, and a matmul reads it outside a module of its own"
+                    )
+        return reasons
 
     def _place(
         self,
@@ -178,54 +220,117 @@ class GraphPlanner(Planner):
         by_weight: frozenset[str],
         result: dict[str, Form],
     ) -> None:
+        """Choose the form of each module that has a parameter, and write it into `result`.
+
+        1. A stack gets the branch of its products, and the weight form.
+        2. A module gets the branch where the update reaches all of its uses and none outside it.
+           An output head whose uses all lie inside gets the weight form outside its forward too.
+        3. Any other gets the weight form, where its uses are reached.
+        """
+        self._refuse_one_use_in_parts(name, group)
         owners = self.owners[name]
         homes = {path for path, _ in owners}
+        for path, leaf in owners:
+            reach = self._reach(path, homes, group)
+            if not reach.places:
+                continue
+            if len(set(reach.places.values())) > 1:
+                raise InseparableError(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
+
+            branch = reach.branch(branches)
+            form = result.setdefault(path, Form())
+            where = next(iter(reach.places.values()))
+            if branch is not None and reach.sites[0].id in self.stacks:
+                if path not in by_weight and where == ALWAYS:
+                    form.stacks[leaf] = branch
+            elif branch is not None and reach.is_alone and path not in by_weight:
+                form.output = branch
+                where = OUTSIDE
+                is_head = any(target.role == "head" for target, _ in group)
+                if reach.has_uses_outside or reach.is_lookup or not is_head:
+                    continue
+            reached = [pair for pair in group if pair[0].key in reach.places]
+            form.weights[leaf] = weight_form(reached), where
+
+    def _refuse_one_use_in_parts(self, name: str, group: Sequence[Pair]) -> None:
+        """Raise for an update of one use, where partial graphs know no modules."""
+        if self.graph is not None:
+            return
         for target, update in group:
-            if self.graph is None and (update.use or split_use(target.key)[1]):
+            if update.use or split_use(target.key)[1]:
                 raise LoraFxError(
                     f"{target.key}: partial graphs cannot tell the uses of a tied tensor apart "
                     f"({', '.join(target.uses)})",
                     f"exclude={target.key!r}, or adapt all its uses: include='re:{name}'",
                 )
-        for path, leaf in owners:
-            own: list[Site] = []
-            places: dict[str, str] = {}  # key → where its weight form holds
-            alone = True  # no use outside this module is reached
-            known = False  # a use outside this module was found
-            for target, update in group:
-                inside, outside = set(), set()
-                for site in self.found[split_use(target.key)[0]].sites:
-                    scope = self.path_of.get(site.scope) if self.graph is not None else None
-                    hit = site in target.sites and applies(update.use, site)
-                    if scope == path:
-                        own.append(site)
-                        inside.add(hit)
-                    elif scope not in homes:
-                        outside.add(hit)
-                known = known or bool(outside)
-                if len(inside) > 1 or len(outside) > 1:
-                    raise InseparableError(target, f"{path or 'the model'}.forward has both uses")
-                if True in inside | outside:
-                    apart = INSIDE if True in inside else OUTSIDE
-                    places[target.key] = apart if len(inside | outside) > 1 else ALWAYS
-                    alone = alone and inside == {True} and True not in outside
-            if not places:
+
+    def _reach(self, path: str, homes: Collection[str], group: Sequence[Pair]) -> _Reach:
+        """What a group of updates reaches of the uses in one module.
+
+        Args:
+            path: The module.
+            homes: All modules that have the parameter; uses in another of them count for that one.
+            group: The updates of the parameter.
+
+        Raises:
+            InseparableError: An update reaches only some of the uses inside, or outside.
+        """
+        reach = _Reach()
+        for target, update in group:
+            inside = set()
+            outside = set()
+            for site in self.found[split_use(target.key)[0]].sites:
+                scope = self.path_of.get(site.scope) if self.graph is not None else None
+                is_reached = site in target.sites and applies(update.use, site)
+                if scope == path:
+                    reach.sites.append(site)
+                    inside.add(is_reached)
+                elif scope not in homes:
+                    outside.add(is_reached)
+
+            if len(inside) > 1 or len(outside) > 1:
+                raise InseparableError(target, f"{path or 'the model'}.forward has both uses")
+            if outside:
+                reach.has_uses_outside = True
+            if True not in inside and True not in outside:
                 continue
-            if len(set(places.values())) > 1:
-                raise InseparableError(group[0][0], f"{path or 'the model'}.{leaf} has two readers")
-            programs = {branches.get(s.id) for s in own}
-            (only,) = programs if len(programs) == 1 else (None,)
-            form = result.setdefault(path, Form())
-            where = places[next(iter(places))]
-            if only is not None and own[0].id in self.stacks:
-                if path not in by_weight and where == ALWAYS:
-                    form.stacks[leaf] = only
-            elif alone and path not in by_weight and only is not None:
-                form.output, where = only, OUTSIDE
-                lookup = any(site.op == "embedding" for site in own)
-                if known or lookup or all(t.role != "head" for t, _ in group):
-                    continue
-            form.weights[leaf] = weight_form([(t, u) for t, u in group if t.key in places]), where
+            if len(inside | outside) == 1:
+                reach.places[target.key] = ALWAYS
+            elif True in inside:
+                reach.places[target.key] = INSIDE
+            else:
+                reach.places[target.key] = OUTSIDE
+            if inside != {True} or True in outside:
+                reach.is_alone = False
+        return reach
+
+
+@dataclass
+class _Reach:
+    """What the updates of a parameter reach, seen from one module that has it.
+
+    Attributes:
+        sites: The uses in the module.
+        places: Key → where its weight form holds; keys that reach nothing have none.
+        is_alone: Every use in the module is reached, and none outside it.
+        has_uses_outside: There is a use outside the modules that have the parameter.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+    is_alone: bool = True
+    has_uses_outside: bool = False
+
+    @property
+    def is_lookup(self) -> bool:
+        return any(site.op == "embedding" for site in self.sites)
+
+    def branch(
+        self, branches: Mapping[str, tuple[Program, Program]]
+    ) -> tuple[Program, Program] | None:
+        """The branch that all uses in the module have; None where they differ or have none."""
+        programs = {branches.get(site.id) for site in self.sites}
+        return programs.pop() if len(programs) == 1 else None
 
 
 class InseparableError(LoraFxError):
@@ -241,30 +346,39 @@ class InseparableError(LoraFxError):
 
 def weight_form(group: Sequence[Pair]) -> Program:
     """W with the updates of one parameter in it, in its stored shape."""
-    e = Recorder()
-    w = total = Value(0)
+    recorder = Recorder()
+    weight = Value(0)
+    total = weight
     for target, update in group:
-        total = changed(e, target, update, w, total, Role.TRAIN)
-    return e.program(total)
+        total = changed(recorder, target, update, weight, total, Role.TRAIN)
+    return recorder.program(total)
 
 
 def stack_of(site: Site, shape: tuple[int, ...]) -> Site | None:
     """The use as a grouped product with all of a stack [experts, …]; None where it is none."""
-    read = site_layout(site, shape)
-    if read is None or len(shape) != 3 or read[1].shape != shape or read[1].batch != (0,):
+    region_and_layout = site_layout(site, shape)
+    if region_and_layout is None or len(shape) != 3:
         return None
-    axes = (0, *read[1].in_, *read[1].out)
-    view, operand = View((Permute(axes),)), tuple(shape[axis] for axis in axes)
-    # rows of whole 16 bytes, whatever dtype and kernel the model is switched to
-    attrs = {"rank_multiple": 8}
-    return replace(site, kind=kinds.Grouped(), view=view, operand=operand, attrs=attrs)
+    layout = region_and_layout[1]
+    if layout.shape != shape or layout.batch != (0,):
+        return None
+    axes = (0, *layout.in_, *layout.out)
+    return replace(
+        site,
+        kind=kinds.Grouped(),
+        view=View((Permute(axes),)),
+        operand=tuple(shape[axis] for axis in axes),
+        # rows of whole 16 bytes, whatever dtype and kernel the model is switched to
+        attrs={"rank_multiple": 8},
+    )
 
 
 class _Recorded:
     """A Graph whose emitters record: what Insert would add to each output, site by site."""
 
     def __init__(self, graph: FxGraph, found: Found) -> None:
-        self.graph, self.found = graph, found
+        self.graph = graph
+        self.found = found
         self.emitters: dict[str, Recorder] = {}
         self.programs: dict[str, Program] = {}
 
@@ -283,12 +397,15 @@ class _Recorded:
 
     def emit(self, site: Site, *, before: bool = False) -> Recorder:
         if site.id not in self.emitters:
-            padding = None
-            if site.op == "embedding":
-                index = int(argument(self.graph.output(site), "padding_idx", -1))
-                padding = None if index < 0 else index
-            self.emitters[site.id] = Recorder(padding)
+            self.emitters[site.id] = Recorder(self._padding(site))
         return self.emitters[site.id]
+
+    def _padding(self, site: Site) -> int | None:
+        """The row of a lookup that stays zero."""
+        if site.op != "embedding":
+            return None
+        index = int(argument(self.graph.output(site), "padding_idx", -1))
+        return None if index < 0 else index
 
     def activation(self, site: Site) -> Value:
         return Value(0)
