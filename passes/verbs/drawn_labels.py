@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import IGNORED, Loss, loss_function, scores_of
 from lora_fx.inputs import Named
-
-if TYPE_CHECKING:
-    pass
 
 
 class DrawnLabels:

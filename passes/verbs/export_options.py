@@ -110,15 +110,12 @@ class ExportOptions:
     tol: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise for a mode that is not known, and for an option that it would ignore."""
+        """Raise for a mode that is not known, and for an option that it would ignore.
+
+        `precision` takes its long name.
+        """
         expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
-        for mode, names in MODES.items():
-            more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
-            if mode not in (self.mode, *more) and any(is_given(getattr(self, n)) for n in names):
-                raise LoraFxError(
-                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
-                    "leave it out",
-                )
+        self._check_modes()
         for name in ("include", "exclude"):
             expect_selectors(getattr(self, name), name)
         if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
@@ -127,15 +124,15 @@ class ExportOptions:
             )
         object.__setattr__(self, "precision", long_name(self.precision))
         if self.precision is not None:
-            known = "float32, bfloat16, float16 or int8"
-            expect_name(self.precision, PRECISIONS, "no precision", known)
+            names = "float32, bfloat16, float16 or int8"
+            expect_name(self.precision, PRECISIONS, "no precision", names)
         if self.precision == "int8" and self.optimise:
             raise LoraFxError(
                 "int8 starts from the graph as exported: fused nodes would stay in float32",
                 "leave --optimise out",
             )
-        exact = self.mode in ("batch", "train")
-        if self.accuracy_level not in (0, 4) or (self.accuracy_level and exact):
+        is_exact = self.mode in ("batch", "train")
+        if self.accuracy_level not in (0, 4) or (self.accuracy_level and is_exact):
             raise LoraFxError(
                 f"no accuracy level {self.accuracy_level} in mode {self.mode}",
                 "0, or 4 in merged, switch and load: x in int8 for products over codes",
@@ -147,29 +144,51 @@ class ExportOptions:
         if self.tol is not None:
             self._check_tol(self.tol)
 
+    def _check_modes(self) -> None:
+        """Raise for an option of another mode, which this mode would ignore."""
+        modes = {self.mode}
+        if self.mode == "load":
+            modes.add("switch")
+        elif self.mode == "train":
+            modes.update(("switch", "load"))
+        for mode, names in MODES.items():
+            if mode in modes:
+                continue
+            if any(is_given(getattr(self, name)) for name in names):
+                raise LoraFxError(
+                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
+                    "leave it out",
+                )
+
     def _check_step(self) -> None:
+        """Raise for a loss or an optimizer that no step has, and for a server."""
         if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
             raise LoraFxError(f"no loss {self.loss!r}", "ce, mse or module:function")
         if self.optimizer not in (None, "adamw", "sgd"):
             raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
         for name in ("weight_decay", "clip"):
-            given = getattr(self, name)
-            expect(given or 0, Real, name, "a number", f"{name}=0.01")
-            if given is not None and not 0 <= given < math.inf:
-                raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
+            value = getattr(self, name)
+            expect(value or 0, Real, name, "a number", f"{name}=0.01")
+            if value is not None and not 0 <= value < math.inf:
+                raise LoraFxError(f"{name} {value} is not 0 or more", "0 leaves it out")
         if self.places:
             raise LoraFxError("a server takes no training step", "--triton with --mode switch")
 
     def _check_tol(self, tol: float) -> None:
+        """Raise for a gate that is not above that of the precision or of the level."""
         from lora_fx.onnx.precision import GATES  # as in output
 
         expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
-        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""
+        rounding = self.precision or ""
+        if self.accuracy_level:
+            rounding = f"level {self.accuracy_level}"
         gate = GATES.get(rounding, 1.0)
         if not gate < tol < 1:
-            more = f"more than the gate of {rounding}, {gate:g}, and less than 1"
+            expected = "none: nothing is rounded here"
+            if gate < 1:
+                expected = f"more than the gate of {rounding}, {gate:g}, and less than 1"
             raise LoraFxError(
-                f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
+                f"tol is {tol:g}; expected {expected}",
                 "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
             )
 
@@ -177,8 +196,11 @@ class ExportOptions:
         """How the base is captured: for the adapter, where there is one alone."""
         if isinstance(self.adapters, Adapter):
             return replace(self.capture, adapter=self.adapters)
-        values = self.adapters.values() if isinstance(self.adapters, Mapping) else self.adapters
-        adapters = [*(values or ())]
+        adapters: list[Adapter] = []
+        if isinstance(self.adapters, Mapping):
+            adapters = [*self.adapters.values()]
+        elif self.adapters:
+            adapters = [*self.adapters]
         return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
 
     @property
@@ -194,8 +216,10 @@ class ExportOptions:
 
     def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
         """The targets, and whether the default plan chose them: some may be left out then."""
-        keys = list(dict.fromkeys(key for a in adapters.values() for key in a))
+        keys: dict[str, None] = {}
+        for adapter in adapters.values():
+            keys.update(dict.fromkeys(adapter))
         if keys and not self.include and not self.exclude:
-            return keys, False
+            return list(keys), False
         plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
         return list(plan.entries), not self.include

@@ -92,10 +92,13 @@ class CaptureOptions:
         Example inputs are let be: a caller who passes those of the capture again asks for nothing
         else.
         """
-        asked: Named = {"dynamic": self.dynamic, "static": self.static, "weights": self.weights}
-        given = {name: value or None for name, value in asked.items()}
-        captured = NoSay[Named](tuple(given), bool, "beside a captured model, which has its sizes")
-        refuse_no_say([captured], given, given_options(given))
+        options: Named = {
+            "dynamic": self.dynamic or None,
+            "static": self.static or None,
+            "weights": self.weights or None,
+        }
+        rule = NoSay[Named](tuple(options), bool, "beside a captured model, which has its sizes")
+        refuse_no_say([rule], options, given_options(options))
 
 
 KNOWN_WITH_CACHE = (
@@ -110,12 +113,15 @@ def _plan_says(options: BranchOptions, what: str) -> bool:
 
     One that it has already is no contradiction.
     """
-    plan = options.plan.ranks if isinstance(options.plan, RankPlan) else options.plan
+    plan = options.plan
+    if isinstance(plan, RankPlan):
+        plan = plan.ranks
     if not isinstance(plan, Mapping):
         return plan is not None
     rows = [row if isinstance(row, Mapping) else {"rank": row} for row in plan.values()]
-    wanted = getattr(options, what)
-    return all(what in row for row in rows) and any(row[what] != wanted for row in rows)
+    if not all(what in row for row in rows):
+        return False
+    return any(row[what] != getattr(options, what) for row in rows)
 
 
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
@@ -150,9 +156,9 @@ class BranchOptions:
         Raises:
             LoraFxError: One was given that has no say.
         """
-        given = {name: value for name, value in wanted.items() if value is not None}
-        options = cls(**given)
-        refuse_no_say(cls.rules, options, given_options(given))
+        keywords = {name: value for name, value in wanted.items() if value is not None}
+        options = cls(**keywords)
+        refuse_no_say(cls.rules, options, given_options(keywords))
         return options
 
     def __post_init__(self) -> None:
@@ -163,11 +169,17 @@ class BranchOptions:
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
-            named = "error" if self.include or self.plan is not None else "drop"
-            given = getattr(self, "adapter", None) is not None
-            object.__setattr__(self, "dead", "keep" if given else named)
+            object.__setattr__(self, "dead", self._dead_by_default())
         if self.dead not in ("error", "drop", "keep", "allow"):
             raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
+
+    def _dead_by_default(self) -> str:
+        """What becomes of a target without effect, by what named it."""
+        if getattr(self, "adapter", None) is not None:
+            return "keep"
+        if self.include or self.plan is not None:
+            return "error"
+        return "drop"
 
     def planned(self, found: Found, names: Mapping[str, str] | None = None) -> Plan:
         """The plan of a model's targets; see `lora_fx.targets.plan.make_plan`."""
@@ -179,32 +191,38 @@ class BranchOptions:
         )  # fmt: skip
 
 
-def _others(options: InsertOptions, place: int) -> bool:
-    """Whether an adapter has another rank (0) or alpha (1) than was asked for.
+def _of_other_rank(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another rank than was asked for.
 
     One that it has already is no contradiction: the module is what was asked for.
     """
     if options.adapter is None:
         return False
-    wanted = (options.rank, options.alpha)[place]
-    return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
+    return any(asked(update)[0] != options.rank for update in options.adapter.lowrank.values())
+
+
+def _of_other_alpha(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another alpha than was asked for."""
+    if options.adapter is None:
+        return False
+    return any(asked(update)[1] != options.alpha for update in options.adapter.lowrank.values())
 
 
 def _of_other_variant(options: InsertOptions) -> bool:
     """Whether an adapter has an update of another variant than was asked for."""
     if options.adapter is None:
         return False
-    wanted = named_variant(options.variant)
-    return any(variant_of(update) != wanted for update in options.adapter.lowrank.values())
+    variant = named_variant(options.variant)
+    return any(variant_of(update) != variant for update in options.adapter.lowrank.values())
 
 
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
+        ("rank",), _of_other_rank, "beside an adapter, which brings its own",
         "leave it out, or the adapter",
     ),
     NoSay(
-        ("alpha",), lambda o: _others(o, 1), "beside an adapter, which brings its own",
+        ("alpha",), _of_other_alpha, "beside an adapter, which brings its own",
         "leave it out, or the adapter",
     ),
     NoSay(
@@ -255,10 +273,14 @@ class InsertOptions(BranchOptions):
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):
             raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
-        chosen = self.include or self.exclude or self.also_train or self.plan is not None
         if self.adapter is not None:
-            check_kinds(self.adapter, "the adapter", "a graph")
-        if self.adapter is not None and chosen:
+            self._check_adapter(self.adapter)
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        """Raise for what no graph can hold, and for targets beside those that it brings."""
+        check_kinds(adapter, "the adapter", "a graph")
+        selectors = (self.include, self.exclude, self.also_train)
+        if any(selectors) or self.plan is not None:
             raise LoraFxError(
                 "an adapter brings its own targets and ranks",
                 "leave out include, exclude, also_train and plan, or the adapter",
@@ -266,16 +288,20 @@ class InsertOptions(BranchOptions):
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
         """The first names of what is trained whole, or comes whole with the adapter."""
-        named = select_names(list(names), self.also_train or ())
-        return {names.get(n, n) for n in (*named, *(self.adapter.full if self.adapter else ()))}
+        chosen = [*select_names(list(names), self.also_train or ())]
+        if self.adapter:
+            chosen += self.adapter.full
+        return {names.get(name, name) for name in chosen}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Options that have no say beside others."""
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
-        acts = f"dropout {self.dropout:g} acts on branches"
-        return (f"{acts}, and {self.variant} computes its weight instead",)
+        return (
+            f"dropout {self.dropout:g} acts on branches, and {self.variant} computes its weight "
+            "instead",
+        )
 
 
 def expect_selectors(given: object, name: str) -> None:
@@ -285,5 +311,6 @@ def expect_selectors(given: object, name: str) -> None:
 
 def is_given(option: object) -> bool:
     """Whether an option of a mode has a value; an empty sequence is none."""
-    empty = isinstance(option, Sequence) and not option
-    return option is not None and option is not False and not empty
+    if option is None or option is False:
+        return False
+    return not (isinstance(option, Sequence) and not option)

@@ -27,13 +27,13 @@ def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool
         reading_weight: A variant that reads W itself is taken.
     """
     for key, entry in adapter.entries.items():
-        reads = isinstance(entry, LowRank) and variant_of(entry).reads_weight
-        other = isinstance(entry, (Hadamard, Kronecker, Rotation))
-        if other or (reads and not reading_weight):
+        is_taken = not isinstance(entry, (Hadamard, Kronecker, Rotation))
+        if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
+            is_taken = reading_weight
+        if not is_taken:
             *names, last = names_taken(reading_weight=reading_weight)
-            known = f"{', '.join(names)} and {last}"
             raise LoraFxError(
-                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {known}",
+                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
                 f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
                 "how well",
             )
@@ -46,15 +46,19 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
     tensors of a single adapter into the base.
     """
     for name, adapter in adapters.items():
-        check_kinds(adapter, name, f"mode {mode}", reading_weight=mode in ("merged", "train"))
-        entries = adapter.entries.items()
-        whole = [key for key, entry in entries if isinstance(entry, (Full, Dense, ReplacedRows))]
-        alone = mode == "switch" and len(adapters) == 1
-        if whole and mode not in ("merged", "train") and not alone:
+        holds_weights = mode in ("merged", "train")
+        check_kinds(adapter, name, f"mode {mode}", reading_weight=holds_weights)
+        whole_tensors = [
+            key
+            for key, entry in adapter.entries.items()
+            if isinstance(entry, (Full, Dense, ReplacedRows))
+        ]
+        is_folded = mode == "switch" and len(adapters) == 1
+        if whole_tensors and not holds_weights and not is_folded:
             raise LoraFxError(
-                f"{name}: it holds the whole tensor {whole[0]!r}; mode {mode} has a place for low-"
-                "rank updates alone",
-                exclude_hint(name, whole),
+                f"{name}: it holds the whole tensor {whole_tensors[0]!r}; mode {mode} has a place "
+                "for low-rank updates alone",
+                exclude_hint(name, whole_tensors),
             )
         if mode == "batch":
             check_rows(adapter, name)
@@ -66,25 +70,33 @@ RECURRENT = ("lstm", "gru", "rnn")
 
 def check_rows(adapter: Adapter, name: str) -> None:
     """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
-    kinds = {key: _without_rows(entry) for key, entry in adapter.lowrank.items()}
-    refused = [key for key, kind in kinds.items() if kind]
-    if refused:
-        raise LoraFxError(
-            f"{name}: {refused[0]!r} is of {kinds[refused[0]]}; mode batch has no form by row for "
-            f"it{f', nor for {len(refused) - 1} more' if len(refused) > 1 else ''}",
-            f"{_exclude_command(name, refused)} leaves it out; modes switch and load take it",
-        )
+    refused: dict[str, str] = {}
+    for key, entry in adapter.lowrank.items():
+        kind = _without_rows(entry)
+        if kind:
+            refused[key] = kind
+    if not refused:
+        return
+    keys = list(refused)
+    nor_for_more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
+    raise LoraFxError(
+        f"{name}: {keys[0]!r} is of {refused[keys[0]]}; mode batch has no form by row for it"
+        f"{nor_for_more}",
+        f"{_exclude_command(name, keys)} leaves it out; modes switch and load take it",
+    )
 
 
 def _without_rows(entry: LowRank) -> str:
-    """What the weight of an update is, where mode batch has no form for it; empty where it has."""
+    """The kind of an update's weight, where mode batch has no form for it; empty where it has."""
     if entry.op.startswith("conv_transpose"):
         return "a transposed convolution"
     if entry.op.startswith(RECURRENT):
         return "a recurrent layer"
-    if entry.a.ndim > 2:
-        return "a grouped convolution" if entry.op.startswith("conv") else "a stack of matrices"
-    return ""
+    if entry.a.ndim <= 2:
+        return ""
+    if entry.op.startswith("conv"):
+        return "a grouped convolution"
+    return "a stack of matrices"
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
