@@ -118,10 +118,11 @@ def merge(
         of_both = {"how": how, "rank": rank, "again": again, "trust": trust, "force": force}
         return merge_onnx(base, adapters, out, **of_both, **of_checkpoints, **of_onnx_files)
 
-    if wrong := [name for name in given_options(of_onnx_files) if name != "places" or places]:
-        raise LoraFxError(
-            f"{wrong[0]} is an option for .onnx files, not for checkpoints", "leave it out"
-        )
+    for name in given_options(of_onnx_files):
+        if name != "places" or places:
+            raise LoraFxError(
+                f"{name} is an option for .onnx files, not for checkpoints", "leave it out"
+            )
     options = MergeOptions(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
         again=again, allow_missing=allow_missing, any_base=any_base,

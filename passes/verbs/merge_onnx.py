@@ -9,13 +9,14 @@ computed again in fp64.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.merge import GAIN, Adapters
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.compare import Parity, Report, demand
+from lora_fx.dtypes import Array
 from lora_fx.errors import (
     LoraFxError,
     NoEffectError,
@@ -31,7 +32,7 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
 from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, OnnxMergePlan, plan_onnx
-from lora_fx.text import StrPath, counted, table
+from lora_fx.text import Json, StrPath, counted, table
 
 
 def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: object) -> Report:
@@ -53,43 +54,65 @@ def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: objec
 @remembering()
 @blaming
 def merge_into_file(
-    base: StrPath, adapters: Adapters, out: StrPath, asked: OnnxMergeOptions
+    base: StrPath, adapters: Adapters, out: StrPath, options: OnnxMergeOptions
 ) -> Report:
-    """What `merge_onnx` does, with its options as an object."""
-    source, target = Path(base), Path(out)
+    """Merge as `merge_onnx` does, with its options as an object."""
+    source = Path(base)
+    target = Path(out)
     remember(source)
-    check_output(target, force=asked.force)
-    plan = plan_onnx(source, adapters, asked)
-    external = is_external(source)  # once it is known to be a file that can be read
-    if asked.delta:
-        _check_delta(source, target, external, asked.places)
-    graph, matched, model = plan.graph, plan.matched, plan.graph.model
-    before = {n: graph.reader(n) for n in graph.flow.stores}
-    pristine = graph.clone() if asked.run else graph
-    fold = Fold(matched.updates, lazy=True)
+    check_output(target, force=options.force)
+    plan = plan_onnx(source, adapters, options)
+    has_data_file = is_external(source)  # once it is known to be a file that can be read
+    if options.delta:
+        _check_delta(source, target, has_data_file, options.places)
+
+    graph = plan.graph
+    model = graph.model
+    whole_tensors = plan.matched.whole
+    before = {name: graph.reader(name) for name in graph.flow.stores}
+    unfolded = graph.clone() if options.run else graph
+    fold = Fold(plan.matched.updates, lazy=True)
     fold(graph)
-    for name, value in matched.whole.items():
+    for name, value in whole_tensors.items():
         graph.store(name, value)
-    now = {"format": 1, "adapters": [p.record() for p in plan.parts]}
-    model.metadata_props[METADATA] = json.dumps([*plan.merges, now])
-    with output(target, force=asked.force, places=asked.places) as made:
-        made.save(model, 0 if external else asked.external_over, delta=asked.delta)
-        changed = {*fold.applied.values(), *matched.whole}
-        written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
-        if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
-            tensors = counted(len(changed), "tensor")
-            raise NoEffectError(
-                f"{target}: not written: no element of {tensors} would change",
-                "is the adapter untrained, or its weight 0?",
-            )
-        parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
-        loads = [] if asked.run else _loads(source, made.seen, weight_bytes(model))
-        notes = [*graph.notes, *loads]
-    return _report(made.files, fold, plan, notes, parity)
+    this_merge = {"format": 1, "adapters": [adapter.record() for adapter in plan.adapters]}
+    model.metadata_props[METADATA] = json.dumps([*plan.merges, this_merge])
+
+    with output(target, force=options.force, places=options.places) as file:
+        external_over = 0 if has_data_file else options.external_over
+        file.save(model, external_over, delta=options.delta)
+        changed = {*fold.applied.values(), *whole_tensors}
+        written = prove_merge(file.seen, target, before, changed, plan.targets, plan.matched, fold)
+        _refuse_unchanged(target, written, before, changed)
+        parity: list[Parity] = []
+        notes = [*graph.notes]
+        if options.run:
+            parity = _run_beside_base(source, unfolded, file.seen, plan.matched, options)
+        else:
+            notes += _load(source, file.seen, weight_bytes(model))
+    return _report(file.files, fold, plan, notes, parity)
 
 
-def _check_delta(source: Path, target: Path, external: bool, places: Sequence[Place]) -> None:
-    if not external:
+def _refuse_unchanged(
+    target: Path,
+    written: OnnxGraph,
+    before: Mapping[str, Callable[[], Array]],
+    changed: Collection[str],
+) -> None:
+    """Raise where every tensor that should have changed has its bytes of before."""
+    for name in changed:
+        if name not in before or not same_bytes(written.reader(name)(), before[name]()):
+            return
+    tensors = counted(len(changed), "tensor")
+    raise NoEffectError(
+        f"{target}: not written: no element of {tensors} would change",
+        "is the adapter untrained, or its weight 0?",
+    )
+
+
+def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequence[Place]) -> None:
+    """Raise where the output cannot read the rest of its tensors from the base's data file."""
+    if not has_data_file:
         raise LoraFxError(
             f"{source} keeps its weights in itself, so there is no data file to share",
             "leave --delta out",
@@ -104,7 +127,7 @@ def _check_delta(source: Path, target: Path, external: bool, places: Sequence[Pl
         raise LoraFxError("a copy for Triton has to hold all of its weights", "leave --delta out")
 
 
-def _ran(
+def _run_beside_base(
     source: Path, graph: OnnxGraph, written: Path, matched: Matched, options: OnnxMergeOptions
 ) -> list[Parity]:
     """The merged file against the base with branches, in ONNX Runtime."""
@@ -115,13 +138,14 @@ def _ran(
         )
     with reference_of(source, graph, options.provider, options.inputs) as reference:
         session = open_session(written, options.provider)
-        adapter, rerun = Adapter(dict(matched.updates)), FileRerun(written, options.provider)
+        adapter = Adapter(dict(matched.updates))
+        rerun = FileRerun(written, options.provider)
         parity = reference.prove(session.run, adapter, "merged", rerun)
     demand(parity, "the merged file differs from the base with branches")
     return parity
 
 
-def _loads(source: Path, written: Path, size: int) -> list[str]:
+def _load(source: Path, written: Path, size: int) -> list[str]:
     """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
     if size > EXTERNAL_OVER:
         return ["not loaded in ONNX Runtime, which would read all of it: tensors were compared"]
@@ -139,33 +163,46 @@ def _loads(source: Path, written: Path, size: int) -> list[str]:
 def _report(
     files: Sequence[Path], fold: Fold, plan: OnnxMergePlan, notes: list[str], parity: list[Parity]
 ) -> Report:
-    rows = [
-        {"key": ", ".join(f.keys), "tensor": fold.applied.get(f"{f.parameter}|{'|'.join(f.keys)}"),
-         "gain": f.kept}
-        for f in fold.report
-    ]  # fmt: skip
-    rows += [{"key": n, "tensor": n, "gain": None} for n in plan.matched.whole]
-    warnings = [*notes, *(f.said for f in fold.report if f.said)]
-    low = [(f.kept, f.parameter) for f in fold.report if f.kept < GAIN]
-    if low:
+    rows: list[Json] = []
+    for change in fold.report:
+        tensor = fold.applied.get(f"{change.parameter}|{'|'.join(change.keys)}")
+        rows.append({"key": ", ".join(change.keys), "tensor": tensor, "gain": change.kept})
+    for name in plan.matched.whole:
+        rows.append({"key": name, "tensor": name, "gain": None})
+    warnings = [*notes, *_warnings(fold, plan)]
+    outputs = tuple(map(str, files))
+    return Report("merge", True, tuple(parity), outputs, tuple(warnings), {"tensors": rows})
+
+
+def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
+    """What has to be said of the folded tensors."""
+    warnings = [change.said for change in fold.report if change.said]
+    rounded_away = [(change.kept, change.parameter) for change in fold.report if change.kept < GAIN]
+    if rounded_away:
+        least, parameter = min(rounded_away)
         warnings.append(
-            f"{len(low)} of {len(fold.report)} tensors kept less than {GAIN:.0%} of their update "
-            f"when rounded, {min(low)[1]} only {min(low)[0]:.1%}"
+            f"{len(rounded_away)} of {len(fold.report)} tensors kept less than {GAIN:.0%} of "
+            f"their update when rounded, {parameter} only {least:.1%}"
         )
     if plan.renamed:
         warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
     warnings += said_of_zeros(fold.report)
-    known = {n for f in fold.report for n in (f.parameter, f.stored_as if f.zeros else f.parameter)}
-    added = sorted(set(fold.applied.values()) - known)
+
+    names_of_base = set()
+    for change in fold.report:
+        names_of_base.add(change.parameter)
+        if change.zeros:
+            names_of_base.add(change.stored_as)
+    added = sorted(set(fold.applied.values()) - names_of_base)
     if added:
         warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
-    outputs, details = tuple(map(str, files)), {"tensors": rows}
-    return Report("merge", True, tuple(parity), outputs, tuple(warnings), details)
+    return warnings
 
 
 def lines(report: Report) -> str:
     """The report as a table for people."""
     rows: list[tuple[str, ...]] = [("tensor", "gain")]
-    for r in report.details["tensors"]:
-        rows.append((r["key"], "replaced whole" if r["gain"] is None else f"{r['gain']:.3f}"))
+    for row in report.details["tensors"]:
+        gain = "replaced whole" if row["gain"] is None else f"{row['gain']:.3f}"
+        rows.append((row["key"], gain))
     return "\n".join([*table(rows), f"wrote {' and '.join(report.outputs)}"])

@@ -70,17 +70,20 @@ class OnnxMergeOptions:
             options: By name; None leaves one at its default.
         """
         cls.refuse_others(options)
-        known = {f.name for f in fields(cls)}
-        asked = cls(**{k: v for k, v in options.items() if k in known and v is not None})
-        refuse_no_say([RUN], asked, given_options(options))
-        return asked
+        names = {field.name for field in fields(cls)}
+        keywords = {
+            name: value for name, value in options.items() if name in names and value is not None
+        }
+        merge_options = cls(**keywords)
+        refuse_no_say([RUN], merge_options, given_options(options))
+        return merge_options
 
     @classmethod
     def refuse_others(cls, options: Named) -> None:
         """Raise for an option that was given and is none of an .onnx file."""
-        known = {f.name for f in fields(cls)}
+        names = {field.name for field in fields(cls)}
         for name, value in options.items():
-            if name not in known and value not in (None, False, "sum"):
+            if name not in names and value not in (None, False, "sum"):
                 raise LoraFxError(
                     f"{name} is an option for checkpoints, not for .onnx files", "leave it out"
                 )
@@ -98,33 +101,50 @@ class OnnxMergePlan:
 
     Attributes:
         graph: The file; nothing is folded yet.
-        found: Its targets.
-        parts: The adapters as given.
+        targets: Its targets.
+        adapters: The adapters and their weights.
         matched: Their sum.
         renamed: Tensors that got the names that the exporter's metadata tells.
-        merges: Those before, as the file's metadata tells of them.
+        merges: The merges before, as the file's metadata has them.
     """
 
     graph: OnnxGraph
-    found: Found
-    parts: tuple[Given, ...]
+    targets: Found
+    adapters: tuple[Given, ...]
     matched: Matched
     renamed: int
     merges: Sequence[Json]
 
     def rows(self) -> list[Json]:
         """One a key: the tensor, its shape, rank and scale, and the bytes that are written."""
-        updates = ((k, self.found[k].parameter, u) for k, u in self.matched.updates.items())
-        rows: list[Json] = [
-            {"key": k, "tensor": p.name, "shape": list(p.shape), "rank": u.rank, "scale": u.scale}
-            for k, p, u in updates
-        ]
-        rows += [
-            {"key": n, "tensor": n, "shape": list(v.shape), "rank": None, "scale": None}
-            for n, v in self.matched.whole.items()
-        ]
-        stored = self.graph.flow.tensor
-        return [{**row, "bytes": stored(row["tensor"]).nbytes} for row in rows]
+        rows: list[Json] = []
+        for key, update in self.matched.updates.items():
+            parameter = self.targets[key].parameter
+            rows.append(
+                {
+                    "key": key,
+                    "tensor": parameter.name,
+                    "shape": list(parameter.shape),
+                    "rank": update.rank,
+                    "scale": update.scale,
+                    "bytes": self._stored_bytes(parameter.name),
+                }
+            )
+        for name, value in self.matched.whole.items():
+            rows.append(
+                {
+                    "key": name,
+                    "tensor": name,
+                    "shape": list(value.shape),
+                    "rank": None,
+                    "scale": None,
+                    "bytes": self._stored_bytes(name),
+                }
+            )
+        return rows
+
+    def _stored_bytes(self, name: str) -> int:
+        return self.graph.flow.tensor(name).nbytes
 
     def to_json(self) -> Json:
         """Fields of `merge --dry-run --json`."""
@@ -133,14 +153,15 @@ class OnnxMergePlan:
 
     def __str__(self) -> str:
         """A table, and what is written in all."""
-        rows: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
-        for r in self.rows():
-            shape = "×".join(map(str, r["shape"]))
-            scale = "whole" if r["scale"] is None else f"{r['scale']:g}"
-            rows.append((r["key"], shape, str(r["rank"] or ""), scale, str(r["bytes"])))
-        touched = sum(r["bytes"] for r in self.rows())
+        rows = self.rows()
+        lines: list[tuple[str, ...]] = [("tensor", "shape", "rank", "scale", "bytes")]
+        for row in rows:
+            shape = "×".join(map(str, row["shape"]))
+            scale = "whole" if row["scale"] is None else f"{row['scale']:g}"
+            lines.append((row["key"], shape, str(row["rank"] or ""), scale, str(row["bytes"])))
+        changed = sum(row["bytes"] for row in rows)
         total = weight_bytes(self.graph.model)
-        return "\n".join([*table(rows), f"{total} bytes of weights, {touched} of them change"])
+        return "\n".join([*table(lines), f"{total} bytes of weights, {changed} of them change"])
 
 
 @blaming
@@ -152,34 +173,42 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
     """
     source = Path(base)
     with trusting(options.trust):
-        parts = given(adapters)
+        weighted_adapters = given(adapters)
     graph, renamed = named_graph(source)
     merges = merges_of(graph.model.metadata_props.get(METADATA), str(source))
-    refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
-    found = find(graph)
-    matched = _sum(parts, graph, found, options)
-    return OnnxMergePlan(graph, found, tuple(parts), matched, renamed, merges)
+    hashes = [(adapter.where, adapter.hash) for adapter in weighted_adapters]
+    refuse_again(source, merges, hashes, again=options.again)
+    targets = find(graph)
+    matched = _matched(weighted_adapters, graph, targets, options)
+    return OnnxMergePlan(graph, targets, tuple(weighted_adapters), matched, renamed, merges)
 
 
-def _sum(
-    parts: Sequence[Given], graph: OnnxGraph, found: Found, options: OnnxMergeOptions
+def _matched(
+    adapters: Sequence[Given], graph: OnnxGraph, targets: Found, options: OnnxMergeOptions
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
-    each = [match(p.adapter, graph, found, options.names) for p in parts]
+    matched = [match(weighted.adapter, graph, targets, options.names) for weighted in adapters]
     how = "cat" if options.how == "sum" else options.how
-    if len(parts) == 1 and how == "cat":
-        (one,) = each
-        as_one = replace(parts[0].adapter, entries=dict(one.updates)).weighted(parts[0].weight)
-        if one.whole and parts[0].weight != 1.0:
-            raise LoraFxError(
-                f"{parts[0].where}: weight {parts[0].weight:g}, and it holds whole tensors",
-                "only updates in proportion to their scale can be weighted",
-            )
-        return Matched(as_one.lowrank, one.whole)
-    if any(m.whole for m in each):
+    if len(adapters) == 1 and how == "cat":
+        return _at_its_weight(adapters[0], matched[0])
+    if any(of_one.whole for of_one in matched):
         raise LoraFxError("several adapters, and one holds whole tensors", "merge that one alone")
+
     bound = [
-        (replace(p.adapter, entries=dict(m.updates)), p.weight)
-        for p, m in zip(parts, each, strict=True)
+        (replace(weighted.adapter, entries=dict(of_one.updates)), weighted.weight)
+        for weighted, of_one in zip(adapters, matched, strict=True)
     ]
-    return Matched(dict(mix(bound, how, options.rank).lowrank), {})
+    mixed = mix(bound, how, options.rank)
+    return Matched(dict(mixed.lowrank), {})
+
+
+def _at_its_weight(adapter: Given, matched: Matched) -> Matched:
+    """One adapter at its weight; whole tensors have no weight but 1."""
+    bound = replace(adapter.adapter, entries=dict(matched.updates))
+    weighted = bound.weighted(adapter.weight)
+    if matched.whole and adapter.weight != 1.0:
+        raise LoraFxError(
+            f"{adapter.where}: weight {adapter.weight:g}, and it holds whole tensors",
+            "only updates in proportion to their scale can be weighted",
+        )
+    return Matched(weighted.lowrank, matched.whole)
