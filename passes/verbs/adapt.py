@@ -63,7 +63,8 @@ def find(
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
-        return replace(found_in(model.captured, graph=model.graph(training)), notes=())
+        targets = found_in(model.captured, graph=model.graph(training))
+        return replace(targets, notes=())
     if hasattr(model, "sites"):
         options.refuse_for_captured()
         return find_graph(model)
@@ -139,26 +140,26 @@ def insert(
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
-    asked: Named = {
+    keywords: Named = {
         "rank": rank, "alpha": alpha, "include": include, "exclude": exclude,
         "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
         "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
         "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
         "fast": fast,
     }  # fmt: skip
-    options = InsertOptions.of(asked)
+    options = InsertOptions.of(keywords)
     model = unwrapped(model)
     refuse_second_adapter(model)
-    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
     with torch.inference_mode(False):  # A and B train, wherever insert is called
-        return insert_into(captured_of(model, capturing), options, quantise)
+        return insert_into(captured_of(model, capture), options, quantise)
 
 
 @told
 def insert_into(
     cap: Captured, options: InsertOptions, quantise: Wanted | None = None
 ) -> AdaptedModule:
-    """What `insert` returns, for a model that is captured.
+    """Insert as `insert` does, into a model that is captured.
 
     Args:
         cap: The capture.
@@ -172,7 +173,8 @@ def insert_into(
     with torch.inference_mode(False):
         refuse_inference(cap.model)
         if quantise:
-            cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
+            first_names, _ = named_tensors(cap.model)
+            cap = quantised(cap, quantise, options.whole(first_names))
         return build_module(cap, options)
 
 
@@ -215,24 +217,24 @@ def fold(
     model = opened(model)
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
-    loaded = None if adapter is None else as_adapter(adapter)
-    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=loaded)
-    cap = captured_of(model, capturing)
-    if loaded is None:
-        if not isinstance(model, AdaptedModule):
-            raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
-        loaded = model.adapter()
-    elif isinstance(model, AdaptedModule):  # in its place, so that nothing of the old one stays
-        model = copy.deepcopy(model)
-        model.load_adapter(loaded)
-        loaded = model.adapter()
-    found = find(cap)
-    bound = bind(with_base(loaded, cap.model), found)
-    rewrite = Fold(bound.lowrank)
+    opened_adapter = None if adapter is None else as_adapter(adapter)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=opened_adapter)
+    cap = captured_of(model, capture)
+    if isinstance(model, AdaptedModule):
+        if opened_adapter is not None:
+            # in place of its adapter, so that nothing of that one stays
+            model = copy.deepcopy(model)
+            model.load_adapter(opened_adapter)
+        opened_adapter = model.adapter()
+    if opened_adapter is None:
+        raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
+
+    bound = bind(with_base(opened_adapter, cap.model), find(cap))
+    fold_pass = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model
-    module = FoldedModule(cap, tree, rewrite, bound)
-    module.folded = tuple(rewrite.report)
-    whole = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
-    module.unrounded = {**rewrite.unrounded, **whole}
-    cap.notes += [n for n in prove_as_it_is(module, bound) if n not in cap.notes]
+    module = FoldedModule(cap, tree, fold_pass, bound)
+    module.folded = tuple(fold_pass.report)
+    whole_tensors = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
+    module.unrounded = {**fold_pass.unrounded, **whole_tensors}
+    cap.notes += [note for note in prove_as_it_is(module, bound) if note not in cap.notes]
     return module

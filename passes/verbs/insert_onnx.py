@@ -8,6 +8,7 @@ initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -31,7 +32,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.reference import FileRerun, reference_of
+from lora_fx.passes.proofs.reference import FileRerun, OnnxReference, reference_of
 from lora_fx.passes.verbs.options import (
     BranchOptions,
 )
@@ -82,48 +83,86 @@ def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **option
 @remembering()
 @blaming
 def insert_into_file(
-    source: str | PathLike[str], path: str | PathLike[str], asked: OnnxInsertOptions
+    source: str | PathLike[str], path: str | PathLike[str], options: OnnxInsertOptions
 ) -> Report:
-    """What `insert_onnx` does, with its options as an object."""
-    source, target = Path(source), Path(path)
+    """Insert as `insert_onnx` does, with its options as an object."""
+    source = Path(source)
+    target = Path(path)
     remember(source)
-    check_output(target, force=asked.force)
+    check_output(target, force=options.force)
     graph, _ = named_graph(source)
     check_no_slots(graph.model, source)
-    found = find_graph(graph)
-    plan = asked.planned(found)
-    updates, lowered = initial(found, plan, asked.variant, asked.seed, asked.init, graph.read)
-    notes = [*graph.notes, *plan.notes, *lowered, *(t for k in updates if (t := found[k].said))]
-    with reference_of(source, graph, asked.provider, asked.inputs) as reference:
-        if asked.dead != "allow":
-            idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
-            lost = asked.dead == "error" or len(idle) == len(updates)
-            if idle and lost and asked.dead != "keep":
-                raise NoEffectError(
-                    f"{idle[0]!r} and {len(idle) - 1} more change no output" if len(idle) > 1
-                    else f"{idle[0]!r} changes no output",
-                    "--dead drop leaves such targets out; --inputs gives real data",
-                )  # fmt: skip
-            told = "" if asked.dead == "keep" else "left out, "
-            notes += [f"{k}: {told}it changes no output" for k in idle]
-            updates = {k: u for k, u in updates.items() if not told or k not in idle}
+
+    targets = find_graph(graph)
+    plan = options.planned(targets)
+    updates, lowered = initial(
+        targets, plan, options.variant, options.seed, options.init, graph.read
+    )
+    notes = [*graph.notes, *plan.notes, *lowered]
+    notes += [targets[key].said for key in updates if targets[key].said]
+    with reference_of(source, graph, options.provider, options.inputs) as reference:
+        if options.dead != "allow":
+            updates, notes_on_idle = _without_idle(updates, reference, options.dead)
+            notes += notes_on_idle
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))
+        metadata = reading(targets, updates, {})
+        rewritten.model.metadata_props[PROPERTY] = listed(updates, metadata)
         rewritten.lint()
-        with output(target, force=asked.force) as made:
-            made.save(rewritten.model, asked.external_over)
-            session = open_session(made.path, asked.provider)
-            rerun = FileRerun(made.path, asked.provider)
+
+        with output(target, force=options.force) as file:
+            file.save(rewritten.model, options.external_over)
+            session = open_session(file.path, options.provider)
+            rerun = FileRerun(file.path, options.provider)
             parity = reference.prove(session.run, None, "base", rerun)
             demand(parity, "untrained branches change the outputs")
-    notes += [session.note] if session.note else []
-    outputs = tuple(map(str, made.files))
-    slots = [slot for k, u in updates.items() for slot in slots_of(k, u)]
-    trained = sum(slot.value.size for slot in slots if slot.trained)
-    rows = [found[k].to_json(u.rank, u.alpha) for k, u in updates.items()]
-    details = {"targets": rows, "trained": trained}
+
+    if session.note:
+        notes.append(session.note)
+    details = {
+        "targets": [
+            targets[key].to_json(update.rank, update.alpha) for key, update in updates.items()
+        ],
+        "trained": _count_trained(updates),
+    }
+    outputs = tuple(map(str, file.files))
     return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
+
+
+def _without_idle(
+    updates: Mapping[str, LowRank], reference: OnnxReference, dead: str
+) -> tuple[dict[str, LowRank], list[str]]:
+    """The updates that change an output, and a note on each other one.
+
+    With dead="keep" all of them are kept, and said.
+
+    Raises:
+        NoEffectError: With dead="error" one, else all, change no output.
+    """
+    visible = Adapter({key: _visible(update) for key, update in updates.items()})
+    idle = reference.idle(visible)
+    if dead == "keep":
+        return dict(updates), [f"{key}: it changes no output" for key in idle]
+
+    if idle and (dead == "error" or len(idle) == len(updates)):
+        message = f"{idle[0]!r} changes no output"
+        if len(idle) > 1:
+            message = f"{idle[0]!r} and {len(idle) - 1} more change no output"
+        raise NoEffectError(
+            message, "--dead drop leaves such targets out; --inputs gives real data"
+        )
+    effective = {key: update for key, update in updates.items() if key not in idle}
+    return effective, [f"{key}: left out, it changes no output" for key in idle]
+
+
+def _count_trained(updates: Mapping[str, LowRank]) -> int:
+    """Elements of the tensors that are trained."""
+    count = 0
+    for key, update in updates.items():
+        for slot in slots_of(key, update):
+            if slot.trained:
+                count += slot.value.size
+    return count
 
 
 def _visible(update: LowRank) -> LowRank:

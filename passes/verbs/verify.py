@@ -107,32 +107,63 @@ def verify(
         expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
-        names = FORMATS.files_of_folders
-        a, b = (local(m, files=names) if is_path(m) else m for m in (a, b))
-        for path in filter(is_path, (a, b)):
-            if not Path(path).exists() and ":" not in str(path):  # of a factory, or timm:NAME
-                raise LoraFxError(
-                    f"{path}: cannot be read: no such file or folder", near_path(path)
-                )
+        a = _local(a)
+        b = _local(b)
+        _refuse_missing(a)
+        _refuse_missing(b)
         refuse_adapter_as_model(a, b)
-        fits = isinstance(b, Adapter) or (is_path(b) and is_adapter(b))
-        tensors = is_tensor_file(a) and not run and (fits or is_tensor_file(b))
-        asked = {"inputs": inputs, "adapter": adapter, "tol": tol, "provider": provider, "run": run}
-        asked["rows"] = None if rows == ROWS else "all" if rows is None else rows
-        kind = Compared(fits, tensors, adapter is not None, any(map(is_onnx, (a, b))))
-        refuse_no_say(VERIFY_RULES, kind, given_options(asked))
-        options = RunOptions(inputs, adapter, tol, provider or "auto")
-        if tensors and is_path(a):
+
+        fits = _is_adapter(b)
+        kind = Compared(
+            fits=fits,
+            tensors=is_tensor_file(a) and not run and (fits or is_tensor_file(b)),
+            adapted=adapter is not None,
+            onnx=is_onnx(a) or is_onnx(b),
+        )
+        keywords = {
+            "inputs": inputs,
+            "adapter": adapter,
+            "tol": tol,
+            "provider": provider,
+            "run": run,
+            "rows": _spelling_of_rows(rows),
+        }
+        refuse_no_say(VERIFY_RULES, kind, given_options(keywords))
+
+        if kind.tensors and is_path(a):
             if fits:
                 return fits_files(a, b)
             return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
-        if fits and is_path(a) and str(a).endswith(".onnx"):
+        if fits and is_onnx(a):
             return fits_switch(a, b)
-        if is_path(a) and is_path(b) and str(a).endswith(".onnx") and str(b).endswith(".onnx"):
+        options = RunOptions(inputs, adapter, tol, provider or "auto")
+        if is_onnx(a) and is_onnx(b):
             return verify_onnx(a, b, options)
         if fits and not isinstance(b, Adapter):
             b = load_adapter(b)
         return verify_run(a, b, options)
+
+
+def _local(model: Any) -> Any:
+    """A model; the local path of one that the hub has."""
+    return local(model, files=FORMATS.files_of_folders) if is_path(model) else model
+
+
+def _refuse_missing(model: object) -> None:
+    """Raise for a path where nothing is; a name with a colon is a factory's, or timm:NAME."""
+    if is_path(model) and not Path(model).exists() and ":" not in str(model):
+        raise LoraFxError(f"{model}: cannot be read: no such file or folder", near_path(model))
+
+
+def _is_adapter(model: object) -> bool:
+    return isinstance(model, Adapter) or (is_path(model) and is_adapter(model))
+
+
+def _spelling_of_rows(rows: int | None) -> int | str | None:
+    """The option as it was given; None where it was left at its default."""
+    if rows == ROWS:
+        return None
+    return "all" if rows is None else rows
 
 
 def refuse_adapter_as_model(a: object, b: object) -> None:
@@ -141,18 +172,19 @@ def refuse_adapter_as_model(a: object, b: object) -> None:
     Raises:
         LoraFxError: Says what can be asked of two adapters, or of an adapter and a model.
     """
-    if not (isinstance(a, Adapter) or (is_path(a) and is_adapter(a))):
+    if not _is_adapter(a):
         return
     name = os.fspath(a) if is_path(a) else "A"
-    if isinstance(b, Adapter) or (is_path(b) and is_adapter(b)):
+    if _is_adapter(b):
         other = os.fspath(b) if is_path(b) else "B"
         raise LoraFxError(
             f"{name} and {other} are adapters: what they do is a question to a model",
             "lora-fx merge each into their base, and compare what was written",
         )
+    model = os.fspath(b) if is_path(b) else "MODEL"
     raise LoraFxError(
         f"{name} is an adapter; expected a model",
-        f"lora-fx verify {os.fspath(b) if is_path(b) else 'MODEL'} {name} says whether it fits",
+        f"lora-fx verify {model} {name} says whether it fits",
     )
 
 
@@ -166,5 +198,6 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     from lora_fx.onnx.session import tensors_of
 
     manifest = manifest_of(path)
-    details = {"targets": len(manifest.slots), "adapted": len(tensors_of(adapter, manifest)) // 2}
+    tensors = tensors_of(adapter, manifest)  # an A and a B for each target
+    details = {"targets": len(manifest.slots), "adapted": len(tensors) // 2}
     return Report("verify", True, details=details)

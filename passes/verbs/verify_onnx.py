@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import ORT_TOL, Report, compare, shapes_of
+from lora_fx.compare import ORT_TOL, Parity, Report, compare, shapes_of
 from lora_fx.errors import LoraFxError
+from lora_fx.inputs import Named
 from lora_fx.passes.verbs.verify_run import RunOptions, gate_of, report_of
 
 if TYPE_CHECKING:
     from lora_fx.onnx.graph.graph import OnnxGraph
+    from lora_fx.passes.proofs.reference import Run
 
 
 def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOptions) -> Report:
@@ -26,25 +29,35 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     from lora_fx.passes.proofs.reference import FileRerun, reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
-    branches, tol = options.adapter is not None, options.tol
-    graph, one = _graph(b, needed=branches), open_session(a, options.provider)
-    bound = _bound(options, graph) if graph is not None and branches else None
+    with_branches = options.adapter is not None
+    graph = _graph(b, needed=with_branches)
+    session = open_session(a, options.provider)
+    bound = _bound(options, graph) if graph is not None and with_branches else None
     with reference_of(Path(b), graph, options.provider, options.inputs) as reference:
-        names, note = reference.session.input_names, reference.session.note
-        if set(one.input_names) != set(names):
+        names = reference.session.input_names
+        if set(session.input_names) != set(names):
             raise LoraFxError(
-                f"{a} takes {sorted(one.input_names)}, {b} takes {sorted(names)}",
+                f"{a} takes {sorted(session.input_names)}, {b} takes {sorted(names)}",
                 "two models with the same inputs can be compared",
             )
-        expected, gate = reference.run(bound), gate_of(one, reference.session)
-        if tol is None and gate == ORT_TOL:  # widened by what the runtime's own rewrites do
-            parity = reference.prove(one.run, bound, "", FileRerun(Path(a), options.provider))
+        gate = gate_of(session, reference.session)
+        if options.tol is None and gate == ORT_TOL:
+            # widened by what the runtime's own rewrites do
+            rerun = FileRerun(Path(a), options.provider)
+            parity = reference.prove(session.run, bound, "", rerun)
         else:
-            parity = [
-                compare(one.run(f), expected(f), shapes_of(f), gate if tol is None else tol)
-                for f in reference.sizes()
-            ]
+            tol = gate if options.tol is None else options.tol
+            parity = _compared(session.run, reference.run(bound), reference.sizes(), tol)
+        note = reference.session.note
     return report_of(parity, [note] if note else [])
+
+
+def _compared(run: Run, expected: Run, feeds_of_sizes: Iterable[Named], tol: float) -> list[Parity]:
+    """The outputs of two models on the same inputs, held to a gate."""
+    parity = []
+    for feeds in feeds_of_sizes:
+        parity.append(compare(run(feeds), expected(feeds), shapes_of(feeds), tol))
+    return parity
 
 
 def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
@@ -64,6 +77,7 @@ def _graph(path: str | PathLike[str], *, needed: bool) -> OnnxGraph | None:
 
 
 def _bound(options: RunOptions, graph: OnnxGraph) -> Adapter:
+    """The adapter in the keys and layouts of the graph."""
     from lora_fx.onnx.match import match
     from lora_fx.passes.find import find
 

@@ -46,24 +46,31 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     from lora_fx.passes.proofs.recorded import prove_as_it_is
     from lora_fx.passes.proofs.reference import FileRerun, Rerun
 
-    adapter, tol = options.adapter_alone(), options.tol
+    adapter = options.adapter_alone()
     if isinstance(b, Adapter):
         return _fits(a, b)
-    (a, notes_a), (b, notes_b) = _opened(a), _opened(b)
-    opening = list(dict.fromkeys([*notes_a, *notes_b]))
+    a, notes_on_a = _opened(a)
+    b, notes_on_b = _opened(b)
+    notes = list(dict.fromkeys([*notes_on_a, *notes_on_b]))
     file, other = (a, b) if is_path(a) else (b, a)
+    gate = ORT_TOL
     if is_path(file):
-        session, module = open_session(file, options.provider), _module(other, adapter)
+        session = open_session(file, options.provider)
+        module = _module(other, adapter)
         run: Run = session.run
         rerun: Rerun = FileRerun(Path(file), options.provider)
-        notes = [*opening, *filter(None, [session.note])]
-        tol = gate_of(session) if tol is None else tol
+        if session.note:
+            notes.append(session.note)
+        gate = gate_of(session)
     else:
-        ours, module = _module(a, None), _module(b, adapter)
-        run, rerun = torch_run(ours), torch_rerun(ours, same=False)
-        notes = [*opening, *prove_as_it_is(ours)]
+        first = _module(a, None)
+        module = _module(b, adapter)
+        run = torch_run(first)
+        rerun = torch_rerun(first, same=False)
+        notes += prove_as_it_is(first)
     notes += [note for note in prove_as_it_is(module) if note not in notes]
-    gate = ORT_TOL if tol is None else tol
+    if options.tol is not None:
+        gate = options.tol
     parity = prove(run, module, arrays=options.inputs, tol=gate, rerun=rerun)
     return report_of(parity, notes)
 
@@ -85,16 +92,21 @@ def gate_of(*sessions: RuntimeSession) -> float:
     """The gate of the precision that files were written in, which export held them to."""
     from lora_fx.onnx.precision import GATES, PRECISION
 
-    return max(GATES.get(s.metadata.get(PRECISION, ""), ORT_TOL) for s in sessions)
+    gates = []
+    for session in sessions:
+        precision = session.metadata.get(PRECISION, "")
+        gates.append(GATES.get(precision, ORT_TOL))
+    return max(gates)
 
 
 def report_of(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
     """The report of a verify that ran both models."""
-    ok = all(p.ok for p in parity) and not all(p.blank for p in parity)
+    ok = all(row.ok for row in parity) and not all(row.blank for row in parity)
     return Report("verify", ok, tuple(parity), (), tuple(notes))
 
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
+    """The module that runs a model in eval mode, with an adapter where one is given."""
     from lora_fx.fx.capture.call import unwrapped
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.module.module import CapturedModule, plain
@@ -109,11 +121,13 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
         raise LoraFxError(
             f"cannot run a {type(model).__name__}", "pass capture(model, args) or an .onnx file"
         )
-    return plain(model) if adapter is None else insert(model, adapter=adapter, dead="allow").eval()
+    if adapter is None:
+        return plain(model)
+    return insert(model, adapter=adapter, dead="allow").eval()
 
 
 def _fits(model: object, adapter: Adapter) -> Report:
-    """Does every key of an adapter have a target of its shape in a model?"""
+    """Report how many keys of an adapter fit a model, and the targets without an update."""
     from lora_fx.fx.capture.capture import Captured
     from lora_fx.fx.load.huggingface import LoadedModel
     from lora_fx.passes.verbs.adapt import find
@@ -122,9 +136,13 @@ def _fits(model: object, adapter: Adapter) -> Report:
 
     if is_path(model) or isinstance(model, (Captured, LoadedModel)):
         model = captured_of(model, CaptureOptions(meta=True, adapter=adapter))
-    found = find(model)
-    bound = bind(adapter, found)
-    untouched = [t.key for t in found.targets if t.default and t.key not in bound.entries]
+    targets = find(model)
+    bound = bind(adapter, targets)
+    untouched = [
+        target.key
+        for target in targets.targets
+        if target.default and target.key not in bound.entries
+    ]
     details = {"fits": len(bound.lowrank), "whole": len(bound.full), "untouched": untouched}
     return Report("verify", True, details=details)
 
@@ -134,6 +152,6 @@ def is_path(value: object) -> TypeGuard[str | PathLike[str]]:
     return isinstance(value, (str, PathLike))
 
 
-def is_onnx(value: object) -> bool:
+def is_onnx(value: object) -> TypeGuard[str | PathLike[str]]:
     """Whether a model is the path of an .onnx file."""
     return is_path(value) and str(value).endswith(".onnx")
