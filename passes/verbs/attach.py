@@ -172,7 +172,7 @@ def _attached(
     state = Attachment(
         model,
         planner,
-        also_train=start.whole,
+        also_train=start.trained_whole,
         frozen_norms=options.norm_stats == "frozen",
         notes=(*start.notes, *notes),
         metadata=start.adapter.metadata,

@@ -107,18 +107,18 @@ def verify(
         expect(tol or 0, Real, "tol", "a number", "--tol 1e-5")
         if tol is not None and not 0 <= tol < math.inf:
             raise LoraFxError(f"tol is {tol:g}; expected a finite number, 0 or more", "--tol 1e-5")
-        a = _local(a)
-        b = _local(b)
-        _refuse_missing(a)
-        _refuse_missing(b)
-        refuse_adapter_as_model(a, b)
+        model = _local(a)
+        reference = _local(b)
+        _refuse_missing(model)
+        _refuse_missing(reference)
+        refuse_adapter_as_model(model, reference)
 
-        fits = _is_adapter(b)
+        fits = _is_adapter(reference)
         kind = Compared(
             fits=fits,
-            tensors=is_tensor_file(a) and not run and (fits or is_tensor_file(b)),
+            tensors=is_tensor_file(model) and not run and (fits or is_tensor_file(reference)),
             adapted=adapter is not None,
-            onnx=is_onnx(a) or is_onnx(b),
+            onnx=is_onnx(model) or is_onnx(reference),
         )
         keywords = {
             "inputs": inputs,
@@ -130,18 +130,18 @@ def verify(
         }
         refuse_no_say(VERIFY_RULES, kind, given_options(keywords))
 
-        if kind.tensors and is_path(a):
+        if kind.tensors and is_path(model):
             if fits:
-                return fits_files(a, b)
-            return verify_files(a, b, adapter, tol=tol or 0.0, rows=rows)
-        if fits and is_onnx(a):
-            return fits_switch(a, b)
+                return fits_files(model, reference)
+            return verify_files(model, reference, adapter, tol=tol or 0.0, rows=rows)
+        if fits and is_onnx(model):
+            return fits_switch(model, reference)
         options = RunOptions(inputs, adapter, tol, provider or "auto")
-        if is_onnx(a) and is_onnx(b):
-            return verify_onnx(a, b, options)
-        if fits and not isinstance(b, Adapter):
-            b = load_adapter(b)
-        return verify_run(a, b, options)
+        if is_onnx(model) and is_onnx(reference):
+            return verify_onnx(model, reference, options)
+        if fits and not isinstance(reference, Adapter):
+            reference = load_adapter(reference)
+        return verify_run(model, reference, options)
 
 
 def _local(model: Any) -> Any:

@@ -49,10 +49,10 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     adapter = options.adapter_alone()
     if isinstance(b, Adapter):
         return _fits(a, b)
-    a, notes_on_a = _opened(a)
-    b, notes_on_b = _opened(b)
-    notes = list(dict.fromkeys([*notes_on_a, *notes_on_b]))
-    file, other = (a, b) if is_path(a) else (b, a)
+    model, notes_on_model = _opened(a)
+    reference, notes_on_reference = _opened(b)
+    notes = list(dict.fromkeys([*notes_on_model, *notes_on_reference]))
+    file, other = (model, reference) if is_path(model) else (reference, model)
     gate = ORT_TOL
     if is_path(file):
         session = open_session(file, options.provider)
@@ -63,8 +63,8 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
             notes.append(session.note)
         gate = gate_of(session)
     else:
-        first = _module(a, None)
-        module = _module(b, adapter)
+        first = _module(model, None)
+        module = _module(reference, adapter)
         run = torch_run(first)
         rerun = torch_rerun(first, same=False)
         notes += prove_as_it_is(first)
