@@ -18,7 +18,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.objective import objective
 from lora_fx.passes.verbs.adapt import insert
-from lora_fx.text import table as columns
+from lora_fx.text import table
 
 BATCH = 64
 """Examples that run at a time."""
@@ -26,7 +26,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Cut:
-    """One rank.
+    """What one rank is worth.
 
     Attributes:
         rank: The most that an update has; 0 is the model without low-rank updates.
@@ -44,6 +44,11 @@ class Cut:
     spread_error: float
     spread_loss: float
 
+    @property
+    def lowest_loss(self) -> float:
+        """The lower of both losses."""
+        return min(self.loss, self.spread_loss)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -55,16 +60,25 @@ class HeldOut:
 
     def __str__(self) -> str:
         """The report for people."""
-        head = ("rank", "elements", "error", "loss", "error, spread", "loss, spread")
-        rows = []
-        for c in self.rows:
-            numbers = (f"{c.error:.2e}", f"{c.loss:.4f}", f"{c.spread_error:.2e}")
-            rows.append((str(c.rank), str(c.parameters), *numbers, f"{c.spread_loss:.4f}"))
-        best = min(self.rows, key=lambda c: (min(c.loss, c.spread_loss), c.rank))
+        lines = [("rank", "elements", "error", "loss", "error, spread", "loss, spread")]
+        for row in self.rows:
+            lines.append(
+                (
+                    str(row.rank),
+                    str(row.parameters),
+                    f"{row.error:.2e}",
+                    f"{row.loss:.4f}",
+                    f"{row.spread_error:.2e}",
+                    f"{row.spread_loss:.4f}",
+                )
+            )
+        best = min(self.rows, key=lambda row: (row.lowest_loss, row.rank))
         spread = ", spread" if best.spread_loss < best.loss else ""
-        lowest = min(best.loss, best.spread_loss)
-        said = f"lowest of {self.examples} examples: {lowest:.4f} at rank {best.rank}{spread}"
-        return "\n".join([*columns([head, *rows]), said])
+        lowest = (
+            f"lowest of {self.examples} examples: {best.lowest_loss:.4f} at rank "
+            f"{best.rank}{spread}"
+        )
+        return "\n".join([*table(lines), lowest])
 
 
 def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "ce") -> HeldOut:
@@ -82,20 +96,38 @@ def held_out(cap: Captured, adapter: Adapter, data: Table, loss: str | Loss = "c
     if not len(data):
         raise LoraFxError("the data has no example", "give some that were not trained on")
     module = insert(cap, adapter=adapter, dead="allow")
-    own = module.adapter()
-    highest = max((u.rank for u in own.lowrank.values()), default=0)
-    goal, said = objective(module, data, loss, False, BATCH)
+    trained = module.adapter()
+    highest = max((update.rank for update in trained.lowrank.values()), default=0)
+    goal, notes = objective(module, data, loss, False, BATCH)
 
-    def measured(some: Adapter) -> float:
-        module.load_adapter(some)
+    def loss_of(cut: Adapter) -> float:
+        module.load_adapter(cut)
         return goal.mean(data, BATCH)
 
     with module.base():
-        base = goal.mean(data, BATCH)
-    rows = [Cut(0, 0, 1.0, base, 1.0, base)]
-    for rank in [*(2**i for i in range(highest.bit_length()) if 2**i < highest), highest]:
-        cut = truncation(own, rank=rank)
-        spread = truncation(own, params=cut.parameters)
-        losses = measured(cut.adapter), measured(spread.adapter)
-        rows.append(Cut(rank, cut.parameters, cut.relative, losses[0], spread.relative, losses[1]))
-    return HeldOut(tuple(rows), len(data), tuple(said))
+        loss_of_base = goal.mean(data, BATCH)
+    rows = [Cut(0, 0, 1.0, loss_of_base, 1.0, loss_of_base)]
+    for rank in _ranks_to(highest):
+        cut = truncation(trained, rank=rank)
+        spread = truncation(trained, params=cut.parameters)
+        rows.append(
+            Cut(
+                rank,
+                cut.parameters,
+                cut.relative,
+                loss_of(cut.adapter),
+                spread.relative,
+                loss_of(spread.adapter),
+            )
+        )
+    return HeldOut(tuple(rows), len(data), tuple(notes))
+
+
+def _ranks_to(highest: int) -> list[int]:
+    """Powers of 2 below the highest rank, and that."""
+    ranks = []
+    rank = 1
+    while rank < highest:
+        ranks.append(rank)
+        rank *= 2
+    return [*ranks, highest]

@@ -10,12 +10,15 @@ same and a rank does not change its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from lora_fx.adapter.variant import matrix
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
@@ -24,9 +27,17 @@ from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.held_out import held_out as held_out
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import CaptureOptions, Selectors
-from lora_fx.targets.budget import METHODS, Budget, Calibration, Moments, TargetStatistics, allocate
+from lora_fx.targets.budget import (
+    METHODS,
+    Budget,
+    Calibration,
+    Method,
+    Moments,
+    TargetStatistics,
+    allocate,
+)
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
-from lora_fx.targets.target import Target, own_use
+from lora_fx.targets.target import Found, Target, own_use
 
 
 def plan(
@@ -68,41 +79,78 @@ def plan(
     """
     if method not in METHODS:
         raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
-    asked, way = Budget.of(budget), METHODS[method]
-    if loss is not None and not {"outputs", "gradient"} & set(way.wanted):
+    parsed_budget = Budget.of(budget)
+    rank_method = METHODS[method]
+    if loss is not None and not {"outputs", "gradient"} & set(rank_method.wanted):
         raise LoraFxError(
             f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
         )
     if not scale > 0:
         raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
-    if way.wanted and data is None:
+    if rank_method.wanted and data is None:
         raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
+
     cap = captured_of(model, CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic))
-    found = find(cap)
-    chosen = make_plan(found, named_tensors(cap.model)[0], rank=1, include=include, exclude=exclude)
+    targets = find(cap)
+    first_names, _ = named_tensors(cap.model)
+    chosen = make_plan(targets, first_names, rank=1, include=include, exclude=exclude)
     uses = {key: own_use(key) for key in chosen.entries}
-    costs = {key: asked.cost(found[key], use) for key, use in uses.items()}
-    most = {key: found[key].layout.max_rank for key in uses}
-    limit = asked.limit(found, costs, most)
-    seen = Calibration(dict.fromkeys(uses, Moments()))
-    unread: list[str] = []
-    if data is not None and not way.wanted:
-        unread.append(f"data decides nothing: method {method!r} reads none")
+    costs = {key: parsed_budget.cost(targets[key], use) for key, use in uses.items()}
+    highest = {key: targets[key].layout.max_rank for key in uses}
+    limit = parsed_budget.limit(targets, costs, highest)
+
+    notes: list[str] = []
+    calibration = Calibration(dict.fromkeys(uses, Moments()))
+    if data is not None and not rank_method.wanted:
+        notes.append(f"data decides nothing: method {method!r} reads none")
     elif data is not None:
-        seen = calibrate(cap, uses, data, loss or "ce", way.wanted)
-    graph, gains, notes = cap.fx_graph(), {}, [*unread, *seen.notes]
-    for key, target in ((k, found[k]) for k in uses if k not in seen.dead):
-
-        def weight(target: Target = target) -> Array:
-            return matrix(target, graph.read(target.parameter.name))
-
-        known = TargetStatistics(target.layout, costs[key], seen.moments[key], weight)
-        gains[key] = way.gains(known)
-        if gains[key] is None:
+        calibration = calibrate(cap, uses, data, loss or "ce", rank_method.wanted)
+    notes += calibration.notes
+    gains = _gains(cap, targets, rank_method, costs, calibration)
+    for key, gain in gains.items():
+        if gain is None:
             notes.append(f"{key}: {method} has nothing to read there; it gets uniform's rank")
     if not gains:
         raise LoraFxError("no gradient reaches any target", "look at the data and the loss")
-    ranks = allocate(gains, costs, most, limit)
-    each = {key: ranks.get(key, 0) for key in uses}  # a dead one has none
-    rows = tuple(Ranked(k, r, scale * r, costs[k]) for k, r in each.items())
-    return RankPlan(rows, method, budget, asked.unit, limit, name, seen.examples, tuple(notes))
+
+    ranks = allocate(gains, costs, highest, limit)
+    rows = []
+    for key in uses:
+        rank = ranks.get(key, 0)  # a dead target has none
+        rows.append(Ranked(key, rank, scale * rank, costs[key]))
+    return RankPlan(
+        tuple(rows),
+        method,
+        budget,
+        parsed_budget.unit,
+        limit,
+        name,
+        calibration.examples,
+        tuple(notes),
+    )
+
+
+def _gains(
+    cap: Captured,
+    targets: Found,
+    method: Method,
+    costs: Mapping[str, int],
+    calibration: Calibration,
+) -> dict[str, Array | None]:
+    """What each rank of a target is worth; None where the method has nothing to read."""
+    graph = cap.fx_graph()
+    gains = {}
+    for key, cost in costs.items():
+        if key in calibration.dead:
+            continue
+        target = targets[key]
+        statistics = TargetStatistics(
+            target.layout, cost, calibration.moments[key], partial(_weight, graph, target)
+        )
+        gains[key] = method.gains(statistics)
+    return gains
+
+
+def _weight(graph: FxGraph, target: Target) -> Array:
+    """The weight of a target as a matrix, read when it is asked for."""
+    return matrix(target, graph.read(target.parameter.name))
