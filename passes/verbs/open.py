@@ -45,9 +45,9 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
     model = unwrapped(model)
     if isinstance(model, Captured):
         options.refuse_for_captured()
-        return apart(
-            decoder(model, check=options.check) if options.cache else model, options.adapter
-        )
+        if options.cache:
+            model = decoder(model, check=options.check)
+        return apart(model, options.adapter)
     if isinstance(model, CapturedModule) and not options.with_branches:
         options.refuse_for_captured()
         return _under_branches(model, options)
@@ -90,11 +90,12 @@ def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured
 def _shares(module: CapturedModule) -> bool:
     """True where the frozen weights of a module are the captured model's own."""
     originals = dict(module.captured.model.named_parameters())
-    return all(
-        parameter.requires_grad or parameter.data_ptr() == originals[name].data_ptr()
-        for name, parameter in module.named_parameters()
-        if name in originals
-    )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad or name not in originals:
+            continue
+        if parameter.data_ptr() != originals[name].data_ptr():
+            return False
+    return True
 
 
 def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
@@ -125,7 +126,10 @@ def _of_loaded(loaded: LoadedModel, options: CaptureOptions) -> Captured:
 
 
 def _is_empty(inputs: object) -> bool:
-    return inputs is None or (isinstance(inputs, (tuple, list, Mapping)) and not inputs)
+    """Whether no inputs were given; an array is never empty."""
+    if isinstance(inputs, (tuple, list, Mapping)):
+        return not inputs
+    return inputs is None
 
 
 def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()) -> Captured:
@@ -133,7 +137,8 @@ def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()
     names: tuple[str, ...] = ()
     if options.adapter is not None and isinstance(model, nn.Module):
         names = lone_names(options.adapter, model)
-        model = untied(model, names) if names else model
+        if names:
+            model = untied(model, names)
 
     if options.cache:
         cap = decoder(model, repeat=options.repeat, check=options.check)
@@ -162,7 +167,9 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
     Raises:
         LoraFxError: There is such a name, and no source that could be captured again.
     """
-    names = lone_names(adapter, cap.model) if adapter else ()
+    if not adapter:
+        return cap
+    names = lone_names(adapter, cap.model)
     if not names:
         return cap
     if isinstance(cap, FileCaptured):
@@ -171,9 +178,9 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
             "whole tensor is for that name alone",
             "give the model itself, instead of a file of its graph",
         )
-    new = captured_again(cap, untied(user_module(cap), names))
-    new.notes += [*cap.notes, note_of_untied(names)]
-    return new
+    untied_cap = captured_again(cap, untied(user_module(cap), names))
+    untied_cap.notes += [*cap.notes, note_of_untied(names)]
+    return untied_cap
 
 
 def captured_again(cap: Captured, model: nn.Module) -> Captured:
