@@ -158,8 +158,7 @@ def _prove(
 def _calls(module: CapturedModule, paths: Paths) -> Iterator[Named]:
     """The calls of the checks: the sizes, the example where it is real, and every other path's."""
     example = module._in_own_dtype()
-    for size in SIZES:
-        yield module.sample(size)
+    yield from [module.sample(size) for size in SIZES]
     if is_real(example):
         yield example
     for named, _ in paths[1:]:
