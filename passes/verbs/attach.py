@@ -166,7 +166,7 @@ def _attached(
     cap, planner = _planned(model, source, example, options)
     start = start_of(model, cap, planner.found, options)
     lost = planner.lost(start.adapter.lowrank)
-    notes = _refuse_or_say(lost, planner, start, options)
+    notes = _notes_on_lost(lost, planner, start, options)
     updates = {key: update for key, update in start.adapter.lowrank.items() if key not in lost}
 
     state = Attachment(
@@ -182,7 +182,7 @@ def _attached(
     call = _call_of(model, cap, example)
     model.__dict__[REGISTRY] = state
     try:
-        updates = _proven(state, cap, call, updates, start, options)
+        updates = _prove(state, cap, call, updates, start, options)
         for line in state.weight_form():
             said(line)
         state.fill(updates)
@@ -215,15 +215,16 @@ def _planned(
         return None, _partial(model, call, options.dropout, e)
 
 
-def _refuse_or_say(
+def _notes_on_lost(
     lost: Mapping[str, str], planner: GraphPlanner, start: Start, options: InsertOptions
 ) -> list[str]:
     """A note on each target that is left out, since no form carries its update out.
 
     Args:
         lost: Target → why.
-        planner: Knows which of them are repeated: where sizes are free, as insert has them, such a
-            weight is no target. The default plan and `include` may leave these out.
+        planner: Tells which of these weights are another tensor, repeated for every row. Where
+            sizes are free, as insert has them, such a weight is no target: it may be left out,
+            unless an adapter brings it.
         start: All updates.
         options: With dead="drop" any target may be left out, but not all of them.
 
@@ -262,7 +263,7 @@ def _call_of(model: nn.Module, cap: Captured | None, example: CaptureOptions) ->
     return _Call(signature, named)
 
 
-def _proven(
+def _prove(
     state: Attachment,
     cap: Captured | None,
     call: _Call,
@@ -270,7 +271,7 @@ def _proven(
     start: Start,
     options: InsertOptions,
 ) -> Updates:
-    """Install random updates and compare; the updates that a gradient reaches are left installed.
+    """Attach random updates and compare; return the updates that a gradient reaches.
 
     Raises:
         LoraFxError: The live model differs from its graph; no gradient reaches a target.

@@ -264,6 +264,12 @@ class GraphPlanner(Planner):
                     f"exclude={target.key!r}, or adapt all its uses: include='re:{name}'",
                 )
 
+    def _module_of(self, site: Site) -> str | None:
+        """The first path of the module whose forward has a use; None in partial graphs."""
+        if self.graph is None:
+            return None
+        return self.path_of.get(site.scope)
+
     def _reach(self, path: str, homes: Collection[str], group: Sequence[Pair]) -> _Reach:
         """What a group of updates reaches of the uses in one module.
 
@@ -280,7 +286,7 @@ class GraphPlanner(Planner):
             inside = set()
             outside = set()
             for site in self.found[split_use(target.key)[0]].sites:
-                scope = self.path_of.get(site.scope) if self.graph is not None else None
+                scope = self._module_of(site)
                 is_reached = site in target.sites and applies(update.use, site)
                 if scope == path:
                     reach.sites.append(site)

@@ -112,7 +112,9 @@ def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> 
     if label and not argument and label not in signature.required:
         arguments.pop(label, None)
     output = module(**arguments)
-    return compute(output, columns.get(label)) if backward else None
+    if not backward:
+        return None
+    return compute(output, columns.get(label))
 
 
 def _mask(batch: Named) -> Tensor | None:
@@ -165,12 +167,14 @@ class _Statistics:
             x = self._rows(key, site, rows, out=False)
             if x is None or rows is None:
                 continue
-            power = x.sum(-1) if rows.one_hot else x.double().square().sum(-1).sum(-1)
-            self.sums[key].add("power", power.numpy(force=True), rows.count)
+            sums = self.sums[key]
+            sums.add("power", _power(x, rows).numpy(force=True), rows.count)
             if "inputs" in self.wanted:
-                moment = x if rows.one_hot else self._second_moment(key, x)
+                moment: Tensor | None = x  # of one-hot rows, x counts them
+                if not rows.one_hot:
+                    moment = self._second_moment(key, x)
                 if moment is not None:
-                    self.sums[key].add("inputs", moment.numpy(force=True), rows.count)
+                    sums.add("inputs", moment.numpy(force=True), rows.count)
 
     def add_gradients(self, run: Run, loss: Tensor, examples: int) -> None:
         """Add ∂L/∂W and dy of one batch."""
@@ -197,8 +201,10 @@ class _Statistics:
             rows = zero.rows(grad * examples)
             for key in zero.tap.keys:
                 dy = self._rows(key, zero.tap.site, rows, out=True)
-                moment = None if dy is None else self._second_moment(key, dy)
-                if moment is not None and rows is not None:
+                if dy is None or rows is None:
+                    continue
+                moment = self._second_moment(key, dy)
+                if moment is not None:
                     self.sums[key].add("outputs", moment.numpy(force=True), rows.count)
 
     def _count_reached(self, keys: Iterable[str], grad: Tensor | None) -> None:
@@ -258,6 +264,13 @@ class _Statistics:
             return None
         rows = rows.double() if side <= 1024 else rows.float()
         return rows.mT @ rows
+
+
+def _power(x: Tensor, rows: SiteRows) -> Tensor:
+    """Σ ‖x‖² over the rows, per matrix of a stack."""
+    if rows.one_hot:
+        return x.sum(-1)
+    return x.double().square().sum(-1).sum(-1)
 
 
 def _layout_and_start(site: Site, target: Target) -> tuple[Layout, tuple[int, ...]] | None:

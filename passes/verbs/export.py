@@ -21,7 +21,7 @@ from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.passes.verbs.export_files import named
+from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_onnx import export_onnx
 from lora_fx.passes.verbs.export_options import EXPORT_RULES, REWRITE_RULES, ExportOptions
 from lora_fx.passes.verbs.merge import is_onnx
@@ -226,7 +226,7 @@ def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
     if isinstance(adapters, Adapter):
         check_adapters({"the adapter": adapters}, options.mode)
     else:
-        check_adapters(named(adapters), options.mode)
+        check_adapters(named_adapters(adapters), options.mode)
 
 
 def _with_codes(

@@ -22,7 +22,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.proofs.reference import FileRerun, Reference, prove_rows
 from lora_fx.passes.proofs.row_ids import prove_ids
-from lora_fx.passes.verbs.export_files import check_shared, report_of, save_within
+from lora_fx.passes.verbs.export_files import refuse_unexchangeable, report_of, save_within
 from lora_fx.passes.verbs.export_options import ExportOptions
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_batch(
         LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
         NoEffectError: A row differs from its adapter alone; nothing is written.
     """
-    check_shared(adapters, "a file of one adapter a row")
+    refuse_unexchangeable(adapters, "a file of one adapter a row")
     model = graph.model
     nodes_of_base = _count_nodes(model)
     updates = {name: adapter.lowrank for name, adapter in adapters.items()}

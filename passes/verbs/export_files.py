@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def by_name(options: ExportOptions) -> dict[str, Adapter]:
+def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
     """The adapters of a file that holds several; raises where a file of one is in the way."""
     if options.mode == "batch":
-        return named(options.adapters)
+        return named_adapters(options.adapters)
 
     adapters: dict[str, Adapter] = {}
     if options.adapters:
         if isinstance(options.adapters, Adapter):
             adapters = {"adapter": options.adapters}
         else:
-            adapters = named(options.adapters)
-    beside(adapters, options)
+            adapters = named_adapters(options.adapters)
+    adapter_paths(adapters, options)  # raises before the model is captured
     return adapters
 
 
-def beside(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
+def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
     """Where the adapters of a switchable file go; raises where something is there."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
     for path in paths.values():
@@ -86,7 +86,7 @@ def report_of(
     return Report("export", True, tuple(parity), tuple(sizes), tuple(warnings), all_details)
 
 
-def check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
+def refuse_unexchangeable(adapters: Mapping[str, Adapter], what: str) -> None:
     """Raise for what cannot be chosen run by run, or row by row."""
     for name, adapter in adapters.items():
         check_plain(adapter, f"{name}: {what}")
@@ -98,7 +98,7 @@ def check_shared(adapters: Mapping[str, Adapter], what: str) -> None:
             )
 
 
-def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
+def named_adapters(adapters: ExportAdapters | None) -> dict[str, Adapter]:
     """Adapters by name, in the order of their ids."""
     if isinstance(adapters, Adapter):
         return {"adapter_1": adapters}

@@ -30,7 +30,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.proofs.reference import prove_merge, reference_of
 from lora_fx.passes.verbs.export_batch import write_batch
-from lora_fx.passes.verbs.export_files import by_name
+from lora_fx.passes.verbs.export_files import adapters_of
 from lora_fx.passes.verbs.export_optimised import optimise_file
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_switch import write_switch
@@ -57,7 +57,7 @@ def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
     if options.mode == "merged":
         return _merged_file(source, options)
 
-    adapters = by_name(options)
+    adapters = adapters_of(options)
     graph, renamed = named_graph(source)
     check_no_slots(graph.model, source)
     targets = find(graph)

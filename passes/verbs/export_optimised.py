@@ -30,7 +30,14 @@ def optimised(
     provider: str,
     stages: Mapping[str, Rewrite] | None = None,
 ) -> tuple[ir.Model, list[RewriteStage]]:
-    """The model after the stages, with its weights' own names and no traces, and their rows."""
+    """The model after the stages, with its weights' own names and no traces, and their rows.
+
+    Args:
+        model: The model.
+        feeds: The inputs that each stage is proven on.
+        provider: What runs it.
+        stages: The stages by name; all of them where None.
+    """
     rewritten, rows = apply_stages(model, feeds, stages, provider)
     give_own_names(rewritten, None, {})
     return rewritten, rows
@@ -58,8 +65,8 @@ def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report
     session = open_session(source, provider)
     feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
 
-    no_stages: dict[str, Rewrite] = {}
-    model, stages = optimised(original, feeds, provider, None if options.optimise else no_stages)
+    chosen_stages: dict[str, Rewrite] | None = None if options.optimise else {}
+    model, stages = optimised(original, feeds, provider, chosen_stages)
     mark_changed(model, values)
     notes = [session.note] if session.note else []
     if options.precision:

@@ -32,7 +32,7 @@ from lora_fx.passes.proofs.parity import (
 )
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_batch import write_batch
-from lora_fx.passes.verbs.export_files import by_name
+from lora_fx.passes.verbs.export_files import adapters_of
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.export_torch import folded_already, level_gate, translated
@@ -47,7 +47,7 @@ def export_slots(model: object, options: ExportOptions) -> Report:
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise folded_already()
     options = replace(options, adapters=own_adapters(model, options.adapters))
-    adapters = by_name(options)
+    adapters = adapters_of(options)
     captured = captured_of(model, options.capture_of_base())
     targets = find(captured)
     bound = {
@@ -67,7 +67,9 @@ def export_slots(model: object, options: ExportOptions) -> Report:
     graph, _, notes = base_of(reference, keys, options)
     notes += notes_of_base
     at_level(graph.model, options.accuracy_level)
-    return write_switch(graph, reference, keys, bound, options, notes, loose=loose, found=targets)
+    return write_switch(
+        graph, reference, keys, bound, options, notes, loose=loose, captured_targets=targets
+    )
 
 
 def _export_batch(
@@ -78,7 +80,10 @@ def _export_batch(
     keys: dict[str, None] = {}
     for adapter in adapters.values():
         for key in adapter.lowrank:
-            keys[split_region(key)[0] if split_use(key)[1] else key] = None
+            if split_use(key)[1]:
+                # the weight of one use is stored apart, and whole
+                key = split_region(key)[0]
+            keys[key] = None
     graph, keys_of, notes = base_of(reference, [*keys], options)
     sources = _sources(reference.base, graph, keys_of)
     batch_symbol(graph.model, *_without_batch(captured))

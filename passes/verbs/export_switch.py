@@ -29,7 +29,12 @@ from lora_fx.onnx.session import Session
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import FileRerun, Reference, Run
 from lora_fx.passes.switch import Switch
-from lora_fx.passes.verbs.export_files import beside, check_shared, report_of, save_within
+from lora_fx.passes.verbs.export_files import (
+    adapter_paths,
+    refuse_unexchangeable,
+    report_of,
+    save_within,
+)
 from lora_fx.passes.verbs.export_options import Companions, ExportOptions
 from lora_fx.targets.target import Found, Target, base_name, own_use, split_use
 from lora_fx.text import Json
@@ -51,7 +56,7 @@ def write_switch(
     warnings: Sequence[str],
     *,
     loose: bool = False,
-    found: Found | None = None,
+    captured_targets: Found | None = None,
 ) -> Report:
     """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
 
@@ -63,25 +68,26 @@ def write_switch(
         options: What export is asked for, in mode switch or load.
         warnings: To be reported with those found here.
         loose: Leave out keys that the graph has no target for, and say so.
-        found: The targets as adapters know them, where those are not the graph's.
+        captured_targets: The targets as adapters know them, where those are not the graph's.
 
     Raises:
         LoraFxError: A target that the graph has not; nothing is written.
         NoEffectError: The outputs differ, or a target changes nothing.
     """
-    adapter_paths = beside(adapters, options)
-    check_shared(adapters, "a switchable file")
-    warnings = [*warnings, *_replaced_files(adapter_paths, options)]
+    paths = adapter_paths(adapters, options)
+    refuse_unexchangeable(adapters, "a switchable file")
+    warnings = [*warnings, *_replaced_files(paths, options)]
 
-    exported = find(graph)
-    captured = exported if found is None else found
-    slots = _Slots.of(graph, keys, exported, captured)
+    exported_targets = find(graph)
+    if captured_targets is None:
+        captured_targets = exported_targets
+    slots = _Slots.of(graph, keys, exported_targets, captured_targets)
     if loose:
         slots, left_out = slots.without_missing()
         warnings += left_out
     copies = slots.copies_for_one_use(graph)
     rank = _rank_of_slots(adapters, options)
-    layouts = slots.layouts(captured)
+    layouts = slots.layouts(captured_targets)
 
     switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
     switch(graph)
@@ -101,10 +107,10 @@ def write_switch(
         session = Session(output.path, options.provider)
         file = _SwitchableFile(output.path, options, manifest, rank, session)
         parity = _prove(file, reference, layouts, adapters, warnings)
-        for name, path in adapter_paths.items():
+        for name, path in paths.items():
             with replacing(path, force=options.force, beside=output.beside) as temporary:
                 write_adapter(adapters[name], manifest, temporary)
-        output.adapters += adapter_paths.values()
+        output.adapters += paths.values()
         companions = options.also(output, manifest) if options.also else Companions()
 
     parity += companions.parity
@@ -121,15 +127,11 @@ def write_switch(
     return report_of(files, session.provider, parity, warnings, details)
 
 
-def _replaced_files(adapter_paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
-    """A line for each adapter's file that is there, and belongs to no earlier export of ours."""
+def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
+    """A line for each adapter's file that is replaced, where it is of no earlier export."""
     if options.target.exists():
         return []
-    return [
-        f"{path.name} of another file is replaced"
-        for path in adapter_paths.values()
-        if path.exists()
-    ]
+    return [f"{path.name} of another file is replaced" for path in paths.values() if path.exists()]
 
 
 @dataclass(frozen=True)

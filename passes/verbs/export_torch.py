@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import ORT_TOL, compare
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
@@ -15,7 +16,7 @@ from lora_fx.fx.module.module import CapturedModule, plain
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.onnx.names import mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, widen
-from lora_fx.passes.verbs.export_files import named
+from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters
@@ -44,7 +45,8 @@ def translated(
     at_level(model, level)
     mask_by_infinity(model)
     if options.precision != "bfloat16":
-        return model, [WIDENED] if widen(model) else []
+        was_widened = widen(model)
+        return model, [WIDENED] if was_widened else []
     if not in_bfloat16(model):
         raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
     return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
@@ -64,7 +66,9 @@ def quantised_base(
     """
     model = opened(model)
     export_adapters = own_adapters(model, options.adapters)
-    adapters = list(named(export_adapters).values()) if export_adapters else []
+    adapters: list[Adapter] = []
+    if export_adapters:
+        adapters += named_adapters(export_adapters).values()
     captured = captured_of(model, options.capture_of_base())
 
     trained_whole: set[str] = set()

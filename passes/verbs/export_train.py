@@ -122,7 +122,9 @@ def _one_adapter(options: ExportOptions) -> Adapter | None:
     adapters = options.adapters
     if adapters is None or isinstance(adapters, Adapter):
         return adapters
-    several = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+    if isinstance(adapters, Mapping):
+        adapters = list(adapters.values())
+    several = list(adapters)
     if len(several) > 1:
         raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
     return several[0] if several else None
@@ -132,7 +134,9 @@ def _inserted(model: object, adapter: Adapter | None, options: ExportOptions) ->
     """A model with the branches of an adapter, or with new ones."""
     captured = captured_of(model, options.capture_of_base())
     _refuse_base(captured.model)
-    keywords: dict[str, Any] = {"rank": options.rank} if options.rank else {}
+    keywords: dict[str, Any] = {}
+    if options.rank:
+        keywords["rank"] = options.rank
     if adapter is None:
         keywords["include"] = options.include
         keywords["exclude"] = options.exclude
@@ -220,7 +224,13 @@ class _Files:
             **of_train_alone,
         )
         report = write_switch(
-            graph, reference, keys, {}, of_forward, [*notes, *module.notes], found=targets
+            graph,
+            reference,
+            keys,
+            {},
+            of_forward,
+            [*notes, *module.notes],
+            captured_targets=targets,
         )
         details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
         step_first = sorted(report.outputs, key=lambda name: name != str(target))

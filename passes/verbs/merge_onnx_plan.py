@@ -188,7 +188,7 @@ def _matched(
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
     matched = [match(weighted.adapter, graph, targets, options.names) for weighted in adapters]
-    how = "cat" if options.how == "sum" else options.how
+    how = "cat" if options.how == "sum" else options.how  # the same sum
     if len(adapters) == 1 and how == "cat":
         return _at_its_weight(adapters[0], matched[0])
     if any(of_one.whole for of_one in matched):
