@@ -188,7 +188,7 @@ class GraphPlanner(Planner):
         return reasons
 
     def repeated(self, keys: Iterable[str]) -> set[str]:
-        """Those of some keys whose weight is another tensor, repeated."""
+        """The keys whose weight is another tensor, repeated for every row."""
         repeated: set[str] = set()
         if self.graph is None:
             return repeated
@@ -271,7 +271,7 @@ class GraphPlanner(Planner):
         return self.path_of.get(site.scope)
 
     def _reach(self, path: str, homes: Collection[str], group: Sequence[Pair]) -> _Reach:
-        """What a group of updates reaches of the uses in one module.
+        """Look which uses a group of updates reaches, in one module and outside it.
 
         Args:
             path: The module.
@@ -313,7 +313,7 @@ class GraphPlanner(Planner):
 
 @dataclass
 class _Reach:
-    """What the updates of a parameter reach, seen from one module that has it.
+    """The uses that the updates of a parameter reach, seen from one module that has it.
 
     Attributes:
         sites: The uses in the module.

@@ -46,7 +46,7 @@ from lora_fx.targets.target import Found, check_storable, own_use
 
 @dataclass(frozen=True)
 class Start:
-    """What a module with branches begins with.
+    """The start of a module with branches.
 
     Attributes:
         adapter: Its updates, and the metadata that it goes on with.
@@ -128,7 +128,7 @@ def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout:
 
 
 def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Calibration:
-    """What a start that reads data needs of it.
+    """The statistics of the data that a start reads.
 
     Raises:
         LoraFxError: There is no data, or no single graph to run it through.
@@ -154,7 +154,7 @@ def _reader_of_weights(
 
 
 def _notes_on_targets(found: Found, updates: Updates) -> list[str]:
-    """What find said of the targets that have updates."""
+    """The notes of find on the targets that have updates."""
     notes = []
     for key in updates:
         text = found[key].said

@@ -44,7 +44,7 @@ def calibrate(
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
-    """One pass over data.
+    """Run data through the model once, and sum up what its targets read and are told.
 
     Args:
         cap: The model.

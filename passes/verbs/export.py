@@ -178,7 +178,7 @@ def export_as(
     quantise: Wanted | None = None,
     genai: StrPath | None = None,
 ) -> Report:
-    """What `export` does, with its options as an object.
+    """Export as `export` does, with the options as an object.
 
     Args:
         model: As in export.

@@ -1,4 +1,4 @@
-"""What the files of export share: adapters by name, the sizes that hold for them, a report."""
+"""Shared by the files of all modes of export: adapters by name, the sizes that hold, a report."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def _write_and_compare(
 
 
 def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
-    """What has to be said of folded weights, and what their rounding lost."""
+    """Warnings of folded weights, and of what their rounding lost."""
     warnings = [*said_of_zeros(changes)]
     warnings += [change.said for change in changes if change.said]
     for change in changes:

@@ -1,4 +1,4 @@
-"""What an export is asked for: one frozen object, checked where it is made; its rules and modes."""
+"""The options of an export: one frozen object, checked where it is made; its rules and modes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Companions:
-    """What was proven and written beside a file over its data, and what has to be said."""
+    """Files that were proven and written beside a file, over its data; their parity and warnings."""
 
     parity: Sequence[Parity] = ()
     files: Sequence[Path] = ()
@@ -64,7 +64,7 @@ EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
         "in mode train, whose two files share the weights of a third",
     ),
 )  # fmt: skip
-"""Of every export, beside those of its mode, which ExportOptions knows."""
+"""The rules of every export, beside those of its mode, which ExportOptions knows."""
 
 
 REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
@@ -75,12 +75,12 @@ REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
         "leave it out; --optimise and --precision run the file, and lora-fx merge --run does",
     ),
 )
-"""Of an export of an .onnx file."""
+"""The rules of an export of an .onnx file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
+    """The options of `lora_fx.export`, which has the defaults, and says what the fields mean."""
 
     target: Path
     adapters: ExportAdapters | None

@@ -140,7 +140,7 @@ def _without_batch(captured: Captured) -> tuple[str, str]:
 def torch_reference(
     captured: Captured, options: ExportOptions, tol: float = ORT_TOL
 ) -> TorchReference:
-    """What a file has to equal, where adapters are the branches that insert adds."""
+    """The reference that a file has to equal: adapters are the branches that insert adds."""
 
     def branched(adapter: Adapter) -> CapturedModule:
         return insert(captured, adapter=adapter, dead="allow")

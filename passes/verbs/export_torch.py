@@ -1,4 +1,4 @@
-"""What every export of a model of torch begins with: its translation, its gate, its codes."""
+"""Shared by the exports of a model of torch: its translation, its gate, its quantised base."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Cut:
-    """What one rank is worth.
+    """The worth of one rank.
 
     Attributes:
         rank: The most that an update has; 0 is the model without low-rank updates.

@@ -40,7 +40,7 @@ from lora_fx.passes.verbs.options import (
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxInsertOptions(BranchOptions):
-    """What an insert into an .onnx file is asked for.
+    """The options of an insert into an .onnx file.
 
     Attributes:
         inputs: Arrays by input name for the check, instead of sampled ones.

@@ -175,7 +175,7 @@ def _report(
 
 
 def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
-    """What has to be said of the folded tensors."""
+    """Warnings of the folded tensors."""
     warnings = [change.said for change in fold.report if change.said]
     rounded_away = [(change.kept, change.parameter) for change in fold.report if change.kept < GAIN]
     if rounded_away:

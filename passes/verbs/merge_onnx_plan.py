@@ -25,7 +25,7 @@ from lora_fx.text import Json, StrPath, table
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxMergeOptions:
-    """What a merge into an .onnx file is asked for; an object that exists is in order.
+    """The options of a merge into an .onnx file; an object that exists is in order.
 
     Attributes:
         names: Adapter key → tensor of the file, where the names do not tell.
@@ -64,7 +64,7 @@ class OnnxMergeOptions:
 
     @classmethod
     def of(cls, options: Named) -> OnnxMergeOptions:
-        """Those of `merge` that an .onnx file has; raises where another is given.
+        """The options of `merge` that an .onnx file has; raises where another is given.
 
         Args:
             options: By name; None leaves one at its default.
@@ -92,7 +92,7 @@ class OnnxMergeOptions:
 RUN: NoSay[OnnxMergeOptions] = NoSay(
     ("inputs", "provider"), lambda o: not o.run, "without --run, which runs the file"
 )
-"""What only a run of the merged file has."""
+"""The options that only a run of the merged file has."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class OnnxMergePlan:
     merges: Sequence[Json]
 
     def rows(self) -> list[Json]:
-        """One a key: the tensor, its shape, rank and scale, and the bytes that are written."""
+        """A row a key: the tensor, its shape, rank and scale, and the bytes that are written."""
         rows: list[Json] = []
         for key, update in self.matched.updates.items():
             parameter = self.targets[key].parameter

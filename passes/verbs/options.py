@@ -1,4 +1,4 @@
-"""What a verb is asked for: one frozen object, made and checked in the verb's first line.
+"""The options of a verb: one frozen object, made and checked in the verb's first line.
 
 The fields are the arguments of the public functions, which say what they mean. An object that
 exists is in order: whatever the options alone show to be wrong was refused when it was made.
@@ -130,12 +130,12 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
     NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
 )
-"""Of an insert into a graph of either IR."""
+"""The rules of an insert into a graph of either IR."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchOptions:
-    """What an insert into a graph of either IR is asked for; see `lora_fx.insert`."""
+    """The options of an insert into a graph of either IR; see `lora_fx.insert`."""
 
     rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
     """When an option has no say."""
@@ -244,12 +244,12 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or --init lora-ga",
     ),
 )  # fmt: skip
-"""Of an insert of a model of torch, beside those of any insert."""
+"""The rules of an insert into a model of torch, beside those of any insert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertOptions(BranchOptions):
-    """What `lora_fx.insert` and `lora_fx.attach` are asked for; attach has no `fast`."""
+    """The options of `lora_fx.insert` and `lora_fx.attach`; attach has no `fast`."""
 
     rules = (*INSERT_RULES, *BRANCH_RULES)
     also_train: Selectors = None

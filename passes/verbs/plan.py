@@ -137,7 +137,7 @@ def _gains(
     costs: Mapping[str, int],
     calibration: Calibration,
 ) -> dict[str, Array | None]:
-    """What each rank of a target is worth; None where the method has nothing to read."""
+    """The gain of each rank, by target; None where the method has nothing to read."""
     graph = cap.fx_graph()
     gains = {}
     for key, cost in costs.items():

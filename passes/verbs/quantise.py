@@ -25,7 +25,7 @@ Wanted = str | Sequence[str] | Mapping[str, Selectors]
 
 
 def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
-    """The same capture over another tree, which holds codes for some weights.
+    """Copy a capture over another tree, which holds codes for some weights.
 
     Args:
         cap: The capture; neither it nor its model is changed.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a verify compares.
+    """The kind of a comparison.
 
     Attributes:
         fits: Whether an adapter fits a model; nothing is run then.
