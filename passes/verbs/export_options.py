@@ -51,7 +51,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class Companions:
-    """Files that were proven and written beside a file, over its data; their parity and warnings."""
+    """Files that were proven and written beside a file, over its data; their parity and notes."""
 
     parity: Sequence[Parity] = ()
     files: Sequence[Path] = ()
