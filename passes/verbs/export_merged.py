@@ -51,7 +51,7 @@ from lora_fx.text import Json
 
 
 def export_merged(model: object, options: ExportOptions) -> Report:
-    """See lora_fx.passes.verbs.export."""
+    """Export in mode merged; see lora_fx.passes.verbs.export."""
     branched = _branched(model, options)
     with as_it_was(branched):
         return _write(branched, options)

@@ -42,7 +42,7 @@ from lora_fx.text import free_name, some
 
 
 def export_slots(model: object, options: ExportOptions) -> Report:
-    """See lora_fx.passes.verbs.export."""
+    """Export in mode switch, load or batch; see lora_fx.passes.verbs.export."""
     model = opened(model)
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise folded_already()

@@ -69,7 +69,7 @@ MOST_INSIDE = 1 << 20
 
 
 def export_step(model: object, options: ExportOptions) -> Report:
-    """See lora_fx.passes.verbs.export.
+    """Export in mode train; see lora_fx.passes.verbs.export.
 
     Raises:
         LoraFxError: A base or an update that no step is made for, an operator without a gradient.

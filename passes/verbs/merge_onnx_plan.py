@@ -166,7 +166,7 @@ class OnnxMergePlan:
 
 @blaming
 def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> OnnxMergePlan:
-    """See lora_fx.passes.verbs.merge.
+    """Plan a merge into an .onnx file; see lora_fx.passes.verbs.merge.
 
     Raises:
         LoraFxError: Every reason not to merge that the files give.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOptions) -> Report:
-    """Outputs of a against those of b, with an adapter's branches where one is given.
+    """Compare the outputs of a with those of b, with an adapter's branches where one is given.
 
     Raises:
         LoraFxError: Inputs of other names, an adapter that does not fit b.

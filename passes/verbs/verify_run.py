@@ -40,7 +40,7 @@ class RunOptions:
 
 
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
-    """See `lora_fx.verify`."""
+    """Run two models on the same inputs, or fit an adapter to one; see `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
     from lora_fx.passes.proofs.recorded import prove_as_it_is
