@@ -67,21 +67,13 @@ def merge_into_file(
         _check_delta(source, target, has_data_file, options.places)
 
     graph = plan.graph
-    model = graph.model
-    whole_tensors = plan.matched.whole
     before = {name: graph.reader(name) for name in graph.flow.stores}
     unfolded = graph.clone() if options.run else graph
-    fold = Fold(plan.matched.updates, lazy=True)
-    fold(graph)
-    for name, value in whole_tensors.items():
-        graph.store(name, value)
-    this_merge = {"format": 1, "adapters": [adapter.record() for adapter in plan.adapters]}
-    model.metadata_props[METADATA] = json.dumps([*plan.merges, this_merge])
-
+    fold = _fold_into_graph(plan)
     with output(target, force=options.force, places=options.places) as file:
         external_over = 0 if has_data_file else options.external_over
-        file.save(model, external_over, delta=options.delta)
-        changed = {*fold.applied.values(), *whole_tensors}
+        file.save(graph.model, external_over, delta=options.delta)
+        changed = {*fold.applied.values(), *plan.matched.whole}
         written = prove_merge(file.seen, target, before, changed, plan.targets, plan.matched, fold)
         _refuse_unchanged(target, written, before, changed)
         parity: list[Parity] = []
@@ -89,8 +81,23 @@ def merge_into_file(
         if options.run:
             parity = _run_beside_base(source, unfolded, file.seen, plan.matched, options)
         else:
-            notes += _load(source, file.seen, weight_bytes(model))
+            notes += _load(source, file.seen, weight_bytes(graph.model))
     return _report(file.files, fold, plan, notes, parity)
+
+
+def _fold_into_graph(plan: OnnxMergePlan) -> Fold:
+    """Fold the updates, replace whole tensors, and note the merge in the metadata.
+
+    The values of folded tensors are computed while they are written.
+    """
+    graph = plan.graph
+    fold = Fold(plan.matched.updates, lazy=True)
+    fold(graph)
+    for name, value in plan.matched.whole.items():
+        graph.store(name, value)
+    this_merge = {"format": 1, "adapters": [adapter.record() for adapter in plan.adapters]}
+    graph.model.metadata_props[METADATA] = json.dumps([*plan.merges, this_merge])
+    return fold
 
 
 def _refuse_unchanged(
