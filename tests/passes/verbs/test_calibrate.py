@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import SiteRows, Watched, part
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.ir.graph import Site
-from lora_fx.passes.verbs.calibrate import _Statistics, _layout_and_start, calibrate
+from lora_fx.passes.verbs.calibrate import _layout_and_start, _Statistics, calibrate
 from lora_fx.passes.verbs.open import capture
 from tests.table import ROWS, Model, Row, example
 
