@@ -167,7 +167,9 @@ def _attached(
     start = start_of(model, cap, planner.found, options)
     lost = planner.lost(start.adapter.lowrank)
     notes = _notes_on_lost(lost, planner, start, options)
-    updates = {key: update for key, update in start.adapter.lowrank.items() if key not in lost}
+    updates: Updates = {
+        key: update for key, update in start.adapter.lowrank.items() if key not in lost
+    }
 
     state = Attachment(
         model,

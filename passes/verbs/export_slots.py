@@ -218,10 +218,10 @@ def _sources(
     """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
     torch_graph = base.graph(False)
     coded = forms(base)
-    parameters = {}
-    for parameter in torch_graph.parameters():
-        for name in parameter.names:
-            parameters[name] = parameter
+    by_any_name = {}
+    for parameter_of_torch in torch_graph.parameters():
+        for name in parameter_of_torch.names:
+            by_any_name[name] = parameter_of_torch
 
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
@@ -230,7 +230,7 @@ def _sources(
             name = names_apart.pop()
             result[stored.name] = (name, StoredWeight(stored.shape, keys=keys_of[name]))
             continue
-        parameter = parameters.get(stored.name)
+        parameter = by_any_name.get(stored.name)
         if parameter is None or len(parameter.shape) < 2:
             continue
         if parameter.format:

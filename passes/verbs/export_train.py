@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -122,9 +122,11 @@ def _one_adapter(options: ExportOptions) -> Adapter | None:
     adapters = options.adapters
     if adapters is None or isinstance(adapters, Adapter):
         return adapters
+    several: Sequence[Adapter]
     if isinstance(adapters, Mapping):
-        adapters = list(adapters.values())
-    several = list(adapters)
+        several = list(cast(Mapping[str, Adapter], adapters).values())
+    else:
+        several = adapters
     if len(several) > 1:
         raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
     return several[0] if several else None
@@ -274,7 +276,7 @@ class _Files:
         quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
         graph = train_graph(self.module, self.named, self.labels.loss, quick, unit=True)
         _refuse_taken_names(graph)
-        model = step_of(
+        model: ir.Model = step_of(
             graph,
             slots,
             self.update,

@@ -60,7 +60,8 @@ class HeldOut:
 
     def __str__(self) -> str:
         """The report for people."""
-        lines = [("rank", "elements", "error", "loss", "error, spread", "loss, spread")]
+        head = ("rank", "elements", "error", "loss", "error, spread", "loss, spread")
+        lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             lines.append(
                 (
