@@ -78,21 +78,16 @@ def write_switch(
     refuse_unexchangeable(adapters, "a switchable file")
     warnings = [*warnings, *_replaced_files(paths, options)]
 
-    exported_targets = find(graph)
     if captured_targets is None:
-        captured_targets = exported_targets
-    slots = _Slots.of(graph, keys, exported_targets, captured_targets)
+        captured_targets = find(graph)
+    slots = _Slots.of(graph, keys, captured_targets)
     if loose:
         slots, left_out = slots.without_missing()
         warnings += left_out
     copies = slots.copies_for_one_use(graph)
     rank = _rank_of_slots(adapters, options)
     layouts = slots.layouts(captured_targets)
-
-    switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
-    switch(graph)
-    join_copies(graph.model, copies)
-    manifest = switch.made[0]
+    manifest = _make_switchable(graph, slots, copies, rank, layouts)
 
     with options.output() as output:
         replaced_by_session = _tensor_names(manifest) if options.mode == "load" else ()
@@ -127,6 +122,20 @@ def write_switch(
     return report_of(files, session.provider, parity, warnings, details)
 
 
+def _make_switchable(
+    graph: OnnxGraph,
+    slots: _Slots,
+    copies: Sequence[str],
+    rank: int,
+    layouts: Mapping[str, Layout],
+) -> Manifest:
+    """Give the graph its slots; returns the manifest that is in its metadata."""
+    switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
+    switch(graph)
+    join_copies(graph.model, copies)
+    return switch.made[0]
+
+
 def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
     """A line for each adapter's file that is replaced, where it is of no earlier export."""
     if options.target.exists():
@@ -150,8 +159,9 @@ class _Slots:
     stored_apart: Sequence[Target]
 
     @classmethod
-    def of(cls, graph: OnnxGraph, keys: Sequence[str], exported: Found, captured: Found) -> _Slots:
+    def of(cls, graph: OnnxGraph, keys: Sequence[str], captured: Found) -> _Slots:
         """Look the keys up in the exported graph, and those it lost in the capture."""
+        exported = find(graph)
         targets: dict[str, Target] = {}
         stored_apart: list[Target] = []
         for key in keys:

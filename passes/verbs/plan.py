@@ -80,16 +80,9 @@ def plan(
     if method not in METHODS:
         raise LoraFxError(f"no method {method!r}", f"the methods are {', '.join(METHODS)}")
     parsed_budget = Budget.of(budget)
-    rank_method = METHODS[method]
-    if loss is not None and not {"outputs", "gradient"} & set(rank_method.wanted):
-        raise LoraFxError(
-            f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
-        )
-    if not scale > 0:
-        raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
-    if rank_method.wanted and data is None:
-        raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
+    _check_options(method, loss, scale, has_data=data is not None)
 
+    rank_method = METHODS[method]
     cap = captured_of(model, CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic))
     targets = find(cap)
     first_names, _ = named_tensors(cap.model)
@@ -128,6 +121,19 @@ def plan(
         calibration.examples,
         tuple(notes),
     )
+
+
+def _check_options(method: str, loss: str | Loss | None, scale: float, *, has_data: bool) -> None:
+    """Raise for a loss that a method does not read, a scale of 0, and missing data."""
+    statistics = METHODS[method].wanted
+    if loss is not None and not {"outputs", "gradient"} & set(statistics):
+        raise LoraFxError(
+            f"loss has no say for method {method!r}, which reads no gradient", "leave it out"
+        )
+    if not scale > 0:
+        raise LoraFxError(f"scale {scale!r} is not above 0", "2 is the default")
+    if statistics and not has_data:
+        raise LoraFxError(f"method {method!r} reads data, and there is none", "--data FILE")
 
 
 def _gains(
