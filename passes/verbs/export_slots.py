@@ -219,9 +219,9 @@ def _sources(
     torch_graph = base.graph(False)
     coded = forms(base)
     by_any_name = {}
-    for parameter_of_torch in torch_graph.parameters():
-        for name in parameter_of_torch.names:
-            by_any_name[name] = parameter_of_torch
+    for torch_parameter in torch_graph.parameters():
+        for name in torch_parameter.names:
+            by_any_name[name] = torch_parameter
 
     result: dict[str, tuple[str, StoredWeight]] = {}
     for stored in graph.parameters():
