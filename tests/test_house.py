@@ -44,8 +44,9 @@ ORDER = (
     ("lora_fx.cli",),
 )
 LAZY = {
-    ("lora_fx.onnx.session", "lora_fx.formats.io"),
-    ("lora_fx.onnx.session", "lora_fx.formats.registry"),
+    ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
     ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
@@ -62,7 +63,7 @@ PRIVATE = {
     "dynamo": "lora_fx.fx.dynamo",
     ".pt2 files": "lora_fx.fx.pt2.serialised",
     "torch's ONNX exporter": "lora_fx.fx.onnx_exporter",
-    "onnxscript's rules": "lora_fx.onnx.rewriter",
+    "onnxscript's rules": "lora_fx.onnx.onnxscript_rules",
 }
 """Area → the one file that reads private modules of torch or onnxscript for it."""
 DOCUMENTED = {"torch._check"}
@@ -414,7 +415,7 @@ def test_public_names() -> None:
 
 
 def _commands() -> set[str]:
-    from lora_fx.cli.common import COMMANDS
+    from lora_fx.cli.group import COMMANDS
 
     return set(COMMANDS)
 
@@ -458,6 +459,7 @@ NODES = {
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 55_000,
     "lora_fx.onnx.graph": 18_000,
+    "lora_fx.onnx.rewrites": 4_000,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 25_000,
     "lora_fx.passes.verbs": 43_000,

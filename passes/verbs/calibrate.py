@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.variant import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
@@ -91,7 +92,7 @@ def calibrate(
 
 def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
     """The loss of a batch; None where no loss is needed."""
-    signature = module.captured.signature
+    signature = execution_of(module).captured.signature
     device = next((parameter.device for parameter in module.parameters()), None)
     columns = {name: _tensor(value).to(device) for name, value in batch.items()}
     no_arguments = [

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.dtypes import Array
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.tensors import from_numpy, to_numpy
@@ -26,7 +27,8 @@ class DrawnLabels:
 
     def __init__(self, module: AdaptedModule, loss: str | Loss | None) -> None:
         self.module = module
-        keywords = module.captured.signature.keywords
+        self.execution = execution_of(module)
+        keywords = self.execution.captured.signature.keywords
         self.loss = loss_function(loss or "ce", "labels", lambda name: name in keywords)
         self.of_function = callable(loss)
         self.fractions = False
@@ -39,7 +41,7 @@ class DrawnLabels:
             return False
         self.module.eval()
         with torch.no_grad():
-            output = self.module._run_named(self.module.captured.named)
+            output = self.execution.run(self.execution.captured.named)
             scores = scores_of(output)
             for fractions in (False, True):
                 self.fractions = fractions
@@ -52,7 +54,7 @@ class DrawnLabels:
     def labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
         argument = self.loss[1]
-        signature = self.module.captured.signature
+        signature = self.execution.captured.signature
         # where the example has labels, theirs are shape and dtype
         example: Any = named.get(argument)
         named = {name: value for name, value in named.items() if name != argument}
@@ -61,7 +63,7 @@ class DrawnLabels:
             to_run = {**named, argument: torch.zeros_like(example)}
         self.module.eval()
         with torch.no_grad():
-            scores = scores_of(self.module._run_named(to_run)).detach()
+            scores = scores_of(self.execution.run(to_run)).detach()
         labels = self._drawn(scores, example)
         if argument:
             named = signature.bind((), {**named, argument: labels})

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import as_it_was
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, plain
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.tensors import (
     named_tensors,
     parameter_of,
@@ -26,11 +29,13 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.fx.to_onnx import OPSET
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import copies_of, mark_changed
-from lora_fx.onnx.precision import GATES, narrow, unround
-from lora_fx.onnx.save import Output
+from lora_fx.onnx.names import mark_changed
+from lora_fx.onnx.tensor_copies import copies_of
+from lora_fx.onnx.precision import GATES, narrow
+from lora_fx.onnx.bfloat16 import unround
+from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.session import RuntimeSession, open_session
-from lora_fx.onnx.stages import RewriteStage
+from lora_fx.onnx.optimise import RewriteStage
 from lora_fx.passes.fold import Folded, said_of_zeros
 from lora_fx.passes.proofs.parity import (
     feeds_of,
@@ -84,7 +89,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
 
 def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
-    warnings: list[str] = [str(pinned) for pinned in branched.captured.pinned]
+    warnings: list[str] = [str(pinned) for pinned in execution_of(branched).captured.pinned]
     folded, parity = _folded(branched, options, warnings)
     translation = _translate(folded, options)
     warnings += translation.warnings
@@ -107,7 +112,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
         "mode": "merged",
         "nodes": sum(1 for _ in written.model.graph.all_nodes()),
         "grown_bytes": sum(change.grew for change in changes),
-        **rows_of(branched.captured),
+        **rows_of(execution_of(branched).captured),
     }
     if options.optimise:
         details["stages"] = [stage.to_json() for stage in written.stages]
@@ -122,7 +127,7 @@ def _folded(
     if not isinstance(branched, AdaptedModule):
         return branched, []
     folded = fold(branched)
-    if not branched.changes_anything():
+    if not insertion_of(branched).changes_anything():
         warnings.append("the adapter changes nothing: every update is zero")
     parity = prove(
         torch_run(folded),
@@ -181,7 +186,7 @@ def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Call
     result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
     if isinstance(options.adapters, Adapter):
         # the module holds whole tensors in its own dtype, and the adapter as they were trained
-        captured = folded.captured
+        captured = execution_of(folded).captured
         bound = bind(with_base(options.adapters, captured.model), find(captured))
         for name, full in bound.full.items():
             result[name] = partial(np.asarray, full.value)

@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import scratch_folder
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.manifest import check_no_slots
@@ -166,7 +166,7 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     with options.output() as output:
         output.save(graph.model, 0 if is_external(source) else options.external_over)
         no_updates = Matched({}, {})
-        prove_merge(output.seen, options.target, before, set(), find(graph), no_updates, Fold({}))
+        prove_merge(output.loadable, options.target, before, set(), find(graph), no_updates, Fold({}))
     note = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

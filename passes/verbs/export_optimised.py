@@ -1,6 +1,6 @@
 """optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
 
-The stages are lora_fx.onnx.stages.STAGES; a file's inputs come from its signature.
+The stages are lora_fx.onnx.optimise.STAGES; a file's inputs come from its signature.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
 from lora_fx.onnx.precision import narrow
-from lora_fx.onnx.session import feeds_of_sizes, open_session, signature
-from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.signature import feeds_of_sizes, signature
+from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.export_options import ExportOptions
 

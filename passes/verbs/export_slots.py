@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import ORT_TOL, Report
 from lora_fx.fx.capture.capture import Captured
@@ -23,7 +24,7 @@ from lora_fx.fx.tensors import (
     with_base,
 )
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.precision import at_level
 from lora_fx.passes.batch import StoredWeight
@@ -165,7 +166,7 @@ def base_of(
     if stored_apart:
         model, _ = translated(reference.base, options, apart=stored_apart)
         graph = OnnxGraph(model)
-    pinned = map(str, reference.base.captured.pinned)
+    pinned = map(str, execution_of(reference.base).captured.pinned)
     return graph, keys_of, [*pinned, *notes]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import ORT_TOL, Report, demand, rel
@@ -25,8 +26,8 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import alike, as_it_was
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
@@ -38,15 +39,12 @@ from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
-from lora_fx.onnx.manifest import (
-    PROPERTY,
-    Manifest,
-    guard_within,
-    row_of,
-    say_within,
-    write_adapter,
-)
-from lora_fx.onnx.save import Output, save_beside
+from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.update_row import row_of
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.save import save_beside
+from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
@@ -162,7 +160,7 @@ def _refuse_module(module: AdaptedModule) -> None:
                 "step",
                 "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
             )
-    if module.norm_stats != "frozen":
+    if execution_of(module).norm_stats != "frozen":
         raise LoraFxError("a step keeps running statistics as they are", "norm_stats='frozen'")
 
 
@@ -187,6 +185,7 @@ class _Files:
 
     def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
         self.module = module
+        self.execution = execution_of(module)
         self.options = options
         of_update = {}
         for name in ("optimizer", "weight_decay", "clip"):
@@ -195,7 +194,7 @@ class _Files:
                 of_update[name] = value
         self.update = Update(**of_update)
         self.labels = DrawnLabels(module, options.loss)
-        self.named = self.labels.labelled(module.captured.named)[0]
+        self.named = self.labels.labelled(self.execution.captured.named)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
 
@@ -209,8 +208,9 @@ class _Files:
         for path in (target, switch, start):
             check_output(path, force=options.force)
 
-        targets = find(module.captured)
-        reference = torch_reference(module.captured, options)
+        captured = self.execution.captured
+        targets = find(captured)
+        reference = torch_reference(captured, options)
         keys = list(bind(self.adapter, targets).lowrank)
         graph, _, notes = base_of(reference, keys, options)
         of_train_alone: dict[str, Any] = dict.fromkeys(
@@ -298,7 +298,7 @@ class _Files:
         """
         for size in SIZES:
             with contextlib.suppress(SizeError):  # a batch norm trains on no single row
-                self._settle_at(graph, self.module.sample(size))
+                self._settle_at(graph, self.execution.sample(size))
 
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
         """Drop the conditions that a sample breaks, where another graph has the same loss."""

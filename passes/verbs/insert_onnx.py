@@ -3,7 +3,8 @@
 A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 is proven, and that a B other than zero moves the outputs, target by target. A and B are
 initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs;
-`lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.manifest` reads them back.
+`lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.inserted_branches` reads them
+back.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.manifest import PROPERTY, check_no_slots, listed
+from lora_fx.onnx.manifest import PROPERTY, check_no_slots
+from lora_fx.onnx.inserted_branches import branches_as_json
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, output
+from lora_fx.onnx.save import EXTERNAL_OVER
+from lora_fx.onnx.output_file import output
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
@@ -107,7 +110,7 @@ def insert_into_file(
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
         metadata = reading(targets, updates, {})
-        rewritten.model.metadata_props[PROPERTY] = listed(updates, metadata)
+        rewritten.model.metadata_props[PROPERTY] = branches_as_json(updates, metadata)
         rewritten.lint()
 
         with output(target, force=options.force) as file:

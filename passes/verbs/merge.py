@@ -18,7 +18,7 @@ from lora_fx.errors import (
 from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remembering
 from lora_fx.inputs import Named
-from lora_fx.onnx.save import Place
+from lora_fx.onnx.place import Place
 from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from lora_fx.spellings import under_either_name
 from lora_fx.text import StrPath

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.capture.capture import alike
-from lora_fx.fx.module.module import CapturedModule, FoldedModule
+from lora_fx.fx.capture.unchanged import alike
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.folded import FoldedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves
@@ -75,12 +77,13 @@ def save_program(
 
 def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
     """The modes that get programs, eval first, by whether they are training; and notes."""
-    module.captured.allows(False, module._norm_stats)
+    execution = execution_of(module)
+    execution.captured.allows(False, execution.norm_stats)
     notes = [*prove_as_it_is(module)]
     if isinstance(module, FoldedModule):
         return [False], [*notes, "a folded model has no train program"]
     try:
-        module.captured.allows(True, module._norm_stats)
+        execution.captured.allows(True, execution.norm_stats)
     except LoraFxError as e:
         return [False], [*notes, f"no train program is written: {e.message}"]
     return [False, True], notes
@@ -89,11 +92,12 @@ def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
 def _paths(module: CapturedModule, training: bool) -> Paths:
     """The paths of a mode that the module runs: what is written is proven."""
     module.train(training)
-    first, *further = module.captured.paths(training, module.base_dtype)
+    execution = execution_of(module)
+    first, *further = execution.captured.paths(training, execution.base_dtype)
     paths = [first]
     for named, traced in further:
         with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
-            module.flat(module._in_own_dtype(named))
+            execution.flat(execution.in_own_dtype(named))
             paths.append((named, traced))
     return paths
 
@@ -138,11 +142,11 @@ def _prove(
     count = 0
     for named in _calls(module, paths):
         try:
-            expected = module.flat(named)
+            expected = execution_of(module).flat(named)
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         try:
-            outputs = loaded.flat(named)
+            outputs = execution_of(loaded).flat(named)
         except SizeError:
             continue  # the file says so by name; the module captures another path there
         count += 1
@@ -157,12 +161,13 @@ def _prove(
 
 def _calls(module: CapturedModule, paths: Paths) -> Iterator[Named]:
     """The calls of the checks: the sizes, the example where it is real, and every other path's."""
-    example = module._in_own_dtype()
-    yield from [module.sample(size) for size in SIZES]
+    execution = execution_of(module)
+    example = execution.in_own_dtype()
+    yield from [execution.sample(size) for size in SIZES]
     if is_real(example):
         yield example
     for named, _ in paths[1:]:
-        yield module._in_own_dtype(named)
+        yield execution.in_own_dtype(named)
 
 
 def _prove_by_torch(loaded: nn.Module, named: Named, expected: Mapping[str, Array]) -> None:

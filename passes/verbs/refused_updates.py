@@ -88,13 +88,14 @@ def check_rows(adapter: Adapter, name: str) -> None:
 
 def _without_rows(entry: LowRank) -> str:
     """The kind of an update's weight, where mode batch has no form for it; empty where it has."""
-    if entry.op.startswith("conv_transpose"):
+    op = entry.origin.op
+    if op.startswith("conv_transpose"):
         return "a transposed convolution"
-    if entry.op.startswith(RECURRENT):
+    if op.startswith(RECURRENT):
         return "a recurrent layer"
     if entry.a.ndim <= 2:
         return ""
-    if entry.op.startswith("conv"):
+    if op.startswith("conv"):
         return "a grouped convolution"
     return "a stack of matrices"
 
