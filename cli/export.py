@@ -134,7 +134,9 @@ def command(
     from lora_fx.onnx.save import EXTERNAL_OVER
     from lora_fx.onnx.triton import repository_of
     from lora_fx.passes.verbs.export import export_as, refuse_genai
-    from lora_fx.passes.verbs.options import CaptureOptions, ExportOptions, check_adapters
+    from lora_fx.passes.verbs.export_options import ExportOptions
+    from lora_fx.passes.verbs.options import CaptureOptions
+    from lora_fx.passes.verbs.refused_updates import check_adapters
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx", "-o model.onnx")

@@ -145,7 +145,7 @@ def _onnx(
     model: str, output: str, targets: TargetOptions, capture: ModelOptions, *, force: bool
 ) -> None:
     """Insert branches into an .onnx file."""
-    from lora_fx.passes.verbs.adapt import OnnxInsertOptions, insert_into_file
+    from lora_fx.passes.verbs.insert_onnx import OnnxInsertOptions, insert_into_file
 
     if not output.endswith(".onnx"):
         raise LoraFxError(f"{output} does not end in .onnx, and {model} does", "-o OUT.onnx")

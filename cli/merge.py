@@ -144,13 +144,9 @@ def _merge_onnx(
 ) -> None:
     """Merge into an .onnx file, or print its plan."""
     from lora_fx.onnx.match import read_map
-    from lora_fx.passes.verbs.merge import (
-        OnnxMergeOptions,
-        lines,
-        merge_into_file,
-        plan_onnx,
-        refuse_other_kind,
-    )
+    from lora_fx.passes.verbs.merge import refuse_other_kind
+    from lora_fx.passes.verbs.merge_onnx import lines, merge_into_file
+    from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, plan_onnx
 
     weighted = [split_weight(text) for text in adapters]
     names = read_map(written.names_file())

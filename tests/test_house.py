@@ -462,7 +462,7 @@ NODES = {
     "lora_fx.onnx.rewrites": 4_000,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 25_000,
-    "lora_fx.passes.verbs": 39_000,
+    "lora_fx.passes.verbs": 43_000,
     "lora_fx.report": 9_000,
     "lora_fx.targets": 14_000,
 }

@@ -112,7 +112,7 @@ def test_what_python_is_told_are_its_own_names() -> None:
     from lora_fx.checkpoint.merge import merge as of_files
     from lora_fx.formats.io import load_adapter
     from lora_fx.fx.train.loop import fit
-    from lora_fx.passes.verbs.merge import OnnxMergeOptions
+    from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions
 
     verbs: list[Callable[..., Any]] = [
         lora_fx.capture, lora_fx.insert, lora_fx.export, lora_fx.extract, lora_fx.save_adapter,

@@ -1,53 +1,36 @@
-"""find, insert and fold, of a model of torch or of an .onnx file: capture and passes composed."""
+"""find, insert and fold, of a model of torch: capture and passes composed."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_fx.adapter.adapter import Adapter, bind, reading
-from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial, slots_of
-from lora_fx.compare import Report, demand
-from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
-from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.root_module import unwrapped
-from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
-from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.adapter.adapter import bind
+from lora_fx.adapter.variant import Init, VariantName
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx.capture.root_module import unwrapped
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.folded import FoldedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.ir.graph import Role
-from lora_fx.onnx.inserted_branches import branches_as_json
-from lora_fx.onnx.manifest import PROPERTY, check_no_slots
-from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.output_file import output
-from lora_fx.onnx.save import EXTERNAL_OVER
-from lora_fx.onnx.session import open_session
-from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.recorded import prove_as_it_is
-from lora_fx.passes.proofs.reference import FileRerun, reference_of
 from lora_fx.passes.verbs.build import build_module, found_in
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import (
-    BranchOptions,
     CaptureOptions,
     Dead,
     InsertOptions,
@@ -83,7 +66,8 @@ def find(
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
         captured = execution_of(model).captured
-        return replace(found_in(captured, graph=model.graph(training)), notes=())
+        targets = found_in(captured, graph=model.graph(training))
+        return replace(targets, notes=())
     if hasattr(model, "sites"):
         options.refuse_for_captured()
         return find_graph(model)
@@ -159,26 +143,26 @@ def insert(
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
         CaptureError: The model cannot be captured.
     """
-    asked: Named = {
+    keywords: Named = {
         "rank": rank, "alpha": alpha, "include": include, "exclude": exclude,
         "also_train": also_train, "variant": variant, "dropout": dropout, "plan": plan,
         "adapter": None if adapter is None else as_adapter(adapter), "seed": seed,
         "norm_stats": norm_stats, "dead": dead, "init": init, "data": data, "loss": loss,
         "fast": fast,
     }  # fmt: skip
-    options = InsertOptions.of(asked)
+    options = InsertOptions.of(keywords)
     model = unwrapped(model)
     refuse_second_adapter(model)
-    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=options.adapter)
     with torch.inference_mode(False):  # A and B train, wherever insert is called
-        return insert_into(captured_of(model, capturing), options, quantise)
+        return insert_into(captured_of(model, capture), options, quantise)
 
 
 @told
 def insert_into(
     cap: Captured, options: InsertOptions, quantise: Wanted | None = None
 ) -> AdaptedModule:
-    """What `insert` returns, for a model that is captured.
+    """Insert as `insert` does, into a model that is captured.
 
     Args:
         cap: The capture.
@@ -192,7 +176,8 @@ def insert_into(
     with torch.inference_mode(False):
         refuse_inference(cap.model)
         if quantise:
-            cap = quantised(cap, quantise, options.whole(named_tensors(cap.model)[0]))
+            first_names, _ = named_tensors(cap.model)
+            cap = quantised(cap, quantise, options.whole(first_names))
         return build_module(cap, options)
 
 
@@ -235,130 +220,24 @@ def fold(
     model = opened(model)
     if isinstance(model, FoldedModule):
         raise LoraFxError("this module's weights are folded already", "fold the original model")
-    loaded = None if adapter is None else as_adapter(adapter)
-    capturing = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=loaded)
-    cap = captured_of(model, capturing)
-    if loaded is None:
-        if not isinstance(model, AdaptedModule):
-            raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
-        loaded = model.adapter()
-    elif isinstance(model, AdaptedModule):  # in its place, so that nothing of the old one stays
-        model = copy.deepcopy(model)
-        model.load_adapter(loaded)
-        loaded = model.adapter()
-    found = find(cap)
-    bound = bind(with_base(loaded, cap.model), found)
-    rewrite = Fold(bound.lowrank)
+    opened_adapter = None if adapter is None else as_adapter(adapter)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, adapter=opened_adapter)
+    cap = captured_of(model, capture)
+    if isinstance(model, AdaptedModule):
+        if opened_adapter is not None:
+            # in place of its adapter, so that nothing of that one stays
+            model = copy.deepcopy(model)
+            model.load_adapter(opened_adapter)
+        opened_adapter = model.adapter()
+    if opened_adapter is None:
+        raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
+
+    bound = bind(with_base(opened_adapter, cap.model), find(cap))
+    fold_pass = Fold(bound.lowrank)
     tree = model if isinstance(model, CapturedModule) else cap.model
-    module = FoldedModule(cap, tree, rewrite, bound)
-    module.folded = tuple(rewrite.report)
-    whole = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
-    module.unrounded = {**rewrite.unrounded, **whole}
-    cap.notes += [n for n in prove_as_it_is(module, bound) if n not in cap.notes]
+    module = FoldedModule(cap, tree, fold_pass, bound)
+    module.folded = tuple(fold_pass.report)
+    whole_tensors = {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
+    module.unrounded = {**fold_pass.unrounded, **whole_tensors}
+    cap.notes += [note for note in prove_as_it_is(module, bound) if note not in cap.notes]
     return module
-
-
-# insert for .onnx files: branches of trainable shapes beside the weights, and a list of them.
-#
-# A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
-# is proven, and that a B other than zero moves the outputs, target by target. A and B are
-# initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs;
-# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.inserted_branches` reads them
-# back.
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnnxInsertOptions(BranchOptions):
-    """What an insert into an .onnx file is asked for.
-
-    Attributes:
-        inputs: Arrays by input name for the check, instead of sampled ones.
-        provider: auto, cpu or cuda.
-        external_over: Bytes of weights above which they go to a file of their own.
-        force: Replace an existing file.
-    """
-
-    inputs: Named | None = None
-    provider: str = "auto"
-    external_over: int = EXTERNAL_OVER
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Raise for a name that is not known, and for a start that reads data."""
-        super().__post_init__()
-        if self.init in OF_DATA:
-            raise LoraFxError(
-                f"init {self.init!r} starts from data, and an .onnx file has no gradients",
-                "kaiming, gaussian, orthogonal, pissa or olora",
-            )
-
-
-def insert_onnx(source: str | PathLike[str], path: str | PathLike[str], **options: Any) -> Report:
-    """Write the file with untrained branches.
-
-    Args:
-        source: The file; it is not changed.
-        path: Where to write.
-        options: Those of OnnxInsertOptions; rank, plan and so on mean what they do in
-            `lora_fx.insert`. A dead target is one that changes no output.
-
-    Raises:
-        LoraFxError: No target, a selector that matches nothing, a rank that does not fit.
-        NoEffectError: A target that changes no output; nothing is written.
-    """
-    return insert_into_file(source, path, OnnxInsertOptions.of(options))
-
-
-@remembering()
-@blaming
-def insert_into_file(
-    source: str | PathLike[str], path: str | PathLike[str], asked: OnnxInsertOptions
-) -> Report:
-    """What `insert_onnx` does, with its options as an object."""
-    source, target = Path(source), Path(path)
-    remember(source)
-    check_output(target, force=asked.force)
-    graph, _ = named_graph(source)
-    check_no_slots(graph.model, source)
-    found = find_graph(graph)
-    plan = asked.planned(found)
-    updates, lowered = initial(found, plan, asked.variant, asked.seed, asked.init, graph.read)
-    notes = [*graph.notes, *plan.notes, *lowered, *(t for k in updates if (t := found[k].said))]
-    with reference_of(source, graph, asked.provider, asked.inputs) as reference:
-        if asked.dead != "allow":
-            idle = reference.idle(Adapter({k: _visible(u) for k, u in updates.items()}))
-            lost = asked.dead == "error" or len(idle) == len(updates)
-            if idle and lost and asked.dead != "keep":
-                raise NoEffectError(
-                    f"{idle[0]!r} and {len(idle) - 1} more change no output" if len(idle) > 1
-                    else f"{idle[0]!r} changes no output",
-                    "--dead drop leaves such targets out; --inputs gives real data",
-                )  # fmt: skip
-            told = "" if asked.dead == "keep" else "left out, "
-            notes += [f"{k}: {told}it changes no output" for k in idle]
-            updates = {k: u for k, u in updates.items() if not told or k not in idle}
-        rewritten = graph.clone()
-        Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = branches_as_json(
-            updates, reading(found, updates, {})
-        )
-        rewritten.lint()
-        with output(target, force=asked.force) as made:
-            made.save(rewritten.model, asked.external_over)
-            session = open_session(made.path, asked.provider)
-            rerun = FileRerun(made.path, asked.provider)
-            parity = reference.prove(session.run, None, "base", rerun)
-            demand(parity, "untrained branches change the outputs")
-    notes += [session.note] if session.note else []
-    outputs = tuple(map(str, made.files))
-    slots = [slot for k, u in updates.items() for slot in slots_of(k, u)]
-    trained = sum(slot.value.size for slot in slots if slot.trained)
-    rows = [found[k].to_json(u.rank, u.alpha) for k, u in updates.items()]
-    details = {"targets": rows, "trained": trained}
-    return Report("insert", True, tuple(parity), outputs, tuple(notes), details)
-
-
-def _visible(update: LowRank) -> LowRank:
-    """The update with a b that is not zero."""
-    b = np.random.default_rng(0).standard_normal(update.b.shape).astype(np.float32)
-    return LowRank(update.a, b, update.alpha, update.layout, update.variant, update.use)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -40,31 +40,33 @@ from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import InsertOptions
+from lora_fx.targets.budget import Calibration, Moments
+from lora_fx.targets.plan import Plan
 from lora_fx.targets.target import Found, check_storable, own_use
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a module with branches begins with.
+    """The start of a module with branches.
 
     Attributes:
         adapter: Its updates, and the metadata that it goes on with.
-        whole: The tensors that are trained whole.
+        trained_whole: The tensors that are trained whole.
         notes: What has to be said.
         bound: The adapter that was given, in the model's keys.
     """
 
     adapter: Adapter
-    whole: tuple[str, ...]
+    trained_whole: tuple[str, ...]
     notes: tuple[str, ...] = ()
     bound: Adapter | None = None
 
     def without(self, idle: Collection[str]) -> Start:
-        """The same, less the targets that no gradient reaches."""
-        kept = {k: u for k, u in self.adapter.entries.items() if k not in idle}
-        left = (f"{k}: left out, no gradient reaches it at the example's sizes" for k in idle)
-        adapter = replace(self.adapter, entries=kept)
-        return replace(self, adapter=adapter, notes=(*self.notes, *left))
+        """Leave out the targets that no gradient reaches, and say so."""
+        entries = {key: entry for key, entry in self.adapter.entries.items() if key not in idle}
+        notes = [f"{key}: left out, no gradient reaches it at the example's sizes" for key in idle]
+        adapter = replace(self.adapter, entries=entries)
+        return replace(self, adapter=adapter, notes=(*self.notes, *notes))
 
 
 def start_of(model: nn.Module, cap: Captured | None, found: Found, options: InsertOptions) -> Start:
@@ -80,61 +82,124 @@ def start_of(model: nn.Module, cap: Captured | None, found: Found, options: Inse
         LoraFxError: No target, an adapter that does not fit, a start that cannot be had.
     """
     if options.adapter is not None:
-        bound = bind(with_base(options.adapter, model), found)
-        updates, metadata = relearning(bound.lowrank, bound.metadata)
-        metadata["dropout"] = options.dropout
-        for key, u in updates.items():
-            if u.mutated or variant_of(u).reads_weight:
-                check_storable(found[key], f"{u.mutated or u.variant} reads W itself")
-        said = tuple(text for k in updates if (text := found[k].said))
-        said += tuple(
-            f"the adapter's whole tensor {row.key}: {row.reason}"
-            for row in found.unreached
-            if row.key in bound.full
-        )
-        return Start(Adapter(updates, metadata), tuple(bound.full), said, bound)
+        return _start_of_adapter(model, found, options.adapter, options.dropout)
+
     plan = options.planned(found, named_tensors(model)[0])
-    moments, said = None, tuple[str, ...]()
+    moments: Mapping[str, Moments] | None = None
+    notes_on_data: tuple[str, ...] = ()
     if options.init in OF_DATA:
-        if cap is None or options.data is None:
-            raise LoraFxError(
-                f"init {options.init!r} needs a model that one graph can hold, and data",
-                "kaiming, gaussian, orthogonal, pissa or olora",
-            )
-        uses = {key: own_use(key) for key in plan.entries}
-        seen = calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
-        moments, said = seen.moments, seen.notes
-    read: Callable[[str], Array] | None = None
-    if options.init in OF_WEIGHT or named_variant(options.variant).reads_weight:
-        read = cap.fx_graph().read if cap else lambda name: to_numpy(parameter_of(model, name))
-    made, notes = initial(found, plan, options.variant, options.seed, options.init, read, moments)
-    read_too = (text for k in made if (text := found[k].said))
-    pooled = [k for k, u in made.items() if variant_of(u).constant_over]
-    graph = cap.fx_graph() if cap and pooled else None
-    coded = [k for k in pooled if found[k].no_fold]
-    lost = [(k, exact(graph, found[k], made[k])) for k in coded] if graph else []
-    never = (f"{k} will not be folded: {why}" for k, why in lost if isinstance(why, str))
-    notes = (*plan.notes, *options.notes, *said, *notes, *read_too, *never)
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)  # of transformers
-    base = origin(name) if isinstance(name, str) and name else {}
-    metadata = reading(found, made, {"dropout": options.dropout, **base})
-    return Start(Adapter(made, metadata), plan.also_train, notes)
+        calibration = _calibration(cap, plan, options)
+        moments = calibration.moments
+        notes_on_data = calibration.notes
+    updates, notes_on_values = initial(
+        found,
+        plan,
+        options.variant,
+        options.seed,
+        options.init,
+        _reader_of_weights(model, cap, options),
+        moments,
+    )
+    notes = (
+        *plan.notes,
+        *options.notes,
+        *notes_on_data,
+        *notes_on_values,
+        *_notes_on_targets(found, updates),
+        *_notes_on_folding(cap, found, updates),
+    )
+    metadata = reading(found, updates, {"dropout": options.dropout, **_origin_of(model)})
+    return Start(Adapter(updates, metadata), plan.also_train, notes)
+
+
+def _start_of_adapter(model: nn.Module, found: Found, adapter: Adapter, dropout: float) -> Start:
+    """The updates of an adapter, in the model's keys."""
+    bound = bind(with_base(adapter, model), found)
+    updates, metadata = relearning(bound.lowrank, bound.metadata)
+    metadata["dropout"] = dropout
+    for key, update in updates.items():
+        if update.mutated or variant_of(update).reads_weight:
+            check_storable(found[key], f"{update.mutated or update.variant} reads W itself")
+
+    notes = _notes_on_targets(found, updates)
+    for row in found.unreached:
+        if row.key in bound.full:
+            notes.append(f"the adapter's whole tensor {row.key}: {row.reason}")
+    return Start(Adapter(updates, metadata), tuple(bound.full), tuple(notes), bound)
+
+
+def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Calibration:
+    """The statistics of the data that a start reads.
+
+    Raises:
+        LoraFxError: There is no data, or no single graph to run it through.
+    """
+    if cap is None or options.data is None:
+        raise LoraFxError(
+            f"init {options.init!r} needs a model that one graph can hold, and data",
+            "kaiming, gaussian, orthogonal, pissa or olora",
+        )
+    uses = {key: own_use(key) for key in plan.entries}
+    return calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))
+
+
+def _reader_of_weights(
+    model: nn.Module, cap: Captured | None, options: InsertOptions
+) -> Callable[[str], Array] | None:
+    """How weights are read by name, for a start or a variant that needs them; else None."""
+    if options.init not in OF_WEIGHT and not named_variant(options.variant).reads_weight:
+        return None
+    if cap is not None:
+        return cap.fx_graph().read
+    return lambda name: to_numpy(parameter_of(model, name))
+
+
+def _notes_on_targets(found: Found, updates: Updates) -> list[str]:
+    """The notes of find on the targets that have updates."""
+    notes = []
+    for key in updates:
+        text = found[key].said
+        if text:
+            notes.append(text)
+    return notes
+
+
+def _notes_on_folding(cap: Captured | None, found: Found, updates: Updates) -> list[str]:
+    """A note on each update, constant over groups, of codes that cannot hold it."""
+    pooled = [key for key, update in updates.items() if variant_of(update).constant_over]
+    if cap is None or not pooled:
+        return []
+    graph = cap.fx_graph()
+    notes = []
+    for key in pooled:
+        if not found[key].no_fold:
+            continue
+        reason = exact(graph, found[key], updates[key])
+        if isinstance(reason, str):
+            notes.append(f"{key} will not be folded: {reason}")
+    return notes
+
+
+def _origin_of(model: nn.Module) -> Mapping[str, str]:
+    """The metadata that says which model of transformers an adapter is of."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return origin(name) if isinstance(name, str) and name else {}
 
 
 def adapted_module(
     cap: Captured, found: Found, start: Start, options: InsertOptions
 ) -> AdaptedModule:
-    """The module with these updates, before anything is proven of it."""
+    """The module with the updates of a start, before it is proven."""
 
-    def inserter(now: Updates, training: bool) -> Callable[[FxGraph], object]:
-        return Insert(now, dropout=options.dropout, training=training, missing="skip")
+    def inserter(updates: Updates, training: bool) -> Callable[[FxGraph], object]:
+        return Insert(updates, dropout=options.dropout, training=training, missing="skip")
 
     return AdaptedModule(
         cap,
         found,
         start.adapter,
         inserter,
-        also_train=start.whole,
+        also_train=start.trained_whole,
         norm_stats=options.norm_stats,
         notes=start.notes,
         speedups=speedups if options.fast else plainly,
@@ -147,14 +212,14 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     Raises:
         NoEffectError: A target that no gradient reaches, or a branch that is not W + s·b·a.
     """
-    found = found_in(cap)
-    start = start_of(cap.model, cap, found, options)
-    module = adapted_module(cap, found, start, options)
+    targets = found_in(cap)
+    start = start_of(cap.model, cap, targets, options)
+    module = adapted_module(cap, targets, start, options)
     if options.dead != "allow" and start.adapter.entries:
         # a target is dead below a share of the median gradient, and each drop moves the median
         while idle := prove_effect(module, options.dead):
             start = start.without(idle)
-            module = adapted_module(cap, found, start, options)
+            module = adapted_module(cap, targets, start, options)
     if start.bound is not None and start.bound.full:
         module.load_adapter(start.bound)
     if options.adapter is not None:
@@ -166,13 +231,20 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
 def found_in(cap: Captured, training: bool = False, graph: FxGraph | None = None) -> Found:
     """The targets of a capture, or of a graph of it, with what was fixed and said on the way."""
     graph = graph or cap.fx_graph(training)
-    found = find(graph)
-    # those of the trace, where an example's one row may be two
-    given = zip(leaf_names(cap.named), graph.graph.find_nodes(op="placeholder"), strict=False)
-    shapes = {name: shape_of(node) for name, node in given}
-    sizes = {n: tuple(hint(d) for d in s) for n, s in shapes.items() if s is not None}
-    notes = tuple(cap.notes)
-    return replace(found, pinned=tuple(cap.pinned), ranges=cap.ranges, notes=notes, sizes=sizes)
+    # the sizes of the trace, where an example's one row may be two
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    sizes = {}
+    for name, node in zip(leaf_names(cap.named), placeholders, strict=False):
+        shape = shape_of(node)
+        if shape is not None:
+            sizes[name] = tuple(hint(extent) for extent in shape)
+    return replace(
+        find(graph),
+        pinned=tuple(cap.pinned),
+        ranges=cap.ranges,
+        notes=tuple(cap.notes),
+        sizes=sizes,
+    )
 
 
 def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
@@ -182,7 +254,7 @@ def speedups(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
 
 
 def plainly(blocks: Sequence[str]) -> list[Callable[[FxGraph], object]]:
-    """Those of a program that is run as it was captured: no weight as numbers is kept."""
+    """The passes of a program that is run as it was captured: no weight as numbers is kept."""
     return [RecomputeWeights()]
 
 

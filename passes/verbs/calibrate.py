@@ -13,19 +13,20 @@ Positions that an `attention_mask` leaves out are no x; what gradient they get c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.variant import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
@@ -44,7 +45,7 @@ def calibrate(
     loss: str | Loss = "ce",
     wanted: Sequence[str] = ("power", "outputs", "gradient"),
 ) -> Calibration:
-    """One pass over data.
+    """Run data through the model once, and sum up what its targets read and are told.
 
     Args:
         cap: The model.
@@ -57,141 +58,180 @@ def calibrate(
     Raises:
         LoraFxError: No batch, a column that the model does not take, a loss that is not finite.
     """
-    unknown = [name for name in wanted if name not in STATISTICS]
-    if unknown:
-        raise LoraFxError(f"no statistic {unknown[0]!r}", f"there are {', '.join(STATISTICS)}")
-    seen = _Seen(uses, frozenset(wanted))
-    weights, results = "gradient" in wanted, "outputs" in wanted
-    module = Watched(cap, seen.choose, seen.inputs, weights=weights, results=results)
-    total, count = 0.0, 0
+    for name in wanted:
+        if name not in STATISTICS:
+            raise LoraFxError(f"no statistic {name!r}", f"there are {', '.join(STATISTICS)}")
+    weights = "gradient" in wanted
+    results = "outputs" in wanted
+    needs_loss = weights or results
+    statistics = _Statistics(uses, frozenset(wanted))
+    module = Watched(
+        cap, statistics.choose, statistics.add_inputs, weights=weights, results=results
+    )
+    total_loss = 0.0
+    count = 0
     for i, batch in enumerate(data):
-        n = len(next(iter(batch.values())))
-        seen.mask = _mask(batch)
-        with torch.set_grad_enabled(weights or results):
-            value = _run(module, batch, loss, backward=weights or results)
-        if value is not None:
-            if not torch.isfinite(value):
-                raise LoraFxError(
-                    f"the loss of batch {i + 1} is {float(value.detach()):g}", "look at the data"
-                )
-            seen.gradients(module.last, value, n)
-            total += float(value.detach()) * n
-        count += n
+        examples = len(next(iter(batch.values())))
+        statistics.mask = _mask(batch)
+        with torch.set_grad_enabled(needs_loss):
+            batch_loss = _run(module, batch, loss, backward=needs_loss)
+        if batch_loss is not None:
+            number = float(batch_loss.detach())
+            if not math.isfinite(number):
+                raise LoraFxError(f"the loss of batch {i + 1} is {number:g}", "look at the data")
+            statistics.add_gradients(module.last, batch_loss, examples)
+            total_loss += number * examples
+        count += examples
     if not count:
         raise LoraFxError("the data has no batch", "an iterator can be read once only")
-    mean = total / count if weights or results else None
-    moments = seen.moments(count)
-    return Calibration(moments, tuple(seen.notes), count, mean, seen.dead)
+
+    mean_loss = total_loss / count if needs_loss else None
+    moments = statistics.moments(count)
+    return Calibration(moments, tuple(statistics.notes), count, mean_loss, statistics.dead)
 
 
 def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
-    """The loss of a batch; None where none is wanted."""
+    """The loss of a batch; None where no loss is needed."""
     signature = execution_of(module).captured.signature
-    device = next((p.device for p in module.parameters()), None)
-    given = {k: _tensor(v).to(device) for k, v in batch.items()}
-    strange = [k for k in given if k not in signature.keywords and not signature.open]
-    if len(strange) > 1:
+    device = next((parameter.device for parameter in module.parameters()), None)
+    columns = {name: _tensor(value).to(device) for name, value in batch.items()}
+    no_arguments = [
+        name for name in columns if name not in signature.keywords and not signature.open
+    ]
+    if len(no_arguments) > 1:
         raise LoraFxError(
-            f"the model takes no argument {strange[0]!r}, nor {strange[1]!r}",
+            f"the model takes no argument {no_arguments[0]!r}, nor {no_arguments[1]!r}",
             f"it takes {', '.join(sorted(signature.keywords))}; one more column holds the labels",
         )
-    label = strange[0] if strange else next((n for n in LABELS if n in given), "")
-    compute, own = loss_function(loss, label, lambda n: n in signature.keywords)
-    dropped = label and not own and label not in signature.required
-    out = module(**{k: v for k, v in given.items() if not (dropped and k == label)})
-    return compute(out, given.get(label)) if backward else None
+
+    if no_arguments:
+        label = no_arguments[0]
+    else:
+        label = next((name for name in LABELS if name in columns), "")
+    compute, argument = loss_function(loss, label, lambda name: name in signature.keywords)
+    arguments = dict(columns)
+    if label and not argument and label not in signature.required:
+        arguments.pop(label, None)
+    output = module(**arguments)
+    if not backward:
+        return None
+    return compute(output, columns.get(label))
 
 
 def _mask(batch: Named) -> Tensor | None:
     """The attention mask [examples, positions] of a batch of texts."""
     mask = batch.get("attention_mask")
-    found = None if mask is None else _tensor(mask)
-    return found if found is not None and found.dim() == 2 else None
+    if mask is None:
+        return None
+    tensor = _tensor(mask)
+    return tensor if tensor.dim() == 2 else None
 
 
 def _tensor(value: object) -> Tensor:
     return value if isinstance(value, Tensor) else from_numpy(np.asarray(value))
 
 
-class _Seen:
+class _Statistics:
     """The sums of all targets, and what had to be said."""
 
     def __init__(self, uses: Mapping[str, str], wanted: frozenset[str]) -> None:
-        self.uses, self.wanted = uses, wanted
+        self.uses = uses
+        self.wanted = wanted
         self.sums = {key: Sums() for key in uses}
         self.notes: dict[str, None] = {}
         self.mask: Tensor | None = None
-        self.asked: set[str] = set()
+        self.differentiated: set[str] = set()
         self.reached: set[str] = set()
         self.targets: dict[str, Target] = {}
 
     def choose(self, graph: FxGraph) -> Sequence[tuple[Site, tuple[str, ...]]]:
         """The uses of the wanted targets in a program."""
-        targets, here = reached(find(graph), self.uses)  # those that these arguments reach
+        # the targets that these arguments reach
+        targets, uses = reached(find(graph), self.uses)
         self.targets |= targets
-        for site, keys in here:
-            for key in keys if self.wanted != {"gradient"} else ():
-                if not readable(site):
-                    self.say(key, f"its {site.op} shows no inputs and gradients of its own")
-        return [(site, tuple(keys)) for site, keys in here]
+        chosen = []
+        for site, keys in uses:
+            chosen.append((site, tuple(keys)))
+            if self.wanted == {"gradient"} or readable(site):
+                continue
+            for key in keys:
+                self.say(key, f"its {site.op} shows no inputs and gradients of its own")
+        return chosen
 
-    def inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
+    def add_inputs(self, site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
         """Add the x of one use; positions that are padding have none."""
         if rows is not None and self.mask is not None:
             rows = rows.kept(self.mask.to(rows.value.device))
-        for key in keys if self.wanted & {"inputs", "power"} else ():
+        if not self.wanted & {"inputs", "power"}:
+            return
+        for key in keys:
             x = self._rows(key, site, rows, out=False)
             if x is None or rows is None:
                 continue
-            power = x.sum(-1) if rows.one_hot else x.double().square().sum(-1).sum(-1)
-            self.sums[key].add("power", power.numpy(force=True), rows.count)
+            sums = self.sums[key]
+            sums.add("power", _power(x, rows).numpy(force=True), rows.count)
             if "inputs" in self.wanted:
-                value = x if rows.one_hot else self._second(key, x)
-                if value is not None:
-                    self.sums[key].add("inputs", value.numpy(force=True), rows.count)
+                moment: Tensor | None = x  # of one-hot rows, x counts them
+                if not rows.one_hot:
+                    moment = self._second_moment(key, x)
+                if moment is not None:
+                    sums.add("inputs", moment.numpy(force=True), rows.count)
 
-    def gradients(self, run: Run, loss: Tensor, n: int) -> None:
-        """Add ∂L/∂W and dy of one batch of n examples."""
-        leaves = [*run.leaves.values(), *(made.zeros for made in run.zeros)]
+    def add_gradients(self, run: Run, loss: Tensor, examples: int) -> None:
+        """Add ∂L/∂W and dy of one batch."""
+        leaves = [*run.leaves.values(), *(zero.zeros for zero in run.zeros)]
         if leaves and not loss.requires_grad:
             raise LoraFxError(
                 "the loss depends on no target: no gradient reaches any",
                 "look at the loss, and at what lora-fx targets lists",
             )
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ()
-        asked = [*(keys for keys, _ in run.leaves), *(made.tap.keys for made in run.zeros)]
-        for keys, grad in zip(asked, grads, strict=True):
-            self.asked.update(keys)
-            self.reached.update(keys if grad is not None else ())
-        for (keys, _), grad in zip(run.leaves, grads, strict=False):
-            for key in keys if grad is not None else ():
-                self.sums[key].add("gradient", matrix(self.targets[key], to_numpy(grad)) * n)
-        for made, grad in zip(run.zeros, grads[len(run.leaves) :], strict=True):
-            rows = None if grad is None else made.rows(grad * n)
-            for key in made.tap.keys if grad is not None else ():
-                dy = self._rows(key, made.tap.site, rows, out=True)
-                value = None if dy is None else self._second(key, dy)
-                if value is not None and rows is not None:
-                    self.sums[key].add("outputs", value.numpy(force=True), rows.count)
+        grads_of_weights = grads[: len(run.leaves)]
+        grads_of_results = grads[len(run.leaves) :]
+        for (keys, _), grad in zip(run.leaves, grads_of_weights, strict=True):
+            self._count_reached(keys, grad)
+            if grad is None:
+                continue
+            for key in keys:
+                gradient = matrix(self.targets[key], to_numpy(grad)) * examples
+                self.sums[key].add("gradient", gradient)
+        for zero, grad in zip(run.zeros, grads_of_results, strict=True):
+            self._count_reached(zero.tap.keys, grad)
+            if grad is None:
+                continue
+            rows = zero.rows(grad * examples)
+            for key in zero.tap.keys:
+                dy = self._rows(key, zero.tap.site, rows, out=True)
+                if dy is None or rows is None:
+                    continue
+                moment = self._second_moment(key, dy)
+                if moment is not None:
+                    self.sums[key].add("outputs", moment.numpy(force=True), rows.count)
+
+    def _count_reached(self, keys: Iterable[str], grad: Tensor | None) -> None:
+        self.differentiated.update(keys)
+        if grad is not None:
+            self.reached.update(keys)
 
     def moments(self, examples: int) -> dict[str, Moments]:
-        """The moments by key, in the order that was asked for."""
+        """The moments by key, in the order of `uses`."""
         for key in self.dead:
             self.say(key, "no gradient reaches it")
-        found = {key: sums.moments(examples) for key, sums in self.sums.items()}
-        for key, moments in found.items():
+        moments_by_key = {key: sums.moments(examples) for key, sums in self.sums.items()}
+        for key, moments in moments_by_key.items():
             for value in (moments.inputs, moments.outputs):
                 if value is not None and not np.isfinite(value).all():
                     raise LoraFxError(
                         f"{key}: the data leads to NaN or infinite values there",
                         "are there such values, or very large ones, in the data?",
                     )
-        return found
+        return moments_by_key
 
     @property
     def dead(self) -> tuple[str, ...]:
         """The targets of which a gradient was asked for and never came."""
-        return tuple(key for key in self.uses if key in self.asked - self.reached)
+        unreached = self.differentiated - self.reached
+        return tuple(key for key in self.uses if key in unreached)
 
     def say(self, key: str, why: str) -> None:
         """A note, once."""
@@ -199,32 +239,50 @@ class _Seen:
 
     def _rows(self, key: str, site: Site, rows: SiteRows | None, *, out: bool) -> Tensor | None:
         """A target's own part of the rows of a use; counts where they are one-hot."""
-        target = self.targets[key]
-        way = _straight(site, target)
-        if rows is None or way is None:
-            other = "broadcasts it" if rows is None else "reads it in other axes or parts"
-            self.say(key, f"its {site.op} {other}: its rows there are not counted")
+        if rows is None:
+            self._say_uncounted(key, site, "broadcasts it")
             return None
+        target = self.targets[key]
+        layout_and_start = _layout_and_start(site, target)
+        if layout_and_start is None:
+            self._say_uncounted(key, site, "reads it in other axes or parts")
+            return None
+        layout, start = layout_and_start
         value = rows.value
         if rows.one_hot:
             value = torch.bincount(value, minlength=rows.one_hot).unsqueeze(0)
-        value = part(value, *way, target.layout, out=out)
+        value = part(value, layout, start, target.layout, out=out)
         return value[0] if rows.one_hot else value
 
-    def _second(self, key: str, rows: Tensor) -> Tensor | None:
+    def _say_uncounted(self, key: str, site: Site, reason: str) -> None:
+        self.say(key, f"its {site.op} {reason}: its rows there are not counted")
+
+    def _second_moment(self, key: str, rows: Tensor) -> Tensor | None:
         """Σ r rᵀ over the rows; in fp64 where that is cheap."""
         side = rows.shape[-1]
         if side > WIDE:
             self.say(key, f"a side of {side} is above {WIDE}: its second moments are not taken")
             return None
-        wide = rows.double() if side <= 1024 else rows.float()
-        return wide.mT @ wide
+        rows = rows.double() if side <= 1024 else rows.float()
+        return rows.mT @ rows
 
 
-def _straight(site: Site, target: Target) -> tuple[Layout, tuple[int, ...]] | None:
+def _power(x: Tensor, rows: SiteRows) -> Tensor:
+    """Σ ‖x‖² over the rows, per matrix of a stack."""
+    if rows.one_hot:
+        return x.sum(-1)
+    return x.double().square().sum(-1).sum(-1)
+
+
+def _layout_and_start(site: Site, target: Target) -> tuple[Layout, tuple[int, ...]] | None:
     """(Layout of a use, where the target begins in it); None where it reads it in other axes."""
-    read = site_layout(site, target.parameter.shape)
-    if read is None or not contains(read[0], target.region):
+    region_and_layout = site_layout(site, target.parameter.shape)
+    if region_and_layout is None:
         return None
-    bounds = relative(target.region, read[0])
-    return (read[1], read[1].starts(bounds)) if read[1].narrow(bounds) == target.layout else None
+    region, layout = region_and_layout
+    if not contains(region, target.region):
+        return None
+    bounds = relative(target.region, region)
+    if layout.narrow(bounds) != target.layout:
+        return None
+    return layout, layout.starts(bounds)

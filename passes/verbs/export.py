@@ -5,56 +5,36 @@ Which file does the work depends on the mode, and on whether the model is in tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering, scratch_folder
+from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
-from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import check_no_slots
-from lora_fx.onnx.match import Matched, match
-from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, is_external
+from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.triton import repository_of
-from lora_fx.onnx.validity import blaming
-from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.find import find
-from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.reference import prove_merge, reference_of
-from lora_fx.passes.verbs.export_files import (
-    by_name,
-    named,
-    optimise_file,
-    write_batch,
-    write_switch,
-)
-from lora_fx.passes.verbs.merge import is_onnx, merge_onnx
+from lora_fx.passes.verbs.export_files import named_adapters
+from lora_fx.passes.verbs.export_onnx import export_onnx
+from lora_fx.passes.verbs.export_options import EXPORT_RULES, REWRITE_RULES, ExportOptions
+from lora_fx.passes.verbs.merge import is_onnx
 from lora_fx.passes.verbs.modes import ModeOptions, options_of_mode
 from lora_fx.passes.verbs.options import (
-    EXPORT_RULES,
     KNOWN_WITH_CACHE,
-    REWRITE_RULES,
     CaptureOptions,
     ExportAdapters,
-    ExportOptions,
     Provider,
     Selectors,
-    check_adapters,
-    exclude_hint,
 )
+from lora_fx.passes.verbs.refused_updates import check_adapters
 from lora_fx.progress import Listener, told
-from lora_fx.targets.target import Found
 from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:
@@ -165,29 +145,27 @@ def export(
     Raises:
         NoEffectError: The outputs differ; nothing is written.
     """
-    remember(*([model] if isinstance(model, (str, PathLike)) else []))
+    if isinstance(model, (str, PathLike)):
+        remember(model)
     expect_path(path, "path", "export(model, path, args)")
     keywords: Json = {
         "include": include, "exclude": exclude, "rank": rank, "scales": scales, "loss": loss,
         "optimizer": optimizer, "weight_decay": weight_decay, "clip": clip,
     }  # fmt: skip
     mode_name, of_mode = options_of_mode(mode, keywords)
-    adapters = opened_adapters(adapters, mode_name)
-    capturing = CaptureOptions(
-        args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache
-    )
+    opened = opened_adapters(adapters, mode_name)
+    capture = CaptureOptions(args=args, kwargs=kwargs, dynamic=dynamic, repeat=repeat, cache=cache)
     options = ExportOptions(
-        target=Path(path), adapters=adapters, mode=mode_name, names=names, inputs=inputs,
-        provider=provider,
-        opset=opset, external_over=EXTERNAL_OVER if external_over is None else external_over,
-        capture=capturing, force=force,
-        optimise=optimise, precision=precision, places=repository_of(triton, path, max_batch),
-        within=within, accuracy_level=accuracy_level, tol=tol,
-        **of_mode,
+        target=Path(path), adapters=opened, mode=mode_name, names=names, inputs=inputs,
+        provider=provider, opset=opset,
+        external_over=EXTERNAL_OVER if external_over is None else external_over,
+        capture=capture, force=force, optimise=optimise, precision=precision,
+        places=repository_of(triton, path, max_batch), within=within,
+        accuracy_level=accuracy_level, tol=tol, **of_mode,
     )  # fmt: skip
     check_output(path, force=force)
-    given = given_options({"external_over": external_over, "inputs": inputs, "within": within})
-    return export_as(model, options, given, quantise=quantise, genai=genai)
+    spellings = given_options({"external_over": external_over, "inputs": inputs, "within": within})
+    return export_as(model, options, spellings, quantise=quantise, genai=genai)
 
 
 @told
@@ -200,7 +178,7 @@ def export_as(
     quantise: Wanted | None = None,
     genai: StrPath | None = None,
 ) -> Report:
-    """What `export` does, with its options as an object.
+    """Export as `export` does, with the options as an object.
 
     Args:
         model: As in export.
@@ -214,60 +192,99 @@ def export_as(
         LoraFxError: An option that has no say for the model or the mode.
         NoEffectError: The outputs differ; nothing is written.
     """
-    file = fspath(model) if isinstance(model, (str, PathLike)) and is_onnx(model) else None
-    adapters = options.adapters
-    if adapters and not (file and options.mode == "merged"):  # before the model is captured
-        adapters_by_name = (
-            {"the adapter": adapters} if isinstance(adapters, Adapter) else named(adapters)
-        )
-        check_adapters(adapters_by_name, options.mode)
+    file = None
+    if isinstance(model, (str, PathLike)) and is_onnx(model):
+        file = fspath(model)
+    _check_adapters(options, of_file=file is not None)
     refuse_no_say(EXPORT_RULES, options, given)
     refuse_genai(genai, options.mode, cache=options.capture.cache)
     notes: list[str] = []
     if options.capture.cache:
         model, options, notes = _with_cache(model, options, genai)
-    if file:
+
+    if file is not None:
         _refuse_for_graph(file, options, quantise)
         refuse_no_say(REWRITE_RULES, options, given)
         return export_onnx(file, options)
+
     if options.names:
         raise LoraFxError("names are for .onnx files", "the names of the model itself tell")
-    from lora_fx.passes.verbs import export_torch
-
-    if quantise and options.mode == "train":
-        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
     if quantise:
-        if options.precision is not None:
-            raise LoraFxError(
-                f"precision {options.precision!r} beside quantise: both say how weights are stored",
-                "leave one out",
-            )
-        model, adapters, said = export_torch.quantised_base(model, options, quantise)
-        notes += said
-        options = replace(options, adapters=adapters)
-    run = export_torch.export_merged if options.mode == "merged" else export_torch.export_slots
-    if options.mode == "train":
-        from lora_fx.passes.verbs.export_train import export_step
+        model, options, notes_of_codes = _with_codes(model, options, quantise)
+        notes += notes_of_codes
+    return _export_model(model, options, notes)
 
-        run = export_step
+
+def _check_adapters(options: ExportOptions, *, of_file: bool) -> None:
+    """Raise for an adapter that a file of this mode has no place for, before a model is captured.
+
+    An adapter that is merged into an .onnx file is checked by the merge.
+    """
+    adapters = options.adapters
+    if not adapters or (of_file and options.mode == "merged"):
+        return
+    if isinstance(adapters, Adapter):
+        check_adapters({"the adapter": adapters}, options.mode)
+    else:
+        check_adapters(named_adapters(adapters), options.mode)
+
+
+def _with_codes(
+    model: object, options: ExportOptions, quantise: Wanted
+) -> tuple[object, ExportOptions, list[str]]:
+    """The quantised capture of a model, the options with its adapters, and notes."""
+    if options.mode == "train":
+        raise LoraFxError("a step computes gradients in float32 alone", "leave quantise out")
+    if options.precision is not None:
+        raise LoraFxError(
+            f"precision {options.precision!r} beside quantise: both say how weights are stored",
+            "leave one out",
+        )
+    from lora_fx.passes.verbs.export_torch import quantised_base
+
+    base, adapters, notes = quantised_base(model, options, quantise)
+    return base, replace(options, adapters=adapters), notes
+
+
+def _export_model(model: object, options: ExportOptions, notes: Sequence[str]) -> Report:
+    """Export a model of torch; once more with eager attention where that may help."""
+    from lora_fx.passes.verbs.eager_attention import eager, may_help
+
+    run = _exporter(options.mode)
     try:
         report = run(model, options)
         return replace(report, warnings=(*notes, *report.warnings))
     except LoraFxError as e:
-        if not export_torch.may_help(model, e):
+        if not may_help(model, e):
             raise
-        with export_torch.eager(model) as again:
-            report = run(again, options)
-        failed = f"with eager attention, since the model's own failed: {e.message}"
-        return replace(report, warnings=(*notes, *report.warnings, failed))
+        with eager(model) as eager_model:
+            report = run(eager_model, options)
+        warning = f"with eager attention, since the model's own failed: {e.message}"
+        return replace(report, warnings=(*notes, *report.warnings, warning))
+
+
+def _exporter(mode: str) -> Callable[[object, ExportOptions], Report]:
+    """The function that exports a model of torch in a mode."""
+    if mode == "merged":
+        from lora_fx.passes.verbs.export_merged import export_merged
+
+        return export_merged
+    if mode == "train":
+        from lora_fx.passes.verbs.export_train import export_step
+
+        return export_step
+    from lora_fx.passes.verbs.export_slots import export_slots
+
+    return export_slots
 
 
 def refuse_genai(genai: StrPath | None, mode: str, *, cache: bool) -> None:
     """Raise for a folder of onnxruntime-genai beside a file that it does not run."""
     if genai is None or (cache and mode in ("merged", "switch")):
         return
+    with_cache = "with" if cache else "without"
     raise LoraFxError(
-        f"onnxruntime-genai runs no file of mode {mode} with{'' if cache else 'out'} a cache",
+        f"onnxruntime-genai runs no file of mode {mode} {with_cache} a cache",
         "--cache, with --mode merged or --mode switch; or leave --genai out",
     )
 
@@ -300,12 +317,11 @@ def _with_cache(
 
 def _refuse_for_graph(file: str, options: ExportOptions, quantise: Wanted | None) -> None:
     """Raise for options that an .onnx file, a graph as it is, has no place for."""
-    asked = options.capture
-    of_capture = asked.args or asked.kwargs or asked.dynamic
-    if of_capture or options.opset or not asked.repeat:
-        told = "args, kwargs, dynamic, opset and repeat have no say"
+    capture = options.capture
+    example = capture.args or capture.kwargs or capture.dynamic
+    if example or options.opset or not capture.repeat:
         raise LoraFxError(
-            f"{file} is a graph as it is: {told}",
+            f"{file} is a graph as it is: args, kwargs, dynamic, opset and repeat have no say",
             "leave them out; inputs={name: array} gives real data",
         )
     if options.mode == "train":
@@ -330,120 +346,18 @@ def opened_adapters(
         return as_adapter(given)
     if isinstance(given, Mapping):
         by_name = cast(Mapping[str, AdapterLike], given)  # an Adapter, also a mapping, is above
-        return {name: as_adapter(a) for name, a in by_name.items()}
+        return {name: as_adapter(adapter) for name, adapter in by_name.items()}
+
     expect(given, (str, PathLike, Iterable), "adapters", "adapters", "adapters=[first, second, …]")
-    every = [given] if isinstance(given, (str, PathLike)) else list(given)
-    paths = [a for a in every if isinstance(a, (str, PathLike))]
-    if len(paths) < len(every):
-        return [as_adapter(a) for a in every]
-    found: dict[str, Adapter] = {}
+    adapters = [given] if isinstance(given, (str, PathLike)) else list(given)
+    paths = [adapter for adapter in adapters if isinstance(adapter, (str, PathLike))]
+    if len(paths) < len(adapters):
+        return [as_adapter(adapter) for adapter in adapters]
+
+    by_last_part: dict[str, Adapter] = {}
     for path in paths:
         name = adapter_name(path)
-        if name in found:
+        if name in by_last_part:
             raise LoraFxError(f"two adapters are called {name!r}", "adapters={name: path, …}")
-        found[name] = as_adapter(path)
-    return found
-
-
-# export of an .onnx file, from whatever framework, without torch.
-#
-# Mode merged is merge, then the stages of optimise where those are asked for. The other modes are
-# the same passes as after a torch export; what they have to equal is the file itself in ONNX
-# Runtime, with the branches that insert adds.
-
-
-UNNAMED = (
-    "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
-    "onnx.tools.update_model_dims.update_inputs_outputs_dims"
-)
-"""What to do with a file whose inputs share no dynamic dimension 0."""
-
-
-@blaming
-def export_onnx(source: str | PathLike[str], options: ExportOptions) -> Report:
-    """Write another .onnx file of a file, which is not changed; see lora_fx.passes.verbs.export.
-
-    Raises:
-        LoraFxError: An adapter that does not fit, an option that the mode would ignore.
-        NoEffectError: The outputs differ; nothing is written.
-    """
-    source = Path(source)
-    if options.mode == "merged":
-        return _merged_file(source, options)
-    adapters = by_name(options)
-    graph, renamed = named_graph(source)
-    check_no_slots(graph.model, source)
-    found = find(graph)
-    bound = {n: _bound(n, a, graph, found, options.names) for n, a in adapters.items()}
-    said = [*graph.notes]
-    if renamed:
-        said.append(f"{renamed} tensors got the names that the exporter's metadata tells")
-    with reference_of(source, graph, options.provider, options.inputs) as reference:
-        rewritten = graph.clone()
-        if options.mode == "batch":
-            batch_symbol(rewritten.model, "", UNNAMED)
-            every = (*found.targets, *found.optional)
-            calls = {s.id: f"call:{n}" for t in every for n, s in enumerate(t.sites)}
-            stored = {p.name: StoredWeight(p.shape, calls=calls) for p in graph.parameters()}
-            sources = {name: (name, weight) for name, weight in stored.items()}
-            return write_batch(rewritten, reference, sources, bound, options, said)
-        keys, _ = options.chosen(found, bound)
-        return write_switch(rewritten, reference, keys, bound, options, said)
-
-
-def _bound(
-    name: str, adapter: Adapter, graph: OnnxGraph, found: Found, names: Mapping[str, str] | None
-) -> Adapter:
-    """An adapter in the keys and layouts of the graph."""
-    matched = match(adapter, graph, found, names)
-    if matched.whole:
-        raise LoraFxError(
-            f"{name}: it holds the whole tensor {min(matched.whole)!r}; expected s·b·a",
-            exclude_hint(name, sorted(matched.whole)),
-        )
-    return replace(adapter, entries=dict(matched.updates), names=None)
-
-
-def _merged_file(source: Path, options: ExportOptions) -> Report:
-    """Merge, then optimise; one of the two may be left out."""
-    adapter: Any = options.adapters  # the path of one too
-    target = options.target
-    if isinstance(adapter, Mapping) and not isinstance(adapter, Adapter):
-        raise LoraFxError("merged takes one adapter", "lora-fx merge takes several")
-    rewritten = options.rewrites
-    if adapter is None and not rewritten:
-        graph = OnnxGraph(load(source))
-        if any(t.no_fold for t in find(graph).targets):  # where nothing could be merged
-            return _copied(source, graph, options)
-        raise LoraFxError(
-            f"{source} is an .onnx file already, and there is nothing to do",
-            "give an adapter, --optimise, --precision or a --mode",
-        )
-    last: Json = {"force": options.force, "places": options.places}
-    given: Json = {"names": options.names, "external_over": options.external_over}
-    if not rewritten:
-        return replace(merge_onnx(source, [adapter], target, **given, **last), command="export")
-    if adapter is None:
-        return optimise_file(source, options)
-    with scratch_folder() as folder:
-        merged = Path(folder) / "merged.onnx"
-        try:
-            made = merge_onnx(source, [adapter], merged, **given)
-        except LoraFxError as e:
-            said = e.message.replace(str(merged), str(target))
-            raise LoraFxError(said, e.hint, exit_code=e.exit_code) from e
-        done = optimise_file(merged, options)
-        details = {**made.details, **done.details}
-        return replace(done, warnings=(*made.warnings, *done.warnings), details=details)
-
-
-def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
-    """Write a quantised file again, with the bytes of its tensors."""
-    before = {n: graph.reader(n) for n in graph.flow.stores}
-    with options.output() as made:
-        made.save(graph.model, 0 if is_external(source) else options.external_over)
-        nothing = Matched({}, {}), Fold({})
-        prove_merge(made.loadable, options.target, before, set(), find(graph), *nothing)
-    said = "a copy: no adapter was given, and none goes into a quantised weight"
-    outputs = tuple(map(str, made.files))
-    return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})
+        by_last_part[name] = as_adapter(path)
+    return by_last_part

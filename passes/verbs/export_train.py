@@ -9,15 +9,16 @@ X.onnx_adapter        what A and B start from
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import fx
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import ORT_TOL, Report, demand, rel
@@ -31,38 +32,42 @@ from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.operators import SpecViolationError
-from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.to_onnx import OPSET
-from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.output_file import Output
-from lora_fx.onnx.range_guards import guard_within, say_within
-from lora_fx.onnx.runtime_adapter import write_adapter
-from lora_fx.onnx.save import save_beside
-from lora_fx.onnx.session import open_session
 from lora_fx.onnx.update_row import row_of
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.save import save_beside
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
-from lora_fx.passes.verbs.export_files import write_switch
-from lora_fx.passes.verbs.export_torch import base_of, torch_reference
+from lora_fx.passes.verbs.drawn_labels import DrawnLabels
+from lora_fx.passes.verbs.export_options import MODES, Companions, ExportOptions
+from lora_fx.passes.verbs.export_slots import base_of, torch_reference
+from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.open import captured_of, opened
-from lora_fx.passes.verbs.options import MODES, Companions, ExportOptions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 TAKEN = ("lr", "step", "seed", "loss")
 """Names that a step has for itself."""
+MOST_INSIDE = 1 << 20
+"""Bytes of tensors inside a step's own file, above which it is said."""
 
 
 def export_step(model: object, options: ExportOptions) -> Report:
-    """See lora_fx.passes.verbs.export.
+    """Export in mode train; see lora_fx.passes.verbs.export.
 
     Raises:
         LoraFxError: A base or an update that no step is made for, an operator without a gradient.
@@ -93,12 +98,7 @@ def _written(files: _Files) -> Report:
 
 def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
     """The module whose step it is; raises for what no step is made for."""
-    adapter = options.adapters
-    if adapter is not None and not isinstance(adapter, Adapter):
-        several = list(adapter.values() if hasattr(adapter, "values") else adapter)
-        if len(several) > 1:
-            raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
-        adapter = several[0] if several else None
+    adapter = _one_adapter(options)
     model = opened(model)
     if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
         raise LoraFxError("this module's weights are folded", "export the original model")
@@ -110,22 +110,51 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
             )
         module = model
     else:
-        cap = captured_of(model, options.capture_of_base())
-        _refuse_base(cap.model)
-        chosen: dict[str, Any] = {"rank": options.rank} if options.rank else {}
-        if adapter is None:
-            chosen |= {"include": options.include, "exclude": options.exclude}
-        module = insert(cap, adapter=adapter, **chosen)
+        module = _inserted(model, adapter, options)
+    _refuse_module(module)
+    return module
+
+
+def _one_adapter(options: ExportOptions) -> Adapter | None:
+    """The adapter that the step trains on; a new one is made where None."""
+    adapters = options.adapters
+    if adapters is None or isinstance(adapters, Adapter):
+        return adapters
+    several: Sequence[Adapter]
+    if isinstance(adapters, Mapping):
+        several = list(cast(Mapping[str, Adapter], adapters).values())
+    else:
+        several = adapters
+    if len(several) > 1:
+        raise LoraFxError(f"a step trains one adapter, not {len(several)}", "name one")
+    return several[0] if several else None
+
+
+def _inserted(model: object, adapter: Adapter | None, options: ExportOptions) -> AdaptedModule:
+    """A model with the branches of an adapter, or with new ones."""
+    captured = captured_of(model, options.capture_of_base())
+    _refuse_base(captured.model)
+    keywords: dict[str, Any] = {}
+    if options.rank:
+        keywords["rank"] = options.rank
+    if adapter is None:
+        keywords["include"] = options.include
+        keywords["exclude"] = options.exclude
+    return insert(captured, adapter=adapter, **keywords)
+
+
+def _refuse_module(module: AdaptedModule) -> None:
+    """Raise for a base, an update or running statistics that no step is made for."""
     _refuse_base(module)
-    made = module.adapter()
-    check_plain(made, "mode train")
-    if made.full:
+    adapter = module.adapter()
+    check_plain(adapter, "mode train")
+    if adapter.full:
         raise LoraFxError(
-            f"{min(made.full)!r} is trained whole; a step trains low-rank updates",
+            f"{min(adapter.full)!r} is trained whole; a step trains low-rank updates",
             "leave it out of also_train, or train with lora-fx train",
         )
-    for key, u in made.lowrank.items():
-        if u.frozen or variant_of(u).made_of:
+    for key, update in adapter.lowrank.items():
+        if update.frozen or variant_of(update).made_of:
             raise LoraFxError(
                 f"{key!r} starts from its weight, or makes A and B of other tensors: it has no "
                 "step",
@@ -133,20 +162,20 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
             )
     if execution_of(module).norm_stats != "frozen":
         raise LoraFxError("a step keeps running statistics as they are", "norm_stats='frozen'")
-    return module
 
 
 def _refuse_base(model: torch.nn.Module) -> None:
+    """Raise for weights that are not in float32."""
     coded = sorted(forms(model))
     if coded:
         raise LoraFxError(
             f"{coded[0]!r} is quantised: a step computes gradients in float32 alone",
             "export the model that it was made from, or train with lora-fx train",
         )
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and p.dtype is not torch.float32:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
             raise LoraFxError(
-                f"{name!r} is {dtype_name(p.dtype)}; a step is made of float32",
+                f"{name!r} is {dtype_name(parameter.dtype)}; a step is made of float32",
                 "model.float() before the export",
             )
 
@@ -155,77 +184,112 @@ class _Files:
     """The files of one export."""
 
     def __init__(self, module: AdaptedModule, options: ExportOptions) -> None:
-        self.module, self.options = module, options
-        said = {n: getattr(options, n) for n in ("optimizer", "weight_decay", "clip")}
-        self.update = Update(**{n: x for n, x in said.items() if x is not None})
+        self.module = module
         self.execution = execution_of(module)
-        captured = self.execution.captured
-        known = captured.signature.keywords
-        self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
-        self.fractions = options.loss == "mse" or self._takes_fractions()
-        self.named = self._labelled(captured.named)[0]
+        self.options = options
+        of_update = {}
+        for name in ("optimizer", "weight_decay", "clip"):
+            value = getattr(options, name)
+            if value is not None:
+                of_update[name] = value
+        self.update = Update(**of_update)
+        self.labels = DrawnLabels(module, options.loss)
+        self.named = self.labels.labelled(self.execution.captured.named)[0]
         self.updates = module.updates
         self.adapter = module.adapter()
 
     def write(self) -> Report:
         """Write and prove all of them."""
-        module, options = self.module, self.options
+        module = self.module
+        options = self.options
         target = options.target
-        switch, start = (target.with_suffix(s) for s in (".switch.onnx", ".onnx_adapter"))
+        switch = target.with_suffix(".switch.onnx")
+        start = target.with_suffix(".onnx_adapter")
         for path in (target, switch, start):
             check_output(path, force=options.force)
+
         captured = self.execution.captured
-        found = find(captured)
+        targets = find(captured)
         reference = torch_reference(captured, options)
-        keys = list(bind(self.adapter, found).lowrank)
-        graph, _, said = base_of(reference, keys, options)
-        only: dict[str, Any] = dict.fromkeys((*MODES["train"], "rank", "include", "exclude"))
-        own = replace(
+        keys = list(bind(self.adapter, targets).lowrank)
+        graph, _, notes = base_of(reference, keys, options)
+        of_train_alone: dict[str, Any] = dict.fromkeys(
+            (*MODES["train"], "rank", "include", "exclude")
+        )
+        of_forward = replace(
             options,
             mode="switch",
             target=switch,
             owner=target,
             external_over=0,
-            also=partial(self._step, reference),
-            **only,
+            also=partial(self._write_step, reference),
+            **of_train_alone,
         )
-        report = write_switch(graph, reference, keys, {}, own, [*said, *module.notes], found=found)
+        report = write_switch(
+            graph,
+            reference,
+            keys,
+            {},
+            of_forward,
+            [*notes, *module.notes],
+            captured_targets=targets,
+        )
         details = {**report.details, "mode": "train", "optimizer": self.update.optimizer}
-        outputs = sorted(report.outputs, key=lambda name: name != str(target))  # the step first
-        return replace(report, outputs=tuple(outputs), details=details)
+        step_first = sorted(report.outputs, key=lambda name: name != str(target))
+        return replace(report, outputs=tuple(step_first), details=details)
 
-    def _step(self, reference: TorchReference, made: Output, manifest: Manifest) -> Companions:
+    def _write_step(
+        self, reference: TorchReference, output: Output, manifest: Manifest
+    ) -> Companions:
         """Write the step and the start beside the forward."""
-        module, options, target = self.module, self.options, self.options.target
-        slots = slots_in(self.updates, {k: (s.a, s.b) for k, s in manifest.slots.items()})
-        quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
-        plain = train_graph(module, self.named, self.loss)
+        options = self.options
+        target = options.target
+        names = {key: (slot.a, slot.b) for key, slot in manifest.slots.items()}
+        slots = slots_in(self.updates, names)
+        plain = train_graph(self.module, self.named, self.labels.loss)
         self._settle(plain)
-        graph = train_graph(module, self.named, self.loss, quick, unit=True)
-        batch = graph.names[: len(graph.names) - graph.seeded]
-        if mine := sorted({*TAKEN, *([] if graph.own else ["labels"])} & {*batch}):
-            raise LoraFxError(
-                f"the model has an input {mine[0]!r}, which a step has for itself", "rename it"
-            )
-        opset, repeat = options.opset or OPSET, options.capture.repeat
-        model = step_of(graph, slots, self.update, self._without_values, opset, repeat=repeat)
-        model.metadata_props[PROPERTY] = self._manifest(manifest, slots, graph.seeded).to_text()
+        model = self._model(manifest, slots, reference)
+
+        path = output.path.with_name(target.name)
+        bytes_inside = save_beside(model, path, output.path)
+        session = open_session(path, options.provider)
+        parity = prove_step(
+            session.run, plain, slots, self.update, self.labels.labelled, options.inputs
+        )
+        demand(parity, "ONNX Runtime's step differs from torch's")
+
+        with replacing(target, force=options.force, beside=output.beside) as temporary:
+            path.replace(temporary)
+        start = target.with_suffix(".onnx_adapter")
+        with replacing(start, force=options.force, beside=output.beside) as temporary:
+            write_adapter(self.adapter, manifest, temporary)
+        warnings = []
+        if bytes_inside > MOST_INSIDE:
+            warnings.append(f"{bytes_inside} bytes of tensors lie in {target.name} itself")
+        return Companions(parity, [target, start], warnings)
+
+    def _model(
+        self, manifest: Manifest, slots: Sequence[Slot], reference: TorchReference
+    ) -> ir.Model:
+        """The step in ONNX, with its manifest and the sizes that it is true for."""
+        options = self.options
+        quick: list[Callable[[FxGraph], object]] = [Clean(), Share(), Fuse()]
+        graph = train_graph(self.module, self.named, self.labels.loss, quick, unit=True)
+        _refuse_taken_names(graph)
+        model: ir.Model = step_of(
+            graph,
+            slots,
+            self.update,
+            self.labels.without_values,
+            options.opset or OPSET,
+            repeat=options.capture.repeat,
+        )
+        own_manifest = self._manifest(manifest, slots, graph.seeded)
+        model.metadata_props[PROPERTY] = own_manifest.to_text()
         say_within(model, onnx_conditions(graph.traced.door.conditions))
         if not options.within:
             guard_within(model, reference.guards())
-        place = made.path.with_name(target.name)
-        left = save_beside(model, place, made.path)
-        session = open_session(place, options.provider)
-        parity = prove_step(session.run, plain, slots, self.update, self._labelled, options.inputs)
-        demand(parity, "ONNX Runtime's step differs from torch's")
-        with replacing(target, force=options.force, beside=made.beside) as part:
-            place.replace(part)
-        start = target.with_suffix(".onnx_adapter")
-        with replacing(start, force=options.force, beside=made.beside) as part:
-            write_adapter(self.adapter, manifest, part)
-        inside = f"{left} bytes of tensors lie in {target.name} itself"
-        said = [inside] * (left > MOST_INSIDE)
-        return Companions(parity, [target, start], said)
+        return model
 
     def _settle(self, graph: TrainGraph) -> None:
         """Drop what labels asked of sizes where a graph of those sizes has the same loss.
@@ -237,93 +301,66 @@ class _Files:
                 self._settle_at(graph, self.execution.sample(size))
 
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
-        traced, module = graph.traced, self.module
-        named, labels = self._labelled(sample)
-        door, leaves = traced.door, tree_leaves(named)
-        broken = {c for c in door.conditions if not c.holds(door.given(c, leaves))}
+        """Drop the conditions that a sample breaks, where another graph has the same loss."""
+        traced = graph.traced
+        door = traced.door
+        named, labels = self.labels.labelled(sample)
+        leaves = tree_leaves(named)
+        broken = {
+            condition
+            for condition in door.conditions
+            if not condition.holds(door.given(condition, leaves))
+        }
         if not broken or not broken <= {*traced.doubtful}:
             return
-        given = {**arrays_of(named), "labels": labels, "seed": np.array(0)}
-        losses = []
-        for each in (graph, train_graph(module, named, self.loss)):
-            inputs = [torch.tensor(given[n]) for n in each.names]
-            with torch.no_grad(), alike(module):
-                run = fx.Interpreter(each.flat)
-                losses.append(to_numpy(each.loss(run, inputs, torch.tensor(labels))))
-        if rel(losses[0], losses[1]) < ORT_TOL:
-            kept = tuple(c for c in door.conditions if c not in broken)
-            traced.door = replace(door, conditions=kept)
 
-    def _manifest(self, manifest: Manifest, own: Sequence[Slot], seeded: bool) -> Manifest:
+        arrays = {**arrays_of(named), "labels": labels, "seed": np.array(0)}
+        graph_of_sample = train_graph(self.module, named, self.labels.loss)
+        loss = self._loss(graph, arrays)
+        loss_of_sample = self._loss(graph_of_sample, arrays)
+        if rel(loss, loss_of_sample) < ORT_TOL:
+            conditions = tuple(
+                condition for condition in door.conditions if condition not in broken
+            )
+            traced.door = replace(door, conditions=conditions)
+
+    def _loss(self, graph: TrainGraph, arrays: Mapping[str, Array]) -> Array:
+        """The loss that a graph computes from arrays by name."""
+        inputs = [torch.tensor(arrays[name]) for name in graph.names]
+        with torch.no_grad(), alike(self.module):
+            run = fx.Interpreter(graph.flat)
+            return to_numpy(graph.loss(run, inputs, torch.tensor(arrays["labels"])))
+
+    def _manifest(self, manifest: Manifest, slots: Sequence[Slot], seeded: bool) -> Manifest:
         """The manifest of the step: fixed ranks, and what the step does."""
-        slots = {k: replace(s, rank=self.updates[k].rank) for k, s in manifest.slots.items()}
-        states = STATES[self.update.optimizer]
+        slots_of_rank = {
+            key: replace(slot, rank=self.updates[key].rank) for key, slot in manifest.slots.items()
+        }
+        loss = self.options.loss
+        suffixes = STATES[self.update.optimizer]
+        states = {}
+        for slot in slots:
+            if slot.trained:
+                states[slot.name] = [f"{slot.name}.{suffix}" for suffix in suffixes]
         training = {
             **vars(self.update),
-            "loss": self.options.loss if isinstance(self.options.loss, str) else "function",
+            "loss": loss if isinstance(loss, str) else "function",
             "seed": seeded,
-            "states": {s.name: [f"{s.name}.{x}" for x in states] for s in own if s.trained},
-            "updates": {k: row_of(u) for k, u in self.updates.items()},
+            "states": states,
+            "updates": {key: row_of(update) for key, update in self.updates.items()},
             "metadata": self.adapter.metadata,
         }
-        return Manifest(slots, "train", training)
-
-    # --- labels ----------------------------------------------------------------------------------
-
-    def _takes_fractions(self) -> bool:
-        """Whether a function takes a number for each score, and no class for each row of them."""
-        compute, own = self.loss
-        if own or not callable(self.options.loss):
-            return False
-        self.module.eval()
-        with torch.no_grad():
-            out = self.execution.run(self.execution.captured.named)
-            scores = scores_of(out)
-            for fractions in (False, True):
-                self.fractions = fractions
-                # a function raises what it likes for labels of another shape or dtype
-                with contextlib.suppress(Exception):
-                    compute(out, self._drawn(scores, None))
-                    return fractions
-        return False
-
-    def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
-        """The call of a batch with its labels, where the model takes them, and the labels."""
-        own, signature = self.loss[1], self.execution.captured.signature
-        example: Any = named.get(own)  # where the example has labels, theirs are shape and dtype
-        named = {k: v for k, v in named.items() if k != own}
-        asked = {}
-        if example is not None and own in signature.required:
-            asked[own] = torch.zeros_like(example)
-        self.module.eval()
-        with torch.no_grad():
-            scores = scores_of(self.execution.run({**named, **asked})).detach()
-        labels = self._drawn(scores, example)
-        if own:
-            named = signature.bind((), {**named, own: labels})
-        return dict(named), to_numpy(labels)
-
-    def _drawn(self, scores: torch.Tensor, example: torch.Tensor | None) -> torch.Tensor:
-        """Labels of scores, one of them left out."""
-        at = self._without_values(scores) if example is None else example
-        generator = np.random.default_rng(scores.numel())
-        if at.is_floating_point():
-            # a function of probabilities takes none outside [0, 1]
-            draw = generator.random if callable(self.options.loss) else generator.standard_normal
-            return from_numpy(draw(tuple(at.shape)).astype(np.float32))
-        # a model's own labels of pixels stand where its scores have their second axis
-        last = example is None or scores.dim() < 2 or at.shape == scores.shape[:-1]
-        labels = generator.integers(0, scores.shape[-1 if last else 1], at.shape)
-        if labels.size > 3 and example is None and not callable(self.options.loss):
-            labels.reshape(-1)[-1] = IGNORED
-        return from_numpy(labels)
-
-    def _without_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Labels of scores: fractions for each of them, else a class for each row of them."""
-        if self.fractions:
-            return torch.zeros(tuple(scores.shape), dtype=torch.float32)
-        return torch.zeros(tuple(scores.shape[:-1]), dtype=torch.int64)
+        return Manifest(slots_of_rank, "train", training)
 
 
-MOST_INSIDE = 1 << 20
-"""Bytes of tensors inside a step's own file, above which it is said."""
+def _refuse_taken_names(graph: TrainGraph) -> None:
+    """Raise for an input of the model whose name a step has for itself."""
+    inputs_of_model = graph.names[: len(graph.names) - graph.seeded]
+    names_of_step = {*TAKEN}
+    if not graph.own:
+        names_of_step.add("labels")
+    clashes = sorted(names_of_step.intersection(inputs_of_model))
+    if clashes:
+        raise LoraFxError(
+            f"the model has an input {clashes[0]!r}, which a step has for itself", "rename it"
+        )

@@ -103,27 +103,35 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
         FutureWarning: A keyword beside the name of a mode whose class has it as a field.
     """
     if not isinstance(mode, (str, ModeOptions)):
+        classes = ", ".join(f"lora_fx.{kind.__name__}(…)" for kind in BY_NAME.values())
         raise LoraFxError(
-            f"mode is of type {type(mode).__name__}; expected a name or one of "
-            f"{', '.join(f'lora_fx.{kind.__name__}(…)' for kind in BY_NAME.values())}",
+            f"mode is of type {type(mode).__name__}; expected a name or one of {classes}",
             'mode="switch", for example',
         )
-    kind = BY_NAME.get(mode) if isinstance(mode, str) else type(mode)
-    of_mode = field_names(kind) if kind else ()
-    given = [name for name in of_mode if is_given(keywords[name])]
     if isinstance(mode, str):
-        if kind and given:
-            written = ", ".join(f"{name}=…" for name in given)
-            now = f"mode=lora_fx.{kind.__name__}({written})"
-            warn_caller(f"options of mode {mode} are written {now} now")
+        if mode in BY_NAME:
+            _warn_of_keywords(BY_NAME[mode], keywords)
         return mode, keywords
 
-    if given:
-        raise LoraFxError(
-            f"{given[0]}= beside mode=lora_fx.{type(mode).__name__}(…), which has it too",
-            "give it to the mode alone",
-        )
-    return mode.name, {**keywords, **{name: getattr(mode, name) for name in of_mode}}
+    kind = type(mode)
+    options = dict(keywords)
+    for name in field_names(kind):
+        if is_given(keywords[name]):
+            raise LoraFxError(
+                f"{name}= beside mode=lora_fx.{kind.__name__}(…), which has it too",
+                "give it to the mode alone",
+            )
+        options[name] = getattr(mode, name)
+    return mode.name, options
+
+
+def _warn_of_keywords(kind: type[ModeOptions], keywords: Json) -> None:
+    """Warn of keywords that are fields of a mode's class now."""
+    names = [name for name in field_names(kind) if is_given(keywords[name])]
+    if names:
+        fields_of_mode = ", ".join(f"{name}=…" for name in names)
+        spelling = f"mode=lora_fx.{kind.__name__}({fields_of_mode})"
+        warn_caller(f"options of mode {kind.name} are written {spelling} now")
 
 
 def field_names(kind: type[ModeOptions]) -> tuple[str, ...]:

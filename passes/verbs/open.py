@@ -8,16 +8,16 @@ from os import PathLike, fspath
 
 from torch import nn
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
-from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.untie import lone_names, untied
@@ -46,9 +46,9 @@ def captured_of(model: object, options: CaptureOptions = DEFAULTS) -> Captured:
     model = unwrapped(model)
     if isinstance(model, Captured):
         options.refuse_for_captured()
-        return apart(
-            decoder(model, check=options.check) if options.cache else model, options.adapter
-        )
+        if options.cache:
+            model = decoder(model, check=options.check)
+        return apart(model, options.adapter)
     if isinstance(model, CapturedModule) and not options.with_branches:
         options.refuse_for_captured()
         return _under_branches(model, options)
@@ -91,11 +91,12 @@ def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured
 def _shares(module: CapturedModule) -> bool:
     """True where the frozen weights of a module are the captured model's own."""
     originals = dict(execution_of(module).captured.model.named_parameters())
-    return all(
-        parameter.requires_grad or parameter.data_ptr() == originals[name].data_ptr()
-        for name, parameter in module.named_parameters()
-        if name in originals
-    )
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad or name not in originals:
+            continue
+        if parameter.data_ptr() != originals[name].data_ptr():
+            return False
+    return True
 
 
 def _of_program(path: str | PathLike[str], options: CaptureOptions) -> Captured:
@@ -126,7 +127,10 @@ def _of_loaded(loaded: LoadedModel, options: CaptureOptions) -> Captured:
 
 
 def _is_empty(inputs: object) -> bool:
-    return inputs is None or (isinstance(inputs, (tuple, list, Mapping)) and not inputs)
+    """Whether no inputs were given; an array is never empty."""
+    if isinstance(inputs, (tuple, list, Mapping)):
+        return not inputs
+    return inputs is None
 
 
 def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()) -> Captured:
@@ -134,7 +138,8 @@ def _of_module(model: object, options: CaptureOptions, notes: Sequence[str] = ()
     names: tuple[str, ...] = ()
     if options.adapter is not None and isinstance(model, nn.Module):
         names = lone_names(options.adapter, model)
-        model = untied(model, names) if names else model
+        if names:
+            model = untied(model, names)
 
     if options.cache:
         cap = decoder(model, repeat=options.repeat, check=options.check)
@@ -163,7 +168,9 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
     Raises:
         LoraFxError: There is such a name, and no source that could be captured again.
     """
-    names = lone_names(adapter, cap.model) if adapter else ()
+    if not adapter:
+        return cap
+    names = lone_names(adapter, cap.model)
     if not names:
         return cap
     if isinstance(cap, FileCaptured):
@@ -172,9 +179,9 @@ def apart(cap: Captured, adapter: Adapter | None) -> Captured:
             "whole tensor is for that name alone",
             "give the model itself, instead of a file of its graph",
         )
-    new = captured_again(cap, untied(user_module(cap), names))
-    new.notes += [*cap.notes, note_of_untied(names)]
-    return new
+    untied_cap = captured_again(cap, untied(user_module(cap), names))
+    untied_cap.notes += [*cap.notes, note_of_untied(names)]
+    return untied_cap
 
 
 def captured_again(cap: Captured, model: nn.Module) -> Captured:

@@ -1,4 +1,4 @@
-"""What a verb is asked for: one frozen object, made and checked in the verb's first line.
+"""The options of a verb: one frozen object, made and checked in the verb's first line.
 
 The fields are the arguments of the public functions, which say what they mean. An object that
 exists is in order: whatever the options alone show to be wrong was refused when it was made.
@@ -6,46 +6,32 @@ exists is in order: whatever the options alone show to be wrong was refused when
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from numbers import Real
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import (
     OF_DATA,
     asked,
     check_init,
     named_variant,
-    names_taken,
     variant_of,
 )
-from lora_fx.compare import Parity
-from lora_fx.dtypes import long_name
 from lora_fx.errors import (
     LoraFxError,
     NoSay,
     expect,
-    expect_name,
     given_options,
     refuse_no_say,
 )
 from lora_fx.inputs import Dynamic, Named
+from lora_fx.passes.verbs.refused_updates import check_kinds
 from lora_fx.targets.plan import GivenRanks, Plan, RankPlan, make_plan, select_names
 from lora_fx.targets.target import Found
-from lora_fx.text import is_whole
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
-    from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.output_file import Output
-    from lora_fx.onnx.place import Place
 
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
@@ -106,10 +92,13 @@ class CaptureOptions:
         Example inputs are let be: a caller who passes those of the capture again asks for nothing
         else.
         """
-        asked: Named = {"dynamic": self.dynamic, "static": self.static, "weights": self.weights}
-        given = {name: value or None for name, value in asked.items()}
-        captured = NoSay[Named](tuple(given), bool, "beside a captured model, which has its sizes")
-        refuse_no_say([captured], given, given_options(given))
+        options: Named = {
+            "dynamic": self.dynamic or None,
+            "static": self.static or None,
+            "weights": self.weights or None,
+        }
+        rule = NoSay[Named](tuple(options), bool, "beside a captured model, which has its sizes")
+        refuse_no_say([rule], options, given_options(options))
 
 
 KNOWN_WITH_CACHE = (
@@ -124,12 +113,15 @@ def _plan_says(options: BranchOptions, what: str) -> bool:
 
     One that it has already is no contradiction.
     """
-    plan = options.plan.ranks if isinstance(options.plan, RankPlan) else options.plan
+    plan = options.plan
+    if isinstance(plan, RankPlan):
+        plan = plan.ranks
     if not isinstance(plan, Mapping):
         return plan is not None
     rows = [row if isinstance(row, Mapping) else {"rank": row} for row in plan.values()]
-    wanted = getattr(options, what)
-    return all(what in row for row in rows) and any(row[what] != wanted for row in rows)
+    if not all(what in row for row in rows):
+        return False
+    return any(row[what] != getattr(options, what) for row in rows)
 
 
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
@@ -138,12 +130,12 @@ BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
     NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
     NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
 )
-"""Of an insert into a graph of either IR."""
+"""The rules of an insert into a graph of either IR."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchOptions:
-    """What an insert into a graph of either IR is asked for; see `lora_fx.insert`."""
+    """The options of an insert into a graph of either IR; see `lora_fx.insert`."""
 
     rules: ClassVar[tuple[NoSay[Any], ...]] = BRANCH_RULES
     """When an option has no say."""
@@ -164,9 +156,9 @@ class BranchOptions:
         Raises:
             LoraFxError: One was given that has no say.
         """
-        given = {name: value for name, value in wanted.items() if value is not None}
-        options = cls(**given)
-        refuse_no_say(cls.rules, options, given_options(given))
+        keywords = {name: value for name, value in wanted.items() if value is not None}
+        options = cls(**keywords)
+        refuse_no_say(cls.rules, options, given_options(keywords))
         return options
 
     def __post_init__(self) -> None:
@@ -177,11 +169,17 @@ class BranchOptions:
         named_variant(self.variant)
         check_init(self.init)
         if self.dead == "auto":
-            named = "error" if self.include or self.plan is not None else "drop"
-            given = getattr(self, "adapter", None) is not None
-            object.__setattr__(self, "dead", "keep" if given else named)
+            object.__setattr__(self, "dead", self._dead_by_default())
         if self.dead not in ("error", "drop", "keep", "allow"):
             raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
+
+    def _dead_by_default(self) -> str:
+        """What becomes of a target without effect, by what named it."""
+        if getattr(self, "adapter", None) is not None:
+            return "keep"
+        if self.include or self.plan is not None:
+            return "error"
+        return "drop"
 
     def planned(self, found: Found, names: Mapping[str, str] | None = None) -> Plan:
         """The plan of a model's targets; see `lora_fx.targets.plan.make_plan`."""
@@ -193,32 +191,38 @@ class BranchOptions:
         )  # fmt: skip
 
 
-def _others(options: InsertOptions, place: int) -> bool:
-    """Whether an adapter has another rank (0) or alpha (1) than was asked for.
+def _of_other_rank(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another rank than was asked for.
 
     One that it has already is no contradiction: the module is what was asked for.
     """
     if options.adapter is None:
         return False
-    wanted = (options.rank, options.alpha)[place]
-    return any(asked(update)[place] != wanted for update in options.adapter.lowrank.values())
+    return any(asked(update)[0] != options.rank for update in options.adapter.lowrank.values())
+
+
+def _of_other_alpha(options: InsertOptions) -> bool:
+    """Whether an adapter has an update of another alpha than was asked for."""
+    if options.adapter is None:
+        return False
+    return any(asked(update)[1] != options.alpha for update in options.adapter.lowrank.values())
 
 
 def _of_other_variant(options: InsertOptions) -> bool:
     """Whether an adapter has an update of another variant than was asked for."""
     if options.adapter is None:
         return False
-    wanted = named_variant(options.variant)
-    return any(variant_of(update) != wanted for update in options.adapter.lowrank.values())
+    variant = named_variant(options.variant)
+    return any(variant_of(update) != variant for update in options.adapter.lowrank.values())
 
 
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank",), lambda o: _others(o, 0), "beside an adapter, which brings its own",
+        ("rank",), _of_other_rank, "beside an adapter, which brings its own",
         "leave it out, or the adapter",
     ),
     NoSay(
-        ("alpha",), lambda o: _others(o, 1), "beside an adapter, which brings its own",
+        ("alpha",), _of_other_alpha, "beside an adapter, which brings its own",
         "leave it out, or the adapter",
     ),
     NoSay(
@@ -240,12 +244,12 @@ INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
         "leave it out, or --init lora-ga",
     ),
 )  # fmt: skip
-"""Of an insert of a model of torch, beside those of any insert."""
+"""The rules of an insert into a model of torch, beside those of any insert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertOptions(BranchOptions):
-    """What `lora_fx.insert` and `lora_fx.attach` are asked for; attach has no `fast`."""
+    """The options of `lora_fx.insert` and `lora_fx.attach`; attach has no `fast`."""
 
     rules = (*INSERT_RULES, *BRANCH_RULES)
     also_train: Selectors = None
@@ -269,10 +273,14 @@ class InsertOptions(BranchOptions):
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):
             raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
-        chosen = self.include or self.exclude or self.also_train or self.plan is not None
         if self.adapter is not None:
-            check_kinds(self.adapter, "the adapter", "a graph")
-        if self.adapter is not None and chosen:
+            self._check_adapter(self.adapter)
+
+    def _check_adapter(self, adapter: Adapter) -> None:
+        """Raise for what no graph can hold, and for targets beside those that it brings."""
+        check_kinds(adapter, "the adapter", "a graph")
+        selectors = (self.include, self.exclude, self.also_train)
+        if any(selectors) or self.plan is not None:
             raise LoraFxError(
                 "an adapter brings its own targets and ranks",
                 "leave out include, exclude, also_train and plan, or the adapter",
@@ -280,112 +288,20 @@ class InsertOptions(BranchOptions):
 
     def whole(self, names: Mapping[str, str]) -> set[str]:
         """The first names of what is trained whole, or comes whole with the adapter."""
-        named = select_names(list(names), self.also_train or ())
-        return {names.get(n, n) for n in (*named, *(self.adapter.full if self.adapter else ()))}
+        chosen = [*select_names(list(names), self.also_train or ())]
+        if self.adapter:
+            chosen += self.adapter.full
+        return {names.get(name, name) for name in chosen}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Options that have no say beside others."""
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
-        acts = f"dropout {self.dropout:g} acts on branches"
-        return (f"{acts}, and {self.variant} computes its weight instead",)
-
-
-MODES: Mapping[str, tuple[str, ...]] = {
-    "switch": ("include", "exclude"),
-    "batch": ("scales",),
-    "merged": ("optimise", "precision"),
-    "load": ("rank",),
-    "train": ("loss", "optimizer", "weight_decay", "clip"),
-}
-"""Mode of export → the options that it alone has; load has those of switch too, train of both."""
-PRECISIONS = ("float32", "bfloat16", "float16", "int8")
-
-
-def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
-    """Raise for an update that no graph can hold, which the adapter alone tells.
-
-    Args:
-        adapter: Bound or not.
-        name: What the message calls it.
-        taker: What should take it, such as "mode switch".
-        reading_weight: A variant that reads W itself is taken.
-    """
-    for key, entry in adapter.entries.items():
-        reads = isinstance(entry, LowRank) and variant_of(entry).reads_weight
-        other = isinstance(entry, (Hadamard, Kronecker, Rotation))
-        if other or (reads and not reading_weight):
-            *names, last = names_taken(reading_weight=reading_weight)
-            known = f"{', '.join(names)} and {last}"
-            raise LoraFxError(
-                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {known}",
-                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
-                "how well",
-            )
-
-
-def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
-    """Raise for what an adapter holds and a file of a mode has no place for.
-
-    The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
-    tensors of a single adapter into the base.
-    """
-    for name, adapter in adapters.items():
-        check_kinds(adapter, name, f"mode {mode}", reading_weight=mode in ("merged", "train"))
-        entries = adapter.entries.items()
-        whole = [key for key, entry in entries if isinstance(entry, (Full, Dense, ReplacedRows))]
-        alone = mode == "switch" and len(adapters) == 1
-        if whole and mode not in ("merged", "train") and not alone:
-            raise LoraFxError(
-                f"{name}: it holds the whole tensor {whole[0]!r}; mode {mode} has a place for low-"
-                "rank updates alone",
-                exclude_hint(name, whole),
-            )
-        if mode == "batch":
-            check_rows(adapter, name)
-
-
-RECURRENT = ("lstm", "gru", "rnn")
-"""How the ops of recurrent layers begin."""
-
-
-def check_rows(adapter: Adapter, name: str) -> None:
-    """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
-    kinds = {key: _without_rows(entry) for key, entry in adapter.lowrank.items()}
-    refused = [key for key, kind in kinds.items() if kind]
-    if refused:
-        raise LoraFxError(
-            f"{name}: {refused[0]!r} is of {kinds[refused[0]]}; mode batch has no form by row for "
-            f"it{f', nor for {len(refused) - 1} more' if len(refused) > 1 else ''}",
-            f"{_exclude_command(name, refused)} leaves it out; modes switch and load take it",
+        return (
+            f"dropout {self.dropout:g} acts on branches, and {self.variant} computes its weight "
+            "instead",
         )
-
-
-def _without_rows(entry: LowRank) -> str:
-    """What the weight of an update is, where mode batch has no form for it; empty where it has."""
-    op = entry.origin.op
-    if op.startswith("conv_transpose"):
-        return "a transposed convolution"
-    if op.startswith(RECURRENT):
-        return "a recurrent layer"
-    if entry.a.ndim > 2:
-        return "a grouped convolution" if op.startswith("conv") else "a stack of matrices"
-    return ""
-
-
-def exclude_hint(name: str, keys: Sequence[str]) -> str:
-    """How to go on without the whole tensors of an adapter, or with them in the base."""
-    return (
-        f"{_exclude_command(name, keys)} leaves it out; with --include in its place, OUT holds it "
-        "alone, and lora-fx merge puts that into the base"
-    )
-
-
-def _exclude_command(name: str, keys: Sequence[str]) -> str:
-    """The command that writes an adapter without some keys."""
-    modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
-    return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
 
 
 def expect_selectors(given: object, name: str) -> None:
@@ -395,156 +311,6 @@ def expect_selectors(given: object, name: str) -> None:
 
 def is_given(option: object) -> bool:
     """Whether an option of a mode has a value; an empty sequence is none."""
-    empty = isinstance(option, Sequence) and not option
-    return option is not None and option is not False and not empty
-
-
-@dataclass(frozen=True)
-class Companions:
-    """What was proven and written beside a file over its data, and what has to be said."""
-
-    parity: Sequence[Parity] = ()
-    files: Sequence[Path] = ()
-    warnings: Sequence[str] = ()
-
-
-EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
-    NoSay(
-        ("external_over",), lambda o: o.mode == "train",
-        "in mode train, whose two files share the weights of a third",
-    ),
-)  # fmt: skip
-"""Of every export, beside those of its mode, which ExportOptions knows."""
-REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
-    NoSay(
-        ("inputs", "within"),
-        lambda o: o.mode == "merged" and not o.rewrites,
-        "where an adapter is merged into an .onnx file, which is compared tensor by tensor",
-        "leave it out; --optimise and --precision run the file, and lora-fx merge --run does",
-    ),
-)
-"""Of an export of an .onnx file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """What `lora_fx.export` is asked for; it has the defaults, and says what the fields mean."""
-
-    target: Path
-    adapters: ExportAdapters | None
-    mode: str
-    include: Selectors
-    exclude: Selectors
-    rank: int | None
-    scales: bool
-    names: Mapping[str, str] | None
-    inputs: Named | None
-    provider: str
-    opset: int | None
-    external_over: int
-    capture: CaptureOptions
-    force: bool
-    optimise: bool
-    precision: str | None
-    places: Sequence[Place]
-    within: bool = False
-    accuracy_level: int = 0
-    loss: str | Loss | None = None
-    optimizer: str | None = None
-    weight_decay: float | None = None
-    clip: float | None = None
-    owner: Path | None = None
-    also: Callable[[Output, Manifest], Companions] | None = None
-    tol: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raise for a mode that is not known, and for an option that it would ignore."""
-        expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
-        for mode, names in MODES.items():
-            more = {"load": ("switch",), "train": ("switch", "load")}.get(self.mode, ())
-            if mode not in (self.mode, *more) and any(is_given(getattr(self, n)) for n in names):
-                raise LoraFxError(
-                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
-                    "leave it out",
-                )
-        for name in ("include", "exclude"):
-            expect_selectors(getattr(self, name), name)
-        if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
-            raise LoraFxError(
-                f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
-            )
-        object.__setattr__(self, "precision", long_name(self.precision))
-        if self.precision is not None:
-            known = "float32, bfloat16, float16 or int8"
-            expect_name(self.precision, PRECISIONS, "no precision", known)
-        if self.precision == "int8" and self.optimise:
-            raise LoraFxError(
-                "int8 starts from the graph as exported: fused nodes would stay in float32",
-                "leave --optimise out",
-            )
-        exact = self.mode in ("batch", "train")
-        if self.accuracy_level not in (0, 4) or (self.accuracy_level and exact):
-            raise LoraFxError(
-                f"no accuracy level {self.accuracy_level} in mode {self.mode}",
-                "0, or 4 in merged, switch and load: x in int8 for products over codes",
-            )
-        if self.capture.cache and self.mode == "train":
-            raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
-        if self.mode == "train":
-            self._check_step()
-        if self.tol is not None:
-            self._check_tol(self.tol)
-
-    def _check_step(self) -> None:
-        if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
-            raise LoraFxError(f"no loss {self.loss!r}", "ce, mse or module:function")
-        if self.optimizer not in (None, "adamw", "sgd"):
-            raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
-        for name in ("weight_decay", "clip"):
-            given = getattr(self, name)
-            expect(given or 0, Real, name, "a number", f"{name}=0.01")
-            if given is not None and not 0 <= given < math.inf:
-                raise LoraFxError(f"{name} {given} is not 0 or more", "0 leaves it out")
-        if self.places:
-            raise LoraFxError("a server takes no training step", "--triton with --mode switch")
-
-    def _check_tol(self, tol: float) -> None:
-        from lora_fx.onnx.precision import GATES  # as in output
-
-        expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
-        rounding = f"level {self.accuracy_level}" if self.accuracy_level else self.precision or ""
-        gate = GATES.get(rounding, 1.0)
-        if not gate < tol < 1:
-            more = f"more than the gate of {rounding}, {gate:g}, and less than 1"
-            raise LoraFxError(
-                f"tol is {tol:g}; expected {more if gate < 1 else 'none: nothing is rounded here'}",
-                "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
-            )
-
-    def capture_of_base(self) -> CaptureOptions:
-        """How the base is captured: for the adapter, where there is one alone."""
-        if isinstance(self.adapters, Adapter):
-            return replace(self.capture, adapter=self.adapters)
-        values = self.adapters.values() if isinstance(self.adapters, Mapping) else self.adapters
-        adapters = [*(values or ())]
-        return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether the graph of an .onnx file is rewritten beyond its weights, and so run."""
-        return self.optimise or self.precision is not None
-
-    def output(self) -> AbstractContextManager[Output]:
-        """The file, and its copies, which get their names when the block ends."""
-        # insert and merge share this file and need no ONNX
-        from lora_fx.onnx.output_file import output
-
-        return output(self.target, force=self.force, places=self.places, owner=self.owner)
-
-    def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
-        """The targets, and whether the default plan chose them: some may be left out then."""
-        keys = list(dict.fromkeys(key for a in adapters.values() for key in a))
-        if keys and not self.include and not self.exclude:
-            return keys, False
-        plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
-        return list(plan.entries), not self.include
+    if option is None or option is False:
+        return False
+    return not (isinstance(option, Sequence) and not option)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -17,14 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.capture.unchanged import alike
-from lora_fx.fx.module.execution import execution_of
-from lora_fx.fx.module.folded import FoldedModule
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.folded import FoldedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves
@@ -54,122 +55,150 @@ def save_program(
     """
     if not fspath(path).endswith(".pt2"):
         raise LoraFxError(f"{fspath(path)}: a program's name ends in .pt2", "name it so")
-    if any(p.device.type != "cpu" for p in module.parameters()):
+    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
         module = copy.deepcopy(module).to("cpu")
-    was = module.training
-    modes = [False]
-    notes: list[str] = []
+    was_training = module.training
     try:
-        execution = execution_of(module)
-        execution.captured.allows(False, execution.norm_stats)
-        notes += prove_as_it_is(module)
-        if isinstance(module, FoldedModule):
-            notes.append("a folded model has no train program")
-        else:
-            try:
-                execution.captured.allows(True, execution.norm_stats)
-                modes.append(True)
-            except LoraFxError as e:
-                notes.append(f"no train program is written: {e.message}")
+        modes, notes = _modes(module)
         with replacing(path, force=force) as temporary:
-            paths = {m: _paths(module, m) for m in modes}
+            paths = {training: _paths(module, training) for training in modes}
             write_programs(module.eval(), temporary, paths)
-            again, by_torch = load_program(temporary), _by_torch(temporary)
-            _share_memory(again, module, "the file")
-            _share_memory(by_torch, module, "the file that torch loads")
-            for training, found in paths.items():
-                _prove(module, again, training, found, None if training else by_torch)
+            loaded = load_program(temporary)
+            loaded_by_torch = _load_by_torch(temporary)
+            _share_memory(loaded, module, "the file")
+            _share_memory(loaded_by_torch, module, "the file that torch loads")
+            for training, paths_of_mode in paths.items():
+                by_torch = None if training else loaded_by_torch
+                _prove(module, loaded, training, paths_of_mode, by_torch)
     finally:
-        module.train(was)
+        module.train(was_training)
     return tuple(notes)
+
+
+def _modes(module: CapturedModule) -> tuple[list[bool], list[str]]:
+    """The modes that get programs, eval first, by whether they are training; and notes."""
+    execution = execution_of(module)
+    execution.captured.allows(False, execution.norm_stats)
+    notes = [*prove_as_it_is(module)]
+    if isinstance(module, FoldedModule):
+        return [False], [*notes, "a folded model has no train program"]
+    try:
+        execution.captured.allows(True, execution.norm_stats)
+    except LoraFxError as e:
+        return [False], [*notes, f"no train program is written: {e.message}"]
+    return [False, True], notes
 
 
 def _paths(module: CapturedModule, training: bool) -> Paths:
     """The paths of a mode that the module runs: what is written is proven."""
     module.train(training)
     execution = execution_of(module)
-    first, *others = execution.captured.paths(training, execution.base_dtype)
-    found = [first]
-    for named, traced in others:
+    first, *further = execution.captured.paths(training, execution.base_dtype)
+    paths = [first]
+    for named, traced in further:
         with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
             execution.flat(execution.in_own_dtype(named))
-            found.append((named, traced))
-    return found
+            paths.append((named, traced))
+    return paths
 
 
-def _share_memory(again: nn.Module, module: nn.Module, what: str) -> None:
+def _share_memory(loaded: nn.Module, module: nn.Module, what: str) -> None:
     """Demand that tensors of one name have equal bits, and let both modules use the same memory.
 
     How a product is summed up depends on the strides of its operands and on where they lie, and a
     file holds rows one after the other: to the bit, programs compare on the same memory only.
     """
-    own = all_tensors(module)
-    for name, t in all_tensors(again).items():
-        if name in own:
-            # an adapter is read as float32, whatever `.to(dtype)` made of it
-            _demand({name: _bits(t)}, {name: _bits(own[name].to(t.dtype))}, what)
-        t.data = own[name].data if name in own else t.data.clone()
+    originals = all_tensors(module)
+    for name, tensor in all_tensors(loaded).items():
+        if name not in originals:
+            tensor.data = tensor.data.clone()
+            continue
+        original = originals[name]
+        # an adapter is read as float32, whatever `.to(dtype)` made of it
+        _demand({name: _bits(tensor)}, {name: _bits(original.to(tensor.dtype))}, what)
+        tensor.data = original.data
 
 
-def _bits(t: torch.Tensor) -> Array:
-    return to_numpy(t.detach().contiguous().reshape(-1).view(torch.uint8))
+def _bits(tensor: torch.Tensor) -> Array:
+    return to_numpy(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
 
 
 def _prove(
     module: CapturedModule,
-    again: CapturedModule,
+    loaded: CapturedModule,
     training: bool,
     paths: Paths,
-    loaded: nn.Module | None,
+    loaded_by_torch: nn.Module | None,
 ) -> None:
-    """Every size of the checks, with the same random numbers, must give the same bits."""
-    names = "train" if training else "eval"
-    for m in (module, again):
-        m.train(training)
-    ran = 0
-    execution = execution_of(module)
-    example = execution.in_own_dtype()
-    own = (*map(execution.sample, SIZES), *([example] if is_real(example) else ()))
-    for named in (*own, *(execution.in_own_dtype(named) for named, _ in paths[1:])):
-        leaves = [x for x in tree_leaves(named) if isinstance(x, torch.Tensor)]
+    """Every size of the checks, with the same random numbers, must give the same bits.
+
+    Raises:
+        NoEffectError: A program of the file gives other numbers.
+        LoraFxError: The model runs at none of these sizes.
+    """
+    mode = "train" if training else "eval"
+    module.train(training)
+    loaded.train(training)
+    count = 0
+    for named in _calls(module, paths):
         try:
-            want = execution.flat(named)
+            expected = execution_of(module).flat(named)
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         try:
-            got = execution_of(again).flat(named)
+            outputs = execution_of(loaded).flat(named)
         except SizeError:
             continue  # the file says so by name; the module captures another path there
-        ran += 1
-        _demand(got, want, f"the {names} program")
-        if loaded is not None and paths[0][1].door.admits(tree_leaves(named)):
-            try:
-                with torch.no_grad(), alike(loaded):
-                    values = tree_leaves(loaded(*leaves))
-            except RuntimeError as e:
-                if "Expected input at" not in str(e):
-                    raise
-                continue  # torch keeps to the range of a split, where the path is the same beyond
-            tensors = [to_numpy(v) for v in values if isinstance(v, torch.Tensor)]
-            _demand(dict(zip(want, tensors, strict=True)), want, "the program that torch loads")
-    if not ran:
+        count += 1
+        _demand(outputs, expected, f"the {mode} program")
+        if loaded_by_torch is not None and paths[0][1].door.admits(tree_leaves(named)):
+            _prove_by_torch(loaded_by_torch, named, expected)
+    if not count:
         raise LoraFxError(
             "the model runs at none of the checks' sizes", "give --static or --inputs"
         )
 
 
-def _demand(got: Named, want: Named, what: str) -> None:
-    if list(got) != list(want):
+def _calls(module: CapturedModule, paths: Paths) -> Iterator[Named]:
+    """The calls of the checks: the sizes, the example where it is real, and every other path's."""
+    execution = execution_of(module)
+    example = execution.in_own_dtype()
+    yield from [execution.sample(size) for size in SIZES]
+    if is_real(example):
+        yield example
+    for named, _ in paths[1:]:
+        yield execution.in_own_dtype(named)
+
+
+def _prove_by_torch(loaded: nn.Module, named: Named, expected: Mapping[str, Array]) -> None:
+    """Demand the same numbers of the program that torch itself loads."""
+    tensors = [leaf for leaf in tree_leaves(named) if isinstance(leaf, torch.Tensor)]
+    try:
+        with torch.no_grad(), alike(loaded):
+            values = tree_leaves(loaded(*tensors))
+    except RuntimeError as e:
+        if "Expected input at" not in str(e):
+            raise
+        return  # torch keeps to the range of a split, where the path is the same beyond
+    arrays = [to_numpy(value) for value in values if isinstance(value, torch.Tensor)]
+    outputs = dict(zip(expected, arrays, strict=True))
+    _demand(outputs, expected, "the program that torch loads")
+
+
+def _demand(outputs: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:
+    """Raise unless names, shapes and all numbers are equal; NaN equals NaN."""
+    if list(outputs) != list(expected):
         raise NoEffectError(
-            f"{what} gives {list(got)}, the module {list(want)}",
+            f"{what} gives {list(outputs)}, the module {list(expected)}",
             "report this: it is a mistake of lora-fx",
         )
-    for name, a in got.items():
-        if a.shape != want[name].shape or not np.array_equal(a, want[name], equal_nan=True):
+    for name, array in outputs.items():
+        same_shape = array.shape == expected[name].shape
+        if not same_shape or not np.array_equal(array, expected[name], equal_nan=True):
             raise NoEffectError(f"{what} gives other numbers in {name!r}", "nothing was written")
 
 
-def _by_torch(file: Path) -> nn.Module:
+def _load_by_torch(file: Path) -> nn.Module:
     """The eval program as torch itself loads it; safe, for the file is the one just written."""
     try:
         return torch.export.load(str(file)).module(check_guards=False)

@@ -25,7 +25,7 @@ Wanted = str | Sequence[str] | Mapping[str, Selectors]
 
 
 def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Captured:
-    """The same capture over another tree, which holds codes for some weights.
+    """Copy a capture over another tree, which holds codes for some weights.
 
     Args:
         cap: The capture; neither it nor its model is changed.
@@ -36,18 +36,27 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
         LoraFxError: A kind that is not known, a selector without a match, a model that cannot be
             copied.
     """
-    found = find(cap.fx_graph())
-    kinds, notes = _chosen(cap.model, found, parse(wanted), leave)
-    new = copy.copy(cap)
-    new.model = beside(cap.model)
-    new.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in cap.tracings.items()}
-    before = sum(parameter_of(cap.model, n).nbytes for n in kinds)
-    Quantise(kinds)(cap.fx_graph(root=new.model))
-    after = sum(t.nbytes for n in kinds for t in tensors_of(new.model, n))
-    said = " and ".join(dict.fromkeys(kinds.values()))
-    size = f"{len(kinds)} weights, {human(before)}B as floats, {human(after)}B as codes"
-    new.notes = [*cap.notes, f"quantised to {said}: {size}", *notes]
-    return new
+    targets = find(cap.fx_graph())
+    kinds, notes = _chosen(cap.model, targets, parse(wanted), leave)
+    coded = copy.copy(cap)
+    coded.model = beside(cap.model)
+    coded.tracings = {
+        training: [replace(tracing, analyses={}) for tracing in tracings]
+        for training, tracings in cap.tracings.items()
+    }
+    bytes_before = sum(parameter_of(cap.model, name).nbytes for name in kinds)
+    Quantise(kinds)(cap.fx_graph(root=coded.model))
+    bytes_after = 0
+    for name in kinds:
+        bytes_after += sum(tensor.nbytes for tensor in tensors_of(coded.model, name))
+
+    kinds_used = " and ".join(dict.fromkeys(kinds.values()))
+    note = (
+        f"quantised to {kinds_used}: {len(kinds)} weights, {human(bytes_before)}B as floats, "
+        f"{human(bytes_after)}B as codes"
+    )
+    coded.notes = [*cap.notes, note, *notes]
+    return coded
 
 
 def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
@@ -59,58 +68,75 @@ def parse(wanted: Wanted) -> list[tuple[str, Selectors]]:
     if isinstance(wanted, Mapping):
         return list(wanted.items())
     texts: object = [wanted] if isinstance(wanted, str) else wanted
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise LoraFxError(
             f"quantise={wanted!r} is no kind", f"{', '.join(KINDS)}, or {{kind: selectors}}"
         )
-    parts = (text.partition("=") for text in texts)
-    return [(kind, selectors or None) for kind, _, selectors in parts]
+    kinds: list[tuple[str, Selectors]] = []
+    for text in texts:
+        kind, _, selectors = text.partition("=")
+        kinds.append((kind, selectors or None))
+    return kinds
 
 
 def _chosen(
     model: nn.Module,
-    found: Found,
-    asked: Sequence[tuple[str, Selectors]],
+    targets: Found,
+    wanted: Sequence[tuple[str, Selectors]],
     leave: Collection[str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Parameter → kind, and what had to be left in float."""
+    """Parameter → kind, and what had to be left in float.
+
+    Kinds with selectors come first, and what they name has to be quantised; the default plan
+    leaves in float what cannot be, and lookup tables.
+    """
     kinds: dict[str, str] = {}
-    left: dict[str, str] = {}
-    for kind, selectors in sorted(asked, key=lambda item: item[1] is None):  # named first
+    reasons: dict[str, str] = {}  # parameter that is left in float → why
+    for kind, selectors in sorted(wanted, key=lambda item: item[1] is None):
         if kind not in KINDS:
             raise LoraFxError(f"no kind {kind!r} of quantised weights", ", ".join(KINDS))
-        keys = make_plan(found, {}, rank=1, include=selectors).entries
-        for name in dict.fromkeys(found[k].parameter.name for k in keys):
-            why = _why_not(found, name, leave)
-            if not why and (other := taken(model, name)):
-                why = f"its module has a {other} already"
-            if why and selectors:
-                raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")
-            table = any("embedding" in t.uses for t in _targets(found, name))
-            if not why and not selectors and table:
-                why = "it is a lookup table too"
-            if why:
-                left[name] = why
+        keys = make_plan(targets, {}, rank=1, include=selectors).entries
+        for name in dict.fromkeys(targets[key].parameter.name for key in keys):
+            reason = _why_not(model, targets, name, leave)
+            if reason and selectors:
+                raise LoraFxError(f"{name} cannot be quantised: {reason}", "leave it out")
+            if not reason and not selectors and _is_lookup_table(targets, name):
+                reason = "it is a lookup table too"
+            if reason:
+                reasons[name] = reason
             elif kinds.setdefault(name, kind) != kind and selectors:
                 raise LoraFxError(f"{name}: {kinds[name]} and {kind} name it", "name it once")
     if not kinds:
         raise LoraFxError(
-            "no weight is left to quantise", "; ".join(f"{n}: {w}" for n, w in left.items())
+            "no weight is left to quantise",
+            "; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
         )
-    return kinds, [f"{name}: left in float, {why}" for name, why in left.items()]
+    return kinds, [f"{name}: left in float, {reason}" for name, reason in reasons.items()]
 
 
-def _targets(found: Found, name: str) -> list[Target]:
-    return [t for t in (*found.targets, *found.optional) if t.parameter.name == name]
+def _targets_of(targets: Found, name: str) -> list[Target]:
+    """The targets of one parameter."""
+    return [
+        target for target in (*targets.targets, *targets.optional) if target.parameter.name == name
+    ]
 
 
-def _why_not(found: Found, name: str, leave: Collection[str]) -> str:
-    target = _targets(found, name)[0]
-    form = target.parameter.format
-    reasons = {
-        f"it is quantised ({form}), and keeps its bytes": form,
-        "it is trained whole": name in leave,
-        "it is computed from other parameters": name.endswith("~"),
-        "its uses agree on no rows": turned_rows(found, name) is None,
-    }
-    return next((why for why, holds in reasons.items() if holds), "")
+def _is_lookup_table(targets: Found, name: str) -> bool:
+    return any("embedding" in target.uses for target in _targets_of(targets, name))
+
+
+def _why_not(model: nn.Module, targets: Found, name: str, leave: Collection[str]) -> str:
+    """Why a parameter cannot be quantised; empty where it can."""
+    form = _targets_of(targets, name)[0].parameter.format
+    if form:
+        return f"it is quantised ({form}), and keeps its bytes"
+    if name in leave:
+        return "it is trained whole"
+    if name.endswith("~"):
+        return "it is computed from other parameters"
+    if turned_rows(targets, name) is None:
+        return "its uses agree on no rows"
+    other = taken(model, name)
+    if other:
+        return f"its module has a {other} already"
+    return ""

@@ -34,7 +34,7 @@ from lora_fx.inputs import generator
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 

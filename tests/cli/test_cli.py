@@ -269,7 +269,7 @@ def test_ctrl_c_leaves_nothing(
 def test_an_interrupt_while_writing_leaves_nothing(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_fx.passes.verbs.export_torch as export_merged
+    import lora_fx.passes.verbs.export_merged as export_merged
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt

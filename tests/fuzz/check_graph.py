@@ -28,7 +28,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.inserted_branches import adapter_in
 from lora_fx.onnx.load import load
 from lora_fx.passes.find import find
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from tests.fuzz.check import Verdict
 from tests.fuzz.graphs import GraphProgram
 from tests.fuzz.onnx_text import Array, Axes, Text, axes_of

@@ -29,7 +29,7 @@ from lora_fx.onnx.match import match
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from tests.onnx.test_switch import ADAPTERS, RANKS, Net, captured, ids
 from tests.providers import PROVIDERS
 

@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.load import load
-from lora_fx.passes.verbs.merge import merge_onnx
+from lora_fx.passes.verbs.merge_onnx import merge_onnx
 
 Change = Callable[[Any, Path], object]
 

@@ -15,7 +15,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.onnx.load import load
 from lora_fx.onnx.match import read_map
 from lora_fx.onnx.names import FOLDED_FROM
-from lora_fx.passes.verbs.merge import merge_onnx
+from lora_fx.passes.verbs.merge_onnx import merge_onnx
 
 SIZES = {"q": (8, 6), "k": (8, 6), "o": (6, 4)}
 STORED = {"q": "onnx::MatMul_11", "k": "onnx::MatMul_12", "o": "onnx::MatMul_13"}

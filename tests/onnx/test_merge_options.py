@@ -22,7 +22,7 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from lora_fx.passes import fold
-from lora_fx.passes.verbs import merge
+from lora_fx.passes.verbs import merge_onnx
 from tests.onnx.test_switch import ADAPTERS, Net, captured, ids
 
 X = {"ids": ids()}
@@ -126,8 +126,8 @@ def test_run_compares_with_branches(
     def wrong(updates: Any, lazy: bool) -> Any:
         return right(dict(list(updates.items())[1:]), lazy=lazy)
 
-    monkeypatch.setattr(merge, "prove_merge", lambda path, *_: merge_onnx_open(path))
-    monkeypatch.setattr(merge, "Fold", wrong)
+    monkeypatch.setattr(merge_onnx, "prove_merge", lambda path, *_: merge_onnx_open(path))
+    monkeypatch.setattr(merge_onnx, "Fold", wrong)
     with pytest.raises(NoEffectError, match="differs from the base with branches"):
         lora_fx.merge(base, adapter, tmp_path / "n.onnx", run=True)
     lora_fx.merge(base, adapter, tmp_path / "n.onnx")  # which the run alone has seen

@@ -19,7 +19,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.passes.verbs.merge import merge_onnx
+from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from tests.onnx.graph.table import ROWS, Row, example, model_of, weights_of
 from tests.onnx.graph.test_rows import TOL, by_hand, run, update
 

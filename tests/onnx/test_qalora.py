@@ -20,7 +20,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.inserted_branches import adapter_in
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 
 Array = np.ndarray[Any, Any]
 K, N, M = 96, 24, 7

@@ -20,7 +20,7 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from lora_fx.targets.target import Target
 from tests.onnx.graph.coded import (
     CODED,

@@ -18,7 +18,7 @@ from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
-from lora_fx.passes.verbs.options import MODES
+from lora_fx.passes.verbs.export_options import MODES
 
 RNG = np.random.default_rng(0)
 

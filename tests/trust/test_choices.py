@@ -23,7 +23,7 @@ from lora_fx.compare import Choice, Gate, Outputs, nearest_choice, tied
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.passes.proofs.reference import Choices, Run, Shown, compared
-from lora_fx.passes.verbs import export_torch
+from lora_fx.passes.verbs import export_merged
 from tests.trust.test_rounding import CHOICES, Scores, Unseen, adapted, other_first
 
 SCORES = np.array([0.5, 0.5, 0.1], np.float32)
@@ -132,7 +132,7 @@ def test_an_update_that_is_a_little_too_large_is_found_beside_a_choice(
     for entries in ({}, *changed):
         wrong = lora_fx.fold(model, (x,), adapter=Adapter({**others, **entries}))
         with monkeypatch.context() as patch:
-            patch.setattr(export_torch, "fold", lambda _, wrong=wrong: wrong)
+            patch.setattr(export_merged, "fold", lambda _, wrong=wrong: wrong)
             with pytest.raises(NoEffectError, match="the fold differs"):
                 lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
 
@@ -216,7 +216,7 @@ def test_suppressed_boxes_are_compared_by_their_scores(
         changed = replace(update, b=update.b * np.float32(factor))
         wrong = lora_fx.fold(model, (x,), adapter=Adapter({**adapter.lowrank, head: changed}))
         with monkeypatch.context() as patch:
-            patch.setattr(export_torch, "fold", lambda _, wrong=wrong: wrong)
+            patch.setattr(export_merged, "fold", lambda _, wrong=wrong: wrong)
             with pytest.raises(NoEffectError, match="the fold differs"):
                 lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.verbs.adapt import insert_onnx
+from lora_fx.passes.verbs.insert_onnx import insert_onnx
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb

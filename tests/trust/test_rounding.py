@@ -37,7 +37,7 @@ from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.passes.proofs.effect import InGraph
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.proofs.reference import reference_of, spread
-from lora_fx.passes.verbs import export_torch
+from lora_fx.passes.verbs import export_merged
 
 ROWS = 40
 
@@ -392,12 +392,12 @@ def test_a_wrong_adapter_is_found_in_each(
             continue
         wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
         with monkeypatch.context() as patch:
-            patch.setattr(export_torch, "fold", lambda _, wrong=wrong: wrong)
+            patch.setattr(export_merged, "fold", lambda _, wrong=wrong: wrong)
             with pytest.raises(NoEffectError, match="the fold differs"):
                 lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
             # and where that proof is left out, the file's has to find it
-            patch.setattr(export_torch, "prove", _of_the_file_alone)
-            patch.setattr(export_torch, "demand", _but_of_nothing)
+            patch.setattr(export_merged, "prove", _of_the_file_alone)
+            patch.setattr(export_merged, "demand", _but_of_nothing)
             with pytest.raises(LoraFxError, match=r"differs from torch|hides the adapter"):
                 lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
         assert not list(tmp_path.iterdir()), mutation
@@ -467,7 +467,7 @@ def test_a_wrong_update_of_masked_outputs_is_found(
         for key, u in adapter.lowrank.items()
     }
     wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
-    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    monkeypatch.setattr(export_merged, "fold", lambda _: wrong)
     with pytest.raises(NoEffectError, match="the fold differs"):
         lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
 
@@ -490,11 +490,11 @@ def test_a_wrong_update_of_masked_scores_is_found(
         for key, u in adapter.lowrank.items()
     }
     wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
-    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
+    monkeypatch.setattr(export_merged, "fold", lambda _: wrong)
     with pytest.raises(NoEffectError, match="the fold differs"):
         lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
-    monkeypatch.setattr(export_torch, "prove", _of_the_file_alone)
-    monkeypatch.setattr(export_torch, "demand", _but_of_nothing)
+    monkeypatch.setattr(export_merged, "prove", _of_the_file_alone)
+    monkeypatch.setattr(export_merged, "demand", _but_of_nothing)
     with pytest.raises(LoraFxError, match="differs from torch"):
         lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
 
@@ -538,9 +538,9 @@ def test_a_sigmoid_in_the_midst_widens_no_gate(
         for key, u in adapter.lowrank.items()
     }
     wrong = lora_fx.fold(model, (x,), adapter=Adapter(entries))
-    monkeypatch.setattr(export_torch, "fold", lambda _: wrong)
-    monkeypatch.setattr(export_torch, "prove", _of_the_file_alone)
-    monkeypatch.setattr(export_torch, "demand", _but_of_nothing)
+    monkeypatch.setattr(export_merged, "fold", lambda _: wrong)
+    monkeypatch.setattr(export_merged, "prove", _of_the_file_alone)
+    monkeypatch.setattr(export_merged, "demand", _but_of_nothing)
     with pytest.raises(LoraFxError, match="differs from torch"):
         lora_fx.export(module, tmp_path / "wrong.onnx", provider="cpu")
 

@@ -1,8 +1,8 @@
 """The state of a model that an adapter is attached to, and how to undo it.
 
 The forms (which module gets a branch, which leaf reads W + s·B·A) are plain data by module path;
-passes/verbs/attach.py decides them from the graph. This file puts them on the user's live modules
-and takes them off again.
+passes/verbs/attach_forms.py decides them from the graph. This file puts them on the user's live
+modules and takes them off again.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ class Form:
 
 
 class Planner(Protocol):
-    """Decides the forms of a set of updates; see passes/verbs/attach.py. Copies share it."""
+    """Decides the forms of a set of updates; see passes/verbs/attach_forms.py. Copies share it."""
 
     found: Found
 

@@ -29,7 +29,7 @@ pytest.importorskip("transformers")
 from torch import nn  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from lora_fx.passes.verbs.adapt import insert_onnx  # noqa: E402
+from lora_fx.passes.verbs.insert_onnx import insert_onnx  # noqa: E402
 
 TARGETS = ["fc", "up", "emb", "c1", "c2", "point", "gpt"]
 

@@ -18,7 +18,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import SiteRows, Watched, part
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.ir.graph import Site
-from lora_fx.passes.verbs.calibrate import _Seen, _straight, calibrate
+from lora_fx.passes.verbs.calibrate import _layout_and_start, _Statistics, calibrate
 from lora_fx.passes.verbs.open import capture
 from tests.table import ROWS, Model, Row, example
 
@@ -61,9 +61,9 @@ def test_every_row(row: Row) -> None:
         np.testing.assert_allclose(rows, got, rtol=1e-4, atol=1e-5 * np.abs(got).max())
 
 
-def of_rows(row: Row, cap: Captured, x: Tensor) -> tuple[_Seen, set[str]]:
+def of_rows(row: Row, cap: Captured, x: Tensor) -> tuple[_Statistics, set[str]]:
     """Σ dy xᵀ of every target, and the targets with a use whose rows are not there."""
-    seen = _Seen(dict.fromkeys(row.keys, ""), frozenset(EVERY))
+    seen = _Statistics(dict.fromkeys(row.keys, ""), frozenset(EVERY))
     xs: dict[str, SiteRows | None] = {}
 
     def saw(site: Site, keys: tuple[str, ...], rows: SiteRows | None) -> None:
@@ -78,7 +78,7 @@ def of_rows(row: Row, cap: Captured, x: Tensor) -> tuple[_Seen, set[str]]:
         inputs, dy = xs[m.tap.site.id], None if grad is None else m.rows(grad)
         for key in m.tap.keys:
             own = seen.targets[key].layout
-            way = _straight(m.tap.site, seen.targets[key])
+            way = _layout_and_start(m.tap.site, seen.targets[key])
             if way is None or dy is None or inputs is None:
                 continue
             ids, n = inputs.value, inputs.one_hot

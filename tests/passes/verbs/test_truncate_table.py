@@ -16,8 +16,8 @@ from lora_fx.adapter.truncate import truncation
 from lora_fx.cli import main
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
+from lora_fx.passes.verbs.held_out import held_out
 from lora_fx.passes.verbs.open import capture
-from lora_fx.passes.verbs.plan import held_out
 
 MODEL = """
 import torch

@@ -1,0 +1,112 @@
+"""The file of mode batch: one ONNX file for many adapters, a row of the batch each.
+
+    base → batch → run: row b of a mixed batch == adapter ids[b] on that row, alone
+
+Only where all rows agree (`prove_rows`) the file gets its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import Report, demand
+from lora_fx.inputs import SIZES
+from lora_fx.onnx.batch_inputs import SCALES as SCALES_BY_ROW
+from lora_fx.onnx.tensor_copies import join_copies
+from lora_fx.onnx.row_guards import outputs_without_nan
+from lora_fx.onnx.batch_inputs import batch_symbol
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.session import open_session
+from lora_fx.passes.batch import Batch, StoredWeight
+from lora_fx.passes.proofs.reference import FileRerun, Reference, prove_rows
+from lora_fx.passes.proofs.row_ids import prove_ids
+from lora_fx.passes.verbs.export_files import refuse_unexchangeable, report_of, save_within
+from lora_fx.passes.verbs.export_options import ExportOptions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_batch(
+    graph: OnnxGraph,
+    reference: Reference,
+    sources: Mapping[str, tuple[str, StoredWeight]],
+    adapters: Mapping[str, Adapter],
+    options: ExportOptions,
+    warnings: Sequence[str],
+) -> Report:
+    """Write one ONNX file that serves every adapter.
+
+    Args:
+        graph: The base; rewritten.
+        reference: What its rows have to equal.
+        sources: See lora_fx.passes.batch.Batch.
+        adapters: Bound to the reference, in the order of their ids, 1, 2 …
+        options: With scales the file has the input `adapter_scales`, a weight by row.
+        warnings: To be reported.
+
+    Raises:
+        LoraFxError: A target whose rows cannot be told apart, or that has no form by row.
+        NoEffectError: A row differs from its adapter alone; nothing is written.
+    """
+    refuse_unexchangeable(adapters, "a file of one adapter a row")
+    model = graph.model
+    nodes_of_base = _count_nodes(model)
+    updates = {name: adapter.lowrank for name, adapter in adapters.items()}
+    Batch(updates, sources, options.scales)(graph)
+    join_copies(model, [name for name, stored in sources.values() if stored.keys])
+    graph.lint()
+
+    inputs_by_row = _inputs_by_row(model)
+    with options.output() as output:
+        notes = save_within(output, model, reference.conditions, reference.guards(), options)
+        session = open_session(output.path, options.provider)
+        parity = prove_rows(
+            session.run,
+            reference,
+            adapters,
+            inputs_by_row,
+            scales=options.scales,
+            rerun=FileRerun(output.path, options.provider),
+        )
+        demand(parity, "a batch differs")
+
+        feeds = reference.feeds((4, SIZES[0][1]))
+        rows = next(feeds[name].shape[0] for name in inputs_by_row if name in feeds)
+        if options.scales:
+            feeds[SCALES_BY_ROW] = np.ones(rows, np.float32)
+        prove_ids(session, model, feeds, rows, len(adapters) + 1)
+
+    notes += [
+        f"output {name!r} can hold no NaN: where a runtime does not refuse adapter_ids out of "
+        "range, such a row has the base model's values there"
+        for name in outputs_without_nan(model)
+    ]
+    if session.note:
+        notes.append(session.note)
+    details = {
+        "mode": "batch",
+        "adapters": list(adapters),
+        "nodes": _count_nodes(model),
+        "nodes_of_base": nodes_of_base,
+        **reference.details(),
+    }
+    return report_of(output.files, session.provider, parity, [*warnings, *notes], details)
+
+
+def _count_nodes(model: ir.Model) -> int:
+    return sum(1 for _ in model.graph.all_nodes())
+
+
+def _inputs_by_row(model: ir.Model) -> list[str]:
+    """Names of the inputs whose dimension 0 is that of the batch."""
+    symbol = batch_symbol(model)
+    names = []
+    for value in model.graph.inputs:
+        if value.shape and str(value.shape[0]) == symbol:
+            names.append(str(value.name))
+    return names

@@ -1,0 +1,299 @@
+"""export in mode merged: the folded eval graph as an ONNX file, proven before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.compare import FOLD_TOL, Parity, Report, demand
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.tensors import (
+    named_tensors,
+    parameter_of,
+    to_numpy,
+    with_base,
+)
+from lora_fx.fx.to_onnx import OPSET
+from lora_fx.inputs import Named
+from lora_fx.onnx.names import mark_changed
+from lora_fx.onnx.tensor_copies import copies_of
+from lora_fx.onnx.precision import GATES, narrow
+from lora_fx.onnx.bfloat16 import unround
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.optimise import RewriteStage
+from lora_fx.passes.fold import Folded, said_of_zeros
+from lora_fx.passes.proofs.parity import (
+    feeds_of,
+    guards,
+    prove,
+    rows_of,
+    torch_rerun,
+    torch_run,
+)
+from lora_fx.passes.proofs.reference import FileRerun
+from lora_fx.passes.verbs import export_files as files
+from lora_fx.passes.verbs.adapt import find, fold, insert
+from lora_fx.passes.verbs.export_optimised import optimised
+from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_torch import WIDENED, folded_already, level_gate, translated
+from lora_fx.passes.verbs.open import captured_of, opened
+from lora_fx.text import Json
+
+
+def export_merged(model: object, options: ExportOptions) -> Report:
+    """Export in mode merged; see lora_fx.passes.verbs.export."""
+    branched = _branched(model, options)
+    with as_it_was(branched):
+        return _write(branched, options)
+
+
+def _branched(model: object, options: ExportOptions) -> CapturedModule:
+    """The unfolded module that the file has to equal."""
+    adapter = options.adapters
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise LoraFxError(
+            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
+        )
+    model = opened(model)
+    if isinstance(model, AdaptedModule):
+        if adapter is None:
+            return model
+        copied: AdaptedModule = copy.deepcopy(model)  # the caller's adapter stays
+        copied.load_adapter(adapter)
+        return copied
+    if isinstance(model, CapturedModule):
+        if adapter is not None:
+            raise folded_already()
+        return model
+
+    captured = captured_of(model, options.capture_of_base())
+    if adapter is None:
+        return plain(captured)
+    return insert(captured, adapter=adapter, dead="allow")
+
+
+def _write(branched: CapturedModule, options: ExportOptions) -> Report:
+    """Fold, prove, translate, prove, and give the file its name."""
+    warnings: list[str] = [str(pinned) for pinned in execution_of(branched).captured.pinned]
+    folded, parity = _folded(branched, options, warnings)
+    translation = _translate(folded, options)
+    warnings += translation.warnings
+
+    rewriting = _rewrite(branched, translation, options)
+    if rewriting.warning:
+        warnings.append(rewriting.warning)
+    with options.output() as output:
+        written = _write_proven(output, branched, translation.model, rewriting, options)
+        demand(written.parity, "ONNX Runtime differs from torch")
+
+    warnings += written.notes
+    if written.session.note:
+        warnings.append(written.session.note)
+    changes = getattr(folded, "folded", ())
+    warnings += _warnings_of_fold(changes, translation.unrounded)
+
+    details: Json = {
+        "opset": options.opset or OPSET,
+        "mode": "merged",
+        "nodes": sum(1 for _ in written.model.graph.all_nodes()),
+        "grown_bytes": sum(change.grew for change in changes),
+        **rows_of(execution_of(branched).captured),
+    }
+    if options.optimise:
+        details["stages"] = [stage.to_json() for stage in written.stages]
+    parity += written.parity
+    return files.report_of(output.files, written.session.provider, parity, warnings, details)
+
+
+def _folded(
+    branched: CapturedModule, options: ExportOptions, warnings: list[str]
+) -> tuple[CapturedModule, list[Parity]]:
+    """The module without branches, and how near it is; a module that has none is returned."""
+    if not isinstance(branched, AdaptedModule):
+        return branched, []
+    folded = fold(branched)
+    if not insertion_of(branched).changes_anything():
+        warnings.append("the adapter changes nothing: every update is zero")
+    parity = prove(
+        torch_run(folded),
+        branched,
+        arrays=options.inputs,
+        tol=FOLD_TOL,
+        of="fold",
+        rerun=torch_rerun(folded),
+    )
+    demand(parity, "the fold differs from the unfolded model")
+    return folded, parity
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """A folded module in ONNX.
+
+    Attributes:
+        model: The model.
+        values: How its tensors are read, by name.
+        unrounded: Names of the tensors that are stored as they were before they were rounded to
+            the module's bfloat16.
+        warnings: What has to be said.
+    """
+
+    model: Any
+    values: Mapping[str, Callable[[], Array]]
+    unrounded: frozenset[str]
+    warnings: Sequence[str]
+
+
+def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
+    """Translate a folded module, and mark the tensors that its export changed."""
+    model, notes = translated(folded, options, level=options.accuracy_level)
+    warnings = [*notes]
+    values: dict[str, Callable[[], Array]] = {
+        name: partial(to_numpy, parameter_of(folded, name)) for name in named_tensors(folded)[0]
+    }
+    unrounded: frozenset[str] = frozenset()
+    if WIDENED in notes:
+        exact_values = _unrounded(folded, options)
+        unrounded = unround(model, exact_values, copies_of(model))
+        for name in unrounded:
+            values[name] = exact_values[name]
+        warnings += [
+            f"{name}: rounded to bfloat16 on the way"
+            for name in exact_values
+            if name not in unrounded
+        ]
+    mark_changed(model, values)
+    return _Translation(model, values, unrounded, warnings)
+
+
+def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Callable[[], Array]]:
+    """Name of a tensor that changed → its value before it was rounded to the model's dtype."""
+    result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
+    if isinstance(options.adapters, Adapter):
+        # the module holds whole tensors in its own dtype, and the adapter as they were trained
+        captured = execution_of(folded).captured
+        bound = bind(with_base(options.adapters, captured.model), find(captured))
+        for name, full in bound.full.items():
+            result[name] = partial(np.asarray, full.value)
+    return result
+
+
+@dataclass(frozen=True)
+class _Rewriting:
+    """An exported model after the stages of optimise and in its precision.
+
+    Attributes:
+        model: The model; the exported one where neither was asked for.
+        stages: The stages of optimise.
+        tol: What its outputs are held to.
+        warning: What the precision costs; empty without one.
+    """
+
+    model: Any
+    stages: Sequence[RewriteStage]
+    tol: float
+    warning: str = ""
+
+
+def _rewrite(
+    branched: CapturedModule, translation: _Translation, options: ExportOptions
+) -> _Rewriting:
+    """Rewrite the exported model as far as the options ask for it."""
+    model = translation.model
+    stages: list[RewriteStage] = []
+    narrows = options.precision in GATES
+    feeds: list[Named] = []
+    if options.optimise or narrows:
+        for _, arrays, is_extra in feeds_of(branched, options.inputs):
+            if not is_extra:
+                feeds.append(arrays)
+
+    if options.optimise:
+        model, stages = optimised(model, feeds, options.provider)
+        mark_changed(model, translation.values)
+    if options.precision is None or not narrows:
+        return _Rewriting(model, stages, level_gate(options))
+    narrowed = narrow(model, options.precision, feeds, options.provider, options.tol)
+    tol = options.tol or GATES[options.precision]
+    return _Rewriting(narrowed.model, stages, tol, narrowed.said(options.precision))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The model that the file holds, proven or not, and what ran it."""
+
+    model: Any
+    stages: Sequence[RewriteStage]
+    session: RuntimeSession
+    parity: list[Parity]
+    notes: Sequence[str]
+
+
+def _write_proven(
+    output: Output,
+    branched: CapturedModule,
+    exported: Any,
+    rewriting: _Rewriting,
+    options: ExportOptions,
+) -> _Written:
+    """Write the rewritten model, or the exported one where the stages together are too far off.
+
+    Each stage was near the exported graph, but together they may be too far from torch.
+    """
+    written = _write_and_compare(
+        output, branched, rewriting.model, rewriting.stages, rewriting.tol, options
+    )
+    is_rewritten = any(stage.kept for stage in rewriting.stages)
+    if not is_rewritten or options.precision in GATES or all(row.ok for row in written.parity):
+        return written
+    reason = "the stages together differ from torch"
+    dropped = [replace(stage, kept=False, why=stage.why or reason) for stage in rewriting.stages]
+    return _write_and_compare(output, branched, exported, dropped, rewriting.tol, options)
+
+
+def _write_and_compare(
+    output: Output,
+    branched: CapturedModule,
+    model: Any,
+    stages: Sequence[RewriteStage],
+    tol: float,
+    options: ExportOptions,
+) -> _Written:
+    """Write one model, and run it beside the unfolded module."""
+    conditions = onnx_conditions(branched.conditions())
+    notes = files.save_within(output, model, conditions, guards(branched), options)
+    session = open_session(output.path, options.provider)
+    parity = prove(
+        session.run,
+        branched,
+        arrays=options.inputs,
+        tol=tol,
+        of="onnxruntime",
+        rerun=FileRerun(output.path, options.provider),
+    )
+    return _Written(model, stages, session, parity, notes)
+
+
+def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> list[str]:
+    """Warnings of folded weights, and of what their rounding lost."""
+    warnings = [*said_of_zeros(changes)]
+    warnings += [change.said for change in changes if change.said]
+    for change in changes:
+        if change.kept < 0.95 and change.stored_as not in unrounded:
+            warnings.append(f"{change.parameter}: rounding kept {change.kept:.1%} of the change")
+    return warnings

@@ -1,0 +1,87 @@
+"""optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
+
+The stages are lora_fx.onnx.optimise.STAGES; a file's inputs come from its signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from lora_fx.compare import Report
+from lora_fx.files.read import remember
+from lora_fx.inputs import Named
+from lora_fx.onnx.load import load
+from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.precision import narrow
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.signature import feeds_of_sizes, signature
+from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.validity import blaming
+from lora_fx.passes.verbs.export_options import ExportOptions
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def optimised(
+    model: ir.Model,
+    feeds: Sequence[Named],
+    provider: str,
+    stages: Mapping[str, Rewrite] | None = None,
+) -> tuple[ir.Model, list[RewriteStage]]:
+    """The model after the stages, with its weights' own names and no traces, and their rows.
+
+    Args:
+        model: The model.
+        feeds: The inputs that each stage is proven on.
+        provider: What runs it.
+        stages: The stages by name; all of them where None.
+    """
+    rewritten, rows = apply_stages(model, feeds, stages, provider)
+    give_own_names(rewritten, None, {})
+    return rewritten, rows
+
+
+@blaming
+def optimise_file(source: str | PathLike[str], options: ExportOptions) -> Report:
+    """Optimise an .onnx file into another; see docs/export.md and lora_fx.passes.verbs.export.
+
+    Args:
+        source: The file; it is not changed.
+        options: What export is asked for: the stages, a precision after them, or both.
+
+    Raises:
+        LoraFxError: The file does not load or run; nothing is written.
+    """
+    remember(source)
+    provider = options.provider
+    original = load(source)
+    restore_weight_names(original)
+    values = {}
+    for name, value in original.graph.initializers.items():
+        if value.const_value is not None:
+            values[str(name)] = value.const_value.numpy
+    session = open_session(source, provider)
+    feeds = list(feeds_of_sizes(signature(session), options.inputs or {}))
+
+    chosen_stages: dict[str, Rewrite] | None = None if options.optimise else {}
+    model, stages = optimised(original, feeds, provider, chosen_stages)
+    mark_changed(model, values)
+    notes = [session.note] if session.note else []
+    if options.precision:
+        narrowed = narrow(model, options.precision, feeds, provider, options.tol)
+        model = narrowed.model
+        notes.append(narrowed.said(options.precision))
+
+    with options.output() as output:
+        output.save(model)
+    details = {
+        "provider": session.provider,
+        "mode": "optimised",
+        "nodes": sum(1 for _ in model.graph.all_nodes()),
+        "stages": [stage.to_json() for stage in stages],
+    }
+    outputs = tuple(map(str, output.files))
+    return Report("export", True, (), outputs, tuple(notes), details)

@@ -1,0 +1,226 @@
+"""The options of an export: one frozen object, checked where it is made; its rules and modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import Parity
+from lora_fx.dtypes import long_name
+from lora_fx.errors import (
+    LoraFxError,
+    NoSay,
+    expect,
+    expect_name,
+)
+from lora_fx.inputs import Named
+from lora_fx.targets.plan import make_plan
+from lora_fx.targets.target import Found
+from lora_fx.text import is_whole
+
+if TYPE_CHECKING:
+    from lora_fx.fx.train.loss import Loss
+    from lora_fx.onnx.manifest import Manifest
+    from lora_fx.onnx.place import Place
+    from lora_fx.onnx.output_file import Output
+from lora_fx.passes.verbs.options import (
+    CaptureOptions,
+    ExportAdapters,
+    Selectors,
+    expect_selectors,
+    is_given,
+)
+
+MODES: Mapping[str, tuple[str, ...]] = {
+    "switch": ("include", "exclude"),
+    "batch": ("scales",),
+    "merged": ("optimise", "precision"),
+    "load": ("rank",),
+    "train": ("loss", "optimizer", "weight_decay", "clip"),
+}
+"""Mode of export → the options that it alone has; load has those of switch too, train of both."""
+
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Files that were proven and written beside a file, over its data; their parity and notes."""
+
+    parity: Sequence[Parity] = ()
+    files: Sequence[Path] = ()
+    warnings: Sequence[str] = ()
+
+
+EXPORT_RULES: tuple[NoSay[ExportOptions], ...] = (
+    NoSay(
+        ("external_over",), lambda o: o.mode == "train",
+        "in mode train, whose two files share the weights of a third",
+    ),
+)  # fmt: skip
+"""The rules of every export, beside those of its mode, which ExportOptions knows."""
+
+
+REWRITE_RULES: tuple[NoSay[ExportOptions], ...] = (
+    NoSay(
+        ("inputs", "within"),
+        lambda o: o.mode == "merged" and not o.rewrites,
+        "where an adapter is merged into an .onnx file, which is compared tensor by tensor",
+        "leave it out; --optimise and --precision run the file, and lora-fx merge --run does",
+    ),
+)
+"""The rules of an export of an .onnx file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of `lora_fx.export`, which has the defaults, and says what the fields mean."""
+
+    target: Path
+    adapters: ExportAdapters | None
+    mode: str
+    include: Selectors
+    exclude: Selectors
+    rank: int | None
+    scales: bool
+    names: Mapping[str, str] | None
+    inputs: Named | None
+    provider: str
+    opset: int | None
+    external_over: int
+    capture: CaptureOptions
+    force: bool
+    optimise: bool
+    precision: str | None
+    places: Sequence[Place]
+    within: bool = False
+    accuracy_level: int = 0
+    loss: str | Loss | None = None
+    optimizer: str | None = None
+    weight_decay: float | None = None
+    clip: float | None = None
+    owner: Path | None = None
+    also: Callable[[Output, Manifest], Companions] | None = None
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise for a mode that is not known, and for an option that it would ignore.
+
+        `precision` takes its long name.
+        """
+        expect_name(self.mode, MODES, "no mode", "merged, switch, load, batch or train")
+        self._check_modes()
+        for name in ("include", "exclude"):
+            expect_selectors(getattr(self, name), name)
+        if self.rank is not None and (not is_whole(self.rank) or self.rank < 1):
+            raise LoraFxError(
+                f"rank {self.rank!r} is not a positive whole number", "8 or 16 is usual"
+            )
+        object.__setattr__(self, "precision", long_name(self.precision))
+        if self.precision is not None:
+            names = "float32, bfloat16, float16 or int8"
+            expect_name(self.precision, PRECISIONS, "no precision", names)
+        if self.precision == "int8" and self.optimise:
+            raise LoraFxError(
+                "int8 starts from the graph as exported: fused nodes would stay in float32",
+                "leave --optimise out",
+            )
+        is_exact = self.mode in ("batch", "train")
+        if self.accuracy_level not in (0, 4) or (self.accuracy_level and is_exact):
+            raise LoraFxError(
+                f"no accuracy level {self.accuracy_level} in mode {self.mode}",
+                "0, or 4 in merged, switch and load: x in int8 for products over codes",
+            )
+        if self.capture.cache and self.mode == "train":
+            raise LoraFxError("mode train has no cache", "merged, switch, load or batch")
+        if self.mode == "train":
+            self._check_step()
+        if self.tol is not None:
+            self._check_tol(self.tol)
+
+    def _check_modes(self) -> None:
+        """Raise for an option of another mode, which this mode would ignore."""
+        modes = {self.mode}
+        if self.mode == "load":
+            modes.add("switch")
+        elif self.mode == "train":
+            modes.update(("switch", "load"))
+        for mode, names in MODES.items():
+            if mode in modes:
+                continue
+            if any(is_given(getattr(self, name)) for name in names):
+                raise LoraFxError(
+                    f"mode {self.mode} would ignore what is for mode {mode}: {' and '.join(names)}",
+                    "leave it out",
+                )
+
+    def _check_step(self) -> None:
+        """Raise for a loss or an optimizer that no step has, and for a server."""
+        if not callable(self.loss) and self.loss not in (None, "ce", "mse"):
+            raise LoraFxError(f"no loss {self.loss!r}", "ce, mse or module:function")
+        if self.optimizer not in (None, "adamw", "sgd"):
+            raise LoraFxError(f"no optimizer {self.optimizer!r}", "adamw or sgd")
+        for name in ("weight_decay", "clip"):
+            value = getattr(self, name)
+            expect(value or 0, Real, name, "a number", f"{name}=0.01")
+            if value is not None and not 0 <= value < math.inf:
+                raise LoraFxError(f"{name} {value} is not 0 or more", "0 leaves it out")
+        if self.places:
+            raise LoraFxError("a server takes no training step", "--triton with --mode switch")
+
+    def _check_tol(self, tol: float) -> None:
+        """Raise for a gate that is not above that of the precision or of the level."""
+        from lora_fx.onnx.precision import GATES  # as in output
+
+        expect(tol, (int, float), "tol", "a number", "0.1 accepts a tenth of the largest")
+        rounding = self.precision or ""
+        if self.accuracy_level:
+            rounding = f"level {self.accuracy_level}"
+        gate = GATES.get(rounding, 1.0)
+        if not gate < tol < 1:
+            expected = "none: nothing is rounded here"
+            if gate < 1:
+                expected = f"more than the gate of {rounding}, {gate:g}, and less than 1"
+            raise LoraFxError(
+                f"tol is {tol:g}; expected {expected}",
+                "leave --tol out; or give --precision float16, int8 or --accuracy-level 4 too",
+            )
+
+    def capture_of_base(self) -> CaptureOptions:
+        """How the base is captured: for the adapter, where there is one alone."""
+        if isinstance(self.adapters, Adapter):
+            return replace(self.capture, adapter=self.adapters)
+        adapters: list[Adapter] = []
+        if isinstance(self.adapters, Mapping):
+            adapters = [*self.adapters.values()]
+        elif self.adapters:
+            adapters = [*self.adapters]
+        return replace(self.capture, adapter=adapters[0] if len(adapters) == 1 else None)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the graph of an .onnx file is rewritten beyond its weights, and so run."""
+        return self.optimise or self.precision is not None
+
+    def output(self) -> AbstractContextManager[Output]:
+        """The file, and its copies, which get their names when the block ends."""
+        from lora_fx.onnx.output_file import output
+
+        return output(self.target, force=self.force, places=self.places, owner=self.owner)
+
+    def chosen(self, found: Found, adapters: Mapping[str, Adapter]) -> tuple[list[str], bool]:
+        """The targets, and whether the default plan chose them: some may be left out then."""
+        keys: dict[str, None] = {}
+        for adapter in adapters.values():
+            keys.update(dict.fromkeys(adapter))
+        if keys and not self.include and not self.exclude:
+            return list(keys), False
+        plan = make_plan(found, {}, rank=1, include=self.include, exclude=self.exclude)
+        return list(plan.entries), not self.include

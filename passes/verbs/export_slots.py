@@ -1,0 +1,247 @@
+"""export of a torch model in modes switch, load and batch: the base in ONNX, then its rewrite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.compare import ORT_TOL, Report
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.codes import beside, forms
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.tensors import (
+    from_numpy,
+    named_tensors,
+    parameter_of,
+    replace_parameter,
+    with_base,
+)
+from lora_fx.ir.graph import Site
+from lora_fx.onnx.batch_inputs import batch_symbol
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.precision import at_level
+from lora_fx.passes.batch import StoredWeight
+from lora_fx.passes.proofs.parity import (
+    TorchReference,
+)
+from lora_fx.passes.verbs.adapt import find, insert
+from lora_fx.passes.verbs.export_batch import write_batch
+from lora_fx.passes.verbs.export_files import adapters_of
+from lora_fx.passes.verbs.export_options import ExportOptions
+from lora_fx.passes.verbs.export_switch import write_switch
+from lora_fx.passes.verbs.export_torch import folded_already, level_gate, translated
+from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
+from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
+from lora_fx.text import free_name, some
+
+
+def export_slots(model: object, options: ExportOptions) -> Report:
+    """Export in mode switch, load or batch; see lora_fx.passes.verbs.export."""
+    model = opened(model)
+    if isinstance(model, CapturedModule) and not isinstance(model, AdaptedModule):
+        raise folded_already()
+    options = replace(options, adapters=own_adapters(model, options.adapters))
+    adapters = adapters_of(options)
+    captured = captured_of(model, options.capture_of_base())
+    targets = find(captured)
+    bound = {
+        name: bind(with_base(adapter, captured.model), targets)
+        for name, adapter in adapters.items()
+    }
+    if options.mode == "batch":
+        return _export_batch(captured, bound, options)
+
+    notes_of_base: list[str] = []
+    if options.mode == "switch" and len(bound) == 1:
+        captured, bound, notes_of_base = _with_whole_tensors(captured, bound)
+        if notes_of_base:
+            targets = find(captured)
+    reference = torch_reference(captured, options, level_gate(options))
+    keys, loose = options.chosen(targets, bound)
+    graph, _, notes = base_of(reference, keys, options)
+    notes += notes_of_base
+    at_level(graph.model, options.accuracy_level)
+    return write_switch(
+        graph, reference, keys, bound, options, notes, loose=loose, captured_targets=targets
+    )
+
+
+def _export_batch(
+    captured: Captured, adapters: Mapping[str, Adapter], options: ExportOptions
+) -> Report:
+    """Export the base with a row of the batch for each adapter."""
+    reference = torch_reference(captured, options, level_gate(options))
+    keys: dict[str, None] = {}
+    for adapter in adapters.values():
+        for key in adapter.lowrank:
+            if split_use(key)[1]:
+                # the weight of one use is stored apart, and whole
+                key = split_region(key)[0]
+            keys[key] = None
+    graph, keys_of, notes = base_of(reference, [*keys], options)
+    sources = _sources(reference.base, graph, keys_of)
+    batch_symbol(graph.model, *_without_batch(captured))
+    return write_batch(graph, reference, sources, adapters, options, notes)
+
+
+def _with_whole_tensors(
+    captured: Captured, adapters: Mapping[str, Adapter]
+) -> tuple[Captured, dict[str, Adapter], list[str]]:
+    """A capture of the base with the whole tensors of an adapter, its updates alone, and a note.
+
+    A slot holds a low-rank update, so a head that was trained whole is part of the base.
+    """
+    ((name, adapter),) = adapters.items()
+    first_names, aliases = named_tensors(captured.model)
+    tied = [key for key in adapter.full if aliases.get(first_names.get(key, key))]
+    if not adapter.full or tied:  # of a tied one, one use alone may be meant
+        return captured, dict(adapters), []
+
+    base = copy.copy(captured)
+    base.model = beside(captured.model)
+    base.tracings = {
+        training: [replace(tracing, analyses={}) for tracing in tracings]
+        for training, tracings in captured.tracings.items()
+    }
+    for key, full in adapter.full.items():
+        parameter = parameter_of(base.model, first_names.get(key, key))
+        value = from_numpy(full.value).to(parameter.device, parameter.dtype)
+        trained = torch.nn.Parameter(value, parameter.requires_grad)
+        replace_parameter(base.model, parameter, trained)
+
+    low_rank_alone = replace(adapter, entries={**adapter.lowrank})
+    note = (
+        f"{name}: its whole tensors are folded into the base ({some(sorted(adapter.full))}): the "
+        "file has them without an adapter too"
+    )
+    return base, {name: low_rank_alone}, [note]
+
+
+def _without_batch(captured: Captured) -> tuple[str, str]:
+    """Why the inputs of a capture may share no dynamic dimension 0, and what to do then."""
+    specs = [spec for spec in captured.inputs.specs if spec.shape]
+    pinned = {pin.input: str(pin) for pin in captured.pinned if pin.dim == 0}
+    fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
+    if fixed_by_user:
+        names = ", ".join(fixed_by_user)
+        return "", f"leave dimension 0 of {names} dynamic: drop --static, or --dynamic NAME:0=batch"
+    if pinned:
+        return next(iter(pinned.values())), "use mode merged or switch"
+    names = ", ".join(spec.name for spec in specs)
+    return "", f"one symbol for all of {names}: --dynamic NAME:0=batch for each"
+
+
+def torch_reference(
+    captured: Captured, options: ExportOptions, tol: float = ORT_TOL
+) -> TorchReference:
+    """The reference that a file has to equal: adapters are the branches that insert adds."""
+
+    def branched(adapter: Adapter) -> CapturedModule:
+        return insert(captured, adapter=adapter, dead="allow")
+
+    return TorchReference(captured, branched, options.inputs, tol)
+
+
+def base_of(
+    reference: TorchReference, keys: Sequence[str], options: ExportOptions
+) -> tuple[OnnxGraph, dict[str, tuple[str, ...]], list[str]]:
+    """The base in ONNX with a target for every key that can have one.
+
+    In mode batch the weight of a key of one use is stored apart, whatever the file can tell.
+
+    Returns:
+        The base, the keys that reach each weight that is stored apart, and what has to be said.
+    """
+    model, notes = translated(reference.base, options)
+    graph = OnnxGraph(model)
+    lost = _lost_targets(reference, graph, keys, single=options.mode == "batch")
+    stored_apart, keys_of = _by_keys(lost)
+    if stored_apart:
+        model, _ = translated(reference.base, options, apart=stored_apart)
+        graph = OnnxGraph(model)
+    pinned = map(str, execution_of(reference.base).captured.pinned)
+    return graph, keys_of, [*pinned, *notes]
+
+
+def _lost_targets(
+    reference: TorchReference, graph: OnnxGraph, keys: Sequence[str], *, single: bool
+) -> dict[str, Target]:
+    """Targets that the exporter lost: it computed from their weight, or has no such use of it.
+
+    With `single` those of single uses too: the file does not say which module a use is of.
+    """
+    exported = find(graph)
+    lost_keys = [key for key in keys if exported.get(key) is None or (single and split_use(key)[1])]
+    if not lost_keys:
+        return {}
+    captured = find(reference.base.graph(False, portable=True))
+    lost: dict[str, Target] = {}
+    for key in lost_keys:
+        target = captured.get(key)
+        if target is None or target.other_readers or key.endswith("]"):
+            continue
+        sites = tuple(site for site in target.sites if applies(own_use(key), site))
+        if sites:
+            lost[key] = replace(target, sites=sites)
+    return lost
+
+
+def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, tuple[str, ...]]]:
+    """The uses that the same keys reach, under a name for their copy, and these keys.
+
+    Keys of several adapters may share uses: `w@head.weight` and `w@op:linear`.
+    """
+    sites_of: dict[tuple[str, ...], dict[str, Site]] = {}
+    for target in lost.values():
+        for site in target.sites:
+            keys = tuple(key for key, other in lost.items() if site in other.sites)
+            sites_of.setdefault(keys, {})[site.id] = site
+
+    stored_apart: dict[str, Target] = {}
+    keys_of: dict[str, tuple[str, ...]] = {}
+    for keys, sites in sites_of.items():
+        name = free_name(keys[0], stored_apart)
+        stored_apart[name] = replace(lost[keys[0]], sites=tuple(sites.values()))
+        keys_of[name] = keys
+    return stored_apart, keys_of
+
+
+def _sources(
+    base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, StoredWeight]]:
+    """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
+    torch_graph = base.graph(False)
+    coded = forms(base)
+    by_any_name = {}
+    for torch_parameter in torch_graph.parameters():
+        for name in torch_parameter.names:
+            by_any_name[name] = torch_parameter
+
+    result: dict[str, tuple[str, StoredWeight]] = {}
+    for stored in graph.parameters():
+        names_apart = keys_of.keys() & {*stored.names}
+        if names_apart:
+            name = names_apart.pop()
+            result[stored.name] = (name, StoredWeight(stored.shape, keys=keys_of[name]))
+            continue
+        parameter = by_any_name.get(stored.name)
+        if parameter is None or len(parameter.shape) < 2:
+            continue
+        if parameter.format:
+            # rows of codes are [out, in], however the parameter lies
+            transposed = coded[parameter.name].turned
+        else:
+            stored_value = graph.read(stored.name)
+            value = torch_graph.read(parameter.name)
+            transposed = not np.array_equal(stored_value, value)
+            if transposed and not (value.ndim == 2 and np.array_equal(stored_value, value.T)):
+                continue
+        result[stored.name] = (parameter.name, StoredWeight(parameter.shape, turned=transposed))
+    return result

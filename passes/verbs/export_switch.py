@@ -1,0 +1,346 @@
+"""The file of modes switch and load: a base with adapters to choose from, proven with each one.
+
+switch   A and B are inputs with defaults, chosen run by run
+load     A and B are initialisers in the data file, W + (A B)ᵀ is folded by ONNX Runtime when a
+session is made, and an adapter takes their place there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.compare import Parity, Report, compare, demand
+from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.files.atomic import replacing
+from lora_fx.inputs import SIZES, Named
+from lora_fx.ir.layout import Layout
+from lora_fx.onnx.tensor_copies import join_copies
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.manifest import Manifest
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.tensor_copies import copies_of
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.passes.find import find
+from lora_fx.passes.proofs.reference import FileRerun, Reference, Run
+from lora_fx.passes.switch import Switch
+from lora_fx.passes.verbs.export_files import (
+    adapter_paths,
+    refuse_unexchangeable,
+    report_of,
+    save_within,
+)
+from lora_fx.passes.verbs.export_options import Companions, ExportOptions
+from lora_fx.targets.target import Found, Target, base_name, own_use, split_use
+from lora_fx.text import Json
+
+RANK = 4
+"""The rank of the random adapter that stands in where none is given."""
+SCALES = (0.5, 0.1, 0.02, 0.004, 0.0008)
+"""Scales of the random adapter: the first at which no output changes by more than its size."""
+LOAD_RANK = 16
+"""The rank of the slots of mode load where neither a rank nor an adapter is given."""
+
+
+def write_switch(
+    graph: OnnxGraph,
+    reference: Reference,
+    keys: Sequence[str],
+    adapters: Mapping[str, Adapter],
+    options: ExportOptions,
+    warnings: Sequence[str],
+    *,
+    loose: bool = False,
+    captured_targets: Found | None = None,
+) -> Report:
+    """Write the file, and `NAME.onnx_adapter` beside it for every adapter.
+
+    Args:
+        graph: The base; rewritten.
+        reference: What it has to equal.
+        keys: Its targets.
+        adapters: Bound to the reference.
+        options: What export is asked for, in mode switch or load.
+        warnings: To be reported with those found here.
+        loose: Leave out keys that the graph has no target for, and say so.
+        captured_targets: The targets as adapters know them, where those are not the graph's.
+
+    Raises:
+        LoraFxError: A target that the graph has not; nothing is written.
+        NoEffectError: The outputs differ, or a target changes nothing.
+    """
+    paths = adapter_paths(adapters, options)
+    refuse_unexchangeable(adapters, "a switchable file")
+    warnings = [*warnings, *_replaced_files(paths, options)]
+
+    if captured_targets is None:
+        captured_targets = find(graph)
+    slots = _Slots.of(graph, keys, captured_targets)
+    if loose:
+        slots, left_out = slots.without_missing()
+        warnings += left_out
+    copies = slots.copies_for_one_use(graph)
+    rank = _rank_of_slots(adapters, options)
+    layouts = slots.layouts(captured_targets)
+    manifest = _make_switchable(graph, slots, copies, rank, layouts)
+
+    with options.output() as output:
+        replaced_by_session = _tensor_names(manifest) if options.mode == "load" else ()
+        warnings += save_within(
+            output,
+            graph.model,
+            reference.conditions,
+            reference.guards(),
+            options,
+            replaced_by_session,
+        )
+        session = Session(output.path, options.provider)
+        file = _SwitchableFile(output.path, options, manifest, rank, session)
+        parity = _prove(file, reference, layouts, adapters, warnings)
+        for name, path in paths.items():
+            with replacing(path, force=options.force, beside=output.beside) as temporary:
+                write_adapter(adapters[name], manifest, temporary)
+        output.adapters += paths.values()
+        companions = options.also(output, manifest) if options.also else Companions()
+
+    parity += companions.parity
+    warnings += companions.warnings
+    if session.note:
+        warnings.append(session.note)
+    details: Json = {
+        "mode": manifest.mode,
+        "targets": len(manifest.slots),
+        **reference.details(),
+        "nodes": sum(1 for _ in graph.model.graph.all_nodes()),
+    }
+    files = [*output.files, *companions.files]
+    return report_of(files, session.provider, parity, warnings, details)
+
+
+def _make_switchable(
+    graph: OnnxGraph,
+    slots: _Slots,
+    copies: Sequence[str],
+    rank: int,
+    layouts: Mapping[str, Layout],
+) -> Manifest:
+    """Give the graph its slots; returns the manifest that is in its metadata."""
+    switch = Switch(slots.keys, rank, slots.stored_apart, slots.transposed_lookups(layouts))
+    switch(graph)
+    join_copies(graph.model, copies)
+    return switch.made[0]
+
+
+def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[str]:
+    """A line for each adapter's file that is replaced, where it is of no earlier export."""
+    if options.target.exists():
+        return []
+    return [f"{path.name} of another file is replaced" for path in paths.values() if path.exists()]
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The targets of an exported graph that get slots for A and B.
+
+    Attributes:
+        keys: Keys of the targets, those of `stored_apart` left out.
+        targets: The graph's own target of each key that has one.
+        stored_apart: The exporter stores a tied table once more where a use needs it transposed
+            (to_onnx.py): its key is an initialiser of the file, but no target of the graph.
+    """
+
+    keys: list[str]
+    targets: Mapping[str, Target]
+    stored_apart: Sequence[Target]
+
+    @classmethod
+    def of(cls, graph: OnnxGraph, keys: Sequence[str], captured: Found) -> _Slots:
+        """Look the keys up in the exported graph, and those it lost in the capture."""
+        exported = find(graph)
+        targets: dict[str, Target] = {}
+        stored_apart: list[Target] = []
+        for key in keys:
+            target = exported.get(key)
+            if target is not None:
+                targets[key] = target
+                continue
+            target = captured.get(key)
+            if target is None or target.other_readers:
+                continue
+            if target.key in graph.model.graph.initializers:
+                stored_apart.append(target)
+
+        keys_apart = {target.key for target in stored_apart}
+        return cls([key for key in keys if key not in keys_apart], targets, stored_apart)
+
+    def without_missing(self) -> tuple[_Slots, list[str]]:
+        """The slots of keys that the graph has a target for, and a line for each other key."""
+        notes = [
+            f"{key}: left out, the exported graph has no such target"
+            for key in self.keys
+            if key not in self.targets
+        ]
+        keys = [key for key in self.keys if key in self.targets]
+        return _Slots(keys, self.targets, self.stored_apart), notes
+
+    def copies_for_one_use(self, graph: OnnxGraph) -> list[str]:
+        """The keys of one use that the file stores a copy of the weight for.
+
+        Raises:
+            LoraFxError: A tied tensor that is stored twice, or that is adapted both in all its uses
+                and in one of them.
+        """
+        copied_names = copies_of(graph.model).values()
+        stored_twice = [key for key in self.keys if base_name(key) in copied_names]
+        if stored_twice:
+            raise LoraFxError(
+                f"{stored_twice[0]!r} is stored twice in the exported graph, for two uses of a "
+                "tied tensor",
+                "mode merged adapts both; here --exclude it",
+            )
+
+        keys_of_all_uses = [key for key in self.keys if not split_use(key)[1]]
+        initializers = graph.model.graph.initializers
+        copies = [key for key in self.keys if split_use(key)[1] and key in initializers]
+        adapted_twice = {base_name(key) for key in copies}.intersection(keys_of_all_uses)
+        if adapted_twice:
+            raise LoraFxError(
+                f"{min(adapted_twice)!r} is adapted in all its uses, and beside that in one of "
+                "them alone: a file has slots for the one or the other",
+                "mode batch takes both; else export a file for each",
+            )
+        return copies
+
+    def layouts(self, captured: Found) -> dict[str, Layout]:
+        """The layout of each key as adapters know it."""
+        keys_apart = [target.key for target in self.stored_apart]
+        return {key: captured[key].layout for key in (*self.keys, *keys_apart)}
+
+    def transposed_lookups(self, layouts: Mapping[str, Layout]) -> set[str]:
+        """Keys of lookup tables whose rows are the `in` of the adapters' layout, not the `out`."""
+        transposed = set()
+        for key in self.keys:
+            target = self.targets.get(key)
+            if target is None or target.op != "embedding":
+                continue
+            if layouts[key].in_ == target.layout.out:
+                transposed.add(key)
+        return transposed
+
+
+def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> int:
+    """The rank of every slot in mode load; 0 in mode switch, whose inputs take any rank."""
+    if options.mode != "load":
+        return 0
+    largest = 0
+    for adapter in adapters.values():
+        for update in adapter.lowrank.values():
+            largest = max(largest, update.rank)
+    if options.rank and options.rank < largest:
+        raise LoraFxError(
+            f"an adapter of rank {largest}, and --rank {options.rank}", f"--rank {largest}"
+        )
+    return options.rank or largest or LOAD_RANK
+
+
+def _tensor_names(manifest: Manifest) -> list[str]:
+    """The names of A and B of every slot."""
+    names = []
+    for slot in manifest.slots.values():
+        names += [slot.a, slot.b]
+    return names
+
+
+@dataclass(frozen=True)
+class _SwitchableFile:
+    """A file that is written, as ONNX Runtime runs it with one adapter or another.
+
+    `rank` is that of the slots in mode load; 0 where they take any rank.
+    """
+
+    path: Path
+    options: ExportOptions
+    manifest: Manifest
+    rank: int
+    session: Session
+
+    def run_with(self, adapter: Adapter) -> Run:
+        """How it runs with an adapter: in the one session, or in mode load in one of its own."""
+        if self.options.mode == "load":
+            return Session(self.path, self.options.provider, adapter=adapter).run
+        self.session.load("adapter", adapter)
+        return partial(self.session.run, adapter="adapter")
+
+    def rerun_with(self, adapter: Adapter | None) -> FileRerun:
+        """Other ways to run the file with an adapter."""
+        tensors = {} if adapter is None else self.manifest.tensors(adapter)
+        provider = self.options.provider
+        if self.manifest.mode == "load":
+            stored = self.manifest.padded(tensors) if tensors else {}
+            return FileRerun(self.path, provider, stored=stored)
+        return FileRerun(self.path, provider, lambda feeds: {**feeds, **tensors})
+
+
+def _prove(
+    file: _SwitchableFile,
+    reference: Reference,
+    layouts: Mapping[str, Layout],
+    adapters: Mapping[str, Adapter],
+    warnings: list[str],
+) -> list[Parity]:
+    """Compare the file with the reference: as it is, then with each adapter.
+
+    Where there is no adapter a random one stands in. An adapter that changes nothing is said in
+    `warnings`.
+
+    Raises:
+        NoEffectError: The outputs differ, or the random adapter changes nothing.
+    """
+    parity = reference.prove(file.session.run, None, "base", file.rerun_with(None))
+    feeds = reference.feeds(SIZES[0])
+    base = file.session.run(feeds)
+
+    def changes_little(adapter: Adapter) -> bool:
+        """Whether no output changes by more than its size."""
+        return compare(file.run_with(adapter)(feeds), base, {}, 1.0).ok
+
+    proven = adapters
+    if not adapters:
+        proven = {"random": _random_adapter(layouts, file.rank or RANK, changes_little)}
+    for name, adapter in proven.items():
+        run = file.run_with(adapter)
+        if _all_equal(run(feeds), base):
+            if not adapters:
+                raise NoEffectError(
+                    "a random adapter changes nothing in the exported file", "report this model"
+                )
+            warnings.append(f"the adapter {name!r} changes nothing")
+        parity += reference.prove(run, adapter, name, file.rerun_with(adapter))
+    demand(parity, "ONNX Runtime differs from the model")
+    return parity
+
+
+def _all_equal(outputs: Named, expected: Named) -> bool:
+    return all(np.array_equal(outputs[name], expected[name]) for name in expected)
+
+
+def _random_adapter(
+    layouts: Mapping[str, Layout], most: int, changes_little: Callable[[Adapter], bool]
+) -> Adapter:
+    """An update of every target, large enough to see, and not so large that rounding explodes."""
+    for scale in SCALES:
+        entries = {}
+        for key, layout in layouts.items():
+            rank = min(RANK, most, layout.max_rank)
+            a, b = draw(key, layout, rank, 0, "probe")
+            entries[key] = LowRank(a, b, scale * a.shape[-2], layout, use=own_use(key))
+        adapter = Adapter(entries)
+        if changes_little(adapter):
+            break
+    return adapter

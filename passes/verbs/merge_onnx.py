@@ -1,0 +1,217 @@
+"""merge for .onnx files: W + s·b·a in the initialisers, streamed, proven, then named.
+
+The folded graph has the base's nodes, and views of constants that some uses have for their own.
+Values are computed while they are written, so that memory holds one tensor at a time; afterwards
+the file is opened again, what was not touched is compared byte for byte, and rows of what was are
+computed again in fp64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.checkpoint.merge import GAIN, Adapters
+from lora_fx.checkpoint.provenance import METADATA
+from lora_fx.compare import Parity, Report, demand
+from lora_fx.dtypes import Array
+from lora_fx.errors import (
+    LoraFxError,
+    NoEffectError,
+)
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import remember, remembering
+from lora_fx.files.safetensors import same_bytes
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.match import Matched
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
+from lora_fx.onnx.place import Place
+from lora_fx.onnx.output_file import output
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.validity import blaming
+from lora_fx.passes.fold import Fold, said_of_zeros
+from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
+from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, OnnxMergePlan, plan_onnx
+from lora_fx.text import Json, StrPath, counted, table
+
+
+def merge_onnx(base: StrPath, adapters: Adapters, out: StrPath, **options: object) -> Report:
+    """Fold adapters into an .onnx file and write another.
+
+    Args:
+        base: The file; it and its data are not changed.
+        adapters: Paths or Adapters, or pairs of one and its weight; their sum is rounded once.
+        out: The file to write; large weights go to `OUT.data` beside it.
+        options: Those of OnnxMergeOptions.
+
+    Raises:
+        LoraFxError: Every reason not to merge; nothing is written.
+        NoEffectError: Every element of the output would be what it was.
+    """
+    return merge_into_file(base, adapters, out, OnnxMergeOptions.of(options))
+
+
+@remembering()
+@blaming
+def merge_into_file(
+    base: StrPath, adapters: Adapters, out: StrPath, options: OnnxMergeOptions
+) -> Report:
+    """Merge as `merge_onnx` does, with its options as an object."""
+    source = Path(base)
+    target = Path(out)
+    remember(source)
+    check_output(target, force=options.force)
+    plan = plan_onnx(source, adapters, options)
+    has_data_file = is_external(source)  # once it is known to be a file that can be read
+    if options.delta:
+        _check_delta(source, target, has_data_file, options.places)
+
+    graph = plan.graph
+    before = {name: graph.reader(name) for name in graph.flow.stores}
+    unfolded = graph.clone() if options.run else graph
+    fold = _fold_into_graph(plan)
+    with output(target, force=options.force, places=options.places) as file:
+        external_over = 0 if has_data_file else options.external_over
+        file.save(graph.model, external_over, delta=options.delta)
+        changed = {*fold.applied.values(), *plan.matched.whole}
+        written = prove_merge(file.loadable, target, before, changed, plan.targets, plan.matched, fold)
+        _refuse_unchanged(target, written, before, changed)
+        parity: list[Parity] = []
+        notes = [*graph.notes]
+        if options.run:
+            parity = _run_beside_base(source, unfolded, file.loadable, plan.matched, options)
+        else:
+            notes += _load(source, file.loadable, weight_bytes(graph.model))
+    return _report(file.files, fold, plan, notes, parity)
+
+
+def _fold_into_graph(plan: OnnxMergePlan) -> Fold:
+    """Fold the updates, replace whole tensors, and note the merge in the metadata.
+
+    The values of folded tensors are computed while they are written.
+    """
+    graph = plan.graph
+    fold = Fold(plan.matched.updates, lazy=True)
+    fold(graph)
+    for name, value in plan.matched.whole.items():
+        graph.store(name, value)
+    this_merge = {"format": 1, "adapters": [adapter.record() for adapter in plan.adapters]}
+    graph.model.metadata_props[METADATA] = json.dumps([*plan.merges, this_merge])
+    return fold
+
+
+def _refuse_unchanged(
+    target: Path,
+    written: OnnxGraph,
+    before: Mapping[str, Callable[[], Array]],
+    changed: Collection[str],
+) -> None:
+    """Raise where every tensor that should have changed has its bytes of before."""
+    for name in changed:
+        if name not in before or not same_bytes(written.reader(name)(), before[name]()):
+            return
+    tensors = counted(len(changed), "tensor")
+    raise NoEffectError(
+        f"{target}: not written: no element of {tensors} would change",
+        "is the adapter untrained, or its weight 0?",
+    )
+
+
+def _check_delta(source: Path, target: Path, has_data_file: bool, places: Sequence[Place]) -> None:
+    """Raise where the output cannot read the rest of its tensors from the base's data file."""
+    if not has_data_file:
+        raise LoraFxError(
+            f"{source} keeps its weights in itself, so there is no data file to share",
+            "leave --delta out",
+        )
+    if source.resolve().parent != target.resolve().parent:
+        raise LoraFxError(
+            f"{target}: with --delta it reads the data of {source}, and runtimes read none from "
+            "other folders",
+            f"-o {source.with_name(target.name)}",
+        )
+    if places:
+        raise LoraFxError("a copy for Triton has to hold all of its weights", "leave --delta out")
+
+
+def _run_beside_base(
+    source: Path, graph: OnnxGraph, written: Path, matched: Matched, options: OnnxMergeOptions
+) -> list[Parity]:
+    """The merged file against the base with branches, in ONNX Runtime."""
+    if matched.whole:
+        raise LoraFxError(
+            f"--run compares updates, and {min(matched.whole)!r} is replaced whole",
+            "leave --run out",
+        )
+    with reference_of(source, graph, options.provider, options.inputs) as reference:
+        session = open_session(written, options.provider)
+        adapter = Adapter(dict(matched.updates))
+        rerun = FileRerun(written, options.provider)
+        parity = reference.prove(session.run, adapter, "merged", rerun)
+    demand(parity, "the merged file differs from the base with branches")
+    return parity
+
+
+def _load(source: Path, written: Path, size: int) -> list[str]:
+    """Load what was written in ONNX Runtime, where that takes little memory; returns notes."""
+    if size > EXTERNAL_OVER:
+        return ["not loaded in ONNX Runtime, which would read all of it: tensors were compared"]
+    try:
+        open_session(written, "cpu")
+    except LoraFxError:
+        try:
+            open_session(source, "cpu")
+        except LoraFxError as error:  # bfloat16, say, of which the CPU has few ops
+            return [f"ONNX Runtime here loads neither the base nor the output: {error.message}"]
+        raise
+    return []
+
+
+def _report(
+    files: Sequence[Path], fold: Fold, plan: OnnxMergePlan, notes: list[str], parity: list[Parity]
+) -> Report:
+    rows: list[Json] = []
+    for change in fold.report:
+        tensor = fold.applied.get(f"{change.parameter}|{'|'.join(change.keys)}")
+        rows.append({"key": ", ".join(change.keys), "tensor": tensor, "gain": change.kept})
+    for name in plan.matched.whole:
+        rows.append({"key": name, "tensor": name, "gain": None})
+    warnings = [*notes, *_warnings(fold, plan)]
+    outputs = tuple(map(str, files))
+    return Report("merge", True, tuple(parity), outputs, tuple(warnings), {"tensors": rows})
+
+
+def _warnings(fold: Fold, plan: OnnxMergePlan) -> list[str]:
+    """Warnings of the folded tensors."""
+    warnings = [change.said for change in fold.report if change.said]
+    rounded_away = [(change.kept, change.parameter) for change in fold.report if change.kept < GAIN]
+    if rounded_away:
+        least, parameter = min(rounded_away)
+        warnings.append(
+            f"{len(rounded_away)} of {len(fold.report)} tensors kept less than {GAIN:.0%} of "
+            f"their update when rounded, {parameter} only {least:.1%}"
+        )
+    if plan.renamed:
+        warnings.append(f"{plan.renamed} tensors got the names that the exporter's metadata tells")
+    warnings += said_of_zeros(fold.report)
+
+    names_of_base = set()
+    for change in fold.report:
+        names_of_base.add(change.parameter)
+        if change.zeros:
+            names_of_base.add(change.stored_as)
+    added = sorted(set(fold.applied.values()) - names_of_base)
+    if added:
+        warnings.append(f"uses that differ have constants of their own: {', '.join(added)}")
+    return warnings
+
+
+def lines(report: Report) -> str:
+    """The report as a table for people."""
+    rows: list[tuple[str, ...]] = [("tensor", "gain")]
+    for row in report.details["tensors"]:
+        gain = "replaced whole" if row["gain"] is None else f"{row['gain']:.3f}"
+        rows.append((row["key"], gain))
+    return "\n".join([*table(rows), f"wrote {' and '.join(report.outputs)}"])

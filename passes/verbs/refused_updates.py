@@ -1,0 +1,114 @@
+"""Refuse an adapter that a graph, or a file of a mode of export, has no place for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
+from lora_fx.adapter.variant import (
+    names_taken,
+    variant_of,
+)
+from lora_fx.errors import (
+    LoraFxError,
+)
+
+
+def check_kinds(adapter: Adapter, name: str, taker: str, *, reading_weight: bool = True) -> None:
+    """Raise for an update that no graph can hold, which the adapter alone tells.
+
+    Args:
+        adapter: Bound or not.
+        name: What the message calls it.
+        taker: What should take it, such as "mode switch".
+        reading_weight: A variant that reads W itself is taken.
+    """
+    for key, entry in adapter.entries.items():
+        is_taken = not isinstance(entry, (Hadamard, Kronecker, Rotation))
+        if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
+            is_taken = reading_weight
+        if not is_taken:
+            *names, last = names_taken(reading_weight=reading_weight)
+            raise LoraFxError(
+                f"{name}: {key!r} is {name_of(entry)}; {taker} takes {', '.join(names)} and {last}",
+                f"lora-fx convert {name} -o OUT --as lora --base MODEL approximates it, and says "
+                "how well",
+            )
+
+
+def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
+    """Raise for what an adapter holds and a file of a mode has no place for.
+
+    The adapters alone tell, so this comes before a model is captured. Mode switch folds the whole
+    tensors of a single adapter into the base.
+    """
+    for name, adapter in adapters.items():
+        holds_weights = mode in ("merged", "train")
+        check_kinds(adapter, name, f"mode {mode}", reading_weight=holds_weights)
+        whole_tensors = [
+            key
+            for key, entry in adapter.entries.items()
+            if isinstance(entry, (Full, Dense, ReplacedRows))
+        ]
+        is_folded = mode == "switch" and len(adapters) == 1
+        if whole_tensors and not holds_weights and not is_folded:
+            raise LoraFxError(
+                f"{name}: it holds the whole tensor {whole_tensors[0]!r}; mode {mode} has a place "
+                "for low-rank updates alone",
+                exclude_hint(name, whole_tensors),
+            )
+        if mode == "batch":
+            check_rows(adapter, name)
+
+
+RECURRENT = ("lstm", "gru", "rnn")
+"""How the ops of recurrent layers begin."""
+
+
+def check_rows(adapter: Adapter, name: str) -> None:
+    """Raise for updates that a row of mode batch cannot have, as the op in the file tells."""
+    refused: dict[str, str] = {}
+    for key, entry in adapter.lowrank.items():
+        kind = _without_rows(entry)
+        if kind:
+            refused[key] = kind
+    if not refused:
+        return
+    keys = list(refused)
+    nor_for_more = f", nor for {len(keys) - 1} more" if len(keys) > 1 else ""
+    raise LoraFxError(
+        f"{name}: {keys[0]!r} is of {refused[keys[0]]}; mode batch has no form by row for it"
+        f"{nor_for_more}",
+        f"{_exclude_command(name, keys)} leaves it out; modes switch and load take it",
+    )
+
+
+def _without_rows(entry: LowRank) -> str:
+    """The kind of an update's weight, where mode batch has no form for it; empty where it has."""
+    op = entry.origin.op
+    if op.startswith("conv_transpose"):
+        return "a transposed convolution"
+    if op.startswith(RECURRENT):
+        return "a recurrent layer"
+    if entry.a.ndim <= 2:
+        return ""
+    if op.startswith("conv"):
+        return "a grouped convolution"
+    return "a stack of matrices"
+
+
+def exclude_hint(name: str, keys: Sequence[str]) -> str:
+    """How to go on without the whole tensors of an adapter, or with them in the base."""
+    return (
+        f"{_exclude_command(name, keys)} leaves it out; with --include in its place, OUT holds it "
+        "alone, and lora-fx merge puts that into the base"
+    )
+
+
+def _exclude_command(name: str, keys: Sequence[str]) -> str:
+    """The command that writes an adapter without some keys."""
+    modules = list(dict.fromkeys(re.sub(r"\.(weight|bias)$", "", key) for key in keys))
+    return f"lora-fx convert {name} -o OUT --exclude {','.join(modules[:8])}"
