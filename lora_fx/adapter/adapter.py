@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.adapter.fused import other_split, place
-from lora_fx.adapter.lowrank import Full, LowRank, truncated
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.svd import truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
 from lora_fx.adapter.variant import LEARNS, names_taken, slots_of, variant_of
 from lora_fx.dtypes import Array, factor_dtype

@@ -15,11 +15,12 @@ from functools import partial
 
 import numpy as np
 
-from lora_fx.adapter import lowrank
+from lora_fx.adapter import svd
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.base import plain
-from lora_fx.adapter.lowrank import LowRank, Triplets
+from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
+from lora_fx.adapter.svd import Triplets
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.adapter.variant import LEARNS, variant_of
 from lora_fx.dtypes import Array
@@ -169,7 +170,7 @@ def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
     name, value = _goal(goal)
     updates = _updates(adapter)
-    parts = {k: lowrank.product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
+    parts = {k: svd.product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
     spectra = {k: gains(s) for k, (_, s, _) in parts.items()}
     costs = {k: (u.a.size + u.b.size) // u.rank for k, u in updates.items()}
     norm = math.sqrt(math.fsum(float(x.sum()) for x in spectra.values()))
@@ -251,10 +252,10 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
             entries[key] = entry if entry.variant == "lora" else unscaled
             error = 0.0
         elif new:
-            a, b = lowrank.balanced(u, s, vt, new)
+            a, b = svd.balanced(u, s, vt, new)
             whole = replace(entry, alpha=float(new), variant="lora", frozen=0)
             entries[key] = replace(whole, a=a, b=b)
-            error = lowrank.distance(entry.a, entry.b * np.float64(entry.scale), a, b)
+            error = svd.distance(entry.a, entry.b * np.float64(entry.scale), a, b)
         rows.append(Truncated(key, entry.rank, new, norm, error, saved))
     metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
     made = replace(adapter, entries=entries, metadata=metadata)
@@ -296,7 +297,7 @@ def _row(key: str, entry: Entry, most: int) -> Json:
         "sigma": None,
     }
     if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
-        values = abs(entry.scale) * lowrank.product_values(entry.a, entry.b)
+        values = abs(entry.scale) * svd.product_values(entry.a, entry.b)
         values = np.sort(values, axis=None)[::-1]
         total = float(np.sum(values**2))
         row["sigma"] = [float(f"{x:.{3 if i else 6}g}") for i, x in enumerate(values[:most])]
@@ -383,7 +384,7 @@ def as_lora(
         elif isinstance(entry, (Hadamard, Kronecker)):
             low = replace(low, origin=Origin(kernel=entry.kernel))
         entries[key] = low
-        error = math.sqrt(lowrank.squared_distance(delta, low.a, low.b))
+        error = math.sqrt(svd.squared_distance(delta, low.a, low.b))
         norm = float(np.linalg.norm(delta.astype(np.float64)))
         rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
     return replace(adapter, entries=entries), rows
@@ -412,12 +413,12 @@ def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
     count = min(rank or 16, *delta.shape)
     total = float(np.square(delta, dtype=np.float64).sum())
     while True:
-        u, s, vt = lowrank.leading(delta, count, rng)
+        u, s, vt = svd.leading(delta, count, rng)
         held = np.cumsum(np.square(s)) / total if total else np.ones(len(s))
         if energy is None or held[-1] >= energy or count == min(delta.shape):
             break
         count = min(4 * count, *delta.shape)
     if energy is not None:
         count = min(int(np.searchsorted(held, energy * (1 - 1e-12))) + 1, count)
-    a, b = lowrank.balanced(u, s, vt, count)
+    a, b = svd.balanced(u, s, vt, count)
     return LowRank(a, b, float(count))

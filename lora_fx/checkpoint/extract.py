@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
+from lora_fx.adapter.svd import above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import check_scaled, tie_of
