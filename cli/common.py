@@ -295,7 +295,7 @@ def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[st
     base = base if base and not str(base).endswith(".onnx") else None
     asked = map(split_weight, texts_of(given, ("adapter", "adapters", "b")))
     for path, weight in _loadable((str(p), 1.0) for p in outputs) or _loadable(asked):
-        from lora_fx.adapter.truncate import summary
+        from lora_fx.adapter.singular_values import summary
         from lora_fx.formats.io import load_adapter
 
         try:

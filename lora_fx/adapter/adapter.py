@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.adapter.fused import other_split, place
+from lora_fx.adapter.expert_stacks import place
+from lora_fx.adapter.fused import other_split
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of

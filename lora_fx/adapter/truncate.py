@@ -1,6 +1,6 @@
 """truncate: an adapter of fewer ranks, with the exact error that it costs.
 
-Every s·b@a is split into singular triplets by QR of both factors (see lowrank.py); over all targets
+Every s·b@a is split into singular triplets by QR of both factors (see svd.py); over all targets
 ‖ΔW − ΔW'‖² is then the sum of the σ² that are left out. One more rank of a target costs
 (in + out)·batch elements, so triplets are taken in the order of σ²/cost. A stack of matrices has
 one rank; its σ² are summed over the batch. Results have alpha = rank, that is scale 1.
@@ -9,7 +9,7 @@ one rank; its σ² are summed over the batch. Results have alpha = rank, that is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,13 +17,10 @@ import numpy as np
 
 from lora_fx.adapter import svd
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.base import plain
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.svd import Triplets
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
-from lora_fx.adapter.variant import LEARNS, variant_of
-from lora_fx.dtypes import Array
+from lora_fx.adapter.updates import Entry
+from lora_fx.adapter.variant import LEARNS
 from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss
 from lora_fx.text import Json, short, table
@@ -261,164 +258,3 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
     made = replace(adapter, entries=entries, metadata=metadata)
     size = sum(low.a.size + low.b.size for low in made.lowrank.values())
     return Truncation(made, tuple(rows), size)
-
-
-# The singular values of every update of an adapter, and what else a page shows of one.
-#
-# s·b·a of rank k has k values, found from two k × k triangles: nothing of the size of W is formed.
-# Those of a stack (experts, groups) are the values of all its matrices together, as if they were
-# the blocks of one: Σσ² = ‖ΔW‖² holds for both.
-
-
-MOST, FEW, MANY = 32, 10, 200
-"""How many of the largest values are written of one update; FEW where there are over MANY."""
-
-
-def summary(adapter: Adapter) -> list[Json]:
-    """A row of {key, kind, rank, alpha, parameters, shape, sigma, norm} for every entry.
-
-    `sigma` holds the largest values of s·b·a, descending, the first in six digits and the others
-    in three; of DoRA this is the update before its rows are rescaled. It is None where the entry
-    has no factors b and a.
-    """
-    most = MOST if len(adapter) <= MANY else FEW
-    return [_row(key, entry, most) for key, entry in adapter.entries.items()]
-
-
-def _row(key: str, entry: Entry, most: int) -> Json:
-    arrays = [v for v in vars(entry).values() if isinstance(v, np.ndarray)]
-    row: Json = {
-        "key": key,
-        "kind": name_of(entry),
-        "rank": getattr(entry, "rank", None),
-        "alpha": getattr(entry, "alpha", None),
-        "parameters": sum(x.size for x in arrays),
-        "shape": _shape(entry),
-        "sigma": None,
-    }
-    if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
-        values = abs(entry.scale) * svd.product_values(entry.a, entry.b)
-        values = np.sort(values, axis=None)[::-1]
-        total = float(np.sum(values**2))
-        row["sigma"] = [float(f"{x:.{3 if i else 6}g}") for i, x in enumerate(values[:most])]
-        row["norm"] = float(f"{total**0.5:.6g}")
-    return row
-
-
-def _shape(entry: Entry) -> list[int]:
-    if isinstance(entry, LowRank):
-        return list(entry.layout.stored if entry.layout is not None else entry.shape)
-    return list(getattr(getattr(entry, "value", entry), "shape", ()))
-
-
-# Any update as plain LoRA: ΔW by its method's formula, then the best b·a of few ranks.
-#
-# LoHa, LoKr and whole differences have a ΔW of their own. What reads W (DoRA's norm, a base that
-# PiSSA or OLoRA changed) has it with the base: what a merge would add. ‖ΔW − b·a‖ is measured
-# element by element. One matrix is held at a time, in fp32.
-
-
-@dataclass(frozen=True)
-class Approximated:
-    """One update before and after: its kind, its new rank, ‖ΔW‖ and ‖ΔW − b·a‖."""
-
-    key: str
-    kind: str
-    rank: int
-    norm: float
-    error: float
-
-    def to_json(self) -> Json:
-        """A row of `approximated[]` in docs/json.md."""
-        relative = self.error / self.norm if self.norm else 0.0
-        return {**vars(self), "relative": relative}
-
-    def __str__(self) -> str:
-        """A line for people."""
-        share = self.to_json()["relative"]
-        return f"{self.key}: {self.kind} as rank {self.rank}, ‖ΔW − ΔW'‖/‖ΔW‖ = {share:.3e}"
-
-
-def as_lora(
-    adapter: Adapter,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    delta_of: Callable[[Adapter], Array] | None = None,
-) -> tuple[Adapter, list[Approximated]]:
-    """An adapter whose updates of other methods are plain LoRA; plain ones and Full ones stay.
-
-    Args:
-        adapter: As a loader returned it.
-        rank: Of each of them, at most.
-        energy: Instead: each has the fewest ranks that hold this share of its ‖ΔW‖².
-        delta_of: Makes the ΔW [out, in] of an adapter of one update that depends on its base:
-            DoRA, and updates of a base that was changed.
-
-    Raises:
-        LoraFxError: Not one of rank and energy, an update that needs the base or has no ΔW, or a
-            base that lacks its tensor.
-    """
-    if (rank is None) == (energy is None):
-        raise LoraFxError("expected one of rank and energy", "for example --rank 16")
-    if rank is not None and rank < 1:
-        raise LoraFxError(f"rank is {rank}; expected 1 or more", "for example --rank 16")
-    if energy is not None and not 0 < energy <= 1:
-        raise LoraFxError(f"energy {energy} is not in (0, 1]", "0.99, for example")
-    entries: dict[str, Entry] = {}
-    rows: list[Approximated] = []
-    for key, entry in adapter.entries.items():
-        if isinstance(entry, LowRank) and is_plain(entry) and not variant_of(entry).peft_type:
-            entries[key] = plain(entry)
-            rows.append(Approximated(key, name_of(entry), entry.rank, entry.norm, 0.0))
-            continue
-        if is_plain(entry):
-            entries[key] = entry
-            continue
-        delta = _delta(adapter, key, entry, delta_of)
-        low = _best(delta, rank, energy)
-        if isinstance(entry, LowRank):
-            # Its numbers alone are others: where it applies, and how it lies there, stays.
-            origin = replace(entry.origin, layer=None)
-            low = replace(low, layout=entry.layout, use=entry.use, origin=origin)
-        elif isinstance(entry, (Hadamard, Kronecker)):
-            low = replace(low, origin=Origin(kernel=entry.kernel))
-        entries[key] = low
-        error = math.sqrt(svd.squared_distance(delta, low.a, low.b))
-        norm = float(np.linalg.norm(delta.astype(np.float64)))
-        rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
-    return replace(adapter, entries=entries), rows
-
-
-def _delta(
-    adapter: Adapter, key: str, entry: Entry, delta_of: Callable[[Adapter], Array] | None
-) -> Array:
-    """ΔW [out, in] of one update."""
-    every = slice(None)
-    if isinstance(entry, (Hadamard, Kronecker, Dense)):
-        if min(entry.shape) < 2:
-            raise LoraFxError(f"{key!r} is {name_of(entry)} of a vector: no matrix", "--exclude it")
-        return entry.block(0, every, every)
-    if not isinstance(entry, (LowRank, Rotation)):
-        raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
-    if delta_of is None:
-        raise LoraFxError(
-            f"{key!r} is {name_of(entry)}: its ΔW depends on the base", "--base FOLDER"
-        )
-    return delta_of(replace(adapter, entries={key: entry}))
-
-
-def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
-    rng = np.random.default_rng(0)
-    count = min(rank or 16, *delta.shape)
-    total = float(np.square(delta, dtype=np.float64).sum())
-    while True:
-        u, s, vt = svd.leading(delta, count, rng)
-        held = np.cumsum(np.square(s)) / total if total else np.ones(len(s))
-        if energy is None or held[-1] >= energy or count == min(delta.shape):
-            break
-        count = min(4 * count, *delta.shape)
-    if energy is not None:
-        count = min(int(np.searchsorted(held, energy * (1 - 1e-12))) + 1, count)
-    a, b = svd.balanced(u, s, vt, count)
-    return LowRank(a, b, float(count))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter.fused import Family, family_of
+from lora_fx.adapter.expert_families import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.adapter.variant import variant_of

@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter, means_all
-from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
+from lora_fx.adapter.expert_families import IN_OUT_EXPERTS, experts_of, family_of
+from lora_fx.adapter.expert_layouts import ExpertLayout, laid
+from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import (
     Change,
@@ -189,7 +191,7 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
+    """An adapter with its updates of expert stacks under their own names; see adapter/expert_stacks.py."""
     turned = stacks_turned(adapter, rename.config)
     entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_fx.adapter.fused import IN_OUT_EXPERTS, QKV
+from lora_fx.adapter.expert_families import IN_OUT_EXPERTS
+from lora_fx.adapter.fused import QKV
 from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import model_config, says_tied, tensors, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors

@@ -23,8 +23,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.entry_json import from_json, to_json
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.adapter.variant import (
     bare,
     expect_variant,

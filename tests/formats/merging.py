@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_fx.adapter import dora as variant
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import place
+from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.adapter.variant import residual

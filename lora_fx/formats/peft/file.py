@@ -24,10 +24,11 @@ import numpy as np
 
 from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.adapter.qalora import grouped
-from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.adapter.variant import (
     bare,
     expect_variant,
@@ -610,7 +611,7 @@ def read(path: str | Path) -> Adapter:
           of PEFT layouts are None, and other fields say what the file does:
           op embedding with in = rows, out = dim, and `twins`, to which the same change applies;
           op conv2d and its kernel with in = C_in · ∏k; op experts and `layer` for a parameter,
-          `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.fused.place` before
+          `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.expert_stacks.place` before
           keys are matched; `mutated` where the update is meant for
           `lora_fx.adapter.variant.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that

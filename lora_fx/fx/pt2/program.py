@@ -13,8 +13,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json, to_json
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import from_json, to_json
 from lora_fx.adapter.variant import (
     bare,
     expect_variant,
