@@ -25,9 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from lora_fx.adapter.base import FactorTensor, Half, Read
+from lora_fx.adapter.factor_tensors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import halves, slots_of, variant_of
+from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant_protocol import Read
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import V

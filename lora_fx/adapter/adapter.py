@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_fx.adapter.expert_stacks import place
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.fused import other_split
+from lora_fx.adapter.learning import LEARNS
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.svd import truncated
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
-from lora_fx.adapter.variant import LEARNS, names_taken, slots_of, variant_of
+from lora_fx.adapter.variant import names_taken, variant_of
 from lora_fx.dtypes import Array, factor_dtype
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import plain_layout

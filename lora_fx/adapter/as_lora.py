@@ -15,11 +15,11 @@ import numpy as np
 
 from lora_fx.adapter import svd
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.base import plain
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant_protocol import plain
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json

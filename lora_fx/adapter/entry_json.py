@@ -10,7 +10,7 @@ op, kernel                 of `origin`
 tied                       true, or the list of `origin.twins`
 lead, of                   of `origin.layer`
 module, depth, candidates  of `origin.layer`, where the key does not name a parameter
-group and the like         what the variant says: see `lora_fx.adapter.base.Variant.facts`
+group and the like         what the variant says: see `variant_protocol.Variant.facts`
 =========================  ================================================================
 """
 

@@ -39,14 +39,14 @@ class LowRank:
             every other alpha/rank.
         use: The use of a shared tensor that the update applies to; empty for all uses.
         magnitude: DoRA's row norms, [out]: rows of W + ΔW in [out, in] order are rescaled to
-            them (`lora_fx.adapter.variant` has the stored axis by op). None for others.
+            them (`lora_fx.adapter.dora` has the stored axis by op). None for others.
         frozen: How many of the last ranks do not train. They are what a start from W or its
             gradient takes off, so that the base stays as it is.
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
-            is for; see `lora_fx.adapter.variant.residual`. Empty for the base as it is.
+            is for; see `lora_fx.adapter.residual`. Empty for the base as it is.
         origin: What its file or its model says of the tensor. No arithmetic reads it.
         variant_tensors: What its variant makes a and b of, by field (numbers are arrays without
-            axes); see `lora_fx.adapter.base`. Empty where these are a and b themselves.
+            axes); see `lora_fx.adapter.variant_protocol`. Empty where these are a and b themselves.
     """
 
     a: Array

@@ -47,8 +47,8 @@ class Origin:
         kernel: The kernel of a convolution, where it is known; in is C_in/groups · ∏kernel.
         tied: True where the update applies to all uses of a tensor that several modules share.
         twins: Other names of that tensor in a file: what they name changes alike.
-        layer: Where a file has the update, for `lora_fx.adapter.expert_stacks.place` and for writing it
-            again.
+        layer: Where a file has the update, for `lora_fx.adapter.expert_stacks.place` and for
+            writing it again.
     """
 
     op: str = ""

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.adapter.base import Beginning, Read, Variant
 from lora_fx.adapter.lora import Lora
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Ops, V

@@ -17,10 +17,10 @@ import numpy as np
 
 from lora_fx.adapter import svd
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.learning import LEARNS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import Triplets
 from lora_fx.adapter.updates import Entry
-from lora_fx.adapter.variant import LEARNS
 from lora_fx.errors import LoraFxError, expect
 from lora_fx.targets.budget import gains, within_budget, within_loss
 from lora_fx.text import Json, short, table

@@ -191,7 +191,7 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see adapter/expert_stacks.py."""
+    """An adapter with its updates of expert stacks under their own names; see expert_stacks.py."""
     turned = stacks_turned(adapter, rename.config)
     entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)

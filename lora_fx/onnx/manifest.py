@@ -24,15 +24,10 @@ import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
 from lora_fx.adapter.entry_json import from_json, to_json
+from lora_fx.adapter.factor_tensors import slots_of, with_values
+from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import (
-    bare,
-    expect_variant,
-    fields_of_files,
-    learning,
-    slots_of,
-    with_values,
-)
+from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import (

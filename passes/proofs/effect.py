@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import resized, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import resized, slots_of, variant_of, with_values
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
     EPSILON,

@@ -18,8 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import slots_of, variant_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
     COARSE,

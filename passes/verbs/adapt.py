@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial, slots_of
+from lora_fx.adapter.starts import OF_DATA, Init, initial
+from lora_fx.adapter.variant import VariantName
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
@@ -139,7 +141,7 @@ def insert(
             it is left out, and said. keep: it is said. auto: an error if include or plan named
             it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
         init: What a and b start from: kaiming, the default, gaussian, orthogonal, pissa, olora,
-            eva or lora-ga, see lora_fx.adapter.variant. The base is never changed.
+            eva or lora-ga, see lora_fx.adapter.starts. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: For lora-ga: ce, the default, mse, or a function of (output, labels).
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:

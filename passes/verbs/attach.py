@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import Init, VariantName, learning
+from lora_fx.adapter.starts import Init
+from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached

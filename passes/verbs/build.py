@@ -8,15 +8,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.learning import relearning
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import (
-    OF_DATA,
-    OF_WEIGHT,
-    initial,
-    named_variant,
-    relearning,
-    variant_of,
-)
+from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, initial
+from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fx.adapter.variant import matrix
+from lora_fx.adapter.starts import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable

@@ -17,15 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.starts import OF_DATA, check_init
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows, Rotation, name_of
-from lora_fx.adapter.variant import (
-    OF_DATA,
-    asked,
-    check_init,
-    named_variant,
-    names_taken,
-    variant_of,
-)
+from lora_fx.adapter.variant import asked, named_variant, names_taken, variant_of
 from lora_fx.compare import Parity
 from lora_fx.dtypes import long_name
 from lora_fx.errors import (

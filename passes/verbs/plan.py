@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.starts import matrix
 from lora_fx.adapter.truncate import truncation
-from lora_fx.adapter.variant import matrix
 from lora_fx.data import Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError

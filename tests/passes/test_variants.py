@@ -13,16 +13,10 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.adapter.variant import (
-    INITS,
-    OF_DATA,
-    VARIANTS,
-    initial,
-    slots_of,
-    variant_of,
-    with_values,
-)
+from lora_fx.adapter.starts import INITS, OF_DATA, initial
+from lora_fx.adapter.variant import VARIANTS, variant_of
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import frame, slots_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import (
