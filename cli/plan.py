@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
     """Whether the method takes any of these from DATA, or anything where none is named."""
-    from lora_fx.targets.budget import METHODS
+    from lora_fx.targets.rank_methods import METHODS
 
     wanted = METHODS[asked["method"]].wanted
     return bool(set(wanted) & set(statistics)) if statistics else bool(wanted)
@@ -117,7 +117,7 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.plan import plan
-    from lora_fx.targets.budget import METHODS
+    from lora_fx.targets.rank_methods import METHODS
 
     check_output(output, force=force)
     if not output.endswith(".json"):

@@ -38,7 +38,10 @@ from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.targets.target import Found, Target, applies, base_name, contains, relative, widen
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import applies, base_name
+from lora_fx.targets.regions import contains, relative, widen
+from lora_fx.targets.target import Target
 
 Pair = tuple[Target, LowRank]
 

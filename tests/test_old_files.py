@@ -24,7 +24,7 @@ from lora_fx.fx.train.state import read_folder
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.manifest import PROPERTY, manifest_of
 from lora_fx.onnx.session import open_session
-from lora_fx.targets.plan import read_plan
+from lora_fx.targets.rank_plan import read_plan
 from tests.fixtures.old import IDS, net, small
 
 OLD = Path(__file__).parent / "fixtures" / "0.1"

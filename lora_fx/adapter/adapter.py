@@ -22,8 +22,10 @@ from lora_fx.dtypes import Array, factor_dtype
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import plain_layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.targets.plan import select_names
-from lora_fx.targets.target import Found, base_name, check_disjoint, own_use, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name, own_use, split_use
+from lora_fx.targets.selectors import select_names
+from lora_fx.targets.target import check_disjoint
 from lora_fx.text import Json, JsonView, counted, html, human, near, some
 
 

@@ -19,7 +19,9 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import plain_layout
-from lora_fx.targets.target import Found, Target, role_by_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import Target
+from lora_fx.targets.target_roles import role_by_name
 
 QKV = "query_key_value"
 """A fused weight whose rows lie otherwise from model to model."""

@@ -45,9 +45,11 @@ from lora_fx.errors import LoraFxError, expect_name
 from lora_fx.inputs import generator
 from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
-from lora_fx.targets.budget import Moments
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import own_use
+from lora_fx.targets.moments import Moments
 from lora_fx.targets.plan import Entry, Plan
-from lora_fx.targets.target import Found, Target, check_storable, own_use
+from lora_fx.targets.target import Target, check_storable
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
 

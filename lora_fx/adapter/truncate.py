@@ -22,7 +22,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.svd import Triplets
 from lora_fx.adapter.updates import Entry
 from lora_fx.errors import LoraFxError, expect
-from lora_fx.targets.budget import gains, within_budget, within_loss
+from lora_fx.targets.rank_choice import gains, within_budget, within_loss
 from lora_fx.text import Json, short, table
 
 GOALS = ("rank", "params", "energy", "max_error", "max_abs_error")

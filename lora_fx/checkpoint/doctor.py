@@ -44,7 +44,7 @@ from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, StrPath, near, some, table
 
 LARGE = 1.0

@@ -31,8 +31,8 @@ from lora_fx.files.hub import local, origin
 from lora_fx.files.read import check_unchanged, remembering, trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored, stored_elements
 from lora_fx.inputs import generator
-from lora_fx.targets.plan import select, select_names, split
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.selectors import select, select_names, split
 from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16

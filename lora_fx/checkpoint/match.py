@@ -49,7 +49,7 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, tex
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
-from lora_fx.targets.target import base_name, split_key, split_use
+from lora_fx.targets.keys import base_name, split_key, split_use
 from lora_fx.text import JsonView, near, some
 
 

@@ -54,7 +54,7 @@ from lora_fx.files.quantised.dequantise import (
     view_notes,
 )
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.targets.target import overlap
+from lora_fx.targets.regions import overlap
 from lora_fx.text import Json, by_key, human, size_in_bytes, table
 
 

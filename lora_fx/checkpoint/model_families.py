@@ -19,8 +19,10 @@ from lora_fx.files.checkpoint import model_config, says_tied, tensors, text_conf
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.graph import Parameter
 from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.targets.found import Found, Refusal
 from lora_fx.targets.plan import HEAD_ROWS, default_plan
-from lora_fx.targets.target import Found, Refusal, Target, role_of
+from lora_fx.targets.target import Target
+from lora_fx.targets.target_roles import role_of
 from lora_fx.text import JsonView, is_whole
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")

@@ -23,7 +23,7 @@ from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.fx import fake_tensors
-from lora_fx.targets.target import split_region
+from lora_fx.targets.keys import split_region
 from lora_fx.text import some
 
 

@@ -44,7 +44,7 @@ from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
 from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.row_axis import RowAxis
 from lora_fx.onnx.switch import keep_zeros
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 
 SCALES = "adapter_scales"
 REFUSED = "over"

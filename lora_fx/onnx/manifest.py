@@ -44,7 +44,7 @@ from lora_fx.ir.layout import Layout
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.load import load
 from lora_fx.onnx.validity import blaming
-from lora_fx.targets.target import own_use
+from lora_fx.targets.keys import own_use
 from lora_fx.text import Json, JsonView, near
 
 if TYPE_CHECKING:

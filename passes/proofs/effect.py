@@ -56,7 +56,7 @@ from lora_fx.passes.proofs.dispatched import LiveRerun, live_choices
 from lora_fx.passes.proofs.parity import arrays_of, is_real, named_of, prove, torch_rerun, torch_run
 from lora_fx.passes.proofs.reference import SEEDS, compared
 from lora_fx.progress import stage
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 DEAD = 1e-6

@@ -56,8 +56,9 @@ from lora_fx.passes.verbs.options import (
 )
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
-from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan
+from lora_fx.targets.rank_plan import GivenRanks
 
 
 def find(

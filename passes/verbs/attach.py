@@ -49,8 +49,11 @@ from lora_fx.passes.verbs.build import found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
-from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.target import Found, Target, applies, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import applies, split_use
+from lora_fx.targets.plan import Plan
+from lora_fx.targets.rank_plan import GivenRanks
+from lora_fx.targets.target import Target
 from lora_fx.text import by_key
 
 

@@ -35,7 +35,9 @@ from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import InsertOptions
-from lora_fx.targets.target import Found, check_storable, own_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import own_use
+from lora_fx.targets.target import check_storable
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from lora_fx.passes.verbs.options import (
     exclude_hint,
 )
 from lora_fx.progress import Listener, told
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json, StrPath
 
 if TYPE_CHECKING:

@@ -50,7 +50,8 @@ from lora_fx.passes.verbs.options import (
     ExportOptions,
     exclude_hint,
 )
-from lora_fx.targets.target import Found, base_name, own_use, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name, own_use, split_use
 from lora_fx.text import Json, JsonView
 
 if TYPE_CHECKING:

@@ -57,7 +57,8 @@ from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import captured_again, captured_of, opened, own_adapters
 from lora_fx.passes.verbs.options import ExportAdapters, ExportOptions
 from lora_fx.passes.verbs.quantise import Wanted, quantised
-from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
+from lora_fx.targets.keys import applies, own_use, split_region, split_use
+from lora_fx.targets.target import Target
 from lora_fx.text import Json, free_name, some
 
 

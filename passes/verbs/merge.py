@@ -43,7 +43,7 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
 from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
 from lora_fx.spellings import under_either_name
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json, StrPath, counted, table
 
 

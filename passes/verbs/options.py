@@ -31,8 +31,10 @@ from lora_fx.errors import (
     refuse_no_say,
 )
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.targets.plan import GivenRanks, Plan, RankPlan, make_plan, select_names
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan, make_plan
+from lora_fx.targets.rank_plan import GivenRanks, RankPlan
+from lora_fx.targets.selectors import select_names
 from lora_fx.text import is_whole
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
+from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
-from lora_fx.targets.target import Found, Target
+from lora_fx.targets.target import Target
 from tests.passes.test_rows import captured, run
 from tests.table import ROWS, Model, Row
 

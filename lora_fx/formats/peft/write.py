@@ -21,7 +21,7 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KASA, VERSION, build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, TAKEN, WRAPPER, packed, unwrapped
-from lora_fx.targets.target import split_use
+from lora_fx.targets.keys import split_use
 from lora_fx.text import Json
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")

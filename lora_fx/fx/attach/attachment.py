@@ -39,7 +39,8 @@ from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
 from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
-from lora_fx.targets.target import Found, base_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name
 from lora_fx.text import human
 
 

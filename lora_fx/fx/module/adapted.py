@@ -43,7 +43,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json, by_key, counted, html, human, short
 
 Inserter = Callable[[Updates, bool], Rewriter]
