@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import split_use
+
+# Pickles of older versions name RankPlan and Ranked in this module.
 from lora_fx.targets.rank_plan import GivenRanks, given_ranks
+from lora_fx.targets.rank_plan import Ranked as Ranked
+from lora_fx.targets.rank_plan import RankPlan as RankPlan
 from lora_fx.targets.selectors import select, select_names
 from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import JsonView, is_whole, near, short

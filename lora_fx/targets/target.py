@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -227,3 +228,10 @@ def check_disjoint(targets: Iterable[Target]) -> None:
                     "regions of one parameter, and its uses, must not overlap",
                 )
         by_name[t.parameter.name].append(t)
+
+
+def __getattr__(name: str) -> object:
+    """Find the classes that pickles of older versions name in this module."""
+    if name in ("Found", "Refusal", "Unreached"):
+        return getattr(importlib.import_module("lora_fx.targets.found"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
