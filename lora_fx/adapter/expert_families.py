@@ -45,11 +45,15 @@ class Family:
         0.19.1 those with it. `in` is what A [r·E, in] goes over. Sources:
         `lora.ParamWrapper.__init__` of 0.18.1, `update_layer` of 0.19.0, 0.19.1, 0.20.0 and 0.21.2.
         """
-        found = re.match(r"0\.(\d+)\.?(\d*)", version)
-        if found is None:  # before 0.18, or edited
+        numbers = re.match(r"0\.(\d+)\.?(\d*)", version)
+        if numbers is None:  # before 0.18, or edited
             return True if self.marked else None
-        release = int(found[1]), int(found[2] or 0)
-        return release < (19, 0) or self.marked != (release == (19, 0))
+        release = (int(numbers[1]), int(numbers[2] or 0))
+        if release < (19, 0):
+            return True
+        if release == (19, 0):
+            return not self.marked
+        return self.marked
 
 
 FAMILIES = (
@@ -74,12 +78,17 @@ IN_OUT_EXPERTS = frozenset(t for family in FAMILIES if family.transposed for t i
 
 def experts_of(config: JsonView) -> int:
     """How many experts a layer of a model has, by its config.json; 0 where that does not say."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((config[n] for n in names if is_whole(config.get(n))), 0)
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        count = config.get(name)
+        if is_whole(count):
+            return count
+    return 0
 
 
 def family_of(types: Iterable[str]) -> Family | None:
     """The family of a model by its model_type and those of its parts; None where it has none."""
-    kinds = frozenset(types)
-    named = (family for family in FAMILIES if family.types & kinds)
-    return next(named, Family(kinds) if kinds else None)
+    model_types = frozenset(types)
+    for family in FAMILIES:
+        if family.types & model_types:
+            return family
+    return Family(model_types) if model_types else None

@@ -8,9 +8,11 @@ goes on only where all of them agree.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +25,16 @@ from lora_fx.ir.layout import Layout, plain_layout
 Shapes = Callable[[str], tuple[int, ...] | None]
 
 
-Reading = tuple[tuple[str, ...], bool]
-"""(the parameter of each entry, True where stacks are [E, in, out])."""
+class Reading(NamedTuple):
+    """One way to read the updates of a module.
+
+    Attributes:
+        names: The parameter of each update.
+        turned: True where stacks are [E, in, out].
+    """
+
+    names: tuple[str, ...]
+    turned: bool
 
 
 def place(
@@ -37,9 +47,7 @@ def place(
     """The entries with stacks of experts under their own names, each with its Layout.
 
     This is no rule of `lora_fx.targets.names`: the file has no name for a stack, and the shapes of
-    all updates of a module together say which is which.
-
-    What a binder does with updates whose op is experts: call this before it matches keys.
+    all updates of a module together say which is which. A binder calls this before it matches keys.
 
     Args:
         entries: The entries of an unbound adapter.
@@ -54,109 +62,147 @@ def place(
         LoraFxError: No reading fits the shapes, or more than one does.
     """
     result = dict(entries)
-    modules: dict[str, dict[str, LowRank]] = {}
-    for key, entry in entries.items():
-        if isinstance(entry, LowRank) and entry.origin.op == "experts" and not entry.layout:
-            layer = entry.origin.layer
-            module = layer.module if layer else ""
-            modules.setdefault(module or key.rpartition(".")[0], {})[key] = entry
-    for module, lows in modules.items():
-        if not any(shape_of(name) for name in _names(module, lows)):
+    for module, lows in _unplaced_by_module(entries).items():
+        if not any(shape_of(name) for name in _possible_names(module, lows)):
             continue  # the binder says which names the base lacks
-        found = list(_readings(module, lows, shape_of))
+        readings = list(_readings(module, lows, shape_of))
         if turned is not None:
-            found = [reading for reading in found if reading[1] == turned] or found
-        names, way = _only(module, [*lows.values()], found, order)
+            readings = [reading for reading in readings if reading.turned == turned] or readings
+        reading = _only_reading(module, [*lows.values()], readings, order)
+
         placed: dict[str, tuple[str, Entry]] = {}
-        for (key, low), name in zip(lows.items(), names, strict=True):
+        for (key, low), name in zip(lows.items(), reading.names, strict=True):
             shape = shape_of(name)
             assert shape is not None  # _readings saw it
-            placed[key] = (name, _placed(low, name, shape, way))
+            placed[key] = (name, _placed(low, name, shape, reading.turned))
         # In place, so that the order of the file is kept.
-        result = dict(placed.get(k, (k, v)) for k, v in result.items())
+        result = dict(placed.get(key, (key, entry)) for key, entry in result.items())
     return result
 
 
-def _names(module: str, lows: Updates) -> set[str]:
-    """Every name that an entry may mean."""
-    maybe = (
-        {f"{module}.{leaf}" for leaf in low.origin.candidates} or {key} for key, low in lows.items()
-    )
-    return set[str]().union(*maybe)
+def _unplaced_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, LowRank]]:
+    """The updates of stacks that have no Layout, by the module that holds the stacks."""
+    by_module: dict[str, dict[str, LowRank]] = {}
+    for key, entry in entries.items():
+        if not isinstance(entry, LowRank) or entry.origin.op != "experts" or entry.layout:
+            continue
+        layer = entry.origin.layer
+        module = key.rpartition(".")[0]
+        if layer is not None and layer.module:
+            module = layer.module
+        by_module.setdefault(module, {})[key] = entry
+    return by_module
+
+
+def _possible_names(module: str, lows: Updates) -> set[str]:
+    """Every parameter that one of the updates may be of."""
+    names: set[str] = set()
+    for key, low in lows.items():
+        candidates = {f"{module}.{leaf}" for leaf in low.origin.candidates}
+        names |= candidates or {key}
+    return names
 
 
 def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
-    for way in permutations(sorted(_names(module, lows)), len(lows)):
-        named = list(zip(lows, lows.values(), way, strict=True))
-        if any(not low.origin.candidates and key != name for key, low, name in named):
+    """Every way to give the updates a parameter each, and stacks one orientation, that fits."""
+    for names in permutations(sorted(_possible_names(module, lows)), len(lows)):
+        if not _keeps_known_names(lows, names):
             continue
-        stacked = any(len(shape_of(name) or ()) == 3 for name in way)
-        for turned in (False, True) if stacked else (False,):
-            if all(_fits(low, name, shape_of(name), turned) for _, low, name in named):
-                yield way, turned
+        has_stack = any(len(shape_of(name) or ()) == 3 for name in names)
+        for turned in (False, True) if has_stack else (False,):
+            pairs = zip(lows.values(), names, strict=True)
+            if all(_fits(low, name, shape_of(name), turned) for low, name in pairs):
+                yield Reading(names, turned)
+
+
+def _keeps_known_names(lows: Updates, names: Sequence[str]) -> bool:
+    """True where every update whose key names its parameter is read as one of that."""
+    for (key, low), name in zip(lows.items(), names, strict=True):
+        if not low.origin.candidates and key != name:
+            return False
+    return True
 
 
 def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
     """True where an update can be one of a parameter of this shape."""
-    told: tuple[int, float] | None = (low.rank, low.alpha)
-    if candidates := low.origin.candidates:
-        told = candidates.get(name.rpartition(".")[2])
-    if shape is None or told is None or len(shape) not in (2, 3):
+    if shape is None or len(shape) not in (2, 3):
         return False
-    rows = low.a.shape[-2] * (low.a.shape[0] if low.a.ndim == 3 else 1)
-    out, in_ = low.b.shape[-2], low.a.shape[-1]
-    experts = shape[0] if len(shape) == 3 else 1
-    sides = (in_, out) if turned and len(shape) == 3 else (out, in_)
-    return rows == told[0] * experts and shape[-2:] == sides
+    rank = low.rank
+    candidates = low.origin.candidates
+    if candidates:
+        leaf = name.rpartition(".")[2]
+        if leaf not in candidates:
+            return False
+        rank, _ = candidates[leaf]
+
+    is_stack = len(shape) == 3
+    experts = shape[0] if is_stack else 1
+    sides = (low.b.shape[-2], low.a.shape[-1])
+    if is_stack and turned:
+        sides = sides[::-1]
+    ranks_of_all_experts = math.prod(low.a.shape[:-1])  # [E, r, in], or PEFT's [r·E, in]
+    return ranks_of_all_experts == rank * experts and shape[-2:] == sides
 
 
-def _only(
-    module: str, lows: Sequence[LowRank], found: list[Reading], order: Sequence[str] | None
+def _only_reading(
+    module: str, lows: Sequence[LowRank], readings: list[Reading], order: Sequence[str] | None
 ) -> Reading:
-    """The one reading, or what to say."""
-    if order is not None and len({names for names, _ in found}) > 1:
-        at = {name: i for i, name in enumerate(order)}
-        # Depth 0 is the outermost, which PEFT wrapped last.
-        layers = [low.origin.layer for low in lows]
-        depth = [layer.depth if layer else 0 for layer in layers]
-        found = [
-            (names, turned)
-            for names, turned in found
-            if [n for _, n in sorted(zip(depth, names, strict=True), reverse=True)]
-            == sorted(names, key=lambda n: at.get(n, 0))
-        ]
+    """The one reading; raises LoraFxError where there is none, or more than one."""
+    if order is not None and _differ_in_names(readings):
+        readings = [reading for reading in readings if _is_as_defined(reading.names, lows, order)]
+
     shapes = ", ".join(f"A {list(low.a.shape)} and B {list(low.b.shape)}" for low in lows)
-    if not found:
+    if not readings:
         raise MisfitError(
             f"the updates of the parameters of {module!r} ({shapes}) fit no parameter of the base"
         )
-    if len({names for names, _ in found}) > 1:
+    if _differ_in_names(readings):
         raise LoraFxError(
             f"the updates of the parameters of {module!r} ({shapes}) fit "
-            f"{' and '.join(found[0][0])} in more than one order; PEFT's file does not say which",
+            f"{' and '.join(readings[0].names)} in more than one order; PEFT's file does not say "
+            "which",
             "merge it into its model with PEFT (merge_and_unload)",
         )
-    if len(found) > 1:
+    if len(readings) > 1:
         raise LoraFxError(
             f"the experts of {module!r} are square ({shapes}); PEFT's file does not say whether "
             "they are stored [out, in] or [in, out]",
             "merge it into its model with PEFT (merge_and_unload)",
         )
-    return found[0]
+    return readings[0]
+
+
+def _differ_in_names(readings: Sequence[Reading]) -> bool:
+    return len({reading.names for reading in readings}) > 1
+
+
+def _is_as_defined(names: Sequence[str], lows: Sequence[LowRank], order: Sequence[str]) -> bool:
+    """True where PEFT's layers lie as the module defines its parameters, the first innermost."""
+    position = {name: i for i, name in enumerate(order)}
+    # Depth 0 is the outermost, which PEFT wrapped last.
+    layers = [low.origin.layer for low in lows]
+    depths = [layer.depth if layer else 0 for layer in layers]
+    by_depth = sorted(zip(depths, names, strict=True), reverse=True)
+    innermost_first = [name for _, name in by_depth]
+    return innermost_first == sorted(names, key=lambda name: position.get(name, 0))
 
 
 def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> LowRank:
     """An update with a, b, alpha and Layout of its parameter."""
-    a, b, alpha = low.a, low.b, low.alpha
-    if candidates := low.origin.candidates:
-        alpha = candidates[name.rpartition(".")[2]][1]
+    alpha = low.alpha
+    candidates = low.origin.candidates
+    if candidates:
+        _, alpha = candidates[name.rpartition(".")[2]]
     origin = replace(low.origin, layer=None)
     if len(shape) == 2:
-        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), origin=origin)
+        return replace(low, alpha=alpha, layout=plain_layout(shape), origin=origin)
+
+    a = low.a
+    b = low.b
     if a.ndim == 2:
         a, b = unpacked(a, b, len(a) // shape[0])
-    out, in_ = ((2,), (1,)) if turned else ((1,), (2,))
-    layout = Layout(shape, (0,), out, in_, shape)
+    straight = Layout(shape, (0,), (1,), (2,), shape)
+    layout = replace(straight, out=(2,), in_=(1,)) if turned else straight
     return replace(low, a=a, b=b, alpha=alpha, layout=layout, origin=origin)
 
 

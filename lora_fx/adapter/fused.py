@@ -9,13 +9,14 @@ The names tell which belong together: the same module holds both, and the roles 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from lora_fx.adapter.lowrank import Factors, LowRank, alpha_of
 from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant_protocol import Variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.layout import plain_layout
@@ -41,8 +42,8 @@ def roles_of(name: str) -> tuple[str, ...]:
     (('q', 'k', 'v'), ('q',), ())
     """
     module = name.removesuffix(".weight")
-    for roles, rule in FUSED.items():
-        if rule.search(module):
+    for roles, pattern in FUSED.items():
+        if pattern.search(module):
             return roles
     role = role_by_name(module)
     return (role,) if role else ()
@@ -52,36 +53,73 @@ def other_split(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
     """The update under the keys that the model has instead; empty where it has none such.
 
     This is no rule of `lora_fx.targets.names`: what a key means here is rows of another tensor, and
-    the update has to be cut to them.
+    the update has to be cut to them. The first of these that applies decides:
+
+    1. The model's targets are regions of this tensor: each gets its rows of the update.
+    2. The update is of one part, and a fused weight in the same module has that part.
+    3. The update is of a fused weight, and the module has its parts as weights of their own: each
+       gets its rows, in the order of the roles. Rows of QKV may lie in another order.
 
     Args:
         key: A key that is no target of the model.
         entry: Its update, as a file of PEFT has it: `a` [rank, in], `b` [out, rank].
         found: The model's targets.
     """
-    whole = [t for t in found.targets if t.parameter.name == key]
-    whole.sort(key=lambda t: t.region[0])
-    sizes = [t.layout.out_size for t in whole if t.layout == plain_layout(t.layout.stored)]
-    if len(sizes) == len(whole) and sizes and sum(sizes) == entry.b.shape[0]:
-        return dict(_rows(entry, whole, sizes))
-    beside = [t for t in found.targets if parent(t.parameter.name) == parent(key)]
+    by_region = _by_region(key, entry, found)
+    if by_region:
+        return by_region
+
     roles = roles_of(key)
+    module = parent(key)
+    siblings = [target for target in found.targets if parent(target.parameter.name) == module]
     if len(roles) == 1:
-        part = next((part for t in beside for role, part in t.parts if role == roles[0]), None)
+        part = _part_of_fused(roles[0], siblings)
         return {} if part is None else {part: entry}
-    if roles and QKV not in key and entry.b.ndim == 2:
-        by_role = {t.role: t for t in beside}
-        parts = [by_role[role] for role in roles if role in by_role]
-        sizes = [t.layout.out_size for t in parts]
-        if len(parts) == len(roles) and sum(sizes) == entry.b.shape[0]:
-            return dict(_rows(entry, parts, sizes))
-    return {}
+    if not roles or QKV in key or entry.b.ndim != 2:
+        return {}
+    return _by_role(roles, entry, siblings)
 
 
-def _rows(entry: LowRank, parts: list[Target], sizes: list[int]) -> Iterator[tuple[str, LowRank]]:
-    ends = np.cumsum([0, *sizes])
-    for t, low, high in zip(parts, ends[:-1], ends[1:], strict=True):
-        yield t.key, sliced(entry, np.arange(low, high))
+def _by_region(key: str, entry: LowRank, found: Found) -> dict[str, LowRank]:
+    """The rows of an update of a whole tensor, under the keys of the tensor's regions."""
+    regions = [target for target in found.targets if target.parameter.name == key]
+    if any(target.layout != plain_layout(target.layout.stored) for target in regions):
+        return {}
+    regions.sort(key=lambda target: target.region[0])
+    return _rows_by_target(entry, regions)
+
+
+def _part_of_fused(role: str, siblings: Iterable[Target]) -> str | None:
+    """The key of the part that has a role in a fused weight of the module."""
+    for target in siblings:
+        for part_role, part_key in target.parts:
+            if part_role == role:
+                return part_key
+    return None
+
+
+def _by_role(
+    roles: Sequence[str], entry: LowRank, siblings: Iterable[Target]
+) -> dict[str, LowRank]:
+    """The rows of an update of a fused weight, under the keys of the module's split weights."""
+    target_by_role = {target.role: target for target in siblings}
+    if not all(role in target_by_role for role in roles):
+        return {}
+    return _rows_by_target(entry, [target_by_role[role] for role in roles])
+
+
+def _rows_by_target(entry: LowRank, targets: Sequence[Target]) -> dict[str, LowRank]:
+    """The update cut into runs of rows, one a target; empty where they are not all of its rows."""
+    sizes = [target.layout.out_size for target in targets]
+    if not targets or sum(sizes) != entry.b.shape[0]:
+        return {}
+
+    updates = {}
+    start = 0
+    for target, size in zip(targets, sizes, strict=True):
+        updates[target.key] = sliced(entry, np.arange(start, start + size))
+        start += size
+    return updates
 
 
 def parent(name: str) -> str:
@@ -96,53 +134,83 @@ def parent(name: str) -> str:
 def sliced(low: LowRank, rows: Array) -> LowRank:
     """The update of some rows, without the ranks that reach none of them."""
     part = variant_of(low).rows(low, rows)
-    kept = part.b.any(axis=0) if part.b.any() else np.full(part.rank, True)
-    alpha = alpha_of(part.scale, int(kept.sum()), part.variant)
-    a = part.a[kept]
-    b = np.ascontiguousarray(part.b[:, kept])
-    origin = replace(part.origin, layer=None)
-    return replace(part, a=a, b=b, alpha=alpha, layout=None, frozen=0, origin=origin)
+    reaching = part.b.any(axis=0)
+    if not reaching.any():  # a b of zeros keeps its ranks
+        reaching = np.full(part.rank, True)
+    rank = int(reaching.sum())
+    return replace(
+        part,
+        a=part.a[reaching],
+        b=np.ascontiguousarray(part.b[:, reaching]),
+        alpha=alpha_of(part.scale, rank, part.variant),
+        layout=None,
+        frozen=0,
+        origin=replace(part.origin, layer=None),
+    )
 
 
 def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> LowRank:
     """Updates of different rows of one weight [out, in] as one: B in blocks, unless A is shared.
 
+    Args:
+        key: The weight, for messages.
+        out: Its rows.
+        pieces: Key of each update → the update, and the rows that it is of.
+
     Raises:
         LoraFxError: They do not fit each other, or only some have lengths of rows, as DoRA has.
     """
     lows = [low for low, _ in pieces.values()]
-    first = next((low for low in lows if low.scale), lows[0])  # the others' B is in units of it
+    # B is stored in units of one scale, so it is that of an update that has one.
+    first = next((low for low in lows if low.scale), lows[0])
     scale = first.scale or 1.0
-    blocks = list[Factors]()
-    beside = dict[str, Array]()
-    stretched = variant_of(first)
+    blocks: list[Factors] = []
+    row_lengths: dict[str, Array] = {}
+    variant_with_lengths = variant_of(first)
     for name, (low, rows) in pieces.items():
-        room = (len(rows), first.a.shape[1])
-        if low.shape != room:
+        expected_shape = (len(rows), first.a.shape[1])
+        if low.shape != expected_shape:
             raise MisfitError(
-                f"the update of {name!r} is {list(low.shape)}, [out, in]; expected {list(room)}, "
-                f"as a part of {key!r}"
+                f"the update of {name!r} is {list(low.shape)}, [out, in]; expected "
+                f"{list(expected_shape)}, as a part of {key!r}"
             )
         b = np.zeros((out, low.rank), np.float32)
         b[rows] = low.b * np.float32(low.scale / scale)
+        _add_block(blocks, low.a, b, rows)
+
         variant = variant_of(low)
         for field, value in variant.beside(low).items():
-            stretched = variant
-            beside.setdefault(field, np.full(out, np.nan, np.float32))[rows] = value
-        same = next((one for one in blocks if np.array_equal(one[0], low.a)), None)
-        if same is None:
-            blocks.append((low.a, b))
-        else:
-            same[1][rows] += b[rows]
-    for value in beside.values():
-        count = int(np.isfinite(value).sum())
+            variant_with_lengths = variant
+            if field not in row_lengths:
+                row_lengths[field] = np.full(out, np.nan, np.float32)
+            row_lengths[field][rows] = value
+    _check_complete(key, out, row_lengths, variant_with_lengths)
+
+    a = np.concatenate([a for a, _ in blocks])
+    b = np.concatenate([b for _, b in blocks], axis=1)
+    name = first.variant if variant_of(first).peft_type else "lora"
+    low = LowRank(a, b, alpha_of(first.scale, len(a), name), variant=name)
+    if not row_lengths:
+        return low
+    return variant_with_lengths.with_values(low, {"a": a, "b": b, **row_lengths})
+
+
+def _add_block(blocks: list[Factors], a: Array, b: Array, rows: Array) -> None:
+    """Add an update of some rows: to the block with the same a, or as a block of its own."""
+    for block_a, block_b in blocks:
+        if np.array_equal(block_a, a):
+            block_b[rows] += b[rows]
+            return
+    blocks.append((a, b))
+
+
+def _check_complete(key: str, out: int, row_lengths: Mapping[str, Array], variant: Variant) -> None:
+    """Raise where only some of the rows have a length."""
+    for lengths in row_lengths.values():
+        count = int(np.isfinite(lengths).sum())
         if count < out:
             raise LoraFxError(
-                f"{key!r}: {count} of its {out} rows have {stretched.title}'s lengths; expected "
+                f"{key!r}: {count} of its {out} rows have {variant.title}'s lengths; expected "
                 "all or none",
                 "make plain LoRA of it first, by --as lora and the base that it was trained on",
             )
-    a, b = np.concatenate([a for a, _ in blocks]), np.concatenate([b for _, b in blocks], axis=1)
-    name = first.variant if variant_of(first).peft_type else "lora"
-    whole = LowRank(a, b, alpha_of(first.scale, len(a), name), variant=name)
-    return stretched.with_values(whole, {"a": a, "b": b, **beside}) if beside else whole
