@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter, means_all
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.bind import means_all
 from lora_fx.adapter.expert_families import IN_OUT_EXPERTS, experts_of, family_of
 from lora_fx.adapter.expert_layouts import ExpertLayout, laid
 from lora_fx.adapter.expert_stacks import place

@@ -11,7 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from lora_fx.adapter.adapter import OTHER_READERS, Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.bind import OTHER_READERS
 from lora_fx.adapter.fused import FUSED, QKV, joined, parent, roles_of, sliced
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_on_base, name_of

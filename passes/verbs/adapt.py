@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.bind import reading
 from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.starts import OF_DATA, Init, initial

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.bind import reading
 from lora_fx.adapter.learning import relearning
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, initial

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields, replace
 from os import fspath
 from pathlib import Path
 
-from lora_fx.adapter.adapter import HOWS, Adapter, mix
+from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.mix import HOWS
 from lora_fx.checkpoint.merge import GAIN, Adapters, given, plan_merge
 from lora_fx.checkpoint.merge import run as merge_checkpoint
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, refuse_rank
