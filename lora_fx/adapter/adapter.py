@@ -9,13 +9,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lora_fx.adapter.bind import OTHER_READERS, bind_full, bind_lowrank, reading
+from lora_fx.adapter.bind import OTHER_READERS, bound_entries, reading
 from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.factor_tensors import slots_of
-from lora_fx.adapter.fused import other_split
 from lora_fx.adapter.learning import LEARNS
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.mix import HOWS, mixed_update
+from lora_fx.adapter.mix import HOWS, Pair, mixed_update
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, is_on_base, is_plain, name_of
 from lora_fx.adapter.variant import names_taken
 from lora_fx.dtypes import Array
@@ -25,7 +24,6 @@ from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import base_name
 from lora_fx.targets.selectors import select_names
-from lora_fx.targets.target import check_disjoint
 from lora_fx.text import Json, JsonView, counted, html, human, some
 
 
@@ -40,7 +38,7 @@ class FileNames(Protocol):
         """The adapter under a model's parameter names; see `lora_fx.formats.naming`."""
 
     def to_json(self) -> Json:
-        """What a file of the adapter keeps of this in its metadata."""
+        """The metadata from which a file of the adapter makes this again."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Adapter(Mapping[str, Entry]):
 
     Attributes:
         entries: key → update.
-        metadata: What else is known of it, by name, as JSON has it.
-        names: Put there by the reader of a file that does not name parameters; else None.
+        metadata: Facts about the adapter, by name, as JSON has them.
+        names: How its keys lead to parameters, where its file does not name them; else None.
     """
 
     entries: Mapping[str, Entry]
@@ -62,8 +60,9 @@ class Adapter(Mapping[str, Entry]):
 
     def __repr__(self) -> str:
         """The kinds and shapes of its updates."""
-        rows = self._rows()[1:]
-        return f"Adapter({some([' '.join(filter(None, row)) for row in rows])})"
+        _, *rows = self._rows()
+        updates = [" ".join(filter(None, row)) for row in rows]
+        return f"Adapter({some(updates)})"
 
     def _repr_html_(self) -> str:
         """The table of its updates, for notebooks."""
@@ -72,12 +71,14 @@ class Adapter(Mapping[str, Entry]):
         )
 
     def _rows(self) -> list[tuple[str, ...]]:
+        """A table of the updates; its first row has the names of the columns."""
         rows: list[tuple[str, ...]] = [("key", "kind", "shape", "rank")]
         for key, entry in self.entries.items():
             value = entry.value if isinstance(entry, Full) else entry
-            shape = str(list(shape)) if (shape := getattr(value, "shape", ())) else ""
-            rank = f"rank {entry.rank}" if isinstance(entry, LowRank) else ""
-            rows.append((key, name_of(entry), shape, rank))
+            shape = getattr(value, "shape", ())
+            shape_text = str(list(shape)) if shape else ""
+            rank_text = f"rank {entry.rank}" if isinstance(entry, LowRank) else ""
+            rows.append((key, name_of(entry), shape_text, rank_text))
         return rows
 
     def __getitem__(self, key: str) -> Entry:
@@ -95,17 +96,17 @@ class Adapter(Mapping[str, Entry]):
     @property
     def lowrank(self) -> dict[str, LowRank]:
         """The low-rank updates."""
-        return {k: v for k, v in self.entries.items() if isinstance(v, LowRank)}
+        return {key: entry for key, entry in self.entries.items() if isinstance(entry, LowRank)}
 
     @property
     def full(self) -> dict[str, Full]:
         """The whole tensors."""
-        return {k: v for k, v in self.entries.items() if isinstance(v, Full)}
+        return {key: entry for key, entry in self.entries.items() if isinstance(entry, Full)}
 
     @property
     def others(self) -> dict[str, str]:
         """{key: what it is} of entries that only a merge of checkpoints can apply."""
-        return {k: name_of(v) for k, v in self.entries.items() if not is_plain(v)}
+        return {key: name_of(entry) for key, entry in self.entries.items() if not is_plain(entry)}
 
     @property
     def parameters(self) -> int:
@@ -123,8 +124,8 @@ class Adapter(Mapping[str, Entry]):
         Raises:
             LoraFxError: An update whose effect depends on the base (DoRA, PiSSA, OLoRA).
         """
-        e = NumpyEmitter()
-        result = {}
+        emitter = NumpyEmitter()
+        deltas = {}
         for key, low in self.lowrank.items():
             if not is_plain(low):
                 raise LoraFxError(
@@ -133,8 +134,8 @@ class Adapter(Mapping[str, Entry]):
                 )
             matrix = low.matrix(dtype)
             layout = low.layout or plain_layout(matrix.shape)
-            result[key] = layout.to_stored(e, matrix)
-        return result
+            deltas[key] = layout.to_stored(emitter, matrix)
+        return deltas
 
     def weighted(self, weight: float) -> Adapter:
         """Every change times `weight`; whole tensors and rows cannot be scaled.
@@ -171,16 +172,19 @@ class Adapter(Mapping[str, Entry]):
             LoraFxError: A selector that names no key, or nothing left.
         """
         names = list(dict.fromkeys(map(base_name, self.entries)))
-        kept = select_names(names, include, "include") if include else names
-        gone = select_names(names, exclude, "exclude") if exclude else ()
-        every = {k: e for k, e in self.entries.items() if base_name(k) in {*kept} - {*gone}}
-        if not every:
+        included = select_names(names, include, "include") if include else names
+        excluded = select_names(names, exclude, "exclude") if exclude else ()
+        chosen = {*included} - {*excluded}
+        entries = {key: entry for key, entry in self.entries.items() if base_name(key) in chosen}
+        if not entries:
             raise LoraFxError("no update of the adapter is left", "name others, or fewer")
-        return replace(self, entries=every)
+        return replace(self, entries=entries)
 
     def resolved(self, names: Iterable[str]) -> Adapter:
         """This adapter under a model's parameter names, where its file does not name those."""
-        return self if self.names is None else self.names.resolve(self, names)
+        if self.names is None:
+            return self
+        return self.names.resolve(self, names)
 
     def bind(
         self, model: object, args: Sequence[object] = (), kwargs: JsonView | None = None
@@ -211,15 +215,16 @@ def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) ->
         what: What should take it, for messages.
         reading_weight: Let through a variant that reads W itself.
     """
-    kinds = ", ".join(names_taken(reading_weight=reading_weight))
-    taken = is_on_base if reading_weight else is_plain
+    accepts = is_on_base if reading_weight else is_plain
     for key, entry in adapter.entries.items():
-        if not taken(entry):
-            raise LoraFxError(
-                f"{what}: the adapter's {key!r} is {name_of(entry)}; expected {kinds} or a whole "
-                "tensor",
-                "lora-fx merge folds it into a checkpoint",
-            )
+        if accepts(entry):
+            continue
+        kinds = ", ".join(names_taken(reading_weight=reading_weight))
+        raise LoraFxError(
+            f"{what}: the adapter's {key!r} is {name_of(entry)}; expected {kinds} or a whole "
+            "tensor",
+            "lora-fx merge folds it into a checkpoint",
+        )
 
 
 def bind(adapter: Adapter, found: Found) -> Adapter:
@@ -229,36 +234,13 @@ def bind(adapter: Adapter, found: Found) -> Adapter:
         adapter: Bound or not; its keys may be aliases.
         found: The model's targets.
     """
-    stacks = place(adapter.entries, found.shapes.get, tuple(found.shapes))
-    adapter = replace(adapter, entries=stacks)
+    placed = place(adapter.entries, found.shapes.get, tuple(found.shapes))
+    adapter = replace(adapter, entries=placed)
     check_plain(adapter, "a graph", reading_weight=True)
     adapter = adapter.resolved(found.shapes)
-    entries: dict[str, Entry] = {}
-    entries |= bind_full(adapter.full, found)
-    for key, entry in _resplit(adapter, found).items():
-        if isinstance(entry, Full):
-            continue
-        assert isinstance(entry, LowRank)  # check_plain
-        name, bound = bind_lowrank(key, entry, found)
-        if name in entries:
-            raise LoraFxError(
-                f"adapter keys name {name!r} twice ({key!r} is an alias)",
-                "one tensor has one update; merge the two first",
-            )
-        entries[name] = bound
-    check_disjoint(found[k] for k, v in entries.items() if isinstance(v, LowRank))
-    return replace(adapter, entries=entries, metadata=reading(found, entries, adapter.metadata))
-
-
-def _resplit(adapter: Adapter, found: Found) -> dict[str, Entry]:
-    """Updates of split projections for a fused weight, and the reverse, under the model's keys."""
-    entries: dict[str, Entry] = {}
-    for key, entry in adapter.entries.items():
-        if isinstance(entry, LowRank) and found.get(key) is None:
-            entries |= other_split(key, entry, found) or {key: entry}
-        else:
-            entries[key] = entry
-    return entries
+    entries = bound_entries(adapter.entries, found)
+    metadata = reading(found, entries, adapter.metadata)
+    return replace(adapter, entries=entries, metadata=metadata)
 
 
 def mix(
@@ -274,6 +256,28 @@ def mix(
     Raises:
         LoraFxError: A whole tensor, unequal ranks in a linear mix, updates that do not fit.
     """
+    _check_mixable(parts, how, rank)
+    pairs_by_key: dict[str, list[Pair]] = {}
+    for adapter, weight in parts:
+        for key, low in adapter.lowrank.items():
+            pairs_by_key.setdefault(key, []).append((low, weight))
+    entries = {key: mixed_update(key, pairs, how, rank) for key, pairs in pairs_by_key.items()}
+    if not parts:
+        return Adapter(entries)
+
+    first, _ = parts[0]
+    metadata = dict(first.metadata)
+    metadata.pop(LEARNS, None)
+    readers: Json = {}
+    for adapter, _ in parts:
+        readers |= adapter.metadata.get(OTHER_READERS, {})
+    if readers:
+        metadata[OTHER_READERS] = readers
+    return Adapter(entries, metadata, first.names)
+
+
+def _check_mixable(parts: Sequence[tuple[Adapter, float]], how: str, rank: int | None) -> None:
+    """Raise for a mix that is not known, an option that it has not, and what cannot be mixed."""
     if how not in HOWS:
         raise LoraFxError(f"no mix {how!r}", f"the mixes are {', '.join(HOWS)}")
     if rank is not None and how != "svd":
@@ -285,13 +289,3 @@ def mix(
                 "only low-rank updates can be mixed",
             )
         check_plain(adapter, "a mix")
-    keys = dict.fromkeys(k for adapter, _ in parts for k in adapter.lowrank)
-    entries = {}
-    for key in keys:
-        pairs = [(adapter.lowrank[key], w) for adapter, w in parts if key in adapter.lowrank]
-        entries[key] = mixed_update(key, pairs, how, rank)
-    metadata = dict(parts[0][0].metadata) if parts else {}
-    metadata.pop(LEARNS, None)
-    read = {k: v for a, _ in parts for k, v in a.metadata.get(OTHER_READERS, {}).items()}
-    metadata |= {OTHER_READERS: read} if read else {}
-    return Adapter(entries, metadata, parts[0][0].names if parts else None)

@@ -25,35 +25,57 @@ Pair = tuple[LowRank, float]
 
 
 def mixed_update(key: str, pairs: Sequence[Pair], how: str, rank: int | None) -> LowRank:
-    """One update from several, each with a weight."""
-    first = pairs[0][0]
-    for u, _ in pairs[1:]:
-        same = u.a.shape[-1] == first.a.shape[-1] and u.b.shape[-2] == first.b.shape[-2]
-        if (u.layout, u.use) != (first.layout, first.use) or not same:
-            raise LoraFxError(
-                f"the updates of {key!r} do not fit each other: in {first.a.shape[-1]}, out "
-                f"{first.b.shape[-2]} and in {u.a.shape[-1]}, out {u.b.shape[-2]}",
-                "bind both to the same model first",
-            )
+    """One update from several of a key, each with a weight; see the table above.
+
+    Args:
+        key: The key, for messages.
+        pairs: (update, weight).
+        how: cat, svd or linear.
+        rank: The rank of an svd mix; the largest of the updates where none is given.
+
+    Raises:
+        LoraFxError: They are of different weights or uses, or have unequal ranks in a linear mix.
+    """
+    first, _ = pairs[0]
+    for low, _ in pairs[1:]:
+        _check_fits(key, first, low)
     if how == "linear":
         return _linear(key, pairs)
-    a = np.concatenate([u.a for u, _ in pairs], axis=-2)
-    b = np.concatenate([u.b * np.float32(w * u.scale) for u, w in pairs], axis=-1)
+
+    a = np.concatenate([low.a for low, _ in pairs], axis=-2)
+    b = np.concatenate([low.b * np.float32(weight * low.scale) for low, weight in pairs], axis=-1)
     if how == "svd":
-        a, b = truncated(a, b, rank or max(u.rank for u, _ in pairs))
+        a, b = truncated(a, b, rank or max(low.rank for low, _ in pairs))
     return replace(first, a=a, b=b, alpha=float(b.shape[-1]), variant="lora", frozen=0)
 
 
+def _check_fits(key: str, first: LowRank, low: LowRank) -> None:
+    """Raise where two updates are not of the same weight and use."""
+    in_size = first.a.shape[-1]
+    out_size = first.b.shape[-2]
+    same_shape = (low.a.shape[-1], low.b.shape[-2]) == (in_size, out_size)
+    if same_shape and (low.layout, low.use) == (first.layout, first.use):
+        return
+    raise LoraFxError(
+        f"the updates of {key!r} do not fit each other: in {in_size}, out {out_size} and in "
+        f"{low.a.shape[-1]}, out {low.b.shape[-2]}",
+        "bind both to the same model first",
+    )
+
+
 def _linear(key: str, pairs: Sequence[Pair]) -> LowRank:
-    first = pairs[0][0]
-    ranks = {u.rank for u, _ in pairs}
+    """The weighted sums of the factors, each with the root of its scale."""
+    first, _ = pairs[0]
+    ranks = {low.rank for low, _ in pairs}
     if len(ranks) > 1:
         raise LoraFxError(
             f"a linear mix needs equal ranks; {key!r} has {sorted(ranks)}", "use cat or svd"
         )
-    a, b = np.zeros_like(first.a), np.zeros_like(first.b)
-    for u, w in pairs:
-        root = math.sqrt(abs(w * u.scale))
-        a = a + u.a * np.float32(math.copysign(root, w * u.scale))
-        b = b + u.b * np.float32(root)
+    a = np.zeros_like(first.a)
+    b = np.zeros_like(first.b)
+    for low, weight in pairs:
+        factor = weight * low.scale
+        root = math.sqrt(abs(factor))
+        a = a + low.a * np.float32(math.copysign(root, factor))
+        b = b + low.b * np.float32(root)
     return replace(first, a=a, b=b, alpha=float(first.rank), variant="lora", frozen=0)
