@@ -61,37 +61,49 @@ def on_base(weight: Array, low: LowRank, where: str) -> LowRank:
     Args and errors are those of `residual`.
     """
     left, right = removed(weight, low, where)
-    scale = low.scale or 1.0  # of an update of scale 0 the part is left
-    whole = replace(low, b=low.b * np.float32(low.scale / scale), mutated="")
-    a, b = right.astype(np.float32), (left / scale).astype(np.float32)
-    return with_frozen_start(whole, scale, a, b)
+    scale = low.scale or 1.0  # an update of scale 0 has the part all the same
+    trained = replace(low, b=low.b * np.float32(low.scale / scale), mutated="")
+    a = right.astype(np.float32)
+    b = (left / scale).astype(np.float32)
+    return with_frozen_start(trained, scale, a, b)
 
 
 def removed(weight: Array, low: LowRank, where: str) -> tuple[Array, Array]:
     """The factors of the part s·b₀a₀, in fp64; see `residual`."""
-    how, rank, least = low.mutated, low.rank, min(weight.shape)
-    if weight.ndim != 2 or not 0 < rank <= least - (how == "kasa"):
-        raise MisfitError(f"{where}: {list(weight.shape)} has no {how} start of rank {rank}")
+    start = low.mutated
+    highest_rank = min(weight.shape)
+    if start == "kasa":  # it leaves a part
+        highest_rank -= 1
+    if weight.ndim != 2 or not 0 < low.rank <= highest_rank:
+        raise MisfitError(f"{where}: {list(weight.shape)} has no {start} start of rank {low.rank}")
     wide = weight.astype(np.float64)
     if not np.isfinite(wide).all():
         raise LoraFxError(
             f"{where}: the base has NaN or infinite values", "start from a sound base"
         )
-    left, right = start_of_weight(wide, rank, how, where)
-    return left * (low.scale if how == "olora" else 1.0), right
+    left, right = start_of_weight(wide, low.rank, start, where)
+    if start == "olora":
+        left = left * low.scale
+    return left, right
 
 
-def start_of_weight(weight: Array, rank: int, how: str, where: str = "") -> tuple[Array, Array]:
+def start_of_weight(weight: Array, rank: int, start: str, where: str = "") -> tuple[Array, Array]:
     """The part's two factors, [out, rank] and [rank, in] in fp64; OLoRA's still lacks the s.
 
-    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others. `where`
-    is given where the part is to be redone: then one that is not unique is an error.
+    One side is orthonormal: the left one of OLoRA, that of the smaller side of the others.
+
+    Args:
+        weight: W [out, in] in fp64.
+        rank: The rank of the part.
+        start: pissa, olora or kasa.
+        where: The weight, for messages, where the part is to be redone: then one that is not
+            unique is an error.
     """
-    if how != "olora":
-        return _singular(weight, rank, how, where)
+    if start != "olora":
+        return _singular_parts(weight, rank, start, where)
     q, r = np.linalg.qr(weight[:, :rank])
-    size = np.abs(np.diag(r))
-    if where and size.min() <= _INDEPENDENT * size.max():
+    sizes = np.abs(np.diag(r))
+    if where and sizes.min() <= _INDEPENDENT * sizes.max():
         raise LoraFxError(
             f"{where}: the first {rank} columns are not independent, so the part that OLoRA took "
             "off is not unique",
@@ -100,26 +112,42 @@ def start_of_weight(weight: Array, rank: int, how: str, where: str = "") -> tupl
     return q, q.T @ weight
 
 
-def _singular(weight: Array, rank: int, how: str, where: str) -> tuple[Array, Array]:
+def _singular_parts(weight: Array, rank: int, start: str, where: str) -> tuple[Array, Array]:
     """The first or the last singular parts, by the eigenvectors of the smaller Gram matrix."""
-    flat = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    values, vectors = np.linalg.eigh(flat @ flat.T)  # ascending
-    sigma = np.sqrt(np.maximum(values[::-1], 0))
-    last = rank if how == "pissa" else len(sigma) - rank
-    if where and last < len(sigma) and sigma[last - 1] - sigma[last] <= _GAP * sigma[0]:
-        raise LoraFxError(
-            f"{where}: singular values {last} and {last + 1} are equal to fp32 "
-            f"({sigma[last - 1]:g}, {sigma[last]:g}), so the part that {how} took is not unique",
-            "save the adapter again with path_initial_model_for_weight_conversion",
-        )
-    vectors = vectors[:, ::-1]
-    taken = vectors[:, :rank] if how == "pissa" else vectors[:, last:]
-    rest = taken.T @ flat
-    return (taken, rest) if flat is weight else (rest.T, taken.T)
+    is_wide = weight.shape[0] <= weight.shape[1]
+    wide = weight if is_wide else weight.T
+    eigenvalues, eigenvectors = np.linalg.eigh(wide @ wide.T)  # ascending
+    sigma = np.sqrt(np.maximum(eigenvalues[::-1], 0))
+    vectors = eigenvectors[:, ::-1]
+
+    # The part begins or ends between two singular values, which have to differ.
+    boundary = rank if start == "pissa" else len(sigma) - rank
+    if where and boundary < len(sigma):
+        before = sigma[boundary - 1]
+        after = sigma[boundary]
+        if before - after <= _GAP * sigma[0]:
+            raise LoraFxError(
+                f"{where}: singular values {boundary} and {boundary + 1} are equal to fp32 "
+                f"({before:g}, {after:g}), so the part that {start} took is not unique",
+                "save the adapter again with path_initial_model_for_weight_conversion",
+            )
+    basis = vectors[:, :rank] if start == "pissa" else vectors[:, boundary:]
+    coefficients = basis.T @ wide
+    if is_wide:
+        return basis, coefficients
+    return coefficients.T, basis.T
 
 
 def with_frozen_start(low: LowRank, scale: float, a: Array, b: Array) -> LowRank:
-    """The update at its scale with −b·a, fp32 factors of its rank, in its last ranks."""
-    a, b = np.concatenate([low.a, a], -2), np.concatenate([low.b, -b], -1)
+    """The update with −b·a in frozen ranks after its own, so that together they are less by b·a.
+
+    Args:
+        low: The update.
+        scale: The scale of both.
+        a: In fp32, of the update's rank.
+        b: In fp32, of the update's rank.
+    """
     alpha = alpha_of(scale, 2 * low.rank, low.variant)
+    a = np.concatenate([low.a, a], -2)
+    b = np.concatenate([low.b, -b], -1)
     return replace(low, a=a, b=b, alpha=alpha, frozen=low.rank)

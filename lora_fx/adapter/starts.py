@@ -69,7 +69,7 @@ GAMMA = 16.0
 
 
 def check_init(init: str) -> None:
-    """Raise for a start that is not known."""
+    """Raise LoraFxError for a start that is not known."""
     expect_name(init, INITS, "no init", f"the starts are {', '.join(INITS)}")
 
 
@@ -100,33 +100,38 @@ def initial(
     check_init(init)
     kind = named_variant(variant)
     kind.check_init(init)
-    updates, notes = {}, []
+    updates: dict[str, LowRank] = {}
+    notes: list[str] = []
     for key, entry in plan.entries.items():
         target = found[key]
         fitted = _fitted(key, entry, target.layout, init)
         if fitted.rank != entry.rank:
             notes.append(f"{key}: rank {entry.rank} lowered to {fitted.rank} for {init}")
+
         weight = None
         if read is not None and (init in OF_WEIGHT or kind.reads_weight):
-            check_storable(target, f"{variant if init not in OF_WEIGHT else init} reads W itself")
+            reader = init if init in OF_WEIGHT else variant
+            check_storable(target, f"{reader} reads W itself")
             weight = matrix(target, read(target.parameter.name))
-        scale = scale_of(fitted.alpha, fitted.rank, kind.name)
         source = weight
         if init in OF_DATA:
             source = getattr((moments or {}).get(key), OF_DATA[init], None)
+
+        scale = scale_of(fitted.alpha, fitted.rank, kind.name)
         a, b = _start(target, fitted.rank, scale, seed, init, source)
-        low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
         twins = tuple(target.parameter.aliases) if target.of_several else ()
-        low = replace(low, origin=Origin(op=target.op, tied=target.of_several, twins=twins))
+        origin = Origin(op=target.op, tied=target.of_several, twins=twins)
+        low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key), origin=origin)
         if b.any() and init != "orthogonal":
-            low = with_frozen_start(low, scale, a, b)  # so that it is zero
+            low = with_frozen_start(low, scale, a, b)  # so that ΔW is zero
         updates[key] = kind.prepared(low, Beginning(key, seed, weight))
     return updates, tuple(notes)
 
 
 def matrix(target: Target, stored: Array) -> Array:
     """The part of a stored tensor that a target is, as [*batch, out, in] in fp64 or complex128."""
-    part = widened(stored[tuple(slice(lo, hi) for lo, hi in target.region)])
+    region = tuple(slice(first, end) for first, end in target.region)
+    part = widened(stored[region])
     return np.asarray(target.layout.from_stored(NumpyEmitter(), part))
 
 
@@ -134,7 +139,8 @@ def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
     """The entry with the highest rank that the start allows; alpha/rank stays."""
     rank = entry.rank
     if init == "orthogonal":
-        rank -= rank % 2 if entry.rank == layout.max_rank else 0
+        if rank == layout.max_rank:
+            rank -= rank % 2
         if rank % 2 or not rank:
             raise LoraFxError(
                 f"{key!r}: an orthogonal start has an even rank, not {entry.rank}",
@@ -153,28 +159,35 @@ def _fitted(key: str, entry: Entry, layout: Layout, init: str) -> Entry:
 def _start(
     target: Target, rank: int, scale: float, seed: int, init: str, source: Array | None
 ) -> Factors:
-    """A [*batch, rank, in] and b [*batch, out, rank]; `source` is what the start reads.
+    """A [*batch, rank, in] and b [*batch, out, rank], fp32, or complex64 for a complex parameter.
 
-    They are fp32, and complex64 for a complex parameter.
+    Args:
+        target: The target of the update.
+        rank: The rank of both.
+        scale: The scale of the update.
+        seed: The target draws from (seed, key).
+        init: The name of the start.
+        source: W, the second moment of x, or the gradient: whatever the start reads.
 
     Raises:
         LoraFxError: A start that only real numbers have, or one without its data.
     """
-    key, layout = target.key, target.layout
+    key = target.key
+    layout = target.layout
     dtype = target.parameter.dtype
+    kind = factor_dtype(dtype)
     if init == "kaiming":
         return draw(key, layout, rank, seed, dtype=dtype)
-    a_shape, b_shape = layout.factor_shapes(rank)
-    kind = factor_dtype(dtype)
-    zero = np.zeros(b_shape, kind)
     if init == "gaussian":
+        a_shape, b_shape = layout.factor_shapes(rank)
         a = of_parts(generator(key, seed).standard_normal, a_shape, kind) / rank
-        return a.astype(kind), zero
+        return a.astype(kind), np.zeros(b_shape, kind)
     if init == "orthogonal":
         return _orthogonal(key, layout, rank, seed, kind)
     if init in OF_WEIGHT:
         assert source is not None
-        return _each(source, lambda w: _of_weight(w, rank, scale, init))
+        return _of_each_matrix(source, lambda weight: _of_weight(weight, rank, scale, init))
+
     if kind.kind == "c":
         raise LoraFxError(
             f"{key!r} is {dtype}, and init {init!r} reads data of real numbers",
@@ -185,55 +198,87 @@ def _start(
             f"{key!r}: {init} starts from data, and calibration could not read this target",
             "exclude it, or take another --init",
         )
-    wide = np.asarray(source, np.float64)
+    moment = np.asarray(source, np.float64)
     if init == "eva":
-        if wide.ndim == 1:  # of one-hot x: the rows that are looked up most
-            axes = np.zeros((len(wide), rank))
-            axes[np.argsort(-wide, kind="stable")[:rank], np.arange(rank)] = 1.0
-        else:
-            axes = np.linalg.eigh(wide)[1][..., ::-1][..., :rank]  # eigh ascends
-        return np.ascontiguousarray(np.swapaxes(axes, -1, -2), np.float32), zero
-    if not np.isfinite(wide).all() or not wide.any():
+        _, b_shape = layout.factor_shapes(rank)
+        return _principal_axes(moment, rank), np.zeros(b_shape, kind)
+    if not np.isfinite(moment).all() or not moment.any():
         raise LoraFxError(
             f"{key!r}: its gradient is zero or not finite, so LoRA-GA has no start",
             "exclude it, or look at the data",
         )
-    return _each(wide, lambda g: _of_gradient(g, rank))
+    return _of_each_matrix(moment, lambda gradient: _of_gradient(gradient, rank))
 
 
-def _each(matrices: Array, function: Callable[[Array], Factors]) -> Factors:
+def _of_each_matrix(matrices: Array, function: Callable[[Array], Factors]) -> Factors:
     """Factors a and b of every matrix of a stack, in fp32 or complex64."""
-    made = [function(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
     kind = factor_dtype(matrices.dtype.name)
-    sides = (np.stack(side).astype(kind) for side in zip(*made, strict=True))
-    a, b = (side.reshape(*matrices.shape[:-2], *side.shape[1:]) for side in sides)
-    return a, b
+    all_a = []
+    all_b = []
+    for single in matrices.reshape(-1, *matrices.shape[-2:]):
+        a, b = function(single)
+        all_a.append(a)
+        all_b.append(b)
+    batch_shape = matrices.shape[:-2]
+    a = np.stack(all_a).astype(kind)
+    b = np.stack(all_b).astype(kind)
+    return a.reshape(*batch_shape, *a.shape[1:]), b.reshape(*batch_shape, *b.shape[1:])
 
 
 def _orthogonal(key: str, layout: Layout, rank: int, seed: int, kind: NumpyDtype) -> Factors:
-    """Rows of one orthogonal matrix, the odd ones for a and the even ones for b."""
+    """Factors made of one orthogonal matrix: its odd rows are in a, and its even ones in b."""
     rng = generator(key, seed)
-    q = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))[0]
-    odd, even = q[..., 0::2, :], q[..., 1::2, :]
+    q, _ = np.linalg.qr(rng.standard_normal((*layout.batch_shape, rank, rank)))
+    odd = q[..., 0::2, :]
+    even = q[..., 1::2, :]
     half = (*layout.batch_shape, rank // 2)
     right = of_parts(rng.standard_normal, (*half, layout.in_size), kind) / 10
     left = of_parts(rng.standard_normal, (*half, layout.out_size), kind) / 10
-    a, b = np.swapaxes(odd, -1, -2) @ right, np.swapaxes(left, -1, -2) @ even
+    a = np.swapaxes(odd, -1, -2) @ right
+    b = np.swapaxes(left, -1, -2) @ even
     return a.astype(kind), b.astype(kind)
 
 
 def _of_weight(weight: Array, rank: int, scale: float, init: str) -> Factors:
+    """PiSSA's or OLoRA's a and b of W [out, in]: s·b·a, or b·a, is the part of W."""
     left, right = start_of_weight(weight, rank, init)
     if init == "olora":
         return right, left
-    wide = left.shape[0] <= right.shape[1]  # then left is orthonormal, and right has the σ
-    sigma = np.linalg.norm(right, axis=1) if wide else np.linalg.norm(left, axis=0)
-    root = np.sqrt(np.maximum(sigma, np.finfo(np.float64).tiny)) ** (1 if wide else -1)
-    left, right = left * root, right / root[:, None]  # √σ for each side
-    return right / math.sqrt(scale), left / math.sqrt(scale)
+
+    # One side is orthonormal, and the other one has the σ: each gets √σ.
+    left_is_orthonormal = left.shape[0] <= right.shape[1]
+    tiny = np.finfo(np.float64).tiny
+    if left_is_orthonormal:
+        sigma = np.linalg.norm(right, axis=1)
+        root = np.sqrt(np.maximum(sigma, tiny))
+    else:
+        sigma = np.linalg.norm(left, axis=0)
+        root = np.sqrt(np.maximum(sigma, tiny)) ** -1
+    a = right / root[:, None] / math.sqrt(scale)
+    b = left * root / math.sqrt(scale)
+    return a, b
+
+
+def _principal_axes(moment: Array, rank: int) -> Array:
+    """EVA's a [*batch, rank, in]: the axes along which x is largest.
+
+    Args:
+        moment: E[x xᵀ], or its diagonal [in] where x is one-hot: then the axes are the rows that
+            are looked up most.
+        rank: How many axes.
+    """
+    if moment.ndim == 1:
+        axes = np.zeros((len(moment), rank))
+        most_frequent = np.argsort(-moment, kind="stable")[:rank]
+        axes[most_frequent, np.arange(rank)] = 1.0
+    else:
+        _, vectors = np.linalg.eigh(moment)  # ascending
+        axes = vectors[..., ::-1][..., :rank]
+    return np.ascontiguousarray(np.swapaxes(axes, -1, -2), np.float32)
 
 
 def _of_gradient(gradient: Array, rank: int) -> Factors:
+    """LoRA-GA's a and b: the first singular vectors of ∂L/∂W, and the next."""
     u, _, vt = np.linalg.svd(gradient, full_matrices=False)
     size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
     return vt[:rank] * size, u[:, rank : 2 * rank] * size
