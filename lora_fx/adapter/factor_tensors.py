@@ -14,6 +14,7 @@ from lora_fx.adapter.lowrank import (
 from lora_fx.adapter.variant import VARIANTS, variant_of
 from lora_fx.adapter.variant_protocol import Variant
 from lora_fx.dtypes import Array
+from lora_fx.ir.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,26 @@ def halves(key: str, low: LowRank, *, split: bool = True) -> tuple[Half, ...]:
             nothing.
     """
     variant = variant_of(low) if split else VARIANTS["lora"]
-    rank = low.rank
-    if split and not variant.made_of:
-        rank -= low.frozen
-    values = dict(variant.tensors(low))
-    if rank < low.rank:
-        values = {"a": low.a[..., :rank, :], "b": low.b[..., :rank]}
-    top = {
+    # Frozen ranks of a variant that makes a and b of other tensors are in those.
+    has_frozen = split and not variant.made_of and low.frozen > 0
+    if not has_frozen:
+        return (_trained_half(key, variant, variant.tensors(low), low.rank),)
+
+    rank = low.rank - low.frozen
+    values = {"a": low.a[..., :rank, :], "b": low.b[..., :rank]}
+    a0 = FactorTensor("a0", tensor_name(key, "a0"), low.a[..., rank:, :], False)
+    b0 = FactorTensor("b0", tensor_name(key, "b0"), low.b[..., rank:], False)
+    frozen = Half(variant, {"a": a0, "b": b0}, low.frozen)
+    return _trained_half(key, variant, values, rank), frozen
+
+
+def _trained_half(key: str, variant: Variant, values: Mapping[str, Array], rank: int) -> Half:
+    """The half that has these values by field; the variant says which of them train."""
+    tensors = {
         field: FactorTensor(field, tensor_name(key, field), value, field not in variant.still)
         for field, value in values.items()
     }
-    trained = Half(variant, top, rank)
-    if rank == low.rank:
-        return (trained,)
-    a0 = FactorTensor("a0", tensor_name(key, "a0"), low.a[..., rank:, :], False)
-    b0 = FactorTensor("b0", tensor_name(key, "b0"), low.b[..., rank:], False)
-    return trained, Half(variant, {"a": a0, "b": b0}, low.rank - rank)
+    return Half(variant, tensors, rank)
 
 
 def slots_of(key: str, low: LowRank, *, split: bool = True) -> tuple[FactorTensor, ...]:
@@ -108,7 +113,9 @@ def slots_of(key: str, low: LowRank, *, split: bool = True) -> tuple[FactorTenso
         low: The update.
         split: As in `halves`.
     """
-    slots = [slot for half in halves(key, low, split=split) for slot in half.tensors.values()]
+    slots: list[FactorTensor] = []
+    for half in halves(key, low, split=split):
+        slots += half.tensors.values()
     variant = variant_of(low)
     for field, value in variant.beside(low).items():
         trained = field not in variant.still
@@ -142,19 +149,29 @@ def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
     The scale is part of it, since it is a constant in the graph. The rank is where a weight is
     reshaped on the way to its matrix; a plain one has the same nodes at any rank.
     """
+    return {key: _frame_of(key, low) for key, low in updates.items()}
 
-    def sizes(key: str, u: LowRank) -> tuple[tuple[int, ...], ...]:
-        tensors = halves(key, u)[0].tensors
-        if set(tensors) != {"a", "b"}:
-            return tuple(slot.value.shape for slot in tensors.values())
-        shape, layout = tensors["a"].value.shape, u.layout
-        matrix = layout and len(layout.in_) == len(layout.out) == 1 and not layout.batch
-        return (shape[1:] if matrix and not u.frozen else shape,)
 
-    def fields(key: str, u: LowRank) -> tuple[str, ...]:
-        return tuple(slot.field for slot in slots_of(key, u))
+def _frame_of(key: str, low: LowRank) -> tuple[object, ...]:
+    """Whatever a program depends on of one update; see `frame`."""
+    fields = tuple(slot.field for slot in slots_of(key, low))
+    sizes = _sizes_of(key, low)
+    return (sizes, low.frozen, low.scale, low.layout, low.use, low.variant, fields)
 
-    return {
-        k: (sizes(k, u), u.frozen, u.scale, u.layout, u.use, u.variant, fields(k, u))
-        for k, u in updates.items()
-    }
+
+def _sizes_of(key: str, low: LowRank) -> tuple[tuple[int, ...], ...]:
+    """The sizes of the trained tensors that a program depends on."""
+    trained = halves(key, low)[0].tensors
+    if set(trained) != {"a", "b"}:
+        return tuple(tensor.value.shape for tensor in trained.values())
+    shape = trained["a"].value.shape
+    if _is_plain_matrix(low.layout) and not low.frozen:
+        return (shape[1:],)
+    return (shape,)
+
+
+def _is_plain_matrix(layout: Layout | None) -> bool:
+    """True where a weight is its matrix without a reshape."""
+    if layout is None or layout.batch:
+        return False
+    return len(layout.in_) == 1 and len(layout.out) == 1

@@ -18,28 +18,35 @@ LEARNS = "learns"
 
 def learning(updates: Updates) -> Json:
     """Metadata from which `relearning` makes the variants and the frozen ranks again."""
-    variants = {k: u.variant for k, u in updates.items() if named_variant(u.variant).learns_as_lora}
-    frozen = {k: u.frozen for k, u in updates.items() if u.frozen}
-    return {LEARNS: {"variants": variants, "frozen": frozen}} if variants or frozen else {}
+    variants = {
+        key: low.variant
+        for key, low in updates.items()
+        if named_variant(low.variant).learns_as_lora
+    }
+    frozen = {key: low.frozen for key, low in updates.items() if low.frozen}
+    if not variants and not frozen:
+        return {}
+    return {LEARNS: {"variants": variants, "frozen": frozen}}
 
 
 def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank], Json]:
-    """Updates that learn as the metadata says, and the rest of the metadata."""
-    variants = _rows_of(metadata, "variants")
-    frozen = _rows_of(metadata, "frozen")
+    """Updates that learn as the metadata says, and the metadata without that."""
+    variants = _facts_by_key(metadata, "variants")
+    frozen_ranks = _facts_by_key(metadata, "frozen")
     result = {}
-    for key, u in updates.items():
-        learns = VARIANTS.get(str(variants.get(key, "")))
-        if u.variant == "lora" and learns is not None and learns.learns_as_lora:
-            u = replace(u, variant=learns.name)
-        if isinstance(frozen.get(key), int) and 0 < frozen[key] < u.rank:
-            u = replace(u, frozen=frozen[key])
-        result[key] = u
-    return result, {k: v for k, v in metadata.items() if k != LEARNS}
+    for key, low in updates.items():
+        variant = VARIANTS.get(str(variants.get(key, "")))
+        if low.variant == "lora" and variant is not None and variant.learns_as_lora:
+            low = replace(low, variant=variant.name)
+        frozen = frozen_ranks.get(key)
+        if isinstance(frozen, int) and 0 < frozen < low.rank:
+            low = replace(low, frozen=frozen)
+        result[key] = low
+    return result, {name: value for name, value in metadata.items() if name != LEARNS}
 
 
-def _rows_of(metadata: JsonView, what: str) -> JsonView:
-    """Key → what `learning` wrote of it; empty for metadata of a file that says something else."""
+def _facts_by_key(metadata: JsonView, fact: str) -> JsonView:
+    """Key → what `learning` wrote; empty for metadata of a file that says something else."""
     learns = metadata.get(LEARNS)
-    rows = learns.get(what) if isinstance(learns, Mapping) else None
-    return rows if isinstance(rows, Mapping) else {}
+    facts = learns.get(fact) if isinstance(learns, Mapping) else None
+    return facts if isinstance(facts, Mapping) else {}
