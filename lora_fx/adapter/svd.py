@@ -41,23 +41,29 @@ BLOCK = 1 << 18
 
 def product_svd(a: Array, b: Array) -> Triplets:
     """The SVD of b @ a in fp64; a [*batch, r, in], b [*batch, out, r]."""
-    qb, rb = np.linalg.qr(widened(b))
-    qa, ra = np.linalg.qr(np.swapaxes(widened(a), -1, -2))
-    u, s, vt = np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), full_matrices=False)
-    return qb @ u, s, vt @ np.swapaxes(qa, -1, -2)
+    b_q, b_r = np.linalg.qr(widened(b))
+    a_q, a_r = np.linalg.qr(np.swapaxes(widened(a), -1, -2))
+    u, s, vt = np.linalg.svd(b_r @ np.swapaxes(a_r, -1, -2), full_matrices=False)
+    return b_q @ u, s, vt @ np.swapaxes(a_q, -1, -2)
 
 
 def product_values(a: Array, b: Array) -> Array:
     """The singular values of b @ a alone, [*batch, k] in descending order, in fp64."""
-    rb = np.linalg.qr(widened(b), mode="r")
-    ra = np.linalg.qr(np.swapaxes(widened(a), -1, -2), mode="r")
-    return np.asarray(np.linalg.svd(rb @ np.swapaxes(ra, -1, -2), compute_uv=False))
+    return np.asarray(np.linalg.svd(_small_product(widened(a), widened(b)), compute_uv=False))
+
+
+def _small_product(a: Array, b: Array) -> Array:
+    """A matrix [*batch, r, r] with the singular values of b @ a."""
+    b_r = np.linalg.qr(b, mode="r")
+    a_r = np.linalg.qr(np.swapaxes(a, -1, -2), mode="r")
+    return np.asarray(b_r @ np.swapaxes(a_r, -1, -2))
 
 
 def balanced(u: Array, s: Array, vt: Array, rank: int) -> Factors:
     """√S·Vᵀ as a and U·√S as b, of the first `rank` triplets, in fp32 or complex64."""
     root = np.sqrt(s[..., :rank])
-    a, b = root[..., :, None] * vt[..., :rank, :], u[..., :rank] * root[..., None, :]
+    a = root[..., :, None] * vt[..., :rank, :]
+    b = u[..., :rank] * root[..., None, :]
     kind = factor_dtype(a.dtype.name)
     return a.astype(kind), b.astype(kind)
 
@@ -72,9 +78,7 @@ def distance(a1: Array, b1: Array, a2: Array, b2: Array) -> float:
     """‖b1 @ a1 − b2 @ a2‖_F over all batches, without forming a product, in fp64."""
     b = np.concatenate([widened(b1), -widened(b2)], axis=-1)
     a = np.concatenate([widened(a1), widened(a2)], axis=-2)
-    rb = np.linalg.qr(b, mode="r")
-    ra = np.linalg.qr(np.swapaxes(a, -1, -2), mode="r")
-    return float(np.linalg.norm(rb @ np.swapaxes(ra, -1, -2)))
+    return float(np.linalg.norm(_small_product(a, b)))
 
 
 def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
@@ -85,16 +89,17 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
         k: How many triplets.
         rng: Draws the random subspace; not used where the result is exact.
     """
-    # the Gram matrix is that of the shorter side
+    # The Gram matrix is that of the shorter side.
     if delta.shape[0] > delta.shape[1]:
         v, s, ut = leading(delta.T, k, rng)
         return ut.T, s, v.T
+
     side = delta.shape[0]
     k = min(k, side)
     if side <= max(EXACT_SIDE, 2 * OVERSAMPLING * k):
         q = _eigenvectors(delta, k)
-        blocks = _blocks(delta.shape[1], side)
-        small = np.concatenate([q.T @ delta[:, c].astype(np.float64) for c in blocks], axis=1)
+        blocks = [delta[:, columns] for columns in _blocks(delta.shape[1], side)]
+        small = np.concatenate([q.T @ block.astype(np.float64) for block in blocks], axis=1)
     else:
         q = _sampled(delta, (1 + OVERSAMPLING) * k, rng)
         small = (q.T.astype(delta.dtype) @ delta).astype(np.float64)
@@ -104,12 +109,12 @@ def leading(delta: Array, k: int, rng: np.random.Generator) -> Triplets:
 
 def squared_distance(delta: Array, a: Array, b: Array) -> float:
     """‖delta − b @ a‖² element by element in fp64, by blocks of rows."""
-    total = 0.0
-    wide = a.astype(np.float64)
+    squares = 0.0
+    wide_a = a.astype(np.float64)
     for rows in _blocks(*delta.shape):
-        gap = delta[rows] - b[rows].astype(np.float64) @ wide
-        total += float(np.vdot(gap, gap))
-    return total
+        gap = delta[rows] - b[rows].astype(np.float64) @ wide_a
+        squares += float(np.vdot(gap, gap))
+    return squares
 
 
 def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
@@ -127,16 +132,21 @@ def above_noise(s: Array, total: float, shape: tuple[int, int]) -> int:
     """
     above = 0
     while above < len(s):
-        m, n = shape[0] - above, shape[1] - above
-        rest = max(0.0, total - float(np.sum(s[:above] ** 2)))
-        root_m, root_n = np.sqrt(m), np.sqrt(max(n - 1, 1))
-        spread = (root_m + root_n) * (1 / root_m + 1 / root_n) ** (1 / 3)
-        edge = rest / (m * n) * ((root_m + root_n) ** 2 + TRACY_WIDOM * spread)
-        found = int(np.count_nonzero(s**2 > edge))
-        if found <= above:
+        noise_energy = max(0.0, total - float(np.sum(s[:above] ** 2)))
+        edge = _noise_edge(noise_energy, shape[0] - above, shape[1] - above)
+        count = int(np.count_nonzero(s**2 > edge))
+        if count <= above:
             break
-        above = found
+        above = count
     return above
+
+
+def _noise_edge(energy: float, m: int, n: int) -> float:
+    """The σ² that the largest of white noise of this energy on m × n exceeds 1 time in 100."""
+    root_m = np.sqrt(m)
+    root_n = np.sqrt(max(n - 1, 1))
+    spread = (root_m + root_n) * (1 / root_m + 1 / root_n) ** (1 / 3)
+    return float(energy / (m * n) * ((root_m + root_n) ** 2 + TRACY_WIDOM * spread))
 
 
 def _blocks(count: int, width: int) -> list[slice]:
@@ -158,10 +168,16 @@ def _eigenvectors(delta: Array, k: int) -> Array:
 
 def _sampled(delta: Array, count: int, rng: np.random.Generator) -> Array:
     """An orthonormal [m, count] that nearly holds the leading left singular vectors."""
-    omega = rng.standard_normal((delta.shape[1], count), dtype=np.float32).astype(delta.dtype)
-    q, _ = np.linalg.qr(delta @ omega)
+    # Orthogonal again after every product, or small σ drown in the rounding of large ones.
+    random = rng.standard_normal((delta.shape[1], count), dtype=np.float32).astype(delta.dtype)
+    q = _orthonormal(delta @ random)
     for _ in range(ITERATIONS):
-        # orthogonal again after every product, or small σ drown in the rounding of large ones
-        q, _ = np.linalg.qr(delta.T @ q.astype(delta.dtype))
-        q, _ = np.linalg.qr(delta @ q.astype(delta.dtype))
+        q = _orthonormal(delta.T @ q.astype(delta.dtype))
+        q = _orthonormal(delta @ q.astype(delta.dtype))
     return np.asarray(q, np.float64)
+
+
+def _orthonormal(matrix: Array) -> Array:
+    """An orthonormal basis of the columns."""
+    q, _ = np.linalg.qr(matrix)
+    return np.asarray(q)
