@@ -76,36 +76,40 @@ def as_lora(
     rows: list[Approximated] = []
     for key, entry in adapter.entries.items():
         if isinstance(entry, LowRank) and is_plain(entry) and not variant_of(entry).peft_type:
+            # Only its name is another than LoRA's.
             entries[key] = plain(entry)
             rows.append(Approximated(key, name_of(entry), entry.rank, entry.norm, 0.0))
-            continue
-        if is_plain(entry):
+        elif is_plain(entry):
             entries[key] = entry
-            continue
-        delta = _delta(adapter, key, entry, delta_of)
-        low = _best(delta, rank, energy)
-        if isinstance(entry, LowRank):
-            # Its numbers alone are others: where it applies, and how it lies there, stays.
-            origin = replace(entry.origin, layer=None)
-            low = replace(low, layout=entry.layout, use=entry.use, origin=origin)
-        elif isinstance(entry, (Hadamard, Kronecker)):
-            low = replace(low, origin=Origin(kernel=entry.kernel))
-        entries[key] = low
-        error = math.sqrt(svd.squared_distance(delta, low.a, low.b))
-        norm = float(np.linalg.norm(delta.astype(np.float64)))
-        rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
+        else:
+            delta = _delta(adapter, key, entry, delta_of)
+            low = _of_entry(_best(delta, rank, energy), entry)
+            error = math.sqrt(svd.squared_distance(delta, low.a, low.b))
+            norm = float(np.linalg.norm(delta.astype(np.float64)))
+            entries[key] = low
+            rows.append(Approximated(key, name_of(entry), low.rank, norm, error))
     return replace(adapter, entries=entries), rows
+
+
+def _of_entry(low: LowRank, entry: Entry) -> LowRank:
+    """The update with what is known of the tensor of the entry that it approximates."""
+    if isinstance(entry, LowRank):
+        # Where it applies, and how it lies there, stays.
+        origin = replace(entry.origin, layer=None)
+        return replace(low, layout=entry.layout, use=entry.use, origin=origin)
+    if isinstance(entry, (Hadamard, Kronecker)):
+        return replace(low, origin=Origin(kernel=entry.kernel))
+    return low
 
 
 def _delta(
     adapter: Adapter, key: str, entry: Entry, delta_of: Callable[[Adapter], Array] | None
 ) -> Array:
     """ΔW [out, in] of one update."""
-    every = slice(None)
     if isinstance(entry, (Hadamard, Kronecker, Dense)):
         if min(entry.shape) < 2:
             raise LoraFxError(f"{key!r} is {name_of(entry)} of a vector: no matrix", "--exclude it")
-        return entry.block(0, every, every)
+        return entry.block(0, slice(None), slice(None))
     if not isinstance(entry, (LowRank, Rotation)):
         raise LoraFxError(f"{key!r} is {name_of(entry)}, which has no ΔW", "--exclude it")
     if delta_of is None:
@@ -116,16 +120,20 @@ def _delta(
 
 
 def _best(delta: Array, rank: int | None, energy: float | None) -> LowRank:
+    """The best update of at most `rank`, or of the fewest ranks that hold this share of ‖ΔW‖²."""
     rng = np.random.default_rng(0)
-    count = min(rank or 16, *delta.shape)
     total = float(np.square(delta, dtype=np.float64).sum())
+    count = min(rank or 16, *delta.shape)
     while True:
-        u, s, vt = svd.leading(delta, count, rng)
-        held = np.cumsum(np.square(s)) / total if total else np.ones(len(s))
-        if energy is None or held[-1] >= energy or count == min(delta.shape):
+        u, sigma, vt = svd.leading(delta, count, rng)
+        shares = np.ones(len(sigma))  # of the energy, in the first ranks
+        if total:
+            shares = np.cumsum(np.square(sigma)) / total
+        if energy is None or shares[-1] >= energy or count == min(delta.shape):
             break
         count = min(4 * count, *delta.shape)
     if energy is not None:
-        count = min(int(np.searchsorted(held, energy * (1 - 1e-12))) + 1, count)
-    a, b = svd.balanced(u, s, vt, count)
+        fewest = int(np.searchsorted(shares, energy * (1 - 1e-12))) + 1
+        count = min(fewest, count)
+    a, b = svd.balanced(u, sigma, vt, count)
     return LowRank(a, b, float(count))

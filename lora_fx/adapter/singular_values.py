@@ -13,10 +13,14 @@ from lora_fx.adapter import svd
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, name_of
+from lora_fx.dtypes import Array
 from lora_fx.text import Json
 
-MOST, FEW, MANY = 32, 10, 200
-"""How many of the largest values are written of one update; FEW where there are over MANY."""
+MOST = 32
+"""How many of the largest values are written of one update."""
+FEW = 10
+"""How many of an adapter of more than MANY updates."""
+MANY = 200
 
 
 def summary(adapter: Adapter) -> list[Json]:
@@ -31,26 +35,38 @@ def summary(adapter: Adapter) -> list[Json]:
 
 
 def _row(key: str, entry: Entry, most: int) -> Json:
-    arrays = [v for v in vars(entry).values() if isinstance(v, np.ndarray)]
+    """The row of one entry, with at most so many singular values."""
+    arrays = [value for value in vars(entry).values() if isinstance(value, np.ndarray)]
     row: Json = {
         "key": key,
         "kind": name_of(entry),
         "rank": getattr(entry, "rank", None),
         "alpha": getattr(entry, "alpha", None),
-        "parameters": sum(x.size for x in arrays),
+        "parameters": sum(array.size for array in arrays),
         "shape": _shape(entry),
         "sigma": None,
     }
     if isinstance(entry, LowRank) and np.isfinite(entry.a).all() and np.isfinite(entry.b).all():
         values = abs(entry.scale) * svd.product_values(entry.a, entry.b)
         values = np.sort(values, axis=None)[::-1]
-        total = float(np.sum(values**2))
-        row["sigma"] = [float(f"{x:.{3 if i else 6}g}") for i, x in enumerate(values[:most])]
-        row["norm"] = float(f"{total**0.5:.6g}")
+        energy = float(np.sum(values**2))
+        row["sigma"] = _rounded(values[:most])
+        row["norm"] = float(f"{energy**0.5:.6g}")
     return row
 
 
+def _rounded(values: Array) -> list[float]:
+    """The first value in six digits, and the others in three."""
+    rounded = [float(f"{value:.3g}") for value in values]
+    if rounded:
+        rounded[0] = float(f"{values[0]:.6g}")
+    return rounded
+
+
 def _shape(entry: Entry) -> list[int]:
+    """The stored shape where it is known, else [*batch, out, in]."""
     if isinstance(entry, LowRank):
-        return list(entry.layout.stored if entry.layout is not None else entry.shape)
-    return list(getattr(getattr(entry, "value", entry), "shape", ()))
+        shape = entry.shape if entry.layout is None else entry.layout.stored
+        return list(shape)
+    value = getattr(entry, "value", entry)
+    return list(getattr(value, "shape", ()))

@@ -40,7 +40,7 @@ class Truncated:
         after: Its new rank; 0 where it was removed.
         norm: The Frobenius norm ‖ΔW‖.
         error: The Frobenius norm ‖ΔW − ΔW'‖, with the rounding of a and b to fp32.
-        saved: How many elements of a and b are gone.
+        saved: How many elements of a and b it has less.
     """
 
     key: str
@@ -63,7 +63,13 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Truncation:
-    """A truncated adapter and what it cost, as Frobenius norms over all updates together."""
+    """A truncated adapter and what it cost, as Frobenius norms over all updates together.
+
+    Attributes:
+        adapter: The truncated adapter.
+        rows: What each update lost.
+        parameters: How many elements of a and b it has.
+    """
 
     adapter: Adapter
     rows: tuple[Truncated, ...]
@@ -74,12 +80,12 @@ class Truncation:
     @property
     def norm(self) -> float:
         """The norm ‖ΔW‖ over all updates."""
-        return math.hypot(*(r.norm for r in self.rows))
+        return math.hypot(*(row.norm for row in self.rows))
 
     @property
     def error(self) -> float:
         """The norm ‖ΔW − ΔW'‖ over all updates."""
-        return math.hypot(*(r.error for r in self.rows))
+        return math.hypot(*(row.error for row in self.rows))
 
     @property
     def relative(self) -> float:
@@ -94,32 +100,32 @@ class Truncation:
     @property
     def parameters_before(self) -> int:
         """How many elements of a and b there were."""
-        return self.parameters + sum(r.saved for r in self.rows)
+        return self.parameters + sum(row.saved for row in self.rows)
 
     @property
     def dropped(self) -> int:
-        """How many ranks are gone."""
-        return sum(r.before - r.after for r in self.rows)
+        """How many ranks were taken away."""
+        return sum(row.before - row.after for row in self.rows)
 
     @property
     def removed(self) -> tuple[str, ...]:
         """Keys of which no rank is left."""
-        return tuple(r.key for r in self.rows if not r.after)
+        return tuple(row.key for row in self.rows if not row.after)
 
     def to_json(self) -> Json:
         """The fields that `lora-fx truncate --json` adds to its object."""
         names = ("norm", "error", "relative", "energy", "parameters_before", "parameters")
         numbers = {name: getattr(self, name) for name in names}
-        rows = [r.to_json() for r in self.rows]
+        rows = [row.to_json() for row in self.rows]
         return {"truncated": rows, "removed": list(self.removed), **numbers}
 
     def __str__(self) -> str:
         """A table for people."""
-        rows = [
-            (r.key, f"{r.before} → {r.after}", f"{r.error:.2e}", f"{r.relative:.2e}")
-            for r in self.rows
-        ]
-        lines = table([("key", "rank", "error", "relative"), *rows])
+        rows = [("key", "rank", "error", "relative")]
+        for row in self.rows:
+            ranks = f"{row.before} → {row.after}"
+            rows.append((row.key, ranks, f"{row.error:.2e}", f"{row.relative:.2e}"))
+        lines = table(rows)
         lines += [f"removed: {key}" for key in self.removed]
         lines.append(f"{self.parameters} of {self.parameters_before} low-rank elements kept")
         lines.append(
@@ -165,49 +171,64 @@ def truncate(
 def truncation(adapter: Adapter, **goal: float | None) -> Truncation:
     """Truncate as `truncate` does, and report what every update lost."""
     expect(adapter, Adapter, "adapter", "an Adapter", "truncate(load_adapter(path), rank=8)")
-    name, value = _goal(goal)
+    goal_name, value = _goal(goal)
     updates = _updates(adapter)
-    parts = {k: svd.product_svd(u.a, u.b * np.float64(u.scale)) for k, u in updates.items()}
-    spectra = {k: gains(s) for k, (_, s, _) in parts.items()}
-    costs = {k: (u.a.size + u.b.size) // u.rank for k, u in updates.items()}
-    norm = math.sqrt(math.fsum(float(x.sum()) for x in spectra.values()))
+    triplets = {}
+    spectra = {}
+    costs = {}
+    for key, low in updates.items():
+        triplets[key] = svd.product_svd(low.a, low.b * np.float64(low.scale))
+        _, sigma, _ = triplets[key]
+        spectra[key] = gains(sigma)
+        costs[key] = _cost(low)
+    norm = math.sqrt(math.fsum(float(squares.sum()) for squares in spectra.values()))
     if not norm:
         raise LoraFxError(
             "every ΔW of the adapter is zero; expected a trained one", "was it trained?"
         )
-    built, within = partial(_built, adapter, parts), partial(within_loss, spectra, costs)
-    if name == "rank":
-        result = built({k: min(int(value), len(x)) for k, x in spectra.items()})
-    elif name == "params":
+
+    built = partial(_built, adapter, triplets)
+    ranks_within = partial(within_loss, spectra, costs)
+    if goal_name == "rank":
+        result = built({key: min(int(value), len(gain)) for key, gain in spectra.items()})
+    elif goal_name == "params":
         result = built(within_budget(spectra, costs, int(value)))
-    elif name == "energy":
-        result = built(within((1.0 - value) * norm * norm))
+    elif goal_name == "energy":
+        result = built(ranks_within((1.0 - value) * norm * norm))
     else:
-        bound = value * norm if name == "max_error" else value
-        unchanged = {k: u.rank for k, u in updates.items()}  # where rounding alone is more
-        tries = (built(within((1.0 - slack) * bound * bound)) for slack in SLACKS)
-        result = next((t for t in tries if t.error <= bound), None) or built(unchanged)
+        bound = value * norm if goal_name == "max_error" else value
+        tries = (built(ranks_within((1.0 - slack) * bound * bound)) for slack in SLACKS)
+        within_bound = (attempt for attempt in tries if attempt.error <= bound)
+        # Where rounding alone is more than the bound, the ranks stay.
+        all_ranks = {key: low.rank for key, low in updates.items()}
+        result = next(within_bound, None) or built(all_ranks)
+
     if not result.adapter.lowrank:
-        cheapest = min(costs, key=lambda k: costs[k])
+        cheapest = min(costs, key=lambda key: costs[key])
         raise LoraFxError(
-            f"{name} {value:g} leaves no rank of any update; one rank of {cheapest!r} is "
+            f"{goal_name} {value:g} leaves no rank of any update; one rank of {cheapest!r} is "
             f"{costs[cheapest]} elements",
             "allow more",
         )
     return result
 
 
-def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
-    """The one goal that is given, checked."""
-    given = {k: v for k, v in goal.items() if v is not None}
-    if len(given) != 1 or not set(given) <= set(GOALS):
+def _cost(low: LowRank) -> int:
+    """Elements of one rank of an update."""
+    return (low.a.size + low.b.size) // low.rank
+
+
+def _goal(goals: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one goal that has a value, checked."""
+    value_by_goal = {name: value for name, value in goals.items() if value is not None}
+    if len(value_by_goal) != 1 or not set(value_by_goal) <= set(GOALS):
+        options = ", ".join("--" + goal.replace("_", "-") for goal in GOALS)
         raise LoraFxError(
-            f"{len(given)} goals ({', '.join(given) or 'none'}); expected one",
-            f"give one of {', '.join('--' + goal.replace('_', '-') for goal in GOALS)}",
+            f"{len(value_by_goal)} goals ({', '.join(value_by_goal) or 'none'}); expected one",
+            f"give one of {options}",
         )
-    name, value = next(iter(given.items()))
-    whole = name in ("rank", "params")
-    if whole and (isinstance(value, bool) or value != int(value) or value < 1):
+    name, value = next(iter(value_by_goal.items()))
+    if name in ("rank", "params") and not _is_positive_whole(value):
         raise LoraFxError(f"{name} {value!r} is not a positive whole number", "16, for example")
     if name == "energy" and not 0.0 < value <= 1.0:
         raise LoraFxError(f"energy {value!r} is not in (0, 1]", "0.99, for example")
@@ -216,7 +237,12 @@ def _goal(goal: Mapping[str, float | None]) -> tuple[str, float]:
     return name, value
 
 
+def _is_positive_whole(value: float) -> bool:
+    return not isinstance(value, bool) and value == int(value) and value >= 1
+
+
 def _updates(adapter: Adapter) -> dict[str, LowRank]:
+    """The low-rank updates; raises LoraFxError for an adapter that cannot be truncated."""
     for key, kind in adapter.others.items():
         raise LoraFxError(
             f"the adapter's {key!r} is {kind}; expected lora or rslora: its singular values are "
@@ -226,13 +252,16 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
     updates = adapter.lowrank
     if not updates:
         raise LoraFxError("the adapter has no low-rank update", "there is nothing to truncate")
-    for key, u in updates.items():
-        if not (np.isfinite(u.a).all() and np.isfinite(u.b).all() and math.isfinite(u.scale)):
+    for key, low in updates.items():
+        factors_are_finite = np.isfinite(low.a).all() and np.isfinite(low.b).all()
+        if not factors_are_finite or not math.isfinite(low.scale):
             raise LoraFxError(f"{key!r} has NaN or infinite values", "training may have diverged")
     return updates
 
 
-def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, int]) -> Truncation:
+def _built(
+    adapter: Adapter, triplets: Mapping[str, Triplets], ranks: Mapping[str, int]
+) -> Truncation:
     """The adapter with these ranks, and every error as measured."""
     entries: dict[str, Entry] = {}
     rows: list[Truncated] = []
@@ -240,21 +269,33 @@ def _built(adapter: Adapter, parts: Mapping[str, Triplets], ranks: Mapping[str, 
         if not isinstance(entry, LowRank):
             entries[key] = entry
             continue
-        new, (u, s, vt) = min(ranks[key], entry.rank), parts[key]
-        saved = (entry.a.size + entry.b.size) // entry.rank * (entry.rank - new)
-        norm = error = float(np.linalg.norm(s))
-        if new == entry.rank:
+        low, row = _truncated(key, entry, triplets[key], min(ranks[key], entry.rank))
+        rows.append(row)
+        if low is not None:
+            entries[key] = low
+    # How updates learn is a fact of the old ranks.
+    metadata = {name: value for name, value in adapter.metadata.items() if name != LEARNS}
+    truncated = replace(adapter, entries=entries, metadata=metadata)
+    size = sum(low.a.size + low.b.size for low in truncated.lowrank.values())
+    return Truncation(truncated, tuple(rows), size)
+
+
+def _truncated(
+    key: str, low: LowRank, triplets: Triplets, rank: int
+) -> tuple[LowRank | None, Truncated]:
+    """An update of this rank, and what it cost; None for rank 0."""
+    u, sigma, vt = triplets
+    norm = float(np.linalg.norm(sigma))
+    saved = _cost(low) * (low.rank - rank)
+    if rank == 0:
+        return None, Truncated(key, low.rank, rank, norm, norm, saved)
+    if rank == low.rank:
+        unchanged = low
+        if low.variant != "lora":
             # The same update with the plain scale: PEFT has one flag for the whole adapter.
-            unscaled = replace(entry, alpha=entry.scale * entry.rank, variant="lora")
-            entries[key] = entry if entry.variant == "lora" else unscaled
-            error = 0.0
-        elif new:
-            a, b = svd.balanced(u, s, vt, new)
-            whole = replace(entry, alpha=float(new), variant="lora", frozen=0)
-            entries[key] = replace(whole, a=a, b=b)
-            error = svd.distance(entry.a, entry.b * np.float64(entry.scale), a, b)
-        rows.append(Truncated(key, entry.rank, new, norm, error, saved))
-    metadata = {k: v for k, v in adapter.metadata.items() if k != LEARNS}  # of the old ranks
-    made = replace(adapter, entries=entries, metadata=metadata)
-    size = sum(low.a.size + low.b.size for low in made.lowrank.values())
-    return Truncation(made, tuple(rows), size)
+            unchanged = replace(low, alpha=low.scale * low.rank, variant="lora")
+        return unchanged, Truncated(key, low.rank, rank, norm, 0.0, saved)
+    a, b = svd.balanced(u, sigma, vt, rank)
+    error = svd.distance(low.a, low.b * np.float64(low.scale), a, b)
+    truncated = replace(low, alpha=float(rank), variant="lora", frozen=0)
+    return replace(truncated, a=a, b=b), Truncated(key, low.rank, rank, norm, error, saved)
