@@ -34,7 +34,43 @@ _READ = {"use": str, "variant": str, "alpha": float, "frozen": int}
 
 def to_json(entry: Change, *fields: str) -> Json:
     """These fields of an update, in this order; rank and scale are there for people."""
-    return {field: _plain(entry, field) for field in fields}
+    return {field: _field_json(entry, field) for field in fields}
+
+
+def _field_json(entry: Change, field: str) -> object:
+    if field == "layout":
+        return entry.layout.to_json() if entry.layout else None
+    if field == "extra":
+        return _extra(entry)
+    value = getattr(entry, field)
+    return float(value) if field in ("alpha", "scale") else value
+
+
+def _extra(entry: Change) -> Json:
+    """The field `extra`: see the table above. Facts that are empty are left out."""
+    if isinstance(entry, (Dense, Rotation)):
+        return {}
+    if not isinstance(entry, LowRank):
+        kernel = list(entry.kernel)
+        return {"op": f"conv{len(kernel)}d", "kernel": kernel} if kernel else {}
+
+    origin = entry.origin
+    layer = origin.layer or FileLayer("")
+    facts: Json = {
+        "op": origin.op,
+        "kernel": list(origin.kernel),
+        "tied": list(origin.twins) or origin.tied,
+        "mutated": entry.mutated,
+        "lead": layer.lead,
+        "of": layer.of,
+        **variant_of(entry).facts(entry),
+    }
+    extra = {name: value for name, value in facts.items() if value}
+    if layer.candidates:
+        extra["module"] = layer.module
+        extra["depth"] = layer.depth
+        extra["candidates"] = {name: list(pair) for name, pair in layer.candidates.items()}
+    return extra
 
 
 def from_json(entry: Described, row: JsonView) -> Described:
@@ -48,16 +84,48 @@ def from_json(entry: Described, row: JsonView) -> Described:
         LookupError, TypeError, ValueError, AttributeError: The row was edited.
         LoraFxError: The row is of a variant that is not known here.
     """
-    said: Json = {"layout": Layout.from_json(row["layout"]) if row["layout"] else None}
+    fields: Json = {"layout": Layout.from_json(row["layout"]) if row["layout"] else None}
     if isinstance(entry, LowRank):
-        said |= {field: read(row[field]) for field, read in _READ.items() if field in row}
+        fields |= {field: read(row[field]) for field, read in _READ.items() if field in row}
     elif "scale" in row and not isinstance(entry, Hadamard):
-        said["scale"] = float(row["scale"])
-    facts: Json = dict(row.get("extra", {}))
+        fields["scale"] = float(row["scale"])
+
+    extra: Json = dict(row.get("extra", {}))
     if "extra" in row and not isinstance(entry, (Dense, Rotation)):
-        said |= _facts(entry, facts)
-    read = replace(entry, **said)
-    return cast(Described, _with_facts(read, facts)) if isinstance(read, LowRank) else read
+        fields |= _extra_fields(entry, extra)
+    update = replace(entry, **fields)
+    if not isinstance(update, LowRank):
+        return update
+    return cast(Described, _with_facts(update, extra))
+
+
+def _extra_fields(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
+    """The fields of an update that `extra` has."""
+    kernel = tuple(int(size) for size in extra.get("kernel", ()))
+    if not isinstance(entry, LowRank):
+        return {"kernel": kernel}
+    tied = extra.get("tied")
+    origin = Origin(
+        op=str(extra.get("op", "")),
+        kernel=kernel,
+        tied=bool(tied),
+        twins=tuple(str(name) for name in tied) if isinstance(tied, list) else (),
+        layer=_layer(extra) if "lead" in extra else None,
+    )
+    return {"origin": origin, "mutated": str(extra.get("mutated", ""))}
+
+
+def _layer(extra: JsonView) -> FileLayer:
+    candidates = {}
+    for name, (rank, alpha) in extra.get("candidates", {}).items():
+        candidates[str(name)] = (int(rank), float(alpha))
+    return FileLayer(
+        lead=str(extra["lead"]),
+        of=int(extra.get("of", 0)),
+        module=str(extra.get("module", "")),
+        depth=int(extra.get("depth", 0)),
+        candidates=candidates,
+    )
 
 
 def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
@@ -65,53 +133,10 @@ def _with_facts(low: LowRank, facts: JsonView) -> LowRank:
 
     A format that has a and b alone holds LoRA, whatever variant made them of other tensors.
     """
-    named = named_variant(low.variant)
-    if not named.peft_type and named.made_of and not named.also and not low.variant_tensors:
+    variant = named_variant(low.variant)
+    is_made_of_others = bool(variant.made_of) and not variant.also
+    if is_made_of_others and not variant.peft_type and not low.variant_tensors:
         low = replace(low, variant="lora")
-    for variant in VARIANTS.values():
-        low = variant.with_facts(low, facts)
+    for each_variant in VARIANTS.values():
+        low = each_variant.with_facts(low, facts)
     return low
-
-
-def _plain(entry: Change, field: str) -> object:
-    if field == "layout":
-        return entry.layout.to_json() if entry.layout else None
-    if field == "extra":
-        return _extra(entry)
-    value = getattr(entry, field)
-    return float(value) if field in ("alpha", "scale") else value
-
-
-def _extra(entry: Change) -> Json:
-    if isinstance(entry, (Dense, Rotation)):
-        return {}
-    if not isinstance(entry, LowRank):
-        kernel = list(entry.kernel)
-        return {"op": f"conv{len(kernel)}d", "kernel": kernel} if kernel else {}
-    origin = entry.origin
-    facts: Json = {"op": origin.op, "kernel": list(origin.kernel)}
-    facts |= {"tied": list(origin.twins) or origin.tied, "mutated": entry.mutated}
-    layer = origin.layer or FileLayer("")
-    facts |= {"lead": layer.lead, "of": layer.of, **variant_of(entry).facts(entry)}
-    found = {name: value for name, value in facts.items() if value}
-    if layer.candidates:
-        maybe = {name: list(numbers) for name, numbers in layer.candidates.items()}
-        found |= {"module": layer.module, "depth": layer.depth, "candidates": maybe}
-    return found
-
-
-def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
-    kernel = tuple(int(n) for n in extra.get("kernel", ()))
-    if not isinstance(entry, LowRank):
-        return {"kernel": kernel}
-    tied = extra.get("tied")
-    layer = None
-    if "lead" in extra:
-        lead, module = str(extra["lead"]), str(extra.get("module", ""))
-        of, depth = int(extra.get("of", 0)), int(extra.get("depth", 0))
-        pairs = extra.get("candidates", {}).items()
-        candidates = {str(k): (int(r), float(s)) for k, (r, s) in pairs}
-        layer = FileLayer(lead, of, module, depth, candidates)
-    twins = tuple(str(name) for name in tied) if isinstance(tied, list) else ()
-    origin = Origin(str(extra.get("op", "")), kernel, bool(tied), twins, layer)
-    return {"origin": origin, "mutated": str(extra.get("mutated", ""))}

@@ -71,8 +71,8 @@ class LowRank:
         fields: dict[str, Any] = dict(state)
         group = fields.pop("group", 0)
         tensors = {"group": np.asarray(group)} if group else {}
-        older = {name: fields.pop(name) for name in OLDER_FIELDS if name in fields}
-        self.__dict__.update({"variant_tensors": tensors, "origin": Origin(**older), **fields})
+        facts = {name: fields.pop(name) for name in OLDER_FIELDS if name in fields}
+        self.__dict__.update({"variant_tensors": tensors, "origin": Origin(**facts), **fields})
 
     @property
     def rank(self) -> int:
@@ -93,8 +93,11 @@ class LowRank:
     @np.errstate(over="ignore", invalid="ignore")
     def norm(self) -> float:
         """‖s·BA‖ in Frobenius norm, without BA: its square is s² Σ (AAᵀ ∘ BᵀB)."""
-        a, b = self.a.astype(np.float64), self.b.astype(np.float64)
-        square = np.sum((a @ np.swapaxes(a, -1, -2)) * (np.swapaxes(b, -1, -2) @ b))
+        a = self.a.astype(np.float64)
+        b = self.b.astype(np.float64)
+        a_gram = a @ np.swapaxes(a, -1, -2)
+        b_gram = np.swapaxes(b, -1, -2) @ b
+        square = np.sum(a_gram * b_gram)
         return float(abs(self.scale) * np.sqrt(max(square, 0.0)))
 
     def block(self, batch: int, rows: slice, columns: slice, out: Array | None = None) -> Array:
@@ -144,12 +147,16 @@ class Full:
 
 def scale_of(alpha: float, rank: int, variant: str = "lora") -> float:
     """The factor before b @ a: alpha/√rank for rslora, else alpha/rank, as PEFT has it."""
-    return alpha / math.sqrt(rank) if variant == "rslora" else alpha / rank
+    if variant == "rslora":
+        return alpha / math.sqrt(rank)
+    return alpha / rank
 
 
 def alpha_of(scale: float, rank: int, variant: str = "lora") -> float:
     """The alpha that gives this scale; the inverse of `scale_of`."""
-    return scale * (math.sqrt(rank) if variant == "rslora" else rank)
+    if variant == "rslora":
+        return scale * math.sqrt(rank)
+    return scale * rank
 
 
 def draw(
@@ -181,4 +188,6 @@ def of_parts(
 ) -> Array:
     """Drawn numbers in double precision: x, or (x + iy)/√2 for a complex kind."""
     real = sample(shape)
-    return (real + 1j * sample(shape)) / math.sqrt(2) if kind.kind == "c" else real
+    if kind.kind != "c":
+        return real
+    return (real + 1j * sample(shape)) / math.sqrt(2)

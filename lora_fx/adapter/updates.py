@@ -77,15 +77,19 @@ class Kronecker:
     @property
     def shape(self) -> tuple[int, ...]:
         """[o1·o2, i1·i2]."""
-        (o1, i1), (o2, i2) = self.w1.shape, self.w2.shape
+        o1, i1 = self.w1.shape
+        o2, i2 = self.w2.shape
         return (o1 * o2, i1 * i2)
 
     def block(self, batch: int, rows: slice, columns: slice) -> Array:
         """A rectangle of ΔW, as `LowRank.block` gives it; there is one matrix."""
-        at = np.arange(self.shape[0])[rows]
+        row_numbers = np.arange(self.shape[0])[rows]
         o2 = self.w2.shape[0]
-        whole = self.w1[at // o2][:, :, None] * self.w2[at % o2][:, None, :]
-        return np.asarray(whole.reshape(len(at), -1)[:, columns] * whole.dtype.type(self.scale))
+        w1_rows = self.w1[row_numbers // o2]
+        w2_rows = self.w2[row_numbers % o2]
+        product = w1_rows[:, :, None] * w2_rows[:, None, :]
+        block = product.reshape(len(row_numbers), -1)[:, columns]
+        return np.asarray(block * block.dtype.type(self.scale))
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class Rotation:
     """ΔW = W · turnᵀ, turn = R − 1 of blocks along in: it depends on W, as DoRA's does.
 
     Attributes:
-        turn: [blocks, size, size], fp32; a single block that is `shared` stands all along in.
-        shared: See there.
+        turn: [blocks, size, size], fp32; a single block where it is `shared`.
+        shared: True where a single block stands all along in.
         layout: That of a weight stored [out, *in]; None while unbound.
     """
 
@@ -129,18 +133,22 @@ class Rotation:
     @property
     def shape(self) -> tuple[int, ...]:
         """[out, in]; 0 is for a size that only the base says."""
-        out = self.layout.out_size if self.layout else 0
-        size = len(self.turn) * self.turn.shape[-1]
-        return (out, size if not self.shared else self.layout.in_size if self.layout else 0)
+        in_size = 0 if self.shared else len(self.turn) * self.turn.shape[-1]
+        if self.layout is None:
+            return (0, in_size)
+        return (self.layout.out_size, self.layout.in_size if self.shared else in_size)
 
     def fits(self, in_: int) -> bool:
         """True where W can have this many columns."""
-        return in_ % self.turn.shape[-1] == 0 if self.shared else in_ == self.shape[1]
+        if self.shared:
+            return in_ % self.turn.shape[-1] == 0
+        return in_ == self.shape[1]
 
     def of(self, weight: Array) -> Array:
         """ΔW of some rows of W [n, in], in W's dtype."""
         blocks = weight.reshape(len(weight), -1, self.turn.shape[-1]).swapaxes(0, 1)
-        delta = np.matmul(blocks, self.turn.swapaxes(1, 2).astype(weight.dtype, copy=False))
+        turn_transposed = self.turn.swapaxes(1, 2).astype(weight.dtype, copy=False)
+        delta = np.matmul(blocks, turn_transposed)
         return np.asarray(delta.swapaxes(0, 1).reshape(weight.shape))
 
 
@@ -193,6 +201,15 @@ def is_on_base(entry: Entry) -> bool:
     return isinstance(entry, Full)
 
 
+_NAMES: dict[type, str] = {
+    Hadamard: "LoHa",
+    Kronecker: "LoKr",
+    Rotation: "OFT",
+    Dense: "a whole ΔW",
+    ReplacedRows: "trained rows",
+}
+
+
 def name_of(entry: Entry) -> str:
     """What the field calls an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
@@ -204,5 +221,4 @@ def name_of(entry: Entry) -> str:
             return entry.variant
         variant = variant_of(entry)
         return variant.title if variant.reads_weight and variant.title else entry.variant
-    names = {Hadamard: "LoHa", Kronecker: "LoKr", Rotation: "OFT", Dense: "a whole ΔW"}
-    return {**names, ReplacedRows: "trained rows"}.get(type(entry), "a whole tensor")
+    return _NAMES.get(type(entry), "a whole tensor")
