@@ -38,8 +38,8 @@ from lora_fx.text import JsonView, near
 VariantName = Literal["lora", "rslora", "dora", "lora-fa", "lora+", "qalora"] | str
 """Those of VARIANTS; a text, since qalora may carry the size of its groups: qalora:32."""
 VARIANTS: dict[str, Variant] = {
-    v.name: v
-    for v in (
+    variant.name: variant
+    for variant in (
         Lora("lora"),
         Lora("rslora"),  # its scale falls with √rank, so that high ranks learn as fast as low ones
         Dora("dora"),
@@ -66,9 +66,9 @@ def register(variant: Variant) -> None:
     if variant.name in VARIANTS or not variant.name or ":" in variant.name:
         raise MistakeError(f"a variant cannot be called {variant.name!r}: the name is taken")
     fields = (*variant.made_of, *variant.also)
-    taken = [f for f in fields if f in _ROW or fields.count(f) > 1 or not f.isidentifier()]
-    if taken:
-        raise MistakeError(f"{variant.name}: a tensor cannot have the field {taken[0]!r}")
+    for field in fields:
+        if field in _ROW or fields.count(field) > 1 or not field.isidentifier():
+            raise MistakeError(f"{variant.name}: a tensor cannot have the field {field!r}")
     VARIANTS[variant.name] = variant
 
 
@@ -99,6 +99,7 @@ def expect_variant(name: str, where: str) -> None:
 
 
 def _known() -> str:
+    """A hint with the names of the variants."""
     return f"the variants are {', '.join(VARIANTS)}"
 
 
@@ -109,14 +110,18 @@ def variant_of(low: LowRank) -> Variant:
         recognised = variant.of(low)
         if recognised is not None:
             return recognised
-    # an update of which a and b were rewritten, and not the tensors that made them
+    # Its a and b were rewritten, and not the tensors that made them.
     return VARIANTS["lora"] if named.made_of else named
 
 
 def names_taken(*, reading_weight: bool) -> list[str]:
     """Variants by their form, for messages: with those that read W itself, or without."""
-    forms = (v for v in VARIANTS.values() if not (v.learns_as_lora or v.constant_over))
-    return [v.name for v in forms if reading_weight or not v.reads_weight]
+    names = []
+    for variant in VARIANTS.values():
+        differs_in_form = not variant.learns_as_lora and not variant.constant_over
+        if differs_in_form and (reading_weight or not variant.reads_weight):
+            names.append(variant.name)
+    return names
 
 
 def is_lora_or_dora(low: LowRank) -> bool:
@@ -127,9 +132,10 @@ def is_lora_or_dora(low: LowRank) -> bool:
 
 def asked(low: LowRank) -> tuple[int, float]:
     """Rank and alpha without the frozen ranks, as whoever inserted the update gave them."""
+    if not low.frozen:
+        return low.rank, variant_of(low).alpha(low)
     rank = low.rank - low.frozen
-    alpha = alpha_of(low.scale, rank, low.variant) if low.frozen else variant_of(low).alpha(low)
-    return rank, alpha
+    return rank, alpha_of(low.scale, rank, low.variant)
 
 
 def fields_of_files() -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def fields_of_files() -> tuple[str, ...]:
 
 
 def bare(values: Mapping[str, Array], row: JsonView) -> LowRank:
-    """The update that the tensors of a file are of, before the JSON of it is read.
+    """The update that has these tensors of a file, before its JSON is read.
 
     Args:
         values: Its tensors by field.

@@ -136,13 +136,16 @@ class Variant:
     def of(self, low: LowRank) -> Variant | None:
         """This variant where an update has its tensors, and a and b are what they make; or None."""
         fields = {*self.made_of, *self.also}
-        named = low.variant.partition(":")[0] == self.name
-        if not named or not fields or fields != set(low.variant_tensors):
+        name = low.variant.partition(":")[0]
+        if name != self.name or not fields or fields != set(low.variant_tensors):
             return None
-        e = NumpyEmitter()
+        emitter = NumpyEmitter()
         read = self.tensors(low).__getitem__
-        same = np.array_equal(self.a(e, read), low.a) and np.array_equal(self.b(e, read), low.b)
-        return self if same else None
+        if not np.array_equal(self.a(emitter, read), low.a):
+            return None
+        if not np.array_equal(self.b(emitter, read), low.b):
+            return None
+        return self
 
     def tensors(self, low: LowRank) -> Mapping[str, Array]:
         """The tensors that a model holds for a and b, by field."""
@@ -168,9 +171,10 @@ class Variant:
             values: Arrays by field, for every tensor that it has in a model.
         """
         tensors = {field: values[field] for field in (*self.made_of, *self.also)}
-        e, read = NumpyEmitter(), values.__getitem__
-        a = self.a(e, read)
-        b = self.b(e, read)
+        emitter = NumpyEmitter()
+        read = values.__getitem__
+        a = self.a(emitter, read)
+        b = self.b(emitter, read)
         if low.frozen:
             a = np.concatenate([a, values["a0"]], axis=-2)
             b = np.concatenate([b, values["b0"]], axis=-1)
@@ -185,13 +189,16 @@ class Variant:
         """
         if self.reads_weight:
             raise LoraFxError(f"an update of variant {self.name} cannot be taken apart", WHOLE)
-        return replace(plain(low) if self.made_of else low, b=low.b[rows])
+        if self.made_of:
+            low = plain(low)
+        return replace(low, b=low.b[rows])
 
     def turned(self, low: LowRank, key: str) -> LowRank:
         """The update of Wᵀ; raises LoraFxError where it has none."""
         if self.reads_weight:
             raise LoraFxError(f"{key!r}: an update of variant {self.name} has no transpose", WHOLE)
-        low = plain(low) if self.made_of else low
+        if self.made_of:
+            low = plain(low)
         return replace(low, a=np.swapaxes(low.b, -1, -2), b=np.swapaxes(low.a, -1, -2))
 
     def fitted(self, low: LowRank, key: str, layout: Layout) -> LowRank:
@@ -262,7 +269,10 @@ class Variant:
     def rates(self, lr: float) -> dict[str, float]:
         """The learning rate of each field, where it is not lr."""
         fields = (*self.made_of, *self.also, *self.zero_where)
-        return {field: lr if field == "a" else lr * self.ratio for field in fields}
+        rates = dict.fromkeys(fields, lr * self.ratio)
+        if "a" in rates:
+            rates["a"] = lr
+        return rates
 
     def drawn(self, low: LowRank, key: str, seed: int) -> Mapping[str, Array]:
         """Random numbers for what trains, by field, with ‖ΔW‖ about that of W at s = 1.
