@@ -14,7 +14,7 @@ from lora_fx.targets.keys import split_use
 from lora_fx.targets.rank_plan import GivenRanks, given_ranks
 from lora_fx.targets.rank_plan import Ranked as Ranked
 from lora_fx.targets.rank_plan import RankPlan as RankPlan
-from lora_fx.targets.selectors import select, select_names
+from lora_fx.targets.selectors import select, select_names, target_names
 from lora_fx.targets.target import Target, check_disjoint
 from lora_fx.text import JsonView, is_whole, near, short
 
@@ -28,26 +28,39 @@ def default_plan(targets: Sequence[Target]) -> tuple[Target, ...]:
     Every weight matmul except output heads, embeddings and expert routers; convolutions when
     they carry most of the weight FLOPs.
     """
-    total = sum(t.flops for t in targets)
-    with_conv = 2 * sum(t.flops for t in targets if t.op.startswith("conv")) > total
+    all_flops = sum(target.flops for target in targets)
+    convolution_flops = sum(target.flops for target in targets if _is_convolution(target))
+    with_convolutions = 2 * convolution_flops > all_flops
     result = []
-    for t in targets:
-        conv, large = t.op.startswith("conv"), max(t.layout.out_size, t.layout.in_size) >= HEAD_ROWS
-        reasons = {
-            "embedding": t.role == "embedding",
-            "output head": t.role == "head" and large,
-            "router": t.role == "router",
-            "runs under no_grad: no gradient reaches it": t.no_grad,
-            "convolutions carry less than half of the FLOPs": conv and not with_conv,
-        }
-        why = next((reason for reason, holds in reasons.items() if holds), "")
-        result.append(replace(t, default=not why, why_not=why))
+    for target in targets:
+        why_not = _why_not(target, with_convolutions)
+        result.append(replace(target, default=not why_not, why_not=why_not))
     return tuple(result)
+
+
+def _is_convolution(target: Target) -> bool:
+    return target.op.startswith("conv")
+
+
+def _why_not(target: Target, with_convolutions: bool) -> str:
+    """Why the default plan leaves a target out; empty where it takes it."""
+    if target.role == "embedding":
+        return "embedding"
+    longer_side = max(target.layout.out_size, target.layout.in_size)
+    if target.role == "head" and longer_side >= HEAD_ROWS:
+        return "output head"
+    if target.role == "router":
+        return "router"
+    if target.no_grad:
+        return "runs under no_grad: no gradient reaches it"
+    if _is_convolution(target) and not with_convolutions:
+        return "convolutions carry less than half of the FLOPs"
+    return ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What one target gets."""
+    """The rank and the alpha of one target."""
 
     rank: int
     alpha: float
@@ -55,7 +68,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Target key → Entry, the tensors trained whole, and what had to be said on the way."""
+    """Which targets get an update, and of which rank.
+
+    Attributes:
+        entries: Target key → rank and alpha.
+        also_train: The tensors that are trained whole.
+        notes: What the user should know of it, such as a rank that was capped.
+    """
 
     entries: Mapping[str, Entry]
     also_train: tuple[str, ...] = ()
@@ -98,7 +117,8 @@ def make_plan(
             "the model has no weight matmul that an adapter could attach to",
             "run lora-fx targets MODEL: it says what was refused and why",
         )
-    whole = tuple(dict.fromkeys(names[n] for n in select_names(list(names), also_train or ())))
+    tensor_names = select_names(list(names), also_train or ())
+    also_trained = tuple(dict.fromkeys(names[name] for name in tensor_names))
     ranks, where = given_ranks(ranks)
     if ranks is not None:
         if include is not None:
@@ -106,77 +126,125 @@ def make_plan(
                 f"{where} names its targets, so include has no say",
                 "leave it out; exclude takes targets away",
             )
-        ranks = {found[k].key: v for k, v in _known(found, ranks, where).items()}
-        chosen = list(ranks)
-    elif include is not None:
-        chosen = select(found, include)
-    else:
-        chosen = [k for t in found.targets if t.default for k in _default_uses(t)]
+        ranks = _by_target_key(ranks, found, where)
+    keys = _included(found, include, ranks)
     if exclude is not None:
-        gone = select(found, exclude)
-        chosen = [left for k in chosen for left in _without(found, k, gone)]
-    chosen = [k for k in chosen if found[k].parameter.name not in whole]
-    if not chosen and not whole:
+        keys = _without_excluded(keys, exclude, found)
+    keys = [key for key in keys if found[key].parameter.name not in also_trained]
+    if not keys and not also_trained:
         raise LoraFxError(
             "no target is left: the default plan leaves out heads, embeddings and routers",
             "name some with include (--include '*' takes all); run lora-fx targets MODEL",
         )
-    check_disjoint(found[k] for k in chosen)
-    limits = {k: found[k].layout.max_rank for k in chosen}
-    if chosen and ranks is None and rank > max(limits.values()):
-        key = max(limits, key=lambda k: limits[k])
+
+    check_disjoint(found[key] for key in keys)
+    targets = {key: found[key] for key in keys}
+    if targets and ranks is None:
+        _check_some_target_holds(rank, targets)
+    entries: dict[str, Entry] = {}
+    notes: list[str] = []
+    for key, target in targets.items():
+        row = (ranks or {}).get(key, rank)
+        if not isinstance(row, Mapping):
+            row = {"rank": row}
+        target_rank = row.get("rank", rank)
+        if target_rank <= 0:
+            raise LoraFxError(
+                f"rank {target_rank} of {key} is not a positive whole number", "8 is usual"
+            )
+        limit = target.layout.max_rank
+        if target_rank > limit:
+            if ranks is not None:
+                raise LoraFxError(
+                    f"{where}: rank {target_rank} of {key!r} is above its smaller side {limit}",
+                    "lower it in the plan",
+                )
+            notes.append(f"{key}: rank {target_rank} capped to {limit}, its smaller side")
+            target_rank = limit
+        if target.of_several and target.tied:
+            uses = " and ".join(target.uses)
+            notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
+        entries[key] = Entry(target_rank, _alpha(key, target_rank, row.get("alpha", alpha)))
+    return Plan(entries, also_trained, tuple(notes))
+
+
+def _by_target_key(ranks: JsonView, found: Found, where: str) -> JsonView:
+    """The rows of a plan under the keys of the model; raises LoraFxError for one that it lacks."""
+    for key in ranks:
+        if found.get(key) is None:
+            hint = near(key, target_names(found))
+            raise LoraFxError(f"{where} names {key!r}, which is no target", hint)
+    return {found[key].key: row for key, row in ranks.items()}
+
+
+def _included(
+    found: Found, include: str | Sequence[str] | None, ranks: JsonView | None
+) -> list[str]:
+    """The keys that a plan or `include` names, or those that are taken by default."""
+    if ranks is not None:
+        return list(ranks)
+    if include is not None:
+        return select(found, include)
+    keys: list[str] = []
+    for target in found.targets:
+        if target.default:
+            keys += _default_keys(target)
+    return keys
+
+
+def _default_keys(target: Target) -> tuple[str, ...]:
+    """Keys of the uses of a target that the default plan takes: a lookup has no matmul."""
+    if not target.tied:
+        return target.keys_of(target.sites)
+    return target.keys_of([site for site in target.sites if site.op != "embedding"])
+
+
+def _without_excluded(keys: Sequence[str], exclude: str | Sequence[str], found: Found) -> list[str]:
+    """The keys without what is excluded: of some, other parts or other uses are left."""
+    excluded = select(found, exclude)
+    result: list[str] = []
+    for key in keys:
+        result += _remainder(found[key], excluded, found)
+    return result
+
+
+def _remainder(target: Target, excluded: Sequence[str], found: Found) -> Sequence[str]:
+    """Keys of what is left of a target: its other parts, or its other uses."""
+    parts = [part for _, part in target.parts if part not in excluded]
+    if len(parts) < len(target.parts):
+        return parts
+    excluded_sites = set()
+    for excluded_key in excluded:
+        excluded_target = found[excluded_key]
+        if excluded_target.holds(target):
+            excluded_sites |= {site.id for site in excluded_target.sites}
+    sites = [site for site in target.sites if site.id not in excluded_sites]
+    if not sites:
+        return ()
+    target_of_all_uses = found[split_use(target.key)[0]]
+    return target_of_all_uses.keys_of(sites)
+
+
+def _check_some_target_holds(rank: int, targets: Mapping[str, Target]) -> None:
+    """Raise where no target can have a rank."""
+    limits = {key: target.layout.max_rank for key, target in targets.items()}
+    key = max(limits, key=lambda key: limits[key])
+    if rank > limits[key]:
         raise LoraFxError(
             f"rank {rank} is above the smaller side of every target; the largest is "
             f"{limits[key]} ({key})",
             f"choose a rank of at most {limits[key]}",
         )
-    entries, notes = {}, []
-    for key in chosen:
-        given = (ranks or {}).get(key, rank)
-        asked = given if isinstance(given, Mapping) else {"rank": given}
-        r, al = asked.get("rank", rank), asked.get("alpha", alpha)
-        if r <= 0:
-            raise LoraFxError(f"rank {r} of {key} is not a positive whole number", "8 is usual")
-        if r > limits[key]:
-            if ranks is not None:
-                raise LoraFxError(
-                    f"{where}: rank {r} of {key!r} is above its smaller side {limits[key]}",
-                    "lower it in the plan",
-                )
-            notes.append(f"{key}: rank {r} capped to {limits[key]}, its smaller side")
-            r = limits[key]
-        if found[key].of_several and found[key].tied:
-            uses = " and ".join(found[key].uses)
-            notes.append(f"{key}: one update for {uses}; include={key + '@*'!r} gives each its own")
-        al = default_alpha(r) if al is None else float(al)
-        if not math.isfinite(al):
-            raise LoraFxError(f"alpha {al} of {key} is no finite number", "2·rank is usual")
-        entries[key] = Entry(r, al)
-    return Plan(entries, whole, tuple(notes))
 
 
-def _default_uses(t: Target) -> tuple[str, ...]:
-    """The uses of a target that the default plan takes: a lookup has no matmul."""
-    return t.keys_of([s for s in t.sites if s.op != "embedding"] if t.tied else t.sites)
-
-
-def _without(found: Found, key: str, gone: Sequence[str]) -> Sequence[str]:
-    """What is left of a target without what is excluded: its other parts, or its other uses."""
-    t = found[key]
-    left = [part for _, part in t.parts if part not in gone]
-    if len(left) < len(t.parts):
-        return left
-    taken = {s.id for o in map(found.__getitem__, gone) if o.holds(t) for s in o.sites}
-    sites = [s for s in t.sites if s.id not in taken]
-    return found[split_use(key)[0]].keys_of(sites) if sites else ()
-
-
-def _known(found: Found, ranks: JsonView, where: str) -> JsonView:
-    for key in ranks:
-        if found.get(key) is None:
-            names = [n for t in found.targets for n in (t.key, *t.parameter.aliases)]
-            raise LoraFxError(f"{where} names {key!r}, which is no target", near(key, names))
-    return ranks
+def _alpha(key: str, rank: int, alpha: float | None) -> float:
+    """The alpha of a key; raises LoraFxError for one that is not finite."""
+    if alpha is None:
+        alpha = default_alpha(rank)
+    alpha = float(alpha)
+    if not math.isfinite(alpha):
+        raise LoraFxError(f"alpha {alpha} of {key} is no finite number", "2·rank is usual")
+    return alpha
 
 
 def default_alpha(rank: int) -> float:

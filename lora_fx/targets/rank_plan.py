@@ -45,12 +45,12 @@ class RankPlan:
     Attributes:
         rows: One for each target, with rank 0 where it is left out.
         method: A name of lora_fx.targets.rank_methods.
-        budget: The text that was asked for.
+        budget: The text of the budget.
         unit: What costs are counted in: params or flops.
         limit: The budget in its unit.
-        model: What was planned for; empty for a module.
+        model: The path of the model; empty for a module.
         examples: How many examples calibration read.
-        notes: What had to be said.
+        notes: What the user should know of it.
     """
 
     rows: tuple[Ranked, ...]
@@ -65,26 +65,30 @@ class RankPlan:
     @property
     def used(self) -> int:
         """How much of the limit these ranks cost."""
-        return sum(r.cost * r.rank for r in self.rows)
+        return sum(row.cost * row.rank for row in self.rows)
 
     @property
     def ranks(self) -> dict[str, Json]:
         """Key → rank and alpha: what insert takes as plan."""
-        return {r.key: {"rank": r.rank, "alpha": r.alpha} for r in self.rows if r.rank}
+        return {row.key: {"rank": row.rank, "alpha": row.alpha} for row in self.rows if row.rank}
 
     def to_json(self) -> Json:
         """The plan file as an object."""
-        targets = {r.key: {"rank": r.rank, "alpha": plain_number(r.alpha)} for r in self.rows}
+        targets = {
+            row.key: {"rank": row.rank, "alpha": plain_number(row.alpha)} for row in self.rows
+        }
         # `version` is the number of the format; `format` was taken before it was a rule
         known = {"format": FORMAT, "version": 1, "targets": targets}
         return {name: known[name] if name in known else getattr(self, name) for name in FIELDS}
 
     def text(self) -> str:
         """The file's text, a target a line."""
-        whole = self.to_json()
-        rows = [f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in whole.pop("targets").items()]
-        head = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in whole.items()]
-        return "\n".join(["{", *head, '  "targets": {', ",\n".join(rows), "  }", "}", ""])
+        fields = self.to_json()
+        targets = fields.pop("targets")
+        field_lines = [f"  {json.dumps(name)}: {json.dumps(fields[name])}," for name in fields]
+        target_lines = [f"    {json.dumps(key)}: {json.dumps(targets[key])}" for key in targets]
+        lines = ["{", *field_lines, '  "targets": {', ",\n".join(target_lines), "  }", "}", ""]
+        return "\n".join(lines)
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the file, all of it or nothing."""
@@ -95,15 +99,18 @@ class RankPlan:
 
     def __str__(self) -> str:
         """A table for people: key, rank, alpha and cost."""
-        rows = [(r.key, str(r.rank), f"{r.alpha:g}", str(r.cost * r.rank)) for r in self.rows]
-        lines = table([("key", "rank", "alpha", self.unit), *rows])
-        kept = [r.rank for r in self.rows if r.rank]
+        rows = [("key", "rank", "alpha", self.unit)]
+        for row in self.rows:
+            rows.append((row.key, str(row.rank), f"{row.alpha:g}", str(row.cost * row.rank)))
+        lines = table(rows)
+        ranks = [row.rank for row in self.rows if row.rank]
         lines.append(
-            f"{self.method}: {len(kept)} of {len(self.rows)} targets, ranks {min(kept)} to "
-            f"{max(kept)}; {self.used} of {self.limit} {self.unit} used "
+            f"{self.method}: {len(ranks)} of {len(self.rows)} targets, ranks {min(ranks)} to "
+            f"{max(ranks)}; {self.used} of {self.limit} {self.unit} used "
             f"({self.used / self.limit:.1%})"
         )
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
 
 
 GivenRanks = RankPlan | str | PathLike[str] | JsonView
@@ -111,7 +118,11 @@ GivenRanks = RankPlan | str | PathLike[str] | JsonView
 
 
 def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:
-    """(key → rank or {rank, alpha}, what to call it in an error) of what insert takes as plan."""
+    """Read what insert takes as plan.
+
+    Returns:
+        Key → rank or {rank, alpha}, or None for no plan; and how errors call the plan.
+    """
     if isinstance(plan, RankPlan):
         return plan.ranks, "the plan"
     if isinstance(plan, (str, PathLike)):
@@ -137,8 +148,11 @@ def _row_of(key: str, value: object) -> Json:
         LoraFxError: Something else than a whole rank and a number.
     """
     row = value if isinstance(value, Mapping) else {"rank": value}
-    if unknown := sorted(set(row) - {"rank", "alpha"}):
-        raise LoraFxError(f"the plan has {unknown[0]!r} of {key!r}; it is not known", OWN_PLAN)
+    unknown_names = sorted(set(row) - {"rank", "alpha"})
+    if unknown_names:
+        name = unknown_names[0]
+        raise LoraFxError(f"the plan has {name!r} of {key!r}; it is not known", OWN_PLAN)
+
     checked: Json = {}
     if "rank" in row:
         rank = row["rank"]
@@ -160,8 +174,9 @@ def _row_of(key: str, value: object) -> Json:
 
 def _shown(value: object) -> str:
     """A short value as Python writes it; of another the name of its class."""
-    plain = value is None or isinstance(value, (str, int, float))
-    return repr(value) if plain else f"of type {type(value).__name__}"
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    return f"of type {type(value).__name__}"
 
 
 def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
@@ -175,6 +190,16 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
     data = read_json(where, hint="write it again")
     if not isinstance(data.get("targets"), dict):
         raise LoraFxError(f"{where} is no plan: it has no targets", "lora-fx plan writes one")
+    _check_fields(data, where)
+    rows = {key: _entry(where, key, value) for key, value in data["targets"].items()}
+    rows = {key: row for key, row in rows.items() if row["rank"]}
+    if not rows:
+        raise LoraFxError(f"{where}: no target has a rank above 0", "there is nothing to adapt")
+    return rows
+
+
+def _check_fields(data: JsonView, where: str) -> None:
+    """Raise for a field that no plan has, a value of another type, or a file of a later version."""
     for name, value in data.items():
         if name not in FIELDS:
             raise LoraFxError(f"{where}: no field {name!r} in a plan", near(name, FIELDS))
@@ -186,23 +211,23 @@ def read_plan(path: str | PathLike[str]) -> dict[str, Json]:
             f"{where}: a file of {data['format']!r}; expected {FORMAT!r}", "write the plan again"
         )
     check_format({"format": data.get("version", 1)}, where)
-    found = {key: _entry(where, key, value) for key, value in data["targets"].items()}
-    kept = {key: entry for key, entry in found.items() if entry["rank"]}
-    if not kept:
-        raise LoraFxError(f"{where}: no target has a rank above 0", "there is nothing to adapt")
-    return kept
 
 
 def _entry(where: str, key: str, value: object) -> Json:
-    def bad(what: str) -> LoraFxError:
+    """The rank and the alpha of a key of a plan file; raises LoraFxError for anything else."""
+
+    def wrong(what: str) -> LoraFxError:
         return LoraFxError(f"{where}: {what}", "correct the file")
 
-    given = {"rank": value} if isinstance(value, int) else value
-    if not isinstance(given, Mapping) or "rank" not in given or set(given) - {"rank", "alpha"}:
-        raise bad(f'{key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}')
-    rank, alpha = given["rank"], given.get("alpha")
+    row = {"rank": value} if isinstance(value, int) else value
+    if not isinstance(row, Mapping) or "rank" not in row or set(row) - {"rank", "alpha"}:
+        raise wrong(f'{key!r} is {value!r}; expected {{"rank": 8, "alpha": 16}}')
+    rank = row["rank"]
     if not is_whole(rank) or rank < 0:
-        raise bad(f"the rank of {key!r} is {rank!r}; expected a whole number from 0 up")
-    if alpha is not None and not (is_number(alpha) and 0 <= alpha < float("inf")):
-        raise bad(f"the alpha of {key!r} is {alpha!r}; expected a number")
-    return {"rank": rank, **({} if alpha is None else {"alpha": float(alpha)})}
+        raise wrong(f"the rank of {key!r} is {rank!r}; expected a whole number from 0 up")
+    alpha = row.get("alpha")
+    if alpha is None:
+        return {"rank": rank}
+    if not is_number(alpha) or not 0 <= alpha < float("inf"):
+        raise wrong(f"the alpha of {key!r} is {alpha!r}; expected a number")
+    return {"rank": rank, "alpha": float(alpha)}
