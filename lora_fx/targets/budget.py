@@ -15,8 +15,9 @@ for others that fill it better, at the least loss of gain.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,13 @@ FORMS = "params:100000, flops:2%, flops:1e9 or uniform:8"
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as it was asked for: kind params, flops, flops% or uniform, and its number."""
+    """A budget.
+
+    Attributes:
+        text: The text that it was read from.
+        kind: params, flops, flops% or uniform.
+        number: The number after it.
+    """
 
     text: str
     kind: str
@@ -44,7 +51,7 @@ class Budget:
 
     @property
     def unit(self) -> str:
-        """What costs are counted in: params or flops."""
+        """The unit of costs: params or flops."""
         return "flops" if self.kind.startswith("flops") else "params"
 
     @classmethod
@@ -60,18 +67,20 @@ class Budget:
             value = float(number.removesuffix("%") if percent else number)
         except ValueError:
             value = math.nan
-        whole = percent or value == math.floor(value) if math.isfinite(value) else False
-        if kind not in ("params", "flops", "uniform") or not (whole and value > 0):
+        is_known = kind in ("params", "flops", "uniform")
+        if not is_known or not math.isfinite(value) or value <= 0:
+            raise LoraFxError(f"no budget {text!r}", FORMS)
+        if not percent and value != math.floor(value):
             raise LoraFxError(f"no budget {text!r}", FORMS)
         return cls(text, "flops%" if percent else kind, value)
 
     def cost(self, target: Target, use: str) -> int:
-        """What one rank costs: elements of a and b, or FLOPs of the uses that an update has."""
+        """The cost of one rank: elements of a and b, or FLOPs of the uses that an update has."""
         layout = target.layout
         if self.unit == "params":
             return layout.parameters(1)
         ratio = (layout.out_size + layout.in_size) / (layout.out_size * layout.in_size)
-        flops = sum(s.flops for s in target.sites if applies(use, s))
+        flops = sum(site.flops for site in target.sites if applies(use, site))
         lookup = 2 * layout.out_size  # an embedding multiplies only by b
         return max(round(flops * ratio), lookup)
 
@@ -87,11 +96,12 @@ class Budget:
             LoraFxError: The budget does not pay for a single rank.
         """
         if self.kind == "uniform":
-            return sum(c * min(int(self.number), most[k]) for k, c in costs.items())
+            rank = int(self.number)
+            return sum(cost * min(rank, most[key]) for key, cost in costs.items())
         limit = self.number
         if self.kind == "flops%":
             limit *= found.weight_flops / 100
-        cheapest = min(costs, key=lambda k: costs[k])
+        cheapest = min(costs, key=lambda key: costs[key])
         if limit < costs[cheapest]:
             raise LoraFxError(
                 f"the budget {self.text} is {int(limit)} {self.unit}; one rank of {cheapest!r} "
@@ -113,41 +123,94 @@ def allocate(
         most: The highest rank, by key.
         limit: The budget, in the unit of the costs.
     """
-    even = {k: costs[k] / np.arange(1.0, most[k] + 1) for k in gains}
-    fixed = {k: r for k, r in within_budget(even, costs, limit).items() if gains[k] is None}
-    known = {k: np.minimum.accumulate(np.asarray(g)) for k, g in gains.items() if g is not None}
-    best = max((float(g.max(initial=0.0)) / costs[k] for k, g in known.items()), default=0.0)
+    # Gains whose greedy choice gives every target the same rank.
+    uniform_gains = {key: costs[key] / np.arange(1.0, most[key] + 1) for key in gains}
+    uniform_ranks = within_budget(uniform_gains, costs, limit)
+    unknown_ranks: dict[str, int] = {}
+    spectra: dict[str, Array] = {}
+    for key, gain in gains.items():
+        if gain is None:
+            unknown_ranks[key] = uniform_ranks[key]
+        else:
+            spectra[key] = np.minimum.accumulate(np.asarray(gain))
+
     # A rank that is worth nothing still comes before a budget that nobody uses.
+    gains_per_cost = [float(gain.max(initial=0.0)) / costs[key] for key, gain in spectra.items()]
+    least = 1e-12 * (max(gains_per_cost, default=0.0) or 1.0)
     spectra = {
-        k: np.maximum(g, 1e-12 * (best or 1.0) * even[k][: len(g)]) for k, g in known.items()
+        key: np.maximum(gain, least * uniform_gains[key][: len(gain)])
+        for key, gain in spectra.items()
     }
-    left = limit - sum(costs[k] * r for k, r in fixed.items())
-    chosen = _filled(within_budget(spectra, costs, left), spectra, costs, left)
-    ranks = {**fixed, **chosen}
-    return {k: ranks[k] for k in gains}
+
+    limit -= _total(unknown_ranks, costs)
+    ranks = within_budget(spectra, costs, limit)
+    _fill(ranks, spectra, costs, limit)
+    ranks |= unknown_ranks
+    return {key: ranks[key] for key in gains}
 
 
-def _filled(
+def _total(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
+    """What some ranks cost."""
+    return sum(costs[key] * rank for key, rank in ranks.items())
+
+
+class _Exchange(NamedTuple):
+    """Some ranks of one target for some of another.
+
+    Attributes:
+        fills: Whether FULL of the limit is used after it.
+        gain: What it adds to the gain of all ranks; most often less than 0.
+        giver: The target that loses ranks.
+        given_up: How many.
+        taker: The target that gets ranks.
+        taken: How many.
+    """
+
+    fills: bool
+    gain: float
+    giver: str
+    given_up: int
+    taker: str
+    taken: int
+
+
+def _fill(
     ranks: dict[str, int], spectra: Mapping[str, Array], costs: Mapping[str, int], limit: int
-) -> dict[str, int]:
+) -> None:
     """Exchange a few ranks of one target for some of another until FULL of the limit is used."""
-    used = sum(costs[k] * r for k, r in ranks.items())
-    while used < FULL * limit:
-        best: tuple[bool, float, str, int, str, int] | None = None
-        for i, gone in ((k, t) for k, r in ranks.items() for t in range(1, min(r, MOST) + 1)):
-            lost = float(spectra[i][ranks[i] - gone : ranks[i]].sum())
-            free = limit - used + gone * costs[i]
-            for j, gains in spectra.items():
-                more = min(free // costs[j], len(gains) - ranks[j])
-                if j == i or more * costs[j] <= gone * costs[i]:
-                    continue
-                won = float(gains[ranks[j] : ranks[j] + more].sum())
-                enough = limit - free + more * costs[j] >= FULL * limit
-                if best is None or (enough, won - lost) > best[:2]:
-                    best = enough, won - lost, i, gone, j, more
+    while _total(ranks, costs) < FULL * limit:
+        best: _Exchange | None = None
+        for exchange in _exchanges(ranks, spectra, costs, limit):
+            if best is None or exchange[:2] > best[:2]:  # one that fills, then the largest gain
+                best = exchange
         if best is None:
             break
-        _, _, i, gone, j, more = best
-        ranks[i], ranks[j] = ranks[i] - gone, ranks[j] + more
-        used += more * costs[j] - gone * costs[i]
-    return ranks
+        ranks[best.giver] -= best.given_up
+        ranks[best.taker] += best.taken
+
+
+def _exchanges(
+    ranks: Mapping[str, int], spectra: Mapping[str, Array], costs: Mapping[str, int], limit: int
+) -> Iterator[_Exchange]:
+    """Every exchange of ranks that uses more of the limit."""
+    unused = limit - _total(ranks, costs)
+    for giver, given_up in _givable(ranks):
+        freed = given_up * costs[giver]
+        loss = float(spectra[giver][ranks[giver] - given_up : ranks[giver]].sum())
+        available = unused + freed
+        for taker, gains in spectra.items():
+            rank = ranks[taker]
+            taken = min(available // costs[taker], len(gains) - rank)
+            cost = taken * costs[taker]
+            if taker == giver or cost <= freed:
+                continue
+            win = float(gains[rank : rank + taken].sum())
+            fills = limit - available + cost >= FULL * limit
+            yield _Exchange(fills, win - loss, giver, given_up, taker, taken)
+
+
+def _givable(ranks: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Every target, with each number of ranks that it may give up at a time."""
+    for key, rank in ranks.items():
+        for count in range(1, min(rank, MOST) + 1):
+            yield key, count

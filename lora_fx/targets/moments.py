@@ -71,17 +71,27 @@ class Sums:
     def add(self, name: str, value: Array, rows: int = 0) -> None:
         """Add one batch's sum over its rows."""
         wide = np.asarray(value, np.float64)
-        self.total[name] = self.total[name] + wide if name in self.total else wide
+        if name in self.total:
+            wide = self.total[name] + wide
+        self.total[name] = wide
         self.rows[name] = self.rows.get(name, 0) + rows
 
     def mean(self, name: str) -> Array | None:
         """The mean of a statistic over rows; None where no use has it."""
         value = self.total.get(name)
-        return None if value is None else np.asarray(value / max(1, self.rows[name]))
+        if value is None:
+            return None
+        return np.asarray(value / max(1, self.rows[name]))
 
     def moments(self, examples: int) -> Moments:
         """Means of what was added: of second moments over rows, of gradients over examples."""
         gradient = self.total.get("gradient")
-        each = None if gradient is None else np.asarray(gradient / examples)
-        rows = max(self.rows.values(), default=0) / max(1, examples)
-        return Moments(self.mean("inputs"), self.mean("power"), self.mean("outputs"), each, rows)
+        if gradient is not None:
+            gradient = np.asarray(gradient / examples)
+        return Moments(
+            inputs=self.mean("inputs"),
+            power=self.mean("power"),
+            outputs=self.mean("outputs"),
+            gradient=gradient,
+            rows=max(self.rows.values(), default=0) / max(1, examples),
+        )

@@ -19,14 +19,16 @@ def gains(s: Array) -> Array:
     `s` are singular values, [*batch, k].
     """
     matrices = s.reshape(-1, s.shape[-1])
-    floor = matrices.max(initial=0.0) * s.shape[-1] * np.finfo(np.float64).eps
-    squares = np.where(matrices > floor, matrices, 0.0) ** 2
+    rounding = matrices.max(initial=0.0) * s.shape[-1] * np.finfo(np.float64).eps
+    squares = np.where(matrices > rounding, matrices, 0.0) ** 2
     return np.trim_zeros(squares.sum(0), "b")
 
 
 def _steps(spectra: Mapping[str, Array], costs: Mapping[str, int]) -> list[tuple[str, float]]:
     """Pairs (key, σ²) in the order in which ranks are taken, within a key from the first on."""
-    steps = [(key, float(gain)) for key, squares in spectra.items() for gain in squares]
+    steps: list[tuple[str, float]] = []
+    for key, squares in spectra.items():
+        steps += [(key, float(square)) for square in squares]
     return sorted(steps, key=lambda step: -step[1] / costs[step[0]])  # equal ones stay in order
 
 
@@ -47,17 +49,21 @@ def within_loss(
 ) -> dict[str, int]:
     """The first ranks in order that leave out at most `allowed` of Σ σ², none of them in vain."""
     steps = _steps(spectra, costs)
-    squares = np.array([gain for _, gain in steps])
-    left = np.append(np.cumsum(squares[::-1])[::-1], 0.0)  # left[t]: Σ σ² without the first t
-    count = int(np.argmax(left <= max(allowed, 0.0)))
-    ranks, lost = dict.fromkeys(spectra, 0), float(left[count])
+    squares = np.array([square for _, square in steps])
+    # losses[t] is Σ σ² without the first t steps.
+    losses = np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+    count = int(np.argmax(losses <= max(allowed, 0.0)))
+    ranks = dict.fromkeys(spectra, 0)
     for key, _ in steps[:count]:
         ranks[key] += 1
-    closed = set[str]()
-    for key, gain in reversed(steps[:count]):  # a cheap one taken late may make another needless
-        if key not in closed and lost + gain <= allowed:
+
+    # A cheap rank that was taken late may make another one needless.
+    loss = float(losses[count])
+    settled_keys: set[str] = set()
+    for key, square in reversed(steps[:count]):
+        if key not in settled_keys and loss + square <= allowed:
             ranks[key] -= 1
-            lost += gain
+            loss += square
         else:
-            closed.add(key)
+            settled_keys.add(key)
     return ranks
