@@ -26,7 +26,7 @@ class Found:
         data_flops: FLOPs of the matmuls between activations, at the example's sizes.
         pinned: Dimensions that the capture had to fix.
         ranges: The sizes that the captured graph is true for; elsewhere another one is captured.
-        notes: What had to be said on the way.
+        notes: What the user should know of the search.
         optional: Weights that are refused by default only: `include` can name them.
         shapes: Stored shape by parameter name, aliases too.
         first_names: Any name of a parameter → the first one of the same tensor.
@@ -67,23 +67,30 @@ class Found:
             return None if shared is None else shared.of_use(use)
         if not key.endswith("]"):
             return None
-        every = (t.part(key) for t in (*self.targets, *self.optional))
-        return next((t for t in every if t is not None), None)
+        for target in (*self.targets, *self.optional):
+            part = target.part(key)
+            if part is not None:
+                return part
+        return None
 
     @cached_property  # asked for every key of a plan and an adapter
     def by_key(self) -> Mapping[str, Target]:
         """Targets by key, and by alias where the key is a whole parameter; optional ones too."""
-        every = (*self.targets, *self.optional)
-        names = {a: t for t in every if "[" not in t.key for a in t.parameter.aliases}
-        return {**names, **{t.key: t for t in every}}
+        by_alias: dict[str, Target] = {}
+        by_own_key: dict[str, Target] = {}
+        for target in (*self.targets, *self.optional):
+            by_own_key[target.key] = target
+            if "[" not in target.key:
+                by_alias |= dict.fromkeys(target.parameter.aliases, target)
+        return {**by_alias, **by_own_key}
 
     @property
     def flops(self) -> dict[str, int]:
         """FLOPs of one forward that targets reach, that no branch does, and between activations."""
         return {
-            "reached": sum(t.flops for t in self.targets),
-            "refused": sum(r.flops for r in self.refusals),
-            "unreached": sum(u.flops for u in self.unreached),
+            "reached": sum(target.flops for target in self.targets),
+            "refused": sum(refusal.flops for refusal in self.refusals),
+            "unreached": sum(parameter.flops for parameter in self.unreached),
             "data": self.data_flops,
         }
 
@@ -97,8 +104,10 @@ class Found:
     def reached_share(self) -> float:
         """Share of the weight FLOPs that targets reach; 1 where no weight matmul costs any."""
         total = self.weight_flops
-        unknown = any("insert" in r.verbs for r in self.refusals)  # a product of unknown size
-        return self.flops["reached"] / total if total else float(not unknown)
+        if total:
+            return self.flops["reached"] / total
+        has_unknown_product = any("insert" in refusal.verbs for refusal in self.refusals)
+        return 0.0 if has_unknown_product else 1.0
 
     def to_json(self) -> Json:
         """Targets, refusals, unreached, pinned and FLOPs, as docs/json.md says."""
@@ -110,64 +119,86 @@ class Found:
 
     def __repr__(self) -> str:
         """The targets and their shapes, and how much cannot be adapted."""
-        shapes = [f"{t.key} {list(t.parameter.shape)}" for t in self.targets]
-        return f"Found({some(shapes) or 'no target'}; {counted(len(self.refusals), 'refusal')})"
+        shapes = [f"{target.key} {list(target.parameter.shape)}" for target in self.targets]
+        refusals = counted(len(self.refusals), "refusal")
+        return f"Found({some(shapes) or 'no target'}; {refusals})"
 
     def _repr_html_(self) -> str:
         """The table of targets, for notebooks."""
         return html(counted(len(self.targets), "target"), self._rows())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        head: tuple[str, ...] = ("key", "op", "in", "out", "sites", "share", "role", "default")
+        """A table of the targets; its first row has the names of the columns."""
+        header = ["key", "op", "in", "out", "sites", "share", "role", "default"]
+        with_format = any(target.parameter.format for target in self.targets)
+        if with_format:
+            header.append("format")
+        rows = [tuple(header)]
         total = max(1, self.weight_flops)
-        formats = any(t.parameter.format for t in self.targets)
-        head += ("format",) * formats
-        rows = [
-            (
-                t.key,
-                "+".join(t.uses),
-                "×".join(map(str, (*t.layout.batch_shape, t.layout.in_size))),
-                str(t.layout.out_size),
-                str(len(t.sites)),
-                f"{t.flops / total:6.1%}",
-                t.role or "+".join(r or "?" for r, _ in t.parts),
-                "yes" if t.default else f"no: {t.why_not}",
-                *(f"{t.parameter.format} {t.parameter.bits or ''}".strip(),) * formats,
-            )
-            for t in self.targets
-        ]
-        return [head, *rows]
+        for target in self.targets:
+            in_sizes = (*target.layout.batch_shape, target.layout.in_size)
+            part_roles = [role or "?" for role, _ in target.parts]
+            row = [
+                target.key,
+                "+".join(target.uses),
+                "×".join(map(str, in_sizes)),
+                str(target.layout.out_size),
+                str(len(target.sites)),
+                f"{target.flops / total:6.1%}",
+                target.role or "+".join(part_roles),
+                "yes" if target.default else f"no: {target.why_not}",
+            ]
+            if with_format:
+                row.append(f"{target.parameter.format} {target.parameter.bits or ''}".strip())
+            rows.append(tuple(row))
+        return rows
 
     def __str__(self) -> str:
         """A table for people."""
-        total = max(1, self.weight_flops)
         lines = table(self._rows()) if self.targets else ["no target"]
-        if any(t.sites for t in self.targets):
-            reach = (
-                "1 target reaches"
-                if len(self.targets) == 1
-                else f"{len(self.targets)} targets reach"
-            )
-            lines.append(
-                f"{reach} {self.reached_share:.1%} of the weight FLOPs "
-                f"({human(self.flops['reached'])} of {human(total)}; "
-                f"between activations {human(self.data_flops)})"
-                + (f", at {sizes_text(self.sizes)}" if self.sizes else "")
-            )
-        lines += [f"also read: {t.said}" for t in self.targets if t.said]
-        coded = [r for r in self.refusals if r.verbs and "insert" not in r.verbs]
-        if coded:
-            more = f" and {len(coded) - 1} more" * (len(coded) > 1)
-            verbs = " or ".join(coded[0].verbs)
-            lines.append(f"no {verbs}, only branches: {coded[0].key}{more}: {coded[0].reason}")
-        rest = [r for r in self.refusals if r not in coded]
-        alike = by_key(((r.op, r.reason), r.key) for r in rest)
-        lines += [f"refused: {some(keys)} ({op}): {why}" for (op, why), keys in alike.items()]
-        lines += [f"unreached: {u.key} {list(u.shape)}: {u.said}" for u in self.unreached]
-        lines += [f"pinned: {p}" for p in self.pinned]
-        lines += [f"captured for: {c}" for c in self.ranges]
-        lines += [f"note: {n}" for n in self.notes]
+        if any(target.sites for target in self.targets):
+            lines.append(self._reach())
+        lines += [f"also read: {target.said}" for target in self.targets if target.said]
+        lines += self._refusal_lines()
+        for parameter in self.unreached:
+            lines.append(f"unreached: {parameter.key} {list(parameter.shape)}: {parameter.said}")
+        lines += [f"pinned: {dimension}" for dimension in self.pinned]
+        lines += [f"captured for: {condition}" for condition in self.ranges]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(map(visible, lines))  # a name from a file may have line breaks
+
+    def _reach(self) -> str:
+        """A line on how many of the FLOPs the targets reach."""
+        count = len(self.targets)
+        targets = "1 target reaches" if count == 1 else f"{count} targets reach"
+        total = max(1, self.weight_flops)
+        sizes = f", at {sizes_text(self.sizes)}" if self.sizes else ""
+        return (
+            f"{targets} {self.reached_share:.1%} of the weight FLOPs "
+            f"({human(self.flops['reached'])} of {human(total)}; "
+            f"between activations {human(self.data_flops)}){sizes}"
+        )
+
+    def _refusal_lines(self) -> list[str]:
+        """Lines on refusals: one for all that take branches, and one for each reason of others."""
+        lines = []
+        only_branches = []
+        others = []
+        for refusal in self.refusals:
+            if refusal.verbs and "insert" not in refusal.verbs:
+                only_branches.append(refusal)
+            else:
+                others.append(refusal)
+        if only_branches:
+            first = only_branches[0]
+            count = len(only_branches)
+            more = f" and {count - 1} more" if count > 1 else ""
+            verbs = " or ".join(first.verbs)
+            lines.append(f"no {verbs}, only branches: {first.key}{more}: {first.reason}")
+        alike = by_key(((refusal.op, refusal.reason), refusal.key) for refusal in others)
+        for (op, reason), keys in alike.items():
+            lines.append(f"refused: {some(keys)} ({op}): {reason}")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,25 @@ def make_key(name: str, region: Region, shape: tuple[int, ...]) -> str:
     >>> make_key("w", ((0, 4), (2, 6)), (4, 6)), make_key("e", ((3, 4), (0, 6)), (8, 6))
     ('w[:, 2:6]', 'e[3]')
     """
-    bounds = list(zip(region, shape, strict=True))
-    while bounds and bounds[-1][0] == (0, bounds[-1][1]):
-        bounds.pop()
-    if not bounds:
+    axes = list(zip(region, shape, strict=True))
+    while axes and _is_full(*axes[-1]):
+        axes.pop()
+    if not axes:
         return name
-    if len(bounds) == 1 and bounds[0][0][1] - bounds[0][0][0] == 1 and len(shape) > 1:
-        return f"{name}[{bounds[0][0][0]}]"
-    text = ", ".join(":" if (lo, hi) == (0, n) else f"{lo}:{hi}" for (lo, hi), n in bounds)
-    return f"{name}[{text}]"
+    (first, end), _ = axes[0]
+    if len(axes) == 1 and end - first == 1 and len(shape) > 1:
+        return f"{name}[{first}]"
+
+    texts = []
+    for bounds, size in axes:
+        first, end = bounds
+        texts.append(":" if _is_full(bounds, size) else f"{first}:{end}")
+    return f"{name}[{', '.join(texts)}]"
+
+
+def _is_full(bounds: tuple[int, int], size: int) -> bool:
+    """True for the bounds of a whole axis."""
+    return bounds == (0, size)
 
 
 def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
@@ -47,14 +57,16 @@ def split_key(key: str, shape: tuple[int, ...]) -> tuple[str, Region]:
     ('w', ((0, 4), (2, 6)))
     """
     if not key.endswith("]"):
-        return key, tuple((0, n) for n in shape)
+        return key, tuple((0, size) for size in shape)
     name, _, text = key[:-1].rpartition("[")
     region = []
-    for part, n in zip(text.split(","), shape, strict=False):
-        lo, colon, hi = part.strip().partition(":")
-        first = int(lo or 0)
-        region.append((first, int(hi or n)) if colon else (first, first + 1))
-    return name, (*region, *((0, n) for n in shape[len(region) :]))
+    for bounds, size in zip(text.split(","), shape, strict=False):
+        first_text, colon, end_text = bounds.strip().partition(":")
+        first = int(first_text or 0)
+        end = int(end_text or size) if colon else first + 1
+        region.append((first, end))
+    region += [(0, size) for size in shape[len(region) :]]
+    return name, tuple(region)
 
 
 def base_name(key: str) -> str:
@@ -74,8 +86,10 @@ def split_region(key: str) -> tuple[str, str]:
     >>> split_region("a[0].weight[1:4]"), split_region("a[0].weight")
     (('a[0].weight', '[1:4]'), ('a[0].weight', ''))
     """
-    name, bracket, text = key.rpartition("[") if key.endswith("]") else (key, "", "")
-    return name, bracket + text
+    if not key.endswith("]"):
+        return key, ""
+    name, bracket, bounds = key.rpartition("[")
+    return name, bracket + bounds
 
 
 def split_use(key: str) -> tuple[str, str]:
@@ -94,11 +108,11 @@ def applies(use: str, site: Site) -> bool:
     if not use or use.startswith("call:"):  # a call is in the key, and its target has no other site
         return True
     if use.startswith("op:"):
-        return site.op == use[3:]
+        return site.op == use.removeprefix("op:")
     return site.scope == use.rpartition(".")[0]
 
 
 def own_use(key: str) -> str:
-    """What `LowRank.use` says of a key's use: nothing of a call, which no other place can tell."""
-    use = split_use(key)[1]
+    """`LowRank.use` of a key: its use, but for a call, which no other place can tell."""
+    _, use = split_use(key)
     return "" if use.startswith("call:") else use

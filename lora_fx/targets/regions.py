@@ -14,19 +14,26 @@ from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
 
 
-def overlap(r: Region, s: Region) -> bool:
+def overlap(region: Region, other: Region) -> bool:
     """True when two regions of one tensor share an element."""
-    return all(a < d and c < b for (a, b), (c, d) in zip(r, s, strict=True))
+    for (first, end), (other_first, other_end) in zip(region, other, strict=True):
+        if first >= other_end or other_first >= end:
+            return False
+    return True
 
 
 def contains(outer: Region, inner: Region) -> bool:
     """True when a region lies within another."""
-    return all(a <= c and d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))
+    for (outer_first, outer_end), (first, end) in zip(outer, inner, strict=True):
+        if first < outer_first or end > outer_end:
+            return False
+    return True
 
 
 def relative(inner: Region, outer: Region) -> Region:
     """The bounds of a region within another."""
-    return tuple((c - a, d - a) for (a, _), (c, d) in zip(outer, inner, strict=True))
+    pairs = zip(inner, outer, strict=True)
+    return tuple((first - start, end - start) for (first, end), (start, _) in pairs)
 
 
 def widen(
@@ -44,23 +51,29 @@ def widen(
     """
     lead = len(whole.batch)
 
-    def spread(x: V, axes: tuple[int, ...], *, rank_first: bool) -> V:
-        order = (*whole.batch, *axes)
-        if all(whole.shape[i] == narrow.shape[i] for i in order):
+    def spread(x: V, side: tuple[int, ...], *, rank_first: bool) -> V:
+        """One factor; `side` are the axes of out or in."""
+        axes = (*whole.batch, *side)
+        if all(whole.shape[axis] == narrow.shape[axis] for axis in axes):
             return x
-        at = lead if rank_first else len(order)
-        before = [start[i] for i in order]
-        split = [narrow.shape[i] for i in order]
-        after = [whole.shape[i] - narrow.shape[i] - start[i] for i in order]
-        for values, filler in ((before, 0), (after, 0), (split, rank)):
-            values.insert(at, filler)
-        if len(axes) != 1:
+        split = [narrow.shape[axis] for axis in axes]
+        before = [start[axis] for axis in axes]
+        after = [whole.shape[axis] - narrow.shape[axis] - start[axis] for axis in axes]
+        rank_axis = lead if rank_first else len(axes)
+        split.insert(rank_axis, rank)
+        before.insert(rank_axis, 0)
+        after.insert(rank_axis, 0)
+
+        # A side of several axes is split for the padding, and joined again.
+        has_one_axis = len(side) == 1
+        if not has_one_axis:
             x = e.op("reshape", x, shape=tuple(split))
         x = e.op("pad", x, before=tuple(before), after=tuple(after))
-        if len(axes) != 1:
-            size = whole.in_size if rank_first else whole.out_size
-            side = (rank, size) if rank_first else (size, rank)
-            x = e.op("reshape", x, shape=(*whole.batch_shape, *side))
-        return x
+        if has_one_axis:
+            return x
+        matrix = (rank, whole.in_size) if rank_first else (whole.out_size, rank)
+        return e.op("reshape", x, shape=(*whole.batch_shape, *matrix))
 
-    return spread(a, whole.in_, rank_first=True), spread(b, whole.out, rank_first=False)
+    wide_a = spread(a, whole.in_, rank_first=True)
+    wide_b = spread(b, whole.out, rank_first=False)
+    return wide_a, wide_b

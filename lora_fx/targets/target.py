@@ -47,34 +47,40 @@ class Target:
 
     @property
     def said(self) -> str:
-        """What its other readers mean for an update, for people; empty where there are none."""
+        """A sentence on its other readers, for people; empty where there are none."""
+        if not self.other_readers:
+            return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.key}: read by {ops} too, where no update reaches it" if ops else ""
+        return f"{self.key}: read by {ops} too, where no update reaches it"
 
     @property
     def flops(self) -> int:
         """2 · multiply-adds of all uses, at the example's sizes."""
-        return sum(s.flops for s in self.sites)
+        return sum(site.flops for site in self.sites)
 
     @property
     def no_fold(self) -> str:
         """Why nothing can be stored into the weight of one of its uses; empty where it can."""
-        return next((s.no_fold for s in self.sites if s.no_fold), "")
+        for site in self.sites:
+            if site.no_fold:
+                return site.no_fold
+        return ""
 
     @property
     def no_grad(self) -> bool:
         """True when the model switches gradients off around every use."""
-        return bool(self.sites) and all(s.no_grad for s in self.sites)
+        return bool(self.sites) and all(site.no_grad for site in self.sites)
 
     @property
     def uses(self) -> tuple[str, ...]:
         """The ops that read this tensor, each once, in execution order."""
-        return tuple(dict.fromkeys(s.op for s in self.sites))
+        return tuple(dict.fromkeys(site.op for site in self.sites))
 
     def holds(self, other: Target) -> bool:
         """True where the other's region is of the same tensor, and lies in this one's."""
-        same = self.parameter.name == other.parameter.name
-        return same and contains(self.region, other.region)
+        if self.parameter.name != other.parameter.name:
+            return False
+        return contains(self.region, other.region)
 
     @property
     def tied(self) -> bool:
@@ -92,67 +98,97 @@ class Target:
     @property
     def modules(self) -> tuple[str, ...]:
         """The names of a tensor in whose modules it is used."""
-        scopes = {s.scope for s in self.sites if s.scope}
-        return tuple(n for n in self.parameter.names if n.rpartition(".")[0] in scopes)
+        scopes = {site.scope for site in self.sites if site.scope}
+        return tuple(name for name in self.parameter.names if _module(name) in scopes)
 
     def names_of(self, site: Site) -> list[str]:
         """The names of the tensor that lie in the module of one use."""
-        scope = site.scope
-        return [n for n in self.parameter.names if scope and n.rpartition(".")[0] == scope]
+        if not site.scope:
+            return []
+        return [name for name in self.parameter.names if _module(name) == site.scope]
 
     @property
     def each_use(self) -> tuple[str, ...]:
         """A name for every use: its alias or op where that is its alone, else the call."""
-        result = []
-        for i, site in enumerate(self.sites):
-            options = [*self.names_of(site), f"op:{site.op}"]
-            alone = (u for u in options if [s.id for s in self.sites if applies(u, s)] == [site.id])
-            result.append(next(alone, f"call:{i}"))
-        return tuple(result)
+        return tuple(self._name_of_use(i, site) for i, site in enumerate(self.sites))
+
+    def _name_of_use(self, number: int, site: Site) -> str:
+        for use in (*self.names_of(site), f"op:{site.op}"):
+            reached = [other.id for other in self.sites if applies(use, other)]
+            if reached == [site.id]:
+                return use
+        return f"call:{number}"
 
     def named_use(self, name: str, *, lookup: bool) -> str:
-        """The use that one name of a tied tensor means: its own module's, else the matmul's.
+        """The use that one name of a tied tensor means.
 
-        Of an update of a lookup it is the lookup, whatever the name.
+        The first of these that there is:
+
+        1. The use in the module of that name, unless the update is of a lookup.
+        2. The lookup, or the matmul, by its module's name.
+        3. The same by its op.
+
+        Args:
+            name: A name of the tensor.
+            lookup: The update is of a lookup, whatever the name.
         """
-        scope = name.rpartition(".")[0]
-        if not lookup and any(s.scope == scope for s in self.sites):
+        if not lookup and any(site.scope == _module(name) for site in self.sites):
             return name
-        op = ""
-        for site in (s for s in self.sites if (s.op == "embedding") == lookup):
-            if own := self.names_of(site):
-                return own[0]
-            op = op or f"op:{site.op}"
-        return op
+        sites = [site for site in self.sites if (site.op == "embedding") == lookup]
+        for site in sites:
+            names = self.names_of(site)
+            if names:
+                return names[0]
+        return f"op:{sites[0].op}" if sites else ""
 
     def of_use(self, use: str) -> Target | None:
         """The target with some of its uses, under the key `NAME@USE`; None where it has none."""
-        known = use.startswith(("op:", "call:")) or use in self.parameter.names
-        if use.startswith("call:"):
-            sites = tuple(s for i, s in enumerate(self.sites) if use == f"call:{i}")
-        else:
-            sites = tuple(s for s in self.sites if known and applies(use, s))
+        sites = self._sites_of(use)
         if not sites:
             return None
         name, bracket, region = self.key.partition("[")
-        op = next((s.op for s in sites if s.op != "embedding"), "embedding")
+        ops = [site.op for site in sites if site.op != "embedding"]
+        op = ops[0] if ops else "embedding"
         return replace(self, key=f"{name}@{use}{bracket}{region}", sites=sites, op=op, parts=())
 
+    def _sites_of(self, use: str) -> tuple[Site, ...]:
+        """The uses that have this name."""
+        if use.startswith("call:"):
+            return tuple(site for i, site in enumerate(self.sites) if use == f"call:{i}")
+        if not use.startswith("op:") and use not in self.parameter.names:
+            return ()
+        return tuple(site for site in self.sites if applies(use, site))
+
     def keys_of(self, sites: Iterable[Site]) -> tuple[str, ...]:
-        """Keys of the updates that reach some uses and no other; its own for all uses."""
-        left = {s.id for s in sites}
-        if all(s.id in left for s in self.sites):
+        """Keys of the updates that reach some uses and no other.
+
+        The first of these that there is:
+
+        1. Its own key, for all uses.
+        2. The key of one name that has these uses: a module's, an op's, or a call.
+        3. The keys of several such names, each of uses that those before it do not have.
+        """
+        site_ids = {site.id for site in sites}
+        if all(site.id in site_ids for site in self.sites):
             return (self.key,)
-        calls = (f"call:{i}" for i in range(len(self.sites)))
-        names = (*self.modules, *(f"op:{o}" for o in self.uses), *calls)
-        known = [one for n in names if (one := self.of_use(n)) is not None]
-        reached = [(one.key, {s.id for s in one.sites}) for one in known]
-        result = [key for key, ids in reached if ids == left][:1]
-        for key, ids in reached if not result else ():
-            if ids <= left:
-                result.append(key)
-                left -= ids
-        return tuple(result)
+
+        ids_by_key: dict[str, set[str]] = {}
+        ops = [f"op:{op}" for op in self.uses]
+        calls = [f"call:{i}" for i in range(len(self.sites))]
+        for use in (*self.modules, *ops, *calls):
+            target = self.of_use(use)
+            if target is not None:
+                ids_by_key[target.key] = {site.id for site in target.sites}
+
+        for key, ids in ids_by_key.items():
+            if ids == site_ids:
+                return (key,)
+        keys = []
+        for key, ids in ids_by_key.items():
+            if ids <= site_ids:
+                keys.append(key)
+                site_ids -= ids
+        return tuple(keys)
 
     def part(self, key: str, role: str = "") -> Target | None:
         """The target of a key that names a region within this one; None where it names none."""
@@ -167,9 +203,17 @@ class Target:
         layout = self.layout.narrow(relative(region, self.region))
         if layout is None:
             return None
-        name = make_key(self.parameter.name, region, self.parameter.shape)
-        found = role or next((r for r, k in self.parts if k == name), self.role)
-        return replace(self, key=name, region=region, layout=layout, role=found, parts=())
+
+        part_key = make_key(self.parameter.name, region, self.parameter.shape)
+        role = role or self._role_of_part(part_key)
+        return replace(self, key=part_key, region=region, layout=layout, role=role, parts=())
+
+    def _role_of_part(self, part_key: str) -> str:
+        """The role of a part; that of the target where the part has none."""
+        for role, key in self.parts:
+            if key == part_key:
+                return role
+        return self.role
 
     def to_json(self, rank: int | None = None, alpha: float | None = None) -> Json:
         """One row of `targets[]` in docs/json.md; with the rank and alpha of an update there."""
@@ -190,7 +234,7 @@ class Target:
             "role": self.role,
             "default": self.default,
             "why_not": self.why_not,
-            "parts": [{"role": r, "key": k} for r, k in self.parts],
+            "parts": [{"role": role, "key": key} for role, key in self.parts],
             "other_readers": list(self.other_readers),
             "rank": rank,
             "alpha": alpha,
@@ -219,15 +263,29 @@ def not_storable(target: Target, what: str) -> LoraFxError:
 def check_disjoint(targets: Iterable[Target]) -> None:
     """Raise where two regions of one tensor overlap at one of its uses."""
     by_name: dict[str, list[Target]] = {}
-    for t in targets:
-        for other in by_name.setdefault(t.parameter.name, []):
-            common = {s.id for s in t.sites} & {s.id for s in other.sites}
-            if overlap(t.region, other.region) and (common or not t.sites):
+    for target in targets:
+        others = by_name.setdefault(target.parameter.name, [])
+        for other in others:
+            if _share_elements(target, other):
                 raise LoraFxError(
-                    f"{other.key!r} and {t.key!r} share elements of one tensor",
+                    f"{other.key!r} and {target.key!r} share elements of one tensor",
                     "regions of one parameter, and its uses, must not overlap",
                 )
-        by_name[t.parameter.name].append(t)
+        others.append(target)
+
+
+def _share_elements(target: Target, other: Target) -> bool:
+    """True where two targets of one tensor overlap at a use; one without sites is at every use."""
+    if not overlap(target.region, other.region):
+        return False
+    if not target.sites:
+        return True
+    return not {site.id for site in target.sites}.isdisjoint(site.id for site in other.sites)
+
+
+def _module(name: str) -> str:
+    """The module of a parameter's name."""
+    return name.rpartition(".")[0]
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,7 @@ _NAMES = (
 )
 
 
-_RULES = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _NAMES)
+_PATTERNS = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _NAMES)
 
 
 def role_of(
@@ -42,14 +42,18 @@ def role_of(
         layout: How it lies in its parameter.
         tables: (rows, width) of every lookup table of the model.
     """
-    ops = {s.op for s in sites}
+    ops = {site.op for site in sites}
     if ops == {"embedding"}:
         return "embedding"
-    if "embedding" in ops or (
-        not layout.batch_shape and (layout.out_size, layout.in_size) in tables
-    ):
+    if "embedding" in ops:
         return "head"
-    return next((role for n in names if (role := role_by_name(n))), "")
+    if not layout.batch_shape and (layout.out_size, layout.in_size) in tables:
+        return "head"
+    for name in names:
+        role = role_by_name(name)
+        if role:
+            return role
+    return ""
 
 
 def role_by_name(name: str) -> str:
@@ -58,4 +62,7 @@ def role_by_name(name: str) -> str:
     >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
     ('q', '')
     """
-    return next((role for role, rule in _RULES if rule.search(name)), "")
+    for role, pattern in _PATTERNS:
+        if pattern.search(name):
+            return role
+    return ""
