@@ -172,9 +172,11 @@ class Adapter(Mapping[str, Entry]):
             LoraFxError: A selector that names no key, or nothing left.
         """
         names = list(dict.fromkeys(map(base_name, self.entries)))
-        included = select_names(names, include, "include") if include else names
-        excluded = select_names(names, exclude, "exclude") if exclude else ()
-        chosen = {*included} - {*excluded}
+        chosen = set(names)
+        if include:
+            chosen = set(select_names(names, include, "include"))
+        if exclude:
+            chosen -= set(select_names(names, exclude, "exclude"))
         entries = {key: entry for key, entry in self.entries.items() if base_name(key) in chosen}
         if not entries:
             raise LoraFxError("no update of the adapter is left", "name others, or fewer")
@@ -196,8 +198,9 @@ class Adapter(Mapping[str, Entry]):
         """
         import lora_fx  # the verbs live above this module; only the facade knows them
 
-        found = model if isinstance(model, Found) else lora_fx.find(model, args, kwargs)
-        return bind(self, found)
+        if isinstance(model, Found):
+            return bind(self, model)
+        return bind(self, lora_fx.find(model, args, kwargs))
 
 
 def _size(key: str, entry: Entry) -> int:

@@ -72,7 +72,8 @@ FAMILIES = (
 )
 
 
-IN_OUT_EXPERTS = frozenset(t for family in FAMILIES if family.transposed for t in family.types)
+_TYPES_IN_OUT = (family.types for family in FAMILIES if family.transposed)
+IN_OUT_EXPERTS = frozenset[str]().union(*_TYPES_IN_OUT)
 """model_type of models whose expert stacks are [experts, in, out]."""
 
 
