@@ -161,17 +161,17 @@ class _Exchange(NamedTuple):
         fills: Whether FULL of the limit is used after it.
         gain: What it adds to the gain of all ranks; most often less than 0.
         giver: The target that loses ranks.
-        given_up: How many.
+        removed: How many.
         taker: The target that gets ranks.
-        taken: How many.
+        added: How many.
     """
 
     fills: bool
     gain: float
     giver: str
-    given_up: int
+    removed: int
     taker: str
-    taken: int
+    added: int
 
 
 def _fill(
@@ -185,8 +185,8 @@ def _fill(
                 best = exchange
         if best is None:
             break
-        ranks[best.giver] -= best.given_up
-        ranks[best.taker] += best.taken
+        ranks[best.giver] -= best.removed
+        ranks[best.taker] += best.added
 
 
 def _exchanges(
@@ -194,19 +194,19 @@ def _exchanges(
 ) -> Iterator[_Exchange]:
     """Every exchange of ranks that uses more of the limit."""
     unused = limit - _total(ranks, costs)
-    for giver, given_up in _givable(ranks):
-        freed = given_up * costs[giver]
-        loss = float(spectra[giver][ranks[giver] - given_up : ranks[giver]].sum())
+    for giver, removed in _givable(ranks):
+        freed = removed * costs[giver]
+        loss = float(spectra[giver][ranks[giver] - removed : ranks[giver]].sum())
         available = unused + freed
         for taker, gains in spectra.items():
             rank = ranks[taker]
-            taken = min(available // costs[taker], len(gains) - rank)
-            cost = taken * costs[taker]
+            added = min(available // costs[taker], len(gains) - rank)
+            cost = added * costs[taker]
             if taker == giver or cost <= freed:
                 continue
-            win = float(gains[rank : rank + taken].sum())
+            win = float(gains[rank : rank + added].sum())
             fills = limit - available + cost >= FULL * limit
-            yield _Exchange(fills, win - loss, giver, given_up, taker, taken)
+            yield _Exchange(fills, win - loss, giver, removed, taker, added)
 
 
 def _givable(ranks: Mapping[str, int]) -> Iterator[tuple[str, int]]:

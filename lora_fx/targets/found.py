@@ -58,13 +58,15 @@ class Found:
         Keys are our own language of regions and uses. What a foreign name means is looked up before
         it becomes a key, by the rules of `lora_fx.targets.names`.
         """
-        whole = self.by_key.get(key)
-        if whole is not None:
-            return whole
+        target = self.by_key.get(key)
+        if target is not None:
+            return target
         plain, use = split_use(key)
         if use:
-            shared = self.get(plain)
-            return None if shared is None else shared.of_use(use)
+            target_of_all_uses = self.get(plain)
+            if target_of_all_uses is None:
+                return None
+            return target_of_all_uses.of_use(use)
         if not key.endswith("]"):
             return None
         for target in (*self.targets, *self.optional):
@@ -183,19 +185,20 @@ class Found:
         """Lines on refusals: one for all that take branches, and one for each reason of others."""
         lines = []
         only_branches = []
-        others = []
+        refused = []
         for refusal in self.refusals:
             if refusal.verbs and "insert" not in refusal.verbs:
                 only_branches.append(refusal)
             else:
-                others.append(refusal)
+                refused.append(refusal)
         if only_branches:
             first = only_branches[0]
-            count = len(only_branches)
-            more = f" and {count - 1} more" if count > 1 else ""
+            keys_text = first.key
+            if len(only_branches) > 1:
+                keys_text += f" and {len(only_branches) - 1} more"
             verbs = " or ".join(first.verbs)
-            lines.append(f"no {verbs}, only branches: {first.key}{more}: {first.reason}")
-        alike = by_key(((refusal.op, refusal.reason), refusal.key) for refusal in others)
+            lines.append(f"no {verbs}, only branches: {keys_text}: {first.reason}")
+        alike = by_key(((refusal.op, refusal.reason), refusal.key) for refusal in refused)
         for (op, reason), keys in alike.items():
             lines.append(f"refused: {some(keys)} ({op}): {reason}")
         return lines

@@ -153,12 +153,12 @@ def make_plan(
                 f"rank {target_rank} of {key} is not a positive whole number", "8 is usual"
             )
         limit = target.layout.max_rank
+        if target_rank > limit and ranks is not None:
+            raise LoraFxError(
+                f"{where}: rank {target_rank} of {key!r} is above its smaller side {limit}",
+                "lower it in the plan",
+            )
         if target_rank > limit:
-            if ranks is not None:
-                raise LoraFxError(
-                    f"{where}: rank {target_rank} of {key!r} is above its smaller side {limit}",
-                    "lower it in the plan",
-                )
             notes.append(f"{key}: rank {target_rank} capped to {limit}, its smaller side")
             target_rank = limit
         if target.of_several and target.tied:

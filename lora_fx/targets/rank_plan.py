@@ -78,8 +78,18 @@ class RankPlan:
             row.key: {"rank": row.rank, "alpha": plain_number(row.alpha)} for row in self.rows
         }
         # `version` is the number of the format; `format` was taken before it was a rule
-        known = {"format": FORMAT, "version": 1, "targets": targets}
-        return {name: known[name] if name in known else getattr(self, name) for name in FIELDS}
+        return {
+            "format": FORMAT,
+            "version": 1,
+            "model": self.model,
+            "method": self.method,
+            "budget": self.budget,
+            "unit": self.unit,
+            "limit": self.limit,
+            "used": self.used,
+            "examples": self.examples,
+            "targets": targets,
+        }
 
     def text(self) -> str:
         """The file's text, a target a line."""

@@ -264,14 +264,14 @@ def check_disjoint(targets: Iterable[Target]) -> None:
     """Raise where two regions of one tensor overlap at one of its uses."""
     by_name: dict[str, list[Target]] = {}
     for target in targets:
-        others = by_name.setdefault(target.parameter.name, [])
-        for other in others:
+        targets_of_tensor = by_name.setdefault(target.parameter.name, [])
+        for other in targets_of_tensor:
             if _share_elements(target, other):
                 raise LoraFxError(
                     f"{other.key!r} and {target.key!r} share elements of one tensor",
                     "regions of one parameter, and its uses, must not overlap",
                 )
-        others.append(target)
+        targets_of_tensor.append(target)
 
 
 def _share_elements(target: Target, other: Target) -> bool:
