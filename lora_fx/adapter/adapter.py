@@ -215,7 +215,7 @@ def check_plain(adapter: Adapter, what: str, *, reading_weight: bool = False) ->
 
     Args:
         adapter: Bound or not.
-        what: What should take it, for messages.
+        what: The thing that should take it, for messages.
         reading_weight: Let through a variant that reads W itself.
     """
     accepts = is_on_base if reading_weight else is_plain

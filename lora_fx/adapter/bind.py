@@ -124,7 +124,7 @@ def means_all(entries: Mapping[str, Full], names: Collection[str]) -> bool:
     there, and equal.
 
     Args:
-        entries: Those of the tensor, by the name that they were saved under.
+        entries: The entries of the tensor, by the name that they were saved under.
         names: All names of the tensor.
     """
     first = next(iter(entries.values()))

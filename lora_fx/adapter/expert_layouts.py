@@ -56,7 +56,7 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
 
     Args:
         entries: As a file of PEFT has them, or placed by a base.
-        family: That of the model, where it is known.
+        family: The family of the model, where it is known.
         version: The release of PEFT that wrote the file; empty where that is not known.
 
     Raises:
@@ -95,7 +95,7 @@ def _stacks_by_module(entries: Mapping[str, Entry]) -> dict[str, dict[str, LowRa
 def _orientation(
     module: str, lows: Updates, family: Family | None, version: str
 ) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Tell which side of a module's stacks is in.
+    """Tell which side of a module's stacks is in, and which is out.
 
     The first of these that has an answer decides:
 
@@ -179,7 +179,7 @@ def gathered(entries: Mapping[str, Entry], family: Family | None) -> dict[str, E
 
     Args:
         entries: Experts one by one, their parts as stacks `M.gate_proj.weight` [E, …], or both.
-        family: That of the model.
+        family: The family of the model.
 
     Raises:
         LoraFxError: An expert or a half is missing, or is not like the others, so that there is
@@ -226,6 +226,7 @@ def _stacks_of(
 
 
 def _unsayable(message: str) -> LoraFxError:
+    """The error for an update that a layout of files cannot say."""
     return LoraFxError(message, "lora-fx merge folds it into its base as it is")
 
 
@@ -266,7 +267,7 @@ def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
 
 
 def _like(low: LowRank) -> tuple[object, ...]:
-    """What the updates of a stack have in common."""
+    """The facts that the updates of one stack have in common."""
     return low.a.shape, low.b.shape, low.alpha, low.variant
 
 
@@ -325,10 +326,10 @@ class ExpertLayout:
     """How a file has experts.
 
     Attributes:
-        apart: One by one, else as stacks.
-        split: gate and up are two updates, else one.
-        server: vllm or sglang where it is for that alone.
-        version: The release of PEFT whose way round the file has.
+        apart: It has an update for each expert, else one for each stack.
+        split: It has an update of gate and one of up, else one of both.
+        server: vllm or sglang where it is for that server alone.
+        version: The release of PEFT by which in and out of a stack are told.
     """
 
     apart: bool = False
@@ -357,7 +358,7 @@ def laid(
     Args:
         entries: As a file has them, whatever its layout, or placed by a base.
         layout: One of LAYOUTS.
-        family: That of the model, where it is known.
+        family: The family of the model, where it is known.
         version: The release of PEFT that wrote the file; empty where that is not known.
 
     Raises:

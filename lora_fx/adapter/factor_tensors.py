@@ -19,7 +19,14 @@ from lora_fx.ir.layout import Layout
 
 @dataclass(frozen=True)
 class FactorTensor:
-    """One tensor of an update: which it is, its dotted name, its value, whether it trains."""
+    """One tensor of an update.
+
+    Attributes:
+        field: The field of the update, such as a or b.
+        name: Its dotted name in a model.
+        value: Its numbers.
+        trained: False where it does not train.
+    """
 
     field: str
     name: str
@@ -29,11 +36,11 @@ class FactorTensor:
 
 @dataclass(frozen=True)
 class Half:
-    """Tensors that make one branch: the trained ranks of an update, or its frozen ones.
+    """The tensors of one branch: the trained ranks of an update, or its frozen ones.
 
     Attributes:
-        variant: How they make a and b.
-        tensors: By the field that the variant reads.
+        variant: It makes a and b of the tensors.
+        tensors: The tensors, by the field that the variant reads.
         rank: Columns of b.
     """
 
@@ -144,7 +151,7 @@ def resized(low: LowRank, factor: float) -> LowRank:
 
 
 def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
-    """All of the updates that a program depends on: everything but the numbers in a and b.
+    """The facts of the updates that a program depends on: everything but the numbers in a and b.
 
     The scale is part of it, since it is a constant in the graph. The rank is where a weight is
     reshaped on the way to its matrix; a plain one has the same nodes at any rank.
@@ -153,7 +160,7 @@ def frame(updates: Updates) -> dict[str, tuple[object, ...]]:
 
 
 def _frame_of(key: str, low: LowRank) -> tuple[object, ...]:
-    """Whatever a program depends on of one update; see `frame`."""
+    """The facts of one update that a program depends on; see `frame`."""
     fields = tuple(slot.field for slot in slots_of(key, low))
     sizes = _sizes_of(key, low)
     return (sizes, low.frozen, low.scale, low.layout, low.use, low.variant, fields)

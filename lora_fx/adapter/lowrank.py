@@ -44,9 +44,10 @@ class LowRank:
             gradient takes off, so that the base stays as it is.
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
             is for; see `lora_fx.adapter.residual`. Empty for the base as it is.
-        origin: What its file or its model says of the tensor. No arithmetic reads it.
-        variant_tensors: What its variant makes a and b of, by field (numbers are arrays without
-            axes); see `lora_fx.adapter.variant_protocol`. Empty where these are a and b themselves.
+        origin: Facts of its file or its model about the tensor. No arithmetic reads them.
+        variant_tensors: Tensors of which its variant makes a and b, by field (numbers are arrays
+            without axes); see `lora_fx.adapter.variant_protocol`. Empty where these are a and b
+            themselves.
     """
 
     a: Array

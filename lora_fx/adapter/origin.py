@@ -1,4 +1,4 @@
-"""Where an update comes from: what its file, or its model, says of the tensor that it is for."""
+"""Where an update comes from: the facts of its file, or of its model, about its tensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FileLayer:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file or a model says of the tensor of an update, beside the update's numbers.
+    """Facts of a file, or of a model, about the tensor of an update, beside the update's numbers.
 
     Readers of files fill it in, `bind` reads it and puts the model's facts in their place, and
     writers of files read those. No arithmetic depends on it, and two updates that differ in it

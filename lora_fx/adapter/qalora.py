@@ -31,7 +31,7 @@ class QaLora(Lora):
     """Each column of a is that of a group of inputs.
 
     Attributes:
-        group: Inputs of a group; whole blocks of the codes that it shall be folded into.
+        group: Inputs of a group; one or more blocks of the codes that ΔW shall be folded into.
     """
 
     title = "QA-LoRA"
@@ -90,7 +90,7 @@ class QaLora(Lora):
         return replace(low, a=np.repeat(values["a"], self.group, -1), b=values["b"])
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
-        """Of rows, ΔW is as constant."""
+        """The update of some rows: its ΔW is constant over the same groups of inputs."""
         return replace(low, b=low.b[rows])
 
     def alpha(self, low: LowRank) -> float:

@@ -40,7 +40,7 @@ class Truncated:
         after: Its new rank; 0 where it was removed.
         norm: The Frobenius norm ‖ΔW‖.
         error: The Frobenius norm ‖ΔW − ΔW'‖, with the rounding of a and b to fp32.
-        saved: How many elements of a and b it has less.
+        saved: How many elements of a and b were taken away.
     """
 
     key: str
@@ -67,8 +67,8 @@ class Truncation:
 
     Attributes:
         adapter: The truncated adapter.
-        rows: What each update lost.
-        parameters: How many elements of a and b it has.
+        rows: The ranks and the error of each update.
+        parameters: How many elements of a and b the adapter has.
     """
 
     adapter: Adapter

@@ -120,7 +120,7 @@ class Rotation:
     Attributes:
         turn: [blocks, size, size], fp32; a single block where it is `shared`.
         shared: True where a single block stands all along in.
-        layout: That of a weight stored [out, *in]; None while unbound.
+        layout: The layout of a weight stored [out, *in]; None while unbound.
     """
 
     turn: Array
@@ -170,7 +170,7 @@ Those of a Rotation are made of W's, by `of`.
 `layout` says how it lies in the stored tensor; None while unbound.
 """
 Entry = Change | Full | ReplacedRows
-"""Whatever an adapter can hold under a key."""
+"""An update, or a replacement, that an adapter can hold under a key."""
 
 
 def is_tied(entry: Entry) -> bool:
@@ -211,7 +211,7 @@ _NAMES: dict[type, str] = {
 
 
 def name_of(entry: Entry) -> str:
-    """What the field calls an entry (LoHa, DoRA …), for messages."""
+    """The usual name of an entry (LoHa, DoRA …), for messages."""
     if isinstance(entry, LowRank):
         if entry.mutated:
             return f"meant for a base that {entry.mutated} changed"

@@ -1,4 +1,4 @@
-"""The registry of variants, and what an update is by it.
+"""The registry of variants, and the variant of an update.
 
 =======  ==========================================  ==================  ========================
 name     W'                                          trained             in PEFT's files
@@ -104,7 +104,7 @@ def _known() -> str:
 
 
 def variant_of(low: LowRank) -> Variant:
-    """What an update is by its tensors; its variant's name may say no more than its scale."""
+    """The variant that an update is by its tensors; its own name of one may say its scale alone."""
     named = named_variant(low.variant)
     for variant in (named, *VARIANTS.values()):
         recognised = variant.of(low)

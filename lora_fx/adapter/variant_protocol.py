@@ -43,7 +43,7 @@ Read = Callable[[str], V]
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a variant may start from, beside the a and b that were drawn.
+    """Facts that a variant may start from, beside the a and b that were drawn.
 
     Attributes:
         key: The key of the target.
@@ -58,13 +58,13 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Variant:
-    """What an update is. As it stands here it is LoRA; a variant overrides what differs.
+    """A kind of update. This class is LoRA; a variant overrides what differs.
 
     Attributes:
         name: The variant's name, as `insert` and files have it.
         ratio: The learning rate of every tensor but a, over that of a.
         still: Fields of tensors that do not train.
-        title: What messages call such an update; empty for its name.
+        title: The name of such an update in messages; empty where that is `name`.
         made_of: Fields of the tensors that a and b are made of, where these are not a and b
             themselves. They are in `LowRank.variant_tensors`.
         also: Fields of the tensors beside them that only `change` reads. They are in
@@ -129,7 +129,7 @@ class Variant:
 
         Args:
             low: An update of this variant with the a and b of its init.
-            beginning: What else it may start from.
+            beginning: Other facts that it may start from.
         """
         return low
 
@@ -290,11 +290,11 @@ class Variant:
     # Files.
 
     def facts(self, low: LowRank) -> Json:
-        """What the JSON of an update says of it beside its tensors, for `with_facts`."""
+        """Facts of an update that are not in its tensors, for its JSON and for `with_facts`."""
         return {}
 
     def with_facts(self, low: LowRank, facts: JsonView) -> LowRank:
-        """The update with what `facts` said of it; as it is where that is nothing."""
+        """The update with the facts that `facts` gave; the update itself where there are none."""
         return low
 
 

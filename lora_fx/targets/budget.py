@@ -1,4 +1,4 @@
-"""What adapters may cost, and the ranks that spend it best.
+"""Budgets of adapters, and the ranks that spend them best.
 
 ==============  ==========================================================
 params:N        N elements of all A and B together
@@ -117,7 +117,7 @@ def allocate(
     """Ranks that cost at most `limit`, by gain per cost.
 
     Args:
-        gains: What each rank is worth, by key; None where that is not known: such a target gets
+        gains: The worth of each rank, by key; None where that is not known: such a target gets
             the rank that uniform gives.
         costs: Cost of one rank, by key.
         most: The highest rank, by key.
@@ -150,7 +150,7 @@ def allocate(
 
 
 def _total(ranks: Mapping[str, int], costs: Mapping[str, int]) -> int:
-    """What some ranks cost."""
+    """The cost of some ranks."""
     return sum(costs[key] * rank for key, rank in ranks.items())
 
 
@@ -159,7 +159,7 @@ class _Exchange(NamedTuple):
 
     Attributes:
         fills: Whether FULL of the limit is used after it.
-        gain: What it adds to the gain of all ranks; most often less than 0.
+        gain: The change of the gain of all ranks; most often less than 0.
         giver: The target that loses ranks.
         removed: How many.
         taker: The target that gets ranks.

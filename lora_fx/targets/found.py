@@ -1,4 +1,4 @@
-"""What find saw of a model: targets, refusals, parameters out of reach."""
+"""The result of find: the targets of a model, its refusals, and parameters out of reach."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lora_fx.text import Json, by_key, counted, html, human, some, table
 
 @dataclass(frozen=True)
 class Found:
-    """What find saw of a model, in definition order.
+    """The targets of a model, and what cannot be adapted, in definition order.
 
     Attributes:
-        targets: What can be adapted.
+        targets: The tensors that can be adapted.
         refusals: Uses of parameters that cannot, with the reason.
         unreached: Parameters of two or more dimensions that no weight matmul uses.
         data_flops: FLOPs of the matmuls between activations, at the example's sizes.
         pinned: Dimensions that the capture had to fix.
         ranges: The sizes that the captured graph is true for; elsewhere another one is captured.
-        notes: What the user should know of the search.
+        notes: Sentences on the search for the user.
         optional: Weights that are refused by default only: `include` can name them.
         shapes: Stored shape by parameter name, aliases too.
         first_names: Any name of a parameter → the first one of the same tensor.

@@ -1,4 +1,4 @@
-"""What a calibration pass saw at each target, and how its batches are added up.
+"""Statistics of a calibration pass at each target, and the sums of its batches.
 
 x are the rows that a target's uses read, dy = ∂L/∂y the gradients at what they make, one row a
 position: a token, a pixel with its kernel window, an id. Sums run over all batches in fp64. L is
@@ -16,7 +16,7 @@ import numpy as np
 from lora_fx.dtypes import Array
 
 STATISTICS = ("inputs", "power", "outputs", "gradient")
-"""What a calibration pass can be asked for; see Moments."""
+"""The statistics that a calibration pass can collect; see Moments."""
 
 
 WIDE = 16384
@@ -25,7 +25,7 @@ WIDE = 16384
 
 @dataclass(frozen=True)
 class Moments:
-    """What a pass saw of one target, in the axes [*batch, out, in] of its Layout.
+    """Statistics of one target, in the axes [*batch, out, in] of its Layout.
 
     Attributes:
         inputs: E[x xᵀ], [*batch, in, in]; [in] for lookups, whose x is one-hot: its diagonal.
@@ -44,11 +44,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration pass saw of a model.
+    """The result of a calibration pass over a model.
 
     Attributes:
-        moments: What it saw of each target, for every key that was asked for.
-        notes: What could not be read, by name.
+        moments: Key of each target that was asked for → its statistics.
+        notes: Sentences on statistics that could not be read, by name.
         examples: How many examples ran.
         loss: The mean loss over them; None where no gradient was wanted.
         dead: Keys that no gradient reaches, as far as gradients were wanted.

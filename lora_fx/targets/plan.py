@@ -73,7 +73,7 @@ class Plan:
     Attributes:
         entries: Target key → rank and alpha.
         also_train: The tensors that are trained whole.
-        notes: What the user should know of it, such as a rank that was capped.
+        notes: Sentences on the plan for the user, such as on a rank that was capped.
     """
 
     entries: Mapping[str, Entry]

@@ -1,4 +1,4 @@
-"""What one more rank of a target is worth, by four methods, from what a calibration pass saw.
+"""The worth of one more rank of a target, by four methods, from statistics of a calibration pass.
 
 A method says what one more rank of a target is worth: gains by rank, none larger than the one
 before it. `lora_fx.targets.budget` spends a budget on them, the largest gain per cost first.
@@ -19,12 +19,12 @@ from lora_fx.targets.moments import Moments
 
 @dataclass(frozen=True)
 class TargetStatistics:
-    """The facts of one target that a method may use.
+    """Facts of one target that a method may use.
 
     Attributes:
         layout: The axes of the target.
-        cost: What one rank costs, in the unit of the budget.
-        moments: What calibration saw; empty where the method wanted nothing.
+        cost: The cost of one rank, in the unit of the budget.
+        moments: The statistics of the pass; empty where the method reads none.
         weight: A function that reads W, [*batch, out, in].
     """
 

@@ -46,11 +46,11 @@ class RankPlan:
         rows: One for each target, with rank 0 where it is left out.
         method: A name of lora_fx.targets.rank_methods.
         budget: The text of the budget.
-        unit: What costs are counted in: params or flops.
+        unit: The unit of costs: params or flops.
         limit: The budget in its unit.
         model: The path of the model; empty for a module.
         examples: How many examples calibration read.
-        notes: What the user should know of it.
+        notes: Sentences on the plan for the user.
     """
 
     rows: tuple[Ranked, ...]
@@ -69,7 +69,7 @@ class RankPlan:
 
     @property
     def ranks(self) -> dict[str, Json]:
-        """Key → rank and alpha: what insert takes as plan."""
+        """Key → rank and alpha, as insert takes a plan."""
         return {row.key: {"rank": row.rank, "alpha": row.alpha} for row in self.rows if row.rank}
 
     def to_json(self) -> Json:
@@ -124,7 +124,7 @@ class RankPlan:
 
 
 GivenRanks = RankPlan | str | PathLike[str] | JsonView
-"""What insert takes as plan: key → rank or {rank, alpha}, or a file of it."""
+"""A plan as insert takes it: key → rank or {rank, alpha}, or a file of it."""
 
 
 def given_ranks(plan: GivenRanks | None) -> tuple[JsonView | None, str]:

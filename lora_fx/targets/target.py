@@ -1,4 +1,4 @@
-"""What an update can attach to: a tensor of a model, or a region of one, with its uses."""
+"""Targets: tensors of a model, or regions of them, that an update can attach to."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def check_storable(target: Target, what: str) -> None:
 
     Args:
         target: The target of an update.
-        what: What needs it, and why: a clause that follows a colon.
+        what: The thing that needs it, and why: a clause that follows a colon.
     """
     if target.no_fold:
         raise not_storable(target, what)

@@ -1,4 +1,4 @@
-"""What a weight is for: q k v o gate up down head embedding router.
+"""The role of a weight: q k v o gate up down head embedding router.
 
 A lookup is an embedding. A matmul is a head when its weight is tied to an embedding table, or
 has such a table's shape. The rest is read from the module's name, by the names that the
