@@ -182,7 +182,9 @@ def _use_of(key: str, use: str, entry: LowRank, target: Target) -> str:
             return ""
         return target.named_use(key, lookup=entry.origin.op == "embedding")
     modules = target.modules
-    return key if key in modules and len(modules) > 1 else ""
+    if key in modules and len(modules) > 1:
+        return key
+    return ""
 
 
 def _in_order_of(target: Target, key: str, entry: LowRank) -> LowRank:
@@ -206,7 +208,9 @@ def _reached(key: str, use: str, target: Target) -> Target:
             f"the update of {key!r} acts on its use {use!r}, and the model has no such use",
             f"its uses are {', '.join(target.each_use)}",
         )
-    return target_of_use if len(target_of_use.sites) < len(target.sites) else target
+    if len(target_of_use.sites) == len(target.sites):
+        return target
+    return target_of_use
 
 
 def _of_dtype(key: str, entry: LowRank, dtype: str) -> LowRank:

@@ -52,7 +52,9 @@ def _extra(entry: Change) -> Json:
         return {}
     if not isinstance(entry, LowRank):
         kernel = list(entry.kernel)
-        return {"op": f"conv{len(kernel)}d", "kernel": kernel} if kernel else {}
+        if not kernel:
+            return {}
+        return {"op": f"conv{len(kernel)}d", "kernel": kernel}
 
     origin = entry.origin
     layer = origin.layer or FileLayer("")
@@ -104,12 +106,13 @@ def _extra_fields(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Jso
     kernel = tuple(int(size) for size in extra.get("kernel", ()))
     if not isinstance(entry, LowRank):
         return {"kernel": kernel}
-    tied = extra.get("tied")
+    tied = extra.get("tied")  # True, or the list of twins
+    twins = tied if isinstance(tied, list) else []
     origin = Origin(
         op=str(extra.get("op", "")),
         kernel=kernel,
         tied=bool(tied),
-        twins=tuple(str(name) for name in tied) if isinstance(tied, list) else (),
+        twins=tuple(str(name) for name in twins),
         layer=_layer(extra) if "lead" in extra else None,
     )
     return {"origin": origin, "mutated": str(extra.get("mutated", ""))}

@@ -282,8 +282,8 @@ def _fused(gate: LowRank, up: LowRank, interleaved: bool) -> LowRank:
         gate_b = np.concatenate([gate.b, zeros], axis=-1)
         up_b = np.concatenate([zeros, up.b], axis=-1)
     rank = a.shape[-2]
-    axis = -2 if interleaved else -3  # of the halves: after a row, or before all rows
-    b = np.stack([gate_b, up_b], axis=axis).reshape(len(a), -1, rank)
+    # The halves become an axis after that of rows, or before it.
+    b = np.stack([gate_b, up_b], axis=-2 if interleaved else -3).reshape(len(a), -1, rank)
     return replace(gate, a=a, b=b, alpha=_alpha(gate, rank))
 
 
@@ -378,7 +378,9 @@ def laid(
             result |= _laid_parts(module, parts, layout)
         else:
             result[key] = _for_peft(low, layout.version, family)
-    return _one_scale(result) if layout.server == "sglang" else result
+    if layout.server == "sglang":
+        return _one_scale(result)
+    return result
 
 
 def _layout_for_vllm(
@@ -437,7 +439,9 @@ def _for_peft(low: LowRank, version: str, family: Family | None) -> LowRank:
     elif version == LAYOUTS["peft"].version:  # the same for every family that is marked
         family = family or Family()
     family = _known(family, "stacks are [E, out, in] or [E, in, out]")
-    return low if family.peft_turns(version) == family.transposed else turned(low)
+    if family.peft_turns(version) == family.transposed:
+        return low
+    return turned(low)
 
 
 def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -109,7 +109,8 @@ def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]
         if not _keeps_known_names(lows, names):
             continue
         has_stack = any(len(shape_of(name) or ()) == 3 for name in names)
-        for turned in (False, True) if has_stack else (False,):
+        orientations = (False, True) if has_stack else (False,)
+        for turned in orientations:
             pairs = zip(lows.values(), names, strict=True)
             if all(_fits(low, name, shape_of(name), turned) for low, name in pairs):
                 yield Reading(names, turned)
@@ -201,8 +202,9 @@ def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> Lo
     b = low.b
     if a.ndim == 2:
         a, b = unpacked(a, b, len(a) // shape[0])
-    straight = Layout(shape, (0,), (1,), (2,), shape)
-    layout = replace(straight, out=(2,), in_=(1,)) if turned else straight
+    layout = Layout(shape, (0,), (1,), (2,), shape)
+    if turned:
+        layout = replace(layout, out=(2,), in_=(1,))
     return replace(low, a=a, b=b, alpha=alpha, layout=layout, origin=origin)
 
 

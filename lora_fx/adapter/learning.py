@@ -48,5 +48,7 @@ def relearning(updates: Updates, metadata: JsonView) -> tuple[dict[str, LowRank]
 def _facts_by_key(metadata: JsonView, fact: str) -> JsonView:
     """Key → what `learning` wrote; empty for metadata of a file that says something else."""
     learns = metadata.get(LEARNS)
-    facts = learns.get(fact) if isinstance(learns, Mapping) else None
+    if not isinstance(learns, Mapping):
+        return {}
+    facts = learns.get(fact)
     return facts if isinstance(facts, Mapping) else {}

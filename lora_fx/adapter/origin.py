@@ -62,12 +62,12 @@ class Origin:
     @property
     def candidates(self) -> Mapping[str, tuple[int, float]]:
         """The parameters that it may be of, where its file does not say which; see FileLayer."""
-        return self.layer.candidates if self.layer else {}
+        if self.layer is None:
+            return {}
+        return self.layer.candidates
 
 
-# Until `origin` came, its facts were fields of the update. What is written so goes on working.
-
-
+# Until `origin` came, its facts were fields of the update. Code that is written so goes on working.
 OLDER_FIELDS = tuple(field.name for field in fields(Origin))
 """Names of the facts, which pickles of older versions have as fields of the update."""
 

@@ -133,10 +133,10 @@ class Rotation:
     @property
     def shape(self) -> tuple[int, ...]:
         """[out, in]; 0 is for a size that only the base says."""
-        in_size = 0 if self.shared else len(self.turn) * self.turn.shape[-1]
-        if self.layout is None:
-            return (0, in_size)
-        return (self.layout.out_size, self.layout.in_size if self.shared else in_size)
+        out_size = self.layout.out_size if self.layout else 0
+        if not self.shared:
+            return (out_size, len(self.turn) * self.turn.shape[-1])
+        return (out_size, self.layout.in_size if self.layout else 0)
 
     def fits(self, in_: int) -> bool:
         """True where W can have this many columns."""
@@ -184,7 +184,9 @@ def twins_of(entry: Entry) -> tuple[str, ...]:
     """Other names of the tensor of an update, where they are known."""
     if isinstance(entry, LowRank):
         return entry.origin.twins
-    return entry.twins if isinstance(entry, Full) else ()
+    if isinstance(entry, Full):
+        return entry.twins
+    return ()
 
 
 def is_plain(entry: Entry) -> bool:
@@ -220,5 +222,7 @@ def name_of(entry: Entry) -> str:
         if entry.variant.partition(":")[0] not in VARIANTS:  # of a pickle of another process
             return entry.variant
         variant = variant_of(entry)
-        return variant.title if variant.reads_weight and variant.title else entry.variant
+        if variant.reads_weight and variant.title:
+            return variant.title
+        return entry.variant
     return _NAMES.get(type(entry), "a whole tensor")

@@ -160,8 +160,10 @@ def _parts(target: Target, text: str) -> list[str]:
     name, region = split_region(text)
     if text.startswith("re:") or not region or _match(target, name) is None:
         return []
-    part = target.part(target.parameter.name + region)
-    return [] if part is None else [part.key]
+    target_of_region = target.part(target.parameter.name + region)
+    if target_of_region is None:
+        return []
+    return [target_of_region.key]
 
 
 def select_names(
@@ -209,7 +211,9 @@ def _match(target: Target, text: str) -> Sequence[Site] | None:
     form, colon, value = text.partition(":")
     if colon and form == "re":
         names = (target.key, *target.parameter.aliases)
-        return target.sites if any(_is_in(value, name) for name in names) else None
+        if any(_is_in(value, name) for name in names):
+            return target.sites
+        return None
     if colon and form == "role":
         return _sites_of_role(target, value)
     if colon and form == "op":
@@ -218,7 +222,9 @@ def _match(target: Target, text: str) -> Sequence[Site] | None:
         return [site for site in target.sites if site.module_class == value] or None
     if _is_called(target, text):
         return target.sites
-    return _sites_of_role(target, text) if text in ROLES else None
+    if text in ROLES:
+        return _sites_of_role(target, text)
+    return None
 
 
 def _sites_of_role(target: Target, role: str) -> Sequence[Site] | None:
