@@ -136,7 +136,7 @@ def _shapes_of_pair(
 
     A key that cannot be one of that leaves its name out.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, leaf in zip(pair, (GATE_UP, DOWN), strict=True):
         low = lows[key]
         name = f"{module}.{leaf}"
@@ -451,11 +451,11 @@ def _one_scale(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     for key, low in lows.items():
         key_by_numbers[low.rank, float(f"{low.scale:.9g}")] = key
     if len(key_by_numbers) > 1:
-        (first, second, *_) = (
+        texts = [
             f"{key!r} has rank {rank} and scale {scale:g}"
             for (rank, scale), key in key_by_numbers.items()
-        )
-        raise _unsayable(f"{first}, {second}; SGLang has one of each for a whole adapter")
+        ]
+        raise _unsayable(f"{', '.join(texts[:2])}; SGLang has one of each for a whole adapter")
     plain: dict[str, Entry] = {}
     for key, low in lows.items():
         plain[key] = replace(low, alpha=low.scale * low.rank, variant="lora")

@@ -121,7 +121,7 @@ class Truncation:
 
     def __str__(self) -> str:
         """A table for people."""
-        rows = [("key", "rank", "error", "relative")]
+        rows: list[tuple[str, ...]] = [("key", "rank", "error", "relative")]
         for row in self.rows:
             ranks = f"{row.before} → {row.after}"
             rows.append((row.key, ranks, f"{row.error:.2e}", f"{row.relative:.2e}"))

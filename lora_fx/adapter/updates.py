@@ -14,6 +14,7 @@ ReplacedRows  W[index] = value                           PEFT's trainable tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -203,7 +204,7 @@ def is_on_base(entry: Entry) -> bool:
     return isinstance(entry, Full)
 
 
-_NAMES: dict[type, str] = {
+_NAMES: Mapping[type[object], str] = {
     Hadamard: "LoHa",
     Kronecker: "LoKr",
     Rotation: "OFT",

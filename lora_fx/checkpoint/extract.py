@@ -1,7 +1,7 @@
 """extract: an adapter that turns one checkpoint into another, tensor by tensor.
 
 Δ = tuned − base of every matrix that differs is approximated by the best b @ a of a rank (see
-lowrank.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
+svd.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
 the size of the checkpoints; errors are measured on the fp32 factors, element by element.
 """
 

@@ -213,7 +213,7 @@ def _remainder(target: Target, excluded: Sequence[str], found: Found) -> Sequenc
     parts = [part for _, part in target.parts if part not in excluded]
     if len(parts) < len(target.parts):
         return parts
-    excluded_sites = set()
+    excluded_sites: set[str] = set()
     for excluded_key in excluded:
         excluded_target = found[excluded_key]
         if excluded_target.holds(target):

@@ -109,7 +109,7 @@ class RankPlan:
 
     def __str__(self) -> str:
         """A table for people: key, rank, alpha and cost."""
-        rows = [("key", "rank", "alpha", self.unit)]
+        rows: list[tuple[str, ...]] = [("key", "rank", "alpha", self.unit)]
         for row in self.rows:
             rows.append((row.key, str(row.rank), f"{row.alpha:g}", str(row.cost * row.rank)))
         lines = table(rows)

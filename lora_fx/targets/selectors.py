@@ -106,7 +106,7 @@ def _is_covered_by_uses(key: str, keys: Iterable[str], found: Found) -> bool:
     """True for a key of all uses where keys of single uses have every one of them."""
     if split_use(key)[1]:
         return False
-    covered = set()
+    covered: set[str] = set()
     for other_key in keys:
         tensor_key, use = split_use(other_key)
         if use and tensor_key == key:

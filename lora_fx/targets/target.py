@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.graph import Parameter, Site
@@ -288,8 +289,10 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def __getattr__(name: str) -> object:
-    """Find the classes that pickles of older versions name in this module."""
-    if name in ("Found", "Refusal", "Unreached"):
-        return getattr(importlib.import_module("lora_fx.targets.found"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # so that type checkers know the names of now alone
+
+    def __getattr__(name: str) -> object:
+        """Find the classes that pickles of older versions name in this module."""
+        if name in ("Found", "Refusal", "Unreached"):
+            return getattr(importlib.import_module("lora_fx.targets.found"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
