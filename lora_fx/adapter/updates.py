@@ -141,9 +141,10 @@ class Rotation:
 
     def fits(self, in_: int) -> bool:
         """True where W can have this many columns."""
-        if self.shared:
-            return in_ % self.turn.shape[-1] == 0
-        return in_ == self.shape[1]
+        if not self.shared:
+            return in_ == self.shape[1]
+        block_size = int(self.turn.shape[-1])
+        return in_ % block_size == 0
 
     def of(self, weight: Array) -> Array:
         """ΔW of some rows of W [n, in], in W's dtype."""
