@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
-from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
+from lora_fx.fx.capture.call import leaf_names
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import onnx_name, output_name, symbols_of
+from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.attention import SHARED
 from lora_fx.fx.graph.graph import FxGraph
@@ -27,8 +29,9 @@ from lora_fx.fx.onnx_exporter import table_read_once, translated_once, typed_by_
 from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import give_own_names, mark_data, unfolded
-from lora_fx.onnx.rewriter import (
+from lora_fx.onnx.constant_folding import mark_data, unfolded
+from lora_fx.onnx.names import give_own_names
+from lora_fx.onnx.onnxscript_rules import (
     constants_apart,
     exact_constants,
     inferred_once,

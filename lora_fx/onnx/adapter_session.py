@@ -19,7 +19,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError, expect, one_line
 from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
-from lora_fx.onnx.manifest import PROPERTY, conditions_of, manifest_in, manifest_of
+from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
+from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
 from lora_fx.text import Json, near
 

@@ -12,7 +12,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, one_line, retold
-from lora_fx.onnx.manifest import Manifest, read_file
+from lora_fx.onnx.manifest import Manifest
+from lora_fx.onnx.runtime_adapter import read_file
 from lora_fx.text import Json, near
 
 

@@ -19,9 +19,10 @@ import numpy as np
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, expect_name, expect_path, one_line, retold
 from lora_fx.inputs import OTHER_SIZES
-from lora_fx.onnx.manifest import PROPERTY, RowChoice
+from lora_fx.onnx.adapter_ids import RowChoice
+from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
-from lora_fx.onnx.quiet import quiet_options
+from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.text import is_whole
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_fx.dtypes import Array, from_onnx
 from lora_fx.errors import LoraFxError
 from lora_fx.inputs import BATCH, SIZES, Input, Inputs, Named
-from lora_fx.onnx.manifest import conditions_of
+from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import RuntimeSession
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect, one_line
 from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
-from lora_fx.onnx.manifest import conditions_of, manifest_of
+from lora_fx.onnx.manifest import manifest_of
+from lora_fx.onnx.range_guards import conditions_of
 from lora_fx.onnx.session import open_session, told
 from lora_fx.text import counted, is_whole
 

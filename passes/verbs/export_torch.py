@@ -16,8 +16,9 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import Captured, as_it_was
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.doubts import plain
@@ -34,12 +35,15 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
+from lora_fx.onnx.bfloat16 import in_bfloat16, unround, widen
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import copies_of, mark_changed, mask_by_infinity
-from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, unround, widen
+from lora_fx.onnx.masked_scores import mask_by_infinity
+from lora_fx.onnx.names import mark_changed
+from lora_fx.onnx.optimise import RewriteStage
+from lora_fx.onnx.precision import GATES, at_level, narrow
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import RewriteStage
+from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import (

@@ -25,8 +25,8 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import alike, as_it_was
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
@@ -40,16 +40,13 @@ from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
-from lora_fx.onnx.manifest import (
-    PROPERTY,
-    Manifest,
-    guard_within,
-    row_of,
-    say_within,
-    write_adapter,
-)
-from lora_fx.onnx.save import Output, save_beside
+from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.save import save_beside
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.update_row import row_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step

@@ -40,7 +40,8 @@ from lora_fx.text import is_whole
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
     from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.save import Output, Place
+    from lora_fx.onnx.output_file import Output
+    from lora_fx.onnx.place import Place
 
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
@@ -531,7 +532,8 @@ class ExportOptions:
 
     def output(self) -> AbstractContextManager[Output]:
         """The file, and its copies, which get their names when the block ends."""
-        from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
+        # insert and merge share this file and need no ONNX
+        from lora_fx.onnx.output_file import output
 
         return output(self.target, force=self.force, places=self.places, owner=self.owner)
 

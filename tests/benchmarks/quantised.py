@@ -44,7 +44,8 @@ from onnxruntime.quantization import (
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.cli.demo_stages import Size, topics
+from lora_fx.cli.demo_data import topics
+from lora_fx.cli.demo_stages import Size
 from lora_fx.compare import rel
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.load import minilm

@@ -25,6 +25,7 @@ from lora_fx.cli import main
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.onnx import output_file
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from tests.zoo import checks
@@ -127,7 +128,7 @@ def test_what_the_proof_catches(
         path.write_bytes(proto.SerializeToString())
         return files
 
-    monkeypatch.setattr(saving, "save", spoiled)
+    monkeypatch.setattr(output_file, "save", spoiled)
     with pytest.raises(LoraFxError, match=r"'transformer\.wpe\.weight' is not the base's"):
         lora_fx.merge(bert / "base.onnx", bert / "adapter", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Hadamard, Kronecker
-from lora_fx.cli.common import group
+from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session

@@ -22,7 +22,7 @@ import lora_fx
 from lora_fx.conditions import SizeError
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.pt2.captured import open_program
-from lora_fx.onnx.manifest import RANGES
+from lora_fx.onnx.range_guards import RANGES
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb

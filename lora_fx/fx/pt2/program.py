@@ -18,7 +18,7 @@ from lora_fx.adapter.factor_tensors import slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
 from lora_fx.errors import LoraFxError, one_line, stamp
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of

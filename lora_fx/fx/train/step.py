@@ -29,8 +29,9 @@ from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import symbols_of
-from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import symbols_of
+from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import written_by

@@ -19,8 +19,9 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
+from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import DeltaBeforeBias, GemmToMatMul
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 
