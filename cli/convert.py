@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from lora_fx.adapter.fused import LAYOUTS
+from lora_fx.adapter.expert_layouts import LAYOUTS
 from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.options import (
     TRUST,

@@ -50,7 +50,7 @@ class StartOptions:
 
 
 def _reads_no_data(asked: JsonView) -> bool:
-    from lora_fx.adapter.variant import OF_DATA
+    from lora_fx.adapter.starts import OF_DATA
 
     return asked["init"] not in OF_DATA
 
@@ -126,7 +126,7 @@ def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[
     Raises:
         LoraFxError: Data for a start that reads none, or none for one that does.
     """
-    from lora_fx.adapter.variant import OF_DATA
+    from lora_fx.adapter.starts import OF_DATA
 
     data = options.data
     if init not in OF_DATA:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
     """Whether the method takes any of these from DATA, or anything where none is named."""
-    from lora_fx.targets.budget import METHODS
+    from lora_fx.targets.rank_methods import METHODS
 
     wanted_statistics = set(METHODS[asked["method"]].wanted)
     if statistics:
@@ -114,7 +114,7 @@ def command(
     from lora_fx.files.atomic import check_output
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.plan import plan
-    from lora_fx.targets.budget import METHODS
+    from lora_fx.targets.rank_methods import METHODS
 
     check_output(output, force=force)
     if not output.endswith(".json"):

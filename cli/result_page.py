@@ -137,7 +137,7 @@ def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[st
     rows: list[Json] = []
     without_spectra: list[str] = []
     for path, weight in adapters:
-        from lora_fx.adapter.truncate import summary
+        from lora_fx.adapter.singular_values import summary
         from lora_fx.formats.io import load_adapter
 
         try:

@@ -18,7 +18,7 @@ from lora_fx.text import Json
 
 if TYPE_CHECKING:
     from lora_fx.inputs import Named
-    from lora_fx.targets.target import Found
+    from lora_fx.targets.found import Found
 
 
 @click.command("targets", cls=FileCommand, no_say=PROGRAM)

@@ -50,7 +50,7 @@ def command(
     lora-fx train model.py:build data.npz -o adapter --rank 16 --steps 500
     lora-fx train ./my-llama chat.jsonl -o adapter --eval-data held-out.jsonl --lr 2e-4
     """
-    from lora_fx.adapter.variant import OF_DATA
+    from lora_fx.adapter.starts import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
     from lora_fx.files.read import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter

@@ -34,7 +34,8 @@ from lora_fx.onnx.graph.coded_weights import shares_ranges
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
-from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
+from lora_fx.targets.keys import applies, base_name, split_key, split_use
+from lora_fx.targets.regions import overlap, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:

@@ -24,8 +24,12 @@ from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
 from lora_fx.ir.layout import Layout, layout_of, plain_layout
 from lora_fx.ir.view import Opaque, Region, region_of, track
+from lora_fx.targets.found import Found, Refusal, Unreached
+from lora_fx.targets.keys import make_key
 from lora_fx.targets.plan import default_plan
-from lora_fx.targets.target import Found, Refusal, Target, Unreached, make_key, overlap, role_of
+from lora_fx.targets.regions import overlap
+from lora_fx.targets.target import Target
+from lora_fx.targets.target_roles import role_of
 from lora_fx.text import by_key
 
 ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"

@@ -39,7 +39,9 @@ from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import ROUNDED, find
 from lora_fx.passes.insert import Pair, reached
-from lora_fx.targets.target import Found, Target, not_storable, overlap
+from lora_fx.targets.found import Found
+from lora_fx.targets.regions import overlap
+from lora_fx.targets.target import Target, not_storable
 from lora_fx.text import by_key
 
 

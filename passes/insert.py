@@ -25,9 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
-from lora_fx.adapter.base import FactorTensor, Half, Read
+from lora_fx.adapter.factor_tensors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import halves, slots_of, variant_of
+from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant_protocol import Read
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import kinds
 from lora_fx.ir.emitter import V
@@ -37,7 +38,10 @@ from lora_fx.ir.layout import Layout
 from lora_fx.ir.view import Region
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find, site_layout
-from lora_fx.targets.target import Found, Target, applies, base_name, contains, relative, widen
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import applies, base_name
+from lora_fx.targets.regions import contains, relative, widen
+from lora_fx.targets.target import Target
 
 Pair = tuple[Target, LowRank]
 

@@ -26,7 +26,8 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.ir.quantised import quantise
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
-from lora_fx.targets.target import Found, Target
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import Target
 
 
 @dataclass(frozen=True)

@@ -441,7 +441,7 @@ def test_slow_tests_are_tests() -> None:
 
 NODES = {
     "lora_fx": 24_000,
-    "lora_fx.adapter": 29_000,
+    "lora_fx.adapter": 31_000,
     "lora_fx.checkpoint": 62_000,
     "lora_fx.cli": 26_000,
     "lora_fx.files": 20_000,
@@ -464,7 +464,7 @@ NODES = {
     "lora_fx.passes.proofs": 25_000,
     "lora_fx.passes.verbs": 43_000,
     "lora_fx.report": 9_000,
-    "lora_fx.targets": 14_000,
+    "lora_fx.targets": 15_500,
 }
 """Syntax nodes that a folder may have: a tenth more than it had when its line was last changed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import zipfile
@@ -24,7 +25,7 @@ from lora_fx.fx.train.state import read_folder
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.manifest import PROPERTY, manifest_of
 from lora_fx.onnx.session import open_session
-from lora_fx.targets.plan import read_plan
+from lora_fx.targets.rank_plan import read_plan
 from tests.fixtures.old import IDS, net, small
 
 OLD = Path(__file__).parent / "fixtures" / "0.1"
@@ -213,3 +214,21 @@ def test_no_number(number: object) -> None:
     check_format({"version": 1}, "x")
     with pytest.raises(LoraFxError, match="expected a whole number from 1 to 1"):
         check_format({"format": number}, "x")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lora_fx.adapter.base", "Variant"),
+        ("lora_fx.adapter.lowrank", "FileLayer"),
+        ("lora_fx.targets.plan", "Ranked"),
+        ("lora_fx.targets.plan", "RankPlan"),
+        ("lora_fx.targets.target", "Found"),
+        ("lora_fx.targets.target", "Refusal"),
+        ("lora_fx.targets.target", "Unreached"),
+    ],
+)
+def test_classes_are_found_where_they_were(module: str, name: str) -> None:
+    """Pickles, and variants written outside, name them by their older modules."""
+    assert getattr(importlib.import_module(module), name).__name__ == name
+    assert not hasattr(importlib.import_module(module), "Missing")

@@ -1,1 +1,1 @@
-"""What is learnt: low-rank updates, their variants and first values, and the adapter of them."""
+"""Low-rank updates, their variants and first values, and the adapter that holds them."""

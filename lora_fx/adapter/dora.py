@@ -24,9 +24,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lora_fx.adapter.base import Beginning, Read, Variant
 from lora_fx.adapter.lora import Lora
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.dtypes import Array, widened
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.ir.emitter import Ops, V
@@ -44,7 +44,9 @@ class Dora(Lora):
 
     def of(self, low: LowRank) -> Variant | None:
         """One with a magnitude is DoRA's, whatever its scale."""
-        return self if low.magnitude is not None else None
+        if low.magnitude is None:
+            return None
+        return self
 
     def prepared(self, low: LowRank, beginning: Beginning) -> LowRank:
         """The magnitude starts at the lengths of W's own rows, so that W' = W.
@@ -54,20 +56,22 @@ class Dora(Lora):
         """
         weight = beginning.weight
         assert weight is not None
-        wide = weight.reshape(-1, weight.shape[-1])
-        sums = squares(wide)
-        size = np.sqrt(sums).astype(np.float32)
-        factors(size, sums, repr(beginning.key))  # raises for a row that has no direction
-        return replace(low, variant="lora", magnitude=size.reshape(weight.shape[:-1]))
+        rows = weight.reshape(-1, weight.shape[-1])
+        sums = squares(rows)
+        lengths = np.sqrt(sums).astype(np.float32)
+        factors(lengths, sums, repr(beginning.key))  # raises for a row that has no direction
+        return replace(low, variant="lora", magnitude=lengths.reshape(weight.shape[:-1]))
 
     def beside(self, low: LowRank) -> Mapping[str, Array]:
         """The magnitude."""
-        return {} if low.magnitude is None else {"magnitude": low.magnitude}
+        if low.magnitude is None:
+            return {}
+        return {"magnitude": low.magnitude}
 
     def with_values(self, low: LowRank, values: Mapping[str, Array]) -> LowRank:
         """See Variant."""
-        new = _FACTORS.with_values(low, values)
-        return replace(new, magnitude=values.get("magnitude"))
+        low = _FACTORS.with_values(low, values)
+        return replace(low, magnitude=values.get("magnitude"))
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
         """See Variant."""
@@ -116,7 +120,7 @@ class Dora(Lora):
 
 
 _FACTORS = Lora("lora")
-"""What a and b are, beside the magnitude."""
+"""The maths of a and b, beside the magnitude."""
 
 
 def squares(block: Array) -> Array:
@@ -130,7 +134,7 @@ def squares(block: Array) -> Array:
 
 
 def factors(magnitude: Array, sums: Array, where: str) -> Array:
-    """What the rows of V are multiplied by: magnitude / norm, [out], in the magnitude's dtype.
+    """The factors of the rows of V: magnitude / norm, [out], in the magnitude's dtype.
 
     Args:
         magnitude: The norms that the rows shall have, [out].
@@ -145,10 +149,11 @@ def factors(magnitude: Array, sums: Array, where: str) -> Array:
             f"{where}: the DoRA magnitude has {magnitude.size} numbers; the weight has "
             f"{sums.size} rows"
         )
-    bad = np.flatnonzero(~(np.isfinite(sums) & (sums > 0)))
-    if bad.size:
+    has_direction = np.isfinite(sums) & (sums > 0)
+    if not has_direction.all():
+        row = np.flatnonzero(~has_direction)[0]
         raise LoraFxError(
-            f"{where}: row {bad[0]} of W + ΔW is zero or not finite; DoRA divides by its norm",
+            f"{where}: row {row} of W + ΔW is zero or not finite; DoRA divides by its norm",
             "was the adapter trained on this model?",
         )
     return np.asarray(magnitude / np.sqrt(sums).astype(magnitude.dtype))

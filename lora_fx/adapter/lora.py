@@ -6,7 +6,7 @@ Zhang et al. 2023 (2308.03303); lora+: Hayou et al. 2024 (2402.12354).
 
 from __future__ import annotations
 
-from lora_fx.adapter.base import Variant
+from lora_fx.adapter.variant_protocol import Variant
 
 
 class Lora(Variant):

@@ -1,4 +1,4 @@
-"""Where an update comes from: what its file, or its model, says of the tensor that it is for."""
+"""Where an update comes from: the facts of its file, or of its model, about its tensor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FileLayer:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a file or a model says of the tensor of an update, beside the update's numbers.
+    """Facts of a file, or of a model, about the tensor of an update, beside the update's numbers.
 
     Readers of files fill it in, `bind` reads it and puts the model's facts in their place, and
     writers of files read those. No arithmetic depends on it, and two updates that differ in it
@@ -47,8 +47,8 @@ class Origin:
         kernel: The kernel of a convolution, where it is known; in is C_in/groups · ∏kernel.
         tied: True where the update applies to all uses of a tensor that several modules share.
         twins: Other names of that tensor in a file: what they name changes alike.
-        layer: Where a file has the update, for `lora_fx.adapter.fused.place` and for writing it
-            again.
+        layer: Where a file has the update, for `lora_fx.adapter.expert_stacks.place` and for
+            writing it again.
     """
 
     op: str = ""
@@ -62,12 +62,12 @@ class Origin:
     @property
     def candidates(self) -> Mapping[str, tuple[int, float]]:
         """The parameters that it may be of, where its file does not say which; see FileLayer."""
-        return self.layer.candidates if self.layer else {}
+        if self.layer is None:
+            return {}
+        return self.layer.candidates
 
 
-# Until `origin` came, its facts were fields of the update. What is written so goes on working.
-
-
+# Until `origin` came, its facts were fields of the update. Code that is written so goes on working.
 OLDER_FIELDS = tuple(field.name for field in fields(Origin))
 """Names of the facts, which pickles of older versions have as fields of the update."""
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.adapter.base import Beginning, Read, Variant
 from lora_fx.adapter.lora import Lora
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Ops, V
@@ -31,7 +31,7 @@ class QaLora(Lora):
     """Each column of a is that of a group of inputs.
 
     Attributes:
-        group: Inputs of a group; whole blocks of the codes that it shall be folded into.
+        group: Inputs of a group; one or more blocks of the codes that ΔW shall be folded into.
     """
 
     title = "QA-LoRA"
@@ -77,6 +77,7 @@ class QaLora(Lora):
                 f"{beginning.key!r}: {width} inputs are no whole groups of {self.group}",
                 f"exclude it, or --variant qalora:{math.gcd(width, self.group)}",
             )
+        # Drawn within ±1/√in, for in inputs; a group counts as one.
         a = low.a[..., :: self.group] * np.float32(self.group**0.5)
         return grouped(replace(low, a=a, variant="lora"), self.group)
 
@@ -89,13 +90,14 @@ class QaLora(Lora):
         return replace(low, a=np.repeat(values["a"], self.group, -1), b=values["b"])
 
     def rows(self, low: LowRank, rows: slice | Array) -> LowRank:
-        """Of rows, ΔW is as constant."""
+        """The update of some rows: its ΔW is constant over the same groups of inputs."""
         return replace(low, b=low.b[rows])
 
     def alpha(self, low: LowRank) -> float:
         """The alpha as PEFT has it, which multiplies this one by in/group²."""
-        # as a person wrote it, whatever the gain is
-        return float(f"{low.alpha / _gain(low.a.shape[-1], self.group):.15g}")
+        # Rounded, so that it is as a person wrote it, whatever the gain is.
+        alpha = low.alpha / _gain(low.a.shape[-1], self.group)
+        return float(f"{alpha:.15g}")
 
     def a(self, e: Ops[V], read: Read[V]) -> V:
         """Each column of a once for each input of its group."""
@@ -132,8 +134,10 @@ def pooled(a: Array, group: int) -> Array | None:
     """One column of a for each group of so many; None where those of a group differ."""
     if group < 1 or a.shape[-1] % group:
         return None
-    wide = a.reshape(*a.shape[:-1], -1, group)
-    return wide[..., 0] if (wide == wide[..., :1]).all() else None
+    by_group = a.reshape(*a.shape[:-1], -1, group)
+    if not (by_group == by_group[..., :1]).all():
+        return None
+    return by_group[..., 0]
 
 
 def _gain(width: int, group: int) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter.fused import Family, family_of
+from lora_fx.adapter.expert_families import Family, family_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
@@ -44,7 +44,7 @@ from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
 from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, StrPath, near, some, table
 
 LARGE = 1.0

@@ -1,7 +1,7 @@
 """extract: an adapter that turns one checkpoint into another, tensor by tensor.
 
 Δ = tuned − base of every matrix that differs is approximated by the best b @ a of a rank (see
-lowrank.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
+svd.py); alpha = rank, so that base + b @ a ≈ tuned. Peak memory is a few times one Δ, whatever
 the size of the checkpoints; errors are measured on the fp32 factors, element by element.
 """
 
@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
+from lora_fx.adapter.svd import above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import check_scaled, tie_of
@@ -30,8 +31,8 @@ from lora_fx.files.hub import local, origin
 from lora_fx.files.read import check_unchanged, remembering, trusting
 from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored, stored_elements
 from lora_fx.inputs import generator
-from lora_fx.targets.plan import select, select_names, split
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.selectors import select, select_names, split
 from lora_fx.text import Json, JsonView, short, some, table
 
 RANK = 16

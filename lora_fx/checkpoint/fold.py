@@ -24,8 +24,9 @@ import numpy as np
 from lora_fx.adapter.applied import Applied
 from lora_fx.adapter.dora import squares
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.residual import residual
 from lora_fx.adapter.updates import Change, Dense, Rotation
-from lora_fx.adapter.variant import residual, variant_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array, Floating, NumpyDtype, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.copying import read_into

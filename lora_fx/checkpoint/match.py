@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter, means_all
-from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.bind import means_all
+from lora_fx.adapter.expert_families import IN_OUT_EXPERTS, experts_of, family_of
+from lora_fx.adapter.expert_layouts import ExpertLayout, laid
+from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import (
     Change,
@@ -47,7 +50,7 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint, says_tied, tex
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.layout import Layout, plain_layout
 from lora_fx.ir.view import Region
-from lora_fx.targets.target import base_name, split_key, split_use
+from lora_fx.targets.keys import base_name, split_key, split_use
 from lora_fx.text import JsonView, near, some
 
 
@@ -189,7 +192,7 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
-    """An adapter with its updates of expert stacks under their own names; see adapter/fused.py."""
+    """An adapter with its updates of expert stacks under their own names; see expert_stacks.py."""
     turned = stacks_turned(adapter, rename.config)
     entries = place(adapter.entries, rename.shape, turned=turned)
     return replace(adapter, entries=entries)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.truncate import Approximated, as_lora
+from lora_fx.adapter.as_lora import Approximated, as_lora
 from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
 from lora_fx.checkpoint.merge_plan import LENIENT, Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
+from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.bind import OTHER_READERS
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
@@ -54,7 +55,7 @@ from lora_fx.files.quantised.dequantise import (
     view_notes,
 )
 from lora_fx.files.safetensors import TensorInfo
-from lora_fx.targets.target import overlap
+from lora_fx.targets.regions import overlap
 from lora_fx.text import Json, by_key, human, size_in_bytes, table
 
 

@@ -12,14 +12,17 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_fx.adapter.fused import IN_OUT_EXPERTS, QKV
+from lora_fx.adapter.expert_families import IN_OUT_EXPERTS
+from lora_fx.adapter.fused import QKV
 from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import model_config, says_tied, tensors, text_config
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.graph import Parameter
 from lora_fx.ir.layout import Layout, plain_layout
+from lora_fx.targets.found import Found, Refusal
 from lora_fx.targets.plan import HEAD_ROWS, default_plan
-from lora_fx.targets.target import Found, Refusal, Target, role_of
+from lora_fx.targets.target import Target
+from lora_fx.targets.target_roles import role_of
 from lora_fx.text import JsonView, is_whole
 
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared|embeddings)\.weight$")

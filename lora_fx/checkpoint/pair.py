@@ -32,7 +32,7 @@ from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_f
 from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import PEFT, config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, from_tensors, split_name, unwrapped
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, JsonView
 
 ERROR, WARNING, NOTE = "error", "warning", "note"

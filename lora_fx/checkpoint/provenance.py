@@ -30,7 +30,7 @@ from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.read import json_value
 from lora_fx.files.safetensors import TensorInfo, Tensors, stored_bytes, stored_elements
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, JsonView, is_whole
 
 METADATA = "lora_fx.merge"

@@ -11,7 +11,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from lora_fx.adapter.adapter import OTHER_READERS, Adapter
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.bind import OTHER_READERS
 from lora_fx.adapter.fused import FUSED, QKV, joined, parent, roles_of, sliced
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_on_base, name_of
@@ -24,9 +25,9 @@ from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.formats.peft.config import missing
+from lora_fx.targets.keys import base_name, split_key
 from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, also_called
 from lora_fx.targets.prefix import Prefix, common_prefix
-from lora_fx.targets.target import base_name, split_key
 from lora_fx.text import JsonView
 
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")

@@ -24,7 +24,7 @@ from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.read import scheme_of
 from lora_fx.files.safetensors import TensorInfo, stored_bytes
 from lora_fx.ir.quantised import Quantised
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import JsonView, by_key
 
 LEAST = 0.5

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json, to_json
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows, from_json, to_json
+from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
 from lora_fx.files.read import json_object

@@ -47,7 +47,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import experts_of
+from lora_fx.adapter.expert_families import experts_of
 from lora_fx.adapter.lowrank import Factors, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of

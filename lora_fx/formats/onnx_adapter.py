@@ -36,7 +36,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
 from lora_fx.formats.base import File, refused
 from lora_fx.formats.format import Format, Magic
-from lora_fx.targets.target import own_use
+from lora_fx.targets.keys import own_use
 from lora_fx.text import counted, is_whole
 
 TRANSPOSED = "other tools and older exports hold A and B transposed, and do not say so"

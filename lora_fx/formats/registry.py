@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_fx.adapter.fused import LAYOUTS
+from lora_fx.adapter.expert_layouts import LAYOUTS
 from lora_fx.errors import LoraFxError
 from lora_fx.files.adapter_files import register
 from lora_fx.files.read import MAX_JSON

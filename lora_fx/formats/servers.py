@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from lora_fx.adapter.fused import GATE_UP, Family
+from lora_fx.adapter.expert_families import Family
+from lora_fx.adapter.expert_layouts import GATE_UP
 from lora_fx.formats.peft.names import OWN, PREFIX, TAKEN, WRAPPER
 from lora_fx.text import JsonView
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.residual import on_base
 from lora_fx.adapter.updates import Dense, ReplacedRows
-from lora_fx.adapter.variant import on_base
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, retold, silenced
 from lora_fx.fx import fake_tensors
-from lora_fx.targets.target import split_region
+from lora_fx.targets.keys import split_region
 from lora_fx.text import some
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, means_all
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.bind import means_all
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.fx.codes import beside

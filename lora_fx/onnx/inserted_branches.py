@@ -13,8 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import slots_of
+from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import expect_variant, fields_of_files, learning, slots_of
+from lora_fx.adapter.variant import expect_variant, fields_of_files
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.onnx.load import load

@@ -19,14 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.adapter.adapter import Adapter, check_plain
+from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import learning
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
 from lora_fx.files.read import json_object
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
-from lora_fx.targets.target import own_use
+from lora_fx.targets.keys import own_use
 from lora_fx.text import Json, JsonView, near
 
 PROPERTY = "lora_fx.manifest"

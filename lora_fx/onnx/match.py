@@ -30,8 +30,10 @@ from lora_fx.onnx.graph.values import operand
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM
 from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.onnx.tied_updates import op_of, spread
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name
 from lora_fx.targets.names import Names, also_called
-from lora_fx.targets.target import Found, Target, base_name
+from lora_fx.targets.target import Target
 from lora_fx.text import near
 
 FOLDED = 8192

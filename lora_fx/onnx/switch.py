@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.adapter.base import slot_names
+from lora_fx.adapter.factor_tensors import slot_names
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.kinds import swap_last
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser

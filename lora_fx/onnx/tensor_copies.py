@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 
 COPY_OF = "lora_fx.copy_of"
 """Metadata key of a constant that is another copy of a tensor, with that tensor's name."""

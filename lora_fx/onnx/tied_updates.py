@@ -14,7 +14,9 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
-from lora_fx.targets.target import Found, Target, base_name, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name, split_use
+from lora_fx.targets.target import Target
 
 
 def spread(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lora_fx.adapter.entry_json import from_json, to_json
+from lora_fx.adapter.factor_tensors import with_values
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.updates import from_json, to_json
-from lora_fx.adapter.variant import bare, with_values
+from lora_fx.adapter.variant import bare
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView

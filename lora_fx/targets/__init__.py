@@ -1,1 +1,1 @@
-"""What can be adapted: targets, their regions, roles and selectors, and the plan of their ranks."""
+"""Targets of adapters: their regions, roles and selectors, and the plan of their ranks."""

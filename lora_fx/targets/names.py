@@ -22,9 +22,9 @@ names of releases are in `lora_fx.checkpoint.releases`; the prefix of all names 
 found in `lora_fx.targets.prefix`.
 
 Three ways from an adapter to a tensor are no rules of spelling, and stand where their matter is:
-regions, uses and aliases are part of our own keys (`lora_fx.targets.target.Found.get`); a part of a
+regions, uses and aliases are part of our own keys (`lora_fx.targets.found.Found.get`); a part of a
 fused weight needs an update of other rows (`lora_fx.adapter.fused.other_split`); stacks of experts
-are told by the shapes of all updates of a module together (`lora_fx.adapter.fused.place`).
+are told by the shapes of all updates of a module together (`lora_fx.adapter.expert_stacks.place`).
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def common_prefix(foreign: Iterable[str], known: Iterable[str]) -> Prefix:
 
     There is none where a name is known as it is, or where two prefixes explain as many names.
     """
-    counts, known = Counter(foreign), frozenset(known)
+    counts = Counter(foreign)
+    known = frozenset(known)
     if not known.isdisjoint(counts):
         return Prefix()
 

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import resized, slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import resized, slots_of, variant_of, with_values
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
     EPSILON,
@@ -57,7 +58,7 @@ from lora_fx.passes.proofs.dispatched import LiveRerun, live_choices
 from lora_fx.passes.proofs.parity import arrays_of, is_real, named_of, prove, torch_rerun, torch_run
 from lora_fx.passes.proofs.reference import SEEDS, compared
 from lora_fx.progress import stage
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 DEAD = 1e-6

@@ -49,7 +49,7 @@ from lora_fx.passes.proofs.interpreted import move
 from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
 from lora_fx.passes.proofs.reference import SEEDS
 from lora_fx.progress import stage
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import some
 
 LARGE = 1.0

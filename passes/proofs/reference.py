@@ -18,8 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import slots_of, variant_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import (
     CEILING,
     COARSE,
@@ -65,7 +66,8 @@ from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
 from lora_fx.progress import stage
-from lora_fx.targets.target import Found, Target
+from lora_fx.targets.found import Found
+from lora_fx.targets.target import Target
 from lora_fx.text import Json
 
 STEP = 2.0**-8

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import bind
-from lora_fx.adapter.variant import Init, VariantName
+from lora_fx.adapter.starts import Init
+from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
@@ -39,8 +40,9 @@ from lora_fx.passes.verbs.options import (
 )
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.progress import Listener, told
-from lora_fx.targets.plan import GivenRanks, Plan
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan
+from lora_fx.targets.rank_plan import GivenRanks
 
 
 def find(
@@ -125,7 +127,7 @@ def insert(
             it is left out, and said. keep: it is said. auto: an error if include or plan named
             it; the default plan leaves it out, and an adapter keeps it. allow: nothing is proven.
         init: What a and b start from: kaiming, the default, gaussian, orthogonal, pissa, olora,
-            eva or lora-ga, see lora_fx.adapter.variant. The base is never changed.
+            eva or lora-ga, see lora_fx.adapter.starts. The base is never changed.
         data: Batches by argument name, for eva and lora-ga.
         loss: For lora-ga: ce, the default, mse, or a function of (output, labels).
         fast: Rewrite train programs so that they keep less for backward, with the same gradients:

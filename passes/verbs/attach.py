@@ -19,17 +19,19 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import Init, VariantName, learning
+from lora_fx.adapter.starts import Init
+from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, attachment, is_attached
 from lora_fx.fx.attach.live import REGISTRY
 from lora_fx.fx.attach.partial import partial_graphs
 from lora_fx.fx.capture.call import Signature
-from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import refuse_inference
 from lora_fx.fx.train.loss import Loss
@@ -42,7 +44,8 @@ from lora_fx.passes.verbs.build import Start, found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
 from lora_fx.progress import Listener, said, told
-from lora_fx.targets.plan import GivenRanks, Plan
+from lora_fx.targets.plan import Plan
+from lora_fx.targets.rank_plan import GivenRanks
 
 
 @told

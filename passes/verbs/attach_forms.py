@@ -36,7 +36,9 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.view import Permute, View
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
-from lora_fx.targets.target import Found, Target, applies, split_use
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import applies, split_use
+from lora_fx.targets.target import Target
 from lora_fx.text import by_key
 
 Owner = tuple[str, str]

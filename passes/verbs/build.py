@@ -7,16 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_fx.adapter.adapter import Adapter, bind, reading
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.bind import reading
+from lora_fx.adapter.learning import relearning
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import (
-    OF_DATA,
-    OF_WEIGHT,
-    initial,
-    named_variant,
-    relearning,
-    variant_of,
-)
+from lora_fx.adapter.starts import OF_DATA, OF_WEIGHT, initial
+from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin
@@ -40,9 +36,11 @@ from lora_fx.passes.recompute import Recompute, RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import InsertOptions
-from lora_fx.targets.budget import Calibration, Moments
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import own_use
+from lora_fx.targets.moments import Calibration, Moments
 from lora_fx.targets.plan import Plan
-from lora_fx.targets.target import Found, check_storable, own_use
+from lora_fx.targets.target import check_storable
 
 
 @dataclass(frozen=True)

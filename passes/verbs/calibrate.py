@@ -3,7 +3,7 @@
     Cx = E[x xᵀ]      Cy = E[dy dyᵀ]      G = ∂L/∂W      in the axes of each target's Layout
 
 x are a target's inputs and dy the gradients of the loss at its results, a row a position (see
-lora_fx.targets.budget). G is the gradient of the weight itself, so that it is there for every op
+lora_fx.targets.moments). G is the gradient of the weight itself, so that it is there for every op
 that insert reaches; x and dy are not for weights inside a recurrent op, a body of control flow, or
 where the op broadcasts or gathers the weight. What could not be read is said by name.
 
@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fx.fx.module.execution import execution_of
-from lora_fx.adapter.variant import matrix
+from lora_fx.adapter.starts import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
@@ -34,8 +34,9 @@ from lora_fx.ir.graph import Site
 from lora_fx.ir.layout import Layout
 from lora_fx.passes.find import find, site_layout
 from lora_fx.passes.insert import reached
-from lora_fx.targets.budget import STATISTICS, WIDE, Calibration, Moments, Sums
-from lora_fx.targets.target import Target, contains, relative
+from lora_fx.targets.moments import STATISTICS, WIDE, Calibration, Moments, Sums
+from lora_fx.targets.regions import contains, relative
+from lora_fx.targets.target import Target
 
 
 def calibrate(
@@ -52,7 +53,7 @@ def calibrate(
         uses: Target key → the alias through which its update applies; empty for all uses.
         data: Batches of arrays or tensors by argument name, with a column of labels.
         loss: ce, mse, or a function of (output, labels), as for train.
-        wanted: Names in lora_fx.targets.budget.STATISTICS. Without outputs and gradient no label
+        wanted: Names in lora_fx.targets.moments.STATISTICS. Without outputs and gradient no label
             is needed.
 
     Raises:

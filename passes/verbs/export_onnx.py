@@ -36,7 +36,7 @@ from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.merge_onnx import merge_onnx
 from lora_fx.passes.verbs.refused_updates import exclude_hint
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 
 UNNAMED = (
     "use mode merged or switch, or name dimension 0 of the inputs and outputs alike: "
@@ -166,7 +166,9 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     with options.output() as output:
         output.save(graph.model, 0 if is_external(source) else options.external_over)
         no_updates = Matched({}, {})
-        prove_merge(output.loadable, options.target, before, set(), find(graph), no_updates, Fold({}))
+        prove_merge(
+            output.loadable, options.target, before, set(), find(graph), no_updates, Fold({})
+        )
     note = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

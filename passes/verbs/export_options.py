@@ -20,15 +20,15 @@ from lora_fx.errors import (
     expect_name,
 )
 from lora_fx.inputs import Named
+from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
-from lora_fx.targets.target import Found
 from lora_fx.text import is_whole
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
     from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.place import Place
     from lora_fx.onnx.output_file import Output
+    from lora_fx.onnx.place import Place
 from lora_fx.passes.verbs.options import (
     CaptureOptions,
     ExportAdapters,

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import ORT_TOL, Report
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import (
     from_numpy,
@@ -38,7 +38,8 @@ from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.export_switch import write_switch
 from lora_fx.passes.verbs.export_torch import folded_already, level_gate, translated
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters
-from lora_fx.targets.target import Target, applies, own_use, split_region, split_use
+from lora_fx.targets.keys import applies, own_use, split_region, split_use
+from lora_fx.targets.target import Target
 from lora_fx.text import free_name, some
 
 

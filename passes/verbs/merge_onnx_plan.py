@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lora_fx.adapter.adapter import HOWS, mix
+from lora_fx.adapter.adapter import mix
+from lora_fx.adapter.mix import HOWS
 from lora_fx.checkpoint.merge import Adapters, given
 from lora_fx.checkpoint.merge_plan import Given, refuse_rank
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
@@ -16,11 +17,11 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, weight_bytes
 from lora_fx.onnx.place import Place
+from lora_fx.onnx.save import EXTERNAL_OVER, weight_bytes
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json, StrPath, table
 
 

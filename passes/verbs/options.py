@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.variant import (
-    OF_DATA,
-    asked,
-    check_init,
-    named_variant,
-    variant_of,
-)
+from lora_fx.adapter.starts import OF_DATA, check_init
+from lora_fx.adapter.variant import asked, named_variant, variant_of
 from lora_fx.errors import (
     LoraFxError,
     NoSay,
@@ -27,8 +22,10 @@ from lora_fx.errors import (
 )
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.refused_updates import check_kinds
-from lora_fx.targets.plan import GivenRanks, Plan, RankPlan, make_plan, select_names
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
+from lora_fx.targets.plan import Plan, make_plan
+from lora_fx.targets.rank_plan import GivenRanks, RankPlan
+from lora_fx.targets.selectors import select_names
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss

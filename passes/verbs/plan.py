@@ -3,9 +3,9 @@
     Σ cost_k · r_k ≤ budget,   taken greedily by gain_k(r)/cost_k
 
 One calibration pass reads what the method wants (lora_fx.passes.verbs.calibrate), the method says
-what the next rank of each target is worth (lora_fx.targets.budget), and the budget is spent in
-that order (lora_fx.targets.budget). alpha = scale · rank, so that the scale of every update is the
-same and a rank does not change its learning rate.
+what the next rank of each target is worth (lora_fx.targets.rank_methods), and the budget is spent
+in that order (lora_fx.targets.budget). alpha = scale · rank, so that the scale of every update is
+the same and a rank does not change its learning rate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from lora_fx.adapter.variant import matrix
+from lora_fx.adapter.starts import matrix
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
@@ -27,17 +27,13 @@ from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.held_out import held_out as held_out  # its place before
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import CaptureOptions, Selectors
-from lora_fx.targets.budget import (
-    METHODS,
-    Budget,
-    Calibration,
-    Method,
-    Moments,
-    TargetStatistics,
-    allocate,
-)
+from lora_fx.targets.budget import Budget, allocate
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import own_use
+from lora_fx.targets.moments import Calibration, Moments
 from lora_fx.targets.plan import Ranked, RankPlan, make_plan
-from lora_fx.targets.target import Found, Target, own_use
+from lora_fx.targets.rank_methods import METHODS, Method, TargetStatistics
+from lora_fx.targets.target import Target
 
 
 def plan(
@@ -63,7 +59,7 @@ def plan(
         kwargs: Example inputs by keyword.
         data: Batches by argument name, with a column of labels. Uniform reads none, and says so.
         budget: params:N, flops:N, flops:F% or uniform:R (lora_fx.targets.budget).
-        method: uniform, importance, kfac or eva (lora_fx.targets.budget).
+        method: uniform, importance, kfac or eva (lora_fx.targets.rank_methods).
         loss: ce, the default, mse, or a function of (output, labels).
         include: Selectors, as for insert.
         exclude: Selectors of targets that get no rank.

@@ -15,8 +15,9 @@ from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors
+from lora_fx.targets.found import Found
 from lora_fx.targets.plan import make_plan
-from lora_fx.targets.target import Found, Target
+from lora_fx.targets.target import Target
 from lora_fx.text import human
 
 KINDS = ("nf4", "int4", "int8")

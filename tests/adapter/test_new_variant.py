@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter.base import Beginning, Read, Variant
+from lora_fx.adapter.as_lora import as_lora
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.adapter.truncate import as_lora
-from lora_fx.adapter.variant import VARIANTS, register, slots_of, variant_of
+from lora_fx.adapter.variant import VARIANTS, register, variant_of
+from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError

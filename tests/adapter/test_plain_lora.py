@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_fx.adapter.truncate import as_lora
+from lora_fx.adapter.as_lora import as_lora
 from lora_fx.checkpoint.merge import delta_in
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint

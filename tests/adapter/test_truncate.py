@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, distance, product_svd, truncated
+from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
+from lora_fx.adapter.svd import distance, product_svd, truncated
 from lora_fx.adapter.truncate import Truncation, truncation
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import leading
+from lora_fx.adapter.svd import leading
 from lora_fx.dtypes import Array
 from lora_fx.inputs import generator
 

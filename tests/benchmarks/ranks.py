@@ -33,7 +33,8 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.inputs import generator
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
-from lora_fx.targets.budget import METHODS, allocate
+from lora_fx.targets.budget import allocate
+from lora_fx.targets.rank_methods import METHODS
 
 CONTROL = "random"
 DIM, HEADS, WIDE, CLASSES = 32, 4, 128, 5

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.adapter.lowrank import above_noise, leading
+from lora_fx.adapter.svd import above_noise, leading
 from lora_fx.checkpoint.extract import ExtractOptions, extraction
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import generator

@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import LAYOUTS
+from lora_fx.adapter.expert_layouts import LAYOUTS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.checkpoint.match import laid_for

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from lora_fx.adapter.fused import FAMILIES
+from lora_fx.adapter.expert_families import FAMILIES
 from lora_fx.checkpoint.loaded_names import Loaded, loaded_of
 from lora_fx.checkpoint.releases import RENAMED, STACKED, Renamed, renamed_parts
 from lora_fx.files.checkpoint import open_checkpoint

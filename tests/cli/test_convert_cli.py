@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import LAYOUTS, family_of, laid
+from lora_fx.adapter.expert_families import family_of
+from lora_fx.adapter.expert_layouts import LAYOUTS, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.cli import main

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.truncate import FEW, MANY, summary
+from lora_fx.adapter.singular_values import FEW, MANY, summary
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.report.rows import number, percent
 from tests.cli.test_cli import run

@@ -12,10 +12,10 @@ import numpy as np
 
 from lora_fx.adapter import dora as variant
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import place
+from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.residual import residual
 from lora_fx.adapter.updates import Dense, ReplacedRows
-from lora_fx.adapter.variant import residual
 from lora_fx.dtypes import Array
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.ir.numpy_emitter import NumpyEmitter

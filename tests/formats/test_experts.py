@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import LAYOUTS, _alpha, family_of, laid
+from lora_fx.adapter.expert_families import family_of
+from lora_fx.adapter.expert_layouts import LAYOUTS, _alpha, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.errors import LoraFxError

@@ -73,7 +73,7 @@ def test_a_safetensors_file_is_one_whatever_magic_it_has() -> None:
 SERVED = ".onnx_adapter"
 """The ending of ONNX Runtime's file, which an export writes beside a graph."""
 ELSEWHERE = {
-    ("lora_fx.adapter.fused", "peft"): "a layout of experts",
+    ("lora_fx.adapter.expert_layouts", "peft"): "a layout of experts",
     ("lora_fx.checkpoint.match", "peft"): "of the adapter's metadata: PEFT's own fields",
     ("lora_fx.checkpoint.pair", "peft"): "the same",
     ("lora_fx.checkpoint.renaming", "peft"): "the same",

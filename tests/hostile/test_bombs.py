@@ -13,7 +13,7 @@ from lora_fx import regexes
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import MAX_DOTS, read_toml
 from lora_fx.fx.train.chat import MAX_TEMPLATE, ChatTemplate
-from lora_fx.targets.plan import select_names
+from lora_fx.targets.selectors import select_names
 from tests.hostile import bombs
 
 

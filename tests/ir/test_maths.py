@@ -19,8 +19,9 @@ from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Cast, Opaque, Permute, Reshape, Slice, View, track
 from lora_fx.passes.fold import fold_value
+from lora_fx.targets.keys import make_key, split_key
 from lora_fx.targets.plan import default_alpha
-from lora_fx.targets.target import Target, make_key, split_key
+from lora_fx.targets.target import Target
 
 E = NumpyEmitter()
 

@@ -27,7 +27,7 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.passes import batch as batch_pass
 from lora_fx.passes.find import find
-from lora_fx.targets.target import own_use
+from lora_fx.targets.keys import own_use
 from tests.providers import PROVIDERS
 from tests.zoo.shared import captured
 

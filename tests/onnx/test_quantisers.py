@@ -37,7 +37,7 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.signature import signature
 from lora_fx.passes.find import find
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 
 from .graph.coded import NF4
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.passes.find import find
-from lora_fx.targets.plan import select
+from lora_fx.targets.selectors import select
 from tests.zoo.models import ZOO
 from tests.zoo.shared import captured
 

@@ -13,16 +13,10 @@ import pytest
 import torch
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import slots_of, with_values
 from lora_fx.adapter.lowrank import LowRank, draw
-from lora_fx.adapter.variant import (
-    INITS,
-    OF_DATA,
-    VARIANTS,
-    initial,
-    slots_of,
-    variant_of,
-    with_values,
-)
+from lora_fx.adapter.starts import INITS, OF_DATA, initial
+from lora_fx.adapter.variant import VARIANTS, variant_of
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -30,8 +24,9 @@ from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
+from lora_fx.targets.found import Found
 from lora_fx.targets.plan import Entry, Plan
-from lora_fx.targets.target import Found, Target
+from lora_fx.targets.target import Target
 from tests.passes.test_rows import captured, run
 from tests.table import ROWS, Model, Row
 

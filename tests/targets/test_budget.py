@@ -11,7 +11,7 @@ import pytest
 
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.budget import Budget, allocate
-from lora_fx.targets.plan import Ranked, RankPlan, read_plan
+from lora_fx.targets.rank_plan import Ranked, RankPlan, read_plan
 
 
 @pytest.mark.parametrize("seed", range(30))

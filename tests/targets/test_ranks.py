@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_fx import Adapter, LoraFxError, LowRank
-from lora_fx.targets.plan import given_ranks
+from lora_fx.targets.rank_plan import given_ranks
 
 WRONG_PLANS: dict[str, tuple[Any, str]] = {
     "a text as rank": ({"fc.weight": "x"}, "rank of 'fc.weight' is 'x'"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 
 from .oracles import Subject
 

@@ -19,7 +19,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.passes.proofs.reference import Run
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 
 
 @dataclass(frozen=True)

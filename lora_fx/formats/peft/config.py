@@ -40,7 +40,7 @@ such an adapter as W + s·B·A."""
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Names in init_lora_weights that leave the base weights as they are; so do true, false, null."""
 REDONE = ("pissa", "olora")
-"""Names that change the base in a way that `lora_fx.adapter.variant` can redo from the base
+"""Names that change the base in a way that `lora_fx.adapter.residual` can redo from the base
 alone."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""

@@ -3,7 +3,7 @@
 ΔW of a module X is s · B · A with s = lora_alpha / r, or lora_alpha / √r with use_rslora; the rank
 and alpha of single modules come from rank_pattern and alpha_pattern. Modules of modules_to_save
 are stored whole under their own names. With use_dora the rows of W + s · B · A (in [out, in]
-order, see `lora_fx.adapter.variant`) get the norms lora_magnitude_vector. Checked against peft
+order, see `lora_fx.adapter.dora`) get the norms lora_magnitude_vector. Checked against peft
 0.21.2.
 
 What PEFT cannot say (parts of a tensor, stacks, parameters that are no `.weight`) goes into the
@@ -24,17 +24,13 @@ import numpy as np
 
 from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json
+from lora_fx.adapter.factor_tensors import with_values
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.adapter.qalora import grouped
-from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
-from lora_fx.adapter.variant import (
-    bare,
-    expect_variant,
-    fields_of_files,
-    named_variant,
-    with_values,
-)
+from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
+from lora_fx.adapter.variant import bare, expect_variant, fields_of_files, named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line
 from lora_fx.files.read import json_object, read_json
@@ -610,9 +606,9 @@ def read(path: str | Path) -> Adapter:
           of PEFT layouts are None, and other fields say what the file does:
           op embedding with in = rows, out = dim, and `twins`, to which the same change applies;
           op conv2d and its kernel with in = C_in · ∏k; op experts and `layer` for a parameter,
-          `a` [E, r, in] and `b` [E, out, r], to be given to `lora_fx.adapter.fused.place` before
-          keys are matched; `mutated` where the update is meant for
-          `lora_fx.adapter.variant.residual` of the base weight.
+          `a` [E, r, in] and `b` [E, out, r], to be given to
+          `lora_fx.adapter.expert_stacks.place` before keys are matched; `mutated` where the
+          update is meant for `lora_fx.adapter.residual.residual` of the base weight.
         * Dense [out] for a bias of B, Rows for trained tokens, Full for biases and modules that
           were trained whole.
 

@@ -28,7 +28,7 @@ from itertools import permutations
 
 import numpy as np
 
-from lora_fx.adapter.fused import unpacked
+from lora_fx.adapter.expert_stacks import unpacked
 from lora_fx.adapter.lowrank import Factors, LowRank
 from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.dtypes import Array
@@ -201,8 +201,8 @@ def unknown_name(name: str, where: str) -> LoraFxError:
 # Two parameters of one module are two wrappers, one inside the other, in the order in which the
 # module defines its parameters, the first innermost; the file does not name them. Where names and
 # ranks leave one way only to give them out, it is taken. Otherwise the entry gets the key
-# `MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.fused.place` decides by the
-# base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
+# `MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.expert_stacks.place`
+# decides by the base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
 # `lora.ParamWrapper`.
 
 
@@ -269,7 +269,7 @@ def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: 
 
 
 def packed(low: LowRank) -> Factors:
-    """The inverse of `lora_fx.adapter.fused.unpacked`; a matrix stays one."""
+    """The inverse of `lora_fx.adapter.expert_stacks.unpacked`; a matrix stays one."""
     if low.a.ndim == 2:
         return low.a, low.b
     b = np.ascontiguousarray(low.b.transpose(1, 2, 0))

@@ -10,21 +10,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import to_json
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import FileLayer
-from lora_fx.adapter.updates import Dense, ReplacedRows, is_on_base, is_plain, name_of, to_json
-from lora_fx.adapter.variant import (
-    is_lora_or_dora,
-    named_variant,
-    slots_of,
-    variant_of,
-)
+from lora_fx.adapter.updates import Dense, ReplacedRows, is_on_base, is_plain, name_of
+from lora_fx.adapter.variant import is_lora_or_dora, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.config import KASA, VERSION, build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, TAKEN, WRAPPER, packed, unwrapped
-from lora_fx.targets.target import split_use
+from lora_fx.targets.keys import split_use
 from lora_fx.text import Json
 
 _DERIVED = ("notes", "untouched_targets", "fan_in_fan_out", "peft")

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
-from lora_fx.adapter.variant import frame, slots_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import (
@@ -39,7 +39,8 @@ from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
 from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
-from lora_fx.targets.target import Found, base_name
+from lora_fx.targets.found import Found
+from lora_fx.targets.keys import base_name
 from lora_fx.text import human
 
 

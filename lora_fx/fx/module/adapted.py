@@ -13,16 +13,10 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind, mix
+from lora_fx.adapter.factor_tensors import frame, slots_of, with_values
+from lora_fx.adapter.learning import learning, relearning
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
-from lora_fx.adapter.variant import (
-    asked,
-    frame,
-    learning,
-    relearning,
-    slots_of,
-    variant_of,
-    with_values,
-)
+from lora_fx.adapter.variant import asked, variant_of
 from lora_fx.checkpoint import provenance
 from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import FLOATING, Array, factor_dtype, numpy_dtype
@@ -49,7 +43,7 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json, by_key, counted, html, human, short
 
 Inserter = Callable[[Updates, bool], Rewriter]

@@ -15,7 +15,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.fx.module.adapted import AdaptedModule, Effect, Inserter, factor_pairs, moved
 from lora_fx.patching import patched
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 
 
 class Insertion:

@@ -13,15 +13,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json, to_json
+from lora_fx.adapter.factor_tensors import slots_of, with_values
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import from_json, to_json
-from lora_fx.adapter.variant import (
-    bare,
-    expect_variant,
-    fields_of_files,
-    slots_of,
-    with_values,
-)
+from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
 from lora_fx.errors import LoraFxError, one_line, stamp
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value

@@ -25,8 +25,9 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, alpha_of
-from lora_fx.adapter.variant import slots_of, variant_of
+from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.capture.onnx_names import symbols_of

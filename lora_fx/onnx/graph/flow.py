@@ -43,7 +43,7 @@ from lora_fx.onnx.graph.values import (
     tensor_dtype,
 )
 from lora_fx.onnx.graph.views import VIEWS, after
-from lora_fx.targets.target import base_name
+from lora_fx.targets.keys import base_name
 from lora_fx.text import free_name, listed_texts
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import LAYOUTS, family_of, laid
+from lora_fx.adapter.expert_families import family_of
+from lora_fx.adapter.expert_layouts import LAYOUTS, laid
 from lora_fx.files.safetensors import read_tensors
 from lora_fx.formats.servers import DROPS, READS, seen, verdicts
 

@@ -13,7 +13,7 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.adapter.variant import on_base, residual
+from lora_fx.adapter.residual import on_base, residual
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from tests.formats.merging import check_with_peft, numbers, randomise

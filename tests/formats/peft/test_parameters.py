@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.fused import place
+from lora_fx.adapter.expert_stacks import place
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 
 
 def randomise(model: nn.Module, seed: int = 0) -> lora_fx.Adapter:

@@ -16,7 +16,7 @@ from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.passes.find import find
 from lora_fx.passes.verbs.open import capture
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

@@ -26,7 +26,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 from tests.fx.attach.attached import effect, gap, wide
 from tests.silent import MODELS, built
 from tests.zoo.shared import captured

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.adapter.variant import INITS, OF_DATA, VARIANTS
+from lora_fx.adapter.starts import INITS, OF_DATA
+from lora_fx.adapter.variant import VARIANTS
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured

@@ -15,7 +15,7 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.open import load_program
-from lora_fx.targets.target import Found
+from lora_fx.targets.found import Found
 from lora_fx.text import Json
 from tests.fx.pt2.models import exported, net, stirred
 from tests.zoo.shared import captured

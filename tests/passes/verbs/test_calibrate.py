@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.adapter.variant import matrix
+from lora_fx.adapter.starts import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import SiteRows, Watched, part

@@ -17,8 +17,9 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.passes.verbs.plan import plan
-from lora_fx.targets.budget import METHODS, Budget
-from lora_fx.targets.plan import read_plan
+from lora_fx.targets.budget import Budget
+from lora_fx.targets.rank_methods import METHODS
+from lora_fx.targets.rank_plan import read_plan
 from tests.table import ROWS, Model, example
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -79,7 +80,8 @@ def gains(method: str, key: str) -> np.ndarray[Any, Any]:
     """What a method gives a target, by the pass."""
     from lora_fx.passes.verbs.calibrate import calibrate
     from lora_fx.passes.verbs.open import capture
-    from lora_fx.targets.budget import STATISTICS, TargetStatistics
+    from lora_fx.targets.moments import STATISTICS
+    from lora_fx.targets.rank_methods import TargetStatistics
 
     cap = capture(net(), (X[:2],))
     target = lora_fx.find(net(), (X[:2],))[key]

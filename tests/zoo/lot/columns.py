@@ -31,7 +31,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.proofs.parity import arrays_of
-from lora_fx.targets.target import base_name, split_key
+from lora_fx.targets.keys import base_name, split_key
 from tests.zoo.base import Built
 from tests.zoo.checks import EFFECT, FACTORS, seen
 from tests.zoo.oracles import Subject, doubled, explicit, flat

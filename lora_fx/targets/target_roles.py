@@ -1,0 +1,68 @@
+"""The role of a weight: q k v o gate up down head embedding router.
+
+A lookup is an embedding. A matmul is a head when its weight is tied to an embedding table, or
+has such a table's shape. The rest is read from the module's name, by the names that the
+published architectures use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lora_fx.ir.graph import Site
+from lora_fx.ir.layout import Layout
+
+_NAMES = (
+    ("router", r"router|(mlp|moe|block_sparse_moe|feed_forward)\.gate"),
+    ("q", r"q_proj|query|query_proj|to_q|q_lin|wq|q|linear_q"),
+    ("k", r"k_proj|key|key_proj|to_k|k_lin|wk|k|linear_k"),
+    ("v", r"v_proj|value|value_proj|to_v|v_lin|wv|v|linear_v"),
+    (
+        "o",
+        r"o_proj|out_proj|to_out(\.0)?|out_lin|wo|o|(attention|attn|self)\.(output\.)?(dense|c_proj|proj)",
+    ),
+    ("gate", r"gate_proj|w1|wi_0|gate"),
+    ("up", r"up_proj|w3|wi_1|wi|fc1|c_fc|intermediate\.dense|lin1|linear1"),
+    ("down", r"down_proj|w2|fc2|output\.dense|lin2|linear2|mlp\.c_proj"),
+)
+
+
+_PATTERNS = tuple((role, re.compile(rf"(^|\.)({names})$")) for role, names in _NAMES)
+
+
+def role_of(
+    names: Sequence[str], sites: Sequence[Site], layout: Layout, tables: Sequence[tuple[int, int]]
+) -> str:
+    """The role of a target, or an empty text.
+
+    Args:
+        names: All names of the target, without `.weight`.
+        sites: Its uses.
+        layout: How it lies in its parameter.
+        tables: (rows, width) of every lookup table of the model.
+    """
+    ops = {site.op for site in sites}
+    if ops == {"embedding"}:
+        return "embedding"
+    if "embedding" in ops:
+        return "head"
+    if not layout.batch_shape and (layout.out_size, layout.in_size) in tables:
+        return "head"
+    for name in names:
+        role = role_by_name(name)
+        if role:
+            return role
+    return ""
+
+
+def role_by_name(name: str) -> str:
+    """The role that a name (without `.weight`) tells, or an empty text.
+
+    >>> role_by_name("h.0.attn.q_proj"), role_by_name("h.0.attn.qkv")
+    ('q', '')
+    """
+    for role, pattern in _PATTERNS:
+        if pattern.search(name):
+            return role
+    return ""
