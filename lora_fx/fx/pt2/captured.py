@@ -14,23 +14,35 @@ from os import PathLike, fspath
 from typing import Any, TypeGuard
 
 import torch
+from torch import fx
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, check_format, silenced
-from lora_fx.fx.capture.call import Signature, leaf_names, program_key
+from lora_fx.fx.capture.call import leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.cleaned_graph import Traced, clean_module, match_places
 from lora_fx.fx.capture.example import describe
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.codes import learn
-from lora_fx.fx.graph.nodes import is_marked
-from lora_fx.fx.pt2 import program
+from lora_fx.fx.graph.nodes import is_marked, unmark
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
+from lora_fx.fx.pt2.file_manifest import (
+    FORMAT,
+    adapter_names,
+    is_constant,
+    read_adapter,
+    read_arguments,
+    read_signature,
+)
+from lora_fx.fx.pt2.file_signature import NO_SOURCE, FileSignature, call_text, held_signature, kinds
+from lora_fx.fx.pt2.module_tree import tree_of
+from lora_fx.fx.pt2.program import load_program, tensor_places
+from lora_fx.fx.pt2.program_modes import modal_nodes, mode_of, pick_programs, says
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
-from lora_fx.text import Json, JsonView
+from lora_fx.text import JsonView
 
 LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
 
@@ -61,7 +73,7 @@ class FileCaptured(Captured):
         archive = open_archive(path, trust=trust, meta=meta)
         with archive.zip, silenced():  # torch's parsers warn about their own parts
             manifest = archive.json(MANIFEST) if MANIFEST in archive.members else {}
-            self._loaded = {n: program.load_program(archive, n) for n in archive.programs}
+            self._loaded = {n: load_program(archive, n) for n in archive.programs}
         self.path = path
         self.notes: list[str] = []
         self.tracings, self.unproven = {}, {}
@@ -77,7 +89,7 @@ class FileCaptured(Captured):
 
     def _read(self, manifest: JsonView) -> None:
         if manifest:
-            check_format(manifest, f"{self.path}: its manifest", program.FORMAT)
+            check_format(manifest, f"{self.path}: its manifest", FORMAT)
         programs = self._loaded
         first = programs.get("model") or next(iter(programs.values()))
         named = dict(first.named)
@@ -96,21 +108,21 @@ class FileCaptured(Captured):
                 if n in programs:
                     self.programs.setdefault(mode == "train", []).append(n)
             tensors = [x for x in tree_leaves(named) if isinstance(x, torch.Tensor)]
-            named = program.read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
-            signature = held_signature(program.read_signature(manifest["parameters"]), named)
+            named = read_arguments({"dict": manifest["arguments"]["dict"]}, tensors)
+            signature = held_signature(read_signature(manifest["parameters"]), named)
         else:
             graphs = {n: p.program.graph_module.graph for n, p in programs.items()}
-            modes = {n: program.mode_of(g) for n, g in graphs.items()}
-            self.programs = {m: [n] for m, n in program.pick_programs(modes).items()}
+            modes = {n: mode_of(g) for n, g in graphs.items()}
+            self.programs = {m: [n] for m, n in pick_programs(modes).items()}
             if any(is_marked(n) for g in graphs.values() for n in g.nodes):
                 self.notes.append(f"{self.path}: branches without a manifest are part of the model")
         self.signature = FileSignature(self.path, signature)
-        self.named = {k: v for k, v in named.items() if not program.is_constant(v)}
+        self.named = {k: v for k, v in named.items() if not is_constant(v)}
         state = {k: v for p in programs.values() for k, v in p.state.items()}
-        self.adapter: Adapter | None = program.read_adapter(manifest, state, str(self.path))
+        self.adapter: Adapter | None = read_adapter(manifest, state, str(self.path))
         self.dropout = float((self.adapter.metadata if self.adapter else {}).get("dropout", 0.0))
         order = [first, *(p for p in programs.values() if p is not first)]
-        self.model = program.tree_of(order, program.adapter_names(manifest))
+        self.model = tree_of(order, adapter_names(manifest))
         for p in programs.values():
             said = p.program.graph_signature
             names = {**said.inputs_to_parameters, **said.inputs_to_buffers}
@@ -147,7 +159,7 @@ class FileCaptured(Captured):
     def _free(self, said: JsonView) -> dict[str, dict[int, str]]:
         """{input: {dimension: symbol}} of the sizes that the programs leave open."""
         first = self._loaded[next(iter(self.programs.values()))[0]]
-        shapes = [tuple(v.shape) for v in program.tensor_places(first.program)]
+        shapes = [tuple(v.shape) for v in tensor_places(first.program)]
         names = self.inputs.names
         batch = str(shapes[0][0]) if shapes and shapes[0] else ""
         defaults = default_dynamic(self.inputs)
@@ -168,7 +180,7 @@ class FileCaptured(Captured):
         if training in self.programs:
             return
         graph = self._trace_of(self.programs[not training][0]).graph
-        modals = [m for m in program.modal_nodes(graph) if m.training is not training]
+        modals = [m for m in modal_nodes(graph) if m.training is not training]
         if training and norm_stats == "frozen":
             modals = [m for m in modals if not m.norm]  # frozen norms are those of the eval graph
         if not modals and training:
@@ -177,7 +189,7 @@ class FileCaptured(Captured):
         hint = "; model.eval() can be trained too, without dropout" if training else ""
         raise LoraFxError(
             f"{self.path} holds the {has} graph only; "
-            f"in {lacks} mode these behave otherwise: {program.says(modals) or 'unknown'}",
+            f"in {lacks} mode these behave otherwise: {says(modals) or 'unknown'}",
             LATER + hint,
         )
 
@@ -220,7 +232,7 @@ class FileCaptured(Captured):
             return self.tracings[name,][0]
         loaded = self._loaded[name]
         module = loaded.program.module(check_guards=False)
-        program.strip_branches(module.graph)
+        strip_branches(module.graph)
         leaves = tree_leaves(self.named)
         match_places(module.graph, leaves)
         names = leaf_names(self.named)
@@ -246,67 +258,6 @@ class FileCaptured(Captured):
         return other
 
 
-# The call of a program in a file: the arguments that it was exported with, and no others.
-
-
-kinds = inspect.Parameter
-NO_SOURCE = "a file has no source to trace other arguments; insert from the source"
-
-
-class FileSignature(Signature):
-    """A Signature of the held arguments only; another call is one LoraFxError that names them."""
-
-    def __init__(self, path: str, signature: inspect.Signature) -> None:
-        super().__init__(signature)
-        self.path = path
-
-    def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
-        """As Signature's; an unknown argument that is None is taken as left out."""
-        given = {k: v for k, v in kwargs.items() if v is not None or k in self.keywords}
-        try:
-            return super().bind(args, given)
-        except TypeError as e:
-            raise LoraFxError(
-                f"{self.path} holds the program for {self.signature}: {e}", NO_SOURCE
-            ) from e
-
-
-def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:
-    """The part of a signature that `named` gives.
-
-    By keyword only is what follows a gap, and a tensor behind a constant.
-    """
-    params: list[inspect.Parameter] = []
-    gap = False
-    for p in full.parameters.values():
-        if p.name not in named:
-            gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-            continue
-        defaults = bool(params) and params[-1].default is not kinds.empty
-        gap = gap or (defaults and not program.is_constant(named[p.name]))
-        kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
-        params.append(_held(p.name, kind, named[p.name]))
-    rest = (k for k in named if k not in full.parameters)
-    params += [_held(name, kinds.KEYWORD_ONLY, named[name]) for name in rest]
-    return inspect.Signature(params)
-
-
-def _held(name: str, kind: Any, value: object) -> inspect.Parameter:
-    """A parameter of an argument that a file holds; a constant is its own default."""
-    return kinds(name, kind, default=value if program.is_constant(value) else kinds.empty)
-
-
-def call_text(named: JsonView) -> str:
-    """A call in words: `(ids: int64 of 2 dimensions, scale=2.0)`."""
-    parts = []
-    for name, x in named.items():
-        if isinstance(x, torch.Tensor):
-            parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
-        else:
-            parts.append(f"{name}={x!r}" if program.is_constant(x) else name)
-    return f"({', '.join(parts)})"
-
-
 def is_program(model: object) -> TypeGuard[str | PathLike[str]]:
     """True for a path that ends in .pt2."""
     return isinstance(model, (str, PathLike)) and fspath(model).endswith(".pt2")
@@ -325,3 +276,20 @@ def open_program(path: str | PathLike[str], *args: Any, **options: Any) -> FileC
         LoraFxError: The file is damaged, or holds what could run code.
     """
     return FileCaptured(fspath(path), *args, **options)
+
+
+aten = torch.ops.aten
+
+
+def strip_branches(graph: fx.Graph) -> None:
+    """Take out what insert put in: a marked sum of a value and a branch is that value again."""
+    for node in filter(is_marked, graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        y, branch = node.args[:2]
+        if isinstance(y, fx.Node) and not is_marked(y) and is_marked(branch):
+            node.replace_all_uses_with(y)
+    for node in reversed(list(graph.nodes)):
+        if is_marked(node):
+            if not node.users:
+                graph.erase_node(node)
+            else:  # a view of the weight, now of the weight alone
+                unmark(node)
