@@ -25,8 +25,25 @@ from lora_fx.text import Json, JsonView
 MANIFEST = "data/extra/lora_fx.json"
 AGAIN = "write it again: torch.export.save(program, FILE)"
 BROKEN = "the file is damaged or was not written by torch.export.save"
-Place = tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]
-"""The member that a tensor lies in, its dtype, sizes and strides, and its first element there."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies in an archive.
+
+    Attributes:
+        member: The member that holds its bytes.
+        dtype: Its dtype.
+        sizes: Its sizes.
+        strides: Its strides, in elements.
+        offset: Its first element in the member.
+    """
+
+    member: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
 
 
 @dataclass
@@ -39,6 +56,8 @@ class Archive:
         root: The folder that every member lies in.
         trust: Whether pickled tensors may be read (by torch.load with weights_only=True).
         meta: Tensors take no values: they are made on the meta device.
+        tensors: The tensors that were read, by place, whether they are parameters, and whether
+            they require gradients.
     """
 
     path: str
@@ -46,19 +65,22 @@ class Archive:
     root: str
     trust: bool = False
     meta: bool = False
-    tensors: dict[tuple[Place, bool, bool], torch.Tensor] = field(default_factory=dict)
+    tensors: dict[tuple[TensorPlace, bool, bool], torch.Tensor] = field(default_factory=dict)
     _raw: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def members(self) -> list[str]:
         """Names below the root folder."""
-        return [n.removeprefix(self.root) for n in self.zip.namelist()]
+        return [member.removeprefix(self.root) for member in self.zip.namelist()]
 
     @property
     def programs(self) -> list[str]:
         """Names of the programs, as models/NAME.json."""
-        names = [n for n in self.members if n.startswith("models/") and n.endswith(".json")]
-        return [n[len("models/") : -len(".json")] for n in names]
+        names = []
+        for member in self.members:
+            if member.startswith("models/") and member.endswith(".json"):
+                names.append(member[len("models/") : -len(".json")])
+        return names
 
     def bad(self, text: str, hint: str = BROKEN) -> LoraFxError:
         """An error about this file."""
@@ -68,8 +90,8 @@ class Archive:
         """A member's bytes, checksum compared."""
         try:
             info = self.zip.getinfo(self.root + member)
-            with self.zip.open(info) as f:
-                data = bytearray(f.read())
+            with self.zip.open(info) as file:
+                data = bytearray(file.read())
         except KeyError as e:
             raise self.bad(f"the member {member} is missing") from e
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as e:
@@ -107,54 +129,71 @@ class Archive:
         return result
 
     def _tensor(self, folder: str, name: str, row: JsonView) -> torch.Tensor:
+        """The tensor that a row of a program's table describes."""
         file = row["path_name"]
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
             raise self.bad(f"{name!r} lies in {file!r}, which is no name of a member")
-        member, about = folder + file, row.get("tensor_meta")
-        if about is None:
+        member = folder + file
+        meta = row.get("tensor_meta")
+        if meta is None:
             raise self.bad(
                 f"{member} ({name!r}) is a pickled Python object and is never read",
                 "a program of tensors only can be opened",
             )
+        is_parameter = bool(row.get("is_param"))
         if row.get("use_pickle"):
-            return self._pickled(member, name, bool(row.get("is_param")))
-        dtype = dtype_of_code(about["dtype"])
-        sizes = tuple(_count(n) for n in about["sizes"])
-        strides = tuple(_count(n) for n in about["strides"])
-        offset = _count(about["storage_offset"])
-        param, grad = bool(row.get("is_param")), bool(about.get("requires_grad"))
-        key = ((member, dtype, sizes, strides, offset), param, grad)
+            return self._pickled(member, name, is_parameter)
+
+        place = TensorPlace(
+            member,
+            dtype_of_code(meta["dtype"]),
+            sizes=tuple(_whole_number(size) for size in meta["sizes"]),
+            strides=tuple(_whole_number(stride) for stride in meta["strides"]),
+            offset=_whole_number(meta["storage_offset"]),
+        )
+        requires_grad = bool(meta.get("requires_grad"))
+        key = (place, is_parameter, requires_grad)
         if key not in self.tensors:
-            made = self._view(name, key[0])
-            if param:
-                made = torch.nn.Parameter(made, requires_grad=grad and made.is_floating_point())
-            self.tensors[key] = made
+            tensor = self._view(name, place)
+            if is_parameter:
+                requires_grad = requires_grad and tensor.is_floating_point()
+                tensor = torch.nn.Parameter(tensor, requires_grad=requires_grad)
+            self.tensors[key] = tensor
         return self.tensors[key]
 
-    def _view(self, name: str, place: Place) -> torch.Tensor:
-        member, dtype, sizes, strides, offset = place
+    def _view(self, name: str, place: TensorPlace) -> torch.Tensor:
+        """The tensor at a place: a view of its member's bytes, whose bounds are checked."""
+        sizes = place.sizes
+        strides = place.strides
+        dtype = place.dtype
         if len(sizes) != len(strides):
             raise self.bad(f"{name!r} has {len(sizes)} sizes and {len(strides)} strides")
-        steps = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-        last = offset + steps + 1 if math.prod(sizes) else 0
+
+        end = 0  # the first element of the member behind the tensor
+        if math.prod(sizes):
+            steps = [(size - 1) * stride for size, stride in zip(sizes, strides, strict=True)]
+            end = place.offset + sum(steps) + 1
         try:
-            have = self.zip.getinfo(self.root + member).file_size
+            stored_bytes = self.zip.getinfo(self.root + place.member).file_size
         except KeyError as e:
-            raise self.bad(f"the member {member} ({name!r}) is missing") from e
-        if last * dtype.itemsize > have or have % dtype.itemsize:
+            raise self.bad(f"the member {place.member} ({name!r}) is missing") from e
+        if end * dtype.itemsize > stored_bytes or stored_bytes % dtype.itemsize:
             raise self.bad(
-                f"{member} has {have} bytes; {name!r}, {dtype} of {list(sizes)}, needs "
-                f"{last * dtype.itemsize}"
+                f"{place.member} has {stored_bytes} bytes; {name!r}, {dtype} of {list(sizes)}, "
+                f"needs {end * dtype.itemsize}"
             )
+
         if self.meta:
             return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
-        if not last:
+        if not end:
             return torch.empty_strided(sizes, strides, dtype=dtype)
-        if member not in self._raw:
-            self._raw[member] = torch.frombuffer(self.read(member), dtype=torch.uint8)
-        return self._raw[member].view(dtype).as_strided(sizes, strides, offset)
+        if place.member not in self._raw:
+            data = self.read(place.member)
+            self._raw[place.member] = torch.frombuffer(data, dtype=torch.uint8)
+        return self._raw[place.member].view(dtype).as_strided(sizes, strides, place.offset)
 
-    def _pickled(self, member: str, name: str, param: bool) -> torch.Tensor:
+    def _pickled(self, member: str, name: str, is_parameter: bool) -> torch.Tensor:
+        """A pickled tensor, which is read where pickles are trusted, as tensors alone."""
         if not self.trust:
             raise self.bad(
                 f"{member} ({name!r}) is a pickle, which can run code, and is not read",
@@ -170,12 +209,12 @@ class Archive:
             ) from e
         if not isinstance(value, torch.Tensor):
             raise self.bad(f"{member} ({name!r}) holds a {type(value).__name__}, not a tensor")
-        if param and not isinstance(value, torch.nn.Parameter):
+        if is_parameter and not isinstance(value, torch.nn.Parameter):
             return torch.nn.Parameter(value, requires_grad=value.is_floating_point())
         return value
 
 
-def _count(value: Any) -> int:
+def _whole_number(value: Any) -> int:
     """The whole number of {"as_int": n}; anything else is refused."""
     number = value["as_int"]
     if type(number) is not int or not 0 <= number < 1 << 62:
@@ -189,6 +228,22 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     Raises:
         LoraFxError: No such file, no zip, no .pt2 archive, or one of another version.
     """
+    opened = _open_zip(path)
+    members = opened.namelist()
+    root = ""
+    if members:
+        root = members[0].partition("/")[0] + "/"
+    archive = Archive(path, opened, root, trust, meta)
+
+    _check_members(archive)
+    _check_format(archive)
+    if not archive.programs:
+        raise archive.bad("holds no program (models/NAME.json)", AGAIN)
+    return archive
+
+
+def _open_zip(path: str) -> zipfile.ZipFile:
+    """The zip of a path; its file is closed when the zip is no longer used."""
     file = open_input(path)
     try:
         opened = zipfile.ZipFile(file)
@@ -196,28 +251,38 @@ def open_archive(path: str, *, trust: bool = False, meta: bool = False) -> Archi
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
         file.close()
         raise LoraFxError(f"{path}: no .pt2 file, or a cut one: {one_line(e, 120)}", BROKEN) from e
-    infos = opened.infolist()
-    names = [i.filename for i in infos]
-    root = names[0].partition("/")[0] + "/" if names else ""
-    archive = Archive(path, opened, root, trust, meta)
-    members = archive.members
-    if "serialized_exported_program.json" in names:
+    return opened
+
+
+def _check_members(archive: Archive) -> None:
+    """Refuse a zip whose members are not those of a .pt2 archive: one folder, nothing packed."""
+    infos = archive.zip.infolist()
+    members = [info.filename for info in infos]
+    if "serialized_exported_program.json" in members:
         raise archive.bad("an archive of an older torch", f"{AGAIN}, with torch 2.9 or newer")
-    if not all(n.startswith(root) for n in names) or "archive_format" not in members:
+    is_below_root = all(member.startswith(archive.root) for member in members)
+    if not is_below_root or "archive_format" not in archive.members:
         raise archive.bad("a zip, but no .pt2 archive")
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise archive.bad(f"the member {twice} is there twice")
-    packed = next((i.filename for i in infos if i.compress_type != zipfile.ZIP_STORED), None)
-    if packed:
-        raise archive.bad(f"{packed} is compressed; torch stores members as they are")
-    if bytes(archive.read("archive_format")) != b"pt2":  # not earlier: it may be a bomb
+    if len(set(members)) != len(members):
+        repeated = next(member for member in members if members.count(member) > 1)
+        raise archive.bad(f"the member {repeated} is there twice")
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise archive.bad(f"{info.filename} is compressed; torch stores members as they are")
+
+
+def _check_format(archive: Archive) -> None:
+    """Refuse another format, version or byte order than is read.
+
+    Members are read only after `_check_members`: a compressed one may be a bomb.
+    """
+    members = archive.members
+    if bytes(archive.read("archive_format")) != b"pt2":
         raise archive.bad("a zip, but no .pt2 archive")
-    version = bytes(archive.read("archive_version")) if "archive_version" in members else b"0"
+    version = b"0"
+    if "archive_version" in members:
+        version = bytes(archive.read("archive_version"))
     if version != b"0":
         raise archive.bad(f"archive version {one_line(version, 20)}, not 0", AGAIN)
     if "byteorder" in members and bytes(archive.read("byteorder")) != b"little":
         raise archive.bad("written on a big-endian machine", AGAIN)
-    if not archive.programs:
-        raise archive.bad("holds no program (models/NAME.json)", AGAIN)
-    return archive

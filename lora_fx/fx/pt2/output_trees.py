@@ -25,32 +25,48 @@ def plain_tree(text: str, fields: Mapping[str, list[str]], where: str) -> str:
 
 
 def _plain(tree: JsonView, fields: Mapping[str, list[str]], where: str) -> Any:
-    kind, context = tree["type"], tree["context"]
-    children = [_plain(c, fields, where) for c in tree["children_spec"]]
+    kind = tree["type"]
+    context = tree["context"]
+    children = [_plain(child, fields, where) for child in tree["children_spec"]]
     if kind is None:
         return LEAF
     if kind in ("builtins.tuple", "builtins.list"):
         return {"type": kind, "context": "null", "children_spec": children}
-    names: Any = None
-    if kind in ("builtins.dict", "collections.OrderedDict") or isinstance(context, str):
-        names = json.loads(context) if isinstance(context, str) else context
-    if kind == "collections.namedtuple" or names is None or isinstance(names, str):
-        names = fields.get(str(names if isinstance(names, str) else context), names)
-    found = named_children(names, children)
-    if found is None:
+    container = named_children(_child_names(kind, context, fields), children)
+    if container is None:
         raise LoraFxError(
             f"{where}: the structure {str(kind)[:80]!r} is not known",
             "export a model that takes and returns tensors, tuples, lists and dicts",
         )
-    return found
+    return container
+
+
+def _child_names(kind: str, context: Any, fields: Mapping[str, list[str]]) -> Any:
+    """The names that a container has for its children, in whatever form its type keeps them.
+
+    Args:
+        kind: The container's type.
+        context: What the type keeps: names as JSON, or the name of a class.
+        fields: Name of a class → names of its fields.
+    """
+    names: Any = None
+    if isinstance(context, str):
+        names = json.loads(context)
+    elif kind in ("builtins.dict", "collections.OrderedDict"):
+        names = context
+    if kind == "collections.namedtuple" or names is None or isinstance(names, str):
+        class_name = names if isinstance(names, str) else context
+        names = fields.get(str(class_name), names)
+    return names
 
 
 def named_children(names: Any, children: Sequence[Json]) -> Json | None:
     """A container as a dict of its children; None where what its type keeps is no names of them."""
     if isinstance(names, (list, tuple)) and len(names) == 2 and isinstance(names[0], list):
         names = names[0]  # a dataclass: its fields, and those that are None
-    fit = isinstance(names, (list, tuple)) and len(names) == len(children)
-    if not fit or not all(isinstance(n, (str, int)) for n in names):
+    if not isinstance(names, (list, tuple)) or len(names) != len(children):
+        return None
+    if not all(isinstance(name, (str, int)) for name in names):
         return None
     return {"type": "builtins.dict", "context": json.dumps(list(names)), "children_spec": children}
 
@@ -59,10 +75,13 @@ def plain_spec(spec: Any) -> Json:
     """A tree of outputs as torch writes it, of dicts, lists and tuples only."""
     if spec.is_leaf():
         return LEAF
-    children = [plain_spec(c) for c in spec.children()]
-    names: Any = spec.context
-    if isinstance(names, type) and hasattr(names, "_fields"):
-        names = list(names._fields)
-    found = None if spec.type in (tuple, list) else named_children(names, children)
-    kind = f"builtins.{'list' if spec.type is list else 'tuple'}"
-    return found or {"type": kind, "context": "null", "children_spec": children}
+    children = [plain_spec(child) for child in spec.children()]
+    if spec.type not in (tuple, list):
+        names: Any = spec.context
+        if isinstance(names, type) and hasattr(names, "_fields"):  # a named tuple
+            names = list(names._fields)
+        container = named_children(names, children)
+        if container is not None:
+            return container
+    kind = "builtins.list" if spec.type is list else "builtins.tuple"
+    return {"type": kind, "context": "null", "children_spec": children}

@@ -20,11 +20,7 @@ from lora_fx.fx.pt2.size_expressions import check_expression, refused_text
 from lora_fx.text import Json
 
 NAME = re.compile(r"[A-Za-z_]\w*", re.A)
-
-
 PATH = re.compile(r"[\w.+\-~/@ ,:\[\]]*", re.A)
-
-
 SYMBOLIC = frozenset((
     "_operator.eq", "_operator.ne", "_operator.le", "_operator.ge", "_operator.lt",
     "_operator.gt", "_operator.neg", "_operator.pos", "_operator.mul", "_operator.add",
@@ -34,31 +30,17 @@ SYMBOLIC = frozenset((
     "torch.sym_float", "torch.sym_ite", "torch.sym_max", "torch.sym_min", "torch.sym_sqrt",
     "math.trunc", "math.ceil", "math.floor",
 ))  # fmt: skip
-
-
 NESTED = frozenset((
     "torch.ops.higher_order.cond", "torch.ops.higher_order.wrap_with_set_grad_enabled",
     "torch.ops.higher_order.wrap_with_autocast", "torch.ops.higher_order.while_loop",
     "torch.ops.higher_order.scan", "torch.ops.higher_order.map_impl",
 ))  # fmt: skip
-
-
 OURS = ("torch.ops.lora_fx.dequantise.default", "torch.ops.lora_fx.linear_in.default")
-
-
 FILES = ("from_file",)
 """aten operators that open a file of the machine."""
-
-
 NAMES = ("name", "as_name", "user_input_name")
-
-
 PATHS = ("parameter_name", "buffer_name", "tensor_constant_name", "fqn")
-
-
 TABLES = ("tensor_values", "sym_int_values", "sym_bool_values", "sym_float_values")
-
-
 KEPT = ("nn_module_stack", "custom", "stack_trace")
 
 
@@ -74,20 +56,25 @@ def clean_program(data: Json, where: str) -> Json:
     """
     try:
         module = data["graph_module"]
-        roots = [e for e in module["module_call_graph"] if e["fqn"] == ""]
-        call = roots[0]["signature"]
-        tuples = module.get("treespec_namedtuple_fields") or {}
-        fields = {k: list(v["field_names"]) for k, v in tuples.items()}
+        root_calls = [entry for entry in module["module_call_graph"] if entry["fqn"] == ""]
+        call = root_calls[0]["signature"]
+        named_tuples = module.get("treespec_namedtuple_fields") or {}
+        fields = {name: list(row["field_names"]) for name, row in named_tuples.items()}
         call["in_spec"] = plain_tree(call["in_spec"], fields, where)
         call["out_spec"] = plain_tree(call["out_spec"], fields, where)
-        module["module_call_graph"] = roots[:1]
-        module["metadata"], module["treespec_namedtuple_fields"] = {}, {}
-        data["guards_code"], data["verifiers"] = [], ["TRAINING"]
+
+        # what torch would import or evaluate
+        module["module_call_graph"] = root_calls[:1]
+        module["metadata"] = {}
+        module["treespec_namedtuple_fields"] = {}
+        data["guards_code"] = []
+        data["verifiers"] = ["TRAINING"]
+
         for text in data["range_constraints"]:  # a symbol, or a size computed of one: s32 + 1
             check_expression(text, where)
         for name in call.get("forward_arg_names") or ():
-            _name(name, where)
-        _walk(data, where)
+            _check_name(name, where)
+        _check_values(data, where)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise LoraFxError(
             f"{where} is no exported program: {type(e).__name__} {e}", "write the file again"
@@ -97,34 +84,49 @@ def clean_program(data: Json, where: str) -> Json:
     return data
 
 
-def _walk(value: object, where: str) -> None:
+def _check_values(value: object, where: str) -> None:
+    """Check every field of the objects in a value; takes unknown metadata out of them."""
     if isinstance(value, list):
-        for v in value:
-            _walk(v, where)
+        for entry in value:
+            _check_values(entry, where)
         return
     if not isinstance(value, dict):
         return
-    for key, v in list(value.items()):
-        if key == "expr_str":
-            check_expression(v, where)
-        elif key in ("target", "as_operator"):
-            check_operator(v, where)
-        elif key in NAMES and isinstance(v, str) and v:
-            _name(v, where)
-        elif key in PATHS and not (isinstance(v, str) and PATH.fullmatch(v)):
-            raise refused_text(where, f"the name {v!r}")
-        elif key == "metadata" and isinstance(v, dict):
-            value[key] = {k: t for k, t in v.items() if k in KEPT and isinstance(t, str)}
+    for key, inner in list(value.items()):
+        if key == "metadata" and isinstance(inner, dict):
+            value[key] = _texts_of_metadata(inner)
             continue
-        elif key in ("custom_obj_values", "as_custom_obj", "custom_obj") and v:
-            raise refused_text(where, "a custom Python object")
-        elif key in TABLES and isinstance(v, dict):
-            for name in v:
-                _name(name, where)
-        _walk(v, where)
+        _check_field(key, inner, where)
+        _check_values(inner, where)
 
 
-def _name(value: object, where: str) -> None:
+def _texts_of_metadata(metadata: Json) -> Json:
+    """The texts of a node's metadata that are read; torch would import what others name."""
+    texts = {}
+    for key, value in metadata.items():
+        if key in KEPT and isinstance(value, str):
+            texts[key] = value
+    return texts
+
+
+def _check_field(key: str, value: object, where: str) -> None:
+    """Refuse a field that torch would evaluate as more than a size, an operator or a name."""
+    if key == "expr_str":
+        check_expression(value, where)
+    elif key in ("target", "as_operator"):
+        check_operator(value, where)
+    elif key in NAMES and isinstance(value, str) and value:
+        _check_name(value, where)
+    elif key in PATHS and not (isinstance(value, str) and PATH.fullmatch(value)):
+        raise refused_text(where, f"the name {value!r}")
+    elif key in ("custom_obj_values", "as_custom_obj", "custom_obj") and value:
+        raise refused_text(where, "a custom Python object")
+    elif key in TABLES and isinstance(value, dict):
+        for name in value:
+            _check_name(name, where)
+
+
+def _check_name(value: object, where: str) -> None:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise refused_text(where, f"{str(value)[:60]!r} as the name of a value")
 
@@ -133,13 +135,21 @@ def check_operator(target: object, where: str) -> None:
     """Refuse every operator but aten's, symbolic arithmetic, a few of control flow, and ours."""
     if target in SYMBOLIC or target in NESTED or target in OURS:
         return
-    parts = target.split(".") if isinstance(target, str) else []
-    if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5 and parts[3] not in FILES:
-        packet = getattr(torch.ops.aten, parts[3], None)
-        known = isinstance(packet, OpOverloadPacket)
-        if known and parts[4] in packet.overloads():  # type: ignore[union-attr]
-            return
+    if isinstance(target, str) and _is_aten(target):
+        return
     raise LoraFxError(
         f"{where} calls {str(target)[:80]!r}, which is no operator of aten",
         "programs with custom operators cannot be opened; insert from the source",
     )
+
+
+def _is_aten(target: str) -> bool:
+    """Whether a text is torch.ops.aten.NAME.OVERLOAD of an operator that opens no file."""
+    path = target.split(".")
+    if path[:3] != ["torch", "ops", "aten"] or len(path) != 5:
+        return False
+    name, overload = path[3:]
+    if name in FILES:
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    return isinstance(packet, OpOverloadPacket) and overload in packet.overloads()
