@@ -18,6 +18,7 @@ from lora_fx.adapter.variant import (
     slots_of,
     with_values,
 )
+from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -25,10 +26,13 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.inputs import Input
 from lora_fx.text import Json, JsonView
 
 FORMAT = 2
 """That of a file with several programs of one mode, of which sizes choose; others have 1."""
+MODES = {False: "eval", True: "train"}
+"""Training or not → what a manifest calls the mode."""
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
@@ -38,45 +42,62 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
         module: What is saved.
         programs: {program name: (training, what it was made from)}.
     """
-    modes = [training for training, _ in programs.values()]
-    captured = execution_of(module).captured
+    training_modes = [training for training, _ in programs.values()]
+    has_paths = len(training_modes) > len(set(training_modes))
+    execution = execution_of(module)
+    captured = execution.captured
     inputs = captured.bounded_inputs()
+    adapter = None
+    if isinstance(module, AdaptedModule):
+        adapter = _adapter_rows(module)
     return {
-        **stamp(FORMAT if len(modes) > len({*modes}) else 1),
-        "programs": {name: "train" if m else "eval" for name, (m, _) in programs.items()},
+        **stamp(FORMAT if has_paths else 1),
+        "programs": {name: MODES[training] for name, (training, _) in programs.items()},
         "class": type(module).__name__,
-        "parameters": [_parameter(p) for p in captured.signature.signature.parameters.values()],
-        "arguments": _arguments(captured.named),
-        "inputs": {
-            s.name: {"dims": {str(d): n for d, n in s.dims.items()}, "high": s.high}
-            for s in inputs.specs
-        },
-        "not_one": sorted([n, d] for n, d in execution_of(module).not_one),
+        "parameters": [
+            _parameter_row(parameter)
+            for parameter in captured.signature.signature.parameters.values()
+        ],
+        "arguments": _argument_tree(captured.named),
+        "inputs": {spec.name: _input_row(spec) for spec in inputs.specs},
+        "not_one": sorted([name, dimension] for name, dimension in execution.not_one),
         "conditions": {
-            name: [c.stored() for c in traced.door.conditions]
+            name: [condition.stored() for condition in traced.door.conditions]
             for name, (_, traced) in programs.items()
         },
-        "norm_stats": execution_of(module).norm_stats,
+        "norm_stats": execution.norm_stats,
         "recorded": captured.recorded,
-        "adapter": _adapter(module) if isinstance(module, AdaptedModule) else None,
+        "adapter": adapter,
     }
 
 
-def _adapter(module: AdaptedModule) -> Json:
-    rows = {}
-    for key, u in module.updates.items():
-        rows[key] = {
-            **{slot.field: slot.name for slot in slots_of(key, u)},
-            **to_json(u, "frozen", "rank", "alpha", "scale", "variant", "use"),
-            "role": insertion_of(module).found[key].role,
-            **to_json(u, "layout", "extra"),
+def _input_row(spec: Input) -> Json:
+    """The free dimensions of an input, and the bound of its values."""
+    symbols = {str(dimension): symbol for dimension, symbol in spec.dims.items()}
+    return {"dims": symbols, "high": spec.high}
+
+
+def _adapter_rows(module: AdaptedModule) -> Json:
+    """The updates of a module's adapter by key, and the tensors that are trained whole."""
+    targets = insertion_of(module).found
+    updates = {}
+    for key, update in module.updates.items():
+        updates[key] = {
+            **{slot.field: slot.name for slot in slots_of(key, update)},
+            **to_json(update, "frozen", "rank", "alpha", "scale", "variant", "use"),
+            "role": targets[key].role,
+            **to_json(update, "layout", "extra"),
         }
     metadata = module.adapter().metadata
-    aliases = named_tensors(module)[1]
-    also_train = insertion_of(module).also_train
+    also_train = list(insertion_of(module).also_train)
+    _, aliases = named_tensors(module)
     tied = {name: aliases[name] for name in also_train if aliases.get(name)}
-    whole = {"also_train": list(also_train), "tied": tied}
-    return {"updates": rows, **whole, "metadata": _plain(metadata)}
+    return {
+        "updates": updates,
+        "also_train": also_train,
+        "tied": tied,
+        "metadata": _plain(metadata),
+    }
 
 
 def read_adapter(
@@ -90,37 +111,45 @@ def read_adapter(
     data = manifest.get("adapter")
     if data is None:
         return None
+    fields = fields_of_files()
     entries: dict[str, LowRank | Full] = {}
     for key, row in data["updates"].items():
         expect_variant(str(row.get("variant", "lora")), f"{file}: the update of {key!r}")
-        values = {f: _values(state, row[f]) for f in fields_of_files() if f in row}
-        low = with_values(from_json(bare(values, row), row), values)
-        entries[key] = low
-        if low.rank != row["rank"]:
+        values = {field: _array(state, row[field]) for field in fields if field in row}
+        update = with_values(from_json(bare(values, row), row), values)
+        if update.rank != row["rank"]:
             raise LoraFxError(
-                f"the manifest says rank {row['rank']} of {key!r}, its tensors {low.rank}",
+                f"the manifest says rank {row['rank']} of {key!r}, its tensors {update.rank}",
                 "the file is damaged",
             )
+        entries[key] = update
+
     tied = data.get("tied")
     for name in data["also_train"]:
         twins = tuple((tied or {}).get(name, ()))
         # older files say nothing, and mean all names of the tensor
-        entries[name] = Full(_values(state, name), tied is None or bool(twins), twins)
+        entries[name] = Full(_array(state, name), tied is None or bool(twins), twins)
     return Adapter(entries, dict(data["metadata"]))
 
 
-def _values(state: Mapping[str, torch.Tensor], name: str) -> Any:
-    t = state[name].detach()
-    if t.device.type == "meta":
-        t = torch.zeros(t.shape)
-    return to_numpy(t.float() if t.is_floating_point() else t).copy()
+def _array(state: Mapping[str, torch.Tensor], name: str) -> Array:
+    """The values of a tensor, floats as fp32; zeros for one without values."""
+    tensor = state[name].detach()
+    if tensor.device.type == "meta":
+        tensor = torch.zeros(tensor.shape)
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+    return to_numpy(tensor).copy()
 
 
 def adapter_names(manifest: JsonView) -> frozenset[str]:
     """Names of the low-rank tensors in a file."""
-    rows = (manifest.get("adapter") or {"updates": {}})["updates"].values()
+    names: set[str] = set()
     fields = fields_of_files()
-    return frozenset(row[field] for row in rows for field in fields if field in row)
+    adapter = manifest.get("adapter") or {"updates": {}}
+    for row in adapter["updates"].values():
+        names.update(row[field] for field in fields if field in row)
+    return frozenset(names)
 
 
 def is_constant(value: object) -> bool:
@@ -128,31 +157,34 @@ def is_constant(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _parameter(p: inspect.Parameter) -> Json:
-    row: Json = {"name": p.name, "kind": p.kind.name}
-    if p.default is not inspect.Parameter.empty:
-        row["default"] = p.default if is_constant(p.default) else None
+def _parameter_row(parameter: inspect.Parameter) -> Json:
+    """A parameter as JSON; a default that is no constant is written as None."""
+    row: Json = {"name": parameter.name, "kind": parameter.kind.name}
+    if is_constant(parameter.default):
+        row["default"] = parameter.default
+    elif parameter.default is not inspect.Parameter.empty:
+        row["default"] = None
     return row
 
 
 def read_signature(rows: list[JsonView]) -> inspect.Signature:
     """The signature that `make_manifest` wrote."""
-    empty, kinds = inspect.Parameter.empty, inspect._ParameterKind
-    parameters = [
-        inspect.Parameter(str(r["name"]), kinds[r["kind"]], default=r.get("default", empty))
-        for r in rows
-    ]
+    parameters = []
+    for row in rows:
+        kind = inspect._ParameterKind[row["kind"]]
+        default = row.get("default", inspect.Parameter.empty)
+        parameters.append(inspect.Parameter(str(row["name"]), kind, default=default))
     return inspect.Signature(parameters)
 
 
-def _arguments(value: object) -> object:
+def _argument_tree(value: object) -> object:
     """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
     if isinstance(value, torch.Tensor):
         return {"tensor": True}
     if isinstance(value, dict):
-        return {"dict": {str(k): _arguments(v) for k, v in value.items()}}
+        return {"dict": {str(key): _argument_tree(inner) for key, inner in value.items()}}
     if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return {type(value).__name__: [_arguments(v) for v in value]}
+        return {type(value).__name__: [_argument_tree(inner) for inner in value]}
     if is_constant(value):
         return {"constant": value}
     raise LoraFxError(
@@ -167,18 +199,25 @@ def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
     if kind == "tensor":
         return tensors.pop(0)
     if kind == "dict":
-        return {k: read_arguments(v, tensors) for k, v in inner.items()}
-    if kind in ("tuple", "list"):
-        parts = [read_arguments(v, tensors) for v in inner]
-        return tuple(parts) if kind == "tuple" else parts
+        return {key: read_arguments(value, tensors) for key, value in inner.items()}
+    if kind == "tuple":
+        return tuple(read_arguments(value, tensors) for value in inner)
+    if kind == "list":
+        return [read_arguments(value, tensors) for value in inner]
     return inner
 
 
 def _plain(value: object) -> Any:
-    """What JSON can hold of some metadata; the rest is left out."""
+    """The part of some metadata that JSON can hold."""
     if isinstance(value, Mapping):
-        pairs = {str(k): _plain(v) for k, v in value.items()}
-        return {k: v for k, v in pairs.items() if v is not None}
+        fields = {}
+        for key, inner in value.items():
+            plain = _plain(inner)
+            if plain is not None:
+                fields[str(key)] = plain
+        return fields
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value if is_constant(value) else None
+        return [_plain(inner) for inner in value]
+    if is_constant(value):
+        return value
+    return None

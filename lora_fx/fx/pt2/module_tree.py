@@ -19,30 +19,45 @@ def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset(
         programs: Their tensors are joined; one tensor under two names stays one.
         skip: Names to leave out (an adapter's).
     """
-    # the first node that was made in a module says its class
-    nodes = (n for loaded in reversed(programs) for n in reversed(loaded.program.graph.nodes))
-    classes = {"": "Program", **{path: cls for n in nodes for path, cls in scopes_of(n).items()}}
+    classes = _class_names(programs)
 
     def scope(path: str) -> nn.Module:
         name = classes.get(path, "")
-        made: nn.Module = scope_class(name if name.isidentifier() else "Scope")()
-        return made
+        if not name.isidentifier():
+            name = "Scope"
+        module: nn.Module = scope_class(name)()
+        return module
 
     root = scope("")
     for loaded in programs:
         volatile = loaded.program.graph_signature.non_persistent_buffers
-        for name, t in loaded.state.items():
+        for name, tensor in loaded.state.items():
             if name in skip:
                 continue
             module, leaf = owner(root, name, create=scope)
             if leaf in module._parameters or leaf in module._buffers:
                 continue
-            if isinstance(t, nn.Parameter):
-                module.register_parameter(leaf, t)
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(leaf, tensor)
             else:
-                module.register_buffer(leaf, t, persistent=name not in volatile)
+                module.register_buffer(leaf, tensor, persistent=name not in volatile)
+
     for module in root.modules():
-        digits = [n.isdigit() for n in module._modules]
-        if type(module).__name__ == "Scope" and digits and all(digits):
+        if type(module).__name__ == "Scope" and _has_only_numbers(module):
             module.__class__ = scope_class("ModuleList")
     return root
+
+
+def _class_names(programs: Sequence[LoadedProgram]) -> dict[str, str]:
+    """Path of a module → name of its class, as the first node that was made in it says."""
+    classes = {"": "Program"}
+    for loaded in reversed(programs):
+        for node in reversed(loaded.program.graph.nodes):
+            classes.update(scopes_of(node))
+    return classes
+
+
+def _has_only_numbers(module: nn.Module) -> bool:
+    """Whether a module has children, and their names are numbers, as those of a list are."""
+    names = list(module._modules)
+    return bool(names) and all(name.isdigit() for name in names)

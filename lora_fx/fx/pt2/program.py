@@ -46,19 +46,22 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
     try:
         program = program_of_json(data, weights, constants)
         signature = program.graph_signature
-        volatile = signature.non_persistent_buffers
-        state = {**weights, **{n: t for n, t in constants.items() if n in volatile}}
-        outputs, spec = len(signature.user_outputs), program.call_spec.out_spec
-        if spec.num_leaves != outputs:
-            raise archive.bad(f"{member} has {outputs} outputs and a tree of {spec.num_leaves}")
+        state = dict(weights)
+        for constant, tensor in constants.items():
+            if constant in signature.non_persistent_buffers:
+                state[constant] = tensor
+        outputs = len(signature.user_outputs)
+        leaves = program.call_spec.out_spec.num_leaves
+        if leaves != outputs:
+            raise archive.bad(f"{member} has {outputs} outputs and a tree of {leaves}")
         named = _example(program, data)
     except LoraFxError:
         raise
     except Exception as e:  # torch raises whatever its parsers do
-        last = (str(e).strip().splitlines() or [""])[-1]
+        lines = str(e).strip().splitlines() or [""]
         raise LoraFxError(
             f"{archive.path}: {member} cannot be read by torch {torch.__version__}: "
-            f"{one_line(f'{type(e).__name__}: {last}', 200)}",
+            f"{one_line(f'{type(e).__name__}: {lines[-1]}', 200)}",
             "a file of another torch may have to be written again: torch.export.save",
         ) from e
     return LoadedProgram(program, state, named)
@@ -66,38 +69,52 @@ def load_program(archive: Archive, name: str) -> LoadedProgram:
 
 def _example(program: ExportedProgram, data: JsonView) -> Json:
     """Arguments by name: tensors as the program's own example was sized, constants as they are."""
-    call = data["graph_module"]["module_call_graph"][0]["signature"]
-    spec = program.call_spec.in_spec
-    places = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     leaves = []
     for row in program.graph_signature.input_specs:
         if row.kind.name != "USER_INPUT":
             continue
-        arg = row.arg
-        found = arg.value if hasattr(arg, "value") else value(places.get(arg.name))
-        if isinstance(found, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if hasattr(row.arg, "value"):
+            leaf = row.arg.value
+        else:
+            leaf = value(placeholders.get(row.arg.name))
+        if isinstance(leaf, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             raise LoraFxError(
-                f"the argument {arg.name!r} is a number that varies",
+                f"the argument {row.arg.name!r} is a number that varies",
                 "export with numbers as constants, or as tensors",
             )
-        leaves.append(example_of(found) if isinstance(found, torch.Tensor) else found)
-    args, kwargs = tree_unflatten(leaves, spec)
+        if isinstance(leaf, torch.Tensor):
+            leaf = example_of(leaf)
+        leaves.append(leaf)
+
+    args, kwargs = tree_unflatten(leaves, program.call_spec.in_spec)
+    call = data["graph_module"]["module_call_graph"][0]["signature"]
     names = list(call.get("forward_arg_names") or ())
     if len(names) < len(args):
         names = [f"arg{i}" for i in range(len(args))]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    by_position = dict(zip(names, args, strict=False))
+    return {**by_position, **kwargs}
 
 
 def example_of(place: torch.Tensor) -> torch.Tensor:
     """A tensor as large as the program's example: noise, or 0, 1, 0, 1 … of whole numbers."""
-    shape = [hint(n) for n in place.shape]
+    shape = [hint(size) for size in place.shape]
     if place.dtype.is_floating_point or place.dtype.is_complex:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place.dtype)
-    return (torch.arange(math.prod(shape)) % 2).reshape(shape).to(place.dtype)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return noise.to(place.dtype)
+    alternating = torch.arange(math.prod(shape)) % 2
+    return alternating.reshape(shape).to(place.dtype)
 
 
 def tensor_places(program: ExportedProgram) -> list[torch.Tensor]:
     """The fake tensors of a program's tensor inputs, in order."""
-    names = {s.arg.name for s in program.graph_signature.input_specs if s.kind.name == "USER_INPUT"}
-    values = [n.meta.get("val") for n in program.graph.nodes if n.name in names]
-    return [v for v in values if isinstance(v, torch.Tensor)]
+    input_names = set()
+    for row in program.graph_signature.input_specs:
+        if row.kind.name == "USER_INPUT":
+            input_names.add(row.arg.name)
+    places = []
+    for node in program.graph.nodes:
+        place = node.meta.get("val")
+        if node.name in input_names and isinstance(place, torch.Tensor):
+            places.append(place)
+    return places

@@ -15,6 +15,8 @@ NORMS = ("batch_norm", "instance_norm")
 
 
 FLAGS = ("train", "training", "use_input_stats")
+NAMES = {False: ("model", "eval"), True: ("train", "training")}
+"""Training or not → names of programs that say so."""
 
 
 @dataclass(frozen=True)
@@ -36,60 +38,84 @@ class Modal:
 
 def modal_nodes(graph: fx.Graph) -> list[Modal]:
     """Every node of a graph that depends on the mode, dropout of probability 0 left out."""
-    found = []
+    modals = []
     for node in graph.nodes:
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
-        name = target._schema.name.partition("::")[2].rstrip("_")
-        arguments = {a.name for a in target._schema.arguments}
-        norm = any(n in name for n in NORMS)
-        flag = next((f for f in FLAGS if f in arguments), None)
-        attention = name == "scaled_dot_product_attention"
-        if name == "bernoulli" or (attention and argument(node, "dropout_p")):
-            found.append(Modal(name, scope_of(node)[0], True))
-        elif name == "_native_batch_norm_legit_no_training":
-            found.append(Modal("batch_norm", scope_of(node)[0], False, True))
-        elif flag is not None and not _idle(node, arguments, norm):
-            found.append(Modal(name, scope_of(node)[0], bool(argument(node, flag)), norm))
-    return found
+        modal = _modal(node, node.target)
+        if modal is not None:
+            modals.append(modal)
+    return modals
 
 
-def _idle(node: fx.Node, arguments: Iterable[str], norm: bool) -> bool:
-    """A dropout that drops nothing, or a norm without running statistics."""
+def _modal(node: fx.Node, operator: OpOverload) -> Modal | None:
+    """How a node depends on the mode; None for one that does not."""
+    name = operator._schema.name.partition("::")[2].rstrip("_")
+    if name == "bernoulli":
+        return Modal(name, scope_of(node)[0], training=True)
+    if name == "scaled_dot_product_attention" and argument(node, "dropout_p"):
+        return Modal(name, scope_of(node)[0], training=True)
+    if name == "_native_batch_norm_legit_no_training":
+        return Modal("batch_norm", scope_of(node)[0], training=False, norm=True)
+
+    arguments = {slot.name for slot in operator._schema.arguments}
+    norm = any(norm_name in name for norm_name in NORMS)
+    flag = next((flag for flag in FLAGS if flag in arguments), None)
+    if flag is None or _is_idle(node, arguments, norm):
+        return None
+    return Modal(name, scope_of(node)[0], bool(argument(node, flag)), norm)
+
+
+def _is_idle(node: fx.Node, arguments: Iterable[str], norm: bool) -> bool:
+    """Whether a dropout drops nothing, or a norm has no running statistics."""
     if norm:
         return argument(node, "running_mean") is None
-    chance = next((n for n in ("p", "dropout") if n in arguments), None)
-    return chance is not None and not argument(node, chance)
+    probability = next((name for name in ("p", "dropout") if name in arguments), None)
+    return probability is not None and not argument(node, probability)
 
 
 def mode_of(graph: fx.Graph) -> bool | None:
     """True for a train graph, False for an eval graph, None where both modes agree."""
-    modes = [m.training for m in modal_nodes(graph)]
-    return any(modes) if modes else None
+    modals = modal_nodes(graph)
+    if not modals:
+        return None
+    return any(modal.training for modal in modals)
 
 
 def pick_programs(modes: Mapping[str, bool | None]) -> dict[bool, str]:
     """{training: name of the program for it}, from the modes of a file's programs.
 
-    A program that is the same in both modes serves both. "model", then a name that says the
-    mode, goes first where several fit.
+    A program that is the same in both modes serves both. Where several fit, the first is:
+    1. one of this mode before one that serves both;
+    2. one whose name says the mode (`NAMES`), in their order;
+    3. the first of the file.
     """
-    result = {}
+    programs = {}
     for training in (False, True):
-        said = ("train", "training") if training else ("model", "eval")
-        fit = [n for n, mode in modes.items() if mode in (training, None)]
-        rank = {n: said.index(n) if n in said else len(said) for n in fit}
-        if fit:
-            result[training] = min(fit, key=lambda n: (modes[n] is None, rank[n]))
-    return result
+        ranks = {}
+        for name, mode in modes.items():
+            if mode in (training, None):
+                ranks[name] = (mode is None, _rank_of_name(name, training))
+        if ranks:
+            programs[training] = min(ranks, key=lambda name: ranks[name])
+    return programs
 
 
-def says(modals: Iterable[Modal]) -> str:
+def _rank_of_name(name: str, training: bool) -> int:
+    if name not in NAMES[training]:
+        return len(NAMES[training])
+    return NAMES[training].index(name)
+
+
+def modals_text(modals: Iterable[Modal]) -> str:
     """The operators by name and place, once each, for a message."""
-    parts = []
-    for op, places in by_key((m.op, m.where) for m in modals).items():
-        first = next((p for p in places if p), "")
-        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        parts.append(f"{op}{f' of {first}' if first else ''}{more}")
-    return ", ".join(parts)
+    texts = []
+    for op, places in by_key((modal.op, modal.where) for modal in modals).items():
+        text = op
+        first = next((place for place in places if place), "")
+        if first:
+            text += f" of {first}"
+        if len(places) > 1:
+            text += f" and {len(places) - 1} more"
+        texts.append(text)
+    return ", ".join(texts)
