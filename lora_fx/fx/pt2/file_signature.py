@@ -13,9 +13,6 @@ from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.pt2.file_manifest import is_constant
 from lora_fx.text import Json, JsonView
 
-kinds = inspect.Parameter
-
-
 NO_SOURCE = "a file has no source to trace other arguments; insert from the source"
 
 
@@ -28,46 +25,72 @@ class FileSignature(Signature):
 
     def bind(self, args: Sequence[object], kwargs: JsonView) -> Json:
         """As Signature's; an unknown argument that is None is taken as left out."""
-        given = {k: v for k, v in kwargs.items() if v is not None or k in self.keywords}
+        keywords = {}
+        for name, value in kwargs.items():
+            if value is not None or name in self.keywords:
+                keywords[name] = value
         try:
-            return super().bind(args, given)
+            return super().bind(args, keywords)
         except TypeError as e:
             raise LoraFxError(
                 f"{self.path} holds the program for {self.signature}: {e}", NO_SOURCE
             ) from e
 
 
-def held_signature(full: inspect.Signature, named: JsonView) -> inspect.Signature:
-    """The part of a signature that `named` gives.
+def plain_signature(named: JsonView) -> inspect.Signature:
+    """The signature of a call that only its arguments tell."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in named
+    ]
+    return signature_of_call(inspect.Signature(parameters), named)
 
-    By keyword only is what follows a gap, and a tensor behind a constant.
+
+def signature_of_call(full: inspect.Signature, named: JsonView) -> inspect.Signature:
+    """The part of a signature that the arguments of a call fill.
+
+    1. A parameter without an argument is left out.
+    2. A parameter behind one that was left out is passed by keyword only.
+    3. So is a tensor behind a constant, since a constant is its own default.
+    4. Arguments that the signature does not have are passed by keyword only.
     """
-    params: list[inspect.Parameter] = []
-    gap = False
-    for p in full.parameters.values():
-        if p.name not in named:
-            gap = gap or p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    parameters: list[inspect.Parameter] = []
+    by_keyword = False
+    for parameter in full.parameters.values():
+        if parameter.name not in named:
+            by_keyword = by_keyword or parameter.kind in (
+                inspect.Parameter.POSITIONAL_ONLY,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            )
             continue
-        defaults = bool(params) and params[-1].default is not kinds.empty
-        gap = gap or (defaults and not is_constant(named[p.name]))
-        kind = kinds.KEYWORD_ONLY if gap and p.kind is not kinds.VAR_POSITIONAL else p.kind
-        params.append(_held(p.name, kind, named[p.name]))
-    rest = (k for k in named if k not in full.parameters)
-    params += [_held(name, kinds.KEYWORD_ONLY, named[name]) for name in rest]
-    return inspect.Signature(params)
+        argument = named[parameter.name]
+        has_default = bool(parameters) and parameters[-1].default is not inspect.Parameter.empty
+        if has_default and not is_constant(argument):
+            by_keyword = True
+        kind = parameter.kind
+        if by_keyword and kind is not inspect.Parameter.VAR_POSITIONAL:
+            kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(_parameter(parameter.name, kind, argument))
+    for name, argument in named.items():
+        if name not in full.parameters:
+            parameters.append(_parameter(name, inspect.Parameter.KEYWORD_ONLY, argument))
+    return inspect.Signature(parameters)
 
 
-def _held(name: str, kind: Any, value: object) -> inspect.Parameter:
-    """A parameter of an argument that a file holds; a constant is its own default."""
-    return kinds(name, kind, default=value if is_constant(value) else kinds.empty)
+def _parameter(name: str, kind: Any, argument: object) -> inspect.Parameter:
+    """The parameter of an argument that a file holds; a constant is its own default."""
+    default = argument if is_constant(argument) else inspect.Parameter.empty
+    return inspect.Parameter(name, kind, default=default)
 
 
 def call_text(named: JsonView) -> str:
     """A call in words: `(ids: int64 of 2 dimensions, scale=2.0)`."""
-    parts = []
-    for name, x in named.items():
-        if isinstance(x, torch.Tensor):
-            parts.append(f"{name}: {str(x.dtype).removeprefix('torch.')} of {x.dim()} dimensions")
+    texts = []
+    for name, argument in named.items():
+        if isinstance(argument, torch.Tensor):
+            dtype = str(argument.dtype).removeprefix("torch.")
+            texts.append(f"{name}: {dtype} of {argument.dim()} dimensions")
+        elif is_constant(argument):
+            texts.append(f"{name}={argument!r}")
         else:
-            parts.append(f"{name}={x!r}" if is_constant(x) else name)
-    return f"({', '.join(parts)})"
+            texts.append(name)
+    return f"({', '.join(texts)})"
