@@ -78,9 +78,12 @@ def named_by(text: str, *, timm: bool = False) -> str:
     >>> named_by("hf-hub:org/model"), named_by("gelu")
     ('another model', '')
     """
-    found = (kind for kind, form in _NAMES.items() if form.fullmatch(text))
-    kind = next(found, "")
-    return "" if timm and kind == "a class" else kind
+    for kind, form in _NAMES.items():
+        if form.fullmatch(text):
+            if timm and kind == "a class":  # a name of timm and its tag
+                return ""
+            return kind
+    return ""
 
 
 def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors | None) -> None:
@@ -95,35 +98,43 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
     Raises:
         LoraFxError: Names the field.
     """
-    count = len(tensors or ())
-    widest = max((max(t.shape, default=0) for t in (tensors or {}).values()), default=0)
-    limits = {
-        LAYERS: max(SHARED_LAYERS, count) if tensors else MOST_LAYERS,
-        LABELS: max(MOST_LABELS, widest),
-        SIDES: LONGEST_SIDE,
-    }
+    limits = _limits(tensors)
     for place, key, value, is_read in _values(raw, cls):
-        if isinstance(value, str) and is_read:
+        if not is_read or isinstance(value, bool):
+            continue
+        if isinstance(value, str):
             kind = named_by(value, timm=key in TIMM)
-            kind = "a path" if value and not kind and PLACES.search(key) else kind
+            if value and not kind and PLACES.search(key):
+                kind = "a path"
             if kind:
                 raise LoraFxError(
                     f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config says "
                     "nothing but what its own model is like",
                     _hint(key),
                 )
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and is_read:
+        if isinstance(value, (int, float)):
             _check_number(value, key, f"{file}: {place}", limits)
+
+
+def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
+    """Fields of sizes → the most that each may be, beside the tensors of the weights."""
+    if not tensors:
+        return {LAYERS: MOST_LAYERS, LABELS: MOST_LABELS, SIDES: LONGEST_SIDE}
+    longest_dimension = max(max(tensor.shape, default=0) for tensor in tensors.values())
+    return {
+        LAYERS: max(SHARED_LAYERS, len(tensors)),
+        LABELS: max(MOST_LABELS, longest_dimension),
+        SIDES: LONGEST_SIDE,
+    }
 
 
 def backbones(raw: JsonView) -> str:
     """The names of timm that a config has, for messages: a library may look them up on the Hub."""
-    texts = (
-        f"{place} {one_line(repr(leaf), 80)}"
-        for place, key, leaf in _leaves(raw, "", "", 1)
-        if key in TIMM and isinstance(leaf, str)
-    )
-    return ", ".join(place.removeprefix(".") for place in texts)
+    texts = []
+    for place, key, leaf in _leaves(raw, "", "", 1):
+        if key in TIMM and isinstance(leaf, str):
+            texts.append(f"{place.removeprefix('.')} {one_line(repr(leaf), 80)}")
+    return ", ".join(texts)
 
 
 def _hint(key: str) -> str:
@@ -173,19 +184,22 @@ def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | N
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         named: type[object] = CONFIG_MAPPING[kind]
         return named
-    known = (getattr(cls, "sub_configs", None) or {}).get(key)
-    return known if isinstance(known, type) and known is not AutoConfig else None
+    inner = (getattr(cls, "sub_configs", None) or {}).get(key)
+    if isinstance(inner, type) and inner is not AutoConfig:
+        return inner
+    return None
 
 
 def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[str, str, object]]:
+    """The values in objects and lists, each with its place and the name of its field."""
     if depth > DEEPEST:
         raise LoraFxError(f"{place[:80]}: nested deeper than {DEEPEST}", "is the file damaged?")
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{place}.{name}", name, depth + 1)
     elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}[{i}]", key, depth + 1)
+        for position, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}[{position}]", key, depth + 1)
     else:
         yield place, key, value
 
@@ -198,25 +212,30 @@ def _mentions(cls: type[object], key: str) -> bool:
     """
     configs, models = _sources(Path(inspect.getfile(cls)).parent)
     name = re.escape(key)
-    told = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
+    in_configs = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
         | ["']{name}["']"""
-    read = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
+    in_models = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
         | (?: \[ | get\( | pop\( | attr\([^()\n]*, ) \s*["']{name}["']"""
-    return re.search(told, configs) is not None or re.search(read, models) is not None
+    if re.search(in_configs, configs) is not None:
+        return True
+    return re.search(in_models, models) is not None
 
 
 @functools.cache
 def _sources(folder: Path) -> tuple[str, str]:
     """The sources of a family and of what all share: of their configs, and of their models."""
+    configs = _source(folder, "configuration", "configuration_utils")
+    models = _source(folder, "modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
+    return configs, models
+
+
+def _source(folder: Path, kind: str, *shared: str) -> str:
+    """The files of one kind in a family's folder, and those of all families, as one text."""
     import transformers
 
-    def text(kind: str, *shared: str) -> str:
-        root = Path(transformers.__file__).parent
-        files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
-        return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
-
-    models = text("modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
-    return text("configuration", "configuration_utils"), models
+    root = Path(transformers.__file__).parent
+    files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 FILES = re.compile(r"(?:^|_)(?:files?|paths?|dir|spm|vocab|merges|model)$")
@@ -236,10 +255,11 @@ def check_tokenizer_config(folder: Path) -> None:
         return
     for key, value in read_json(file, constants=True).items():
         for place, field, leaf in _leaves(value, key, key, 1):
-            if not (isinstance(leaf, str) and FILES.search(field) and len(leaf) < 4096):
+            if not isinstance(leaf, str) or not FILES.search(field) or len(leaf) >= 4096:
                 continue
-            exists = "\0" not in leaf and os.path.exists(leaf)
-            if exists and folder.resolve() not in Path(leaf).resolve().parents:
+            if "\0" in leaf or not os.path.exists(leaf):
+                continue
+            if folder.resolve() not in Path(leaf).resolve().parents:
                 raise LoraFxError(
                     f"{file}: {place} is {one_line(repr(leaf), 80)}, a file beyond the folder",
                     "copy it into the folder and write its name alone, or take the line out",

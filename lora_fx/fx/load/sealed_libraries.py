@@ -29,7 +29,7 @@ def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
         folders: Those whose files may be opened.
     """
     tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
-    with sealed(what, *folders), _told_calls():
+    with sealed(what, *folders), _audited_calls():
         yield
 
 
@@ -40,23 +40,23 @@ _patches_lock = threading.Lock()
 
 
 _blocks = [0]
-"""The patches of `_told_calls`, and how many blocks need them: those of threads may overlap."""
+"""The patches of `_audited_calls`, and how many blocks need them: those of threads may overlap."""
 
 
 @contextlib.contextmanager
-def _told_calls() -> Iterator[None]:
+def _audited_calls() -> Iterator[None]:
     """A block in which torch.load, or what makes a client, raises an event first, in any thread."""
     with _patches_lock:
         if not _blocks[0]:
-            load = _telling(torch.load, TORCH_LOAD)
+            load = _audited(torch.load, TORCH_LOAD)
             _patches.enter_context(patched(torch, load=load))
             _patches.enter_context(patched(torch.serialization, load=load))
             # whatever builds a model of transformers or timm has imported it
-            if http := sys.modules.get("huggingface_hub.utils._http"):
-                hub = vars(http)
-                client = _telling(
-                    hub["_GLOBAL_CLIENT_FACTORY"], HUB_CLIENT, hub["constants"].ENDPOINT
-                )
+            http = sys.modules.get("huggingface_hub.utils._http")
+            if http:
+                names = vars(http)
+                make_client = names["_GLOBAL_CLIENT_FACTORY"]
+                client = _audited(make_client, HUB_CLIENT, names["constants"].ENDPOINT)
                 _patches.enter_context(patched(http, _GLOBAL_CLIENT_FACTORY=client))
         _blocks[0] += 1
     try:
@@ -68,7 +68,9 @@ def _told_calls() -> Iterator[None]:
                 _patches.close()
 
 
-def _telling(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
+def _audited(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
+    """A function that raises an audit event, and then does as another."""
+
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
         sys.audit(event, *details)

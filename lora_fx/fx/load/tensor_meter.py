@@ -18,23 +18,15 @@ from lora_fx.text import human
 
 MOST_CALLS = 100_000
 """Tensors that are made while a model without weights is built."""
-
-
 SPARE_CALLS = 4000
-
-
 SPARE_BYTES = 1 << 27
 """What a model may have beside the tensors of its file: tables of positions, masks."""
-
-
 _CONSTRUCTORS = frozenset({
     torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint,
     torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices,
     torch.triu_indices,
 })  # fmt: skip
 """What makes a tensor of a size that it is given."""
-
-
 FEW = 4096
 """Elements of operands whose result is not looked at: a product of two has some millions."""
 
@@ -42,7 +34,10 @@ FEW = 4096
 def _makes_anew(func: Callable[..., Any]) -> bool:
     """Whether a function may take memory: none that works in place, or reads an attribute."""
     name = getattr(func, "__name__", "")
-    return name not in ("__get__", "__set__") and (not name.endswith("_") or name.endswith("__"))
+    if name in ("__get__", "__set__"):
+        return False
+    works_in_place = name.endswith("_") and not name.endswith("__")
+    return not works_in_place
 
 
 def _operands(value: object) -> Iterator[torch.Tensor]:
@@ -51,21 +46,22 @@ def _operands(value: object) -> Iterator[torch.Tensor]:
         if not value._is_view():
             yield value
     elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _operands(part)
+        for entry in value:
+            yield from _operands(entry)
 
 
 def _size(values: tuple[object, ...]) -> int:
     """The elements of arguments that have values."""
-    return sum(t.numel() for t in tree_leaves(values) if _has_values(t))
-
-
-def _has_values(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and has_values(value)
+    size = 0
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor) and has_values(leaf):
+            size += leaf.numel()
+    return size
 
 
 def _as_shapes(values: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
+    """Arguments with their tensors on the meta device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("meta"), values)
 
 
 class Metered(TorchFunctionMode):
@@ -79,8 +75,10 @@ class Metered(TorchFunctionMode):
     def __init__(self, where: str, tensors: Tensors | None) -> None:
         super().__init__()
         self.where = where
-        self.calls = self.bytes = 0
-        self.most_calls, self.most_bytes = MOST_CALLS, LARGEST
+        self.calls = 0
+        self.bytes = 0
+        self.most_calls = MOST_CALLS
+        self.most_bytes = LARGEST
         if tensors:
             stored = sum(tensor.stop - tensor.start for tensor in tensors.values())
             self.most_calls = SPARE_CALLS + 16 * len(tensors)
@@ -89,12 +87,15 @@ class Metered(TorchFunctionMode):
     @contextlib.contextmanager
     def anew(self) -> Iterator[None]:
         """A block whose tensors are counted by themselves, against the same bounds."""
-        calls, size = self.calls, self.bytes
-        self.calls = self.bytes = 0
+        calls = self.calls
+        size = self.bytes
+        self.calls = 0
+        self.bytes = 0
         try:
             yield
         finally:
-            self.calls, self.bytes = calls, size
+            self.calls = calls
+            self.bytes = size
 
     def __torch_function__(
         self,
@@ -116,23 +117,32 @@ class Metered(TorchFunctionMode):
     ) -> None:
         """Refuse a result that alone is larger than all may be, such as a product of two lines."""
         try:
-            made = func(*_as_shapes(args), **_as_shapes(keywords))
+            result = func(*_as_shapes(args), **_as_shapes(keywords))
         except Exception:  # what reads values has no result on the meta device
             return
-        self._refuse_bytes(sum(t.numel() * t.element_size() for t in _operands(made)))
+        self._refuse_bytes(
+            sum(tensor.numel() * tensor.element_size() for tensor in _operands(result))
+        )
 
     def _count(
         self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
+        """Count a tensor that a constructor makes, and its bytes.
+
+        Raises:
+            LoraFxError: They are more than the weights have.
+        """
         self.calls += 1
         if self.calls > self.most_calls:
             raise LoraFxError(
                 f"{self.where} asks for more than {self.most_calls} tensors",
                 "is config.json that of its weights?",
             )
-        sizes = {k: v for k, v in keywords.items() if k not in ("generator", "out")}
-        made = func(*args, **{**sizes, "device": "meta"})
-        self.bytes += made.numel() * made.element_size()
+        on_meta = {**keywords, "device": "meta"}
+        on_meta.pop("generator", None)
+        on_meta.pop("out", None)
+        result = func(*args, **on_meta)
+        self.bytes += result.numel() * result.element_size()
         self._refuse_bytes(self.bytes)
 
     def _refuse_bytes(self, size: int) -> None:
