@@ -45,9 +45,9 @@ def tokenizer_of(folder: Path, max_length: int) -> Tokenizer:
     tokenizer = read_tokenizer(folder)
 
     def run(texts: list[str]) -> dict[str, Array]:
-        out = tokenizer(
+        encoded = tokenizer(
             texts, truncation=True, max_length=max_length, padding=True, return_tensors="np"
         )
-        return {k: out[k] for k in ("input_ids", "attention_mask") if k in out}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
 
     return run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -61,31 +60,34 @@ def load_folder(folder: Path, weights: Path | None = None, *, meta: bool = False
     with importing(what, "pip install 'lora-fx[hf]'"):
         transformers = importlib.import_module("transformers")
     path = weights or folder
-    told = retold(f"{folder}: its model cannot be built", FACTORY, most=200, named=True)
-    stored = _stored(path)
-    with quiet_transformers(), told, _building(transformers, folder, raw, stored) as meter:
+    stored = _stored_tensors(path)
+    building = _building(transformers, folder, raw, stored)
+    errors = retold(f"{folder}: its model cannot be built", FACTORY, most=200, named=True)
+    with quiet_transformers(), errors, building as meter:
         config = _config(transformers, folder, raw)
         class_notes: tuple[str, ...] = ()
         if raw.get("architectures"):
             cls = _architecture(transformers, folder, raw)
         else:
             cls, class_notes = _by_weights(transformers, config, folder, raw, stored, meter)
-        notes = class_notes + _settle(config, folder, raw, cls)
+        settled_notes = _settle(config, folder, raw, cls)
         if getattr(config, "quantization_config", None) is None:
-            module, more = float_model(cls, config, path, meta, strict=weights is not None)
+            module, weight_notes = float_model(cls, config, path, meta, strict=weights is not None)
         else:
-            module, more = quantised_model(cls, config, path, raw, meta)
+            module, weight_notes = quantised_model(cls, config, path, raw, meta)
         module.config._name_or_path = str(folder)
-        _no_cache(module)
-        notes += _pad(module)
+        _switch_off_cache(module)
+        padding_notes = _settle_padding(module)
     with retold(f"{folder}/config.json: no inputs can be made of it", FACTORY, named=True):
-        given = examples(module)
-    tokenizer = any((folder / name).exists() for name in TOKENIZERS)
-    held = folder if tokenizer else None
-    return LoadedModel(module.eval(), (), given, str(folder), notes + more, held)
+        inputs = examples(module)
+    tokenizer_folder = None
+    if any((folder / name).exists() for name in TOKENIZERS):
+        tokenizer_folder = folder
+    notes = (*class_notes, *settled_notes, *padding_notes, *weight_notes)
+    return LoadedModel(module.eval(), (), inputs, str(folder), notes, tokenizer_folder)
 
 
-def _stored(path: Path) -> Tensors | None:
+def _stored_tensors(path: Path) -> Tensors | None:
     """The tensors of the weights; None where there are none that can be read."""
     try:
         return tensors(path)
@@ -106,11 +108,14 @@ def _building(
         LoraFxError: The config names what is no part of the folder, or sizes that the weights do
             not have.
     """
-    kind, file = raw.get("model_type"), folder / "config.json"
+    kind = raw.get("model_type")
+    file = folder / "config.json"
     if isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:  # else it is refused by name
         check_config(raw, file, transformers.CONFIG_MAPPING[kind], stored)
-    named = backbones(raw)
-    what = f"{file}:{f' {named}:' if named else ''} building the model"
+    what = f"{file}: building the model"
+    backbone_names = backbones(raw)
+    if backbone_names:
+        what = f"{file}: {backbone_names}: building the model"
     with sealed_libraries(what, folder), Metered(str(file), stored) as meter:
         yield meter
 
@@ -131,8 +136,10 @@ def _config_json(folder: Path) -> Json:
 
 
 def _unknown(transformers: ModuleType, folder: Path, raw: JsonView) -> LoraFxError:
-    names = raw.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names else raw.get("model_type")
+    name = raw.get("model_type")
+    architectures = raw.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        name = architectures[0]
     hint = f"upgrade transformers, or {FACTORY}"
     if "auto_map" in raw:
         hint = f"the folder's own code (auto_map) is never run; {FACTORY}"
@@ -172,8 +179,12 @@ def _architecture(transformers: ModuleType, folder: Path, raw: JsonView) -> type
         LoraFxError: It has none of them.
     """
     names = raw["architectures"]
-    for name in names if isinstance(names, list) else ():
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(names, list):
+        raise _unknown(transformers, folder, raw)
+    for name in names:
+        if not isinstance(name, str):
+            continue
+        cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     raise _unknown(transformers, folder, raw)
@@ -195,7 +206,9 @@ def _by_weights(
     cls, note = class_of_weights(transformers, config, raw, stored, meter.anew)
     if cls is None:
         raise _unknown(transformers, folder, raw)
-    return cls, (note,) if note else ()
+    if not note:
+        return cls, ()
+    return cls, (note,)
 
 
 def _settle(
@@ -207,30 +220,39 @@ def _settle(
         notes.append(
             f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
         )
-    for part, (name, known) in itertools.product(nested_configs(config), _IMPLEMENTATIONS.items()):
-        value = getattr(part, name, None)
-        if value not in (None, "eager", *known):  # may name a kernel on a hub
-            setattr(part, name, None)
+    for inner in nested_configs(config):
+        for name, implementations in _IMPLEMENTATIONS.items():
+            value = getattr(inner, name, None)
+            if value in (None, "eager", *implementations):
+                continue
+            setattr(inner, name, None)  # it may name a kernel on a hub
             notes.append(f"{folder}: {name.strip('_')} {one_line(repr(value), 80)} is ignored")
     return tuple(notes)
 
 
-def _no_cache(module: nn.Module) -> None:
+def _switch_off_cache(module: nn.Module) -> None:
     """A cache among the outputs is no tensor; generation graphs are another matter."""
-    for m in module.modules():
-        config = getattr(m, "config", None)
+    for submodule in module.modules():
+        config = getattr(submodule, "config", None)
         if getattr(config, "use_cache", None):
             config.use_cache = False  # type: ignore[union-attr]
 
 
-def _pad(module: PreTrainedModel) -> tuple[str, ...]:
-    """Classifiers of causal models refuse batches without a padding token."""
+def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
+    """Give a classifier without a padding token its end token or 0, and say so.
+
+    Classifiers of causal models refuse batches without a padding token.
+    """
     config = module.config
-    classifies = type(module).__name__.endswith("ForSequenceClassification")
-    if not classifies or getattr(config, "pad_token_id", 0) is not None:
+    if not type(module).__name__.endswith("ForSequenceClassification"):
         return ()
-    eos = getattr(config, "eos_token_id", None)
-    config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+    if getattr(config, "pad_token_id", 0) is not None:
+        return ()
+    end_token = getattr(config, "eos_token_id", None)
+    if isinstance(end_token, list):
+        config.pad_token_id = end_token[0]
+    else:
+        config.pad_token_id = end_token or 0
     return (f"config.json has no pad_token_id: {config.pad_token_id} is taken",)
 
 
