@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,15 @@ from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import unsealed
 from lora_fx.fx.codes import LEVELS, Stored, declare, store
 from lora_fx.fx.load.float_folder import misfit, on_meta, read_state
+from lora_fx.ir.quantised import Quantised
 from lora_fx.patching import patched
 from lora_fx.text import JsonView, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-
 EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Tensors of one expert of several, which the model stacks."""
 
 
 def quantised_model(
@@ -43,89 +44,162 @@ def quantised_model(
     Raises:
         LoraFxError: A format that is not read, or tensors that do not fit the model.
     """
-    said = config.quantization_config
-    kind = said.get("quant_method") if isinstance(said, dict) else said
+    method = config.quantization_config
+    if isinstance(method, dict):
+        method = method.get("quant_method")
     del config.quantization_config
+    stored: Tensors = {}
     with unsealed():
-        held = {} if meta and not any(path.glob("*.safetensors")) else tensors(path)
-        found, back = _loaded(held, quantised_weights(held, raw), raw)
-    if not found and not meta:
+        if not meta or any(path.glob("*.safetensors")):
+            stored = tensors(path)
+        weights, model_names = _as_loaded(stored, quantised_weights(stored, raw), raw)
+    if not weights and not meta:
         raise LoraFxError(
-            f"{path}: quantised weights ({one_line(kind, 60)}), none of which is read",
+            f"{path}: quantised weights ({one_line(method, 60)}), none of which is read",
             "use the checkpoint that it was quantised from",
         )
-    with contextlib.nullcontext() if meta else _without_parameters():
-        module = on_meta(cls, config, path) if meta else cls._from_config(config)
-    own = dict(module.named_parameters())
-    if lost := sorted(found.keys() - own.keys()):
+
+    if meta:
+        module = on_meta(cls, config, path)
+    else:
+        with _without_parameters():
+            module = cls._from_config(config)
+    parameters = dict(module.named_parameters())
+    unmatched = sorted(weights.keys() - parameters.keys())
+    if unmatched:
         raise misfit(
-            f"{path}: {type(module).__name__} has no parameters for {len(lost)} quantised weights: "
-            f"{some(lost, 4)}"
+            f"{path}: {type(module).__name__} has no parameters for {len(unmatched)} quantised "
+            f"weights: {some(unmatched, 4)}"
         )
-    plain = module.state_dict().keys() - found.keys()
-    stored = {} if meta else {back.get(n, n): t for n, t in read_state(path).items()}
-    state = {n: t for n, t in stored.items() if n in plain}
-    dtype = next((t.dtype for t in state.values() if t.is_floating_point()), None)
-    for name, weight in found.items():
-        layer = module.get_submodule(name.rpartition(".")[0])
-        turned, shape = type(layer).__name__ == "Conv1D", own[name].shape
-        if weight.bits and weight.shape != tuple(shape[::-1] if turned else shape):
-            raise misfit(
-                f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}"
-            )
+
+    plain_names = module.state_dict().keys() - weights.keys()
+    state: dict[str, torch.Tensor] = {}
+    if not meta:
+        for file_name, tensor in read_state(path).items():
+            name = model_names.get(file_name, file_name)
+            if name in plain_names:
+                state[name] = tensor
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
+    for name, weight in weights.items():
+        parameter = parameters[name]
+        is_transposed = _is_conv1d(module, name)
+        _check_codes(name, weight, parameter, is_transposed, path)
         if meta:
-            kind = weight.format.rpartition(" ")[2]
-            kind = kind if kind in LEVELS else f"int{weight.bits}"
-            declare(module, name, Stored(kind, tuple(shape), 1, own[name].dtype, turned))
+            kind = _kind_of_codes(weight)
+            shape = tuple(parameter.shape)
+            declare(module, name, Stored(kind, shape, 1, parameter.dtype, is_transposed))
         else:
             with unsealed():
                 codes = weight.read()
-            store(module, name, codes, dtype or torch.float32, shape, turned)
+            store(module, name, codes, dtype or torch.float32, parameter.shape, is_transposed)
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as e:
         raise misfit(f"{path}: {one_line(e, 200)}") from e
     module.tie_weights()
-    empty = [n for n, p in module.named_parameters() if p.is_meta and not meta]
+    if not meta:
+        _check_filled(module, path)
+
+    formats = Counter(weight.format for weight in weights.values())
+    notes = [
+        f"{path}: {count} weights are read as codes: {name}" for name, count in formats.items()
+    ]
+    if not weights:
+        notes.append(f"{path}: its weights are quantised; shapes are those from before")
+    unused = _unused_names(stored, weights, model_names, plain_names)
+    if unused:
+        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
+    return module, tuple(notes)
+
+
+def _is_conv1d(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is that of a Conv1D of transformers, stored [in, out]."""
+    layer = module.get_submodule(name.rpartition(".")[0])
+    return type(layer).__name__ == "Conv1D"
+
+
+def _check_codes(
+    name: str, weight: QuantisedWeight, parameter: nn.Parameter, is_transposed: bool, path: Path
+) -> None:
+    """Refuse codes of another shape than the parameter's, where their file tells the shape."""
+    shape = parameter.shape
+    expected = tuple(shape[::-1]) if is_transposed else tuple(shape)
+    if weight.bits and weight.shape != expected:
+        raise misfit(f"{path}: {name!r} has codes of {list(weight.shape)}, expected {list(shape)}")
+
+
+def _kind_of_codes(weight: QuantisedWeight) -> str:
+    """What the codes of a weight are, as `LEVELS` names them; int4 … for whole numbers."""
+    kind = weight.format.rpartition(" ")[2]
+    if kind in LEVELS:
+        return kind
+    return f"int{weight.bits}"
+
+
+def _check_filled(module: nn.Module, path: Path) -> None:
+    """Refuse a model of whose parameters some got no tensor."""
+    empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if empty:
         raise LoraFxError(
             f"{path}: {len(empty)} tensors are missing: {some(empty, 4)}",
             "is the download complete?",
         )
-    kinds = Counter(w.format for w in found.values())
-    notes = [f"{path}: {n} weights are read as codes: {kind}" for kind, n in kinds.items()]
-    if not found:
-        notes.append(f"{path}: its weights are quantised; shapes are those from before")
-    parts = tuple(n.removesuffix("weight") for n in found)
-    names = {back.get(n, n) for n in held if not EXPERT.search(n)}
-    other = (n for n in names - plain if n.endswith(".bias") or not n.startswith(parts))
-    if unused := sorted(other):
-        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
-    return module, tuple(notes)
 
 
-def _loaded(
-    held: Tensors, found: Mapping[str, QuantisedWeight], raw: JsonView
+def _unused_names(
+    stored: Tensors,
+    weights: Mapping[str, QuantisedWeight],
+    model_names: Mapping[str, str],
+    plain_names: Set[str],
+) -> list[str]:
+    """Tensors of the file that are neither weights of the model nor a part of quantised ones."""
+    layers = tuple(name.removesuffix("weight") for name in weights)
+    unused = set()
+    for file_name in stored:
+        if EXPERT.search(file_name):
+            continue
+        name = model_names.get(file_name, file_name)
+        if name in plain_names:
+            continue
+        if name.endswith(".bias") or not name.startswith(layers):
+            unused.add(name)
+    return sorted(unused)
+
+
+def _as_loaded(
+    stored: Tensors, weights: Mapping[str, QuantisedWeight], raw: JsonView
 ) -> tuple[dict[str, QuantisedWeight], dict[str, str]]:
     """Quantised weights as the model names and stacks them, and other names: file → model."""
-    some = next(iter(held.values()), None)
-    sized = {n: replace(some, shape=w.shape) for n, w in found.items()} if some else {}
-    loaded = loaded_of({**held, **sized}, raw)
-    back = {old: new for new, old in loaded.names.items()}
-    new = dict(found)
+    infos = dict(stored)
+    any_info = next(iter(stored.values()), None)
+    if any_info is not None:
+        for name, weight in weights.items():
+            infos[name] = replace(any_info, shape=weight.shape)
+    loaded = loaded_of(infos, raw)
+    model_names = {file_name: name for name, file_name in loaded.names.items()}
+
+    stacked = dict(weights)
     for name, stack in loaded.stacks.items():
-        parts = [new.pop(p.tensor) for p in stack.parts if p.tensor in found]
-        if len(parts) == len(stack.parts):
-            read = partial(lambda n, ws: below(n, [w.read() for w in ws]), name, parts)
-            new[name] = replace(parts[0], shape=stack.info.shape, read=read)
-    return {back.get(n, n): w for n, w in new.items()}, back
+        members = [stacked.pop(part.tensor) for part in stack.parts if part.tensor in weights]
+        if len(members) == len(stack.parts):
+            read = partial(_read_stacked, name, members)
+            stacked[name] = replace(members[0], shape=stack.info.shape, read=read)
+    by_model_name = {model_names.get(name, name): weight for name, weight in stacked.items()}
+    return by_model_name, model_names
+
+
+def _read_stacked(name: str, members: Sequence[QuantisedWeight]) -> Quantised:
+    """The codes of a stack: those of its members, one below the other."""
+    return below(name, [member.read() for member in members])
 
 
 def _without_parameters() -> contextlib.AbstractContextManager[None]:
     """A block in which modules are built with their buffers, and with parameters on meta."""
     plain = nn.Module.register_parameter
 
-    def register(self: nn.Module, name: str, p: nn.Parameter | None) -> None:
-        plain(self, name, None if p is None else nn.Parameter(p.to("meta"), p.requires_grad))
+    def register(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        plain(self, name, parameter)
 
     return patched(nn.Module, register_parameter=register)
