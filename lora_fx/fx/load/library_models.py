@@ -14,31 +14,31 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lora_fx.errors import (
-    LoraFxError,
-    importing,
-    near,
-    retold,
-    silenced,
-)
+from lora_fx.errors import LoraFxError, importing, near, retold, silenced
 from lora_fx.fx.load.loaded_model import FORMS, LoadedModel
 from lora_fx.fx.load.sealed_libraries import sealed_libraries
 from lora_fx.fx.load.weights_file import read_weights
 
-T = TypeVar("T")
-
-
+V = TypeVar("V")
 RESERVED = ("timm", "torchvision")
 
 
 def library_model(text: str, library: str, name: str, file: Path | None, meta: bool) -> LoadedModel:
-    """A model of timm or torchvision, with the weights of a file or random ones."""
+    """A model of timm or torchvision, with the weights of a file or random ones.
+
+    Args:
+        text: What the user named, for messages.
+        library: timm or torchvision.
+        name: The library's name of the model.
+        file: Its weights; None for random ones.
+        meta: Build on the meta device where the constructor can.
+    """
     with importing(f"{text}: {library}", f"pip install {library}"), silenced():
         package = importlib.import_module(library)
     make = _timm if library == "timm" else _torchvision
-    told = retold(f"{text} cannot be built", FORMS, most=200, named=True)
-    with told, silenced(), sealed_libraries(f"{text}: building it"):
-        module, shape = _on(meta, lambda: make(package, name))
+    errors = retold(f"{text} cannot be built", FORMS, most=200, named=True)
+    with errors, silenced(), sealed_libraries(f"{text}: building it"):
+        module, shape = _build(lambda: make(package, name), meta)
     notes: tuple[str, ...] = ()
     if file is not None:
         notes = read_weights(module, file)
@@ -48,7 +48,7 @@ def library_model(text: str, library: str, name: str, file: Path | None, meta: b
     return LoadedModel(module, (example,), {}, text, notes)
 
 
-def _on(meta: bool, make: Callable[[], T]) -> T:
+def _build(make: Callable[[], V], meta: bool) -> V:
     """Build on the meta device; for real where the constructor reads values."""
     if meta:
         with contextlib.suppress(RuntimeError, NotImplementedError), torch.device("meta"):
@@ -61,7 +61,8 @@ def _timm(timm: ModuleType, name: str) -> tuple[nn.Module, tuple[int, ...]]:
     if ":" in name or "/" in name or not timm.is_model(plain):  # hf-hub: and the like download
         raise LoraFxError(f"timm has no model {name!r}", near(name, timm.list_models()))
     module = timm.create_model(name, pretrained=False)
-    size = (getattr(module, "default_cfg", None) or {}).get("input_size") or (3, 224, 224)
+    config = getattr(module, "default_cfg", None) or {}
+    size = config.get("input_size") or (3, 224, 224)
     return module, (2, *size)
 
 
@@ -76,8 +77,11 @@ def _torchvision(torchvision: ModuleType, name: str) -> tuple[nn.Module, tuple[i
             f"torchvision:{name}: no example inputs are known for {group} models",
             "give file.py:FACTORY, returning (module, args, kwargs)",
         )
-    known = inspect.signature(builder).parameters
+    options = inspect.signature(builder).parameters
     # the default of a backbone downloads
-    module = builder(**{n: None for n in ("weights", "weights_backbone") if n in known})
+    no_weights = [option for option in ("weights", "weights_backbone") if option in options]
+    module = builder(**dict.fromkeys(no_weights))
     side = 299 if name == "inception_v3" else 224
-    return module, (2, 3, 16, side, side) if group == "video" else (2, 3, side, side)
+    if group == "video":
+        return module, (2, 3, 16, side, side)
+    return module, (2, 3, side, side)

@@ -11,11 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_fx.errors import (
-    LoraFxError,
-    near_path,
-    one_line,
-)
+from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.checkpoint import PICKLES
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
@@ -57,10 +53,11 @@ def load_model(
         torch.default_generator.manual_seed(0)
         loaded = _load(text, file, meta)
     module = loaded.module.eval()
-    if not any(p.is_meta for p in module.parameters()):
+    if not any(parameter.is_meta for parameter in module.parameters()):
         module = module.to(place)
+    input_device = torch.device("cpu") if meta else place
     args, kwargs = tree_map_only(
-        torch.Tensor, lambda t: t.to("cpu" if meta else place), (loaded.args, loaded.kwargs)
+        torch.Tensor, lambda tensor: tensor.to(input_device), (loaded.args, loaded.kwargs)
     )
     return replace(loaded, module=module, args=args, kwargs=kwargs, origin=str(spec))
 
@@ -75,12 +72,16 @@ def _load(text: str, file: Path | None, meta: bool) -> LoadedModel:
     if path.suffix in REFUSED:
         why, hint = REFUSED[path.suffix]
         hint = hint.format(file=text)
-        raise LoraFxError(f"{text}: {why}", hint if path.exists() else near_path(text, hint))
+        if not path.exists():
+            hint = near_path(text, hint)
+        raise LoraFxError(f"{text}: {why}", hint)
     if path.is_file() and path.suffix != ".py":
         raise LoraFxError(f"{text}: a file of a kind that is not known", FORMS)
     if ":" in text:
         module, args, kwargs = call_factory(text)
-        notes = () if file is None else read_weights(module, file)
+        notes: tuple[str, ...] = ()
+        if file is not None:
+            notes = read_weights(module, file)
         return LoadedModel(module, args, kwargs, text, notes)
     if path.suffix == ".py":
         raise LoraFxError(f"{text}: which factory?", f"name it: {text}:FACTORY")

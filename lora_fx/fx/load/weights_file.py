@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from lora_fx.dtypes import FLOATING
-from lora_fx.errors import (
-    LoraFxError,
-    lead_between,
-    one_line,
-)
+from lora_fx.errors import LoraFxError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import TensorInfo, stored
 from lora_fx.fx.graph.nodes import dtype_name
@@ -27,23 +23,26 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
     On the meta device the names and shapes are checked and nothing is read. Tied tensors need
     one of their names; counters of batches seen may be missing, as in older files.
     """
-    found = tensors(path)
+    infos = tensors(path)
     state = module.state_dict(keep_vars=True)
-    first: dict[int, str] = {}
-    ties = {name: first.setdefault(id(t), name) for name, t in state.items()}
-    wanted = {n: (tuple(t.shape), dtype_name(t.dtype)) for n, t in state.items()}
-    optional = [n for n in state if n.endswith("num_batches_tracked")]
-    notes = check_fit(found, wanted, ties, str(path), optional)
-    filled: dict[str, str] = {}
-    for name, info in found.items():
+    first_names: dict[int, str] = {}
+    ties = {name: first_names.setdefault(id(tensor), name) for name, tensor in state.items()}
+    expected = {
+        name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in state.items()
+    }
+    optional = [name for name in state if name.endswith("num_batches_tracked")]
+    notes = check_fit(infos, expected, ties, str(path), optional)
+
+    filled: dict[str, str] = {}  # first name of a tensor → the name that it was filled from
+    for name, info in infos.items():
         target = state[name]
         if target.is_meta:
             continue
         value = from_numpy(stored(info)).to(target.device, target.dtype)
-        other = filled.setdefault(ties[name], name)
-        if other != name and not torch.equal(value, target):
+        filled_from = filled.setdefault(ties[name], name)
+        if filled_from != name and not torch.equal(value, target):
             raise LoraFxError(
-                f"{path}: {other!r} and {name!r} differ, but are one tensor of the model",
+                f"{path}: {filled_from!r} and {name!r} differ, but are one tensor of the model",
                 "untie them in the model, or leave one out of the file",
             )
         with torch.no_grad():
@@ -52,17 +51,19 @@ def read_weights(module: nn.Module, path: Path) -> tuple[str, ...]:
 
 
 def check_fit(
-    found: Mapping[str, TensorInfo],
-    wanted: Mapping[str, tuple[tuple[int, ...], str]],
+    infos: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
     ties: Mapping[str, str],
     where: str,
     optional: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Check that `found` is the whole of `wanted` and nothing else.
+    """Check that the tensors of a file are all of the expected ones and no others.
+
+    No tensor is read.
 
     Args:
-        found: The tensors of the file.
-        wanted: Name → (shape, dtype) of the model; tied tensors under every name.
+        infos: The tensors of the file.
+        expected: Name → (shape, dtype) of the model; tied tensors under every name.
         ties: Every name → the first name of the same tensor; one of them is enough.
         where: The file, for messages.
         optional: Names that may be missing.
@@ -73,36 +74,55 @@ def check_fit(
     Raises:
         LoraFxError: Missing and unexpected names and shapes that differ, all in one line.
     """
-    here = {ties.get(name, name) for name in found}
-    missing = [n for n in wanted if ties.get(n, n) not in here and n not in set(optional)]
-    unexpected = [n for n in found if n not in wanted]
-    wrong: dict[str, list[str]] = {"missing": missing, "unexpected": unexpected}
-    wrong |= {"of another shape": [], "of another kind": []}
+    filled = {ties.get(name, name) for name in infos}
+    optional_names = set(optional)
+    missing = []
+    for name in expected:
+        if ties.get(name, name) not in filled and name not in optional_names:
+            missing.append(name)
+    unexpected = [name for name in infos if name not in expected]
+
+    misshapen = []
+    other_kind = []
     casts: dict[tuple[str, str], list[str]] = {}
-    for name in (n for n in found if n in wanted):
-        t, (shape, dtype) = found[name], wanted[name]
-        if t.shape != shape:
-            said = f"{name} {list(t.shape)} (expected {list(shape)})"
-            wrong["of another shape"].append(said)
-        if t.dtype != dtype:
-            casts.setdefault((t.dtype, dtype), []).append(name)
-            if not {t.dtype, dtype} <= {*FLOATING}:
-                said = f"{name} {t.dtype} (expected {dtype})"
-                wrong["of another kind"].append(said)
-    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in wrong.items() if names]
+    for name, info in infos.items():
+        if name not in expected:
+            continue
+        shape, dtype = expected[name]
+        if info.shape != shape:
+            misshapen.append(f"{name} {list(info.shape)} (expected {list(shape)})")
+        if info.dtype != dtype:
+            casts.setdefault((info.dtype, dtype), []).append(name)
+            if info.dtype not in FLOATING or dtype not in FLOATING:
+                other_kind.append(f"{name} {info.dtype} (expected {dtype})")
+
+    faults = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+        "of another kind": other_kind,
+    }
+    problems = []
+    for fault, names in faults.items():
+        if names:
+            problems.append(f"{len(names)} {fault}: {_some(names)}")
     if problems:
         raise LoraFxError(
-            f"{where} does not fit the model: {'; '.join(problems)}", _hint(here, wanted)
+            f"{where} does not fit the model: {'; '.join(problems)}", _hint(filled, expected)
         )
-    return tuple(f"{where}: cast from {a} to {b}: {_some(n)}" for (a, b), n in casts.items())
+    notes = []
+    for (dtype, model_dtype), names in casts.items():
+        notes.append(f"{where}: cast from {dtype} to {model_dtype}: {_some(names)}")
+    return tuple(notes)
 
 
 def _some(names: list[str]) -> str:
-    return some([one_line(n, 100) for n in names])
+    return some([one_line(name, 100) for name in names])
 
 
-def _hint(here: set[str], wanted: Mapping[str, object]) -> str:
+def _hint(file_names: set[str], expected: Mapping[str, object]) -> str:
     """What to do, with the prefix that would make the names fit, if there is one."""
-    verb, lead = lead_between(wanted, here)
-    said = f"the file's names {verb} the prefix {lead!r}"
-    return said if verb else "is it the state_dict of this very model?"
+    verb, prefix = lead_between(expected, file_names)
+    if not verb:
+        return "is it the state_dict of this very model?"
+    return f"the file's names {verb} the prefix {prefix!r}"
