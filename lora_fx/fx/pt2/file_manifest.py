@@ -11,13 +11,7 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import from_json, to_json
-from lora_fx.adapter.variant import (
-    bare,
-    expect_variant,
-    fields_of_files,
-    slots_of,
-    with_values,
-)
+from lora_fx.adapter.variant import bare, expect_variant, fields_of_files, slots_of, with_values
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.capture.cleaned_graph import Traced
