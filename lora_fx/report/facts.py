@@ -23,30 +23,47 @@ class Fact(NamedTuple):
 def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
     """The numbers of the strip, the most telling first."""
     if isinstance(result.get("tensors"), int):
-        wrong = result["tensors"] - result["equal"]
-        yield Fact("Tensors that differ", number(wrong), "", wrong == 0)
+        unequal = result["tensors"] - result["equal"]
+        yield Fact("Tensors that differ", number(unequal), "", unequal == 0)
     if "merges" in result:
-        good = sum(bool(m.get("ok")) for m in result["merges"])
         count = len(result["merges"])
-        yield Fact("Merges", f"{good} of {count}", "done", good == count)
+        done = sum(bool(merge.get("ok")) for merge in result["merges"])
+        yield Fact("Merges", f"{done} of {count}", "done", done == count)
     parity: list[JsonView] = result.get("parity") or []
     if parity:
         yield _decisive(parity)
     yield from _training(result)
-    if lost := [row.rounding for row in rows if row.rounding is not None]:
-        most, of = max(lost), f"of {len(lost)} tensors"
-        yield Fact("Largest rounding loss", percent(most), of, most < 0.1)
+    rounding = [row.rounding for row in rows if row.rounding is not None]
+    if rounding:
+        largest = max(rounding)
+        beside = f"of {len(rounding)} tensors"
+        yield Fact("Largest rounding loss", percent(largest), beside, largest < 0.1)
     if result.get("limit"):
         spent = f"{number(result['used'])} of {number(result['limit'])} {result['unit']}"
         yield Fact("Budget used", percent(result["used"] / result["limit"]), spent)
     if "relative" in result:
         yield Fact("Error of all updates", percent(result["relative"]), "‖Δ − Δ′‖/‖Δ‖")
-    if any(r.rank or r.parameters for r in rows):
-        ranks = sorted({r for row in rows for r in row.rank if isinstance(r, int)})
-        some = f"rank {ranks[0]}" if len(ranks) == 1 else ""
-        some = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else some
-        yield Fact("Targets", number(len(rows)), some)
-    trained, frozen = result.get("trained"), result.get("frozen")
+    if any(row.rank or row.parameters for row in rows):
+        yield Fact("Targets", number(len(rows)), _ranks_text(rows))
+    yield from _sizes(result)
+
+
+def _ranks_text(rows: list[Row]) -> str:
+    """The rank of all rows, or the least and largest; empty where no rank is known."""
+    ranks = set()
+    for row in rows:
+        ranks.update(rank for rank in row.rank if isinstance(rank, int))
+    if not ranks:
+        return ""
+    if len(ranks) == 1:
+        return f"rank {min(ranks)}"
+    return f"ranks {min(ranks)} to {max(ranks)}"
+
+
+def _sizes(result: JsonView) -> Iterator[Fact]:
+    """How much is trained, adapted and written."""
+    trained = result.get("trained")
+    frozen = result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):
         share = percent(trained / max(1, trained + frozen))
         yield Fact("Trained share", share, f"{number(trained)} parameters")
@@ -55,10 +72,13 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
     if result.get("adapted_share") is not None:
         yield Fact("Adapted", percent(result["adapted_share"]), "of the weight FLOPs")
     files = (result.get("page") or {}).get("files") or ()
-    out, source = ([f["bytes"] for f in files if f["of"] == of] for of in ("output", "input"))
-    if out:
-        beside = f"inputs {size(sum(source))}" if source else ""
-        yield Fact("Written", size(sum(out)), beside)
+    output_bytes = [file["bytes"] for file in files if file["of"] == "output"]
+    input_bytes = [file["bytes"] for file in files if file["of"] == "input"]
+    if output_bytes:
+        beside = ""
+        if input_bytes:
+            beside = f"inputs {size(sum(input_bytes))}"
+        yield Fact("Written", size(sum(output_bytes)), beside)
 
 
 def _decisive(parity: Sequence[JsonView]) -> Fact:
@@ -67,25 +87,34 @@ def _decisive(parity: Sequence[JsonView]) -> Fact:
     Of those that failed it is the one that is furthest over its gate. Where all hold it is the
     largest, which is how near the two are: a fold that nearly fills a gate of 1e-6 is not.
     """
-    failed = [p for p in parity if not p["ok"]]
-    telling = failed or [p for p in parity if not p.get("blank")] or parity
-    decisive = max(telling, key=_over_gate if failed else _size)
-    of = f"; {decisive['of']}" if decisive.get("of") else ""
-    beside = f"gate {number(decisive['tol'])}{of}; {plural(len(parity), 'comparison')}"
-    rel = "∞" if decisive["rel"] is None else number(decisive["rel"])
-    label = "Relative error over its gate" if failed else "Largest relative error"
-    return Fact(label, rel, beside, not failed)
+    failed = [row for row in parity if not row["ok"]]
+    if failed:
+        label = "Relative error over its gate"
+        decisive = max(failed, key=_over_gate)
+    else:
+        label = "Largest relative error"
+        telling = [row for row in parity if not row.get("blank")] or parity
+        decisive = max(telling, key=_error)
+    gate = f"gate {number(decisive['tol'])}"
+    if decisive.get("of"):
+        gate += f"; {decisive['of']}"
+    beside = f"{gate}; {plural(len(parity), 'comparison')}"
+    relative = "∞" if decisive["rel"] is None else number(decisive["rel"])
+    return Fact(label, relative, beside, not failed)
 
 
-def _size(p: JsonView) -> float:
-    return math.inf if p["rel"] is None else float(p["rel"])
+def _error(row: JsonView) -> float:
+    if row["rel"] is None:
+        return math.inf
+    return float(row["rel"])
 
 
-def _over_gate(p: JsonView) -> float:
-    return _size(p) / max(float(p["tol"]), 1e-30)
+def _over_gate(row: JsonView) -> float:
+    return _error(row) / max(float(row["tol"]), 1e-30)
 
 
 def _training(result: JsonView) -> list[Fact]:
+    """The validation loss of the kept step, against that before the training."""
     validation = result.get("validation")
     if not isinstance(validation, dict) or "losses" not in result:
         return []

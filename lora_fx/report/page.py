@@ -38,24 +38,24 @@ def page(result: JsonView) -> str:
             alpha, parameters, shape, sigma, norm}}; all may be missing.
     """
     rows = rows_of(result)
-    more: JsonView = result.get("page") or {}
-    notes = set(more.get("notes") or ())
-    said: list[str] = result.get("warnings") or []
+    page_only: JsonView = result.get("page") or {}
+    notes = set(page_only.get("notes") or ())
+    texts: list[str] = result.get("warnings") or []
     script = (TEMPLATES / "table.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
         "result": result,
         "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
         "headline": headline(str(result.get("error") or "")),
-        "warnings": [text for text in said if text not in notes],
-        "notes": [text for text in said if text in notes],
-        "more": more,
+        "warnings": [text for text in texts if text not in notes],
+        "notes": [text for text in texts if text in notes],
+        "more": page_only,
         "facts": [*facts(result, rows)],
         "curve_of_losses": charts.training(result),
         "structure": blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),
-        "command_line": shlex.join(more.get("argv") or ()),
+        "command_line": shlex.join(page_only.get("argv") or ()),
         "data": strict_json(result),
         "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
         "script": Markup(script),
@@ -67,18 +67,19 @@ def page(result: JsonView) -> str:
 @cache
 def _templates() -> Environment:
     """Jinja's environment: every value is made visible, then escaped, unless it is markup."""
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         finalize=lambda value: value if isinstance(value, Markup) else visible(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {f.__name__: f for f in (broken, number, percent, plural, shape, size)}
-    made.policies["json.dumps_kwargs"] = {
+    filters = (broken, number, percent, plural, shape, size)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.policies["json.dumps_kwargs"] = {
         "separators": (",", ":"), "default": str, "allow_nan": False,
     }  # fmt: skip
-    return made
+    return environment
 
 
 def headline(error: str, most: int = 90) -> str:
@@ -89,7 +90,10 @@ def headline(error: str, most: int = 90) -> str:
     """
     if len(error) <= most:
         return error
-    told = re.sub(r"^\S+: ", "", error)
-    ends = [m.start() for m in re.finditer(r"[;,:.] ", told[: most + 1])]
-    cut = max(ends, default=0)
-    return (told[:cut] if cut > most / 3 else told[:most].rpartition(" ")[0] or told[:most]) + " …"
+    text = re.sub(r"^\S+: ", "", error)
+    ends_of_clauses = [match.start() for match in re.finditer(r"[;,:.] ", text[: most + 1])]
+    cut = max(ends_of_clauses, default=0)
+    if cut > most / 3:
+        return text[:cut] + " …"
+    whole_words = text[:most].rpartition(" ")[0]
+    return (whole_words or text[:most]) + " …"

@@ -7,7 +7,6 @@ rank; where all ranks are equal, its share of the adapter's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from lora_fx.errors import visible
@@ -39,98 +38,149 @@ class Cell(NamedTuple):
 
 def blocks(rows: list[Row]) -> JsonView | None:
     """The boxes of the model; None where no rank and no size is known, as of a comparison."""
-    if not any(r.rank or r.parameters for r in rows):
+    if not any(row.rank or row.parameters for row in rows):
         return None
-    shade, legend, low, top = _scale(rows)
-    total = sum(r.parameters or 0 for r in rows)
-    boxes = [_box(name, held, total, shade) for name, held in grouped(rows)]
+    scale = _scale_of(rows)
+    total = sum(row.parameters or 0 for row in rows)
+    if scale.by_rank:
+        legend = "Number and colour: the rank."
+        low = str(scale.low)
+        top = str(scale.top)
+    else:
+        legend = "Colour: the share of the adapter's parameters."
+        if any(row.rank for row in rows):
+            legend = f"Number: the rank. {legend}"
+        low = "0"
+        top = percent(scale.top / max(1, total))
+    boxes = [_box(name, block_rows, total, scale) for name, block_rows in grouped(rows)]
     return {"legend": legend, "low": low, "top": top, "shades": SHADES, "boxes": boxes}
 
 
 def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     """(block, its rows), in the order of the rows.
 
-    >>> [n for n, _ in grouped([Row("h.0.fc.weight"), Row("h.1.fc.weight"), Row("head.weight")])]
+    >>> rows = [Row("h.0.fc.weight"), Row("h.1.fc.weight"), Row("head.weight")]
+    >>> [block for block, _ in grouped(rows)]
     ['h.0', 'h.1', '']
     """
-    return _split([(r, _parts(r.key)) for r in rows], 0)
+    return _split([(row, _path(row.key)) for row in rows], 0)
 
 
 def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, list[Row]]]:
-    groups: dict[str, list[tuple[Row, list[str]]]] = {}
+    """(block, its rows), of rows with their paths.
+
+    A block ends at the first number of a path from word `start` on. One of too many cells, or
+    with two of one name, is split again at the next number.
+    """
+    blocks: dict[str, list[tuple[Row, list[str]]]] = {}
     ends: dict[str, int] = {}
-    for row, parts in rows:
-        inner = (i for i, p in enumerate(parts[:-1]) if i >= start and p.isdigit())
-        at = next(inner, -1) + 1 or (len(parts) - 1 if start == 0 else start)
-        name = ".".join(parts[:at])
-        groups.setdefault(name, []).append((row, parts))
-        ends[name] = at
+    for row, path in rows:
+        end = _end_of_block(path, start)
+        name = ".".join(path[:end])
+        blocks.setdefault(name, []).append((row, path))
+        ends[name] = end
+
     result = []
-    for name, held in groups.items():
-        labels = {_label(row, name) for row, _ in held}
-        more = any(p.isdigit() for _, parts in held for p in parts[ends[name] : -1])
-        deeper = more and (len(held) > MOST or len(labels) < len(held))
-        result += _split(held, ends[name]) if deeper else [(name, [r for r, _ in held])]
+    for name, block in blocks.items():
+        labels = {_label(row, name) for row, _ in block}
+        is_crowded = len(block) > MOST or len(labels) < len(block)
+        if is_crowded and any(_has_number(path[ends[name] : -1]) for _, path in block):
+            result += _split(block, ends[name])
+        else:
+            result.append((name, [row for row, _ in block]))
     return result
 
 
-def _parts(key: str) -> list[str]:
+def _end_of_block(path: list[str], start: int) -> int:
+    """How many words of a path name its block."""
+    for position, word in enumerate(path[:-1]):
+        if position >= start and word.isdigit():
+            return position + 1
+    if start == 0:
+        return len(path) - 1
+    return start
+
+
+def _has_number(words: list[str]) -> bool:
+    return any(word.isdigit() for word in words)
+
+
+def _path(key: str) -> list[str]:
     """The dotted path of a key without `.weight`; a region stays with its last word."""
     name, bracket, region = key.partition("[")
     name, at, use = name.partition("@")
-    parts = name.removesuffix(".weight").split(".")
-    return [*parts[:-1], parts[-1] + at + use + bracket + region]
+    words = name.removesuffix(".weight").split(".")
+    return [*words[:-1], words[-1] + at + use + bracket + region]
 
 
 def _label(row: Row, block: str) -> str:
     """What is written in a cell: the role, or the path within the block."""
     if row.role and len(row.role) <= 6:
         return row.role
-    last = ".".join(_parts(row.key))[len(block) :].lstrip(".").rpartition(".")[2]
-    last = visible(last.removesuffix("_proj").removesuffix("_lin"))
-    return last if len(last) <= 12 else last[:11] + "…"
+    path_in_block = ".".join(_path(row.key))[len(block) :].lstrip(".")
+    last_word = path_in_block.rpartition(".")[2]
+    label = visible(last_word.removesuffix("_proj").removesuffix("_lin"))
+    if len(label) > 12:
+        return label[:11] + "…"
+    return label
 
 
-def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
-    """The shade of a cell, the legend's sentence, its low end and its high end."""
-    ranks = {sum(r.rank) for r in rows if r.rank}
-    by_rank = len(ranks) > 1
+class _Scale(NamedTuple):
+    """What the colour of a cell means: ranks from `low` to `top`, or numbers of parameters."""
 
-    def value(row: Row) -> int:
-        return sum(row.rank) if by_rank else row.parameters or 0
+    by_rank: bool
+    low: int
+    top: int
 
-    low, top = min(ranks) if by_rank else 0, max(map(value, rows), default=0)
+    def value(self, row: Row) -> int:
+        """The number that a cell's colour stands for."""
+        if self.by_rank:
+            return sum(row.rank)
+        return row.parameters or 0
 
-    def shade(row: Row) -> int:
-        return max(0, round((SHADES - 1) * (value(row) - low) / max(1, top - low)))
-
-    if by_rank:
-        return shade, "Number and colour: the rank.", str(low), str(top)
-    total = sum(r.parameters or 0 for r in rows)
-    number_is = "Number: the rank. " if ranks else ""
-    legend = f"{number_is}Colour: the share of the adapter's parameters."
-    return shade, legend, "0", percent(top / max(1, total))
+    def shade(self, row: Row) -> int:
+        """The colour of a cell."""
+        above = self.value(row) - self.low
+        return max(0, round((SHADES - 1) * above / max(1, self.top - self.low)))
 
 
-def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
+def _scale_of(rows: list[Row]) -> _Scale:
+    """The scale of ranks, or of numbers of parameters where all ranks are equal."""
+    ranks = {sum(row.rank) for row in rows if row.rank}
+    if len(ranks) > 1:
+        return _Scale(by_rank=True, low=min(ranks), top=max(sum(row.rank) for row in rows))
+    return _Scale(by_rank=False, low=0, top=max(row.parameters or 0 for row in rows))
+
+
+def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
     """One block as a figure; its label says every cell in words."""
-    x = y = widest = 0
+    x = 0
+    y = 0
+    widest = 0
     cells = []
     for row in rows:
-        label, value = _label(row, name), "+".join(map(str, row.rank)) or "·"
-        wide = round(max(30, _CHARACTER * max(len(label), len(value)) + 8))
+        label = _label(row, name)
+        value = "+".join(map(str, row.rank)) or "·"
+        longest = max(len(label), len(value))
+        wide = round(max(30, _CHARACTER * longest + 8))
         if x and x + wide > WIDTH:
-            x, y = 0, y + HEIGHT + 2
-        cells.append(Cell(label, value, shade(row), x, y, wide))
+            x = 0
+            y += HEIGHT + 2
+        cells.append(Cell(label, value, scale.shade(row), x, y, wide))
         x += wide + 2
         widest = max(widest, x)
-    part = percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
+
     title = name or "model"
-    words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
+    share = ""
+    label = title
+    if total:
+        share = percent(sum(row.parameters or 0 for row in rows) / total)
+        label = f"{title}, {share}"
+    words = "; ".join(f"{cell.label} rank {cell.value}" for cell in cells)
     return {
         "title": title,
-        "part": part,
-        "label": f"{title}, {part}: {words}" if part else f"{title}: {words}",
+        "part": share,
+        "label": f"{label}: {words}",
         "wide": widest - 2,
         "high": y + HEIGHT,
         "cells": cells,

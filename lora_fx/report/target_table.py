@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,23 +26,21 @@ class Column(NamedTuple):
 def _columns(command: str) -> list[Column]:
     error = "difference" if command == "verify" else "error"
     return [
-        Column("op", "", lambda r: r.op, False),
-        Column("role", "", lambda r: r.role, False),
-        Column("shape", "", lambda r: shape(r.shape) if r.shape else ""),
-        Column("rank", "", lambda r: " + ".join(map(str, r.rank))),
-        Column("α", "", lambda r: " + ".join(f"{a:g}" for a in r.alpha)),
-        Column("params", "elements of A and B", lambda r: _known(r.parameters, number)),
-        Column("FLOPs", "share of the weight FLOPs", lambda r: _known(r.share)),
-        Column("effect", "‖Δ‖/‖W‖", lambda r: _known(r.effect)),
-        Column("rounding", "share of the update lost", lambda r: _known(r.rounding)),
-        Column("unmoved", "share of the elements that stayed", lambda r: _known(r.unmoved)),
-        Column(error, "relative", lambda r: _known(r.error, number)),
-        Column(
-            "‖ΔW‖", "of s·BA", lambda r: " + ".join(number(float(s["norm"])) for s in r.spectra)
-        ),
-        Column("stable rank", "‖ΔW‖²/σ₁²", lambda r: " + ".join(map(_stable, r.spectra))),
+        Column("op", "", lambda row: row.op, False),
+        Column("role", "", lambda row: row.role, False),
+        Column("shape", "", _shape),
+        Column("rank", "", lambda row: _sum(map(str, row.rank))),
+        Column("α", "", lambda row: _sum(f"{alpha:g}" for alpha in row.alpha)),
+        Column("params", "elements of A and B", lambda row: _known(row.parameters, number)),
+        Column("FLOPs", "share of the weight FLOPs", lambda row: _known(row.share)),
+        Column("effect", "‖Δ‖/‖W‖", lambda row: _known(row.effect)),
+        Column("rounding", "share of the update lost", lambda row: _known(row.rounding)),
+        Column("unmoved", "share of the elements that stayed", lambda row: _known(row.unmoved)),
+        Column(error, "relative", lambda row: _known(row.error, number)),
+        Column("‖ΔW‖", "of s·BA", lambda row: _sum(map(_norm, row.spectra))),
+        Column("stable rank", "‖ΔW‖²/σ₁²", lambda row: _sum(map(_stable_rank, row.spectra))),
         Column("spectrum", "singular values of s·BA", _sparks, False),
-        Column("", "", _said, False),
+        Column("", "", _remarks, False),
     ]
 
 
@@ -59,32 +57,68 @@ def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
     """The table of the targets; None without rows."""
     if not rows:
         return None
-    if not any(s["norm"] for r in rows for s in r.spectra):
-        rows = [replace(r, spectra=[]) for r in rows]  # nothing is trained yet
-    columns = _columns(str(result.get("command", "")))
-    filled = [(c, cells) for c in columns if any(cells := [c.cell(r) for r in rows])]
-    used = [c for c, _ in filled]
+    norms = [spectrum["norm"] for spectrum in _spectra(rows)]
+    if not any(norms):  # nothing is trained yet
+        rows = [replace(row, spectra=[]) for row in rows]
+    columns = []
+    cells_by_column = []
+    for column in _columns(str(result.get("command", ""))):
+        cells = [column.cell(row) for row in rows]
+        if any(cells):
+            columns.append(column)
+            cells_by_column.append(cells)
+    table_rows = []
+    for position, row in enumerate(rows):
+        table_rows.append((row.key, [cells[position] for cells in cells_by_column]))
     return TargetTable(
-        used,
-        [(r.key, cells) for r, *cells in zip(rows, *(cells for _, cells in filled), strict=True)],
-        [i for i, c in enumerate(used, 2) if not c.numeric],
-        " · ".join(f"{c.head}: {c.title}" for c in used if c.title),
+        columns,
+        table_rows,
+        left=[position for position, column in enumerate(columns, 2) if not column.numeric],
+        means=" · ".join(f"{column.head}: {column.title}" for column in columns if column.title),
     )
 
 
-def _known(x: float | None, show: Callable[[object], str] = percent) -> str:
-    return "" if x is None else show(x)
+def _spectra(rows: list[Row]) -> Iterator[JsonView]:
+    for row in rows:
+        yield from row.spectra
+
+
+def _sum(texts: Iterable[str]) -> str:
+    return " + ".join(texts)
+
+
+def _known(value: float | None, show: Callable[[object], str] = percent) -> str:
+    """A number as `show` writes it; empty for None."""
+    if value is None:
+        return ""
+    return show(value)
+
+
+def _shape(row: Row) -> str:
+    if not row.shape:
+        return ""
+    return shape(row.shape)
 
 
 def _sparks(row: Row) -> Markup:
     return Markup("").join(map(charts.spark, row.spectra))
 
 
-def _said(row: Row) -> str:
-    texts = [*row.said, row.updates if not row.rank else ""]
+def _remarks(row: Row) -> str:
+    """What else the result says of a row, once each; its updates where no adapter tells ranks."""
+    texts = list(row.remarks)
+    if not row.rank:
+        texts.append(row.updates)
     return "; ".join(dict.fromkeys(filter(None, texts)))
 
 
-def _stable(spectrum: JsonView) -> str:
-    top = spectrum["sigma"][0] if spectrum["sigma"] else 0
-    return number((spectrum["norm"] / top) ** 2) if top else "–"
+def _norm(spectrum: JsonView) -> str:
+    return number(float(spectrum["norm"]))
+
+
+def _stable_rank(spectrum: JsonView) -> str:
+    """‖ΔW‖²/σ₁²; a dash where ΔW is zero."""
+    largest = spectrum["sigma"][0] if spectrum["sigma"] else 0
+    if not largest:
+        return "–"
+    return number((spectrum["norm"] / largest) ** 2)
