@@ -50,7 +50,7 @@ def facts(result: JsonView, rows: list[Row]) -> Iterator[Fact]:
 
 def _ranks_text(rows: list[Row]) -> str:
     """The rank of all rows, or the least and largest; empty where no rank is known."""
-    ranks = set()
+    ranks: set[int] = set()
     for row in rows:
         ranks.update(rank for rank in row.rank if isinstance(rank, int))
     if not ranks:

@@ -152,4 +152,6 @@ def _is_aten(target: str) -> bool:
     if name in FILES:
         return False
     packet = getattr(torch.ops.aten, name, None)
-    return isinstance(packet, OpOverloadPacket) and overload in packet.overloads()
+    if not isinstance(packet, OpOverloadPacket):
+        return False
+    return overload in packet.overloads()  # type: ignore[no-untyped-call]
