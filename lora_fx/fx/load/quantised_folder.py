@@ -64,21 +64,71 @@ def quantised_model(
     else:
         with _without_parameters():
             module = cls._from_config(config)
-    parameters = dict(module.named_parameters())
-    unmatched = sorted(weights.keys() - parameters.keys())
+    _expect_parameters(module, weights, path)
+    plain_names = module.state_dict().keys() - weights.keys()
+    state: dict[str, torch.Tensor] = {}
+    if not meta:
+        state = _plain_state(path, model_names, plain_names)
+    _put_codes(module, weights, state, path, meta)
+    try:
+        module.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as e:
+        raise misfit(f"{path}: {one_line(e, 200)}") from e
+    module.tie_weights()
+    if not meta:
+        _check_filled(module, path)
+
+    notes = []
+    for format_name, count in Counter(weight.format for weight in weights.values()).items():
+        notes.append(f"{path}: {count} weights are read as codes: {format_name}")
+    if not weights:
+        notes.append(f"{path}: its weights are quantised; shapes are those from before")
+    unused = _unused_names(stored, weights, model_names, plain_names)
+    if unused:
+        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
+    return module, tuple(notes)
+
+
+def _expect_parameters(
+    module: PreTrainedModel, weights: Mapping[str, QuantisedWeight], path: Path
+) -> None:
+    """Refuse quantised weights that the model has no parameters for."""
+    names = {name for name, _ in module.named_parameters()}
+    unmatched = sorted(weights.keys() - names)
     if unmatched:
         raise misfit(
             f"{path}: {type(module).__name__} has no parameters for {len(unmatched)} quantised "
             f"weights: {some(unmatched, 4)}"
         )
 
-    plain_names = module.state_dict().keys() - weights.keys()
-    state: dict[str, torch.Tensor] = {}
-    if not meta:
-        for file_name, tensor in read_state(path).items():
-            name = model_names.get(file_name, file_name)
-            if name in plain_names:
-                state[name] = tensor
+
+def _plain_state(
+    path: Path, model_names: Mapping[str, str], plain_names: Set[str]
+) -> dict[str, torch.Tensor]:
+    """The tensors of the file that are no part of a quantised weight, as the model names them."""
+    state = {}
+    for file_name, tensor in read_state(path).items():
+        name = model_names.get(file_name, file_name)
+        if name in plain_names:
+            state[name] = tensor
+    return state
+
+
+def _put_codes(
+    module: PreTrainedModel,
+    weights: Mapping[str, QuantisedWeight],
+    state: Mapping[str, torch.Tensor],
+    path: Path,
+    meta: bool,
+) -> None:
+    """Put codes in the place of parameters; on the meta device only their kind and shape.
+
+    The weights that the codes stand for have the dtype of the first floating tensor of `state`.
+
+    Raises:
+        LoraFxError: A quantised weight has another shape than its parameter.
+    """
+    parameters = dict(module.named_parameters())
     dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), None)
     for name, weight in weights.items():
         parameter = parameters[name]
@@ -92,24 +142,6 @@ def quantised_model(
             with unsealed():
                 codes = weight.read()
             store(module, name, codes, dtype or torch.float32, parameter.shape, is_transposed)
-    try:
-        module.load_state_dict(state, strict=False, assign=True)
-    except RuntimeError as e:
-        raise misfit(f"{path}: {one_line(e, 200)}") from e
-    module.tie_weights()
-    if not meta:
-        _check_filled(module, path)
-
-    formats = Counter(weight.format for weight in weights.values())
-    notes = [
-        f"{path}: {count} weights are read as codes: {name}" for name, count in formats.items()
-    ]
-    if not weights:
-        notes.append(f"{path}: its weights are quantised; shapes are those from before")
-    unused = _unused_names(stored, weights, model_names, plain_names)
-    if unused:
-        notes.append(f"unused: {len(unused)} tensors of {path}: {some(unused, 4)}")
-    return module, tuple(notes)
 
 
 def _is_conv1d(module: nn.Module, name: str) -> bool:
