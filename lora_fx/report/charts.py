@@ -51,6 +51,7 @@ def training(result: JsonView) -> JsonView | None:
     each = "each step"
     if last > POINTS:
         each = f"means of {plural(math.ceil(last / POINTS), 'step')}"
+    # the label of the kept step is placed from the nearer side
     side = "left"
     distance = best / last
     if best > last / 2:

@@ -93,7 +93,7 @@ def class_of_weights(
     file = f"{config.name_or_path}/config.json"
     classes_by_table = _classes(transformers, config)
     plain = classes_by_table.get(PLAIN, ())
-    if not stored:
+    if not stored:  # rule 1
         if not plain:
             return None, ""
         return plain[0], _note(file, plain[0], "as no weights tell more")
@@ -104,6 +104,7 @@ def class_of_weights(
             return None, ""
         return plain[0], ""
 
+    # rules 2 to 5
     fits = _without_strangers(fits)
     bodies = [fit for fit in fits if fit.cls in plain]
     body = next((fit for fit in bodies if not fit.unused), None)
@@ -111,14 +112,15 @@ def class_of_weights(
     heads = _not_ruled_out(all_heads, classes_by_table, config)
     exact_heads = [fit for fit in heads if fit.is_exact]
     if body is not None and not body.prefixed and (body.is_exact or not exact_heads):
+        # rule 2
         why = "whose weights they are"
         if exact_heads:
             names = " and ".join(fit.cls.__name__ for fit in exact_heads)
             why += f"; {names} would fit too"
         return body.cls, _note(file, body.cls, why)
-    if body is not None and not exact_heads:
+    if body is not None and not exact_heads:  # rule 4: there is no class for rule 3
         return body.cls, _note(file, body.cls, "as no weights are those of a head")
-    return _with_head(file, exact_heads or heads, bodies)
+    return _with_head(file, exact_heads or heads, bodies)  # rules 3 and 5
 
 
 def _fits(
