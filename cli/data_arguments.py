@@ -33,8 +33,8 @@ def load_npz(path: str | None) -> Json:
 def training_data(path: str, cap: Captured, label: str, max_length: int | None = None) -> Table:
     """The table of a DATA argument, in the inputs of a model; texts are tokenised by its own."""
     from lora_fx.data import training_table
-    from lora_fx.fx.load.huggingface import tokenizer_of
-    from lora_fx.fx.load.models import call_function
+    from lora_fx.fx.load.factory import call_function
+    from lora_fx.fx.load.folder_tokenizer import tokenizer_of
     from lora_fx.fx.train.language_data import language_table
     from lora_fx.passes.verbs.open import user_module
 
@@ -112,7 +112,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
 
 def loss_of(text: str) -> str | Loss:
     """Ce or mse as they are, the function of module:NAME."""
-    from lora_fx.fx.load.models import load_function
+    from lora_fx.fx.load.factory import load_function
 
     if ":" not in text:
         return text

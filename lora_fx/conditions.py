@@ -33,7 +33,7 @@ SEARCHED = 4096
 
 @dataclass(frozen=True)
 class Condition:
-    """What some sizes have to satisfy.
+    """A comparison that some sizes have to satisfy.
 
     Attributes:
         text: The comparison, over the names in `sizes`.
@@ -47,21 +47,28 @@ class Condition:
     line: str = ""
     demanded: bool = False
 
-    def holds(self, given: Mapping[Size, int]) -> bool:
-        """Whether the sizes satisfy it; sizes that are not given make it true."""
-        if any((i, d) not in given for _, i, d in self.sizes):
-            return True
-        return bool(self.build(_result, {n: given[i, d] for n, i, d in self.sizes}))
+    def holds(self, values: Mapping[Size, int]) -> bool:
+        """Whether the sizes satisfy it; sizes without a value make it true."""
+        by_name = {}
+        for name, input_name, dimension in self.sizes:
+            if (input_name, dimension) not in values:
+                return True
+            by_name[name] = values[input_name, dimension]
+        return bool(self.build(_result, by_name))
 
     @property
     def about(self) -> frozenset[Size]:
         """The sizes that it speaks of."""
-        return frozenset((i, d) for _, i, d in self.sizes)
+        return frozenset((input_name, dimension) for _, input_name, dimension in self.sizes)
 
     def __str__(self) -> str:
         """The comparison with every size by its input, and the line."""
-        words = f", {self.in_tokens}" if self.in_tokens else ""
-        return f"{self._spelled()}{words}{f' ({self.line})' if self.line else ''}"
+        text = self._spelled()
+        if self.in_tokens:
+            text += f", {self.in_tokens}"
+        if self.line:
+            text += f" ({self.line})"
+        return text
 
     @property
     def in_tokens(self) -> str:
@@ -69,17 +76,25 @@ class Condition:
         if self.about not in ({("input_ids", 1)}, {("decoder_input_ids", 1)}):
             return ""
         low, high = self.bounds()
-        ends = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        return f"{' and '.join(ends)} tokens" if ends else ""
+        ends = []
+        if low is not None:
+            ends.append(f"at least {low}")
+        if high is not None:
+            ends.append(f"at most {high}")
+        if not ends:
+            return ""
+        return f"{' and '.join(ends)} tokens"
 
     def _spelled(self) -> str:
-        if (bound := self._as_bound()) is not None:
+        """The comparison with every size as `input[dimension]`."""
+        bound = self._as_bound()
+        if bound is not None:
             return bound
         tree = ast.parse(self.text, mode="eval")
-        names = {n: f"{i}[{d}]" for n, i, d in self.sizes}
+        spelled = {name: f"{input_name}[{dimension}]" for name, input_name, dimension in self.sizes}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id in names:
-                node.id = names[node.id]
+            if isinstance(node, ast.Name) and node.id in spelled:
+                node.id = spelled[node.id]
         return ast.unparse(tree)
 
     def _as_bound(self) -> str | None:
@@ -87,34 +102,50 @@ class Condition:
 
         `x == min(512, x) or x < 3` is `x <= 512`.
         """
-        if len(self.sizes) != 1 or len(list(_leaves(parsed(self.text)))) <= 2:
+        if len(self.sizes) != 1:
             return None
-        ((_, name, d),) = self.sizes
+        is_computed = len(list(_leaves(parsed(self.text)))) > 2
+        if not is_computed:
+            return None
+        ((_, input_name, dimension),) = self.sizes
         low, high = self.bounds()
         if (low is None) == (high is None):
             return None
-        return f"{name}[{d}] <= {high}" if low is None else f"{name}[{d}] >= {low}"
+        if low is None:
+            return f"{input_name}[{dimension}] <= {high}"
+        return f"{input_name}[{dimension}] >= {low}"
 
-    def refusal(self, given: Mapping[Size, int]) -> SizeError:
+    def refusal(self, values: Mapping[Size, int]) -> SizeError:
         """The error for sizes that do not satisfy it."""
-        found = " and ".join(
-            f"{i!r} has size {given[i, d]} in dimension {d}" for _, i, d in self.sizes
-        )
-        where = f" ({self.line})" if self.line else ""
+        sizes = []
+        for _, input_name, dimension in self.sizes:
+            size = values[input_name, dimension]
+            sizes.append(f"{input_name!r} has size {size} in dimension {dimension}")
         rule = self._spelled()
-        text = f"the captured path holds for {rule} only"
-        if self.demanded:
-            text = f"the model does not run elsewhere: {rule}"
         if self.in_tokens:
             taker = "the model" if self.demanded else "the captured path"
             text = f"{taker} takes {self.in_tokens}: {rule}"
-        return SizeError(f"{found}; {text}{where}", "give sizes inside, or capture at these sizes")
+        elif self.demanded:
+            text = f"the model does not run elsewhere: {rule}"
+        else:
+            text = f"the captured path holds for {rule} only"
+        if self.line:
+            text += f" ({self.line})"
+        return SizeError(
+            f"{' and '.join(sizes)}; {text}", "give sizes inside, or capture at these sizes"
+        )
 
     def to_json(self) -> Json:
         """One row: for a plain bound `min` and `max`, for any other the comparison."""
         low, high = self.bounds()
-        _, name, d = self.sizes[0]
-        row: Json = {"input": name, "dim": d, "min": low, "max": high, "line": self.line}
+        _, input_name, dimension = self.sizes[0]
+        row: Json = {
+            "input": input_name,
+            "dim": dimension,
+            "min": low,
+            "max": high,
+            "line": self.line,
+        }
         if low is None and high is None:
             row["condition"] = self._spelled()
         return row
@@ -125,18 +156,22 @@ class Condition:
         Where it computes, every size up to its numbers, and what comes of two numbers.
         """
         leaves = list(_leaves(parsed(self.text)))
-        numbers = {n for m in leaves if isinstance(m, int) for n in (m, -m)}
-        far = 69
-        if len(leaves) > 2:
-            far = max(far, min(SEARCHED, max(numbers, default=0) + 1))
-            more = {n + k for n in numbers for k in (-1, 0, 1)}
-            numbers |= {x for m in more for n in numbers if n > 0 for x in (m * n, m // n, m + n)}
-        near = {n + k for n in numbers for k in (-1, 0, 1)}
-        return [*range(1, far + 1), *sorted(n for n in near if n > far)]
+        numbers: set[int] = set()
+        for leaf in leaves:
+            if isinstance(leaf, int):
+                numbers.update((leaf, -leaf))
+        all_up_to = 69
+        if len(leaves) > 2:  # it computes
+            all_up_to = max(all_up_to, min(SEARCHED, max(numbers, default=0) + 1))
+            numbers |= _computed(numbers)
+        near = [size for size in _neighbours(numbers) if size > all_up_to]
+        return [*range(1, all_up_to + 1), *sorted(near)]
 
     def bounds(self) -> tuple[int | None, int | None]:
         """(least, largest) where it bounds one size by a number, else (None, None)."""
-        return _bounds(self.text) if len(self.sizes) == 1 else (None, None)
+        if len(self.sizes) != 1:
+            return None, None
+        return _bounds(self.text)
 
     def build(self, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]) -> V:
         """The comparison in another form, made from its leaves up.
@@ -150,27 +185,40 @@ class Condition:
     def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
         """(size, symbols that it is the sum of), where the comparison says just that."""
         tree = parsed(self.text)
-        where = {n: (i, d) for n, i, d in self.sizes}
         if tree[0] != "Eq":
             return []
-        pairs = ((tree[1], tree[2]), (tree[2], tree[1]))
-        return [(where[a], text) for a, b in pairs
-                if isinstance(a, str) and (text := _sum(b, where, places))]  # fmt: skip
+        by_name = {name: (input_name, dimension) for name, input_name, dimension in self.sizes}
+        _, left, right = tree
+        equal = []
+        for side, other_side in ((left, right), (right, left)):
+            if not isinstance(side, str):
+                continue
+            symbols = _sum(other_side, by_name, places)
+            if symbols:
+                equal.append((by_name[side], symbols))
+        return equal
 
     def stored(self) -> Json:
         """As files hold it: the line without the folder that the code lies in."""
-        path, comma, rest = self.line.partition(", line ")
-        line = re.split(r"[/\\]", path)[-1] + comma + rest
-        rows = [[n, i, d] for n, i, d in self.sizes]
-        return {"text": self.text, "sizes": rows, "line": line, "demanded": self.demanded}
+        path, comma, number = self.line.partition(", line ")
+        file = re.split(r"[/\\]", path)[-1]
+        return {
+            "text": self.text,
+            "sizes": [list(size) for size in self.sizes],
+            "line": file + comma + number,
+            "demanded": self.demanded,
+        }
 
     @classmethod
     def read(cls, row: JsonView) -> Condition:
         """What `stored` wrote; raises LoraFxError where the text is no comparison."""
-        sizes = tuple((str(n), str(i), int(d)) for n, i, d in row["sizes"])
-        names = {leaf for leaf in _leaves(parsed(str(row["text"]))) if isinstance(leaf, str)}
-        fits = all(0 <= d < MAX_AXES for _, _, d in sizes)
-        if not names or names != {n for n, _, _ in sizes} or not fits:
+        sizes = tuple(
+            (str(name), str(input_name), int(dimension))
+            for name, input_name, dimension in row["sizes"]
+        )
+        names = _names_in(parsed(str(row["text"])))
+        are_axes = all(0 <= dimension < MAX_AXES for _, _, dimension in sizes)
+        if not names or names != {name for name, _, _ in sizes} or not are_axes:
             raise LoraFxError(f"{row['text']!r} is no condition on {sizes}", "was the file edited?")
         return cls(str(row["text"]), sizes, str(row["line"]), bool(row["demanded"]))
 
@@ -181,36 +229,60 @@ def without_implied(conditions: Sequence[Condition]) -> list[Condition]:
     Implied is a comparison of one size that holds at each of the few sizes at which another does,
     and one of whose alternatives (`a or b`) is such a comparison.
     """
-    few = {}  # the sizes at which a condition holds, where they are all below what is searched
-    for c in conditions:
-        if len(c.sizes) == 1 and (high := c.bounds()[1]) is not None:
-            few[c] = [n for n in range(1, high + 1) if c.holds(dict.fromkeys(c.about, n))]
-    kept = list(conditions)
-    for c in conditions:
-        others = [o for o in kept if o is not c and o in few]
-        if any(_implies(few[o], o, parsed(c.text), c.sizes) for o in others):
-            kept.remove(c)
-    return kept
+    few_sizes = {}  # those at which a condition holds, where all are below what is searched
+    for condition in conditions:
+        _, high = condition.bounds()
+        if len(condition.sizes) == 1 and high is not None:
+            few_sizes[condition] = _sizes_that_hold(condition, high)
+    remaining = list(conditions)
+    for condition in conditions:
+        for other in remaining:
+            if other is condition or other not in few_sizes:
+                continue
+            tree = parsed(condition.text)
+            if _implies(few_sizes[other], other, tree, condition.sizes):
+                remaining.remove(condition)
+                break
+    return remaining
+
+
+def _sizes_that_hold(condition: Condition, high: int) -> list[int]:
+    """The sizes up to `high` at which a condition of one size holds."""
+    sizes = []
+    for size in range(1, high + 1):
+        if condition.holds(dict.fromkeys(condition.about, size)):
+            sizes.append(size)
+    return sizes
 
 
 def _implies(
-    numbers: Sequence[int], condition: Condition, tree: Tree, sizes: Sequence[tuple[str, str, int]]
+    values: Sequence[int], condition: Condition, tree: Tree, sizes: Sequence[tuple[str, str, int]]
 ) -> bool:
-    """Whether a comparison holds wherever a condition does, which is at these numbers."""
+    """Whether a comparison holds wherever a condition does.
+
+    Args:
+        values: The sizes at which the condition holds.
+        condition: The condition.
+        tree: The comparison, parsed.
+        sizes: Which size each name of the comparison is.
+    """
     if tree[0] == "Or":
-        parts = [t for t in tree[1:] if isinstance(t, tuple)]
-        if any(_implies(numbers, condition, part, sizes) for part in parts):
+        alternatives = [inner for inner in tree[1:] if isinstance(inner, tuple)]
+        if any(_implies(values, condition, inner, sizes) for inner in alternatives):
             return True
-    names = {leaf for leaf in _leaves(tree) if isinstance(leaf, str)}
-    about = {(i, d) for n, i, d in sizes if n in names}
+    names = _names_in(tree)
+    about = {(input_name, dimension) for name, input_name, dimension in sizes if name in names}
     if about != condition.about:
         return False
-    return all(_built(tree, _result, dict.fromkeys(names, n)) for n in numbers)
+    return all(_built(tree, _result, dict.fromkeys(names, value)) for value in values)
 
 
-def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condition | None:
+def broken(conditions: Iterable[Condition], values: Mapping[Size, int]) -> Condition | None:
     """The first condition that the sizes do not satisfy."""
-    return next((c for c in conditions if not c.holds(given)), None)
+    for condition in conditions:
+        if not condition.holds(values):
+            return condition
+    return None
 
 
 MAX_AXES = 64
@@ -242,6 +314,11 @@ def parsed(text: str) -> Tree:
 
 
 def _tree(node: ast.expr) -> str | Tree | int:
+    """An expression as nested tuples.
+
+    Raises:
+        ValueError: It is more than arithmetic, comparisons, `and`, `or`, min and max.
+    """
     match node:
         case ast.Constant(value) if type(value) is int:
             return value
@@ -249,57 +326,98 @@ def _tree(node: ast.expr) -> str | Tree | int:
             return name
         case ast.UnaryOp(ast.USub(), operand):
             return ("Sub", 0, _tree(operand))
-        case ast.BinOp(left, op, right) if type(op).__name__ in BINARY:
-            return (type(op).__name__, _tree(left), _tree(right))
-        case ast.Compare(left, [op], [right]) | ast.BoolOp(op, [left, right]):
-            return (type(op).__name__, _tree(left), _tree(right))
-        case ast.Call(ast.Name(name), [_, *_] as given, []) if name in _CALLS:
-            return (name, *(_tree(a) for a in given))
+        case ast.BinOp(left, operation, right) if type(operation).__name__ in BINARY:
+            return (type(operation).__name__, _tree(left), _tree(right))
+        case ast.Compare(left, [operation], [right]) | ast.BoolOp(operation, [left, right]):
+            return (type(operation).__name__, _tree(left), _tree(right))
+        case ast.Call(ast.Name(name), [_, *_] as arguments, []) if name in _CALLS:
+            return (name, *(_tree(argument) for argument in arguments))
     raise ValueError(ast.dump(node))
 
 
-def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size, str]) -> str:
+def _sum(tree: str | Tree | int, by_name: Mapping[str, Size], places: Mapping[Size, str]) -> str:
     """The symbols of a size, or of a sum of sizes and numbers; empty for anything else."""
     if isinstance(tree, int):
         return str(tree) if tree >= 0 else ""
     if isinstance(tree, str):
-        return places.get(where[tree], "")
-    parts = [_sum(t, where, places) for t in tree[1:]] if tree[0] == "Add" else [""]
-    return " + ".join(parts) if all(parts) else ""
+        return places.get(by_name[tree], "")
+    if tree[0] != "Add":
+        return ""
+    symbols = [_sum(inner, by_name, places) for inner in tree[1:]]
+    if not all(symbols):
+        return ""
+    return " + ".join(symbols)
+
+
+def _computed(numbers: set[int]) -> set[int]:
+    """Products, quotients and sums of numbers with each other and with their neighbours."""
+    computed: set[int] = set()
+    divisors = [number for number in numbers if number > 0]
+    for left in _neighbours(numbers):
+        for right in divisors:
+            computed.update((left * right, left // right, left + right))
+    return computed
+
+
+def _neighbours(numbers: Iterable[int]) -> set[int]:
+    """The numbers, and those one below and one above them."""
+    neighbours: set[int] = set()
+    for number in numbers:
+        neighbours.update((number - 1, number, number + 1))
+    return neighbours
 
 
 @lru_cache(4096)
 def _bounds(text: str) -> tuple[int | None, int | None]:
     """The bounds of one size; where the comparison's form does not tell, every size is tried."""
     tree = parsed(text)
-    if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
-        low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))
-        return low, {"Lt": n - 1, "LtE": n, "Eq": n}.get(str(tree[0]))
-    (name,) = {x for x in _leaves(tree) if isinstance(x, str)}
-    true = [n for n in range(1, SEARCHED + 1) if _built(tree, _result, {name: n})]
-    if not true or true != list(range(true[0], true[-1] + 1)):
+    if len(tree) == 3 and isinstance(tree[1], str) and isinstance(tree[2], int):
+        comparison = str(tree[0])
+        number = tree[2]
+        low = {"Gt": number + 1, "GtE": number, "Eq": number}.get(comparison)
+        high = {"Lt": number - 1, "LtE": number, "Eq": number}.get(comparison)
+        return low, high
+
+    (name,) = _names_in(tree)
+    sizes = [size for size in range(1, SEARCHED + 1) if _built(tree, _result, {name: size})]
+    if not sizes:
         return None, None
-    low, high = true[0], true[-1]
-    return (low if low > 1 else None), (high if high < SEARCHED else None)
+    least = sizes[0]
+    largest = sizes[-1]
+    if sizes != list(range(least, largest + 1)):
+        return None, None
+    return (
+        least if least > 1 else None,
+        largest if largest < SEARCHED else None,
+    )
+
+
+def _names_in(tree: Tree) -> set[str]:
+    return {leaf for leaf in _leaves(tree) if isinstance(leaf, str)}
 
 
 def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
+    """The names and numbers of a comparison, from left to right."""
     if not isinstance(tree, tuple):
         yield tree
         return
-    for t in tree[1:]:
-        yield from _leaves(t)
+    for inner in tree[1:]:
+        yield from _leaves(inner)
 
 
 def _built(
     tree: str | Tree | int, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]
 ) -> V:
+    """A comparison in another form: see `Condition.build`."""
     if isinstance(tree, tuple):
-        return make(str(tree[0]), [_built(t, make, sizes) for t in tree[1:]])
-    return sizes[tree] if isinstance(tree, str) else cast("V", tree)
+        return make(str(tree[0]), [_built(inner, make, sizes) for inner in tree[1:]])
+    if isinstance(tree, str):
+        return sizes[tree]
+    return cast("V", tree)
 
 
 def _result(op: str, values: Sequence[int]) -> int:
+    """The number that an operation comes to; 0 for a division by 0."""
     if op in _CALLS:
         return _CALLS[op](values)
     if op in ("FloorDiv", "Mod") and values[1] == 0:

@@ -1,4 +1,4 @@
-"""Losses by step, with the kept step marked; bars of what rounding lost; a box for every block.
+"""Losses by step, with the kept step marked; bars of what rounding lost; bars of a spectrum.
 
 What is worked out here is drawn by templates/charts.html.j2.
 """
@@ -6,34 +6,37 @@ What is worked out here is drawn by templates/charts.html.j2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeGuard
+from operator import itemgetter
+from typing import TypeGuard
 
 from markupsafe import Markup
 
-from lora_fx.errors import visible
-from lora_fx.report.rows import Row, number, percent, plural
+from lora_fx.report.html_text import number, percent, plural
+from lora_fx.report.rows import Row
 from lora_fx.text import JsonView, is_number
 
 POINTS = 400
 """The most points of a drawn line; a longer run is drawn as means of equal spans."""
-WIDE, HIGH = 1000, 300
+WIDE = 1000
+HIGH = 300
 """Units of the drawing."""
 
 
 def training(result: JsonView) -> JsonView | None:
     """The training curves; None where nothing was trained."""
-    losses, held = result.get("losses"), result.get("validation")
-    if not isinstance(losses, list) or not losses or not isinstance(held, dict):
+    losses = result.get("losses")
+    validation = result.get("validation")
+    if not isinstance(losses, list) or not losses or not isinstance(validation, dict):
         return None
-    last, kept = len(losses), int(result.get("best_step") or 0)
-    train = _thinned([(i + 1, x) for i, x in enumerate(losses) if _finite(x)])
-    points = sorted((int(k), float(v)) for k, v in held.items() if _finite(v))
-    if _finite(before := result.get("before")):
-        points.insert(0, (0, float(before)))
-    ticks = _ticks([y for _, y in (*train, *points)])
-    low, high = ticks[0], ticks[-1]
+    last = len(losses)
+    best = int(result.get("best_step") or 0)
+    curve = _thinned([(step, loss) for step, loss in enumerate(losses, 1) if _finite(loss)])
+    points = _validation_points(validation, result.get("before"))
+    ticks = _ticks([loss for _, loss in (*curve, *points)])
+    low = ticks[0]
+    high = ticks[-1]
 
     def x(step: float) -> float:
         return WIDE * step / max(1, last)
@@ -41,79 +44,127 @@ def training(result: JsonView) -> JsonView | None:
     def y(loss: float) -> float:
         return HIGH * (high - loss) / (high - low)
 
-    places = [(x(a), y(b)) for a, b in points]
-    label = f"Training loss from {number(losses[0])} to {number(losses[-1])} in {last} steps"
-    if points:
-        label += f"; validation loss from {number(points[0][1])} to {number(points[-1][1])}"
-    right = kept > last / 2
-    spans = plural(math.ceil(last / POINTS), "step")
+    places = [(x(step), y(loss)) for step, loss in points]
+    tick_labels = []
+    for tick in ticks:
+        tick_labels.append((f"{tick:g}", f"{100 * (high - tick) / (high - low):.1f}"))
+    each = "each step"
+    if last > POINTS:
+        each = f"means of {plural(math.ceil(last / POINTS), 'step')}"
+    # the label of the kept step is placed from the nearer side
+    side = "left"
+    distance = best / last
+    if best > last / 2:
+        side = "right"
+        distance = 1 - best / last
     return {
         "wide": WIDE,
         "high": HIGH,
-        "label": f"{label}; kept step {kept}",
-        "each": "each step" if last <= POINTS else f"means of {spans}",
-        "grid": "".join(f"M0 {y(t):.0f}h{WIDE}" for t in ticks),
-        "kept": f"M{x(kept):.0f} 0v{HIGH}",
-        "train": _line([(x(a), y(b)) for a, b in train]),
+        "label": _training_label(losses, points, best),
+        "each": each,
+        "grid": "".join(f"M0 {y(tick):.0f}h{WIDE}" for tick in ticks),
+        "kept": f"M{x(best):.0f} 0v{HIGH}",
+        "train": _line([(x(step), y(loss)) for step, loss in curve]),
         "held": _line(places),
-        "dots": "".join(f"M{a:.0f} {b:.0f}h0" for a, b in places),
-        "ticks": [(f"{t:g}", f"{100 * (high - t) / (high - low):.1f}") for t in ticks],
-        "steps": [(s, f"{100 * s / last:.1f}") for s in _steps(last)],
-        "side": "right" if right else "left",
-        "at": f"{100 * (1 - kept / last if right else kept / last):.1f}",
-        "best": kept,
+        "dots": "".join(f"M{left:.0f} {top:.0f}h0" for left, top in places),
+        "ticks": tick_labels,
+        "steps": [(step, f"{100 * step / last:.1f}") for step in _steps(last)],
+        "side": side,
+        "at": f"{100 * distance:.1f}",
+        "best": best,
         "points": points,
     }
 
 
+def _validation_points(validation: JsonView, before: object) -> list[tuple[int, float]]:
+    """(step, validation loss) in the order of the steps; step 0 is before the training."""
+    points = []
+    for step, loss in validation.items():
+        if _finite(loss):
+            points.append((int(step), float(loss)))
+    points.sort()
+    if _finite(before):
+        points.insert(0, (0, float(before)))
+    return points
+
+
+def _training_label(
+    losses: Sequence[object], points: Sequence[tuple[int, float]], best: int
+) -> str:
+    """The curves in words."""
+    first = number(losses[0])
+    label = f"Training loss from {first} to {number(losses[-1])} in {len(losses)} steps"
+    if points:
+        label += f"; validation loss from {number(points[0][1])} to {number(points[-1][1])}"
+    return f"{label}; kept step {best}"
+
+
 def rounding(rows: list[Row]) -> JsonView | None:
     """Bars of the share of each update that the output's dtype lost; None without any."""
-    lost = [(r.key, max(0.0, r.rounding)) for r in rows if r.rounding is not None]
-    worst, top = max(lost, key=lambda pair: pair[1], default=("", 0.0))
-    if len(lost) < 2 or top == 0:
+    losses = []
+    for row in rows:
+        if row.rounding is not None:
+            losses.append((row.key, max(0.0, row.rounding)))
+    worst, top = max(losses, key=itemgetter(1), default=("", 0.0))
+    if len(losses) < 2 or top == 0:
         return None
-    wide = WIDE / len(lost)
+    width = WIDE / len(losses)
+    bars = []
+    for position, (_, loss) in enumerate(losses):
+        bars.append(f"M{(position + 0.5) * width:.1f} {HIGH}V{HIGH * (1 - 0.96 * loss / top):.0f}")
+    tensors = plural(len(losses), "tensor")
     return {
         "wide": WIDE,
         "high": HIGH,
         "worst": worst,
         "top": top,
-        "label": f"Rounding loss of {plural(len(lost), 'tensor')}: up to {percent(top)}, {worst}",
+        "label": f"Rounding loss of {tensors}: up to {percent(top)}, {worst}",
         # the bars touch neither each other nor the gaps between
-        "stroke": f"{wide * 0.7:.1f}",
-        "path": "".join(
-            f"M{(i + 0.5) * wide:.1f} {HIGH}V{HIGH * (1 - 0.96 * x / top):.0f}"
-            for i, (_, x) in enumerate(lost)
-        ),
+        "stroke": f"{width * 0.7:.1f}",
+        "path": "".join(bars),
     }
 
 
 def spark(spectrum: JsonView) -> str:
     """Singular values of s·b·a as bars from the largest on: an SVG of 22 pixels' height."""
     sigma: Sequence[float] = spectrum["sigma"]
-    if not sigma or not sigma[0]:
-        return "all zero" if sigma else ""
-    step = 6 if len(sigma) <= 16 else 3
-    bars = "".join(
-        f"M{i * step + 2} 22V{22 - max(1, round(20 * s / sigma[0]))}" for i, s in enumerate(sigma)
-    )
+    if not sigma:
+        return ""
+    if not sigma[0]:
+        return "all zero"
+    step = 6
+    style = ""
+    if len(sigma) > 16:
+        step = 3
+        style = " class=p3"
+    bars = []
+    for position, value in enumerate(sigma):
+        height = max(1, round(20 * value / sigma[0]))
+        bars.append(f"M{position * step + 2} 22V{22 - height}")
     label = f"σ {number(float(sigma[0]))} to {number(float(sigma[-1]))}"
     return Markup(
-        f'<svg{" class=p3" * (step == 3)} role=img aria-label="{label}" width={len(sigma) * step}>'
-        f'<path d="{bars}"/></svg>'
+        f'<svg{style} role=img aria-label="{label}" width={len(sigma) * step}>'
+        f'<path d="{"".join(bars)}"/></svg>'
     )
 
 
 def _thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """The means of equal spans of the points, POINTS at most."""
     size = math.ceil(len(points) / POINTS)
-    spans = [points[i : i + size] for i in range(0, len(points), size)] if size else []
-    return [
-        (sum(s for s, _ in span) / len(span), sum(v for _, v in span) / len(span)) for span in spans
-    ]
+    means = []
+    for start in range(0, len(points), max(1, size)):
+        span = points[start : start + size]
+        step = sum(step for step, _ in span) / len(span)
+        loss = sum(loss for _, loss in span) / len(span)
+        means.append((step, loss))
+    return means
 
 
 def _line(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points) if points else ""
+    """The path of a line through points; empty without any."""
+    if not points:
+        return ""
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -122,153 +173,31 @@ def _ticks(values: Sequence[float]) -> list[float]:
     >>> _ticks([0.31, 0.94])
     [0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    low = min(values, default=0.0)
+    high = max(values, default=1.0)
     if high - low <= 1e-9 * abs(high):
-        low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
-    step = _step((high - low) / 4)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+        low -= (abs(low) or 1) / 10
+        high += (abs(high) or 1) / 10
+    step = _round_step((high - low) / 4)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [float(f"{count * step:.12g}") for count in range(first, last + 1)]
 
 
 def _steps(last: int) -> list[int]:
-    step = max(1, round(_step(last / 4)))
+    """Steps to mark between 0 and the last; those two alone where marks would stand too near."""
+    step = max(1, round(_round_step(last / 4)))
     marks = [0, *range(step, last + 1, step)]
-    return marks if all(b - a >= step / 2 for a, b in pairwise(marks)) else [0, last]
+    if all(following - mark >= step / 2 for mark, following in pairwise(marks)):
+        return marks
+    return [0, last]
 
 
-def _step(rough: float) -> float:
+def _round_step(rough: float) -> float:
+    """The least of 1, 2, 5 and 10 times a power of ten that is no less than a rough step."""
     power: float = 10.0 ** math.floor(math.log10(rough))
     return next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
 
 
-def _finite(x: object) -> TypeGuard[float]:
-    return is_number(x) and math.isfinite(x)
-
-
-# Targets and ranks on the structure of the model: a box per block, a cell per target.
-#
-# The structure is that of the keys: `layers.0.attn.q_proj.weight` is the cell `q` of the block
-# `layers.0`. Boxes flow like words, so a page of any width holds them. The colour of a cell is its
-# rank; where all ranks are equal, its share of the adapter's parameters.
-
-
-SHADES = 5
-MOST = 16
-"""Cells of a block. Above, or with two cells of one name, it is split at the next index."""
-WIDTH = 340
-"""The width of the cells of one block, in pixels: a box fits a narrow screen."""
-HEIGHT = 42
-_CHARACTER = 8.6
-"""Width of a character of a cell's label at 14 pixels, at most."""
-
-
-class Cell(NamedTuple):
-    """A target in its block: what is written in it, its shade (0 to SHADES − 1), and its place."""
-
-    label: str
-    value: str
-    shade: int
-    x: int
-    y: int
-    wide: int
-    high: int = HEIGHT
-
-
-def blocks(rows: list[Row]) -> JsonView | None:
-    """The boxes of the model; None where no rank and no size is known, as of a comparison."""
-    if not any(r.rank or r.parameters for r in rows):
-        return None
-    shade, legend, low, top = _scale(rows)
-    total = sum(r.parameters or 0 for r in rows)
-    boxes = [_box(name, held, total, shade) for name, held in grouped(rows)]
-    return {"legend": legend, "low": low, "top": top, "shades": SHADES, "boxes": boxes}
-
-
-def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """(block, its rows), in the order of the rows.
-
-    >>> [n for n, _ in grouped([Row("h.0.fc.weight"), Row("h.1.fc.weight"), Row("head.weight")])]
-    ['h.0', 'h.1', '']
-    """
-    return _split([(r, _parts(r.key)) for r in rows], 0)
-
-
-def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, list[Row]]]:
-    groups: dict[str, list[tuple[Row, list[str]]]] = {}
-    ends: dict[str, int] = {}
-    for row, parts in rows:
-        inner = (i for i, p in enumerate(parts[:-1]) if i >= start and p.isdigit())
-        at = next(inner, -1) + 1 or (len(parts) - 1 if start == 0 else start)
-        name = ".".join(parts[:at])
-        groups.setdefault(name, []).append((row, parts))
-        ends[name] = at
-    result = []
-    for name, held in groups.items():
-        labels = {_label(row, name) for row, _ in held}
-        more = any(p.isdigit() for _, parts in held for p in parts[ends[name] : -1])
-        deeper = more and (len(held) > MOST or len(labels) < len(held))
-        result += _split(held, ends[name]) if deeper else [(name, [r for r, _ in held])]
-    return result
-
-
-def _parts(key: str) -> list[str]:
-    """The dotted path of a key without `.weight`; a region stays with its last word."""
-    name, bracket, region = key.partition("[")
-    name, at, use = name.partition("@")
-    parts = name.removesuffix(".weight").split(".")
-    return [*parts[:-1], parts[-1] + at + use + bracket + region]
-
-
-def _label(row: Row, block: str) -> str:
-    """What is written in a cell: the role, or the path within the block."""
-    if row.role and len(row.role) <= 6:
-        return row.role
-    last = ".".join(_parts(row.key))[len(block) :].lstrip(".").rpartition(".")[2]
-    last = visible(last.removesuffix("_proj").removesuffix("_lin"))
-    return last if len(last) <= 12 else last[:11] + "…"
-
-
-def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
-    """The shade of a cell, the legend's sentence, its low end and its high end."""
-    ranks = {sum(r.rank) for r in rows if r.rank}
-    by_rank = len(ranks) > 1
-
-    def value(row: Row) -> int:
-        return sum(row.rank) if by_rank else row.parameters or 0
-
-    low, top = min(ranks) if by_rank else 0, max(map(value, rows), default=0)
-
-    def shade(row: Row) -> int:
-        return max(0, round((SHADES - 1) * (value(row) - low) / max(1, top - low)))
-
-    if by_rank:
-        return shade, "Number and colour: the rank.", str(low), str(top)
-    total = sum(r.parameters or 0 for r in rows)
-    number_is = "Number: the rank. " if ranks else ""
-    legend = f"{number_is}Colour: the share of the adapter's parameters."
-    return shade, legend, "0", percent(top / max(1, total))
-
-
-def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
-    """One block as a figure; its label says every cell in words."""
-    x = y = widest = 0
-    cells = []
-    for row in rows:
-        label, value = _label(row, name), "+".join(map(str, row.rank)) or "·"
-        wide = round(max(30, _CHARACTER * max(len(label), len(value)) + 8))
-        if x and x + wide > WIDTH:
-            x, y = 0, y + HEIGHT + 2
-        cells.append(Cell(label, value, shade(row), x, y, wide))
-        x += wide + 2
-        widest = max(widest, x)
-    part = percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
-    title = name or "model"
-    words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
-    return {
-        "title": title,
-        "part": part,
-        "label": f"{title}, {part}: {words}" if part else f"{title}: {words}",
-        "wide": widest - 2,
-        "high": y + HEIGHT,
-        "cells": cells,
-    }
+def _finite(value: object) -> TypeGuard[float]:
+    return is_number(value) and math.isfinite(value)

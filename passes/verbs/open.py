@@ -14,7 +14,7 @@ from lora_fx.fx.attach.attachment import is_attached
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.capture.root_module import unwrapped
-from lora_fx.fx.load.huggingface import LoadedModel
+from lora_fx.fx.load.loaded_model import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of

@@ -77,7 +77,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
 
 def _opened(model: object) -> tuple[object, Sequence[str]]:
     """A path of .onnx, a module or a capture; and what opening a model by its name has to say."""
-    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.fx.load.loaded_model import LoadedModel
     from lora_fx.passes.verbs.open import captured_of, opened
 
     if is_onnx(model):
@@ -130,7 +130,7 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
 def _fits(model: object, adapter: Adapter) -> Report:
     """Report how many keys of an adapter fit a model, and the targets without an update."""
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.load.huggingface import LoadedModel
+    from lora_fx.fx.load.loaded_model import LoadedModel
     from lora_fx.passes.verbs.adapt import find
     from lora_fx.passes.verbs.open import captured_of
     from lora_fx.passes.verbs.options import CaptureOptions

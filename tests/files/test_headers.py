@@ -21,7 +21,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.read import MAX_JSON
 from lora_fx.files.safetensors import TensorInfo, read_header
-from lora_fx.fx.load.models import check_fit
+from lora_fx.fx.load.weights_file import check_fit
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 W = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}

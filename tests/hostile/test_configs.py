@@ -18,9 +18,12 @@ import torch
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.files.sealed import sealed, unsealed
-from lora_fx.fx.load.config_gate import Metered, named_by, sealed_libraries
-from lora_fx.fx.load.huggingface import load_folder, read_tokenizer
+from lora_fx.fx.load.config_gate import named_by
+from lora_fx.fx.load.folder_tokenizer import read_tokenizer
+from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.fx.load.models import load_model
+from lora_fx.fx.load.sealed_libraries import sealed_libraries
+from lora_fx.fx.load.tensor_meter import Metered
 from tests.hostile import configs
 from tests.hostile.families import FAMILIES, save
 from tests.hostile.watch import MARK, Payload

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lora_fx.cli.group import COMMANDS
-from lora_fx.fx.load.beside import importable
-from lora_fx.fx.load.models import call_factory
+from lora_fx.fx.load.factory import call_factory
+from lora_fx.fx.load.factory_imports import importable
 from lora_fx.fx.train.chat import ChatTemplate
 from tests.hostile import child
 from tests.hostile.mutate import make

@@ -9,29 +9,17 @@ weights before anything of them is built.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import os
 import re
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.overrides import TorchFunctionMode
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
-from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
-from lora_fx.fx.tensors import has_values
-from lora_fx.fx.trees import tree_leaves, tree_map_only
-from lora_fx.patching import patched
-from lora_fx.text import JsonView, human
+from lora_fx.text import JsonView
 
 ORIGINS = {
     "_name_or_path", "name_or_path", "base_model", "_commit_hash", "architectures", "auto_map",
@@ -66,11 +54,6 @@ LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
 MOST_LABELS = 1 << 17
 SIDES = re.compile(r"(?:^|_)(?:image|img|input)_size$")
 LONGEST_SIDE = 16384
-MOST_CALLS = 100_000
-"""Tensors that are made while a model without weights is built."""
-SPARE_CALLS = 4000
-SPARE_BYTES = 1 << 27
-"""What a model may have beside the tensors of its file: tables of positions, masks."""
 
 _ENDS = (
     "bin|pt|pth|ckpt|pkl|pickle|safetensors|npz|npy|h5|msgpack|onnx|gguf|tar|gz|zip|json|py|so|txt"
@@ -95,9 +78,12 @@ def named_by(text: str, *, timm: bool = False) -> str:
     >>> named_by("hf-hub:org/model"), named_by("gelu")
     ('another model', '')
     """
-    found = (kind for kind, form in _NAMES.items() if form.fullmatch(text))
-    kind = next(found, "")
-    return "" if timm and kind == "a class" else kind
+    for kind, form in _NAMES.items():
+        if form.fullmatch(text):
+            if timm and kind == "a class":  # a name of timm and its tag
+                return ""
+            return kind
+    return ""
 
 
 def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors | None) -> None:
@@ -112,35 +98,43 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
     Raises:
         LoraFxError: Names the field.
     """
-    count = len(tensors or ())
-    widest = max((max(t.shape, default=0) for t in (tensors or {}).values()), default=0)
-    limits = {
-        LAYERS: max(SHARED_LAYERS, count) if tensors else MOST_LAYERS,
-        LABELS: max(MOST_LABELS, widest),
-        SIDES: LONGEST_SIDE,
-    }
+    limits = _limits(tensors)
     for place, key, value, is_read in _values(raw, cls):
-        if isinstance(value, str) and is_read:
+        if not is_read or isinstance(value, bool):
+            continue
+        if isinstance(value, str):
             kind = named_by(value, timm=key in TIMM)
-            kind = "a path" if value and not kind and PLACES.search(key) else kind
+            if value and not kind and PLACES.search(key):
+                kind = "a path"
             if kind:
                 raise LoraFxError(
                     f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config says "
                     "nothing but what its own model is like",
                     _hint(key),
                 )
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and is_read:
+        if isinstance(value, (int, float)):
             _check_number(value, key, f"{file}: {place}", limits)
+
+
+def _limits(tensors: Tensors | None) -> dict[re.Pattern[str], int]:
+    """Fields of sizes → the most that each may be, beside the tensors of the weights."""
+    if not tensors:
+        return {LAYERS: MOST_LAYERS, LABELS: MOST_LABELS, SIDES: LONGEST_SIDE}
+    longest_dimension = max(max(tensor.shape, default=0) for tensor in tensors.values())
+    return {
+        LAYERS: max(SHARED_LAYERS, len(tensors)),
+        LABELS: max(MOST_LABELS, longest_dimension),
+        SIDES: LONGEST_SIDE,
+    }
 
 
 def backbones(raw: JsonView) -> str:
     """The names of timm that a config has, for messages: a library may look them up on the Hub."""
-    texts = (
-        f"{place} {one_line(repr(leaf), 80)}"
-        for place, key, leaf in _leaves(raw, "", "", 1)
-        if key in TIMM and isinstance(leaf, str)
-    )
-    return ", ".join(place.removeprefix(".") for place in texts)
+    texts = []
+    for place, key, leaf in _leaves(raw, "", "", 1):
+        if key in TIMM and isinstance(leaf, str):
+            texts.append(f"{place.removeprefix('.')} {one_line(repr(leaf), 80)}")
+    return ", ".join(texts)
 
 
 def _hint(key: str) -> str:
@@ -190,19 +184,22 @@ def _inner_class(key: str, value: object, cls: type[object]) -> type[object] | N
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         named: type[object] = CONFIG_MAPPING[kind]
         return named
-    known = (getattr(cls, "sub_configs", None) or {}).get(key)
-    return known if isinstance(known, type) and known is not AutoConfig else None
+    inner = (getattr(cls, "sub_configs", None) or {}).get(key)
+    if isinstance(inner, type) and inner is not AutoConfig:
+        return inner
+    return None
 
 
 def _leaves(value: object, place: str, key: str, depth: int) -> Iterator[tuple[str, str, object]]:
+    """The values in objects and lists, each with its place and the name of its field."""
     if depth > DEEPEST:
         raise LoraFxError(f"{place[:80]}: nested deeper than {DEEPEST}", "is the file damaged?")
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{place}.{name}", name, depth + 1)
     elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{place}[{i}]", key, depth + 1)
+        for position, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}[{position}]", key, depth + 1)
     else:
         yield place, key, value
 
@@ -215,33 +212,30 @@ def _mentions(cls: type[object], key: str) -> bool:
     """
     configs, models = _sources(Path(inspect.getfile(cls)).parent)
     name = re.escape(key)
-    told = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
+    in_configs = rf"""(?mx) \bself\.{name}\b | ^\ +{name}\ *[:=] | [(,]\ *{name}\ *[:=,)]
         | ["']{name}["']"""
-    read = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
+    in_models = rf"""(?x) (?:config|cfg|args)\w*\.{name}\b
         | (?: \[ | get\( | pop\( | attr\([^()\n]*, ) \s*["']{name}["']"""
-    return re.search(told, configs) is not None or re.search(read, models) is not None
+    if re.search(in_configs, configs) is not None:
+        return True
+    return re.search(in_models, models) is not None
 
 
 @functools.cache
 def _sources(folder: Path) -> tuple[str, str]:
     """The sources of a family and of what all share: of their configs, and of their models."""
+    configs = _source(folder, "configuration", "configuration_utils")
+    models = _source(folder, "modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
+    return configs, models
+
+
+def _source(folder: Path, kind: str, *shared: str) -> str:
+    """The files of one kind in a family's folder, and those of all families, as one text."""
     import transformers
 
-    def text(kind: str, *shared: str) -> str:
-        root = Path(transformers.__file__).parent
-        files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
-        return "\n".join(f.read_text(encoding="utf-8") for f in files if f.is_file())
-
-    models = text("modeling", "backbone_utils", "modeling_utils", "modeling_rope_utils")
-    return text("configuration", "configuration_utils"), models
-
-
-_CONSTRUCTORS = frozenset({
-    torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint,
-    torch.arange, torch.linspace, torch.logspace, torch.eye, torch.tril_indices,
-    torch.triu_indices,
-})  # fmt: skip
-"""What makes a tensor of a size that it is given."""
+    root = Path(transformers.__file__).parent
+    files = [*folder.glob(f"{kind}_*.py"), *(root / f"{name}.py" for name in shared)]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 FILES = re.compile(r"(?:^|_)(?:files?|paths?|dir|spm|vocab|merges|model)$")
@@ -261,175 +255,12 @@ def check_tokenizer_config(folder: Path) -> None:
         return
     for key, value in read_json(file, constants=True).items():
         for place, field, leaf in _leaves(value, key, key, 1):
-            if not (isinstance(leaf, str) and FILES.search(field) and len(leaf) < 4096):
+            if not isinstance(leaf, str) or not FILES.search(field) or len(leaf) >= 4096:
                 continue
-            exists = "\0" not in leaf and os.path.exists(leaf)
-            if exists and folder.resolve() not in Path(leaf).resolve().parents:
+            if "\0" in leaf or not os.path.exists(leaf):
+                continue
+            if folder.resolve() not in Path(leaf).resolve().parents:
                 raise LoraFxError(
                     f"{file}: {place} is {one_line(repr(leaf), 80)}, a file beyond the folder",
                     "copy it into the folder and write its name alone, or take the line out",
                 )
-
-
-@contextlib.contextmanager
-def sealed_libraries(what: str, *folders: Path) -> Iterator[None]:
-    """A block in which libraries reach nothing but some folders; see `sealed`.
-
-    torch.load is refused in it too. So is a client of the Hub, which reads the certificates of the
-    machine as it is made, before it connects.
-
-    Args:
-        what: What is built, as the subject of a sentence.
-        folders: Those whose files may be opened.
-    """
-    tempfile.gettempdir()  # Python finds it by writing a file: importing torch._dynamo asks for it
-    with sealed(what, *folders), _told_calls():
-        yield
-
-
-_patches = contextlib.ExitStack()
-_patches_lock = threading.Lock()
-_blocks = [0]
-"""The patches of `_told_calls`, and how many blocks need them: those of threads may overlap."""
-
-
-@contextlib.contextmanager
-def _told_calls() -> Iterator[None]:
-    """A block in which torch.load, or what makes a client, raises an event first, in any thread."""
-    with _patches_lock:
-        if not _blocks[0]:
-            load = _telling(torch.load, TORCH_LOAD)
-            _patches.enter_context(patched(torch, load=load))
-            _patches.enter_context(patched(torch.serialization, load=load))
-            # whatever builds a model of transformers or timm has imported it
-            if http := sys.modules.get("huggingface_hub.utils._http"):
-                hub = vars(http)
-                client = _telling(
-                    hub["_GLOBAL_CLIENT_FACTORY"], HUB_CLIENT, hub["constants"].ENDPOINT
-                )
-                _patches.enter_context(patched(http, _GLOBAL_CLIENT_FACTORY=client))
-        _blocks[0] += 1
-    try:
-        yield
-    finally:
-        with _patches_lock:
-            _blocks[0] -= 1
-            if not _blocks[0]:
-                _patches.close()
-
-
-def _telling(plain: Callable[..., Any], event: str, *details: str) -> Callable[..., Any]:
-    @functools.wraps(plain)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        sys.audit(event, *details)
-        return plain(*args, **kwargs)
-
-    return call
-
-
-FEW = 4096
-"""Elements of operands whose result is not looked at: a product of two has some millions."""
-
-
-def _makes_anew(func: Callable[..., Any]) -> bool:
-    """Whether a function may take memory: none that works in place, or reads an attribute."""
-    name = getattr(func, "__name__", "")
-    return name not in ("__get__", "__set__") and (not name.endswith("_") or name.endswith("__"))
-
-
-def _operands(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in arguments or results, that are no views and have memory or would take some."""
-    if isinstance(value, torch.Tensor):
-        if not value._is_view():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _operands(part)
-
-
-def _size(values: tuple[object, ...]) -> int:
-    """The elements of arguments that have values."""
-    return sum(t.numel() for t in tree_leaves(values) if _has_values(t))
-
-
-def _has_values(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and has_values(value)
-
-
-def _as_shapes(values: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), values)
-
-
-class Metered(TorchFunctionMode):
-    """A block in which tensors are counted before they are made.
-
-    Args:
-        where: The config, for messages.
-        tensors: Those of the weights, which say how much there can be; None where there are none.
-    """
-
-    def __init__(self, where: str, tensors: Tensors | None) -> None:
-        super().__init__()
-        self.where = where
-        self.calls = self.bytes = 0
-        self.most_calls, self.most_bytes = MOST_CALLS, LARGEST
-        if tensors:
-            stored = sum(tensor.stop - tensor.start for tensor in tensors.values())
-            self.most_calls = SPARE_CALLS + 16 * len(tensors)
-            self.most_bytes = SPARE_BYTES + 8 * stored
-
-    @contextlib.contextmanager
-    def anew(self) -> Iterator[None]:
-        """A block whose tensors are counted by themselves, against the same bounds."""
-        calls, size = self.calls, self.bytes
-        self.calls = self.bytes = 0
-        try:
-            yield
-        finally:
-            self.calls, self.bytes = calls, size
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Count what a constructor of tensors is about to make; look at what else is large."""
-        keywords = dict(kwargs or {})
-        if func in _CONSTRUCTORS:
-            self._count(func, args, keywords)
-        elif _makes_anew(func) and _size((*args, *keywords.values())) > FEW:
-            self._look(func, args, keywords)
-        return func(*args, **keywords)
-
-    def _look(
-        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> None:
-        """Refuse a result that alone is larger than all may be, such as a product of two lines."""
-        try:
-            made = func(*_as_shapes(args), **_as_shapes(keywords))
-        except Exception:  # what reads values has no result on the meta device
-            return
-        self._refuse_bytes(sum(t.numel() * t.element_size() for t in _operands(made)))
-
-    def _count(
-        self, func: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> None:
-        self.calls += 1
-        if self.calls > self.most_calls:
-            raise LoraFxError(
-                f"{self.where} asks for more than {self.most_calls} tensors",
-                "is config.json that of its weights?",
-            )
-        sizes = {k: v for k, v in keywords.items() if k not in ("generator", "out")}
-        made = func(*args, **{**sizes, "device": "meta"})
-        self.bytes += made.numel() * made.element_size()
-        self._refuse_bytes(self.bytes)
-
-    def _refuse_bytes(self, size: int) -> None:
-        if size > self.most_bytes:
-            raise LoraFxError(
-                f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
-                "is config.json that of its weights?",
-            )

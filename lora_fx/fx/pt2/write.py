@@ -21,7 +21,9 @@ from lora_fx.fx.capture.trace import at_least_two, export_program
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
-from lora_fx.fx.pt2.program import make_manifest, plain_spec, tensor_places
+from lora_fx.fx.pt2.file_manifest import make_manifest
+from lora_fx.fx.pt2.output_trees import plain_spec
+from lora_fx.fx.pt2.program import tensor_places
 from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
 from lora_fx.fx.to_onnx import flat_program
 from lora_fx.inputs import Named
@@ -36,21 +38,25 @@ ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
 
 def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:
     """Write the programs of a module: for each mode (training or not) those of its paths."""
-    held: dict[str, tuple[bool, Traced]] = {}
-    made = {}
-    for training, found in modes.items():
-        for i, (named, traced) in enumerate(found):
-            name = f"{NAMES[training]}_{i}" if i else NAMES[training]
-            held[name] = training, traced
-            made[name] = _export(module, training, named, traced)
-    manifest = make_manifest(module, held)
-    kept = module.state_dict(keep_vars=True)
+    traced_programs: dict[str, tuple[bool, Traced]] = {}
+    exported_programs: dict[str, tuple[ExportedProgram, str]] = {}
+    for training, paths in modes.items():
+        for i, (named, traced) in enumerate(paths):
+            name = NAMES[training]
+            if i:
+                name = f"{name}_{i}"
+            traced_programs[name] = (training, traced)
+            exported_programs[name] = _export(module, training, named, traced)
+    manifest = make_manifest(module, traced_programs)
+    all_tensors = module.state_dict(keep_vars=True)
     with PT2ArchiveWriter(str(path)) as archive:
         store = _Store(archive)
-        for name, (program, spec) in made.items():
-            # tensors that no graph reads, and second names of others, stand beside one program
-            more = kept if name == NAMES[False] else {}
-            store.table("weights", "weight_", name, {**more, **program.state_dict})
+        for name, (program, spec) in exported_programs.items():
+            weights = dict(program.state_dict)
+            if name == NAMES[False]:
+                # tensors that no graph reads, and second names of others, stand beside one program
+                weights = {**all_tensors, **weights}
+            store.table("weights", "weight_", name, weights)
             store.table("constants", "tensor_", name, program.constants)
             archive.write_bytes(f"models/{name}.json", _json(program, spec, module))
             archive.write_bytes(f"data/sample_inputs/{name}.pt", b"")
@@ -62,29 +68,36 @@ class _Store:
 
     def __init__(self, archive: PT2ArchiveWriter) -> None:
         self.archive = archive
-        self.files: dict[tuple[str, int], str] = {}
-        self.alive: list[torch.Tensor] = []
+        self.files: dict[tuple[str, int], str] = {}  # (kind, address of a storage) → member
+        self.alive: list[torch.Tensor] = []  # addresses of freed storages are used again
 
     def table(
         self, kind: str, prefix: str, program: str, tensors: Mapping[str, torch.Tensor]
     ) -> None:
         """Write the bytes that are new, and the program's table of names."""
         files = {}
-        for name, t in tensors.items():
-            if not isinstance(t, torch.Tensor) or type(t.data) is not torch.Tensor:
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor) or type(tensor.data) is not torch.Tensor:
                 raise LoraFxError(
-                    f"{name!r} is a {type(t).__name__} and cannot be written as raw bytes",
+                    f"{name!r} is a {type(tensor).__name__} and cannot be written as raw bytes",
                     "save a model of plain tensors",
                 )
-            pointer = t.untyped_storage().data_ptr()
-            key = (kind, pointer) if pointer else (kind, -1 - len(self.files))
-            if key not in self.files:
-                self.files[key] = f"{prefix}{len([k for k in self.files if k[0] == kind])}"
-                self.alive.append(t)
-                self.archive.write_bytes(f"data/{kind}/{self.files[key]}", bytes_of(t))
-            files[name] = self.files[key]
+            files[name] = self._file(kind, prefix, tensor)
         config = json.dumps(table_of(tensors, files))
         self.archive.write_string(f"data/{kind}/{program}_{kind}_config.json", config)
+
+    def _file(self, kind: str, prefix: str, tensor: torch.Tensor) -> str:
+        """The member that holds the bytes of a tensor's storage; written on first sight."""
+        address = tensor.untyped_storage().data_ptr()
+        if not address:  # each empty storage is one of its own
+            address = -1 - len(self.files)
+        key = (kind, address)
+        if key not in self.files:
+            number = sum(1 for other_kind, _ in self.files if other_kind == kind)
+            self.files[key] = f"{prefix}{number}"
+            self.alive.append(tensor)
+            self.archive.write_bytes(f"data/{kind}/{self.files[key]}", bytes_of(tensor))
+        return self.files[key]
 
 
 def _export(
@@ -94,20 +107,27 @@ def _export(
     graph = module.graph(training, portable=True, named=named)
     flat, names, _ = flat_program(module, graph.graph, traced)
     _keep_volatile(flat, module)
+    conditions = traced.door.conditions
     free = traced.door.free(execution_of(module).captured.requested)
-    shapes = tuple({d: Dim.AUTO for d in dims} or None for dims in free.values())
+    shapes = []
+    for dimensions in free.values():
+        shapes.append({dimension: Dim.AUTO for dimension in dimensions} or None)
     # of the call's own sizes, for FLOPs are counted at them
     examples = dict(leaves_of(execution_of(module).in_own_dtype(named)))
-    tensors = tuple(at_least_two(examples[name], dims).cpu() for name, dims in free.items())
+    tensors = []
+    for name, dimensions in free.items():
+        tensors.append(at_least_two(examples[name], dimensions).cpu())
     places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
-    put_asserts(flat.graph, places, traced.door.conditions)
+    put_asserts(flat.graph, places, conditions)
     flat.recompile()
+
     log = GuardLog()
-    what = f"the {'train' if training else 'eval'} program cannot be exported"
+    mode = "train" if training else "eval"
+    what = f"the {mode} program cannot be exported"
     with retold(what, "please report this model"), log.listening():
-        program = export_program(flat, tensors, shapes)
-    sizes = {n: t.shape for n, t in zip(free, tensor_places(program), strict=True)}
-    drop_layout(program.graph, log, sizes, traced.door.conditions)
+        program = export_program(flat, tuple(tensors), tuple(shapes))
+    sizes = {name: place.shape for name, place in zip(free, tensor_places(program), strict=True)}
+    drop_layout(program.graph, log, sizes, conditions)
     program._example_inputs = None  # they would be a pickle
     call = program.module_call_graph[0].signature
     assert call is not None
@@ -117,26 +137,37 @@ def _export(
 
 def _keep_volatile(flat: nn.Module, module: nn.Module) -> None:
     """Buffers that state_dict leaves out stay such; a GraphModule forgets it."""
-    for path, part in flat.named_modules():
-        own = dict(module.named_modules()).get(path)
-        kept = getattr(own, "_non_persistent_buffers_set", ())
-        part._non_persistent_buffers_set |= set(kept) & set(part._buffers)
+    originals = dict(module.named_modules())
+    for path, submodule in flat.named_modules():
+        volatile = getattr(originals.get(path), "_non_persistent_buffers_set", ())
+        submodule._non_persistent_buffers_set |= set(volatile) & set(submodule._buffers)
 
 
 def _json(program: ExportedProgram, spec: str, module: CapturedModule) -> bytes:
     """models/NAME.json: with the module's outputs, without paths of this machine."""
+    class_name = type(module).__name__
 
     def strip(row: Json) -> Json:
-        if isinstance(told := row.get("metadata"), dict):
-            stack = (told.get("nn_module_stack") or "").replace(ENTRY, type(module).__name__)
-            kept = {"nn_module_stack": stack, "custom": told.get("custom")}
-            row["metadata"] = {k: v for k, v in kept.items() if v}
+        metadata = row.get("metadata")
+        if isinstance(metadata, dict):
+            row["metadata"] = _portable_metadata(metadata, class_name)
         return row
 
     data = json.loads(json_of(program), object_hook=strip)
-    whole = data["graph_module"]
-    whole["module_call_graph"] = whole["module_call_graph"][:1]
-    whole["module_call_graph"][0]["signature"]["out_spec"] = spec
+    graph_module = data["graph_module"]
+    graph_module["module_call_graph"] = graph_module["module_call_graph"][:1]
+    graph_module["module_call_graph"][0]["signature"]["out_spec"] = spec
     data["guards_code"] = []
-
     return json.dumps(data).encode()
+
+
+def _portable_metadata(metadata: Json, class_name: str) -> Json:
+    """The modules that made a node, the root under its own class's name, and our mark."""
+    portable = {}
+    stack = (metadata.get("nn_module_stack") or "").replace(ENTRY, class_name)
+    if stack:
+        portable["nn_module_stack"] = stack
+    custom = metadata.get("custom")
+    if custom:
+        portable["custom"] = custom
+    return portable

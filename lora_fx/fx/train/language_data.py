@@ -29,7 +29,7 @@ from torch import nn
 
 from lora_fx.data import LABELS, Table, json_rows
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.load.huggingface import read_tokenizer
+from lora_fx.fx.load.folder_tokenizer import read_tokenizer
 from lora_fx.fx.train.chat import ChatTemplate, Rendered
 from lora_fx.fx.train.loss import IGNORED
 from lora_fx.text import Json, JsonView, some

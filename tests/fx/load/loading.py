@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.load.huggingface import LoadedModel
+from lora_fx.fx.load.loaded_model import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.passes.find import find
 from lora_fx.passes.verbs.open import capture

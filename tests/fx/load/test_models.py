@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.load.huggingface import LoadedModel
+from lora_fx.fx.load.loaded_model import LoadedModel
 from lora_fx.fx.load.models import load_model
 from tests.fx.load.loading import block_network, found, net, refused
 

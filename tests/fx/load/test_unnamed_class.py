@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_fx.fx.load.config_gate import sealed_libraries
 from lora_fx.fx.load.models import load_model
+from lora_fx.fx.load.sealed_libraries import sealed_libraries
 from tests.fx.load.loading import block_network, refused
 
 BERT: dict[str, Any] = {

@@ -18,8 +18,9 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.codes import Stored, _fits
-from lora_fx.fx.pt2.archive import check_expression, check_operator
 from lora_fx.fx.pt2.captured import open_program
+from lora_fx.fx.pt2.program_gate import check_operator
+from lora_fx.fx.pt2.size_expressions import check_expression
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.pt2.edit import CONFIG, JSON, SAMPLE, Edit, edited, in_json, refused, write_clean

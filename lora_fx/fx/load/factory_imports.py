@@ -23,7 +23,7 @@ DISTRIBUTION = "lora-fx"
 @contextlib.contextmanager
 def importable(folder: str) -> Iterator[None]:
     """A block in which the modules of a folder can be imported."""
-    finder = _Beside(folder)
+    finder = _FolderFinder(folder)
     sys.meta_path.insert(0, finder)
     sys.path.append(folder)  # last: installed packages come before it
     try:
@@ -31,12 +31,12 @@ def importable(folder: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the user's code may have removed them
             sys.meta_path.remove(finder)
-        places = [i for i, place in enumerate(sys.path) if place == folder]
-        if places:  # the last of equal entries is this block's
-            del sys.path[places[-1]]
+        positions = [position for position, entry in enumerate(sys.path) if entry == folder]
+        if positions:  # the last of equal entries is this block's
+            del sys.path[positions[-1]]
 
 
-class _Beside:
+class _FolderFinder:
     """Finds the modules of a folder before installed ones of the same name that are not needed."""
 
     def __init__(self, folder: str) -> None:
@@ -46,12 +46,14 @@ class _Beside:
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module of the folder; None for what is not there, or has a name that is reserved."""
-        if path is not None:
+        if path is not None:  # a module inside a package
             return None
         spec = PathFinder.find_spec(name, [self.folder])
         if spec is None or spec.loader is None:  # a folder without __init__.py gives way to any
             return None
-        return None if is_reserved(name, self.folder) else spec
+        if is_reserved(name, self.folder):
+            return None
+        return spec
 
 
 def is_reserved(name: str, folder: str) -> bool:
@@ -63,15 +65,20 @@ def is_reserved(name: str, folder: str) -> bool:
 
 def _is_elsewhere(name: str, folder: str) -> bool:
     """Whether a module of this name is found without the folder, and is not that of the folder."""
-    others = [entry for entry in sys.path if entry and Path(entry).absolute() != Path(folder)]
-    found = [PathFinder.find_spec(name, others)]
+    entries = [entry for entry in sys.path if entry and Path(entry).absolute() != Path(folder)]
+    specs = [PathFinder.find_spec(name, entries)]
     for finder in sys.meta_path:
-        if not isinstance(finder, _Beside) and finder is not PathFinder:
-            find = getattr(finder, "find_spec", None)  # finders of old have none
-            found.append(None if find is None else find(name, None))
-    here = PathFinder.find_spec(name, [folder])
-    origin = None if here is None else here.origin
-    return any(spec is not None and spec.origin != origin for spec in found)
+        if isinstance(finder, _FolderFinder) or finder is PathFinder:
+            continue
+        find_spec = getattr(finder, "find_spec", None)  # finders of old have none
+        if find_spec is not None:
+            specs.append(find_spec(name, None))
+
+    origin_in_folder = None
+    spec_in_folder = PathFinder.find_spec(name, [folder])
+    if spec_in_folder is not None:
+        origin_in_folder = spec_in_folder.origin
+    return any(spec is not None and spec.origin != origin_in_folder for spec in specs)
 
 
 @functools.cache
@@ -80,21 +87,37 @@ def _needed() -> frozenset[str]:
 
     All that are installed, where lora-fx itself is not.
     """
-    modules = metadata.packages_distributions()
-    pending, required = [DISTRIBUTION], set[str]()
+    distributions_by_module = metadata.packages_distributions()
+    required = _required_distributions()
+    if required is None:
+        return frozenset(distributions_by_module)
+    modules = set()
+    for module, distributions in distributions_by_module.items():
+        if required & {_normalised(distribution) for distribution in distributions}:
+            modules.add(module)
+    return frozenset(modules)
+
+
+def _required_distributions() -> set[str] | None:
+    """lora-fx and all that it requires, and so on; None where lora-fx is not installed."""
+    pending = [DISTRIBUTION]
+    required: set[str] = set()
     while pending:
         name = _normalised(pending.pop())
         if name in required:
             continue
         required.add(name)
         try:
-            lines = metadata.requires(name) or []
+            requirements = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             if name == DISTRIBUTION:
-                return frozenset(modules)
+                return None
             continue
-        pending += [found[0] for line in lines if (found := re.match(r"[\w.-]+", line))]
-    return frozenset(m for m, owners in modules.items() if required & set(map(_normalised, owners)))
+        for requirement in requirements:
+            required_name = re.match(r"[\w.-]+", requirement)
+            if required_name is not None:
+                pending.append(required_name[0])
+    return required
 
 
 def _normalised(distribution: str) -> str:

@@ -1,0 +1,218 @@
+"""The manifest of our own .pt2 files: the call, the programs and the adapter, as JSON."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.entry_json import from_json, to_json
+from lora_fx.adapter.factor_tensors import slots_of, with_values
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, stamp
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.inputs import Input
+from lora_fx.text import Json, JsonView
+
+FORMAT = 2
+"""That of a file with several programs of one mode, of which sizes choose; others have 1."""
+MODES = {False: "eval", True: "train"}
+"""Training or not → what a manifest calls the mode."""
+
+
+def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
+    """What a reader needs beside the programs.
+
+    Args:
+        module: What is saved.
+        programs: {program name: (training, what it was made from)}.
+    """
+    training_modes = [training for training, _ in programs.values()]
+    has_paths = len(training_modes) > len(set(training_modes))
+    execution = execution_of(module)
+    captured = execution.captured
+    inputs = captured.bounded_inputs()
+    adapter = None
+    if isinstance(module, AdaptedModule):
+        adapter = _adapter_rows(module)
+    return {
+        **stamp(FORMAT if has_paths else 1),
+        "programs": {name: MODES[training] for name, (training, _) in programs.items()},
+        "class": type(module).__name__,
+        "parameters": [
+            _parameter_row(parameter)
+            for parameter in captured.signature.signature.parameters.values()
+        ],
+        "arguments": _argument_tree(captured.named),
+        "inputs": {spec.name: _input_row(spec) for spec in inputs.specs},
+        "not_one": sorted([name, dimension] for name, dimension in execution.not_one),
+        "conditions": {
+            name: [condition.stored() for condition in traced.door.conditions]
+            for name, (_, traced) in programs.items()
+        },
+        "norm_stats": execution.norm_stats,
+        "recorded": captured.recorded,
+        "adapter": adapter,
+    }
+
+
+def _input_row(spec: Input) -> Json:
+    """The free dimensions of an input, and the bound of its values."""
+    symbols = {str(dimension): symbol for dimension, symbol in spec.dims.items()}
+    return {"dims": symbols, "high": spec.high}
+
+
+def _adapter_rows(module: AdaptedModule) -> Json:
+    """The updates of a module's adapter by key, and the tensors that are trained whole."""
+    targets = insertion_of(module).found
+    updates = {}
+    for key, update in module.updates.items():
+        updates[key] = {
+            **{slot.field: slot.name for slot in slots_of(key, update)},
+            **to_json(update, "frozen", "rank", "alpha", "scale", "variant", "use"),
+            "role": targets[key].role,
+            **to_json(update, "layout", "extra"),
+        }
+    metadata = module.adapter().metadata
+    also_train = list(insertion_of(module).also_train)
+    _, aliases = named_tensors(module)
+    tied = {name: aliases[name] for name in also_train if aliases.get(name)}
+    return {
+        "updates": updates,
+        "also_train": also_train,
+        "tied": tied,
+        "metadata": _plain(metadata),
+    }
+
+
+def read_adapter(
+    manifest: JsonView, state: Mapping[str, torch.Tensor], file: str
+) -> Adapter | None:
+    """The adapter of a file's manifest, its tensors taken from `state`; None without one.
+
+    Raises:
+        LoraFxError: An update of a variant that is not known here, or ranks that do not fit.
+    """
+    data = manifest.get("adapter")
+    if data is None:
+        return None
+    fields = fields_of_files()
+    entries: dict[str, LowRank | Full] = {}
+    for key, row in data["updates"].items():
+        expect_variant(str(row.get("variant", "lora")), f"{file}: the update of {key!r}")
+        values = {field: _array(state, row[field]) for field in fields if field in row}
+        update = with_values(from_json(bare(values, row), row), values)
+        if update.rank != row["rank"]:
+            raise LoraFxError(
+                f"the manifest says rank {row['rank']} of {key!r}, its tensors {update.rank}",
+                "the file is damaged",
+            )
+        entries[key] = update
+
+    tied = data.get("tied")
+    for name in data["also_train"]:
+        twins = tuple((tied or {}).get(name, ()))
+        # older files say nothing, and mean all names of the tensor
+        entries[name] = Full(_array(state, name), tied is None or bool(twins), twins)
+    return Adapter(entries, dict(data["metadata"]))
+
+
+def _array(state: Mapping[str, torch.Tensor], name: str) -> Array:
+    """The values of a tensor, floats as fp32; zeros for one without values."""
+    tensor = state[name].detach()
+    if tensor.device.type == "meta":
+        tensor = torch.zeros(tensor.shape)
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+    return to_numpy(tensor).copy()
+
+
+def adapter_names(manifest: JsonView) -> frozenset[str]:
+    """Names of the low-rank tensors in a file."""
+    names: set[str] = set()
+    fields = fields_of_files()
+    adapter = manifest.get("adapter") or {"updates": {}}
+    for row in adapter["updates"].values():
+        names.update(row[field] for field in fields if field in row)
+    return frozenset(names)
+
+
+def is_constant(value: object) -> bool:
+    """True for arguments that a program has built in."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _parameter_row(parameter: inspect.Parameter) -> Json:
+    """A parameter as JSON; a default that is no constant is written as None."""
+    row: Json = {"name": parameter.name, "kind": parameter.kind.name}
+    if is_constant(parameter.default):
+        row["default"] = parameter.default
+    elif parameter.default is not inspect.Parameter.empty:
+        row["default"] = None
+    return row
+
+
+def read_signature(rows: list[JsonView]) -> inspect.Signature:
+    """The signature that `make_manifest` wrote."""
+    parameters = []
+    for row in rows:
+        kind = inspect._ParameterKind[row["kind"]]
+        default = row.get("default", inspect.Parameter.empty)
+        parameters.append(inspect.Parameter(str(row["name"]), kind, default=default))
+    return inspect.Signature(parameters)
+
+
+def _argument_tree(value: object) -> object:
+    """The tree of a call: tensors by {"tensor": true}, containers and constants as they are."""
+    if isinstance(value, torch.Tensor):
+        return {"tensor": True}
+    if isinstance(value, dict):
+        return {"dict": {str(key): _argument_tree(inner) for key, inner in value.items()}}
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return {type(value).__name__: [_argument_tree(inner) for inner in value]}
+    if is_constant(value):
+        return {"constant": value}
+    raise LoraFxError(
+        f"an argument of type {type(value).__name__} cannot be written to a .pt2 file",
+        "capture with tensors, numbers, tuples, lists and dicts",
+    )
+
+
+def read_arguments(tree: Any, tensors: list[torch.Tensor]) -> Any:
+    """The tree with example tensors in their places; takes them off `tensors`."""
+    ((kind, inner),) = tree.items()
+    if kind == "tensor":
+        return tensors.pop(0)
+    if kind == "dict":
+        return {key: read_arguments(value, tensors) for key, value in inner.items()}
+    if kind == "tuple":
+        return tuple(read_arguments(value, tensors) for value in inner)
+    if kind == "list":
+        return [read_arguments(value, tensors) for value in inner]
+    return inner
+
+
+def _plain(value: object) -> Any:
+    """The part of some metadata that JSON can hold."""
+    if isinstance(value, Mapping):
+        fields = {}
+        for key, inner in value.items():
+            plain = _plain(inner)
+            if plain is not None:
+                fields[str(key)] = plain
+        return fields
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if is_constant(value):
+        return value
+    return None

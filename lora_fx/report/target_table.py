@@ -1,0 +1,124 @@
+"""The table of targets: one row each, and only the columns that some row has something in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from lora_fx.report import charts
+from lora_fx.report.html_text import number, percent, shape
+from lora_fx.report.rows import Row
+from lora_fx.text import JsonView
+
+
+class Column(NamedTuple):
+    """A heading and its meaning, the cell of a row (empty: nothing known), whether a number."""
+
+    head: str
+    title: str
+    cell: Callable[[Row], str]
+    numeric: bool = True
+
+
+def _columns(command: str) -> list[Column]:
+    error = "difference" if command == "verify" else "error"
+    return [
+        Column("op", "", lambda row: row.op, False),
+        Column("role", "", lambda row: row.role, False),
+        Column("shape", "", _shape),
+        Column("rank", "", lambda row: _sum(map(str, row.rank))),
+        Column("α", "", lambda row: _sum(f"{alpha:g}" for alpha in row.alpha)),
+        Column("params", "elements of A and B", lambda row: _known(row.parameters, number)),
+        Column("FLOPs", "share of the weight FLOPs", lambda row: _known(row.share)),
+        Column("effect", "‖Δ‖/‖W‖", lambda row: _known(row.effect)),
+        Column("rounding", "share of the update lost", lambda row: _known(row.rounding)),
+        Column("unmoved", "share of the elements that stayed", lambda row: _known(row.unmoved)),
+        Column(error, "relative", lambda row: _known(row.error, number)),
+        Column("‖ΔW‖", "of s·BA", lambda row: _sum(map(_norm, row.spectra))),
+        Column("stable rank", "‖ΔW‖²/σ₁²", lambda row: _sum(map(_stable_rank, row.spectra))),
+        Column("spectrum", "singular values of s·BA", _sparks, False),
+        Column("", "", _remarks, False),
+    ]
+
+
+class TargetTable(NamedTuple):
+    """The columns in use, of which `left` (from 1, the key's) hold text, and (key, cells) a row."""
+
+    columns: list[Column]
+    rows: list[tuple[str, list[str]]]
+    left: list[int]
+    means: str
+
+
+def table(result: JsonView, rows: list[Row]) -> TargetTable | None:
+    """The table of the targets; None without rows."""
+    if not rows:
+        return None
+    norms = [spectrum["norm"] for spectrum in _spectra(rows)]
+    if not any(norms):  # nothing is trained yet
+        rows = [replace(row, spectra=[]) for row in rows]
+    columns = []
+    cells_by_column = []
+    for column in _columns(str(result.get("command", ""))):
+        cells = [column.cell(row) for row in rows]
+        if any(cells):
+            columns.append(column)
+            cells_by_column.append(cells)
+    table_rows = []
+    for position, row in enumerate(rows):
+        table_rows.append((row.key, [cells[position] for cells in cells_by_column]))
+    return TargetTable(
+        columns,
+        table_rows,
+        left=[position for position, column in enumerate(columns, 2) if not column.numeric],
+        means=" · ".join(f"{column.head}: {column.title}" for column in columns if column.title),
+    )
+
+
+def _spectra(rows: list[Row]) -> Iterator[JsonView]:
+    for row in rows:
+        yield from row.spectra
+
+
+def _sum(texts: Iterable[str]) -> str:
+    return " + ".join(texts)
+
+
+def _known(value: float | None, show: Callable[[object], str] = percent) -> str:
+    """A number as `show` writes it; empty for None."""
+    if value is None:
+        return ""
+    return show(value)
+
+
+def _shape(row: Row) -> str:
+    if not row.shape:
+        return ""
+    return shape(row.shape)
+
+
+def _sparks(row: Row) -> Markup:
+    return Markup("").join(map(charts.spark, row.spectra))
+
+
+def _remarks(row: Row) -> str:
+    """What else the result says of a row, once each; its updates where no adapter tells ranks."""
+    texts = list(row.remarks)
+    if not row.rank:
+        texts.append(row.updates)
+    return "; ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _norm(spectrum: JsonView) -> str:
+    return number(float(spectrum["norm"]))
+
+
+def _stable_rank(spectrum: JsonView) -> str:
+    """‖ΔW‖²/σ₁²; a dash where ΔW is zero."""
+    largest = spectrum["sigma"][0] if spectrum["sigma"] else 0
+    if not largest:
+        return "–"
+    return number((spectrum["norm"] / largest) ** 2)
