@@ -24,6 +24,8 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.onnx_export.to_onnx import to_onnx
+from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.tensors import (
     from_numpy,
     named_tensors,
@@ -32,7 +34,6 @@ from lora_fx.fx.tensors import (
     to_numpy,
     with_base,
 )
-from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.bfloat16 import in_bfloat16, unround, widen

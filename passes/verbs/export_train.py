@@ -33,9 +33,9 @@ from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.operators import SpecViolationError
 from lora_fx.fx.tensors import from_numpy, to_numpy
-from lora_fx.fx.to_onnx import OPSET
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.fx.trees import tree_leaves

@@ -18,9 +18,12 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 import lora_fx
-from lora_fx.fx import lowering, to_onnx
 from lora_fx.fx.capture.trace import quiet
-from lora_fx.fx.lowering import lowered, program_of, without_writes
+from lora_fx.fx.lowering import decomposition as lowering
+from lora_fx.fx.lowering.decomposition import lowered
+from lora_fx.fx.lowering.functional_ops import without_writes
+from lora_fx.fx.lowering.graph_program import program_of
+from lora_fx.fx.onnx_export import to_onnx
 from lora_fx.onnx.session import open_session
 
 aten = torch.ops.aten

@@ -17,10 +17,10 @@ from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
 from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.program import make_manifest, plain_spec, tensor_places
 from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
-from lora_fx.fx.to_onnx import flat_program
 from lora_fx.inputs import Named
 from lora_fx.text import Json
 

@@ -35,13 +35,17 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import written_by
 from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, value
 from lora_fx.fx.interception import enable_python_dispatcher, make_fx
-from lora_fx.fx.lowering import Table, signed, without_writes
+from lora_fx.fx.lowering.decomposition import Table
+from lora_fx.fx.lowering.functional_ops import without_writes
+from lora_fx.fx.lowering.program_signature import signed
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.onnx_export.flat_graph import flat_program
+from lora_fx.fx.onnx_export.portable import SQUEEZES, mend_squeeze
+from lora_fx.fx.onnx_export.translation import OPSET, translated
 from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.operators import decomposition_table
 from lora_fx.fx.tensors import named_tensors
-from lora_fx.fx.to_onnx import OPSET, SQUEEZES, flat_program, mend_squeeze, translated
 from lora_fx.fx.train.loss import Loss, scores_of
 from lora_fx.fx.trees import tree_flatten, tree_unflatten
 from lora_fx.inputs import Named
