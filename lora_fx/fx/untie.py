@@ -18,7 +18,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Dense, ReplacedRows
-from lora_fx.fx.codes import beside
+from lora_fx.fx.sharing_copy import beside
 from lora_fx.fx.tensors import named_tensors, owner, parameter_of
 
 Undo = Callable[[], object]

@@ -32,7 +32,7 @@ from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.attach.attachment import keeps_statistics
 from lora_fx.fx.capture.capture import Captured, alike, copied
 from lora_fx.fx.capture.trace import EveryLayer
-from lora_fx.fx.codes import forms
+from lora_fx.fx.coded_parameters import forms
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of

@@ -18,7 +18,7 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
-from lora_fx.fx.codes import beside, forms
+from lora_fx.fx.coded_parameters import forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
@@ -26,6 +26,7 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
+from lora_fx.fx.sharing_copy import beside
 from lora_fx.fx.tensors import (
     from_numpy,
     named_tensors,

@@ -27,7 +27,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike, as_it_was
-from lora_fx.fx.codes import forms
+from lora_fx.fx.coded_parameters import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule

@@ -10,7 +10,8 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import beside, taken, tensors_of
+from lora_fx.fx.coded_parameters import taken, tensors_of
+from lora_fx.fx.sharing_copy import beside
 from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows

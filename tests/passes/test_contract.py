@@ -12,9 +12,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LowRank
-from lora_fx.fx.codes import beside
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import is_marked
+from lora_fx.fx.sharing_copy import beside
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold

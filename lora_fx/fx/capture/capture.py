@@ -25,7 +25,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity, sizes_text
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
-from lora_fx.fx import codes
+from lora_fx.fx import coded_parameters
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.agreement import Agreement, drawn_calls, sizes_of
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
@@ -776,7 +776,7 @@ def weightless(
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     memo: dict[int, Any] = {}
-    numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
+    numbers = {id(parameter_of(model, n)): q for n, q in coded_parameters.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
         device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
         like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
@@ -786,5 +786,5 @@ def weightless(
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
     if numbers:
-        codes.forget(copied)
+        coded_parameters.forget(copied)
     return copied, mode

@@ -32,7 +32,8 @@ from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.files.sealed import unsealed
-from lora_fx.fx.codes import LEVELS, Stored, declare, store
+from lora_fx.fx.coded_parameters import declare, store
+from lora_fx.fx.codes import LEVELS, Stored
 from lora_fx.fx.load.config_gate import (
     Metered,
     backbones,

@@ -30,7 +30,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx import dynamo
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import numbers
+from lora_fx.fx.coded_parameters import numbers
 from lora_fx.fx.fake_tensors import is_wrapper
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name

@@ -20,7 +20,7 @@ from torch import fx, nn
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import codes, tensors
+from lora_fx.fx import coded_parameters, codes, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import Traced, has_grouped
@@ -154,7 +154,7 @@ class CapturedModule(Recomputing, Scope):
         self._adapted = True
         names, _ = tensors.named_tensors(tree)
         wanted = {names[n] for n in own}
-        if coded := sorted(wanted & codes.forms(tree).keys()):
+        if coded := sorted(wanted & coded_parameters.forms(tree).keys()):
             raise LoraFxError(
                 f"{coded[0]} is quantised, and cannot be trained whole",
                 "leave it out of also_train: a branch beside it trains",

@@ -22,7 +22,7 @@ from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.trace import Traced, clean_module, match_places
-from lora_fx.fx.codes import learn
+from lora_fx.fx.dequantise_nodes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive

@@ -15,8 +15,9 @@ import lora_fx
 from lora_fx.adapter.variant import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calibration import SiteRows, Watched, part
+from lora_fx.fx.calibration import Watched
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.site_rows import SiteRows, part
 from lora_fx.ir.graph import Site
 from lora_fx.passes.verbs.calibrate import _Seen, _straight, calibrate
 from lora_fx.passes.verbs.open import capture
