@@ -47,7 +47,7 @@ LAZY = {
     ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
     ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
     ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
-    ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
+    ("lora_fx.files.safetensors", "lora_fx.fx.torch_pickles"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 ANY = 7.5

@@ -37,7 +37,8 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, by_output
-from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
+from lora_fx.fx.tensor_names import named_tensors
+from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.inputs import Named
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.passes.find import find

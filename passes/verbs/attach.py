@@ -32,7 +32,8 @@ from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, aten_ops
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import named_tensors, owner, refuse_inference
+from lora_fx.fx.tensor_names import named_tensors, owner
+from lora_fx.fx.tensors import refuse_inference
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.untie import lone_names, untie
 from lora_fx.inputs import Dynamic, Named

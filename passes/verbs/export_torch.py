@@ -16,6 +16,7 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
+from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
 from lora_fx.fx.coded_parameters import forms
@@ -27,14 +28,8 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.sharing_copy import beside
-from lora_fx.fx.tensors import (
-    from_numpy,
-    named_tensors,
-    parameter_of,
-    replace_parameter,
-    to_numpy,
-    with_base,
-)
+from lora_fx.fx.tensor_names import named_tensors, parameter_of, replace_parameter
+from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch import batch_symbol
 from lora_fx.onnx.bfloat16 import in_bfloat16, unround, widen

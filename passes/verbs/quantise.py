@@ -12,7 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.coded_parameters import taken, tensors_of
 from lora_fx.fx.sharing_copy import beside
-from lora_fx.fx.tensors import parameter_of
+from lora_fx.fx.tensor_names import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors

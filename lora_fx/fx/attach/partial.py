@@ -22,7 +22,7 @@ from lora_fx.fx.dynamo import compiling_afresh
 from lora_fx.fx.graph.elementwise_chains import VIEWS
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
-from lora_fx.fx.tensors import parameter_of
+from lora_fx.fx.tensor_names import parameter_of
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
 

@@ -36,7 +36,8 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.symbolic_sizes import ShapeEnv
-from lora_fx.fx.tensors import AdapterTensors, all_tensors, parameter_of
+from lora_fx.fx.tensor_names import all_tensors, parameter_of
+from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.patching import patched

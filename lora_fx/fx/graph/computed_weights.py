@@ -21,7 +21,8 @@ from lora_fx.fx.graph.nodes import (
     plain,
     reached,
 )
-from lora_fx.fx.tensors import device_of, owner
+from lora_fx.fx.tensor_names import owner
+from lora_fx.fx.tensors import device_of
 
 _PARAMETRISED = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
 

@@ -25,7 +25,7 @@ from lora_fx.fx.graph.nodes import (
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.graph.views import SPLITS, VIEWS, gather, static_shape
 from lora_fx.fx.operators import HigherOrderOperator
-from lora_fx.fx.tensors import parameter_of
+from lora_fx.fx.tensor_names import parameter_of
 from lora_fx.ir.view import View
 
 aten = torch.ops.aten

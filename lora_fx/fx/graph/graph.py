@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.fx import coded_parameters, codes, dequantise_nodes, tensors
+from lora_fx.fx import coded_parameters, codes, dequantise_nodes, tensor_names, tensors
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.computed_weights import evaluate
 from lora_fx.fx.graph.flops import data_flops, gathered
@@ -33,7 +33,8 @@ from lora_fx.fx.graph.ops import slots
 from lora_fx.fx.graph.other_readers import other_readers
 from lora_fx.fx.graph.sites import Bodies, FxUse, uses
 from lora_fx.fx.graph.views import gather
-from lora_fx.fx.tensors import all_tensors, from_numpy, named_tensors, owner, parameter_of, to_numpy
+from lora_fx.fx.tensor_names import all_tensors, named_tensors, owner, parameter_of
+from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.text import free_name
@@ -363,7 +364,7 @@ class FxGraph(Analysed):
             tensor = from_numpy(array, before)
         constant = nn.Parameter(tensor, requires_grad=False)
         if not is_computed and self.covers(name, sites):
-            tensors.replace_parameter(self.root, before, constant)
+            tensor_names.replace_parameter(self.root, before, constant)
             return name
 
         stored_name = name.removesuffix("~")

@@ -42,7 +42,7 @@ from lora_fx.fx.load.config_gate import (
     sealed_libraries,
 )
 from lora_fx.fx.load.unnamed_class import class_of_weights
-from lora_fx.fx.tensors import pickled
+from lora_fx.fx.torch_pickles import pickled
 from lora_fx.patching import patched
 from lora_fx.text import Json, JsonView, some
 

@@ -36,18 +36,9 @@ from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.doubts import decide_doubts
 from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups
-from lora_fx.fx.tensors import (
-    from_numpy,
-    is_sharded,
-    named_tensors,
-    owner,
-    parameter_of,
-    put,
-    refuse_shards,
-    settle,
-    to_numpy,
-    whole,
-)
+from lora_fx.fx.shards import is_sharded, put, refuse_shards, settle, whole
+from lora_fx.fx.tensor_names import named_tensors, owner, parameter_of
+from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, by_key, counted, html, human, short

@@ -20,7 +20,8 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.onnx_export.portable import make_portable
 from lora_fx.fx.onnx_export.translation import OPSET, translated
-from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, to_numpy
+from lora_fx.fx.tensor_names import named_tensors
+from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.onnx.names import give_own_names, mark_data
 from lora_fx.targets.target import Target

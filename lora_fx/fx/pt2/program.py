@@ -32,7 +32,8 @@ from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.operators import OpOverload
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
 from lora_fx.fx.pt2.serialised import program_of_json
-from lora_fx.fx.tensors import named_tensors, owner, to_numpy
+from lora_fx.fx.tensor_names import named_tensors, owner
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_unflatten
 from lora_fx.text import Json, JsonView, by_key
 

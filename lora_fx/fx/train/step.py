@@ -45,7 +45,7 @@ from lora_fx.fx.onnx_export.portable import SQUEEZES, mend_squeeze
 from lora_fx.fx.onnx_export.translation import OPSET, translated
 from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.operators import decomposition_table
-from lora_fx.fx.tensors import named_tensors
+from lora_fx.fx.tensor_names import named_tensors
 from lora_fx.fx.train.loss import Loss, scores_of
 from lora_fx.fx.trees import tree_flatten, tree_unflatten
 from lora_fx.inputs import Named

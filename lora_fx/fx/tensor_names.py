@@ -1,0 +1,87 @@
+"""Dotted names of a tree's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.tensors import AdapterTensors
+from lora_fx.targets.target import split_region
+
+
+def owner(
+    root: nn.Module, name: str, *, create: Callable[[str], nn.Module] | None = None
+) -> tuple[nn.Module, str]:
+    """The module that holds a dotted name, and the leaf; a bracketed region stays in the leaf.
+
+    Args:
+        root: The tree.
+        name: The dotted name of a tensor.
+        create: Path → the module to put there where there is none; without it that is an error.
+    """
+    head, region = split_region(name) if name.endswith("]") else (name, "")
+    *path, leaf = head.split(".")
+    module = root
+    for i, part in enumerate(path, 1):
+        child = module._modules.get(part)
+        if child is None:
+            if create is None:
+                raise LoraFxError(
+                    f"no module {part!r} on the way to {name!r}", "named_modules() lists the names"
+                )
+            if hasattr(module, part):
+                raise LoraFxError(f"the name {part!r} of {name!r} is taken", "rename that tensor")
+            child = create(".".join(path[:i]))
+            module.add_module(part, child)
+        module = child
+    return module, leaf + region
+
+
+def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a dotted name.
+
+    Raises:
+        LoraFxError: There is none.
+    """
+    module, leaf = owner(root, name)
+    p = module._parameters.get(leaf)
+    if p is None:
+        raise LoraFxError(
+            f"{name!r} is no parameter of the model", "named_parameters() lists the names"
+        )
+    return p
+
+
+def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put one parameter in the place of another, under all names that the other has in a tree."""
+    for module in root.modules():
+        for leaf, p in module._parameters.items():
+            if p is old:
+                module._parameters[leaf] = new
+
+
+def all_tensors(model: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers under all their names."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """({any name: first name}, {first name: other names}) of the tree; adapters' left out."""
+    first: dict[int, str] = {}
+    canonical: dict[str, str] = {}
+    aliases: dict[str, list[str]] = {}
+    skip = {n for n, m in root.named_modules() if isinstance(m, AdapterTensors)}
+    for name, p in root.named_parameters(remove_duplicate=False):
+        head = name.rpartition("[")[0] if name.endswith("]") else name
+        if head.rpartition(".")[0] in skip:
+            continue
+        known = first.setdefault(id(p), name)
+        canonical[name] = known
+        aliases.setdefault(known, [])
+        if name != known:
+            aliases[known].append(name)
+    return canonical, aliases
