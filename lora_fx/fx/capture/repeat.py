@@ -32,8 +32,9 @@ from torch.nn.modules import module as torch_module
 from lora_fx.fx.capture.call import is_cache
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot, Token, held
 from lora_fx.fx.fake_tensors import detect_fake_mode
+from lora_fx.fx.func_transforms import transforms_are_active
 from lora_fx.fx.graph.nodes import value
-from lora_fx.fx.interception import get_proxy_mode, get_proxy_slot, transforms_are_active
+from lora_fx.fx.proxy_tracing import get_proxy_mode, get_proxy_slot
 from lora_fx.fx.trees import LeafSpec, TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from lora_fx.patching import patched
 

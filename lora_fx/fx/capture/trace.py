@@ -38,11 +38,11 @@ from lora_fx.fx.capture.repeat import Repeats, write_out
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops, value
 from lora_fx.fx.graph.ops import row_of
-from lora_fx.fx.interception import make_fx
 from lora_fx.fx.lowering.product_chains import split_products
 from lora_fx.fx.lowering.regions import inline_regions, without_grad_modes
 from lora_fx.fx.lowering.vmap import without_vmap
 from lora_fx.fx.operators import HigherOrderOperator, decomposition_table
+from lora_fx.fx.proxy_tracing import make_fx
 from lora_fx.fx.trees import (
     tree_flatten,
     tree_leaves,

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import Argument, map_arg
 
 from lora_fx.fx.fake_tensors import detect_fake_mode
-from lora_fx.fx.interception import make_fx
+from lora_fx.fx.proxy_tracing import make_fx
 
 
 def without_vmap(graph: fx.Graph) -> None:

@@ -34,7 +34,6 @@ from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import written_by
 from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, value
-from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering.decomposition import Table
 from lora_fx.fx.lowering.functional_ops import without_writes
 from lora_fx.fx.lowering.program_signature import signed
@@ -44,7 +43,9 @@ from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.onnx_export.portable import SQUEEZES, mend_squeeze
 from lora_fx.fx.onnx_export.translation import OPSET, translated
 from lora_fx.fx.onnx_exporter import decompositions
+from lora_fx.fx.operator_dispatch import enable_python_dispatcher
 from lora_fx.fx.operators import decomposition_table
+from lora_fx.fx.proxy_tracing import make_fx
 from lora_fx.fx.tensor_names import named_tensors
 from lora_fx.fx.train.loss import Loss, scores_of
 from lora_fx.fx.trees import tree_flatten, tree_unflatten
