@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxError, Terminated
 
 if TYPE_CHECKING:
     from lora_fx.fx.train.processes import Processes
-    from lora_fx.fx.train.state import Saving
+    from lora_fx.fx.train.settings import Saving
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def together(device: str) -> Iterator[tuple[Processes, str]]:
 @contextlib.contextmanager
 def stateful(saving: Saving) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
-    from lora_fx.fx.train.state import step_of
+    from lora_fx.fx.train.state_folder import step_of
 
     before = None if saving.resume else _written(saving.folder)
     try:

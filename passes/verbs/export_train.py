@@ -37,7 +37,9 @@ from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.operators import SpecViolationError
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
-from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.fx.train.optimizer_step import STATES, Slot, Update, slots_in
+from lora_fx.fx.train.step import step_of
+from lora_fx.fx.train.train_graph import TrainGraph, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest

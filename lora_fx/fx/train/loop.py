@@ -16,11 +16,15 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
-from lora_fx.fx.train import state
+from lora_fx.fx.train import run_facts, state
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
+from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.processes import ALONE, Processes
-from lora_fx.fx.train.state import Facts, Optimizer, Saving, Settings, Trail, TrainReport
+from lora_fx.fx.train.run_facts import Facts
+from lora_fx.fx.train.settings import Saving, Settings
+from lora_fx.fx.train.state import Trail
+from lora_fx.fx.train.train_report import TrainReport
 
 __all__ = ["Saving", "Settings", "fit"]
 
@@ -86,9 +90,9 @@ def fit(
         )
     facts: Facts = {}
     if saving.folder or saving.resume or world.size > 1:
-        facts = state.facts_of(model, training, held_out, loss, optimizer, world.size)
+        facts = run_facts.facts_of(model, training, held_out, loss, optimizer, world.size)
     if world.size > 1:
-        world.same(state.digests(model, facts))
+        world.same(run_facts.digests(model, facts))
     trail = Trail()
     run = _Run(made, optimizer, world, saving, facts, held_out, rows)
     if saving.resume:

@@ -1,0 +1,73 @@
+"""Dropout by an input, seed.
+
+What is dropped depends on it, on the place and on which dropout it is, by whole numbers below a
+prime, so that torch and every runtime drop the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lora_fx.fx.graph.nodes import argument
+
+aten = torch.ops.aten
+
+PRIME = 2**31 - 1
+
+
+def _seed_dropouts(graph: fx.Graph) -> bool:
+    """Let the dropouts of a graph draw by an input; False where it has none."""
+    found = [n for n in graph.nodes if _drops(n)]
+    if not found:
+        return False
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        seed = graph.placeholder("seed")
+    seed.meta["val"] = torch.zeros((), dtype=torch.int64)
+    for i, node in enumerate(found):
+        if node.target is aten.dropout.default:
+            node.target, node.args = dropped, (node.args[0], argument(node, "p"), seed, i)
+            node.kwargs = {}
+            continue
+        mask, p = argument(node, "attn_mask"), argument(node, "dropout_p")
+        node.kwargs = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
+        node.target, node.args = attention_with_dropout, (*node.args[:3], mask, p, seed, i)
+    return True
+
+
+def _drops(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:
+        return bool(argument(node, "train")) and argument(node, "p") > 0
+    attention = node.target is aten.scaled_dot_product_attention.default
+    return attention and bool(argument(node, "dropout_p"))
+
+
+def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:
+    """Dropout of x: a share p of it is zero, the rest is divided by 1 − p."""
+    n = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    salt = (seed % PRIME * 48271 + which * 69621 + 1) % PRIME
+    h = (n % PRIME * 16807 + salt) % PRIME
+    for add in (12345, 271828, 314159):  # a square is what no line of places keeps in order
+        h = (h * h + salt + add) % PRIME
+    return torch.where(h >= int(p * PRIME), x / (1 - p), 0.0)
+
+
+def attention_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, seed: Tensor, which: int,
+    **named: Any,
+) -> Tensor:  # fmt: skip
+    """Attention whose weights are dropped."""
+    if named.get("enable_gqa"):
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * (named.get("scale") or q.shape[-1] ** -0.5)
+    if named.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    # a row that is masked out, as of padding on the left, is 0 as in torch, not NaN
+    return dropped(aten._safe_softmax(scores, -1), p, seed, which) @ v

@@ -1,0 +1,97 @@
+"""The train program of a module as a flat graph of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from lora_fx.adapter.lowrank import alpha_of
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.graph.nodes import random_ops
+from lora_fx.fx.lowering.functional_ops import without_writes
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.onnx_export.flat_graph import flat_program
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.seeded_dropout import _seed_dropouts
+from lora_fx.fx.trees import tree_unflatten
+from lora_fx.inputs import Named
+from lora_fx.patching import patched
+
+
+@dataclass(frozen=True)
+class TrainGraph:
+    """The train program of a module as a flat graph of tensors, and the loss of what it gives.
+
+    Attributes:
+        module: What holds the tensors.
+        flat: The graph over it.
+        names: ONNX names of its inputs, the seed of dropouts last where it has any.
+        traced: What it was made from.
+        compute: The loss of (output, labels).
+        own: Whether the labels are one of the inputs.
+        seeded: Whether it takes a seed.
+    """
+
+    module: AdaptedModule
+    flat: fx.GraphModule
+    names: list[str]
+    traced: Traced
+    compute: Loss
+    own: bool
+    seeded: bool
+
+    def loss(self, run: fx.Interpreter, inputs: Sequence[Any], labels: Any) -> Tensor:
+        """The loss of a run, with its graph."""
+        out = run.run(*inputs, enable_io_processing=False)
+        return self.compute(tree_unflatten(list(out), self.traced.out_spec), labels)
+
+
+def train_graph(
+    module: AdaptedModule,
+    named: Named,
+    loss: tuple[Loss, str],
+    passes: Sequence[Callable[[FxGraph], object]] = (),
+    *,
+    unit: bool = False,
+) -> TrainGraph:
+    """The train program for a call.
+
+    Args:
+        module: What insert returned.
+        named: The arguments, the labels among them where the model takes them.
+        loss: What loss_function gives.
+        passes: Rewrites that change no number.
+        unit: The scale is in b already.
+
+    Raises:
+        LoraFxError: An operator draws random numbers in a way that no file can repeat.
+    """
+    updates = module.updates
+    if unit:
+        updates = {
+            k: replace(u, alpha=alpha_of(1.0, u.rank, u.variant)) for k, u in updates.items()
+        }
+    with patched(module, _updates=updates):
+        graph = module.graph(True, portable=True, named=named)
+    for rewrite in passes:
+        rewrite(graph)
+    without_writes(graph.graph)
+    execution = execution_of(module)
+    traced = execution.captured.traced(True, named, execution.base_dtype)
+    flat, names, _ = flat_program(module, graph.graph, traced, named=named)
+    seeded = _seed_dropouts(flat.graph)
+    if drawn := random_ops(flat.graph):
+        raise LoraFxError(
+            f"the model draws random numbers in training that no file can repeat: "
+            f"{', '.join(drawn)}",
+            "turn that off in the model; dropout itself is drawn from the input seed",
+        )
+    flat.recompile()
+    compute, own = loss
+    return TrainGraph(module, flat, names + ["seed"] * seeded, traced, compute, bool(own), seeded)
