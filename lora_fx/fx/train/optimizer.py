@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.train.learning_rate import factor
-from lora_fx.fx.train.state import Settings
+from lora_fx.fx.train.settings import Settings
 from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.train.optimizer import OPTIMIZERS, SCHEDULES
+from lora_fx.fx.train.learning_rate import SCHEDULES
+from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
