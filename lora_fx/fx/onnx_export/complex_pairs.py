@@ -1,8 +1,8 @@
-"""Ops of complex numbers as ops of pairs."""
+"""Ops of complex numbers as ops of pairs: the exporter has no others, and lacks these ops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ aten = torch.ops.aten
 def _of_pairs(op: Any) -> Callable[..., Tensor]:
     """unsqueeze, select or expand of the pairs that a complex tensor is."""
 
-    def of_pairs(x: Tensor, where: Any, *rest: object) -> Tensor:
-        where = (where if where >= 0 else where - 1) if isinstance(where, int) else [*where, 2]
-        return torch.view_as_complex(op(torch.view_as_real(x), where, *rest))
+    def of_pairs(x: Tensor, where: int | Sequence[int], *arguments: object) -> Tensor:
+        # `where` is an axis, or the sizes of an expand; pairs have one axis more, at the end
+        if not isinstance(where, int):
+            where = [*where, 2]
+        elif where < 0:
+            where -= 1
+        return torch.view_as_complex(op(torch.view_as_real(x), where, *arguments))
 
     return of_pairs
 
@@ -28,8 +32,8 @@ OF_PAIRS: dict[object, Callable[..., Tensor]] = {
 }
 
 
-def _complex(graph: fx.Graph, node: fx.Node) -> None:
-    """The exporter has complex numbers as pairs, and lacks these ops of them."""
-    made = value(node)
-    if isinstance(made, Tensor) and made.is_complex():
+def rewrite_complex(graph: fx.Graph, node: fx.Node) -> None:
+    """Let an op of complex numbers be one of pairs."""
+    result = value(node)
+    if isinstance(result, Tensor) and result.is_complex():
         node.target = OF_PAIRS[node.target]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 from torch.export import ExportedProgram
 
@@ -17,13 +16,26 @@ from lora_fx.onnx.onnxscript_rules import (
 from lora_fx.patching import patched
 
 
+def decomposed_by_kind() -> contextlib.AbstractContextManager[None]:
+    """A block in which a program is decomposed by one node of every kind."""
+    return patched(ExportedProgram, run_decompositions=lowered)
+
+
+SHORTCUTS = (
+    decomposed_by_kind,
+    matched_by_operator,
+    typed_by_values,
+    translated_once,
+    inferred_once,
+)
+
+
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
     """A block in which the exporter does once, to the same graph, what it would for every node."""
-    by_kind = partial(patched, ExportedProgram, run_decompositions=lowered)
-    quick = (matched_by_operator, typed_by_values, translated_once, inferred_once)
-    with table_read_once(), contextlib.ExitStack() as held:
-        for part in (by_kind, *quick):  # what a version lacks goes the long way
+    with table_read_once(), contextlib.ExitStack() as shortcuts:
+        for shortcut in SHORTCUTS:
+            # what a version of torch or onnxscript lacks goes the long way
             with contextlib.suppress(ImportError, AttributeError):
-                held.enter_context(part())
+                shortcuts.enter_context(shortcut())
         yield

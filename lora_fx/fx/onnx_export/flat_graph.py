@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,35 +25,54 @@ def flat_program(
     all_outputs: bool = True,
     named: Named | None = None,
 ) -> tuple[fx.GraphModule, list[str], list[str]]:
-    """A GraphModule of tensors only: constants of the call left out, outputs named.
+    """A GraphModule of tensors only, and the names of its inputs and outputs.
+
+    Constants of the call become constants of the graph.
 
     Args:
         module: What holds the tensors.
         graph: Its graph; edited.
-        traced: What that was made from.
+        traced: What the graph was made from.
         all_outputs: Keep the outputs that are no tensors.
-        named: The arguments that it was made for; those of the capture without them.
+        named: The arguments that the graph was made for; without them, those of the capture.
     """
-    leaves = tree_leaves(execution_of(module).captured.named if named is None else dict(named))
-    names = []
-    places = [n for n in graph.nodes if n.op == "placeholder"]
-    for place, name, leaf in zip(places, traced.door.names, leaves, strict=False):
-        if isinstance(leaf, torch.Tensor):
-            names.append(onnx_name(name))
-        else:
-            place.replace_all_uses_with(leaf)  # a Python constant of the capture
-            graph.erase_node(place)
-    out = next(n for n in graph.nodes if n.op == "output")
-    values = list(tree_leaves(out.args[0]))
-    paths = output_paths(traced.out_spec, len(values))
-    kept = [
-        (leaf, path)
-        for leaf, path in zip(values, paths, strict=True)
-        if all_outputs or (isinstance(leaf, fx.Node) and isinstance(value(leaf), torch.Tensor))
-    ]
-    out.args = (tuple(leaf for leaf, _ in kept),)
+    arguments = execution_of(module).captured.named if named is None else dict(named)
+    input_names = _keep_tensor_inputs(graph, traced.door.names, tree_leaves(arguments))
+    output_names = _flatten_outputs(graph, traced, all_outputs)
     graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(module, graph), names, [output_name(path) for _, path in kept]
+    return fx.GraphModule(module, graph), input_names, output_names
+
+
+def _keep_tensor_inputs(graph: fx.Graph, names: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    """Put the arguments that are no tensors into a graph; returns the names of the others."""
+    tensor_names = []
+    placeholders = graph.find_nodes(op="placeholder")
+    for placeholder, name, leaf in zip(placeholders, names, leaves, strict=False):
+        if isinstance(leaf, torch.Tensor):
+            tensor_names.append(onnx_name(name))
+        else:
+            placeholder.replace_all_uses_with(leaf)
+            graph.erase_node(placeholder)
+    return tensor_names
+
+
+def _flatten_outputs(graph: fx.Graph, traced: Traced, all_outputs: bool) -> list[str]:
+    """Let a graph give its outputs as one tuple; returns their names."""
+    output = graph.output_node()
+    leaves = list(tree_leaves(output.args[0]))
+    paths = output_paths(traced.out_spec, len(leaves))
+    outputs = []
+    names = []
+    for leaf, path in zip(leaves, paths, strict=True):
+        if all_outputs or _is_tensor(leaf):
+            outputs.append(leaf)
+            names.append(output_name(path))
+    output.args = (tuple(outputs),)
+    return names
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, fx.Node) and isinstance(value(leaf), torch.Tensor)
 
 
 def output_paths(spec: Any, count: int) -> list[str]:
@@ -60,8 +80,8 @@ def output_paths(spec: Any, count: int) -> list[str]:
 
     An output class of transformers may give its fields back in another order than they came in.
     """
-    dummy = tree_unflatten(list(range(count)), spec)
-    if isinstance(dummy, int):
+    numbered = tree_unflatten(list(range(count)), spec)
+    if isinstance(numbered, int):
         return [""]
-    places = dict(zip(tree_leaves(dummy), leaf_names({"": dummy}), strict=True))
-    return [places[i] for i in range(count)]
+    path_of = dict(zip(tree_leaves(numbered), leaf_names({"": numbered}), strict=True))
+    return [path_of[i] for i in range(count)]

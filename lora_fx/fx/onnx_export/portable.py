@@ -1,4 +1,15 @@
-"""Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others."""
+"""Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
+
+Each rule rewrites one node in place. The larger ones have files of their own; the others are:
+
+- `number − integers` is cast first: the exporter promotes no number on the left.
+- A pooled mean of everything is a mean. Behind a permute the exporter's own is put into other
+  memory by a Gather of every element, through which no row of a batch can be followed.
+- Parts along a free dimension are cut one by one. The exporter makes a sequence of them, whose
+  length its optimizer takes from the value of a size that it does not have.
+- A squeeze of a size that is not 1 leaves the value; ONNX's own fails there.
+- A check that all values are true holds for what runs in torch. ONNX has no checks.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +22,21 @@ from torch import Tensor, fx
 from lora_fx.fx.codes import DEQUANTISE
 from lora_fx.fx.graph.nodes import argument, dtype_of, reached, value
 from lora_fx.fx.lowering.functional_ops import without_writes
-from lora_fx.fx.onnx_export.attention_shapes import _attention
-from lora_fx.fx.onnx_export.complex_pairs import OF_PAIRS, _complex
-from lora_fx.fx.onnx_export.projected_lstm import _lstm
-from lora_fx.fx.onnx_export.quantised_products import _dequantise
-from lora_fx.fx.onnx_export.real_fourier import _fourier
-from lora_fx.fx.onnx_export.strided_views import _by_strides
+from lora_fx.fx.onnx_export.attention_shapes import rewrite_attention
+from lora_fx.fx.onnx_export.complex_pairs import OF_PAIRS, rewrite_complex
+from lora_fx.fx.onnx_export.projected_lstm import rewrite_lstm
+from lora_fx.fx.onnx_export.quantised_products import rewrite_dequantise
+from lora_fx.fx.onnx_export.real_fourier import rewrite_fourier
+from lora_fx.fx.onnx_export.strided_views import rewrite_strided_view
 
 aten = torch.ops.aten
-
-# Ops that torch's ONNX exporter lacks, or that ONNX Runtime computes badly, by others, exactly.
-#
-# - A projected LSTM, h = P·(o⊙tanh c), is a plain one whose recurrent weight is W_hh·P, with P
-#   after it: gates = W_ih·x + W_hh·h = W_ih·x + (W_hh·P)·(o⊙tanh c). A first state h₀ enters as
-#   further inputs of the first step, weighed by W_hh. The exporter writes an LSTM of wrong shapes
-#   instead.
-# - The real part of a Fourier transform is products with cosines and sines. ONNX Runtime's DFT
-#   rounds ten times worse than torch's (2e-6 on FNet) and has no CUDA kernel.
-# - `number − integers` is cast first: the exporter promotes no number on the left.
-# - Attention without a dimension for heads gets one: the exporter takes four dimensions only.
-# - A pooled mean of everything is a mean. Behind a permute the exporter's own is put into other
-#   memory by a Gather of every element, through which no row of a batch can be followed.
-# - Parts along a free dimension are cut one by one. The exporter makes a sequence of them, whose
-#   length its optimizer takes from the value of a size that it does not have.
-# - Complex numbers lose or gain dimensions as pairs: see OF_PAIRS.
-# - A view by strides is one of the storage, which the exporter takes to be in the order of the
-#   dimensions: of a transposed tensor it reads other numbers. Its dimensions are put into the order
-#   of the storage first.
-# - A check that all values are true holds for what runs in torch. ONNX has no checks.
-# - A product with a quantised weight is ONNX Runtime's own, over the same bytes: MatMulNBits, or
-#   MatMulBnb4 for codes that are places of a table. Any other reader gets numbers by plain ops.
+SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
+POOLED_MEANS = (
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
+SPLITS = (aten.chunk.default, aten.split.Tensor)
 
 
 def make_portable(graph: fx.Graph) -> None:
@@ -53,58 +49,71 @@ def make_portable(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _rsub(graph: fx.Graph, node: fx.Node) -> None:
-    made, (x, *rest) = value(node), node.args
-    if isinstance(made, Tensor) and dtype_of(x) not in (None, made.dtype):
+def rewrite_rsub(graph: fx.Graph, node: fx.Node) -> None:
+    """Cast the tensor of `number − tensor` to the dtype of the result."""
+    result = value(node)
+    x, *others = node.args
+    if isinstance(result, Tensor) and dtype_of(x) not in (None, result.dtype):
         with graph.inserting_before(node):
-            cast = graph.call_function(aten.to.dtype, (x, made.dtype))
-        cast.meta["val"] = made
-        node.args = (cast, *rest)
+            cast = graph.call_function(aten.to.dtype, (x, result.dtype))
+        cast.meta["val"] = result
+        node.args = (cast, *others)
 
 
-def _all_true(graph: fx.Graph, node: fx.Node) -> None:
-    """Erases the asserts that a check of values leads to; what they read is then dead."""
-    seen = list(reached([node], lambda n: n.users))
-    symbolic = (bool, int, torch.SymBool, torch.SymInt)
-    if all(n is node or not n.users or isinstance(value(n), symbolic) for n in seen):
-        for n in seen:
-            if n.target is aten._assert_scalar.default:
-                graph.erase_node(n)
+def erase_checks(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase the asserts that a check of values leads to; what they read is then dead."""
+    dependents = list(reached([node], lambda n: n.users))
+    numbers = (bool, int, torch.SymBool, torch.SymInt)
+    for dependent in dependents:
+        is_end = dependent is node or not dependent.users
+        if not is_end and not isinstance(value(dependent), numbers):
+            return
+    for dependent in dependents:
+        if dependent.target is aten._assert_scalar.default:
+            graph.erase_node(dependent)
 
 
-def _mean(graph: fx.Graph, node: fx.Node) -> None:
-    sizes = argument(node, "output_size")
-    wanted = sizes if isinstance(sizes, (list, tuple)) else [sizes]
-    if all(type(n) is int and n == 1 for n in wanted):
-        axes = [*range(-len(wanted), 0)]
-        node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
+def rewrite_pooled_mean(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a pooled mean with one output an axis be a mean over these axes."""
+    output_size = argument(node, "output_size")
+    sizes = output_size if isinstance(output_size, (list, tuple)) else [output_size]
+    if all(type(size) is int and size == 1 for size in sizes):
+        axes = list(range(-len(sizes), 0))
+        node.target = aten.mean.dim
+        node.args = (node.args[0], axes, True)
 
 
 def mend_squeeze(graph: fx.Graph, node: fx.Node) -> None:
-    """A squeeze of a size that is not 1 leaves the value; ONNX's own fails there."""
-    x, dims = node.args[0], node.args[1]
-    shape = getattr(value(x), "shape", ()) if isinstance(x, fx.Node) else ()
-    wanted: Any = dims if isinstance(dims, (list, tuple)) else [dims]
-    kept = [d for d in wanted if shape and type(shape[d]) is int and shape[d] == 1]
-    if not isinstance(x, fx.Node) or not shape or len(kept) == len(wanted):
+    """Let a squeeze drop only the dimensions whose size is 1; without one it is left out."""
+    x = node.args[0]
+    dims: Any = node.args[1]
+    if not isinstance(x, fx.Node):
         return
-    if kept:
-        node.target, node.args = aten.squeeze.dims, (x, kept)
+    shape = getattr(value(x), "shape", ())
+    if not shape:
+        return
+    squeezed = dims if isinstance(dims, (list, tuple)) else [dims]
+    ones = [dim for dim in squeezed if type(shape[dim]) is int and shape[dim] == 1]
+    if len(ones) == len(squeezed):
+        return
+    if ones:
+        node.target = aten.squeeze.dims
+        node.args = (x, ones)
     else:
         node.replace_all_uses_with(x)
         graph.erase_node(node)
 
 
-SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
-
-
-def _parts(graph: fx.Graph, node: fx.Node) -> None:
-    dim, parts = argument(node, "dim"), value(node)
+def rewrite_split(graph: fx.Graph, node: fx.Node) -> None:
+    """Cut the parts of a split or chunk along a free dimension one by one."""
+    dim = argument(node, "dim")
+    parts = value(node)
     if all(isinstance(part.shape[dim], int) for part in parts):
         return
     in_chunks = node.target is aten.chunk.default
     size = argument(node, "chunks" if in_chunks else "split_size")
-    node.args, node.kwargs = (argument(node, "self"), len(parts), dim, size, in_chunks), {}
+    node.args = (argument(node, "self"), len(parts), dim, size, in_chunks)
+    node.kwargs = {}
     node.target = parts_along
 
 
@@ -113,20 +122,20 @@ def parts_along(x: Tensor, count: int, dim: int, size: int, in_chunks: bool) -> 
 
     A slice ends where x does; and the last of these parts need not be the last of a longer x.
     """
-    each = (x.shape[dim] + size - 1) // size if in_chunks else size
-    return [aten.slice.Tensor(x, dim, each * i, each * (i + 1)) for i in range(count)]
+    length = (x.shape[dim] + size - 1) // size if in_chunks else size
+    return [aten.slice.Tensor(x, dim, length * i, length * (i + 1)) for i in range(count)]
 
 
 _REWRITES: dict[object, Callable[[fx.Graph, fx.Node], None]] = {
-    DEQUANTISE: _dequantise,
-    aten.lstm.input: _lstm,
-    aten.scaled_dot_product_attention.default: _attention,
-    **{getattr(aten, f"adaptive_avg_pool{d}d").default: _mean for d in (1, 2, 3)},
-    aten.real.default: _fourier,
+    DEQUANTISE: rewrite_dequantise,
+    aten.lstm.input: rewrite_lstm,
+    aten.scaled_dot_product_attention.default: rewrite_attention,
+    **dict.fromkeys(POOLED_MEANS, rewrite_pooled_mean),
+    aten.real.default: rewrite_fourier,
     **dict.fromkeys(SQUEEZES, mend_squeeze),
-    aten.rsub.Scalar: _rsub,
-    aten.as_strided.default: _by_strides,
-    **dict.fromkeys((aten.chunk.default, aten.split.Tensor), _parts),
-    **dict.fromkeys(OF_PAIRS, _complex),
-    aten._is_all_true.default: _all_true,
+    aten.rsub.Scalar: rewrite_rsub,
+    aten.as_strided.default: rewrite_strided_view,
+    **dict.fromkeys(SPLITS, rewrite_split),
+    **dict.fromkeys(OF_PAIRS, rewrite_complex),
+    aten._is_all_true.default: erase_checks,
 }

@@ -1,4 +1,12 @@
-"""A projected LSTM as plain LSTMs."""
+"""A projected LSTM, h = P·(o⊙tanh c), as plain LSTMs, exactly.
+
+It is a plain LSTM whose recurrent weight is W_hh·P, with P after it:
+
+    gates = W_ih·x + W_hh·h = W_ih·x + (W_hh·P)·(o⊙tanh c)
+
+A first state h₀ enters as further inputs of the first step, weighed by W_hh. The exporter writes an
+LSTM of wrong shapes instead.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +20,12 @@ from lora_fx.fx.graph.nodes import argument
 aten = torch.ops.aten
 
 
-def _lstm(graph: fx.Graph, node: fx.Node) -> None:
-    each = 5 if argument(node, "has_biases") else 3
-    ways = 2 if argument(node, "bidirectional") else 1
-    if len(argument(node, "params")) == each * ways * argument(node, "num_layers"):
+def rewrite_lstm(graph: fx.Graph, node: fx.Node) -> None:
+    """Let an LSTM with projections be plain ones; it has one parameter more a direction."""
+    per_direction = 5 if argument(node, "has_biases") else 3
+    directions = 2 if argument(node, "bidirectional") else 1
+    count = per_direction * directions * argument(node, "num_layers")
+    if len(argument(node, "params")) == count:
         node.target = projected_lstm
 
 
@@ -25,35 +35,45 @@ def projected_lstm(
     params: Sequence[Tensor],
     has_biases: bool,
     layers: int,
-    *rest: float,
+    _dropout: float,
+    _train: bool,
+    bidirectional: bool,
+    batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c)."""
-    _dropout, _train, bidirectional, batch_first = rest
-    each, ways = (5 if has_biases else 3), (2 if bidirectional else 1)
-    x = x.transpose(0, 1) if batch_first else x
-    hs, cs = [], []
+    per_direction = 5 if has_biases else 3
+    directions = 2 if bidirectional else 1
+    if batch_first:
+        x = x.transpose(0, 1)
+    last_h = []
+    last_c = []
     for layer in range(layers):
         outputs = []
-        for i in range(layer * ways, (layer + 1) * ways):
-            backward = i % ways == 1
-            own = params[i * each : (i + 1) * each]
-            y, h, c = _one_way(x.flip(0) if backward else x, hx[0][i], hx[1][i], own)
+        for direction in range(directions):
+            i = layer * directions + direction
+            weights = params[i * per_direction : (i + 1) * per_direction]
+            backward = direction == 1
+            steps = x.flip(0) if backward else x
+            y, h, c = _one_direction(steps, hx[0][i], hx[1][i], weights)
             outputs.append(y.flip(0) if backward else y)
-            hs.append(h)
-            cs.append(c)
+            last_h.append(h)
+            last_c.append(c)
         x = torch.cat(outputs, -1)
-    return x.transpose(0, 1) if batch_first else x, torch.cat(hs), torch.cat(cs)
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x, torch.cat(last_h), torch.cat(last_c)
 
 
-def _one_way(
+def _one_direction(
     x: Tensor, h: Tensor, c: Tensor, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer in one direction; x is [time, batch, in]."""
-    w_ih, w_hh, *biases, project = params
-    first = (torch.arange(x.shape[0], device=x.device) == 0).to(x.dtype)[:, None, None]
-    wide, weight = torch.cat([x, first * h], -1), torch.cat([w_ih, w_hh], 1)
+    w_ih, w_hh, *biases, projection = params
+    is_first = torch.arange(x.shape[0], device=x.device) == 0
+    first = is_first.to(x.dtype)[:, None, None]
+    inputs = torch.cat([x, first * h], -1)
+    input_weight = torch.cat([w_ih, w_hh], 1)
     state = [torch.zeros_like(c)[None], c[None]]
-    y, h, c = aten.lstm.input(
-        wide, state, [weight, w_hh @ project, *biases], bool(biases), 1, 0.0, False, False, False
-    )
-    return y @ project.t(), h @ project.t(), c
+    weights = [input_weight, w_hh @ projection, *biases]
+    y, h, c = aten.lstm.input(inputs, state, weights, bool(biases), 1, 0.0, False, False, False)
+    return y @ projection.t(), h @ projection.t(), c

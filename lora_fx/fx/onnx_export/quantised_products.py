@@ -1,7 +1,12 @@
-"""Products with quantised weights as operators of ONNX Runtime."""
+"""Products with quantised weights as operators of ONNX Runtime, over the same bytes.
+
+MatMulNBits takes integer codes, MatMulBnb4 codes that are places of a table. Whatever else reads
+such a weight gets numbers by plain ops.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +16,6 @@ from lora_fx.fx.codes import LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.nodes import argument
 
 aten = torch.ops.aten
-
 PRODUCTS: dict[object, tuple[int, int, int | None, bool]] = {
     aten.linear.default: (0, 1, 2, False),
     aten.matmul.default: (0, 1, None, True),
@@ -19,34 +23,56 @@ PRODUCTS: dict[object, tuple[int, int, int | None, bool]] = {
     aten.addmm.default: (1, 2, 0, True),
 }
 """Product → the places of x, of W and of the bias, and whether it reads W [in, out]."""
-
-
-OTHERS = ("fp8", "torchao_nf4", "ocp_fp4")
+WITHOUT_PRODUCT = ("fp8", "torchao_nf4", "ocp_fp4")
 """Formats that ONNX Runtime has no product for."""
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
 
 
-TURNS = {aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default}
-
-
-def _dequantise(graph: fx.Graph, node: fx.Node) -> None:
-    """Let every product of a quantised matrix be one of the runtime, and the rest read numbers."""
+def rewrite_dequantise(graph: fx.Graph, node: fx.Node) -> None:
+    """Let products of a quantised matrix be the runtime's own; other readers get numbers."""
     args: Any = node.args
     codes, scale, zero, order, shape, kind, block, turned, _ = args
     node.target = dequantised
-    if kind in OTHERS or len(shape) != 2 or block < 16 or block & (block - 1) or order is not None:
+    if order is not None or not _has_product(kind, shape, block):
         return
-    views = [u for u in node.users if u.target in TURNS]
-    for weight, flipped in ((node, turned), *((v, not turned) for v in views)):
-        for user in [u for u in weight.users if u.target in PRODUCTS]:
-            x, w, b, wants = PRODUCTS[user.target]
-            fits = wants is flipped and user.args[w] is weight
-            scaled = float(argument(user, "alpha", 1)) * float(argument(user, "beta", 1)) != 1.0
-            if not fits or user.args[x] is weight or (b == 0 and scaled):
+    sizes = tuple(shape[::-1]) if turned else tuple(shape)
+    for weight, is_in_out in _readings(node, turned):
+        for product in [user for user in weight.users if user.target in PRODUCTS]:
+            x_at, _, bias_at, _ = PRODUCTS[product.target]
+            if not _takes_codes(product, weight, is_in_out):
                 continue
-            sizes = tuple(shape[::-1] if turned else shape)
-            bias = user.args[b] if b is not None and b < len(user.args) else None
-            user.target, user.kwargs = product_of_codes, {}
-            user.args = (user.args[x], codes, scale, zero, sizes, kind, block, bias)
+            bias = None
+            if bias_at is not None and bias_at < len(product.args):
+                bias = product.args[bias_at]
+            x = product.args[x_at]
+            product.target = product_of_codes
+            product.args = (x, codes, scale, zero, sizes, kind, block, bias)
+            product.kwargs = {}
+
+
+def _has_product(kind: str, shape: Sequence[int], block: int) -> bool:
+    """Whether ONNX Runtime has a product for such codes; its blocks are 16, 32, 64 and so on."""
+    power_of_two = block & (block - 1) == 0
+    return kind not in WITHOUT_PRODUCT and len(shape) == 2 and block >= 16 and power_of_two
+
+
+def _readings(node: fx.Node, turned: bool) -> Iterator[tuple[fx.Node, bool]]:
+    """A weight and its transposes, each with whether its rows, [out, in], are read [in, out]."""
+    yield node, turned
+    for user in list(node.users):
+        if user.target in TRANSPOSES:
+            yield user, not turned
+
+
+def _takes_codes(product: fx.Node, weight: fx.Node, is_in_out: bool) -> bool:
+    """Whether a product is x·Wᵀ + bias of this weight, by no other factor."""
+    x_at, weight_at, bias_at, reads_in_out = PRODUCTS[product.target]
+    if reads_in_out is not is_in_out or product.args[weight_at] is not weight:
+        return False
+    if product.args[x_at] is weight:
+        return False
+    factor = float(argument(product, "alpha", 1)) * float(argument(product, "beta", 1))
+    return bias_at != 0 or factor == 1.0
 
 
 def product_of_codes(
@@ -61,18 +87,24 @@ def product_of_codes(
 ) -> Tensor:
     """x·Wᵀ + bias by an operator of ONNX Runtime, in float32, for codes of W [out, in]."""
     out, inner = sizes
-    named: dict[str, Any] = {"K": inner, "N": out, "block_size": block}
+    attributes: dict[str, Any] = {"K": inner, "N": out, "block_size": block}
     if kind in LEVELS:
-        op, more = "MatMulBnb4", {"quant_type": int(kind == "nf4")}
+        op = "MatMulBnb4"
+        attributes["quant_type"] = int(kind == "nf4")
     else:
-        op, more = "MatMulNBits", {"bits": bits_of(kind), "accuracy_level": 0}
-    given = (x.float(), codes, scale)
+        op = "MatMulNBits"
+        attributes["bits"] = bits_of(kind)
+        attributes["accuracy_level"] = 0
+    operands: tuple[Tensor, ...] = (x.float(), codes, scale)
+    if zero is not None:
+        operands = (*operands, zero)
     y: Tensor = torch.onnx.ops.symbolic(
         f"com.microsoft::{op}",
-        given if zero is None else (*given, zero),
-        attrs=named | more,
+        operands,
+        attrs=attributes,
         dtype=torch.float32,
         shape=(*x.shape[:-1], out),
         version=1,
     )
-    return y.to(x.dtype) if bias is None else y.to(x.dtype) + bias
+    y = y.to(x.dtype)
+    return y if bias is None else y + bias

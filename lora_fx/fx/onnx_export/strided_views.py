@@ -1,4 +1,8 @@
-"""Views by strides of storage that lies in another order."""
+"""Views by strides of storage that lies in another order than its dimensions.
+
+The exporter takes storage to be in the order of the dimensions: of a transposed tensor it reads
+other numbers. So the dimensions are put into the order of the storage first.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,49 @@ from torch import Tensor, fx
 from lora_fx.fx.graph.nodes import argument, hint, value
 
 
-def _by_strides(graph: fx.Graph, node: fx.Node) -> None:
-    """A view of storage that is dense, though not in the order of its dimensions."""
+def rewrite_strided_view(graph: fx.Graph, node: fx.Node) -> None:
+    """Rewrite a view of storage that is dense, though not in the order of its dimensions."""
     x = node.args[0]
     stored = value(x) if isinstance(x, fx.Node) else None
     if not isinstance(stored, Tensor) or stored.layout != torch.strided:
         return
-    sizes = [hint(n) for n in stored.shape]
-    strides = [hint(n) for n in stored.stride()]
+    order = _dense_order(stored)
+    if order is None:
+        return
+
+    start = stored.storage_offset()
+    offset = argument(node, "storage_offset")
+    first = 0
+    if offset is not None:
+        if not (isinstance(offset, int) and isinstance(start, int)):
+            return  # free sizes before the view
+        first = offset - start
+
+    in_order = order == sorted(order)
+    if not in_order or (offset is not None and start):
+        size = argument(node, "size")
+        stride = argument(node, "stride")
+        node.target = in_storage
+        node.args = (x, order, size, stride, first)
+        node.kwargs = {}
+
+
+def _dense_order(stored: Tensor) -> list[int] | None:
+    """The dimensions in the order of the storage, the slowest first.
+
+    None for a view with gaps, or of numbers that are read twice.
+    """
+    sizes = [hint(size) for size in stored.shape]
+    strides = [hint(stride) for stride in stored.stride()]
     order = sorted(range(len(sizes)), key=lambda d: -strides[d] if sizes[d] != 1 else 0)
     dense = 1
     for d in reversed(order):
-        if sizes[d] != 1 and strides[d] != dense:
-            return  # a view with gaps, or of numbers that are read twice
+        if sizes[d] == 1:
+            continue
+        if strides[d] != dense:
+            return None
         dense *= sizes[d]
-    start = stored.storage_offset()
-    offset = argument(node, "storage_offset")
-    if offset is not None and not (isinstance(offset, int) and isinstance(start, int)):
-        return  # free sizes before the view
-    first = 0 if offset is None else offset - start
-    if order != sorted(order) or (offset is not None and start):
-        size, stride = (argument(node, name) for name in ("size", "stride"))
-        node.target, node.args, node.kwargs = in_storage, (x, order, size, stride, first), {}
+    return order
 
 
 def in_storage(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.onnx.names import give_own_names, mark_data
 from lora_fx.targets.target import Target
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 def to_onnx(
     module: CapturedModule,
@@ -46,41 +49,49 @@ def to_onnx(
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
-    import onnx_ir as ir
-
-    captured = execution_of(module).captured
+    execution = execution_of(module)
+    captured = execution.captured
     graph = module.graph(False, portable=True)
     captured.allows(False)
-    if drawn := random_ops(graph.graph):
-        raise LoraFxError(
-            f"the model draws random numbers in eval mode, ONNX Runtime others: {', '.join(drawn)}",
-            "let forward take the numbers as an input",
-        )
-    weights = {name: _lifted(graph, t) for name, t in (apart or {}).items()}
+    _refuse_random_ops(graph)
+
+    weights = {name: _lifted(graph, target) for name, target in (apart or {}).items()}
     make_portable(graph.graph)
-    traced = captured.traced(False, captured.named, execution_of(module).base_dtype)
+    traced = captured.traced(False, captured.named, execution.base_dtype)
     flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
+
     free = traced.door.free(captured.requested)
-    tensors = _representative(module, free)
-    dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
-    own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
-    if execution_of(module).base_dtype is torch.bfloat16:
-        own |= set(getattr(module, "unrounded", ()))  # which are still to become float32
+    examples = [*_representative(module, free), *weights.values()]
+    free_axes = [dict.fromkeys(axes, Dim.AUTO) or None for axes in free.values()]
+    free_axes += [None] * len(weights)
 
     def program() -> ExportedProgram:
-        given = (*tensors, *weights.values())
-        known = program_of(flat, given, dims) if repeat else None
-        return known or export_program(flat, given, dims)
+        if repeat:
+            without_a_run = program_of(flat, examples, free_axes)
+            if without_a_run is not None:
+                return without_a_run
+        return export_program(flat, tuple(examples), tuple(free_axes))
 
-    model = translated(program, [*names, *weights], outputs, own, opset, repeat=repeat)
-    mark_data(model, own)
-    owner = model.graph
-    for place, weight in zip(owner.inputs[len(names) :], weights.values(), strict=True):
-        place.const_value = ir.tensor(to_numpy(weight), name=place.name)
-        owner.inputs.remove(place)
-        owner.register_initializer(place)
+    unchanged_names = {name for name, _ in captured.model.named_parameters(remove_duplicate=False)}
+    if execution.base_dtype is torch.bfloat16:
+        # the weights which are still to become float32
+        unchanged_names |= set(getattr(module, "unrounded", ()))
+    model = translated(program, [*names, *weights], outputs, unchanged_names, opset, repeat=repeat)
+
+    mark_data(model, unchanged_names)
+    _store_lifted(model, weights)
     give_own_names(model, named_tensors(captured.model)[0], symbols_of(free))
     return model
+
+
+def _refuse_random_ops(graph: FxGraph) -> None:
+    drawing = random_ops(graph.graph)
+    if drawing:
+        raise LoraFxError(
+            f"the model draws random numbers in eval mode, ONNX Runtime others: "
+            f"{', '.join(drawing)}",
+            "let forward take the numbers as an input",
+        )
 
 
 def _representative(module: CapturedModule, free: Mapping[str, Collection[int]]) -> list[Tensor]:
@@ -90,22 +101,43 @@ def _representative(module: CapturedModule, free: Mapping[str, Collection[int]])
     strides, may be 1: torch then takes it for one that is repeated, and writes shapes into the file
     that no other length has.
     """
-    example = execution_of(module).in_own_dtype()
-    tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
-    sizes = dict(zip(leaf_names(example), tree_leaves(example), strict=True))
-    single = any(sizes[name].shape[d] == 1 for name, dims in free.items() for d in dims)
-    if single or not all(map(has_values, tensors)):
-        return [x for x in tree_leaves(execution_of(module).sample()) if isinstance(x, Tensor)]
+    execution = execution_of(module)
+    example = execution.in_own_dtype()
+    leaves = tree_leaves(example)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    leaf_of = dict(zip(leaf_names(example), leaves, strict=True))
+    if _has_free_size_of_one(leaf_of, free) or not all(map(has_values, tensors)):
+        sample = tree_leaves(execution.sample())
+        return [leaf for leaf in sample if isinstance(leaf, Tensor)]
     return tensors
 
 
+def _has_free_size_of_one(leaf_of: Mapping[str, Any], free: Mapping[str, Collection[int]]) -> bool:
+    sizes: list[int] = []
+    for name, axes in free.items():
+        sizes += [leaf_of[name].shape[axis] for axis in axes]
+    return any(size == 1 for size in sizes)
+
+
 def _lifted(graph: FxGraph, target: Target) -> Tensor:
-    """Let the uses of a weight read an input in its place; returns its value."""
+    """Let the uses of a weight read an input in its place; returns the weight's value."""
     # a copy: an export takes one tensor for one value, wherever it meets it
     weight = from_numpy(graph.read(target.parameter.name).copy())
-    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    with graph.graph.inserting_after(places[-1]):
-        place = graph.graph.placeholder(f"weight_{len(places)}")
+    inputs = graph.graph.find_nodes(op="placeholder")
+    with graph.graph.inserting_after(inputs[-1]):
+        weight_input = graph.graph.placeholder(f"weight_{len(inputs)}")
     for site in target.sites:
-        graph.rebase(site, place)
+        graph.rebase(site, weight_input)
     return weight
+
+
+def _store_lifted(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
+    """Make initialisers of the last inputs, which stand for lifted weights."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    first = len(graph.inputs) - len(weights)
+    for weight_input, weight in zip(graph.inputs[first:], weights.values(), strict=True):
+        weight_input.const_value = ir.tensor(to_numpy(weight), name=weight_input.name)
+        graph.inputs.remove(weight_input)
+        graph.register_initializer(weight_input)

@@ -25,8 +25,6 @@ from lora_fx.patching import patched
 from lora_fx.progress import stage
 
 OPSET = 20
-
-
 LEAST = {"torch.onnx": logging.CRITICAL, "onnxscript": logging.ERROR, "onnx_ir": logging.ERROR}
 """Levels of the exporter's loggers; it also prints progress and warns about its own parts."""
 
@@ -35,7 +33,7 @@ def translated(
     program: Callable[[], ExportedProgram],
     inputs: Sequence[str],
     outputs: Sequence[str],
-    own: Collection[str],
+    unchanged: Collection[str],
     opset: int,
     *,
     repeat: bool = True,
@@ -43,20 +41,24 @@ def translated(
     """A program as an onnx_ir.Model.
 
     Args:
-        program: Makes it.
+        program: Makes the program.
         inputs: The names of its inputs.
-        outputs: Those of its outputs.
-        own: The names of weights, which stay as they are.
+        outputs: The names of its outputs.
+        unchanged: The names of weights, which stay as they are.
         opset: The opset of the file.
         repeat: As in `to_onnx`.
 
     Raises:
         LoraFxError: The exporter cannot translate an op; its own words are in the message.
     """
-    said = silenced(contextlib.redirect_stdout, LEAST)
-    quick = repeating() if repeat else contextlib.nullcontext()
-    translating = stage("translating to ONNX")
-    with translating, said, weights_apart(own), recurrent_shapes(), quick, torch.no_grad():
+    with contextlib.ExitStack() as blocks:
+        blocks.enter_context(stage("translating to ONNX"))
+        blocks.enter_context(silenced(contextlib.redirect_stdout, LEAST))
+        blocks.enter_context(weights_apart(unchanged))
+        blocks.enter_context(recurrent_shapes())
+        if repeat:
+            blocks.enter_context(repeating())
+        blocks.enter_context(torch.no_grad())
         try:
             onnx = torch.onnx.export(
                 program(),
@@ -67,15 +69,20 @@ def translated(
                 verbose=False,
             )
         except Exception as e:
-            inner: BaseException = e  # the innermost names the operator
-            while inner.__cause__ is not None:
-                inner = inner.__cause__
+            reason = one_line(_innermost(e), 200)
             raise LoraFxError(
-                f"torch's ONNX exporter refused the model: {one_line(inner, 200)}",
+                f"torch's ONNX exporter refused the model: {reason}",
                 "-v prints all that it says",
             ) from e
     assert onnx is not None
     return onnx.model
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """The first of the causes of an exporter's error, which names the operator."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager
@@ -90,7 +97,13 @@ def weights_apart(weights: Collection[str]) -> Iterator[None]:
     """
     from onnxscript import optimizer
 
-    rule = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
-    fold = patched(optimizer, optimize_ir=rule)
-    with norms_unfused(), weights_unjoined(weights), fold, exact_constants(), constants_apart():
+    optimize = partial(optimizer.optimize_ir, should_fold=unfolded(weights))
+    weights_unfolded = patched(optimizer, optimize_ir=optimize)
+    with (
+        norms_unfused(),
+        weights_unjoined(weights),
+        weights_unfolded,
+        exact_constants(),
+        constants_apart(),
+    ):
         yield
