@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,9 +22,10 @@ from torch.export import ExportedProgram
 
 from lora_fx.fx.fake_tensors import detect_fake_mode
 from lora_fx.fx.graph.nodes import hint, reached, replace_parts, value
+from lora_fx.fx.lowering.node_arguments import _reads, _valued, _with
 from lora_fx.fx.lowering.program_signature import _sign, signed
 from lora_fx.fx.operators import OpOverload, decomposes_unasked
-from lora_fx.fx.trees import tree_leaves, tree_map_only
+from lora_fx.fx.trees import tree_leaves
 from lora_fx.text import by_key
 
 aten = torch.ops.aten
@@ -137,16 +138,6 @@ def _parts(nodes: Sequence[fx.Node], program: ExportedProgram, table: Table) -> 
     return parts
 
 
-def _reads(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments, as often as they stand there."""
-    return [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
-
-
-def _with(node: fx.Node, given: Iterator[Any]) -> Any:
-    """(args, kwargs) of a node with others in the places of the nodes that it reads."""
-    return tree_map_only(fx.Node, lambda _: next(given), (node.args, node.kwargs))
-
-
 def _start(graph: fx.Graph, place: fx.Node, val: Any) -> Any:
     """An input, as a node reads it; a number is the size of a tensor made for it."""
     if isinstance(val, torch.Tensor):
@@ -154,13 +145,6 @@ def _start(graph: fx.Graph, place: fx.Node, val: Any) -> Any:
         return place
     place.meta["val"] = torch.empty(val)
     return _valued(graph, val, aten.sym_size.int, (place, 0))
-
-
-def _valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
-    """A new node with its value; `call` is its args and kwargs."""
-    new = graph.call_function(target, *call)
-    new.meta["val"] = val
-    return new
 
 
 def _values(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:

@@ -9,7 +9,7 @@ from torch import fx
 
 from lora_fx.fx.graph.in_place import Writes, written_by
 from lora_fx.fx.graph.nodes import value
-from lora_fx.fx.lowering.decomposition import _reads
+from lora_fx.fx.lowering.node_arguments import _reads
 from lora_fx.fx.operators import OpOverload
 
 aten = torch.ops.aten
