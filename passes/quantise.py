@@ -21,8 +21,8 @@ from torch import fx
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.coded_parameters import forms, store
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.quantised_parameters import forms, store
 from lora_fx.ir.quantised import quantise
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find

@@ -59,7 +59,7 @@ PRIVATE = {
     "operators": "lora_fx.fx.operators",
     "fake tensors": "lora_fx.fx.fake_tensors",
     "symbolic sizes": "lora_fx.fx.symbolic_sizes",
-    "modes of dispatch": "lora_fx.fx.operator_dispatch",
+    "modes of dispatch": "lora_fx.fx.python_dispatch",
     "transforms": "lora_fx.fx.func_transforms",
     "dynamo": "lora_fx.fx.dynamo",
     ".pt2 files": "lora_fx.fx.pt2.serialised",

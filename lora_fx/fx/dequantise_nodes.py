@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.onnx import BITS
-from lora_fx.fx.coded_parameters import declare, stored_of, tensors_of
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, PARTS, Stored, arguments
 from lora_fx.fx.graph.nodes import dtype_of
+from lora_fx.fx.quantised_parameters import declare, stored_of, tensors_of
 
 
 def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) -> bool:

@@ -18,8 +18,8 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Dense, ReplacedRows
+from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
 from lora_fx.fx.sharing_copy import beside
-from lora_fx.fx.tensor_names import named_tensors, owner, parameter_of
 
 Undo = Callable[[], object]
 

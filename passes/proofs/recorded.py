@@ -32,12 +32,12 @@ from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.attach.attachment import keeps_statistics
 from lora_fx.fx.capture.capture import Captured, alike, copied
 from lora_fx.fx.capture.trace import EveryLayer
-from lora_fx.fx.coded_parameters import forms
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, by_output
-from lora_fx.fx.tensor_names import named_tensors
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.inputs import Named
 from lora_fx.ir.numpy_emitter import NumpyEmitter

@@ -29,10 +29,10 @@ from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_g
 from lora_fx.fx.capture.call import Called, Signature, unwrapped, wrappers
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.dotted_names import named_tensors, owner
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, aten_ops
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensor_names import named_tensors, owner
 from lora_fx.fx.tensors import refuse_inference
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.untie import lone_names, untie

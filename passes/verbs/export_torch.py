@@ -19,7 +19,7 @@ from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
-from lora_fx.fx.coded_parameters import forms
+from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_parameter
 from lora_fx.fx.module.adapted import AdaptedModule, Base
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
@@ -27,8 +27,8 @@ from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.sharing_copy import beside
-from lora_fx.fx.tensor_names import named_tensors, parameter_of, replace_parameter
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch import batch_symbol

@@ -27,7 +27,6 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import alike, as_it_was
-from lora_fx.fx.coded_parameters import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
@@ -35,6 +34,7 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.operators import SpecViolationError
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.optimizer_step import STATES, Slot, Update, slots_in

@@ -21,7 +21,7 @@ from lora_fx.data import Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.tensor_names import named_tensors
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.objective import objective
 from lora_fx.inputs import Dynamic, Named

@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.coded_parameters import taken, tensors_of
+from lora_fx.fx.dotted_names import parameter_of
+from lora_fx.fx.quantised_parameters import taken, tensors_of
 from lora_fx.fx.sharing_copy import beside
-from lora_fx.fx.tensor_names import parameter_of
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors

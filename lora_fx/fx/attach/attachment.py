@@ -34,9 +34,9 @@ from lora_fx.fx.attach.live import (
 )
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.dotted_names import owner, parameter_of
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
-from lora_fx.fx.tensor_names import owner, parameter_of
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched

@@ -33,8 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
+from lora_fx.fx.dotted_names import owner
 from lora_fx.fx.graph.nodes import reached
-from lora_fx.fx.tensor_names import owner
 from lora_fx.fx.tensors import padding
 from lora_fx.fx.trees import tree_map_only
 from lora_fx.ir.convolution import Conv, ConvTranspose

@@ -18,11 +18,11 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.capture.call import OverTree, Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.dynamo import compiling_afresh
 from lora_fx.fx.graph.elementwise_chains import VIEWS
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
-from lora_fx.fx.tensor_names import parameter_of
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Analysed, OtherReader, Parameter, Site
 

@@ -25,18 +25,18 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity, sizes_text
 from lora_fx.conditions import Condition
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
-from lora_fx.fx import coded_parameters
+from lora_fx.fx import quantised_parameters
 from lora_fx.fx.capture import call, trace
 from lora_fx.fx.capture.agreement import Agreement, drawn_calls, sizes_of
 from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
 from lora_fx.fx.capture.quantised_layers import plain_layers
 from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
+from lora_fx.fx.dotted_names import all_tensors, parameter_of
 from lora_fx.fx.fake_tensors import FakeTensorMode, is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.symbolic_sizes import ShapeEnv
-from lora_fx.fx.tensor_names import all_tensors, parameter_of
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
@@ -777,7 +777,7 @@ def weightless(
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     memo: dict[int, Any] = {}
-    numbers = {id(parameter_of(model, n)): q for n, q in coded_parameters.forms(model).items()}
+    numbers = {id(parameter_of(model, n)): q for n, q in quantised_parameters.forms(model).items()}
     for t in [*model.parameters(), *model.buffers()]:
         device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
         like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
@@ -787,5 +787,5 @@ def weightless(
         memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
     copied = copy.deepcopy(model, memo)
     if numbers:
-        coded_parameters.forget(copied)
+        quantised_parameters.forget(copied)
     return copied, mode

@@ -25,8 +25,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.base import FLOAT8, checked, wrong
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.fx.coded_parameters import store
 from lora_fx.fx.codes import LINEAR_IN
+from lora_fx.fx.quantised_parameters import store
 from lora_fx.fx.sharing_copy import beside
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.bit_packing import unpacked

@@ -32,7 +32,6 @@ from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.files.sealed import unsealed
-from lora_fx.fx.coded_parameters import declare, store
 from lora_fx.fx.codes import LEVELS, Stored
 from lora_fx.fx.load.config_gate import (
     Metered,
@@ -42,6 +41,7 @@ from lora_fx.fx.load.config_gate import (
     sealed_libraries,
 )
 from lora_fx.fx.load.unnamed_class import class_of_weights
+from lora_fx.fx.quantised_parameters import declare, store
 from lora_fx.fx.torch_pickles import pickled
 from lora_fx.patching import patched
 from lora_fx.text import Json, JsonView, some

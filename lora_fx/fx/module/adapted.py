@@ -30,14 +30,14 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx import dynamo
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.coded_parameters import numbers
+from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
 from lora_fx.fx.fake_tensors import is_wrapper
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.doubts import decide_doubts
 from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups
+from lora_fx.fx.quantised_parameters import numbers
 from lora_fx.fx.shards import is_sharded, put, refuse_shards, settle, whole
-from lora_fx.fx.tensor_names import named_tensors, owner, parameter_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found

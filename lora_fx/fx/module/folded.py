@@ -10,7 +10,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import tensor_names, tensors
+from lora_fx.fx import dotted_names, tensors
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.doubts import decide_doubts
@@ -30,9 +30,9 @@ class FoldedModule(CapturedModule):
         self.unrounded: dict[str, Callable[[], Array]] = {}
         """Name of a tensor → its value before it was rounded to the model's dtype."""
         for name, full in adapter.full.items():
-            old = tensor_names.parameter_of(self, name)
+            old = dotted_names.parameter_of(self, name)
             new = nn.Parameter(tensors.from_numpy(full.value, like=old), requires_grad=False)
-            tensor_names.replace_parameter(self, old, new)
+            dotted_names.replace_parameter(self, old, new)
         self._graph(False, captured.named)
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:

@@ -20,16 +20,16 @@ from torch import fx, nn
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import coded_parameters, codes, tensor_names, tensors
+from lora_fx.fx import codes, dotted_names, quantised_parameters, tensors
 from lora_fx.fx.capture.call import leaves_of, output_name, program_key
 from lora_fx.fx.capture.capture import Captured, base_dtype
 from lora_fx.fx.capture.trace import Traced, has_grouped
+from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.skeleton import Skeleton
-from lora_fx.fx.tensor_names import all_tensors
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
@@ -153,9 +153,9 @@ class CapturedModule(Recomputing, Scope):
         self._programs = Programs(captured, blocks=blocks)
         self._norm_stats = norm_stats
         self._adapted = True
-        names, _ = tensor_names.named_tensors(tree)
+        names, _ = dotted_names.named_tensors(tree)
         wanted = {names[n] for n in own}
-        if coded := sorted(wanted & coded_parameters.forms(tree).keys()):
+        if coded := sorted(wanted & quantised_parameters.forms(tree).keys()):
             raise LoraFxError(
                 f"{coded[0]} is quantised, and cannot be trained whole",
                 "leave it out of also_train: a branch beside it trains",

@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.call import leaf_names, symbols_of
 from lora_fx.fx.capture.trace import export_program
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.lowering.graph_program import program_of
@@ -20,7 +21,6 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.onnx_export.portable import make_portable
 from lora_fx.fx.onnx_export.translation import OPSET, translated
-from lora_fx.fx.tensor_names import named_tensors
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.onnx.names import give_own_names, mark_data

@@ -24,6 +24,7 @@ from lora_fx.adapter.variant import (
 )
 from lora_fx.errors import LoraFxError, one_line, stamp
 from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.dotted_names import named_tensors, owner
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
@@ -32,7 +33,6 @@ from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.operators import OpOverload
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
 from lora_fx.fx.pt2.serialised import program_of_json
-from lora_fx.fx.tensor_names import named_tensors, owner
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_unflatten
 from lora_fx.text import Json, JsonView, by_key

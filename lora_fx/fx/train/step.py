@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.fx.capture.call import symbols_of
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
 from lora_fx.fx.graph.in_place import written_by
 from lora_fx.fx.graph.nodes import OverTensors, value
@@ -31,9 +32,8 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.onnx_export.portable import SQUEEZES, mend_squeeze
 from lora_fx.fx.onnx_export.translation import OPSET, translated
 from lora_fx.fx.onnx_exporter import decompositions
-from lora_fx.fx.operator_dispatch import enable_python_dispatcher
 from lora_fx.fx.proxy_tracing import make_fx
-from lora_fx.fx.tensor_names import named_tensors
+from lora_fx.fx.python_dispatch import enable_python_dispatcher
 from lora_fx.fx.train.differentiable_ops import DIFFERENTIABLE
 from lora_fx.fx.train.free_sizes import _sizes_kept
 from lora_fx.fx.train.gradient_ops import OWN

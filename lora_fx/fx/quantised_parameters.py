@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.codes import DEQUANTISE, HELD, PARTS, Stored, arguments, arrays_of
-from lora_fx.fx.tensor_names import named_tensors, owner, parameter_of, replace_parameter
+from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of, replace_parameter
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.ir.quantised import Quantised
 
