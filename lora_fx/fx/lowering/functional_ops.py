@@ -9,7 +9,7 @@ from torch import fx
 
 from lora_fx.fx.graph.in_place import Writes, written_by
 from lora_fx.fx.graph.nodes import value
-from lora_fx.fx.lowering.node_arguments import _reads
+from lora_fx.fx.lowering.node_arguments import read_nodes
 from lora_fx.fx.operators import OpOverload
 
 aten = torch.ops.aten
@@ -23,24 +23,46 @@ def without_writes(graph: fx.Graph) -> None:
     """
     writes = Writes(graph)
     for node in graph.nodes:
-        into = written_by(node)
-        plain = _giving(node.target) if len(into) == 1 else None
-        if plain is None or into[0] is not node.args[0]:
+        written = written_by(node)
+        functional = _functional(node.target) if len(written) == 1 else None
+        if functional is None or written[0] is not node.args[0]:
             continue
-        own, at = writes.storage[into[0]], writes.order[node]
-        held = [n for n, s in writes.storage.items() if s & own and writes.order[n] < at]
-        dtypes = {v.dtype for v in map(value, _reads(node)) if isinstance(v, torch.Tensor)}
-        made = all(isinstance(n, fx.Node) and n.op == "call_function" for n in own)
-        if made and len(dtypes) == 1 and all(writes.order[u] <= at for n in held for u in n.users):
-            node.target = plain
+        if _is_last_reader(node, written[0], writes) and not _rounds(node):
+            node.target = functional
 
 
-def _giving(target: Any) -> OpOverload | None:
+def _is_last_reader(node: fx.Node, written: fx.Node, writes: Writes) -> bool:
+    """Whether nothing reads what a node writes into afterwards, and the graph itself made it."""
+    storage = writes.storage[written]
+    position = writes.order[node]
+    if not all(isinstance(owner, fx.Node) and owner.op == "call_function" for owner in storage):
+        return False
+    for alias, alias_storage in writes.storage.items():
+        if not alias_storage & storage or writes.order[alias] >= position:
+            continue
+        if any(writes.order[user] > position for user in alias.users):
+            return False
+    return True
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether tensors of several dtypes meet, and the result has that of the one written into."""
+    values = map(value, read_nodes(node))
+    return len({val.dtype for val in values if isinstance(val, torch.Tensor)}) != 1
+
+
+def _functional(target: Any) -> OpOverload | None:
     """The op that gives what another writes: aten.relu.default for aten.relu_.default."""
     name = getattr(target, "_opname", "")
-    packet = getattr(aten, name[:-1], None) if name[-1:] == "_" and name[-2:-1] != "_" else None
-    plain = getattr(packet, target._overloadname, None) if packet is not None else None
-    if plain is None or plain._schema.is_mutable:
+    if not name.endswith("_") or name.endswith("__"):
         return None
-    given, written = ([str(a.type) for a in op._schema.arguments] for op in (plain, target))
-    return plain if given == written else None
+    packet = getattr(aten, name[:-1], None)
+    functional = getattr(packet, target._overloadname, None)
+    if functional is None or functional._schema.is_mutable:
+        return None
+    same_arguments = _argument_types(functional) == _argument_types(target)
+    return functional if same_arguments else None
+
+
+def _argument_types(op: OpOverload) -> list[str]:
+    return [str(argument.type) for argument in op._schema.arguments]

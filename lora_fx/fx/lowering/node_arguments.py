@@ -1,4 +1,4 @@
-"""The nodes among a node's arguments, and nodes made of others."""
+"""The nodes among a node's arguments, and nodes made with others in their place."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import fx
 from lora_fx.fx.trees import tree_leaves, tree_map_only
 
 
-def _reads(node: fx.Node) -> list[fx.Node]:
+def read_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments, as often as they stand there."""
-    return [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
+    leaves = tree_leaves((node.args, node.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
 
-def _with(node: fx.Node, given: Iterator[Any]) -> Any:
-    """(args, kwargs) of a node with others in the places of the nodes that it reads."""
-    return tree_map_only(fx.Node, lambda _: next(given), (node.args, node.kwargs))
+def call_with(node: fx.Node, operands: Iterator[Any]) -> Any:
+    """(args, kwargs) of a node with these operands in the places of the nodes that it reads."""
+    return tree_map_only(fx.Node, lambda _: next(operands), (node.args, node.kwargs))
 
 
-def _valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
+def valued(graph: fx.Graph, val: object, target: Any, *call: Any) -> fx.Node:
     """A new node with its value; `call` is its args and kwargs."""
     new = graph.call_function(target, *call)
     new.meta["val"] = val

@@ -22,13 +22,16 @@ from torch.export.graph_signature import (
 from lora_fx.fx.trees import tree_structure
 
 
-def _sign(program: ExportedProgram) -> None:
-    """Let the signature name the outputs as they are."""
-    signature, (ends,) = program.graph_signature, program.graph.output_node().args
-    signature.output_specs = [
-        replace(s, arg=TensorArgument(n.name)) if isinstance(s.arg, TensorArgument) else s
-        for s, n in zip(signature.output_specs, ends, strict=True)
-    ]
+def name_outputs(program: ExportedProgram) -> None:
+    """Let the signature of a program name the outputs as the graph does."""
+    (outputs,) = program.graph.output_node().args
+    signature = program.graph_signature
+    named = []
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        if isinstance(spec.arg, TensorArgument):
+            spec = replace(spec, arg=TensorArgument(node.name))
+        named.append(spec)
+    signature.output_specs = named
 
 
 def signed(
@@ -36,20 +39,24 @@ def signed(
 ) -> ExportedProgram:
     """A graph of tensors as a program; the placeholders of its state stand before the inputs."""
     outputs: Any = graph.output_node().args[0]
-    kinds = {True: InputKind.PARAMETER, False: InputKind.BUFFER}
-    places = zip(graph.find_nodes(op="placeholder"), state.items(), strict=False)
-    owned = [
-        InputSpec(kinds[isinstance(t, nn.Parameter)], TensorArgument(p.name), name, True)
-        for p, (name, t) in places
+    state_specs = []
+    placeholders = graph.find_nodes(op="placeholder")
+    for placeholder, (name, tensor) in zip(placeholders, state.items(), strict=False):
+        kind = InputKind.PARAMETER if isinstance(tensor, nn.Parameter) else InputKind.BUFFER
+        state_specs.append(InputSpec(kind, TensorArgument(placeholder.name), name, True))
+    input_specs = [
+        InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs
     ]
-    given = [InputSpec(InputKind.USER_INPUT, TensorArgument(n.name), None) for n in inputs]
-    ends = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n.name), None) for n in outputs]
-    spec = tree_structure((tuple(range(len(inputs))), {}))
-    call = ModuleCallSignature([], [], spec, tree_structure(tuple(range(len(outputs)))))
+    output_specs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs
+    ]
+    arguments = tree_structure((tuple(range(len(inputs))), {}))
+    results = tree_structure(tuple(range(len(outputs))))
+    call = ModuleCallSignature([], [], arguments, results)
     return ExportedProgram(
         nn.Module(),
         graph,
-        ExportGraphSignature([*owned, *given], ends),
+        ExportGraphSignature([*state_specs, *input_specs], output_specs),
         dict(state),
         {},
         [ModuleCallEntry("", call)],
