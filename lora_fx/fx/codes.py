@@ -1,4 +1,4 @@
-"""Weights of a tree that are stored as codes: their tensors, and the op that makes numbers of them.
+"""Weights stored as codes: their tensors, and the op that makes numbers of them.
 
 The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
 NAME_zero, hold a number a block, and NAME_order the places of columns that lie by their blocks.
@@ -96,9 +96,13 @@ def _table(kind: str) -> torch.Tensor:
     """The values of the codes in every byte, [256, codes in a byte], in their order."""
     bits = bits_of(kind)
     shifts = torch.arange(0, 8, bits)
-    flat = kind in LEVELS
-    codes = (torch.arange(256)[:, None] >> (shifts.flip(0) if flat else shifts)) & (2**bits - 1)
-    return torch.from_numpy(LEVELS[kind])[codes] if flat else codes.float()
+    in_table = kind in LEVELS
+    if in_table:  # these have their first code in the highest bits
+        shifts = shifts.flip(0)
+    codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
+    if not in_table:
+        return codes.float()
+    return torch.from_numpy(LEVELS[kind])[codes]
 
 
 def dequantised(
@@ -113,26 +117,49 @@ def dequantised(
     `form` is what `arguments` says.
     """
     shape, kind, block, turned, dtype = form
-    values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
+    values = _values_of(codes, kind)
     if kind in LEVELS:
-        count = math.prod(shape)
-        flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
-        flat = (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
+        flat = _from_blocks(values, scale, math.prod(shape), block)
     else:
-        rows, blocks = scale.shape
-        offset: torch.Tensor | float = 2.0 ** (bits_of(kind) - 1)
-        if zero is not None:
-            offset = zero[..., None]
-            if zero.dtype == torch.uint8:
-                told = _table(kind).to(codes.device).index_select(0, zero.reshape(-1).int())
-                offset = told.reshape(rows, -1)[:, :blocks, None]
-        wide = (values.reshape(rows, blocks, block) - offset) * scale[..., None]
-        flat = wide.reshape(rows, blocks * block)[:, : math.prod(shape) // rows]
-        flat = flat if order is None else flat.index_copy(1, order.long(), flat)
+        flat = _from_rows(values, scale, _zeros_of(scale, zero, kind), block)
+        flat = flat[:, : math.prod(shape) // scale.shape[0]]
+        if order is not None:
+            flat = flat.index_copy(1, order.long(), flat)
     if turned:
-        swapped = [*shape[:-2], shape[-1], shape[-2]]
-        return flat.to(dtype).reshape(swapped).transpose(-1, -2)
+        transposed_shape = [*shape[:-2], shape[-1], shape[-2]]
+        return flat.to(dtype).reshape(transposed_shape).transpose(-1, -2)
     return flat.to(dtype).reshape(list(shape))
+
+
+def _values_of(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """The values of the codes in bytes, [bytes, codes in a byte]."""
+    return _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
+
+
+def _from_blocks(values: torch.Tensor, scale: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """Values times scales, in blocks along the flattened weight."""
+    flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
+    return (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
+
+
+def _from_rows(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, block: int
+) -> torch.Tensor:
+    """Values less zeros, times scales, in blocks of each row; the last block may reach too far."""
+    rows, blocks = scale.shape
+    wide = (values.reshape(rows, blocks, block) - zero) * scale[..., None]
+    return wide.reshape(rows, blocks * block)
+
+
+def _zeros_of(scale: torch.Tensor, zero: torch.Tensor | None, kind: str) -> torch.Tensor | float:
+    """The zeros [rows, blocks, 1] as numbers; the middle code where there are none."""
+    if zero is None:
+        middle: float = 2.0 ** (bits_of(kind) - 1)
+        return middle
+    if zero.dtype != torch.uint8:
+        return zero[..., None]
+    rows, blocks = scale.shape
+    return _values_of(zero, kind).reshape(rows, -1)[:, :blocks, None]
 
 
 SCHEMA = (
@@ -143,18 +170,19 @@ _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCH
 
 
 @_op.register_fake
-def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    shape, _, _, turned, dtype = rest[3:]
+def _shaped(codes: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    shape, _, _, turned, dtype = arguments[3:]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
-    return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
+    transposed_shape = [*shape[:-2], shape[-1], shape[-2]]
+    return codes.new_empty(transposed_shape, dtype=dtype).transpose(-1, -2)
 
 
 DEQUANTISE: Callable[..., torch.Tensor] = torch.ops.lora_fx.dequantise.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; x and what is given are of one."""
+    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; the result has the dtype of x."""
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
@@ -165,33 +193,44 @@ LINEAR_IN: Callable[..., torch.Tensor] = torch.ops.lora_fx.linear_in.default
 
 
 def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
-    """Format, block, and the arrays as the table above has them."""
+    """Format, block, and the arrays as the table above has them.
+
+    Raises:
+        LoraFxError: Levels or blocks that no format of the table has.
+    """
     if q.codes.dtype.name == FP8:
         q = dataclasses.replace(q, codes=q.codes.view(np.uint8), levels=LEVELS["fp8"])
-    levels = q.levels
-    if levels is not None:
-        if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
-            scale = np.repeat(q.scale.reshape(-1, q.scale.shape[-1]), q.block[0], 0)[: len(q.codes)]
-            q = dataclasses.replace(q, scale=scale, block=(1, q.block[1]))
-        kinds = [k for k, t in LEVELS.items() if np.array_equal(t, levels, equal_nan=True)]
-        goes_on = q.flat or (q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0)
-        if not kinds or not goes_on:
-            raise LoraFxError(
-                f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
-                f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
-            )
-        codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
-        scale = q.scale.reshape(-1).astype(np.float32)
-        return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
-    made = as_matmul_nbits(name, q, strict=False)
-    arrays = {"codes": made.b, "scale": made.scales}
-    if made.zero_points is not None:
-        arrays["zero"] = made.zero_points
+    if q.levels is not None:
+        return _arrays_of_levels(name, q, q.levels)
+    stored = as_matmul_nbits(name, q, strict=False)
+    arrays = {"codes": stored.b, "scale": stored.scales}
+    if stored.zero_points is not None:
+        arrays["zero"] = stored.zero_points
     if q.order is not None:
         arrays["order"] = q.order.astype(np.int32)
-    return f"int{made.bits}", made.block_size, arrays
+    return f"int{stored.bits}", stored.block_size, arrays
+
+
+def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int, dict[str, Array]]:
+    """The same of codes that are places of a table."""
+    if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
+        scale_rows = q.scale.reshape(-1, q.scale.shape[-1])
+        scale = np.repeat(scale_rows, q.block[0], 0)[: len(q.codes)]
+        q = dataclasses.replace(q, scale=scale, block=(1, q.block[1]))
+    kinds = [
+        kind for kind, table in LEVELS.items() if np.array_equal(table, levels, equal_nan=True)
+    ]
+    rows_end_blocks = q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0
+    if not kinds or not (q.flat or rows_end_blocks):
+        raise LoraFxError(
+            f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
+            f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
+        )
+    codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
+    scale = q.scale.reshape(-1).astype(np.float32)
+    return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the op takes behind its tensors."""
+    """The arguments of the op behind its tensors."""
     return list(stored.shape), stored.format, stored.block, stored.turned, dtype

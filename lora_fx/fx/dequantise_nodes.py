@@ -15,29 +15,30 @@ from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.quantised_parameters import declare, stored_of, tensors_of
 
 
-def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) -> bool:
+def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str, Stored]) -> bool:
     """Let a graph read, by the op, what the tree stores as codes; returns whether any was new.
 
     Every user has an op of its own, just before it and in its module, so that no more than one
     weight is there as numbers at a time.
     """
-    new = False
+    changed = False
     for node in graph.find_nodes(op="get_attr"):
         name = names.get(str(node.target), "")
-        stored = held.get(name)
+        stored = stored_by_name.get(name)
         if stored is None:
             continue
-        rest = arguments(stored, dtype_of(node) or stored.dtype)
-        for user in [u for u in node.users if u.target is not DEQUANTISE]:
+        form = arguments(stored, dtype_of(node) or stored.dtype)
+        for user in [user for user in node.users if user.target is not DEQUANTISE]:
             with graph.inserting_before(user):
-                parts = {p: graph.get_attr(f"{name}_{p}") for p in stored.parts}
-                made = graph.call_function(DEQUANTISE, (node, *map(parts.get, PARTS), *rest))
-            made.meta["val"] = node.meta["val"]
+                buffers = {part: graph.get_attr(f"{name}_{part}") for part in stored.parts}
+                operands = (node, *map(buffers.get, PARTS), *form)
+                weight = graph.call_function(DEQUANTISE, operands)
+            weight.meta["val"] = node.meta["val"]
             if "nn_module_stack" in user.meta:
-                made.meta["nn_module_stack"] = user.meta["nn_module_stack"]
-            user.replace_input_with(node, made)
-            new = True
-    return new
+                weight.meta["nn_module_stack"] = user.meta["nn_module_stack"]
+            user.replace_input_with(node, weight)
+            changed = True
+    return changed
 
 
 def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
@@ -52,40 +53,75 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
         LoraFxError: What an op says and what its tensors are differ, or what two ops say of them.
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
-        codes, *beside, shape, kind, block, turned, dtype = node.args
-        given = {p: names[n.name] for p, n in zip(PARTS, beside, strict=True) if n is not None}
-        name, said = names[codes.name], (kind, shape, block, turned, dtype)
+        codes, *buffers, shape, kind, block, turned, dtype = node.args
+        name = names[codes.name]
+        buffer_names = {
+            part: names[buffer.name]
+            for part, buffer in zip(PARTS, buffers, strict=True)
+            if buffer is not None
+        }
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-        stored = Stored(kind, sizes, block, dtype, turned, tuple(given))
-        own = given == {p: f"{name}_{p}" for p in given}
-        same = stored_of(root, name) in (None, stored)
-        if not (own and same and _fits(stored, *tensors_of(root, name))):
+        stored = Stored(kind, sizes, block, dtype, turned, tuple(buffer_names))
+
+        beside_codes = buffer_names == {part: f"{name}_{part}" for part in buffer_names}
+        agrees = stored_of(root, name) in (None, stored)
+        if not (beside_codes and agrees and _fits(stored, *tensors_of(root, name))):
+            form = (kind, shape, block, turned, dtype)
             raise LoraFxError(
-                f"{name}: its codes are not those of {said}", "the file is damaged: fetch it again"
+                f"{name}: its codes are not those of {form}", "the file is damaged: fetch it again"
             )
         declare(root, name, stored)
 
 
-def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
-    """Whether tensors are as the table at the top has them."""
-    kinds = (*LEVELS, *(f"int{n}" for n in BITS))
-    plain = all(type(n) is int and n > 0 for n in (*stored.shape, stored.block))
-    dtype = isinstance(stored.dtype, torch.dtype) and stored.dtype.is_floating_point
-    if not (plain and dtype and stored.format in kinds and len(stored.shape) > 1):
+def _fits(stored: Stored, codes: torch.Tensor, *buffers: torch.Tensor) -> bool:
+    """Whether tensors are as the table at the top of lora_fx.fx.codes has them."""
+    if not _is_known_form(stored):
         return False
-    count, bits = math.prod(stored.shape), stored.bits
     if stored.format in LEVELS:
-        want: list[tuple[int, ...]] = [(-(-count * bits // 8),), (-(-count // stored.block),)]
+        count = math.prod(stored.shape)
+        shapes = [(_ceil(count * stored.bits, 8),), (_ceil(count, stored.block),)]
     else:
-        rows, blocks = codes.shape[0], -(-count // max(codes.shape[0], 1) // stored.block)
-        width = blocks * bits
-        want = [(rows, blocks, stored.block * bits // 8), (rows, blocks)]
-        if "zero" in stored.parts:
-            packed = rest[1].dtype == torch.uint8
-            want.append((rows, -(-width // 8) if packed else blocks))
-        if "order" in stored.parts:
-            order, places = rest[-1], torch.arange(count // max(rows, 1))
-            want.append(tuple(places.shape))
-            if not order.is_meta and not torch.equal(order.long().sort()[0].cpu(), places):
-                return False
-    return [tuple(t.shape) for t in (codes, *rest)] == want
+        shapes = _shapes_of_rows(stored, len(codes), buffers)
+        if "order" in stored.parts and not _is_order(buffers[-1], shapes[-1][0]):
+            return False
+    return [tuple(tensor.shape) for tensor in (codes, *buffers)] == shapes
+
+
+def _is_known_form(stored: Stored) -> bool:
+    """Whether there are codes of such a format, shape, block and dtype."""
+    formats = (*LEVELS, *(f"int{bits}" for bits in BITS))
+    sizes = (*stored.shape, stored.block)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return False
+    if not isinstance(stored.dtype, torch.dtype) or not stored.dtype.is_floating_point:
+        return False
+    return stored.format in formats and len(stored.shape) > 1
+
+
+def _shapes_of_rows(
+    stored: Stored, rows: int, buffers: Sequence[torch.Tensor]
+) -> list[tuple[int, ...]]:
+    """The shapes of codes that lie row by row, and of their parts."""
+    columns = math.prod(stored.shape) // max(rows, 1)
+    blocks = -(-math.prod(stored.shape) // max(rows, 1) // stored.block)
+    shapes: list[tuple[int, ...]] = [
+        (rows, blocks, stored.block * stored.bits // 8),
+        (rows, blocks),
+    ]
+    if "zero" in stored.parts:
+        in_bytes = buffers[1].dtype == torch.uint8
+        shapes.append((rows, _ceil(blocks * stored.bits, 8) if in_bytes else blocks))
+    if "order" in stored.parts:
+        shapes.append((columns,))
+    return shapes
+
+
+def _is_order(order: torch.Tensor, columns: int) -> bool:
+    """Whether every column has a place; a tensor without values may."""
+    if order.is_meta:
+        return True
+    return torch.equal(order.long().sort()[0].cpu(), torch.arange(columns))
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)

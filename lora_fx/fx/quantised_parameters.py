@@ -26,63 +26,91 @@ def store(
         name: The parameter's first name.
         q: The rows [rows, columns].
         dtype: The dtype that the weight has for the model.
-        shape: That of the weight.
+        shape: The shape of the weight.
         turned: As in `Stored`.
 
     Raises:
-        LoraFxError: Codes that no layout of the table above holds.
+        LoraFxError: Codes that no layout of the table in lora_fx.fx.codes holds.
     """
     kind, block, arrays = arrays_of(name, q)
-    if other := taken(root, name, arrays):
-        raise LoraFxError(f"{name}: its module has a {other} already", "rename that")
-    parts = tuple(p for p in PARTS if p in arrays)
+    occupied = taken(root, name, arrays)
+    if occupied:
+        raise LoraFxError(f"{name}: its module has a {occupied} already", "rename that")
+    parts = tuple(part for part in PARTS if part in arrays)
     stored = Stored(kind, tuple(shape), block, dtype, turned, parts)
-    old = parameter_of(root, name)
-    tensors = {k: from_numpy(v) for k, v in arrays.items()}
-    tensors |= {k: t.float() for k, t in tensors.items() if t.is_floating_point()}
-    device = old.device if old.device.type != "meta" else torch.device("cpu")
-    new = nn.Parameter(tensors.pop("codes").to(device), requires_grad=False)
+
+    parameter = parameter_of(root, name)
+    device = parameter.device
+    if device.type == "meta":
+        device = torch.device("cpu")
+    tensors = {part: _in_float32(from_numpy(array)) for part, array in arrays.items()}
+    codes = nn.Parameter(tensors.pop("codes").to(device), requires_grad=False)
+    for module, leaf in _places_of(root, parameter):
+        for part, tensor in tensors.items():
+            module.register_buffer(f"{leaf}_{part}", tensor.to(device))
+        module.__dict__.setdefault(HELD, {})[leaf] = stored
+        module.__class__ = _reading(type(module), leaf)
+    replace_parameter(root, parameter, codes)
+
+
+def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _places_of(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every module that holds a parameter, with the leaf under which it does."""
+    places = []
     for module in root.modules():
-        for leaf in [n for n, p in module._parameters.items() if p is old]:
-            for part, t in tensors.items():
-                module.register_buffer(f"{leaf}_{part}", t.to(device))
-            module.__dict__.setdefault(HELD, {})[leaf] = stored
-            module.__class__ = _reading(type(module), leaf)
-    replace_parameter(root, old, new)
+        for leaf, own_parameter in module._parameters.items():
+            if own_parameter is parameter:
+                places.append((module, leaf))
+    return places
 
 
 def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
     """The name beside a parameter that its scales or zeros would take from something else."""
-    p = parameter_of(root, name)
-    leaves = ((m, n) for m in root.modules() for n, own in m._parameters.items() if own is p)
-    names = ((m, f"{n}_{part}") for m, n in leaves for part in parts)
-    return next((n for m, n in names if hasattr(m, n)), "")
+    for module, leaf in _places_of(root, parameter_of(root, name)):
+        for part in parts:
+            buffer_name = f"{leaf}_{part}"
+            if hasattr(module, buffer_name):
+                return buffer_name
+    return ""
 
 
 def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
     """A class whose parameter reads as numbers: what runs is the user's own code."""
-    read = property(functools.partial(numbers, name=leaf))
-    own = getattr(cls, "_own_class", cls)
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_own_class": own, leaf: read})
+    attributes = {
+        "__module__": cls.__module__,
+        "_own_class": getattr(cls, "_own_class", cls),
+        leaf: property(functools.partial(numbers, name=leaf)),
+    }
+    return type(cls.__name__, (cls,), attributes)
 
 
 def forms(root: nn.Module) -> dict[str, Stored]:
     """First name of a parameter that is stored as codes → what they stand for."""
-    held = {p: m.__dict__[HELD] for p, m in root.named_modules() if m.__dict__.get(HELD)}
-    names = named_tensors(root)[0] if held else {}
-    found: dict[str, Stored] = {}
-    for path, stored in held.items():
-        for leaf, q in stored.items():
-            if name := names.get(f"{path}.{leaf}".lstrip(".")):
-                found.setdefault(name, q)
-    return found
+    stored_by_path = {
+        path: module.__dict__[HELD]
+        for path, module in root.named_modules()
+        if module.__dict__.get(HELD)
+    }
+    if not stored_by_path:
+        return {}
+    first_names = named_tensors(root)[0]
+    stored_by_name: dict[str, Stored] = {}
+    for path, stored_by_leaf in stored_by_path.items():
+        for leaf, stored in stored_by_leaf.items():
+            name = first_names.get(f"{path}.{leaf}".lstrip("."))
+            if name:
+                stored_by_name.setdefault(name, stored)
+    return stored_by_name
 
 
 def stored_of(root: nn.Module, name: str) -> Stored | None:
     """What the codes of a parameter stand for; None where it holds numbers."""
     module, leaf = owner(root, name)
-    found: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
-    return found
+    stored: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
+    return stored
 
 
 def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -91,21 +119,22 @@ def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> tor
     Args:
         root: The tree.
         name: The parameter's name.
-        dtype: In which the weight is made; without it, the one that it has for the model.
+        dtype: The dtype of the weight; without it, the one that it has for the model.
     """
-    (module, leaf), held = owner(root, name), parameter_of(root, name)
+    module, leaf = owner(root, name)
+    parameter = parameter_of(root, name)
     stored = stored_of(root, name)
-    if stored is None or held.is_floating_point():
-        return held
-    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    return DEQUANTISE(held, *parts, *arguments(stored, dtype or stored.dtype))
+    if stored is None or parameter.is_floating_point():
+        return parameter
+    buffers = [module._buffers.get(f"{leaf}_{part}") for part in PARTS]
+    return DEQUANTISE(parameter, *buffers, *arguments(stored, dtype or stored.dtype))
 
 
 def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
-    """The codes of a parameter, and its PARTS."""
+    """The codes of a parameter, and those of its PARTS that it has."""
     module, leaf = owner(root, name)
-    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    return [parameter_of(root, name), *(t for t in parts if t is not None)]
+    buffers = [module._buffers.get(f"{leaf}_{part}") for part in PARTS]
+    return [parameter_of(root, name), *(buffer for buffer in buffers if buffer is not None)]
 
 
 def forget(root: nn.Module) -> None:
@@ -123,12 +152,11 @@ def put_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
     Another tree that shares the codes keeps its own.
     """
     codes = parameter_of(root, name)
-    for module in root.modules():
-        for leaf in [n for n, p in module._parameters.items() if p is codes]:
-            held = module.__dict__[HELD]
-            module.register_buffer(f"{leaf}_zero", zero.to(codes.device))
-            stored = dataclasses.replace(held[leaf], parts=PARTS[:2])
-            module.__dict__[HELD] = {**held, leaf: stored}
+    for module, leaf in _places_of(root, codes):
+        stored_by_leaf = module.__dict__[HELD]
+        module.register_buffer(f"{leaf}_zero", zero.to(codes.device))
+        stored = dataclasses.replace(stored_by_leaf[leaf], parts=PARTS[:2])
+        module.__dict__[HELD] = {**stored_by_leaf, leaf: stored}
 
 
 def declare(root: nn.Module, name: str, stored: Stored) -> None:

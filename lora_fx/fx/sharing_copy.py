@@ -10,7 +10,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError, one_line
 
 
-def beside(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
+def sharing_copy(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
     """A second tree of a model's code, which shares its tensors and can hold others for some.
 
     Args:
@@ -20,13 +20,15 @@ def beside(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
     Raises:
         LoraFxError: The model cannot be copied.
     """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    tensors = (*model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     try:
         return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        instead = "untie it before"
+        if purpose == "quantise it":
+            instead = "load it quantised"
         raise LoraFxError(
-            f"{type(model).__name__} cannot be copied to {purpose}: {one_line(e)}",
-            "make it deepcopy-able, or load it quantised"
-            if purpose == "quantise it"
-            else "make it deepcopy-able, or untie it before",
-        ) from e
+            f"{type(model).__name__} cannot be copied to {purpose}: {one_line(error)}",
+            f"make it deepcopy-able, or {instead}",
+        ) from error

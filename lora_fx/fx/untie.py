@@ -19,7 +19,7 @@ from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Dense, ReplacedRows
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
-from lora_fx.fx.sharing_copy import beside
+from lora_fx.fx.sharing_copy import sharing_copy
 
 Undo = Callable[[], object]
 
@@ -69,7 +69,7 @@ def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
     Raises:
         LoraFxError: The model cannot be copied.
     """
-    tree = beside(model, f"give {', '.join(names)} tensors of their own")
+    tree = sharing_copy(model, f"give {', '.join(names)} tensors of their own")
     untie(tree, names)
     return tree
 

@@ -28,7 +28,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.quantised_parameters import forms
-from lora_fx.fx.sharing_copy import beside
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch import batch_symbol
@@ -257,7 +257,7 @@ def _with_whole(
     if not adapter.full or tied:  # of a tied one, one use alone may be meant
         return captured, dict(adapters), []
     based = copy.copy(captured)
-    based.model = beside(captured.model)
+    based.model = sharing_copy(captured.model)
     traced = captured.tracings.items()
     based.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in traced}
     for key, full in adapter.full.items():

@@ -12,7 +12,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.quantised_parameters import taken, tensors_of
-from lora_fx.fx.sharing_copy import beside
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors
@@ -40,7 +40,7 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
     found = find(cap.fx_graph())
     kinds, notes = _chosen(cap.model, found, parse(wanted), leave)
     new = copy.copy(cap)
-    new.model = beside(cap.model)
+    new.model = sharing_copy(cap.model)
     new.tracings = {k: [replace(t, analyses={}) for t in v] for k, v in cap.tracings.items()}
     before = sum(parameter_of(cap.model, n).nbytes for n in kinds)
     Quantise(kinds)(cap.fx_graph(root=new.model))

@@ -27,7 +27,7 @@ from lora_fx.files.quantised.base import FLOAT8, checked, wrong
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.fx.codes import LINEAR_IN
 from lora_fx.fx.quantised_parameters import store
-from lora_fx.fx.sharing_copy import beside
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.bit_packing import unpacked
 from lora_fx.ir.quantised import Quantised
@@ -75,7 +75,7 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
     found = [(p, *r) for p, m in model.named_modules() for r in _readers(p, m)]
     if not found:
         return model, ()
-    tree, formats = beside(model), dict[str, int]()
+    tree, formats = sharing_copy(model), dict[str, int]()
     for path, leaf, read in found:
         layer, (kind, q) = model.get_submodule(path), read()
         old, own = tree.get_submodule(path), _dtype(layer, leaf, dtype)

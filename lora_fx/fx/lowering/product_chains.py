@@ -15,38 +15,39 @@ from torch import fx
 from lora_fx.fx.graph.nodes import aten_ops, value
 
 aten = torch.ops.aten
-
 CHAINS = aten_ops("linalg_multi_dot chain_matmul")
 
 
 def split_products(graph: fx.Graph) -> None:
     """Rewrite every chain of a graph; torch may choose another order, so last bits may differ."""
-    moving: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     for node in list(graph.nodes):
-        if node.op != "placeholder" and not any(n in moving for n in node.all_input_nodes):
+        reads_activation = any(operand in activations for operand in node.all_input_nodes)
+        if node.op != "placeholder" and not reads_activation:
             continue
-        moving.add(node)
+        activations.add(node)
         if node.target in CHAINS:
             with graph.inserting_before(node):
-                new = _chain(node, moving)
-            node.replace_all_uses_with(new)
+                product = _chain(node, activations)
+            node.replace_all_uses_with(product)
             graph.erase_node(node)
-            moving.add(new)
+            activations.add(product)
 
 
-def _chain(node: fx.Node, moving: Collection[fx.Node]) -> fx.Node:
+def _chain(node: fx.Node, activations: Collection[fx.Node]) -> fx.Node:
+    """The products of a chain's factors, from its first activation outwards."""
     factors: Any = node.args[0]
-    start = next(i for i, f in enumerate(factors) if f in moving)
+    start = next(i for i, factor in enumerate(factors) if factor in activations)
     y: fx.Node = factors[start]
-    for f in reversed(factors[:start]):
-        y = _product(node, f, y)
-    for f in factors[start + 1 :]:
-        y = _product(node, y, f)
+    for factor in reversed(factors[:start]):
+        y = _product(node, factor, y)
+    for factor in factors[start + 1 :]:
+        y = _product(node, y, factor)
     return y
 
 
 def _product(node: fx.Node, *factors: fx.Node) -> fx.Node:
     """A product in the place of a chain, in its scope."""
-    new = node.graph.call_function(aten.matmul.default, factors)
-    new.meta = {**node.meta, "val": aten.matmul.default(*map(value, factors))}
-    return new
+    product = node.graph.call_function(aten.matmul.default, factors)
+    product.meta = {**node.meta, "val": aten.matmul.default(*map(value, factors))}
+    return product

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,7 @@ from lora_fx.fx.operators import SET_GRAD_ENABLED
 from lora_fx.fx.trees import tree_leaves
 
 aten = torch.ops.aten
-
 higher = torch.ops.higher_order
-
-
 CHOSEN = ("aten.to.", "aten._to_copy", "aten.type_as", "aten.empty", "aten.zeros")
 """Beginnings of ops whose dtype the model chose, whatever autocast would."""
 
@@ -30,34 +28,47 @@ def inline_regions(module: fx.GraphModule, *, no_grad: bool = False) -> None:
     """
     for node in list(module.graph.nodes):
         if node.target is higher.wrap_with_set_grad_enabled:
-            _inline(module, node, node.args[1:], no_grad or not node.args[0], None)
+            args: Any = node.args
+            enabled, body, *arguments = args
+            _inline(module, node, body, arguments, no_grad=no_grad or not enabled, cast=None)
         elif node.target is higher.wrap_with_autocast:
-            _, dtype, enabled, *_ = node.args
+            args = node.args
+            _, dtype, enabled, _, body, *arguments = args
             cast = (dtype or torch.bfloat16) if enabled else None
-            _inline(module, node, node.args[4:], no_grad, cast)
+            _inline(module, node, body, arguments, no_grad=no_grad, cast=cast)
 
 
 def _inline(
-    module: fx.GraphModule, node: fx.Node, call: Any, no_grad: bool, cast: torch.dtype | None
+    module: fx.GraphModule,
+    node: fx.Node,
+    body: fx.Node,
+    arguments: Sequence[Any],
+    *,
+    no_grad: bool,
+    cast: torch.dtype | None,
 ) -> None:
-    """Put the nodes of a body in the place of the one that runs it: call is (body, *arguments)."""
-    body, *given = call
-    graph, part = module.graph, operator.attrgetter(str(body.target))(module)
-    inline_regions(part, no_grad=no_grad)
+    """Put the nodes of a body, run on these arguments, in the place of the node that runs it."""
+    graph = module.graph
+    region = operator.attrgetter(str(body.target))(module)
+    inline_regions(region, no_grad=no_grad)
     with graph.inserting_before(node):
-        given = [_detached(node, outer) for outer in given] if no_grad else given
-        places = part.graph.find_nodes(op="placeholder")
-        env: dict[fx.Node, Any] = dict(zip(places, given, strict=False))
-        results: Any = graph.graph_copy(part.graph, env)
-        for inner in (n for n in part.graph.nodes if n.op not in ("placeholder", "output")):
-            if inner.op == "get_attr":
-                env[inner].target = f"{body.target}.{inner.target}"
-            if cast is not None:
-                _cast_inputs(graph, env[inner], cast)
-            if no_grad:
-                env[inner].meta[NO_GRAD] = True
         if no_grad:
-            results = map_arg(results, lambda n: _detached(node, n))
+            arguments = [_detached(node, argument) for argument in arguments]
+        placeholders = region.graph.find_nodes(op="placeholder")
+        copies: dict[fx.Node, Any] = dict(zip(placeholders, arguments, strict=False))
+        results: Any = graph.graph_copy(region.graph, copies)
+        for inner in region.graph.nodes:
+            if inner.op in ("placeholder", "output"):
+                continue
+            copy = copies[inner]
+            if inner.op == "get_attr":
+                copy.target = f"{body.target}.{inner.target}"
+            if cast is not None:
+                _cast_inputs(graph, copy, cast)
+            if no_grad:
+                copy.meta[NO_GRAD] = True
+        if no_grad:
+            results = map_arg(results, lambda result: _detached(node, result))
     replace_parts(node, results)
     if not body.users:
         graph.erase_node(body)
@@ -68,15 +79,7 @@ def without_grad_modes(graph: fx.Graph) -> None:
 
     Left in the graph, a switch would act on whatever runs after it, the user's code too.
     """
-    region: dict[fx.Node, None] = {}
-    enabled = True
-    for node in list(graph.nodes):
-        if node.target is SET_GRAD_ENABLED:
-            enabled = bool(node.args[0])
-            graph.erase_node(node)
-        elif not enabled and node.op == "call_function":
-            region[node] = None
-            node.meta[NO_GRAD] = True
+    region = _erase_switches(graph)
     for node in region:
         readers = [user for user in node.users if user not in region]
         if not readers:
@@ -88,14 +91,30 @@ def without_grad_modes(graph: fx.Graph) -> None:
                 reader.replace_input_with(node, result)
 
 
+def _erase_switches(graph: fx.Graph) -> dict[fx.Node, None]:
+    """Erase the switches of the gradient; returns the nodes that ran without, in order."""
+    region: dict[fx.Node, None] = {}
+    enabled = True
+    for node in list(graph.nodes):
+        if node.target is SET_GRAD_ENABLED:
+            enabled = bool(node.args[0])
+            graph.erase_node(node)
+        elif not enabled and node.op == "call_function":
+            region[node] = None
+            node.meta[NO_GRAD] = True
+    return region
+
+
 def _detached(region: fx.Node, node: Any) -> Any:
     """The value without its gradient; tensors of the model and numbers have none to lose."""
-    floating = isinstance(node, fx.Node) and isinstance(v := value(node), torch.Tensor)
-    if not floating or node.op == "get_attr" or not v.is_floating_point():
+    if not isinstance(node, fx.Node) or node.op == "get_attr":
         return node
-    new = region.graph.call_function(aten.detach.default, (node,))
-    new.meta = {"val": v, "nn_module_stack": region.meta.get("nn_module_stack", {})}
-    return new
+    val = value(node)
+    if not isinstance(val, torch.Tensor) or not val.is_floating_point():
+        return node
+    detached = region.graph.call_function(aten.detach.default, (node,))
+    detached.meta = {"val": val, "nn_module_stack": region.meta.get("nn_module_stack", {})}
+    return detached
 
 
 def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
@@ -104,22 +123,31 @@ def _cast_inputs(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     Ops that autocast runs narrow have a narrow result of wider operands; those that it runs in
     fp32 have an fp32 result of narrow operands.
     """
-    tensors = (v for v in tree_leaves(value(node)) if isinstance(v, torch.Tensor))
-    made = next(tensors, None)
-    chosen = str(node.target).startswith(CHOSEN)
-    if chosen or made is None or not made.is_floating_point():
+    results = (leaf for leaf in tree_leaves(value(node)) if isinstance(leaf, torch.Tensor))
+    result = next(results, None)
+    if result is None or not result.is_floating_point() or str(node.target).startswith(CHOSEN):
         return
-    dtypes = {i: dtype_of(i) for i in node.all_input_nodes}
-    operands = [i for i, dtype in dtypes.items() if dtype and dtype.is_floating_point]
-    seen = {dtypes[i] for i in operands}
-    wanted = made.dtype
-    mixed = seen != {wanted} and wanted in (dtype, torch.float32)
-    if not mixed or (wanted is torch.float32 and torch.float32 in seen):
-        return  # plain type promotion
+
+    dtypes: dict[fx.Node, torch.dtype] = {}
+    for operand in node.all_input_nodes:
+        operand_dtype = dtype_of(operand)
+        if operand_dtype and operand_dtype.is_floating_point:
+            dtypes[operand] = operand_dtype
+    if not _is_cast(set(dtypes.values()), result.dtype, dtype):
+        return
+
     with graph.inserting_before(node):
-        for i in operands:
-            if dtypes[i] is not wanted:
-                new = graph.call_function(aten.to.dtype, (i, wanted))
-                new.meta = {**i.meta, "nn_module_stack": node.meta.get("nn_module_stack", {})}
-                new.meta["val"] = value(i).to(wanted)
-                node.replace_input_with(i, new)
+        for operand, operand_dtype in dtypes.items():
+            if operand_dtype is not result.dtype:
+                cast = graph.call_function(aten.to.dtype, (operand, result.dtype))
+                cast.meta = dict(operand.meta)
+                cast.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+                cast.meta["val"] = value(operand).to(result.dtype)
+                node.replace_input_with(operand, cast)
+
+
+def _is_cast(operands: set[torch.dtype], result: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether autocast made this result of these operands, and not plain type promotion."""
+    if operands == {result} or result not in (narrow, torch.float32):
+        return False
+    return result is not torch.float32 or torch.float32 not in operands

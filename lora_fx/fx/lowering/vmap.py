@@ -18,37 +18,43 @@ def without_vmap(graph: fx.Graph) -> None:
     A level of batching is entered and left by nodes without users, and what lies between holds
     there alone: no pass could move it, share it or drop it.
     """
-    depth, body = 0, list[fx.Node]()
+    depth = 0
+    body: list[fx.Node] = []
     for node in list(graph.nodes):
         name = getattr(node.target, "__name__", "")
-        depth += name == "_vmap_increment_nesting"
+        if name == "_vmap_increment_nesting":
+            depth += 1
         if depth and node.op == "call_function":
             body.append(node)
-        if name == "_vmap_decrement_nesting" and not (depth := depth - 1):
-            _batched(graph, body)
-            body = []
+        if name == "_vmap_decrement_nesting":
+            depth -= 1
+            if not depth:
+                _replace_by_plain(graph, body)
+                body = []
 
 
-def _batched(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
+def _replace_by_plain(graph: fx.Graph, body: Sequence[fx.Node]) -> None:
     """Trace the nodes of one vmap again, below its levels, and put what it runs in their place."""
-    read = dict.fromkeys(n for node in body for n in node.all_input_nodes)
-    given = [n for n in read if n not in body]
-    kept = [n for n in body if any(user not in body for user in n.users)]
-    values = [n.meta["val"] for n in given]
+    operands: dict[fx.Node, None] = {}
+    for node in body:
+        operands |= dict.fromkeys(node.all_input_nodes)
+    inputs = [node for node in operands if node not in body]
+    outputs = [node for node in body if any(user not in body for user in node.users)]
+    example = [node.meta["val"] for node in inputs]
 
     def run(*arguments: Argument) -> list[Argument]:
-        env = dict(zip(given, arguments, strict=True))
+        results = dict(zip(inputs, arguments, strict=True))
         for node in body:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return [env[n] for n in kept]
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: results[n])
+            results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return [results[node] for node in outputs]
 
-    with detect_fake_mode(values) or contextlib.nullcontext():
-        plain = make_fx(run)(*values).graph
-    places = dict(zip(plain.find_nodes(op="placeholder"), given, strict=True))
+    with detect_fake_mode(example) or contextlib.nullcontext():
+        plain = make_fx(run)(*example).graph
+    placeholders = dict(zip(plain.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(body[-1]):
-        results = graph.graph_copy(plain, places)
-    for node, new in zip(kept, results, strict=True):  # type: ignore[arg-type]
-        node.replace_all_uses_with(new)
+        copies = graph.graph_copy(plain, placeholders)
+    for node, copy in zip(outputs, copies, strict=True):  # type: ignore[arg-type]
+        node.replace_all_uses_with(copy)
     for node in reversed(body):
         graph.erase_node(node)
