@@ -58,11 +58,11 @@ class Run:
     """
 
     leaves: dict[tuple[tuple[str, ...], str], Tensor] = field(default_factory=dict)
-    zeros: list[Made] = field(default_factory=list)
+    zeros: list[WatchedResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Made:
+class WatchedResult:
     """The result of a use: zeros that were added to it, and what its rows need to know."""
 
     tap: Tap
@@ -71,7 +71,7 @@ class Made:
     ends: Tensor | None
 
     def rows(self, dy: Tensor) -> SiteRows | None:
-        """Those of dy = ∂L/∂zeros."""
+        """The rows of dy = ∂L/∂zeros."""
         return rows_of(self.tap.site, dy, self.ends, self.shape)
 
 
@@ -119,10 +119,12 @@ class Watched(CapturedModule):
         taps = []
         for site, keys in self._choose(graph):
             node, chain = graph.places(site)
-            known = readable(site)
-            output = (graph.output(site),) if known else ()
-            x = graph.activation(site) if known else None
-            taps.append(Tap(site, keys, node, chain, output, x))
+            output: tuple[fx.Node, ...] = ()
+            activation = None
+            if readable(site):
+                output = (graph.output(site),)
+                activation = graph.activation(site)
+            taps.append(Tap(site, keys, node, chain, output, activation))
         return graph.graph, tuple(taps), traced.door, traced.out_spec
 
 
@@ -131,42 +133,64 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, root: Watched, graph: fx.Graph, taps: Sequence[Tap]) -> None:
         super().__init__(root, graph=graph)
-        self.last, self.saw = root.last, root._saw
-        self.at = by_key((t.node, t) for t in taps)
-        self.along = by_key((n, t) for t in taps if root._weights for n in t.chain)
-        self.after = by_key((n, t) for t in taps if root._results for n in t.output)
+        self.last = root.last
+        self.saw = root._saw
+        self.taps_at = by_key((tap.node, tap) for tap in taps)
+        self.taps_along: dict[fx.Node, list[Tap]] = {}
+        self.taps_after: dict[fx.Node, list[Tap]] = {}
+        for tap in taps:
+            if root._weights:
+                for node in tap.chain:
+                    self.taps_along.setdefault(node, []).append(tap)
+            if root._results:
+                for node in tap.output:
+                    self.taps_after.setdefault(node, []).append(tap)
         self.leaves: dict[tuple[tuple[str, ...], str], dict[fx.Node, Any]] = {}
         self.shapes: dict[Tap, tuple[tuple[int, ...], Tensor | None]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """The node; where a watched weight passes, its leaf beside it."""
-        for tap in self.at.get(n, ()):
+        for tap in self.taps_at.get(n, ()):
             if tap.activation is not None:
-                x, site = self.env[tap.activation], tap.site
-                grouped = isinstance(site.kind, kinds.Grouped)
-                ends: Any = map_arg(n.args[2], lambda m: self.env[m]) if grouped else None
-                self.shapes[tap] = tuple(x.shape), ends
-                self.saw(site, tap.keys, rows_of(site, x.detach(), ends))
-        value = self._call(n, {}) if self.along and n in self.at else super().run_node(n)
+                self._show_activation(n, tap, tap.activation)
+        value = self._call(n, {}) if self.taps_along and n in self.taps_at else super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
             value = value.detach()  # the model's own need no gradient
-        for tap in self.along.get(n, ()):
-            name = tap.keys, tap.chain[0].name
-            beside = self.leaves.setdefault(name, {})
-            if n is tap.chain[0] and n not in beside:
-                beside[n] = self.last.leaves[name] = value.detach().requires_grad_()
-            elif n not in beside:
-                beside[n] = self._call(n, beside)
-        for tap in self.after.get(n, ()):
+        for tap in self.taps_along.get(n, ()):
+            self._run_leaf(n, tap, value)
+        for tap in self.taps_after.get(n, ()):
             zeros = torch.zeros_like(value, requires_grad=True)
-            self.last.zeros.append(Made(tap, zeros, *self.shapes[tap]))
+            self.last.zeros.append(WatchedResult(tap, zeros, *self.shapes[tap]))
             value = value + zeros
         return value
 
-    def _call(self, n: fx.Node, beside: Mapping[fx.Node, Any]) -> Any:
+    def _show_activation(self, n: fx.Node, tap: Tap, activation: fx.Node) -> None:
+        """Hand over the rows of x before a use runs."""
+        x = self.env[activation]
+        ends: Any = None
+        if isinstance(tap.site.kind, kinds.Grouped):
+            ends = map_arg(n.args[2], lambda m: self.env[m])
+        self.shapes[tap] = tuple(x.shape), ends
+        self.saw(tap.site, tap.keys, rows_of(tap.site, x.detach(), ends))
+
+    def _run_leaf(self, n: fx.Node, tap: Tap, value: Any) -> None:
+        """Run a node of a weight's chain on the leaf that stands for the weight."""
+        root = tap.chain[0]
+        name = (tap.keys, root.name)
+        leaf_values = self.leaves.setdefault(name, {})
+        if n in leaf_values:
+            return
+        if n is root:
+            leaf = value.detach().requires_grad_()
+            self.last.leaves[name] = leaf
+            leaf_values[n] = leaf
+        else:
+            leaf_values[n] = self._call(n, leaf_values)
+
+    def _call(self, n: fx.Node, replacements: Mapping[fx.Node, Any]) -> Any:
         """The node with other values for some of its inputs, and leaves for watched weights."""
-        args, kwargs = map_arg((n.args, n.kwargs), lambda m: beside.get(m, self.env.get(m)))
-        for tap in self.at.get(n, ()):
-            given = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]
-            args = replaced(args, tap.site.slot, given)
+        args, kwargs = map_arg((n.args, n.kwargs), lambda m: replacements.get(m, self.env.get(m)))
+        for tap in self.taps_at.get(n, ()):
+            weight = self.leaves[tap.keys, tap.chain[0].name][tap.chain[-1]]
+            args = replaced(args, tap.site.slot, weight)
         return getattr(self, n.op)(n.target, args, kwargs)

@@ -156,10 +156,11 @@ def _zeros_of(scale: torch.Tensor, zero: torch.Tensor | None, kind: str) -> torc
     if zero is None:
         middle: float = 2.0 ** (bits_of(kind) - 1)
         return middle
-    if zero.dtype != torch.uint8:
-        return zero[..., None]
-    rows, blocks = scale.shape
-    return _values_of(zero, kind).reshape(rows, -1)[:, :blocks, None]
+    zeros = zero[..., None]
+    if zero.dtype == torch.uint8:  # codes, row by row
+        rows, blocks = scale.shape
+        zeros = _values_of(zero, kind).reshape(rows, -1)[:, :blocks, None]
+    return zeros
 
 
 SCHEMA = (

@@ -54,12 +54,12 @@ def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
         codes, *buffers, shape, kind, block, turned, dtype = node.args
-        name = names[codes.name]
         buffer_names = {
             part: names[buffer.name]
             for part, buffer in zip(PARTS, buffers, strict=True)
             if buffer is not None
         }
+        name = names[codes.name]
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
         stored = Stored(kind, sizes, block, dtype, turned, tuple(buffer_names))
 
@@ -81,7 +81,7 @@ def _fits(stored: Stored, codes: torch.Tensor, *buffers: torch.Tensor) -> bool:
         count = math.prod(stored.shape)
         shapes = [(_ceil(count * stored.bits, 8),), (_ceil(count, stored.block),)]
     else:
-        shapes = _shapes_of_rows(stored, len(codes), buffers)
+        shapes = _shapes_of_rows(stored, codes.shape[0], buffers)
         if "order" in stored.parts and not _is_order(buffers[-1], shapes[-1][0]):
             return False
     return [tuple(tensor.shape) for tensor in (codes, *buffers)] == shapes
