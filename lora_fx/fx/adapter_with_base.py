@@ -26,13 +26,15 @@ def with_base(adapter: Adapter, model: nn.Module) -> Adapter:
             continue
         if isinstance(entry, LowRank) and entry.mutated:
             stored = to_numpy(tensors[key])
-            turned = adapter.metadata.get("fan_in_fan_out")
-            entries[key] = on_base(stored.T if turned else stored, entry, repr(key))
-        elif isinstance(entry, Dense | ReplacedRows):
+            if adapter.metadata.get("fan_in_fan_out"):
+                stored = stored.T
+            entries[key] = on_base(stored, entry, repr(key))
+        elif isinstance(entry, ReplacedRows):
             value = to_numpy(tensors[key]).astype(np.float32)
-            if isinstance(entry, ReplacedRows):
-                value[list(entry.index)] = entry.value
-                entries[key] = Full(value, tied=True)  # one name alone has a tensor of its own here
-            elif value.ndim == 1 and value.shape == entry.value.shape:
+            value[list(entry.index)] = entry.value
+            entries[key] = Full(value, tied=True)  # one name alone has a tensor of its own here
+        elif isinstance(entry, Dense):
+            value = to_numpy(tensors[key]).astype(np.float32)
+            if value.ndim == 1 and value.shape == entry.value.shape:
                 entries[key] = Full(value + np.float32(entry.scale) * entry.value, tied=True)
     return replace(adapter, entries=entries)

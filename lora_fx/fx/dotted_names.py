@@ -22,10 +22,10 @@ def owner(
         name: The dotted name of a tensor.
         create: Path → the module to put there where there is none; without it that is an error.
     """
-    head, region = split_region(name) if name.endswith("]") else (name, "")
-    *path, leaf = head.split(".")
+    dotted, region = split_region(name) if name.endswith("]") else (name, "")
+    *path, leaf = dotted.split(".")
     module = root
-    for i, part in enumerate(path, 1):
+    for depth, part in enumerate(path, 1):
         child = module._modules.get(part)
         if child is None:
             if create is None:
@@ -34,7 +34,7 @@ def owner(
                 )
             if hasattr(module, part):
                 raise LoraFxError(f"the name {part!r} of {name!r} is taken", "rename that tensor")
-            child = create(".".join(path[:i]))
+            child = create(".".join(path[:depth]))
             module.add_module(part, child)
         module = child
     return module, leaf + region
@@ -47,19 +47,19 @@ def parameter_of(root: nn.Module, name: str) -> nn.Parameter:
         LoraFxError: There is none.
     """
     module, leaf = owner(root, name)
-    p = module._parameters.get(leaf)
-    if p is None:
+    parameter = module._parameters.get(leaf)
+    if parameter is None:
         raise LoraFxError(
             f"{name!r} is no parameter of the model", "named_parameters() lists the names"
         )
-    return p
+    return parameter
 
 
 def replace_parameter(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
     """Put one parameter in the place of another, under all names that the other has in a tree."""
     for module in root.modules():
-        for leaf, p in module._parameters.items():
-            if p is old:
+        for leaf, parameter in module._parameters.items():
+            if parameter is old:
                 module._parameters[leaf] = new
 
 
@@ -71,17 +71,17 @@ def all_tensors(model: nn.Module) -> dict[str, Any]:
 
 def named_tensors(root: nn.Module) -> tuple[dict[str, str], dict[str, list[str]]]:
     """({any name: first name}, {first name: other names}) of the tree; adapters' left out."""
-    first: dict[int, str] = {}
-    canonical: dict[str, str] = {}
+    first_by_id: dict[int, str] = {}
+    first_names: dict[str, str] = {}
     aliases: dict[str, list[str]] = {}
-    skip = {n for n, m in root.named_modules() if isinstance(m, AdapterTensors)}
-    for name, p in root.named_parameters(remove_duplicate=False):
-        head = name.rpartition("[")[0] if name.endswith("]") else name
-        if head.rpartition(".")[0] in skip:
+    adapters = {name for name, module in root.named_modules() if isinstance(module, AdapterTensors)}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        dotted = name.rpartition("[")[0] if name.endswith("]") else name
+        if dotted.rpartition(".")[0] in adapters:
             continue
-        known = first.setdefault(id(p), name)
-        canonical[name] = known
-        aliases.setdefault(known, [])
-        if name != known:
-            aliases[known].append(name)
-    return canonical, aliases
+        first = first_by_id.setdefault(id(parameter), name)
+        first_names[name] = first
+        aliases.setdefault(first, [])
+        if name != first:
+            aliases[first].append(name)
+    return first_names, aliases

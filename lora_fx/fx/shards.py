@@ -23,7 +23,7 @@ def settle(root: nn.Module) -> None:
     What is gathered is a copy, in the dtype of FSDP2's mixed precision.
     """
     for module in root.modules():
-        if any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
             module.reshard()  # type: ignore[operator]
 
 
@@ -47,9 +47,11 @@ def whole(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None)
     Raises:
         LoraFxError: A part that another tool left, which nothing here can gather.
     """
-    t: Any = tensor.detach()
-    t = _fits(name, t.full_tensor() if is_sharded(t) else t, shape)
-    return to_numpy(t.clone())  # a storage that numpy has seen cannot be resized, as FSDP1 does
+    gathered: Any = tensor.detach()
+    if is_sharded(gathered):
+        gathered = gathered.full_tensor()
+    _refuse_part(name, gathered, shape)
+    return to_numpy(gathered.clone())  # what numpy has seen cannot be resized, as FSDP1 does
 
 
 def put(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
@@ -61,20 +63,21 @@ def put(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
     if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
-        held: Any = parameter
+        sharded: Any = parameter
         value = distribute_tensor(
-            value.to(held.device), held.device_mesh, held.placements, src_data_rank=None
+            value.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None
         )
-    _fits(name, parameter, tuple(value.shape))
+    _refuse_part(name, parameter, tuple(value.shape))
     with torch.no_grad():
         parameter.copy_(value)
 
 
-def _fits(name: str, t: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
-    if tuple(t.shape) == shape or (shape is None and t.numel()):
-        return t
+def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None) -> None:
+    """Raise for a part that another tool left: of another shape, or empty where none is known."""
+    if tuple(tensor.shape) == shape or (shape is None and tensor.numel()):
+        return
     expected = f", not {list(shape)}" if shape is not None else ""
     raise LoraFxError(
-        f"{name} has the shape {list(t.shape)} here{expected}: another tool keeps the rest",
+        f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest",
         "gather it first: FSDP.summon_full_params(model), deepspeed.zero.GatheredParameters(…)",
     )

@@ -20,9 +20,12 @@ class AdapterTensors(nn.Module):
 
     def extra_repr(self) -> str:
         """The shapes of its tensors."""
-        return ", ".join(
-            f"{n}: {list(p.shape)}" for n, p in self._parameters.items() if p is not None
-        )
+        shapes = [
+            f"{name}: {list(parameter.shape)}"
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        ]
+        return ", ".join(shapes)
 
 
 def has_values(tensor: torch.Tensor) -> bool:
@@ -32,10 +35,10 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 def refuse_inference(model: nn.Module) -> None:
     """Raise for weights that torch keeps from every backward pass."""
-    made = [n for n, p in model.named_parameters() if p.is_inference()]
-    if made:
+    names = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if names:
         raise LoraFxError(
-            f"no gradient goes through weights made in torch.inference_mode: {some(made)}",
+            f"no gradient goes through weights made in torch.inference_mode: {some(names)}",
             "make, load or copy the model outside of that block",
         )
 
@@ -56,13 +59,16 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
 
 def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
     """An array as a tensor, in the dtype and on the device of `like` if one is given."""
+    array = np.ascontiguousarray(value)
     if value.dtype.kind == "V":  # bfloat16 and float8, which numpy itself has not
-        bits = np.ascontiguousarray(value).view(f"i{value.itemsize}")
-        t = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
+        bits = array.view(f"i{value.itemsize}")
+        tensor = torch.from_numpy(bits).view(getattr(torch, value.dtype.name))
     else:
-        t = torch.from_numpy(np.ascontiguousarray(value))
-    t = t.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
-    return t if like is None else t.to(dtype=like.dtype, device=like.device)
+        tensor = torch.from_numpy(array)
+    tensor = tensor.reshape(value.shape)  # ascontiguousarray gives a scalar a dimension
+    if like is None:
+        return tensor
+    return tensor.to(dtype=like.dtype, device=like.device)
 
 
 def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:

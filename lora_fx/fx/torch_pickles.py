@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -57,15 +58,29 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
             # torch 2.15 checks the indices of sparse tensors, which have no numbers under the mode
             state = pickled(path, mapped=True)
     places = {}
-    for name, t in state.items():
-        at, shape = -1, tuple(t.shape)
-        if t.layout is torch.strided and not (t.is_neg() or t.is_conj()):
-            first: int = getattr(t.untyped_storage(), "_checkpoint_offset", None) or 0
-            start = int(t.storage_offset()) * t.element_size()
-            fits = t.is_contiguous() and start + t.nbytes <= sizes.get(first, -1)
-            at = first + start if fits and math.prod(n or 1 for n in shape) < 1 << 60 else -1
-        places[name] = (str(t.dtype).removeprefix("torch."), shape, at)
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        places[name] = (dtype, tuple(tensor.shape), _first_byte(tensor, sizes))
     return places
+
+
+def _first_byte(tensor: torch.Tensor, sizes: Mapping[int, int]) -> int:
+    """Where a tensor's numbers begin in the file; -1 where they do not lie there row by row.
+
+    Args:
+        tensor: A tensor that was read without its numbers.
+        sizes: First byte → bytes of the parts of the file.
+    """
+    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        return -1
+    record: int = getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    if not tensor.is_contiguous() or start + tensor.nbytes > sizes.get(record, -1):
+        return -1
+    # a product that overflows may fit
+    if math.prod(size or 1 for size in tensor.shape) >= 1 << 60:
+        return -1
+    return record + start
 
 
 def _records(path: Path) -> dict[int, int]:
@@ -77,13 +92,17 @@ def _records(path: Path) -> dict[int, int]:
     sizes: dict[int, int] = {}
     with damaged, zipfile.ZipFile(path) as file, path.open("rb") as raw:
         for info in file.infolist():
-            turned = info.filename.endswith("/byteorder") and file.read(info) != b"little"
-            if info.compress_type != zipfile.ZIP_STORED or turned:
+            is_byte_order = info.filename.endswith("/byteorder")
+            if is_byte_order and file.read(info) != b"little":
                 return {}
-            raw.seek(info.header_offset + 26)  # the lengths of the name and of what follows it
-            lengths = raw.read(2), raw.read(2)
-            at = raw.tell() + sum(int.from_bytes(n, "little") for n in lengths)
-            sizes[at] = min(info.compress_size, path.stat().st_size - at)
+            if info.compress_type != zipfile.ZIP_STORED:
+                return {}
+            # the lengths of the name and of what follows it
+            raw.seek(info.header_offset + 26)
+            name_length = int.from_bytes(raw.read(2), "little")
+            extra_length = int.from_bytes(raw.read(2), "little")
+            first = raw.tell() + name_length + extra_length
+            sizes[first] = min(info.compress_size, path.stat().st_size - first)
     return sizes
 
 

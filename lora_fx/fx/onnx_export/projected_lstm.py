@@ -35,12 +35,13 @@ def projected_lstm(
     params: Sequence[Tensor],
     has_biases: bool,
     layers: int,
-    _dropout: float,
-    _train: bool,
-    bidirectional: bool,
-    batch_first: bool,
+    *options: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c)."""
+    """aten.lstm.input with projections, in eval mode, by LSTMs without: (output, h, c).
+
+    The options are aten's: dropout, train, bidirectional, batch_first.
+    """
+    _dropout, _train, bidirectional, batch_first = options
     per_direction = 5 if has_biases else 3
     directions = 2 if bidirectional else 1
     if batch_first:
