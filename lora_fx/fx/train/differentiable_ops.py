@@ -20,7 +20,8 @@ aten = torch.ops.aten
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: object) -> Tensor:
     """The product of a dimension, or of all, by halves."""
     if dim is None:
-        x, dim = x.flatten(), 0
+        x = x.flatten()
+        dim = 0
     x = x.movedim(dim, 0)
     while len(x) > 1:
         half = len(x) // 2
@@ -30,7 +31,8 @@ def product(x: Tensor, dim: int | None = None, keepdim: bool = False, **_: objec
 
 def products(x: Tensor, dim: int, **_: object) -> Tensor:
     """The products of all elements up to each, by doubling how far they reach."""
-    x, reach = x.movedim(dim, 0), 1
+    x = x.movedim(dim, 0)
+    reach = 1
     while reach < len(x):
         x = torch.cat([x[:reach], x[reach:] * x[:-reach]])
         reach *= 2
@@ -38,23 +40,27 @@ def products(x: Tensor, dim: int, **_: object) -> Tensor:
 
 
 def bags(
-    w: Tensor, places: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *more: Any
+    w: Tensor, ids: Tensor, starts: Tensor, _: bool = False, mode: int = 0, *options: Any
 ) -> tuple[Tensor, None, None, None]:
-    """The sums, means or maxima of the rows of bags: each from where it starts to the next."""
-    rest: list[Any] = [*more[1:], *(None, False, None)[len(more[1:]) :]]
-    weights, ends, left_out = rest
-    starts = starts[:-1] if ends else starts
-    after = torch.arange(places.shape[0], device=w.device) >= starts[:, None]
-    inside = after & ~F.pad(after[1:], [0, 0, 0, 1])
-    if left_out is not None:
-        inside = inside & (places != left_out)
-    rows = F.embedding(places, w)
+    """The sums, means or maxima of the rows of bags: each from where it starts to the next.
+
+    The options are aten's: sparse, per_sample_weights, include_last_offset, padding_idx.
+    """
+    defaults = (None, False, None)
+    weights, has_end, padding_idx = (*options[1:], *defaults[len(options[1:]) :])
+    if has_end:
+        starts = starts[:-1]
+    after_start = torch.arange(ids.shape[0], device=w.device) >= starts[:, None]
+    inside = after_start & ~F.pad(after_start[1:], [0, 0, 0, 1])
+    if padding_idx is not None:
+        inside = inside & (ids != padding_idx)
+    rows = F.embedding(ids, w)
     if weights is not None:
         rows = rows * weights[:, None]
     if mode == 2:
-        held = inside.any(1, keepdim=True)
+        has_rows = inside.any(1, keepdim=True)
         top = torch.where(inside[..., None], rows, -torch.inf).amax(1)
-        return torch.where(held, top, 0.0), None, None, None
+        return torch.where(has_rows, top, 0.0), None, None, None
     share = inside.to(w.dtype)
     if mode == 1:
         share = share / share.sum(1, keepdim=True).clamp(min=1)
@@ -68,37 +74,63 @@ def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
     """What as many windows as asked for come to, one axis after the other."""
-    for axis, n in enumerate(sizes, x.dim() - len(sizes)):
-        bounds = [(i * x.shape[axis] // n, -(-(i + 1) * x.shape[axis] // n)) for i in range(n)]
-        x = torch.stack([reduce(x.narrow(axis, lo, hi - lo), axis) for lo, hi in bounds], axis)
+    for axis, count in enumerate(sizes, x.dim() - len(sizes)):
+        length = x.shape[axis]
+        windows = []
+        for i in range(count):
+            start = i * length // count
+            stop = -(-(i + 1) * length // count)
+            windows.append(reduce(x.narrow(axis, start, stop - start), axis))
+        x = torch.stack(windows, axis)
     return x
 
 
 def pooled(
-    pool: Callable[..., Tensor], x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (),
-    padding: Sequence[int] = (0,), *more: Any,
-) -> Tensor:  # fmt: skip
+    pool: Callable[..., Tensor],
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    *options: Any,
+) -> Tensor:
     """Windows of three axes as those of two, and then of the third.
 
-    `more` is what the pool of two axes takes: the dilation of a maximum goes by axes as well, and
-    a divisor is one of the whole window.
+    The options are what the pool of two axes takes: the dilation of a maximum goes by axes as well,
+    and a divisor is one of the whole window.
     """
-    k, s, p = ([*v] * (3 // len(v)) for v in (kernel, stride or kernel, padding))
-    dilated = pool is F.max_pool2d and bool(more)
-    d = [*more[0]] * (3 // len(more[0])) if dilated else []
-    divisor = None if dilated or len(more) < 3 else more[2]
-    rest = [*more[dilated:2], *([1] if divisor else [])]
-    planes = pool(x.flatten(-4, -3), k[1:], s[1:], p[1:], *([d[1:]] if d else []), *rest)
+    kernel = _three(kernel)
+    stride = _three(stride or kernel)
+    padding = _three(padding)
+    dilations: tuple[list[list[int]], list[list[int]]] = ([], [])
+    divisor = None
+    if pool is F.max_pool2d and options:
+        dilation = _three(options[0])
+        dilations = ([dilation[1:]], [[dilation[0], 1]])
+        others = list(options[1:2])
+    else:
+        divisor = options[2] if len(options) > 2 else None
+        others = list(options[:2])
+    if divisor:
+        others.append(1)
+
+    planes = pool(x.flatten(-4, -3), kernel[1:], stride[1:], padding[1:], *dilations[0], *others)
     columns = planes.reshape(*x.shape[:-2], -1)
-    made = pool(columns, [k[0], 1], [s[0], 1], [p[0], 0], *([[d[0], 1]] if d else []), *rest)
-    made = made.reshape(*made.shape[:-1], *planes.shape[-2:])
-    return made / divisor if divisor else made
+    volumes = pool(columns, [kernel[0], 1], [stride[0], 1], [padding[0], 0], *dilations[1], *others)
+    volumes = volumes.reshape(*volumes.shape[:-1], *planes.shape[-2:])
+    return volumes / divisor if divisor else volumes
 
 
-def samples(x: Tensor, *how: Any) -> Tensor:
+def _three(values: Sequence[int]) -> list[int]:
+    """A number for each of three axes; one number is that of all."""
+    return [*values] * (3 // len(values))
+
+
+def samples(x: Tensor, *options: Any) -> Tensor:
     """The samples of planes; those of volumes stay one operator."""
-    planes: Any = decomposition_table[aten.grid_sampler_2d.default]
-    return (planes if x.dim() == 4 else aten.grid_sampler)(x, *how)  # type: ignore[no-any-return]
+    sample: Any = aten.grid_sampler
+    if x.dim() == 4:
+        sample = decomposition_table[aten.grid_sampler_2d.default]
+    return sample(x, *options)  # type: ignore[no-any-return]
 
 
 def distances(a: Tensor, b: Tensor, p: float = 2.0, _: int | None = None) -> Tensor:
@@ -121,10 +153,13 @@ def windows(x: Tensor, dim: int, size: int, step: int) -> Tensor:
     return x.movedim(dim, -1)[..., places].movedim(-2, dim % x.dim())
 
 
+_means_by_axes = functools.partial(_by_axes, torch.mean)
 DIFFERENTIABLE: Table = {
-    aten.adaptive_avg_pool1d.default: functools.partial(_by_axes, torch.mean),
-    aten.adaptive_avg_pool3d.default: functools.partial(_by_axes, torch.mean),
-    **{getattr(aten, f"adaptive_max_pool{d}d").default: adaptive_maxima for d in (1, 2, 3)},
+    aten.adaptive_avg_pool1d.default: _means_by_axes,
+    aten.adaptive_avg_pool3d.default: _means_by_axes,
+    aten.adaptive_max_pool1d.default: adaptive_maxima,
+    aten.adaptive_max_pool2d.default: adaptive_maxima,
+    aten.adaptive_max_pool3d.default: adaptive_maxima,
     aten.adaptive_avg_pool2d.default: decomposition_table[aten._adaptive_avg_pool2d.default],
     aten.avg_pool3d.default: functools.partial(pooled, F.avg_pool2d),
     aten.max_pool3d.default: functools.partial(pooled, F.max_pool2d),
@@ -136,4 +171,4 @@ DIFFERENTIABLE: Table = {
     **dict.fromkeys(aten_ops("prod prod.dim_int"), product),
     **dict.fromkeys(aten_ops("embedding_bag embedding_bag.padding_idx"), bags),
 }
-"""What comes apart before autograd sees it: its gradient is an operator that never does."""
+"""Operator → what it is made of for autograd: its gradient is an operator that stays one."""

@@ -14,35 +14,39 @@ from lora_fx.fx.fake_tensors import FakeTensorMode
 from lora_fx.patching import patched
 
 aten = torch.ops.aten
+UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+"""Recurrences, whose gradient is one of a number of steps."""
 
 
 @contextlib.contextmanager
-def _sizes_kept(
+def sizes_stay_free(
     fakes: FakeTensorMode, inputs: Mapping[str, Tensor], graph: fx.Graph
 ) -> Iterator[None]:
     """A block in which no free size of an input may become a number.
 
     The sizes of a finished capture are closed: torch goes on as if its example's held for all.
     """
-    env, asked = fakes.shape_env, list[Any]()
+    env = fakes.shape_env
     if env is None:
         yield
         return
-    with patched(env, _check_frozen=lambda expr, result: asked.append((expr, result))):
+    assumptions: list[tuple[Any, object]] = []
+    with patched(env, _check_frozen=lambda expr, result: assumptions.append((expr, result))):
         yield
-    for expr, result in asked:
+    for expr, result in assumptions:
         if not getattr(result, "is_number", False):  # a condition: the proof runs other sizes
             continue
         for name, tensor in inputs.items():
-            for d, size in enumerate(tensor.shape):
+            for axis, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr in expr.free_symbols:
-                    found = sorted({str(n.target) for n in graph.nodes if n.target in UNROLLED})
-                    what = ", ".join(found) or "an operator's gradient"
-                    raise LoraFxError(
-                        f"{name!r}: dimension {d} is free, and {what} has a step for one size only",
-                        f"--static {name}:{d}; in Python capture(…, static=['{name}:{d}'])",
-                    )
+                    raise _fixed_size(name, axis, graph)
 
 
-UNROLLED = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-"""Recurrences, whose gradient is one of a number of steps."""
+def _fixed_size(name: str, axis: int, graph: fx.Graph) -> LoraFxError:
+    """The error of a free dimension that an operator's gradient fixes."""
+    recurrences = sorted({str(node.target) for node in graph.nodes if node.target in UNROLLED})
+    operators = ", ".join(recurrences) or "an operator's gradient"
+    return LoraFxError(
+        f"{name!r}: dimension {axis} is free, and {operators} has a step for one size only",
+        f"--static {name}:{axis}; in Python capture(…, static=['{name}:{axis}'])",
+    )

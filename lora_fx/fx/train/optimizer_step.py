@@ -16,8 +16,10 @@ STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
 """Optimizer → what it keeps beside a tensor."""
 
 
-BETAS, EPS = (0.9, 0.999), 1e-8
-"""Of AdamW, as torch has them by default."""
+BETAS = (0.9, 0.999)
+"""The shares of the moments that AdamW keeps, as torch has them by default."""
+EPS = 1e-8
+"""What AdamW adds to a divisor, as torch has it by default."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,47 @@ class Update:
     def __call__(
         self,
         slots: Sequence[Slot],
-        held: Sequence[Sequence[Tensor]],
+        tensors: Sequence[Sequence[Tensor]],
         gradients: Sequence[Tensor],
         lr: Tensor,
         step: Tensor,
     ) -> list[Tensor]:
-        """The tensors and states of all slots after a step, flat, in their order."""
-        gradients = [g * s.scale for g, s in zip(gradients, slots, strict=True)]
+        """The tensors and states of all slots after a step, flat, in their order.
+
+        Args:
+            slots: What is trained.
+            tensors: The tensor of every slot, and the states that the optimizer keeps beside it.
+            gradients: ∂L of every slot's tensor in the file.
+            lr: The learning rate.
+            step: Counted from 1.
+        """
+        gradients = [g * slot.scale for g, slot in zip(gradients, slots, strict=True)]
         if self.clip:
-            norm = torch.stack([(g * g).sum() for g in gradients]).sum().sqrt()
-            share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
-            gradients = [g * share for g in gradients]
-        made: list[Tensor] = []
+            gradients = self._clipped(gradients)
         # in fp32 1 − 0.999 loses 4 digits, and so does a power whose base the exporter has in fp32
-        left = [1 - torch.exp(step.double() * math.log(beta)) for beta in BETAS]
-        first, second = 1 / left[0], 1 / left[1].sqrt()
-        for slot, (w, *state), g in zip(slots, held, gradients, strict=True):
+        biases = [1 - torch.exp(step.double() * math.log(beta)) for beta in BETAS]
+        first = 1 / biases[0]
+        second = 1 / biases[1].sqrt()
+
+        updated: list[Tensor] = []
+        for slot, (w, *state), g in zip(slots, tensors, gradients, strict=True):
             rate = lr * slot.rate
             if self.optimizer == "sgd":
-                made.append(w - rate * (g * slot.scale + w * self.weight_decay))
+                updated.append(w - rate * (g * slot.scale + w * self.weight_decay))
                 continue
             m, v = state
             m = m + (g - m) * (1 - BETAS[0])
             v = v * BETAS[1] + g * g * (1 - BETAS[1])
             size = v.sqrt() * second.float() + EPS
-            kept = w * (1 - rate * self.weight_decay)
-            made += [kept - (rate * slot.scale * first.float()) * m / size, m, v]
-        return made
+            decayed = w * (1 - rate * self.weight_decay)
+            updated += [decayed - (rate * slot.scale * first.float()) * m / size, m, v]
+        return updated
+
+    def _clipped(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, shortened together to the norm `clip` where they are longer."""
+        norm = torch.stack([(g * g).sum() for g in gradients]).sum().sqrt()
+        share = self.clip / torch.clamp(norm + 1e-6, min=self.clip)
+        return [g * share for g in gradients]
 
 
 @dataclass(frozen=True)
@@ -90,12 +106,13 @@ class Slot:
 
 def slots_in(updates: Mapping[str, LowRank], names: Mapping[str, tuple[str, str]]) -> list[Slot]:
     """The slots of updates by key, for the names of their A and B in the file."""
-    made = []
-    for key, u in updates.items():
-        rates = variant_of(u).rates(1.0)
-        for held, name, scale in zip(slots_of(key, u), names[key], (1.0, u.scale), strict=True):
-            *batch, rows, columns = held.value.shape
+    slots = []
+    for key, update in updates.items():
+        rates = variant_of(update).rates(1.0)
+        scales = (1.0, update.scale)
+        for side, name, scale in zip(slots_of(key, update), names[key], scales, strict=True):
+            *batch, rows, columns = side.value.shape
             shape = (*batch, columns, rows)
-            rate = rates.get(held.field, 1.0)
-            made.append(Slot(name, held.name, shape, scale, rate, held.trained))
-    return made
+            rate = rates.get(side.field, 1.0)
+            slots.append(Slot(name, side.name, shape, scale, rate, side.trained))
+    return slots

@@ -18,24 +18,33 @@ aten = torch.ops.aten
 PRIME = 2**31 - 1
 
 
-def _seed_dropouts(graph: fx.Graph) -> bool:
+def seed_dropouts(graph: fx.Graph) -> bool:
     """Let the dropouts of a graph draw by an input; False where it has none."""
-    found = [n for n in graph.nodes if _drops(n)]
-    if not found:
+    dropouts = [node for node in graph.nodes if _drops(node)]
+    if not dropouts:
         return False
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         seed = graph.placeholder("seed")
     seed.meta["val"] = torch.zeros((), dtype=torch.int64)
-    for i, node in enumerate(found):
+    for which, node in enumerate(dropouts):
         if node.target is aten.dropout.default:
-            node.target, node.args = dropped, (node.args[0], argument(node, "p"), seed, i)
+            node.args = (node.args[0], argument(node, "p"), seed, which)
             node.kwargs = {}
-            continue
-        mask, p = argument(node, "attn_mask"), argument(node, "dropout_p")
-        node.kwargs = {n: argument(node, n) for n in ("is_causal", "scale", "enable_gqa")}
-        node.target, node.args = attention_with_dropout, (*node.args[:3], mask, p, seed, i)
+            node.target = dropped
+        else:
+            _seed_attention(node, seed, which)
     return True
+
+
+def _seed_attention(node: fx.Node, seed: fx.Node, which: int) -> None:
+    """Let an attention that drops weights draw by an input."""
+    mask = argument(node, "attn_mask")
+    p = argument(node, "dropout_p")
+    named = {name: argument(node, name) for name in ("is_causal", "scale", "enable_gqa")}
+    node.target = attention_with_dropout
+    node.args = (*node.args[:3], mask, p, seed, which)
+    node.kwargs = named
 
 
 def _drops(node: fx.Node) -> bool:
@@ -47,21 +56,28 @@ def _drops(node: fx.Node) -> bool:
 
 def dropped(x: Tensor, p: float, seed: Tensor, which: int) -> Tensor:
     """Dropout of x: a share p of it is zero, the rest is divided by 1 − p."""
-    n = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    place = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     salt = (seed % PRIME * 48271 + which * 69621 + 1) % PRIME
-    h = (n % PRIME * 16807 + salt) % PRIME
+    number = (place % PRIME * 16807 + salt) % PRIME
     for add in (12345, 271828, 314159):  # a square is what no line of places keeps in order
-        h = (h * h + salt + add) % PRIME
-    return torch.where(h >= int(p * PRIME), x / (1 - p), 0.0)
+        number = (number * number + salt + add) % PRIME
+    return torch.where(number >= int(p * PRIME), x / (1 - p), 0.0)
 
 
 def attention_with_dropout(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, seed: Tensor, which: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    p: float,
+    seed: Tensor,
+    which: int,
     **named: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention whose weights are dropped."""
     if named.get("enable_gqa"):
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+        v = v.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
     scores = q @ k.transpose(-1, -2) * (named.get("scale") or q.shape[-1] ** -0.5)
     if named.get("is_causal"):
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()

@@ -11,8 +11,10 @@ exporter has no operator for, or a wrong one, comes apart here.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,15 +37,38 @@ from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.proxy_tracing import make_fx
 from lora_fx.fx.python_dispatch import enable_python_dispatcher
 from lora_fx.fx.train.differentiable_ops import DIFFERENTIABLE
-from lora_fx.fx.train.free_sizes import _sizes_kept
+from lora_fx.fx.train.free_sizes import sizes_stay_free
 from lora_fx.fx.train.gradient_ops import OWN
 from lora_fx.fx.train.loss import scores_of
 from lora_fx.fx.train.optimizer_step import STATES, Slot, Update
 from lora_fx.fx.train.train_graph import TrainGraph
-from lora_fx.fx.trees import tree_flatten, tree_unflatten
+from lora_fx.fx.trees import TreeSpec, tree_flatten, tree_unflatten
 from lora_fx.onnx.names import give_own_names
 
-aten = torch.ops.aten
+
+@dataclass(frozen=True)
+class _Operands:
+    """What a step takes, without values.
+
+    Attributes:
+        frozen: Tensors that are not trained, by name.
+        batch: The inputs of the train graph.
+        labels: The labels, where the model does not take them.
+        numbers: The learning rate, and the step, counted from 1.
+        matrices: A or B of every slot.
+        moments: What the optimizer keeps beside those that are trained, kind by kind.
+    """
+
+    frozen: list[Tensor]
+    batch: list[Tensor]
+    labels: list[Tensor]
+    numbers: list[Tensor]
+    matrices: list[Tensor]
+    moments: list[list[Tensor]]
+
+    def fields(self) -> tuple[Any, ...]:
+        """All of them, in the order in which the file has them."""
+        return self.frozen, self.batch, self.labels, self.numbers, self.matrices, self.moments
 
 
 def step_of(
@@ -69,73 +94,184 @@ def step_of(
         LoraFxError: A size that should be free is fixed by an operator's gradient, or the exporter
             cannot translate an operator.
     """
-    flat, trained = graph.flat, [s for s in slots if s.trained]
-    places = flat.graph.find_nodes(op="placeholder")
-    fakes = detect_fake_mode([value(n) for n in places])
+    tensors = _tensors_read(graph.flat)
+    names = _first_names(tensors)
+    trained_tensors = {slot.tensor for slot in slots}
+    frozen = {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if names[name] == name and name not in trained_tensors
+    }
+
+    fakes = _fakes_of(graph.flat.graph)
+    operands = _operands(graph, slots, update, labels, frozen, fakes)
+    leaves, tree = tree_flatten(operands.fields())
+    step = _step(graph, slots, update, names, list(frozen), tree)
+    batch = dict(zip(graph.names, operands.batch, strict=True))
+    traced = _traced(step, leaves, fakes, sizes_stay_free(fakes, batch, graph.flat.graph))
+
+    inputs = traced.graph.find_nodes(op="placeholder")
+    for node, leaf in zip(inputs, leaves, strict=True):
+        node.meta["val"] = leaf
+    inputs = inputs[len(frozen) :]
+    frozen |= _place_constants(traced, inputs[0], fakes)
+    results: Any = traced.graph.output_node().args[0]
+    traced.graph.output_node().args = (tuple(results),)
+
+    program = signed(traced.graph, inputs, frozen)
+    input_names, output_names = _names(graph, slots, update, has_labels=bool(operands.labels))
+    model = translated(
+        lambda: program, input_names, output_names, set(frozen), opset, repeat=repeat
+    )
+    requested = execution_of(graph.module).captured.requested
+    free = graph.traced.door.free(requested)
+    give_own_names(model, named_tensors(graph.module)[0], symbols_of(free))
+    return model
+
+
+def _tensors_read(flat: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph reads, by their names in the module."""
+    names = [str(node.target) for node in flat.graph.find_nodes(op="get_attr")]
+    return {name: operator.attrgetter(name)(flat) for name in names}
+
+
+def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name → the first name of the same tensor: a tied one is one."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+
+
+def _fakes_of(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of a graph's inputs, or a new one."""
+    inputs = graph.find_nodes(op="placeholder")
+    fakes = detect_fake_mode([value(node) for node in inputs])
     if fakes is None:  # a loss may hold tensors that have values
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = {str(n.target): operator.attrgetter(str(n.target))(flat)
-               for n in flat.graph.find_nodes(op="get_attr")}  # fmt: skip
-    own = {s.tensor for s in slots}
-    first: dict[int, str] = {}
-    names = {n: first.setdefault(id(t), n) for n, t in tensors.items()}  # a tied one is one
-    frozen = {n: t.detach() for n, t in tensors.items() if names[n] == n and n not in own}
-    given: list[Tensor] = [fakes.from_tensor(t, static_shapes=True) for t in frozen.values()]
+    return fakes
+
+
+def _operands(
+    graph: TrainGraph,
+    slots: Sequence[Slot],
+    update: Update,
+    labels: Callable[[Any], Tensor],
+    frozen: Mapping[str, Tensor],
+    fakes: FakeTensorMode,
+) -> _Operands:
+    """What a step takes, without values."""
+    inputs = graph.flat.graph.find_nodes(op="placeholder")
+    frozen_fakes: list[Tensor] = [
+        fakes.from_tensor(tensor, static_shapes=True) for tensor in frozen.values()
+    ]
     with fakes:
-        batch = [_without_values(value(n), fakes) for n in places]
+        batch = [_without_values(value(node), fakes) for node in inputs]
         ends: Any = graph.flat.graph.output_node().args[0]
-        out = tree_unflatten([value(n) if isinstance(n, fx.Node) else n for n in ends],
-                                    graph.traced.out_spec)  # fmt: skip
-        target = [] if graph.own else [labels(scores_of(out))]
+        results = [value(end) if isinstance(end, fx.Node) else end for end in ends]
+        out = tree_unflatten(results, graph.traced.out_spec)
+        labels_operand = [] if graph.own else [labels(scores_of(out))]
         numbers = [torch.zeros(()), torch.zeros((), dtype=torch.int64)]
-        held = [torch.zeros(s.shape) for s in slots]
-        states = STATES[update.optimizer]
-        kept = [[torch.zeros(s.shape) for s in trained] for _ in states]
-    leaves, tree = tree_flatten((given, batch, target, numbers, held, kept))
+        matrices = [torch.zeros(slot.shape) for slot in slots]
+        trained = [slot for slot in slots if slot.trained]
+        moments = [[torch.zeros(slot.shape) for slot in trained] for _ in STATES[update.optimizer]]
+    return _Operands(frozen_fakes, batch, labels_operand, numbers, matrices, moments)
+
+
+def _step(
+    graph: TrainGraph,
+    slots: Sequence[Slot],
+    update: Update,
+    names: Mapping[str, str],
+    frozen_names: Sequence[str],
+    tree: TreeSpec,
+) -> Callable[..., tuple[Any, ...]]:
+    """The step as a function of the leaves of its operands.
+
+    Args:
+        graph: The train program.
+        slots: A and B of every update.
+        update: The optimizer's part.
+        names: Every tensor that the program reads, with its first name.
+        frozen_names: Names of the tensors that are not trained, in their order.
+        tree: How the leaves are the fields of an _Operands.
+    """
+    trained = [slot for slot in slots if slot.trained]
 
     def step(*leaves: Any) -> tuple[Any, ...]:
-        still, inputs, lab, (lr, count), matrices, moments = tree_unflatten(leaves, tree)
-        alone = dict(zip(frozen, still, strict=True))
-        weights = {n: alone[of] for n, of in names.items() if of in alone}
+        frozen, batch, labels, numbers, matrices, moments = tree_unflatten(leaves, tree)
+        lr, count = numbers
+        frozen_by_name = dict(zip(frozen_names, frozen, strict=True))
+        weights = {
+            name: frozen_by_name[first] for name, first in names.items() if first in frozen_by_name
+        }
         with torch.enable_grad():
-            learnt = {s.name: w.detach().requires_grad_(s.trained)
-                      for s, w in zip(slots, matrices, strict=True)}  # fmt: skip
-            weights |= {s.tensor: learnt[s.name].transpose(-1, -2) for s in slots}
-            at = inputs[graph.names.index("labels")] if graph.own else lab[0]
-            loss = graph.loss(_Held(weights, flat.graph), inputs, at)
-            leaves = tuple(learnt[s.name] for s in trained)
-            gradients = torch.autograd.grad(loss, leaves)
-        before = [(learnt[s.name].detach(), *(m[i] for m in moments))
-                  for i, s in enumerate(trained)]  # fmt: skip
+            factors = {
+                slot.name: matrix.detach().requires_grad_(slot.trained)
+                for slot, matrix in zip(slots, matrices, strict=True)
+            }
+            for slot in slots:
+                weights[slot.tensor] = factors[slot.name].transpose(-1, -2)
+            target = batch[graph.names.index("labels")] if graph.own else labels[0]
+            loss = graph.loss(_OnTensors(weights, graph.flat.graph), batch, target)
+            gradients = torch.autograd.grad(loss, [factors[slot.name] for slot in trained])
+        before = [
+            (factors[slot.name].detach(), *(moment[i] for moment in moments))
+            for i, slot in enumerate(trained)
+        ]
         return loss.detach(), *update(trained, before, gradients, lr, count)
 
-    plain = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
-    free = _sizes_kept(fakes, dict(zip(graph.names, batch, strict=True)), flat.graph)
-    apart = sdpa_kernel(SDPBackend.MATH)
-    with quiet(), torch.no_grad(), fakes, enable_python_dispatcher(), apart, plain, free:
-        made = make_fx(step, decomposition_table=_table())(*leaves)
-        if any(written_by(n) for n in made.graph.nodes):
+    return step
+
+
+def _traced(
+    step: Callable[..., tuple[Any, ...]],
+    leaves: Sequence[Any],
+    fakes: FakeTensorMode,
+    free: contextlib.AbstractContextManager[None],
+) -> fx.GraphModule:
+    """The step as a graph of operators that the exporter has."""
+    table: Table = {**decompositions(OPSET), **OWN}
+    unfused = torch.backends.mkldnn.flags(enabled=False)  # a fused LSTM has no other form
+    attention_apart = sdpa_kernel(SDPBackend.MATH)
+    with (
+        quiet(),
+        torch.no_grad(),
+        fakes,
+        enable_python_dispatcher(),
+        attention_apart,
+        unfused,
+        free,
+    ):
+        traced = make_fx(step, decomposition_table=table)(*leaves)
+        if any(written_by(node) for node in traced.graph.nodes):
             # functionalize takes neither autograd nor what the exporter's table gives
             written = make_fx(step, decomposition_table=OWN)(*leaves)
-            made = make_fx(functionalize(written), decomposition_table=_table())(*leaves)
-    for node in [n for n in made.graph.nodes if n.target in SQUEEZES]:
-        mend_squeeze(made.graph, node)
-    made.graph.eliminate_dead_code()
-    nodes = made.graph.find_nodes(op="placeholder")
-    for node, leaf in zip(nodes, leaves, strict=True):
-        node.meta["val"] = leaf
-    frozen |= _place_constants(made, nodes[len(given)], fakes)
-    given_out: Any = made.graph.output_node().args[0]
-    made.graph.output_node().args = (tuple(given_out),)
-    each = ("", *(f".{s}" for s in states))
-    inputs = [*graph.names, *(["labels"] if target else []), "lr", "step"]
-    inputs += [s.name for s in slots] + [s.name + e for e in each[1:] for s in trained]
-    outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
-    program = signed(made.graph, nodes[len(given) :], frozen)
-    model = translated(lambda: program, inputs, outputs, set(frozen), opset, repeat=repeat)
-    free_sizes = graph.traced.door.free(execution_of(graph.module).captured.requested)
-    give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
-    return model
+            traced = make_fx(functionalize(written), decomposition_table=table)(*leaves)
+    for node in list(traced.graph.nodes):
+        if node.target in SQUEEZES:
+            mend_squeeze(traced.graph, node)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _names(
+    graph: TrainGraph, slots: Sequence[Slot], update: Update, *, has_labels: bool
+) -> tuple[list[str], list[str]]:
+    """The names of a step's inputs and outputs in the file."""
+    trained = [slot.name for slot in slots if slot.trained]
+    states = STATES[update.optimizer]
+    inputs = list(graph.names)
+    if has_labels:
+        inputs.append("labels")
+    inputs += ["lr", "step"]
+    inputs += [slot.name for slot in slots]
+    for state in states:
+        inputs += [f"{name}.{state}" for name in trained]
+
+    outputs = ["loss"]
+    for name in trained:
+        outputs.append(f"{name}.next")
+        outputs += [f"{name}.{state}.next" for state in states]
+    return inputs, outputs
 
 
 def _place_constants(
@@ -145,23 +281,24 @@ def _place_constants(
 
     Returns them by the names that they have in the file.
     """
-    places: dict[str, fx.Node] = {}
+    inputs: dict[str, fx.Node] = {}
     constants: dict[str, Tensor] = {}
     for node in module.graph.find_nodes(op="get_attr"):
         attribute = str(node.target)
-        if attribute not in places:
-            held: Tensor = getattr(module, attribute)
-            name = f"loss.constant_{len(places)}"
-            constants[name] = held.detach()
+        if attribute not in inputs:
+            tensor: Tensor = getattr(module, attribute).detach()
+            name = f"loss.constant_{len(inputs)}"
+            constants[name] = tensor
             with module.graph.inserting_before(before):
-                places[attribute] = module.graph.placeholder(name.replace(".", "_"))
-            places[attribute].meta["val"] = fakes.from_tensor(held.detach(), static_shapes=True)
-        node.replace_all_uses_with(places[attribute])
+                placeholder = module.graph.placeholder(name.replace(".", "_"))
+            placeholder.meta["val"] = fakes.from_tensor(tensor, static_shapes=True)
+            inputs[attribute] = placeholder
+        node.replace_all_uses_with(inputs[attribute])
         module.graph.erase_node(node)
     return constants
 
 
-class _Held(OverTensors):
+class _OnTensors(OverTensors):
     """A graph run on tensors by name, by ops that have a gradient."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -173,7 +310,3 @@ def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
     if getattr(val, "fake_mode", None) is fakes:
         return val  # type: ignore[no-any-return]
     return fakes.from_tensor(val, static_shapes=True)
-
-
-def _table() -> Table:
-    return {**decompositions(OPSET), **OWN}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lora_fx.adapter.lowrank import alpha_of
+from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.trace import Traced
 from lora_fx.fx.graph.graph import FxGraph
@@ -18,7 +18,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.train.loss import Loss
-from lora_fx.fx.train.seeded_dropout import _seed_dropouts
+from lora_fx.fx.train.seeded_dropout import seed_dropouts
 from lora_fx.fx.trees import tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
@@ -74,9 +74,7 @@ def train_graph(
     """
     updates = module.updates
     if unit:
-        updates = {
-            k: replace(u, alpha=alpha_of(1.0, u.rank, u.variant)) for k, u in updates.items()
-        }
+        updates = {key: _with_unit_scale(update) for key, update in updates.items()}
     with patched(module, _updates=updates):
         graph = module.graph(True, portable=True, named=named)
     for rewrite in passes:
@@ -85,13 +83,21 @@ def train_graph(
     execution = execution_of(module)
     traced = execution.captured.traced(True, named, execution.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, traced, named=named)
-    seeded = _seed_dropouts(flat.graph)
-    if drawn := random_ops(flat.graph):
+
+    seeded = seed_dropouts(flat.graph)
+    drawing = random_ops(flat.graph)
+    if drawing:
         raise LoraFxError(
             f"the model draws random numbers in training that no file can repeat: "
-            f"{', '.join(drawn)}",
+            f"{', '.join(drawing)}",
             "turn that off in the model; dropout itself is drawn from the input seed",
         )
+    if seeded:
+        names = [*names, "seed"]
     flat.recompile()
-    compute, own = loss
-    return TrainGraph(module, flat, names + ["seed"] * seeded, traced, compute, bool(own), seeded)
+    compute, labels_argument = loss
+    return TrainGraph(module, flat, names, traced, compute, bool(labels_argument), seeded)
+
+
+def _with_unit_scale(update: LowRank) -> LowRank:
+    return replace(update, alpha=alpha_of(1.0, update.rank, update.variant))
