@@ -5,12 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+
+def _cosine(step: int, rise: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * _done(step, rise, steps)))
+
+
+def _linear(step: int, rise: int, steps: int) -> float:
+    return 1 - _done(step, rise, steps)
+
+
+def _constant(step: int, rise: int, steps: int) -> float:
+    return 1.0
+
+
+def _inverse_sqrt(step: int, rise: int, steps: int) -> float:
+    if rise:
+        return float((rise / step) ** 0.5)
+    return float((10_000 / (step + 10_000)) ** 0.5)
+
+
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
-    "cosine": lambda at, rise, steps: 0.5 * (1 + math.cos(math.pi * _done(at, rise, steps))),
-    "linear": lambda at, rise, steps: 1 - _done(at, rise, steps),
-    "constant": lambda at, rise, steps: 1.0,
-    "constant_with_warmup": lambda at, rise, steps: 1.0,
-    "inverse_sqrt": lambda at, rise, steps: ((rise or 10_000) / (at + 10_000 * (not rise))) ** 0.5,
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "inverse_sqrt": _inverse_sqrt,
 }
 """The share of the rate after the warm-up, by transformers' names, of (step, warm-up, steps)."""
 
@@ -22,7 +41,9 @@ def factor(step: int, steps: int, warmup: float, schedule: str = "cosine") -> fl
     where the first step moves nothing.
     """
     rise = 0 if schedule == "constant" else math.ceil(steps * warmup)
-    return (step + 1) / rise if step < rise else SCHEDULES[schedule](step, rise, steps)
+    if step < rise:
+        return (step + 1) / rise
+    return SCHEDULES[schedule](step, rise, steps)
 
 
 def _done(step: int, rise: int, steps: int) -> float:

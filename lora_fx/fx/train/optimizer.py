@@ -21,16 +21,21 @@ class Optimizer:
     """
 
     def __init__(self, model: AdaptedModule, settings: Settings, steps: int) -> None:
-        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        make, given, self.fields = OPTIMIZERS[settings.optimizer]
+        self.named = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        optimizer_class, options, self.fields = OPTIMIZERS[settings.optimizer]
         groups = model.parameter_groups(settings.lr, settings.weight_decay)
-        self._inner = make(groups, lr=settings.lr, **given)
+        self._inner = optimizer_class(groups, lr=settings.lr, **options)
         self._peaks = [group["lr"] for group in self._inner.param_groups]
-        self.steps, self.settings = steps, settings
+        self.steps = steps
+        self.settings = settings
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What it moves."""
+        """The tensors that it moves."""
         return list(self.named.values())
 
     def clear(self) -> None:
@@ -51,16 +56,19 @@ class Optimizer:
 
     def moments(self) -> dict[str, torch.Tensor]:
         """`NAME/exp_avg` … of every tensor that has moved."""
-        state = self._inner.state
-        return {
-            f"{n}/{field}": state[self.named[n]][field] for n in self.moved for field in self.fields
-        }
+        moments: dict[str, torch.Tensor] = {}
+        for name in self.moved:
+            state = self._inner.state[self.named[name]]
+            for field in self.fields:
+                moments[f"{name}/{field}"] = state[field]
+        return moments
 
     def like(self, name: str) -> dict[str, torch.Tensor]:
         """A tensor of the shape, dtype and device of each moment of one tensor, by field."""
-        p = self.named[name]
-        step = torch.zeros((), device=p.device if self._inner.defaults.get("fused") else "cpu")
-        return {field: step if field == "step" else p for field in self.fields}
+        parameter = self.named[name]
+        is_fused = self._inner.defaults.get("fused")
+        step = torch.zeros((), device=parameter.device if is_fused else "cpu")
+        return {field: step if field == "step" else parameter for field in self.fields}
 
     def put(self, name: str, moments: dict[str, torch.Tensor]) -> None:
         """Go on from such moments of one tensor, by field."""

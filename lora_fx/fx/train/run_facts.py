@@ -38,25 +38,13 @@ def facts_of(
     processes: int,
 ) -> Facts:
     """The facts of a run, before or after any step of it."""
-    targets = {
-        f"update of {key!r}": "rank {}, alpha {:g}, {}".format(*asked(u), u.variant)
-        for key, u in model.updates.items()
-    }
-    named = list(model.named_parameters())
-    trained = {n: f"{dtype_name(p.dtype)} {list(p.shape)}" for n, p in named if p.requires_grad}
-    frozen = [*((n, p) for n, p in named if n not in trained), *model.named_buffers()]
-    graph = str(model.graph(True).graph)
+    settings = asdict(optimizer.settings)
+    del settings["epochs"]
     return {
-        "model": {
-            **targets,
-            **{f"trained tensor {name!r}": what for name, what in trained.items()},
-            "dropout": float(model.adapter().metadata.get("dropout") or 0.0),
-            "graph": hashlib.sha256(graph.encode()).hexdigest(),
-            "weights": _weights(frozen),
-        },
+        "model": _model(model),
         "data": {"training": _data(training), "validation": _data(validation)},
         "settings": {
-            **{k: v for k, v in asdict(optimizer.settings).items() if k != "epochs"},
+            **settings,
             "steps": optimizer.steps,
             "loss": loss if isinstance(loss, str) else _function(loss),
             "device": device_of(model).type,
@@ -65,45 +53,77 @@ def facts_of(
     }
 
 
-def differences(there: Named, here: Facts) -> list[str]:
+def _model(model: AdaptedModule) -> dict[str, Any]:
+    """The facts of a model: its updates, what is trained, and what is not."""
+    facts: dict[str, Any] = {}
+    for key, update in model.updates.items():
+        rank, alpha = asked(update)
+        facts[f"update of {key!r}"] = f"rank {rank}, alpha {alpha:g}, {update.variant}"
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            text = f"{dtype_name(parameter.dtype)} {list(parameter.shape)}"
+            facts[f"trained tensor {name!r}"] = text
+        else:
+            frozen.append((name, parameter))
+    graph = str(model.graph(True).graph)
+    facts["dropout"] = float(model.adapter().metadata.get("dropout") or 0.0)
+    facts["graph"] = hashlib.sha256(graph.encode()).hexdigest()
+    facts["weights"] = _weights([*frozen, *model.named_buffers()])
+    return facts
+
+
+def differences(state: Named, run: Facts) -> list[str]:
     """What differs between a state's facts and a run's, in words; most telling first."""
-    found = []
-    for part, facts in here.items():
-        old = there.get(part)
-        old = old if isinstance(old, Mapping) else {}
-        for what in [*facts, *(k for k in old if k not in facts)]:
-            a, b = old.get(what), facts.get(what)
-            if a != b:
-                both = isinstance(a, str) and isinstance(b, str) and len(a) == len(b) == 64
-                then, now = ("none" if x is None else str(x) for x in (a, b))
-                told = "another" if both else f"{then} there, {now} here"
-                found.append(f"{part}: {what}: {told}")
-    return found
+    lines = []
+    for part, facts in run.items():
+        state_facts = state.get(part)
+        if not isinstance(state_facts, Mapping):
+            state_facts = {}
+        for what in dict.fromkeys([*facts, *state_facts]):
+            before = state_facts.get(what)
+            now = facts.get(what)
+            if before != now:
+                lines.append(f"{part}: {what}: {_difference(before, now)}")
+    return lines
+
+
+def _difference(state: Any, run: Any) -> str:
+    """Two facts in words; of two hashes only that they differ."""
+    if isinstance(state, str) and isinstance(run, str) and len(state) == len(run) == 64:
+        return "another"
+    before, now = ("none" if fact is None else str(fact) for fact in (state, run))
+    return f"{before} there, {now} here"
 
 
 def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
     """What every process of a run must have in common, in words, with sha256 digests."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     texts = {part: json.dumps(facts[part], sort_keys=True) for part in facts}
     texts["initial values"] = _weights(trained)
     return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
 
 
 def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    return str(fingerprint((n, tuple(t.shape), both_ends(t)) for n, t in tensors)["sample"])
+    """A hash of both ends of each tensor."""
+    samples = ((name, tuple(tensor.shape), both_ends(tensor)) for name, tensor in tensors)
+    return str(fingerprint(samples)["sample"])
 
 
 def _data(data: Table | Buckets | None) -> str:
     """Number of examples and a hash of every byte, by column."""
     if data is None:
         return "none"
-    whole = hashlib.sha256(json.dumps([data.label]).encode())
-    for table in data.tables if isinstance(data, Buckets) else [data]:
+    content = hashlib.sha256(json.dumps([data.label]).encode())
+    tables = data.tables if isinstance(data, Buckets) else [data]
+    for table in tables:
         for name, column in sorted(table.columns.items()):
-            head = [name, str(column.dtype), list(column.shape)]
-            whole.update(json.dumps(head).encode())
-            whole.update(np.ascontiguousarray(column).tobytes())
-    return f"{len(data)} examples, sha256 {whole.hexdigest()[:16]}"
+            header = [name, str(column.dtype), list(column.shape)]
+            content.update(json.dumps(header).encode())
+            content.update(np.ascontiguousarray(column).tobytes())
+    return f"{len(data)} examples, sha256 {content.hexdigest()[:16]}"
 
 
 def _function(function: Loss) -> str:

@@ -50,9 +50,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse a name that is not known."""
-        for what, names in (("schedule", list(SCHEDULES)), ("optimizer", list(OPTIMIZERS))):
-            if (name := getattr(self, what)) not in names:
-                raise LoraFxError(f"no {what} {name!r}", f"one of {', '.join(names)}")
+        _expect("schedule", self.schedule, list(SCHEDULES))
+        _expect("optimizer", self.optimizer, list(OPTIMIZERS))
+
+
+def _expect(kind: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise LoraFxError(f"no {kind} {name!r}", f"one of {', '.join(names)}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run: what it may be told, its optimizer, what it reports, and where it is.
+"""How far a run is, and the state from which another one goes on.
 
 A state is all that a later run needs to go on as if nothing had happened:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,14 @@ COUNTS = ("step", "epoch", "at", "waited")
 
 def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """A copy of what is trained."""
-    return {name: p.detach().clone() for name, p in optimizer.named.items()}
+    return {name: parameter.detach().clone() for name, parameter in optimizer.named.items()}
 
 
 @torch.no_grad()
 def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
     """Set what is trained."""
-    for name, p in optimizer.named.items():
-        p.copy_(values[name])
+    for name, parameter in optimizer.named.items():
+        parameter.copy_(values[name])
 
 
 def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Processes) -> None:
@@ -83,28 +84,11 @@ def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Pr
     Raises:
         LoraFxError: The disk is full, or the folder cannot be written.
     """
-    device = optimizer.trained[0].device
-    own = [torch.get_rng_state()]
-    own += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    rows = world.gathered(torch.cat(own))
+    random_states = world.gathered(_random_state(optimizer))
     if not world.first:
         return
-    report = trail.report
-    tensors: dict[str, Array] = {"losses": np.array(report.losses, np.float64)}
-    tensors |= {f"rng/{rank}": to_numpy(row) for rank, row in enumerate(rows)}
-    for part, values in (("now", optimizer.named), ("best", trail.kept)):
-        tensors |= {f"{part}/{name}": to_numpy(t) for name, t in values.items()}
-    tensors |= {f"adam/{name}": to_numpy(t) for name, t in optimizer.moments().items()}
-    words = {
-        **{name: getattr(trail, name) for name in COUNTS},
-        "best": trail.best if trail.kept else None,
-        "best_step": report.best_step,
-        "before": report.before,
-        "stopped": report.stopped,
-        "validation": {str(k): v for k, v in report.validation.items()},
-        "moments": optimizer.moved,
-        "facts": facts,
-    }
+    words = _words_of(trail, optimizer, facts)
+    tensors = _tensors_of(trail, optimizer, random_states)
     folder = Path(to.folder or "")
     if to.limit:
         folder.mkdir(exist_ok=True)
@@ -115,9 +99,50 @@ def save(to: Saving, trail: Trail, optimizer: Optimizer, facts: Facts, world: Pr
         text = json.dumps({**stamp(), **words}, indent=1, allow_nan=False)
         (stage / WORDS).write_text(text + "\n", encoding="utf-8")
         write_tensors(stage / TENSORS, tensors, {})
-    for old in checkpoints(folder.parent)[: -to.limit] if to.limit else ():
-        check_output(old, force=True, own=True, names=(WORDS, TENSORS))
-        shutil.rmtree(old)
+    if to.limit:
+        for outdated in checkpoints(folder.parent)[: -to.limit]:
+            check_output(outdated, force=True, own=True, names=(WORDS, TENSORS))
+            shutil.rmtree(outdated)
+
+
+def _random_state(optimizer: Optimizer) -> torch.Tensor:
+    """Torch's random numbers in this process: the CPU's, then the GPU's."""
+    device = optimizer.trained[0].device
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
+def _words_of(trail: Trail, optimizer: Optimizer, facts: Facts) -> dict[str, Any]:
+    """What a state has as JSON."""
+    report = trail.report
+    return {
+        **{name: getattr(trail, name) for name in COUNTS},
+        "best": trail.best if trail.kept else None,
+        "best_step": report.best_step,
+        "before": report.before,
+        "stopped": report.stopped,
+        "validation": {str(step): loss for step, loss in report.validation.items()},
+        "moments": optimizer.moved,
+        "facts": facts,
+    }
+
+
+def _tensors_of(
+    trail: Trail, optimizer: Optimizer, random_states: Sequence[torch.Tensor]
+) -> dict[str, Array]:
+    """What a state has as tensors."""
+    tensors: dict[str, Array] = {"losses": np.array(trail.report.losses, np.float64)}
+    for rank, state in enumerate(random_states):
+        tensors[f"rng/{rank}"] = to_numpy(state)
+    for name, parameter in optimizer.named.items():
+        tensors[f"now/{name}"] = to_numpy(parameter)
+    for name, tensor in trail.kept.items():
+        tensors[f"best/{name}"] = to_numpy(tensor)
+    for name, moment in optimizer.moments().items():
+        tensors[f"adam/{name}"] = to_numpy(moment)
+    return tensors
 
 
 def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> Trail:
@@ -128,36 +153,62 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
             other settings: the first difference is named.
     """
     words, tensors = read_folder(folder)
-    there = words.get("facts")
-    found = differences(there if isinstance(there, dict) else {}, facts)
-    if found:
-        more = f"; {len(found) - 1} more differences" if found[1:] else ""
-        raise LoraFxError(
-            f"{folder} is the state of another run: {found[0]}{more}",
-            "a run goes on with the model, data and settings that it began with",
-        )
+    _refuse_other_run(folder, words.get("facts"), facts)
     try:
         trail = _trail(words, tensors, optimizer)
     except (LookupError, TypeError, ValueError) as e:
         raise LoraFxError(f"{folder}/{WORDS}: damaged: {e!r}", "start anew") from e
-    named, where = optimizer.named, f"{folder}/{TENSORS}"
-    put_back(optimizer, {n: _like(f"now/{n}", p, tensors, where) for n, p in named.items()})
+
+    where = f"{folder}/{TENSORS}"
+    named = optimizer.named
+    put_back(
+        optimizer,
+        {name: _like(f"now/{name}", like, tensors, where) for name, like in named.items()},
+    )
     if trail.kept:
-        trail.kept = {n: _like(f"best/{n}", p, tensors, where) for n, p in named.items()}
+        trail.kept = {
+            name: _like(f"best/{name}", like, tensors, where) for name, like in named.items()
+        }
     for name in words["moments"]:
-        of, like = f"adam/{name}/", optimizer.like(name)
-        optimizer.put(name, {f: _like(of + f, p, tensors, where) for f, p in like.items()})
-    rng, size = _like(f"rng/{world.rank}", None, tensors, where), torch.get_rng_state().numel()
-    torch.set_rng_state(rng[:size])
-    if (device := optimizer.trained[0].device).type == "cuda":
-        torch.cuda.set_rng_state(rng[size:], device)
+        moments = {
+            field: _like(f"adam/{name}/{field}", like, tensors, where)
+            for field, like in optimizer.like(name).items()
+        }
+        optimizer.put(name, moments)
+    _set_random_state(optimizer, _tensor(f"rng/{world.rank}", tensors, where))
     return trail
 
 
+def _refuse_other_run(folder: str, state: object, run: Facts) -> None:
+    """Raise for a state of another run; the message names the first difference."""
+    lines = differences(state if isinstance(state, dict) else {}, run)
+    if not lines:
+        return
+    more = f"; {len(lines) - 1} more differences" if len(lines) > 1 else ""
+    raise LoraFxError(
+        f"{folder} is the state of another run: {lines[0]}{more}",
+        "a run goes on with the model, data and settings that it began with",
+    )
+
+
+def _set_random_state(optimizer: Optimizer, state: torch.Tensor) -> None:
+    """Set torch's random numbers in this process, as _random_state gives them."""
+    cpu_size = torch.get_rng_state().numel()
+    torch.set_rng_state(state[:cpu_size])
+    device = optimizer.trained[0].device
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[cpu_size:], device)
+
+
 def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimizer) -> Trail:
+    """How far the run of a state is; what is trained has its values of now.
+
+    Raises:
+        LookupError, TypeError, ValueError: The state is damaged.
+    """
     report = TrainReport(
-        [float(x) for x in tensors["losses"]],
-        {int(k): float(v) for k, v in words["validation"].items()},
+        [float(loss) for loss in tensors["losses"]],
+        {int(step): float(loss) for step, loss in words["validation"].items()},
         before=words["before"],
         best_step=int(words["best_step"]),
         stopped=words["stopped"],
@@ -170,22 +221,24 @@ def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimize
         if name not in optimizer.named:
             raise KeyError(name)
     if words["best"] is not None:
-        trail.best, trail.kept = float(words["best"]), snapshot(optimizer)
+        trail.best = float(words["best"])
+        trail.kept = snapshot(optimizer)
     return trail
 
 
-def _like(
-    name: str, like: torch.Tensor | None, tensors: dict[str, Array], where: str
-) -> torch.Tensor:
-    if name not in tensors:
-        raise LoraFxError(f"{where}: no tensor {name!r}", "the state is damaged: start anew")
-    found = from_numpy(tensors[name])
-    if like is None:
-        return found
-    if found.shape != like.shape or found.dtype != like.dtype:
+def _like(name: str, like: torch.Tensor, tensors: dict[str, Array], where: str) -> torch.Tensor:
+    """A tensor of a state, which has the shape and the dtype of another, on its device."""
+    tensor = _tensor(name, tensors, where)
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise LoraFxError(
-            f"{where}: tensor {name!r} is {found.dtype} {list(found.shape)}; expected "
+            f"{where}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
             f"{like.dtype} {list(like.shape)}",
             "the state is damaged: start anew",
         )
-    return found.to(like.device)
+    return tensor.to(like.device)
+
+
+def _tensor(name: str, tensors: dict[str, Array], where: str) -> torch.Tensor:
+    if name not in tensors:
+        raise LoraFxError(f"{where}: no tensor {name!r}", "the state is damaged: start anew")
+    return from_numpy(tensors[name])

@@ -16,7 +16,8 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
 
-WORDS, TENSORS = "state.json", "state.safetensors"
+WORDS = "state.json"
+TENSORS = "state.safetensors"
 
 
 STEP = re.compile(r"checkpoint-\d+")
@@ -44,8 +45,10 @@ def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | No
 
 def checkpoints(folder: Path) -> list[Path]:
     """The states in a folder of several, the oldest first."""
-    found = [p for p in folder.glob("*") if STEP.fullmatch(p.name) and (p / WORDS).is_file()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    states = [
+        path for path in folder.glob("*") if STEP.fullmatch(path.name) and (path / WORDS).is_file()
+    ]
+    return sorted(states, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def step_of(folder: str) -> int | None:

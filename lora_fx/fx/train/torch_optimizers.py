@@ -8,11 +8,11 @@ import torch
 
 from lora_fx.text import Json
 
-Made = tuple[Callable[..., torch.optim.Optimizer], Json, tuple[str, ...]]
+OptimizerRow = tuple[Callable[..., torch.optim.Optimizer], Json, tuple[str, ...]]
 """A class of torch, its arguments, and what it holds of a tensor; `step` is a number."""
 
 
-OPTIMIZERS: dict[str, Made] = {
+OPTIMIZERS: dict[str, OptimizerRow] = {
     "adamw_torch": (torch.optim.AdamW, {}, ("exp_avg", "exp_avg_sq", "step")),
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}, ("exp_avg", "exp_avg_sq", "step")),
     "sgd": (torch.optim.SGD, {}, ()),

@@ -32,21 +32,26 @@ class TrainReport:
     def verdict(self) -> str:
         """Whether the validation loss rose, in one line that names the step that was kept."""
         line = verdict(self.validation, self.best_step)
-        return line if self.stopped is None else f"{line}; patience ended at step {self.stopped}"
+        if self.stopped is None:
+            return line
+        return f"{line}; patience ended at step {self.stopped}"
 
     def __str__(self) -> str:
         """Which step was kept, from where the run went on, and the verdict."""
         best = self.validation.get(self.best_step)
-        said = f"kept step {self.best_step} of {len(self.losses)}"
-        said += f", validation loss {best:.4f}" if best is not None else ""
-        said += f" (went on from step {self.resumed})" if self.resumed is not None else ""
-        return f"{said}\n{self.verdict}"
+        text = f"kept step {self.best_step} of {len(self.losses)}"
+        if best is not None:
+            text += f", validation loss {best:.4f}"
+        if self.resumed is not None:
+            text += f" (went on from step {self.resumed})"
+        return f"{text}\n{self.verdict}"
 
     def to_json(self) -> Json:
-        """What report files hold."""
+        """The fields of report files."""
+        validation = {str(step): round(loss, 6) for step, loss in self.validation.items()}
         return {
-            "losses": [round(x, 6) for x in self.losses],
-            "validation": {str(k): round(v, 6) for k, v in self.validation.items()},
+            "losses": [round(loss, 6) for loss in self.losses],
+            "validation": validation,
             "before": None if self.before is None else round(self.before, 6),
             "best_step": self.best_step,
             "stopped": self.stopped,
@@ -56,9 +61,13 @@ class TrainReport:
 
     def to_csv(self) -> str:
         """A line of step, loss and validation for every step; step 0 is before the first one."""
-        told = {0: self.before, **self.validation}
-        rows = [f"{i},{x},{told.get(i, '')}" for i, x in enumerate(self.losses, 1)]
-        return "\n".join([CURVE, *([f"0,,{told[0]}"] if told[0] is not None else []), *rows, ""])
+        validation = {0: self.before, **self.validation}
+        lines = [CURVE]
+        if validation[0] is not None:
+            lines.append(f"0,,{validation[0]}")
+        for step, loss in enumerate(self.losses, 1):
+            lines.append(f"{step},{loss},{validation.get(step, '')}")
+        return "\n".join([*lines, ""])
 
 
 def verdict(validation: Mapping[int, float], kept: int) -> str:
@@ -70,8 +79,9 @@ def verdict(validation: Mapping[int, float], kept: int) -> str:
     """
     if not validation:
         return f"no validation: overfitting would not be seen; kept the last step, {kept}"
-    steps, ending = list(validation), f"; kept step {kept}"
+    steps = list(validation)
     last = steps[-1]
+    ending = f"; kept step {kept}"
     if len(steps) == 1:
         return f"one validation, at step {last}: no rise or fall can be seen" + ending
     if kept == last:
