@@ -16,10 +16,7 @@ completion together differ from those of the prompt. TRL's SFTTrainer does the s
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,21 +27,16 @@ from torch import nn
 from lora_fx.data import LABELS, Table, json_rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.load.huggingface import read_tokenizer
-from lora_fx.fx.train.chat import ChatTemplate, Rendered
+from lora_fx.fx.train.line_forms import FORMS, _form, _named
+from lora_fx.fx.train.line_tokens import Encoded, _encoder
 from lora_fx.fx.train.loss import IGNORED
-from lora_fx.text import Json, JsonView, some
+from lora_fx.text import JsonView, some
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
-Encoded = tuple[list[int], list[bool]]
-"""Ids, and which of them are trained on."""
-FORMS = (("text",), ("prompt", "completion"), ("messages",))
-ROLES = ("system", "developer", "user", "assistant", "tool")
 LONGEST = 1024
 """Tokens of a line, where nobody says."""
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks the assistant's tokens in a chat template."""
 
 
 def language_table(
@@ -132,28 +124,6 @@ def _no_panic(where: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _form(where: str, row: JsonView) -> tuple[str, ...]:
-    """The form of a line; empty where it has none. One that is whole stands before parts.
-
-    Tables of several forms have null for what a row lacks, and some keep a conversation's first
-    turn as its prompt.
-    """
-    there = {name for name, value in row.items() if value is not None}
-    whole = [form for form in FORMS if set(form) <= there]
-    found = whole or [form for form in FORMS if set(form) & set(row)]
-    if len(found) > 1:
-        raise LoraFxError(
-            f"{where} has {' and '.join(map(_named, found))}; expected one form", "leave one out"
-        )
-    if found and (lost := [name for name in found[0] if name not in row]):
-        raise LoraFxError(f"{where} has no {lost[0]!r}", f"a line has {_named(found[0])}")
-    return found[0] if found else ()
-
-
-def _named(form: tuple[str, ...]) -> str:
-    return " with ".join(map(repr, form))
-
-
 def _lines(wheres: list[str]) -> str:
     numbers = [where.rpartition(" ")[2] for where in wheres]
     return f"line{'s' * (len(numbers) > 1)} {some(numbers, 5)}"
@@ -183,108 +153,6 @@ def _is_causal(module: nn.Module, folder: Path, path: str, row: JsonView) -> boo
             "such data trains a folder whose architecture is a ...ForCausalLM",
         )
     return False
-
-
-def _encoder(
-    form: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    path: str,
-    rows: Sequence[tuple[str, JsonView]],
-) -> tuple[Callable[[str, JsonView, list[str]], Encoded], str]:
-    """What encodes a line, and what it trains on, in words."""
-    if form != ("messages",):
-        what = "every token" if form == ("text",) else "the completions' tokens"
-        end = tokenizer.eos_token or ""
-        what += "" if end else " (the tokenizer has no end-of-sequence token, and none is added)"
-        return partial(_plain, tokenizer, end), what
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as e:
-        raise LoraFxError(
-            f"{folder}: the tokenizer has no chat template, and {path} has 'messages'",
-            f"put a chat_template.jinja into {folder}, or write 'prompt' and 'completion'",
-        ) from e
-    marked = GENERATION.search(template) is not None
-    every = "every token, of all roles, since the chat template has no {% generation %}"
-    chats = ChatTemplate(template, str(folder), tokenizer.special_tokens_map, marked)
-    conversations = {w: _conversation(w, r) for w, r in rows if r.get("messages") is not None}
-    encode = partial(_chat, tokenizer, marked, chats.render(conversations))
-    return encode, "the assistant's tokens" if marked else every
-
-
-def _plain(
-    tokenizer: PreTrainedTokenizerBase, end: str, where: str, row: JsonView, merged: list[str]
-) -> Encoded:
-    """A text, or a prompt with its completion."""
-    plain = row.get("text") is not None or "prompt" not in row
-    prompt = None if plain else _text(row, "prompt", where)
-    name = "text" if prompt is None else "completion"
-    text = _text(row, name, where)
-    if not text:
-        raise LoraFxError(f"{where}: the {name} is empty", "leave the line out")
-    text += "" if text.endswith(end) else end
-    ids: list[int] = tokenizer((prompt or "") + text)["input_ids"]
-    before: list[int] = [] if prompt is None else tokenizer(prompt)["input_ids"]
-    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), None)
-    if same is not None:
-        merged.append(where)
-    start = min(len(before), len(ids)) if same is None else same
-    return ids, [i >= start for i in range(len(ids))]
-
-
-def _text(row: Mapping[str, object], name: str, where: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        turns = isinstance(value, list) and name != "content"
-        hint = "put turns under 'messages'" if turns else "a text in quotes"
-        found = json.dumps(value, ensure_ascii=False)
-        raise LoraFxError(f"{where}: {name!r} is {one_line(found, 60)}, expected a text", hint)
-    return value
-
-
-def _conversation(where: str, row: JsonView) -> Json:
-    """The turns of a line and its tools, checked; of a turn what is null is left out."""
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not turns:
-        found = one_line(json.dumps(turns, ensure_ascii=False), 60)
-        raise LoraFxError(f"{where}: 'messages' is {found}, expected turns", "a list of objects")
-    for i, turn in enumerate(turns, 1):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ROLES:
-            raise LoraFxError(
-                f"{where}: message {i} has the role {one_line(repr(role), 60)}, expected one of "
-                f"{', '.join(ROLES)}",
-                'a message is {"role": "user", "content": "…"}',
-            )
-        if not turn.get("tool_calls") or turn.get("content") is not None:
-            _text(turn, "content", f"{where}: message {i}")
-    plain = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
-    return {"messages": plain, "tools": row.get("tools")}
-
-
-def _chat(
-    tokenizer: PreTrainedTokenizerBase,
-    marked: bool,
-    rendered: Mapping[str, Rendered],
-    where: str,
-    row: JsonView,
-    merged: list[str],
-) -> Encoded:
-    """A rendered conversation; a token is trained on where a span of the assistant's reaches it."""
-    out = tokenizer(rendered[where].text, add_special_tokens=False)
-    ids: list[int] = out["input_ids"]
-    if not marked:
-        return ids, [True] * len(ids)
-    if not out.encodings:
-        raise LoraFxError(
-            f"{where}: the tokenizer does not tell which characters a token is of, and its chat "
-            "template marks what the assistant generates",
-            "a tokenizer with a tokenizer.json does",
-        )
-    spans = rendered[where].spans
-    places = out.encodings[0].offsets
-    return ids, [any(start < b and a < end for a, b in spans) for start, end in places]
 
 
 def _padded(
