@@ -27,27 +27,28 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    grads = list(_gradients(model))
-    bad = [what for what, grad in grads if not bool(grad.isfinite().all())]
-    if bad:
-        where = f"first not finite: the gradient of {bad[0]} ({len(bad)} of {len(grads)} are not)"
-    else:
-        where = "every gradient is finite, their norm or the loss is not"
-    what, value = ("loss", loss) if not math.isfinite(loss) else ("norm of the gradients", norm)
-    raise not_finite(step, what, value, where)
+    gradients = list(_gradients(model))
+    infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
+    where = "every gradient is finite, their norm or the loss is not"
+    if infinite:
+        count = f"{len(infinite)} of {len(gradients)}"
+        where = f"first not finite: the gradient of {infinite[0]} ({count} are not)"
+    if not math.isfinite(loss):
+        raise not_finite(step, "loss", loss, where)
+    raise not_finite(step, "norm of the gradients", norm, where)
 
 
 def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """(what it is called, gradient): A and B of every target, then tensors trained whole."""
-    seen: set[int] = set()
+    """(its name in words, gradient): A and B of every target, then tensors trained whole."""
+    factors: set[int] = set()
     for key, pair in insertion_of(model).slots().items():
-        for side, p in zip("AB", pair, strict=True):
-            seen.add(id(p))
-            if p.grad is not None:
-                yield f"{side} of {key!r}", p.grad
-    for name, p in model.named_parameters():
-        if p.grad is not None and id(p) not in seen:
-            yield repr(name), p.grad
+        for side, parameter in zip("AB", pair, strict=True):
+            factors.add(id(parameter))
+            if parameter.grad is not None:
+                yield f"{side} of {key!r}", parameter.grad
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and id(parameter) not in factors:
+            yield repr(name), parameter.grad
 
 
 def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:

@@ -9,58 +9,73 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.text import Json, JsonView
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
-
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def _form(where: str, row: JsonView) -> tuple[str, ...]:
+def form_of(where: str, row: JsonView) -> tuple[str, ...]:
     """The form of a line; empty where it has none. One that is whole stands before parts.
 
     Tables of several forms have null for what a row lacks, and some keep a conversation's first
     turn as its prompt.
     """
-    there = {name for name, value in row.items() if value is not None}
-    whole = [form for form in FORMS if set(form) <= there]
-    found = whole or [form for form in FORMS if set(form) & set(row)]
-    if len(found) > 1:
+    filled = {name for name, value in row.items() if value is not None}
+    forms = [form for form in FORMS if set(form) <= filled]
+    if not forms:
+        forms = [form for form in FORMS if set(form) & set(row)]
+    if not forms:
+        return ()
+    if len(forms) > 1:
         raise LoraFxError(
-            f"{where} has {' and '.join(map(_named, found))}; expected one form", "leave one out"
+            f"{where} has {' and '.join(map(in_words, forms))}; expected one form", "leave one out"
         )
-    if found and (lost := [name for name in found[0] if name not in row]):
-        raise LoraFxError(f"{where} has no {lost[0]!r}", f"a line has {_named(found[0])}")
-    return found[0] if found else ()
+    missing = [name for name in forms[0] if name not in row]
+    if missing:
+        raise LoraFxError(f"{where} has no {missing[0]!r}", f"a line has {in_words(forms[0])}")
+    return forms[0]
 
 
-def _named(form: tuple[str, ...]) -> str:
+def in_words(form: tuple[str, ...]) -> str:
+    """A form as messages name it: 'prompt' with 'completion'."""
     return " with ".join(map(repr, form))
 
 
-def _text(row: Mapping[str, object], name: str, where: str) -> str:
+def text_of(row: Mapping[str, object], name: str, where: str) -> str:
+    """The text of a row under a name.
+
+    Raises:
+        LoraFxError: It is something else.
+    """
     value = row.get(name)
-    if not isinstance(value, str):
-        turns = isinstance(value, list) and name != "content"
-        hint = "put turns under 'messages'" if turns else "a text in quotes"
-        found = json.dumps(value, ensure_ascii=False)
-        raise LoraFxError(f"{where}: {name!r} is {one_line(found, 60)}, expected a text", hint)
-    return value
+    if isinstance(value, str):
+        return value
+    hint = "a text in quotes"
+    if isinstance(value, list) and name != "content":
+        hint = "put turns under 'messages'"
+    shown = one_line(json.dumps(value, ensure_ascii=False), 60)
+    raise LoraFxError(f"{where}: {name!r} is {shown}, expected a text", hint)
 
 
-def _conversation(where: str, row: JsonView) -> Json:
+def conversation_of(where: str, row: JsonView) -> Json:
     """The turns of a line and its tools, checked; of a turn what is null is left out."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not turns:
-        found = one_line(json.dumps(turns, ensure_ascii=False), 60)
-        raise LoraFxError(f"{where}: 'messages' is {found}, expected turns", "a list of objects")
-    for i, turn in enumerate(turns, 1):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ROLES:
-            raise LoraFxError(
-                f"{where}: message {i} has the role {one_line(repr(role), 60)}, expected one of "
-                f"{', '.join(ROLES)}",
-                'a message is {"role": "user", "content": "…"}',
-            )
-        if not turn.get("tool_calls") or turn.get("content") is not None:
-            _text(turn, "content", f"{where}: message {i}")
-    plain = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
-    return {"messages": plain, "tools": row.get("tools")}
+        shown = one_line(json.dumps(turns, ensure_ascii=False), 60)
+        raise LoraFxError(f"{where}: 'messages' is {shown}, expected turns", "a list of objects")
+    for number, turn in enumerate(turns, 1):
+        _check_turn(f"{where}: message {number}", turn)
+    messages = [
+        {field: value for field, value in turn.items() if value is not None} for turn in turns
+    ]
+    return {"messages": messages, "tools": row.get("tools")}
+
+
+def _check_turn(where: str, turn: object) -> None:
+    """Raise for a turn without a known role, or without a text where it calls no tools."""
+    role = turn.get("role") if isinstance(turn, dict) else None
+    if not isinstance(turn, dict) or role not in ROLES:
+        raise LoraFxError(
+            f"{where} has the role {one_line(repr(role), 60)}, expected one of {', '.join(ROLES)}",
+            'a message is {"role": "user", "content": "…"}',
+        )
+    if not turn.get("tool_calls") or turn.get("content") is not None:
+        text_of(turn, "content", where)

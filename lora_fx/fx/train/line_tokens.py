@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.chat import ChatTemplate, Rendered
-from lora_fx.fx.train.line_forms import _conversation, _text
+from lora_fx.fx.train.line_forms import conversation_of, text_of
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
@@ -25,18 +25,23 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks the assistant's tokens in a chat template."""
 
 
-def _encoder(
+Encode = Callable[[str, JsonView, list[str]], Encoded]
+"""Encodes a line: (where it stands, the line, the places of lines with merged tokens)."""
+
+
+def encoder(
     form: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     path: str,
     rows: Sequence[tuple[str, JsonView]],
-) -> tuple[Callable[[str, JsonView, list[str]], Encoded], str]:
+) -> tuple[Encode, str]:
     """What encodes a line, and what it trains on, in words."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""
-        what += "" if end else " (the tokenizer has no end-of-sequence token, and none is added)"
+        if not end:
+            what += " (the tokenizer has no end-of-sequence token, and none is added)"
         return partial(_plain, tokenizer, end), what
     try:
         template = tokenizer.get_chat_template()
@@ -45,37 +50,46 @@ def _encoder(
             f"{folder}: the tokenizer has no chat template, and {path} has 'messages'",
             f"put a chat_template.jinja into {folder}, or write 'prompt' and 'completion'",
         ) from e
-    marked = GENERATION.search(template) is not None
-    every = "every token, of all roles, since the chat template has no {% generation %}"
-    chats = ChatTemplate(template, str(folder), tokenizer.special_tokens_map, marked)
-    conversations = {w: _conversation(w, r) for w, r in rows if r.get("messages") is not None}
-    encode = partial(_chat, tokenizer, marked, chats.render(conversations))
-    return encode, "the assistant's tokens" if marked else every
+    is_marked = GENERATION.search(template) is not None
+    what = "every token, of all roles, since the chat template has no {% generation %}"
+    if is_marked:
+        what = "the assistant's tokens"
+    chats = ChatTemplate(template, str(folder), tokenizer.special_tokens_map, is_marked)
+    conversations = {
+        where: conversation_of(where, row) for where, row in rows if row.get("messages") is not None
+    }
+    return partial(_chat, tokenizer, is_marked, chats.render(conversations)), what
 
 
 def _plain(
     tokenizer: PreTrainedTokenizerBase, end: str, where: str, row: JsonView, merged: list[str]
 ) -> Encoded:
     """A text, or a prompt with its completion."""
-    plain = row.get("text") is not None or "prompt" not in row
-    prompt = None if plain else _text(row, "prompt", where)
-    name = "text" if prompt is None else "completion"
-    text = _text(row, name, where)
+    is_text = row.get("text") is not None or "prompt" not in row
+    prompt = "" if is_text else text_of(row, "prompt", where)
+    name = "text" if is_text else "completion"
+    text = text_of(row, name, where)
     if not text:
         raise LoraFxError(f"{where}: the {name} is empty", "leave the line out")
-    text += "" if text.endswith(end) else end
-    ids: list[int] = tokenizer((prompt or "") + text)["input_ids"]
-    before: list[int] = [] if prompt is None else tokenizer(prompt)["input_ids"]
-    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), None)
-    if same is not None:
-        merged.append(where)
-    start = min(len(before), len(ids)) if same is None else same
+    if not text.endswith(end):
+        text += end
+    ids: list[int] = tokenizer(prompt + text)["input_ids"]
+    if is_text:
+        return ids, [True] * len(ids)
+
+    prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
+    start = min(len(prompt_ids), len(ids))
+    for i, (alone, followed) in enumerate(zip(prompt_ids, ids, strict=False)):
+        if alone != followed:
+            merged.append(where)
+            start = i
+            break
     return ids, [i >= start for i in range(len(ids))]
 
 
 def _chat(
     tokenizer: PreTrainedTokenizerBase,
-    marked: bool,
+    is_marked: bool,
     rendered: Mapping[str, Rendered],
     where: str,
     row: JsonView,
@@ -84,7 +98,7 @@ def _chat(
     """A rendered conversation; a token is trained on where a span of the assistant's reaches it."""
     out = tokenizer(rendered[where].text, add_special_tokens=False)
     ids: list[int] = out["input_ids"]
-    if not marked:
+    if not is_marked:
         return ids, [True] * len(ids)
     if not out.encodings:
         raise LoraFxError(
@@ -93,5 +107,8 @@ def _chat(
             "a tokenizer with a tokenizer.json does",
         )
     spans = rendered[where].spans
-    places = out.encodings[0].offsets
-    return ids, [any(start < b and a < end for a, b in spans) for start, end in places]
+    trained = []
+    for start, end in out.encodings[0].offsets:
+        is_generated = any(start < stop and first < end for first, stop in spans)
+        trained.append(is_generated)
+    return ids, trained
