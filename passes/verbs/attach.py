@@ -24,8 +24,10 @@ from lora_fx.adapter.variant import Init, VariantName, learning
 from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
-from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY, Program, Recorder, Value
-from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
+from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
+from lora_fx.fx.attach.module_bodies import bodies_of, one_argument, one_op
+from lora_fx.fx.attach.partial import partial_graphs
+from lora_fx.fx.attach.recording import Program, Recorder, Value
 from lora_fx.fx.capture.call import Called, Signature, unwrapped, wrappers
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack

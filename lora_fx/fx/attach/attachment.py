@@ -21,17 +21,9 @@ from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.adapter.variant import frame, slots_of
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach.live import (
-    METHODS,
-    REGISTRY,
-    STATE,
-    ActiveAdapter,
-    Live,
-    Program,
-    bound,
-    restore,
-    swap,
-)
+from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
+from lora_fx.fx.attach.live_state import ActiveAdapter, Live
+from lora_fx.fx.attach.recording import Program, bound
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.dotted_names import owner, parameter_of

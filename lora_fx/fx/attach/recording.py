@@ -1,0 +1,161 @@
+"""The maths of a branch or of W + s·B·A, recorded as a short list of primitives.
+
+It is recorded when an adapter is attached, over the values that a call brings: a Recorder is eager
+torch as an Emitter. Running it costs one loop and no layout work, and torch.compile traces through
+that loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import MistakeError
+from lora_fx.fx.dotted_names import owner
+from lora_fx.fx.graph.nodes import reached
+from lora_fx.fx.tensors import padding
+from lora_fx.ir.convolution import Conv, ConvTranspose
+from lora_fx.ir.einsum import Einsum
+from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.kinds import Grouped
+
+INPUTS = 3
+"""A call brings the activation or the stored weight, the op's result, and the op of a stack."""
+
+
+CONVS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "matmul": torch.matmul,
+    "add": torch.add,
+    "mul": torch.mul,
+    "div": torch.div,
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+    "detach": torch.Tensor.detach,
+    "transpose": lambda x, perm: x.permute(perm),
+    "reshape": lambda x, shape: x.reshape(shape),
+    "repeat": lambda x, times: x.repeat_interleave(times, -1),
+    "slice": lambda x, axis, start, stop: x.narrow(axis, start, stop - start),
+    "pad": lambda x, before, after: F.pad(x, padding(before, after)),
+    "einsum": lambda x, y, equation: torch.einsum(equation, x, y),
+    "conv": lambda x, w, **attrs: CONVS[w.dim() - 3](x, w, None, **attrs),
+    "conv_transpose": lambda x, w, **attrs: TRANSPOSED[w.dim() - 3](x, w, None, **attrs),
+    "through": lambda op, x, w: op(x, w),
+    "gather": lambda w, ids, padding_idx=None: F.embedding(ids, w, padding_idx),
+    "dropout": lambda x, p: F.dropout(x, p, training=True),
+    "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
+    "cast_like": lambda x, y: x.to(y.dtype),
+}
+"""What runs each primitive of lora_fx.ir.emitter.Ops."""
+
+
+class Value(int):
+    """A value of a recording, which is its place in the list of values."""
+
+
+Step = tuple[str, tuple[int, ...], tuple[tuple[str, Any], ...]]
+"""A primitive, the places of what it takes, and its attributes: programs are compared."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Recorded primitives.
+
+    Values are, in order: the INPUTS, the adapter's tensors by dotted name, constants, and the
+    result of each step; the last one is the program's.
+    """
+
+    tensors: tuple[str, ...]
+    constants: tuple[float, ...]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A program with the modules that hold its tensors, and attributes ready to be passed."""
+
+    places: tuple[tuple[nn.Module, str], ...]
+    constants: tuple[float, ...]
+    steps: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...]
+
+    def __call__(self, first: torch.Tensor, second: object = None, op: object = None) -> object:
+        """Run the program on the values of one call."""
+        tensors = [module._parameters[leaf] for module, leaf in self.places]
+        values: list[object] = [first, second, op, *tensors, *self.constants]
+        for prim, operands, attrs in self.steps:
+            values.append(PRIMS[prim](*[values[i] for i in operands], **attrs))
+        return values[-1]
+
+
+def bound(program: Program, root: nn.Module) -> Bound:
+    """The program with the modules under `root` that hold its tensors."""
+    steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
+    return Bound(tuple(owner(root, n) for n in program.tensors), program.constants, steps)
+
+
+@dataclass
+class Recorder:
+    """An Emitter whose values are places in a recording.
+
+    Args:
+        padding: The padding_idx of the site's lookup, which `like` keeps.
+    """
+
+    padding: int | None = None
+    made: list[tuple[Any, ...]] = field(default_factory=lambda: [("input",)] * INPUTS)
+
+    def _add(self, *entry: object) -> Value:
+        self.made.append(entry)
+        return Value(len(self.made) - 1)
+
+    def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
+        """Record one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
+        operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
+        fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
+        return self._add("step", prim, tuple(operands), fixed)
+
+    def like(self, site: Site, x: Value, w: Value) -> Value:
+        """Record the site's op; a lookup keeps its padding row, which has no gradient."""
+        if site.op == "embedding":
+            return self.op("gather", w, x, padding_idx=self.padding)
+        if isinstance(site.kind, Grouped):
+            return self.op("through", Value(2), x, w)
+        if isinstance(site.kind, (Einsum, Conv, ConvTranspose)):
+            return site.kind.apply(self, site, x, w)
+        return self.op(site.op, x, w)  # with operands of its own: no primitive, so no output form
+
+    def parameter(self, name: str, value: Array, role: Role) -> Value:
+        """A tensor of the adapter, found by its name at each call."""
+        entry = ("tensor", name)
+        return Value(self.made.index(entry)) if entry in self.made else self._add(*entry)
+
+    def program(self, result: Value) -> Program:
+        """What leads to `result`; everything else that was recorded is left out.
+
+        Raises:
+            LoraFxError: A primitive that PRIMS lacks.
+        """
+        made = self.made
+        needed = reached([int(result)], lambda i: made[i][2] if made[i][0] == "step" else ())
+        groups: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
+        for i in sorted({*range(INPUTS), *needed}):
+            groups[made[i][0]].append(i)
+        at = {i: n for n, i in enumerate(itertools.chain(*groups.values()))}
+        steps = []
+        for _, prim, read, attrs in (made[i] for i in groups["step"]):
+            if prim not in PRIMS:
+                raise MistakeError(f"the eager emitter has no primitive {prim!r}")
+            steps.append((prim, tuple(at[i] for i in read), attrs))
+        tensors, constants = (tuple(made[i][1] for i in groups[k]) for k in ("tensor", "constant"))
+        return Program(tensors, constants, tuple(steps))
