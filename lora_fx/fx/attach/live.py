@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach.live_stack import PRODUCTS, LiveStack
+from lora_fx.fx.attach.live_stack import LiveStack
 from lora_fx.fx.attach.live_state import Live
 
 STATE = "_lora_fx"
@@ -40,25 +40,21 @@ def _reader(leaf: str) -> property:
     """A property in place of `module.leaf`: the stored parameter with its update."""
 
     def read(self: nn.Module) -> object:
-        w = self._parameters[leaf]
+        stored = self._parameters[leaf]
         live: Any = self._lora_fx
         program, where = live.weights[leaf]
         if not live.switch.on or (where != ALWAYS and live.inside != (where == INSIDE)):
-            return w
+            return stored
         # what is sharded or made from codes has a type of its own
-        if leaf in live.stacks and type(w) is nn.Parameter:
-            return LiveStack(w, live, leaf, live.stacks[leaf][int(self.training)])
-        return program(w)
+        if leaf in live.stacks and type(stored) is nn.Parameter:
+            return LiveStack(stored, live, leaf, live.stacks[leaf][int(self.training)])
+        return program(stored)
 
     return property(read)
 
 
-PRODUCTS |= {"grouped_mm": 3, "_grouped_mm": 3, "grouped_mm_fallback": 3}
-"""Names of products, and how many arguments they may have for a branch: the third is `offs`."""
-
-
 FLAT = property(
-    lambda self: [getattr(self, n) for n in self._flat_weights_names],
+    lambda self: [getattr(self, name) for name in self._flat_weights_names],
     lambda self, _: self.__dict__.update(_flat_weights=_stored(self)),
 )
 """A property in place of the list of weights that torch's recurrent modules hand to their op.
@@ -70,7 +66,7 @@ computed from them, since a computed tensor cannot be deep-copied.
 
 def _stored(module: nn.RNNBase) -> list[nn.Parameter | None]:
     """The parameters of a recurrent module, in the order of its op."""
-    return [module._parameters.get(n) for n in module._flat_weights_names]
+    return [module._parameters.get(name) for name in module._flat_weights_names]
 
 
 def _with_branch(plain: Forward) -> Forward:
@@ -94,11 +90,12 @@ def _with_bracket(plain: Forward) -> Forward:
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         live = self._lora_fx
         # restored, not cleared: a forward may call itself
-        was, live.inside = live.inside, True
+        was_inside = live.inside
+        live.inside = True
         try:
             return plain(self, *args, **kwargs)
         finally:
-            live.inside = was
+            live.inside = was_inside
 
     return forward
 
@@ -147,9 +144,9 @@ def live_class(
 @functools.cache
 def _metaclass(base: type) -> Callable[..., type[nn.Module]]:
     """A metaclass whose classes refuse to be pickled; copy and deepcopy never ask it."""
-    made = type(base.__name__, (base,), {})
-    copyreg.pickle(made, _refuse_pickle)
-    return made
+    metaclass = type(base.__name__, (base,), {})
+    copyreg.pickle(metaclass, _refuse_pickle)
+    return metaclass
 
 
 def _refuse_pickle(live: type) -> str:
@@ -174,7 +171,7 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
                 f"{base.__name__}.{leaf} is computed by the class itself", "use insert instead"
             )
     try:
-        new = live_class(
+        subclass = live_class(
             base,
             tuple(live.weights),
             live.gained,
@@ -182,11 +179,11 @@ def swap(module: nn.Module, live: Live) -> type[nn.Module]:
             bracket=any(where != ALWAYS for _, where in live.weights.values()),
             frozen=live.frozen,
         )
-        module.__class__ = new
+        module.__class__ = subclass
     except TypeError as e:
         raise LoraFxError(f"{base.__name__} cannot be adapted: {e}", "use insert instead") from e
     module.__dict__[STATE] = live
-    return new
+    return subclass
 
 
 def restore(module: nn.Module) -> None:
@@ -194,5 +191,8 @@ def restore(module: nn.Module) -> None:
     (module.__class__,) = type(module).__bases__
     module.__dict__.pop(STATE, None)
     if isinstance(module, nn.RNNBase):  # its references are to weights that were computed
-        module._flat_weights = flat = _stored(module)
-        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in flat]
+        weights = _stored(module)
+        module._flat_weights = weights
+        module._flat_weight_refs = [
+            None if weight is None else weakref.ref(weight) for weight in weights
+        ]

@@ -16,10 +16,20 @@ from lora_fx.fx.trees import tree_map_only
 Op = Callable[..., object]
 
 
-Given = Mapping[str, object]
+Named = Mapping[str, object]
 
 
-PRODUCTS = {"linear": 2, "matmul": 2, "__matmul__": 2, "bmm": 2, "mm": 2}
+PRODUCTS = {
+    "linear": 2,
+    "matmul": 2,
+    "__matmul__": 2,
+    "bmm": 2,
+    "mm": 2,
+    "grouped_mm": 3,
+    "_grouped_mm": 3,
+    "grouped_mm_fallback": 3,
+}
+"""Names of products, and how many arguments they may have for a branch: the third is `offs`."""
 
 
 METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
@@ -27,7 +37,7 @@ METADATA = ("dtype", "device", "shape", "ndim", "dim", "size", "data_ptr")
 
 @dataclass(eq=False)
 class LiveStack:
-    """What a read of W [experts, …] with an update gives: products with x have its branch beside.
+    """A read of W [experts, …] with an update: products with x have its branch beside.
 
     torch hands over every op that takes one. A product may come after a transpose, or after data
     has picked matrices; whatever else takes a stack gets W + ΔW.
@@ -72,15 +82,17 @@ class LiveStack:
         return replace(self, picks=(index,))
 
     def __getattr__(self, name: str) -> object:
-        """What W + ΔW has; what W has too is read there."""
-        return getattr(self.view(self.stored) if name in METADATA else self.formed(), name)
+        """An attribute of W + ΔW; what W has too is read there."""
+        if name in METADATA:
+            return getattr(self.view(self.stored), name)
+        return getattr(self.formed(), name)
 
     def __len__(self) -> int:
         """How many matrices there are."""
         return len(self.view(self.stored))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Those of W + ΔW."""
+        """The matrices of W + ΔW."""
         return iter(self.formed())
 
     def __matmul__(self, x: torch.Tensor) -> object:
@@ -89,29 +101,34 @@ class LiveStack:
 
     @classmethod
     def __torch_function__(
-        cls, func: Op, types: object, args: Sequence[object] = (), kwargs: Given | None = None
+        cls, func: Op, types: object, args: Sequence[object] = (), kwargs: Named | None = None
     ) -> object:
         """Run an op that takes a stack."""
-        given = {k: v for k, v in (kwargs or {}).items() if v is not None}
-        stacks = [w for w in args[:2] if isinstance(w, cls)]
-        xs = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.dim() > 1]
-        extra = {*given} - {"offs"} or len(args) + len(given) > PRODUCTS.get(func.__name__, 0)
-        if len(stacks) == len(xs) == 1 and not extra:
-            return stacks[0].product(func, xs[0], args, given)
-        args, given = tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
-        return func(*args, **given)
+        named = {name: value for name, value in (kwargs or {}).items() if value is not None}
+        stacks = [operand for operand in args[:2] if isinstance(operand, cls)]
+        xs = [
+            operand
+            for operand in args[:2]
+            if isinstance(operand, torch.Tensor) and operand.dim() > 1
+        ]
+        if len(stacks) == len(xs) == 1 and _is_product(func, len(args), named):
+            return stacks[0].product(func, xs[0], args, named)
+        args, all_named = tree_map_only(cls, cls.formed, (args, dict(kwargs or {})))
+        return func(*args, **all_named)
 
-    def product(self, func: Op, x: torch.Tensor, args: Sequence[object], given: Given) -> object:
+    def product(self, func: Op, x: torch.Tensor, args: Sequence[object], named: Named) -> object:
         """The op on W and x with the branch beside it."""
-        left, last = args[0] is self, func.__name__ == "linear"
+        is_left = args[0] is self
+        is_linear = func.__name__ == "linear"
 
         def op(x: torch.Tensor, w: torch.Tensor) -> object:
-            return func(*((w, x) if left else (x, w)), *args[2:], **given)
+            operands = (w, x) if is_left else (x, w)
+            return func(*operands, *args[2:], **named)
 
         def through(x: torch.Tensor, w: torch.Tensor) -> object:
             for ids in self.picks:  # w [experts, in, out] of a factor
                 w = w[ids]
-            return op(x, w.mT if left or last else w)
+            return op(x, w.mT if is_left or is_linear else w)
 
         def run(x: torch.Tensor) -> object:
             return self.branch(x, op(x, self.view(self.stored)), through)
@@ -120,3 +137,10 @@ class LiveStack:
             # the copies that data picks, one a row, are made again in backward and not kept
             return checkpoint(run, x, use_reentrant=False)
         return run(x)
+
+
+def _is_product(func: Op, count: int, named: Named) -> bool:
+    """Whether an op is a product, without arguments that a branch knows nothing of."""
+    if set(named) - {"offs"}:
+        return False
+    return count + len(named) <= PRODUCTS.get(func.__name__, 0)

@@ -7,7 +7,7 @@ transformers' Conv1D, change nothing for a matmul of the last axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx, nn
@@ -48,34 +48,62 @@ def one_op(
     if call is None or not isinstance(x, fx.Node):
         return False
     body = bodies[call]
-    seen = {node}
-    first, last = x, node
-    while first in body:
-        source = first.args[0] if first.target in VIEWS else None
-        if not isinstance(source, fx.Node):
+    before = _views_before(x, body)
+    after = _views_after(node, body)
+    if before is None or after is None:
+        return False
+
+    path = {node, *before, *after}
+    for other in body - path:
+        if other not in states and isinstance(value(other), torch.Tensor):
             return False
-        seen.add(first)
-        first = source
-    while any(u in body for u in last.users):
+    if len(path) == 1:
+        return True
+    first = before[-1].args[0] if before else x
+    last = after[-1] if after else node
+    return isinstance(first, fx.Node) and _keeps_last_axis(site, first, last)
+
+
+def _views_before(x: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | None:
+    """The views in a body that lead to x, the last first; None where something else does."""
+    views = []
+    node = x
+    while node in body:
+        source = node.args[0] if node.target in VIEWS else None
+        if not isinstance(source, fx.Node):
+            return None
+        views.append(node)
+        node = source
+    return views
+
+
+def _views_after(node: fx.Node, body: Collection[fx.Node]) -> list[fx.Node] | None:
+    """The views in a body that lead on from a node; None where something else reads it there."""
+    views: list[fx.Node] = []
+    last = node
+    while any(user in body for user in last.users):
         users = list(last.users)
         if len(users) != 1 or users[0].target not in VIEWS:
-            return False
+            return None
         last = users[0]
-        seen.add(last)
-    more = any(isinstance(value(n), torch.Tensor) for n in body - seen if n not in states)
-    return not more and (len(seen) == 1 or _leading(site, first, last))
+        views.append(last)
+    return views
 
 
-def _leading(site: Site, first: fx.Node, last: fx.Node) -> bool:
+def _keeps_last_axis(site: Site, first: fx.Node, last: fx.Node) -> bool:
     """True when reshapes left the last axis alone, before and after a matmul of that axis."""
-    right = isinstance(site.kind, Einsum) and site.kind.form == "right"
-    x, y = shape_of(first), shape_of(last)
-    if not right or len(site.operand) != 2 or x is None or y is None:
+    if not isinstance(site.kind, Einsum) or site.kind.form != "right" or len(site.operand) != 2:
         return False
+    x = shape_of(first)
+    y = shape_of(last)
+    if x is None or y is None or len(x) != len(y):
+        return False
+    for size_before, size_after in zip(x[:-1], y[:-1], strict=True):
+        if not bool(size_before == size_after):
+            return False
     axes = site.kind.axes(site.operand)
-    ends = site.operand[axes.in_[0]], site.operand[axes.out[0]]
-    same = len(x) == len(y) and all(bool(a == b) for a, b in zip(x[:-1], y[:-1], strict=True))
-    return same and (x[-1], y[-1]) == ends
+    ends = (site.operand[axes.in_[0]], site.operand[axes.out[0]])
+    return (x[-1], y[-1]) == ends
 
 
 def one_argument(module: nn.Module) -> bool:

@@ -41,11 +41,11 @@ class PartialGraphs(Analysed):
 
     def sites(self) -> Sequence[Site]:
         """Every use, in the order in which the stretches ran; none knows its module."""
-        return [
-            replace(site, id=f"{i}/{site.id}", scope="", module_class="")
-            for i, graph in enumerate(self.graphs)
-            for site in graph.sites()
-        ]
+        sites = []
+        for i, graph in enumerate(self.graphs):
+            for site in graph.sites():
+                sites.append(replace(site, id=f"{i}/{site.id}", scope="", module_class=""))
+        return sites
 
     def parameters(self) -> Sequence[Parameter]:
         """Every parameter of the model."""
@@ -53,7 +53,10 @@ class PartialGraphs(Analysed):
 
     def other_readers(self) -> list[OtherReader]:
         """What reads a parameter beside its sites, in any of the stretches."""
-        return [r for g in self.graphs for r in g.other_readers()]
+        readers: list[OtherReader] = []
+        for graph in self.graphs:
+            readers += graph.other_readers()
+        return readers
 
     def gathered_flops(self) -> dict[str, int]:
         """See Graph."""
@@ -77,8 +80,11 @@ class _Stretch(OverTree):
         self.names = list(names)
 
     def forward(self, *data: object) -> Any:
-        rest = iter(data)
-        return self.code(*(next(rest) if n is None else parameter_of(self, n) for n in self.names))
+        inputs = iter(data)
+        arguments = [
+            next(inputs) if name is None else parameter_of(self, name) for name in self.names
+        ]
+        return self.code(*arguments)
 
 
 def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraphs:
@@ -91,13 +97,13 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
     Raises:
         Exception: What the model itself raises on these inputs.
     """
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     stretches: list[tuple[fx.GraphModule, tuple[object, ...]]] = []
 
     def backend(code: fx.GraphModule, _fakes: object) -> Callable[..., object]:
         def run(*inputs: object) -> Any:
             # dynamo may run a stretch again; one look at its inputs is enough
-            if all(code is not known for known, _ in stretches):
+            if all(code is not seen_code for seen_code, _ in stretches):
                 stretches.append((code, inputs))
             return code.forward(*inputs)
 
@@ -106,15 +112,26 @@ def partial_graphs(model: nn.Module, call: Callable[[], object]) -> PartialGraph
     with compiling_afresh(), quiet(), torch.no_grad():
         torch.compile(call, backend=backend, dynamic=False)()
 
-    graphs, failed = [], []
+    graphs: list[FxGraph] = []
+    failures: list[str] = []
     for i, (code, inputs) in enumerate(stretches):
-        kept = [names.get(id(x)) for x in inputs]
-        if not any(kept):
+        input_names = [names.get(id(operand)) for operand in inputs]
+        if not any(input_names):
             continue
         try:
-            data = tuple(x for x, n in zip(inputs, kept, strict=True) if n is None)
-            captured = Captured(_Stretch(model, code, kept), data)
-            graphs.append(FxGraph(captured.traced(False, captured.named).graph, model))
+            graphs.append(_graph_of(model, code, inputs, input_names))
         except (LoraFxError, RuntimeError, AssertionError) as e:
-            failed.append(f"partial graph {i} cannot be read: {one_line(e, 120)}")
-    return PartialGraphs(model, graphs, failed)
+            failures.append(f"partial graph {i} cannot be read: {one_line(e, 120)}")
+    return PartialGraphs(model, graphs, failures)
+
+
+def _graph_of(
+    model: nn.Module,
+    code: fx.GraphModule,
+    inputs: Sequence[object],
+    names: Sequence[str | None],
+) -> FxGraph:
+    """The graph of one stretch; `names` are those of the inputs that are parameters."""
+    data = [operand for operand, name in zip(inputs, names, strict=True) if name is None]
+    captured = Captured(_Stretch(model, code, names), tuple(data))
+    return FxGraph(captured.traced(False, captured.named).graph, model)

@@ -100,8 +100,9 @@ class Bound:
 
 def bound(program: Program, root: nn.Module) -> Bound:
     """The program with the modules under `root` that hold its tensors."""
+    places = tuple(owner(root, name) for name in program.tensors)
     steps = tuple((prim, operands, dict(attrs)) for prim, operands, attrs in program.steps)
-    return Bound(tuple(owner(root, n) for n in program.tensors), program.constants, steps)
+    return Bound(places, program.constants, steps)
 
 
 @dataclass
@@ -110,20 +111,25 @@ class Recorder:
 
     Args:
         padding: The padding_idx of the site's lookup, which `like` keeps.
+        entries: What was recorded: the inputs, then tensors, constants and steps, in order.
     """
 
     padding: int | None = None
-    made: list[tuple[Any, ...]] = field(default_factory=lambda: [("input",)] * INPUTS)
+    entries: list[tuple[Any, ...]] = field(default_factory=lambda: [("input",)] * INPUTS)
 
     def _add(self, *entry: object) -> Value:
-        self.made.append(entry)
-        return Value(len(self.made) - 1)
+        self.entries.append(entry)
+        return Value(len(self.entries) - 1)
 
     def op(self, prim: str, *xs: Any, **attrs: object) -> Value:
         """Record one primitive of the closed set; see lora_fx.ir.emitter.Ops."""
-        operands = [x if isinstance(x, Value) else self._add("constant", float(x)) for x in xs]
-        fixed = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in attrs.items()))
-        return self._add("step", prim, tuple(operands), fixed)
+        operands = []
+        for x in xs:
+            operands.append(x if isinstance(x, Value) else self._add("constant", float(x)))
+        hashable = []
+        for name, attribute in sorted(attrs.items()):
+            hashable.append((name, tuple(attribute) if isinstance(attribute, list) else attribute))
+        return self._add("step", prim, tuple(operands), tuple(hashable))
 
     def like(self, site: Site, x: Value, w: Value) -> Value:
         """Record the site's op; a lookup keeps its padding row, which has no gradient."""
@@ -138,7 +144,9 @@ class Recorder:
     def parameter(self, name: str, value: Array, role: Role) -> Value:
         """A tensor of the adapter, found by its name at each call."""
         entry = ("tensor", name)
-        return Value(self.made.index(entry)) if entry in self.made else self._add(*entry)
+        if entry in self.entries:
+            return Value(self.entries.index(entry))
+        return self._add(*entry)
 
     def program(self, result: Value) -> Program:
         """What leads to `result`; everything else that was recorded is left out.
@@ -146,16 +154,26 @@ class Recorder:
         Raises:
             LoraFxError: A primitive that PRIMS lacks.
         """
-        made = self.made
-        needed = reached([int(result)], lambda i: made[i][2] if made[i][0] == "step" else ())
-        groups: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
-        for i in sorted({*range(INPUTS), *needed}):
-            groups[made[i][0]].append(i)
-        at = {i: n for n, i in enumerate(itertools.chain(*groups.values()))}
+        entries = self.entries
+
+        def operands_of(place: int) -> tuple[int, ...]:
+            kind, *content = entries[place]
+            operands: tuple[int, ...] = content[1] if kind == "step" else ()
+            return operands
+
+        needed = {*range(INPUTS), *reached([int(result)], operands_of)}
+        by_kind: dict[str, list[int]] = {"input": [], "tensor": [], "constant": [], "step": []}
+        for place in sorted(needed):
+            by_kind[entries[place][0]].append(place)
+        values = itertools.chain.from_iterable(by_kind.values())
+        value_of = {place: value for value, place in enumerate(values)}
+
         steps = []
-        for _, prim, read, attrs in (made[i] for i in groups["step"]):
+        for place in by_kind["step"]:
+            _, prim, operands, attrs = entries[place]
             if prim not in PRIMS:
                 raise MistakeError(f"the eager emitter has no primitive {prim!r}")
-            steps.append((prim, tuple(at[i] for i in read), attrs))
-        tensors, constants = (tuple(made[i][1] for i in groups[k]) for k in ("tensor", "constant"))
+            steps.append((prim, tuple(value_of[operand] for operand in operands), attrs))
+        tensors = tuple(entries[place][1] for place in by_kind["tensor"])
+        constants = tuple(entries[place][1] for place in by_kind["constant"])
         return Program(tensors, constants, tuple(steps))
