@@ -42,11 +42,13 @@ from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.call import Signature, sample_call
 from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
 from lora_fx.fx.graph.rounding import nearby
-from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted_report import Effect
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import Rewriter, by_output
+from lora_fx.fx.module.tree_adapter import held_tensors
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named, default_dynamic

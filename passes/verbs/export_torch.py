@@ -20,7 +20,8 @@ from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.call import onnx_conditions
 from lora_fx.fx.capture.capture import Captured, as_it_was
 from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_parameter
-from lora_fx.fx.module.adapted import AdaptedModule, Base
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of

@@ -27,8 +27,9 @@ from lora_fx.fx.attach.recording import Program, bound
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.dotted_names import owner, parameter_of
-from lora_fx.fx.module import adapted
-from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
+from lora_fx.fx.module import adapted_report, tree_adapter
+from lora_fx.fx.module.adapted_report import AdaptedReport, Effect
+from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
@@ -222,16 +223,18 @@ class Attachment:
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        return adapted.factor_pairs(adapted.held_tensors(self.model, self.updates))
+        return tree_adapter.factor_pairs(tree_adapter.held_tensors(self.model, self.updates))
 
     def fill(self, updates: Updates) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
-        adapted.fill(self.model, {key: updates[key] for key in self.updates})
+        tree_adapter.fill(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
-        return adapted.held_adapter(self.model, self.updates, shapes, self.metadata, self._sampled)
+        return tree_adapter.held_adapter(
+            self.model, self.updates, shapes, self.metadata, self._sampled
+        )
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
@@ -243,7 +246,7 @@ class Attachment:
             LoraFxError: A key or a shape that does not fit, a target that attach has not
                 proven, or a whole tensor that is not among `also_train`.
         """
-        fitting = adapted.fitted(adapter, self.found, self.model, self._also, "attach")
+        fitting = tree_adapter.fitted(adapter, self.found, self.model, self._also, "attach")
         updates = fitting.lowrank
         for key, update in updates.items():
             if key in self.lost:
@@ -260,7 +263,7 @@ class Attachment:
             self.updates = {key: updates[key] for key in self.updates}
         else:
             self.install(updates)
-        adapted.put_whole(self.model, fitting, self._originals)
+        tree_adapter.put_whole(self.model, fitting, self._originals)
         self.metadata = dict(fitting.metadata)
         self.check_base(adapter)
 
@@ -270,7 +273,7 @@ class Attachment:
         # a compile of the user's class is not skipped
         user_class: Any = super(type(model), model)
         user_class.compile(*args, **kwargs)
-        adapted.compile_ranks(self.model, self.updates)
+        tree_adapter.compile_ranks(self.model, self.updates)
 
     def check_base(self, adapter: Adapter) -> None:
         """Put a note into the report if an adapter says that it was trained on other weights."""
@@ -326,7 +329,9 @@ class Attachment:
                     f"lora_fx.fx.attach.attachment(model).{method}"
                 )
         notes = (*self._notes, *self._sampled.said, *self.found.notes, *forms)
-        report = adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
+        report = adapted_report.adapted_report(
+            self.model, self.updates, self.found, self._also, notes
+        )
         return replace(report, effect=self.effect)
 
 

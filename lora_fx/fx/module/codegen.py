@@ -6,21 +6,14 @@ unflatten, which interprets node by node, takes 10.5. Outlining costs nothing th
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.capture import as_it_was
 from lora_fx.fx.graph.nodes import scopes_of
-from lora_fx.inputs import Named
 
 CALLS = ("call_function", "call_module")
 """What a node does that computes something."""
@@ -124,132 +117,6 @@ def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:
     return True
 
 
-# Recomputation of blocks (activation checkpointing), by the names that transformers gave it.
-#
-# A block saves its inputs only and runs again in backward. The blocks are those that a module's
-# programs call: children of its outermost ModuleLists and Sequentials. torch's non-reentrant form
-# is used: the older, reentrant one gives no gradients to a block none of whose inputs requires one,
-# as is so for the first block of a frozen base.
-
-
-OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-"""What may be given to torch.utils.checkpoint.checkpoint."""
-
-
-@contextlib.contextmanager
-def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-    """What runs inside leaves the block's buffers alone: its norms have moved already."""
-    with as_it_was(block, None), inner:
-        yield
-
-
-def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:
-    """Torch's checkpoint with these options, to be called with (code, block, *values).
-
-    Args:
-        options: Some of OPTIONS.
-        offload: Keep the saved inputs in host memory.
-    """
-
-    def once(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        given = dict(options)
-        if getattr(block, "_moves", False):
-            user = given.pop("context_fn", noop_context_fn)
-
-            def contexts() -> tuple[object, object]:
-                first, again = user()
-                return first, _unmoved(block, again)
-
-            given["context_fn"] = contexts
-        return checkpoint(code, block, *args, use_reentrant=False, **given)
-
-    def away(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        device = torch.accelerator.current_accelerator(check_available=True)
-        with save_on_cpu(device is not None, device.type if device else "cpu"):
-            return once(code, block, *args)
-
-    return away if offload else once
-
-
-class Recomputing:
-    """What a captured module offers; Trainer, accelerate and users of transformers call it."""
-
-    def _blocks(self) -> dict[str, Any]:
-        """Path → the blocks that programs call."""
-        raise NotImplementedError
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Named | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-        *,
-        gradient_checkpointing_kwargs: Named | None = None,
-    ) -> None:
-        """In train mode, save only the inputs of each block, and run it again in backward.
-
-        Args:
-            activation_checkpointing_kwargs: For torch.utils.checkpoint.checkpoint.
-            every_n_layers: Only block 0, n, 2n, …
-            offload: Keep the saved inputs in host memory.
-            gradient_checkpointing_kwargs: The older name of the first.
-
-        Raises:
-            LoraFxError: A model without blocks, blocks that cannot be run apart, an unknown
-                option, or reentrant checkpointing.
-        """
-        options = dict(activation_checkpointing_kwargs or gradient_checkpointing_kwargs or {})
-        if options.pop("use_reentrant", False):
-            raise LoraFxError(
-                "reentrant checkpointing gives the adapters no gradients: no input of a frozen "
-                "model's first block requires one",
-                "use_reentrant=False, the default here",
-            )
-        unknown = sorted(set(options) - set(OPTIONS))
-        if unknown:
-            raise LoraFxError(
-                f"checkpointing has no option {', '.join(unknown)}", f"known: {', '.join(OPTIONS)}"
-            )
-        if every_n_layers < 1:
-            raise LoraFxError(f"every_n_layers is {every_n_layers}", "1 or more")
-        blocks = self._blocks()
-        if not blocks:
-            raise LoraFxError(
-                f"{type(self).__name__} has no blocks that could be recomputed",
-                "blocks are the children of a ModuleList or Sequential",
-            )
-        chosen = dict(list(blocks.items())[::every_n_layers])
-        apart(chosen, self.__dict__["_programs"].inlined)
-        self.activation_checkpointing_disable()
-        for block in chosen.values():
-            block.recompute = True
-            block._again = checkpointer(options, offload=offload)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Save what each block computes, and run nothing twice."""
-        for block in self._blocks().values():
-            block.recompute = False
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether any block is recomputed."""
-        return any(block.recompute for block in self._blocks().values())
-
-    gradient_checkpointing_enable = activation_checkpointing_enable  # the older names
-    gradient_checkpointing_disable = activation_checkpointing_disable
-    is_gradient_checkpointing = is_activation_checkpointing
-
-
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
     return {p for n in graph.nodes if n.op in CALLS for p in scopes_of(n)} & set(blocks)
-
-
-def apart(blocks: Named, inlined: set[str]) -> None:
-    """Raise LoraFxError for blocks that are to be recomputed and cannot be."""
-    stuck = [path for path in blocks if path in inlined]
-    if stuck:
-        raise LoraFxError(
-            f"cannot recompute {', '.join(stuck)}: other parts of the model run in between",
-            "train without recomputation, or leave them out by every_n_layers",
-        )

@@ -13,7 +13,9 @@ from functools import partial
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.fx.module.adapted import AdaptedModule, Effect, Inserter, factor_pairs, moved
+from lora_fx.fx.module.adapted import AdaptedModule, Inserter
+from lora_fx.fx.module.adapted_report import Effect
+from lora_fx.fx.module.tree_adapter import factor_pairs, moved
 from lora_fx.patching import patched
 from lora_fx.targets.target import Found
 

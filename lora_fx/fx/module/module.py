@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
@@ -28,7 +28,9 @@ from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
+from lora_fx.fx.module.block_checkpoints import Recomputing, apart, checkpointer
+from lora_fx.fx.module.codegen import left_in
+from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
@@ -373,36 +375,3 @@ def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
         "your own model generates: adapter = module.adapter(); "
         "lora_fx.attach(model, args, kwargs, adapter=adapter); model.generate(…)",
     )
-
-
-# Running statistics in train graphs: frozen, they are used and not moved.
-
-
-aten = torch.ops.aten
-
-
-def freeze_norms(graph: fx.Graph) -> bool:
-    """Batch and instance norms with running statistics normalise by them and leave them alone.
-
-    The adapter then trains under the statistics that it will be served with. Counters of seen
-    batches stop too. Returns whether anything changed.
-    """
-    changed = False
-    for node in list(graph.nodes):
-        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
-            if node.args[3] is not None and node.args[5]:
-                node.update_arg(5, False)
-                changed = True
-        elif _counts_batches(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            changed = True
-    return changed
-
-
-def _counts_batches(node: fx.Node) -> bool:
-    adds = node.target in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor)
-    place = node.args[0] if adds else None
-    if not isinstance(place, fx.Node) or place.op != "get_attr":
-        return False
-    return str(place.target).endswith("num_batches_tracked")

@@ -20,7 +20,8 @@ from lora_fx.adapter.variant import asked
 from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.adapted import AdaptedModule, both_ends
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.base_fingerprint import both_ends
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.optimizer import Optimizer

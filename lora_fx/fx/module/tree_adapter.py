@@ -1,0 +1,157 @@
+"""An adapter as the tensors of a tree of modules, be it a module of ours or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.lowrank import Full, LowRank, Updates
+from lora_fx.adapter.variant import (
+    learning,
+    relearning,
+    slots_of,
+    variant_of,
+    with_values,
+)
+from lora_fx.dtypes import factor_dtype
+from lora_fx.errors import LoraFxError
+from lora_fx.fx import dynamo
+from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
+from lora_fx.fx.module.adapted import Base
+from lora_fx.fx.shards import put, refuse_shards, settle, whole
+from lora_fx.fx.tensors import from_numpy, to_numpy
+from lora_fx.inputs import Named
+from lora_fx.targets.target import Found
+
+
+def held_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
+    """Key → the tensors of its update by field, where a tree holds them."""
+    return {
+        key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
+        for key, update in updates.items()
+    }
+
+
+def factor_pairs(
+    tensors: Mapping[str, Mapping[str, nn.Parameter]],
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Key → the tensors a and b, of the updates that have them."""
+    return {key: (held["a"], held["b"]) for key, held in tensors.items() if {"a", "b"} <= {*held}}
+
+
+def fill(root: nn.Module, updates: Updates) -> None:
+    """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
+    settle(root)
+    slots = [slot for key, update in updates.items() for slot in slots_of(key, update)]
+    if any(parameter_of(root, s.name).shape != s.value.shape for s in slots):
+        refuse_shards(root)
+    for slot in slots:
+        old, value = parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value))
+        # of another rank, one size is another; parts that some tool keeps elsewhere are refused
+        pairs = zip(old.shape, value.shape, strict=False)
+        if old.dim() != value.dim() or sum(a != b for a, b in pairs) != 1:
+            put(slot.name, old, value)
+        else:
+            new = nn.Parameter(value.to(old), old.requires_grad)
+            owner(root, slot.name)[0].register_parameter(slot.name.rpartition(".")[2], new)
+    free_ranks(root, updates)
+
+
+def free_ranks(root: nn.Module, updates: Updates) -> None:
+    """Tell torch.compile that the ranks of a tree's tensors may change."""
+    for key, held in held_tensors(root, updates).items():
+        if variant_of(updates[key]).peft_type:  # others have ranks elsewhere, too
+            dynamo.may_vary(held["a"], held["a"].dim() - 2)
+            dynamo.may_vary(held["b"], held["b"].dim() - 1)
+
+
+def compile_ranks(root: nn.Module, updates: Updates) -> None:
+    """Let a module whose `compile` was called take other ranks without another compilation."""
+    free_ranks(root, updates)
+    compiled: Any = root._compiled_call_impl
+    root._compiled_call_impl = dynamo.with_free_parameters(compiled)
+
+
+def fitted(
+    adapter: Adapter, found: Found, root: nn.Module, also: Collection[str], verb: str
+) -> Adapter:
+    """An adapter that is to be loaded, bound to a model.
+
+    Args:
+        adapter: As it was read.
+        found: The model's targets.
+        root: The model.
+        also: First names of the tensors that are trained whole.
+        verb: What can make more of them so, for the hint.
+
+    Raises:
+        LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`.
+    """
+    bound = bind(adapter, found)
+    updates, metadata = relearning(bound.lowrank, bound.metadata)
+    names, _ = named_tensors(root)
+    for name in bound.full:
+        if names[name] not in also:
+            raise LoraFxError(
+                f"the adapter holds the whole tensor {name!r}",
+                f"{verb} with also_train={name!r} before loading it",
+            )
+    return Adapter({**bound.entries, **updates}, metadata)
+
+
+def put_whole(root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors that are trained whole; what an adapter lacks is the model's own again."""
+    names, _ = named_tensors(root)
+    full = {names[k]: from_numpy(v.value) for k, v in adapter.full.items()}
+    for name, original in originals.items():
+        put(name, parameter_of(root, name), full.get(name, original))
+
+
+def held_adapter(
+    root: nn.Module,
+    updates: Updates,
+    also: Mapping[str, tuple[int, ...] | None],
+    metadata: Named,
+    base: Base,
+) -> Adapter:
+    """The adapter with the values that the tensors of a tree have now.
+
+    Sharded tensors are gathered, so every process has to call it.
+
+    Args:
+        root: Holds the tensors.
+        updates: Key → the update as it was inserted.
+        also: First name of a tensor that is trained whole → its shape, where that is known.
+        metadata: What else the adapter says.
+        base: What it says of the frozen weights.
+    """
+    settle(root)
+    entries: dict[str, LowRank | Full] = {}
+    for key, update in updates.items():
+        values = {}
+        for s in slots_of(key, update):
+            value = whole(s.name, parameter_of(root, s.name), s.value.shape)
+            values[s.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
+        entries[key] = with_values(update, values)
+    _, aliases = named_tensors(root)
+    for name, shape in also.items():
+        twins = tuple(aliases.get(name, ()))
+        entries[name] = Full(whole(name, parameter_of(root, name), shape), bool(twins), twins)
+    own = {**learning(updates), **base.now(updates, root)}
+    return Adapter(entries, {**metadata, **own})
+
+
+def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
+    """Whether W' is other than W."""
+    if u.frozen:
+        return not (torch.equal(held["a"], held["a0"]) and torch.equal(held["b"], -held["b0"]))
+    variant = variant_of(u)
+    for field, start in variant.beside(u).items():
+        if not np.array_equal(to_numpy(held[field]), np.asarray(start)):
+            return True
+    return all(bool(held[field].any()) for field in variant.zero_where)
