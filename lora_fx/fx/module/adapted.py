@@ -93,11 +93,12 @@ class AdaptedModule(CapturedModule):
             weight_decay: That of every group.
         """
         rates: dict[int, float] = {}
-        for key, held in self.tensors().items():
-            by_field = variant_of(self._updates[key]).rates(lr)
-            rates |= {id(p): by_field.get(field, lr) for field, p in held.items()}
-        trained = (p for p in self.parameters() if p.requires_grad)
-        groups = by_key((rates.get(id(p), lr), p) for p in trained)
+        for key, tensors in self.tensors().items():
+            rate_of_field = variant_of(self._updates[key]).rates(lr)
+            for field, tensor in tensors.items():
+                rates[id(tensor)] = rate_of_field.get(field, lr)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = by_key((rates.get(id(parameter), lr), parameter) for parameter in trained)
         return [
             {"params": params, "lr": rate, "weight_decay": weight_decay}
             for rate, params in groups.items()
@@ -168,21 +169,28 @@ class AdaptedModule(CapturedModule):
         Raises:
             LoraFxError: A name that is not loaded, or whole tensors in a mix.
         """
-        wanted = {which: 1.0} if isinstance(which, str) else dict(which or {})
-        for name in wanted:
+        weights = {which: 1.0} if isinstance(which, str) else dict(which or {})
+        for name in weights:
             self._known(name)
         if list(self._active.values()) == [1.0]:
-            (now,) = self._active
-            self._stored[now] = self.adapter()
-        self._adapted = bool(wanted)
-        if wanted:
-            lone = len(wanted) == 1 and 1.0 in wanted.values()
-            parts = [(self._stored[n], w) for n, w in wanted.items()]
-            self._put(parts[0][0] if lone else mix(parts))
-            for key, update in self._updates.items():
-                for slot in slots_of(key, update):
-                    parameter_of(self, slot.name).requires_grad_(lone and slot.trained)
-        self._active = wanted
+            (active_name,) = self._active
+            self._stored[active_name] = self.adapter()
+        self._adapted = bool(weights)
+        if weights:
+            self._put_weighted(weights)
+        self._active = weights
+
+    def _put_weighted(self, weights: Mapping[str, float]) -> None:
+        """Put one adapter, or a mix of several, into the branches; a mix is not trained."""
+        adapters = [(self._stored[name], weight) for name, weight in weights.items()]
+        is_plain = list(weights.values()) == [1.0]
+        if is_plain:
+            self._put(adapters[0][0])
+        else:
+            self._put(mix(adapters))
+        for key, update in self._updates.items():
+            for slot in slots_of(key, update):
+                parameter_of(self, slot.name).requires_grad_(is_plain and slot.trained)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """As nn.Module's; adapters of other ranks ≥ 2 and the same scale need no other compilation.
@@ -208,24 +216,27 @@ class AdaptedModule(CapturedModule):
             self._updates = dict(bound.lowrank)
             fill(self, self._updates)
         else:
-            refuse_shards(self)
-            for key, update in self._updates.items():
-                for slot in slots_of(key, update):
-                    m, leaf = owner(self, slot.name)
-                    del m._parameters[leaf]
-            self._updates = dict(bound.lowrank)  # the passes read it
-            self._programs.compiled.clear()
-            self._programs.codes.clear()
-            self._graph(False, self._programs.captured.named)
+            self._rebuild(bound.lowrank)
         originals = dict(self._programs.captured.model.named_parameters())
         put_whole(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
+
+    def _rebuild(self, updates: Updates) -> None:
+        """Replace the tensors of the branches by those of other shapes, and the programs."""
+        refuse_shards(self)
+        for key, update in self._updates.items():
+            for slot in slots_of(key, update):
+                module, leaf = owner(self, slot.name)
+                del module._parameters[leaf]
+        self._updates = dict(updates)  # the passes read it
+        self._programs.compiled.clear()
+        self._programs.codes.clear()
+        self._graph(False, self._programs.captured.named)
 
     def report(self) -> AdaptedReport:
         """What is adapted, what is trained, and what had to be said."""
         captured = self._programs.captured
         notes = (*self._notes, *self._sampled.said, *captured.notes)
-        found = adapted_report(self, self._updates, self._found, self._also, notes)
+        report = adapted_report(self, self._updates, self._found, self._also, notes)
         names = self.adapters if len(self.adapters) > 1 else ()
-        parity = captured.compared
-        return replace(found, effect=self._effect, adapters=names, parity=parity)
+        return replace(report, effect=self._effect, adapters=names, parity=captured.compared)

@@ -13,7 +13,6 @@ from lora_fx.adapter.variant import (
     asked,
 )
 from lora_fx.compare import Parity, sizes_text
-from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, by_key, counted, html, human, short
 
@@ -22,12 +21,19 @@ def adapted_report(
     root: nn.Module, updates: Updates, found: Found, also: tuple[str, ...], notes: tuple[str, ...]
 ) -> AdaptedReport:
     """The report on a tree that holds the tensors of these updates."""
-    rows = tuple((key, *asked(u), found[key].flops) for key, u in updates.items())
-    trained = sum(p.numel() for p in root.parameters() if p.requires_grad)
-    still = (n for n, p in root.named_parameters() if not p.requires_grad)
-    # of codes the weights are counted, and not the bytes
-    frozen = sum(math.prod(found.shapes.get(n) or parameter_of(root, n).shape) for n in still)
-    return AdaptedReport(rows, also, trained, frozen, found, notes)
+    rows = []
+    for key, update in updates.items():
+        rank, alpha = asked(update)
+        rows.append((key, rank, alpha, found[key].flops))
+    trained = 0
+    frozen = 0
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        else:
+            # of codes the weights are counted, and not the bytes
+            frozen += math.prod(found.shapes.get(name) or parameter.shape)
+    return AdaptedReport(tuple(rows), also, trained, frozen, found, notes)
 
 
 @dataclass(frozen=True)
@@ -48,26 +54,31 @@ class AdaptedReport:
 
     def _repr_html_(self) -> str:
         """What is adapted, as a table for notebooks."""
-        rows = [("key", "rank", "alpha"), *((k, str(r), f"{a:g}") for k, r, a, _ in self.targets)]
+        rows = [("key", "rank", "alpha")]
+        for key, rank, alpha, _ in self.targets:
+            rows.append((key, str(rank), f"{alpha:g}"))
         return html(str(self).partition("\n")[0], rows)
 
     @property
     def adapted_share(self) -> float:
         """Share of the weight FLOPs that run through an adapted target."""
         total = self.found.weight_flops
-        return sum(t[3] for t in self.targets) / total if total else 0.0
+        if not total:
+            return 0.0
+        return sum(flops for *_, flops in self.targets) / total
 
     def to_json(self) -> Json:
         """The parts of docs/json.md that an adapted module knows."""
+        targets = [self.found[key].to_json(rank, alpha) for key, rank, alpha, _ in self.targets]
         return {
             **self.found.to_json(),
-            "targets": [self.found[k].to_json(r, a) for k, r, a, _ in self.targets],
+            "targets": targets,
             "also_train": list(self.also_train),
             "trained": self.trained,
             "frozen": self.frozen,
             "adapted_share": round(self.adapted_share, 6),
             "effect": None if self.effect is None else str(self.effect),
-            "parity": [p.to_json() for p in self.parity],
+            "parity": [parity.to_json() for parity in self.parity],
         }
 
     def __str__(self) -> str:
@@ -77,15 +88,17 @@ class AdaptedReport:
             f"{targets} adapted ({self.adapted_share:.1%} of the weight FLOPs), "
             f"{human(self.trained)} of {human(self.trained + self.frozen)} parameters trained"
         ]
-        lines += [f"  {k}: rank {r}, alpha {a:g}" for k, r, a, _ in self.targets]
-        lines += [f"  {n}: trained whole" for n in self.also_train]
+        for key, rank, alpha, _ in self.targets:
+            lines.append(f"  {key}: rank {rank}, alpha {alpha:g}")
+        lines += [f"  {name}: trained whole" for name in self.also_train]
         if self.effect is not None:
             lines.append(f"  effect: {self.effect}")
         if self.adapters:
             lines.append(f"  adapters: {', '.join(self.adapters)}")
-        for of, rows in by_key((p.of, sizes_text(p.sizes)) for p in self.parity).items():
-            lines.append(f"  {of}: compared with the model at {'; '.join(rows)}")
-        lines += [f"  note: {n}" for n in self.notes]
+        compared = by_key((parity.of, sizes_text(parity.sizes)) for parity in self.parity)
+        for output, sizes in compared.items():
+            lines.append(f"  {output}: compared with the model at {'; '.join(sizes)}")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -105,8 +118,8 @@ class Effect:
 
     def __str__(self) -> str:
         """One line."""
-        dead = ", ".join(f"{k} ({'/'.join(m)})" for k, m in self.dead.items())
         text = f"gradients reach every target in {' and '.join(self.modes) or 'no mode'}"
+        dead = [f"{key} ({'/'.join(modes)})" for key, modes in self.dead.items()]
         if dead:
-            text = f"no gradient reaches {dead}"
+            text = f"no gradient reaches {', '.join(dead)}"
         return "; ".join([text, *self.notes])

@@ -68,13 +68,16 @@ class Base:
             root: The tree that holds the weights.
         """
         keys = frozenset(keys)
+        fingerprint: dict[str, Any] = {}
         try:
             samples = [_sample(root, name) for name in provenance.parameters_of(keys)]
-            found = {provenance.FIELD: provenance.fingerprint(samples)} if samples else {}
+            if samples:
+                fingerprint = {provenance.FIELD: provenance.fingerprint(samples)}
         except LoraFxError:
             return self._last if keys == self._keys else {}
-        self._keys, self._last = keys, found
-        return found
+        self._keys = keys
+        self._last = fingerprint
+        return fingerprint
 
 
 def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...], Array]:

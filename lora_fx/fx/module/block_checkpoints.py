@@ -40,24 +40,24 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
         offload: Keep the saved inputs in host memory.
     """
 
-    def once(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        given = dict(options)
+    def run(code: Callable[..., object], block: nn.Module, *args: object) -> object:
+        block_options = dict(options)
         if getattr(block, "_moves", False):
-            user = given.pop("context_fn", noop_context_fn)
+            user_contexts = block_options.pop("context_fn", noop_context_fn)
 
             def contexts() -> tuple[object, object]:
-                first, again = user()
-                return first, _unmoved(block, again)
+                forward, recomputation = user_contexts()
+                return forward, _unmoved(block, recomputation)
 
-            given["context_fn"] = contexts
-        return checkpoint(code, block, *args, use_reentrant=False, **given)
+            block_options["context_fn"] = contexts
+        return checkpoint(code, block, *args, use_reentrant=False, **block_options)
 
-    def away(code: Callable[..., object], block: nn.Module, *args: object) -> object:
+    def run_offloaded(code: Callable[..., object], block: nn.Module, *args: object) -> object:
         device = torch.accelerator.current_accelerator(check_available=True)
         with save_on_cpu(device is not None, device.type if device else "cpu"):
-            return once(code, block, *args)
+            return run(code, block, *args)
 
-    return away if offload else once
+    return run_offloaded if offload else run
 
 
 class Recomputing:

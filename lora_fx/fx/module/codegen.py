@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import linecache
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -27,11 +27,14 @@ def compile_program(
     A block whose nodes cannot be gathered in one place stays part of the whole.
     """
     codes = {}
-    made = {n: scopes_of(n) for n in graph.nodes if n.op in CALLS} if blocks else {}
+    scopes: dict[fx.Node, Collection[str]] = {}
+    if blocks:
+        scopes = {node: scopes_of(node) for node in graph.nodes if node.op in CALLS}
     for path in blocks:
-        part = outline(graph, path, ident, [n for n in graph.nodes if path in made.get(n, ())])
-        if part is not None:
-            codes[path] = function(part, f"{ident}:{path}")
+        body = [node for node in graph.nodes if path in scopes.get(node, ())]
+        outlined = outline(graph, path, ident, body)
+        if outlined is not None:
+            codes[path] = function(outlined, f"{ident}:{path}")
     codes[""] = function(graph, ident)
     return codes
 
@@ -62,61 +65,106 @@ def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.G
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-    member = set(body)
-    if not body or not _gather(graph, body, member):
+    members = set(body)
+    if not body or not _gather(graph, body, members):
         return None
-    inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in member)
-    own = f"{path}."
-    reads = [i for i in inputs if i.op == "get_attr" and str(i.target).startswith(own)]
-    outer = [i for i in inputs if i not in reads]
-    sub = fx.Graph()
-    env = {i: sub.placeholder(i.name) for i in outer}
-    env |= {i: sub.get_attr(str(i.target).removeprefix(own)) for i in reads}
-    for n in body:
-        env[n] = sub.node_copy(n, env.__getitem__)
-    outs = [n for n in body if any(u not in member for u in n.users)]
-    sub.output(env[outs[0]] if len(outs) == 1 else tuple(env[o] for o in outs))
+
+    inputs: dict[fx.Node, None] = {}
+    for node in body:
+        for operand in node.all_input_nodes:
+            if operand not in members:
+                inputs[operand] = None
+    prefix = f"{path}."
+    own_tensors = [
+        node for node in inputs if node.op == "get_attr" and str(node.target).startswith(prefix)
+    ]
+    arguments = [node for node in inputs if node not in own_tensors]
+    outputs = [node for node in body if any(user not in members for user in node.users)]
+    outlined = _copied(body, arguments, own_tensors, outputs, prefix)
+
     with graph.inserting_after(body[-1]):
-        call = graph.create_node("call_module", path, (ident, *outer))
+        call = graph.create_node("call_module", path, (ident, *arguments))
     # The program is an argument, not the state of some module: a block that is recomputed after
     # another program has run must not pick that one's code.
     call.meta["nn_module_stack"] = {}
     results = [call]
-    if len(outs) != 1:
+    if len(outputs) != 1:
         with graph.inserting_before(call.next):
-            results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(outs))]
-    for old, new in zip(outs, results, strict=True):
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in member)
-    for n in reversed(body):
-        graph.erase_node(n)
-    for i in reads:
-        if not i.users:
-            graph.erase_node(i)
-    return sub
+            results = [
+                graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))
+            ]
+    for output, result in zip(outputs, results, strict=True):
+        output.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
+
+    for node in reversed(body):
+        graph.erase_node(node)
+    for node in own_tensors:
+        if not node.users:
+            graph.erase_node(node)
+    return outlined
 
 
-def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:
-    """Move strays between the block's first and last node before it; False if one needs it."""
-    strays, needs = [], set(member)
+def _copied(
+    body: Sequence[fx.Node],
+    arguments: Sequence[fx.Node],
+    own_tensors: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    prefix: str,
+) -> fx.Graph:
+    """A block's nodes as a graph of their own.
+
+    Args:
+        body: The nodes.
+        arguments: What they read of the graph around them.
+        own_tensors: What they read of the block's own tensors, whose names begin with the prefix.
+        outputs: Those that the graph around them reads.
+        prefix: The block's path and a dot.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in arguments:
+        copies[node] = graph.placeholder(node.name)
+    for node in own_tensors:
+        copies[node] = graph.get_attr(str(node.target).removeprefix(prefix))
+    for node in body:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(copies[node] for node in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph
+
+
+def _gather(graph: fx.Graph, body: list[fx.Node], members: set[fx.Node]) -> bool:
+    """Move strays between the block's first and last node out of it; False if one needs it.
+
+    What depends on the block goes behind it, everything else before.
+    """
+    strays = []
+    dependents = set(members)
     node = body[0]
     while node is not body[-1]:
         node = node.next
-        if node in member or node.op in ("placeholder", "output"):
+        if node in members or node.op in ("placeholder", "output"):
             continue
-        if any(i in needs for i in node.all_input_nodes):
-            needs.add(node)
+        if any(operand in dependents for operand in node.all_input_nodes):
+            dependents.add(node)
         else:
             strays.append(node)
-    late = needs - member
-    if any(i in late for n in body for i in n.all_input_nodes):
-        return False
-    for n in strays:
-        body[0].prepend(n)
-    for n in reversed([n for n in graph.nodes if n in late]):
-        body[-1].append(n)
+
+    late = dependents - members
+    for node in body:
+        if any(operand in late for operand in node.all_input_nodes):
+            return False
+    for node in strays:
+        body[0].prepend(node)
+    for node in reversed([node for node in graph.nodes if node in late]):
+        body[-1].append(node)
     return True
 
 
 def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
-    return {p for n in graph.nodes if n.op in CALLS for p in scopes_of(n)} & set(blocks)
+    scopes: set[str] = set()
+    for node in graph.nodes:
+        if node.op in CALLS:
+            scopes.update(scopes_of(node))
+    return scopes & set(blocks)

@@ -28,8 +28,10 @@ def freeze_norms(graph: fx.Graph) -> bool:
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    adds = node.target in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor)
-    place = node.args[0] if adds else None
-    if not isinstance(place, fx.Node) or place.op != "get_attr":
+    """Whether a node moves a norm's counter of seen batches."""
+    if node.target not in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor):
         return False
-    return str(place.target).endswith("num_batches_tracked")
+    counter = node.args[0]
+    if not isinstance(counter, fx.Node) or counter.op != "get_attr":
+        return False
+    return str(counter.target).endswith("num_batches_tracked")

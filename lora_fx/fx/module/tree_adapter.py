@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
 from lora_fx.adapter.variant import (
+    FactorTensor,
     learning,
     relearning,
     slots_of,
@@ -22,7 +23,7 @@ from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import dynamo
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
-from lora_fx.fx.module.adapted import Base
+from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.shards import put, refuse_shards, settle, whole
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
@@ -41,33 +42,47 @@ def factor_pairs(
     tensors: Mapping[str, Mapping[str, nn.Parameter]],
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
     """Key → the tensors a and b, of the updates that have them."""
-    return {key: (held["a"], held["b"]) for key, held in tensors.items() if {"a", "b"} <= {*held}}
+    return {
+        key: (by_field["a"], by_field["b"])
+        for key, by_field in tensors.items()
+        if "a" in by_field and "b" in by_field
+    }
 
 
 def fill(root: nn.Module, updates: Updates) -> None:
     """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
     settle(root)
-    slots = [slot for key, update in updates.items() for slot in slots_of(key, update)]
-    if any(parameter_of(root, s.name).shape != s.value.shape for s in slots):
+    slots: list[FactorTensor] = []
+    for key, update in updates.items():
+        slots += slots_of(key, update)
+    if any(parameter_of(root, slot.name).shape != slot.value.shape for slot in slots):
         refuse_shards(root)
     for slot in slots:
-        old, value = parameter_of(root, slot.name), torch.from_numpy(np.array(slot.value))
+        parameter = parameter_of(root, slot.name)
+        value = torch.from_numpy(np.array(slot.value))
         # of another rank, one size is another; parts that some tool keeps elsewhere are refused
-        pairs = zip(old.shape, value.shape, strict=False)
-        if old.dim() != value.dim() or sum(a != b for a, b in pairs) != 1:
-            put(slot.name, old, value)
+        if _is_other_rank(parameter.shape, value.shape):
+            replacement = nn.Parameter(value.to(parameter), parameter.requires_grad)
+            module, _ = owner(root, slot.name)
+            module.register_parameter(slot.name.rpartition(".")[2], replacement)
         else:
-            new = nn.Parameter(value.to(old), old.requires_grad)
-            owner(root, slot.name)[0].register_parameter(slot.name.rpartition(".")[2], new)
+            put(slot.name, parameter, value)
     free_ranks(root, updates)
+
+
+def _is_other_rank(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ in the size of one axis."""
+    if len(shape) != len(other):
+        return False
+    return sum(a != b for a, b in zip(shape, other, strict=True)) == 1
 
 
 def free_ranks(root: nn.Module, updates: Updates) -> None:
     """Tell torch.compile that the ranks of a tree's tensors may change."""
-    for key, held in held_tensors(root, updates).items():
+    for key, tensors in held_tensors(root, updates).items():
         if variant_of(updates[key]).peft_type:  # others have ranks elsewhere, too
-            dynamo.may_vary(held["a"], held["a"].dim() - 2)
-            dynamo.may_vary(held["b"], held["b"].dim() - 1)
+            dynamo.may_vary(tensors["a"], tensors["a"].dim() - 2)
+            dynamo.may_vary(tensors["b"], tensors["b"].dim() - 1)
 
 
 def compile_ranks(root: nn.Module, updates: Updates) -> None:
@@ -106,10 +121,10 @@ def fitted(
 
 def put_whole(root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]) -> None:
     """Write the tensors that are trained whole; what an adapter lacks is the model's own again."""
-    names, _ = named_tensors(root)
-    full = {names[k]: from_numpy(v.value) for k, v in adapter.full.items()}
+    first_names, _ = named_tensors(root)
+    values = {first_names[key]: from_numpy(entry.value) for key, entry in adapter.full.items()}
     for name, original in originals.items():
-        put(name, parameter_of(root, name), full.get(name, original))
+        put(name, parameter_of(root, name), values.get(name, original))
 
 
 def held_adapter(
@@ -134,24 +149,30 @@ def held_adapter(
     entries: dict[str, LowRank | Full] = {}
     for key, update in updates.items():
         values = {}
-        for s in slots_of(key, update):
-            value = whole(s.name, parameter_of(root, s.name), s.value.shape)
-            values[s.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
+        for slot in slots_of(key, update):
+            value = whole(slot.name, parameter_of(root, slot.name), slot.value.shape)
+            values[slot.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
         entries[key] = with_values(update, values)
     _, aliases = named_tensors(root)
     for name, shape in also.items():
         twins = tuple(aliases.get(name, ()))
         entries[name] = Full(whole(name, parameter_of(root, name), shape), bool(twins), twins)
-    own = {**learning(updates), **base.now(updates, root)}
-    return Adapter(entries, {**metadata, **own})
+    facts = {**learning(updates), **base.now(updates, root)}
+    return Adapter(entries, {**metadata, **facts})
 
 
-def moved(u: LowRank, held: Mapping[str, nn.Parameter]) -> bool:
-    """Whether W' is other than W."""
-    if u.frozen:
-        return not (torch.equal(held["a"], held["a0"]) and torch.equal(held["b"], -held["b0"]))
-    variant = variant_of(u)
-    for field, start in variant.beside(u).items():
-        if not np.array_equal(to_numpy(held[field]), np.asarray(start)):
+def moved(update: LowRank, tensors: Mapping[str, nn.Parameter]) -> bool:
+    """Whether W' is other than W.
+
+    Args:
+        update: The update as it was inserted.
+        tensors: Its tensors as they are now, by field.
+    """
+    if update.frozen:
+        a_is_start = torch.equal(tensors["a"], tensors["a0"])
+        return not (a_is_start and torch.equal(tensors["b"], -tensors["b0"]))
+    variant = variant_of(update)
+    for field, start in variant.beside(update).items():
+        if not np.array_equal(to_numpy(tensors[field]), np.asarray(start)):
             return True
-    return all(bool(held[field].any()) for field in variant.zero_where)
+    return all(bool(tensors[field].any()) for field in variant.zero_where)
