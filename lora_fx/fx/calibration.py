@@ -91,8 +91,10 @@ class Watched(CapturedModule):
     ) -> None:
         super().__init__(captured, blocks=False)
         self.last = Run()
-        self._choose, self._saw = choose, saw
-        self._weights, self._results = weights, results
+        self._choose = choose
+        self._saw = saw
+        self._weights = weights
+        self._results = results
         self._watching: dict[object, tuple[fx.Graph, tuple[Tap, ...], Door, TreeSpec]] = {}
         try:
             captured.allows(False)

@@ -73,8 +73,10 @@ def from_numpy(value: Array, like: torch.Tensor | None = None) -> torch.Tensor:
 
 def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
     """Zeros before and behind each axis as torch's pad takes them, from the last axis on."""
-    pairs = zip(reversed(before), reversed(after), strict=True)
-    return [count for pair in pairs for count in pair]
+    counts = []
+    for count_before, count_after in zip(reversed(before), reversed(after), strict=True):
+        counts += [count_before, count_after]
+    return counts
 
 
 def device_of(module: nn.Module) -> torch.device:

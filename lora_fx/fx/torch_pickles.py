@@ -30,7 +30,8 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     refused = f"{path}: torch will not read it as tensors alone"
     with retold(refused, "it may hold code; get the tensors as safetensors"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    for name, value in state.items() if isinstance(state, dict) else [("", None)]:
+    entries = state.items() if isinstance(state, dict) else [("", None)]
+    for name, value in entries:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise LoraFxError(
                 f"{path}: holds a {type(value).__name__} at {name!r}; expected a tensor by name",

@@ -106,4 +106,5 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
 def both_ends(tensor: torch.Tensor) -> Array:
     """The first and the last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
-    return np.concatenate([to_numpy(flat[part].clone()) for part in provenance.ends(len(flat))])
+    ends = [to_numpy(flat[end].clone()) for end in provenance.ends(len(flat))]
+    return np.concatenate(ends)

@@ -59,9 +59,12 @@ class Insertion:
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
+        if self.also_train:
+            return True
         updates = self._module.updates
-        pairs = self._module.tensors().items()
-        return bool(self.also_train) or any(moved(updates[key], held) for key, held in pairs)
+        return any(
+            moved(updates[key], by_field) for key, by_field in self._module.tensors().items()
+        )
 
     def check_base(self, adapter: Adapter) -> None:
         """Note for the report if an adapter says that it was trained on other weights."""
