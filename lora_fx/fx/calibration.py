@@ -50,7 +50,7 @@ class Tap:
 
 @dataclass
 class Run:
-    """What one call left behind.
+    """The leaves and zeros of one call.
 
     Attributes:
         leaves: (keys, root of the weight) → the leaf, in the stored shape.

@@ -58,15 +58,15 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What the codes of one parameter stand for.
+    """The meaning of the codes of one parameter.
 
     Attributes:
         format: nf4, fp4, int4 …
-        shape: Of the weight.
-        block: How many elements share a scale.
+        shape: The shape of the weight.
+        block: The number of elements that share a scale.
         dtype: The dtype that the weight has for a model that reads it.
         turned: The weight is [..., in, out] and its rows are those of [..., out, in].
-        parts: Which of PARTS there are.
+        parts: Those of PARTS that there are.
     """
 
     format: str

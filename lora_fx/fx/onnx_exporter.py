@@ -44,7 +44,7 @@ def table_read_once() -> contextlib.AbstractContextManager[None]:
 
 @functools.cache
 def _table_read_once() -> dict[str, Any]:
-    """What `patched` takes: the class of the table, and a way to make it that remembers."""
+    """Arguments of `patched`: the class of the table, and a way to make it that remembers."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry as Table
 
     return {"thing": Table, "from_torchlib": staticmethod(functools.cache(Table.from_torchlib))}
@@ -73,12 +73,12 @@ def typed_by_values() -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class _Translation:
-    """What a function of operators made, once.
+    """The nodes and the result of a function of operators, run once.
 
     Attributes:
         inputs: The values that it was given, in order.
         nodes: The nodes that it made, each with the types of its outputs.
-        result: What it returned.
+        result: The value that it returned.
     """
 
     inputs: Sequence[ir.Value]

@@ -107,7 +107,7 @@ def forms(root: nn.Module) -> dict[str, Stored]:
 
 
 def stored_of(root: nn.Module, name: str) -> Stored | None:
-    """What the codes of a parameter stand for; None where it holds numbers."""
+    """The meaning of a parameter's codes; None where it holds numbers."""
     module, leaf = owner(root, name)
     stored: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
     return stored

@@ -15,7 +15,7 @@ def sharing_copy(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
 
     Args:
         model: The model; it is not changed.
-        purpose: What the copy is for, for the message.
+        purpose: The use of the copy, for the message.
 
     Raises:
         LoraFxError: The model cannot be copied.

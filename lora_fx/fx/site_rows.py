@@ -73,7 +73,7 @@ def rows_of(
     Args:
         site: The use.
         t: Its activation x, or dy.
-        ends: Those of the groups, of a grouped op.
+        ends: The ends of the groups, of a grouped op.
         x: The shape of x, where t is dy.
     """
     kind = site.kind

@@ -63,7 +63,7 @@ class Skeleton:
         return tree
 
     def _empty(self, kind: type[nn.Module]) -> nn.Module:
-        """What takes the place of a module of a class."""
+        """Make the empty module that takes the place of one of a class."""
         if kind in INDEXABLE:
             return kind()
         return self.scope(kind.__name__)

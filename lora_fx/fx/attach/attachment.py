@@ -141,7 +141,7 @@ class Attachment:
         yield from lives.values()
 
     def _live(self, form: Form) -> Live:
-        """What a module of a form knows."""
+        """The state of a module that gets a form."""
         root = self.model
         weights = {
             leaf: (bound(program, root), where) for leaf, (program, where) in form.weights.items()
@@ -358,7 +358,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 @dataclass
 class Form:
-    """What one module gets: programs by leaf and where they apply, or a branch.
+    """The form of one module: programs by leaf and where they apply, or a branch.
 
     A leaf that is a stack of matrices has the branches of its products too.
     """

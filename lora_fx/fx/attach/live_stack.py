@@ -44,11 +44,11 @@ class LiveStack:
 
     Attributes:
         stored: W.
-        live: What its module knows.
+        live: The state of its module.
         leaf: Its name there.
         branch: The program of a product's result with the branch in it.
         turned: True after a transpose of the matrices.
-        picks: What picked along the first axis.
+        picks: Indices that picked along the first axis.
     """
 
     stored: torch.Tensor

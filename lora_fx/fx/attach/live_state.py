@@ -1,4 +1,4 @@
-"""What a module of an attached model knows."""
+"""The state of a module of an attached model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ActiveAdapter:
 
 @dataclass
 class Live:
-    """What one module of an attached model knows.
+    """The state of one module of an attached model.
 
     Attributes:
         switch: The switch of the model.
@@ -30,7 +30,7 @@ class Live:
             those inside or outside of this module's own forward.
         output: The programs of the branch in eval and in train mode.
         stacks: The same for the products of each leaf that is a stack of matrices.
-        formed: Those of these leaves whose W + ΔW something has asked for.
+        formed: The leaves among these whose W + ΔW something has asked for.
         inside: True while the module's own forward runs, where a weight asks for that.
     """
 

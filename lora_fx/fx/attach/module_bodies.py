@@ -42,7 +42,7 @@ def one_op(
         node: Its op.
         x: The op's activation.
         states: Nodes that depend on parameters only (FxFlow.behind).
-        bodies: Those of the graph.
+        bodies: Module call → its nodes, as bodies_of gives them.
     """
     call = next(reversed(node.meta.get("nn_module_stack", {})), None)
     if call is None or not isinstance(x, fx.Node):

@@ -52,7 +52,7 @@ class PartialGraphs(Analysed):
         return FxGraph(fx.Graph(), self.root).parameters()
 
     def other_readers(self) -> list[OtherReader]:
-        """What reads a parameter beside its sites, in any of the stretches."""
+        """Readers of parameters beside their sites, in any of the stretches."""
         readers: list[OtherReader] = []
         for graph in self.graphs:
             readers += graph.other_readers()

@@ -57,7 +57,7 @@ PRIMS: Mapping[str, Callable[..., torch.Tensor]] = {
     "cast": lambda x, dtype: x.to(getattr(torch, dtype)),
     "cast_like": lambda x, y: x.to(y.dtype),
 }
-"""What runs each primitive of lora_fx.ir.emitter.Ops."""
+"""The function that runs each primitive of lora_fx.ir.emitter.Ops."""
 
 
 class Value(int):
@@ -111,7 +111,7 @@ class Recorder:
 
     Args:
         padding: The padding_idx of the site's lookup, which `like` keeps.
-        entries: What was recorded: the inputs, then tensors, constants and steps, in order.
+        entries: The recording: the inputs, then tensors, constants and steps, in order.
     """
 
     padding: int | None = None
@@ -149,7 +149,7 @@ class Recorder:
         return self._add(*entry)
 
     def program(self, result: Value) -> Program:
-        """What leads to `result`; everything else that was recorded is left out.
+        """The recording of what leads to `result`, without everything else.
 
         Raises:
             LoraFxError: A primitive that PRIMS lacks.

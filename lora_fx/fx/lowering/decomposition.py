@@ -113,7 +113,7 @@ def _kind_of(node: fx.Node) -> Hashable:
 
 
 def _visible(argument: object) -> Hashable:
-    """What a decomposition can see of an argument."""
+    """The features of an argument that a decomposition can see."""
     if isinstance(argument, fx.Node):
         return "node", _visible(value(argument))
     if isinstance(argument, torch.Tensor):
@@ -132,7 +132,7 @@ def _visible(argument: object) -> Hashable:
 
 @dataclass(frozen=True)
 class _Decomposition:
-    """What a node becomes: its inputs, the nodes between them and its values, and its values."""
+    """A node come apart: its inputs, the nodes between them and its values, and its values."""
 
     inputs: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
@@ -167,7 +167,7 @@ def _decompositions(
 
 
 def _cut(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[_Decomposition]:
-    """What became of each node, of a decomposed graph that has all of them side by side."""
+    """Cut a decomposed graph, which has all nodes side by side, into what became of each."""
     inputs = iter(graph.find_nodes(op="placeholder"))
     outputs = iter(graph.output_node().args[0])
     decompositions = []
@@ -233,7 +233,7 @@ def _replace(graph: fx.Graph, decompositions: Mapping[fx.Node, _Decomposition]) 
 def _copy_of(
     graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node], sizes: dict[str, fx.Node]
 ) -> Any:
-    """What stands for a node of a decomposition; a size is computed once for all of them."""
+    """The copy of a node of a decomposition; a size is computed once for all of them."""
     if node in copies:
         return copies[node]
     number = value(node)

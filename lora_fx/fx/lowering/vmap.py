@@ -1,4 +1,4 @@
-"""What torch.vmap runs, as plain operations."""
+"""The operations of torch.vmap, as plain ones."""
 
 from __future__ import annotations
 

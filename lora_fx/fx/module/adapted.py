@@ -86,11 +86,11 @@ class AdaptedModule(CapturedModule):
         return held_tensors(self, self._updates)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """What trains, for an optimizer: one group for each learning rate of the variant.
+        """Groups of what trains, for an optimizer: one for each learning rate of the variant.
 
         Args:
             lr: The rate of a, and of tensors trained whole; LoRA+ trains b faster.
-            weight_decay: That of every group.
+            weight_decay: The weight decay of every group.
         """
         rates: dict[int, float] = {}
         for key, tensors in self.tensors().items():
@@ -106,7 +106,7 @@ class AdaptedModule(CapturedModule):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What insert had to say."""
+        """Notes of insert."""
         return self._notes
 
     @property
@@ -234,7 +234,7 @@ class AdaptedModule(CapturedModule):
         self._graph(False, self._programs.captured.named)
 
     def report(self) -> AdaptedReport:
-        """What is adapted, what is trained, and what had to be said."""
+        """Report what is adapted, what is trained, and what had to be said."""
         captured = self._programs.captured
         notes = (*self._notes, *self._sampled.said, *captured.notes)
         report = adapted_report(self, self._updates, self._found, self._also, notes)

@@ -38,7 +38,7 @@ def adapted_report(
 
 @dataclass(frozen=True)
 class AdaptedReport:
-    """What `model.report()` returns; prints as text."""
+    """The report of a model with an adapter; prints as text."""
 
     targets: tuple[tuple[str, int, float, int], ...]
     also_train: tuple[str, ...]
@@ -53,7 +53,7 @@ class AdaptedReport:
     __repr__ = short
 
     def _repr_html_(self) -> str:
-        """What is adapted, as a table for notebooks."""
+        """A table of what is adapted, for notebooks."""
         rows = [("key", "rank", "alpha")]
         for key, rank, alpha, _ in self.targets:
             rows.append((key, str(rank), f"{alpha:g}"))
@@ -104,12 +104,12 @@ class AdaptedReport:
 
 @dataclass(frozen=True)
 class Effect:
-    """What the proof found.
+    """The finding of the proof of effect.
 
     Attributes:
         dead: Key → the modes in which no gradient reaches it.
         modes: The modes that were proven.
-        notes: What could not be proven, and why; and what training moves beside the adapter.
+        notes: Cases without a proof, and why; tensors that training moves beside the adapter.
     """
 
     dead: Mapping[str, tuple[str, ...]]

@@ -23,7 +23,7 @@ from lora_fx.inputs import Named
 
 
 class Base:
-    """What an adapter says of the base that it is trained on.
+    """The record of the base that an adapter is trained on.
 
     The last fingerprint is kept: tensors that are sharded later cannot be sampled by one process.
     """
@@ -42,7 +42,7 @@ class Base:
         """Compare the weights with those that an adapter says it was trained on, if it does.
 
         Args:
-            metadata: That of the adapter.
+            metadata: The metadata of the adapter.
             root: The tree that holds the weights.
             name: The adapter's name, for the note; an earlier one of that name is forgotten.
         """
@@ -64,7 +64,7 @@ class Base:
         """{"base": fingerprint} of the weights of low-rank keys; empty where they have no values.
 
         Args:
-            keys: Those of the adapter.
+            keys: The keys of the adapter.
             root: The tree that holds the weights.
         """
         keys = frozenset(keys)

@@ -22,12 +22,12 @@ from lora_fx.fx.capture.capture import as_it_was
 from lora_fx.inputs import Named
 
 OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-"""What may be given to torch.utils.checkpoint.checkpoint."""
+"""Options of torch.utils.checkpoint.checkpoint."""
 
 
 @contextlib.contextmanager
 def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-    """What runs inside leaves the block's buffers alone: its norms have moved already."""
+    """A block of code that leaves the module's buffers alone: its norms have moved already."""
     with as_it_was(block, None), inner:
         yield
 
@@ -61,7 +61,7 @@ def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]
 
 
 class Recomputing:
-    """What a captured module offers; Trainer, accelerate and users of transformers call it."""
+    """Methods of a captured module; Trainer, accelerate and users of transformers call it."""
 
     def _blocks(self) -> dict[str, Any]:
         """Path → the blocks that programs call."""

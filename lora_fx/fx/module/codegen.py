@@ -16,7 +16,7 @@ from torch import fx, nn
 from lora_fx.fx.graph.nodes import scopes_of
 
 CALLS = ("call_function", "call_module")
-"""What a node does that computes something."""
+"""Kinds of nodes that compute something."""
 
 
 def compile_program(
@@ -115,10 +115,10 @@ def _copied(
 
     Args:
         body: The nodes.
-        arguments: What they read of the graph around them.
-        own_tensors: What they read of the block's own tensors, whose names begin with the prefix.
-        outputs: Those that the graph around them reads.
-        prefix: The block's path and a dot.
+        arguments: Nodes of the graph around them that they read.
+        own_tensors: Nodes of the block's own tensors that they read.
+        outputs: Nodes among them that the graph around them reads.
+        prefix: The block's path and a dot, with which names of its tensors begin.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -102,7 +102,7 @@ def fitted(
         found: The model's targets.
         root: The model.
         also: First names of the tensors that are trained whole.
-        verb: What can make more of them so, for the hint.
+        verb: The verb that trains further tensors whole, for the hint.
 
     Raises:
         LoraFxError: A key or a shape that does not fit, or a whole tensor that is not in `also`.
@@ -142,8 +142,8 @@ def held_adapter(
         root: Holds the tensors.
         updates: Key → the update as it was inserted.
         also: First name of a tensor that is trained whole → its shape, where that is known.
-        metadata: What else the adapter says.
-        base: What it says of the frozen weights.
+        metadata: Further metadata of the adapter.
+        base: The record of the frozen weights.
     """
     settle(root)
     entries: dict[str, LowRank | Full] = {}

@@ -30,9 +30,9 @@ def flat_program(
     Constants of the call become constants of the graph.
 
     Args:
-        module: What holds the tensors.
+        module: The module that holds the tensors.
         graph: Its graph; edited.
-        traced: What the graph was made from.
+        traced: The trace that the graph was made from.
         all_outputs: Keep the outputs that are no tensors.
         named: The arguments that the graph was made for; without them, those of the capture.
     """

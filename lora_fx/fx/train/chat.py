@@ -32,7 +32,7 @@ SECONDS = 0.8
 OF_A_LINE = 0.02
 """Processor time for each line beside it; a line takes a millisecond."""
 MEGABYTES = 128
-"""What rendering may take beside what the libraries have."""
+"""Memory that rendering may take beside that of the libraries."""
 CHARACTERS = 1 << 20
 """Characters that a line may be rendered to, beside a multiple of its own."""
 TIMES = 20
@@ -54,7 +54,7 @@ class ChatTemplate:
 
     Attributes:
         text: In Jinja, as transformers extends it.
-        folder: Whose tokenizer has it, for messages.
+        folder: The folder of the tokenizer that has it, for messages.
         tokens: The special tokens that it may write, by name.
         marked: Whether it marks what the assistant generates.
     """

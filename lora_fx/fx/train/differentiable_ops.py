@@ -73,7 +73,7 @@ def adaptive_maxima(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, None]:
 
 
 def _by_axes(reduce: Callable[[Tensor, int], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """What as many windows as asked for come to, one axis after the other."""
+    """Reduce as many windows as `sizes` asks for, one axis after the other."""
     for axis, count in enumerate(sizes, x.dim() - len(sizes)):
         length = x.shape[axis]
         windows = []

@@ -22,7 +22,7 @@ Encoded = tuple[list[int], list[bool]]
 
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks the assistant's tokens in a chat template."""
+"""The mark of the assistant's tokens in a chat template."""
 
 
 Encode = Callable[[str, JsonView, list[str]], Encoded]
@@ -36,7 +36,7 @@ def encoder(
     path: str,
     rows: Sequence[tuple[str, JsonView]],
 ) -> tuple[Encode, str]:
-    """What encodes a line, and what it trains on, in words."""
+    """The function that encodes a line, and what it trains on, in words."""
     if form != ("messages",):
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""

@@ -32,7 +32,7 @@ NO_VALIDATION = (
     "no validation data: overfitting would not be seen, and the last adapter is kept, not the best"
 )
 Progress = Callable[[int, int, float], None]
-"""What is told the step, the steps in all, and the loss."""
+"""A function that is called with the step, the steps in all, and the loss."""
 APART = 1_000_003
 """How far the seeds of two processes lie apart, whose dropout must differ."""
 

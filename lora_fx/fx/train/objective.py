@@ -91,7 +91,7 @@ class Objective:
 def objective(
     model: AdaptedModule, training: Table | Buckets, loss: str | Loss, half: bool, rows: int = ROWS
 ) -> tuple[Objective, list[str]]:
-    """What a run makes small, and warnings.
+    """The loss that a run makes small, and warnings.
 
     Args:
         model: The model.

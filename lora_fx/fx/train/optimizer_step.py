@@ -1,4 +1,4 @@
-"""What an optimizer does to the tensors of a training step, as a graph."""
+"""The optimizer's part of a training step, as operations of a graph."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STATES: Mapping[str, tuple[str, ...]] = {"adamw": ("m", "v"), "sgd": ()}
 BETAS = (0.9, 0.999)
 """The shares of the moments that AdamW keeps, as torch has them by default."""
 EPS = 1e-8
-"""What AdamW adds to a divisor, as torch has it by default."""
+"""The number that AdamW adds to a divisor, as torch has it by default."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What the optimizer does to the tensors that it is given.
+    """The optimizer's part of a step.
 
     Attributes:
         optimizer: adamw or sgd.
@@ -47,7 +47,7 @@ class Update:
         """The tensors and states of all slots after a step, flat, in their order.
 
         Args:
-            slots: What is trained.
+            slots: The tensors that are trained.
             tensors: The tensor of every slot, and the states that the optimizer keeps beside it.
             gradients: ∂L of every slot's tensor in the file.
             lr: The learning rate.
@@ -91,8 +91,8 @@ class Slot:
         tensor: Its name in the module, where it is laid out [*batch, rank, in] or
             [*batch, out, rank].
         shape: In the file.
-        scale: What multiplies the module's tensor to make the file's.
-        rate: What multiplies the learning rate.
+        scale: The factor from the module's tensor to the file's.
+        rate: The factor of the learning rate.
         trained: False for one that stays as it is, A of lora-fa.
     """
 

@@ -143,7 +143,7 @@ ANSWERS = (
 
 
 def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
-    """What the model's own loss of labels [rows, …] is a mean over; empty where it is no such mean.
+    """The items that the model's own loss is a mean over; empty where it is no such mean.
 
     Args:
         model: The model.
@@ -161,7 +161,7 @@ def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
 
 
 def _answer(model: AdaptedModule, batch: Table, own: str) -> str:
-    """What the answer counts that fits the loss of these examples under labels of our own."""
+    """The items of the answer that fits the loss of these examples under labels of our own."""
     question = _unlike(np.asarray(batch.columns[batch.label]))
     with torch.enable_grad():
         columns = {**batch.columns, batch.label: question}

@@ -42,7 +42,7 @@ def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path |
     Args:
         table: The examples.
         module: The model; only classes of transformers are judged.
-        path: What the table was read from.
+        path: The file that the table was read from.
         folder: The model's, if it has one.
 
     Raises:
@@ -71,7 +71,7 @@ def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path |
 
 
 def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
-    """What a class does; empty for a plain model, None for one that may score rows."""
+    """The task of a class; empty for a plain model, None for one that may score rows."""
 
     def is_among(task: str) -> bool:
         return name in classes.get(f"MODEL_FOR_{task}_MAPPING_NAMES", ())

@@ -1,4 +1,4 @@
-"""What a run is about: model, data and settings, so that no other run goes on from its state.
+"""The facts of a run: model, data and settings, so that no other run goes on from its state.
 
 Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
 trained both ends of each tensor count, as in `lora_fx.checkpoint.provenance`; of data every byte.
@@ -75,7 +75,7 @@ def _model(model: AdaptedModule) -> dict[str, Any]:
 
 
 def differences(state: Named, run: Facts) -> list[str]:
-    """What differs between a state's facts and a run's, in words; most telling first."""
+    """Differences between a state's facts and a run's, in words; most telling first."""
     lines = []
     for part, facts in run.items():
         state_facts = state.get(part)
@@ -98,7 +98,7 @@ def _difference(state: Any, run: Any) -> str:
 
 
 def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
-    """What every process of a run must have in common, in words, with sha256 digests."""
+    """Digests, by sha256, of what every process of a run must have in common, by names in words."""
     trained = [
         (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
     ]

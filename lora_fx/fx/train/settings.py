@@ -1,4 +1,4 @@
-"""What a run may be told."""
+"""Settings of a run, and where it keeps its state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 
 @dataclass(frozen=True)
 class Settings:
-    """What `fit` may be told. `steps` overrides `epochs`; validation runs `checks` times.
+    """Settings of `fit`. `steps` overrides `epochs`; validation runs `checks` times.
 
     Args:
         epochs: Passes over the training data.

@@ -47,8 +47,8 @@ class Trail:
         at: Batches of the next one that are done.
         waited: Validations in a row without a new lowest loss.
         best: The lowest validation loss.
-        kept: What is trained, as it was then; empty before the first validation.
-        report: What the run has to say so far.
+        kept: The trained tensors as they were then; empty before the first validation.
+        report: The report of the run so far.
     """
 
     step: int = 0
@@ -115,7 +115,7 @@ def _random_state(optimizer: Optimizer) -> torch.Tensor:
 
 
 def _words_of(trail: Trail, optimizer: Optimizer, facts: Facts) -> dict[str, Any]:
-    """What a state has as JSON."""
+    """The part of a state that is JSON."""
     report = trail.report
     return {
         **{name: getattr(trail, name) for name in COUNTS},
@@ -132,7 +132,7 @@ def _words_of(trail: Trail, optimizer: Optimizer, facts: Facts) -> dict[str, Any
 def _tensors_of(
     trail: Trail, optimizer: Optimizer, random_states: Sequence[torch.Tensor]
 ) -> dict[str, Array]:
-    """What a state has as tensors."""
+    """The part of a state that is tensors."""
     tensors: dict[str, Array] = {"losses": np.array(trail.report.losses, np.float64)}
     for rank, state in enumerate(random_states):
         tensors[f"rng/{rank}"] = to_numpy(state)

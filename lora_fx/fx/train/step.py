@@ -48,7 +48,7 @@ from lora_fx.onnx.names import give_own_names
 
 @dataclass(frozen=True)
 class _Operands:
-    """What a step takes, without values.
+    """The operands of a step, without values.
 
     Attributes:
         frozen: Tensors that are not trained, by name.
@@ -56,7 +56,7 @@ class _Operands:
         labels: The labels, where the model does not take them.
         numbers: The learning rate, and the step, counted from 1.
         matrices: A or B of every slot.
-        moments: What the optimizer keeps beside those that are trained, kind by kind.
+        moments: The optimizer's states of those that are trained, kind by kind.
     """
 
     frozen: list[Tensor]
@@ -158,7 +158,7 @@ def _operands(
     frozen: Mapping[str, Tensor],
     fakes: FakeTensorMode,
 ) -> _Operands:
-    """What a step takes, without values."""
+    """Make the operands of a step, without values."""
     inputs = graph.flat.graph.find_nodes(op="placeholder")
     frozen_fakes: list[Tensor] = [
         fakes.from_tensor(tensor, static_shapes=True) for tensor in frozen.values()
@@ -192,7 +192,7 @@ def _step(
         update: The optimizer's part.
         names: Every tensor that the program reads, with its first name.
         frozen_names: Names of the tensors that are not trained, in their order.
-        tree: How the leaves are the fields of an _Operands.
+        tree: The tree of the operands' fields, of which the leaves are.
     """
     trained = [slot for slot in slots if slot.trained]
 
@@ -306,7 +306,7 @@ class _OnTensors(OverTensors):
 
 
 def _without_values(val: Any, fakes: FakeTensorMode) -> Tensor:
-    """What stands for an input: as the capture saw it, or of its sizes where none was seen."""
+    """The fake tensor of an input: as the capture saw it, or of the sizes of its value."""
     if getattr(val, "fake_mode", None) is fakes:
         return val  # type: ignore[no-any-return]
     return fakes.from_tensor(val, static_shapes=True)

@@ -29,10 +29,10 @@ class TrainGraph:
     """The train program of a module as a flat graph of tensors, and the loss of what it gives.
 
     Attributes:
-        module: What holds the tensors.
+        module: The module that holds the tensors.
         flat: The graph over it.
         names: ONNX names of its inputs, the seed of dropouts last where it has any.
-        traced: What it was made from.
+        traced: The trace that it was made from.
         compute: The loss of (output, labels).
         own: Whether the labels are one of the inputs.
         seeded: Whether it takes a seed.
@@ -63,9 +63,9 @@ def train_graph(
     """The train program for a call.
 
     Args:
-        module: What insert returned.
+        module: The module that insert returned.
         named: The arguments, the labels among them where the model takes them.
-        loss: What loss_function gives.
+        loss: The result of loss_function.
         passes: Rewrites that change no number.
         unit: The scale is in b already.
 

@@ -1,4 +1,4 @@
-"""What a run did: losses by step, what was kept, and a verdict in one line."""
+"""The report of a run: losses by step, what was kept, and a verdict in one line."""
 
 from __future__ import annotations
 
