@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import click
 
-from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.config_file import config_options, saving_config
 from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
 from lora_fx.cli.options import FORCE, Rules, given_here, in_groups

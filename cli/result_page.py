@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from lora_fx import __version__
-from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.input_paths import input_paths, texts_of
 from lora_fx.cli.library_versions import installed
 from lora_fx.errors import LoraFxError

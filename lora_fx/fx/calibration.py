@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import Door, program_key
+from lora_fx.fx.capture.call import program_key
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.door import Door
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.site_rows import SiteRows, readable, rows_of

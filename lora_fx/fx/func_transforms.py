@@ -1,6 +1,6 @@
 """Transforms of torch.func that are active: the facade of torch's functorch.
 
-Tried with torch 2.13.
+Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Every operator as torch dispatches it: the facade of torch's modes of dispatch.
 
-A `TorchDispatchMode` of our own sees each operator that runs. Tried with torch 2.13.
+A `TorchDispatchMode` of our own sees each operator that runs.
+Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from lora_fx.inputs import OTHER_SIZES
 from lora_fx.onnx.adapter_ids import RowChoice
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.onnx.manifest import manifest_of as manifest_of  # docs/serving.md reads it here
-from lora_fx.onnx.quiet import quiet_options
+from lora_fx.onnx.runtime_log import quiet_options
 from lora_fx.text import is_whole
 
 if TYPE_CHECKING:

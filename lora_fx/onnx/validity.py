@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.onnx.quiet import quiet_options
+from lora_fx.onnx.runtime_log import quiet_options
 
 _DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 """Domains of the operators that the runtime has by itself."""

@@ -39,8 +39,10 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line, retold
 from lora_fx.fx.attach.attachment import Attachment
-from lora_fx.fx.capture.call import Signature, sample_call
-from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
+from lora_fx.fx.capture.call import Signature, copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.graph.rounding import nearby
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.adapted_report import Effect

@@ -19,8 +19,9 @@ from torch import fx
 
 from lora_fx.compare import Choice, grow
 from lora_fx.dtypes import Array
-from lora_fx.fx.capture.call import leaves_of, output_name
-from lora_fx.fx.capture.capture import alike, copied
+from lora_fx.fx.capture.call import copied, leaves_of
+from lora_fx.fx.capture.onnx_names import output_name
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.rounding import Wide, nearby
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule, by_output

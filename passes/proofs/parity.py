@@ -38,9 +38,12 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name
-from lora_fx.fx.capture.capture import Captured, alike, copied
+from lora_fx.fx.capture.call import copied, leaf_names
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import filled
+from lora_fx.fx.capture.onnx_names import onnx_conditions, onnx_name
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.graph.rounding import Wide, nearby, widened

@@ -30,8 +30,10 @@ from lora_fx.compare import ORT_TOL, Parity, compare_fairly, gates_of, grow, sha
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.attach.attachment import keeps_statistics
-from lora_fx.fx.capture.capture import Captured, alike, copied
-from lora_fx.fx.capture.trace import EveryLayer
+from lora_fx.fx.capture.call import copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.observed import EveryLayer
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of

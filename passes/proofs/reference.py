@@ -50,7 +50,7 @@ from lora_fx.ir.graph import Role
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Cast
 from lora_fx.onnx.adapter_ids import IDS
-from lora_fx.onnx.batch import SCALES
+from lora_fx.onnx.batch_inputs import SCALES
 from lora_fx.onnx.discrete_choices import choosing_file
 from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -59,8 +59,8 @@ from lora_fx.onnx.load import load
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session, tensors_by_name
+from lora_fx.onnx.sigmoid_step import stepped_file
 from lora_fx.onnx.signature import feeds_of_sizes, signature
-from lora_fx.onnx.steps import stepped_file
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert

@@ -22,8 +22,8 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.adapter_with_base import with_base
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of

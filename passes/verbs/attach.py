@@ -28,9 +28,10 @@ from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
 from lora_fx.fx.attach.module_bodies import bodies_of, one_argument, one_op
 from lora_fx.fx.attach.partial import partial_graphs
 from lora_fx.fx.attach.recording import Program, Recorder, Value
-from lora_fx.fx.capture.call import Called, Signature, unwrapped, wrappers
+from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.dotted_names import named_tensors, owner
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, aten_ops

@@ -18,7 +18,7 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load

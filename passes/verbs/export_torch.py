@@ -17,8 +17,9 @@ from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.fx.adapter_with_base import with_base
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import Captured, as_it_was
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_parameter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.base_fingerprint import Base
@@ -29,16 +30,17 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.quantised_parameters import forms
-from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.bfloat16 import in_bfloat16, unround, widen
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import copies_of, mark_changed, mask_by_infinity
+from lora_fx.onnx.masked_scores import mask_by_infinity
+from lora_fx.onnx.names import mark_changed
 from lora_fx.onnx.optimise import RewriteStage
 from lora_fx.onnx.precision import GATES, at_level, narrow
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import (

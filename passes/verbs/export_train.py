@@ -25,8 +25,8 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import alike, as_it_was
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule

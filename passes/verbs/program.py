@@ -21,7 +21,7 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.capture.capture import alike
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule

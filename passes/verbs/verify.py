@@ -257,8 +257,8 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
-    from lora_fx.fx.capture.call import unwrapped
     from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.capture.root_module import unwrapped
     from lora_fx.fx.module.doubts import plain
     from lora_fx.fx.module.module import CapturedModule
     from lora_fx.passes.verbs.adapt import insert

@@ -224,7 +224,7 @@ def main() -> None:
         import lora_fx.cli
 
         commands = {"load": 1.0}
-        lora_fx.cli.run = load
+        lora_fx.cli.main = load
     with tempfile.TemporaryDirectory() as root:
         rows = rounds(given.n, given.seed, given.only, Path(root), commands)
         child.tell(rows, configs=given.n)

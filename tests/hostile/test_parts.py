@@ -31,7 +31,7 @@ def _loop(argv: list[str]) -> None:
 
 
 def test_a_command_without_end_is_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_fx.cli.run", _loop)
+    monkeypatch.setattr("lora_fx.cli.main", _loop)
     monkeypatch.setattr(child, "WAITS", 60)
     got = child.command(["targets"], tmp_path, seconds=1.0)
     assert got.hung and got.raw and got.code == -signal.SIGXCPU

@@ -24,8 +24,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
 from lora_fx.fx.attach.live_state import ActiveAdapter, Live
 from lora_fx.fx.attach.recording import Program, bound
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.dotted_names import owner, parameter_of
 from lora_fx.fx.module import adapted_report, tree_adapter
 from lora_fx.fx.module.adapted_report import AdaptedReport, Effect

@@ -8,9 +8,10 @@ import torch
 
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import without_cache
-from lora_fx.fx.capture.capture import Captured, alike, copied
+from lora_fx.fx.capture.call import copied, without_cache
+from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import to_numpy

@@ -12,8 +12,10 @@ import torch
 from lora_fx.conditions import Size
 from lora_fx.dtypes import Array
 from lora_fx.fx import tensors
-from lora_fx.fx.capture.call import sample_call
-from lora_fx.fx.capture.capture import Captured, alike, copied
+from lora_fx.fx.capture.call import copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.trees import tree_map_only
 from lora_fx.inputs import SIZES, Extents, Named

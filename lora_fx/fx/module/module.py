@@ -21,9 +21,12 @@ from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, dotted_names, quantised_parameters, tensors
-from lora_fx.fx.capture.call import leaves_of, output_name, program_key
-from lora_fx.fx.capture.capture import Captured, base_dtype
-from lora_fx.fx.capture.trace import Traced, has_grouped
+from lora_fx.fx.capture.call import leaves_of, program_key
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.expert_forms import has_grouped
+from lora_fx.fx.capture.model_source import base_dtype
+from lora_fx.fx.capture.onnx_names import output_name
 from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph

@@ -10,15 +10,9 @@ import torch
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter, bind
+from lora_fx.adapter.base import FactorTensor
 from lora_fx.adapter.lowrank import Full, LowRank, Updates
-from lora_fx.adapter.variant import (
-    FactorTensor,
-    learning,
-    relearning,
-    slots_of,
-    variant_of,
-    with_values,
-)
+from lora_fx.adapter.variant import learning, relearning, slots_of, variant_of, with_values
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import dynamo

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.call import leaf_names
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import onnx_name, output_name
 from lora_fx.fx.graph.nodes import value
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import leaf_names, symbols_of
+from lora_fx.fx.capture.call import leaf_names
+from lora_fx.fx.capture.onnx_names import symbols_of
 from lora_fx.fx.capture.trace import export_program
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.graph.graph import FxGraph
@@ -23,7 +24,8 @@ from lora_fx.fx.onnx_export.portable import make_portable
 from lora_fx.fx.onnx_export.translation import OPSET, translated
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.trees import tree_leaves
-from lora_fx.onnx.names import give_own_names, mark_data
+from lora_fx.onnx.constant_folding import mark_data
+from lora_fx.onnx.names import give_own_names
 from lora_fx.targets.target import Target
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from lora_fx.errors import LoraFxError, one_line, silenced
 from lora_fx.fx.capture.trace import recurrent_shapes
 from lora_fx.fx.onnx_export.exporter_speed import repeating
-from lora_fx.onnx.names import unfolded
+from lora_fx.onnx.constant_folding import unfolded
 from lora_fx.onnx.onnxscript_rules import (
     constants_apart,
     exact_constants,

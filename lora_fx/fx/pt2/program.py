@@ -23,7 +23,7 @@ from lora_fx.adapter.variant import (
     with_values,
 )
 from lora_fx.errors import LoraFxError, one_line, stamp
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.dotted_names import named_tensors, owner
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.adapted import AdaptedModule

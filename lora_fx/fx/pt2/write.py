@@ -13,8 +13,11 @@ from torch.export.pt2_archive import PT2ArchiveWriter
 
 from lora_fx.errors import LoraFxError, retold
 from lora_fx.fx.capture.call import leaves_of
-from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
-from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.guards import GuardLog
+from lora_fx.fx.capture.root_module import RootModule
+from lora_fx.fx.capture.size_nodes import drop_layout, put_asserts
+from lora_fx.fx.capture.trace import at_least_two, export_program
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.flat_graph import flat_program

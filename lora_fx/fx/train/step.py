@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fx.fx.capture.call import symbols_of
+from lora_fx.fx.capture.onnx_names import symbols_of
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.lowering.functional_ops import without_writes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lora_fx.errors import silenced
-from lora_fx.onnx.names import unfolded
+from lora_fx.onnx.constant_folding import unfolded
 from lora_fx.onnx.onnxscript_rules import exact_constants
 
 

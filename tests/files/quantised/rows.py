@@ -23,7 +23,7 @@ from lora_fx.files.quantised.floats import (
     nvfp4,
 )
 from lora_fx.files.quantised.gptq import awq, gptq
-from lora_fx.fx.capture.quantised_layers import affine, nf4
+from lora_fx.fx.capture.torchao import affine, nf4
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators
 
