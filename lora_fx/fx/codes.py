@@ -102,7 +102,8 @@ def _table(kind: str) -> torch.Tensor:
     codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
     if not in_table:
         return codes.float()
-    return torch.from_numpy(LEVELS[kind])[codes]
+    levels: torch.Tensor = torch.from_numpy(LEVELS[kind])[codes]
+    return levels
 
 
 def dequantised(

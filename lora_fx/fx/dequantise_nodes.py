@@ -79,7 +79,8 @@ def _fits(stored: Stored, codes: torch.Tensor, *buffers: torch.Tensor) -> bool:
         return False
     if stored.format in LEVELS:
         count = math.prod(stored.shape)
-        shapes = [(_ceil(count * stored.bits, 8),), (_ceil(count, stored.block),)]
+        bytes_shape: tuple[int, ...] = (_ceil(count * stored.bits, 8),)
+        shapes = [bytes_shape, (_ceil(count, stored.block),)]
     else:
         shapes = _shapes_of_rows(stored, codes.shape[0], buffers)
         if "order" in stored.parts and not _is_order(buffers[-1], shapes[-1][0]):

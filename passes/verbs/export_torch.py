@@ -30,6 +30,7 @@ from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.quantised_parameters import forms
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch_inputs import batch_symbol

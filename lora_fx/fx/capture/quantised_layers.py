@@ -24,6 +24,7 @@ from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.fx.capture.torchao import torchao_weight
 from lora_fx.fx.codes import LINEAR_IN
 from lora_fx.fx.quantised_parameters import store
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.quantised import Quantised
 

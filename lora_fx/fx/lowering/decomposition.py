@@ -169,7 +169,8 @@ def _decompositions(
 def _cut(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[_Decomposition]:
     """Cut a decomposed graph, which has all nodes side by side, into what became of each."""
     inputs = iter(graph.find_nodes(op="placeholder"))
-    outputs = iter(graph.output_node().args[0])
+    results: Any = graph.output_node().args[0]
+    outputs = iter(results)
     decompositions = []
     for node in nodes:
         first = tuple(islice(inputs, len(read_nodes(node))))

@@ -374,7 +374,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
     parameters = [
         parameter for parameter in original.parameters.values() if parameter.name != "self"
     ]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
         kind = inspect.Parameter.POSITIONAL_ONLY
     self_parameter = inspect.Parameter("self", kind)

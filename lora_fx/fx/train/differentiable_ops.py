@@ -46,8 +46,9 @@ def bags(
 
     The options are aten's: sparse, per_sample_weights, include_last_offset, padding_idx.
     """
-    defaults = (None, False, None)
-    weights, has_end, padding_idx = (*options[1:], *defaults[len(options[1:]) :])
+    defaults: list[Any] = [None, False, None]
+    set_options = list(options[1:])
+    weights, has_end, padding_idx = set_options + defaults[len(set_options) :]
     if has_end:
         starts = starts[:-1]
     after_start = torch.arange(ids.shape[0], device=w.device) >= starts[:, None]
