@@ -99,11 +99,10 @@ def _table(kind: str) -> torch.Tensor:
     in_table = kind in LEVELS
     if in_table:  # these have their first code in the highest bits
         shifts = shifts.flip(0)
-    codes = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
+    codes: torch.Tensor = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
     if not in_table:
         return codes.float()
-    levels: torch.Tensor = torch.from_numpy(LEVELS[kind])[codes]
-    return levels
+    return torch.from_numpy(LEVELS[kind])[codes]
 
 
 def dequantised(
