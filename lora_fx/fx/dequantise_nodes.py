@@ -41,7 +41,7 @@ def read_codes(graph: fx.Graph, names: dict[str, str], stored_by_name: dict[str,
     return changed
 
 
-def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
+def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
     """Let a tree say what its codes stand for, as the ops of a program from a file do.
 
     Args:

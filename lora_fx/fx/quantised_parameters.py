@@ -16,7 +16,7 @@ from lora_fx.fx.tensors import from_numpy
 from lora_fx.ir.quantised import Quantised
 
 
-def store(
+def put_codes(
     root: nn.Module, name: str, q: Quantised, dtype: torch.dtype, shape: Sequence[int], turned: bool
 ) -> None:
     """Put codes in the place of a parameter, under all its names.
@@ -33,7 +33,7 @@ def store(
         LoraFxError: Codes that no layout of the table in lora_fx.fx.codes holds.
     """
     kind, block, arrays = arrays_of(name, q)
-    occupied = taken(root, name, arrays)
+    occupied = occupied_name(root, name, arrays)
     if occupied:
         raise LoraFxError(f"{name}: its module has a {occupied} already", "rename that")
     parts = tuple(part for part in PARTS if part in arrays)
@@ -67,7 +67,7 @@ def _places_of(root: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module
     return places
 
 
-def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
+def occupied_name(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
     """The name beside a parameter that its scales or zeros would take from something else."""
     for module, leaf in _places_of(root, parameter_of(root, name)):
         for part in parts:
@@ -146,7 +146,7 @@ def forget(root: nn.Module) -> None:
         module.__class__ = getattr(type(module), "_own_class", type(module))
 
 
-def put_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
+def replace_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
     """Let a parameter's codes have other zeros, floats [rows, blocks].
 
     Another tree that shares the codes keeps its own.

@@ -17,7 +17,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def settle(root: nn.Module) -> None:
+def reshard(root: nn.Module) -> None:
     """Let FSDP2 put its own tensors back, which a forward without a backward leaves gathered.
 
     What is gathered is a copy, in the dtype of FSDP2's mixed precision.
@@ -36,7 +36,7 @@ def refuse_shards(root: nn.Module) -> None:
         )
 
 
-def whole(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> Array:
+def gathered_array(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None) -> Array:
     """A copy of a tensor as an array; a sharded one is gathered: every process has to take part.
 
     Args:
@@ -54,7 +54,7 @@ def whole(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None = None)
     return to_numpy(gathered.clone())  # what numpy has seen cannot be resized, as FSDP1 does
 
 
-def put(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+def write_tensor(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Write a whole tensor, the same in every process, into a parameter or its shards.
 
     Raises:

@@ -106,7 +106,9 @@ def _embedding(site: Site, t: Tensor, is_dy: bool) -> SiteRows:
     return SiteRows(ids, len(ids), site.operand[0], t.shape)
 
 
-def part(rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool) -> Tensor:
+def rows_of_part(
+    rows: Tensor, read: Layout, start: Sequence[int], own: Layout, *, out: bool
+) -> Tensor:
     """The rows of a part of what a use reads.
 
     Args:

@@ -50,7 +50,7 @@ from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import Rewriter, by_output
-from lora_fx.fx.module.tree_adapter import held_tensors
+from lora_fx.fx.module.tree_adapter import update_tensors
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named, default_dynamic
@@ -166,7 +166,7 @@ def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 @contextlib.contextmanager
 def probe(trained: Trained, size: float = SIZE) -> Iterator[Telling]:
     """Random updates of a size in a model, mode and buffers put back afterwards."""
-    held = held_tensors(trained.model, trained.updates)
+    held = update_tensors(trained.model, trained.updates)
     telling = {
         key: held[key][variant_of(update).proportional] for key, update in trained.updates.items()
     }

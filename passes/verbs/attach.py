@@ -25,7 +25,7 @@ from lora_fx.errors import CaptureError, LoraFxError, one_line
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY
-from lora_fx.fx.attach.module_bodies import bodies_of, one_argument, one_op
+from lora_fx.fx.attach.module_bodies import bodies_of, is_one_op, takes_one_tensor
 from lora_fx.fx.attach.partial import partial_graphs
 from lora_fx.fx.attach.recording import Program, Recorder, Value
 from lora_fx.fx.capture.call import Signature
@@ -359,8 +359,8 @@ class GraphPlanner(Planner):
             if not site.refusal
             and not isinstance(site.kind, (kinds.WeightForm, kinds.Grouped))
             and site.scope in self.path_of
-            and one_argument(graph.root.get_submodule(site.scope))
-            and one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
+            and takes_one_tensor(graph.root.get_submodule(site.scope))
+            and is_one_op(site, graph.output(site), graph.activation(site), fixed, bodies)
         )
 
     def forms(self, updates: Updates, by_weight: frozenset[str] = frozenset()) -> dict[str, Form]:

@@ -26,7 +26,7 @@ from lora_fx.fx.calibration import Run, Watched
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.execution import execution_of
-from lora_fx.fx.site_rows import SiteRows, part, readable
+from lora_fx.fx.site_rows import SiteRows, readable, rows_of_part
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
@@ -209,7 +209,7 @@ class _Seen:
         value = rows.value
         if rows.one_hot:
             value = torch.bincount(value, minlength=rows.one_hot).unsqueeze(0)
-        value = part(value, *way, target.layout, out=out)
+        value = rows_of_part(value, *way, target.layout, out=out)
         return value[0] if rows.one_hot else value
 
     def _second(self, key: str, rows: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.dotted_names import parameter_of
-from lora_fx.fx.quantised_parameters import taken, tensors_of
+from lora_fx.fx.quantised_parameters import occupied_name, tensors_of
 from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
@@ -83,7 +83,7 @@ def _chosen(
         keys = make_plan(found, {}, rank=1, include=selectors).entries
         for name in dict.fromkeys(found[k].parameter.name for k in keys):
             why = _why_not(found, name, leave)
-            if not why and (other := taken(model, name)):
+            if not why and (other := occupied_name(model, name)):
                 why = f"its module has a {other} already"
             if why and selectors:
                 raise LoraFxError(f"{name} cannot be quantised: {why}", "leave it out")

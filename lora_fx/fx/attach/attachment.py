@@ -223,16 +223,16 @@ class Attachment:
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        return tree_adapter.factor_pairs(tree_adapter.held_tensors(self.model, self.updates))
+        return tree_adapter.factor_pairs(tree_adapter.update_tensors(self.model, self.updates))
 
     def fill(self, updates: Updates) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
-        tree_adapter.fill(self.model, {key: updates[key] for key in self.updates})
+        tree_adapter.write_factors(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
-        return tree_adapter.held_adapter(
+        return tree_adapter.current_adapter(
             self.model, self.updates, shapes, self.metadata, self._sampled
         )
 
@@ -246,7 +246,9 @@ class Attachment:
             LoraFxError: A key or a shape that does not fit, a target that attach has not
                 proven, or a whole tensor that is not among `also_train`.
         """
-        fitting = tree_adapter.fitted(adapter, self.found, self.model, self._also, "attach")
+        fitting = tree_adapter.bound_for_loading(
+            adapter, self.found, self.model, self._also, "attach"
+        )
         updates = fitting.lowrank
         for key, update in updates.items():
             if key in self.lost:
@@ -263,7 +265,7 @@ class Attachment:
             self.updates = {key: updates[key] for key in self.updates}
         else:
             self.install(updates)
-        tree_adapter.put_whole(self.model, fitting, self._originals)
+        tree_adapter.write_full_tensors(self.model, fitting, self._originals)
         self.metadata = dict(fitting.metadata)
         self.check_base(adapter)
 

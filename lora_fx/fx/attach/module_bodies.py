@@ -28,7 +28,7 @@ def bodies_of(graph: fx.Graph) -> dict[str, set[fx.Node]]:
     return bodies
 
 
-def one_op(
+def is_one_op(
     site: Site,
     node: fx.Node,
     x: object,
@@ -106,7 +106,7 @@ def _keeps_last_axis(site: Site, first: fx.Node, last: fx.Node) -> bool:
     return (x[-1], y[-1]) == ends
 
 
-def one_argument(module: nn.Module) -> bool:
+def takes_one_tensor(module: nn.Module) -> bool:
     """True when forward takes one tensor and nothing else, by the class and not by an instance."""
     if "forward" in module.__dict__:
         return False

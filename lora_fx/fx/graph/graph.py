@@ -388,7 +388,7 @@ class FxGraph(Analysed):
             return None
         has_zero = stored.parts[1:] == ("zero",)
         if not has_zero and (
-            stored.parts[1:] or quantised_parameters.taken(self.root, name, ("zero",))
+            stored.parts[1:] or quantised_parameters.occupied_name(self.root, name, ("zero",))
         ):
             return None
 
@@ -409,7 +409,7 @@ class FxGraph(Analysed):
                 f"{name!r}: another use reads the same codes, and the update is not for it",
                 "export --mode switch has a branch beside one use",
             )
-        quantised_parameters.put_zeros(self.root, name, from_numpy(zero))
+        quantised_parameters.replace_zeros(self.root, name, from_numpy(zero))
         for node in self.graph.find_nodes(op="call_function", target=codes.DEQUANTISE):
             if self._names.get(str(_node(node.args[0]).target)) == name:
                 with self.graph.inserting_before(node):

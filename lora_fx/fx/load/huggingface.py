@@ -41,7 +41,7 @@ from lora_fx.fx.load.config_gate import (
     sealed_libraries,
 )
 from lora_fx.fx.load.unnamed_class import class_of_weights
-from lora_fx.fx.quantised_parameters import declare, store
+from lora_fx.fx.quantised_parameters import declare, put_codes
 from lora_fx.fx.torch_pickles import pickled
 from lora_fx.patching import patched
 from lora_fx.text import Json, JsonView, some
@@ -369,7 +369,7 @@ def _of_codes(
         else:
             with unsealed():
                 codes = weight.read()
-            store(module, name, codes, dtype or torch.float32, shape, turned)
+            put_codes(module, name, codes, dtype or torch.float32, shape, turned)
     try:
         module.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as e:

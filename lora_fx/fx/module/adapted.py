@@ -26,14 +26,14 @@ from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.module.doubts import decide_doubts
 from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups
 from lora_fx.fx.module.tree_adapter import (
+    bound_for_loading,
     compile_ranks,
-    fill,
-    fitted,
-    held_adapter,
-    held_tensors,
-    put_whole,
+    current_adapter,
+    update_tensors,
+    write_factors,
+    write_full_tensors,
 )
-from lora_fx.fx.shards import refuse_shards, settle
+from lora_fx.fx.shards import refuse_shards, reshard
 from lora_fx.targets.target import Found
 from lora_fx.text import by_key
 
@@ -83,7 +83,7 @@ class AdaptedModule(CapturedModule):
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
         """Key → every tensor of its update by field: a and b, and a variant's own."""
-        return held_tensors(self, self._updates)
+        return update_tensors(self, self._updates)
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Groups of what trains, for an optimizer: one for each learning rate of the variant.
@@ -125,7 +125,7 @@ class AdaptedModule(CapturedModule):
         if not self._active:
             return Adapter({})
         also = dict.fromkeys(self._also)
-        return held_adapter(self, self._updates, also, self._metadata, self._sampled)
+        return current_adapter(self, self._updates, also, self._metadata, self._sampled)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ class AdaptedModule(CapturedModule):
                 among `also_train`.
         """
         adapter = as_adapter(adapter)
-        bound = fitted(adapter, self._found, self, self._also, "insert")
+        bound = bound_for_loading(adapter, self._found, self, self._also, "insert")
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
             self._sampled.check(adapter.metadata, self, f"the adapter {name!r}")
@@ -211,14 +211,14 @@ class AdaptedModule(CapturedModule):
     @torch.no_grad()
     def _put(self, bound: Adapter) -> None:
         """Put an adapter into the branches; equal shapes and scales keep the programs."""
-        settle(self)
+        reshard(self)
         if frame(bound.lowrank) == frame(self._updates):
             self._updates = dict(bound.lowrank)
-            fill(self, self._updates)
+            write_factors(self, self._updates)
         else:
             self._rebuild(bound.lowrank)
         originals = dict(self._programs.captured.model.named_parameters())
-        put_whole(self, bound, {name: originals[name] for name in self._also})
+        write_full_tensors(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
 
     def _rebuild(self, updates: Updates) -> None:

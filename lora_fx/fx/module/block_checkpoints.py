@@ -108,7 +108,7 @@ class Recomputing:
                 "blocks are the children of a ModuleList or Sequential",
             )
         chosen = dict(list(blocks.items())[::every_n_layers])
-        apart(chosen, self.__dict__["_programs"].inlined)
+        refuse_inlined(chosen, self.__dict__["_programs"].inlined)
         self.activation_checkpointing_disable()
         for block in chosen.values():
             block.recompute = True
@@ -129,7 +129,7 @@ class Recomputing:
     is_gradient_checkpointing = is_activation_checkpointing
 
 
-def apart(blocks: Named, inlined: set[str]) -> None:
+def refuse_inlined(blocks: Named, inlined: set[str]) -> None:
     """Raise LoraFxError for blocks that are to be recomputed and cannot be."""
     stuck = [path for path in blocks if path in inlined]
     if stuck:

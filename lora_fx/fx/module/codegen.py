@@ -161,7 +161,7 @@ def _gather(graph: fx.Graph, body: list[fx.Node], members: set[fx.Node]) -> bool
     return True
 
 
-def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
+def inlined_blocks(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
     scopes: set[str] = set()
     for node in graph.nodes:

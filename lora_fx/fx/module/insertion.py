@@ -15,7 +15,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.fx.module.adapted import AdaptedModule, Inserter
 from lora_fx.fx.module.adapted_report import Effect
-from lora_fx.fx.module.tree_adapter import factor_pairs, moved
+from lora_fx.fx.module.tree_adapter import changes_weight, factor_pairs
 from lora_fx.patching import patched
 from lora_fx.targets.target import Found
 
@@ -63,7 +63,8 @@ class Insertion:
             return True
         updates = self._module.updates
         return any(
-            moved(updates[key], by_field) for key, by_field in self._module.tensors().items()
+            changes_weight(updates[key], by_field)
+            for key, by_field in self._module.tensors().items()
         )
 
     def check_base(self, adapter: Adapter) -> None:

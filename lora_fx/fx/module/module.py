@@ -31,8 +31,8 @@ from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.block_checkpoints import Recomputing, apart, checkpointer
-from lora_fx.fx.module.codegen import left_in
+from lora_fx.fx.module.block_checkpoints import Recomputing, checkpointer, refuse_inlined
+from lora_fx.fx.module.codegen import inlined_blocks
 from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import to_numpy
@@ -241,9 +241,9 @@ class CapturedModule(Recomputing, Scope):
             codes = {"": codegen.interpreted(graph.graph)}
         else:
             codes = codegen.compile_program(graph.graph, ident, tuple(blocks))
-        programs.inlined |= left_in(graph.graph, tuple(blocks))
+        programs.inlined |= inlined_blocks(graph.graph, tuple(blocks))
         recomputed = {path: block for path, block in blocks.items() if block.recompute}
-        apart(recomputed, programs.inlined)
+        refuse_inlined(recomputed, programs.inlined)
         for path, code in codes.items():
             programs.codes[ident, path] = code
         programs.compiled.setdefault(key, []).append((ident, traced))

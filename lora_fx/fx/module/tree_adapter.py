@@ -18,13 +18,13 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx import dynamo
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
 from lora_fx.fx.module.base_fingerprint import Base
-from lora_fx.fx.shards import put, refuse_shards, settle, whole
+from lora_fx.fx.shards import gathered_array, refuse_shards, reshard, write_tensor
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named
 from lora_fx.targets.target import Found
 
 
-def held_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
+def update_tensors(root: nn.Module, updates: Updates) -> dict[str, dict[str, nn.Parameter]]:
     """Key → the tensors of its update by field, where a tree holds them."""
     return {
         key: {slot.field: parameter_of(root, slot.name) for slot in slots_of(key, update)}
@@ -43,9 +43,9 @@ def factor_pairs(
     }
 
 
-def fill(root: nn.Module, updates: Updates) -> None:
+def write_factors(root: nn.Module, updates: Updates) -> None:
     """Write the values of updates into the tensors that a tree holds; another rank has new ones."""
-    settle(root)
+    reshard(root)
     slots: list[FactorTensor] = []
     for key, update in updates.items():
         slots += slots_of(key, update)
@@ -60,7 +60,7 @@ def fill(root: nn.Module, updates: Updates) -> None:
             module, _ = owner(root, slot.name)
             module.register_parameter(slot.name.rpartition(".")[2], replacement)
         else:
-            put(slot.name, parameter, value)
+            write_tensor(slot.name, parameter, value)
     free_ranks(root, updates)
 
 
@@ -73,7 +73,7 @@ def _is_other_rank(shape: Sequence[int], other: Sequence[int]) -> bool:
 
 def free_ranks(root: nn.Module, updates: Updates) -> None:
     """Tell torch.compile that the ranks of a tree's tensors may change."""
-    for key, tensors in held_tensors(root, updates).items():
+    for key, tensors in update_tensors(root, updates).items():
         if variant_of(updates[key]).peft_type:  # others have ranks elsewhere, too
             dynamo.may_vary(tensors["a"], tensors["a"].dim() - 2)
             dynamo.may_vary(tensors["b"], tensors["b"].dim() - 1)
@@ -86,7 +86,7 @@ def compile_ranks(root: nn.Module, updates: Updates) -> None:
     root._compiled_call_impl = dynamo.with_free_parameters(compiled)
 
 
-def fitted(
+def bound_for_loading(
     adapter: Adapter, found: Found, root: nn.Module, also: Collection[str], verb: str
 ) -> Adapter:
     """An adapter that is to be loaded, bound to a model.
@@ -113,15 +113,17 @@ def fitted(
     return Adapter({**bound.entries, **updates}, metadata)
 
 
-def put_whole(root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]) -> None:
+def write_full_tensors(
+    root: nn.Module, adapter: Adapter, originals: Mapping[str, torch.Tensor]
+) -> None:
     """Write the tensors that are trained whole; what an adapter lacks is the model's own again."""
     first_names, _ = named_tensors(root)
     values = {first_names[key]: from_numpy(entry.value) for key, entry in adapter.full.items()}
     for name, original in originals.items():
-        put(name, parameter_of(root, name), values.get(name, original))
+        write_tensor(name, parameter_of(root, name), values.get(name, original))
 
 
-def held_adapter(
+def current_adapter(
     root: nn.Module,
     updates: Updates,
     also: Mapping[str, tuple[int, ...] | None],
@@ -139,23 +141,25 @@ def held_adapter(
         metadata: Further metadata of the adapter.
         base: The record of the frozen weights.
     """
-    settle(root)
+    reshard(root)
     entries: dict[str, LowRank | Full] = {}
     for key, update in updates.items():
         values = {}
         for slot in slots_of(key, update):
-            value = whole(slot.name, parameter_of(root, slot.name), slot.value.shape)
+            value = gathered_array(slot.name, parameter_of(root, slot.name), slot.value.shape)
             values[slot.field] = value.astype(factor_dtype(value.dtype.name), copy=False)
         entries[key] = with_values(update, values)
     _, aliases = named_tensors(root)
     for name, shape in also.items():
         twins = tuple(aliases.get(name, ()))
-        entries[name] = Full(whole(name, parameter_of(root, name), shape), bool(twins), twins)
+        entries[name] = Full(
+            gathered_array(name, parameter_of(root, name), shape), bool(twins), twins
+        )
     facts = {**learning(updates), **base.now(updates, root)}
     return Adapter(entries, {**metadata, **facts})
 
 
-def moved(update: LowRank, tensors: Mapping[str, nn.Parameter]) -> bool:
+def changes_weight(update: LowRank, tensors: Mapping[str, nn.Parameter]) -> bool:
     """Whether W' is other than W.
 
     Args:

@@ -24,7 +24,7 @@ from lora_fx.fx.capture.cleaned_graph import Traced, clean_module, match_places
 from lora_fx.fx.capture.example import describe
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.model_source import base_dtype
-from lora_fx.fx.dequantise_nodes import learn
+from lora_fx.fx.dequantise_nodes import declare_codes
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
@@ -114,7 +114,7 @@ class FileCaptured(Captured):
         for p in programs.values():
             said = p.program.graph_signature
             names = {**said.inputs_to_parameters, **said.inputs_to_buffers}
-            learn(self.model, p.program.graph, names)
+            declare_codes(self.model, p.program.graph, names)
         if manifest and str(manifest["class"]).isidentifier():
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)

@@ -95,7 +95,7 @@ def fit(
     run.go(training, trail, progress)
     report = trail.report
     if report.best_step and report.best_step != trail.step:
-        state.put_back(optimizer, trail.kept)
+        state.set_trained(optimizer, trail.kept)
     report.best_step = report.best_step or steps
     report.warnings += warnings
     if report.before is not None and not trail.best < report.before:

@@ -15,7 +15,7 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, Loss, check_labels, loss_function, scores_of
 from lora_fx.fx.train.processes import ALONE, Processes
-from lora_fx.fx.train.reduction import ROWS, few, inputs_of, reduction
+from lora_fx.fx.train.reduction import ROWS, inputs_of, question_rows, reduction
 
 __all__ = [
     "IGNORED",
@@ -140,7 +140,7 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) ->
     labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
     model.eval()
     with torch.no_grad():
-        out = model(**inputs_of(model, few(model, tables[0], rows)))
+        out = model(**inputs_of(model, question_rows(model, tables[0], rows)))
     scores = scores_of(out)
     if scores.dim() != 2 or scores.shape[1] < 2:
         return []

@@ -44,7 +44,7 @@ def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, ob
     }
 
 
-def few(model: AdaptedModule, table: Table, rows: int) -> Table:
+def question_rows(model: AdaptedModule, table: Table, rows: int) -> Table:
     """The first two rows of a table, cut to 16 tokens in the dimensions that the model has free.
 
     Args:
@@ -152,7 +152,7 @@ def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
         rows: As in few.
     """
     model.eval()
-    question = few(model, table, rows)
+    question = question_rows(model, table, rows)
     try:
         return _answer(model, question, own)
     except Exception:  # a model need not run at so few tokens; at all of them it has to

@@ -70,7 +70,7 @@ def snapshot(optimizer: Optimizer) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def put_back(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
+def set_trained(optimizer: Optimizer, values: dict[str, torch.Tensor]) -> None:
     """Set what is trained."""
     for name, parameter in optimizer.named.items():
         parameter.copy_(values[name])
@@ -161,7 +161,7 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
 
     where = f"{folder}/{TENSORS}"
     named = optimizer.named
-    put_back(
+    set_trained(
         optimizer,
         {name: _like(f"now/{name}", like, tensors, where) for name, like in named.items()},
     )
