@@ -11,13 +11,13 @@ from lora_fx.cli.output import say
 from lora_fx.errors import LoraFxError
 
 if TYPE_CHECKING:
-    from lora_fx.fx.train.state import Saving
+    from lora_fx.fx.train.settings import Saving
 
 
 @contextlib.contextmanager
 def stateful(saving: Saving) -> Iterator[None]:
     """What is stopped in this block says which state it leaves."""
-    from lora_fx.fx.train.state import step_of
+    from lora_fx.fx.train.state_folder import step_of
 
     before = None if saving.resume else _version(saving.folder)
     try:

@@ -22,7 +22,7 @@ from lora_fx.errors import LoraFxError, NoSay
 from lora_fx.text import JsonView
 
 if TYPE_CHECKING:
-    from lora_fx.fx.train.state import Saving, Settings
+    from lora_fx.fx.train.settings import Saving, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class LoopOptions:
 
         Batches that are accumulated are one larger batch that runs in as many more parts.
         """
-        from lora_fx.fx.train.state import Settings
+        from lora_fx.fx.train.settings import Settings
 
         batches = self.gradient_accumulation_steps
         return Settings(
@@ -158,7 +158,8 @@ class LoopOptions:
     def saving(self, *, force: bool) -> Saving:
         """Where states are kept; raises, before any work, for what cannot be written."""
         from lora_fx.files.atomic import check_output
-        from lora_fx.fx.train.state import Saving, check_folder
+        from lora_fx.fx.train.settings import Saving
+        from lora_fx.fx.train.state_folder import check_folder
 
         folder = self.save_state or self.resume
         if self.curve:

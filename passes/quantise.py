@@ -21,8 +21,8 @@ from torch import fx
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.codes import forms, store
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.quantised_parameters import forms, put_codes
 from lora_fx.ir.quantised import quantise
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
@@ -57,7 +57,7 @@ class Quantise:
                 raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
             q = quantise(_rows(weight, turned, len(target.layout.batch)), kind)
             dtype = getattr(torch, target.parameter.dtype)
-            store(graph.root, name, q, dtype, weight.shape, turned)
+            put_codes(graph.root, name, q, dtype, weight.shape, turned)
         read = graph.read_codes()
         return PassResult(graph, bool(new) or read)
 

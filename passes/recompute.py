@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.fx.func_transforms import transforms_are_active
 from lora_fx.fx.graph.branch_nodes import Projection, maker, projections
 from lora_fx.fx.graph.elementwise_chains import VIEWS, Chain, chain_of, differentiable_nodes
 from lora_fx.fx.graph.flow import FxWeight
@@ -38,7 +39,6 @@ from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import block_of, is_marked, reached, shape_of
 from lora_fx.fx.graph.ops import Path, pick, row_of, slots
-from lora_fx.fx.interception import transforms_are_active
 from lora_fx.fx.module.codegen import function
 from lora_fx.passes.base import PassResult
 from lora_fx.text import by_key

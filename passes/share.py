@@ -20,11 +20,11 @@ from operator import getitem
 import torch
 from torch import fx
 
+from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.graph.branch_nodes import Projection, maker, projections
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import block_of
-from lora_fx.fx.tensors import parameter_of
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

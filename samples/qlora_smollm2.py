@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 import lora_fx
 from lora_fx.cli.demo_data import topics
-from lora_fx.fx.codes import forms, tensors_of
+from lora_fx.fx.quantised_parameters import forms, tensors_of
 from lora_fx.onnx import Session
 
 quick = "--quick" in sys.argv

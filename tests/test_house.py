@@ -47,7 +47,7 @@ LAZY = {
     ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
     ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
     ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
-    ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
+    ("lora_fx.files.safetensors", "lora_fx.fx.torch_pickles"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 ANY = 7.5
@@ -59,7 +59,8 @@ PRIVATE = {
     "operators": "lora_fx.fx.operators",
     "fake tensors": "lora_fx.fx.fake_tensors",
     "symbolic sizes": "lora_fx.fx.symbolic_sizes",
-    "modes and transforms": "lora_fx.fx.interception",
+    "modes of dispatch": "lora_fx.fx.python_dispatch",
+    "transforms": "lora_fx.fx.func_transforms",
     "dynamo": "lora_fx.fx.dynamo",
     ".pt2 files": "lora_fx.fx.pt2.serialised",
     "torch's ONNX exporter": "lora_fx.fx.onnx_exporter",
@@ -453,7 +454,9 @@ NODES = {
     "lora_fx.fx.capture": 37_000,
     "lora_fx.fx.graph": 25_000,
     "lora_fx.fx.load": 17_000,
+    "lora_fx.fx.lowering": 9_000,
     "lora_fx.fx.module": 12_000,
+    "lora_fx.fx.onnx_export": 9_000,
     "lora_fx.fx.pt2": 14_000,
     "lora_fx.fx.train": 25_000,
     "lora_fx.ir": 13_000,

@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx.checkpoint.provenance import METADATA, history
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.fx.train.state import read_folder
+from lora_fx.fx.train.state_folder import read_folder
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.manifest import PROPERTY, manifest_of
 from lora_fx.onnx.session import open_session

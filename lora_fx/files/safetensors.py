@@ -119,7 +119,7 @@ def is_pickle(head: bytes) -> bool:
 
 def _of_pickle(file: Path) -> Header:
     """The header of a pickle: `data` is 0, and `start` as `pickled_places` has it."""
-    from lora_fx.fx.tensors import pickled_places  # the only way to read one is torch's
+    from lora_fx.fx.torch_pickles import pickled_places
 
     tensors = {}
     for name, (dtype, shape, start) in pickled_places(file).items():
@@ -276,7 +276,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     refuse_other_kinds(path)
     if is_pickle(first_bytes(path)):
-        from lora_fx.fx.tensors import read_pickle
+        from lora_fx.fx.torch_pickles import read_pickle
 
         return read_pickle(path), {}
     header = read_header(path)

@@ -1,4 +1,4 @@
-"""Weights of a tree that are stored as codes: their tensors, and the op that makes numbers of them.
+"""Weights stored as codes: their tensors, and the op that makes numbers of them.
 
 The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
 NAME_zero, hold a number a block, and NAME_order the places of columns that lie by their blocks.
@@ -24,25 +24,21 @@ weight that is stored [in, out] has its rows transposed, and `turned` says so.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.errors import LoraFxError, one_line
+from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.floats import E2M1
-from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
-from lora_fx.fx.graph.nodes import dtype_of
-from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter
+from lora_fx.files.quantised.onnx import as_matmul_nbits
 from lora_fx.ir.bit_packing import packed
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 
@@ -62,15 +58,15 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What the codes of one parameter stand for.
+    """The meaning of the codes of one parameter.
 
     Attributes:
         format: nf4, fp4, int4 …
-        shape: Of the weight.
-        block: How many elements share a scale.
+        shape: The shape of the weight.
+        block: The number of elements that share a scale.
         dtype: The dtype that the weight has for a model that reads it.
         turned: The weight is [..., in, out] and its rows are those of [..., out, in].
-        parts: Which of PARTS there are.
+        parts: Those of PARTS that there are.
     """
 
     format: str
@@ -100,9 +96,13 @@ def _table(kind: str) -> torch.Tensor:
     """The values of the codes in every byte, [256, codes in a byte], in their order."""
     bits = bits_of(kind)
     shifts = torch.arange(0, 8, bits)
-    flat = kind in LEVELS
-    codes = (torch.arange(256)[:, None] >> (shifts.flip(0) if flat else shifts)) & (2**bits - 1)
-    return torch.from_numpy(LEVELS[kind])[codes] if flat else codes.float()
+    in_table = kind in LEVELS
+    if in_table:  # these have their first code in the highest bits
+        shifts = shifts.flip(0)
+    codes: torch.Tensor = (torch.arange(256)[:, None] >> shifts) & (2**bits - 1)
+    if not in_table:
+        return codes.float()
+    return torch.from_numpy(LEVELS[kind])[codes]
 
 
 def dequantised(
@@ -117,26 +117,50 @@ def dequantised(
     `form` is what `arguments` says.
     """
     shape, kind, block, turned, dtype = form
-    values = _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
+    values = _values_of(codes, kind)
     if kind in LEVELS:
-        count = math.prod(shape)
-        flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
-        flat = (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
+        flat = _from_blocks(values, scale, math.prod(shape), block)
     else:
-        rows, blocks = scale.shape
-        offset: torch.Tensor | float = 2.0 ** (bits_of(kind) - 1)
-        if zero is not None:
-            offset = zero[..., None]
-            if zero.dtype == torch.uint8:
-                told = _table(kind).to(codes.device).index_select(0, zero.reshape(-1).int())
-                offset = told.reshape(rows, -1)[:, :blocks, None]
-        wide = (values.reshape(rows, blocks, block) - offset) * scale[..., None]
-        flat = wide.reshape(rows, blocks * block)[:, : math.prod(shape) // rows]
-        flat = flat if order is None else flat.index_copy(1, order.long(), flat)
+        flat = _from_rows(values, scale, _zeros_of(scale, zero, kind), block)
+        flat = flat[:, : math.prod(shape) // scale.shape[0]]
+        if order is not None:
+            flat = flat.index_copy(1, order.long(), flat)
     if turned:
-        swapped = [*shape[:-2], shape[-1], shape[-2]]
-        return flat.to(dtype).reshape(swapped).transpose(-1, -2)
+        transposed_shape = [*shape[:-2], shape[-1], shape[-2]]
+        return flat.to(dtype).reshape(transposed_shape).transpose(-1, -2)
     return flat.to(dtype).reshape(list(shape))
+
+
+def _values_of(codes: torch.Tensor, kind: str) -> torch.Tensor:
+    """The values of the codes in bytes, [bytes, codes in a byte]."""
+    return _table(kind).to(codes.device).index_select(0, codes.reshape(-1).int())
+
+
+def _from_blocks(values: torch.Tensor, scale: torch.Tensor, count: int, block: int) -> torch.Tensor:
+    """Values times scales, in blocks along the flattened weight."""
+    flat = F.pad(values.reshape(-1)[:count], (0, -count % block))
+    return (flat.reshape(-1, block) * scale[:, None]).reshape(-1)[:count]
+
+
+def _from_rows(
+    values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, block: int
+) -> torch.Tensor:
+    """Values less zeros, times scales, in blocks of each row; the last block may reach too far."""
+    rows, blocks = scale.shape
+    wide = (values.reshape(rows, blocks, block) - zero) * scale[..., None]
+    return wide.reshape(rows, blocks * block)
+
+
+def _zeros_of(scale: torch.Tensor, zero: torch.Tensor | None, kind: str) -> torch.Tensor | float:
+    """The zeros [rows, blocks, 1] as numbers; the middle code where there are none."""
+    if zero is None:
+        middle: float = 2.0 ** (bits_of(kind) - 1)
+        return middle
+    zeros = zero[..., None]
+    if zero.dtype == torch.uint8:  # codes, row by row
+        rows, blocks = scale.shape
+        zeros = _values_of(zero, kind).reshape(rows, -1)[:, :blocks, None]
+    return zeros
 
 
 SCHEMA = (
@@ -147,18 +171,19 @@ _op = torch.library.custom_op("lora_fx::dequantise", mutates_args=(), schema=SCH
 
 
 @_op.register_fake
-def _shaped(codes: torch.Tensor, *rest: Any) -> torch.Tensor:
-    shape, _, _, turned, dtype = rest[3:]
+def _shaped(codes: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    shape, _, _, turned, dtype = arguments[3:]
     if not turned:
         return codes.new_empty(shape, dtype=dtype)
-    return codes.new_empty([*shape[:-2], shape[-1], shape[-2]], dtype=dtype).transpose(-1, -2)
+    transposed_shape = [*shape[:-2], shape[-1], shape[-2]]
+    return codes.new_empty(transposed_shape, dtype=dtype).transpose(-1, -2)
 
 
 DEQUANTISE: Callable[..., torch.Tensor] = torch.ops.lora_fx.dequantise.default
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; x and what is given are of one."""
+    """x·Wᵀ + bias as a kernel in the weight's dtype rounds it; the result has the dtype of x."""
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
@@ -168,259 +193,45 @@ torch.library.impl("lora_fx::linear_in", "CompositeImplicitAutograd", product)
 LINEAR_IN: Callable[..., torch.Tensor] = torch.ops.lora_fx.linear_in.default
 
 
-# The tree.
-
-
-def store(
-    root: nn.Module, name: str, q: Quantised, dtype: torch.dtype, shape: Sequence[int], turned: bool
-) -> None:
-    """Put codes in the place of a parameter, under all its names.
-
-    Args:
-        root: The tree; its own classes read the weight as numbers from then on.
-        name: The parameter's first name.
-        q: The rows [rows, columns].
-        dtype: The dtype that the weight has for the model.
-        shape: That of the weight.
-        turned: As in `Stored`.
+def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
+    """Format, block, and the arrays as the table above has them.
 
     Raises:
-        LoraFxError: Codes that no layout of the table above holds.
+        LoraFxError: Levels or blocks that no format of the table has.
     """
-    kind, block, arrays = arrays_of(name, q)
-    if other := taken(root, name, arrays):
-        raise LoraFxError(f"{name}: its module has a {other} already", "rename that")
-    parts = tuple(p for p in PARTS if p in arrays)
-    stored = Stored(kind, tuple(shape), block, dtype, turned, parts)
-    old = parameter_of(root, name)
-    tensors = {k: from_numpy(v) for k, v in arrays.items()}
-    tensors |= {k: t.float() for k, t in tensors.items() if t.is_floating_point()}
-    device = old.device if old.device.type != "meta" else torch.device("cpu")
-    new = nn.Parameter(tensors.pop("codes").to(device), requires_grad=False)
-    for module in root.modules():
-        for leaf in [n for n, p in module._parameters.items() if p is old]:
-            for part, t in tensors.items():
-                module.register_buffer(f"{leaf}_{part}", t.to(device))
-            module.__dict__.setdefault(HELD, {})[leaf] = stored
-            module.__class__ = _reading(type(module), leaf)
-    replace_parameter(root, old, new)
-
-
-def taken(root: nn.Module, name: str, parts: Iterable[str] = ("scale",)) -> str:
-    """The name beside a parameter that its scales or zeros would take from something else."""
-    p = parameter_of(root, name)
-    leaves = ((m, n) for m in root.modules() for n, own in m._parameters.items() if own is p)
-    names = ((m, f"{n}_{part}") for m, n in leaves for part in parts)
-    return next((n for m, n in names if hasattr(m, n)), "")
-
-
-def arrays_of(name: str, q: Quantised) -> tuple[str, int, dict[str, Array]]:
-    """Format, block, and the arrays as the table above has them."""
     if q.codes.dtype.name == FP8:
         q = dataclasses.replace(q, codes=q.codes.view(np.uint8), levels=LEVELS["fp8"])
-    levels = q.levels
-    if levels is not None:
-        if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
-            scale = np.repeat(q.scale.reshape(-1, q.scale.shape[-1]), q.block[0], 0)[: len(q.codes)]
-            q = dataclasses.replace(q, scale=scale, block=(1, q.block[1]))
-        kinds = [k for k, t in LEVELS.items() if np.array_equal(t, levels, equal_nan=True)]
-        goes_on = q.flat or (q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0)
-        if not kinds or not goes_on:
-            raise LoraFxError(
-                f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
-                f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
-            )
-        codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
-        scale = q.scale.reshape(-1).astype(np.float32)
-        return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
-    made = as_matmul_nbits(name, q, strict=False)
-    arrays = {"codes": made.b, "scale": made.scales}
-    if made.zero_points is not None:
-        arrays["zero"] = made.zero_points
+    if q.levels is not None:
+        return _arrays_of_levels(name, q, q.levels)
+    stored = as_matmul_nbits(name, q, strict=False)
+    arrays = {"codes": stored.b, "scale": stored.scales}
+    if stored.zero_points is not None:
+        arrays["zero"] = stored.zero_points
     if q.order is not None:
         arrays["order"] = q.order.astype(np.int32)
-    return f"int{made.bits}", made.block_size, arrays
+    return f"int{stored.bits}", stored.block_size, arrays
 
 
-def _reading(cls: type[nn.Module], leaf: str) -> type[nn.Module]:
-    """A class whose parameter reads as numbers: what runs is the user's own code."""
-    read = property(functools.partial(numbers, name=leaf))
-    own = getattr(cls, "_own_class", cls)
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_own_class": own, leaf: read})
+def _arrays_of_levels(name: str, q: Quantised, levels: Array) -> tuple[str, int, dict[str, Array]]:
+    """The same of codes that are places of a table."""
+    if not q.flat and len(q.block) == 2 and q.block[0] > 1:  # a scale of many rows
+        scale_rows = q.scale.reshape(-1, q.scale.shape[-1])
+        scale = np.repeat(scale_rows, q.block[0], 0)[: len(q.codes)]
+        q = dataclasses.replace(q, scale=scale, block=(1, q.block[1]))
+    kinds = [
+        kind for kind, table in LEVELS.items() if np.array_equal(table, levels, equal_nan=True)
+    ]
+    rows_end_blocks = q.block[0] == 1 and q.shape[-1] % q.block[-1] == 0
+    if not kinds or not (q.flat or rows_end_blocks):
+        raise LoraFxError(
+            f"{name}: {len(levels)} levels in blocks of {list(q.block)} are no known format",
+            f"expected {', '.join(LEVELS)}, in blocks along the flattened weight",
+        )
+    codes = packed(q.codes.reshape(-1), bits_of(kinds[0]), high=True)
+    scale = q.scale.reshape(-1).astype(np.float32)
+    return kinds[0], q.block[-1], {"codes": codes, "scale": scale}
 
 
 def arguments(stored: Stored, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the op takes behind its tensors."""
+    """The arguments of the op behind its tensors."""
     return list(stored.shape), stored.format, stored.block, stored.turned, dtype
-
-
-def forms(root: nn.Module) -> dict[str, Stored]:
-    """First name of a parameter that is stored as codes → what they stand for."""
-    held = {p: m.__dict__[HELD] for p, m in root.named_modules() if m.__dict__.get(HELD)}
-    names = named_tensors(root)[0] if held else {}
-    found: dict[str, Stored] = {}
-    for path, stored in held.items():
-        for leaf, q in stored.items():
-            if name := names.get(f"{path}.{leaf}".lstrip(".")):
-                found.setdefault(name, q)
-    return found
-
-
-def stored_of(root: nn.Module, name: str) -> Stored | None:
-    """What the codes of a parameter stand for; None where it holds numbers."""
-    module, leaf = owner(root, name)
-    found: Stored | None = (module.__dict__.get(HELD) or {}).get(leaf)
-    return found
-
-
-def numbers(root: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The weight that a parameter's codes stand for; the parameter where it holds numbers.
-
-    Args:
-        root: The tree.
-        name: The parameter's name.
-        dtype: In which the weight is made; without it, the one that it has for the model.
-    """
-    (module, leaf), held = owner(root, name), parameter_of(root, name)
-    stored = stored_of(root, name)
-    if stored is None or held.is_floating_point():
-        return held
-    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    return DEQUANTISE(held, *parts, *arguments(stored, dtype or stored.dtype))
-
-
-def tensors_of(root: nn.Module, name: str) -> list[torch.Tensor]:
-    """The codes of a parameter, and its PARTS."""
-    module, leaf = owner(root, name)
-    parts = (module._buffers.get(f"{leaf}_{part}") for part in PARTS)
-    return [parameter_of(root, name), *(t for t in parts if t is not None)]
-
-
-def forget(root: nn.Module) -> None:
-    """Make a copy whose codes became numbers an ordinary tree again."""
-    for module in root.modules():
-        for leaf in module.__dict__.pop(HELD, {}):
-            for part in PARTS:
-                module._buffers.pop(f"{leaf}_{part}", None)
-        module.__class__ = getattr(type(module), "_own_class", type(module))
-
-
-def beside(model: nn.Module, purpose: str = "quantise it") -> nn.Module:
-    """A second tree of a model's code, which shares its tensors and can hold others for some.
-
-    Args:
-        model: The model; it is not changed.
-        purpose: What the copy is for, for the message.
-
-    Raises:
-        LoraFxError: The model cannot be copied.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
-        raise LoraFxError(
-            f"{type(model).__name__} cannot be copied to {purpose}: {one_line(e)}",
-            "make it deepcopy-able, or load it quantised"
-            if purpose == "quantise it"
-            else "make it deepcopy-able, or untie it before",
-        ) from e
-
-
-# The graph.
-
-
-def read_codes(graph: fx.Graph, names: dict[str, str], held: dict[str, Stored]) -> bool:
-    """Let a graph read, by the op, what the tree stores as codes; returns whether any was new.
-
-    Every user has an op of its own, just before it and in its module, so that no more than one
-    weight is there as numbers at a time.
-    """
-    new = False
-    for node in graph.find_nodes(op="get_attr"):
-        name = names.get(str(node.target), "")
-        stored = held.get(name)
-        if stored is None:
-            continue
-        rest = arguments(stored, dtype_of(node) or stored.dtype)
-        for user in [u for u in node.users if u.target is not DEQUANTISE]:
-            with graph.inserting_before(user):
-                parts = {p: graph.get_attr(f"{name}_{p}") for p in stored.parts}
-                made = graph.call_function(DEQUANTISE, (node, *map(parts.get, PARTS), *rest))
-            made.meta["val"] = node.meta["val"]
-            if "nn_module_stack" in user.meta:
-                made.meta["nn_module_stack"] = user.meta["nn_module_stack"]
-            user.replace_input_with(node, made)
-            new = True
-    return new
-
-
-def learn(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) -> None:
-    """Let a tree say what its codes stand for, as the ops of a program from a file do.
-
-    Args:
-        root: The tree of the file's tensors.
-        graph: The program's.
-        names: Placeholder → the tensor's name.
-
-    Raises:
-        LoraFxError: What an op says and what its tensors are differ, or what two ops say of them.
-    """
-    for node in graph.find_nodes(op="call_function", target=DEQUANTISE):
-        codes, *beside, shape, kind, block, turned, dtype = node.args
-        given = {p: names[n.name] for p, n in zip(PARTS, beside, strict=True) if n is not None}
-        name, said = names[codes.name], (kind, shape, block, turned, dtype)
-        sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-        stored = Stored(kind, sizes, block, dtype, turned, tuple(given))
-        own = given == {p: f"{name}_{p}" for p in given}
-        same = stored_of(root, name) in (None, stored)
-        if not (own and same and _fits(stored, *tensors_of(root, name))):
-            raise LoraFxError(
-                f"{name}: its codes are not those of {said}", "the file is damaged: fetch it again"
-            )
-        declare(root, name, stored)
-
-
-def _fits(stored: Stored, codes: torch.Tensor, *rest: torch.Tensor) -> bool:
-    """Whether tensors are as the table at the top has them."""
-    kinds = (*LEVELS, *(f"int{n}" for n in BITS))
-    plain = all(type(n) is int and n > 0 for n in (*stored.shape, stored.block))
-    dtype = isinstance(stored.dtype, torch.dtype) and stored.dtype.is_floating_point
-    if not (plain and dtype and stored.format in kinds and len(stored.shape) > 1):
-        return False
-    count, bits = math.prod(stored.shape), stored.bits
-    if stored.format in LEVELS:
-        want: list[tuple[int, ...]] = [(-(-count * bits // 8),), (-(-count // stored.block),)]
-    else:
-        rows, blocks = codes.shape[0], -(-count // max(codes.shape[0], 1) // stored.block)
-        width = blocks * bits
-        want = [(rows, blocks, stored.block * bits // 8), (rows, blocks)]
-        if "zero" in stored.parts:
-            packed = rest[1].dtype == torch.uint8
-            want.append((rows, -(-width // 8) if packed else blocks))
-        if "order" in stored.parts:
-            order, places = rest[-1], torch.arange(count // max(rows, 1))
-            want.append(tuple(places.shape))
-            if not order.is_meta and not torch.equal(order.long().sort()[0].cpu(), places):
-                return False
-    return [tuple(t.shape) for t in (codes, *rest)] == want
-
-
-def put_zeros(root: nn.Module, name: str, zero: torch.Tensor) -> None:
-    """Let a parameter's codes have other zeros, floats [rows, blocks].
-
-    Another tree that shares the codes keeps its own.
-    """
-    codes = parameter_of(root, name)
-    for module in root.modules():
-        for leaf in [n for n, p in module._parameters.items() if p is codes]:
-            held = module.__dict__[HELD]
-            module.register_buffer(f"{leaf}_zero", zero.to(codes.device))
-            stored = dataclasses.replace(held[leaf], parts=PARTS[:2])
-            module.__dict__[HELD] = {**held, leaf: stored}
-
-
-def declare(root: nn.Module, name: str, stored: Stored) -> None:
-    """Let a tree say what a parameter's codes stand for, wherever these are."""
-    module, leaf = owner(root, name)
-    module.__dict__.setdefault(HELD, {})[leaf] = stored

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def table_read_once() -> contextlib.AbstractContextManager[None]:
 
 @functools.cache
 def _table_read_once() -> dict[str, Any]:
-    """What `patched` takes: the class of the table, and a way to make it that remembers."""
+    """Arguments of `patched`: the class of the table, and a way to make it that remembers."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry as Table
 
     return {"thing": Table, "from_torchlib": staticmethod(functools.cache(Table.from_torchlib))}
@@ -58,15 +59,31 @@ def typed_by_values() -> contextlib.AbstractContextManager[None]:
 
     run = promotion._TypePromotionInterpreter.run_node
 
-    def known(self: Any, node: fx.Node) -> object:
+    def promote(self: Any, node: fx.Node) -> object:
         if value(node) is None:
             return run(self, node)
-        if rule := promotion.get_type_promotion_rule(node, self.type_promotion_table):
+        rule = promotion.get_type_promotion_rule(node, self.type_promotion_table)
+        if rule:
             with self._set_current_node(node):  # what is put in beside it has its marks
                 self._maybe_promote_node(node, rule)
         return value(node)
 
-    return patched(promotion._TypePromotionInterpreter, run_node=known)
+    return patched(promotion._TypePromotionInterpreter, run_node=promote)
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """The nodes and the result of a function of operators, run once.
+
+    Attributes:
+        inputs: The values that it was given, in order.
+        nodes: The nodes that it made, each with the types of its outputs.
+        result: The value that it returned.
+    """
+
+    inputs: Sequence[ir.Value]
+    nodes: Sequence[tuple[ir.Node, Types]]
+    result: object
 
 
 def translated_once() -> contextlib.AbstractContextManager[None]:
@@ -78,41 +95,67 @@ def translated_once() -> contextlib.AbstractContextManager[None]:
     import onnx_ir as ir
     from onnxscript import evaluator
     from torch.onnx._internal.exporter import _dispatching as dispatching
-    from torch.onnx._internal.exporter._tensors import SymbolicTensor
 
-    known: dict[Hashable, tuple[Sequence[ir.Value], Sequence[tuple[ir.Node, Types]], object]] = {}
-    farms, dispatch = list[object](), dispatching.dispatch
+    translations: dict[Hashable, _Translation] = {}
+    constant_farms: list[object] = []  # held, so that no other one has the id of one of these
+    dispatch = dispatching.dispatch
 
     def replayed(function: Callable[..., object], *args: object, **named: object) -> object:
         recorder: Any = evaluator.default()
-        values = [v for v in tree_leaves((args, named)) if isinstance(v, ir.Value)]
-        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-        key = function, id(recorder.constant_farm), described((args, named), order)
-        if key not in known:
-            made = function(*args, **named)
-            shared = set(recorder.constant_farm.values())
-            nodes = [n for n in recorder.nodes if n.outputs[0] not in shared]
-            if not any("GRAPH" in a.type.name for n in nodes for a in n.attributes.values()):
-                farms.append(recorder.constant_farm)  # held, so that no other one has its id
-                # the exporter will set other shapes for the last of them
-                known[key] = tuple(order), [(n, types_of(n.outputs)) for n in nodes], made
-            return made
-        before, parts, made = known[key]
-        at: dict[ir.Value | None, ir.Value] = dict(zip(before, order, strict=True))
-        for node, types in parts:
-            outputs = [SymbolicTensor(recorder.opset) for _ in types]
-            give_types(types, outputs)
-            inputs = [at.get(v, v) for v in node.inputs]
-            own = [ir.Attr(a.name, a.type, copy.copy(a.value)) for a in node.attributes.values()]
-            at |= zip(node.outputs, outputs, strict=True)
-            recorder.nodes.append(
-                ir.Node(node.domain, node.op_type, inputs, own, outputs=outputs,
-                        overload=node.overload, version=node.version)
-            )  # fmt: skip
-        return tree_map_only(ir.Value, lambda v: at.get(v, v), made)
+        leaves = tree_leaves((args, named))
+        inputs = dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, ir.Value))
+        order = {operand: i for i, operand in enumerate(inputs)}
+        key = (function, id(recorder.constant_farm), described((args, named), order))
+        if key in translations:
+            return _replay(translations[key], list(inputs), recorder)
+
+        result = function(*args, **named)
+        shared = set(recorder.constant_farm.values())
+        nodes = [node for node in recorder.nodes if node.outputs[0] not in shared]
+        if not any(map(_has_body, nodes)):
+            constant_farms.append(recorder.constant_farm)
+            # the exporter will set other shapes for the last of them
+            typed_nodes = [(node, types_of(node.outputs)) for node in nodes]
+            translations[key] = _Translation(tuple(inputs), typed_nodes, result)
+        return result
 
     def dispatched(node: fx.Node, table: Any) -> tuple[object, str]:
         function, message = dispatch(node, table)
-        return function and partial(replayed, function), message
+        if not function:
+            return function, message
+        return partial(replayed, function), message
 
     return patched(dispatching, dispatch=dispatched)
+
+
+def _has_body(node: ir.Node) -> bool:
+    return any("GRAPH" in attribute.type.name for attribute in node.attributes.values())
+
+
+def _replay(translation: _Translation, inputs: Sequence[ir.Value], recorder: Any) -> object:
+    """Record the nodes of a translation between other values; returns its result between them."""
+    import onnx_ir as ir
+    from torch.onnx._internal.exporter._tensors import SymbolicTensor
+
+    copies: dict[ir.Value | None, ir.Value]
+    copies = dict(zip(translation.inputs, inputs, strict=True))
+    for node, types in translation.nodes:
+        outputs = [SymbolicTensor(recorder.opset) for _ in types]
+        give_types(types, outputs)
+        attributes = [
+            ir.Attr(attribute.name, attribute.type, copy.copy(attribute.value))
+            for attribute in node.attributes.values()
+        ]
+        copies |= zip(node.outputs, outputs, strict=True)
+        recorder.nodes.append(
+            ir.Node(
+                node.domain,
+                node.op_type,
+                [copies.get(operand, operand) for operand in node.inputs],
+                attributes,
+                outputs=outputs,
+                overload=node.overload,
+                version=node.version,
+            )
+        )
+    return tree_map_only(ir.Value, lambda operand: copies.get(operand, operand), translation.result)

@@ -44,30 +44,38 @@ class Skeleton:
             root: The object to fill, for the top of the tree.
         """
         if id(module) in self.copies:
-            done: nn.Module = self.copies[id(module)]
-            return done
-        new = root
-        if new is None:
-            kind = type(module)
-            new = kind() if kind in INDEXABLE else self.scope(kind.__name__)
-        self.copies[id(module)] = new
+            counterpart: nn.Module = self.copies[id(module)]
+            return counterpart
+        tree = root if root is not None else self._empty(type(module))
+        self.copies[id(module)] = tree
+
         for name, parameter in module._parameters.items():
-            new.register_parameter(name, self._parameter(parameter))
+            tree.register_parameter(name, self._parameter(parameter))
         for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in self.copies:
-                # a train step moves a batch norm's statistics
-                self.copies[id(buffer)] = buffer.detach().clone()
-            copy = None if buffer is None else self.copies[id(buffer)]
             persistent = name not in module._non_persistent_buffers_set
-            new.register_buffer(name, copy, persistent=persistent)
+            tree.register_buffer(name, self._buffer(buffer), persistent=persistent)
         for name, child in module._modules.items():
-            if isinstance(child, AdapterTensors):
-                continue
-            new._modules[name] = None if child is None else self.of(child)
-        new.training = module.training
+            if not isinstance(child, AdapterTensors):
+                tree._modules[name] = None if child is None else self.of(child)
+        tree.training = module.training
         if HELD in module.__dict__:
-            new.__dict__[HELD] = dict(module.__dict__[HELD])
-        return new
+            tree.__dict__[HELD] = dict(module.__dict__[HELD])
+        return tree
+
+    def _empty(self, kind: type[nn.Module]) -> nn.Module:
+        """Make the empty module that takes the place of one of a class."""
+        if kind in INDEXABLE:
+            return kind()
+        return self.scope(kind.__name__)
+
+    def _buffer(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        if buffer is None:
+            return None
+        if id(buffer) not in self.copies:
+            # a train step moves a batch norm's statistics
+            self.copies[id(buffer)] = buffer.detach().clone()
+        copy: torch.Tensor = self.copies[id(buffer)]
+        return copy
 
     def _parameter(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None:

@@ -19,8 +19,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.bind import means_all
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Dense, ReplacedRows
-from lora_fx.fx.codes import beside
-from lora_fx.fx.tensors import named_tensors, owner, parameter_of
+from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
+from lora_fx.fx.sharing_copy import sharing_copy
 
 Undo = Callable[[], object]
 
@@ -38,16 +38,22 @@ def lone_names(adapter: Adapter, model: nn.Module) -> tuple[str, ...]:
         first = first_names.get(key, "")
         if isinstance(entry, Full | Dense | ReplacedRows) and aliases.get(first):
             groups.setdefault(first, {})[key] = entry
+
     lone: list[str] = []
     for first, entries in groups.items():
-        whole = {key: entry for key, entry in entries.items() if isinstance(entry, Full)}
-        if len(whole) == len(entries):
-            shared = means_all(whole, (first, *aliases[first]))
-        else:
-            shared = len(entries) == 1 and _rows_of_all(next(iter(entries)), entries, model)
-        if not shared:
+        if not _means_all_names(entries, (first, *aliases[first]), model):
             lone += entries
     return tuple(lone)
+
+
+def _means_all_names(
+    entries: dict[str, Full | Dense | ReplacedRows], names: tuple[str, ...], model: nn.Module
+) -> bool:
+    """Whether what an adapter has for some names of a tensor is for all of them."""
+    full = {key: entry for key, entry in entries.items() if isinstance(entry, Full)}
+    if len(full) == len(entries):
+        return means_all(full, names)
+    return len(entries) == 1 and _rows_of_all(next(iter(entries)), entries, model)
 
 
 def _rows_of_all(key: str, entries: dict[str, Any], model: nn.Module) -> bool:
@@ -55,13 +61,13 @@ def _rows_of_all(key: str, entries: dict[str, Any], model: nn.Module) -> bool:
 
     PEFT ties the head's rows to those of the input embedding, of a model that says it is tied.
     """
-    config = getattr(model, "config", None)
     if not isinstance(entries[key], ReplacedRows) or not hasattr(model, "get_input_embeddings"):
         return False
-    given: Any = model
-    embedding = given.get_input_embeddings()
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    return tied and owner(model, key)[0] is embedding
+    language_model: Any = model
+    embedding = language_model.get_input_embeddings()
+    config = getattr(model, "config", None)
+    is_tied = bool(getattr(config, "tie_word_embeddings", False))
+    return is_tied and owner(model, key)[0] is embedding
 
 
 def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
@@ -70,7 +76,7 @@ def untied(model: nn.Module, names: Collection[str]) -> nn.Module:
     Raises:
         LoraFxError: The model cannot be copied.
     """
-    tree = beside(model, f"give {', '.join(names)} tensors of their own")
+    tree = sharing_copy(model, f"give {', '.join(names)} tensors of their own")
     untie(tree, names)
     return tree
 
@@ -81,30 +87,30 @@ def untie(root: nn.Module, names: Collection[str]) -> list[Undo]:
     A module that several paths lead to is copied at the path of the name, as PEFT replaces it
     there. The steps that are returned undo this in reverse order.
     """
-    paths = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
+    paths = Counter(id(module) for _, module in root.named_modules(remove_duplicate=False))
     undo: list[Undo] = []
     for name in names:
         value = parameter_of(root, name).detach().clone()
-        *path, _ = name.split(".")
+        *path, leaf = name.split(".")
         module = root
-        for part in path:
-            child = module._modules[part]
+        for step in path:
+            child = module._modules[step]
             assert child is not None  # the tensor of this name was found in it
             if paths[id(child)] > 1:
-                undo.append(partial(module._modules.__setitem__, part, child))
-                child = module._modules[part] = _copied(child)
+                undo.append(partial(module._modules.__setitem__, step, child))
+                child = _copied(child)
+                module._modules[step] = child
             module = child
-        leaf = name.rpartition(".")[2]
-        old = module._parameters[leaf]
-        assert old is not None
-        undo.append(partial(module._parameters.__setitem__, leaf, old))
-        module._parameters[leaf] = nn.Parameter(value, old.requires_grad)
+        tied = module._parameters[leaf]
+        assert tied is not None
+        undo.append(partial(module._parameters.__setitem__, leaf, tied))
+        module._parameters[leaf] = nn.Parameter(value, tied.requires_grad)
     return undo[::-1]
 
 
 def _copied(module: nn.Module) -> nn.Module:
     """The same module with places of its own for its tensors and children."""
-    new = copy.copy(module)
-    for places in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[places] = dict(module.__dict__[places])
-    return new
+    copied = copy.copy(module)
+    for attribute in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[attribute] = dict(module.__dict__[attribute])
+    return copied

@@ -15,7 +15,7 @@ import torch
 
 from lora_fx.compare import Choice, grow, nearest_choice
 from lora_fx.dtypes import Array
-from lora_fx.fx.interception import TorchDispatchMode
+from lora_fx.fx.python_dispatch import TorchDispatchMode
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_map
 from lora_fx.inputs import Named

@@ -45,11 +45,13 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.example import sample_call
 from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.graph.rounding import nearby
-from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.adapted_report import Effect
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import Rewriter, by_output
+from lora_fx.fx.module.tree_adapter import update_tensors
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named, default_dynamic
@@ -165,7 +167,7 @@ def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 @contextlib.contextmanager
 def probe(trained: Trained, size: float = SIZE) -> Iterator[Telling]:
     """Random updates of a size in a model, mode and buffers put back afterwards."""
-    held = held_tensors(trained.model, trained.updates)
+    held = update_tensors(trained.model, trained.updates)
     telling = {
         key: held[key][variant_of(update).proportional] for key, update in trained.updates.items()
     }

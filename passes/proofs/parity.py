@@ -53,7 +53,8 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
-from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
+from lora_fx.fx.train.optimizer_step import STATES, Slot, Update
+from lora_fx.fx.train.train_graph import TrainGraph
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import OTHER_SIZES, Extents, Inputs, Named
 from lora_fx.passes.proofs.interpreted import ModuleRerun, choices_of, move

@@ -34,12 +34,13 @@ from lora_fx.fx.capture.call import copied
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.observed import EveryLayer
 from lora_fx.fx.capture.unchanged import alike
-from lora_fx.fx.codes import forms
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, by_output
-from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
+from lora_fx.fx.quantised_parameters import forms
+from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.inputs import Named
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.passes.find import find

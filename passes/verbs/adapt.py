@@ -16,14 +16,16 @@ from lora_fx.adapter.starts import Init
 from lora_fx.adapter.variant import VariantName
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
+from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.root_module import unwrapped
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
-from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
+from lora_fx.fx.tensors import refuse_inference
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.find import find as find_graph

@@ -26,11 +26,12 @@ from typing import Any
 from lora_fx.adapter.lowrank import Updates
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import Form, Planner
-from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, Program, Recorder, Value
-from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op
+from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE
+from lora_fx.fx.attach.module_bodies import bodies_of, is_one_op, takes_one_tensor
+from lora_fx.fx.attach.recording import Program, Recorder, Value
+from lora_fx.fx.dotted_names import named_tensors, owner
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, aten_ops
-from lora_fx.fx.tensors import named_tensors, owner
 from lora_fx.ir import kinds
 from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.view import Permute, View
@@ -91,9 +92,9 @@ class GraphPlanner(Planner):
                 continue
             if site.scope not in self.path_of:
                 continue
-            if not one_argument(graph.root.get_submodule(site.scope)):
+            if not takes_one_tensor(graph.root.get_submodule(site.scope)):
                 continue
-            if one_op(site, graph.output(site), graph.activation(site), fixed, bodies):
+            if is_one_op(site, graph.output(site), graph.activation(site), fixed, bodies):
                 ids.add(site.id)
         return frozenset(ids)
 

@@ -16,15 +16,17 @@ from lora_fx.adapter.variant import named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.hub import origin
+from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.dotted_names import named_tensors, parameter_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import hint, shape_of
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
-from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import exact

@@ -23,10 +23,11 @@ from torch import Tensor
 from lora_fx.adapter.starts import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
+from lora_fx.fx.calibration import Run, Watched
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.site_rows import SiteRows, readable, rows_of_part
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
@@ -252,7 +253,7 @@ class _Statistics:
         value = rows.value
         if rows.one_hot:
             value = torch.bincount(value, minlength=rows.one_hot).unsqueeze(0)
-        value = part(value, layout, start, target.layout, out=out)
+        value = rows_of_part(value, layout, start, target.layout, out=out)
         return value[0] if rows.one_hot else value
 
     def _say_uncounted(self, key: str, site: Site, reason: str) -> None:

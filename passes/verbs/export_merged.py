@@ -14,20 +14,17 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.onnx_names import onnx_conditions
 from lora_fx.fx.capture.unchanged import as_it_was
+from lora_fx.fx.dotted_names import named_tensors, parameter_of
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import (
-    named_tensors,
-    parameter_of,
-    to_numpy,
-    with_base,
-)
-from lora_fx.fx.to_onnx import OPSET
+from lora_fx.fx.onnx_export.translation import OPSET
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Named
 from lora_fx.onnx.bfloat16 import unround
 from lora_fx.onnx.names import mark_changed

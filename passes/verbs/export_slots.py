@@ -11,18 +11,15 @@ import torch
 
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import ORT_TOL, Report
+from lora_fx.fx.adapter_with_base import with_base
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import beside, forms
+from lora_fx.fx.dotted_names import named_tensors, parameter_of, replace_parameter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import (
-    from_numpy,
-    named_tensors,
-    parameter_of,
-    replace_parameter,
-    with_base,
-)
+from lora_fx.fx.quantised_parameters import forms
+from lora_fx.fx.sharing_copy import sharing_copy
+from lora_fx.fx.tensors import from_numpy
 from lora_fx.ir.graph import Site
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -106,7 +103,7 @@ def _with_whole_tensors(
         return captured, dict(adapters), []
 
     base = copy.copy(captured)
-    base.model = beside(captured.model)
+    base.model = sharing_copy(captured.model)
     base.tracings = {
         training: [replace(tracing, analyses={}) for tracing in tracings]
         for training, tracings in captured.tracings.items()

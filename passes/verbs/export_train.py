@@ -27,16 +27,18 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.fx.capture.onnx_names import onnx_conditions
 from lora_fx.fx.capture.unchanged import alike, as_it_was
-from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.fx.operators import SpecViolationError
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.fx.to_onnx import OPSET
-from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
+from lora_fx.fx.train.optimizer_step import STATES, Slot, Update, slots_in
+from lora_fx.fx.train.step import step_of
+from lora_fx.fx.train.train_graph import TrainGraph, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest

@@ -18,8 +18,8 @@ from lora_fx.adapter.starts import matrix
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.tensors import named_tensors
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.adapt import find

@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import beside, taken, tensors_of
-from lora_fx.fx.tensors import parameter_of
+from lora_fx.fx.dotted_names import parameter_of
+from lora_fx.fx.quantised_parameters import occupied_name, tensors_of
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.find import find
 from lora_fx.passes.quantise import Quantise, turned_rows
 from lora_fx.passes.verbs.options import Selectors
@@ -40,7 +41,7 @@ def quantised(cap: Captured, wanted: Wanted, leave: Collection[str] = ()) -> Cap
     targets = find(cap.fx_graph())
     kinds, notes = _chosen(cap.model, targets, parse(wanted), leave)
     coded = copy.copy(cap)
-    coded.model = beside(cap.model)
+    coded.model = sharing_copy(cap.model)
     coded.tracings = {
         training: [replace(tracing, analyses={}) for tracing in tracings]
         for training, tracings in cap.tracings.items()
@@ -137,7 +138,7 @@ def _why_not(model: nn.Module, targets: Found, name: str, leave: Collection[str]
         return "it is computed from other parameters"
     if turned_rows(targets, name) is None:
         return "its uses agree on no rows"
-    other = taken(model, name)
+    other = occupied_name(model, name)
     if other:
         return f"its module has a {other} already"
     return ""

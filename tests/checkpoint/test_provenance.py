@@ -17,7 +17,7 @@ from lora_fx.checkpoint.provenance import ENDS, compared, sample_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import Tensors, write_tensors
-from lora_fx.fx.codes import forms, numbers
+from lora_fx.fx.quantised_parameters import forms, numbers
 
 
 def same_base(recorded: Any, held: Tensors) -> tuple[bool | None, str]:

@@ -18,9 +18,12 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 import lora_fx
-from lora_fx.fx import lowering, to_onnx
 from lora_fx.fx.capture.trace import quiet
-from lora_fx.fx.lowering import lowered, program_of, without_writes
+from lora_fx.fx.lowering import decomposition as lowering
+from lora_fx.fx.lowering.decomposition import lowered
+from lora_fx.fx.lowering.functional_ops import without_writes
+from lora_fx.fx.lowering.graph_program import program_of
+from lora_fx.fx.onnx_export import to_onnx
 from lora_fx.onnx.session import open_session
 
 aten = torch.ops.aten
@@ -129,13 +132,13 @@ def test_a_program_is_the_one_that_torch_makes(
 def test_depth_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is decomposed has as many nodes for six layers as for two."""
     seen: list[int] = []
-    whole = lowering._whole
+    whole = lowering._decompose_all
 
     def counted(program: ExportedProgram, table: Any) -> ExportedProgram:
         seen.append(len(program.graph.nodes))
         return whole(program, table)
 
-    monkeypatch.setattr(lowering, "_whole", counted)
+    monkeypatch.setattr(lowering, "_decompose_all", counted)
 
     def layers(count: int) -> Forward:
         def forward(x: Tensor, w: Tensor) -> Tensor:
@@ -155,11 +158,11 @@ def test_sizes_that_nothing_has_are_not_known() -> None:
     program = exported(CASES["sizes"])
     fixed = exported(CASES["linear"], dynamic=False).graph
     nodes = [n for n in program.graph.nodes if lowering._comes_apart(n, TABLE)]
-    parts = lowering._parts(nodes, program, TABLE)
-    assert all(lowering._sizes_known(part, program.graph) for part in parts)
+    parts = lowering._decompositions(nodes, program, TABLE)
+    assert all(lowering._sizes_are_available(part, program.graph) for part in parts)
     bare = [replace(part, inputs=()) for part in parts]
-    assert all(lowering._sizes_known(part, program.graph) for part in bare)
-    assert not all(lowering._sizes_known(part, fixed) for part in bare)
+    assert all(lowering._sizes_are_available(part, program.graph) for part in bare)
+    assert not all(lowering._sizes_are_available(part, fixed) for part in bare)
 
 
 def _in_place(x: Tensor, w: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import fx, nn
 
 import lora_fx
-from lora_fx.fx.to_onnx import LONGEST, make_portable, projected_lstm, real_fourier
+from lora_fx.fx.onnx_export.portable import make_portable
+from lora_fx.fx.onnx_export.projected_lstm import projected_lstm
+from lora_fx.fx.onnx_export.real_fourier import LONGEST, real_fourier
 
 aten = torch.ops.aten
 

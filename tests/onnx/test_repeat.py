@@ -22,10 +22,10 @@ from torch.onnx._internal.exporter._building import OpRecorder
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import to_onnx
-from lora_fx.fx.lowering import lowered
+from lora_fx.fx.lowering.decomposition import lowered
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.onnx_export import exporter_speed, to_onnx
 from lora_fx.fx.onnx_exporter import table_read_once
 from tests.zoo.shared import captured
 
@@ -176,7 +176,7 @@ def test_what_a_version_lacks_goes_the_long_way(name: str, monkeypatch: pytest.M
     thing, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
     before = OpRecorder.eval, RewriteRule.try_rewrite, ExportedProgram.run_decompositions
     monkeypatch.delattr(thing, attribute)
-    with to_onnx.repeating():
+    with exporter_speed.repeating():
         assert ExportedProgram.run_decompositions is lowered
         assert not hasattr(thing, attribute)
     assert (OpRecorder.eval, RewriteRule.try_rewrite, ExportedProgram.run_decompositions) == before
@@ -233,7 +233,7 @@ def test_a_rule_of_two_outputs_finds_what_it_would_find_in_the_whole_graph(case:
     slices, splits = HALVES[case]
     whole, near = _sliced(slices), _sliced(slices)
     rewriter.rewrite(whole)
-    with to_onnx.repeating():
+    with exporter_speed.repeating():
         rewriter.rewrite(near)
     assert [n.op_type for n in near.graph] == [n.op_type for n in whole.graph]
     assert tree(near) == tree(whole)

@@ -22,15 +22,10 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.train.differentiable_ops import DIFFERENTIABLE, bags, product
+from lora_fx.fx.train.gradient_ops import average_backward
 from lora_fx.fx.train.objective import scores_of
-from lora_fx.fx.train.step import (
-    DIFFERENTIABLE,
-    attention_with_dropout,
-    average_backward,
-    bags,
-    dropped,
-    product,
-)
+from lora_fx.fx.train.seeded_dropout import attention_with_dropout, dropped
 from lora_fx.onnx import Session, TrainSession
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.providers import PROVIDERS

@@ -12,9 +12,9 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LowRank
-from lora_fx.fx.codes import beside
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import is_marked
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
@@ -144,7 +144,7 @@ def test_a_graph_runs_with_its_constants_and_bodies(sign: int) -> None:
 def test_a_graph_over_codes_runs_as_their_numbers() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 32)).eval()
-    x, coded = torch.ones(1, 32), beside(model)
+    x, coded = torch.ones(1, 32), sharing_copy(model)
     assert Quantise({"0.weight": "int8"})(
         lora_fx.capture(coded, (x,)).fx_graph(root=coded)
     ).modified

@@ -11,7 +11,7 @@ from torch import nn
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
-from lora_fx.fx.module.module import freeze_norms
+from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert

@@ -25,9 +25,10 @@ import lora_fx
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import DEQUANTISE, forms, tensors_of
+from lora_fx.fx.codes import DEQUANTISE
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.quantised_parameters import forms, tensors_of
 from lora_fx.ir.quantised import NF4, quantise
 from lora_fx.passes.quantise import Quantise
 from lora_fx.passes.verbs.open import capture

@@ -12,7 +12,7 @@ import torch
 
 import lora_fx
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.codes import forms, numbers, tensors_of
+from lora_fx.fx.quantised_parameters import forms, numbers, tensors_of
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.quantise import quantised
 from tests.fx.train.saved_bytes import saved_bytes

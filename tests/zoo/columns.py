@@ -249,7 +249,7 @@ def peft(name: str) -> Iterator[Cell]:
         return Cell("peft_merge", _number(found), not why, why)
 
     def onnx() -> Cell:
-        from lora_fx.fx.to_onnx import LEAST
+        from lora_fx.fx.onnx_export.translation import LEAST
 
         with silenced(contextlib.redirect_stdout, LEAST), torch.no_grad():
             state["program"] = torch.onnx.export(

@@ -19,9 +19,9 @@ from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.decoder import decoder
-from lora_fx.fx.codes import forms, numbers
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.quantised_parameters import forms, numbers
 from lora_fx.onnx import Session
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.verbs.open import capture

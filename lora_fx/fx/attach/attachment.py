@@ -21,22 +21,16 @@ from lora_fx.adapter.factor_tensors import frame, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.attach.live import (
-    METHODS,
-    REGISTRY,
-    STATE,
-    ActiveAdapter,
-    Live,
-    Program,
-    bound,
-    restore,
-    swap,
-)
+from lora_fx.fx.attach.live import METHODS, REGISTRY, STATE, restore, swap
+from lora_fx.fx.attach.live_state import ActiveAdapter, Live
+from lora_fx.fx.attach.recording import Program, bound
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
 from lora_fx.fx.capture.root_module import unwrapped
-from lora_fx.fx.module import adapted
-from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
-from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of
+from lora_fx.fx.dotted_names import owner, parameter_of
+from lora_fx.fx.module import adapted_report, tree_adapter
+from lora_fx.fx.module.adapted_report import AdaptedReport, Effect
+from lora_fx.fx.module.base_fingerprint import Base
+from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
 from lora_fx.targets.found import Found
@@ -82,8 +76,12 @@ class Attachment:
         self.ties = contextlib.ExitStack()  # ties again what was untied for the adapter
         self._packs = keep_trainable(model)
         self._swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._originals = {n: parameter_of(self.model, n).detach().clone() for n in self._also}
+        self._flags = {
+            name: parameter.requires_grad for name, parameter in model.named_parameters()
+        }
+        self._originals = {
+            name: parameter_of(self.model, name).detach().clone() for name in self._also
+        }
 
     # --- on and off ------------------------------------------------------------------------------
 
@@ -92,24 +90,14 @@ class Attachment:
         # first, since it may refuse: then the model is as before
         forms = self.planner.forms(updates, self.by_weight)
         self.remove()
-        self.updates, self.forms = dict(updates), forms
+        self.updates = dict(updates)
+        self.forms = forms
         # now, while tensors are whole: FSDP shards them later
         self._sampled.now(self.updates, self.model)
         for key, update in self.updates.items():
-            computed = base_name(key).endswith("~")  # such a weight is where its parameters are
-            stored = self.found[key].sites[0].behind[0] if computed else base_name(key)
-            home, leaf = owner(self.model, stored)
-            # codes may lie under other names
-            held = (home._parameters.get(leaf), *home.parameters(), *home.buffers())
-            device = next(t.device for t in held if t is not None)
-            for slot in slots_of(key, update):
-                module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
-                # fp32 masters, whatever the base's dtype; complex64 of complex weights
-                master = slot.value.astype(factor_dtype(slot.value.dtype.name))
-                tensor = torch.from_numpy(master).to(device)
-                module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
-        for n in self._flags:
-            parameter_of(self.model, n).requires_grad_(n in self._also)
+            self._register_factors(key, update)
+        for name in self._flags:
+            parameter_of(self.model, name).requires_grad_(name in self._also)
         try:
             for module, live in self._lives():
                 self._swapped.append((module, swap(module, live)))
@@ -117,25 +105,62 @@ class Attachment:
             self.remove()
             raise
 
+    def _register_factors(self, key: str, update: LowRank) -> None:
+        """Put A and B of an update into the tree, on the device of its weight."""
+        device = self._device_of(key)
+        for slot in slots_of(key, update):
+            module, leaf = owner(self.model, slot.name, create=lambda _: AdapterTensors())
+            # fp32 masters, whatever the base's dtype; complex64 of complex weights
+            master = slot.value.astype(factor_dtype(slot.value.dtype.name))
+            tensor = torch.from_numpy(master).to(device)
+            module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
+
+    def _device_of(self, key: str) -> torch.device:
+        """Where the weight of a key is; a computed one is where its parameters are."""
+        name = base_name(key)
+        if name.endswith("~"):
+            name = self.found[key].sites[0].behind[0]
+        module, leaf = owner(self.model, name)
+        # codes may lie under other names
+        tensors = (module._parameters.get(leaf), *module.parameters(), *module.buffers())
+        return next(tensor.device for tensor in tensors if tensor is not None)
+
     def _lives(self) -> Iterator[tuple[nn.Module, Live]]:
-        root, lives = self.model, dict[int, tuple[nn.Module, Live]]()
+        """Every module that gets a class of its own, with what it knows."""
+        root = self.model
+        lives: dict[int, tuple[nn.Module, Live]] = {}
         for path, form in self.forms.items():
             module = root.get_submodule(path)
-            weights = {leaf: (bound(p, root), where) for leaf, (p, where) in form.weights.items()}
-            output = form.output and (bound(form.output[0], root), bound(form.output[1], root))
-            stacks = {k: (bound(e, root), bound(t, root)) for k, (e, t) in form.stacks.items()}
-            lives[id(module)] = module, Live(self.switch, weights, output, stacks)
-        for module in root.modules() if self._frozen_norms else ():
-            if keeps_statistics(module):
-                lives.setdefault(id(module), (module, Live(self.switch)))[1].frozen = True
-        whole = lives.setdefault(id(root), (root, Live(self.switch)))[1]
-        whole.gained = tuple(n for n in METHODS if n not in self._taken())
+            lives[id(module)] = (module, self._live(form))
+        if self._frozen_norms:
+            for module in root.modules():
+                if keeps_statistics(module):
+                    _, live = lives.setdefault(id(module), (module, Live(self.switch)))
+                    live.frozen = True
+        _, root_live = lives.setdefault(id(root), (root, Live(self.switch)))
+        root_live.gained = tuple(name for name in METHODS if name not in self._taken())
         yield from lives.values()
+
+    def _live(self, form: Form) -> Live:
+        """The state of a module that gets a form."""
+        root = self.model
+        weights = {
+            leaf: (bound(program, root), where) for leaf, (program, where) in form.weights.items()
+        }
+        output = None
+        if form.output is not None:
+            eval_branch, train_branch = form.output
+            output = (bound(eval_branch, root), bound(train_branch, root))
+        stacks = {
+            leaf: (bound(eval_branch, root), bound(train_branch, root))
+            for leaf, (eval_branch, train_branch) in form.stacks.items()
+        }
+        return Live(self.switch, weights, output, stacks)
 
     def _taken(self) -> set[str]:
         """Names that the model's own tensors, children and attributes have."""
-        m = self.model
-        return {*m.__dict__, *m._parameters, *m._buffers, *m._modules}
+        model = self.model
+        return {*model.__dict__, *model._parameters, *model._buffers, *model._modules}
 
     def remove(self) -> None:
         """Take everything off again, A and B included; flags and trained tensors stay.
@@ -143,10 +168,11 @@ class Attachment:
         Raises:
             LoraFxError: Another tool has changed a module's class since.
         """
-        for module, new in self._swapped:
-            if type(module) is not new:
+        for module, subclass in self._swapped:
+            if type(module) is not subclass:
                 raise LoraFxError(
-                    f"a {new.__name__} became {type(module).__name__} by another tool after attach",
+                    f"a {subclass.__name__} became {type(module).__name__} by another tool "
+                    "after attach",
                     "undo that first, or save model.adapter() and load the model again",
                 )
         for module, _ in self._swapped:
@@ -168,10 +194,10 @@ class Attachment:
             for name, value in self._originals.items():
                 parameter_of(self.model, name).copy_(value)
         for name, flag in self._flags.items():
-            p = parameter_of(self.model, name)
-            p.requires_grad_(flag)
+            parameter = parameter_of(self.model, name)
+            parameter.requires_grad_(flag)
             if name in self._also:
-                p.grad = None
+                parameter.grad = None
         self.ties.close()
 
     def base(self) -> contextlib.AbstractContextManager[None]:
@@ -181,10 +207,13 @@ class Attachment:
     @contextlib.contextmanager
     def watch(self) -> Iterator[set[str]]:
         """A block that collects the paths of the modules whose branch ran."""
-        seen, paths = set[int](), set[str]()
-        with patched(self.switch, seen=seen):
-            yield paths
-        paths |= {p for p in self.forms if id(self.model.get_submodule(p)) in seen}
+        run_ids: set[int] = set()
+        run_paths: set[str] = set()
+        with patched(self.switch, seen=run_ids):
+            yield run_paths
+        for path in self.forms:
+            if id(self.model.get_submodule(path)) in run_ids:
+                run_paths.add(path)
 
     # --- what the model gains --------------------------------------------------------------------
 
@@ -195,16 +224,18 @@ class Attachment:
 
     def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """The trained parameters A and B of every key."""
-        return adapted.factor_pairs(adapted.held_tensors(self.model, self.updates))
+        return tree_adapter.factor_pairs(tree_adapter.update_tensors(self.model, self.updates))
 
     def fill(self, updates: Updates) -> None:
         """Write the values of `updates`, of the shapes installed, into their parameters."""
-        adapted.fill(self.model, {key: updates[key] for key in self.updates})
+        tree_adapter.write_factors(self.model, {key: updates[key] for key in self.updates})
 
     def adapter(self) -> Adapter:
         """The adapter as it is now, bound to this model's keys."""
         shapes = {name: tuple(value.shape) for name, value in self._originals.items()}
-        return adapted.held_adapter(self.model, self.updates, shapes, self.metadata, self._sampled)
+        return tree_adapter.current_adapter(
+            self.model, self.updates, shapes, self.metadata, self._sampled
+        )
 
     def load_adapter(self, adapter: Adapter) -> None:
         """Replace the adapter; targets, ranks and alphas become those of `adapter`.
@@ -216,8 +247,10 @@ class Attachment:
             LoraFxError: A key or a shape that does not fit, a target that attach has not
                 proven, or a whole tensor that is not among `also_train`.
         """
-        found = adapted.fitted(adapter, self.found, self.model, self._also, "attach")
-        updates = found.lowrank
+        fitting = tree_adapter.bound_for_loading(
+            adapter, self.found, self.model, self._also, "attach"
+        )
+        updates = fitting.lowrank
         for key, update in updates.items():
             if key in self.lost:
                 raise LoraFxError(
@@ -233,16 +266,17 @@ class Attachment:
             self.updates = {key: updates[key] for key in self.updates}
         else:
             self.install(updates)
-        adapted.put_whole(self.model, found, self._originals)
-        self.metadata = dict(found.metadata)
+        tree_adapter.write_full_tensors(self.model, fitting, self._originals)
+        self.metadata = dict(fitting.metadata)
         self.check_base(adapter)
 
     def compile(self, *args: object, **kwargs: object) -> None:
         """As the model's own; adapters of other ranks ≥ 2 and the same scale compile nothing."""
         model: Any = self.model
-        own: Any = super(type(model), model)  # a compile of the user's class is not skipped
-        own.compile(*args, **kwargs)
-        adapted.compile_ranks(self.model, self.updates)
+        # a compile of the user's class is not skipped
+        user_class: Any = super(type(model), model)
+        user_class.compile(*args, **kwargs)
+        tree_adapter.compile_ranks(self.model, self.updates)
 
     def check_base(self, adapter: Adapter) -> None:
         """Put a note into the report if an adapter says that it was trained on other weights."""
@@ -250,28 +284,39 @@ class Attachment:
 
     def weight_form(self) -> list[str]:
         """Which weights are computed as W + s·B·A, and what that costs."""
-        read = list[tuple[str, str]]()
-        for path, form in ((p, f) for p, f in self.forms.items() if not f.output):
-            apart = {*form.stacks} - self.model.get_submodule(path).__dict__[STATE].formed
-            read += [(path, leaf) for leaf in form.weights if leaf not in apart]
-        if not read:
+        reads = self._computed_reads()
+        if not reads:
             return []
-        homes = {(id(self.model.get_submodule(path)), leaf) for path, leaf in read}
-        flops, made = 0, dict[str, int]()
-        for key, u in self.updates.items():
-            module, leaf = owner(self.model, name := base_name(key))
-            if (id(module), leaf) in homes:
-                stack = math.prod(u.a.shape[:-2])
-                flops += 2 * stack * u.rank * u.b.shape[-2] * u.a.shape[-1]
-                made[name] = math.prod(self.found[key].parameter.shape)
-        names = ", ".join(f"{path}.{leaf}".lstrip(".") for path, leaf in read)
+        places = {(id(self.model.get_submodule(path)), leaf) for path, leaf in reads}
+        flops = 0
+        sizes: dict[str, int] = {}
+        for key, update in self.updates.items():
+            name = base_name(key)
+            module, leaf = owner(self.model, name)
+            if (id(module), leaf) in places:
+                matrices = math.prod(update.a.shape[:-2])
+                flops += 2 * matrices * update.rank * update.b.shape[-2] * update.a.shape[-1]
+                sizes[name] = math.prod(self.found[key].parameter.shape)
+        names = ", ".join(f"{path}.{leaf}".lstrip(".") for path, leaf in reads)
         lines = [
             f"computed as W + s·B·A at every read: {names}: for one read of each, {human(flops)} "
-            f"FLOPs and {human(sum(made.values()))} new numbers, which training keeps for backward"
+            f"FLOPs and {human(sum(sizes.values()))} new numbers, which training keeps for backward"
         ]
         if self.metadata.get("dropout"):
             lines.append("dropout acts on branches only, not where W + s·B·A is computed")
         return lines
+
+    def _computed_reads(self) -> list[tuple[str, str]]:
+        """(path, leaf) of every weight that is computed; a stack counts once something asked."""
+        reads: list[tuple[str, str]] = []
+        for path, form in self.forms.items():
+            if form.output:
+                continue
+            formed = self.model.get_submodule(path).__dict__[STATE].formed
+            for leaf in form.weights:
+                if leaf not in form.stacks or leaf in formed:
+                    reads.append((path, leaf))
+        return reads
 
     def say(self, *notes: str) -> None:
         """Add lines to the report."""
@@ -280,24 +325,27 @@ class Attachment:
     def report(self) -> AdaptedReport:
         """What is adapted, in which form, what is trained, and what had to be said."""
         forms = self.weight_form()
-        forms += [
-            f"the model has its own {n!r}; use lora_fx.fx.attach.attachment(model).{n}"
-            for n in METHODS
-            if n in self._taken()
-        ]
+        for method in METHODS:
+            if method in self._taken():
+                forms.append(
+                    f"the model has its own {method!r}; use "
+                    f"lora_fx.fx.attach.attachment(model).{method}"
+                )
         notes = (*self._notes, *self._sampled.said, *self.found.notes, *forms)
-        made = adapted.adapted_report(self.model, self.updates, self.found, self._also, notes)
-        return replace(made, effect=self.effect)
+        report = adapted_report.adapted_report(
+            self.model, self.updates, self.found, self._also, notes
+        )
+        return replace(report, effect=self.effect)
 
 
 def attachment(model: nn.Module) -> Attachment:
     """The Attachment of a model; raises LoraFxError where it has none."""
-    found = unwrapped(model).__dict__.get(REGISTRY)
-    if not isinstance(found, Attachment):
+    attached = unwrapped(model).__dict__.get(REGISTRY)
+    if not isinstance(attached, Attachment):
         raise LoraFxError(
             f"no adapter is attached to this {type(model).__name__}", "lora_fx.attach(model, …)"
         )
-    return found
+    return attached
 
 
 def is_attached(model: object) -> TypeGuard[nn.Module]:
@@ -311,12 +359,9 @@ def keeps_statistics(module: nn.Module) -> bool:
     return tracked and bool(getattr(module, "track_running_stats", True))
 
 
-# What each module of an attached model gets, as plain data by module path.
-
-
 @dataclass
 class Form:
-    """What one module gets: programs by leaf and where they apply, or a branch.
+    """The form of one module: programs by leaf and where they apply, or a branch.
 
     A leaf that is a stack of matrices has the branches of its products too.
     """

@@ -37,11 +37,11 @@ from lora_fx.fx.capture.recorded_run import record
 from lora_fx.fx.capture.root_module import RootModule, as_module
 from lora_fx.fx.capture.trace import raises_alike, trace
 from lora_fx.fx.capture.unchanged import alike, as_it_was
+from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
-from lora_fx.fx.tensors import all_tensors
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.patching import patched

@@ -20,7 +20,9 @@ from lora_fx.fx.capture.learnt_sizes import Shape, learn
 from lora_fx.fx.capture.size_nodes import constants_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import value
-from lora_fx.fx.lowering import inline_regions, split_products, without_vmap
+from lora_fx.fx.lowering.product_chains import split_products
+from lora_fx.fx.lowering.regions import inline_regions
+from lora_fx.fx.lowering.vmap import without_vmap
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.text import Json
 

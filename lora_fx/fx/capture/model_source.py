@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx import codes
+from lora_fx.fx import quantised_parameters
 from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.capture.root_module import Called
+from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.fake_tensors import FakeTensorMode
 from lora_fx.fx.symbolic_sizes import ShapeEnv
-from lora_fx.fx.tensors import AdapterTensors, parameter_of
+from lora_fx.fx.tensors import AdapterTensors
 
 
 @dataclass
@@ -122,7 +123,9 @@ def weightless(
     """
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    coded_forms = {id(parameter_of(model, n)): form for n, form in codes.forms(model).items()}
+    coded_forms = {
+        id(parameter_of(model, n)): form for n, form in quantised_parameters.forms(model).items()
+    }
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         like: torch.Tensor = tensor
@@ -140,5 +143,5 @@ def weightless(
         memo[id(tensor)] = fake
     copied = copy.deepcopy(model, memo)
     if coded_forms:
-        codes.forget(copied)
+        quantised_parameters.forget(copied)
     return copied, mode

@@ -22,7 +22,9 @@ from torch import nn
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.fx.capture.torchao import torchao_weight
-from lora_fx.fx.codes import LINEAR_IN, beside, store
+from lora_fx.fx.codes import LINEAR_IN
+from lora_fx.fx.quantised_parameters import put_codes
+from lora_fx.fx.sharing_copy import sharing_copy
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.quantised import Quantised
 
@@ -79,7 +81,7 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
     if not coded:
         return model, ()
 
-    tree = beside(model)
+    tree = sharing_copy(model)
     counts: dict[str, int] = {}
     for path, leaf, read in coded:
         layer = model.get_submodule(path)
@@ -88,7 +90,7 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
         if _is_plain(layer):
             tree = _with_plain_layer(tree, path, layer, codes.shape, layer_dtype)
         name = f"{path}.{leaf}".lstrip(".")
-        store(tree, name, codes, layer_dtype, codes.shape, turned=False)
+        put_codes(tree, name, codes, layer_dtype, codes.shape, turned=False)
         if _quantises_x(layer):
             kind += "; x stays in floats here"
         if is_packed(layer):

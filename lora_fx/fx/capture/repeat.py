@@ -37,7 +37,8 @@ from lora_fx.fx.capture.block_family import (
 from lora_fx.fx.capture.call import is_cache
 from lora_fx.fx.capture.snapshot import PLAIN, READS_ALL, Snapshot
 from lora_fx.fx.fake_tensors import detect_fake_mode
-from lora_fx.fx.interception import get_proxy_mode, get_proxy_slot, transforms_are_active
+from lora_fx.fx.func_transforms import transforms_are_active
+from lora_fx.fx.proxy_tracing import get_proxy_mode, get_proxy_slot
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_unflatten
 from lora_fx.patching import patched
 

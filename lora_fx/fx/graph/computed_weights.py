@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx.fx.dotted_names import owner
 from lora_fx.fx.graph.flow import FxFlow, FxWeight
 from lora_fx.fx.graph.in_place import written_by
 from lora_fx.fx.graph.nodes import (
@@ -21,7 +22,7 @@ from lora_fx.fx.graph.nodes import (
     plain,
     reached,
 )
-from lora_fx.fx.tensors import device_of, owner
+from lora_fx.fx.tensors import device_of
 
 _PARAMETRISED = re.compile(r"(^|\.)parametrizations\.([^.]+)\..*$")
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.fx.codes import DEQUANTISE
+from lora_fx.fx.dotted_names import parameter_of
 from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import (
     hint,
@@ -25,7 +26,6 @@ from lora_fx.fx.graph.nodes import (
 from lora_fx.fx.graph.ops import COMPUTING, OPS, PRODUCTS, pick, row_of
 from lora_fx.fx.graph.views import SPLITS, VIEWS, gather, static_shape
 from lora_fx.fx.operators import HigherOrderOperator
-from lora_fx.fx.tensors import parameter_of
 from lora_fx.ir.view import View
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ from torch.fx.node import map_arg
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
 from lora_fx.files.quantised.onnx import nbits_zero_points
-from lora_fx.fx import codes, tensors
+from lora_fx.fx import codes, dequantise_nodes, dotted_names, quantised_parameters, tensors
+from lora_fx.fx.dotted_names import all_tensors, named_tensors, owner, parameter_of
 from lora_fx.fx.graph import ops
 from lora_fx.fx.graph.computed_weights import evaluate
 from lora_fx.fx.graph.flops import data_flops, gathered
@@ -33,7 +34,7 @@ from lora_fx.fx.graph.ops import slots
 from lora_fx.fx.graph.other_readers import other_readers
 from lora_fx.fx.graph.sites import Bodies, FxUse, uses
 from lora_fx.fx.graph.views import gather
-from lora_fx.fx.tensors import all_tensors, from_numpy, named_tensors, owner, parameter_of, to_numpy
+from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.ir.graph import Analysed, Deferred, OtherReader, Parameter, Role, Site
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.text import free_name
@@ -81,8 +82,8 @@ class FxGraph(Analysed):
 
     def read_codes(self) -> bool:
         """Read as numbers what the tree stores as codes; returns whether any was new."""
-        self.held = codes.forms(self.root)
-        if not self.held or not codes.read_codes(self.graph, self._names, self.held):
+        self.held = quantised_parameters.forms(self.root)
+        if not self.held or not dequantise_nodes.read_codes(self.graph, self._names, self.held):
             return False
         self.changed()
         return True
@@ -181,7 +182,7 @@ class FxGraph(Analysed):
             for site, _, weight in self._uses():
                 if site.parameter == name:
                     return to_numpy(evaluate(self.root, self.flow(), weight.root))
-        return to_numpy(codes.numbers(self.root, name))
+        return to_numpy(quantised_parameters.numbers(self.root, name))
 
     def reader(self, name: str) -> Callable[[], Array]:
         """A function that gives the value as it was here: the storage may change before it runs."""
@@ -363,7 +364,7 @@ class FxGraph(Analysed):
             tensor = from_numpy(array, before)
         constant = nn.Parameter(tensor, requires_grad=False)
         if not is_computed and self.covers(name, sites):
-            tensors.replace_parameter(self.root, before, constant)
+            dotted_names.replace_parameter(self.root, before, constant)
             return name
 
         stored_name = name.removesuffix("~")
@@ -380,16 +381,18 @@ class FxGraph(Analysed):
         name = site.parameter
         if name not in self._aliases:
             return None
-        stored = codes.stored_of(self.root, name)
+        stored = quantised_parameters.stored_of(self.root, name)
         if stored is None or stored.turned or stored.format not in ("int2", "int4"):
             return None
         if len(stored.shape) != 2:
             return None
         has_zero = stored.parts[1:] == ("zero",)
-        if not has_zero and (stored.parts[1:] or codes.taken(self.root, name, ("zero",))):
+        if not has_zero and (
+            stored.parts[1:] or quantised_parameters.occupied_name(self.root, name, ("zero",))
+        ):
             return None
 
-        _, scale, *zeros = map(to_numpy, codes.tensors_of(self.root, name))
+        _, scale, *zeros = map(to_numpy, quantised_parameters.tensors_of(self.root, name))
         zero = zeros[0] if zeros else None
         rows, columns = stored.shape
         return nbits_zero_points(name, scale, zero, (rows, columns), stored.bits, stored.block)
@@ -406,7 +409,7 @@ class FxGraph(Analysed):
                 f"{name!r}: another use reads the same codes, and the update is not for it",
                 "export --mode switch has a branch beside one use",
             )
-        codes.put_zeros(self.root, name, from_numpy(zero))
+        quantised_parameters.replace_zeros(self.root, name, from_numpy(zero))
         for node in self.graph.find_nodes(op="call_function", target=codes.DEQUANTISE):
             if self._names.get(str(_node(node.args[0]).target)) == name:
                 with self.graph.inserting_before(node):

@@ -12,7 +12,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.files.sealed import unsealed
-from lora_fx.fx.tensors import pickled
+from lora_fx.fx.torch_pickles import pickled
 from lora_fx.text import JsonView, some
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from lora_fx.files.quantised.base import QuantisedWeight, below
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import unsealed
-from lora_fx.fx.codes import LEVELS, Stored, declare, store
+from lora_fx.fx.codes import LEVELS, Stored
 from lora_fx.fx.load.float_folder import misfit, on_meta, read_state
+from lora_fx.fx.quantised_parameters import declare, put_codes
 from lora_fx.ir.quantised import Quantised
 from lora_fx.patching import patched
 from lora_fx.text import JsonView, some
@@ -141,7 +142,7 @@ def _put_codes(
         else:
             with unsealed():
                 codes = weight.read()
-            store(module, name, codes, dtype or torch.float32, parameter.shape, is_transposed)
+            put_codes(module, name, codes, dtype or torch.float32, parameter.shape, is_transposed)
 
 
 def _is_conv1d(module: nn.Module, name: str) -> bool:

@@ -6,24 +6,17 @@ unflatten, which interprets node by node, takes 10.5. Outlining costs nothing th
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.graph.nodes import scopes_of
-from lora_fx.inputs import Named
 
 CALLS = ("call_function", "call_module")
-"""What a node does that computes something."""
+"""Kinds of nodes that compute something."""
 
 
 def compile_program(
@@ -34,11 +27,14 @@ def compile_program(
     A block whose nodes cannot be gathered in one place stays part of the whole.
     """
     codes = {}
-    made = {n: scopes_of(n) for n in graph.nodes if n.op in CALLS} if blocks else {}
+    scopes: dict[fx.Node, Collection[str]] = {}
+    if blocks:
+        scopes = {node: scopes_of(node) for node in graph.nodes if node.op in CALLS}
     for path in blocks:
-        part = outline(graph, path, ident, [n for n in graph.nodes if path in made.get(n, ())])
-        if part is not None:
-            codes[path] = function(part, f"{ident}:{path}")
+        body = [node for node in graph.nodes if path in scopes.get(node, ())]
+        outlined = outline(graph, path, ident, body)
+        if outlined is not None:
+            codes[path] = function(outlined, f"{ident}:{path}")
     codes[""] = function(graph, ident)
     return codes
 
@@ -69,187 +65,106 @@ def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.G
 
     Returns None, and leaves the graph alone, where a node between them depends on the block.
     """
-    member = set(body)
-    if not body or not _gather(graph, body, member):
+    members = set(body)
+    if not body or not _gather(graph, body, members):
         return None
-    inputs = dict.fromkeys(i for n in body for i in n.all_input_nodes if i not in member)
-    own = f"{path}."
-    reads = [i for i in inputs if i.op == "get_attr" and str(i.target).startswith(own)]
-    outer = [i for i in inputs if i not in reads]
-    sub = fx.Graph()
-    env = {i: sub.placeholder(i.name) for i in outer}
-    env |= {i: sub.get_attr(str(i.target).removeprefix(own)) for i in reads}
-    for n in body:
-        env[n] = sub.node_copy(n, env.__getitem__)
-    outs = [n for n in body if any(u not in member for u in n.users)]
-    sub.output(env[outs[0]] if len(outs) == 1 else tuple(env[o] for o in outs))
+
+    inputs: dict[fx.Node, None] = {}
+    for node in body:
+        for operand in node.all_input_nodes:
+            if operand not in members:
+                inputs[operand] = None
+    prefix = f"{path}."
+    own_tensors = [
+        node for node in inputs if node.op == "get_attr" and str(node.target).startswith(prefix)
+    ]
+    arguments = [node for node in inputs if node not in own_tensors]
+    outputs = [node for node in body if any(user not in members for user in node.users)]
+    outlined = _copied(body, arguments, own_tensors, outputs, prefix)
+
     with graph.inserting_after(body[-1]):
-        call = graph.create_node("call_module", path, (ident, *outer))
+        call = graph.create_node("call_module", path, (ident, *arguments))
     # The program is an argument, not the state of some module: a block that is recomputed after
     # another program has run must not pick that one's code.
     call.meta["nn_module_stack"] = {}
     results = [call]
-    if len(outs) != 1:
+    if len(outputs) != 1:
         with graph.inserting_before(call.next):
-            results = [graph.call_function(operator.getitem, (call, k)) for k in range(len(outs))]
-    for old, new in zip(outs, results, strict=True):
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in member)
-    for n in reversed(body):
-        graph.erase_node(n)
-    for i in reads:
-        if not i.users:
-            graph.erase_node(i)
-    return sub
+            results = [
+                graph.call_function(operator.getitem, (call, i)) for i in range(len(outputs))
+            ]
+    for output, result in zip(outputs, results, strict=True):
+        output.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
+
+    for node in reversed(body):
+        graph.erase_node(node)
+    for node in own_tensors:
+        if not node.users:
+            graph.erase_node(node)
+    return outlined
 
 
-def _gather(graph: fx.Graph, body: list[fx.Node], member: set[fx.Node]) -> bool:
-    """Move strays between the block's first and last node before it; False if one needs it."""
-    strays, needs = [], set(member)
+def _copied(
+    body: Sequence[fx.Node],
+    arguments: Sequence[fx.Node],
+    own_tensors: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    prefix: str,
+) -> fx.Graph:
+    """A block's nodes as a graph of their own.
+
+    Args:
+        body: The nodes.
+        arguments: Nodes of the graph around them that they read.
+        own_tensors: Nodes of the block's own tensors that they read.
+        outputs: Nodes among them that the graph around them reads.
+        prefix: The block's path and a dot, with which names of its tensors begin.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in arguments:
+        copies[node] = graph.placeholder(node.name)
+    for node in own_tensors:
+        copies[node] = graph.get_attr(str(node.target).removeprefix(prefix))
+    for node in body:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(copies[node] for node in outputs)
+    graph.output(results[0] if len(results) == 1 else results)
+    return graph
+
+
+def _gather(graph: fx.Graph, body: list[fx.Node], members: set[fx.Node]) -> bool:
+    """Move strays between the block's first and last node out of it; False if one needs it.
+
+    What depends on the block goes behind it, everything else before.
+    """
+    strays = []
+    dependents = set(members)
     node = body[0]
     while node is not body[-1]:
         node = node.next
-        if node in member or node.op in ("placeholder", "output"):
+        if node in members or node.op in ("placeholder", "output"):
             continue
-        if any(i in needs for i in node.all_input_nodes):
-            needs.add(node)
+        if any(operand in dependents for operand in node.all_input_nodes):
+            dependents.add(node)
         else:
             strays.append(node)
-    late = needs - member
-    if any(i in late for n in body for i in n.all_input_nodes):
-        return False
-    for n in strays:
-        body[0].prepend(n)
-    for n in reversed([n for n in graph.nodes if n in late]):
-        body[-1].append(n)
+
+    late = dependents - members
+    for node in body:
+        if any(operand in late for operand in node.all_input_nodes):
+            return False
+    for node in strays:
+        body[0].prepend(node)
+    for node in reversed([node for node in graph.nodes if node in late]):
+        body[-1].append(node)
     return True
 
 
-# Recomputation of blocks (activation checkpointing), by the names that transformers gave it.
-#
-# A block saves its inputs only and runs again in backward. The blocks are those that a module's
-# programs call: children of its outermost ModuleLists and Sequentials. torch's non-reentrant form
-# is used: the older, reentrant one gives no gradients to a block none of whose inputs requires one,
-# as is so for the first block of a frozen base.
-
-
-OPTIONS = ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-"""What may be given to torch.utils.checkpoint.checkpoint."""
-
-
-@contextlib.contextmanager
-def _unmoved(block: nn.Module, inner: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-    """What runs inside leaves the block's buffers alone: its norms have moved already."""
-    with as_it_was(block, None), inner:
-        yield
-
-
-def checkpointer(options: Named, *, offload: bool = False) -> Callable[..., Any]:
-    """Torch's checkpoint with these options, to be called with (code, block, *values).
-
-    Args:
-        options: Some of OPTIONS.
-        offload: Keep the saved inputs in host memory.
-    """
-
-    def once(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        given = dict(options)
-        if getattr(block, "_moves", False):
-            user = given.pop("context_fn", noop_context_fn)
-
-            def contexts() -> tuple[object, object]:
-                first, again = user()
-                return first, _unmoved(block, again)
-
-            given["context_fn"] = contexts
-        return checkpoint(code, block, *args, use_reentrant=False, **given)
-
-    def away(code: Callable[..., object], block: nn.Module, *args: object) -> object:
-        device = torch.accelerator.current_accelerator(check_available=True)
-        with save_on_cpu(device is not None, device.type if device else "cpu"):
-            return once(code, block, *args)
-
-    return away if offload else once
-
-
-class Recomputing:
-    """What a captured module offers; Trainer, accelerate and users of transformers call it."""
-
-    def _blocks(self) -> dict[str, Any]:
-        """Path → the blocks that programs call."""
-        raise NotImplementedError
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Named | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-        *,
-        gradient_checkpointing_kwargs: Named | None = None,
-    ) -> None:
-        """In train mode, save only the inputs of each block, and run it again in backward.
-
-        Args:
-            activation_checkpointing_kwargs: For torch.utils.checkpoint.checkpoint.
-            every_n_layers: Only block 0, n, 2n, …
-            offload: Keep the saved inputs in host memory.
-            gradient_checkpointing_kwargs: The older name of the first.
-
-        Raises:
-            LoraFxError: A model without blocks, blocks that cannot be run apart, an unknown
-                option, or reentrant checkpointing.
-        """
-        options = dict(activation_checkpointing_kwargs or gradient_checkpointing_kwargs or {})
-        if options.pop("use_reentrant", False):
-            raise LoraFxError(
-                "reentrant checkpointing gives the adapters no gradients: no input of a frozen "
-                "model's first block requires one",
-                "use_reentrant=False, the default here",
-            )
-        unknown = sorted(set(options) - set(OPTIONS))
-        if unknown:
-            raise LoraFxError(
-                f"checkpointing has no option {', '.join(unknown)}", f"known: {', '.join(OPTIONS)}"
-            )
-        if every_n_layers < 1:
-            raise LoraFxError(f"every_n_layers is {every_n_layers}", "1 or more")
-        blocks = self._blocks()
-        if not blocks:
-            raise LoraFxError(
-                f"{type(self).__name__} has no blocks that could be recomputed",
-                "blocks are the children of a ModuleList or Sequential",
-            )
-        chosen = dict(list(blocks.items())[::every_n_layers])
-        apart(chosen, self.__dict__["_programs"].inlined)
-        self.activation_checkpointing_disable()
-        for block in chosen.values():
-            block.recompute = True
-            block._again = checkpointer(options, offload=offload)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Save what each block computes, and run nothing twice."""
-        for block in self._blocks().values():
-            block.recompute = False
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """Whether any block is recomputed."""
-        return any(block.recompute for block in self._blocks().values())
-
-    gradient_checkpointing_enable = activation_checkpointing_enable  # the older names
-    gradient_checkpointing_disable = activation_checkpointing_disable
-    is_gradient_checkpointing = is_activation_checkpointing
-
-
-def left_in(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
+def inlined_blocks(graph: fx.Graph, blocks: Sequence[str]) -> set[str]:
     """Blocks some of whose nodes are in the graph still, after it was outlined."""
-    return {p for n in graph.nodes if n.op in CALLS for p in scopes_of(n)} & set(blocks)
-
-
-def apart(blocks: Named, inlined: set[str]) -> None:
-    """Raise LoraFxError for blocks that are to be recomputed and cannot be."""
-    stuck = [path for path in blocks if path in inlined]
-    if stuck:
-        raise LoraFxError(
-            f"cannot recompute {', '.join(stuck)}: other parts of the model run in between",
-            "train without recomputation, or leave them out by every_n_layers",
-        )
+    scopes: set[str] = set()
+    for node in graph.nodes:
+        if node.op in CALLS:
+            scopes.update(scopes_of(node))
+    return scopes & set(blocks)

@@ -31,25 +31,27 @@ def decide_doubts(module: CapturedModule) -> None:
     traced = captured.traced(False, captured.named)
     if captured.idle is not None or captured.live:  # a live model has no sizes to refuse
         return
-    inputs, idle = captured.bounded_inputs(), []
-    tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
+    inputs = captured.bounded_inputs()
+    idle = []
+    agrees_at: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
     for condition in traced.doubtful:
         outside = inputs.outside(condition)
         if outside is None:
             continue  # the others imply it here; in the graph of another path they need not
-        key = tuple(inputs.sizes(outside).items())
-        if key not in tried:
-            tried[key] = _same_at(module, execution.sample(outside))
-        if tried[key]:
+        sizes = tuple(inputs.sizes(outside).items())
+        if sizes not in agrees_at:
+            agrees_at[sizes] = _agrees(module, execution.sample(outside))
+        if agrees_at[sizes]:
             idle.append(condition)
     captured.settle(idle)
 
 
-def _same_at(module: CapturedModule, named: Named) -> bool:
+def _agrees(module: CapturedModule, named: Named) -> bool:
+    """Whether the user's module and the graph give the same at these arguments."""
     execution = execution_of(module)
     captured = execution.captured
-    once = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
-    with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=once):
+    interpreted = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
+    with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=interpreted):
         try:
             with alike(captured.model, training=False):
                 theirs = captured.signature.call(captured.model, copied(named))
@@ -61,8 +63,14 @@ def _same_at(module: CapturedModule, named: Named) -> bool:
                 ours = tree_leaves(execution.run(copied(named)))
         except (LoraFxError, RuntimeError, ValueError, IndexError):
             return False  # the graph holds for the other sizes only
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
-    return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
+    for our_leaf, their_leaf in zip(ours, theirs, strict=True):
+        if isinstance(their_leaf, torch.Tensor) and not _is_near(our_leaf, their_leaf):
+            return False
+    return True
+
+
+def _is_near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return rel(to_numpy(ours), to_numpy(theirs)) < 1e-4 or torch.equal(ours, theirs)
 
 
 def plain(captured: Captured) -> CapturedModule:

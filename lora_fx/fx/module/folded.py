@@ -10,7 +10,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import tensors
+from lora_fx.fx import dotted_names, tensors
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.doubts import decide_doubts
@@ -30,9 +30,10 @@ class FoldedModule(CapturedModule):
         self.unrounded: dict[str, Callable[[], Array]] = {}
         """Name of a tensor → its value before it was rounded to the model's dtype."""
         for name, full in adapter.full.items():
-            old = tensors.parameter_of(self, name)
-            new = nn.Parameter(tensors.from_numpy(full.value, like=old), requires_grad=False)
-            tensors.replace_parameter(self, old, new)
+            parameter = dotted_names.parameter_of(self, name)
+            value = tensors.from_numpy(full.value, like=parameter)
+            replacement = nn.Parameter(value, requires_grad=False)
+            dotted_names.replace_parameter(self, parameter, replacement)
         self._graph(False, captured.named)
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:

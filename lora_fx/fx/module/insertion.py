@@ -13,7 +13,9 @@ from functools import partial
 from torch import nn
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.fx.module.adapted import AdaptedModule, Effect, Inserter, factor_pairs, moved
+from lora_fx.fx.module.adapted import AdaptedModule, Inserter
+from lora_fx.fx.module.adapted_report import Effect
+from lora_fx.fx.module.tree_adapter import changes_weight, factor_pairs
 from lora_fx.patching import patched
 from lora_fx.targets.found import Found
 
@@ -57,9 +59,13 @@ class Insertion:
 
     def changes_anything(self) -> bool:
         """False while every update is zero, as after insert, and no tensor is trained whole."""
+        if self.also_train:
+            return True
         updates = self._module.updates
-        pairs = self._module.tensors().items()
-        return bool(self.also_train) or any(moved(updates[key], held) for key, held in pairs)
+        return any(
+            changes_weight(updates[key], by_field)
+            for key, by_field in self._module.tensors().items()
+        )
 
     def check_base(self, adapter: Adapter) -> None:
         """Note for the report if an adapter says that it was trained on other weights."""

@@ -10,29 +10,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import codes, tensors
+from lora_fx.fx import codes, dotted_names, quantised_parameters, tensors
 from lora_fx.fx.capture.call import leaves_of, program_key
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.capture.expert_forms import has_grouped
 from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.capture.onnx_names import output_name
+from lora_fx.fx.dotted_names import all_tensors
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
-from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
+from lora_fx.fx.module.block_checkpoints import Recomputing, checkpointer, refuse_inlined
+from lora_fx.fx.module.codegen import inlined_blocks
+from lora_fx.fx.module.norm_statistics import freeze_norms
 from lora_fx.fx.skeleton import Skeleton
-from lora_fx.fx.tensors import all_tensors, to_numpy
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
 from lora_fx.patching import patched
@@ -84,23 +87,24 @@ def scope_class(name: str) -> type[Any]:
 def blocks_of(root: nn.Module) -> dict[str, Scope]:
     """Path → children of the outermost ModuleLists and Sequentials, each module once."""
     blocks: dict[str, Scope] = {}
-    for name, m in root.named_modules():
+    for name, module in root.named_modules():
         # by name: tools such as FSDP2 make subclasses, and Sequential became a Scope here
-        names = {c.__name__ for c in type(m).__mro__}
-        inner = any(name == p or name.startswith(f"{p}.") for p in blocks)
-        if inner or not names & {"ModuleList", "Sequential"}:
+        classes = {base.__name__ for base in type(module).__mro__}
+        if not classes & {"ModuleList", "Sequential"}:
             continue
-        for key, child in m._modules.items():
-            if isinstance(child, Scope) and all(child is not b for b in blocks.values()):
+        if any(name == path or name.startswith(f"{path}.") for path in blocks):
+            continue
+        for key, child in module._modules.items():
+            if isinstance(child, Scope) and all(child is not block for block in blocks.values()):
                 blocks[f"{name}.{key}".lstrip(".")] = child
     return blocks
 
 
 def _check_free(module: nn.Module, root: type[nn.Module]) -> None:
     """Raise for a tensor, or a child with tensors, that `root` or its code would hide."""
-    held = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
-    for name in dict.fromkeys(n.partition(".")[0] for n in held):
-        if hasattr(root, name) or (name == "self" and name in held):
+    tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in dict.fromkeys(tensor.partition(".")[0] for tensor in tensors):
+        if hasattr(root, name) or (name == "self" and name in tensors):
             raise LoraFxError(
                 f"{type(module).__name__}.{name} holds weights, and {name} is taken in the module "
                 "that insert returns",
@@ -155,16 +159,19 @@ class CapturedModule(Recomputing, Scope):
         self._programs = Programs(captured, blocks=blocks)
         self._norm_stats = norm_stats
         self._adapted = True
-        names, _ = tensors.named_tensors(tree)
-        wanted = {names[n] for n in own}
-        if coded := sorted(wanted & codes.forms(tree).keys()):
+        first_names, _ = dotted_names.named_tensors(tree)
+        trained_names = {first_names[name] for name in own}
+        quantised = sorted(trained_names & quantised_parameters.forms(tree).keys())
+        if quantised:
             raise LoraFxError(
-                f"{coded[0]} is quantised, and cannot be trained whole",
+                f"{quantised[0]} is quantised, and cannot be trained whole",
                 "leave it out of also_train: a branch beside it trains",
             )
         _check_free(tree, type(self))
-        ids = {id(p) for n, p in tree.named_parameters() if n in wanted}
-        Skeleton(lambda name: scope_class(name)(), ids).of(tree, self)
+        trained = {
+            id(parameter) for name, parameter in tree.named_parameters() if name in trained_names
+        }
+        Skeleton(lambda name: scope_class(name)(), trained).of(tree, self)
         self._dtype = base_dtype(self) or captured.base_dtype
         self._shared = True
         self.eval()
@@ -224,18 +231,21 @@ class CapturedModule(Recomputing, Scope):
         traced.door.check(tree_leaves(named))
         graph = self._graph(self.training, named)
         blocks = self._blocks() if programs.blocks else {}
-        fast = self._fast if self.training and self._adapted else None
-        for speed in fast(tuple(blocks)) if fast is not None else ():
-            speed(graph)
+        if self._fast is not None and self.training and self._adapted:
+            for speedup in self._fast(tuple(blocks)):
+                speedup(graph)
         graph.lint()
+
         ident = f"program_{sum(map(len, programs.compiled.values()))}"
         if programs.few:
             codes = {"": codegen.interpreted(graph.graph)}
         else:
             codes = codegen.compile_program(graph.graph, ident, tuple(blocks))
-        programs.inlined |= left_in(graph.graph, tuple(blocks))
-        apart({p: b for p, b in blocks.items() if b.recompute}, programs.inlined)
-        programs.codes.update({(ident, path): code for path, code in codes.items()})
+        programs.inlined |= inlined_blocks(graph.graph, tuple(blocks))
+        recomputed = {path: block for path, block in blocks.items() if block.recompute}
+        refuse_inlined(recomputed, programs.inlined)
+        for path, code in codes.items():
+            programs.codes[ident, path] = code
         programs.compiled.setdefault(key, []).append((ident, traced))
         return ident, traced
 
@@ -249,41 +259,53 @@ class CapturedModule(Recomputing, Scope):
 
     def _place_constants(self, graph: FxGraph, constants: Mapping[str, torch.Tensor]) -> None:
         """Tensors that forward made become `_constN` buffers, equal ones once."""
-        state, where = all_tensors(self), dict[str, str]()
-        for name, t in constants.items():
+        state = all_tensors(self)
+        buffer_names: dict[str, str] = {}
+        for name, tensor in constants.items():
             if name in state:
                 continue
-            if is_fake(t):
+            if is_fake(tensor):
                 raise LoraFxError(
                     f"the tensor {name!r} that forward makes has no value outside the capture",
                     "register it as a buffer of the module",
                 )
-            where[name] = self._constant(t)
+            buffer_names[name] = self._constant(tensor)
         for node in graph.graph.find_nodes(op="get_attr"):
-            node.target = where.get(str(node.target), node.target)
+            node.target = buffer_names.get(str(node.target), node.target)
         graph.refresh()
 
     def _place_bodies(self, graph: FxGraph) -> None:
         """Bodies of higher-order ops become attributes `_bodyN`; they hold no tensors."""
-        held = {id(b): n for n, b in self.__dict__.items() if n.startswith("_body")}
-        moved = {}
+        names = {
+            id(attribute): name
+            for name, attribute in self.__dict__.items()
+            if name.startswith("_body")
+        }
+        bodies = {}
         for node in graph.graph.find_nodes(op="get_attr"):
             body = graph.bodies.get(str(node.target))
             if body is not None:
-                node.target = held.setdefault(id(body), f"_body{len(held)}")
-                moved[node.target] = body
-        self.__dict__.update(moved)
-        graph.bodies = moved
+                name = names.setdefault(id(body), f"_body{len(names)}")
+                node.target = name
+                bodies[name] = body
+        self.__dict__.update(bodies)
+        graph.bodies = bodies
 
     def _constant(self, value: torch.Tensor) -> str:
-        device = next((p.device for p in self.parameters()), value.device)
-        held = {n: b for n, b in self._buffers.items() if n.startswith("_const") and b is not None}
-        for name, b in held.items():
-            same = (b.dtype, b.shape) == (value.dtype, value.shape)
-            if same and torch.equal(b, value.to(b.device)):
+        """The name of the buffer that holds a constant; an equal one is shared."""
+        constants = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if name.startswith("_const") and buffer is not None
+        }
+        for name, buffer in constants.items():
+            if buffer.dtype != value.dtype or buffer.shape != value.shape:
+                continue
+            if torch.equal(buffer, value.to(buffer.device)):
                 return name
+        device = next((parameter.device for parameter in self.parameters()), value.device)
         # not persistent: the state dict keeps the names of the original and no others
-        name = f"_const{len(held)}"
+        name = f"_const{len(constants)}"
         self.register_buffer(name, value.detach().clone().to(device), persistent=False)
         return name
 
@@ -291,27 +313,34 @@ class CapturedModule(Recomputing, Scope):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> object:
         # scales and zeros are part of the codes' values: no cast of the model rounds them
-        kept = [(m, name, m._buffers[name])
-                for m in self.modules() for leaf in m.__dict__.get(codes.HELD, ())
-                for name in (f"{leaf}_{p}" for p in codes.PARTS) if name in m._buffers]  # fmt: skip
+        exact_buffers = list(self._buffers_of_codes())
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved: dict[int, torch.Tensor] = {}
-        for module, name, before in kept:
-            now = module._buffers[name]
-            if before is not None and now is not None:
-                module._buffers[name] = moved.setdefault(id(before), before.to(now.device))
+        for module, name, exact in exact_buffers:
+            cast = module._buffers[name]
+            if exact is not None and cast is not None:
+                module._buffers[name] = moved.setdefault(id(exact), exact.to(cast.device))
         # where all is codes, no parameter tells
-        told = torch.empty(0, dtype=self._dtype or torch.float32)
-        self._dtype = base_dtype(self) or fn(told).dtype
+        sample = torch.empty(0, dtype=self._dtype or torch.float32)
+        self._dtype = base_dtype(self) or fn(sample).dtype
         return result
+
+    def _buffers_of_codes(self) -> Iterator[tuple[nn.Module, str, torch.Tensor | None]]:
+        """(module, name, buffer) of the scales, zeros and orders beside quantised parameters."""
+        for module in self.modules():
+            for leaf in module.__dict__.get(codes.HELD, ()):
+                for part in codes.PARTS:
+                    name = f"{leaf}_{part}"
+                    if name in module._buffers:
+                        yield module, name, module._buffers[name]
 
     def load_state_dict(self, state_dict: Named, *args: Any, **kwargs: Any) -> object:
         """As nn.Module's; storage shared with the user's model is copied first."""
         # copying in place would write through the shared storage into the user's model
         if self._shared:
-            for p in self.parameters():
-                if not p.requires_grad:
-                    p.data = p.data.clone()
+            for parameter in self.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.clone()
             self._shared = False
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -327,8 +356,11 @@ class CapturedModule(Recomputing, Scope):
 
 def by_output(out: Any) -> dict[str, Array]:
     """The tensors among a model's outputs, by name."""
-    leaves = leaves_of({"": out})
-    return {output_name(n): to_numpy(v) for n, v in leaves if isinstance(v, torch.Tensor)}
+    return {
+        output_name(path): to_numpy(leaf)
+        for path, leaf in leaves_of({"": out})
+        if isinstance(leaf, torch.Tensor)
+    }
 
 
 def with_signature(base: type[Any], captured: Captured) -> type[Any]:
@@ -338,15 +370,19 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
         """The original call."""
         return self._run(args, kwargs)
 
-    inner, kinds = captured.signature.signature, inspect.Parameter
-    params = [p for p in inner.parameters.values() if p.name != "self"]
-    only = bool(params) and params[0].kind is kinds.POSITIONAL_ONLY
-    me = kinds("self", kinds.POSITIONAL_ONLY if only else kinds.POSITIONAL_OR_KEYWORD)
+    original = captured.signature.signature
+    parameters = [
+        parameter for parameter in original.parameters.values() if parameter.name != "self"
+    ]
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
+        kind = inspect.Parameter.POSITIONAL_ONLY
+    self_parameter = inspect.Parameter("self", kind)
     # Trainer reads it to drop the columns of a data set that the model does not take
-    signature = inner.replace(parameters=[me, *params])
+    signature = original.replace(parameters=[self_parameter, *parameters])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    names = {"forward": forward, **_face(captured.model)}
-    return type(type(captured.model).__name__, (base,), names)
+    attributes = {"forward": forward, **_face(captured.model)}
+    return type(type(captured.model).__name__, (base,), attributes)
 
 
 def _face(model: nn.Module) -> dict[str, object]:
@@ -375,36 +411,3 @@ def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
         "your own model generates: adapter = module.adapter(); "
         "lora_fx.attach(model, args, kwargs, adapter=adapter); model.generate(…)",
     )
-
-
-# Running statistics in train graphs: frozen, they are used and not moved.
-
-
-aten = torch.ops.aten
-
-
-def freeze_norms(graph: fx.Graph) -> bool:
-    """Batch and instance norms with running statistics normalise by them and leave them alone.
-
-    The adapter then trains under the statistics that it will be served with. Counters of seen
-    batches stop too. Returns whether anything changed.
-    """
-    changed = False
-    for node in list(graph.nodes):
-        if node.target in (aten.batch_norm.default, aten.instance_norm.default):
-            if node.args[3] is not None and node.args[5]:
-                node.update_arg(5, False)
-                changed = True
-        elif _counts_batches(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            changed = True
-    return changed
-
-
-def _counts_batches(node: fx.Node) -> bool:
-    adds = node.target in (aten.add_.Tensor, aten.copy_.default, aten.add.Tensor)
-    place = node.args[0] if adds else None
-    if not isinstance(place, fx.Node) or place.op != "get_attr":
-        return False
-    return str(place.target).endswith("num_batches_tracked")

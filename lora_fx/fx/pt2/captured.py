@@ -24,7 +24,7 @@ from lora_fx.fx.capture.cleaned_graph import Traced, clean_module, match_places
 from lora_fx.fx.capture.example import describe
 from lora_fx.fx.capture.guards import GuardLog
 from lora_fx.fx.capture.model_source import base_dtype
-from lora_fx.fx.codes import learn
+from lora_fx.fx.dequantise_nodes import declare_codes
 from lora_fx.fx.graph.nodes import is_marked, unmark
 from lora_fx.fx.pt2.archive import MANIFEST, open_archive
 from lora_fx.fx.pt2.file_manifest import (
@@ -144,7 +144,7 @@ class FileCaptured(Captured):
                 **graph_signature.inputs_to_parameters,
                 **graph_signature.inputs_to_buffers,
             }
-            learn(self.model, loaded.program.graph, names)
+            declare_codes(self.model, loaded.program.graph, names)
         if manifest and str(manifest["class"]).isidentifier():
             self.model.__class__ = type(str(manifest["class"]), (type(self.model),), {})
         self.base_dtype = base_dtype(self.model)

@@ -16,11 +16,12 @@ from lora_fx.adapter.variant import bare, expect_variant, fields_of_files
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.dotted_names import named_tensors
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.fx.tensors import named_tensors, to_numpy
+from lora_fx.fx.tensors import to_numpy
 from lora_fx.inputs import Input
 from lora_fx.text import Json, JsonView
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lora_fx.fx.dotted_names import owner
 from lora_fx.fx.graph.nodes import scopes_of
 from lora_fx.fx.module.module import scope_class
 from lora_fx.fx.pt2.program import LoadedProgram
-from lora_fx.fx.tensors import owner
 
 
 def tree_of(programs: Sequence[LoadedProgram], skip: frozenset[str] = frozenset()) -> nn.Module:

@@ -20,12 +20,12 @@ from lora_fx.fx.capture.size_nodes import drop_layout, put_asserts
 from lora_fx.fx.capture.trace import at_least_two, export_program
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.onnx_export.flat_graph import flat_program
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.file_manifest import make_manifest
 from lora_fx.fx.pt2.output_trees import plain_spec
 from lora_fx.fx.pt2.program import tensor_places
 from lora_fx.fx.pt2.serialised import bytes_of, json_of, table_of
-from lora_fx.fx.to_onnx import flat_program
 from lora_fx.inputs import Named
 from lora_fx.text import Json
 

@@ -27,13 +27,16 @@ from lora_fx.text import Json, JsonView
 
 MAX_TEMPLATE = 1 << 17
 """Characters of the longest template; gpt-oss has 17,000."""
-SECONDS, OF_A_LINE = 0.8, 0.02
-"""Processor time for all lines, and for each beside it; a line takes a millisecond, a template
-less than 50 to compile."""
+SECONDS = 0.8
+"""Processor time for all lines; a template takes less than 50 ms to compile."""
+OF_A_LINE = 0.02
+"""Processor time for each line beside it; a line takes a millisecond."""
 MEGABYTES = 128
-"""What rendering may take beside what the libraries have."""
-CHARACTERS, TIMES = 1 << 20, 20
-"""What a line may be rendered to: so many characters, and so many times its own."""
+"""Memory that rendering may take beside that of the libraries."""
+CHARACTERS = 1 << 20
+"""Characters that a line may be rendered to, beside a multiple of its own."""
+TIMES = 20
+"""How many times its own characters a line may be rendered to."""
 _HINT = "write the turns as the model's chat template wants them"
 
 
@@ -51,7 +54,7 @@ class ChatTemplate:
 
     Attributes:
         text: In Jinja, as transformers extends it.
-        folder: Whose tokenizer has it, for messages.
+        folder: The folder of the tokenizer that has it, for messages.
         tokens: The special tokens that it may write, by name.
         marked: Whether it marks what the assistant generates.
     """
@@ -82,22 +85,26 @@ class ChatTemplate:
             "marked": self.marked,
             "lines": [*lines.values()],
         }
-        done = subprocess.run(
+        process = subprocess.run(
             [*isolated.PYTHON, "-W", "ignore", "-m", __name__],
-            input=json.dumps(job, default=str), env=isolated.environment(),
-            capture_output=True, text=True, encoding="utf-8",
-        )  # fmt: skip
-        answers = done.stdout.splitlines()
-        found = {}
-        for where, answer in zip(lines, answers, strict=False):
-            told = json_object(answer, where)
-            if "error" in told:
-                why = f"the chat template refuses it: {told['error']}"
+            input=json.dumps(job, default=str),
+            env=isolated.environment(),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
+        rendered = {}
+        for where, answer in zip(lines, process.stdout.splitlines(), strict=False):
+            conversation = json_object(answer, where)
+            if "error" in conversation:
+                why = f"the chat template refuses it: {conversation['error']}"
                 raise LoraFxError(f"{where}: {why}", _HINT)
-            found[where] = Rendered(told["text"], [(a, b) for a, b in told["spans"]])
-        if left := [where for where in lines if where not in found]:
-            raise self._killed(left[0], done.returncode, done.stderr)
-        return found
+            spans = [(start, end) for start, end in conversation["spans"]]
+            rendered[where] = Rendered(conversation["text"], spans)
+        for where in lines:
+            if where not in rendered:
+                raise self._killed(where, process.returncode, process.stderr)
+        return rendered
 
     def _killed(self, where: str, code: int, err: str) -> LoraFxError:
         """The error for a process that ended before a line was rendered."""

@@ -26,28 +26,36 @@ def loss_function(name: str | Loss, label: str, accepts: Callable[[str], bool]) 
     if callable(name):
         return name, ""
     expect_name(name, ("ce", "mse"), "no loss", "ce, mse or module:function")
-    own = label if label and accepts(label) else ""
+    labels_argument = label if label and accepts(label) else ""
 
     def loss(out: object, labels: torch.Tensor | None) -> torch.Tensor:
-        found = field_of(out, "loss")
-        if own and name == "ce" and isinstance(found, torch.Tensor):
-            return found
+        model_loss = field_of(out, "loss")
+        if labels_argument and name == "ce" and isinstance(model_loss, torch.Tensor):
+            return model_loss
         scores = scores_of(out)
         if labels is None:
             raise LoraFxError("the data has no label column", UNLABELLED)
-        if name == "mse" and scores.squeeze(-1).shape != labels.squeeze(-1).shape:
-            raise LoraFxError(
-                f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
-                "mse needs a label for every output",
-            )
         if name == "mse":
-            return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
-        check_whole(labels)
-        scores = classes_last(scores, labels)
-        check_labels(labels, scores.shape[-1])
-        return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
+            return _squared_error(scores, labels)
+        return _cross_entropy(scores, labels)
 
-    return loss, own
+    return loss, labels_argument
+
+
+def _squared_error(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if scores.squeeze(-1).shape != labels.squeeze(-1).shape:
+        raise LoraFxError(
+            f"the model gives {list(scores.shape)}, the labels are {list(labels.shape)}",
+            "mse needs a label for every output",
+        )
+    return nn.functional.mse_loss(scores.squeeze(-1).float(), labels.squeeze(-1).float())
+
+
+def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    check_whole(labels)
+    scores = classes_last(scores, labels)
+    check_labels(labels, scores.shape[-1])
+    return nn.functional.cross_entropy(scores.flatten(0, -2).float(), labels.flatten().long())
 
 
 def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
@@ -59,17 +67,21 @@ def class_axis(scores: torch.Tensor, labels: torch.Tensor) -> int | None:
     spots = tuple(labels.shape)
     if scores.dim() == len(spots) > 3 and spots[1] == 1:
         spots = (spots[0], *spots[2:])
-    many = scores.dim() > 3
-    last = tuple(scores.shape[:-1]) == spots
-    if last and not (many and has_values(labels)):
+    has_pixels = scores.dim() > 3
+    last_fits = tuple(scores.shape[:-1]) == spots
+    if last_fits and not (has_pixels and has_values(labels)):
         return -1
-    second = scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) == spots
-    if last and second:
+    second_fits = scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) == spots
+    if last_fits and second_fits:
         return None
-    if last or second:
-        return -1 if last else 1
+    if last_fits:
+        return -1
+    if second_fits:
+        return 1
     # one label for every row of scores, however they are laid out
-    return -1 if not many and scores.shape[:-1].numel() == labels.numel() else None
+    if not has_pixels and scores.shape[:-1].numel() == labels.numel():
+        return -1
+    return None
 
 
 def classes_last(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -109,7 +121,9 @@ def scores_of(out: object) -> torch.Tensor:
 
 def field_of(out: object, name: str) -> object:
     """An output's field, of a mapping or an object; None where it has none."""
-    return out.get(name) if isinstance(out, Mapping) else getattr(out, name, None)
+    if isinstance(out, Mapping):
+        return out.get(name)
+    return getattr(out, name, None)
 
 
 def check_whole(labels: torch.Tensor) -> None:

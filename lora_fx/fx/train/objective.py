@@ -15,7 +15,7 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, Loss, check_labels, loss_function, scores_of
 from lora_fx.fx.train.processes import ALONE, Processes
-from lora_fx.fx.train.reduction import ROWS, few, inputs_of, reduction
+from lora_fx.fx.train.reduction import ROWS, inputs_of, question_rows, reduction
 
 __all__ = [
     "IGNORED",
@@ -36,13 +36,13 @@ UNKNOWN = (
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run makes small.
+    """The loss that a run makes small.
 
     Args:
         model: The model.
         compute: The loss of (output, labels), a mean.
         own: The argument that carries the labels into the model; empty where the loss takes them.
-        counts: What it is a mean over: examples, labels, or next (labels but an example's first).
+        counts: Items of the mean: examples, labels, or next (labels but an example's first).
         half: Whether products run in bfloat16.
     """
 
@@ -57,7 +57,9 @@ class Objective:
         labels = batch.columns.get(batch.label)
         if self.counts == "examples" or labels is None:
             return len(batch)
-        return int((labels[:, 1:] if self.counts == "next" else labels).__ne__(IGNORED).sum())
+        if self.counts == "next":
+            labels = labels[:, 1:]
+        return int((labels != IGNORED).sum())
 
     def loss(self, batch: Table) -> torch.Tensor:
         """The mean loss, with its graph, in the mode that the model is in."""
@@ -65,17 +67,23 @@ class Objective:
         device = device_of(self.model)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
             out = self.model(**inputs_of(self.model, batch, self.own))
-            return self.compute(out, None if labels is None else from_numpy(labels).to(device))
+            if labels is None:
+                return self.compute(out, None)
+            return self.compute(out, from_numpy(labels).to(device))
 
     @torch.no_grad()
     def mean(self, table: Table, batch_size: int, world: Processes = ALONE) -> float:
         """Mean loss over a table, in eval mode; the processes share the batches."""
         self.model.eval()
-        total, weight = 0.0, 0.0
+        total = 0.0
+        weight = 0.0
         for i, batch in enumerate(table.batches(batch_size)):
-            count = self.weight(batch) if i % world.size == world.rank else 0
+            if i % world.size != world.rank:
+                continue
+            count = self.weight(batch)
             if count:
-                total, weight = total + float(self.loss(batch)) * count, weight + count
+                total += float(self.loss(batch)) * count
+                weight += count
         total, weight = world.total(total, weight)
         return total / weight if weight else math.nan
 
@@ -83,7 +91,7 @@ class Objective:
 def objective(
     model: AdaptedModule, training: Table | Buckets, loss: str | Loss, half: bool, rows: int = ROWS
 ) -> tuple[Objective, list[str]]:
-    """What a run makes small, and warnings.
+    """The loss that a run makes small, and warnings.
 
     Args:
         model: The model.
@@ -95,24 +103,32 @@ def objective(
     Raises:
         LoraFxError: A column that the model does not take, or a label that is no class of it.
     """
-    signature = execution_of(model).captured.signature
-    known = signature.keywords
-    for name in training.columns:
-        if name != training.label and name not in known and not signature.open:
-            raise LoraFxError(
-                f"the model takes no argument {name!r}", f"it takes {', '.join(sorted(known))}"
-            )
-    compute, own = loss_function(loss, training.label, lambda n: n in known)
+    arguments = execution_of(model).captured.signature.keywords
+    _refuse_unknown_columns(model, training)
+    compute, own = loss_function(loss, training.label, lambda name: name in arguments)
     labels = training.columns.get(training.label)
-    counted = loss == "ce" and labels is not None and labels.dtype.kind in "iu"
-    made = Objective(model, compute, own, "labels" if counted else "examples", half)
     warnings = _heed_classes(model, training, rows) if loss == "ce" else []
-    if own and counted and labels is not None and labels.ndim > 1:
-        first = training.tables[0] if isinstance(training, Buckets) else training
-        counts = reduction(model, first, own, rows)
-        warnings += [] if counts else [UNKNOWN]
-        made = Objective(model, compute, own, counts or "examples", half)
-    return made, warnings
+
+    counts = "examples"
+    if loss == "ce" and labels is not None and labels.dtype.kind in "iu":
+        counts = "labels"
+        if own and labels.ndim > 1:
+            table = training.tables[0] if isinstance(training, Buckets) else training
+            counts = reduction(model, table, own, rows)
+    if not counts:
+        warnings.append(UNKNOWN)
+        counts = "examples"
+    return Objective(model, compute, own, counts, half), warnings
+
+
+def _refuse_unknown_columns(model: AdaptedModule, training: Table | Buckets) -> None:
+    signature = execution_of(model).captured.signature
+    arguments = signature.keywords
+    for name in training.columns:
+        if name != training.label and name not in arguments and not signature.open:
+            raise LoraFxError(
+                f"the model takes no argument {name!r}", f"it takes {', '.join(sorted(arguments))}"
+            )
 
 
 def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) -> list[str]:
@@ -124,11 +140,12 @@ def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) ->
     labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])
     model.eval()
     with torch.no_grad():
-        out = model(**inputs_of(model, few(model, tables[0], rows)))
+        out = model(**inputs_of(model, question_rows(model, tables[0], rows)))
     scores = scores_of(out)
     if scores.dim() != 2 or scores.shape[1] < 2:
         return []
     check_labels(labels, scores.shape[1])
     used = len(np.unique(labels[labels != IGNORED].numpy()))
-    said = f"the data has {used} labels, the model scores {scores.shape[1]} classes"
-    return [said] if used < scores.shape[1] else []
+    if used >= scores.shape[1]:
+        return []
+    return [f"the data has {used} labels, the model scores {scores.shape[1]} classes"]

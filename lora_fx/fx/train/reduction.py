@@ -25,8 +25,9 @@ from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, class_axis, field_of, scores_of
 
 ROWS = 2
+"""Rows of the data that a question about a model takes, whatever a batch has."""
 TOKENS = 16
-"""What a question about a model takes of the data: so much of it, whatever a batch has."""
+"""Tokens of a row that it takes."""
 VALUE_GATE = 1e-3
 """How far a loss may be from an answer's, relative; models in bfloat16 round it so far."""
 GRADIENT_GATE = 2e-2
@@ -36,11 +37,14 @@ GRADIENT_GATE = 2e-2
 def inputs_of(model: AdaptedModule, batch: Table, own: str = "") -> dict[str, object]:
     """A batch as the model's arguments, on its device; its labels only where the model has them."""
     device = device_of(model)
-    columns = {k: v for k, v in batch.columns.items() if k != batch.label or own}
-    return {k: from_numpy(v).to(device) for k, v in columns.items()}
+    return {
+        name: from_numpy(column).to(device)
+        for name, column in batch.columns.items()
+        if name != batch.label or own
+    }
 
 
-def few(model: AdaptedModule, table: Table, rows: int) -> Table:
+def question_rows(model: AdaptedModule, table: Table, rows: int) -> Table:
     """The first two rows of a table, cut to 16 tokens in the dimensions that the model has free.
 
     Args:
@@ -52,33 +56,47 @@ def few(model: AdaptedModule, table: Table, rows: int) -> Table:
     captured = execution_of(model).captured
     door = captured.traced(False, captured.named).door
     free = door.free(captured.requested)
-    fixed = any(0 not in free.get(n, {}) for n in table.columns if n in door.names)
-    batch = table.rows(np.arange(min(rows if fixed else ROWS, len(table)))).trimmed()
-    if fixed:
+    arguments = [name for name in table.columns if name in door.names]
+    rows_are_fixed = any(0 not in free.get(name, {}) for name in arguments)
+    count = min(rows if rows_are_fixed else ROWS, len(table))
+    batch = table.rows(np.arange(count)).trimmed()
+    if rows_are_fixed:
         return batch
-    known = {n: tuple(d for d in dims if d) for n, dims in free.items()}
-    lengths = _lengths(batch, known)
+
+    free_axes = {name: tuple(axis for axis in axes if axis) for name, axes in free.items()}
+    lengths = _lengths(batch, free_axes)
     start = _start(batch.columns.get("attention_mask"))
+    columns = {}
+    for name, column in batch.columns.items():
+        axes = free_axes.get(name, tuple(range(1, column.ndim)))
+        columns[name] = _cut(column, axes, lengths, start)
+    return Table(columns, batch.label, batch.words)
 
-    def cut(name: str, column: Array) -> Array:
-        for d in known.get(name, tuple(range(1, column.ndim))):
-            size = column.shape[d] if d < column.ndim else 0
-            if size in lengths and size > TOKENS:
-                first = min(start, size - TOKENS)
-                column = column.take(range(first, first + TOKENS), axis=d)
-        return column
 
-    return Table({n: cut(n, c) for n, c in batch.columns.items()}, batch.label, batch.words)
+def _cut(column: Array, axes: Iterable[int], lengths: set[int], start: int) -> Array:
+    """A column cut to 16 tokens, from `start` on, in the axes that have a length of tokens."""
+    for axis in axes:
+        size = column.shape[axis] if axis < column.ndim else 0
+        if size in lengths and size > TOKENS:
+            first = min(start, size - TOKENS)
+            column = column.take(range(first, first + TOKENS), axis=axis)
+    return column
 
 
 def _lengths(batch: Table, free: Mapping[str, tuple[int, ...]]) -> set[int]:
     """The sizes that count tokens: those of free second dimensions, and of labels of their own."""
-    lengths = {c.shape[1] for n, c in batch.columns.items() if c.ndim > 1 and 1 in free.get(n, ())}
+    lengths = {
+        column.shape[1]
+        for name, column in batch.columns.items()
+        if column.ndim > 1 and 1 in free.get(name, ())
+    }
     labels = batch.columns.get(batch.label)
-    if labels is not None and labels.ndim == 2 and batch.label not in free:
-        inputs = (c for n, c in batch.columns.items() if n != batch.label)
-        if all(labels.shape[1] not in c.shape[1:] for c in inputs):  # not the height of an image
-            lengths.add(labels.shape[1])
+    if labels is None or labels.ndim != 2 or batch.label in free:
+        return lengths
+    inputs = [column for name, column in batch.columns.items() if name != batch.label]
+    is_input_size = any(labels.shape[1] in column.shape[1:] for column in inputs)
+    if not is_input_size:  # such as the height of an image
+        lengths.add(labels.shape[1])
     return lengths
 
 
@@ -108,12 +126,12 @@ class Answer:
         labels = labels[:, self.shift :]
         scores = scores[:, : labels.shape[1]]
         counted = (labels != IGNORED).float()
-        each = nn.functional.cross_entropy(
+        losses = nn.functional.cross_entropy(
             scores.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         if self.by_row:
-            return ((each * counted).sum(1) / counted.sum(1)).mean()
-        return (each * counted).sum() / counted.sum()
+            return ((losses * counted).sum(1) / counted.sum(1)).mean()
+        return (losses * counted).sum() / counted.sum()
 
 
 ANSWERS = (
@@ -125,7 +143,7 @@ ANSWERS = (
 
 
 def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
-    """What the model's own loss of labels [rows, …] is a mean over; empty where it is no such mean.
+    """The items that the model's own loss is a mean over; empty where it is no such mean.
 
     Args:
         model: The model.
@@ -134,38 +152,43 @@ def reduction(model: AdaptedModule, table: Table, own: str, rows: int) -> str:
         rows: As in few.
     """
     model.eval()
-    question = few(model, table, rows)
+    question = question_rows(model, table, rows)
     try:
         return _answer(model, question, own)
     except Exception:  # a model need not run at so few tokens; at all of them it has to
-        whole = table.rows(np.arange(len(question))).trimmed()
-        return _answer(model, whole, own)
+        uncut = table.rows(np.arange(len(question))).trimmed()
+        return _answer(model, uncut, own)
 
 
 def _answer(model: AdaptedModule, batch: Table, own: str) -> str:
-    """The answer that fits the loss of these examples under labels of our own."""
-    asked = _unlike(np.asarray(batch.columns[batch.label]))
+    """The items of the answer that fits the loss of these examples under labels of our own."""
+    question = _unlike(np.asarray(batch.columns[batch.label]))
     with torch.enable_grad():
-        inputs = inputs_of(model, Table({**batch.columns, batch.label: asked}, batch.label), own)
-        out = model(**inputs)
+        columns = {**batch.columns, batch.label: question}
+        out = model(**inputs_of(model, Table(columns, batch.label), own))
         loss = field_of(out, "loss")
         if not isinstance(loss, Tensor):
             return "labels"  # the loop's cross entropy is used
         scores = scores_of(out)
         gradient = _gradient(loss, [scores])
-    labels = from_numpy(asked).to(scores.device).long()
+    labels = from_numpy(question).to(scores.device).long()
     axis = class_axis(scores, labels)
     if axis is None:
         return ""
 
-    def by_token(t: Tensor) -> Tensor:
-        return t.detach().movedim(axis, -1).flatten(1, -2).float()
+    leaf = _by_token(scores, axis).requires_grad_()
+    slope = None if gradient is None else _by_token(gradient, axis)
+    for answer in ANSWERS:
+        if answer.shift and labels.dim() != 2:
+            continue
+        if _fits(answer, leaf, labels.flatten(1), loss.detach(), slope):
+            return answer.counts
+    return ""
 
-    leaf = by_token(scores).requires_grad_()
-    slope = None if gradient is None else by_token(gradient)
-    answers = [a for a in ANSWERS if not a.shift or labels.dim() == 2]
-    fitting = (a for a in answers if _fits(a, leaf, labels.flatten(1), loss.detach(), slope))
-    return next((a.counts for a in fitting), "")
+
+def _by_token(scores: Tensor, axis: int) -> Tensor:
+    """Scores, or their gradient, as [rows, tokens, classes] in float32."""
+    return scores.detach().movedim(axis, -1).flatten(1, -2).float()
 
 
 def _unlike(labels: Array) -> Array:
@@ -174,8 +197,8 @@ def _unlike(labels: Array) -> Array:
     What is ignored gets a class that the data has.
     """
     classes = labels[labels != IGNORED]
-    filled = np.where(labels == IGNORED, classes.min(initial=None) if classes.size else 0, labels)
-    flat = filled.reshape(len(labels), -1)
+    lowest = classes.min(initial=None) if classes.size else 0
+    flat = np.where(labels == IGNORED, lowest, labels).reshape(len(labels), -1)
     flat[1:, max(2, flat.shape[1] // 4) :] = IGNORED
     return flat.reshape(labels.shape)
 

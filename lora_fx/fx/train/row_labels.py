@@ -42,7 +42,7 @@ def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path |
     Args:
         table: The examples.
         module: The model; only classes of transformers are judged.
-        path: What the table was read from.
+        path: The file that the table was read from.
         folder: The model's, if it has one.
 
     Raises:
@@ -71,25 +71,27 @@ def refuse_row_labels(table: Table, module: nn.Module, path: str, folder: Path |
 
 
 def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
-    """What a class does; empty for a plain model, None for one that may score rows."""
+    """The task of a class; empty for a plain model, None for one that may score rows."""
 
-    def among(task: str) -> bool:
+    def is_among(task: str) -> bool:
         return name in classes.get(f"MODEL_FOR_{task}_MAPPING_NAMES", ())
 
-    if any(map(among, ROW_HEADS)):
+    if any(map(is_among, ROW_HEADS)):
         return None
-    plain = "" if name in classes.get(PLAIN, ()) else None
-    return next(filter(among, OTHER_HEADS), plain)
+    for task in OTHER_HEADS:
+        if is_among(task):
+            return task
+    return "" if name in classes.get(PLAIN, ()) else None
 
 
 def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
     """How to go on: data for what the model does, or a head for the data."""
-    ways = []
+    hints = []
     if task == "CAUSAL_LM":
-        ways.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')
+        hints.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')
     if classifiers and folder is not None:
-        named = f'"architectures": ["{classifiers[0]}"]'
-        ways.append(f"{named} in {folder}/config.json gives it such a head")
-    if not ways:
-        ways.append("give a model with such a head, or --loss file.py:FUNCTION")
-    return "; or ".join(ways)
+        architecture = f'"architectures": ["{classifiers[0]}"]'
+        hints.append(f"{architecture} in {folder}/config.json gives it such a head")
+    if not hints:
+        hints.append("give a model with such a head, or --loss file.py:FUNCTION")
+    return "; or ".join(hints)

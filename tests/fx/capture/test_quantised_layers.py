@@ -22,7 +22,7 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.codes import forms, numbers
+from lora_fx.fx.quantised_parameters import forms, numbers
 from lora_fx.passes.verbs.open import capture, load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.capture import quantised_nets

@@ -14,7 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.codes import forms
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.passes.verbs.open import capture
 
 

@@ -17,7 +17,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.codes import Stored, _fits
+from lora_fx.fx.codes import Stored
+from lora_fx.fx.dequantise_nodes import _fits
 from lora_fx.fx.pt2.captured import open_program
 from lora_fx.fx.pt2.program_gate import check_operator
 from lora_fx.fx.pt2.size_expressions import check_expression

@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.state import Settings
+from lora_fx.fx.train.settings import Settings
 from tests.fx.train.language_models import MARKED, PLAIN, SIZES, folder, rows, tokenizer, write
 from tests.zoo.shared import captured
 

@@ -15,7 +15,7 @@ from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.state import Settings
+from lora_fx.fx.train.settings import Settings
 from tests.fx.train.language_models import KINDS, PLAIN, folder, rows, write
 
 pytestmark = pytest.mark.slow

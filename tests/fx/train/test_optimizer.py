@@ -11,9 +11,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.train.learning_rate import SCHEDULES, factor
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import inputs_of
-from lora_fx.fx.train.state import OPTIMIZERS, SCHEDULES, Saving, Settings, factor
+from lora_fx.fx.train.settings import Saving, Settings
+from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
 from tests.fx.train.test_loop import adapted, table
 from tests.fx.train.test_state import Cut, S, cut_at
 from tests.fx.train.test_watch import noise

@@ -14,9 +14,10 @@ import lora_fx
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.train.learning_rate import factor
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import UNKNOWN, objective
-from lora_fx.fx.train.state import Saving, Settings, factor
+from lora_fx.fx.train.settings import Saving, Settings
 from tests.fx.train.test_loop import Net, adapted, table
 from tests.fx.train.two_processes import Tokens, token_model, tokens
 

@@ -15,7 +15,7 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.loss import class_axis, loss_function
-from lora_fx.fx.train.state import Settings
+from lora_fx.fx.train.settings import Settings
 
 TAKEN = [
     # scores, labels, the axis of the classes

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.fx.codes import forms
+from lora_fx.fx.quantised_parameters import forms
 from tests.fx.train import quantised_worker as worker
 from tests.fx.train.loops import Rows, by_hand, by_trainer, fresh_accelerator, still, worst
 from tests.fx.train.loops_worker import train

@@ -18,7 +18,7 @@ from lora_fx.data import Buckets, Table
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.objective import UNKNOWN, objective
 from lora_fx.fx.train.reduction import ROWS, TOKENS
-from lora_fx.fx.train.state import Settings
+from lora_fx.fx.train.settings import Settings
 
 LONG, CLASSES = 96, 11
 Reduce = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.state import Saving, Settings
+from lora_fx.fx.train.settings import Saving, Settings
 from tests.fx.train.test_loop import adapted, table
 from tests.fx.train.test_watch import noise
 

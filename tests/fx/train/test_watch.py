@@ -13,7 +13,8 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.loop import fit
-from lora_fx.fx.train.state import Settings, TrainReport, verdict
+from lora_fx.fx.train.settings import Settings
+from lora_fx.fx.train.train_report import TrainReport, verdict
 from tests.fx.train.test_loop import adapted, table
 
 

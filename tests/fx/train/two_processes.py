@@ -22,7 +22,7 @@ from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.processes import ALONE, Elsewhere, Processes, processes
-from lora_fx.fx.train.state import Saving, Settings
+from lora_fx.fx.train.settings import Saving, Settings
 from tests.fx.train.test_loop import adapted, table
 from tests.zoo.shared import captured
 

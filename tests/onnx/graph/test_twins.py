@@ -17,7 +17,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.adapter.origin import Origin
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.fx import to_onnx
+from lora_fx.fx.onnx_export import translation
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
 from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
@@ -118,7 +118,7 @@ def test_an_update_reaches_both_copies_of_a_table(
     torch's exporter makes two of a small table, where nothing keeps it from that.
     """
     model, ids = Tied().eval(), torch.arange(12).reshape(2, 6)
-    monkeypatch.setattr(to_onnx, "unfolded", lambda names: lambda node: None)
+    monkeypatch.setattr(translation, "unfolded", lambda names: lambda node: None)
     lora_fx.export(model, tmp_path / "base.onnx", (ids,), provider="cpu")
     rng = np.random.default_rng(0)
     sides = (50, 12) if op == "embedding" else (12, 50)

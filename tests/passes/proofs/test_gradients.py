@@ -16,7 +16,8 @@ from lora_fx.compare import CEILING, Parity, rel
 from lora_fx.dtypes import Array
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.train.objective import loss_function
-from lora_fx.fx.train.step import Update, slots_in, train_graph
+from lora_fx.fx.train.optimizer_step import Update, slots_in
+from lora_fx.fx.train.train_graph import train_graph
 from lora_fx.inputs import Named
 from lora_fx.passes.proofs.parity import _Torch, prove_step
 

@@ -15,8 +15,9 @@ import lora_fx
 from lora_fx.adapter.starts import matrix
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.calibration import SiteRows, Watched, part
+from lora_fx.fx.calibration import Watched
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.site_rows import SiteRows, rows_of_part
 from lora_fx.ir.graph import Site
 from lora_fx.passes.verbs.calibrate import _layout_and_start, _Statistics, calibrate
 from lora_fx.passes.verbs.open import capture
@@ -82,8 +83,8 @@ def of_rows(row: Row, cap: Captured, x: Tensor) -> tuple[_Statistics, set[str]]:
             if way is None or dy is None or inputs is None:
                 continue
             ids, n = inputs.value, inputs.one_hot
-            right = part(F.one_hot(ids, n).float() if n else ids, *way, own, out=False)
-            product = part(dy.value, *way, own, out=True).mT @ right
+            right = rows_of_part(F.one_hot(ids, n).float() if n else ids, *way, own, out=False)
+            product = rows_of_part(dy.value, *way, own, out=True).mT @ right
             seen.sums[key].add("product", product.numpy())
             left[key] -= 1
     return seen, {key for key, n in left.items() if n}

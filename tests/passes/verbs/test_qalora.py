@@ -22,8 +22,9 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.fx.codes import DEQUANTISE, forms
+from lora_fx.fx.codes import DEQUANTISE
 from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.quantised_parameters import forms
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.open import load_program

@@ -1,0 +1,110 @@
+"""The fingerprint of the base that a module holds; see `lora_fx.checkpoint.provenance`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fx.checkpoint import provenance
+from lora_fx.dtypes import FLOATING, Array, numpy_dtype
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.dotted_names import parameter_of
+from lora_fx.fx.fake_tensors import is_wrapper
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.quantised_parameters import numbers
+from lora_fx.fx.shards import is_sharded
+from lora_fx.fx.tensors import to_numpy
+from lora_fx.inputs import Named
+
+
+class Base:
+    """The record of the base that an adapter is trained on.
+
+    The last fingerprint is kept: tensors that are sharded later cannot be sampled by one process.
+    """
+
+    def __init__(self) -> None:
+        self._keys: frozenset[str] = frozenset()
+        self._last: dict[str, Any] = {}
+        self._said: dict[str, str] = {}
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """Notes on adapters whose base is another than this one, or cannot be compared."""
+        return tuple(self._said.values())
+
+    def check(self, metadata: Named, root: nn.Module, name: str = "the adapter") -> None:
+        """Compare the weights with those that an adapter says it was trained on, if it does.
+
+        Args:
+            metadata: The metadata of the adapter.
+            root: The tree that holds the weights.
+            name: The adapter's name, for the note; an earlier one of that name is forgotten.
+        """
+        self._said.pop(name, None)
+        recorded = metadata.get(provenance.FIELD)
+        if recorded is None:
+            return
+        same, why = provenance.compared(recorded, partial(_cast_sample, root))
+        if same is None:
+            self._said[name] = f"{name}: its base is not verified: {why}"
+        elif not same:
+            count = len(recorded["names"])
+            self._said[name] = (
+                f"{name} was trained on other weights than this model's: samples of the {count} "
+                "tensors that it changed there differ"
+            )
+
+    def now(self, keys: Iterable[str], root: nn.Module) -> dict[str, Any]:
+        """{"base": fingerprint} of the weights of low-rank keys; empty where they have no values.
+
+        Args:
+            keys: The keys of the adapter.
+            root: The tree that holds the weights.
+        """
+        keys = frozenset(keys)
+        fingerprint: dict[str, Any] = {}
+        try:
+            samples = [_sample(root, name) for name in provenance.parameters_of(keys)]
+            if samples:
+                fingerprint = {provenance.FIELD: provenance.fingerprint(samples)}
+        except LoraFxError:
+            return self._last if keys == self._keys else {}
+        self._keys = keys
+        self._last = fingerprint
+        return fingerprint
+
+
+def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...], Array]:
+    try:
+        _, shape, values = _sample(root, name)
+    except LoraFxError as error:
+        raise provenance.Unknown(error.message) from error
+    if values.dtype.itemsize < numpy_dtype(dtype).itemsize:
+        raise provenance.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
+    return shape, provenance.cast(values, dtype)
+
+
+def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
+    """The name, the shape, and both ends of a parameter; of codes, what they stand for."""
+    tensor: torch.Tensor = parameter_of(root, name)
+    if is_sharded(tensor):
+        raise LoraFxError(
+            f"{name!r} is sharded: every process would have to gather it", "gather it before"
+        )
+    tensor = numbers(root, name)
+    if dtype_name(tensor.dtype) not in FLOATING or is_wrapper(tensor.data):
+        raise LoraFxError(f"{name!r} is {tensor.dtype}, no plain weight", "cast it before")
+    return name, tuple(tensor.shape), both_ends(tensor)
+
+
+def both_ends(tensor: torch.Tensor) -> Array:
+    """The first and the last elements of a tensor, as a fingerprint samples them."""
+    flat = tensor.detach().reshape(-1)
+    ends = [to_numpy(flat[end].clone()) for end in provenance.ends(len(flat))]
+    return np.concatenate(ends)

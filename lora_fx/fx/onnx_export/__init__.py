@@ -1,0 +1,1 @@
+"""A captured module through torch's ONNX exporter."""

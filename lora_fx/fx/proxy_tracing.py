@@ -1,0 +1,10 @@
+"""A run written down as a graph: torch's `make_fx`, and the mode that writes while it runs.
+
+`get_proxy_mode` gives the mode that writes, and `get_proxy_slot` the node of a tensor.
+"""
+
+from __future__ import annotations
+
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+
+__all__ = ["get_proxy_mode", "get_proxy_slot", "make_fx"]

@@ -1,0 +1,60 @@
+"""A step whose loss or gradient is not finite: the error names it, before any weight moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.insertion import insertion_of
+
+
+def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> None:
+    """Stop before the optimizer moves anything.
+
+    Args:
+        model: The model after backward.
+        loss: The loss of this step.
+        norm: The norm of all gradients together.
+        step: Counted from 1.
+
+    Raises:
+        LoraFxError: With exit code 1; names the first tensor, in the order of the targets, whose
+            gradient is not finite.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    gradients = list(_gradients(model))
+    infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
+    where = "every gradient is finite, their norm or the loss is not"
+    if infinite:
+        count = f"{len(infinite)} of {len(gradients)}"
+        where = f"first not finite: the gradient of {infinite[0]} ({count} are not)"
+    if not math.isfinite(loss):
+        raise not_finite(step, "loss", loss, where)
+    raise not_finite(step, "norm of the gradients", norm, where)
+
+
+def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """(its name in words, gradient): A and B of every target, then tensors trained whole."""
+    factors: set[int] = set()
+    for key, pair in insertion_of(model).slots().items():
+        for side, parameter in zip("AB", pair, strict=True):
+            factors.add(id(parameter))
+            if parameter.grad is not None:
+                yield f"{side} of {key!r}", parameter.grad
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and id(parameter) not in factors:
+            yield repr(name), parameter.grad
+
+
+def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
+    """The error of a run that was stopped."""
+    return LoraFxError(
+        f"step {step}: the {what} is {value}; {where}",
+        "a lower --lr, or look at the data",
+        exit_code=1,
+    )

@@ -1,0 +1,137 @@
+"""The facts of a run: model, data and settings, so that no other run goes on from its state.
+
+Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
+trained both ends of each tensor count, as in `lora_fx.checkpoint.provenance`; of data every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_fx.adapter.variant import asked
+from lora_fx.checkpoint.provenance import fingerprint
+from lora_fx.data import Buckets, Table
+from lora_fx.fx.graph.nodes import dtype_name
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.base_fingerprint import both_ends
+from lora_fx.fx.tensors import device_of
+from lora_fx.fx.train.loss import Loss
+from lora_fx.fx.train.optimizer import Optimizer
+from lora_fx.inputs import Named
+
+Facts = dict[str, dict[str, Any]]
+
+
+def facts_of(
+    model: AdaptedModule,
+    training: Table | Buckets,
+    validation: Table | None,
+    loss: str | Loss,
+    optimizer: Optimizer,
+    processes: int,
+) -> Facts:
+    """The facts of a run, before or after any step of it."""
+    settings = asdict(optimizer.settings)
+    del settings["epochs"]
+    return {
+        "model": _model(model),
+        "data": {"training": _data(training), "validation": _data(validation)},
+        "settings": {
+            **settings,
+            "steps": optimizer.steps,
+            "loss": loss if isinstance(loss, str) else _function(loss),
+            "device": device_of(model).type,
+            "processes": processes,
+        },
+    }
+
+
+def _model(model: AdaptedModule) -> dict[str, Any]:
+    """The facts of a model: its updates, what is trained, and what is not."""
+    facts: dict[str, Any] = {}
+    for key, update in model.updates.items():
+        rank, alpha = asked(update)
+        facts[f"update of {key!r}"] = f"rank {rank}, alpha {alpha:g}, {update.variant}"
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            text = f"{dtype_name(parameter.dtype)} {list(parameter.shape)}"
+            facts[f"trained tensor {name!r}"] = text
+        else:
+            frozen.append((name, parameter))
+    graph = str(model.graph(True).graph)
+    facts["dropout"] = float(model.adapter().metadata.get("dropout") or 0.0)
+    facts["graph"] = hashlib.sha256(graph.encode()).hexdigest()
+    facts["weights"] = _weights([*frozen, *model.named_buffers()])
+    return facts
+
+
+def differences(state: Named, run: Facts) -> list[str]:
+    """Differences between a state's facts and a run's, in words; most telling first."""
+    lines = []
+    for part, facts in run.items():
+        state_facts = state.get(part)
+        if not isinstance(state_facts, Mapping):
+            state_facts = {}
+        for what in dict.fromkeys([*facts, *state_facts]):
+            before = state_facts.get(what)
+            now = facts.get(what)
+            if before != now:
+                lines.append(f"{part}: {what}: {_difference(before, now)}")
+    return lines
+
+
+def _difference(state: Any, run: Any) -> str:
+    """Two facts in words; of two hashes only that they differ."""
+    if isinstance(state, str) and isinstance(run, str) and len(state) == len(run) == 64:
+        return "another"
+    before, now = ("none" if fact is None else str(fact) for fact in (state, run))
+    return f"{before} there, {now} here"
+
+
+def digests(model: AdaptedModule, facts: Facts) -> dict[str, bytes]:
+    """Digests, by sha256, of what every process of a run must have in common, by names in words."""
+    trained = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
+    texts = {part: json.dumps(facts[part], sort_keys=True) for part in facts}
+    texts["initial values"] = _weights(trained)
+    return {name: hashlib.sha256(text.encode()).digest() for name, text in texts.items()}
+
+
+def _weights(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of both ends of each tensor."""
+    samples = ((name, tuple(tensor.shape), both_ends(tensor)) for name, tensor in tensors)
+    return str(fingerprint(samples)["sample"])
+
+
+def _data(data: Table | Buckets | None) -> str:
+    """Number of examples and a hash of every byte, by column."""
+    if data is None:
+        return "none"
+    content = hashlib.sha256(json.dumps([data.label]).encode())
+    tables = data.tables if isinstance(data, Buckets) else [data]
+    for table in tables:
+        for name, column in sorted(table.columns.items()):
+            header = [name, str(column.dtype), list(column.shape)]
+            content.update(json.dumps(header).encode())
+            content.update(np.ascontiguousarray(column).tobytes())
+    return f"{len(data)} examples, sha256 {content.hexdigest()[:16]}"
+
+
+def _function(function: Loss) -> str:
+    """A function's name and a hash of its text."""
+    name = f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        return name
+    return f"{name}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,0 +1,77 @@
+"""Settings of a run, and where it keeps its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_fx.errors import LoraFxError
+from lora_fx.fx.train.learning_rate import SCHEDULES
+from lora_fx.fx.train.torch_optimizers import OPTIMIZERS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `fit`. `steps` overrides `epochs`; validation runs `checks` times.
+
+    Args:
+        epochs: Passes over the training data.
+        steps: Steps of the optimizer, instead of epochs.
+        batch_size: Examples a step, of all processes together.
+        lr: Highest learning rate of a; the variant says that of b.
+        weight_decay: What a weight loses in a step of AdamW is lr · weight_decay of itself.
+        warmup: Share of the steps in which the rate rises; then the schedule has it.
+        clip: The longest gradient, as the norm of all of them together; 0 clips nothing.
+        checks: Validations in a run.
+        seed: The seed of dropout and of the order of the examples.
+        patience: Validations in a row without a new lowest loss that end the run.
+        accumulate: Parts that a process's share of a step runs in, one after another.
+        mixed_precision: no, or bf16: products in bfloat16, what is trained stays float32.
+        schedule: A name in SCHEDULES.
+        optimizer: A name in OPTIMIZERS.
+
+    Raises:
+        LoraFxError: A schedule or an optimizer that is not known.
+    """
+
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    checks: int = 10
+    seed: int = 0
+    patience: int | None = None
+    accumulate: int = 1
+    mixed_precision: str = "no"
+    schedule: str = "cosine"
+    optimizer: str = "adamw_torch"
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is not known."""
+        _expect("schedule", self.schedule, list(SCHEDULES))
+        _expect("optimizer", self.optimizer, list(OPTIMIZERS))
+
+
+def _expect(kind: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise LoraFxError(f"no {kind} {name!r}", f"one of {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run keeps its state, and from where it goes on.
+
+    Args:
+        folder: The folder that is written, and replaced; None for none.
+        every: Steps between two states; None for one at every validation.
+        resume: The state of an earlier run to go on from.
+        limit: How many states are kept, the last ones, as `checkpoint-STEP` in the folder; None
+            for one, which is the folder itself.
+    """
+
+    folder: str | None = None
+    every: int | None = None
+    resume: str | None = None
+    limit: int | None = None

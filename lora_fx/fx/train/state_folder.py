@@ -1,0 +1,76 @@
+"""A run's state on disk: a folder of state.json and state.safetensors, replaced as a whole.
+
+Numbers that JSON would round are tensors; floats in JSON are written so that they come back the
+same. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, check_format
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import read_json
+from lora_fx.files.safetensors import read_tensors
+
+WORDS = "state.json"
+TENSORS = "state.safetensors"
+
+
+STEP = re.compile(r"checkpoint-\d+")
+
+
+def check_folder(folder: str, *, force: bool, own: bool = False, limit: int | None = None) -> None:
+    """Refuse, before any work, a folder that no state can be written to.
+
+    Args:
+        folder: To be made.
+        force: Replace a state that is there; a folder that holds anything else never is.
+        own: The state of this run, which goes on from it.
+        limit: As in Saving; states of another run are not mixed with those of this one.
+    """
+    path = Path(folder)
+    several = checkpoints(path)
+    if several and not (limit and own):
+        hint = f"choose another folder, or --resume {folder} --save-total-limit N"
+        raise LoraFxError(f"{folder} holds states of a run, the last {several[-1].name}", hint)
+    if not several:
+        check_output(folder, force=force, own=own, names=(WORDS, TENSORS))
+    if (path / WORDS).exists() and (limit or STEP.fullmatch(path.name)):
+        raise LoraFxError(f"{folder} is one state, and is kept", "--save-state DIR, another one")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The states in a folder of several, the oldest first."""
+    states = [
+        path for path in folder.glob("*") if STEP.fullmatch(path.name) and (path / WORDS).is_file()
+    ]
+    return sorted(states, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def step_of(folder: str) -> int | None:
+    """The step of a state; None where there is none."""
+    try:
+        return int(read_folder(folder)[0]["step"])
+    except (LoraFxError, LookupError, TypeError, ValueError):
+        return None
+
+
+def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """A state's JSON and tensors; the last one's of a folder of several.
+
+    Raises:
+        LoraFxError: There is none, or it is damaged or of another version.
+    """
+    path = [Path(folder), *checkpoints(Path(folder))][-1]
+    if not (path / WORDS).is_file() or not (path / TENSORS).is_file():
+        raise LoraFxError(
+            f"{folder}: no training state: {WORDS} and {TENSORS} are not both there",
+            "train --save-state writes one",
+        )
+    words = read_json(path / WORDS, hint="start anew")
+    check_format(words, str(path / WORDS))
+    return words, read_tensors(path / TENSORS)[0]
