@@ -17,7 +17,7 @@ from lora_fx.data import check_unpacked
 from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
-from lora_fx.formats.base import has_config, tensors_head
+from lora_fx.formats.file_head import has_config, tensors_head
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.registry import FORMATS, files_of
 

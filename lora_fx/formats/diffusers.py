@@ -40,12 +40,14 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, naming
-from lora_fx.formats.base import Arrays, File
+from lora_fx.formats import checked_file, components, header_json, naming, unsupported
+from lora_fx.formats.checked_file import Arrays, File
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
+from lora_fx.formats.peft.build_config import build_config
+from lora_fx.formats.peft.config import MERGE, check_config, mutation
+from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX, from_tensors
-from lora_fx.formats.peft.write import module_form, to_tensors
+from lora_fx.formats.peft.pattern import Pattern
 from lora_fx.text import Json
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -64,7 +66,7 @@ def detect(seen: FileHead) -> bool:
     if HEADER in seen.metadata:
         return any(_part(n) for n in seen.names)
     return any(
-        (part := _part(n)) and part[1] in "AB" and (naming.has_home(n) or _OLD.fullmatch(n))
+        (part := _part(n)) and part[1] in "AB" and (components.has_home(n) or _OLD.fullmatch(n))
         for n in seen.names
     )
 
@@ -92,10 +94,10 @@ def read(path: str | Path) -> Adapter:
     for module, parts in file.modules(tensors, _part, unknown).items():
         entries |= _entries(module, parts, configs, file)
     file.notes.extend(configs.notes())
-    entries, metadata, named = base.restore(entries, header, str(path))
-    components = {naming.split_component(key)[0] for key in entries} - {""}
+    entries, metadata, named = header_json.restore(entries, header, str(path))
+    components = {components.split_component(key)[0] for key in entries} - {""}
     names = naming.taken_names(metadata)
-    if not named and any(naming.has_home(key) for key in entries):
+    if not named and any(components.has_home(key) for key in entries):
         names = naming.ForeignNames("diffusers", tuple(sorted(components)))
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
@@ -115,11 +117,11 @@ def _part(name: str) -> tuple[str, str] | None:
         elif leaf == "to_out":
             leaf = "to_out.0"
         # Before components were written only a UNet had processors.
-        lead = "" if naming.split_component(module)[0] else "unet."
+        lead = "" if components.split_component(module)[0] else "unet."
         return f"{lead}{module}.{leaf}", "alpha" if match[4] else _HALF[match[3]]
     if match := _PAIR.fullmatch(name):
         return match[1], _HALF[match[2] or match[3]]
-    return base.module_and_part(_REST, name)
+    return checked_file.module_and_part(_REST, name)
 
 
 def _entries(module: str, parts: Arrays, configs: _Configs, file: File) -> dict[str, Entry]:
@@ -151,7 +153,7 @@ class _Configs:
         self.where = f"{file.name}: {HEADER}"
         self.configs: dict[str, Json] = {}
         for key, value in json_object(header.get(HEADER, "{}"), self.where).items():
-            component, field = naming.split_component(key)
+            component, field = components.split_component(key)
             self.configs.setdefault(component, {})[field] = value
         self.alphas: dict[str, Pattern] = {}
         for component, config in self.configs.items():
@@ -165,7 +167,7 @@ class _Configs:
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:
         """(alpha, variant) of one module; no alpha where the header has no config of it."""
-        component, rest = naming.split_component(module)
+        component, rest = components.split_component(module)
         component, rest = (component, rest) if component in self.alphas else ("", module)
         if component not in self.alphas:
             return None, "lora"
@@ -180,10 +182,7 @@ class _Configs:
         return [note for pattern in self.alphas.values() for note in pattern.notes()]
 
 
-# From an Adapter to the tensors of a diffusers file; see `lora_fx.formats.diffusers`.
-
-
-_refused = partial(base.refused, "a diffusers file")
+_refused = partial(unsupported.refused, "a diffusers file")
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
@@ -207,13 +206,13 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         if not isinstance(entry, LowRank):
             raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
         form = module_form(key, entry, _refused)
-        component, rest = naming.split_component(form.module)
-        component = component or naming.guess_component(form.module)
+        component, rest = components.split_component(form.module)
+        component = component or components.guess_component(form.module)
         if not component:
             raise _refused(
                 key,
                 "no component is named",
-                f"put one before the keys: {', '.join(c + '.' for c in naming.COMPONENTS)}",
+                f"put one before the keys: {', '.join(c + '.' for c in components.COMPONENTS)}",
             )
         name = f"{component}.{rest}"
         names[key] = f"{name}.weight"
@@ -227,7 +226,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
         for component, updates in modules.items()
         for field, value in _config(component, updates).items()
     }
-    notes = base.turned_notes(adapter, "diffusers")
+    notes = unsupported.turned_notes(adapter, "diffusers")
     if any(low.scale != 1.0 for lows in modules.values() for low in lows.values()):
         notes.append(
             "alpha stands in the header, as lora_adapter_metadata: diffusers reads it since 2025; "
@@ -236,7 +235,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     header = {
         "format": "pt",
         HEADER: json.dumps(config, sort_keys=True),
-        base.FIELD: base.describe(adapter, names),
+        header_json.FIELD: header_json.describe(adapter, names),
     }
     write_tensors(Path(path), tensors, header)
     return tuple(notes)

@@ -14,10 +14,11 @@ token_embd.weight.lora_a [rows, r],         model.embed_tokens.weight: the other
 
 s = alpha / r with the one `adapter.lora.alpha` of the file, or 1 where it is 0 or missing. An
 update of another alpha has the ratio multiplied into B. The names are those of the package `gguf`,
-for the architectures of `_ARCHITECTURES`. Where llama.cpp turns neighbouring pairs of rows of q and
-k, as torchtune does, B has them in that order (`lora_fx.formats.torchtune` has the formula): the
-number of heads comes from the base's config.json, or from `ARCH.attention.head_count` and
-`head_count_kv`, which are written here and which llama.cpp passes over in an adapter.
+for the architectures of `lora_fx.formats.llama_cpp_names`. Where llama.cpp turns neighbouring pairs
+of rows of q and k, as torchtune does, B has them in that order (`lora_fx.formats.rotary_rows` has
+the formula): the number of heads comes from the base's config.json, or from
+`ARCH.attention.head_count` and `head_count_kv`, which are written here and which llama.cpp passes
+over in an adapter.
 
 A fused `mlp.gate_up_proj` stays one tensor (ffn_up, twice the rows); one of a stack of experts is
 split into its halves, since llama.cpp keeps ffn_gate_exps and ffn_up_exps apart. Experts are read
@@ -37,11 +38,10 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -53,36 +53,23 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.checkpoint import model_config, text_config
 from lora_fx.files.read import AGAIN, open_input
-from lora_fx.formats.base import File, refused
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
-from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
-from lora_fx.text import Json, JsonView, StrPath, counted
+from lora_fx.formats.llama_cpp_names import (
+    HEAD,
+    HEADS,
+    OUTSIDE_LAYERS,
+    TABLE,
+    LlamaCppNames,
+    gguf_package,
+    names_of_architecture,
+    names_of_base,
+)
+from lora_fx.formats.rotary_rows import to_halves, to_neighbours
+from lora_fx.formats.unsupported import refused
+from lora_fx.text import Json, StrPath, counted
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
-_DENSE = (*_ATTENTION, *(f"mlp.{x}" for x in _MLP))
-_EXPERTS = (*_ATTENTION, "mlp.gate", *(f"mlp.experts.{x}" for x in _MLP))
-_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{x}" for x in _MLP))
-_MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{i}" for i in (1, 2, 3)))
-_LIKE_LLAMA = ("smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2")
-_ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "llama": (*_DENSE, *_MIXTRAL),
-    **dict.fromkeys(_LIKE_LLAMA, _DENSE),
-    "qwen2moe": (*_EXPERTS, *_SHARED),
-    "qwen3moe": _EXPERTS,
-    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
-}
-"""llama.cpp's architecture → Hugging Face's modules of a layer, where nothing but q and k moves."""
-_MODEL_TYPES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
-_MODEL_TYPES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-_NEIGHBOURS = ("llama", "smollm3", "granite")
-"""Those in which the rows of q and k are put in neighbouring pairs."""
-_HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
-_HEAD, _TABLE = "lm_head", "model.embed_tokens"
-_WHOLE = {_HEAD: "output.weight", _TABLE: "token_embd.weight"}
 _KEY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,5})\.(.+)\.weight")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
 _BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
@@ -90,60 +77,9 @@ _MOST = 50_000
 """Values of a header that are read; an adapter has some thousands."""
 
 
-@dataclass(frozen=True)
-class _Names:
-    """How an architecture calls its tensors: {Hugging Face's module of a layer: name in blk.N}."""
-
-    architecture: str
-    modules: Mapping[str, str]
-    config: JsonView
-    where: str
-
-    def turned(self, b: Array, module: str, file: File, order: Callable[..., Array]) -> Array:
-        """Rows of B in another order, where they are of q or k and llama.cpp has its own."""
-        if self.architecture not in _NEIGHBOURS or not module.endswith((".q_proj", ".k_proj")):
-            return b
-        return order(b, heads_of(module, len(b), self.config, self.where, file))
-
-
-def _names(architecture: str, config: JsonView, where: str) -> _Names:
-    gguf, known = _package(), (*_ARCHITECTURES, *_MODEL_TYPES)
-    if architecture not in known:
-        raise LoraFxError(
-            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for {known}",
-            "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
-        )
-    architecture = _MODEL_TYPES.get(architecture, architecture)
-    number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    table = gguf.get_tensor_name_map(number, 1)
-    found = {m: table.get_name(f"model.layers.0.{m}") for m in _ARCHITECTURES[architecture]}
-    modules = {m: f"{name.removeprefix('blk.0.')}.weight" for m, name in found.items()}
-    return _Names(architecture, modules, config, where)
-
-
-def _base_names(base: StrPath | None) -> _Names | None:
-    """The names of a base model, by its config.json; None where there is none."""
-    home = Path(base) if base else None
-    path = (home if home.is_dir() else home.parent) / "config.json" if home else None
-    if path is None or not path.is_file():
-        return None
-    config = model_config(path)
-    config = {**config, **text_config(config)}
-    return _names(str(config.get("model_type")), config, str(path))
-
-
-def _package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        hint = "pip install 'lora-fx[gguf]'"
-        raise LoraFxError("GGUF needs the package gguf, which is not installed", hint) from error
-    return gguf
-
-
 def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
     """The values of an adapter's header by key, and its tensors in fp32."""
-    gguf, calls = _package(), itertools.count()
+    gguf, calls = gguf_package(), itertools.count()
 
     class Strict(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         """The package's goes on behind the end of a file, and through any number of values."""
@@ -208,8 +144,8 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
     fields, tensors = _contents(Path(path), file)
     own, told = str(fields.get("general.architecture")), fields.get("adapter.lora.alpha")
     alpha = file.alpha("adapter.lora.alpha", np.asarray(told) if told else None)
-    heads = {name: fields.get(f"{own}.attention.{key}") for name, key in _HEADS.items()}
-    names = _base_names(base) or _names(own, heads, file.name)
+    heads = {name: fields.get(f"{own}.attention.{key}") for name, key in HEADS.items()}
+    names = names_of_base(base) or names_of_architecture(own, heads, file.name)
     if names.architecture != own:
         what = f"is {own!r}; {names.where} is of {names.architecture!r}"
         raise file.error("general.architecture", what, "is it the adapter of this model?")
@@ -233,33 +169,30 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
 
 
 def _updates(
-    stem: str, pair: Factors, alpha: float | None, names: _Names, file: File
+    stem: str, pair: Factors, alpha: float | None, names: LlamaCppNames, file: File
 ) -> dict[str, Entry]:
     """The updates of one tensor of llama.cpp, under Hugging Face's names."""
     a, b = pair
     block, _, rest = stem.removeprefix("blk.").partition(".")
-    whole = next((key for key, name in _WHOLE.items() if name == stem), "")
+    whole = next((key for key, name in OUTSIDE_LAYERS.items() if name == stem), "")
     of_layer = stem.startswith("blk.") and _BLOCK.fullmatch(block)
     module = next((m for m, n in names.modules.items() if n == rest and of_layer), whole)
     if not module:
         raise file.error(stem, f"is no matrix of {names.architecture} that is known here")
-    a = np.ascontiguousarray(a.T) if whole == _TABLE else a
+    a = np.ascontiguousarray(a.T) if whole == TABLE else a
     axes = 3 if ".experts." in module else 2
     if not a.ndim == b.ndim == axes or (*a.shape[:-2], a.shape[-2]) != (*b.shape[:-2], b.shape[-1]):
         shapes = f"lora_a {list(pair[0].shape)} and lora_b {list(b.shape)}"
         raise file.error(stem, f"has {shapes}; expected [r, in] and [out, r], E before of experts")
     alpha = alpha or float(b.shape[-1])
     if whole:
-        origin = Origin(op="embedding" if whole == _TABLE else "")
+        origin = Origin(op="embedding" if whole == TABLE else "")
         return {f"{whole}.weight": LowRank(a, b, alpha, origin=origin)}
     key = f"model.layers.{int(block)}.{module}"
     if axes == 2:
         return {f"{key}.weight": LowRank(a, names.turned(b, key, file, to_halves), alpha)}
     home, _, leaf = key.rpartition(".")
     return {f"{home}.{i}.{leaf}.weight": LowRank(a[i], b[i], alpha) for i in range(len(a))}
-
-
-# From an Adapter to the tensors of a GGUF file.
 
 
 _refused = partial(refused, "a GGUF adapter")
@@ -277,7 +210,7 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
         LoraFxError: No config.json, an architecture that is not known here, or what llama.cpp
             does not apply, by key.
     """
-    names, file = _base_names(base), File("the adapter")
+    names, file = names_of_base(base), File("the adapter")
     if names is None:
         what = f"{base} has no config.json" if base else "no base is given"
         hint = "give the folder of the base model: --base"
@@ -304,25 +237,25 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
     return (f"{note}another are multiplied into B",) if others else ()
 
 
-def _plain(key: str, entry: Entry, names: _Names) -> LowRank:
+def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
     """The update, where llama.cpp can apply it."""
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
         raise _refused(key, "it is of a convolution, or of a part or one use of the tensor")
     tied = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
-    if (tied or entry.origin.tied) and key in (f"{_HEAD}.weight", f"{_TABLE}.weight"):
+    if (tied or entry.origin.tied) and key in (f"{HEAD}.weight", f"{TABLE}.weight"):
         raise _refused(key, "the model has one table for embedding and head", "--exclude it")
     return entry
 
 
 def _parts(
-    key: str, low: LowRank, names: _Names, file: File
+    key: str, low: LowRank, names: LlamaCppNames, file: File
 ) -> Iterator[tuple[str, int, Array, Array]]:
     """(tensor of llama.cpp, number of the expert or -1, A and B) of an update."""
     a, b = low.a, low.b
-    if name := _WHOLE.get(key.removesuffix(".weight")):
-        if _TABLE in key:
+    if name := OUTSIDE_LAYERS.get(key.removesuffix(".weight")):
+        if TABLE in key:
             looked_up = low.layout.out == (1,) if low.layout else low.origin.op == "embedding"
             a, b = (a.T, b) if looked_up else (b, a.T)
         yield name, -1, a, b
@@ -348,7 +281,9 @@ def _parts(
             yield name, one, a, names.turned(rows, f".{part}", file, to_neighbours)
 
 
-def _stacked(name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Names) -> Factors:
+def _stacked(
+    name: str, held: Mapping[int, tuple[str, Array, Array]], names: LlamaCppNames
+) -> Factors:
     """A and B of all experts of a layer, which have to be there, and of one shape."""
     count = experts_of(names.config) or max(held) + 1
     key = next(iter(held.values()))[0]
@@ -361,12 +296,12 @@ def _stacked(name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Na
     return a, b
 
 
-def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: _Names) -> None:
-    writer = _package().GGUFWriter(path, names.architecture)
+def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: LlamaCppNames) -> None:
+    writer = gguf_package().GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    for field, key in _HEADS.items():
+    for field, key in HEADS.items():
         if isinstance(count := names.config.get(field), int):
             writer.add_uint32(f"{names.architecture}.attention.{key}", count)
     for name, array in tensors.items():

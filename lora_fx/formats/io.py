@@ -20,6 +20,7 @@ from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
 from lora_fx.files.read import trusting
+from lora_fx.formats.components import is_pipeline, names_of, split_component
 from lora_fx.formats.detect import (
     check_elements,
     format_for,
@@ -31,7 +32,7 @@ from lora_fx.formats.detect import (
 )
 from lora_fx.formats.format import Format as AdapterFormat
 from lora_fx.formats.installed import InstalledFormat
-from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
+from lora_fx.formats.naming import ForeignNames, one_model
 from lora_fx.formats.registry import FORMATS, FormatName
 
 __all__ = [

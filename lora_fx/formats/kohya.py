@@ -39,17 +39,17 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation,
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, lycoris, naming
-from lora_fx.formats.base import Arrays, File
+from lora_fx.formats import checked_file, components, header_json, lycoris, naming, unsupported
+from lora_fx.formats.checked_file import Arrays, File
 from lora_fx.formats.format import FileHead, Format
+from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.peft.write import module_form, to_tensors
 
 _PART = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
 )
-_part = partial(base.module_and_part, _PART)
+_part = partial(checked_file.module_and_part, _PART)
 _OTHERS = {
     "oft_": "OFT, which multiplies the weight by an orthogonal matrix",
     "boft_": "BOFT, which multiplies the weight by orthogonal matrices",
@@ -63,7 +63,7 @@ _PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bi
 
 def detect(seen: FileHead) -> bool:
     """True for a file with tensors of these names that are not PEFT's."""
-    if base.FIELD in seen.metadata:
+    if header_json.FIELD in seen.metadata:
         return any(".lora_down." in n or _part(n) for n in seen.names)
     return any(
         ((part := _part(n)) and part[1] != "alpha" and not n.startswith(PREFIX))
@@ -88,7 +88,7 @@ def read(path: str | Path) -> Adapter:
     entries: dict[str, Entry] = {}
     for module, parts in file.modules(tensors, _part, partial(_unknown, file=file)).items():
         entries |= _entries(module, parts, file)
-    entries, metadata, named = base.restore(entries, header, str(path))
+    entries, metadata, named = header_json.restore(entries, header, str(path))
     told = naming.taken_names(metadata)
     names = told if named else naming.ForeignNames("kohya")
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
@@ -171,10 +171,7 @@ def _unknown(name: str, file: File) -> LoraFxError:
     )
 
 
-# From an Adapter to the tensors of a kohya file; see `lora_fx.formats.kohya`.
-
-
-_refused = partial(base.refused, "a kohya file")
+_refused = partial(unsupported.refused, "a kohya file")
 
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
@@ -186,7 +183,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
-    notes = base.turned_notes(adapter, "kohya")
+    notes = unsupported.turned_notes(adapter, "kohya")
     second = any(key.startswith("text_encoder_2.") for key in adapter)
     owner: dict[str, str] = {}
     kept = adapter.names is not None and adapter.names.format == "kohya"
@@ -199,7 +196,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
             raise LoraFxError(
                 f"{owner[names[key]]!r} and {key!r} would both be {name!r} in the file: it has "
                 "'_' for '.'",
-                base.KEEPS,
+                unsupported.KEEPS,
             )
         tensors |= {f"{name}.{part}": array for part, array in parts.items()}
         if alpha is not None:
@@ -209,7 +206,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
             "names begin with lycoris_, which LyCORIS gives to models of any kind: image tools "
             "look for lora_unet_ and lora_te_"
         )
-    write_tensors(Path(path), tensors, {base.FIELD: base.describe(adapter, names)})
+    write_tensors(Path(path), tensors, {header_json.FIELD: header_json.describe(adapter, names)})
     return tuple(notes)
 
 
@@ -225,9 +222,9 @@ def file_name(module: str, *, second: bool) -> str:
     >>> file_name("text_encoder.text_model.fc1", second=True), file_name("h.0.fc", second=False)
     ('lora_te1_text_model_fc1', 'lycoris_h_0_fc')
     """
-    component, rest = naming.split_component(module)
-    component = component or naming.guess_component(module)
-    prefix = naming.COMPONENTS[component].prefixes[0] if component else "lycoris_"
+    component, rest = components.split_component(module)
+    component = component or components.guess_component(module)
+    prefix = components.COMPONENTS[component].prefixes[0] if component else "lycoris_"
     if component == "text_encoder" and second:
         prefix = "lora_te1_"
     return prefix + rest.replace(".", "_")
@@ -253,7 +250,7 @@ def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]
         if entry.layout is not None and entry.layout.out != (0,):
             raise _refused(key, "the weight is stored [in, out]")
         return module, *lycoris.encode(entry)
-    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else base.KEEPS
+    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else unsupported.KEEPS
     raise _refused(key, f"it is {name_of(entry)}", hint)
 
 

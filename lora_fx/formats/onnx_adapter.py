@@ -34,8 +34,9 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File, refused
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
+from lora_fx.formats.unsupported import refused
 from lora_fx.targets.target import own_use
 from lora_fx.text import counted, is_whole
 

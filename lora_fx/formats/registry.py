@@ -19,8 +19,8 @@ from lora_fx.files.adapter_files import register
 from lora_fx.files.read import MAX_JSON
 from lora_fx.files.safetensors import may_be_safetensors, parse_header
 from lora_fx.formats import installed
-from lora_fx.formats.base import head_with
 from lora_fx.formats.diffusers import DIFFUSERS
+from lora_fx.formats.file_head import head_with
 from lora_fx.formats.format import HEAD, FileHead, Format
 from lora_fx.formats.gguf import GGUF
 from lora_fx.formats.kohya import KOHYA

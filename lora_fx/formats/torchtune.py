@@ -12,13 +12,8 @@ output                                              lm_head
 with `.lora_a.weight` [r, in], `.lora_b.weight` [out, r] and, of DoRA, `.magnitude` [out] behind.
 adapter_config.json beside it has r and lora_alpha; s = lora_alpha / r.
 
-Rotary embeddings turn pairs of rows of q and k. torchtune pairs neighbours, Hugging Face's Llama
-the two halves of a head. With d rows a head, row h·d + 2i + j of torchtune (j = 0, 1; i < d/2) is
-row h·d + j·d/2 + i of Hugging Face:
-
-    B_hf[h, j, i] = B_tune[h, i, j]      with B as [heads, 2, d/2, r] and [heads, d/2, 2, r]
-
-and likewise for magnitudes, which belong to rows. A is not touched: inputs keep their order.
+torchtune has the rows of q and k in neighbouring pairs, Hugging Face's Llama in halves: see
+`lora_fx.formats.rotary_rows`.
 The number of heads, and whether the model is of this kind at all, come from config.json beside the
 file or from the base model's; torchtune's Qwen2 pairs halves too, and its rows stay.
 
@@ -36,8 +31,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
@@ -46,8 +39,9 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats.base import File, module_and_part
+from lora_fx.formats.checked_file import File, module_and_part
 from lora_fx.formats.format import FileHead, Format
+from lora_fx.formats.rotary_rows import heads_of, to_halves
 from lora_fx.text import Json, JsonView, is_number
 
 _PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
@@ -100,54 +94,6 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
         low = _lowrank(module, parts, config, file)
         entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
-
-
-def to_halves(rows: Array, heads: int) -> Array:
-    """Rows of q or k, [heads·d, …], from neighbouring pairs to paired halves.
-
-    >>> to_halves(np.arange(8), 2).tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    split = rows.reshape(heads, len(rows) // heads // 2, 2, -1)
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
-
-
-def to_neighbours(rows: Array, heads: int) -> Array:
-    """The inverse of `to_halves`.
-
-    >>> to_neighbours(to_halves(np.arange(12), 2), 2).tolist() == list(range(12))
-    True
-    """
-    split = rows.reshape(heads, 2, len(rows) // heads // 2, -1)
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
-
-
-def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -> int:
-    """How many heads the rows of a q_proj or k_proj are.
-
-    Args:
-        module: Its name.
-        rows: How many B has.
-        config: config.json of the model.
-        where: That file, for messages.
-        file: The adapter's.
-
-    Raises:
-        LoraFxError: The config does not say, or the rows are not of so many heads.
-    """
-    heads, size = config.get("num_attention_heads"), config.get("head_dim")
-    if module.endswith("k_proj"):
-        heads = config.get("num_key_value_heads") or heads
-    good = isinstance(heads, int) and heads > 0 and rows % (2 * heads) == 0
-    if not good or (size is not None and size * heads != rows):
-        raise file.error(
-            module,
-            f"has {rows} rows; {where} says {heads!r} heads"
-            + (f" of {size!r}" if size is not None else ""),
-            "is it the adapter of this model? then give the model's folder: --base",
-        )
-    assert isinstance(heads, int)
-    return heads
 
 
 def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:

@@ -17,8 +17,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
-from lora_fx.formats.peft import config
 from lora_fx.formats.peft import file as peft
+from lora_fx.formats.peft import pattern, target_modules
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."
@@ -215,9 +215,9 @@ def test_a_pattern_without_end_is_refused_in_a_second(monkeypatch: pytest.Monkey
     regexes.begin()
     start = time.monotonic()
     with pytest.raises(LoraFxError, match=r"takes longer than 0\.2 s"):
-        config.wanted_by({"target_modules": endless}, name)
+        target_modules.wanted_by({"target_modules": endless}, name)
     with pytest.raises(LoraFxError, match="alone or with the others"):
-        config.wanted_by({"target_modules": endless}, f"{name}.lora")
+        target_modules.wanted_by({"target_modules": endless}, f"{name}.lora")
     assert time.monotonic() - start < 5
     regexes.begin()
 
@@ -244,7 +244,7 @@ def test_patterns_are_those_of_re(pattern: str, name: str, hit: bool | str | Non
 def test_many_patterns_are_compiled_once() -> None:
     """560 are 80 layers of 7 modules each."""
     names = [f"layers.{i}.m{j}" for i in range(80) for j in range(7)]
-    table = config.Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
+    table = pattern.Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
     start = time.monotonic()
     assert [table.of(name) for name in names] == [4.0] * 560
     assert time.monotonic() - start < 10

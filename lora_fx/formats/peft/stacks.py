@@ -1,0 +1,132 @@
+"""target_parameters of PEFT: updates of parameters rather than of modules, mostly expert stacks.
+
+A of a parameter [E, …, …] is stored [r·E, in] and read as [E, r, in]; B is stored [out, r·E] and
+read as [out, r, E], the expert fastest. ΔW of expert e is s · B[:, :, e] · A[e]; a 2-D parameter
+is E = 1. r is in the config only.
+
+Two parameters of one module are two wrappers, one inside the other, in the order in which the
+module defines its parameters, the first innermost; the file does not name them. Where names and
+ranks leave one way only to give them out, it is taken. Otherwise the entry gets the key
+`MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.fused.place` decides by the
+base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
+`lora.ParamWrapper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+
+from lora_fx.adapter.fused import unpacked
+from lora_fx.adapter.lowrank import Factors, LowRank
+from lora_fx.adapter.origin import FileLayer, Origin
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.peft.config import MERGE, mutation
+from lora_fx.formats.peft.names import Group
+from lora_fx.formats.peft.pattern import Pattern
+from lora_fx.formats.peft.peft_file import PeftFile
+from lora_fx.text import JsonView
+
+
+def candidates(config: JsonView, module: str) -> list[str]:
+    """The parameters of a module that target_parameters names, by PEFT's comparison of endings.
+
+    >>> candidates({"target_parameters": ["experts.up", "other.down"]}, "h.0.experts")
+    ['up']
+    """
+    named = ((n, str(n).rpartition(".")[2]) for n in config.get("target_parameters") or ())
+    return sorted({leaf for name, leaf in named if f".{module}.{leaf}".endswith(f".{name}")})
+
+
+def read_stacks(
+    levels: Sequence[Group], source: PeftFile, ranks: Pattern, alphas: Pattern, variant: str
+) -> dict[str, LowRank]:
+    """The updates of the parameters of one module.
+
+    Args:
+        levels: Its wrappers, outermost first.
+        source: The file.
+        ranks: r and rank_pattern, which PEFT compares with the parameter's whole name.
+        alphas: lora_alpha and alpha_pattern.
+        variant: lora or rslora.
+
+    Raises:
+        LoraFxError: Shapes, ranks or the number of wrappers that do not go together.
+    """
+    module = levels[0].module
+    named = candidates(source.config, module)
+    pairs = [_pair(group, source) for group in levels]
+    told = {leaf: _numbers(f"{module}.{leaf}", ranks, alphas, source) for leaf in named}
+    ways = [
+        way
+        for way in permutations(named, len(levels))
+        if all(len(a) % told[leaf][0] == 0 for leaf, (a, _) in zip(way, pairs, strict=True))
+    ]
+    if not ways:
+        raise LoraFxError(
+            f"{source.name}: {levels[0].names['a']!r} and the layers inside it have "
+            f"{[len(a) for a, _ in pairs]} rows; expected multiples of the ranks "
+            f"{ {k: v[0] for k, v in told.items()} } that {source.config_file} gives",
+            "correct target_parameters, r or rank_pattern",
+        )
+    entries = {}
+    for depth, (group, (a, b)) in enumerate(zip(levels, pairs, strict=True)):
+        layer = FileLayer(group.lead, len(levels))
+        if len(ways) == 1:
+            rank, alpha = told[ways[0][depth]]
+            key = f"{module}.{ways[0][depth]}"
+            a, b = (a, b) if len(a) == rank else unpacked(a, b, rank)
+        else:
+            key, alpha = f"{module}.({'|'.join(named)})#{depth}", 0.0
+            layer = replace(layer, module=module, depth=depth, candidates=told)
+        origin = Origin(op="experts", layer=layer)
+        entries[key] = LowRank(a, b, alpha, None, variant, origin=origin)
+    return entries
+
+
+def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
+    """The update of a stack whose name our own JSON says; always [E, r, in] and [E, out, r]."""
+    rank, alpha = _numbers(key, ranks, alphas, source)
+    return LowRank(*unpacked(*_pair(group, source), rank), alpha)
+
+
+def packed(low: LowRank) -> Factors:
+    """The inverse of `lora_fx.adapter.fused.unpacked`; a matrix stays one."""
+    if low.a.ndim == 2:
+        return low.a, low.b
+    b = np.ascontiguousarray(low.b.transpose(1, 2, 0))
+    return low.a.reshape(-1, low.a.shape[-1]), b.reshape(len(b), -1)
+
+
+def _pair(group: Group, source: PeftFile) -> Factors:
+    a, b = source.factor(group.names["a"]), source.factor(group.names["b"])
+    if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        raise LoraFxError(
+            f"{source.name}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
+            "expected [r·E, in] and [out, r·E] of a parameter",
+            "do A and B come from the same file?",
+        )
+    more = {"magnitude", "bias", "diagonal"} & set(group.names)
+    if more or mutation(source.config) or source.config.get("use_dora"):
+        what = group.names[more.pop()] if more else "use_dora or init_lora_weights"
+        raise LoraFxError(
+            f"{source.name}: {what!r} beside target_parameters; expected plain lora or rslora: "
+            "PEFT has no other for parameters",
+            MERGE,
+        )
+    return a, b
+
+
+def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: PeftFile) -> tuple[int, float]:
+    rank, alpha = ranks.of(name), alphas.of(name)
+    if rank is None or rank < 1 or rank != int(rank):
+        raise LoraFxError(
+            f"{source.config_file}: r of {name!r} is {rank}; expected a whole number above 0: the "
+            "number of experts follows from it",
+            "add the r that the adapter was trained with",
+        )
+    assert alpha is not None  # check_config saw lora_alpha
+    return int(rank), alpha
