@@ -18,7 +18,8 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
-from lora_fx.formats.peft import pattern, target_modules
+from lora_fx.formats.peft import target_modules
+from lora_fx.formats.peft.pattern import Pattern
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."
@@ -244,7 +245,7 @@ def test_patterns_are_those_of_re(pattern: str, name: str, hit: bool | str | Non
 def test_many_patterns_are_compiled_once() -> None:
     """560 are 80 layers of 7 modules each."""
     names = [f"layers.{i}.m{j}" for i in range(80) for j in range(7)]
-    table = pattern.Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
+    table = Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
     start = time.monotonic()
     assert [table.of(name) for name in names] == [4.0] * 560
     assert time.monotonic() - start < 10
