@@ -16,9 +16,9 @@ from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.safetensors import finite, is_float
 from lora_fx.formats.peft.build_config import build_config
 from lora_fx.formats.peft.config import KASA, VERSION
-from lora_fx.formats.peft.form import OUT, PeftForm, forms_of, is_in_proj, to_tensors
+from lora_fx.formats.peft.form import PeftForm, forms_of, is_in_proj, to_tensors
 from lora_fx.formats.peft.modules_to_save import partly_held, split_full
-from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, WRAPPER
+from lora_fx.formats.peft.names import DELTA, OUT_PROJ, OWN, PREFIX, WRAPPER
 from lora_fx.formats.peft.one_variant import all_or_none, one_own_variant, one_variant
 from lora_fx.text import Json
 
@@ -178,7 +178,7 @@ class _Writer:
                 told = maybe or {key: (low.rank, alpha)}
                 parameters |= set(told)
                 result |= told
-            elif not (form.plain and form.lead.endswith(OUT)):
+            elif not (form.plain and form.lead.endswith(OUT_PROJ)):
                 twins = low.origin.twins if form.plain and form.kind == "embedding" else ()
                 for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
                     result[name] = (low.rank, alpha)
@@ -251,7 +251,7 @@ class _Writer:
     def _is_bias_of(self, entry: Dense, owner: str, form: PeftForm) -> bool:
         """True where lora_bias says just this entry."""
         low = self.updates[owner]
-        scale = low.scale / 2 if form.plain and form.lead.endswith(OUT) else low.scale
+        scale = low.scale / 2 if form.plain and form.lead.endswith(OUT_PROJ) else low.scale
         return (
             entry.value.shape == (low.b.shape[-2],)
             and entry.scale == scale

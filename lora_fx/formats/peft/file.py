@@ -32,7 +32,10 @@ from lora_fx.formats.peft.names import OWN, PREFIX
 from lora_fx.formats.peft.peft_file import PeftFile
 from lora_fx.text import Json, JsonView
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+
 Decode = Callable[[PeftFile, JsonView], Adapter]
 """(file and config, our JSON) → adapter."""
 KINDS: dict[str, Decode] = {
@@ -44,7 +47,9 @@ KINDS: dict[str, Decode] = {
 
 def detect(seen: FileHead) -> bool:
     """True for a file with PEFT's prefix, or with our own JSON."""
-    return "lora_fx" in seen.metadata or any(n.startswith((PREFIX, OWN)) for n in seen.names)
+    if "lora_fx" in seen.metadata:
+        return True
+    return any(name.startswith((PREFIX, OWN)) for name in seen.names)
 
 
 def read(path: str | Path) -> Adapter:
@@ -86,18 +91,22 @@ def read(path: str | Path) -> Adapter:
             "of the two: the scale of the updates is stored there",
             f"put the {CONFIG} of the adapter beside the file",
         )
-    kind = config.get("peft_type")
-    reader = KINDS.get(kind) if isinstance(kind, str) else None
-    if names_variant(kind):
-        expect_variant(str(kind).removeprefix(OWN), f"{where}: the adapter")
-        reader = decode
-    if reader is None:
+    decode_type = _decoder(config.get("peft_type"), where)
+    source = PeftFile(str(weights), tensors=tensors, config=config, config_file=where)
+    return decode_type(source, ours)
+
+
+def _decoder(peft_type: object, where: str) -> Decode:
+    """What reads the tensors of a peft_type; raises for one that is not known."""
+    if names_variant(peft_type):
+        expect_variant(str(peft_type).removeprefix(OWN), f"{where}: the adapter")
+        return decode
+    if not isinstance(peft_type, str) or peft_type not in KINDS:
         raise LoraFxError(
-            f"{where}: peft_type is {kind!r}; expected {' or '.join(map(repr, KINDS))}",
+            f"{where}: peft_type is {peft_type!r}; expected {' or '.join(map(repr, KINDS))}",
             "merge it into its model with PEFT (merge_and_unload) and use the merged model",
         )
-    source = PeftFile(str(weights), tensors=tensors, config=config, config_file=where)
-    return reader(source, ours)
+    return KINDS[peft_type]
 
 
 def names_variant(peft_type: object) -> bool:
@@ -106,14 +115,19 @@ def names_variant(peft_type: object) -> bool:
 
 
 def config_of(file: Path, ours: JsonView) -> tuple[Json | None, str]:
-    """The config inside our JSON or beside the file, None where there is neither; and its place."""
-    beside = file.parent / CONFIG
+    """The config inside our JSON or beside the file, None where there is neither; and its place.
+
+    Regular expressions in it are counted anew, under the name of that place.
+    """
     if isinstance(ours.get("config"), dict):
         where = f"{file}: config in metadata lora_fx"
         regexes.begin(where)
         return dict(ours["config"]), where
+    beside = file.parent / CONFIG
     regexes.begin(str(beside))
-    return read_json(beside) if beside.is_file() else None, str(beside)
+    if not beside.is_file():
+        return None, str(beside)
+    return read_json(beside), str(beside)
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
@@ -141,9 +155,8 @@ def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """Write one .safetensors file with the config in its metadata; otherwise as `write`."""
     tensors, config, ours, notes = encode(adapter)
-    write_tensors(
-        Path(path), tensors, {"format": "pt", "lora_fx": metadata_text({**ours, "config": config})}
-    )
+    ours = {**ours, "config": config}
+    write_tensors(Path(path), tensors, {"format": "pt", "lora_fx": metadata_text(ours)})
     return notes
 
 

@@ -20,14 +20,14 @@ from lora_fx.adapter.updates import is_on_base, name_of
 from lora_fx.adapter.variant import is_lora_or_dora
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft.names import PREFIX, TAKEN, WRAPPER, unwrapped
+from lora_fx.formats.peft.names import OUT_PROJ, PREFIX, TAKEN, WRAPPER, unwrapped
 from lora_fx.formats.peft.stacks import packed
 from lora_fx.targets.target import split_use
 
 
 def is_in_proj(form: PeftForm) -> bool:
     """True for the in_proj of an attention, whose bias of B PEFT does not apply."""
-    return form.plain and form.kind == "linear" and not form.lead.endswith(OUT)
+    return form.plain and form.kind == "linear" and not form.lead.endswith(OUT_PROJ)
 
 
 # Of torch, and of ONNX: gemm, conv and the products with 4-bit weights.
@@ -35,10 +35,6 @@ _LINEAR_OPS = ("", "linear", "addmm", "matmul", "mm", "gemm", "matmul_nbits", "m
 
 
 _CONV_OPS = ("", "conv1d", "conv2d", "conv3d", "conv")
-
-
-OUT = f".{WRAPPER}.out_proj"
-"""Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class PeftForm:
     @property
     def target(self) -> str:
         """The name that PEFT compares with target_modules and the patterns."""
-        return unwrapped(self.lead.removesuffix(OUT))
+        return unwrapped(self.lead.removesuffix(OUT_PROJ))
 
     @property
     def names(self) -> tuple[str, str]:
@@ -101,8 +97,8 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
                 result[key] = PeftForm("stack", lead, plain=True)
                 continue
         elif leads.get(lead) == key and not origin.op and not more:
-            first = lead.removesuffix(OUT)
-            one, two = (updates.get(leads.get(name, "")) for name in (first, f"{first}{OUT}"))
+            first = lead.removesuffix(OUT_PROJ)
+            one, two = (updates.get(leads.get(name, "")) for name in (first, f"{first}{OUT_PROJ}"))
             if one and two and one.rank == two.rank and 2 * one.alpha == two.alpha:
                 result[key] = PeftForm("linear", lead, plain=True)
                 continue

@@ -33,6 +33,8 @@ from lora_fx.errors import LoraFxError
 PREFIX = "base_model.model."
 OWN = "lora_fx."
 WRAPPER = "base_layer"
+OUT_PROJ = f".{WRAPPER}.out_proj"
+"""Where PEFT keeps the out_proj of a MultiheadAttention, after the module's name."""
 TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
 doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
