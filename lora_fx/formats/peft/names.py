@@ -39,7 +39,7 @@ TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Modules that PEFT takes for experts of transformers 4 where target_modules has their names, and
 doubles the rank of the stacks that it puts in their place; beside stacks they are parameters."""
 DELTA = ".token_adapter.trainable_tokens_delta"
-_PARTS = {
+_FACTORS_AND_VECTORS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_embedding_A": "a",
@@ -49,8 +49,11 @@ _PARTS = {
     "lora_B.bias": "bias",
     "lora_diag": "diagonal",
 }
-_PART = re.compile(rf"(.+)\.({'|'.join(re.escape(p) for p in _PARTS)})")
+"""The end of a tensor's name → what the tensor is of its layer."""
+_ENDS = "|".join(re.escape(end) for end in _FACTORS_AND_VECTORS)
+_NAME = re.compile(rf"(.+)\.({_ENDS})")
 _PARTNERS = (("b", "a"), ("a", "b"), ("magnitude", "a"), ("bias", "b"), ("diagonal", "a"))
+"""(what a layer has, what has to stand beside it)."""
 
 
 @dataclass
@@ -81,20 +84,24 @@ def unwrapped(lead: str, *others: str) -> str:
     >>> unwrapped("mha.base_layer.out_proj")
     'mha.out_proj'
     """
-    return ".".join(part for part in lead.split(".") if part not in (WRAPPER, *others))
+    left_out = (WRAPPER, *others)
+    return ".".join(name for name in lead.split(".") if name not in left_out)
 
 
 def split_name(name: str) -> tuple[str, str, str] | None:
-    """(lead, kind, part) of a tensor name without prefix; None where it is of no low-rank layer.
+    """(lead, kind, what it is of the layer) of a tensor's name without prefix.
+
+    None where the name is of no low-rank layer.
 
     >>> split_name("h.0.fc.lora_A.weight"), split_name("wte.lora_embedding_B")
     (('h.0.fc', 'linear', 'a'), ('wte', 'embedding', 'b'))
     """
-    match = _PART.fullmatch(name)
+    match = _NAME.fullmatch(name)
     if match is None:
         return None
-    kind = "embedding" if "embedding" in match[2] else "linear"
-    return match[1], kind, _PARTS[match[2]]
+    lead, end = match.groups()
+    kind = "embedding" if "embedding" in end else "linear"
+    return lead, kind, _FACTORS_AND_VECTORS[end]
 
 
 def groups(names: Iterable[str], where: str) -> dict[str, Group]:
@@ -103,42 +110,52 @@ def groups(names: Iterable[str], where: str) -> dict[str, Group]:
     Raises:
         LoraFxError: Half a pair, two pairs on one layer, a tensor of another kind of layer.
     """
-    result: dict[str, Group] = {}
+    layers: dict[str, Group] = {}
     for name in names:
         if name.endswith(".lora_E"):
             raise LoraFxError(
                 f"{where}: {name!r} is the singular values of AdaLoRA: not supported",
                 "merge it into its model with PEFT (merge_and_unload)",
             )
-        split = split_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+        if not name.startswith(PREFIX):
+            continue
+        split = split_name(name.removeprefix(PREFIX))
         if split is None:
             continue
-        lead, kind, part = split
-        group = result.setdefault(lead, Group(lead, "", {}))
-        if part in group.names or (part in "ab" and group.kind not in ("", kind)):
-            raise LoraFxError(
-                f"{where}: {name!r} is a second entry for {f'{group.module}.weight'!r}; "
-                "expected one",
-                "the file was edited; save the adapter again",
-            )
-        group.names[part] = name
-        group.kind = kind if part in "ab" else group.kind
-    for group in result.values():
+        lead, kind, role = split
+        group = layers.setdefault(lead, Group(lead, "", {}))
+        _add_name(group, name, kind, role, where)
+    for group in layers.values():
         _check_whole(group, where)
-    return result
+    return layers
+
+
+def _add_name(group: Group, name: str, kind: str, role: str, where: str) -> None:
+    """Add a tensor to its layer; raise for a second one, and for a factor of another kind."""
+    is_factor = role in ("a", "b")
+    is_of_other_kind = is_factor and group.kind not in ("", kind)
+    if role in group.names or is_of_other_kind:
+        raise LoraFxError(
+            f"{where}: {name!r} is a second entry for {f'{group.module}.weight'!r}; expected one",
+            "the file was edited; save the adapter again",
+        )
+    group.names[role] = name
+    if is_factor:
+        group.kind = kind
 
 
 def _check_whole(group: Group, where: str) -> None:
     """Raise unless both halves are there."""
-    for have, missing in _PARTNERS:
-        if have in group.names and missing not in group.names:
-            half = missing.upper()
-            end = f"embedding_{half}" if group.kind == "embedding" else f"{half}.weight"
-            other = f"{PREFIX}{group.lead}.lora_{end}"
-            raise LoraFxError(
-                f"{where}: {group.names[have]!r} has no partner; expected {other!r} beside it",
-                "the file is incomplete; save or fetch it again",
-            )
+    for present, needed in _PARTNERS:
+        if present not in group.names or needed in group.names:
+            continue
+        half = needed.upper()
+        end = f"embedding_{half}" if group.kind == "embedding" else f"{half}.weight"
+        partner = f"{PREFIX}{group.lead}.lora_{end}"
+        raise LoraFxError(
+            f"{where}: {group.names[present]!r} has no partner; expected {partner!r} beside it",
+            "the file is incomplete; save or fetch it again",
+        )
 
 
 def from_tensors(
@@ -149,39 +166,62 @@ def from_tensors(
     Raises:
         LoraFxError: The two do not fit each other.
     """
-    shapes = f"A is {list(a.shape)} and B is {list(b.shape)}"
-    stacked = a.ndim == b.ndim == 3 and len(a) == len(b) and a.shape[1] == b.shape[2]
-    if stacked and (len(a) != b.shape[1] or b.shape[2] != 1):  # else a convolution of rank E
+    if _are_experts(a, b):
         return a, b, "experts", ()
+    _check_shapes(kind, a, b, where)
+    if a.ndim > 2:
+        op = f"conv{a.ndim - 2}d"
+    else:
+        op = "embedding" if kind == "embedding" else ""
+    rows_of_a = np.ascontiguousarray(a.reshape(a.shape[0], -1))
+    rows_of_b = np.ascontiguousarray(b.reshape(b.shape[:2]))
+    return rows_of_a, rows_of_b, op, a.shape[2:]
+
+
+def _are_experts(a: Array, b: Array) -> bool:
+    """True for A [E, r, in] and B [E, out, r]; a Conv1d of rank E may have these shapes as well."""
+    if a.ndim != 3 or b.ndim != 3:
+        return False
+    is_stack = len(a) == len(b) and a.shape[1] == b.shape[2]
+    is_convolution = len(a) == b.shape[1] and b.shape[2] == 1
+    return is_stack and not is_convolution
+
+
+def _check_shapes(kind: str, a: Array, b: Array, where: str) -> None:
+    """Raise for A and B that are no pair [r, in, *kernel] and [out, r, 1, …]."""
+    shapes = f"A is {list(a.shape)} and B is {list(b.shape)}"
     if a.ndim != b.ndim or (kind == "embedding" and a.ndim != 2) or a.ndim > 5:
         raise LoraFxError(
             f"{where}: {shapes}; expected A [r, in, *kernel] and B [out, r, 1, …]",
             "is the file complete?",
         )
-    if a.shape[0] != b.shape[1] or any(n != 1 for n in b.shape[2:]):
-        grouped = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
-        raise LoraFxError(
-            f"{where}: {shapes}; expected the rank as first size of A and second size of B",
-            "PEFT's update of a grouped convolution mixes the groups, so no weight can hold it"
-            if grouped
-            else "do A and B come from the same file?",
-        )
-    op = f"conv{a.ndim - 2}d" if a.ndim > 2 else "embedding" if kind == "embedding" else ""
-    flat = np.ascontiguousarray(a.reshape(a.shape[0], -1))
-    return flat, np.ascontiguousarray(b.reshape(b.shape[:2])), op, a.shape[2:]
+    if a.shape[0] == b.shape[1] and all(size == 1 for size in b.shape[2:]):
+        return
+    hint = "do A and B come from the same file?"
+    if a.ndim > 2 and a.shape[0] % b.shape[1] == 0:
+        hint = "PEFT's update of a grouped convolution mixes the groups, so no weight can hold it"
+    raise LoraFxError(
+        f"{where}: {shapes}; expected the rank as first size of A and second size of B", hint
+    )
 
 
 def unknown_name(name: str, where: str) -> LoraFxError:
-    """What to raise for a tensor that PEFT would not have written."""
-    at, hint = name.find(PREFIX), "was the file saved with save_pretrained?"
-    if at > 0:
-        hint = f"PEFT's name is {name[at:]!r}: take the prefix {name[:at]!r} off every name"
-    elif at < 0 and ".lora_" in name:
-        core = name.removeprefix("base_model.").removeprefix("module.")
-        hint = f"the nearest name is {PREFIX + core!r}; {hint}"
+    """The error about a tensor that PEFT would not have written."""
     return LoraFxError(
         f"{where}: {name!r} is not a name that PEFT gives; expected {PREFIX}X.lora_A.weight, "
         "X.lora_B.weight, X.lora_embedding_A, X.lora_embedding_B, X.lora_magnitude_vector or a "
         "module of modules_to_save",
-        hint,
+        _hint_for_name(name),
     )
+
+
+def _hint_for_name(name: str) -> str:
+    """The nearest name that PEFT would have given."""
+    hint = "was the file saved with save_pretrained?"
+    start = name.find(PREFIX)
+    if start > 0:
+        return f"PEFT's name is {name[start:]!r}: take the prefix {name[:start]!r} off every name"
+    if start < 0 and ".lora_" in name:
+        module_and_end = name.removeprefix("base_model.").removeprefix("module.")
+        return f"the nearest name is {PREFIX + module_and_end!r}; {hint}"
+    return hint

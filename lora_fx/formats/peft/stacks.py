@@ -14,7 +14,7 @@ base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 
@@ -37,8 +37,12 @@ def candidates(config: JsonView, module: str) -> list[str]:
     >>> candidates({"target_parameters": ["experts.up", "other.down"]}, "h.0.experts")
     ['up']
     """
-    named = ((n, str(n).rpartition(".")[2]) for n in config.get("target_parameters") or ())
-    return sorted({leaf for name, leaf in named if f".{module}.{leaf}".endswith(f".{name}")})
+    parameters = set[str]()
+    for name in config.get("target_parameters") or ():
+        leaf = str(name).rpartition(".")[2]
+        if f".{module}.{leaf}".endswith(f".{name}"):
+            parameters.add(leaf)
+    return sorted(parameters)
 
 
 def read_stacks(
@@ -57,40 +61,54 @@ def read_stacks(
         LoraFxError: Shapes, ranks or the number of wrappers that do not go together.
     """
     module = levels[0].module
-    named = candidates(source.config, module)
+    names = candidates(source.config, module)
     pairs = [_pair(group, source) for group in levels]
-    told = {leaf: _numbers(f"{module}.{leaf}", ranks, alphas, source) for leaf in named}
-    ways = [
-        way
-        for way in permutations(named, len(levels))
-        if all(len(a) % told[leaf][0] == 0 for leaf, (a, _) in zip(way, pairs, strict=True))
-    ]
-    if not ways:
+    numbers = {name: _numbers(f"{module}.{name}", ranks, alphas, source) for name in names}
+    orders = [order for order in permutations(names, len(levels)) if _fits(order, pairs, numbers)]
+    if not orders:
         raise LoraFxError(
             f"{source.name}: {levels[0].names['a']!r} and the layers inside it have "
             f"{[len(a) for a, _ in pairs]} rows; expected multiples of the ranks "
-            f"{ {k: v[0] for k, v in told.items()} } that {source.config_file} gives",
+            f"{ {name: rank for name, (rank, _) in numbers.items()} } that {source.config_file} "
+            "gives",
             "correct target_parameters, r or rank_pattern",
         )
-    entries = {}
+
+    updates = {}
     for depth, (group, (a, b)) in enumerate(zip(levels, pairs, strict=True)):
         layer = FileLayer(group.lead, len(levels))
-        if len(ways) == 1:
-            rank, alpha = told[ways[0][depth]]
-            key = f"{module}.{ways[0][depth]}"
-            a, b = (a, b) if len(a) == rank else unpacked(a, b, rank)
-        else:
-            key, alpha = f"{module}.({'|'.join(named)})#{depth}", 0.0
-            layer = replace(layer, module=module, depth=depth, candidates=told)
+        if len(orders) == 1:
+            name = orders[0][depth]
+            key = f"{module}.{name}"
+            rank, alpha = numbers[name]
+            if len(a) != rank:
+                a, b = unpacked(a, b, rank)
+        else:  # the base's shapes decide
+            key = f"{module}.({'|'.join(names)})#{depth}"
+            alpha = 0.0
+            layer = replace(layer, module=module, depth=depth, candidates=numbers)
         origin = Origin(op="experts", layer=layer)
-        entries[key] = LowRank(a, b, alpha, None, variant, origin=origin)
-    return entries
+        updates[key] = LowRank(a, b, alpha, None, variant, origin=origin)
+    return updates
+
+
+def _fits(
+    order: Sequence[str], pairs: Sequence[Factors], numbers: Mapping[str, tuple[int, float]]
+) -> bool:
+    """Whether the wrappers may hold parameters in this order: each A has rank · E rows."""
+    for name, (a, _) in zip(order, pairs, strict=True):
+        rank, _ = numbers[name]
+        if len(a) % rank != 0:
+            return False
+    return True
 
 
 def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: Pattern) -> LowRank:
     """The update of a stack whose name our own JSON says; always [E, r, in] and [E, out, r]."""
     rank, alpha = _numbers(key, ranks, alphas, source)
-    return LowRank(*unpacked(*_pair(group, source), rank), alpha)
+    a, b = _pair(group, source)
+    a, b = unpacked(a, b, rank)
+    return LowRank(a, b, alpha)
 
 
 def packed(low: LowRank) -> Factors:
@@ -102,16 +120,18 @@ def packed(low: LowRank) -> Factors:
 
 
 def _pair(group: Group, source: PeftFile) -> Factors:
-    a, b = source.factor(group.names["a"]), source.factor(group.names["b"])
+    """A [r·E, in] and B [out, r·E] of a wrapper; raises for what PEFT has not for parameters."""
+    a = source.factor(group.names["a"])
+    b = source.factor(group.names["b"])
     if group.kind != "linear" or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise LoraFxError(
             f"{source.name}: {group.names['a']!r}: A is {list(a.shape)} and B is {list(b.shape)}; "
             "expected [r·E, in] and [out, r·E] of a parameter",
             "do A and B come from the same file?",
         )
-    more = {"magnitude", "bias", "diagonal"} & set(group.names)
-    if more or mutation(source.config) or source.config.get("use_dora"):
-        what = group.names[more.pop()] if more else "use_dora or init_lora_weights"
+    vectors = {"magnitude", "bias", "diagonal"} & set(group.names)
+    if vectors or mutation(source.config) or source.config.get("use_dora"):
+        what = group.names[vectors.pop()] if vectors else "use_dora or init_lora_weights"
         raise LoraFxError(
             f"{source.name}: {what!r} beside target_parameters; expected plain lora or rslora: "
             "PEFT has no other for parameters",
@@ -121,7 +141,9 @@ def _pair(group: Group, source: PeftFile) -> Factors:
 
 
 def _numbers(name: str, ranks: Pattern, alphas: Pattern, source: PeftFile) -> tuple[int, float]:
-    rank, alpha = ranks.of(name), alphas.of(name)
+    """(rank, alpha) of a parameter."""
+    rank = ranks.of(name)
+    alpha = alphas.of(name)
     if rank is None or rank < 1 or rank != int(rank):
         raise LoraFxError(
             f"{source.config_file}: r of {name!r} is {rank}; expected a whole number above 0: the "
