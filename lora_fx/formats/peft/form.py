@@ -63,6 +63,16 @@ class PeftForm:
         return unwrapped(self.lead.removesuffix(OUT_PROJ))
 
     @property
+    def is_out_proj(self) -> bool:
+        """True for the out_proj of an attention, whose update PEFT adds twice."""
+        return self.plain and self.lead.endswith(OUT_PROJ)
+
+    @property
+    def is_in_proj(self) -> bool:
+        """True for the in_proj of an attention, whose bias of B PEFT does not apply."""
+        return self.plain and self.kind == "linear" and not self.lead.endswith(OUT_PROJ)
+
+    @property
     def names(self) -> tuple[str, str]:
         """Tensor names of A and B in PEFT's terms."""
         lead = f"{PREFIX}{self.lead}.lora_"
@@ -323,8 +333,3 @@ def _shape_of_magnitude(form: PeftForm, a: Array) -> tuple[int, ...]:
     if form.kind != "conv":
         return (-1,)
     return (1, -1, *(1 for _ in range(a.ndim - 2)))
-
-
-def is_in_proj(form: PeftForm) -> bool:
-    """True for the in_proj of an attention, whose bias of B PEFT does not apply."""
-    return form.plain and form.kind == "linear" and not form.lead.endswith(OUT_PROJ)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.formats.peft.config import texts_of
@@ -20,12 +20,15 @@ HEADS = {
 def heads_of(config: JsonView) -> tuple[str, ...]:
     """The names that PEFT adds to modules_to_save; older files have them in no list."""
     task = config.get("task_type")
-    return HEADS.get(task, ()) if isinstance(task, str) else ()
+    if not isinstance(task, str):
+        return ()
+    return HEADS.get(task, ())
 
 
 def listed_whole(config: JsonView) -> tuple[str, ...]:
     """The names in modules_to_save, with those that PEFT adds."""
-    return tuple(dict.fromkeys((*texts_of(config.get("modules_to_save")), *heads_of(config))))
+    listed = texts_of(config.get("modules_to_save"))
+    return tuple(dict.fromkeys((*listed, *heads_of(config))))
 
 
 def saved_whole(config: JsonView, module: str) -> bool:
@@ -49,25 +52,43 @@ def pattern_around(saved: str) -> str:
 
 
 def split_full(full: Mapping[str, Full], modules: set[str]) -> tuple[list[str], dict[str, str]]:
-    """Modules that PEFT can save whole, and {key: reason} of the tensors it cannot."""
-    holders = {k: k.rpartition(".")[0] for k in full}
-    weighty = {holders[k] for k in full if k.endswith(".weight")}
-    odd: dict[str, str] = {}
-    for key, holder in holders.items():
-        clash = next((m for m in sorted(modules) if holder and conflicts(holder, m)), None)
-        if clash:
-            odd[key] = f"modules_to_save {holder!r} would take the update off {clash!r}"
-        elif not holder or holder not in weighty:
-            odd[key] = "it is not a module with its weight, and PEFT saves modules whole"
-    chosen = sorted({h for k, h in holders.items() if k not in odd})
+    """Modules that PEFT can save whole, and {key: reason} of the tensors it cannot.
+
+    Args:
+        full: Trained tensors by key.
+        modules: The modules with low-rank updates, as PEFT compares them.
+    """
+    module_of = {key: key.rpartition(".")[0] for key in full}
+    with_weight = {module_of[key] for key in full if key.endswith(".weight")}
+    unsaved: dict[str, str] = {}
+    for key, module in module_of.items():
+        conflicting = _conflicting(module, modules)
+        if conflicting:
+            unsaved[key] = f"modules_to_save {module!r} would take the update off {conflicting!r}"
+        elif not module or module not in with_weight:
+            unsaved[key] = "it is not a module with its weight, and PEFT saves modules whole"
+    saved = sorted({module for key, module in module_of.items() if key not in unsaved})
     # A module inside a saved one is saved with it; listing both makes PEFT wrap it twice.
-    return [m for m in chosen if not any(m.startswith(f"{o}.") for o in chosen)], odd
+    outermost = [module for module in saved if not _is_inside(module, saved)]
+    return outermost, unsaved
 
 
-def partly_held(whole: list[str], full: Mapping[str, Full]) -> Iterator[str]:
-    """Notes on modules of which the adapter may hold only some tensors."""
-    for module in whole:
-        leaves = sorted(k.removeprefix(f"{module}.") for k in full if k.startswith(f"{module}."))
+def _conflicting(saved: str, modules: set[str]) -> str:
+    """The first module whose update PEFT would drop to save this one; empty where there is none."""
+    if not saved:
+        return ""
+    return next((module for module in sorted(modules) if conflicts(saved, module)), "")
+
+
+def _is_inside(module: str, modules: Iterable[str]) -> bool:
+    return any(module.startswith(f"{outer}.") for outer in modules)
+
+
+def partly_held(modules: Iterable[str], full: Mapping[str, Full]) -> Iterator[str]:
+    """Notes on saved modules of which the adapter may hold only some tensors."""
+    for module in modules:
+        start = f"{module}."
+        leaves = sorted(key.removeprefix(start) for key in full if key.startswith(start))
         if leaves != ["bias", "weight"]:
             yield (
                 f"PEFT will load modules_to_save {module!r} only if the module has no other "
