@@ -84,24 +84,8 @@ def check_config(config: JsonView, where: str) -> list[str]:
     Raises:
         LoraFxError: A field says that the tensors mean something else than s·B·A.
     """
-    for name, (why, hint) in REFUSED.items():
-        value = config.get(name)
-        # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
-        if value not in (None, False, [], {}, ""):
-            raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
-    if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
-        raise wrong_field(
-            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'"
-        )
-    for name in _LISTS:
-        value = config.get(name)
-        if value is not None and not (
-            isinstance(value, list) and len(texts_of(value)) == len(value)
-        ):
-            raise wrong_field(f"{where}: {name} is {value!r}; expected a list of names")
-    for flag in _FLAGS:
-        if config.get(flag) not in (None, True, False):
-            raise wrong_field(f"{where}: {flag} is {config[flag]!r}; expected true or false")
+    _check_supported(config, where)
+    _check_types(config, where)
     if config.get("use_dora") and config.get("lora_bias"):
         raise LoraFxError(
             f"{where}: use_dora and lora_bias are both true; expected one of them, as PEFT does",
@@ -118,9 +102,40 @@ def check_config(config: JsonView, where: str) -> list[str]:
             f"{where}: lora_alpha is missing; expected a number: the scale is lora_alpha / r",
             "add the lora_alpha that the adapter was trained with",
         )
-    notes = [f"{where}: unknown field {name!r} is ignored" for name in sorted(set(config) - KNOWN)]
-    on = (n for n in TRAINS if config.get(n))
-    return notes + [f"{where}: {n}: {TRAINS[n][1]}; read as W + s·B·A" for n in on]
+    unknown = sorted(set(config) - KNOWN)
+    notes = [f"{where}: unknown field {name!r} is ignored" for name in unknown]
+    for name, (_, why) in TRAINS.items():
+        if config.get(name):
+            notes.append(f"{where}: {name}: {why}; read as W + s·B·A")
+    return notes
+
+
+def _check_supported(config: JsonView, where: str) -> None:
+    """Raise for a field that is on and changes the maths."""
+    for name, (why, hint) in REFUSED.items():
+        value = config.get(name)
+        # Not plain truth: alora_invocation_tokens and token indices may be a list with only a 0.
+        if value not in (None, False, [], {}, ""):
+            raise LoraFxError(f"{where}: {name} is {value!r}; expected it off: {why}", hint)
+
+
+def _check_types(config: JsonView, where: str) -> None:
+    """Raise for a mode, a list of names or a flag that holds something else."""
+    if (config.get("bias") or "none") not in ("none", "all", "lora_only"):
+        raise wrong_field(
+            f"{where}: bias is {config['bias']!r}; expected 'none', 'all' or 'lora_only'"
+        )
+    for name in _LISTS:
+        value = config.get(name)
+        if value is not None and not _are_names(value):
+            raise wrong_field(f"{where}: {name} is {value!r}; expected a list of names")
+    for flag in _FLAGS:
+        if config.get(flag) not in (None, True, False):
+            raise wrong_field(f"{where}: {flag} is {config[flag]!r}; expected true or false")
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and len(texts_of(value)) == len(value)
 
 
 def _check_groups(config: JsonView, where: str) -> None:
@@ -130,7 +145,8 @@ def _check_groups(config: JsonView, where: str) -> None:
         raise wrong_field(
             f"{where}: qalora_group_size is {size!r}; expected a whole number from 1 up"
         )
-    other = mutation(config) or next((n for n in ("use_dora", "use_bdlora") if config.get(n)), "")
+    flags = [name for name in ("use_dora", "use_bdlora") if config.get(name)]
+    other = mutation(config) or next(iter(flags), "")
     if other:
         raise wrong_field(f"{where}: use_qalora and {other}; expected one of them, as PEFT does")
 
@@ -150,7 +166,9 @@ def group_of(config: JsonView, a: Array, where: str) -> int:
     Raises:
         LoraFxError: A group so large that A, with a column for each input, is no layer's.
     """
-    size = config.get("qalora_group_size", GROUP) if config.get("use_qalora") else 0
+    if not config.get("use_qalora"):
+        return 0
+    size = config.get("qalora_group_size", GROUP)
     if not is_whole(size):
         return 0
     if size * a.size > WIDEST:
@@ -170,7 +188,9 @@ def mutation(config: JsonView) -> str:
     """pissa, olora or kasa, where PEFT took a part off linear base weights; else empty."""
     init = config.get("init_lora_weights")
     name = init.lower() if isinstance(init, str) else ""
-    return name if name in REDONE else "kasa" if config.get("kasa_config") else ""
+    if name in REDONE:
+        return name
+    return "kasa" if config.get("kasa_config") else ""
 
 
 def whole_factor(config: JsonView, module: str, half: str, stored: Array, where: str) -> Array:
@@ -181,49 +201,57 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
             texts; see BdLoraLinearVariant.
         module: Its name.
         half: a or b.
-        stored: [n·rows, columns] of n blocks.
+        stored: [n·rows, columns] of n blocks; written out [n·rows, n·columns].
         where: The file, for messages.
     """
-    given = config.get("use_bdlora") or {}
-    names = given.get(f"target_modules_bd_{half}") if isinstance(given, dict) else None
-    if not any(name in module for name in texts_of(names)):
+    options = config.get("use_bdlora") or {}
+    if not isinstance(options, dict):
         return stored
-    n = given.get("nblocks")
+    names = texts_of(options.get(f"target_modules_bd_{half}"))
+    if not any(name in module for name in names):
+        return stored
+
+    n = options.get("nblocks")
     if type(n) is not int or n < 1 or stored.ndim != 2 or len(stored) % n:
         raise wrong_field(
             f"{where}: use_bdlora gives {n!r} blocks; expected a number of them that divides the "
             f"{len(stored)} rows of factor {half.upper()} of {module!r}"
         )
-    rows, columns = len(stored) // n, stored.shape[1]
-    whole = np.zeros((n, rows, n, columns), stored.dtype)
-    whole[range(n), :, range(n)] = stored.reshape(n, rows, columns)
-    return whole.reshape(n * rows, n * columns)
+    rows = len(stored) // n
+    columns = stored.shape[1]
+    blocks = np.zeros((n, rows, n, columns), stored.dtype)
+    blocks[range(n), :, range(n)] = stored.reshape(n, rows, columns)
+    return blocks.reshape(n * rows, n * columns)
 
 
 def _check_init(config: JsonView, where: str) -> None:
     """Raise for a start that changed the base weights in a way that cannot be redone."""
     init = config.get("init_lora_weights", True)
-    said = f"{where}: init_lora_weights is {init!r}"
+    start = f"{where}: init_lora_weights is {init!r}"
     if mutation(config) == "olora" and config.get("fan_in_fan_out"):
-        raise LoraFxError(f"{said} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE)
+        raise LoraFxError(
+            f"{start} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE
+        )
     name = str(init).lower()
     if config.get("kasa_config") and name in REDONE:
-        raise LoraFxError(f"{said} beside kasa_config; expected one start", MERGE)
+        raise LoraFxError(f"{start} beside kasa_config; expected one start", MERGE)
     if init in (True, False, None) or name in REDONE:
         return
-    why = next((why for start, why in _LOST.items() if name.startswith(start)), "")
-    if why:
-        raise LoraFxError(
-            f"{said}; expected one that keeps the base weights, or {' or '.join(REDONE)}: this "
-            f"one changes them and that cannot be redone: {why}",
-            _CONVERT,
-        )
+    for lost, why in _LOST.items():
+        if name.startswith(lost):
+            raise LoraFxError(
+                f"{start}; expected one that keeps the base weights, or {' or '.join(REDONE)}: "
+                f"this one changes them and that cannot be redone: {why}",
+                _CONVERT,
+            )
     if name not in KEEPS_BASE:
         raise LoraFxError(
-            f"{said}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
+            f"{start}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
         )
 
 
 def texts_of(value: object) -> tuple[str, ...]:
     """The texts of a list that a file should hold; nothing where it holds something else."""
-    return tuple(v for v in value if isinstance(v, str) and v) if isinstance(value, list) else ()
+    if not isinstance(value, list):
+        return ()
+    return tuple(text for text in value if isinstance(text, str) and text)

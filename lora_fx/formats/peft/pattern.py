@@ -18,50 +18,63 @@ class Pattern:
 
     def __init__(self, config: JsonView, table: str, default: str, where: str) -> None:
         """Compile the patterns of `config[table]`; the default is `config.get(default)`."""
-        self.where, self.table = where, table
-        given = config.get(table) or {}
-        if not isinstance(given, dict):
-            raise wrong_field(f"{where}: {table} is {given!r}; expected an object")
-        self.default = None if default not in config else self._number(default, config[default])
-        self.numbers = {k: self._number(f"{table} {k!r}", v) for k, v in given.items()}
+        self.where = where
+        self.table = table
+        stored = config.get(table) or {}
+        if not isinstance(stored, dict):
+            raise wrong_field(f"{where}: {table} is {stored!r}; expected an object")
+        self.default: float | None = None
+        if default in config:
+            self.default = self._number(default, config[default])
+        self.numbers = {
+            pattern: self._number(f"{table} {pattern!r}", value)
+            for pattern, value in stored.items()
+        }
         self.unmatched = set(self.numbers)
-        self.seen: set[str] = set()
+        self.modules: set[str] = set()
         self.doubts: set[str] = set()  # where the order of the table decides
         try:
-            self.regexes = {k: compiled(rf"(.*\.)?({k})$") for k in self.numbers}
+            self.regexes = {pattern: compiled(rf"(.*\.)?({pattern})$") for pattern in self.numbers}
         except PatternError as error:
             raise wrong_field(f"{where}: {table} holds a bad pattern: {error}") from error
 
     def of(self, module: str) -> float | None:
         """The number of one module; None where the config gives none."""
-        self.seen.add(module)
-        hits = [k for k, pattern in self.regexes.items() if matched(pattern, module)]
-        hits += [module] if module in self.numbers else []
-        self.unmatched -= set(hits)
-        other = next((k for k in hits if self.numbers[k] != self.numbers[hits[0]]), None)
-        if other is not None:
-            self.doubts.add(
-                f"{self.where}: {self.table} {hits[0]!r} ({self.numbers[hits[0]]:g}) and {other!r} "
-                f"({self.numbers[other]:g}) both match {module!r}; the first counts, as in PEFT, "
-                "which sorts them when it saves: was it the first in training?"
-            )
-        return self.numbers[hits[0]] if hits else self.default
+        self.modules.add(module)
+        matching = [pattern for pattern, regex in self.regexes.items() if matched(regex, module)]
+        if module in self.numbers:
+            matching.append(module)
+        if not matching:
+            return self.default
+        self.unmatched -= set(matching)
+        first = matching[0]
+        number = self.numbers[first]
+        for other in matching:
+            if self.numbers[other] != number:
+                self.doubts.add(
+                    f"{self.where}: {self.table} {first!r} ({number:g}) and {other!r} "
+                    f"({self.numbers[other]:g}) both match {module!r}; the first counts, as in "
+                    "PEFT, which sorts them when it saves: was it the first in training?"
+                )
+                break
+        return number
 
     def unused(self, pattern: str) -> tuple[str, str]:
         """What a pattern that matched no module comes to, and the nearest names.
 
         PEFT ignores it, in training as in merging, so it may well be right; or a typing mistake.
         """
-        ends = sorted({m.rpartition(".")[2] for m in self.seen} | self.seen)
-        said = f"{self.table} {pattern!r} matches no module of the adapter"
-        return said, near(pattern, ends)
+        leaves = {module.rpartition(".")[2] for module in self.modules}
+        fact = f"{self.table} {pattern!r} matches no module of the adapter"
+        return fact, near(pattern, sorted(leaves | self.modules))
 
     def notes(self) -> list[str]:
         """What to tell once every module has been asked for."""
         notes = []
         for pattern in sorted(self.unmatched):
-            (said, hint), number = self.unused(pattern), f"{self.numbers[pattern]:g}"
-            notes.append(f"{self.where}: {said}; its {number} is for none, as in PEFT; {hint}")
+            fact, hint = self.unused(pattern)
+            number = f"{self.numbers[pattern]:g}"
+            notes.append(f"{self.where}: {fact}; its {number} is for none, as in PEFT; {hint}")
         return notes + sorted(self.doubts)
 
     def _number(self, what: str, value: object) -> float:

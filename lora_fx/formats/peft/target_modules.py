@@ -21,27 +21,38 @@ from lora_fx.text import Json, JsonView
 
 def targets(config: JsonView, module: str) -> bool:
     """True when PEFT would put an adapter on this module, by target_modules alone."""
-    wanted = config.get("target_modules")
+    target_modules = config.get("target_modules")
+    if target_modules in (None, "all-linear"):
+        return True
     try:
-        return wanted in (None, "all-linear") or _named(wanted, module) is not None
+        return _entry_for(target_modules, module) is not None
     except PatternError:
         return False
 
 
-def _named(wanted: object, module: str) -> str | None:
+def _entry_for(listed: object, module: str) -> str | None:
     """What names a module: a pattern as a whole, or an entry of a list that is its end."""
-    if isinstance(wanted, str):
-        return wanted if matched(wanted, module, "fullmatch") else None
-    names = texts_of(wanted)
-    return module if module in names else next((n for n in names if module.endswith(f".{n}")), None)
+    if isinstance(listed, str):
+        return listed if matched(listed, module, "fullmatch") else None
+    names = texts_of(listed)
+    if module in names:
+        return module
+    return next((name for name in names if module.endswith(f".{name}")), None)
 
 
 def untouched(config: JsonView, modules: Iterable[str]) -> list[str]:
     """The names in target_modules and target_parameters that no module with tensors answers to."""
-    have = [f".{m}" for m in modules]
-    named = [(n, n) for n in texts_of(config.get("target_modules"))]
-    named += [(n, n.rpartition(".")[0]) for n in texts_of(config.get("target_parameters"))]
-    unused = {n for n, end in named if end and not any(m.endswith(f".{end}") for m in have)}
+    dotted_modules = [f".{module}" for module in modules]
+    ends = [(name, name) for name in texts_of(config.get("target_modules"))]
+    for name in texts_of(config.get("target_parameters")):
+        module = name.rpartition(".")[0]
+        if module:
+            ends.append((name, module))
+    unused = {
+        name
+        for name, end in ends
+        if not any(module.endswith(f".{end}") for module in dotted_modules)
+    }
     return sorted(unused)
 
 
@@ -52,13 +63,17 @@ _NOT_LINEAR = re.compile(
 
 def facts(config: JsonView) -> Json:
     """The fields of a config that say which modules it adapts; JSON, for an adapter's metadata."""
-    kept = {name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None}
-    whole = listed_whole(config)
-    return {**kept, "modules_to_save": list(whole)} if whole else kept
+    fields: Json = {
+        name: config[name] for name in (*FIELDS, VERSION) if config.get(name) is not None
+    }
+    saved = listed_whole(config)
+    if saved:
+        fields["modules_to_save"] = list(saved)
+    return fields
 
 
 def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: list[str]) -> Json:
-    """What an adapter's metadata keeps of the modules that a config adapts.
+    """The metadata of an adapter that says which modules a config adapts.
 
     Args:
         config: PEFT's.
@@ -66,12 +81,13 @@ def target_facts(config: JsonView, modules: Iterable[str], file: str, notes: lis
         file: Its name, for a note on targets that have none.
         notes: Get that note.
     """
-    kept: Json = {"peft": facts(config)}
-    if unused := untouched(config, modules):
-        kept["untouched_targets"] = unused
+    metadata: Json = {"peft": facts(config)}
+    unused = untouched(config, modules)
+    if unused:
+        metadata["untouched_targets"] = unused
         names = ", ".join(map(repr, unused))
         notes.append(f"{file}: the config targets {names}, of which the file has no tensor")
-    return kept
+    return metadata
 
 
 def wanted_by(config: JsonView, module: str) -> str | None:
@@ -82,19 +98,31 @@ def wanted_by(config: JsonView, module: str) -> str | None:
     >>> wanted_by({"target_modules": ["q"], "exclude_modules": "layers.0.*"}, "layers.0.q") is None
     True
     """
-    out, targets = config.get("exclude_modules"), config.get("target_modules")
     try:
-        if out and _named(out, module):
-            return None
-        if any(matched(pattern_around(saved), module) for saved in listed_whole(config)):
-            return None
-        if targets == "all-linear":
-            return None if _NOT_LINEAR.search(module) else "all-linear"
-        name = _named(targets, module)
-        by_end = isinstance(targets, list) and name != module
-        return name if not by_end or _layer_is_meant(config, module) else None
+        return _wanted_by(config, module)
     except PatternError:
         return None  # PEFT would fail on such a pattern
+
+
+def _wanted_by(config: JsonView, module: str) -> str | None:
+    """The same, by PEFT's rules; layers_to_transform holds for what a list names by its end.
+
+    Raises:
+        PatternError: A name in the config is no pattern.
+    """
+    excluded = config.get("exclude_modules")
+    if excluded and _entry_for(excluded, module):
+        return None
+    if any(matched(pattern_around(saved), module) for saved in listed_whole(config)):
+        return None
+    target_modules = config.get("target_modules")
+    if target_modules == "all-linear":
+        return None if _NOT_LINEAR.search(module) else "all-linear"
+    entry = _entry_for(target_modules, module)
+    is_named_by_end = isinstance(target_modules, list) and entry != module
+    if is_named_by_end and not _layer_is_meant(config, module):
+        return None
+    return entry
 
 
 def _layer_is_meant(config: JsonView, module: str) -> bool:
@@ -103,11 +131,15 @@ def _layer_is_meant(config: JsonView, module: str) -> bool:
     if layers is None or layers == []:
         return True
     names = config.get("layers_pattern") or []
-    names = [names] if isinstance(names, str) else names
+    if isinstance(names, str):
+        names = [names]
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names]
     meant = layers if isinstance(layers, list) else [layers]
-    for pattern in [rf"(?:^|.*?\.){n}\.(\d+)\." for n in names] or [r".*?\.[^.]*\.(\d+)\."]:
-        if found := matched(pattern, module):
-            return len(found[1]) < 20 and int(found[1]) in meant
+    for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+        match = matched(pattern, module)
+        if match:
+            number = match[1]
+            return len(number) < 20 and int(number) in meant
     return False
 
 
@@ -122,16 +154,20 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     >>> missing({"target_modules": ["q", "v"]}, ["l.0.q", "l.0.v", "l.1.q", "head.q"], ["l.0.q"])
     {'l.0.v': 'v', 'l.1.q': 'q'}
     """
-    here = set(adapted)
-    places = {_place(m) for m in here}
+    adapted_modules = set(adapted)
+    adapted_places = {_place(module) for module in adapted_modules}
     regexes.begin("adapter_config.json")
-    entries = {wanted_by(config, m) for m in here}
-    wanted = {m: wanted_by(config, m) for m in modules if m not in here}
-    return {
-        module: entry
-        for module, entry in wanted.items()
-        if entry is not None and (_place(module) in places or entry not in entries)
+    used_entries = {wanted_by(config, module) for module in adapted_modules}
+    entries = {
+        module: wanted_by(config, module) for module in modules if module not in adapted_modules
     }
+    missing_modules = {}
+    for module, entry in entries.items():
+        if entry is None:
+            continue
+        if _place(module) in adapted_places or entry not in used_entries:
+            missing_modules[module] = entry
+    return missing_modules
 
 
 def _place(module: str) -> str:
