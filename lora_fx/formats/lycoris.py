@@ -23,6 +23,8 @@ from lora_fx.adapter.updates import Dense, Hadamard, Kronecker
 from lora_fx.dtypes import Array
 from lora_fx.formats.checked_file import Arrays, File
 
+_LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
+
 
 def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """The plain pair (b [out, r], a [r, in·k]) of t [r, r, *k], a [r, out] and b [r, in]."""
@@ -30,48 +32,59 @@ def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(a.T), wide.reshape(len(t), -1).astype(np.float32)
 
 
-def loha(parts: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
+def loha(tensors: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
     """The change of one module.
 
     Args:
-        parts: hada_w1_a … as fp32, by the ends of their names.
+        tensors: hada_w1_a … as fp32, by the ends of their names.
         alpha: None: the rank.
         file: The file, for messages and notes.
         module: Its name in the file.
     """
-    ends = {part.removeprefix("hada_") for part in parts}
-    if ends - {"t1", "t2"} != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(ends & {"t1", "t2"}) == 1:
-        raise file.error(module, f"has {', '.join(sorted(parts))}; a LoHa needs {_LOHA}")
-    pairs = []
+    ends = {end.removeprefix("hada_") for end in tensors}
+    tucker_ends = ends & {"t1", "t2"}
+    if ends - tucker_ends != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(tucker_ends) == 1:
+        raise file.error(module, f"has {', '.join(sorted(tensors))}; a LoHa needs {_LOHA}")
+    b1, a1, _ = _loha_factor(tensors, "1", file, module)
+    b2, a2, kernel = _loha_factor(tensors, "2", file, module)
+    fits = b1.shape == b2.shape and a1.shape == a2.shape
+    _check(fits, file, module, b1, a1, b2, a2)
+    rank = b1.shape[1]
+    return Hadamard(a1, b1, a2, b2, float(rank if alpha is None else alpha), kernel=kernel)
+
+
+def _loha_factor(
+    tensors: Arrays, number: str, file: File, module: str
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """B [out, r] and a [r, in·k] of one of the two factors, and the kernel of its Tucker form."""
+    b = tensors[f"hada_w{number}_a"]
+    a = tensors[f"hada_w{number}_b"]
+    t = tensors.get(f"hada_t{number}")
     kernel: tuple[int, ...] = ()
-    for i in "12":
-        a, b, t = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
-        if t is not None:
-            _check(_fits(a, b, t), file, module, a, b, t)
-            a, b = tucker(t, a, b)
-            kernel = _kernel(t.shape[2:])
-        b = b.reshape(len(b), -1)
-        _check(a.ndim == 2 and a.shape[1] == len(b), file, module, a, b)
-        pairs.append((a, b))
-    (b1, a1), (b2, a2) = pairs
-    _check(b1.shape == b2.shape and a1.shape == a2.shape, file, module, b1, a1, b2, a2)
-    return Hadamard(a1, b1, a2, b2, float(b1.shape[1] if alpha is None else alpha), kernel=kernel)
+    if t is not None:
+        _check(_fits(b, a, t), file, module, b, a, t)
+        b, a = tucker(t, b, a)
+        kernel = _kernel(t.shape[2:])
+    a = a.reshape(len(a), -1)
+    _check(b.ndim == 2 and b.shape[1] == len(a), file, module, b, a)
+    return b, a, kernel
 
 
 def lokr(
-    parts: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
+    tensors: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
 ) -> Kronecker | Dense:
     """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
-    if "lokr_t1" in parts:
+    if "lokr_t1" in tensors:
         raise file.error(module, "has lokr_t1, which no reader uses", "expected lokr_t2 at most")
-    w1, r1 = _half(parts, "lokr_w1", file, module)
-    w2, r2 = _half(parts, "lokr_w2", file, module)
-    if r1 and r2 and r1 != r2:
-        raise file.error(module, f"has rank {r1} in w1 and {r2} in w2: its scale is in doubt")
-    own = r1 or r2
-    if rank is not None and own and own != rank:
-        raise file.error(module, f"has rank {own}; the config says {rank:g}")
-    divisor = own if rank is None else rank
+    w1, rank1 = _lokr_factor(tensors, "lokr_w1", file, module)
+    w2, rank2 = _lokr_factor(tensors, "lokr_w2", file, module)
+    if rank1 and rank2 and rank1 != rank2:
+        raise file.error(module, f"has rank {rank1} in w1 and {rank2} in w2: its scale is in doubt")
+    stored_rank = rank1 or rank2
+    if rank is not None and stored_rank and stored_rank != rank:
+        raise file.error(module, f"has rank {stored_rank}; the config says {rank:g}")
+
+    divisor = stored_rank if rank is None else rank
     # Without a rank of its own: LyCORIS takes 1, and PEFT its config's alpha / r.
     scale = 1.0 if divisor is None or alpha is None else alpha / divisor
     _check(w1.ndim == 2 and w2.ndim >= 2, file, module, w1, w2)
@@ -88,42 +101,53 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
     A scale other than 1 needs a rank: w1 is then stored as w1 · I, of rank i1 and alpha s·i1.
     """
     if isinstance(entry, Hadamard):
-        parts = {"w1_a": entry.b1, "w1_b": entry.a1, "w2_a": entry.b2, "w2_b": entry.a2}
-        return {f"hada_{end}": array for end, array in parts.items()}, entry.alpha
+        factors = {
+            "hada_w1_a": entry.b1,
+            "hada_w1_b": entry.a1,
+            "hada_w2_a": entry.b2,
+            "hada_w2_b": entry.a2,
+        }
+        return factors, entry.alpha
     kernel = entry.layout.stored[2:] if entry.layout else entry.kernel  # empty for a matrix
-    w2 = entry.w2.reshape(len(entry.w2), -1, *kernel) if kernel else entry.w2
+    w2 = entry.w2
+    if kernel:
+        w2 = w2.reshape(len(w2), -1, *kernel)
     if entry.scale == 1.0:
         return {"lokr_w1": entry.w1, "lokr_w2": w2}, None
     rank = entry.w1.shape[1]
-    one = np.eye(rank, dtype=np.float32)
-    return {"lokr_w1_a": entry.w1, "lokr_w1_b": one, "lokr_w2": w2}, entry.scale * rank
+    identity = np.eye(rank, dtype=np.float32)
+    factors = {"lokr_w1_a": entry.w1, "lokr_w1_b": identity, "lokr_w2": w2}
+    return factors, entry.scale * rank
 
 
-_LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
-
-
-def _half(parts: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
+def _lokr_factor(tensors: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
     """w1 or w2, and its rank where it is a product."""
-    whole, a, b = (parts.get(f"{name}{end}") for end in ("", "_a", "_b"))
-    t = parts.get("lokr_t2") if name == "lokr_w2" else None
-    if whole is not None and a is None and b is None and t is None:
-        return whole, None
-    if whole is not None or a is None or b is None:
-        have = ", ".join(sorted(parts))
+    stored = tensors.get(name)
+    a = tensors.get(f"{name}_a")
+    b = tensors.get(f"{name}_b")
+    t = tensors.get("lokr_t2") if name == "lokr_w2" else None
+    if stored is not None and a is None and b is None and t is None:
+        return stored, None
+    if stored is not None or a is None or b is None:
+        have = ", ".join(sorted(tensors))
         raise file.error(module, f"has {have}; a LoKr needs {name}, or {name}_a and {name}_b")
+
+    rank = len(b)
     if t is not None:
         _check(_fits(a, b, t), file, module, a, b, t)
-        left, wide = tucker(t, a, b)
-        product = left.astype(np.float64) @ wide.astype(np.float64)
-        return product.reshape(len(left), b.shape[1], *t.shape[2:]).astype(np.float32), len(b)
-    _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == len(b), file, module, a, b)
-    if b.ndim == 2 and np.array_equal(b, np.eye(len(b))):
-        return a, len(b)  # as encode writes it; a product would lose the sign of zeros
-    product = a.astype(np.float64) @ b.reshape(len(b), -1).astype(np.float64)
-    return product.reshape(len(a), *b.shape[1:]).astype(np.float32), len(b)
+        left, right = tucker(t, a, b)
+        product = left.astype(np.float64) @ right.astype(np.float64)
+        shape = (len(left), b.shape[1], *t.shape[2:])
+        return product.reshape(shape).astype(np.float32), rank
+    _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == rank, file, module, a, b)
+    if b.ndim == 2 and np.array_equal(b, np.eye(rank)):
+        return a, rank  # as encode writes it; a product would lose the sign of zeros
+    product = a.astype(np.float64) @ b.reshape(rank, -1).astype(np.float64)
+    return product.reshape(len(a), *b.shape[1:]).astype(np.float32), rank
 
 
 def _fits(a: Array, b: Array, t: Array) -> bool:
+    """Whether a [r, out], b [r, in] and t [r, r, *k] are a product of Tucker."""
     return a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b))
 
 
@@ -132,7 +156,9 @@ def _kernel(kernel: tuple[int, ...]) -> tuple[int, ...]:
     return () if kernel[1:] == (1,) else kernel
 
 
-def _check(good: bool, file: File, module: str, *arrays: Array) -> None:
-    if not good:
-        shapes = ", ".join(str(list(a.shape)) for a in arrays)
-        raise file.error(module, f"has factors of {shapes}, which do not fit each other")
+def _check(fits: bool, file: File, module: str, *arrays: Array) -> None:
+    """Raise for factors that do not fit each other."""
+    if fits:
+        return
+    shapes = ", ".join(str(list(array.shape)) for array in arrays)
+    raise file.error(module, f"has factors of {shapes}, which do not fit each other")

@@ -37,50 +37,82 @@ def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
     Raises:
         LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
     """
-    config, file, config_file = source.config, source.name, source.config_file
-    kind = KINDS[config["peft_type"]]
+    config = source.config
     if ours:
         raise LoraFxError(
-            f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
+            f"{source.name}: metadata lora_fx beside peft_type {config['peft_type']!r}; "
+            "expected 'LORA'",
             "the config was edited; save the adapter again",
         )
-    odd = sorted(set(config) - _KNOWN)
-    source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in odd)
-    if kind == "oft_R":
+    _check_config(source)
+    ranks = Pattern(config, "rank_pattern", "r", source.config_file)
+    alphas = Pattern(config, "alpha_pattern", "alpha", source.config_file)
+    tensors_of_modules = _by_module(source)
+    entries: dict[str, Entry] = {}
+    for module, tensors in tensors_of_modules.items():
+        rank = ranks.of(module)
+        alpha = alphas.of(module)
+        entries[f"{module}.weight"] = _change(tensors, rank, alpha, source, module)
+
+    source.notes.extend(ranks.notes())
+    source.notes.extend(alphas.notes())
+    metadata = {field: config[field] for field in ORIGIN if config.get(field)}
+    metadata |= target_facts(config, tensors_of_modules, source.name, source.notes)
+    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
+
+
+def _check_config(source: PeftFile) -> None:
+    """Note unknown fields; raise for a config without the numbers that the method needs."""
+    config = source.config
+    for field in sorted(set(config) - _KNOWN):
+        source.notes.append(f"{source.config_file}: unknown field {field!r} is ignored")
+    if config["peft_type"] == "OFT":
         check_oft(source)
     elif "alpha" not in config or "r" not in config:
         raise LoraFxError(
-            f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
+            f"{source.config_file}: alpha or r is missing; expected both: the scale is alpha / r",
             "add the numbers that the adapter was trained with",
         )
-    ranks = Pattern(config, "rank_pattern", "r", config_file)
-    alphas = Pattern(config, "alpha_pattern", "alpha", config_file)
-    groups: dict[str, dict[str, Array]] = {}
+
+
+def _by_module(source: PeftFile) -> dict[str, dict[str, Array]]:
+    """The tensors of each module by the ends of their names, as fp32.
+
+    Raises:
+        LoraFxError: A tensor of another kind, or of a module that is no target.
+    """
+    peft_type = source.config["peft_type"]
+    start = KINDS[peft_type]
+    tensors_of_modules: dict[str, dict[str, Array]] = {}
     for name, array in source.tensors.items():
-        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not part.startswith(kind) or not module:
+        module, _, end = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not end.startswith(start) or not module:
             raise source.error(
                 name,
-                f"is not of {config['peft_type']}; expected X.{kind}… only",
+                f"is not of {peft_type}; expected X.{start}… only",
                 "modules_to_save, biases and embeddings beside it are not supported: merge it into "
                 "its model with PEFT (merge_and_unload)",
             )
-        if not targets(config, module):
+        if not targets(source.config, module):
             raise source.error(name, "is of a module that target_modules leaves out")
-        groups.setdefault(module, {})[part] = source.master(name, array)
-    entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
-        rank, alpha = ranks.of(module), alphas.of(module)
-        if kind == "oft_R":
-            entries[f"{module}.weight"] = rotation(parts["oft_R"], source, module)
-        elif kind == "lokr_":
-            entries[f"{module}.weight"] = lokr(parts, alpha, source, module, rank)
-        else:
-            entries[f"{module}.weight"] = change = loha(parts, alpha, source, module)
-            if change.rank != rank:
-                raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
-    for pattern in (ranks, alphas):
-        source.notes.extend(pattern.notes())
-    metadata = {field: config[field] for field in ORIGIN if config.get(field)}
-    metadata |= target_facts(config, groups, file, source.notes)
-    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
+        tensors_of_modules.setdefault(module, {})[end] = source.master(name, array)
+    return tensors_of_modules
+
+
+def _change(
+    tensors: dict[str, Array],
+    rank: float | None,
+    alpha: float | None,
+    source: PeftFile,
+    module: str,
+) -> Entry:
+    """The change of one module."""
+    peft_type = source.config["peft_type"]
+    if peft_type == "OFT":
+        return rotation(tensors["oft_R"], source, module)
+    if peft_type == "LOKR":
+        return lokr(tensors, alpha, source, module, rank)
+    change = loha(tensors, alpha, source, module)
+    if change.rank != rank:
+        raise source.error(module, f"has rank {change.rank}; {source.config_file} says {rank:g}")
+    return change

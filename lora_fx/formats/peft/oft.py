@@ -35,13 +35,15 @@ def check_oft(source: PeftFile) -> None:
     Raises:
         LoraFxError: No oft_block_size, which PEFT before 0.15 lacks, or numbers that are none.
     """
-    config, where = source.config, source.config_file
-    numbers = config.get("num_cayley_neumann_terms", 5), config.get("eps", 6e-5)
-    whole = is_whole(numbers[0]) and 0 <= numbers[0] <= MOST_TERMS
-    if "oft_block_size" not in config or not whole or not is_number(numbers[1]):
+    config = source.config
+    where = source.config_file
+    terms = config.get("num_cayley_neumann_terms", 5)
+    eps = config.get("eps", 6e-5)
+    are_terms = is_whole(terms) and 0 <= terms <= MOST_TERMS
+    if "oft_block_size" not in config or not are_terms or not is_number(eps):
         raise LoraFxError(
             f"{where}: oft_block_size is {config.get('oft_block_size')}, and the numbers of series "
-            f"and coft are {numbers}; expected OFT as PEFT has it since 0.15",
+            f"and coft are {(terms, eps)}; expected OFT as PEFT has it since 0.15",
             "merge it with the PEFT that trained it (merge_and_unload)",
         )
     version = re.match(r"0\.(\d+)", str(config.get(VERSION) or "0.0"))
@@ -54,17 +56,20 @@ def check_oft(source: PeftFile) -> None:
 
 def rotation(vectors: Array, source: PeftFile, module: str) -> Rotation:
     """The change of one module, from its vectors [blocks, n(n − 1)/2]."""
-    config, shared = source.config, bool(source.config.get("block_share"))
-    size = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
-    fits = vectors.ndim == 2 and size * (size - 1) == 2 * vectors.shape[1]
-    if not fits or (shared and len(vectors) > 1):
-        blocks = "one block, as block_share says," if shared else "blocks"
+    config = source.config
+    is_shared = bool(config.get("block_share"))
+    n = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
+    fits = vectors.ndim == 2 and n * (n - 1) == 2 * vectors.shape[1]
+    if not fits or (is_shared and len(vectors) > 1):
+        blocks = "one block, as block_share says," if is_shared else "blocks"
         what = f"has oft_R {list(vectors.shape)}; expected {blocks} of n(n − 1)/2 numbers"
         raise source.error(module, what)
-    terms = config.get("num_cayley_neumann_terms", 5)
-    series = terms if config.get("use_cayley_neumann", True) else None
-    bound = config.get("eps", 6e-5) if config.get("coft") else None
-    return Rotation(turns(vectors, size, series, bound), shared)
+
+    terms = None
+    if config.get("use_cayley_neumann", True):
+        terms = config.get("num_cayley_neumann_terms", 5)
+    eps = config.get("eps", 6e-5) if config.get("coft") else None
+    return Rotation(turns(vectors, n, terms, eps), is_shared)
 
 
 def turns(vectors: Array, size: int, terms: int | None, eps: float | None) -> Array:
@@ -81,13 +86,21 @@ def turns(vectors: Array, size: int, terms: int | None, eps: float | None) -> Ar
     q[:, rows, columns] = vectors
     q -= q.swapaxes(1, 2)
     if eps is not None:
-        norm, most = np.linalg.norm(q, axis=(1, 2), keepdims=True), eps / math.sqrt(len(q))
-        q *= most / np.maximum(norm, most)
+        norm = np.linalg.norm(q, axis=(1, 2), keepdims=True)
+        bound = eps / math.sqrt(len(q))
+        q *= bound / np.maximum(norm, bound)
     if terms is None:
         return np.asarray(-2 * q @ np.linalg.inv(np.eye(size) + q), np.float32)
+    return np.asarray(_series(q, terms), np.float32)
+
+
+def _series(q: Array, terms: int) -> Array:
+    """2Q + 2Q² + … + Qᵏ with k = terms − 1, the last power once, and at least Q³ from Q² on."""
+    turn = 2.0 * q * (terms > 1)
     last = max(terms - 1, 3) if terms > 2 else 0  # PEFT adds Q³ of three terms too
-    turn, power = 2.0 * q * (terms > 1), q
-    for i in range(2, last + 1):
+    power = q
+    for exponent in range(2, last + 1):
         power = power @ q
-        turn = turn + power * (2.0 if i < last else 1.0)
-    return np.asarray(turn, np.float32)
+        factor = 2.0 if exponent < last else 1.0
+        turn = turn + power * factor
+    return turn
