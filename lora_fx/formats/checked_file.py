@@ -19,7 +19,12 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class File:
-    """What reading one file needs everywhere: its name for messages, and the notes."""
+    """One file that is read.
+
+    Attributes:
+        name: For messages.
+        notes: What should be said to the user.
+    """
 
     name: str
     notes: list[str] = field(default_factory=list)
@@ -100,14 +105,17 @@ class File:
             split: Name → the two; None for a name of another kind of file.
             unknown: Such a name → the error.
         """
-        found: dict[str, dict[str, Array]] = {}
+        modules: dict[str, dict[str, Array]] = {}
         for name, array in tensors.items():
-            at = split(name)
-            if at is None:
+            module_and_end = split(name)
+            if module_and_end is None:
                 raise unknown(name)
-            if found.setdefault(at[0], {}).setdefault(at[1], array) is not array:
-                raise self.error(name, f"is a second {at[1]} of {at[0]!r}; expected one")
-        return found
+            module, end = module_and_end
+            of_module = modules.setdefault(module, {})
+            if end in of_module:
+                raise self.error(name, f"is a second {end} of {module!r}; expected one")
+            of_module[end] = array
+        return modules
 
     def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
         """An error about one tensor."""
@@ -115,6 +123,8 @@ class File:
 
 
 def module_and_part(pattern: re.Pattern[str], name: str) -> tuple[str, str] | None:
-    """What a pattern's two groups take of a tensor's name; None where it is none of its names."""
+    """The module and what the tensor is of it, by a pattern's two groups; None without a match."""
     match = pattern.fullmatch(name)
-    return (match[1], match[2]) if match else None
+    if match is None:
+        return None
+    return match[1], match[2]

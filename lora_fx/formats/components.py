@@ -21,15 +21,18 @@ from lora_fx.files.checkpoint import tensors
 
 @dataclass(frozen=True)
 class Component:
-    """Prefixes of one component: kohya's, and the dotted ones of pipelines and checkpoints."""
+    """How files name one component.
+
+    Attributes:
+        prefixes: Kohya's, which has "_" for ".".
+        homes: The dotted ones of pipelines and of checkpoints in a single file.
+    """
 
     prefixes: tuple[str, ...]
     homes: tuple[str, ...]
 
 
 _DIFFUSION = ("model.diffusion_model.", "diffusion_model.")
-
-
 COMPONENTS = {
     "unet": Component(("lora_unet_",), ("unet.", "transformer.", *_DIFFUSION)),
     "transformer": Component(("lora_transformer_",), ("transformer.", *_DIFFUSION)),
@@ -40,13 +43,12 @@ COMPONENTS = {
     "text_encoder_2": Component(("lora_te2_",), ("text_encoder_2.",)),
     "text_encoder_3": Component(("lora_te3_",), ("text_encoder_3.",)),
 }
-
-
-_GUESS = {
+_ONLY_OF = {
     "unet": ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding."),
     "transformer": ("transformer_blocks.", "single_transformer_blocks."),
     "text_encoder": ("text_model.",),
 }
+"""component → beginnings that the names of no other component's modules have."""
 
 
 def split_component(key: str) -> tuple[str, str]:
@@ -55,18 +57,24 @@ def split_component(key: str) -> tuple[str, str]:
     >>> split_component("text_encoder_2.text_model.x.weight"), split_component("h.0.fc.weight")
     (('text_encoder_2', 'text_model.x.weight'), ('', 'h.0.fc.weight'))
     """
-    head, _, rest = key.partition(".")
-    return (head, rest) if head in COMPONENTS and rest else ("", key)
+    component, _, path = key.partition(".")
+    if component in COMPONENTS and path:
+        return component, path
+    return "", key
 
 
 def has_home(key: str) -> bool:
     """True for a key that begins with a component, or as in a single-file checkpoint."""
-    return bool(split_component(key)[0]) or key.startswith(_DIFFUSION)
+    component, _ = split_component(key)
+    return bool(component) or key.startswith(_DIFFUSION)
 
 
 def guess_component(key: str) -> str:
     """The component that a key without one can only belong to; empty where several could."""
-    return next((c for c, starts in _GUESS.items() if key.startswith(starts)), "")
+    for component, starts in _ONLY_OF.items():
+        if key.startswith(starts):
+            return component
+    return ""
 
 
 def names_of(base: str | Path) -> tuple[str, ...]:
@@ -74,8 +82,12 @@ def names_of(base: str | Path) -> tuple[str, ...]:
     base = Path(base)
     if not is_pipeline(base):
         return tuple(tensors(base))
-    folders = [base / c for c in COMPONENTS if any((base / c).glob("*.safetensors"))]
-    return tuple(f"{f.name}.{name}" for f in folders for name in tensors(f))
+    names: list[str] = []
+    for component in COMPONENTS:
+        folder = base / component
+        if any(folder.glob("*.safetensors")):
+            names += [f"{component}.{name}" for name in tensors(folder)]
+    return tuple(names)
 
 
 def is_pipeline(base: str | Path) -> bool:

@@ -128,9 +128,9 @@ def _split_name(name: str) -> tuple[str, str] | None:
     >>> _split_name("unet.x.lora_A.weight")
     ('unet.x', 'A')
     """
-    old = _OLD.fullmatch(name)
-    if old:
-        attention, leaf, half, alpha = old.groups()
+    by_processor = _OLD.fullmatch(name)
+    if by_processor:
+        attention, leaf, half, alpha = by_processor.groups()
         return _module_of_processor(attention, leaf), "alpha" if alpha else _HALF[half]
     pair = _PAIR.fullmatch(name)
     if pair:
@@ -217,7 +217,7 @@ class _Configs:
             self.alphas[component] = Pattern(config, "alpha_pattern", "lora_alpha", where)
 
     def _check(self, config: Json, where: str) -> None:
-        """Note and refuse what PEFT's rules do of a config, and more than plain LoRA."""
+        """Hold a config to PEFT's rules; raise for one that is of more than plain LoRA."""
         # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
         checked = {
             field: value

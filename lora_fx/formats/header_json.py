@@ -32,11 +32,15 @@ def describe(adapter: Adapter, names: Mapping[str, str]) -> str:
     for key, entry in adapter.entries.items():
         if isinstance(entry, (Full, ReplacedRows)):
             continue  # no format that needs these names has them
-        numbers = ["use", "variant", "alpha"] if isinstance(entry, LowRank) else []
-        numbers += ["scale"] if isinstance(entry, Kronecker) else []
+        numbers: tuple[str, ...] = ()
+        if isinstance(entry, LowRank):
+            numbers = ("use", "variant", "alpha")
+        elif isinstance(entry, Kronecker):
+            numbers = ("scale",)
         rows[names[key]] = {"key": key, **to_json(entry, "layout", "extra", *numbers)}
-    metadata = {k: v for k, v in adapter.metadata.items() if k != "notes"}
-    metadata |= adapter.names.to_json() if adapter.names else {}
+    metadata = {name: value for name, value in adapter.metadata.items() if name != "notes"}
+    if adapter.names:
+        metadata |= adapter.names.to_json()
     return metadata_text({**stamp(), "names": rows, "metadata": metadata})
 
 
@@ -64,36 +68,44 @@ def restore(
     """
     if FIELD not in header:
         return dict(entries), {}, False
-    whole = json_object(header[FIELD], f"{file}: metadata {FIELD}")
+    stored = json_object(header[FIELD], f"{file}: metadata {FIELD}")
     try:
-        check_format(whole, f"{file}: metadata {FIELD}")
-        rows, metadata = dict(whole["names"]), dict(whole["metadata"])
-        result: dict[str, Entry] = {}
+        check_format(stored, f"{file}: metadata {FIELD}")
+        rows = dict(stored["names"])
+        metadata = dict(stored["metadata"])
+        restored: dict[str, Entry] = {}
         for name, entry in entries.items():
             row = rows.get(name)
             key = name if row is None else str(row["key"])
-            if key in result:
+            if key in restored:
                 raise ValueError(f"{key!r} is there twice")
-            result[key] = entry if row is None else _restored(entry, row)
+            restored[key] = entry if row is None else _restored(entry, row)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise LoraFxError(
             f"{file}: metadata {FIELD} does not fit the tensors: "
             f"{type(error).__name__} {one_line(error)}",
             f"the file was edited; convert it again, or take {FIELD} out of its header",
         ) from error
-    return result, metadata, all(name in rows for name in entries)
+    return restored, metadata, all(name in rows for name in entries)
 
 
 def _restored(entry: Entry, row: JsonView) -> Entry:
+    """An update with the layout, use and variant of its row.
+
+    Raises:
+        ValueError: The row says another scale than the tensors, or a layout of other sizes.
+    """
     assert not isinstance(entry, (Full, ReplacedRows))  # see describe
-    made = from_json(entry, row)
-    if not math.isclose(made.scale, entry.scale, rel_tol=1e-6):
+    restored = from_json(entry, row)
+    if not math.isclose(restored.scale, entry.scale, rel_tol=1e-6):
         raise ValueError(
-            f"{row['key']!r} has scale {entry.scale:g}, and {made.scale:g} by the JSON"
+            f"{row['key']!r} has scale {entry.scale:g}, and {restored.scale:g} by the JSON"
         )
-    if not holds(made.layout, made.shape):
-        raise ValueError(f"{row['key']!r} is {list(made.shape)}, which its layout does not hold")
-    return made
+    if not holds(restored.layout, restored.shape):
+        raise ValueError(
+            f"{row['key']!r} is {list(restored.shape)}, which its layout does not hold"
+        )
+    return restored
 
 
 def holds(layout: Layout | None, shape: tuple[int, ...]) -> bool:

@@ -20,9 +20,7 @@ from lora_fx.text import Json, near
 
 Flat = tuple[str, str, str]
 """(component, module with "_" for ".", leaf) of a name."""
-
-
-_ANY = ("lycoris_", "lora_")
+_PREFIXES_OF_ANY_MODEL = ("lycoris_", "lora_")
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,11 @@ class ForeignNames:
     components: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        """What our own JSON in a file says of it, among the metadata."""
-        parts = {"components": list(self.components)} if self.components else {}
-        return {"naming": self.format, **parts}
+        """The fields that say it in our own JSON, among the metadata."""
+        fields: Json = {"naming": self.format}
+        if self.components:
+            fields["components"] = list(self.components)
+        return fields
 
     def resolve(self, adapter: Adapter, names: Iterable[str]) -> Adapter:
         """The adapter under a model's parameter names.
@@ -57,32 +57,36 @@ class ForeignNames:
         """
         parameters = Names(names, EXACT, FLAT)
         entries: dict[str, Entry] = {}
-        source: dict[str, str] = {}
-        fits: set[str] = set()
-        lost: dict[str, list[str]] = {}
+        file_keys: dict[str, str] = {}  # parameter → key in the file
+        fitting_components: set[str] = set()
+        unmatched: dict[str, list[str]] = {}  # component → keys
         for key, entry in adapter.entries.items():
-            hits = parameters.find(key)
+            matches = parameters.find(key)
             component = _component_of(key)
-            if len(hits) > 1:
+            if len(matches) > 1:
                 raise LoraFxError(
-                    f"adapter key {key!r} fits {' and '.join(map(repr, hits[:3]))}: '_' stands for "
-                    "'.' in its file",
+                    f"adapter key {key!r} fits {' and '.join(map(repr, matches[:3]))}: '_' stands "
+                    "for '.' in its file",
                     "rename one of the two, or take an adapter that names parameters",
                 )
-            if not hits:
-                lost.setdefault(component, []).append(key)
+            if not matches:
+                unmatched.setdefault(component, []).append(key)
                 continue
-            if hits[0] in entries:
+            parameter = matches[0]
+            if parameter in entries:
                 raise LoraFxError(
-                    f"adapter keys {source[hits[0]]!r} and {key!r} both fit {hits[0]!r}",
+                    f"adapter keys {file_keys[parameter]!r} and {key!r} both fit {parameter!r}",
                     "give the folder of the whole pipeline (model_index.json), not of one "
                     "component",
                 )
-            entries[hits[0]], source[hits[0]] = entry, key
-            fits.add(component)
+            entries[parameter] = entry
+            file_keys[parameter] = key
+            fitting_components.add(component)
+
         notes = list(adapter.metadata.get("notes", []))
-        for component, keys in lost.items():
-            if not fits or component in fits or not component:
+        for component, keys in unmatched.items():
+            is_of_another_model = component and component not in fitting_components
+            if not fitting_components or not is_of_another_model:
                 raise LoraFxError(
                     f"adapter key {keys[0]!r} fits no parameter of the model",
                     near(keys[0], parameters),
@@ -91,21 +95,23 @@ class ForeignNames:
                 f"{len(keys)} updates of {component} are for another model and not applied "
                 f"({keys[0]!r} …)"
             )
-        return replace(
-            adapter, entries=entries, metadata={**adapter.metadata, "notes": notes}, names=None
-        )
+        metadata = {**adapter.metadata, "notes": notes}
+        return replace(adapter, entries=entries, metadata=metadata, names=None)
 
 
 def taken_names(metadata: Json) -> ForeignNames | None:
-    """What `ForeignNames.to_json` put into metadata, taken out of it; None where nothing did."""
-    format, components = metadata.pop("naming", None), metadata.pop("components", ())
+    """The names that `ForeignNames.to_json` put into metadata, taken out of it; None without."""
+    format = metadata.pop("naming", None)
+    components = metadata.pop("components", ())
     return ForeignNames(str(format), tuple(components)) if format else None
 
 
 def _component_of(key: str) -> str:
     """The first component that a key may be of; empty where it names none."""
-    read = (component for component, _, _ in _readings(key) if component)
-    return split_component(key)[0] or next(read, "")
+    named, _ = split_component(key)
+    if named:
+        return named
+    return next((component for component, _, _ in _readings(key) if component), "")
 
 
 def one_model(adapter: Adapter, what: str) -> Adapter:
@@ -120,10 +126,13 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
     """
     if adapter.names is None:
         return adapter
-    parts = {split_component(key)[0] for key in adapter}
-    if adapter.names.format != "diffusers" or len(parts) != 1 or "" in parts:
+    components = {split_component(key)[0] for key in adapter}
+    is_one_component = len(components) == 1 and "" not in components
+    if adapter.names.format != "diffusers" or not is_one_component:
         key = next(iter(adapter), "")
-        several = f"; it has updates of {', '.join(sorted(parts))}" if len(parts) > 1 else ""
+        several = ""
+        if len(components) > 1:
+            several = f"; it has updates of {', '.join(sorted(components))}"
         raise LoraFxError(
             f"{what} holds the updates of one model under its parameters' names; {key!r} is a "
             f"name of a {adapter.names.format} file{several}",
@@ -136,20 +145,22 @@ def one_model(adapter: Adapter, what: str) -> Adapter:
 def _readings(key: str) -> Iterator[Flat]:
     """Everything that a name of a file may mean."""
     module, _, leaf = key.rpartition(".")
-    for component, rest in _readings_of_module(module):
-        yield component, rest, leaf
+    for component, flat in _readings_of_module(module):
+        yield component, flat, leaf
 
 
 def _readings_of_module(module: str) -> Iterator[tuple[str, str]]:
-    flat = module.replace(".", "_")
+    """(component, the module in it with "_" for ".") of a module's name, component first."""
     for name, component in COMPONENTS.items():
         for prefix in (*component.prefixes, *component.homes):
-            if module.startswith(prefix):
-                rest = module.removeprefix(prefix).replace(".", "_")
-                for inner in (rest, rest.removeprefix(f"{name}_")):  # lora_unet_unet_
-                    yield name, inner
-                    yield name, inner.removeprefix("text_model_")
-    for prefix in _ANY:
+            if not module.startswith(prefix):
+                continue
+            flat = module.removeprefix(prefix).replace(".", "_")
+            for inner in (flat, flat.removeprefix(f"{name}_")):  # lora_unet_unet_
+                yield name, inner
+                yield name, inner.removeprefix("text_model_")
+    flat = module.replace(".", "_")
+    for prefix in _PREFIXES_OF_ANY_MODEL:
         if flat.startswith(prefix):
             yield "", flat.removeprefix(prefix)
     yield "", flat
@@ -158,21 +169,29 @@ def _readings_of_module(module: str) -> Iterator[tuple[str, str]]:
 def _spellings(name: str) -> Iterator[Flat]:
     """Everything by which a parameter of a model may stand in a file."""
     module, _, leaf = name.rpartition(".")
-    for component, rest in _spellings_of_module(module):
-        yield component, rest, leaf
+    for component, flat in _spellings_of_module(module):
+        yield component, flat, leaf
 
 
 def _spellings_of_module(module: str) -> Iterator[tuple[str, str]]:
+    """(component, the module in it with "_" for ".") by which a file may name a module."""
     yield "", module.replace(".", "_")
-    homes = [(c, h) for c, part in COMPONENTS.items() for h in part.homes if module.startswith(h)]
-    for component, home in homes or [(c, "") for c in COMPONENTS]:
-        rest = module.removeprefix(home)
-        yield component, rest.replace(".", "_")
+    for component, home in _homes_of(module):
+        path = module.removeprefix(home)
+        yield component, path.replace(".", "_")
         if component.startswith("text_encoder"):
-            yield component, rest.removeprefix("text_model.").replace(".", "_")
+            yield component, path.removeprefix("text_model.").replace(".", "_")
         elif component == "unet":
-            for name in sgm_names(rest):
+            for name in sgm_names(path):
                 yield component, name.replace(".", "_")
+
+
+def _homes_of(module: str) -> list[tuple[str, str]]:
+    """(component, what stands before its modules) that a name begins with, else all components."""
+    homes = []
+    for name, component in COMPONENTS.items():
+        homes += [(name, home) for home in component.homes if module.startswith(home)]
+    return homes or [(name, "") for name in COMPONENTS]
 
 
 FLAT = NameRule(_spellings, _readings)

@@ -16,14 +16,8 @@ from __future__ import annotations
 import re
 
 _LAYER = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)(\..+)?")
-
-
 _MID = re.compile(r"mid_block\.(resnets|attentions)\.([01])(\..+)?")
-
-
 _SAMPLER = re.compile(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv")
-
-
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -32,8 +26,6 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-
-
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -55,23 +47,36 @@ def sgm_names(module: str) -> tuple[str, ...]:
     """
     if module in _OUTSIDE:
         return (_OUTSIDE[module],)
-    if match := _SAMPLER.fullmatch(module):
-        block = 3 * int(match[2])
-        if match[1] == "down":
-            return (f"input_blocks.{3 + block}.0.op",)
-        return tuple(f"output_blocks.{2 + block}.{i}.conv" for i in (1, 2))
-    if match := _MID.fullmatch(module):
-        at = 1 if match[1] == "attentions" else 2 * int(match[2])
-        return (f"middle_block.{at}{_inner(match[1], match[3])}",)
-    if match := _LAYER.fullmatch(module):
-        at = 3 * int(match[2]) + int(match[4])
-        side = f"input_blocks.{1 + at}" if match[1] == "down" else f"output_blocks.{at}"
-        return (f"{side}.{int(match[3] == 'attentions')}{_inner(match[3], match[5])}",)
+    sampler = _SAMPLER.fullmatch(module)
+    if sampler:
+        direction, block = sampler.groups()
+        return _names_of_sampler(direction, int(block))
+    in_middle = _MID.fullmatch(module)
+    if in_middle:
+        kind, number, inner = in_middle.groups()
+        index = 1 if kind == "attentions" else 2 * int(number)
+        return (f"middle_block.{index}{_inner_name(kind, inner)}",)
+    layer = _LAYER.fullmatch(module)
+    if layer:
+        direction, block, kind, number, inner = layer.groups()
+        index = 3 * int(block) + int(number)
+        side = f"input_blocks.{1 + index}" if direction == "down" else f"output_blocks.{index}"
+        within_block = 1 if kind == "attentions" else 0
+        return (f"{side}.{within_block}{_inner_name(kind, inner)}",)
     return ()
 
 
-def _inner(kind: str, rest: str | None) -> str:
-    name = (rest or "").removeprefix(".")
+def _names_of_sampler(direction: str, block: int) -> tuple[str, ...]:
+    """The names of a block's downsampler or upsampler; that one may follow an attention or not."""
+    if direction == "down":
+        return (f"input_blocks.{3 + 3 * block}.0.op",)
+    output = f"output_blocks.{2 + 3 * block}"
+    return (f"{output}.1.conv", f"{output}.2.conv")
+
+
+def _inner_name(kind: str, inner: str | None) -> str:
+    """The rest of a name inside a resnet or an attention, with its dot; empty for all of it."""
+    name = (inner or "").removeprefix(".")
     if kind == "resnets":
         name = _RESNET.get(name, name)
     return f".{name}" if name else ""
