@@ -15,11 +15,14 @@ from lora_fx.formats.rotary_rows import heads_of
 from lora_fx.text import JsonView, StrPath
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
-_DENSE = (*_ATTENTION, *(f"mlp.{x}" for x in _MLP))
-_EXPERTS = (*_ATTENTION, "mlp.gate", *(f"mlp.experts.{x}" for x in _MLP))
-_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{x}" for x in _MLP))
-_MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{i}" for i in (1, 2, 3)))
+_ATTENTION = tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
+_DENSE = (*_ATTENTION, *(f"mlp.{name}" for name in _MLP))
+_EXPERTS = (*_ATTENTION, "mlp.gate", *(f"mlp.experts.{name}" for name in _MLP))
+_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{name}" for name in _MLP))
+_MIXTRAL = (
+    "block_sparse_moe.gate",
+    *(f"block_sparse_moe.experts.{name}" for name in ("w1", "w2", "w3")),
+)
 _LIKE_LLAMA = ("smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2")
 _ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": (*_DENSE, *_MIXTRAL),
@@ -35,7 +38,8 @@ _MODEL_TYPES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 _NEIGHBOURS = ("llama", "smollm3", "granite")
 """Those in which the rows of q and k are put in neighbouring pairs."""
 HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
-HEAD, TABLE = "lm_head", "model.embed_tokens"
+HEAD = "lm_head"
+TABLE = "model.embed_tokens"
 OUTSIDE_LAYERS = {HEAD: "output.weight", TABLE: "token_embd.weight"}
 
 
@@ -57,25 +61,31 @@ class LlamaCppNames:
 
 def names_of_architecture(architecture: str, config: JsonView, where: str) -> LlamaCppNames:
     """The names of an architecture or model type; raises for one that is not known here."""
-    gguf, known = gguf_package(), (*_ARCHITECTURES, *_MODEL_TYPES)
+    gguf = gguf_package()
+    known = (*_ARCHITECTURES, *_MODEL_TYPES)
     if architecture not in known:
         raise LoraFxError(
             f"{where}: architecture {architecture!r}; llama.cpp's names are known here for {known}",
             "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
         )
     architecture = _MODEL_TYPES.get(architecture, architecture)
-    number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    table = gguf.get_tensor_name_map(number, 1)
-    found = {m: table.get_name(f"model.layers.0.{m}") for m in _ARCHITECTURES[architecture]}
-    modules = {m: f"{name.removeprefix('blk.0.')}.weight" for m, name in found.items()}
+    number_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(number_of[architecture], 1)
+    modules = {}
+    for module in _ARCHITECTURES[architecture]:
+        name = table.get_name(f"model.layers.0.{module}")
+        modules[module] = f"{name.removeprefix('blk.0.')}.weight"
     return LlamaCppNames(architecture, modules, config, where)
 
 
 def names_of_base(base: StrPath | None) -> LlamaCppNames | None:
     """The names of a base model, by its config.json; None where there is none."""
-    home = Path(base) if base else None
-    path = (home if home.is_dir() else home.parent) / "config.json" if home else None
-    if path is None or not path.is_file():
+    if not base:
+        return None
+    home = Path(base)
+    folder = home if home.is_dir() else home.parent
+    path = folder / "config.json"
+    if not path.is_file():
         return None
     config = model_config(path)
     config = {**config, **text_config(config)}

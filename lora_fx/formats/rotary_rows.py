@@ -11,6 +11,8 @@ and likewise for magnitudes, which belong to rows. A is not touched: inputs keep
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lora_fx.dtypes import Array
@@ -51,16 +53,23 @@ def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -
     Raises:
         LoraFxError: The config does not say, or the rows are not of so many heads.
     """
-    heads, size = config.get("num_attention_heads"), config.get("head_dim")
+    heads = config.get("num_attention_heads")
     if module.endswith("k_proj"):
         heads = config.get("num_key_value_heads") or heads
-    good = isinstance(heads, int) and heads > 0 and rows % (2 * heads) == 0
-    if not good or (size is not None and size * heads != rows):
+    head_size = config.get("head_dim")
+    if not _fit(heads, head_size, rows):
+        of_size = "" if head_size is None else f" of {head_size!r}"
         raise file.error(
             module,
-            f"has {rows} rows; {where} says {heads!r} heads"
-            + (f" of {size!r}" if size is not None else ""),
+            f"has {rows} rows; {where} says {heads!r} heads{of_size}",
             "is it the adapter of this model? then give the model's folder: --base",
         )
     assert isinstance(heads, int)
     return heads
+
+
+def _fit(heads: Any, head_size: Any, rows: int) -> bool:
+    """Whether so many heads, of an even number of rows each, have these rows."""
+    if not isinstance(heads, int) or heads <= 0 or rows % (2 * heads) != 0:
+        return False
+    return head_size is None or bool(head_size * heads == rows)
