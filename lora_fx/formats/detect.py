@@ -93,7 +93,9 @@ def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
 def format_of(path: str | Path) -> str:
     """The format of an adapter that is there, by its content; raises as load_adapter does."""
     path = tensor_file(Path(path))
-    return "onnx" if path.suffix == ".onnx" else format_in(path, look(path)).name
+    if path.suffix == ".onnx":
+        return "onnx"
+    return format_in(path, look(path)).name
 
 
 def format_for(path: str | Path) -> str:
@@ -129,23 +131,34 @@ def tensor_file(path: Path) -> Path:
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
-        return tensor_file(path.parent) if _lies_beside(path) else path
+        if not _lies_beside(path):
+            return path
+        return tensor_file(path.parent)
     for formats in FORMATS.in_turn():
         for name in files_with_tensors(formats):
             if (path / name).is_file():
                 return path / name
     weights = FORMATS.default.folder_files[0]
-    inside = sorted(p.parent.name for p in path.glob(f"*/{weights}"))
-    hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
-    if files := sorted(path.glob("*.safetensors")):
-        hint = f"name the file that is one: {files[0]}"
-    raise LoraFxError(f"{path}: no {weights} in this folder", hint)
+    raise LoraFxError(f"{path}: no {weights} in this folder", _hint_for_folder(path, weights))
+
+
+def _hint_for_folder(path: Path, weights: str) -> str:
+    """What a folder without an adapter has in its place: a file that may be one, or folders."""
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return f"name the file that is one: {files[0]}"
+    folders = sorted(file.parent.name for file in path.glob(f"*/{weights}"))
+    if folders:
+        return f"adapters lie in its folders {', '.join(folders[:5])}"
+    return "is it an adapter?"
 
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
     """The names that the file of the tensors has in folders of these formats; pickles come last."""
-    safe = (format.folder_files[0] for format in formats if format.folder_files)
-    return (*safe, *(name for format in formats for name in format.pickles))
+    names = [format.folder_files[0] for format in formats if format.folder_files]
+    for format in formats:
+        names += format.pickles
+    return tuple(names)
 
 
 def _lies_beside(path: Path) -> bool:
@@ -162,12 +175,16 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        every = (files_of(formats) for formats in FORMATS.in_turn())
-        return any((path / name).is_file() for names in every for name in names)
+        return any(_has_file_of(path, formats) for formats in FORMATS.in_turn())
     if not path.is_file() or path.suffix in NO_OUTPUT or not FORMATS.suffix_of(path.name):
         return FORMATS.is_pickle(path.name)
-    seen = look(path)
-    return seen.config or bool(FORMATS.detecting(seen))
+    head = look(path)
+    return head.config or bool(FORMATS.detecting(head))
+
+
+def _has_file_of(folder: Path, formats: Collection[Format]) -> bool:
+    """Whether a folder has one of the files that folders of these formats have."""
+    return any((folder / name).is_file() for name in files_of(formats))
 
 
 def check_elements(path: str | PathLike[str], most: int) -> None:
@@ -177,15 +194,15 @@ def check_elements(path: str | PathLike[str], most: int) -> None:
     """
     if not Path(path).is_file() or os.stat(path).st_size <= _LARGE:
         return
-    seen = look(Path(path))
-    if seen.elements > most:
+    head = look(Path(path))
+    if head.elements > most:
         raise LoraFxError(
-            f"{fspath(path)}: its tensors have {seen.elements} elements; at most {most} are read "
+            f"{fspath(path)}: its tensors have {head.elements} elements; at most {most} are read "
             "for this base, twice as many as that has",
             "is it an adapter of this model?",
         )
     size = os.stat(path).st_size
-    if not seen.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
+    if not head.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
         raise LoraFxError(
             f"{fspath(path)}: it has {size} bytes; at most {most} elements are read for this base, "
             "twice as many as that has",

@@ -44,10 +44,10 @@ from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.rotary_rows import heads_of, to_halves
 from lora_fx.text import Json, JsonView, is_number
 
-_PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
-_part = partial(module_and_part, _PART)
+_NAME = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
+_split_name = partial(module_and_part, _NAME)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_NAMES = {
+_MODULES = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
     "attn.v_proj": "self_attn.v_proj",
@@ -62,7 +62,7 @@ _HALVES = frozenset(("qwen2",))
 
 def detect(seen: FileHead) -> bool:
     """True for a file with lora_a and lora_b, in small letters."""
-    return any(n.endswith((".lora_a.weight", ".lora_b.weight")) for n in seen.names)
+    return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in seen.names)
 
 
 def read(path: str | Path, base: str | Path | None = None) -> Adapter:
@@ -85,22 +85,29 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     config = _config(path.parent / "adapter_config.json", file)
     what = "is not a name that torchtune gives"
     unknown = partial(file.error, what=what, hint="was the file edited?")
-    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, _part, unknown)
-    homes = [path.parent] if base is None else [Path(base), path.parent]
-    files = [home / "config.json" for home in homes]
-    model = next((file for file in files if file.is_file()), files[0])
+    masters = {name: file.master(name, tensor) for name, tensor in tensors.items()}
+    modules = file.modules(masters, _split_name, unknown)
+    model_file = _config_of_model(path.parent, base)
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
-        low = _lowrank(module, parts, config, file)
-        entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
+    for module, factors in modules.items():
+        update = _lowrank(module, factors, config, file)
+        key = f"{_name(module, file)}.weight"
+        entries[key] = _in_halves(module, update, model_file, file)
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
 
 
-def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
+def _config_of_model(folder: Path, base: str | Path | None) -> Path:
+    """config.json of the base, or beside the adapter; the first of the two where none is there."""
+    folders = [folder] if base is None else [Path(base), folder]
+    files = [folder / "config.json" for folder in folders]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
     """The update with the rows of q or k in Hugging Face's order; `path` is the model's config."""
     leaf = module.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):
-        return low
+        return update
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: {module!r} has its rows in torchtune's order; to reorder them the "
@@ -110,19 +117,22 @@ def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
     config = model_config(path)
     kind = config.get("model_type")
     if kind in _HALVES:
-        return low
+        return update
     if kind not in _NEIGHBOURS:
         raise LoraFxError(
             f"{path}: model_type is {kind!r}; the order of the rows of {module!r} is known for "
             f"{', '.join(sorted(_NEIGHBOURS | _HALVES))}",
             "let torchtune save the adapter for PEFT",
         )
-    heads = heads_of(module, len(low.b), config, str(path), file)
-    magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
-    return replace(low, b=to_halves(low.b, heads), magnitude=magnitude)
+    heads = heads_of(module, len(update.b), config, str(path), file)
+    magnitude = update.magnitude
+    if magnitude is not None:
+        magnitude = to_halves(magnitude, heads)
+    return replace(update, b=to_halves(update.b, heads), magnitude=magnitude)
 
 
 def _config(path: Path, file: File) -> Json:
+    """adapter_config.json, with r and lora_alpha as numbers above 0."""
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: no {path.name} beside it; expected one with r and lora_alpha: the "
@@ -140,13 +150,16 @@ def _config(path: Path, file: File) -> Json:
     return config
 
 
-def _lowrank(module: str, parts: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
-    a, b, magnitude = (parts.get(p) for p in ("lora_a", "lora_b", "magnitude"))
+def _lowrank(module: str, factors: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
+    """The update of one module; its rows are in the order of the file."""
+    a = factors.get("lora_a")
+    b = factors.get("lora_b")
+    magnitude = factors.get("magnitude")
     if a is None or b is None:
-        raise file.error(module, f"has {', '.join(sorted(parts))}; expected lora_a and lora_b")
+        raise file.error(module, f"has {', '.join(sorted(factors))}; expected lora_a and lora_b")
     fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
     if not fits or (magnitude is not None and magnitude.shape != (len(b),)):
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(parts.items()))
+        shapes = ", ".join(f"{end} {list(factor.shape)}" for end, factor in sorted(factors.items()))
         raise file.error(module, f"has {shapes}; expected [r, in], [out, r] and [out]")
     if len(a) != config["r"]:
         raise file.error(module, f"has rank {len(a)}; adapter_config.json says {config['r']}")
@@ -158,10 +171,10 @@ def _name(module: str, file: File) -> str:
     if module == "output":
         return "lm_head"
     match = _LAYER.fullmatch(module)
-    if match is None or match[2] not in _NAMES:
-        known = ", ".join(name.partition(".")[2] for name in _NAMES)
+    if match is None or match[2] not in _MODULES:
+        known = ", ".join(name.partition(".")[2] for name in _MODULES)
         raise file.error(module, f"is a module without a known name; known: {known}, output")
-    return f"model.layers.{match[1]}.{_NAMES[match[2]]}"
+    return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
 
 
 class Torchtune(Format):
