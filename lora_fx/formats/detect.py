@@ -19,7 +19,7 @@ from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
 from lora_fx.formats.file_head import has_config, tensors_head
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.registry import FORMATS, files_of
+from lora_fx.formats.registry import FORMATS, files_of, pickles_of
 
 NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 """Endings that no adapter is written under."""
@@ -155,10 +155,8 @@ def _hint_for_folder(path: Path, weights: str) -> str:
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
     """The names that the file of the tensors has in folders of these formats; pickles come last."""
-    names = [format.folder_files[0] for format in formats if format.folder_files]
-    for format in formats:
-        names += format.pickles
-    return tuple(names)
+    safe = [format.folder_files[0] for format in formats if format.folder_files]
+    return (*safe, *pickles_of(formats))
 
 
 def _lies_beside(path: Path) -> bool:

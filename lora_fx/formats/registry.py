@@ -144,10 +144,7 @@ class Registry(Mapping[str, Format]):
 
     def is_pickle(self, name: str) -> bool:
         """Whether a file of this name is the pickle in a folder of an adapter."""
-        for formats in self.in_turn():
-            if any(name in format.pickles for format in formats):
-                return True
-        return False
+        return any(name in pickles_of(formats) for formats in self.in_turn())
 
     def files_of_folders(self) -> tuple[str, ...]:
         """The names of all files that a folder of an adapter can have, pickles among them."""
@@ -217,9 +214,13 @@ def files_of(formats: Collection[Format]) -> tuple[str, ...]:
     names: list[str] = []
     for format in formats:
         names += format.folder_files
+    return (*names, *pickles_of(formats))
+
+
+def pickles_of(formats: Collection[Format]) -> Iterator[str]:
+    """The names of the pickles that folders of these formats can have."""
     for format in formats:
-        names += format.pickles
-    return tuple(names)
+        yield from format.pickles
 
 
 def suffixes_of(formats: Collection[Format]) -> Iterator[str]:
