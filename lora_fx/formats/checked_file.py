@@ -14,7 +14,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float
 
 Arrays = Mapping[str, Array]
-"""Tensors by name, or by what they are of a module."""
+"""Tensors by name, or those of a module by the ends of their names."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,15 @@ class File:
         split: Callable[[str], tuple[str, str] | None],
         unknown: Callable[[str], LoraFxError],
     ) -> dict[str, dict[str, Array]]:
-        """Tensors by the module that they are of, and by what they are of it.
+        """The tensors of each module by the ends of their names, {module: {end: tensor}}.
 
         Args:
             tensors: By the names of the file.
-            split: Name → the two; None for a name of another kind of file.
+            split: Name → (module, end); None for a name of another kind of file.
             unknown: Such a name → the error.
+
+        Raises:
+            LoraFxError: A name of another kind of file, or two tensors of one module and end.
         """
         modules: dict[str, dict[str, Array]] = {}
         for name, array in tensors.items():
@@ -123,7 +126,7 @@ class File:
 
 
 def module_and_part(pattern: re.Pattern[str], name: str) -> tuple[str, str] | None:
-    """The module and what the tensor is of it, by a pattern's two groups; None without a match."""
+    """(module, end) of a tensor's name, by a pattern's two groups; None without a match."""
     match = pattern.fullmatch(name)
     if match is None:
         return None

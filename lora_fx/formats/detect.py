@@ -1,4 +1,4 @@
-"""What an adapter file is, told by its content: its magic first, then its tensors and its header.
+"""Tells an adapter file by its content: its magic first, then its tensors and its header.
 
 Here is the door that every file passes before a format's `read` gets it, whatever format that is.
 Git-LFS pointers are refused, pickles too outside a block of `trusting`, headers of safetensors
@@ -143,7 +143,7 @@ def tensor_file(path: Path) -> Path:
 
 
 def _hint_for_folder(path: Path, weights: str) -> str:
-    """What a folder without an adapter has in its place: a file that may be one, or folders."""
+    """The hint about a folder without an adapter: a file that may be one, or its folders."""
     files = sorted(path.glob("*.safetensors"))
     if files:
         return f"name the file that is one: {files[0]}"

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -131,7 +131,10 @@ def _split_name(name: str) -> tuple[str, str] | None:
     by_processor = _OLD.fullmatch(name)
     if by_processor:
         attention, leaf, half, alpha = by_processor.groups()
-        return _module_of_processor(attention, leaf), "alpha" if alpha else _HALF[half]
+        module = _module_of_processor(attention, leaf)
+        if alpha:
+            return module, "alpha"
+        return module, _HALF[half]
     pair = _PAIR.fullmatch(name)
     if pair:
         module, direction, letter = pair.groups()
@@ -245,10 +248,11 @@ class _Configs:
         if expected is not None and expected != rank:
             raise self.file.error(module, f"has rank {rank}; {self.where} says {expected:g}")
         alpha = self.alphas[component].of(name)
-        return alpha, "rslora" if config.get("use_rslora") else "lora"
+        variant = "rslora" if config.get("use_rslora") else "lora"
+        return alpha, variant
 
-    def notes(self) -> Iterable[str]:
-        """Alphas that no module has, or more than one pattern gives."""
+    def notes(self) -> Iterator[str]:
+        """Notes on alphas that no module has, or more than one pattern gives."""
         for pattern in self.alphas.values():
             yield from pattern.notes()
 

@@ -1,4 +1,4 @@
-"""What a file is, by its header and what lies beside it."""
+"""The head of a file, by which formats know it: its header, and whether a config lies beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors_head(path: Path) -> FileHead:
 
 
 def head_with(header: Header, head: bytes, path: Path) -> FileHead:
-    """What is seen of a file with such a header and such first bytes."""
+    """The head of a file with such a header and such first bytes."""
     return FileHead(
         head,
         names=tuple(header.tensors),

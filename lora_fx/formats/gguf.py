@@ -251,7 +251,7 @@ def _check_shapes(stem: str, stored: Factors, pair: Factors, axes: int, file: Fi
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one update puts into one tensor of llama.cpp.
+    """The matrices that one update puts into one tensor of llama.cpp.
 
     Attributes:
         tensor: The tensor's name.
@@ -345,7 +345,7 @@ def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
 
 
 def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iterator[_Piece]:
-    """What an update puts into the tensors of llama.cpp.
+    """The pieces of llama.cpp's tensors that an update makes.
 
     1. The embedding and the head are tensors by themselves.
     2. A fused stack of gate and up goes into the two halves.

@@ -1,4 +1,4 @@
-"""What a foreign format has no field for, as JSON in the header of files that lora-fx writes.
+"""JSON in the header of files that lora-fx writes, with what a foreign format has no field for.
 
 The format's own tensors stay as every reader expects them. Under `lora_fx_names` stands, for each
 update, the key that it had, its layout, use and variant, so that reading our own file gives back

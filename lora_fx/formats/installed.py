@@ -106,7 +106,7 @@ def load(point: EntryPoint) -> InstalledFormat:
 
 
 def _fault(name: str, loaded: Format) -> str:
-    """What keeps an object from being the Format of this name; empty for nothing."""
+    """The reason why an object is not the Format of this name; empty where it is."""
     if isinstance(loaded, type):
         return f"{loaded.__name__} is a class; expected an object of it"
     missing = [member for member in _MEMBERS if not hasattr(loaded, member)]
@@ -283,7 +283,7 @@ class InstalledFormat(Format):
 
     @contextlib.contextmanager
     def _retold(self, what: str, where: str = "") -> Iterator[None]:
-        """Whatever the package raises as one line; its LoraFxErrors are lines already."""
+        """Raise whatever the package raises as one line; its LoraFxErrors are lines already."""
         try:
             yield
         except LoraFxError:

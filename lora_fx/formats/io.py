@@ -258,7 +258,7 @@ AdapterLike = str | PathLike[str] | Adapter
 
 
 def adapter_name(path: str | PathLike[str]) -> str:
-    """What an adapter is called in a file that holds several: its folder or file, without ending.
+    """The name of an adapter in a file that holds several: its folder or file, without ending.
 
     >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
     ('french', 'german')

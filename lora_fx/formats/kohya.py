@@ -315,7 +315,7 @@ def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | Non
 
 
 def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], float]:
-    """The same of a low-rank update."""
+    """(module, factors by the ends of their names, alpha) of a low-rank update."""
     form = module_form(key, update, _refused)
     tensors = to_tensors(form, update)
     a_name, b_name = form.names

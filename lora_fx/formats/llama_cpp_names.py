@@ -33,19 +33,34 @@ _ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
 }
 """llama.cpp's architecture → Hugging Face's modules of a layer, where nothing but q and k moves."""
-_MODEL_TYPES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
-_MODEL_TYPES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+_MODEL_TYPES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+"""Hugging Face's model_type → llama.cpp's architecture, where the two differ."""
 _NEIGHBOURS = ("llama", "smollm3", "granite")
-"""Those in which the rows of q and k are put in neighbouring pairs."""
+"""Architectures in which the rows of q and k are put in neighbouring pairs."""
 HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
+"""Fields of config.json → those of a GGUF header, after `ARCH.attention.`."""
 HEAD = "lm_head"
 TABLE = "model.embed_tokens"
 OUTSIDE_LAYERS = {HEAD: "output.weight", TABLE: "token_embd.weight"}
+"""Hugging Face's module → llama.cpp's tensor."""
 
 
 @dataclass(frozen=True)
 class LlamaCppNames:
-    """How an architecture calls its tensors: {Hugging Face's module of a layer: name in blk.N}."""
+    """How an architecture calls its tensors.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        modules: Hugging Face's module of a layer → the tensor's name in blk.N.
+        config: config.json of the model, or the fields that a GGUF header has.
+        where: The file that has the config, for messages.
+    """
 
     architecture: str
     modules: Mapping[str, str]

@@ -86,7 +86,9 @@ def lokr(
 
     divisor = stored_rank if rank is None else rank
     # Without a rank of its own: LyCORIS takes 1, and PEFT its config's alpha / r.
-    scale = 1.0 if divisor is None or alpha is None else alpha / divisor
+    scale = 1.0
+    if divisor is not None and alpha is not None:
+        scale = alpha / divisor
     _check(w1.ndim == 2 and w2.ndim >= 2, file, module, w1, w2)
     if rank is not None and w2.ndim == 3:
         # PEFT takes the product with w1 as [1, o1, i1], which mixes the axes of a Conv1d.

@@ -100,7 +100,7 @@ class ForeignNames:
 
 
 def taken_names(metadata: Json) -> ForeignNames | None:
-    """The names that `ForeignNames.to_json` put into metadata, taken out of it; None without."""
+    """Take the names that `ForeignNames.to_json` put there out of metadata; None without any."""
     format = metadata.pop("naming", None)
     components = metadata.pop("components", ())
     return ForeignNames(str(format), tuple(components)) if format else None
@@ -195,4 +195,4 @@ def _homes_of(module: str) -> list[tuple[str, str]]:
 
 
 FLAT = NameRule(_spellings, _readings)
-"""Of names of files with those of a model, both with "_" for "."; see `lora_fx.targets.names`."""
+"""The rule by which names of files meet those of a model; see `lora_fx.targets.names`."""

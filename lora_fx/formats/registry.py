@@ -35,11 +35,11 @@ OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGU
 """The formats of lora-fx. The first is that of a folder whose name says nothing else."""
 
 FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str
-"""What an adapter is written as: a format of ours, or the name of an installed one."""
+"""The name of a format that adapters are written in: ours, or an installed one."""
 
 _PACKAGE = "lora-fx"
 _TENSORS = re.compile(rb"(?i)lora|hada_|lokr_|oft_")
-"""What the names of an adapter's tensors hold."""
+"""Texts that the names of an adapter's tensors hold."""
 
 
 class Registry(Mapping[str, Format]):
@@ -188,7 +188,7 @@ class Registry(Mapping[str, Format]):
         return _called(with_magic[0]) if with_magic else ""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
-        """What an adapter file is, for people, by its first 64 KiB.
+        """The kind of an adapter file in words, by its first 64 KiB.
 
         Files of one kind take each other's place under `--force`: those of formats with one ending.
 
@@ -230,7 +230,7 @@ def suffixes_of(formats: Collection[Format]) -> Iterator[str]:
 
 
 def with_magic_among(formats: Collection[Format], head: bytes) -> list[Format]:
-    """Those of these formats whose magic a file's first bytes have."""
+    """The formats among these whose magic a file's first bytes have."""
     return [format for format in formats if format.magic is not None and format.magic.begins(head)]
 
 
@@ -240,7 +240,7 @@ def begins_as_safetensors(head: bytes) -> bool:
 
 
 def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]:
-    """Those of these formats that a file is of, by its content."""
+    """The formats among these that a file is of, by its content."""
     if not seen.names and not begins_as_safetensors(seen.head):
         with_magic = with_magic_among(formats, seen.head)
         if with_magic:
@@ -249,7 +249,7 @@ def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]
 
 
 def _called(format: Format) -> str:
-    """What people call the files of a format: by their ending, or by the format."""
+    """The word for the files of a format: their ending, or the format's name."""
     if format.suffixes:
         return format.suffixes[0]
     return format.name

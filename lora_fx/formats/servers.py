@@ -1,4 +1,4 @@
-"""What programs that apply a PEFT adapter make of it, as far as experts and scales go.
+"""How programs that apply a PEFT adapter read experts and scales.
 
 RULES is the table, one row a kind of content: read in the programs' sources, in the releases that
 SERVERS names, and compared with readers written from those sources in the tests. `seen` says what
@@ -32,7 +32,7 @@ _JOINED = frozenset((
 
 
 class Rule(NamedTuple):
-    """What one program does with one kind of content.
+    """The way in which one program treats one kind of content.
 
     Attributes:
         server: A key of SERVERS.
@@ -104,7 +104,7 @@ RULES = tuple(Rule(*row) for row in (
     ("peft", "own", "", DROPS, "tensors under lora_fx., which PEFT passes over", "peft_model.py"),
 ))  # fmt: skip
 STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "rank_pattern")
-"""What `convert --format` does not mend."""
+"""Kinds of content that `convert --format` does not mend."""
 
 _FLAGS = ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias")
 """Fields of the config that are kinds of content by themselves."""
@@ -136,7 +136,8 @@ def seen(
         elif match is None:
             continue
         elif match["expert"]:
-            contents["fused" if match["leaf"] == GATE_UP else "apart"].append(name)
+            kind = "fused" if match["leaf"] == GATE_UP else "apart"
+            contents[kind].append(name)
             single_experts[match["module"]].add((int(match["expert"]), match["leaf"]))
             if match["leaf"] in ("w1", "w2", "w3"):
                 contents["letters"].append(name)

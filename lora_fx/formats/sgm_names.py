@@ -75,7 +75,7 @@ def _names_of_sampler(direction: str, block: int) -> tuple[str, ...]:
 
 
 def _inner_name(kind: str, inner: str | None) -> str:
-    """The rest of a name inside a resnet or an attention, with its dot; empty for all of it."""
+    """The end of a name inside a resnet or an attention, with its dot; empty for all of that."""
     name = (inner or "").removeprefix(".")
     if kind == "resnets":
         name = _RESNET.get(name, name)

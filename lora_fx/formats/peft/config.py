@@ -48,7 +48,7 @@ _FLAGS = (
     "use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying",
 )  # fmt: skip
 GROUP = 16
-"""What qalora_group_size is in PEFT where it is left out."""
+"""PEFT's default of qalora_group_size."""
 FIELDS = (
     "target_modules",
     "exclude_modules",
@@ -56,9 +56,9 @@ FIELDS = (
     "layers_to_transform",
     "layers_pattern",
 )
-"""What says which modules are adapted; readers keep these under metadata["peft"]."""
+"""Fields that say which modules are adapted; readers keep these under metadata["peft"]."""
 VERSION = "peft_version"
-"""Kept there too: how PEFT takes stacks of experts depends on it."""
+"""A field that readers keep there too: how PEFT takes stacks of experts depends on it."""
 
 ORIGIN = ("task_type", "base_model_name_or_path", "revision")
 """Fields that an adapter's metadata has too: what it was trained for, and of which model."""

@@ -27,10 +27,12 @@ def decode(source: PeftFile, ours: JsonView) -> Adapter:
     """
     source.notes.extend(check_config(source.config, source.config_file))
     reader = LayerReader(source)
+    rows: object = {}
+    written_metadata: object = {}
     if ours:
         check_format(ours, f"{source.name}: metadata lora_fx")
-    rows = ours.get("entries") if ours else {}
-    written_metadata = ours.get("metadata") if ours else {}
+        rows = ours.get("entries")
+        written_metadata = ours.get("metadata")
     if not isinstance(rows, dict) or not isinstance(written_metadata, dict):
         raise LoraFxError(
             f"{source.name}: metadata lora_fx is damaged", "convert the adapter again"

@@ -97,11 +97,14 @@ class _Writer:
         sizes = set[int]()
         for key, form in self.peft_forms.items():
             update = self.updates[key]
-            is_grouped = form.kind == "linear" and is_plain(update)
-            sizes.add(variant_of(update).constant_over if is_grouped else 0)
+            size = 0
+            if form.kind == "linear" and is_plain(update):
+                size = variant_of(update).constant_over
+            sizes.add(size)
         if len(sizes) > 1:
             self.notes.append("QA-LoRA of one group size is not all: plain LoRA says the same")
-        return sizes.pop() if len(sizes) == 1 else 0
+            return 0
+        return max(sizes, default=0)
 
     def _set_flags(self, scale_variant: str) -> None:
         """Set the config's flags; each is one for the whole adapter."""
@@ -189,7 +192,7 @@ class _Writer:
     def _variant_tensors(
         self, key: str, update: LowRank
     ) -> tuple[dict[str, str], dict[str, Array]]:
-        """The same of a variant that PEFT does not have.
+        """Field → name, and name → tensor, of an update of a variant that PEFT does not have.
 
         A tensor that does not train may be that of many updates. It is stored once.
         """

@@ -42,7 +42,7 @@ KINDS: dict[str, Decode] = {
     "LORA": decode,
     **dict.fromkeys(loha_lokr_oft.KINDS, loha_lokr_oft.read_peft),
 }
-"""peft_type → what reads its tensors."""
+"""peft_type → the function that reads its tensors."""
 
 
 def detect(seen: FileHead) -> bool:
@@ -97,7 +97,7 @@ def read(path: str | Path) -> Adapter:
 
 
 def _decoder(peft_type: object, where: str) -> Decode:
-    """What reads the tensors of a peft_type; raises for one that is not known."""
+    """The function that reads the tensors of a peft_type; raises for one that is not known."""
     if names_variant(peft_type):
         expect_variant(str(peft_type).removeprefix(OWN), f"{where}: the adapter")
         return decode

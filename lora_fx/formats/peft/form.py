@@ -120,8 +120,9 @@ class _LayersOfFile:
         if origin.kernel or origin.tied or update.mutated or update.magnitude is not None:
             return None
         if origin.op == "experts":
-            is_complete = self.parameters[unwrapped(layer.lead)] == layer.of
-            return PeftForm("stack", layer.lead, plain=True) if is_complete else None
+            if self.parameters[unwrapped(layer.lead)] != layer.of:
+                return None
+            return PeftForm("stack", layer.lead, plain=True)
         if not origin.op and self._has_both_halves(layer.lead):
             return PeftForm("linear", layer.lead, plain=True)
         return None

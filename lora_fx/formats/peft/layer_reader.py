@@ -139,15 +139,7 @@ class LayerReader:
         self.modules.append(compared_name)
         self._check_targeted(group, compared_name)
 
-        rank = self.ranks.of(compared_name)
-        alpha = self.alphas.of(compared_name)
-        if rank is not None and rank != a.shape[-2]:
-            raise LoraFxError(
-                f"{self.file}: {a_name!r} has rank {a.shape[-2]}; expected {rank:g}, as "
-                f"{self.source.config_file} says: the scale would be in doubt",
-                "correct r or rank_pattern",
-            )
-        assert alpha is not None  # check_config saw lora_alpha
+        alpha = self._alpha(compared_name, a_name, rank=a.shape[-2])
         if is_of_attention and group.lead.endswith(OUT_PROJ):
             alpha *= 2  # PEFT adds this update twice, in training and in merging
 
@@ -183,6 +175,19 @@ class LayerReader:
         """A or B as stored, with the blocks of BD-LoRA written out."""
         stored = self.source.factor(group.names[half])
         return whole_factor(self.config, group.module, half, stored, self.file)
+
+    def _alpha(self, compared_name: str, a_name: str, *, rank: int) -> float:
+        """The alpha of a layer; raises where the config says another rank than the tensors."""
+        expected_rank = self.ranks.of(compared_name)
+        alpha = self.alphas.of(compared_name)
+        if expected_rank is not None and expected_rank != rank:
+            raise LoraFxError(
+                f"{self.file}: {a_name!r} has rank {rank}; expected {expected_rank:g}, as "
+                f"{self.source.config_file} says: the scale would be in doubt",
+                "correct r or rank_pattern",
+            )
+        assert alpha is not None  # check_config saw lora_alpha
+        return alpha
 
     def _check_targeted(self, group: Group, compared_name: str) -> None:
         """Raise for a layer of a module that target_modules leaves out."""

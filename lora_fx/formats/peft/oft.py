@@ -26,7 +26,7 @@ from lora_fx.formats.peft.peft_file import PeftFile
 from lora_fx.text import is_number, is_whole
 
 MOST_TERMS = 1000
-"""Of a series; PEFT takes 5, and each is a product of every block."""
+"""Terms that a series may have; PEFT takes 5, and each is a product of every block."""
 
 
 def check_oft(source: PeftFile) -> None:

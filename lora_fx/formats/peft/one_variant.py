@@ -1,4 +1,4 @@
-"""What one config of PEFT can say of the variants in a whole adapter."""
+"""The one variant that a config of PEFT can say for a whole adapter."""
 
 from __future__ import annotations
 

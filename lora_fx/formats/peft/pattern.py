@@ -60,7 +60,7 @@ class Pattern:
         return number
 
     def unused(self, pattern: str) -> tuple[str, str]:
-        """What a pattern that matched no module comes to, and the nearest names.
+        """The message about a pattern that matched no module, and a hint with the nearest names.
 
         PEFT ignores it, in training as in merging, so it may well be right; or a typing mistake.
         """
@@ -69,7 +69,7 @@ class Pattern:
         return fact, near(pattern, sorted(leaves | self.modules))
 
     def notes(self) -> list[str]:
-        """What to tell once every module has been asked for."""
+        """Notes on the patterns, once every module has been asked for."""
         notes = []
         for pattern in sorted(self.unmatched):
             fact, hint = self.unused(pattern)

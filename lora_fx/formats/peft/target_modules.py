@@ -31,7 +31,7 @@ def targets(config: JsonView, module: str) -> bool:
 
 
 def _entry_for(listed: object, module: str) -> str | None:
-    """What names a module: a pattern as a whole, or an entry of a list that is its end."""
+    """The entry that names a module: a pattern that matches it, or a name of a list at its end."""
     if isinstance(listed, str):
         return listed if matched(listed, module, "fullmatch") else None
     names = texts_of(listed)
@@ -105,7 +105,13 @@ def wanted_by(config: JsonView, module: str) -> str | None:
 
 
 def _wanted_by(config: JsonView, module: str) -> str | None:
-    """The same, by PEFT's rules; layers_to_transform holds for what a list names by its end.
+    """The entry of target_modules through which PEFT would adapt a module.
+
+    The first of these that holds decides:
+    1. a module that exclude_modules names, or that is saved whole, is left out;
+    2. "all-linear" takes every module whose name is not that of an embedding or a head;
+    3. a pattern, or a list with the whole name, takes the module;
+    4. a list with the end of the name takes it in the layers of layers_to_transform.
 
     Raises:
         PatternError: A name in the config is no pattern.
@@ -147,7 +153,7 @@ def missing(config: JsonView, modules: Iterable[str], adapted: Iterable[str]) ->
     """{module that PEFT would have adapted and the adapter lacks: the entry that names it}.
 
     Args:
-        config: PEFT's config, or the facts of it.
+        config: PEFT's config, or its `facts`.
         modules: Those of the base with a weight of two dimensions or more, as PEFT names them.
         adapted: Modules that the adapter has an update of.
 

@@ -1,4 +1,4 @@
-"""What a PEFT file holds beside low-rank tensors: trained tokens, biases, whole modules.
+"""Tensors of a PEFT file beside the low-rank ones: trained tokens, biases, whole modules.
 
 * `X.token_adapter.trainable_tokens_delta` [n, dim] holds rows of X's weight as trained (not what
   is added to them); their numbers are in trainable_token_indices of the config.
@@ -32,7 +32,7 @@ def read_rest(
     layers: Mapping[str, Group],
     entries: dict[str, Entry],
 ) -> None:
-    """Add what these tensors say to `entries`.
+    """Add the trained tokens, biases and whole tensors under these names to `entries`.
 
     Args:
         names: The names of tensors that belong to no low-rank layer.
@@ -131,7 +131,10 @@ def _trained_rows(name: str, module: str, source: PeftFile) -> ReplacedRows:
 
 
 def _indices_of(config: JsonView, module: str) -> object:
-    """What trainable_token_indices gives a module by the ends of names; None where that is open."""
+    """The numbers that trainable_token_indices gives a module by the ends of names.
+
+    None where no entry fits, or several that differ.
+    """
     fitting = [indices for name, indices in config.items() if module.endswith(name)]
     if not fitting or any(indices != fitting[0] for indices in fitting):
         return None
