@@ -19,6 +19,7 @@ from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
 from lora_fx.formats.peft import target_modules
+from lora_fx.formats.peft.modules_to_save import conflicts
 from lora_fx.formats.peft.pattern import Pattern
 
 Write = Callable[..., Path]
@@ -249,3 +250,32 @@ def test_many_patterns_are_compiled_once() -> None:
     start = time.monotonic()
     assert [table.of(name) for name in names] == [4.0] * 560
     assert time.monotonic() - start < 10
+
+
+def test_groups_that_are_wider_than_a_layer(plain: Write) -> None:
+    refused(plain({"use_qalora": True, "qalora_group_size": 1 << 20}), "16777216 elements at most")
+
+
+def test_a_target_that_is_no_pattern(plain: Write) -> None:
+    refused(plain({"target_modules": "("}), "target_modules leaves out")
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "entry"),
+    [
+        ({"target_modules": "all-linear"}, "h.0.fc", "all-linear"),
+        ({"target_modules": "all-linear"}, "model.embed_tokens", None),
+        ({"target_modules": ["fc"], "exclude_modules": "("}, "h.0.fc", None),
+    ],
+)
+def test_what_a_config_wants(config: dict[str, Any], module: str, entry: str | None) -> None:
+    assert target_modules.wanted_by(config, module) == entry
+
+
+def test_a_name_that_is_no_pattern_takes_every_update_off() -> None:
+    assert conflicts("h.(", "m.fc")
+
+
+def test_two_tensors_of_one_name(plain: Write) -> None:
+    tensors = {f"{LEAD}score.weight": ONES, f"{LEAD}score.modules_to_save.weight": 2 * ONES}
+    refused(plain({"modules_to_save": ["score"]}, tensors), "a second entry for 'score.weight'")
