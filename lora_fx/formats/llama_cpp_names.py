@@ -77,10 +77,11 @@ class LlamaCppNames:
 def names_of_architecture(architecture: str, config: JsonView, where: str) -> LlamaCppNames:
     """The names of an architecture or model type; raises for one that is not known here."""
     gguf = gguf_package()
-    known = (*_ARCHITECTURES, *_MODEL_TYPES)
-    if architecture not in known:
+    known_names = (*_ARCHITECTURES, *_MODEL_TYPES)
+    if architecture not in known_names:
         raise LoraFxError(
-            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for {known}",
+            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for "
+            f"{known_names}",
             "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
         )
     architecture = _MODEL_TYPES.get(architecture, architecture)

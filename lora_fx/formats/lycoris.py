@@ -137,9 +137,9 @@ def _lokr_factor(tensors: Arrays, name: str, file: File, module: str) -> tuple[A
     rank = len(b)
     if t is not None:
         _check(_fits(a, b, t), file, module, a, b, t)
-        left, right = tucker(t, a, b)
-        product = left.astype(np.float64) @ right.astype(np.float64)
-        shape = (len(left), b.shape[1], *t.shape[2:])
+        product_b, product_a = tucker(t, a, b)
+        product = product_b.astype(np.float64) @ product_a.astype(np.float64)
+        shape = (len(product_b), b.shape[1], *t.shape[2:])
         return product.reshape(shape).astype(np.float32), rank
     _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == rank, file, module, a, b)
     if b.ndim == 2 and np.array_equal(b, np.eye(rank)):

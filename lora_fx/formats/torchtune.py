@@ -172,8 +172,8 @@ def _name(module: str, file: File) -> str:
         return "lm_head"
     match = _LAYER.fullmatch(module)
     if match is None or match[2] not in _MODULES:
-        known = ", ".join(name.partition(".")[2] for name in _MODULES)
-        raise file.error(module, f"is a module without a known name; known: {known}, output")
+        leaves = ", ".join(name.partition(".")[2] for name in _MODULES)
+        raise file.error(module, f"is a module without a known name; known: {leaves}, output")
     return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
 
 

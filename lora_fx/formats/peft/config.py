@@ -37,7 +37,7 @@ REDONE = ("pissa", "olora")
 alone."""
 KASA = {"beta": 1e-4, "gamma": 1e-3}
 """kasa_config as we write it: PEFT's defaults, of a loss that its user may add."""
-_LOST = {
+_NOT_REDONE = {
     "pissa_niter_": "its fast SVD starts from random numbers",
     "corda": "what it took off depends on the data it saw",
     "lora_ga": "what it took off depends on gradients on the data it saw",
@@ -237,8 +237,8 @@ def _check_init(config: JsonView, where: str) -> None:
         raise LoraFxError(f"{start} beside kasa_config; expected one start", MERGE)
     if init in (True, False, None) or name in REDONE:
         return
-    for lost, why in _LOST.items():
-        if name.startswith(lost):
+    for start_of_name, why in _NOT_REDONE.items():
+        if name.startswith(start_of_name):
             raise LoraFxError(
                 f"{start}; expected one that keeps the base weights, or {' or '.join(REDONE)}: "
                 f"this one changes them and that cannot be redone: {why}",

@@ -332,17 +332,12 @@ class _Writer:
         }
         written = set(trained)
         for key, bias in self.adapter.full.items():
-            module, _, leaf = key.rpartition(".")
+            module = key.rpartition(".")[0]
             if key in trained:
                 _, form = layers[key]
                 name = f"{PREFIX}{form.lead}.{WRAPPER}.bias"
                 self.fields.setdefault("bias", "lora_only")
-            elif (
-                leaf == "bias"
-                and module
-                and module not in modules_with_weight
-                and is_float(bias.value)
-            ):
+            elif module not in modules_with_weight and _is_bias_of_module(key, bias):
                 name = PREFIX + key
                 self.fields["bias"] = "all"
                 written.add(key)
@@ -420,6 +415,12 @@ def _names_of_module(form: PeftForm, update: LowRank) -> Iterator[str]:
     if form.plain and form.kind == "embedding":
         for twin in update.origin.twins:
             yield twin.removesuffix(".weight")
+
+
+def _is_bias_of_module(key: str, full: Full) -> bool:
+    """Whether a trained tensor is a bias of numbers, and of a module with a name."""
+    module, _, leaf = key.rpartition(".")
+    return leaf == "bias" and module != "" and is_float(full.value)
 
 
 def _are_different(index: Sequence[int]) -> bool:
