@@ -161,7 +161,7 @@ class _Writer:
 
         # PEFT's forms take the numbers from the config, which people edit
         numbers = ("rank", "alpha", "variant") if form.kind == "own" else ()
-        row = names | to_json(update, "layout", "use", "extra", *numbers)
+        row: Json = {**names, **to_json(update, "layout", "use", "extra", *numbers)}
         if form.swapped:
             row["swapped"] = True
         self.rows[key] = row
