@@ -1,6 +1,6 @@
 """Saving and loading adapters, whatever the format: `save_adapter` and `load_adapter`.
 
-What a file is is told by its content. Output is written to a temporary sibling and renamed, so a
+The content of a file tells its format. Output is written to a temporary sibling and renamed, so a
 crash leaves the old adapter or none, never half of one. Inputs are never changed.
 """
 
@@ -46,8 +46,8 @@ Format = FormatName
 
 def check_real(updates: Updates) -> None:
     """Raise for factors of complex numbers: every reader of these formats takes them for real."""
-    for key, low in updates.items():
-        if "c" in (low.a.dtype.kind, low.b.dtype.kind):
+    for key, update in updates.items():
+        if "c" in (update.a.dtype.kind, update.b.dtype.kind):
             raise LoraFxError(
                 f"the update of {key!r} has complex A and B, and adapter files have real numbers",
                 "lora_fx.fold puts it into the model; a .pt2 file keeps it beside the model",
@@ -272,8 +272,10 @@ def without_ending(name: str) -> str:
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
-    """An adapter, or that of a path."""
-    return given if isinstance(given, Adapter) else load_adapter(given)
+    """An adapter as it is, or the one that lies at a path."""
+    if isinstance(given, Adapter):
+        return given
+    return load_adapter(given)
 
 
 def _is_one_file(writer: AdapterFormat, path: Path) -> bool:

@@ -1,7 +1,7 @@
 """The adapter formats: those of lora-fx, and those of other installed packages.
 
-Whoever wants to know which formats there are, what their files are called or which of them can do
-something asks here. Packages are looked for where no format of lora-fx knows a name or a file, and
+The registry answers which formats there are, what their files are called and which of them can do
+something. Packages are looked for where no format of lora-fx knows a name or a file, and
 where all formats are listed: reading what lora-fx knows by itself runs no code of theirs.
 """
 

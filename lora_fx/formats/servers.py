@@ -187,13 +187,13 @@ def _add_fields(contents: dict[str, list[str]], config: JsonView) -> None:
 
 
 def verdicts(
-    server: str, found: Mapping[str, list[str]], family: Family, types: frozenset[str]
+    server: str, contents: Mapping[str, list[str]], family: Family, types: frozenset[str]
 ) -> Iterator[tuple[Rule, list[str]]]:
-    """The row that holds for each kind of content, with what it is about.
+    """The row of RULES that holds for each kind of content, with the names that it is about.
 
     Args:
         server: A key of SERVERS.
-        found: What `seen` gave.
+        contents: The kinds of content that `seen` names.
         family: That of the model.
         types: Its model_type and those of its parts.
     """
@@ -202,11 +202,11 @@ def verdicts(
         "whole": family.whole,
         "woven": family.interleaved,
         "worded": "w1" not in family.split,
-        "elsewhere": "elsewhere" in found,
+        "elsewhere": "elsewhere" in contents,
         "unmarked": family.transposed and not family.marked,
         "joined": bool(types & _JOINED),
     }
-    for content, names in found.items():
+    for content, names in contents.items():
         for rule in RULES:
             is_about = rule.server == server and content in rule.what.split()
             if is_about and holding_facets[rule.models]:

@@ -93,8 +93,8 @@ def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
 class _LayersOfFile:
     """The updates that came from wrapped layers of a PEFT file and are as they were read.
 
-    They go back to where they were, if all that lay there goes with them:
-    1. the parameters of a module, if as many are there as its wrappers were;
+    They go back to where they were, if everything that lay there goes with them:
+    1. the parameters of a module, if the adapter has an update for each of its wrappers;
     2. the two halves of an attention, whose alphas tell that PEFT adds the second one twice.
     """
 

@@ -111,12 +111,12 @@ def one_stack(key: str, group: Group, source: PeftFile, ranks: Pattern, alphas: 
     return LowRank(a, b, alpha)
 
 
-def packed(low: LowRank) -> Factors:
+def packed(update: LowRank) -> Factors:
     """The inverse of `lora_fx.adapter.fused.unpacked`; a matrix stays one."""
-    if low.a.ndim == 2:
-        return low.a, low.b
-    b = np.ascontiguousarray(low.b.transpose(1, 2, 0))
-    return low.a.reshape(-1, low.a.shape[-1]), b.reshape(len(b), -1)
+    if update.a.ndim == 2:
+        return update.a, update.b
+    b = np.ascontiguousarray(update.b.transpose(1, 2, 0))
+    return update.a.reshape(-1, update.a.shape[-1]), b.reshape(len(b), -1)
 
 
 def _pair(group: Group, source: PeftFile) -> Factors:
