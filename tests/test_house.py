@@ -448,7 +448,7 @@ NODES = {
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
     "lora_fx.formats": 28_000,
-    "lora_fx.formats.peft": 20_000,
+    "lora_fx.formats.peft": 24_000,
     "lora_fx.fx": 26_000,
     "lora_fx.fx.attach": 9_000,
     "lora_fx.fx.capture": 37_000,

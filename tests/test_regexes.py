@@ -9,7 +9,7 @@ import pytest
 
 from lora_fx import regexes
 from lora_fx.errors import LoraFxError
-from lora_fx.formats.peft.config import missing
+from lora_fx.formats.peft.target_modules import missing
 
 PATTERNS = (
     r"a\\{e}", r"\\{e<=9}", r"\\\{e}", r"a{e}", r"a{e<=9}", r"a{", r"a{1", r"a{}", r"a{,}",

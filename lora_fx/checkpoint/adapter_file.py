@@ -11,9 +11,11 @@ from lora_fx.checkpoint.pair import ERROR, WARNING, Check, Finding, Pair, about
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float
-from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
+from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED
 from lora_fx.formats.peft.file import KINDS, names_variant
 from lora_fx.formats.peft.names import PREFIX
+from lora_fx.formats.peft.pattern import Pattern
+from lora_fx.formats.peft.target_modules import wanted_by
 from lora_fx.text import Json, by_key, is_number
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"

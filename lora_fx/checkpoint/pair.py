@@ -29,9 +29,11 @@ from lora_fx.files.quantised.dequantise import CodesInfo, dequantised
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
-from lora_fx.formats.peft.config import Pattern, facts, group_of
+from lora_fx.formats.peft.config import group_of
 from lora_fx.formats.peft.file import PEFT, config_of
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, from_tensors, split_name, unwrapped
+from lora_fx.formats.peft.pattern import Pattern
+from lora_fx.formats.peft.target_modules import facts
 from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, JsonView
 

@@ -24,7 +24,7 @@ from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
-from lora_fx.formats.peft.config import missing
+from lora_fx.formats.peft.target_modules import missing
 from lora_fx.targets.keys import base_name, split_key
 from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, also_called
 from lora_fx.targets.prefix import Prefix, common_prefix

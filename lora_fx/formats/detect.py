@@ -1,4 +1,4 @@
-"""What an adapter file is, told by its content: its magic first, then its tensors and its header.
+"""Tells an adapter file by its content: its magic first, then its tensors and its header.
 
 Here is the door that every file passes before a format's `read` gets it, whatever format that is.
 Git-LFS pointers are refused, pickles too outside a block of `trusting`, headers of safetensors
@@ -17,9 +17,9 @@ from lora_fx.data import check_unpacked
 from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors
-from lora_fx.formats.base import has_config, tensors_head
+from lora_fx.formats.file_head import has_config, tensors_head
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.registry import FORMATS, files_of
+from lora_fx.formats.registry import FORMATS, files_of, pickles_of
 
 NO_OUTPUT = (".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pt2", ".json")
 """Endings that no adapter is written under."""
@@ -93,7 +93,9 @@ def _unclear(path: Path, seen: FileHead, what: str) -> LoraFxError:
 def format_of(path: str | Path) -> str:
     """The format of an adapter that is there, by its content; raises as load_adapter does."""
     path = tensor_file(Path(path))
-    return "onnx" if path.suffix == ".onnx" else format_in(path, look(path)).name
+    if path.suffix == ".onnx":
+        return "onnx"
+    return format_in(path, look(path)).name
 
 
 def format_for(path: str | Path) -> str:
@@ -129,23 +131,32 @@ def tensor_file(path: Path) -> Path:
     if not path.exists():
         raise LoraFxError(f"{path}: no such file or folder", near_path(path, "is it right?"))
     if path.is_file():
-        return tensor_file(path.parent) if _lies_beside(path) else path
+        if not _lies_beside(path):
+            return path
+        return tensor_file(path.parent)
     for formats in FORMATS.in_turn():
         for name in files_with_tensors(formats):
             if (path / name).is_file():
                 return path / name
     weights = FORMATS.default.folder_files[0]
-    inside = sorted(p.parent.name for p in path.glob(f"*/{weights}"))
-    hint = f"adapters lie in its folders {', '.join(inside[:5])}" if inside else "is it an adapter?"
-    if files := sorted(path.glob("*.safetensors")):
-        hint = f"name the file that is one: {files[0]}"
-    raise LoraFxError(f"{path}: no {weights} in this folder", hint)
+    raise LoraFxError(f"{path}: no {weights} in this folder", _hint_for_folder(path, weights))
+
+
+def _hint_for_folder(path: Path, weights: str) -> str:
+    """The hint about a folder without an adapter: a file that may be one, or its folders."""
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return f"name the file that is one: {files[0]}"
+    folders = sorted(file.parent.name for file in path.glob(f"*/{weights}"))
+    if folders:
+        return f"adapters lie in its folders {', '.join(folders[:5])}"
+    return "is it an adapter?"
 
 
 def files_with_tensors(formats: Collection[Format]) -> tuple[str, ...]:
     """The names that the file of the tensors has in folders of these formats; pickles come last."""
-    safe = (format.folder_files[0] for format in formats if format.folder_files)
-    return (*safe, *(name for format in formats for name in format.pickles))
+    safe = [format.folder_files[0] for format in formats if format.folder_files]
+    return (*safe, *pickles_of(formats))
 
 
 def _lies_beside(path: Path) -> bool:
@@ -162,12 +173,16 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """True for what load_adapter would read: decided by files and headers, not by names."""
     path = Path(path)
     if path.is_dir():
-        every = (files_of(formats) for formats in FORMATS.in_turn())
-        return any((path / name).is_file() for names in every for name in names)
+        return any(_has_file_of(path, formats) for formats in FORMATS.in_turn())
     if not path.is_file() or path.suffix in NO_OUTPUT or not FORMATS.suffix_of(path.name):
         return FORMATS.is_pickle(path.name)
-    seen = look(path)
-    return seen.config or bool(FORMATS.detecting(seen))
+    head = look(path)
+    return head.config or bool(FORMATS.detecting(head))
+
+
+def _has_file_of(folder: Path, formats: Collection[Format]) -> bool:
+    """Whether a folder has one of the files that folders of these formats have."""
+    return any((folder / name).is_file() for name in files_of(formats))
 
 
 def check_elements(path: str | PathLike[str], most: int) -> None:
@@ -177,15 +192,15 @@ def check_elements(path: str | PathLike[str], most: int) -> None:
     """
     if not Path(path).is_file() or os.stat(path).st_size <= _LARGE:
         return
-    seen = look(Path(path))
-    if seen.elements > most:
+    head = look(Path(path))
+    if head.elements > most:
         raise LoraFxError(
-            f"{fspath(path)}: its tensors have {seen.elements} elements; at most {most} are read "
+            f"{fspath(path)}: its tensors have {head.elements} elements; at most {most} are read "
             "for this base, twice as many as that has",
             "is it an adapter of this model?",
         )
     size = os.stat(path).st_size
-    if not seen.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
+    if not head.names and size > _LARGE + _WIDEST * most:  # a header that only its format reads
         raise LoraFxError(
             f"{fspath(path)}: it has {size} bytes; at most {most} elements are read for this base, "
             "twice as many as that has",

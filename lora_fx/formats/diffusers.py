@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,33 +40,44 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.read import json_object
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, naming
-from lora_fx.formats.base import Arrays, File
+from lora_fx.formats.checked_file import Arrays, File, module_and_part
+from lora_fx.formats.components import COMPONENTS, guess_component, has_home, split_component
 from lora_fx.formats.format import FileHead, Format
-from lora_fx.formats.peft.config import MERGE, Pattern, build_config, check_config, mutation
+from lora_fx.formats.header_json import FIELD, describe, restore
+from lora_fx.formats.naming import ForeignNames, taken_names
+from lora_fx.formats.peft.build_config import build_config
+from lora_fx.formats.peft.config import MERGE, check_config, mutation
+from lora_fx.formats.peft.form import PeftForm, module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX, from_tensors
-from lora_fx.formats.peft.write import module_form, to_tensors
+from lora_fx.formats.peft.pattern import Pattern
+from lora_fx.formats.unsupported import refused, turned_notes
 from lora_fx.text import Json
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
 _OLD = re.compile(r"(.+?)\.(?:processor\.)?(\w+)_lora\.(down|up)\.weight(\.alpha)?")
 _PAIR = re.compile(r"(.+)\.lora(?:(?:_linear_layer)?\.(down|up)|_([AB]))\.weight")
-_REST = re.compile(r"(.+)\.(alpha|lora_magnitude_vector|lora_B\.bias)(?:\.weight)?")
+_OTHER = re.compile(r"(.+)\.(alpha|lora_magnitude_vector|lora_B\.bias)(?:\.weight)?")
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _HALF = {"down": "A", "up": "B", "A": "A", "B": "B"}
+_refused = partial(refused, "a diffusers file")
 
 
 def detect(seen: FileHead) -> bool:
     """True for a file with pairs under a component's name, or with diffusers' header."""
-    if any(n.startswith(PREFIX) for n in seen.names) or seen.config:
+    if seen.config or any(name.startswith(PREFIX) for name in seen.names):
         return False
     if HEADER in seen.metadata:
-        return any(_part(n) for n in seen.names)
-    return any(
-        (part := _part(n)) and part[1] in "AB" and (naming.has_home(n) or _OLD.fullmatch(n))
-        for n in seen.names
-    )
+        return any(_split_name(name) for name in seen.names)
+    return any(_is_name_of_diffusers(name) for name in seen.names)
+
+
+def _is_name_of_diffusers(name: str) -> bool:
+    """Whether a name is of A or B, under a component or of an attention processor."""
+    split = _split_name(name)
+    if split is None or split[1] not in ("A", "B"):
+        return False
+    return has_home(name) or _OLD.fullmatch(name) is not None
 
 
 def read(path: str | Path) -> Adapter:
@@ -82,65 +93,114 @@ def read(path: str | Path) -> Adapter:
             that differ, a config field that changes the maths.
     """
     path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
-    tensors, header = read_tensors(path)
+    if path.is_dir():
+        path = path / WEIGHTS
+    stored, header = read_tensors(path)
     file = File(str(path))
     what = "is not a name that diffusers gives; expected X.lora_A.weight, X.lora_B.weight …"
     unknown = partial(file.error, what=what, hint="was the file edited?")
     configs = _Configs(header, file)
     entries: dict[str, Entry] = {}
-    for module, parts in file.modules(tensors, _part, unknown).items():
-        entries |= _entries(module, parts, configs, file)
+    for module, tensors in file.modules(stored, _split_name, unknown).items():
+        entries |= _entries(module, tensors, configs, file)
     file.notes.extend(configs.notes())
-    entries, metadata, named = base.restore(entries, header, str(path))
-    components = {naming.split_component(key)[0] for key in entries} - {""}
-    names = naming.taken_names(metadata)
-    if not named and any(naming.has_home(key) for key in entries):
-        names = naming.ForeignNames("diffusers", tuple(sorted(components)))
+
+    entries, metadata, are_restored = restore(entries, header, str(path))
+    names = taken_names(metadata)
+    if not are_restored and any(has_home(key) for key in entries):
+        names = ForeignNames("diffusers", _components_of(entries))
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
-def _part(name: str) -> tuple[str, str] | None:
+def _components_of(keys: Iterable[str]) -> tuple[str, ...]:
+    """The components that keys begin with, sorted."""
+    components = {split_component(key)[0] for key in keys}
+    return tuple(sorted(components - {""}))
+
+
+def _split_name(name: str) -> tuple[str, str] | None:
     """(module, what) of a tensor's name; what is A, B, alpha, lora_magnitude_vector, lora_B.bias.
 
-    >>> _part("unet.mid.attn1.processor.to_out_lora.up.weight")
+    >>> _split_name("unet.mid.attn1.processor.to_out_lora.up.weight")
     ('unet.mid.attn1.to_out.0', 'B')
-    >>> _part("text_encoder.x.self_attn.to_q_lora.down.weight"), _part("unet.x.lora_A.weight")
-    (('text_encoder.x.self_attn.q_proj', 'A'), ('unet.x', 'A'))
+    >>> _split_name("text_encoder.x.self_attn.to_q_lora.down.weight")
+    ('text_encoder.x.self_attn.q_proj', 'A')
+    >>> _split_name("unet.x.lora_A.weight")
+    ('unet.x', 'A')
     """
-    if match := _OLD.fullmatch(name):
-        module, leaf = match[1], match[2]
-        if module.startswith("text_encoder"):
-            leaf = _TEXT.get(leaf, leaf)
-        elif leaf == "to_out":
-            leaf = "to_out.0"
-        # Before components were written only a UNet had processors.
-        lead = "" if naming.split_component(module)[0] else "unet."
-        return f"{lead}{module}.{leaf}", "alpha" if match[4] else _HALF[match[3]]
-    if match := _PAIR.fullmatch(name):
-        return match[1], _HALF[match[2] or match[3]]
-    return base.module_and_part(_REST, name)
+    by_processor = _OLD.fullmatch(name)
+    if by_processor:
+        attention, leaf, half, alpha = by_processor.groups()
+        module = _module_of_processor(attention, leaf)
+        if alpha:
+            return module, "alpha"
+        return module, _HALF[half]
+    pair = _PAIR.fullmatch(name)
+    if pair:
+        module, direction, letter = pair.groups()
+        return module, _HALF[direction or letter]
+    return module_and_part(_OTHER, name)
 
 
-def _entries(module: str, parts: Arrays, configs: _Configs, file: File) -> dict[str, Entry]:
-    if "A" not in parts or "B" not in parts:
-        have = ", ".join(sorted(parts))
+def _module_of_processor(attention: str, leaf: str) -> str:
+    """The module that a part of an attention processor acts on."""
+    if attention.startswith("text_encoder"):
+        leaf = _TEXT.get(leaf, leaf)
+    elif leaf == "to_out":
+        leaf = "to_out.0"
+    component, _ = split_component(attention)
+    # Before components were written only a UNet had processors.
+    lead = "" if component else "unet."
+    return f"{lead}{attention}.{leaf}"
+
+
+def _entries(module: str, tensors: Arrays, configs: _Configs, file: File) -> dict[str, Entry]:
+    """The update of one module, and of its bias where B has one."""
+    if "A" not in tensors or "B" not in tensors:
+        have = ", ".join(sorted(tensors))
         raise file.error(module, f"has {have}; expected lora_A and lora_B (or down and up)")
-    a, b = (file.master(f"{module}.lora_{half}", parts[half]) for half in "AB")
-    a, b, op, kernel = from_tensors("linear", a, b, f"{file.name}: {module!r}")
-    stored = file.alpha(f"{module}.alpha", parts.get("alpha"))
-    alpha, variant = configs.of(module, len(a))
-    if stored is not None and alpha is not None and stored != alpha:
-        raise file.error(f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {alpha:g}")
-    number = next((n for n in (stored, alpha) if n is not None), float(len(a)))
-    length, bias = (
-        file.vector(f"{module}.{part}", parts[part], len(b)) if part in parts else None
-        for part in ("lora_magnitude_vector", "lora_B.bias")
-    )
+    stored_a = file.master(f"{module}.lora_A", tensors["A"])
+    stored_b = file.master(f"{module}.lora_B", tensors["B"])
+    a, b, op, kernel = from_tensors("linear", stored_a, stored_b, f"{file.name}: {module!r}")
+    alpha, variant = _alpha_and_variant(module, tensors, configs, file, rank=len(a))
+
+    rows = len(b)
+    magnitude = _vector(module, "lora_magnitude_vector", tensors, rows, file)
+    bias = _vector(module, "lora_B.bias", tensors, rows, file)
     origin = Origin(op, kernel)
-    low = LowRank(a, b, number, variant=variant, magnitude=length, origin=origin)
-    own: dict[str, Entry] = {f"{module}.weight": low}
-    return own if bias is None else {**own, f"{module}.bias": Dense(bias, low.scale)}
+    update = LowRank(a, b, alpha, variant=variant, magnitude=magnitude, origin=origin)
+    entries: dict[str, Entry] = {f"{module}.weight": update}
+    if bias is not None:
+        entries[f"{module}.bias"] = Dense(bias, update.scale)
+    return entries
+
+
+def _alpha_and_variant(
+    module: str, tensors: Arrays, configs: _Configs, file: File, *, rank: int
+) -> tuple[float, str]:
+    """Alpha by the tensor or the header, else the rank; and lora or rslora.
+
+    Raises:
+        LoraFxError: The two are there and differ.
+    """
+    stored = file.alpha(f"{module}.alpha", tensors.get("alpha"))
+    in_header, variant = configs.of(module, rank)
+    if stored is not None and in_header is not None and stored != in_header:
+        raise file.error(
+            f"{module}.alpha", f"is {stored:g}; the header's {HEADER} says {in_header:g}"
+        )
+    if stored is not None:
+        return stored, variant
+    if in_header is not None:
+        return in_header, variant
+    return float(rank), variant
+
+
+def _vector(module: str, end: str, tensors: Arrays, rows: int, file: File) -> Array | None:
+    """A magnitude or a bias of B; None where there is none."""
+    if end not in tensors:
+        return None
+    return file.vector(f"{module}.{end}", tensors[end], rows)
 
 
 class _Configs:
@@ -151,39 +211,50 @@ class _Configs:
         self.where = f"{file.name}: {HEADER}"
         self.configs: dict[str, Json] = {}
         for key, value in json_object(header.get(HEADER, "{}"), self.where).items():
-            component, field = naming.split_component(key)
+            component, field = split_component(key)
             self.configs.setdefault(component, {})[field] = value
         self.alphas: dict[str, Pattern] = {}
         for component, config in self.configs.items():
-            # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
-            plain = {k: v for k, v in config.items() if k not in ("use_dora", "lora_bias")}
             where = f"{self.where} {component}".rstrip()
-            file.notes.extend(check_config(plain, where))
-            if changed := mutation(config) or ("BD-LoRA" if config.get("use_bdlora") else ""):
-                raise LoraFxError(f"{where}: its start is {changed!r}; expected plain LoRA", MERGE)
+            self._check(config, where)
             self.alphas[component] = Pattern(config, "alpha_pattern", "lora_alpha", where)
+
+    def _check(self, config: Json, where: str) -> None:
+        """Hold a config to PEFT's rules; raise for one that is of more than plain LoRA."""
+        # DoRA and biases show in the tensors; the rest of the config is held to PEFT's rules.
+        checked = {
+            field: value
+            for field, value in config.items()
+            if field not in ("use_dora", "lora_bias")
+        }
+        self.file.notes.extend(check_config(checked, where))
+        start = mutation(config)
+        if not start and config.get("use_bdlora"):
+            start = "BD-LoRA"
+        if start:
+            raise LoraFxError(f"{where}: its start is {start!r}; expected plain LoRA", MERGE)
 
     def of(self, module: str, rank: int) -> tuple[float | None, str]:
         """(alpha, variant) of one module; no alpha where the header has no config of it."""
-        component, rest = naming.split_component(module)
-        component, rest = (component, rest) if component in self.alphas else ("", module)
+        component, name = split_component(module)
+        if component not in self.alphas:
+            component = ""
+            name = module
         if component not in self.alphas:
             return None, "lora"
         config = self.configs[component]
         ranks = Pattern(config, "rank_pattern", "r", self.where)
-        if ranks.of(rest) not in (None, rank):
-            raise self.file.error(module, f"has rank {rank}; {self.where} says {ranks.of(rest):g}")
-        return self.alphas[component].of(rest), "rslora" if config.get("use_rslora") else "lora"
+        expected = ranks.of(name)
+        if expected is not None and expected != rank:
+            raise self.file.error(module, f"has rank {rank}; {self.where} says {expected:g}")
+        alpha = self.alphas[component].of(name)
+        variant = "rslora" if config.get("use_rslora") else "lora"
+        return alpha, variant
 
-    def notes(self) -> list[str]:
-        """Alphas that no module has, or more than one pattern gives."""
-        return [note for pattern in self.alphas.values() for note in pattern.notes()]
-
-
-# From an Adapter to the tensors of a diffusers file; see `lora_fx.formats.diffusers`.
-
-
-_refused = partial(base.refused, "a diffusers file")
+    def notes(self) -> Iterator[str]:
+        """Notes on alphas that no module has, or more than one pattern gives."""
+        for pattern in self.alphas.values():
+            yield from pattern.notes()
 
 
 def write(adapter: Adapter, directory: str | Path) -> tuple[str, ...]:
@@ -202,33 +273,28 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
-    modules: dict[str, dict[str, LowRank]] = {}
+    updates: dict[str, dict[str, LowRank]] = {}  # component → module → update
     for key, entry in adapter.entries.items():
         if not isinstance(entry, LowRank):
             raise _refused(key, f"it is {name_of(entry)}", "kohya files hold LoHa, LoKr and .diff")
         form = module_form(key, entry, _refused)
-        component, rest = naming.split_component(form.module)
-        component = component or naming.guess_component(form.module)
-        if not component:
-            raise _refused(
-                key,
-                "no component is named",
-                f"put one before the keys: {', '.join(c + '.' for c in naming.COMPONENTS)}",
-            )
-        name = f"{component}.{rest}"
+        component, module = _component_and_module(key, form)
+        name = f"{component}.{module}"
         names[key] = f"{name}.weight"
-        if rest in modules.setdefault(component, {}):
+        of_component = updates.setdefault(component, {})
+        if module in of_component:
             raise _refused(key, f"two updates act on {name!r}", "merge the two first")
-        modules[component][rest] = entry
+        of_component[module] = entry
         lead = f"{PREFIX}{form.lead}"
-        tensors |= {name + n.removeprefix(lead): t for n, t in to_tensors(form, entry).items()}
-    config = {
-        f"{component}.{field}": value
-        for component, updates in modules.items()
-        for field, value in _config(component, updates).items()
-    }
-    notes = base.turned_notes(adapter, "diffusers")
-    if any(low.scale != 1.0 for lows in modules.values() for low in lows.values()):
+        for peft_name, tensor in to_tensors(form, entry).items():
+            tensors[name + peft_name.removeprefix(lead)] = tensor
+
+    config: Json = {}
+    for component, of_component in updates.items():
+        fields = _config(component, of_component)
+        config |= {f"{component}.{field}": value for field, value in fields.items()}
+    notes = turned_notes(adapter, "diffusers")
+    if any(update.scale != 1.0 for update in adapter.lowrank.values()):
         notes.append(
             "alpha stands in the header, as lora_adapter_metadata: diffusers reads it since 2025; "
             "readers that do not take alpha = rank"
@@ -236,23 +302,38 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     header = {
         "format": "pt",
         HEADER: json.dumps(config, sort_keys=True),
-        base.FIELD: base.describe(adapter, names),
+        FIELD: describe(adapter, names),
     }
     write_tensors(Path(path), tensors, header)
     return tuple(notes)
 
 
+def _component_and_module(key: str, form: PeftForm) -> tuple[str, str]:
+    """The component of an update, named or the only one with such a module; and the module in it.
+
+    Raises:
+        LoraFxError: It may be of several components.
+    """
+    component, module = split_component(form.module)
+    component = component or guess_component(form.module)
+    if not component:
+        starts = ", ".join(f"{name}." for name in COMPONENTS)
+        raise _refused(key, "no component is named", f"put one before the keys: {starts}")
+    return component, module
+
+
 def _config(component: str, updates: dict[str, LowRank]) -> Json:
     """PEFT's config of one component, as diffusers puts it into the header."""
-    variants = {low.variant for low in updates.values()}
-    with_magnitude = {low.magnitude is not None for low in updates.values()}
+    variants = {update.variant for update in updates.values()}
+    with_magnitude = {update.magnitude is not None for update in updates.values()}
     if len(variants) > 1 or len(with_magnitude) > 1 or not variants <= {"lora", "rslora"}:
+        dora = ", with and without DoRA" if len(with_magnitude) > 1 else ""
         raise LoraFxError(
-            f"the updates of {component} are of several variants ({', '.join(sorted(variants))}"
-            f"{', with and without DoRA' if len(with_magnitude) > 1 else ''}); expected one",
+            f"the updates of {component} are of several variants "
+            f"({', '.join(sorted(variants))}{dora}); expected one",
             "save them as two adapters",
         )
-    numbers = {name: (low.rank, low.alpha) for name, low in updates.items()}
+    numbers = {module: (update.rank, update.alpha) for module, update in updates.items()}
     fields = {"use_rslora": variants.pop() == "rslora", "use_dora": with_magnitude.pop()}
     return build_config(numbers, updates, (), {}, fields)
 

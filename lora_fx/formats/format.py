@@ -41,7 +41,7 @@ class Magic:
 
 @dataclass(frozen=True)
 class FileHead:
-    """What a format's `detect` decides by; no tensor is read for it.
+    """The beginning of a file, by which a format's `detect` decides; no tensor is read for it.
 
     Attributes:
         head: The first 64 bytes.

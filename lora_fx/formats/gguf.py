@@ -14,10 +14,11 @@ token_embd.weight.lora_a [rows, r],         model.embed_tokens.weight: the other
 
 s = alpha / r with the one `adapter.lora.alpha` of the file, or 1 where it is 0 or missing. An
 update of another alpha has the ratio multiplied into B. The names are those of the package `gguf`,
-for the architectures of `_ARCHITECTURES`. Where llama.cpp turns neighbouring pairs of rows of q and
-k, as torchtune does, B has them in that order (`lora_fx.formats.torchtune` has the formula): the
-number of heads comes from the base's config.json, or from `ARCH.attention.head_count` and
-`head_count_kv`, which are written here and which llama.cpp passes over in an adapter.
+for the architectures of `lora_fx.formats.llama_cpp_names`. Where llama.cpp turns neighbouring pairs
+of rows of q and k, as torchtune does, B has them in that order (`lora_fx.formats.rotary_rows` has
+the formula): the number of heads comes from the base's config.json, or from
+`ARCH.attention.head_count` and `head_count_kv`, which are written here and which llama.cpp passes
+over in an adapter.
 
 A fused `mlp.gate_up_proj` stays one tensor (ffn_up, twice the rows); one of a stack of experts is
 split into its halves, since llama.cpp keeps ffn_gate_exps and ffn_up_exps apart. Experts are read
@@ -37,11 +38,10 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -53,141 +53,91 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.checkpoint import model_config, text_config
 from lora_fx.files.read import AGAIN, open_input
-from lora_fx.formats.base import File, refused
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
-from lora_fx.formats.torchtune import heads_of, to_halves, to_neighbours
-from lora_fx.text import Json, JsonView, StrPath, counted
+from lora_fx.formats.llama_cpp_names import (
+    HEAD,
+    HEADS,
+    OUTSIDE_LAYERS,
+    TABLE,
+    LlamaCppNames,
+    gguf_package,
+    names_of_architecture,
+    names_of_base,
+)
+from lora_fx.formats.rotary_rows import to_halves, to_neighbours
+from lora_fx.formats.unsupported import refused
+from lora_fx.text import Json, StrPath, counted
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = tuple(f"self_attn.{x}_proj" for x in "qkvo")
-_DENSE = (*_ATTENTION, *(f"mlp.{x}" for x in _MLP))
-_EXPERTS = (*_ATTENTION, "mlp.gate", *(f"mlp.experts.{x}" for x in _MLP))
-_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{x}" for x in _MLP))
-_MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{i}" for i in (1, 2, 3)))
-_LIKE_LLAMA = ("smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2")
-_ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "llama": (*_DENSE, *_MIXTRAL),
-    **dict.fromkeys(_LIKE_LLAMA, _DENSE),
-    "qwen2moe": (*_EXPERTS, *_SHARED),
-    "qwen3moe": _EXPERTS,
-    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
-}
-"""llama.cpp's architecture → Hugging Face's modules of a layer, where nothing but q and k moves."""
-_MODEL_TYPES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
-_MODEL_TYPES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-_NEIGHBOURS = ("llama", "smollm3", "granite")
-"""Those in which the rows of q and k are put in neighbouring pairs."""
-_HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
-_HEAD, _TABLE = "lm_head", "model.embed_tokens"
-_WHOLE = {_HEAD: "output.weight", _TABLE: "token_embd.weight"}
 _KEY = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d{1,5})\.(.+)\.weight")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)")
 _BLOCK = re.compile(r"0|[1-9]\d{0,4}", re.A)
-_MOST = 50_000
+_MOST_VALUES = 50_000
 """Values of a header that are read; an adapter has some thousands."""
-
-
-@dataclass(frozen=True)
-class _Names:
-    """How an architecture calls its tensors: {Hugging Face's module of a layer: name in blk.N}."""
-
-    architecture: str
-    modules: Mapping[str, str]
-    config: JsonView
-    where: str
-
-    def turned(self, b: Array, module: str, file: File, order: Callable[..., Array]) -> Array:
-        """Rows of B in another order, where they are of q or k and llama.cpp has its own."""
-        if self.architecture not in _NEIGHBOURS or not module.endswith((".q_proj", ".k_proj")):
-            return b
-        return order(b, heads_of(module, len(b), self.config, self.where, file))
-
-
-def _names(architecture: str, config: JsonView, where: str) -> _Names:
-    gguf, known = _package(), (*_ARCHITECTURES, *_MODEL_TYPES)
-    if architecture not in known:
-        raise LoraFxError(
-            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for {known}",
-            "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
-        )
-    architecture = _MODEL_TYPES.get(architecture, architecture)
-    number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-    table = gguf.get_tensor_name_map(number, 1)
-    found = {m: table.get_name(f"model.layers.0.{m}") for m in _ARCHITECTURES[architecture]}
-    modules = {m: f"{name.removeprefix('blk.0.')}.weight" for m, name in found.items()}
-    return _Names(architecture, modules, config, where)
-
-
-def _base_names(base: StrPath | None) -> _Names | None:
-    """The names of a base model, by its config.json; None where there is none."""
-    home = Path(base) if base else None
-    path = (home if home.is_dir() else home.parent) / "config.json" if home else None
-    if path is None or not path.is_file():
-        return None
-    config = model_config(path)
-    config = {**config, **text_config(config)}
-    return _names(str(config.get("model_type")), config, str(path))
-
-
-def _package() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        hint = "pip install 'lora-fx[gguf]'"
-        raise LoraFxError("GGUF needs the package gguf, which is not installed", hint) from error
-    return gguf
+_UNCODED = {"F32", "F16", "BF16"}
+"""Types of tensors that are no codes of a quantised one."""
+_NO_EXPERT = -1
+_refused = partial(refused, "a GGUF adapter")
 
 
 def _contents(path: Path, file: File) -> tuple[Json, dict[str, Array]]:
     """The values of an adapter's header by key, and its tensors in fp32."""
-    gguf, calls = _package(), itertools.count()
+    gguf = gguf_package()
+    calls = itertools.count()
 
     class Strict(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         """The package's goes on behind the end of a file, and through any number of values."""
 
         def _get(self, offset: int, dtype: type, count: int = 1, *order: str, **more: str) -> Array:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
-            if next(calls) > _MOST:
-                what = f"its header has more than {_MOST} values; expected an adapter's"
+            if next(calls) > _MOST_VALUES:
+                what = f"its header has more than {_MOST_VALUES} values; expected an adapter's"
                 raise LoraFxError(f"{file.name}: {what}", "a GGUF file of a model is no adapter")
             if end > self.data.size:
                 raise ValueError(f"byte {end} is needed, and there are {self.data.size}")
-            got: Array = super()._get(offset, dtype, count, *order, **more)
-            return got
+            value: Array = super()._get(offset, dtype, count, *order, **more)
+            return value
 
     open_input(path).close()  # a regular file, and from now on an input of this run
     try:
         with np.errstate(all="ignore"):  # sizes that no whole number holds
             reader = Strict(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-        kind = fields.get("general.type"), fields.get("adapter.type")
+        kind = (fields.get("general.type"), fields.get("adapter.type"))
         if kind != ("adapter", "lora"):
             what = f"and adapter.type are {kind}; expected adapter and lora"
             raise file.error("general.type", what, "a GGUF file of a model is no adapter")
         _check_places(reader)
-        tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+        tensors = {
+            tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+            for tensor in reader.tensors
+        }
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         why = f"{type(error).__name__} {one_line(error)}"
         raise LoraFxError(f"{file.name}: no GGUF adapter that can be read: {why}", AGAIN) from error
-    if coded := {t.tensor_type.name for t in reader.tensors} - {"F32", "F16", "BF16"}:
-        file.notes.append(f"{file.name}: tensors of {', '.join(sorted(coded))} are read as fp32")
+    coded_types = {tensor.tensor_type.name for tensor in reader.tensors} - _UNCODED
+    if coded_types:
+        types = ", ".join(sorted(coded_types))
+        file.notes.append(f"{file.name}: tensors of {types} are read as fp32")
     return fields, {name: file.master(name, array) for name, array in tensors.items()}
 
 
 def _check_places(reader: Any) -> None:
     """Raise ValueError for tensors that overlap, or whose places the package's sums wrapped to."""
-    reached, last = int(reader.data_offset), "the header"
-    places = {t.name: int(reader.data_offset) + int(t.field.parts[5][0]) for t in reader.tensors}
-    for tensor in sorted(reader.tensors, key=lambda t: places[t.name]):
-        start, elements = int(places[tensor.name]), math.prod(map(int, tensor.shape))
+    data_start = int(reader.data_offset)
+    starts = {tensor.name: data_start + int(tensor.field.parts[5][0]) for tensor in reader.tensors}
+    end_so_far = data_start
+    previous = "the header"
+    for tensor in sorted(reader.tensors, key=lambda tensor: starts[tensor.name]):
+        start = starts[tensor.name]
+        elements = math.prod(map(int, tensor.shape))
         if start != tensor.data_offset or elements != tensor.n_elements:
             raise ValueError(f"the size or the offset of {tensor.name!r} is over 64 bits")
-        if start < reached:
-            raise ValueError(f"{tensor.name!r} and {last} share their bytes")
-        reached, last = start + int(tensor.n_bytes), repr(tensor.name)
+        if start < end_so_far:
+            raise ValueError(f"{tensor.name!r} and {previous} share their bytes")
+        end_so_far = start + int(tensor.n_bytes)
+        previous = repr(tensor.name)
 
 
 def read(path: StrPath, base: StrPath | None = None) -> Adapter:
@@ -206,63 +156,116 @@ def read(path: StrPath, base: StrPath | None = None) -> Adapter:
     """
     file = File(str(path))
     fields, tensors = _contents(Path(path), file)
-    own, told = str(fields.get("general.architecture")), fields.get("adapter.lora.alpha")
-    alpha = file.alpha("adapter.lora.alpha", np.asarray(told) if told else None)
-    heads = {name: fields.get(f"{own}.attention.{key}") for name, key in _HEADS.items()}
-    names = _base_names(base) or _names(own, heads, file.name)
-    if names.architecture != own:
-        what = f"is {own!r}; {names.where} is of {names.architecture!r}"
-        raise file.error("general.architecture", what, "is it the adapter of this model?")
-    if (alora := "adapter.alora.invocation_tokens") in fields:
+    stored_alpha = fields.get("adapter.lora.alpha")
+    alpha = file.alpha("adapter.lora.alpha", np.asarray(stored_alpha) if stored_alpha else None)
+    names = _names_for(fields, base, file)
+    alora = "adapter.alora.invocation_tokens"
+    if alora in fields:
         what = "makes it an aLoRA, which acts from those tokens on: no weight has its change"
         raise file.error(alora, what, "use it in llama.cpp")
+
     entries: dict[str, Entry] = {}
-    for name, a in tensors.items():
+    for name, tensor in tensors.items():
         stem, dot, half = name.rpartition(".lora_")
-        b = tensors.get(f"{stem}.lora_b")
         if not dot and name.endswith("_norm.weight"):
             file.notes.append(f"{file.name}: {name!r} is not read: llama.cpp does not apply it")
-        elif b is None or half not in ("a", "b") or f"{stem}.lora_a" not in tensors:
+            continue
+        b = tensors.get(f"{stem}.lora_b")
+        if b is None or half not in ("a", "b") or f"{stem}.lora_a" not in tensors:
             raise file.error(name, "is no half of a pair X.lora_a, X.lora_b")
-        elif half == "a":
-            for key, update in _updates(stem, (a, b), alpha, names, file).items():
-                if key in entries:
-                    raise file.error(stem, f"is a second update of {key!r}; expected one")
-                entries[key] = update
+        if half == "b":
+            continue  # read with its a
+        for key, update in _updates(stem, (tensor, b), alpha, names, file).items():
+            if key in entries:
+                raise file.error(stem, f"is a second update of {key!r}; expected one")
+            entries[key] = update
     return Adapter(entries, {"notes": file.notes})
 
 
+def _names_for(fields: Json, base: StrPath | None, file: File) -> LlamaCppNames:
+    """The names of the base, or those that the file's header tells; raises where they differ."""
+    architecture = str(fields.get("general.architecture"))
+    heads = {name: fields.get(f"{architecture}.attention.{field}") for name, field in HEADS.items()}
+    names = names_of_base(base) or names_of_architecture(architecture, heads, file.name)
+    if names.architecture != architecture:
+        what = f"is {architecture!r}; {names.where} is of {names.architecture!r}"
+        raise file.error("general.architecture", what, "is it the adapter of this model?")
+    return names
+
+
 def _updates(
-    stem: str, pair: Factors, alpha: float | None, names: _Names, file: File
+    stem: str, pair: Factors, alpha: float | None, names: LlamaCppNames, file: File
 ) -> dict[str, Entry]:
     """The updates of one tensor of llama.cpp, under Hugging Face's names."""
     a, b = pair
-    block, _, rest = stem.removeprefix("blk.").partition(".")
-    whole = next((key for key, name in _WHOLE.items() if name == stem), "")
-    of_layer = stem.startswith("blk.") and _BLOCK.fullmatch(block)
-    module = next((m for m, n in names.modules.items() if n == rest and of_layer), whole)
+    module = _module_outside_layers(stem)
+    if module:
+        if module == TABLE:
+            a = np.ascontiguousarray(a.T)
+        _check_shapes(stem, pair, (a, b), 2, file)
+        origin = Origin(op="embedding" if module == TABLE else "")
+        return {f"{module}.weight": LowRank(a, b, alpha or float(b.shape[-1]), origin=origin)}
+
+    module = _module_of_layer(stem, names)
     if not module:
         raise file.error(stem, f"is no matrix of {names.architecture} that is known here")
-    a = np.ascontiguousarray(a.T) if whole == _TABLE else a
-    axes = 3 if ".experts." in module else 2
-    if not a.ndim == b.ndim == axes or (*a.shape[:-2], a.shape[-2]) != (*b.shape[:-2], b.shape[-1]):
-        shapes = f"lora_a {list(pair[0].shape)} and lora_b {list(b.shape)}"
-        raise file.error(stem, f"has {shapes}; expected [r, in] and [out, r], E before of experts")
+    is_stack = ".experts." in module
+    _check_shapes(stem, pair, (a, b), 3 if is_stack else 2, file)
     alpha = alpha or float(b.shape[-1])
-    if whole:
-        origin = Origin(op="embedding" if whole == _TABLE else "")
-        return {f"{whole}.weight": LowRank(a, b, alpha, origin=origin)}
-    key = f"model.layers.{int(block)}.{module}"
-    if axes == 2:
-        return {f"{key}.weight": LowRank(a, names.turned(b, key, file, to_halves), alpha)}
-    home, _, leaf = key.rpartition(".")
-    return {f"{home}.{i}.{leaf}.weight": LowRank(a[i], b[i], alpha) for i in range(len(a))}
+    if not is_stack:
+        rows = names.turned(b, module, file, to_halves)
+        return {f"{module}.weight": LowRank(a, rows, alpha)}
+    experts, _, leaf = module.rpartition(".")
+    return {f"{experts}.{i}.{leaf}.weight": LowRank(a[i], b[i], alpha) for i in range(len(a))}
 
 
-# From an Adapter to the tensors of a GGUF file.
+def _module_outside_layers(stem: str) -> str:
+    """Hugging Face's module of the embedding or the head; empty for another tensor."""
+    for module, name in OUTSIDE_LAYERS.items():
+        if name == stem:
+            return module
+    return ""
 
 
-_refused = partial(refused, "a GGUF adapter")
+def _module_of_layer(stem: str, names: LlamaCppNames) -> str:
+    """Hugging Face's module of a tensor blk.N.…; empty where it is none that is known."""
+    block, _, name_in_layer = stem.removeprefix("blk.").partition(".")
+    if not stem.startswith("blk.") or not _BLOCK.fullmatch(block):
+        return ""
+    for module, name in names.modules.items():
+        if name == name_in_layer:
+            return f"model.layers.{int(block)}.{module}"
+    return ""
+
+
+def _check_shapes(stem: str, stored: Factors, pair: Factors, axes: int, file: File) -> None:
+    """Raise for A and B, as stored and the right way round, that are no pair of so many axes."""
+    a, b = pair
+    has_axes = a.ndim == b.ndim == axes
+    if has_axes and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]:
+        return
+    stored_a, stored_b = stored
+    shapes = f"lora_a {list(stored_a.shape)} and lora_b {list(stored_b.shape)}"
+    raise file.error(stem, f"has {shapes}; expected [r, in] and [out, r], E before of experts")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The matrices that one update puts into one tensor of llama.cpp.
+
+    Attributes:
+        tensor: The tensor's name.
+        expert: The number of the expert that it is of, or -1: all of the tensor.
+        key: The key of the update.
+        a: [r, in].
+        b: [out, r].
+    """
+
+    tensor: str
+    expert: int
+    key: str
+    a: Array
+    b: Array
 
 
 def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> tuple[str, ...]:
@@ -277,97 +280,153 @@ def write_file(adapter: Adapter, path: StrPath, base: StrPath | None = None) -> 
         LoraFxError: No config.json, an architecture that is not known here, or what llama.cpp
             does not apply, by key.
     """
-    names, file = _base_names(base), File("the adapter")
+    names = names_of_base(base)
     if names is None:
         what = f"{base} has no config.json" if base else "no base is given"
         hint = "give the folder of the base model: --base"
         raise LoraFxError(f"GGUF's names are those of the base's architecture; {what}", hint)
-    scales = {k: _plain(k, low, names).scale for k, low in adapter.entries.items()}
-    alphas = {k: scales[k] * low.rank for k, low in adapter.lowrank.items()}
-    usable = Counter(x for x in alphas.values() if 1e-30 < abs(x) < 1e30)  # 0 would mean s = 1
-    alpha = float(np.float32(usable.most_common(1)[0][0])) if usable else 1.0
-    pieces: dict[str, dict[int, tuple[str, Array, Array]]] = {}
-    for key, low in adapter.lowrank.items():
+    file = File("the adapter")
+    updates = {key: _plain(key, entry, names) for key, entry in adapter.entries.items()}
+    alphas = {key: update.scale * update.rank for key, update in updates.items()}
+    alpha = _one_alpha(alphas.values())
+    pieces: dict[str, dict[int, _Piece]] = {}
+    for key, update in updates.items():
         if alphas[key] != alpha:
-            low = replace(low, b=low.b * np.float32(alphas[key] / alpha))
-        for name, expert, a, b in _parts(key, low, names, file):
-            if pieces.setdefault(name, {}).setdefault(expert, (key, a, b))[0] != key:
-                raise _refused(key, f"{name} has a second update", "one tensor has one update")
+            update = replace(update, b=update.b * np.float32(alphas[key] / alpha))
+        for piece in _pieces(key, update, names, file):
+            first = pieces.setdefault(piece.tensor, {}).setdefault(piece.expert, piece)
+            if first.key != key:
+                raise _refused(
+                    key, f"{piece.tensor} has a second update", "one tensor has one update"
+                )
+
     tensors: dict[str, Array] = {}
-    for name, held in pieces.items():
-        a, b = held[-1][1:] if -1 in held else _stacked(name, held, names)
-        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
-    _write(path, {k: file.master(k, array) for k, array in tensors.items()}, alpha, names)
-    others = sum(x != alpha for x in alphas.values())
-    updates = counted(others, "update")
-    note = f"a GGUF adapter has one alpha in fp32, {alpha!r}: the scales of {updates} of "
-    return (f"{note}another are multiplied into B",) if others else ()
+    for name, by_expert in pieces.items():
+        if _NO_EXPERT in by_expert:
+            piece = by_expert[_NO_EXPERT]
+            a = piece.a
+            b = piece.b
+        else:
+            a, b = _stacked(name, by_expert, names)
+        tensors[f"{name}.lora_a"] = a
+        tensors[f"{name}.lora_b"] = b
+    masters = {name: file.master(name, array) for name, array in tensors.items()}
+    _write(path, masters, alpha, names)
+
+    scaled = sum(other != alpha for other in alphas.values())
+    if not scaled:
+        return ()
+    return (
+        f"a GGUF adapter has one alpha in fp32, {alpha!r}: the scales of "
+        f"{counted(scaled, 'update')} of another are multiplied into B",
+    )
 
 
-def _plain(key: str, entry: Entry, names: _Names) -> LowRank:
+def _one_alpha(alphas: Iterable[float]) -> float:
+    """The alpha of the file: the most frequent one that fp32 holds, and not 0; else 1."""
+    usable = Counter(alpha for alpha in alphas if 1e-30 < abs(alpha) < 1e30)  # 0 would mean s = 1
+    if not usable:
+        return 1.0
+    most_common, _ = usable.most_common(1)[0]
+    return float(np.float32(most_common))
+
+
+def _plain(key: str, entry: Entry, names: LlamaCppNames) -> LowRank:
     """The update, where llama.cpp can apply it."""
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
         raise _refused(key, "it is of a convolution, or of a part or one use of the tensor")
-    tied = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
-    if (tied or entry.origin.tied) and key in (f"{_HEAD}.weight", f"{_TABLE}.weight"):
-        raise _refused(key, "the model has one table for embedding and head", "--exclude it")
+    if key in (f"{HEAD}.weight", f"{TABLE}.weight"):
+        is_tied_model = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
+        if is_tied_model or entry.origin.tied:
+            raise _refused(key, "the model has one table for embedding and head", "--exclude it")
     return entry
 
 
-def _parts(
-    key: str, low: LowRank, names: _Names, file: File
-) -> Iterator[tuple[str, int, Array, Array]]:
-    """(tensor of llama.cpp, number of the expert or -1, A and B) of an update."""
-    a, b = low.a, low.b
-    if name := _WHOLE.get(key.removesuffix(".weight")):
-        if _TABLE in key:
-            looked_up = low.layout.out == (1,) if low.layout else low.origin.op == "embedding"
-            a, b = (a.T, b) if looked_up else (b, a.T)
-        yield name, -1, a, b
+def _pieces(key: str, update: LowRank, names: LlamaCppNames, file: File) -> Iterator[_Piece]:
+    """The pieces of llama.cpp's tensors that an update makes.
+
+    1. The embedding and the head are tensors by themselves.
+    2. A fused stack of gate and up goes into the two halves.
+    3. A stack of experts is one piece an expert, as an update of one expert is.
+    """
+    name = OUTSIDE_LAYERS.get(key.removesuffix(".weight"))
+    if name:
+        a, b = _outside_layers(key, update)
+        yield _Piece(name, _NO_EXPERT, key, a, b)
         return
+
     match = _KEY.fullmatch(key) or _KEY.fullmatch(f"{key}.weight")  # stacks are no modules
     number, module = match.groups() if match else ("", "")
-    if expert := _EXPERT.fullmatch(module):
-        module = f"{expert[1]}.{expert[3]}"
-    parts = {module: b}
-    if module.endswith(".experts.gate_up_proj"):
-        half, home = b.shape[-2] // 2, module.removesuffix("gate_up_proj")
-        parts = {f"{home}gate_proj": b[..., :half, :], f"{home}up_proj": b[..., half:, :]}
-    stack = ".experts." in module and expert is None
-    if not parts.keys() <= names.modules.keys() or a.ndim != 2 + stack:
-        shape = list(low.shape)
+    of_expert = _EXPERT.fullmatch(module)
+    if of_expert:
+        module = f"{of_expert[1]}.{of_expert[3]}"
+    rows_of_modules = _split_gate_up(module, update.b)
+    is_stack = ".experts." in module and of_expert is None
+    axes = 3 if is_stack else 2
+    if not rows_of_modules.keys() <= names.modules.keys() or update.a.ndim != axes:
+        shape = list(update.shape)
         raise _refused(key, f"llama.cpp's {names.architecture} has no such matrix of {shape}")
-    for part, rows in parts.items():
-        name = f"blk.{int(number)}.{names.modules[part]}"
-        if stack:
-            yield from ((name, i, *pair) for i, pair in enumerate(zip(a, rows, strict=True)))
+
+    for module, rows in rows_of_modules.items():
+        name = f"blk.{int(number)}.{names.modules[module]}"
+        if is_stack:
+            for i, (a, b) in enumerate(zip(update.a, rows, strict=True)):
+                yield _Piece(name, i, key, a, b)
         else:
-            one = int(expert[2]) if expert else -1
-            yield name, one, a, names.turned(rows, f".{part}", file, to_neighbours)
+            expert = int(of_expert[2]) if of_expert else _NO_EXPERT
+            b = names.turned(rows, f".{module}", file, to_neighbours)
+            yield _Piece(name, expert, key, update.a, b)
 
 
-def _stacked(name: str, held: Mapping[int, tuple[str, Array, Array]], names: _Names) -> Factors:
+def _outside_layers(key: str, update: LowRank) -> Factors:
+    """A and B of the embedding or the head, in llama.cpp's order of the embedding's table."""
+    if TABLE not in key:
+        return update.a, update.b
+    if update.layout:
+        is_looked_up = update.layout.out == (1,)
+    else:
+        is_looked_up = update.origin.op == "embedding"
+    if is_looked_up:
+        return update.a.T, update.b
+    return update.b, update.a.T
+
+
+def _split_gate_up(module: str, b: Array) -> dict[str, Array]:
+    """Module → rows of B; a fused gate_up_proj of experts is two modules."""
+    if not module.endswith(".experts.gate_up_proj"):
+        return {module: b}
+    half = b.shape[-2] // 2
+    experts = module.removesuffix("gate_up_proj")
+    return {f"{experts}gate_proj": b[..., :half, :], f"{experts}up_proj": b[..., half:, :]}
+
+
+def _stacked(name: str, by_expert: Mapping[int, _Piece], names: LlamaCppNames) -> Factors:
     """A and B of all experts of a layer, which have to be there, and of one shape."""
-    count = experts_of(names.config) or max(held) + 1
-    key = next(iter(held.values()))[0]
-    if len(held) != count or max(held) != count - 1:
-        raise _refused(key, f"{name} is one tensor of {count} experts; {len(held)} have updates")
+    count = experts_of(names.config) or max(by_expert) + 1
+    key = next(iter(by_expert.values())).key
+    if len(by_expert) != count or max(by_expert) != count - 1:
+        raise _refused(
+            key, f"{name} is one tensor of {count} experts; {len(by_expert)} have updates"
+        )
+    pieces = [by_expert[expert] for expert in range(count)]
     try:
-        a, b = (np.stack([held[i][half] for i in range(count)]) for half in (1, 2))
+        a = np.stack([piece.a for piece in pieces])
+        b = np.stack([piece.b for piece in pieces])
     except ValueError as error:
         raise _refused(key, f"the experts of {name} have several ranks or shapes") from error
     return a, b
 
 
-def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: _Names) -> None:
-    writer = _package().GGUFWriter(path, names.architecture)
+def _write(path: StrPath, tensors: Mapping[str, Array], alpha: float, names: LlamaCppNames) -> None:
+    writer = gguf_package().GGUFWriter(path, names.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
-    for field, key in _HEADS.items():
-        if isinstance(count := names.config.get(field), int):
+    for field, key in HEADS.items():
+        count = names.config.get(field)
+        if isinstance(count, int):
             writer.add_uint32(f"{names.architecture}.attention.{key}", count)
     for name, array in tensors.items():
         writer.add_tensor(name, array)

@@ -24,7 +24,7 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
 from lora_fx.text import by_key, some
 
@@ -53,9 +53,9 @@ def entry_points() -> dict[str, EntryPoint]:
         LoraFxError: Two of one name: both packages are named.
     """
     by_name = by_key((point.name, point) for point in _points())
-    for name, same in by_name.items():
-        if len(same) > 1:
-            raise two_of_one_name(name, package_of(same[0]), package_of(same[1]))
+    for name, points in by_name.items():
+        if len(points) > 1:
+            raise two_of_one_name(name, package_of(points[0]), package_of(points[1]))
     return {name: by_name[name][0] for name in sorted(by_name)}
 
 
@@ -63,12 +63,12 @@ def _points() -> Iterator[EntryPoint]:
     """The entry points of the group; of a package that is found at several places, the first's."""
     from importlib import metadata  # an import of 20 ms, which few need
 
-    seen = set[str]()
+    packages = set[str]()
     places = [place for place in sys.path if place]
     for package in metadata.distributions(path=places):
         points = package.entry_points.select(group=GROUP)
-        if points and package.name not in seen:
-            seen.add(package.name)
+        if points and package.name not in packages:
+            packages.add(package.name)
             yield from points
 
 
@@ -79,7 +79,7 @@ def package_of(point: EntryPoint) -> str:
 
 def two_of_one_name(name: str, package: str, other: str) -> LoraFxError:
     """The error about two packages that have a format of one name."""
-    first, second = sorted((package, other), key=lambda p: (p != "lora-fx", p))
+    first, second = sorted((package, other), key=lambda name: (name != "lora-fx", name))
     return LoraFxError(
         f"the packages {first} and {second} both have an adapter format {name!r}",
         f"pip uninstall {second}, or ask its authors for another name",
@@ -106,7 +106,7 @@ def load(point: EntryPoint) -> InstalledFormat:
 
 
 def _fault(name: str, loaded: Format) -> str:
-    """What keeps an object from being the Format of this name; empty for nothing."""
+    """The reason why an object is not the Format of this name; empty where it is."""
     if isinstance(loaded, type):
         return f"{loaded.__name__} is a class; expected an object of it"
     missing = [member for member in _MEMBERS if not hasattr(loaded, member)]
@@ -227,7 +227,7 @@ class InstalledFormat(Format):
             if not isinstance(key, str) or not key:
                 raise self._error(where, f"read the key {key!r}; expected a name")
         notes = adapter.metadata.get("notes", [])
-        if not isinstance(notes, (list, tuple)) or not all(isinstance(n, str) for n in notes):
+        if not isinstance(notes, (list, tuple)) or not all(isinstance(note, str) for note in notes):
             raise self._error(where, f"read {notes!r} as notes; expected a list of texts")
 
     def _check(self, where: str, entry: object) -> None:
@@ -283,7 +283,7 @@ class InstalledFormat(Format):
 
     @contextlib.contextmanager
     def _retold(self, what: str, where: str = "") -> Iterator[None]:
-        """Whatever the package raises as one line; its LoraFxErrors are lines already."""
+        """Raise whatever the package raises as one line; its LoraFxErrors are lines already."""
         try:
             yield
         except LoraFxError:

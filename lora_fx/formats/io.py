@@ -1,6 +1,6 @@
 """Saving and loading adapters, whatever the format: `save_adapter` and `load_adapter`.
 
-What a file is is told by its content. Output is written to a temporary sibling and renamed, so a
+The content of a file tells its format. Output is written to a temporary sibling and renamed, so a
 crash leaves the old adapter or none, never half of one. Inputs are never changed.
 """
 
@@ -20,6 +20,7 @@ from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
 from lora_fx.files.read import trusting
+from lora_fx.formats.components import is_pipeline, names_of, split_component
 from lora_fx.formats.detect import (
     check_elements,
     format_for,
@@ -31,7 +32,7 @@ from lora_fx.formats.detect import (
 )
 from lora_fx.formats.format import Format as AdapterFormat
 from lora_fx.formats.installed import InstalledFormat
-from lora_fx.formats.naming import ForeignNames, is_pipeline, names_of, one_model, split_component
+from lora_fx.formats.naming import ForeignNames, one_model
 from lora_fx.formats.registry import FORMATS, FormatName
 
 __all__ = [
@@ -45,8 +46,8 @@ Format = FormatName
 
 def check_real(updates: Updates) -> None:
     """Raise for factors of complex numbers: every reader of these formats takes them for real."""
-    for key, low in updates.items():
-        if "c" in (low.a.dtype.kind, low.b.dtype.kind):
+    for key, update in updates.items():
+        if "c" in (update.a.dtype.kind, update.b.dtype.kind):
             raise LoraFxError(
                 f"the update of {key!r} has complex A and B, and adapter files have real numbers",
                 "lora_fx.fold puts it into the model; a .pt2 file keeps it beside the model",
@@ -118,8 +119,8 @@ def save_for(
     """
     writer = _writer(format)
     if not writer.fits_graphs:
-        fitting = [f for f in FORMATS.importable() if f.fits_graphs]
-        names = " or ".join(f.name for f in fitting)
+        fitting = [candidate for candidate in FORMATS.importable() if candidate.fits_graphs]
+        names = " or ".join(candidate.name for candidate in fitting)
         hint = f"-o X{fitting[0].suffixes[0]}"
         raise LoraFxError(f"--for is for {names}, not for {format}", hint)
     target = Path(path)
@@ -133,9 +134,12 @@ def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:
     """A note on each variant of which the format keeps ΔW alone, and not what trains."""
     if writer.keeps_variants:
         return []
-    variants = {variant_of(low).name: variant_of(low) for low in adapter.lowrank.values()}
-    lost = [name for name, variant in variants.items() if not variant.peft_type]
-    return [f"updates of variant {name} are written as plain LoRA, of the same ΔW" for name in lost]
+    variants = {variant_of(update).name: variant_of(update) for update in adapter.lowrank.values()}
+    return [
+        f"updates of variant {name} are written as plain LoRA, of the same ΔW"
+        for name, variant in variants.items()
+        if not variant.peft_type
+    ]
 
 
 def _writer(format: str) -> AdapterFormat:
@@ -166,11 +170,12 @@ def _check_readable(written: Path, writer: AdapterFormat) -> None:
         return
     detecting: list[str] = []
     with contextlib.suppress(LoraFxError):  # which names the temporary file
-        detecting = [f.name for f in FORMATS.detecting(look(tensor_file(written)))]
+        head = look(tensor_file(written))
+        detecting = [format.name for format in FORMATS.detecting(head)]
     if detecting != [writer.name]:
-        taken = " and ".join(detecting) or "no format"
+        readers = " and ".join(detecting) or "no format"
         raise LoraFxError(
-            f"{written.name}: not written: {writer} made a file that {taken} would read",
+            f"{written.name}: not written: {writer} made a file that {readers} would read",
             f"report it to the authors of {writer.package}",
         )
 
@@ -228,10 +233,15 @@ def load_adapter(
         raise LoraFxError(f"{file}: no update in it", "was the adapter saved before training?")
     if base is None or adapter.names is None or not resolve:
         return adapter
+    return _resolved(adapter, base)
+
+
+def _resolved(adapter: Adapter, base: str | Path) -> Adapter:
+    """The adapter under a model's names, of a pipeline with the component before them."""
     resolved = adapter.resolved(names_of(base))
-    parts = sorted({split_component(key)[0] for key in resolved} - {""})
-    if parts and is_pipeline(base):
-        return replace(resolved, names=ForeignNames("diffusers", tuple(parts)))
+    components = {split_component(key)[0] for key in resolved} - {""}
+    if components and is_pipeline(base):
+        return replace(resolved, names=ForeignNames("diffusers", tuple(sorted(components))))
     return resolved
 
 
@@ -249,7 +259,7 @@ AdapterLike = str | PathLike[str] | Adapter
 
 
 def adapter_name(path: str | PathLike[str]) -> str:
-    """What an adapter is called in a file that holds several: its folder or file, without ending.
+    """The name of an adapter in a file that holds several: its folder or file, without ending.
 
     >>> adapter_name("runs/french"), adapter_name("german.onnx_adapter")
     ('french', 'german')
@@ -263,8 +273,10 @@ def without_ending(name: str) -> str:
 
 
 def as_adapter(given: AdapterLike) -> Adapter:
-    """An adapter, or that of a path."""
-    return given if isinstance(given, Adapter) else load_adapter(given)
+    """An adapter as it is, or the one that lies at a path."""
+    if isinstance(given, Adapter):
+        return given
+    return load_adapter(given)
 
 
 def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
@@ -273,11 +285,11 @@ def _is_one_file(writer: AdapterFormat, path: Path) -> bool:
         return True
     has_ending_of_another = FORMATS.suffix_of(path.suffix)
     if has_ending_of_another or not writer.folder_files:
-        wanted = [f"a name that ends in {suffix}" for suffix in writer.suffixes[:1]]
+        possible_names = [f"a name that ends in {suffix}" for suffix in writer.suffixes[:1]]
         if writer.folder_files:
-            wanted.append("a folder")
+            possible_names.append("a folder")
         raise LoraFxError(
-            f"{path}: format {writer.name} needs {' or '.join(wanted)}",
+            f"{path}: format {writer.name} needs {' or '.join(possible_names)}",
             "choose another name or another format",
         )
     return False

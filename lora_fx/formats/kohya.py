@@ -39,18 +39,23 @@ from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation,
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
-from lora_fx.formats import base, lycoris, naming
-from lora_fx.formats.base import Arrays, File
+from lora_fx.formats import lycoris
+from lora_fx.formats.checked_file import Arrays, File, module_and_part
+from lora_fx.formats.components import COMPONENTS, guess_component, split_component
 from lora_fx.formats.format import FileHead, Format
+from lora_fx.formats.header_json import FIELD, describe, restore
+from lora_fx.formats.naming import ForeignNames, taken_names
+from lora_fx.formats.peft.form import module_form, to_tensors
 from lora_fx.formats.peft.names import PREFIX
-from lora_fx.formats.peft.write import module_form, to_tensors
+from lora_fx.formats.unsupported import KEEPS, refused, turned_notes
 
-_PART = re.compile(
+_NAME = re.compile(
     r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|dora_scale|diff(?:_b)?|[wb]_norm"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t[12]))"
 )
-_part = partial(base.module_and_part, _PART)
-_OTHERS = {
+_split_name = partial(module_and_part, _NAME)
+"""(module, end) of a tensor's name; None for a name of another kind."""
+_OTHER_METHODS = {
     "oft_": "OFT, which multiplies the weight by an orthogonal matrix",
     "boft_": "BOFT, which multiplies the weight by orthogonal matrices",
     "on_input": "IA³, which rescales inputs or outputs",
@@ -58,18 +63,24 @@ _OTHERS = {
     "bias_values": "a sparse bias",
     "lora_up.bias": "a bias of lora_up",
 }
-_PLACES = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+_CHANGED_AS_STORED = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+"""The end of a tensor that is added as it is → the parameter that it is added to."""
+_refused = partial(refused, "a kohya file")
 
 
 def detect(seen: FileHead) -> bool:
     """True for a file with tensors of these names that are not PEFT's."""
-    if base.FIELD in seen.metadata:
-        return any(".lora_down." in n or _part(n) for n in seen.names)
-    return any(
-        ((part := _part(n)) and part[1] != "alpha" and not n.startswith(PREFIX))
-        or n.endswith((".oft_blocks", ".oft_diag"))
-        for n in seen.names
-    )
+    if FIELD in seen.metadata:
+        return any(".lora_down." in name or _split_name(name) for name in seen.names)
+    return any(_is_name_of_kohya(name) for name in seen.names)
+
+
+def _is_name_of_kohya(name: str) -> bool:
+    """Whether no other format has tensors of this name; alpha is a name of several."""
+    if name.endswith((".oft_blocks", ".oft_diag")):
+        return True
+    split = _split_name(name)
+    return split is not None and split[1] != "alpha" and not name.startswith(PREFIX)
 
 
 def read(path: str | Path) -> Adapter:
@@ -83,98 +94,139 @@ def read(path: str | Path) -> Adapter:
     Raises:
         LoraFxError: Another method's tensors, half a pair, shapes that do not fit, an alpha of 0.
     """
-    tensors, header = read_tensors(Path(path))
+    stored, header = read_tensors(Path(path))
     file = File(str(path))
+    unknown = partial(_unknown_name, file=file)
     entries: dict[str, Entry] = {}
-    for module, parts in file.modules(tensors, _part, partial(_unknown, file=file)).items():
-        entries |= _entries(module, parts, file)
-    entries, metadata, named = base.restore(entries, header, str(path))
-    told = naming.taken_names(metadata)
-    names = told if named else naming.ForeignNames("kohya")
+    for module, tensors in file.modules(stored, _split_name, unknown).items():
+        entries |= _entries(module, tensors, file)
+    entries, metadata, are_restored = restore(entries, header, str(path))
+    written_names = taken_names(metadata)
+    names = written_names if are_restored else ForeignNames("kohya")
     return Adapter(entries, {**metadata, "notes": file.notes}, names)
 
 
-def _entries(module: str, parts: Arrays, file: File) -> dict[str, Entry]:
-    """The updates of one module: of its weight, and perhaps of its bias."""
-    alpha = file.alpha(f"{module}.alpha", parts.get("alpha"))
-    masters = {p: file.master(f"{module}.{p}", a) for p, a in parts.items() if p != "alpha"}
+def _entries(module: str, tensors: Arrays, file: File) -> dict[str, Entry]:
+    """The updates of one module: of its weight, and perhaps of its bias.
+
+    Args:
+        module: Its name in the file.
+        tensors: By the ends of their names.
+        file: The file.
+    """
+    alpha = file.alpha(f"{module}.alpha", tensors.get("alpha"))
+    masters = {
+        end: file.master(f"{module}.{end}", tensor)
+        for end, tensor in tensors.items()
+        if end != "alpha"
+    }
+    two_changes = f"has {', '.join(sorted(tensors))}: two changes of one tensor"
     entries: dict[str, Entry] = {}
-    kinds = sorted({p.partition("_")[0] for p in masters} - {"dora"})
-    for part in _PLACES.keys() & masters.keys():
-        key = f"{module}.{_PLACES[part]}"
+    for end, leaf in _CHANGED_AS_STORED.items():
+        if end not in masters:
+            continue
+        key = f"{module}.{leaf}"
         if key in entries:
-            raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
-        entries[key] = Dense(masters.pop(part))
+            raise file.error(module, two_changes)
+        entries[key] = Dense(masters[end])
+
+    factors = {end: tensor for end, tensor in masters.items() if end not in _CHANGED_AS_STORED}
+    kinds = sorted({end.partition("_")[0] for end in masters} - {"dora"})
     methods = [kind for kind in kinds if kind in ("hada", "lokr", "lora")]
     if len(methods) > 1 or (methods and f"{module}.weight" in entries):
-        raise file.error(module, f"has {', '.join(sorted(parts))}: two changes of one tensor")
+        raise file.error(module, two_changes)
     if methods == ["lora"]:
-        weight: Entry = _lowrank(module, masters, alpha, file)
-    elif "dora_scale" in masters:
+        return {f"{module}.weight": _lowrank(module, factors, alpha, file), **entries}
+    if "dora_scale" in factors:
         raise file.error(
             module, f"has dora_scale beside {', '.join(kinds)}", "only LoRA takes dora_scale here"
         )
-    elif methods:
-        read = lycoris.loha if methods == ["hada"] else lycoris.lokr
-        weight = read(masters, alpha, file, module)
-    elif not entries:
+    if methods == ["hada"]:
+        return {f"{module}.weight": lycoris.loha(factors, alpha, file, module), **entries}
+    if methods == ["lokr"]:
+        return {f"{module}.weight": lycoris.lokr(factors, alpha, file, module), **entries}
+    if not entries:
         raise file.error(module, "has an alpha and nothing else")
-    else:
-        if alpha is not None:
-            alone = f"{module}.alpha"
-            file.notes.append(f"{file.name}: {alone!r} is not read: diff takes no scale")
-        return entries
-    return {f"{module}.weight": weight, **entries}
+    if alpha is not None:
+        alpha_name = f"{module}.alpha"
+        file.notes.append(f"{file.name}: {alpha_name!r} is not read: diff takes no scale")
+    return entries
 
 
-def _lowrank(module: str, parts: dict[str, Array], alpha: float | None, file: File) -> LowRank:
-    magnitude = parts.pop("dora_scale", None)
-    down, up = parts.get("lora_down.weight"), parts.get("lora_up.weight")
+def _lowrank(module: str, tensors: Arrays, alpha: float | None, file: File) -> LowRank:
+    """The low-rank update of one module.
+
+    Args:
+        module: Its name in the file.
+        tensors: lora_down.weight, lora_up.weight, and perhaps lora_mid.weight and dora_scale.
+        alpha: None: the rank.
+        file: The file.
+    """
+    factors = {end: tensor for end, tensor in tensors.items() if end != "dora_scale"}
+    down = factors.get("lora_down.weight")
+    up = factors.get("lora_up.weight")
     if down is None or up is None:
-        lost = "lora_up" if up is None else "lora_down"
-        raise file.error(module, f"has no {lost}.weight; expected lora_down and lora_up")
-    mid, kernel = parts.get("lora_mid.weight"), down.shape[2:]
-    fits = down.ndim >= 2 and up.ndim >= 2 and set(up.shape[2:]) <= {1}
-    fits = fits and down.shape[0] == up.shape[1]
-    if mid is not None:
-        kernel = mid.shape[2:]
-        fits = fits and mid.shape[:2] == (len(down), len(down)) and set(down.shape[2:]) <= {1}
-    if not fits:
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(parts.items()))
+        missing = "lora_up" if up is None else "lora_down"
+        raise file.error(module, f"has no {missing}.weight; expected lora_down and lora_up")
+    mid = factors.get("lora_mid.weight")
+    if not _fit(down, up, mid):
+        shapes = ", ".join(f"{end} {list(factor.shape)}" for end, factor in sorted(factors.items()))
         raise file.error(
             module, f"has {shapes}; expected down [r, in, *kernel] and up [out, r, 1, …]"
         )
-    a, b = down.reshape(len(down), -1), np.ascontiguousarray(up.reshape(up.shape[:2]))
+
+    kernel = down.shape[2:] if mid is None else mid.shape[2:]
+    a = down.reshape(len(down), -1)
+    b = np.ascontiguousarray(up.reshape(up.shape[:2]))
     if mid is not None:
-        a = lycoris.tucker(mid, b.T, a)[1]
+        _, a = lycoris.tucker(mid, b.T, a)
     op = f"conv{len(kernel)}d" if kernel else ""
-    if magnitude is not None:
-        if magnitude.shape[0] != len(b) or magnitude.size != len(b):
-            raise file.error(
-                f"{module}.dora_scale",
-                f"is {list(magnitude.shape)}; expected [{len(b)}, 1, …], one norm for each row",
-                "it rescales columns; merge it with the trainer that made it",
+    return LowRank(
+        a,
+        b,
+        alpha or float(len(down)),
+        magnitude=_magnitude(module, tensors.get("dora_scale"), len(b), file),
+        origin=Origin(op, kernel),
+    )
+
+
+def _fit(down: Array, up: Array, mid: Array | None) -> bool:
+    """Whether the factors are [r, in, *kernel] and [out, r, 1, …], or those of Tucker."""
+    if down.ndim < 2 or up.ndim < 2 or not set(up.shape[2:]) <= {1}:
+        return False
+    rank = len(down)
+    if rank != up.shape[1]:
+        return False
+    if mid is None:
+        return True
+    return mid.shape[:2] == (rank, rank) and set(down.shape[2:]) <= {1}
+
+
+def _magnitude(module: str, dora_scale: Array | None, rows: int, file: File) -> Array | None:
+    """The norms of the rows; raises for those of columns."""
+    if dora_scale is None:
+        return None
+    if dora_scale.shape[0] != rows or dora_scale.size != rows:
+        raise file.error(
+            f"{module}.dora_scale",
+            f"is {list(dora_scale.shape)}; expected [{rows}, 1, …], one norm for each row",
+            "it rescales columns; merge it with the trainer that made it",
+        )
+    return dora_scale.reshape(-1)
+
+
+def _unknown_name(name: str, file: File) -> LoraFxError:
+    """The error about a tensor that kohya and LyCORIS would not have written."""
+    for end, method in _OTHER_METHODS.items():
+        if end in name:
+            return file.error(
+                name, f"is of {method}: not supported", "merge it with its own trainer"
             )
-        magnitude = magnitude.reshape(-1)
-    alpha = alpha or float(len(down))
-    return LowRank(a, b, alpha, magnitude=magnitude, origin=Origin(op, kernel))
-
-
-def _unknown(name: str, file: File) -> LoraFxError:
-    what = next((w for end, w in _OTHERS.items() if end in name), "")
-    if what:
-        return file.error(name, f"is of {what}: not supported", "merge it with its own trainer")
     return file.error(
         name,
         "is not a name that kohya or LyCORIS gives; expected X.lora_down.weight, X.alpha …",
         "was the file edited?",
     )
-
-
-# From an Adapter to the tensors of a kohya file; see `lora_fx.formats.kohya`.
-
-
-_refused = partial(base.refused, "a kohya file")
 
 
 def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
@@ -186,22 +238,24 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
     """
     tensors: dict[str, Array] = {}
     names: dict[str, str] = {}
-    notes = base.turned_notes(adapter, "kohya")
-    second = any(key.startswith("text_encoder_2.") for key in adapter)
-    owner: dict[str, str] = {}
-    kept = adapter.names is not None and adapter.names.format == "kohya"
+    keys: dict[str, str] = {}
+    notes = turned_notes(adapter, "kohya")
+    has_second_encoder = any(key.startswith("text_encoder_2.") for key in adapter)
+    has_names_of_kohya = adapter.names is not None and adapter.names.format == "kohya"
     for key, entry in adapter.entries.items():
-        module, parts, alpha = _parts(key, entry)
-        name = module if kept else file_name(module, second=second)
+        module, changes, alpha = _encoded(key, entry)
+        name = module if has_names_of_kohya else file_name(module, second=has_second_encoder)
         leaf = key.rpartition(".")[2]
-        names[key] = f"{name}.{leaf}"
-        if owner.setdefault(names[key], key) != key:
+        full_name = f"{name}.{leaf}"
+        names[key] = full_name
+        if keys.setdefault(full_name, key) != key:
             raise LoraFxError(
-                f"{owner[names[key]]!r} and {key!r} would both be {name!r} in the file: it has "
+                f"{keys[full_name]!r} and {key!r} would both be {name!r} in the file: it has "
                 "'_' for '.'",
-                base.KEEPS,
+                KEEPS,
             )
-        tensors |= {f"{name}.{part}": array for part, array in parts.items()}
+        for end, array in changes.items():
+            tensors[f"{name}.{end}"] = array
         if alpha is not None:
             tensors[f"{name}.alpha"] = _number(alpha)
     if any(name.startswith("lycoris_") for name in names.values()):
@@ -209,7 +263,7 @@ def write_file(adapter: Adapter, path: str | Path) -> tuple[str, ...]:
             "names begin with lycoris_, which LyCORIS gives to models of any kind: image tools "
             "look for lora_unet_ and lora_te_"
         )
-    write_tensors(Path(path), tensors, {base.FIELD: base.describe(adapter, names)})
+    write_tensors(Path(path), tensors, {FIELD: describe(adapter, names)})
     return tuple(notes)
 
 
@@ -225,42 +279,62 @@ def file_name(module: str, *, second: bool) -> str:
     >>> file_name("text_encoder.text_model.fc1", second=True), file_name("h.0.fc", second=False)
     ('lora_te1_text_model_fc1', 'lycoris_h_0_fc')
     """
-    component, rest = naming.split_component(module)
-    component = component or naming.guess_component(module)
-    prefix = naming.COMPONENTS[component].prefixes[0] if component else "lycoris_"
-    if component == "text_encoder" and second:
+    component, path = split_component(module)
+    component = component or guess_component(module)
+    if not component:
+        prefix = "lycoris_"
+    elif component == "text_encoder" and second:
         prefix = "lora_te1_"
-    return prefix + rest.replace(".", "_")
+    else:
+        prefix = COMPONENTS[component].prefixes[0]
+    return prefix + path.replace(".", "_")
 
 
-def _parts(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]:
-    """(module, tensors by the ends of their names, alpha) of one update."""
+def _encoded(key: str, entry: Entry) -> tuple[str, dict[str, Array], float | None]:
+    """(module, tensors by the ends of their names, alpha) of one update.
+
+    Raises:
+        LoraFxError: The format cannot say it.
+    """
     module, _, leaf = key.rpartition(".")
     if isinstance(entry, LowRank):
-        form = module_form(key, entry, _refused)
-        tensors = to_tensors(form, entry)
-        a, b = (tensors[name] for name in form.names)
-        parts = {"lora_down.weight": a, "lora_up.weight": b}
-        if entry.magnitude is not None:
-            parts["dora_scale"] = entry.magnitude.reshape(-1, *(1 for _ in a.shape[1:]))
-        # rsLoRA's factor goes into alpha, as LyCORIS stores it.
-        alpha = entry.alpha if entry.variant == "lora" else entry.scale * entry.rank
-        return form.module, parts, alpha
+        return _encoded_lowrank(key, entry)
     if isinstance(entry, Dense) and module and leaf in ("weight", "bias"):
-        value = entry.value if entry.scale == 1.0 else entry.value * np.float32(entry.scale)
-        return module, {"diff" if leaf == "weight" else "diff_b": value}, None
+        value = entry.value
+        if entry.scale != 1.0:
+            value = value * np.float32(entry.scale)
+        end = "diff" if leaf == "weight" else "diff_b"
+        return module, {end: value}, None
     if isinstance(entry, (Hadamard, Kronecker)) and module and leaf == "weight":
         if entry.layout is not None and entry.layout.out != (0,):
             raise _refused(key, "the weight is stored [in, out]")
-        return module, *lycoris.encode(entry)
-    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else base.KEEPS
+        factors, alpha = lycoris.encode(entry)
+        return module, factors, alpha
+    hint = "--as lora --rank R --base FOLDER" if isinstance(entry, Rotation) else KEEPS
     raise _refused(key, f"it is {name_of(entry)}", hint)
+
+
+def _encoded_lowrank(key: str, update: LowRank) -> tuple[str, dict[str, Array], float]:
+    """(module, factors by the ends of their names, alpha) of a low-rank update."""
+    form = module_form(key, update, _refused)
+    tensors = to_tensors(form, update)
+    a_name, b_name = form.names
+    a = tensors[a_name]
+    factors = {"lora_down.weight": a, "lora_up.weight": tensors[b_name]}
+    if update.magnitude is not None:
+        factors["dora_scale"] = update.magnitude.reshape(-1, *(1 for _ in a.shape[1:]))
+    if update.variant == "lora":
+        return form.module, factors, update.alpha
+    # rsLoRA's factor goes into alpha, as LyCORIS stores it.
+    return form.module, factors, update.scale * update.rank
 
 
 def _number(value: float) -> Array:
     """A scalar in fp32, or in fp64 where fp32 would round it."""
     narrow = np.asarray(value, np.float32)
-    return narrow if float(narrow) == value else np.asarray(value, np.float64)
+    if float(narrow) == value:
+        return narrow
+    return np.asarray(value, np.float64)
 
 
 class Kohya(Format):

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and OFT: their tensors in files of LyCORIS (kohya's naming) and of PEFT, to changes.
+"""LoHa and LoKr: their tensors in files of LyCORIS (kohya's naming) and of PEFT, to changes.
 
 LoHa  ΔW = s · (w1_a w1_b) ∘ (w2_a w2_b)             w_a [out, r], w_b [r, in·k]
       with t1, t2 [r, r, *k] (Tucker): each factor is Σᵢⱼ w_a[i, out] · t[i, j, k] · w_b[j, in],
@@ -17,29 +17,13 @@ Products of Tucker and of LoKr's halves are computed in fp64 and rounded to fp32
 
 from __future__ import annotations
 
-import math
-import re
-
 import numpy as np
 
-from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation
+from lora_fx.adapter.updates import Dense, Hadamard, Kronecker
 from lora_fx.dtypes import Array
-from lora_fx.errors import LoraFxError
-from lora_fx.formats.base import Arrays, File, PeftFile
-from lora_fx.formats.peft.config import ORIGIN, SHARED, VERSION, Pattern, target_facts, targets
-from lora_fx.formats.peft.names import PREFIX
-from lora_fx.text import JsonView, is_number, is_whole
+from lora_fx.formats.checked_file import Arrays, File
 
-KINDS = {"LOHA": "hada_", "LOKR": "lokr_", "OFT": "oft_R"}
-"""PEFT's peft_type → what its tensor names begin with."""
-
-_KNOWN = SHARED | frozenset((
-    "alpha", "bias", "block_share", "coft", "decompose_both", "decompose_factor", "eps",
-    "fan_in_fan_out", "init_weights", "module_dropout", "num_cayley_neumann_terms",
-    "oft_block_size", "rank_dropout", "rank_dropout_scale", "use_cayley_neumann",
-    "use_effective_conv2d",
-))  # fmt: skip
+_LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
 
 
 def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
@@ -48,50 +32,63 @@ def tucker(t: Array, a: Array, b: Array) -> tuple[Array, Array]:
     return np.ascontiguousarray(a.T), wide.reshape(len(t), -1).astype(np.float32)
 
 
-def loha(parts: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
+def loha(tensors: Arrays, alpha: float | None, file: File, module: str) -> Hadamard:
     """The change of one module.
 
     Args:
-        parts: hada_w1_a … as fp32, by the ends of their names.
+        tensors: hada_w1_a … as fp32, by the ends of their names.
         alpha: None: the rank.
         file: The file, for messages and notes.
         module: Its name in the file.
     """
-    ends = {part.removeprefix("hada_") for part in parts}
-    if ends - {"t1", "t2"} != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(ends & {"t1", "t2"}) == 1:
-        raise file.error(module, f"has {', '.join(sorted(parts))}; a LoHa needs {_LOHA}")
-    pairs = []
+    ends = {end.removeprefix("hada_") for end in tensors}
+    tucker_ends = ends & {"t1", "t2"}
+    if ends - tucker_ends != {"w1_a", "w1_b", "w2_a", "w2_b"} or len(tucker_ends) == 1:
+        raise file.error(module, f"has {', '.join(sorted(tensors))}; a LoHa needs {_LOHA}")
+    b1, a1, _ = _loha_factor(tensors, "1", file, module)
+    b2, a2, kernel = _loha_factor(tensors, "2", file, module)
+    fits = b1.shape == b2.shape and a1.shape == a2.shape
+    _check(fits, file, module, b1, a1, b2, a2)
+    rank = b1.shape[1]
+    return Hadamard(a1, b1, a2, b2, float(rank if alpha is None else alpha), kernel=kernel)
+
+
+def _loha_factor(
+    tensors: Arrays, number: str, file: File, module: str
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """B [out, r] and a [r, in·k] of one of the two factors, and the kernel of its Tucker form."""
+    b = tensors[f"hada_w{number}_a"]
+    a = tensors[f"hada_w{number}_b"]
+    t = tensors.get(f"hada_t{number}")
     kernel: tuple[int, ...] = ()
-    for i in "12":
-        a, b, t = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"], parts.get(f"hada_t{i}")
-        if t is not None:
-            _check(_fits(a, b, t), file, module, a, b, t)
-            a, b = tucker(t, a, b)
-            kernel = _kernel(t.shape[2:])
-        b = b.reshape(len(b), -1)
-        _check(a.ndim == 2 and a.shape[1] == len(b), file, module, a, b)
-        pairs.append((a, b))
-    (b1, a1), (b2, a2) = pairs
-    _check(b1.shape == b2.shape and a1.shape == a2.shape, file, module, b1, a1, b2, a2)
-    return Hadamard(a1, b1, a2, b2, float(b1.shape[1] if alpha is None else alpha), kernel=kernel)
+    if t is not None:
+        _check(_fits(b, a, t), file, module, b, a, t)
+        b, a = tucker(t, b, a)
+        kernel = _kernel(t.shape[2:])
+    a = a.reshape(len(a), -1)
+    _check(b.ndim == 2 and b.shape[1] == len(a), file, module, b, a)
+    return b, a, kernel
 
 
 def lokr(
-    parts: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
+    tensors: Arrays, alpha: float | None, file: File, module: str, rank: float | None = None
 ) -> Kronecker | Dense:
     """The change of one module; `rank` is PEFT's, from its config. Otherwise as `loha`."""
-    if "lokr_t1" in parts:
+    if "lokr_t1" in tensors:
         raise file.error(module, "has lokr_t1, which no reader uses", "expected lokr_t2 at most")
-    w1, r1 = _half(parts, "lokr_w1", file, module)
-    w2, r2 = _half(parts, "lokr_w2", file, module)
-    if r1 and r2 and r1 != r2:
-        raise file.error(module, f"has rank {r1} in w1 and {r2} in w2: its scale is in doubt")
-    own = r1 or r2
-    if rank is not None and own and own != rank:
-        raise file.error(module, f"has rank {own}; the config says {rank:g}")
-    divisor = own if rank is None else rank
+    w1, rank1 = _lokr_factor(tensors, "lokr_w1", file, module)
+    w2, rank2 = _lokr_factor(tensors, "lokr_w2", file, module)
+    if rank1 and rank2 and rank1 != rank2:
+        raise file.error(module, f"has rank {rank1} in w1 and {rank2} in w2: its scale is in doubt")
+    stored_rank = rank1 or rank2
+    if rank is not None and stored_rank and stored_rank != rank:
+        raise file.error(module, f"has rank {stored_rank}; the config says {rank:g}")
+
+    divisor = stored_rank if rank is None else rank
     # Without a rank of its own: LyCORIS takes 1, and PEFT its config's alpha / r.
-    scale = 1.0 if divisor is None or alpha is None else alpha / divisor
+    scale = 1.0
+    if divisor is not None and alpha is not None:
+        scale = alpha / divisor
     _check(w1.ndim == 2 and w2.ndim >= 2, file, module, w1, w2)
     if rank is not None and w2.ndim == 3:
         # PEFT takes the product with w1 as [1, o1, i1], which mixes the axes of a Conv1d.
@@ -106,101 +103,53 @@ def encode(entry: Hadamard | Kronecker) -> tuple[dict[str, Array], float | None]
     A scale other than 1 needs a rank: w1 is then stored as w1 · I, of rank i1 and alpha s·i1.
     """
     if isinstance(entry, Hadamard):
-        parts = {"w1_a": entry.b1, "w1_b": entry.a1, "w2_a": entry.b2, "w2_b": entry.a2}
-        return {f"hada_{end}": array for end, array in parts.items()}, entry.alpha
+        factors = {
+            "hada_w1_a": entry.b1,
+            "hada_w1_b": entry.a1,
+            "hada_w2_a": entry.b2,
+            "hada_w2_b": entry.a2,
+        }
+        return factors, entry.alpha
     kernel = entry.layout.stored[2:] if entry.layout else entry.kernel  # empty for a matrix
-    w2 = entry.w2.reshape(len(entry.w2), -1, *kernel) if kernel else entry.w2
+    w2 = entry.w2
+    if kernel:
+        w2 = w2.reshape(len(w2), -1, *kernel)
     if entry.scale == 1.0:
         return {"lokr_w1": entry.w1, "lokr_w2": w2}, None
     rank = entry.w1.shape[1]
-    one = np.eye(rank, dtype=np.float32)
-    return {"lokr_w1_a": entry.w1, "lokr_w1_b": one, "lokr_w2": w2}, entry.scale * rank
+    identity = np.eye(rank, dtype=np.float32)
+    factors = {"lokr_w1_a": entry.w1, "lokr_w1_b": identity, "lokr_w2": w2}
+    return factors, entry.scale * rank
 
 
-def read_peft(source: PeftFile, ours: JsonView) -> Adapter:
-    """An adapter of PEFT's peft_type LOHA, LOKR or OFT.
-
-    Args:
-        source: The file; its notes become the adapter's.
-        ours: JSON of lora-fx in its header; only LORA has one.
-
-    Raises:
-        LoraFxError: Another tensor in the file, a factor missing, shapes that do not fit.
-    """
-    config, file, config_file = source.config, source.name, source.config_file
-    kind = KINDS[config["peft_type"]]
-    if ours:
-        raise LoraFxError(
-            f"{file}: metadata lora_fx beside peft_type {config['peft_type']!r}; expected 'LORA'",
-            "the config was edited; save the adapter again",
-        )
-    odd = sorted(set(config) - _KNOWN)
-    source.notes.extend(f"{config_file}: unknown field {k!r} is ignored" for k in odd)
-    if kind == "oft_R":
-        _check_oft(source)
-    elif "alpha" not in config or "r" not in config:
-        raise LoraFxError(
-            f"{config_file}: alpha or r is missing; expected both: the scale is alpha / r",
-            "add the numbers that the adapter was trained with",
-        )
-    ranks = Pattern(config, "rank_pattern", "r", config_file)
-    alphas = Pattern(config, "alpha_pattern", "alpha", config_file)
-    groups: dict[str, dict[str, Array]] = {}
-    for name, array in source.tensors.items():
-        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not part.startswith(kind) or not module:
-            raise source.error(
-                name,
-                f"is not of {config['peft_type']}; expected X.{kind}… only",
-                "modules_to_save, biases and embeddings beside it are not supported: merge it into "
-                "its model with PEFT (merge_and_unload)",
-            )
-        if not targets(config, module):
-            raise source.error(name, "is of a module that target_modules leaves out")
-        groups.setdefault(module, {})[part] = source.master(name, array)
-    entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
-        rank, alpha = ranks.of(module), alphas.of(module)
-        if kind == "oft_R":
-            entries[f"{module}.weight"] = rotation(parts["oft_R"], source, module)
-        elif kind == "lokr_":
-            entries[f"{module}.weight"] = lokr(parts, alpha, source, module, rank)
-        else:
-            entries[f"{module}.weight"] = change = loha(parts, alpha, source, module)
-            if change.rank != rank:
-                raise source.error(module, f"has rank {change.rank}; {config_file} says {rank:g}")
-    for pattern in (ranks, alphas):
-        source.notes.extend(pattern.notes())
-    metadata = {field: config[field] for field in ORIGIN if config.get(field)}
-    metadata |= target_facts(config, groups, file, source.notes)
-    return Adapter(entries, {**metadata, "dropout": 0.0, "notes": source.notes})
-
-
-_LOHA = "hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and both or none of hada_t1 and hada_t2"
-
-
-def _half(parts: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
+def _lokr_factor(tensors: Arrays, name: str, file: File, module: str) -> tuple[Array, int | None]:
     """w1 or w2, and its rank where it is a product."""
-    whole, a, b = (parts.get(f"{name}{end}") for end in ("", "_a", "_b"))
-    t = parts.get("lokr_t2") if name == "lokr_w2" else None
-    if whole is not None and a is None and b is None and t is None:
-        return whole, None
-    if whole is not None or a is None or b is None:
-        have = ", ".join(sorted(parts))
+    stored = tensors.get(name)
+    a = tensors.get(f"{name}_a")
+    b = tensors.get(f"{name}_b")
+    t = tensors.get("lokr_t2") if name == "lokr_w2" else None
+    if stored is not None and a is None and b is None and t is None:
+        return stored, None
+    if stored is not None or a is None or b is None:
+        have = ", ".join(sorted(tensors))
         raise file.error(module, f"has {have}; a LoKr needs {name}, or {name}_a and {name}_b")
+
+    rank = len(b)
     if t is not None:
         _check(_fits(a, b, t), file, module, a, b, t)
-        left, wide = tucker(t, a, b)
-        product = left.astype(np.float64) @ wide.astype(np.float64)
-        return product.reshape(len(left), b.shape[1], *t.shape[2:]).astype(np.float32), len(b)
-    _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == len(b), file, module, a, b)
-    if b.ndim == 2 and np.array_equal(b, np.eye(len(b))):
-        return a, len(b)  # as encode writes it; a product would lose the sign of zeros
-    product = a.astype(np.float64) @ b.reshape(len(b), -1).astype(np.float64)
-    return product.reshape(len(a), *b.shape[1:]).astype(np.float32), len(b)
+        product_b, product_a = tucker(t, a, b)
+        product = product_b.astype(np.float64) @ product_a.astype(np.float64)
+        shape = (len(product_b), b.shape[1], *t.shape[2:])
+        return product.reshape(shape).astype(np.float32), rank
+    _check(a.ndim == 2 and b.ndim >= 2 and a.shape[1] == rank, file, module, a, b)
+    if b.ndim == 2 and np.array_equal(b, np.eye(rank)):
+        return a, rank  # as encode writes it; a product would lose the sign of zeros
+    product = a.astype(np.float64) @ b.reshape(rank, -1).astype(np.float64)
+    return product.reshape(len(a), *b.shape[1:]).astype(np.float32), rank
 
 
 def _fits(a: Array, b: Array, t: Array) -> bool:
+    """Whether a [r, out], b [r, in] and t [r, r, *k] are a product of Tucker."""
     return a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b))
 
 
@@ -209,88 +158,9 @@ def _kernel(kernel: tuple[int, ...]) -> tuple[int, ...]:
     return () if kernel[1:] == (1,) else kernel
 
 
-def _check(good: bool, file: File, module: str, *arrays: Array) -> None:
-    if not good:
-        shapes = ", ".join(str(list(a.shape)) for a in arrays)
-        raise file.error(module, f"has factors of {shapes}, which do not fit each other")
-
-
-# OFT in PEFT's files: vectors of skew-symmetric matrices, to the blocks of a rotation of W.
-#
-#     X.oft_R.weight [blocks, n(n−1)/2]    Q above its diagonal, row by row; one block is shared by
-#                                          all with block_share
-#     W' = W · Rᵀ, R block-diagonal        R = (1 − Q)(1 + Q)⁻¹ (Cayley), or, with
-#                                          use_cayley_neumann, 1 + 2Q + 2Q² + … + Qᵏ, k = terms − 1
-#
-# The series is that of (1 + Q)(1 − Q)⁻¹: the other way round, and its last power counts once. With
-# coft, Q is first brought within eps/√blocks of zero, as PEFT does when it merges. It has no scale.
-#
-# Facts: PEFT 0.21.2, tuners/oft/layer.py. Its OFT of embeddings is not read.
-
-
-MOST_TERMS = 1000
-"""Of a series; PEFT takes 5, and each is a product of every block."""
-
-
-def _check_oft(source: PeftFile) -> None:
-    """Raise for OFT of another kind than that of today; note what is read otherwise than trained.
-
-    Raises:
-        LoraFxError: No oft_block_size, which PEFT before 0.15 lacks, or numbers that are none.
-    """
-    config, where = source.config, source.config_file
-    numbers = config.get("num_cayley_neumann_terms", 5), config.get("eps", 6e-5)
-    whole = is_whole(numbers[0]) and 0 <= numbers[0] <= MOST_TERMS
-    if "oft_block_size" not in config or not whole or not is_number(numbers[1]):
-        raise LoraFxError(
-            f"{where}: oft_block_size is {config.get('oft_block_size')}, and the numbers of series "
-            f"and coft are {numbers}; expected OFT as PEFT has it since 0.15",
-            "merge it with the PEFT that trained it (merge_and_unload)",
-        )
-    version = re.match(r"0\.(\d+)", str(config.get(VERSION) or "0.0"))
-    if config.get("use_cayley_neumann", True) and version and int(version[1]) < 18:
-        source.notes.append(
-            f"{where}: saved before PEFT 0.18, which changed the Cayley-Neumann series; read by "
-            "the new one, as PEFT reads it"
-        )
-
-
-def rotation(vectors: Array, source: PeftFile, module: str) -> Rotation:
-    """The change of one module, from its vectors [blocks, n(n − 1)/2]."""
-    config, shared = source.config, bool(source.config.get("block_share"))
-    size = (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2
-    fits = vectors.ndim == 2 and size * (size - 1) == 2 * vectors.shape[1]
-    if not fits or (shared and len(vectors) > 1):
-        blocks = "one block, as block_share says," if shared else "blocks"
-        what = f"has oft_R {list(vectors.shape)}; expected {blocks} of n(n − 1)/2 numbers"
-        raise source.error(module, what)
-    terms = config.get("num_cayley_neumann_terms", 5)
-    series = terms if config.get("use_cayley_neumann", True) else None
-    bound = config.get("eps", 6e-5) if config.get("coft") else None
-    return Rotation(turns(vectors, size, series, bound), shared)
-
-
-def turns(vectors: Array, size: int, terms: int | None, eps: float | None) -> Array:
-    """R − 1 of each block, [blocks, size, size], computed in fp64 and rounded to fp32.
-
-    Args:
-        vectors: [blocks, size·(size − 1)/2].
-        size: Of a block.
-        terms: Of the series; None for the inverse.
-        eps: How far coft lets Q be from zero; None without it.
-    """
-    q = np.zeros((len(vectors), size, size))
-    rows, columns = np.triu_indices(size, 1)
-    q[:, rows, columns] = vectors
-    q -= q.swapaxes(1, 2)
-    if eps is not None:
-        norm, most = np.linalg.norm(q, axis=(1, 2), keepdims=True), eps / math.sqrt(len(q))
-        q *= most / np.maximum(norm, most)
-    if terms is None:
-        return np.asarray(-2 * q @ np.linalg.inv(np.eye(size) + q), np.float32)
-    last = max(terms - 1, 3) if terms > 2 else 0  # PEFT adds Q³ of three terms too
-    turn, power = 2.0 * q * (terms > 1), q
-    for i in range(2, last + 1):
-        power = power @ q
-        turn = turn + power * (2.0 if i < last else 1.0)
-    return np.asarray(turn, np.float32)
+def _check(fits: bool, file: File, module: str, *arrays: Array) -> None:
+    """Raise for factors that do not fit each other."""
+    if fits:
+        return
+    shapes = ", ".join(str(list(array.shape)) for array in arrays)
+    raise file.error(module, f"has factors of {shapes}, which do not fit each other")

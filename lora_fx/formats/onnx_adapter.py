@@ -34,8 +34,9 @@ from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import is_float
-from lora_fx.formats.base import File, refused
+from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
+from lora_fx.formats.unsupported import refused
 from lora_fx.targets.keys import own_use
 from lora_fx.text import counted, is_whole
 
@@ -66,7 +67,7 @@ class OnnxAdapter(Format):
         file = File(str(path))
         tensors, versions = read_file(path)
         if versions["adapter_version"] == SERVED:
-            tensors = {n: x.swapaxes(-1, -2) if x.ndim > 1 else x for n, x in tensors.items()}
+            tensors = {name: _transposed(tensor) for name, tensor in tensors.items()}
             versions["adapter_version"] = 1
         entries: dict[str, Entry] = {}
         for name, array in tensors.items():
@@ -99,13 +100,16 @@ class OnnxAdapter(Format):
                 if name in tensors:
                     what = f"two tensors would be named {name!r}"
                     raise LoraFxError(what, "rename the parameter")
-                tensors[name] = array.astype(np.float32) if is_float(array) else array
+                if is_float(array):
+                    array = array.astype(np.float32)
+                tensors[name] = array
         fields = ("adapter_version", "model_version")
         write_file(path, tensors, {field: _version(adapter.metadata, field) for field in fields})
-        scaled = sum(low.scale != 1.0 for low in adapter.lowrank.values())
+        scaled = sum(update.scale != 1.0 for update in adapter.lowrank.values())
+        if not scaled:
+            return ()
         updates = counted(scaled, "update")
-        note = f"the format has no alpha: the scales of {updates} are multiplied into B"
-        return (note,) if scaled else ()
+        return (f"the format has no alpha: the scales of {updates} are multiplied into B",)
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
         """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
@@ -119,25 +123,38 @@ class OnnxAdapter(Format):
 _refused = partial(refused, "an .onnx_adapter file", hint="merge it into the model instead")
 
 
+def _transposed(tensor: Array) -> Array:
+    """A or B the other way round; a vector stays."""
+    if tensor.ndim < 2:
+        return tensor
+    return tensor.swapaxes(-1, -2)
+
+
 def _tensors(key: str, entry: Entry) -> dict[str, Array]:
+    """The tensors of one entry by name; raises for an update that the format cannot say."""
     if isinstance(entry, Full):
         return {name: entry.value for name in (key, *entry.twins)}
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.use:
         raise _refused(key, f"it acts on one use of the tensor only ({entry.use})")
-    b = entry.b if entry.scale == 1.0 else entry.b * np.float32(entry.scale)
+    b = entry.b
+    if entry.scale != 1.0:
+        b = b * np.float32(entry.scale)
     if not np.isfinite(b).all():
         raise _refused(key, "its scale makes B infinite in fp32")
     return {f"{key}.lora_A": entry.a, f"{key}.lora_B": b}
 
 
 def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
-    names = f"{key}.lora_A", f"{key}.lora_B"
-    for name in names:
+    """The update of one key; raises for half a pair, and for shapes that do not fit."""
+    a_name = f"{key}.lora_A"
+    b_name = f"{key}.lora_B"
+    for name in (a_name, b_name):
         if name not in tensors:
             raise file.error(key, f"has no {name!r}; expected it beside the other half")
-    a, b = (file.master(name, tensors[name]) for name in names)
+    a = file.master(a_name, tensors[a_name])
+    b = file.master(b_name, tensors[b_name])
     if a.ndim < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
         raise file.error(
             key,
@@ -151,10 +168,13 @@ def _lowrank(key: str, tensors: Mapping[str, Array], file: File) -> LowRank:
 
 
 def _full(name: str, array: Array, file: File) -> Full:
+    """A whole tensor; narrow floats become fp32, other dtypes stay."""
     if not is_float(array):
         return Full(array)
     file.check(name, array)
-    return Full(array if array.dtype.itemsize >= 4 else array.astype(np.float32))
+    if array.dtype.itemsize < 4:
+        array = array.astype(np.float32)
+    return Full(array)
 
 
 def _version(metadata: Mapping[str, object], field: str) -> int:

@@ -1,7 +1,7 @@
 """The adapter formats: those of lora-fx, and those of other installed packages.
 
-Whoever wants to know which formats there are, what their files are called or which of them can do
-something asks here. Packages are looked for where no format of lora-fx knows a name or a file, and
+The registry answers which formats there are, what their files are called and which of them can do
+something. Packages are looked for where no format of lora-fx knows a name or a file, and
 where all formats are listed: reading what lora-fx knows by itself runs no code of theirs.
 """
 
@@ -19,8 +19,8 @@ from lora_fx.files.adapter_files import register
 from lora_fx.files.read import MAX_JSON
 from lora_fx.files.safetensors import may_be_safetensors, parse_header
 from lora_fx.formats import installed
-from lora_fx.formats.base import head_with
 from lora_fx.formats.diffusers import DIFFUSERS
+from lora_fx.formats.file_head import head_with
 from lora_fx.formats.format import HEAD, FileHead, Format
 from lora_fx.formats.gguf import GGUF
 from lora_fx.formats.kohya import KOHYA
@@ -35,11 +35,11 @@ OURS: tuple[Format, ...] = (PEFT, KOHYA, DIFFUSERS, TORCHTUNE, ONNX_ADAPTER, GGU
 """The formats of lora-fx. The first is that of a folder whose name says nothing else."""
 
 FormatName = Literal["peft", "kohya", "diffusers", "onnx_adapter", "gguf"] | str
-"""What an adapter is written as: a format of ours, or the name of an installed one."""
+"""The name of a format that adapters are written in: ours, or an installed one."""
 
 _PACKAGE = "lora-fx"
 _TENSORS = re.compile(rb"(?i)lora|hada_|lokr_|oft_")
-"""What the names of an adapter's tensors hold."""
+"""Texts that the names of an adapter's tensors hold."""
 
 
 class Registry(Mapping[str, Format]):
@@ -54,9 +54,10 @@ class Registry(Mapping[str, Format]):
     def _points(self) -> dict[str, EntryPoint]:
         """The entry points of the formats of other packages by name; nothing is imported."""
         points = installed.entry_points()
-        taken = {*self._ours, *LAYOUTS, "onnx"}
-        for name in (n for n in points if n in taken):
-            raise installed.two_of_one_name(name, _PACKAGE, installed.package_of(points[name]))
+        reserved = {*self._ours, *LAYOUTS, "onnx"}
+        for name, point in points.items():
+            if name in reserved:
+                raise installed.two_of_one_name(name, _PACKAGE, installed.package_of(point))
         return points
 
     def __getitem__(self, name: str) -> Format:
@@ -129,22 +130,21 @@ class Registry(Mapping[str, Format]):
 
     def suffixes(self) -> tuple[str, ...]:
         """The endings of adapter files, each with its dot."""
-        every = (suffix for format in self.importable() for suffix in format.suffixes)
-        return tuple(dict.fromkeys(every))
+        return tuple(dict.fromkeys(suffixes_of(self.importable())))
 
     def suffix_of(self, name: str) -> str:
         """The ending of a file's name that some format has; empty where none has it."""
         if "." not in name:
             return ""
         for formats in self.in_turn():
-            for suffix in (suffix for format in formats for suffix in format.suffixes):
+            for suffix in suffixes_of(formats):
                 if name.endswith(suffix):
                     return suffix
         return ""
 
     def is_pickle(self, name: str) -> bool:
         """Whether a file of this name is the pickle in a folder of an adapter."""
-        return any(name in format.pickles for formats in self.in_turn() for format in formats)
+        return any(name in pickles_of(formats) for formats in self.in_turn())
 
     def files_of_folders(self) -> tuple[str, ...]:
         """The names of all files that a folder of an adapter can have, pickles among them."""
@@ -177,7 +177,7 @@ class Registry(Mapping[str, Format]):
         for formats in self.in_turn():
             if begins_as_safetensors(head):
                 return []
-            with_magic = [f for f in formats if f.magic is not None and f.magic.begins(head)]
+            with_magic = with_magic_among(formats, head)
             if with_magic:
                 return with_magic
         return []
@@ -188,7 +188,7 @@ class Registry(Mapping[str, Format]):
         return _called(with_magic[0]) if with_magic else ""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
-        """What an adapter file is, for people, by its first 64 KiB.
+        """The kind of an adapter file in words, by its first 64 KiB.
 
         Files of one kind take each other's place under `--force`: those of formats with one ending.
 
@@ -202,7 +202,7 @@ class Registry(Mapping[str, Format]):
                 if format.sole_suffix and (not with_magic or format in with_magic):
                     return f"a {file.suffix} file"
             if with_magic:
-                adapters = [_called(f) for f in with_magic if f.is_adapter(head)]
+                adapters = [_called(format) for format in with_magic if format.is_adapter(head)]
                 return f"an adapter in a {adapters[0]} file" if adapters else ""
             if called_so and _holds_an_adapter(file, head, called_so):
                 return f"an adapter in a {file.suffix} file"
@@ -211,8 +211,27 @@ class Registry(Mapping[str, Format]):
 
 def files_of(formats: Collection[Format]) -> tuple[str, ...]:
     """The names of all files that folders of these formats can have, pickles among them."""
-    safe = (name for format in formats for name in format.folder_files)
-    return (*safe, *(name for format in formats for name in format.pickles))
+    names: list[str] = []
+    for format in formats:
+        names += format.folder_files
+    return (*names, *pickles_of(formats))
+
+
+def pickles_of(formats: Collection[Format]) -> Iterator[str]:
+    """The names of the pickles that folders of these formats can have."""
+    for format in formats:
+        yield from format.pickles
+
+
+def suffixes_of(formats: Collection[Format]) -> Iterator[str]:
+    """The endings of the files of these formats, in their order."""
+    for format in formats:
+        yield from format.suffixes
+
+
+def with_magic_among(formats: Collection[Format], head: bytes) -> list[Format]:
+    """The formats among these whose magic a file's first bytes have."""
+    return [format for format in formats if format.magic is not None and format.magic.begins(head)]
 
 
 def begins_as_safetensors(head: bytes) -> bool:
@@ -221,17 +240,19 @@ def begins_as_safetensors(head: bytes) -> bool:
 
 
 def detecting_among(formats: Collection[Format], seen: FileHead) -> list[Format]:
-    """Those of these formats that a file is of, by its content."""
+    """The formats among these that a file is of, by its content."""
     if not seen.names and not begins_as_safetensors(seen.head):
-        with_magic = [f for f in formats if f.magic is not None and f.magic.begins(seen.head)]
+        with_magic = with_magic_among(formats, seen.head)
         if with_magic:
             return [format for format in with_magic if format.detect(seen)]
-    return [f for f in formats if f.magic is None and f.detect(seen)]
+    return [format for format in formats if format.magic is None and format.detect(seen)]
 
 
 def _called(format: Format) -> str:
-    """What people call the files of a format: by their ending, or by the format."""
-    return format.suffixes[0] if format.suffixes else format.name
+    """The word for the files of a format: their ending, or the format's name."""
+    if format.suffixes:
+        return format.suffixes[0]
+    return format.name
 
 
 def _holds_an_adapter(file: Path, head: bytes, formats: list[Format]) -> bool:
@@ -250,8 +271,8 @@ def _holds_an_adapter(file: Path, head: bytes, formats: list[Format]) -> bool:
         return _TENSORS.search(data) is not None
     if any(_TENSORS.search(name.encode()) for name in header.tensors):
         return True
-    seen = head_with(header, data[:HEAD], file)
-    return any(format.magic is None and format.detect(seen) for format in formats)
+    file_head = head_with(header, data[:HEAD], file)
+    return any(format.magic is None and format.detect(file_head) for format in formats)
 
 
 FORMATS = Registry(OURS)

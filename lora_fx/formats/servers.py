@@ -1,4 +1,4 @@
-"""What programs that apply a PEFT adapter make of it, as far as experts and scales go.
+"""How programs that apply a PEFT adapter read experts and scales.
 
 RULES is the table, one row a kind of content: read in the programs' sources, in the releases that
 SERVERS names, and compared with readers written from those sources in the tests. `seen` says what
@@ -18,7 +18,10 @@ from lora_fx.formats.peft.names import OWN, PREFIX, TAKEN, WRAPPER
 from lora_fx.text import JsonView
 
 SERVERS = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23", "peft": "PEFT 0.21.2"}
-READS, MISREADS, DROPS, REFUSES = "reads", "misreads", "drops", "refuses"
+READS = "reads"
+MISREADS = "misreads"
+DROPS = "drops"
+REFUSES = "refuses"
 _JOINED = frozenset((
     "mixtral", "minimax", "minimax_m2", "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3",
     "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite",
@@ -30,7 +33,7 @@ _JOINED = frozenset((
 
 
 class Rule(NamedTuple):
-    """What one program does with one kind of content.
+    """The way in which one program treats one kind of content.
 
     Attributes:
         server: A key of SERVERS.
@@ -50,8 +53,12 @@ class Rule(NamedTuple):
     source: str
 
 
-_MANAGER, _MODEL, _PEFT = "lora/model_manager.py", "lora/lora_model.py", "lora/peft_helper.py"
-_POOL, _SGL, _LAYER = "srt/lora/mem_pool.py", "srt/lora/lora.py", "tuners/lora/layer.py"
+_MANAGER = "lora/model_manager.py"
+_MODEL = "lora/lora_model.py"
+_PEFT = "lora/peft_helper.py"
+_POOL = "srt/lora/mem_pool.py"
+_SGL = "srt/lora/lora.py"
+_LAYER = "tuners/lora/layer.py"
 _JOIN = "utils/transformers_weight_conversion.py"
 RULES = tuple(Rule(*row) for row in (
     ("vllm", "half stacks turned apart", "elsewhere", DROPS, "experts of a module that it names "
@@ -98,11 +105,13 @@ RULES = tuple(Rule(*row) for row in (
     ("peft", "own", "", DROPS, "tensors under lora_fx., which PEFT passes over", "peft_model.py"),
 ))  # fmt: skip
 STAYS = ("half", "partial", "own", "use_dora", "lora_bias", "alpha_pattern", "rank_pattern")
-"""What `convert --format` does not mend."""
+"""Kinds of content that `convert --format` does not mend."""
 
-_AT = re.compile(
-    r"(?P<module>(?:.+\.)?experts)(?P<deep>(?:\.base_layer)?)"
-    r"(?:\.(?P<n>\d{1,9}))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
+_FLAGS = ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias")
+"""Fields of the config that are kinds of content by themselves."""
+_EXPERTS = re.compile(
+    r"(?P<module>(?:.+\.)?experts)(?P<wrapper>(?:\.base_layer)?)"
+    r"(?:\.(?P<expert>\d{1,9}))?(?:\.(?P<leaf>[a-z]\w*))?\.lora_A\.weight"
 )
 
 
@@ -116,67 +125,91 @@ def seen(
         config: adapter_config.json.
         family: That of its model.
     """
-    found: dict[str, list[str]] = defaultdict(list)
-    levels: dict[str, dict[str, str]] = defaultdict(dict)
-    parts: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    contents: dict[str, list[str]] = defaultdict(list)
+    stacks: dict[str, dict[str, str]] = defaultdict(dict)  # module → wrapper → name
+    single_experts: dict[str, set[tuple[int, str]]] = defaultdict(set)  # module → (expert, leaf)
     for name, shape in shapes.items():
-        match = _AT.fullmatch(name.removeprefix(PREFIX))
+        match = _EXPERTS.fullmatch(name.removeprefix(PREFIX))
         if match and f".{family.holder}.experts" not in f".{match['module']}":
-            found["elsewhere"].append(name)
+            contents["elsewhere"].append(name)
         if name.startswith(OWN):
-            found["own"].append(name)
-        elif match and match["n"]:
-            found["fused" if match["leaf"] == GATE_UP else "apart"].append(name)
-            parts[match["module"]].add((int(match["n"]), match["leaf"]))
+            contents["own"].append(name)
+        elif match is None:
+            continue
+        elif match["expert"]:
+            kind = "fused" if match["leaf"] == GATE_UP else "apart"
+            contents[kind].append(name)
+            single_experts[match["module"]].add((int(match["expert"]), match["leaf"]))
             if match["leaf"] in ("w1", "w2", "w3"):
-                found["letters"].append(name)
-        elif match and match["leaf"] and len(shape) == 3:
-            found["axes"].append(name)
-        elif match and not match["leaf"]:
-            levels[match["module"]][match["deep"]] = name
-    for module, have in parts.items():
-        if "fused" not in found and len(have) < 3 * (1 + max(n for n, _ in have)):
-            found["partial"].append(module)
-    for pair in levels.values():
-        outer, inner = pair.get("", ""), pair.get(f".{WRAPPER}", "")
-        wide, out = shapes.get(inner, ())[1:2], shapes.get(outer.replace("_A.", "_B."), ())[:1]
-        kind = "stacks" if outer and inner else "half"
-        # In of gate_up_proj and out of down_proj: hidden twice, or 2·inner and inner.
-        found["turned" if wide and wide == (2 * sum(out),) else kind] += pair.values()
-    for field in ("use_rslora", "alpha_pattern", "rank_pattern", "use_dora", "lora_bias"):
-        found |= {field: [field]} if config.get(field) else {}
-    if config.get("target_parameters"):
-        named = config.get("target_modules")
-        modules = named if isinstance(named, list) else []
-        taken = [str(m) for m in modules if str(m).rpartition(".")[2] in TAKEN]
-        found |= {"taken": taken} if taken else {}
-        found |= {"dropout": ["lora_dropout"]} if config.get("lora_dropout") else {}
-    return dict(found)
+                contents["letters"].append(name)
+        elif not match["leaf"]:
+            stacks[match["module"]][match["wrapper"]] = name
+        elif len(shape) == 3:
+            contents["axes"].append(name)
+
+    for module, experts in single_experts.items():
+        count = 1 + max(expert for expert, _ in experts)
+        if "fused" not in contents and len(experts) < 3 * count:
+            contents["partial"].append(module)
+    for names_by_wrapper in stacks.values():
+        contents[_kind_of_stacks(names_by_wrapper, shapes)] += names_by_wrapper.values()
+    _add_fields(contents, config)
+    return dict(contents)
+
+
+def _kind_of_stacks(
+    names_by_wrapper: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Whether a module has both stacks, one of them, or stacks with in and out swapped."""
+    down_name = names_by_wrapper.get("", "")
+    gate_up_name = names_by_wrapper.get(f".{WRAPPER}", "")
+    in_of_gate_up = shapes.get(gate_up_name, ())[1:2]
+    out_of_down = shapes.get(down_name.replace("_A.", "_B."), ())[:1]
+    # In of gate_up_proj and out of down_proj: hidden twice, or 2·inner and inner.
+    if in_of_gate_up and in_of_gate_up == (2 * sum(out_of_down),):
+        return "turned"
+    return "stacks" if down_name and gate_up_name else "half"
+
+
+def _add_fields(contents: dict[str, list[str]], config: JsonView) -> None:
+    """Add the kinds of content that the config has."""
+    for field in _FLAGS:
+        if config.get(field):
+            contents[field] = [field]
+    if not config.get("target_parameters"):
+        return
+    target_modules = config.get("target_modules")
+    modules = target_modules if isinstance(target_modules, list) else []
+    taken = [str(module) for module in modules if str(module).rpartition(".")[2] in TAKEN]
+    if taken:
+        contents["taken"] = taken
+    if config.get("lora_dropout"):
+        contents["dropout"] = ["lora_dropout"]
 
 
 def verdicts(
-    server: str, found: Mapping[str, list[str]], family: Family, types: frozenset[str]
+    server: str, contents: Mapping[str, list[str]], family: Family, types: frozenset[str]
 ) -> Iterator[tuple[Rule, list[str]]]:
-    """The row that holds for each kind of content, with what it is about.
+    """The row of RULES that holds for each kind of content, with the names that it is about.
 
     Args:
         server: A key of SERVERS.
-        found: What `seen` gave.
+        contents: The kinds of content that `seen` names.
         family: That of the model.
         types: Its model_type and those of its parts.
     """
-    facets = {
+    holding_facets = {
         "": True,
         "whole": family.whole,
         "woven": family.interleaved,
         "worded": "w1" not in family.split,
-        "elsewhere": "elsewhere" in found,
+        "elsewhere": "elsewhere" in contents,
         "unmarked": family.transposed and not family.marked,
         "joined": bool(types & _JOINED),
     }
-    for what, names in found.items():
-        rows = (
-            r for r in RULES if r.server == server and what in r.what.split() and facets[r.models]
-        )
-        for rule in [*rows][:1]:
-            yield rule, names
+    for content, names in contents.items():
+        for rule in RULES:
+            is_about = rule.server == server and content in rule.what.split()
+            if is_about and holding_facets[rule.models]:
+                yield rule, names
+                break

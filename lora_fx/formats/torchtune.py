@@ -12,13 +12,8 @@ output                                              lm_head
 with `.lora_a.weight` [r, in], `.lora_b.weight` [out, r] and, of DoRA, `.magnitude` [out] behind.
 adapter_config.json beside it has r and lora_alpha; s = lora_alpha / r.
 
-Rotary embeddings turn pairs of rows of q and k. torchtune pairs neighbours, Hugging Face's Llama
-the two halves of a head. With d rows a head, row h·d + 2i + j of torchtune (j = 0, 1; i < d/2) is
-row h·d + j·d/2 + i of Hugging Face:
-
-    B_hf[h, j, i] = B_tune[h, i, j]      with B as [heads, 2, d/2, r] and [heads, d/2, 2, r]
-
-and likewise for magnitudes, which belong to rows. A is not touched: inputs keep their order.
+torchtune has the rows of q and k in neighbouring pairs, Hugging Face's Llama in halves: see
+`lora_fx.formats.rotary_rows`.
 The number of heads, and whether the model is of this kind at all, come from config.json beside the
 file or from the base model's; torchtune's Qwen2 pairs halves too, and its rows stay.
 
@@ -36,8 +31,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry
@@ -46,14 +39,15 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import model_config
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats.base import File, module_and_part
+from lora_fx.formats.checked_file import File, module_and_part
 from lora_fx.formats.format import FileHead, Format
+from lora_fx.formats.rotary_rows import heads_of, to_halves
 from lora_fx.text import Json, JsonView, is_number
 
-_PART = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
-_part = partial(module_and_part, _PART)
+_NAME = re.compile(r"(.+)\.(lora_[ab](?=\.weight$)|magnitude$)(?:\.weight)?")
+_split_name = partial(module_and_part, _NAME)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-_NAMES = {
+_MODULES = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
     "attn.v_proj": "self_attn.v_proj",
@@ -68,7 +62,7 @@ _HALVES = frozenset(("qwen2",))
 
 def detect(seen: FileHead) -> bool:
     """True for a file with lora_a and lora_b, in small letters."""
-    return any(n.endswith((".lora_a.weight", ".lora_b.weight")) for n in seen.names)
+    return any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in seen.names)
 
 
 def read(path: str | Path, base: str | Path | None = None) -> Adapter:
@@ -91,70 +85,29 @@ def read(path: str | Path, base: str | Path | None = None) -> Adapter:
     config = _config(path.parent / "adapter_config.json", file)
     what = "is not a name that torchtune gives"
     unknown = partial(file.error, what=what, hint="was the file edited?")
-    groups = file.modules({n: file.master(n, t) for n, t in tensors.items()}, _part, unknown)
-    homes = [path.parent] if base is None else [Path(base), path.parent]
-    files = [home / "config.json" for home in homes]
-    model = next((file for file in files if file.is_file()), files[0])
+    masters = {name: file.master(name, tensor) for name, tensor in tensors.items()}
+    modules = file.modules(masters, _split_name, unknown)
+    model_file = _config_of_model(path.parent, base)
     entries: dict[str, Entry] = {}
-    for module, parts in groups.items():
-        low = _lowrank(module, parts, config, file)
-        entries[f"{_name(module, file)}.weight"] = _in_halves(module, low, model, file)
+    for module, factors in modules.items():
+        update = _lowrank(module, factors, config, file)
+        key = f"{_name(module, file)}.weight"
+        entries[key] = _in_halves(module, update, model_file, file)
     return Adapter(entries, {"dropout": config.get("lora_dropout") or 0.0, "notes": file.notes})
 
 
-def to_halves(rows: Array, heads: int) -> Array:
-    """Rows of q or k, [heads·d, …], from neighbouring pairs to paired halves.
-
-    >>> to_halves(np.arange(8), 2).tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    split = rows.reshape(heads, len(rows) // heads // 2, 2, -1)
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+def _config_of_model(folder: Path, base: str | Path | None) -> Path:
+    """config.json of the base, or beside the adapter; the first of the two where none is there."""
+    folders = [folder] if base is None else [Path(base), folder]
+    files = [folder / "config.json" for folder in folders]
+    return next((file for file in files if file.is_file()), files[0])
 
 
-def to_neighbours(rows: Array, heads: int) -> Array:
-    """The inverse of `to_halves`.
-
-    >>> to_neighbours(to_halves(np.arange(12), 2), 2).tolist() == list(range(12))
-    True
-    """
-    split = rows.reshape(heads, 2, len(rows) // heads // 2, -1)
-    return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
-
-
-def heads_of(module: str, rows: int, config: JsonView, where: str, file: File) -> int:
-    """How many heads the rows of a q_proj or k_proj are.
-
-    Args:
-        module: Its name.
-        rows: How many B has.
-        config: config.json of the model.
-        where: That file, for messages.
-        file: The adapter's.
-
-    Raises:
-        LoraFxError: The config does not say, or the rows are not of so many heads.
-    """
-    heads, size = config.get("num_attention_heads"), config.get("head_dim")
-    if module.endswith("k_proj"):
-        heads = config.get("num_key_value_heads") or heads
-    good = isinstance(heads, int) and heads > 0 and rows % (2 * heads) == 0
-    if not good or (size is not None and size * heads != rows):
-        raise file.error(
-            module,
-            f"has {rows} rows; {where} says {heads!r} heads"
-            + (f" of {size!r}" if size is not None else ""),
-            "is it the adapter of this model? then give the model's folder: --base",
-        )
-    assert isinstance(heads, int)
-    return heads
-
-
-def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
+def _in_halves(module: str, update: LowRank, path: Path, file: File) -> LowRank:
     """The update with the rows of q or k in Hugging Face's order; `path` is the model's config."""
     leaf = module.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):
-        return low
+        return update
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: {module!r} has its rows in torchtune's order; to reorder them the "
@@ -164,19 +117,22 @@ def _in_halves(module: str, low: LowRank, path: Path, file: File) -> LowRank:
     config = model_config(path)
     kind = config.get("model_type")
     if kind in _HALVES:
-        return low
+        return update
     if kind not in _NEIGHBOURS:
         raise LoraFxError(
             f"{path}: model_type is {kind!r}; the order of the rows of {module!r} is known for "
             f"{', '.join(sorted(_NEIGHBOURS | _HALVES))}",
             "let torchtune save the adapter for PEFT",
         )
-    heads = heads_of(module, len(low.b), config, str(path), file)
-    magnitude = None if low.magnitude is None else to_halves(low.magnitude, heads)
-    return replace(low, b=to_halves(low.b, heads), magnitude=magnitude)
+    heads = heads_of(module, len(update.b), config, str(path), file)
+    magnitude = update.magnitude
+    if magnitude is not None:
+        magnitude = to_halves(magnitude, heads)
+    return replace(update, b=to_halves(update.b, heads), magnitude=magnitude)
 
 
 def _config(path: Path, file: File) -> Json:
+    """adapter_config.json, with r and lora_alpha as numbers above 0."""
     if not path.is_file():
         raise LoraFxError(
             f"{file.name}: no {path.name} beside it; expected one with r and lora_alpha: the "
@@ -194,13 +150,16 @@ def _config(path: Path, file: File) -> Json:
     return config
 
 
-def _lowrank(module: str, parts: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
-    a, b, magnitude = (parts.get(p) for p in ("lora_a", "lora_b", "magnitude"))
+def _lowrank(module: str, factors: Mapping[str, Array], config: JsonView, file: File) -> LowRank:
+    """The update of one module; its rows are in the order of the file."""
+    a = factors.get("lora_a")
+    b = factors.get("lora_b")
+    magnitude = factors.get("magnitude")
     if a is None or b is None:
-        raise file.error(module, f"has {', '.join(sorted(parts))}; expected lora_a and lora_b")
+        raise file.error(module, f"has {', '.join(sorted(factors))}; expected lora_a and lora_b")
     fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
     if not fits or (magnitude is not None and magnitude.shape != (len(b),)):
-        shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in sorted(parts.items()))
+        shapes = ", ".join(f"{end} {list(factor.shape)}" for end, factor in sorted(factors.items()))
         raise file.error(module, f"has {shapes}; expected [r, in], [out, r] and [out]")
     if len(a) != config["r"]:
         raise file.error(module, f"has rank {len(a)}; adapter_config.json says {config['r']}")
@@ -212,10 +171,10 @@ def _name(module: str, file: File) -> str:
     if module == "output":
         return "lm_head"
     match = _LAYER.fullmatch(module)
-    if match is None or match[2] not in _NAMES:
-        known = ", ".join(name.partition(".")[2] for name in _NAMES)
-        raise file.error(module, f"is a module without a known name; known: {known}, output")
-    return f"model.layers.{match[1]}.{_NAMES[match[2]]}"
+    if match is None or match[2] not in _MODULES:
+        leaves = ", ".join(name.partition(".")[2] for name in _MODULES)
+        raise file.error(module, f"is a module without a known name; known: {leaves}, output")
+    return f"model.layers.{match[1]}.{_MODULES[match[2]]}"
 
 
 class Torchtune(Format):

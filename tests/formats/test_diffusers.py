@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,10 @@ def test_starts_that_change_the_base(tmp_path: Path) -> None:
     ):
         with pytest.raises(LoraFxError, match="a base that pissa changed"):
             save_adapter(Adapter({"unet.x.weight": entry}), tmp_path / file, name)
+
+
+def test_two_updates_of_one_module(tmp_path: Path) -> None:
+    low = LowRank(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 2.0)
+    entries = {"unet.x.weight": low, "unet.y.weight": replace(low, use="unet.x.weight")}
+    with pytest.raises(LoraFxError, match=r"two updates act on 'unet\.x'"):
+        diffusers.write(Adapter(entries), tmp_path / "d")

@@ -18,20 +18,11 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors
-from lora_fx.formats.base import PeftFile
 from lora_fx.formats.io import load_adapter
-from lora_fx.formats.peft.file import decode
-from lora_fx.formats.peft.write import encode
-from lora_fx.formats.servers import (
-    DROPS,
-    MISREADS,
-    READS,
-    REFUSES,
-    RULES,
-    SERVERS,
-    seen,
-    verdicts,
-)
+from lora_fx.formats.peft.decode import decode
+from lora_fx.formats.peft.encode import encode
+from lora_fx.formats.peft.peft_file import PeftFile
+from lora_fx.formats.servers import DROPS, MISREADS, READS, REFUSES, RULES, SERVERS, seen, verdicts
 from tests.formats import expert_readers
 from tests.formats.expert_readers import MODELS, Deltas, Model, Refused, halves
 

@@ -16,6 +16,7 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
+from lora_fx.formats.header_json import FIELD, describe, restore
 from lora_fx.formats.io import format_of, load_adapter, save_adapter
 from lora_fx.formats.naming import ForeignNames
 from lora_fx.ir.layout import Layout, plain_layout
@@ -245,3 +246,38 @@ def test_an_edited_file_is_refused(tmp_path: Path) -> None:
             load_adapter(file)
     save_file(good, file, {"format": "pt"})  # without the JSON it is any kohya file
     assert list(load_adapter(file)) == [f"{name}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"alpha": 2.0}, "has an alpha and nothing else"),
+        (
+            {"dora_scale": normal(0, 4, 1), "lokr_w1": normal(1, 2, 2), "lokr_w2": normal(2, 2, 2)},
+            "has dora_scale beside lokr",
+        ),
+        (
+            {"lokr_w1_a": normal(0, 2, 1), "lokr_w1_b": normal(1, 1, 2),
+             "lokr_w2_a": normal(2, 2, 3), "lokr_w2_b": normal(3, 3, 2)},
+            "has rank 1 in w1 and 3 in w2",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_module_of_one_method_has(
+    tmp_path: Path, tensors: Mapping[str, Array | float], words: str
+) -> None:
+    with pytest.raises(LoraFxError, match=words):
+        kohya.read(stored(tmp_path, tensors))
+
+
+def test_a_header_with_one_key_for_two_names() -> None:
+    low = LowRank(normal(0, 2, 3), normal(1, 4, 2), 2.0)
+    text = describe(Adapter({"p": low, "q": low}), {"p": "a.weight", "q": "b.weight"})
+    header = {FIELD: text.replace('"key": "q"', '"key": "p"')}
+    with pytest.raises(LoraFxError, match="'p' is there twice"):
+        restore({"a.weight": low, "b.weight": low}, header, "x.safetensors")
+
+
+def test_whole_tensors_have_no_row_in_the_header() -> None:
+    full = Full(normal(0, 2))
+    assert '"names": {}' in describe(Adapter({"x.bias": full}), {"x.bias": "x.bias"})

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from lora_fx.errors import LoraFxError
+from lora_fx.formats import base, checked_file, unsupported
 from lora_fx.formats.format import FileHead, Format, Magic
 from lora_fx.formats.io import Format as NameInIo
 from lora_fx.formats.io import format_for
@@ -97,3 +98,8 @@ def test_nothing_else_knows_a_format() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
     }
     assert found == set(ELSEWHERE)
+
+
+def test_packages_import_by_the_older_name() -> None:
+    assert base.File is checked_file.File
+    assert base.refused is unsupported.refused

@@ -12,7 +12,7 @@ import pytest
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import write_tensors
 from lora_fx.formats.io import format_of, load_adapter
-from lora_fx.formats.torchtune import to_halves
+from lora_fx.formats.rotary_rows import to_halves
 
 Array = np.ndarray[Any, Any]
 HEADS, GROUPS, SIZE, IN, RANK = 3, 2, 6, 10, 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -328,3 +329,12 @@ def test_a_module_whose_name_ends_like_a_stack(tmp_path: Path, same: Same, alpha
     adapter = Adapter({"h.weight": LowRank(a, b, alpha, stack), "h.h.weight": plain})
     peft.write(adapter, tmp_path / "x")
     same(peft.read(tmp_path / "x"), adapter)
+
+
+def test_two_updates_of_one_layer(tmp_path: Path) -> None:
+    low = LowRank(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32), 2.0)
+    entries = {"x.weight": low, "y.weight": replace(low, use="x.weight")}
+    with pytest.raises(
+        LoraFxError, match=r"'x\.weight' and 'y\.weight' both act on the module 'x'"
+    ):
+        peft.write(Adapter(entries), tmp_path / "x")

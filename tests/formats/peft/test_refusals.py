@@ -17,8 +17,10 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
-from lora_fx.formats.peft import config
 from lora_fx.formats.peft import file as peft
+from lora_fx.formats.peft import target_modules
+from lora_fx.formats.peft.modules_to_save import conflicts
+from lora_fx.formats.peft.pattern import Pattern
 
 Write = Callable[..., Path]
 LEAD = "base_model.model."
@@ -215,9 +217,9 @@ def test_a_pattern_without_end_is_refused_in_a_second(monkeypatch: pytest.Monkey
     regexes.begin()
     start = time.monotonic()
     with pytest.raises(LoraFxError, match=r"takes longer than 0\.2 s"):
-        config.wanted_by({"target_modules": endless}, name)
+        target_modules.wanted_by({"target_modules": endless}, name)
     with pytest.raises(LoraFxError, match="alone or with the others"):
-        config.wanted_by({"target_modules": endless}, f"{name}.lora")
+        target_modules.wanted_by({"target_modules": endless}, f"{name}.lora")
     assert time.monotonic() - start < 5
     regexes.begin()
 
@@ -244,7 +246,36 @@ def test_patterns_are_those_of_re(pattern: str, name: str, hit: bool | str | Non
 def test_many_patterns_are_compiled_once() -> None:
     """560 are 80 layers of 7 modules each."""
     names = [f"layers.{i}.m{j}" for i in range(80) for j in range(7)]
-    table = config.Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
+    table = Pattern({"rank_pattern": dict.fromkeys(names, 4)}, "rank_pattern", "r", "x")
     start = time.monotonic()
     assert [table.of(name) for name in names] == [4.0] * 560
     assert time.monotonic() - start < 10
+
+
+def test_groups_that_are_wider_than_a_layer(plain: Write) -> None:
+    refused(plain({"use_qalora": True, "qalora_group_size": 1 << 20}), "16777216 elements at most")
+
+
+def test_a_target_that_is_no_pattern(plain: Write) -> None:
+    refused(plain({"target_modules": "("}), "target_modules leaves out")
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "entry"),
+    [
+        ({"target_modules": "all-linear"}, "h.0.fc", "all-linear"),
+        ({"target_modules": "all-linear"}, "model.embed_tokens", None),
+        ({"target_modules": ["fc"], "exclude_modules": "("}, "h.0.fc", None),
+    ],
+)
+def test_what_a_config_wants(config: dict[str, Any], module: str, entry: str | None) -> None:
+    assert target_modules.wanted_by(config, module) == entry
+
+
+def test_a_name_that_is_no_pattern_takes_every_update_off() -> None:
+    assert conflicts("h.(", "m.fc")
+
+
+def test_two_tensors_of_one_name(plain: Write) -> None:
+    tensors = {f"{LEAD}score.weight": ONES, f"{LEAD}score.modules_to_save.weight": 2 * ONES}
+    refused(plain({"modules_to_save": ["score"]}, tensors), "a second entry for 'score.weight'")

@@ -1,0 +1,133 @@
+"""Tensors of a foreign file as fp32 masters and numbers, checked on the way in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.safetensors import finite, is_float
+
+Arrays = Mapping[str, Array]
+"""Tensors by name, or those of a module by the ends of their names."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file that is read.
+
+    Attributes:
+        name: For messages.
+        notes: What should be said to the user.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list)
+
+    def master(self, name: str, array: Array) -> Array:
+        """One tensor as contiguous fp32; raises as `check`."""
+        self.check(name, array)
+        master = np.ascontiguousarray(array, np.float32)
+        if array.dtype == np.float64 and not np.array_equal(master, array):
+            self.notes.append(f"{self.name}: {name!r} was rounded from fp64 to fp32")
+        return master
+
+    def check(self, name: str, array: Array) -> None:
+        """Check a tensor of floats.
+
+        Raises:
+            LoraFxError: It is empty, no float, or not finite.
+        """
+        if array.size == 0:
+            raise self.error(name, f"has shape {list(array.shape)}; expected no size of 0")
+        if not is_float(array):
+            raise self.error(
+                name,
+                f"has dtype {array.dtype}; expected a float dtype",
+                "save the adapter in fp32, fp16 or bf16",
+            )
+        self.check_finite(name, array)
+
+    def vector(self, name: str, array: Array, size: int) -> Array:
+        """A magnitude or a bias as fp32 [size]; PEFT keeps axes of size 1 around it."""
+        if array.size != size or size not in array.shape:
+            raise self.error(
+                name,
+                f"has shape {list(array.shape)}; expected {size} numbers, one for each row of B",
+                "does it come from the same file as B?",
+            )
+        return self.master(name, array).reshape(-1)
+
+    def check_finite(self, name: str, array: Array) -> None:
+        """Raise for a float tensor that holds NaN or Inf."""
+        if not finite(array):
+            raise self.error(
+                name,
+                "has NaN or infinite values; expected finite ones",
+                "training may have diverged; use an earlier checkpoint",
+            )
+
+    def alpha(self, name: str, array: Array | None) -> float | None:
+        """The number in an alpha tensor; None where there is none, which means alpha = rank.
+
+        Raises:
+            LoraFxError: Not one finite number, or 0: that is rank to its trainers (kohya, LyCORIS)
+                and no effect at all to other readers.
+        """
+        if array is None:
+            return None
+        if array.size != 1 or not (is_float(array) or array.dtype.kind in "iu"):
+            raise self.error(name, f"is {array.dtype} {list(array.shape)}; expected one number")
+        value = float(array.reshape(()))
+        if not math.isfinite(value) or value == 0.0:
+            raise self.error(
+                name,
+                f"is {value:g}; expected a finite number that is not 0",
+                "some readers take 0 as the rank and some as no effect; write the number you mean",
+            )
+        return value
+
+    def modules(
+        self,
+        tensors: Arrays,
+        split: Callable[[str], tuple[str, str] | None],
+        unknown: Callable[[str], LoraFxError],
+    ) -> dict[str, dict[str, Array]]:
+        """The tensors of each module by the ends of their names, {module: {end: tensor}}.
+
+        Args:
+            tensors: By the names of the file.
+            split: Name → (module, end); None for a name of another kind of file.
+            unknown: Such a name → the error.
+
+        Raises:
+            LoraFxError: A name of another kind of file, or two tensors of one module and end.
+        """
+        modules: dict[str, dict[str, Array]] = {}
+        for name, array in tensors.items():
+            module_and_end = split(name)
+            if module_and_end is None:
+                raise unknown(name)
+            module, end = module_and_end
+            of_module = modules.setdefault(module, {})
+            if end in of_module:
+                raise self.error(name, f"is a second {end} of {module!r}; expected one")
+            of_module[end] = array
+        return modules
+
+    def error(self, name: str, what: str, hint: str = "is the file complete?") -> LoraFxError:
+        """An error about one tensor."""
+        return LoraFxError(f"{self.name}: {name!r} {what}", hint)
+
+
+def module_and_part(pattern: re.Pattern[str], name: str) -> tuple[str, str] | None:
+    """(module, end) of a tensor's name, by a pattern's two groups; None without a match."""
+    match = pattern.fullmatch(name)
+    if match is None:
+        return None
+    return match[1], match[2]

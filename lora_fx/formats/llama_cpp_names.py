@@ -1,0 +1,118 @@
+"""llama.cpp's names of tensors, by architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import model_config, text_config
+from lora_fx.formats.checked_file import File
+from lora_fx.formats.rotary_rows import heads_of
+from lora_fx.text import JsonView, StrPath
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_ATTENTION = tuple(f"self_attn.{letter}_proj" for letter in "qkvo")
+_DENSE = (*_ATTENTION, *(f"mlp.{name}" for name in _MLP))
+_EXPERTS = (*_ATTENTION, "mlp.gate", *(f"mlp.experts.{name}" for name in _MLP))
+_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{name}" for name in _MLP))
+_MIXTRAL = (
+    "block_sparse_moe.gate",
+    *(f"block_sparse_moe.experts.{name}" for name in ("w1", "w2", "w3")),
+)
+_LIKE_LLAMA = ("smollm3", "granite", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "olmo2")
+_ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "llama": (*_DENSE, *_MIXTRAL),
+    **dict.fromkeys(_LIKE_LLAMA, _DENSE),
+    "qwen2moe": (*_EXPERTS, *_SHARED),
+    "qwen3moe": _EXPERTS,
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "starcoder2": (*_ATTENTION, "mlp.c_fc", "mlp.c_proj"),
+}
+"""llama.cpp's architecture → Hugging Face's modules of a layer, where nothing but q and k moves."""
+_MODEL_TYPES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+"""Hugging Face's model_type → llama.cpp's architecture, where the two differ."""
+_NEIGHBOURS = ("llama", "smollm3", "granite")
+"""Architectures in which the rows of q and k are put in neighbouring pairs."""
+HEADS = {"num_attention_heads": "head_count", "num_key_value_heads": "head_count_kv"}
+"""Fields of config.json → those of a GGUF header, after `ARCH.attention.`."""
+HEAD = "lm_head"
+TABLE = "model.embed_tokens"
+OUTSIDE_LAYERS = {HEAD: "output.weight", TABLE: "token_embd.weight"}
+"""Hugging Face's module → llama.cpp's tensor."""
+
+
+@dataclass(frozen=True)
+class LlamaCppNames:
+    """How an architecture calls its tensors.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        modules: Hugging Face's module of a layer → the tensor's name in blk.N.
+        config: config.json of the model, or the fields that a GGUF header has.
+        where: The file that has the config, for messages.
+    """
+
+    architecture: str
+    modules: Mapping[str, str]
+    config: JsonView
+    where: str
+
+    def turned(self, b: Array, module: str, file: File, order: Callable[..., Array]) -> Array:
+        """Rows of B in another order, where they are of q or k and llama.cpp has its own."""
+        if self.architecture not in _NEIGHBOURS or not module.endswith((".q_proj", ".k_proj")):
+            return b
+        return order(b, heads_of(module, len(b), self.config, self.where, file))
+
+
+def names_of_architecture(architecture: str, config: JsonView, where: str) -> LlamaCppNames:
+    """The names of an architecture or model type; raises for one that is not known here."""
+    gguf = gguf_package()
+    known_names = (*_ARCHITECTURES, *_MODEL_TYPES)
+    if architecture not in known_names:
+        raise LoraFxError(
+            f"{where}: architecture {architecture!r}; llama.cpp's names are known here for "
+            f"{known_names}",
+            "take PEFT's own folder; llama.cpp's convert_lora_to_gguf.py converts it for others",
+        )
+    architecture = _MODEL_TYPES.get(architecture, architecture)
+    number_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(number_of[architecture], 1)
+    modules = {}
+    for module in _ARCHITECTURES[architecture]:
+        name = table.get_name(f"model.layers.0.{module}")
+        modules[module] = f"{name.removeprefix('blk.0.')}.weight"
+    return LlamaCppNames(architecture, modules, config, where)
+
+
+def names_of_base(base: StrPath | None) -> LlamaCppNames | None:
+    """The names of a base model, by its config.json; None where there is none."""
+    if not base:
+        return None
+    home = Path(base)
+    folder = home if home.is_dir() else home.parent
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = model_config(path)
+    config = {**config, **text_config(config)}
+    return names_of_architecture(str(config.get("model_type")), config, str(path))
+
+
+def gguf_package() -> ModuleType:
+    """The package gguf, or an error that says how to install it."""
+    try:
+        import gguf
+    except ImportError as error:
+        hint = "pip install 'lora-fx[gguf]'"
+        raise LoraFxError("GGUF needs the package gguf, which is not installed", hint) from error
+    return gguf

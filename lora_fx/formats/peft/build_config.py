@@ -1,0 +1,79 @@
+"""adapter_config.json of PEFT as we write it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_fx.formats.peft.config import ORIGIN
+from lora_fx.text import Json, JsonView, plain_number
+
+
+def build_config(
+    numbers: Mapping[str, tuple[int, float]],
+    modules: Iterable[str],
+    saved_modules: Iterable[str],
+    metadata: JsonView,
+    fields: JsonView,
+) -> Json:
+    """The config of an adapter.
+
+    Args:
+        numbers: (rank, alpha) by the name that PEFT compares with its patterns.
+        modules: Names for target_modules.
+        saved_modules: Modules that are saved whole.
+        metadata: dropout, task_type, base_model_name_or_path and revision are taken from here.
+        fields: More fields (use_rslora, use_dora, target_parameters …); None leaves one out.
+    """
+    ranks = {name: rank for name, (rank, _) in numbers.items()}
+    alphas = {name: plain_number(alpha) for name, (_, alpha) in numbers.items()}
+    rank = _most_common(ranks.values())
+    alpha = _most_common(alphas.values())
+    target_modules = sorted(set(modules))
+    config: Json = {
+        "peft_type": "LORA",
+        **{field: metadata.get(field) for field in ORIGIN},
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern_table(ranks, rank),
+        "alpha_pattern": _pattern_table(alphas, alpha),
+        "lora_dropout": float(metadata.get("dropout") or 0.0),
+        "target_modules": target_modules,
+        "modules_to_save": sorted(saved_modules) or None,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+    exclude_modules = _exclude(target_modules)
+    if exclude_modules:
+        config["exclude_modules"] = exclude_modules
+    config |= {name: value for name, value in fields.items() if value is not None}
+    return config
+
+
+def _pattern_table(numbers: Mapping[str, float], default: float) -> Json:
+    """rank_pattern or alpha_pattern: the modules whose number is not the default."""
+    return {f"^{re.escape(name)}": number for name, number in numbers.items() if number != default}
+
+
+def _exclude(modules: Sequence[str]) -> str:
+    """A pattern of what target_modules would match by accident, or an empty text.
+
+    PEFT also adapts modules whose name ends in `.NAME`; for a NAME without dots (`head`, or `0`
+    of a Sequential) such modules are likely, and may be of a class that PEFT cannot adapt.
+    """
+    without_dots = [re.escape(name) for name in modules if "." not in name]
+    if not without_dots:
+        return ""
+    any_module = "|".join(re.escape(name) for name in modules)
+    any_end = "|".join(without_dots)
+    return rf"(?!(?:{any_module})\Z).+\.(?:{any_end})"
+
+
+def _most_common(values: Iterable[float]) -> float:
+    """The most frequent value, the smallest of several; PEFT's default where there is none."""
+    counts = Counter(values)
+    if not counts:
+        return 8
+    return min(counts, key=lambda value: (-counts[value], value))
