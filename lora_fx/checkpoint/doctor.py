@@ -21,7 +21,6 @@ from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
-from lora_fx.checkpoint.match import model_types
 from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
 from lora_fx.checkpoint.provenance import base_note, history, refuse_again
@@ -37,6 +36,7 @@ from lora_fx.checkpoint.refusal import (
 )
 from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, codes_of, refuse_loss, sampled, stored_as
+from lora_fx.checkpoint.storage_order import model_types
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
 from lora_fx.errors import LoraFxError, expect_name, expect_path, explained, visible

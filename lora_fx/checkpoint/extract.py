@@ -20,9 +20,9 @@ from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leadin
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import arithmetic
-from lora_fx.checkpoint.match import check_scaled, tie_of
 from lora_fx.checkpoint.model_families import TensorUse, Tie, config_of, is_head, targets_of, uses
 from lora_fx.checkpoint.provenance import file_fingerprint
+from lora_fx.checkpoint.tied_uses import check_scaled, tie_of
 from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors

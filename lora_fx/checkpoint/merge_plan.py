@@ -20,16 +20,9 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.fold import Matrix, Stats, TensorFold, arithmetic, in_dtype, joined, region
-from lora_fx.checkpoint.match import (
-    Placed,
-    check_unknown,
-    match,
-    of_one_use,
-    one_change,
-    spread,
-    tie_and_names,
-)
+from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.model_families import Tie
+from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.provenance import (
     base_note,
     history,
@@ -41,6 +34,13 @@ from lora_fx.checkpoint.provenance import (
 from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import Int8, in_all, int8_of, refuse_codes, sampled, stored_as
+from lora_fx.checkpoint.tied_uses import (
+    check_unknown,
+    of_one_use,
+    one_change,
+    spread,
+    tie_and_names,
+)
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo, long_name
 from lora_fx.errors import LoraFxError, MisfitError, expect_name, near, stamp
 from lora_fx.files.checkpoint import Checkpoint

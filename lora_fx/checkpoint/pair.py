@@ -16,12 +16,14 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.match import match, stacked, stored_names, tie_and_names
+from lora_fx.checkpoint.expert_stacks import stacked
+from lora_fx.checkpoint.match import match, stored_names
 from lora_fx.checkpoint.merge_plan import MergeOptions
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash, stretches
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.requantise import int8_of
+from lora_fx.checkpoint.tied_uses import tie_and_names
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint

@@ -74,7 +74,7 @@ SERVED = ".onnx_adapter"
 """The ending of ONNX Runtime's file, which an export writes beside a graph."""
 ELSEWHERE = {
     ("lora_fx.adapter.fused", "peft"): "a layout of experts",
-    ("lora_fx.checkpoint.match", "peft"): "of the adapter's metadata: PEFT's own fields",
+    ("lora_fx.checkpoint.expert_stacks", "peft"): "of the adapter's metadata: PEFT's own fields",
     ("lora_fx.checkpoint.pair", "peft"): "the same",
     ("lora_fx.checkpoint.renaming", "peft"): "the same",
     ("lora_fx.files.checkpoint", ".gguf"): "weights of a model",
