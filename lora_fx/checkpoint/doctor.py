@@ -21,7 +21,8 @@ from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
-from lora_fx.checkpoint.merge_plan import Given, MergeOptions, MergePlan, make_plan
+from lora_fx.checkpoint.merge_options import MergeOptions
+from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
 from lora_fx.checkpoint.provenance import base_note, history, refuse_again
 from lora_fx.checkpoint.refusal import (

@@ -18,7 +18,7 @@ from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.expert_stacks import stacked
 from lora_fx.checkpoint.match import match, stored_names
-from lora_fx.checkpoint.merge_plan import MergeOptions
+from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.provenance import adapter_hash, stretches
 from lora_fx.checkpoint.renaming import Renaming, renaming

@@ -36,7 +36,8 @@ from lora_fx.checkpoint.fold import (
     prepared,
     read_block,
 )
-from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
+from lora_fx.checkpoint.merge_plan import MergePlan
+from lora_fx.checkpoint.tensor_change import Stage, TensorChange
 from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight

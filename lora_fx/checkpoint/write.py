@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
-from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
+from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
+from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import copy_file, keep_mode
