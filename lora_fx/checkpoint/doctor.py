@@ -23,6 +23,7 @@ from lora_fx.checkpoint.adapter_file import OF_FILE
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.missing_layers import absent_of
 from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
 from lora_fx.checkpoint.provenance import base_note, history, refuse_again
 from lora_fx.checkpoint.refusal import (
@@ -35,7 +36,6 @@ from lora_fx.checkpoint.refusal import (
     UNUSED,
     MergeRefusal,
 )
-from lora_fx.checkpoint.renaming import absent_of
 from lora_fx.checkpoint.requantise import HINT, codes_of, refuse_loss, sampled, stored_as
 from lora_fx.checkpoint.storage_order import model_types
 from lora_fx.compare import Report

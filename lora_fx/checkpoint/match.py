@@ -11,9 +11,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry, twins_of
 from lora_fx.checkpoint.expert_stacks import EXPERT_NAME, placed_in_stack, stacked
+from lora_fx.checkpoint.fused_rows import known_rows
+from lora_fx.checkpoint.missing_layers import absent_of
 from lora_fx.checkpoint.placed import Placed, region_of, use_of, with_layout
 from lora_fx.checkpoint.refusal import MISSING, UNUSED, MergeRefusal
-from lora_fx.checkpoint.renaming import Renaming, absent_of, known_rows, renaming
+from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.storage_order import turned_weights
 from lora_fx.files.safetensors import Tensors
 from lora_fx.targets.target import base_name
