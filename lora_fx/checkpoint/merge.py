@@ -23,12 +23,14 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.truncate import Approximated, as_lora
-from lora_fx.checkpoint.fold import Space, Stats, prepared, read_block
+from lora_fx.checkpoint.fold import prepared
+from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.merge_options import LENIENT, MergeOptions
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash, history
 from lora_fx.checkpoint.requantise import HINT, in_all, refuse_loss
+from lora_fx.checkpoint.stored_rows import Space, read_block
 from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
 from lora_fx.compare import Report
 from lora_fx.dtypes import Array

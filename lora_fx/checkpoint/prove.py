@@ -25,18 +25,10 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Rotation
-from lora_fx.checkpoint.fold import (
-    BLOCK,
-    Rectangle,
-    Space,
-    TensorFold,
-    arithmetic,
-    in_dtype,
-    one_blas_thread,
-    prepared,
-    read_block,
-)
+from lora_fx.checkpoint.fold import TensorFold, arithmetic, one_blas_thread, prepared
 from lora_fx.checkpoint.merge_plan import MergePlan
+from lora_fx.checkpoint.rectangles import BLOCK, Rectangle, in_dtype
+from lora_fx.checkpoint.stored_rows import Space, read_block
 from lora_fx.checkpoint.tensor_change import Stage, TensorChange
 from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint

@@ -14,7 +14,10 @@ import numpy as np
 
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.fold import BLOCK, Matrix, Space, Stats, TensorFold, prepared, stats_of
+from lora_fx.checkpoint.fold import TensorFold, prepared
+from lora_fx.checkpoint.fold_stats import Stats, stats_of
+from lora_fx.checkpoint.rectangles import BLOCK, Matrix
+from lora_fx.checkpoint.stored_rows import Space
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint

@@ -23,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
+from lora_fx.checkpoint.fold import TensorFold, one_blas_thread, prepared
+from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
+from lora_fx.checkpoint.stored_rows import Space, read_rows
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError

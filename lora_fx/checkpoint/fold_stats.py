@@ -1,0 +1,77 @@
+"""What a fold did to the elements that it went over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_fx.adapter.applied import Applied
+from lora_fx.checkpoint.stored_rows import Space
+from lora_fx.dtypes import Array
+
+
+@dataclass
+class Stats(Applied):
+    """What a fold did to the elements it went over; sums, so that blocks can be added up.
+
+    Attributes:
+        elements: How many.
+        still: Those that did not move.
+        weight: ‖W‖².
+        error: ‖W + Δ − W_new‖² of a weight that is quantised anew.
+        own: What quantising W itself is taken to have cost, squared: step²/12 an element.
+    """
+
+    elements: int = 0
+    still: int = 0
+    weight: float = 0.0
+    error: float = 0.0
+    own: float = 0.0
+
+    def add(self, other: Stats) -> None:
+        """Add another block's."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def ratio(self) -> float:
+        """‖Δ‖/‖W‖; 0 where there is no Δ."""
+        if not self.delta:
+            return 0.0
+        return float(np.sqrt(self.delta / self.weight)) if self.weight else float("inf")
+
+    @property
+    def missed(self) -> float | None:
+        """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised anew; None where there is no Δ."""
+        return float(np.sqrt(self.error / self.delta)) if self.delta else None
+
+    @property
+    def coarse(self) -> float | None:
+        """What quantising W itself is taken to have missed, over ‖W‖; None for a W of zeros."""
+        return float(np.sqrt(self.own / self.weight)) if self.weight else None
+
+    @property
+    def lost(self) -> float:
+        """Share of elements that did not move."""
+        return self.still / self.elements if self.elements else 0.0
+
+
+def measured(old: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
+    """The sums of a block that was folded."""
+    applied = space.array("new", weight.shape, weight.dtype)  # W + Δ is not needed any more
+    np.copyto(applied, result)
+    differs = space.array("differs", weight.shape, np.dtype(bool))
+    if old.dtype == result.dtype and old.dtype.itemsize == 2:
+        np.not_equal(old.view(np.uint16), result.view(np.uint16), out=differs)
+    else:
+        np.not_equal(weight, applied, out=differs)
+    np.subtract(applied, weight, out=applied)
+    return stats_of(weight, delta, applied, int(old.size - np.count_nonzero(differs)))
+
+
+def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:
+    """The sums of a block: W, Δ, W_new − W, and how many elements did not move."""
+    stats = Stats(elements=weight.size, still=still, weight=float(np.vdot(weight, weight)))
+    stats.count(moved, np.ascontiguousarray(delta))
+    return stats

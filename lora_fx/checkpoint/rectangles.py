@@ -1,0 +1,199 @@
+"""A stored tensor as a matrix of rows, and the rectangles of it that an adapter changes.
+
+Merging streams a tensor block of rows by block of rows, so ΔW must be had for any rows alone:
+
+    stored [*batch, out, in]   rows = batch · out, columns = in    block = s·b[rows]·a
+    stored [*batch, in, out]   rows = batch · in, columns = out    block = (s·b·a[:, rows])ᵀ
+
+A region of a tensor is a smaller rectangle. A layout that is neither of the two (an einsum's, a
+group of a transposed convolution) has its ΔW computed whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.updates import Change, Dense, Rotation
+from lora_fx.adapter.variant import variant_of
+from lora_fx.dtypes import Array, Floating
+from lora_fx.errors import LoraFxError
+from lora_fx.ir.layout import Layout
+from lora_fx.ir.numpy_emitter import NumpyEmitter
+from lora_fx.ir.view import Region
+
+BLOCK = 1 << 19
+"""Elements of a block. Fewer fit a core's cache better, but threads then meet at Python's lock
+after every few microseconds: with 2¹⁶ two threads were no faster than one."""
+
+
+WINDOW = 16
+"""Rows that a product is computed for at least: BLAS sums few rows in another order than many."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Rows top ≤ i < bottom and columns left ≤ j < right of a tensor, and their ΔW.
+
+    Attributes:
+        change: What is added.
+        batch: Which matrix of the change's batch.
+        transposed: ΔW's rows run along the tensor's columns.
+    """
+
+    change: Change
+    top: int
+    bottom: int
+    left: int
+    right: int
+    batch: int = 0
+    transposed: bool = False
+
+    @property
+    def reads_weight(self) -> bool:
+        """True where rows of W + ΔW are then multiplied by what W makes of them, as in DoRA."""
+        return isinstance(self.change, LowRank) and variant_of(self.change).reads_weight
+
+    def row_factors(self, rows: slice, squares: Array, where: str) -> Array:
+        """What those rows of W + ΔW are multiplied by; see `Variant.row_factors`."""
+        assert isinstance(self.change, LowRank)
+        return variant_of(self.change).row_factors(self.change, rows, squares, where)
+
+    @property
+    def mutated(self) -> str:
+        """The start that took a part off the base which the change is for; else empty."""
+        return self.change.mutated if isinstance(self.change, LowRank) else ""
+
+    def moved(self, down: int, along: int) -> Rectangle:
+        """The same so many rows and columns further."""
+        top, bottom, left, right = self.top + down, self.bottom + down, self.left, self.right
+        return replace(self, top=top, bottom=bottom, left=left + along, right=right + along)
+
+    def delta(
+        self, low: int, high: int, out: Array | None = None, weight: Array | None = None
+    ) -> Array:
+        """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
+
+        `out` may be an array of that shape to compute in; a rotation needs W's, `weight`.
+        """
+        if isinstance(self.change, Rotation):
+            assert weight is not None
+            return self.change.of(weight)
+        first = max(self.top, high - WINDOW)
+        if first < low:
+            return self.delta(first, high)[low - first :]
+        rows, every = slice(low - self.top, high - self.top), slice(None)
+        if self.transposed:
+            return self.change.block(self.batch, every, rows).T
+        if isinstance(self.change, LowRank):
+            return self.change.block(self.batch, rows, every, out)
+        return self.change.block(self.batch, rows, every)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor as [rows, columns] and the rectangles that change, in the order of the adapters."""
+
+    rows: int
+    columns: int
+    parts: tuple[Rectangle, ...]
+
+    @property
+    def rows_per_block(self) -> int:
+        """For a block of about BLOCK elements; more of very wide tensors, never below WINDOW."""
+        return max(1, BLOCK // max(1, self.columns * WINDOW)) * WINDOW
+
+
+def whole(shape: tuple[int, ...], change: Change) -> Matrix:
+    """One change of a whole tensor of this shape."""
+    layout = change.layout
+    assert layout is not None
+    straight = (*layout.batch, *layout.out, *layout.in_)
+    turned = (*layout.batch, *layout.in_, *layout.out)
+    as_stored = tuple(range(len(straight)))
+    if as_stored not in (straight, turned):
+        return _materialised(shape, change, layout)
+    transposed = as_stored != straight
+    rows, columns = layout.out_size, layout.in_size
+    if transposed:
+        rows, columns = columns, rows
+    count = math.prod(layout.batch_shape)
+    parts = (
+        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, transposed) for i in range(count)
+    )
+    return Matrix(count * rows, columns, tuple(parts))
+
+
+def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
+    """ΔW computed at once, in the stored order."""
+    if not isinstance(change, LowRank) or variant_of(change).reads_weight:
+        raise LoraFxError(
+            f"an update of kind {type(change).__name__} lies in {list(shape)} in an order that "
+            "cannot be merged",
+            "only lora and rslora can take such an order",
+        )
+    count = math.prod(layout.batch_shape)
+    every = slice(None)
+    matrices = np.stack([change.block(i, every, every) for i in range(count)])
+    delta = matrices.reshape(*layout.batch_shape, layout.out_size, layout.in_size)
+    stored = layout.to_stored(NumpyEmitter(), delta).reshape(shape[0], -1)
+    part = Rectangle(Dense(stored), 0, shape[0], 0, stored.shape[1])
+    return Matrix(shape[0], stored.shape[1], (part,))
+
+
+def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
+    """One change of a region of a tensor: `bounds` half-open, per stored axis.
+
+    Raises:
+        LoraFxError: The region is no rectangle of rows and columns.
+    """
+    if all(b == (0, n) for b, n in zip(bounds, shape, strict=True)):
+        return whole(shape, change)
+    inner = whole(tuple(hi - lo for lo, hi in bounds), change)
+    for split in range(1, len(shape) + 1):
+        rows, columns = _run(shape[:split], bounds[:split]), _run(shape[split:], bounds[split:])
+        if rows and columns and (len(rows), len(columns)) == (inner.rows, inner.columns):
+            parts = tuple(p.moved(rows.start, columns.start) for p in inner.parts)
+            return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
+    raise LoraFxError(
+        f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
+        "lora-fx fold and export can apply it to the model itself",
+    )
+
+
+def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
+    """The flat range that bounds take of axes; None where it has gaps."""
+    low, high = 0, 1
+    for (lo, hi), n in zip(bounds, shape, strict=True):
+        if high - low > 1 and (lo, hi) != (0, n):
+            return None
+        low, high = low * n + lo, (high - 1) * n + hi
+    return range(low, high)
+
+
+def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
+    """Several changes of one tensor, which must all see the same rows and columns."""
+    sizes = {(m.rows, m.columns) for m in matrices}
+    if len(sizes) == 1:
+        return replace(matrices[0], parts=tuple(p for m in matrices for p in m.parts))
+    raise LoraFxError(
+        f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
+        "merge one adapter after the other",
+    )
+
+
+def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
+    """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
+    parts = tuple(replace(p, change=_cast(p.change, dtype)) for p in matrix.parts)
+    return replace(matrix, parts=parts)
+
+
+def _cast(change: Change, dtype: Floating) -> Change:
+    arrays = ((k, v) for k, v in vars(change).items() if isinstance(v, np.ndarray))
+    cast: dict[str, Any] = {k: v.astype(dtype, copy=False) for k, v in arrays}
+    return replace(change, **cast)
