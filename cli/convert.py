@@ -129,7 +129,7 @@ def command(
     fields: Json = {"from": source, "to": wanted, "approximated": []}
     said = ""
     if changes.kind:
-        from lora_fx.checkpoint.merge import plain_in
+        from lora_fx.checkpoint.merge_delta import plain_in
 
         loaded, rows = plain_in(base, loaded, rank=changes.rank, energy=changes.energy)
         fields["approximated"] = [row.to_json() for row in rows]

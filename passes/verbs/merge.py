@@ -15,10 +15,11 @@ from os import fspath
 from pathlib import Path
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
-from lora_fx.checkpoint.merge import GAIN, Adapters, given, plan_merge
+from lora_fx.checkpoint.merge import Adapters, given, plan_merge
 from lora_fx.checkpoint.merge import run as merge_checkpoint
 from lora_fx.checkpoint.merge_options import MergeOptions, refuse_rank
 from lora_fx.checkpoint.merge_plan import Given
+from lora_fx.checkpoint.merge_report import GAIN
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.checkpoint.write import Progress
 from lora_fx.compare import Parity, Report, demand

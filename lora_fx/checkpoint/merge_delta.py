@@ -1,0 +1,47 @@
+"""The ΔW that a merge of an adapter adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.adapter.truncate import Approximated, as_lora
+from lora_fx.checkpoint.fold import prepared
+from lora_fx.checkpoint.merge_options import LENIENT
+from lora_fx.checkpoint.merge_plan import Given, make_plan
+from lora_fx.checkpoint.stored_rows import Space, read_block
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
+
+
+def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
+    """An adapter as plain LoRA, see lora_fx.adapter.truncate; the base where a ΔW needs W."""
+    delta_of = partial(delta_in, open_checkpoint(base)) if base else None
+    return as_lora(adapter, **goal, delta_of=delta_of)
+
+
+def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
+    """The ΔW [out, in] that a merge of an adapter of one update adds, whatever that reads of W.
+
+    Raises:
+        LoraFxError: The base lacks its tensor, or the update does not fit.
+    """
+    options = replace(LENIENT, allow_missing=True)
+    plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
+    change = next(iter(plan.changes.values()))
+    if change.fold is None or len(change.fold.matrix.parts) != 1:
+        raise LoraFxError(
+            f"{change.name!r}: a stack of matrices, or groups of a convolution, is no one ΔW",
+            "--exclude it, and merge it into its base",
+        )
+    fold = prepared(change.fold, change.weight)
+    weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
+    delta = fold.sum(weight.astype(np.float32), 0, Space())[1]
+    p = fold.matrix.parts[0]
+    part = delta[p.top : p.bottom, p.left : p.right]
+    return np.ascontiguousarray(part.T if p.transposed else part)
