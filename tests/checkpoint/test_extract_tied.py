@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import LoraFxError
-from lora_fx.checkpoint.extract import ExtractOptions, extraction
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_options import ExtractOptions
 from lora_fx.checkpoint.model_families import targets_of, uses
 from lora_fx.checkpoint.tied_uses import tie_of
 from lora_fx.files.checkpoint import tensors
