@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lora_fx.checkpoint.pair import ERROR, WARNING, Check, Finding, Pair, about
+from lora_fx.checkpoint.findings import ERROR, WARNING, Finding, about
+from lora_fx.checkpoint.pair import Check, Pair
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import finite, is_float

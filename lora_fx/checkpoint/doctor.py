@@ -20,11 +20,13 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.adapter_file import OF_FILE
+from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
 from lora_fx.checkpoint.fold import arithmetic
+from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.missing_layers import absent_of
-from lora_fx.checkpoint.pair import ERROR, NOTE, WARNING, Finding, Pair, about, open_pair, sample
+from lora_fx.checkpoint.pair import Pair, open_pair, sample
 from lora_fx.checkpoint.provenance import base_note, history, refuse_again
 from lora_fx.checkpoint.refusal import (
     BASE,
@@ -36,8 +38,9 @@ from lora_fx.checkpoint.refusal import (
     UNUSED,
     MergeRefusal,
 )
-from lora_fx.checkpoint.requantise import HINT, codes_of, refuse_loss, sampled, stored_as
+from lora_fx.checkpoint.requantise import refuse_loss, sampled
 from lora_fx.checkpoint.storage_order import model_types
+from lora_fx.checkpoint.stored_codes import codes_of, stored_as
 from lora_fx.compare import Report
 from lora_fx.dtypes import FLOATING, finfo
 from lora_fx.errors import LoraFxError, expect_name, expect_path, explained, visible

@@ -13,11 +13,11 @@ from lora_fx.adapter.fused import ExpertLayout, experts_of, family_of, laid, pla
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.checkpoint.loaded_names import Stack
-from lora_fx.checkpoint.model_families import config_of
 from lora_fx.checkpoint.placed import Placed, region_of, with_layout
 from lora_fx.checkpoint.releases import stacked_experts
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.storage_order import model_types
+from lora_fx.checkpoint.tensor_uses import config_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint, text_config
 from lora_fx.ir.layout import plain_layout

@@ -23,9 +23,10 @@ from lora_fx.checkpoint.extract_options import RANK, ExtractOptions
 from lora_fx.checkpoint.extract_scope import scope_of
 from lora_fx.checkpoint.extract_sides import check_lookups, sides_of
 from lora_fx.checkpoint.extraction import Extracted, Extraction, Outcome
-from lora_fx.checkpoint.model_families import TensorUse, config_of, targets_of, uses
+from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.tensor_pair import TensorPair, pair_of
+from lora_fx.checkpoint.tensor_uses import TensorUse, config_of, uses
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lora_fx.checkpoint.model_families import Tie, is_head
+from lora_fx.checkpoint.tied_names import Tie, is_head
 from lora_fx.checkpoint.tied_uses import check_scaled, tie_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import Tensors, same_bytes

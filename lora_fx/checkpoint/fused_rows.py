@@ -20,7 +20,8 @@ from lora_fx.adapter.fused import FUSED, QKV, joined, parent, roles_of, sliced
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_on_base, name_of
 from lora_fx.adapter.variant import variant_of
-from lora_fx.checkpoint.model_families import CONV1D_NAMES, part_rows
+from lora_fx.checkpoint.fused_part_rows import part_rows
+from lora_fx.checkpoint.tensor_uses import CONV1D_NAMES
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import open_checkpoint

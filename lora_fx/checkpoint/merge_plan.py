@@ -17,7 +17,6 @@ from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge_options import MergeOptions
-from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.provenance import (
     base_note,
@@ -29,8 +28,10 @@ from lora_fx.checkpoint.provenance import (
 )
 from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
-from lora_fx.checkpoint.requantise import in_all, refuse_codes, sampled
+from lora_fx.checkpoint.requantise import in_all, sampled
+from lora_fx.checkpoint.stored_codes import refuse_codes
 from lora_fx.checkpoint.tensor_change import TensorChange, change_of, requantised, scales_change
+from lora_fx.checkpoint.tied_names import Tie
 from lora_fx.checkpoint.tied_uses import (
     check_unknown,
     of_one_use,

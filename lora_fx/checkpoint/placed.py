@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation
 from lora_fx.adapter.variant import variant_of
-from lora_fx.checkpoint.model_families import Tie
 from lora_fx.checkpoint.refusal import SHAPES, TIED, MergeRefusal
 from lora_fx.checkpoint.storage_order import lookup
+from lora_fx.checkpoint.tied_names import Tie
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, says_tied
 from lora_fx.files.safetensors import TensorInfo

@@ -11,8 +11,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import IN_OUT_EXPERTS
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, ReplacedRows, Rotation
-from lora_fx.checkpoint.model_families import CONV1D_MODELS, CONV1D_NAMES
 from lora_fx.checkpoint.renaming import Renaming
+from lora_fx.checkpoint.tensor_uses import CONV1D_MODELS, CONV1D_NAMES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name

@@ -13,9 +13,10 @@ from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.fold import TensorFold, arithmetic
 from lora_fx.checkpoint.fold_stats import Stats
+from lora_fx.checkpoint.int8 import Int8, int8_of
 from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.rectangles import Matrix, in_dtype, joined, region
-from lora_fx.checkpoint.requantise import Int8, int8_of, stored_as
+from lora_fx.checkpoint.stored_codes import stored_as
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint

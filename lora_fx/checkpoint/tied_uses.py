@@ -12,10 +12,10 @@ from dataclasses import replace
 from lora_fx.adapter.adapter import means_all
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, is_tied
-from lora_fx.checkpoint.model_families import Tie, generates, is_head, is_table, tie_in
 from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.refusal import TIED, MergeRefusal
 from lora_fx.checkpoint.storage_order import lookup
+from lora_fx.checkpoint.tied_names import Tie, generates, is_head, is_table, tie_in
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, says_tied, text_config
 from lora_fx.files.safetensors import Tensors

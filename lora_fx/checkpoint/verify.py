@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.merge import Adapters, cores, given
 from lora_fx.checkpoint.merge_options import HOWS, LENIENT, MergeOptions
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
-from lora_fx.checkpoint.model_families import targets_of
 from lora_fx.checkpoint.prove import ROWS, prove, unlike
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.tensor_change import TensorChange

@@ -75,7 +75,7 @@ SERVED = ".onnx_adapter"
 ELSEWHERE = {
     ("lora_fx.adapter.fused", "peft"): "a layout of experts",
     ("lora_fx.checkpoint.expert_stacks", "peft"): "of the adapter's metadata: PEFT's own fields",
-    ("lora_fx.checkpoint.pair", "peft"): "the same",
+    ("lora_fx.checkpoint.raw_adapter", "peft"): "the same",
     ("lora_fx.checkpoint.missing_layers", "peft"): "the same",
     ("lora_fx.files.checkpoint", ".gguf"): "weights of a model",
     ("lora_fx.files.hub", ".gguf"): "the same",
