@@ -19,12 +19,12 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry
+from lora_fx.checkpoint.base_fingerprint import file_fingerprint
 from lora_fx.checkpoint.extract_options import RANK, ExtractOptions
 from lora_fx.checkpoint.extract_scope import scope_of
 from lora_fx.checkpoint.extract_sides import check_lookups, sides_of
 from lora_fx.checkpoint.extraction import Extracted, Extraction, Outcome
 from lora_fx.checkpoint.file_targets import targets_of
-from lora_fx.checkpoint.provenance import file_fingerprint
 from lora_fx.checkpoint.tensor_pair import TensorPair, pair_of
 from lora_fx.checkpoint.tensor_uses import TensorUse, config_of, uses
 from lora_fx.dtypes import FLOATING, Array

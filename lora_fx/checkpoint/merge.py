@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
+from lora_fx.checkpoint.companions import REPORTS, report_name
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
 from lora_fx.checkpoint.merge_report import report_json, report_of
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.requantise import refuse_loss
-from lora_fx.checkpoint.write import REPORTS, Progress, report_name, write
+from lora_fx.checkpoint.write import Progress, write
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.files.atomic import check_output, check_space, replacing

@@ -18,14 +18,7 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.match import match
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.placed import Placed
-from lora_fx.checkpoint.provenance import (
-    base_note,
-    history,
-    layout_hash,
-    other_model,
-    refuse_again,
-    sample_hash,
-)
+from lora_fx.checkpoint.provenance import history, layout_hash, refuse_again, sample_hash
 from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
 from lora_fx.checkpoint.requantise import in_all, sampled
@@ -39,6 +32,7 @@ from lora_fx.checkpoint.tied_uses import (
     spread,
     tie_and_names,
 )
+from lora_fx.checkpoint.trained_on import base_note, other_model
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.checkpoint import Checkpoint

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lora_fx.checkpoint.companions import REPORTS, report_name
 from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.int8 import HINT
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.checkpoint.requantise import in_all
-from lora_fx.checkpoint.write import REPORTS, report_name
 from lora_fx.compare import Report
 from lora_fx.files.checkpoint import PICKLES
 from lora_fx.text import Json, some, table

@@ -8,36 +8,29 @@ last, so that a torn file never opens; the index comes after all files.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import json
-import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from lora_fx.checkpoint.companions import copy_companions, hard_link, write_index
 from lora_fx.checkpoint.fold import TensorFold, one_blas_thread, prepared
 from lora_fx.checkpoint.fold_stats import Stats
+from lora_fx.checkpoint.merge_jobs import Done, Job, copied, flushed, in_turn, reserved
 from lora_fx.checkpoint.merge_plan import MergePlan
-from lora_fx.checkpoint.provenance import METADATA
+from lora_fx.checkpoint.output_shards import Shard, lay_out, untouched_runs
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
 from lora_fx.checkpoint.stored_rows import Space, read_rows
 from lora_fx.checkpoint.tensor_change import TensorChange
-from lora_fx.dtypes import DTYPES, Array, numpy_dtype
-from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import copy_file, keep_mode
-from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import copy_range, reflink, write_at
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import read_bytes, read_json
-from lora_fx.files.safetensors import TensorInfo
-from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
@@ -206,7 +199,7 @@ class _Run:
         for slot in shard.slots:
             if slot.change is not None:
                 yield from self._fold(slot.change)
-        for run in _runs(shard.slots):
+        for run in untouched_runs(shard.slots):
             start, count = run[0].source.start, run[-1].stop - run[0].start
             source = self._open(run[0].source.file)
             yield from self._range(source, fd, start, lead + run[0].start, count)
@@ -274,211 +267,3 @@ class _Run:
 def _bytes(array: Array) -> memoryview:
     """The bytes of an array in order; numpy's own buffers do not know bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-
-
-# What a merge's threads are given to do, and in which order.
-
-
-Done = tuple[int, str, Stats | None]
-"""What a job says: bytes written, the tensor, what changed in it."""
-Job = Callable[[], Done]
-
-
-def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
-    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
-    rest = iter(files)
-    open_ = deque(itertools.islice(rest, width))
-    while open_:
-        jobs = open_.popleft()
-        job = next(jobs, None)
-        if job is not None:
-            open_.append(jobs)
-            yield job
-        else:
-            open_.extend(itertools.islice(rest, 1))
-
-
-def flushed(fds: Iterable[int]) -> None:
-    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
-    if hasattr(os, "fdatasync"):
-        for fd in fds:
-            os.fdatasync(fd)
-
-
-def reserved(fd: int, size: int) -> Done:
-    """Take the bytes of a new file from the disk; OSError where it is full."""
-    preallocate(fd, size)
-    return 0, "", None
-
-
-def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
-    """Copy `count` bytes from `start` of one file to `at` of another."""
-    copy_range(source, target, start, at, count)
-    return count, "", None
-
-
-# How an output file lies on disk: its header, and where each tensor's bytes go.
-#
-# Names, their order and the order of the bytes are the base's; new tensors come last.
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """One tensor of an output file: where it will lie, and what it is made of."""
-
-    name: str
-    dtype: str
-    start: int
-    stop: int
-    source: TensorInfo
-    change: TensorChange | None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file with its header; `slots` in the order of their bytes."""
-
-    target: Path
-    head: bytes
-    slots: tuple[TensorSlot, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.head) + sum(s.stop - s.start for s in self.slots)
-
-
-def _runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
-    """Untouched tensors that lie one behind the other, in what is read as in what is written."""
-
-    def shift(slot: TensorSlot) -> tuple[Path, int] | None:
-        return None if slot.change else (slot.source.file, slot.source.start - slot.start)
-
-    for where, run in itertools.groupby(slots, shift):
-        if where is not None:
-            yield [*run]
-
-
-def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:
-    """The output file of a shard; None where nothing in it changes."""
-    header = plan.base.shards[name]
-    mine = {
-        n: plan.changes[n]
-        for n, info in header.tensors.items()
-        if n in plan.changes and plan.base.tensors[n] == info
-    }
-    new = [plan.changes[n] for n, home in plan.added.items() if home == name]
-    if not mine and not new and plan.base.of is None:
-        return None
-    place: dict[str, TensorSlot] = {}
-    at = 0
-    by_start = sorted(header.tensors.items(), key=lambda n: (n[1].file, n[1].start, n[1].stop))
-    old = [(n, info, mine.get(n)) for n, info in by_start]
-    for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
-        size = change.nbytes if change else info.stop - info.start
-        place[n] = TensorSlot(n, (change or info).dtype, at, at + size, info, change)
-        at += size
-    # A file without metadata loads in transformers, one without this of its metadata does not.
-    metadata = header.metadata or {"format": "pt"}
-    entries: Json = {"__metadata__": {**metadata, METADATA: text}}
-    for n in (*header.tensors, *(c.name for c in new)):
-        s = place[n]
-        code, shape = DTYPES[s.dtype].code, list(s.source.shape)
-        entries[n] = {"dtype": code, "shape": shape, "data_offsets": [s.start, s.stop]}
-    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-len(body) % 8)
-    return Shard(target, len(body).to_bytes(8, "little") + body, tuple(place.values()))
-
-
-# What lies beside a merged checkpoint's shards: companions, the index, links to old shards.
-
-
-REPORTS = ("report.json", "lora-fx-report.json")
-"""Names of what a merge leaves beside its output; the second where the base has its own first."""
-_OURS = frozenset(("ok", "warnings", "tensors", "touched_bytes", "base_verified"))
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
-
-
-def hard_link(source: Path, target: Path) -> None:
-    """Give a shard's inode a second name.
-
-    Raises:
-        LoraFxError: The file systems cannot.
-    """
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        raise LoraFxError(
-            f"{source}: cannot be linked into the output: {error.strerror}",
-            "hard links need one file system that has them; leave --link out to copy",
-        ) from error
-
-
-def untied(config: JsonView) -> Json:
-    """A config.json that says so."""
-    result = {**config, "tie_word_embeddings": False}
-    if isinstance(config.get("text_config"), dict):
-        result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return result
-
-
-def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Configs, tokenizer and whatever else belongs to the folder."""
-    for name in plan.base.companions()[0]:
-        source, target = plan.base.path / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) == "config.json" and (plan.tie is not None or plan.base.settings is not None):
-            config = plan.base.config()
-            config = untied(config) if plan.tie is not None else config
-            keep_mode(source.stat(), target)
-            target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-        else:
-            copy_file(source, target)
-
-
-def report_name(plan: MergePlan) -> str:
-    """The name of the report: the first that is no file of the base's own; empty if both are.
-
-    A report of the merge that made the base is none of its own: it would not fit the output.
-    """
-    return next((n for n in REPORTS if not _is_file_of_base(plan.base.path / n)), "")
-
-
-def _is_file_of_base(file: Path) -> bool:
-    if not os.path.lexists(file):
-        return False
-    try:
-        return not read_json(file).keys() >= _OURS
-    except LoraFxError:
-        return True
-
-
-def write_index(plan: MergePlan, folder: Path) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names.
-
-    Of a view's shards, where there are several, it is new.
-    """
-    base, index = plan.base, Json()
-    if base.of is not None and len(base.shards) > 1:
-        homes = {n: shard for shard, header in base.shards.items() for n in header.tensors}
-        index = {"metadata": {"total_size": 0}, "weight_map": homes}
-        name = f"{next(iter(base.shards)).partition('-0')[0]}.safetensors.index.json"
-    elif base.of is None and base.index is not None:
-        index, name = read_json(base.index), base.index.name
-        if not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values()):
-            (folder / name).write_bytes(read_bytes(base.index))
-            return
-    if not index:
-        return
-    index["weight_map"] |= dict(plan.added)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        sizes = {n: t.stop - t.start for n, t in base.tensors.items()}
-        sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-        metadata["total_size"] = sum(sizes.values())
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += sum(math.prod(plan.changes[n].shape) for n in plan.added)
-    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    (folder / name).write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ from lora_fx.adapter.variant import (
     variant_of,
     with_values,
 )
-from lora_fx.checkpoint import provenance
+from lora_fx.checkpoint import base_fingerprint
 from lora_fx.compare import Parity, sizes_text
 from lora_fx.dtypes import FLOATING, Array, factor_dtype, numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -474,7 +474,7 @@ class Effect:
         return "; ".join([text, *self.notes])
 
 
-# The fingerprint of the base that a module holds; see `lora_fx.checkpoint.provenance`.
+# The fingerprint of the base that a module holds; see `lora_fx.checkpoint.base_fingerprint`.
 
 
 class Base:
@@ -502,10 +502,10 @@ class Base:
             name: The adapter's name, for the note; an earlier one of that name is forgotten.
         """
         self._said.pop(name, None)
-        recorded = metadata.get(provenance.FIELD)
+        recorded = metadata.get(base_fingerprint.FIELD)
         if recorded is None:
             return
-        same, why = provenance.compared(recorded, partial(_cast_sample, root))
+        same, why = base_fingerprint.compared(recorded, partial(_cast_sample, root))
         if same is None:
             self._said[name] = f"{name}: its base is not verified: {why}"
         elif not same:
@@ -524,8 +524,10 @@ class Base:
         """
         keys = frozenset(keys)
         try:
-            samples = [_sample(root, name) for name in provenance.parameters_of(keys)]
-            found = {provenance.FIELD: provenance.fingerprint(samples)} if samples else {}
+            samples = [_sample(root, name) for name in base_fingerprint.parameters_of(keys)]
+            found = (
+                {base_fingerprint.FIELD: base_fingerprint.fingerprint(samples)} if samples else {}
+            )
         except LoraFxError:
             return self._last if keys == self._keys else {}
         self._keys, self._last = keys, found
@@ -536,10 +538,10 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
     try:
         _, shape, values = _sample(root, name)
     except LoraFxError as error:
-        raise provenance.Unknown(error.message) from error
+        raise base_fingerprint.Unknown(error.message) from error
     if values.dtype.itemsize < numpy_dtype(dtype).itemsize:
-        raise provenance.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
-    return shape, provenance.cast(values, dtype)
+        raise base_fingerprint.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
+    return shape, base_fingerprint.cast(values, dtype)
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
@@ -558,4 +560,6 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
 def both_ends(tensor: torch.Tensor) -> Array:
     """The first and the last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
-    return np.concatenate([to_numpy(flat[part].clone()) for part in provenance.ends(len(flat))])
+    return np.concatenate(
+        [to_numpy(flat[part].clone()) for part in base_fingerprint.ends(len(flat))]
+    )

@@ -1,0 +1,50 @@
+"""What a merge's threads are given to do, and in which order."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from lora_fx.checkpoint.fold_stats import Stats
+from lora_fx.files.copying import copy_range, preallocate
+
+Done = tuple[int, str, Stats | None]
+"""What a job says: bytes written, the tensor, what changed in it."""
+
+
+Job = Callable[[], Done]
+
+
+def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
+    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
+    rest = iter(files)
+    open_ = deque(itertools.islice(rest, width))
+    while open_:
+        jobs = open_.popleft()
+        job = next(jobs, None)
+        if job is not None:
+            open_.append(jobs)
+            yield job
+        else:
+            open_.extend(itertools.islice(rest, 1))
+
+
+def flushed(fds: Iterable[int]) -> None:
+    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
+    if hasattr(os, "fdatasync"):
+        for fd in fds:
+            os.fdatasync(fd)
+
+
+def reserved(fd: int, size: int) -> Done:
+    """Take the bytes of a new file from the disk; OSError where it is full."""
+    preallocate(fd, size)
+    return 0, "", None
+
+
+def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
+    """Copy `count` bytes from `start` of one file to `at` of another."""
+    copy_range(source, target, start, at, count)
+    return count, "", None

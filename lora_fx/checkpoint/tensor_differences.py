@@ -1,0 +1,97 @@
+"""Two checkpoints compared tensor by tensor: names, shapes, dtypes and values, streamed.
+
+rel = max|a − b| / max|b| of a tensor, both in fp64. Equal bytes are equal, whatever they mean;
+NaN or an infinity on one side only, and a difference where b is all zero, are infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_fx.checkpoint.rectangles import BLOCK
+from lora_fx.dtypes import DTYPES
+from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored_elements
+from lora_fx.text import Json, strict_json
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that is not what it should be.
+
+    Attributes:
+        tensor: Its name.
+        what: In words.
+        ratio: In the proof of a merge, the largest error over what is allowed.
+        rel: Between two files, max|a − b| / max|b|.
+        max_abs: Between two files, max|a − b|.
+        elements: How many elements of two files differ.
+    """
+
+    tensor: str
+    what: str
+    ratio: float = math.inf
+    rel: float = math.inf
+    max_abs: float = math.inf
+    elements: int | None = None
+
+    def to_json(self) -> Json:
+        """Plain values; an infinite difference is null."""
+        row: Json = strict_json(vars(self))
+        return {"key": row.pop("tensor"), **row}
+
+
+def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
+    """Every tensor of `a` that is not that of `b`, the reference.
+
+    Args:
+        a: Tensors of one checkpoint.
+        b: Tensors of the other.
+        tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
+            they differ.
+    """
+    yield from (Difference(name, "is missing in A", elements=0) for name in b if name not in a)
+    for name, ours in a.items():
+        theirs = b.get(name)
+        if theirs is None:
+            yield Difference(name, "is missing in B", elements=0)
+        elif ours.shape != theirs.shape:
+            what = f"is {list(ours.shape)}; expected {list(theirs.shape)}"
+            yield Difference(name, what, elements=0)
+        elif ours.dtype != theirs.dtype and not tol:
+            yield Difference(name, f"is {ours.dtype}; expected {theirs.dtype}", elements=0)
+        else:
+            found = _values(name, ours, theirs)
+            if found is not None and not found.rel <= tol:
+                yield found
+
+
+def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
+    """How the values of two tensors of one shape differ; None where they are equal."""
+    if same_bytes(ours, theirs):
+        return None
+    if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
+        return Difference(name, "its bytes differ", elements=0)
+    gap = top = 0.0
+    count = 0
+    size = math.prod(ours.shape)
+    for low in range(0, size, BLOCK):
+        x, y = (stored_elements(t, low, min(low + BLOCK, size)) for t in (ours, theirs))
+        count += int(np.count_nonzero(x != y))
+        wide, reference = x.astype(np.float64), y.astype(np.float64)
+        finite = np.isfinite(reference)
+        same = np.isfinite(wide) == finite
+        if not same.all() or not np.array_equal(wide[~finite], reference[~finite]):
+            what = "has NaN or infinite values where the other has not"
+            return Difference(name, what, elements=0)
+        gap = max(gap, float(np.abs(wide - reference)[finite].max(initial=0.0)))
+        top = max(top, float(np.abs(reference)[finite].max(initial=0.0)))
+    if not count:  # −0 and 0
+        return None
+    rel = gap / top if top else math.inf
+    share = count / size
+    what = f"{count} of {size} elements ({share:.1%}) differ, by up to {gap:.2e} (rel {rel:.2e})"
+    return Difference(name, what, math.inf, max(rel, math.ulp(0.0)), gap, count)
