@@ -509,7 +509,7 @@ def read_folder(folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
 # What a run is about: model, data and settings, so that no other run goes on from its state.
 #
 # Facts are JSON, two levels deep: part → what → a short text or number. Of weights that are not
-# trained both ends of each tensor count, as in `checkpoint/base_fingerprint.py`; of data every byte.
+# trained both ends of each tensor count, as in `checkpoint/base_fingerprint`; of data every byte.
 
 
 Facts = dict[str, dict[str, Any]]
