@@ -33,40 +33,70 @@ def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
 
 
 EXPERT_NAME = re.compile(r"\.experts(\.|$)")
+_EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
-_NTH = re.compile(r"\.experts\.(\d+)\.")
+def laid_for(
+    adapter: Adapter, layout: ExpertLayout, base: str | None, model_type: str | None
+) -> Adapter:
+    """An adapter with its experts in a layout.
 
+    Args:
+        adapter: Its updates of experts, in any layout.
+        layout: The layout to write.
+        base: The checkpoint that says how its stacks lie, and how many experts they have.
+        model_type: The same by a model's type; it goes before that of the base.
 
-def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str | None) -> Adapter:
-    """An adapter with its experts in a layout; the base, or its model_type, says how they lie."""
-    types = frozenset({kind} if kind else ())
+    Raises:
+        LoraFxError: A stack of which some experts have no update.
+    """
+    types = frozenset({model_type} if model_type else ())
     if base:
         config = config_of(base)
         types = types or model_types(config) or frozenset({""})  # of no family
         if any(low.origin.op == "experts" for low in adapter.lowrank.values()):
-            rename = renaming(adapter, open_checkpoint(base).tensors, config, [])
-            # parameters that are one matrix, such as routers, stay as PEFT has them
-            sizes = {k: rename.shape(k) or () for k in adapter.entries}
-            flat = {k: e for k, e in adapter.entries.items() if len(sizes[k]) == 2}
-            rest = {k: e for k, e in adapter.entries.items() if k not in flat}
-            placed = stacked(replace(adapter, entries=rest), rename)
-            adapter = replace(adapter, entries={**flat, **placed.entries})
-        count = experts_of({**config, **text_config(config)})
-        there = [int(n) for key in adapter.entries for n in _NTH.findall(key)]
-        if there and not layout.apart and max(there) + 1 < count:
-            raise LoraFxError(
-                f"the adapter has experts 0 to {max(there)}, and {base} has {count}; a stack has "
-                "an update of each",
-                "--format per-expert keeps them one by one",
-            )
+            adapter = _stacked_by_base(adapter, base, config)
+        _check_every_expert(adapter, layout, base, config)
+
     entries = laid(adapter.entries, layout, family_of(types), saved_by(adapter))
-    facts = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
-    metadata = {**adapter.metadata, "peft": facts}
+    peft = {**adapter.metadata.get("peft", {}), "peft_version": layout.version}
+    metadata = {**adapter.metadata, "peft": peft}
     if not types and not layout.apart and any(EXPERT_NAME.search(key) for key in entries):
-        said = "without --base or --model-type stacks are taken to lie as all models' but Llama 4's"
-        metadata["notes"] = [*metadata.get("notes", []), said]
+        note = "without --base or --model-type stacks are taken to lie as all models' but Llama 4's"
+        metadata["notes"] = [*metadata.get("notes", []), note]
     return replace(adapter, entries=entries, metadata=metadata)
+
+
+def _stacked_by_base(adapter: Adapter, base: str, config: JsonView) -> Adapter:
+    """An adapter with its updates of the base's stacks under their own names.
+
+    Parameters that are one matrix, such as routers, stay as PEFT has them.
+    """
+    rename = renaming(adapter, open_checkpoint(base).tensors, config, [])
+    matrices: dict[str, Entry] = {}
+    others: dict[str, Entry] = {}
+    for key, entry in adapter.entries.items():
+        is_matrix = len(rename.shape(key) or ()) == 2
+        group = matrices if is_matrix else others
+        group[key] = entry
+    stacks = stacked(replace(adapter, entries=others), rename)
+    return replace(adapter, entries={**matrices, **stacks.entries})
+
+
+def _check_every_expert(
+    adapter: Adapter, layout: ExpertLayout, base: str, config: JsonView
+) -> None:
+    """Raise where an adapter lacks the last experts of a base, and a layout stacks them."""
+    count = experts_of({**config, **text_config(config)})
+    numbers: list[int] = []
+    for key in adapter.entries:
+        numbers += map(int, _EXPERT_NUMBER.findall(key))
+    if numbers and not layout.apart and max(numbers) + 1 < count:
+        raise LoraFxError(
+            f"the adapter has experts 0 to {max(numbers)}, and {base} has {count}; a stack has "
+            "an update of each",
+            "--format per-expert keeps them one by one",
+        )
 
 
 def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
@@ -79,32 +109,39 @@ def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
         LoraFxError: An update that is not low-rank, or whose axes cannot be taken apart.
     """
     bounds = region_of(key, stack.info)
-    bound = with_layout(key, entry, stack.info, bounds, turned=False)
+    laid_entry = with_layout(key, entry, stack.info, bounds, in_out=False)
     (first, last), (top, bottom), columns = bounds
     for part in stack.parts:
-        low, high = max(top, part.low), min(bottom, part.high)
+        low = max(top, part.low)
+        high = min(bottom, part.high)
         if first <= part.expert < last and low < high:
-            piece = _piece(key, bound, part.expert - first, slice(low - top, high - top), stack)
+            rows = slice(low - top, high - top)
+            piece = _expert_rows(key, laid_entry, part.expert - first, rows, stack)
             region = ((low - part.low, high - part.low), columns)
             name = f"{base_name(key)}[{part.expert}, {low}:{high}]"
             yield Placed(name, part.tensor, region, piece)
 
 
-def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
+def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:
     """Some rows of one expert of an entry, as an entry of a tensor of their own."""
     if isinstance(entry, Full):
         return Full(np.ascontiguousarray(entry.value[expert, rows]))
-    layout = entry.layout if isinstance(entry, LowRank) else None
-    axes = (layout.batch, layout.out, layout.in_) if layout else ()
-    straight = axes == ((0,), (1,), (2,))
-    if not isinstance(entry, LowRank) or not (straight or axes == ((0,), (2,), (1,))):
+
+    axes: tuple[tuple[int, ...], ...] = ()
+    if isinstance(entry, LowRank) and entry.layout is not None:
+        axes = (entry.layout.batch, entry.layout.out, entry.layout.in_)
+    is_out_in = axes == ((0,), (1,), (2,))
+    is_in_out = axes == ((0,), (2,), (1,))
+    if not isinstance(entry, LowRank) or not (is_out_in or is_in_out):
         raise LoraFxError(
             f"{stack.info.file}: the adapter's {key!r} is {name_of(entry)} of a stack that the "
             "file has as one tensor an expert; expected lora, rslora or a whole tensor",
             "save the base as the model has it: save_pretrained(…, save_original_format=False)",
         )
-    a, b = entry.a[expert], entry.b[expert]
-    if straight:
+
+    a = entry.a[expert]
+    b = entry.b[expert]
+    if is_out_in:
         b = b[rows]
         layout = plain_layout((len(b), a.shape[1]))
     else:
@@ -121,13 +158,16 @@ def stacks_turned(adapter: Adapter, config: JsonView) -> bool | None:
     Returns:
         True for [E, in, out], False for [E, out, in], None where it is not known.
     """
-    family = family_of(kinds := model_types(config))
-    if family is None or not (stacked_experts(kinds) or family.listed):
+    types = model_types(config)
+    family = family_of(types)
+    if family is None or not (stacked_experts(types) or family.listed):
         return None
     return family.peft_turns(saved_by(adapter))
 
 
 def saved_by(adapter: Adapter) -> str:
     """The release of PEFT that wrote an adapter's file; empty where it does not say."""
-    facts = adapter.metadata.get("peft")
-    return str(facts.get("peft_version") or "") if isinstance(facts, Mapping) else ""
+    peft = adapter.metadata.get("peft")
+    if not isinstance(peft, Mapping):
+        return ""
+    return str(peft.get("peft_version") or "")

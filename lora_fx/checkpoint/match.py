@@ -7,6 +7,8 @@ embedding, the two uses of one tensor are told apart.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry, twins_of
@@ -53,54 +55,35 @@ def match(
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
     adapter = stacked(adapter, rename)
-    placed, lost = [], []
-    turned = turned_weights(adapter, rename, where, notes)
+    in_out = turned_weights(adapter, rename, where, notes)
+
+    placed: list[Placed] = []
+    unmatched: list[str] = []
     for key, entry in adapter.entries.items():
         if new and key in new:
-            placed.append(Placed(key, key, tuple((0, n) for n in new[key].shape), entry))
+            bounds = tuple((0, size) for size in new[key].shape)
+            placed.append(Placed(key, key, bounds, entry))
             continue
         stack = rename.stack(base_name(key))
         if stack is not None:
             placed += placed_in_stack(key, entry, stack)
             continue
         names = stored_names(key, entry, rename)
-        if not names:
-            lost.append(key)
-            continue
-        name = names[0]  # a tied tensor is stored under one of its names
-        info = tensors[name]
-        bounds = region_of(key, info)
-        bound = with_layout(key, entry, info, bounds, name in turned)
-        # What PEFT tied to this tensor changes alike.
-        alike = [n for n in names if n != name and tensors[n].shape == info.shape]
-        placed += (Placed(key, n, bounds, bound) for n in (name, *alike))
-    if lost:
-        whole = all(isinstance(adapter.entries[key], Full) for key in lost)
-        known = [*tensors, *rename.loaded.names, *rename.loaded.stacks]
-        hint = f"{near(lost[0], known, 'its names are others;')} --allow-unused leaves them out"
-        hint += ", --add writes them as new tensors" if whole else _renamed(config)
-        for apart, way in ((False, "-o FUSED --fuse"), (True, "-o SPLIT --split")):
-            rows = known_rows(adapter, tensors, config, apart=apart)
-            if {*lost} & {k for key, parts in rows.items() for k in ([key] if apart else parts)}:
-                hint = f"lora-fx convert {source} {way} --base {where}; then merge that"
-        if any(map(EXPERT_NAME.search, lost)) and any(map(EXPERT_NAME.search, tensors)):
-            laid_out = f"lora-fx convert {source} -o LAID --format peft --base {where}"
-            hint = f"{laid_out}; then merge that: experts are laid out in several ways"
+        if names:
+            placed += _placed_at(key, entry, names, tensors, in_out)
+        else:
+            unmatched.append(key)
+
+    if unmatched:
         if not allow_unused:
-            said = f"{where}: no tensor for {len(lost)} of the adapter's keys: {some(lost)}"
-            raise MergeRefusal(UNUSED, lost, said, hint)
-        notes.append(f"left out, the base has no such tensor: {some(lost)}")
-    absent = absent_of(adapter, rename)
-    if absent:
-        name, by = next(iter(absent.items()))
-        said = (
-            f"{where}: {name!r} is adapted by the adapter's own config (target_modules {by!r}), "
-            f"but its file has no update of it: {len(absent)} such layers"
-        )
-        hint = "is the file complete, and this its base? --allow-missing leaves them as they are"
-        if not allow_missing:
-            raise MergeRefusal(MISSING, [f"{name}.weight" for name in absent], said, hint)
-        notes.append(said)
+            raise MergeRefusal(
+                UNUSED,
+                unmatched,
+                f"{where}: no tensor for {len(unmatched)} of the adapter's keys: {some(unmatched)}",
+                _hint_for_unmatched(unmatched, adapter, rename, where, source),
+            )
+        notes.append(f"left out, the base has no such tensor: {some(unmatched)}")
+    notes += _check_missing(adapter, rename, where, allow_missing=allow_missing)
     return placed, notes
 
 
@@ -110,18 +93,96 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
     Empty where the checkpoint has none of them, or has a stack's matrices as tensors of their own.
     """
     use = use_of(key, entry)
-    name = rename(use if use in rename.tensors else base_name(key))  # the alias it acts through
-    names = [name, *map(rename, twins_of(entry))]
-    return [candidate for candidate in names if candidate in rename.tensors]
+    alias = use if use in rename.tensors else base_name(key)  # the name that it acts through
+    names = [rename(alias), *map(rename, twins_of(entry))]
+    return [name for name in names if name in rename.tensors]
 
 
-def _renamed(config: JsonView) -> str:
+def _placed_at(
+    key: str, entry: Entry, names: list[str], tensors: Tensors, in_out: Collection[str]
+) -> Iterator[Placed]:
+    """An entry at its tensor, and at what PEFT tied to that, which changes alike.
+
+    Args:
+        key: The adapter's.
+        entry: What changes.
+        names: The names of its tensor and of those tied to it, which the checkpoint has.
+        tensors: The checkpoint's.
+        in_out: Names of square weights that are stored [in, out].
+    """
+    first = names[0]  # a tied tensor is stored under one of its names
+    info = tensors[first]
+    bounds = region_of(key, info)
+    laid_entry = with_layout(key, entry, info, bounds, first in in_out)
+    yield Placed(key, first, bounds, laid_entry)
+    for name in names:
+        if name != first and tensors[name].shape == info.shape:
+            yield Placed(key, name, bounds, laid_entry)
+
+
+def _hint_for_unmatched(
+    unmatched: list[str], adapter: Adapter, rename: Renaming, where: str, source: str
+) -> str:
+    """The way to merge an adapter of which a checkpoint lacks some tensors.
+
+    The first of these that holds decides:
+    1. both have experts: convert the adapter to their layout in the checkpoint;
+    2. the checkpoint has the parts of a fused weight: convert the adapter to updates of those;
+    3. it has the fused weight, and the adapter its parts: convert it the other way;
+    4. leave the entries out, or add them where all are whole tensors.
+    """
+    stored = rename.tensors
+    if any(map(EXPERT_NAME.search, unmatched)) and any(map(EXPERT_NAME.search, stored)):
+        convert = f"lora-fx convert {source} -o LAID --format peft --base {where}"
+        return f"{convert}; then merge that: experts are laid out in several ways"
+
+    wholes = known_rows(adapter, stored, rename.config, apart=True)
+    if any(whole in unmatched for whole in wholes):
+        return f"lora-fx convert {source} -o SPLIT --split --base {where}; then merge that"
+    fused = known_rows(adapter, stored, rename.config, apart=False)
+    if any(not parts.keys().isdisjoint(unmatched) for parts in fused.values()):
+        return f"lora-fx convert {source} -o FUSED --fuse --base {where}; then merge that"
+
+    names = [*stored, *rename.loaded.names, *rename.loaded.stacks]
+    hint = f"{near(unmatched[0], names, 'its names are others;')} --allow-unused leaves them out"
+    if all(isinstance(adapter.entries[key], Full) for key in unmatched):
+        return f"{hint}, --add writes them as new tensors"
+    return hint + _hint_for_renamed(rename.config)
+
+
+def _hint_for_renamed(config: JsonView) -> str:
     """Why names may differ from the file's though it is the base, and what helps."""
-    kind = config.get("model_type")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return ""
     return (
         "; if this is the base: transformers 5 renames parameters when it loads some models, and "
-        f"of {kind!r} lora-fx does not know these names; save the base as the loaded model has "
-        "them, save_pretrained(…, save_original_format=False), and merge into that"
-        if isinstance(kind, str)
-        else ""
+        f"of {model_type!r} lora-fx does not know these names; save the base as the loaded model "
+        "has them, save_pretrained(…, save_original_format=False), and merge into that"
     )
+
+
+def _check_missing(
+    adapter: Adapter, rename: Renaming, where: str, *, allow_missing: bool
+) -> list[str]:
+    """A note of the layers that an adapter's config adapts and its file lacks, if there are any.
+
+    Raises:
+        LoraFxError: There are, and they are not allowed.
+    """
+    missing = absent_of(adapter, rename)
+    if not missing:
+        return []
+    name, target_module = next(iter(missing.items()))
+    message = (
+        f"{where}: {name!r} is adapted by the adapter's own config (target_modules "
+        f"{target_module!r}), but its file has no update of it: {len(missing)} such layers"
+    )
+    if not allow_missing:
+        raise MergeRefusal(
+            MISSING,
+            [f"{name}.weight" for name in missing],
+            message,
+            "is the file complete, and this its base? --allow-missing leaves them as they are",
+        )
+    return [message]

@@ -38,16 +38,19 @@ class Placed:
     def at_its_use(self, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
         """An update of one use of a tensor, at the tensor that this use will read.
 
+        Args:
+            tie: The tie of the base's head and embedding, where it has one.
+            base: The checkpoint.
+            untie: The merge may make a tensor of its own for a use.
+
         Raises:
             LoraFxError: The base stores one tensor for this use and others, or nothing says that
                 the one of this use is read by no other.
         """
-        use, name = use_of(self.key, self.entry), base_name(self.key)
+        use = use_of(self.key, self.entry)
         if not use:
             return self
-        known = tie is not None and self.tensor in (tie.table, tie.head, *tie.lookups)
-        said = says_tied(base.config()) is False or (untie and name != use)
-        if use == self.tensor and (known or (said and name in base.tensors)):
+        if use == self.tensor and self._is_tensor_of_one_use(use, tie, base, untie=untie):
             return self
         if tie is not None and self.tensor == tie.table:
             if use == "op:embedding":
@@ -62,57 +65,116 @@ class Placed:
             "train one update for all uses, or export the model itself: fold keeps uses apart",
         )
 
+    def _is_tensor_of_one_use(
+        self, use: str, tie: Tie | None, base: Checkpoint, *, untie: bool
+    ) -> bool:
+        """Whether the tensor named as the use is, or will be, read by that use alone."""
+        if tie is not None and self.tensor in (tie.table, tie.head, *tie.lookups):
+            return True  # the merge parts the uses of these by itself
+        name = base_name(self.key)
+        is_untied = says_tied(base.config()) is False or (untie and name != use)
+        return is_untied and name in base.tensors
+
 
 def use_of(key: str, entry: Entry) -> str:
     """The uses of a shared tensor that an entry means; empty for all of them."""
-    return (entry.use if isinstance(entry, LowRank) else "") or split_use(key)[1]
+    if isinstance(entry, LowRank) and entry.use:
+        return entry.use
+    _, use = split_use(key)
+    return use
 
 
 def region_of(key: str, info: TensorInfo) -> Region:
-    """The region of a tensor that a key names; raises where it is none."""
+    """The region of a tensor that a key names; the whole tensor where it names none.
+
+    Raises:
+        MisfitError: The tensor has no such region.
+    """
     try:
-        bounds = split_key(key, info.shape)[1]
+        _, bounds = split_key(key, info.shape)
     except ValueError:
         bounds = ()
-    inside = (0 <= lo < hi <= n for (lo, hi), n in zip(bounds, info.shape, strict=False))
-    if len(bounds) != len(info.shape) or not all(inside):
+    if not _is_within(bounds, info.shape):
         raise MisfitError(f"{info.file}: {key!r} is no region of a tensor {list(info.shape)}")
     return bounds
 
 
-def with_layout(key: str, entry: Entry, info: TensorInfo, bounds: Region, turned: bool) -> Entry:
-    """The entry with the layout that it has in the tensor."""
-    shape = tuple(hi - lo for lo, hi in bounds)
+def _is_within(bounds: Region, shape: tuple[int, ...]) -> bool:
+    """Whether bounds are some elements of each axis."""
+    if len(bounds) != len(shape):
+        return False
+    return all(0 <= low < high <= size for (low, high), size in zip(bounds, shape, strict=True))
+
+
+def with_layout(key: str, entry: Entry, info: TensorInfo, bounds: Region, in_out: bool) -> Entry:
+    """An entry with the layout that it has in its tensor.
+
+    Args:
+        key: The adapter's.
+        entry: What changes the tensor.
+        info: The tensor.
+        bounds: The region of it that changes.
+        in_out: The tensor is known to be stored [in, out].
+
+    Raises:
+        LoraFxError: The entry does not fit the region.
+    """
+    shape = tuple(high - low for low, high in bounds)
     if isinstance(entry, Full):
-        if tuple(entry.value.shape) != shape:
-            grown = "was the vocabulary resized? resize the base's embeddings first, then merge"
-            hint = grown if entry.value.ndim == 2 else ""
-            raise _misfit(key, info, f"a whole tensor {list(entry.value.shape)}", hint)
+        _check_whole(key, entry, info, shape)
         return entry
     if isinstance(entry, ReplacedRows):
-        fits = shape and shape == info.shape and tuple(entry.value.shape[1:]) == shape[1:]
-        if not fits or not all(0 <= i < shape[0] for i in entry.index):
-            last = max(entry.index, default=-1)
-            raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}", "")
+        _check_rows(key, entry, info, shape)
         return entry
     if isinstance(entry, Rotation):
-        return _rotation(key, entry, info)
+        return _laid_rotation(key, entry, info)
     if entry.layout is not None:
         if entry.layout.stored != shape:
-            raise _misfit(key, info, f"an update for {list(entry.layout.stored)}", "")
+            raise _misfit(key, info, f"an update for {list(entry.layout.stored)}")
         return entry
-    layout = _layout(entry, shape, turned)
+
+    layout = layout_in(entry, shape, in_out)
     if layout is None:
-        sides = " × ".join(str(n) for n in entry.shape)
-        raise _misfit(key, info, f"an update of {sides} (out × in)", "")
-    if isinstance(entry, LowRank) and (variant := variant_of(entry)).by_rows:
-        for field, value in variant.beside(entry).items():
-            if value.shape != (layout.out_size,):
-                raise _misfit(key, info, f"a {field} {list(value.shape)}", "")
+        sides = " × ".join(str(size) for size in entry.shape)
+        raise _misfit(key, info, f"an update of {sides} (out × in)")
+    if isinstance(entry, LowRank):
+        _check_row_tensors(key, entry, info, layout)
     return replace(entry, layout=layout)
 
 
-def _rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
+def _check_whole(key: str, entry: Full, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise where a whole tensor has another shape than what it replaces."""
+    value = entry.value
+    if tuple(value.shape) == shape:
+        return
+    hint = ""
+    if value.ndim == 2:
+        hint = "was the vocabulary resized? resize the base's embeddings first, then merge"
+    raise _misfit(key, info, f"a whole tensor {list(value.shape)}", hint)
+
+
+def _check_rows(key: str, entry: ReplacedRows, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    """Raise where replaced rows are no rows of the whole tensor."""
+    is_whole_tensor = bool(shape) and shape == info.shape
+    fits = is_whole_tensor and tuple(entry.value.shape[1:]) == shape[1:]
+    if fits and all(0 <= row < shape[0] for row in entry.index):
+        return
+    last = max(entry.index, default=-1)
+    raise _misfit(key, info, f"rows {list(entry.value.shape)} up to {last}")
+
+
+def _check_row_tensors(key: str, entry: LowRank, info: TensorInfo, layout: Layout) -> None:
+    """Raise where what a variant has beside A and B, by the row, has another number of rows."""
+    variant = variant_of(entry)
+    if not variant.by_rows:
+        return
+    for field, value in variant.beside(entry).items():
+        if value.shape != (layout.out_size,):
+            raise _misfit(key, info, f"a {field} {list(value.shape)}")
+
+
+def _laid_rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
+    """A rotation with the layout of its tensor [out, in] or [out, in, 1, 1]."""
     if math.prod(info.shape[2:]) > 1:
         raise LoraFxError(
             f"{info.file}: tensor {list(info.shape)}, but the adapter's {key!r} is OFT of a "
@@ -120,12 +182,13 @@ def _rotation(key: str, entry: Rotation, info: TensorInfo) -> Rotation:
             "merge it into its model with PEFT (merge_and_unload), if that is what you want",
         )
     if len(info.shape) < 2 or not entry.fits(math.prod(info.shape[1:])):
-        blocks = f"{'shared' if entry.shared else len(entry.turn)} blocks of {entry.turn.shape[-1]}"
-        raise _misfit(key, info, f"OFT of {blocks} along in", "")
+        count = "shared" if entry.shared else len(entry.turn)
+        raise _misfit(key, info, f"OFT of {count} blocks of {entry.turn.shape[-1]} along in")
     return replace(entry, layout=plain_layout(info.shape))
 
 
-def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
+def _misfit(key: str, info: TensorInfo, what: str, hint: str = "") -> LoraFxError:
+    """The refusal of an entry whose shape is not its tensor's."""
     return MergeRefusal(
         SHAPES,
         [key],
@@ -134,19 +197,30 @@ def _misfit(key: str, info: TensorInfo, what: str, hint: str) -> LoraFxError:
     )
 
 
-def _layout(change: Change, shape: tuple[int, ...], turned: bool) -> Layout | None:
-    """How a change of [*batch, out, in] lies in a tensor of this shape; None where it cannot."""
+def layout_in(change: Change, shape: tuple[int, ...], in_out: bool) -> Layout | None:
+    """How a change of [*batch, out, in] lies in a tensor of this shape; None where it cannot.
+
+    A table that is looked up is [in, out]. Other tensors are [*batch, out, *in], or, where that
+    does not fit or `in_out` says so, [*batch, in, out].
+    """
     *batch, out, in_ = change.shape
-    n = len(batch)
     if isinstance(change, Dense) and len(shape) == 1:
-        return plain_layout(shape) if (out, in_) == (shape[0], 1) else None
-    if len(shape) < n + 2 or tuple(batch) != shape[:n]:
+        is_vector = (out, in_) == (shape[0], 1)
+        return plain_layout(shape) if is_vector else None
+
+    count = len(batch)
+    if len(shape) < count + 2 or tuple(batch) != shape[:count]:
         return None
-    rows, rest = shape[n], math.prod(shape[n + 1 :])
-    lead, tail = tuple(range(n)), tuple(range(n + 1, len(shape)))
-    straight = Layout(shape, lead, (n,), tail, shape) if (rows, rest) == (out, in_) else None
-    fits = len(shape) == n + 2 and (rows, rest) == (in_, out)
-    swapped = Layout(shape, lead, (n + 1,), (n,), shape) if fits else None
-    if lookup(change) or (turned and swapped):
+    out_in: Layout | None = None
+    swapped: Layout | None = None
+    batch_axes = tuple(range(count))
+    sides = (shape[count], math.prod(shape[count + 1 :]))
+    if sides == (out, in_):
+        in_axes = tuple(range(count + 1, len(shape)))
+        out_in = Layout(shape, batch_axes, (count,), in_axes, shape)
+    if sides == (in_, out) and len(shape) == count + 2:
+        swapped = Layout(shape, batch_axes, (count + 1,), (count,), shape)
+
+    if lookup(change) or (in_out and swapped is not None):
         return swapped
-    return straight or swapped
+    return swapped if out_in is None else out_in

@@ -1,11 +1,13 @@
 """Square weights that are stored [in, out], where their shape cannot tell.
 
-One adapter may meet both kinds, as in a model of a BERT encoder and a GPT-2 decoder. So a weight
-is decided by its own kind: the same module name in the same part of the model first, then, for
-the names that Conv1D layers have, the other such names and the config.
+One model may have both orders, as one of a BERT encoder and a GPT-2 decoder has. So each weight is
+decided by itself, by the weights that are most like it and are not square; see `is_stored_in_out`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import IN_OUT_EXPERTS
@@ -18,8 +20,121 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView
 
-Votes = dict[tuple[int, str, str], set[bool]]
-"""(dimensions, part of the model, module name) → what shapes that can tell say."""
+
+@dataclass(frozen=True)
+class WeightKind:
+    """Weights that a model stores alike.
+
+    Attributes:
+        dimensions: How many axes they have.
+        part: The first part of their names, such as encoder.
+        module: The last part of their modules' names, such as c_attn.
+    """
+
+    dimensions: int
+    part: str
+    module: str
+
+
+def kind_of(name: str, info: TensorInfo) -> WeightKind:
+    """The kind of a weight, by its name and shape."""
+    part, _, _ = name.partition(".")
+    _, _, module = name.removesuffix(".weight").rpartition(".")
+    return WeightKind(len(info.shape), part, module)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What tells how the weights of a checkpoint are stored.
+
+    Attributes:
+        votes: Kind → the orders that adapted weights of it have, as far as their shapes tell:
+            True for [in, out], False for [out, in].
+        model_types: model_type of the model and of its parts.
+        fan_in_fan_out: What the adapter's config says of its layers.
+    """
+
+    votes: Mapping[WeightKind, set[bool]]
+    model_types: frozenset[str]
+    fan_in_fan_out: bool
+
+    def orders(self, accepts: Callable[[WeightKind], bool]) -> set[bool]:
+        """The orders that weights of all accepted kinds have."""
+        orders: set[bool] = set()
+        for kind, votes in self.votes.items():
+            if accepts(kind):
+                orders |= votes
+        return orders
+
+
+def is_stored_in_out(name: str, info: TensorInfo, evidence: Evidence) -> bool:
+    """Whether a square weight is stored [in, out], as GPT-2's Conv1D stores it, and not [out, in].
+
+    The first of these that has an answer decides:
+    1. adapted weights of its kind whose shapes leave no choice;
+    2. of a stack of matrices: such weights of all stacks, else the model's type;
+    3. of one matrix: such weights in its part of the model, if they and it both have names of
+       Conv1D layers, or neither has;
+    4. the model's type: all layers of these models are Conv1D, or those with Conv1D's names;
+    5. the adapter's own `fan_in_fan_out`.
+    """
+    kind = kind_of(name, info)
+    order = by_same_kind(kind, evidence)
+    if order is not None:
+        return order
+
+    if kind.dimensions != 2:
+        order = by_other_stacks(kind, evidence)
+        return bool(evidence.model_types & IN_OUT_EXPERTS) if order is None else order
+
+    order = by_same_part(name, kind, evidence)
+    if order is None:
+        order = by_model_type(name, evidence.model_types)
+    return evidence.fan_in_fan_out if order is None else order
+
+
+def by_same_kind(kind: WeightKind, evidence: Evidence) -> bool | None:
+    """The order of all adapted weights of a kind; None where there are none or they differ."""
+    return _only(evidence.votes.get(kind, set()))
+
+
+def by_other_stacks(kind: WeightKind, evidence: Evidence) -> bool | None:
+    """The order of all adapted weights of as many dimensions; None as in `by_same_kind`."""
+    return _only(evidence.orders(lambda other: other.dimensions == kind.dimensions))
+
+
+def by_same_part(name: str, kind: WeightKind, evidence: Evidence) -> bool | None:
+    """The order of the matrices in one part of the model; None as in `by_same_kind`.
+
+    Those with names of Conv1D layers tell nothing of the others, and the other way round.
+    """
+    has_conv1d_name = is_conv1d_name(name)
+
+    def is_near(other: WeightKind) -> bool:
+        if other.dimensions != kind.dimensions or other.part != kind.part:
+            return False
+        return is_conv1d_name(f"{other.module}.weight") == has_conv1d_name
+
+    return _only(evidence.orders(is_near))
+
+
+def by_model_type(name: str, types: frozenset[str]) -> bool | None:
+    """The order of a model's layers by its types; None where they tell nothing."""
+    if types and types <= CONV1D_MODELS:  # all parts of the model have such layers
+        return True
+    if types & CONV1D_MODELS:
+        return is_conv1d_name(name)
+    return None
+
+
+def _only(orders: set[bool]) -> bool | None:
+    """The one order that there is; None where there are none or both."""
+    return next(iter(orders)) if len(orders) == 1 else None
+
+
+def is_conv1d_name(name: str) -> bool:
+    """True for the name of a weight that Conv1D layers of the GPT-2 family have."""
+    return bool(CONV1D_NAMES.search(name))
 
 
 def lookup(entry: Entry) -> bool:
@@ -32,71 +147,78 @@ def turned_weights(
 ) -> frozenset[str]:
     """Names of square weights that are stored [in, out].
 
+    Args:
+        adapter: Its updates.
+        rename: Their names in the checkpoint.
+        where: The checkpoint, for messages.
+        notes: Gets a note where nothing tells how they are stored.
+
     Raises:
         LoraFxError: fan_in_fan_out, where the model has no such layer.
     """
-    votes: Votes = {}
-    square, tensors = list[str](), rename.tensors
-    for key, entry in adapter.entries.items():
-        name = rename(base_name(key))
-        info = tensors.get(name)
-        if info is None or isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
-            continue
-        if entry.layout is not None or len(info.shape) < 2 or info.dtype == "int8":
-            continue  # whoever quantises a layer to int8 stores it [out, in], Conv1D too
-        sides, matrix = (entry.shape[-2], entry.shape[-1]), info.shape[-2:]
-        if sides[0] == sides[1] == matrix[0] == matrix[1]:
-            square.append(name)
-        elif matrix in (sides, sides[::-1]):
-            votes.setdefault(_kind(name, info), set()).add(matrix == sides[::-1])
-    flag = bool(adapter.metadata.get("fan_in_fan_out"))
-    kinds = model_types(rename.config)
-    seen = set().union(*(v for k, v in votes.items() if k[0] == 2))
-    linear = seen == {False} or (not seen and bool(kinds))
-    if flag and square and linear and not kinds & CONV1D_MODELS:
+    square, votes = _by_shapes(adapter, rename)
+    fan_in_fan_out = bool(adapter.metadata.get("fan_in_fan_out"))
+    evidence = Evidence(votes, model_types(rename.config), fan_in_fan_out)
+
+    if square and fan_in_fan_out and _has_linear_layers_only(evidence):
         raise LoraFxError(
             f"{where}: the adapter has fan_in_fan_out, but the model's weights are [out, in]; "
             f"{square[0]!r} is square, so that its shape cannot tell",
             "set fan_in_fan_out to false in adapter_config.json if the model's layers are Linear",
         )
-    flat = [n for n in square if len(tensors[n].shape) == 2]
-    if flat and not votes and not flag and not kinds:
+
+    tensors = rename.tensors
+    matrices = [name for name in square if len(tensors[name].shape) == 2]
+    if matrices and not (votes or fan_in_fan_out or evidence.model_types):
         notes.append(
-            f"{where}: nothing says how square weights are stored, {flat[0]} among them; taken as "
-            "[out, in]"
+            f"{where}: nothing says how square weights are stored, {matrices[0]} among them; "
+            "taken as [out, in]"
         )
-    return frozenset(n for n in square if _turned(n, tensors[n], votes, kinds, flag))
+    return frozenset(name for name in square if is_stored_in_out(name, tensors[name], evidence))
 
 
-def _kind(name: str, info: TensorInfo) -> tuple[int, str, str]:
-    module = name.removesuffix(".weight")
-    return len(info.shape), name.partition(".")[0], module.rpartition(".")[2]
+def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[WeightKind, set[bool]]]:
+    """The square weights of an adapter, and the orders that the shapes of its others tell."""
+    square: list[str] = []
+    votes: dict[WeightKind, set[bool]] = {}
+    for key, entry in adapter.entries.items():
+        name = rename(base_name(key))
+        info = rename.tensors.get(name)
+        if info is None or not _has_doubtful_order(entry, info):
+            continue
+
+        *_, out, in_ = entry.shape
+        stored = info.shape[-2:]
+        if stored == (out, in_) == (in_, out):
+            square.append(name)
+        elif stored == (out, in_):
+            votes.setdefault(kind_of(name, info), set()).add(False)
+        elif stored == (in_, out):
+            votes.setdefault(kind_of(name, info), set()).add(True)
+    return square, votes
 
 
-def _turned(name: str, info: TensorInfo, votes: Votes, kinds: frozenset[str], flag: bool) -> bool:
-    dims, part, _ = kind = _kind(name, info)
-    own = votes.get(kind, set())
-    if len(own) == 1:
-        return True in own
-    same = {k: v for k, v in votes.items() if k[0] == dims}
-    if dims != 2:
-        every = set().union(*same.values())
-        return True in every if len(every) == 1 else bool(kinds & IN_OUT_EXPERTS)
-    conv1d = bool(CONV1D_NAMES.search(name))
-    near = set().union(*(v for k, v in same.items() if k[1] == part and conv1d == _named(k[2])))
-    if len(near) == 1:
-        return True in near
-    pure = bool(kinds) and kinds <= CONV1D_MODELS  # all parts of the model have such layers
-    known = bool(kinds & CONV1D_MODELS)
-    return pure or (conv1d if known else flag)
+def _has_doubtful_order(entry: Entry, info: TensorInfo) -> bool:
+    """Whether an update of [out, in] may be of a tensor that is stored either way."""
+    if isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
+        return False
+    if entry.layout is not None or len(info.shape) < 2:
+        return False
+    return info.dtype != "int8"  # whoever quantises a layer to int8 stores it [out, in], Conv1D too
 
 
-def _named(leaf: str) -> bool:
-    return bool(CONV1D_NAMES.search(f"{leaf}.weight"))
+def _has_linear_layers_only(evidence: Evidence) -> bool:
+    """Whether no matrix of the model is stored [in, out], as far as is known."""
+    if evidence.model_types & CONV1D_MODELS:
+        return False
+    orders = evidence.orders(lambda kind: kind.dimensions == 2)
+    if not orders:
+        return bool(evidence.model_types)
+    return orders == {False}
 
 
 def model_types(config: JsonView) -> frozenset[str]:
     """model_type of the model and of its parts."""
-    inner = [v for v in config.values() if isinstance(v, dict)]
-    types = [c.get("model_type") for c in (config, *inner)]
-    return frozenset(t for t in types if isinstance(t, str) and t)
+    parts = [value for value in config.values() if isinstance(value, dict)]
+    types = [part.get("model_type") for part in (config, *parts)]
+    return frozenset(kind for kind in types if isinstance(kind, str) and kind)
