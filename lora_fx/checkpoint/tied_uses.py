@@ -36,35 +36,52 @@ _ALWAYS = frozenset(("t5", "mt5", "umt5", "longt5", "udop"))
 def tie_of(tensors: Tensors, config: JsonView, keys: Iterable[str] = ()) -> Tie | None:
     """The tie of a checkpoint by its names and config; None where there is none.
 
-    `keys` are an adapter's: one of them may say what the head would be called.
-
     Without a word in the config a model that generates and has no head of its own is tied: that
     is the default of its class.
+
+    Args:
+        tensors: The checkpoint's tensors.
+        config: Its config.json.
+        keys: An adapter's: one of them may say what the head would be called.
     """
-    said = says_tied(config)
-    heads = [n for n in tensors if is_head(n)]
-    if said is False and (heads or config.get("model_type") not in _ALWAYS):
+    flag = says_tied(config)
+    heads = [name for name in tensors if is_head(name)]
+    if flag is False and (heads or config.get("model_type") not in _ALWAYS):
         return None
-    named = config.get("architectures") or []
-    if named and not generates(named):  # without a head, whatever its config was copied from
+    if heads and not flag:
         return None
-    tables = [n for n in tensors if is_table(n) and len(tensors[n].shape) == 2]
-    family = tie_in(named, tables) or Tie("", "")
-    tables = [n for n in tables if n not in family.lookups]
-    if len(tables) != 1 or (heads and not said) or not (said or generates(named)):
+    classes = config.get("architectures") or []
+    if classes and not generates(classes):  # without a head, whatever its config was copied from
         return None
-    if heads:
-        head = family.head if family.head in heads else heads[0]
-    else:
-        head = next((k for k in keys if is_head(k)), family.head)
-    biases = {new: old for new, old in family.biases.items() if old in tensors}
-    return replace(family, table=tables[0], head=head, biases=biases)
+    if not flag and not generates(classes):
+        return None
+
+    tables = [name for name in tensors if is_table(name) and len(tensors[name].shape) == 2]
+    family = tie_in(classes, tables) or Tie("", "")
+    tables = [name for name in tables if name not in family.lookups]
+    if len(tables) != 1:
+        return None
+    return replace(
+        family,
+        table=tables[0],
+        head=_head_of(family, heads, keys),
+        biases={name: source for name, source in family.biases.items() if source in tensors},
+    )
+
+
+def _head_of(family: Tie, heads: Sequence[str], keys: Iterable[str]) -> str:
+    """The name of a tied head: as stored, as an adapter calls it, or as its family does."""
+    if not heads:
+        return next((key for key in keys if is_head(key)), family.head)
+    return family.head if family.head in heads else heads[0]
 
 
 def tie_and_names(base: Checkpoint, keys: Iterable[str]) -> tuple[Tie | None, Tensors]:
     """The tie of a checkpoint, and its tensors under every name that an adapter may use."""
     tie = tie_of(base.tensors, base.config(), keys)
-    return tie, base.tensors if tie is None else tie.known(base.tensors)
+    if tie is None:
+        return None, base.tensors
+    return tie, tie.known(base.tensors)
 
 
 def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -> None:
@@ -74,37 +91,61 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
     more than once, under names that are not known here; or a head beside which nothing else has
     a row for every token.
     """
-    tensors, config = base.tensors, base.config()
-    sizes = {c.get("vocab_size") for c in (config, text_config(config))}
-    untied = says_tied(config) is False
-    heads = {n: t.shape for n, t in tensors.items() if is_head(n) and len(t.shape) == 2}
-    if tie is not None or untied or not generates(config.get("architectures") or []):
+    config = base.config()
+    is_untied = says_tied(config) is False
+    if tie is not None or is_untied or not generates(config.get("architectures") or []):
         return
-    others = {t.shape[0] for n, t in tensors.items() if n not in heads and len(t.shape) == 2}
-    for p in placed:
-        shape = tensors[p.tensor].shape if p.tensor in tensors else ()
-        of_both = isinstance(p.entry, LowRank) and is_tied(p.entry)
-        looked_up = isinstance(p.entry, ReplacedRows) or lookup(p.entry)
-        if p.tensor in heads and shape[0] not in others and not of_both:
+
+    vocabulary_sizes = {part.get("vocab_size") for part in (config, text_config(config))}
+    heads: set[str] = set()
+    rows_of_others: set[int] = set()
+    for name, info in base.tensors.items():
+        if len(info.shape) != 2:
+            continue
+        if is_head(name):
+            heads.add(name)
+        else:
+            rows_of_others.add(info.shape[0])
+
+    for update in placed:
+        info_of_update = base.tensors.get(update.tensor)
+        if info_of_update is None:
+            continue
+        shape = info_of_update.shape
+        if update.tensor in heads and shape[0] not in rows_of_others and not _is_tied_pair(update):
             raise LoraFxError(
-                f"{base.path}: {p.tensor!r} is the output head, and the file has no other tensor "
-                f"of {shape[0]} rows: it is the embedding too, and the update would change both",
+                f"{base.path}: {update.tensor!r} is the output head, and the file has no other "
+                f"tensor of {shape[0]} rows: it is the embedding too, and the update would change "
+                "both",
                 "load the base in transformers and save it again, which names the embedding",
             )
-        if not heads and looked_up and len(shape) == 2 and shape[0] in sizes:
+        is_table_of_tokens = len(shape) == 2 and shape[0] in vocabulary_sizes
+        if not heads and is_table_of_tokens and _is_looked_up(update):
             raise LoraFxError(
-                f"{base.path}: {p.tensor!r} is a table of all tokens, the file has no output head "
-                "of a known name, and config.json does not say that the two are untied; merged, "
-                "the update might change the head too",
+                f"{base.path}: {update.tensor!r} is a table of all tokens, the file has no output "
+                "head of a known name, and config.json does not say that the two are untied; "
+                "merged, the update might change the head too",
                 "save the base with tie_word_embeddings false first, then merge",
             )
 
 
-def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
+def _is_tied_pair(update: Placed) -> bool:
+    """True for a low-rank update that its adapter has for table and head together."""
+    return isinstance(update.entry, LowRank) and is_tied(update.entry)
+
+
+def _is_looked_up(update: Placed) -> bool:
+    """True for an update of a table's rows as they are looked up."""
+    return isinstance(update.entry, ReplacedRows) or lookup(update.entry)
+
+
+def both(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
-    if isinstance(p.entry, ReplacedRows):
-        return not any(isinstance(q.entry, ReplacedRows) and q.tensor == tie.head for q in placed)
-    return is_tied(p.entry)
+    if not isinstance(update.entry, ReplacedRows):
+        return is_tied(update.entry)
+    return not any(
+        isinstance(other.entry, ReplacedRows) and other.tensor == tie.head for other in placed
+    )
 
 
 def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
@@ -114,14 +155,21 @@ def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
     them tied (ensure_weight_tying).
     """
     names = {tie.table, tie.head, *tie.lookups}
-    whole = {p.tensor: p.entry for p in placed if p.tensor in names and isinstance(p.entry, Full)}
-    if not {tie.table, tie.head} <= set(whole) or not means_all(whole, names):
+    whole: dict[str, Full] = {}
+    for update in placed:
+        if update.tensor in names and isinstance(update.entry, Full):
+            whole[update.tensor] = update.entry
+    if not {tie.table, tie.head} <= whole.keys() or not means_all(whole, names):
         return list(placed)
-    return [
-        replace(p, entry=replace(p.entry, tied=True)) if isinstance(p.entry, Full) else p
-        for p in placed
-        if p.tensor not in whole or p.tensor == tie.table
-    ]
+
+    changes: list[Placed] = []
+    for update in placed:
+        if update.tensor in whole and update.tensor != tie.table:
+            continue
+        if isinstance(update.entry, Full):
+            update = replace(update, entry=replace(update.entry, tied=True))
+        changes.append(update)
+    return changes
 
 
 def of_one_use(
@@ -129,27 +177,24 @@ def of_one_use(
 ) -> list[Placed]:
     """The updates that mean one use of a tied table, but not all: for them the two are untied.
 
+    Args:
+        placed: All updates.
+        tie: The tie of the checkpoint.
+        config: Its config.json.
+        where: The checkpoint, for messages.
+        untie: The two may be untied.
+
     Raises:
         LoraFxError: There are such, and the two may not, or cannot, be untied.
     """
     names = {tie.table, tie.head, *tie.lookups}
-    ours = [p for p in placed if p.tensor in names and not both(p, tie, placed)]
-    if not ours:
+    of_one = [
+        update for update in placed if update.tensor in names and not both(update, tie, placed)
+    ]
+    if not of_one:
         return []
-    shared = next((p for p in ours if p.tensor in tie.lookups and not tie.apart), None)
-    if shared is not None:
-        raise LoraFxError(
-            f"{where}: {shared.key!r} means one of several lookups of {tie.table!r}, which such "
-            "models hold once, tied or not",
-            f"train one update of {tie.table!r} for all lookups",
-        )
-    unread = next((p for p in ours if isinstance(p.entry, Full) and p.tensor == tie.table), None)
-    if unread is not None and tie.lookups:
-        raise LoraFxError(
-            f"{where}: {unread.key!r} is a whole tensor of that name alone, and such models read "
-            f"their table as {some(list(tie.lookups))}: PEFT's copy of it changes nothing",
-            "save the adapter with all names of the table (ensure_weight_tying)",
-        )
+
+    _check_lookups(of_one, tie, where)
     check_scaled(tie, config, where)
     if not tie.head:
         raise LoraFxError(
@@ -160,48 +205,76 @@ def of_one_use(
     if not untie:
         raise MergeRefusal(
             TIED,
-            dict.fromkeys(p.key for p in ours),
-            f"{where}: {ours[0].key!r} is one of two uses of a tied tensor "
+            dict.fromkeys(update.key for update in of_one),
+            f"{where}: {of_one[0].key!r} is one of two uses of a tied tensor "
             f"({tie.table!r} is also the output head); merged into it, the update would change "
             "both",
             "--untie writes the head as a tensor of its own and says so in config.json",
         )
-    return ours
+    return of_one
+
+
+def _check_lookups(of_one: Sequence[Placed], tie: Tie, where: str) -> None:
+    """Raise where an update means one lookup of a table that has several."""
+    for update in of_one:
+        if update.tensor in tie.lookups and not tie.apart:
+            raise LoraFxError(
+                f"{where}: {update.key!r} means one of several lookups of {tie.table!r}, which "
+                "such models hold once, tied or not",
+                f"train one update of {tie.table!r} for all lookups",
+            )
+    if not tie.lookups:
+        return
+    for update in of_one:
+        if isinstance(update.entry, Full) and update.tensor == tie.table:
+            raise LoraFxError(
+                f"{where}: {update.key!r} is a whole tensor of that name alone, and such models "
+                f"read their table as {some(list(tie.lookups))}: PEFT's copy of it changes nothing",
+                "save the adapter with all names of the table (ensure_weight_tying)",
+            )
 
 
 def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:
     """The updates, and each once more for every other tensor among `names` that it means.
 
-    An update of the table is one of all its lookups, and of the head where it means both uses. The
-    two names of a bias are one, unless each has an update. A name that is no tensor of its own is
-    the one that it stands for.
+    1. The two names of a bias are one, unless each has an update.
+    2. A name that is no tensor of its own is the one that it stands for.
+    3. An update of the table is one of all its lookups, and of the head where it means both uses.
     """
-    given = {p.tensor for p in placed}
-    sources = {n: s for n, s in tie.sources().items() if n not in tie.biases or not {n, s} <= given}
-    moved: dict[tuple[int, str], Placed] = {}
-    for p in placed:
-        source = sources.get(p.tensor, p.tensor)
-        name = p.tensor if p.tensor in names and p.tensor not in tie.biases else source
-        moved.setdefault((id(p.entry), name), replace(p, tensor=name))
-    for p in tuple(moved.values()):
+    updated = {update.tensor for update in placed}
+    sources = tie.sources()
+    for name, source in tie.biases.items():
+        if {name, source} <= updated:
+            sources.pop(name)
+
+    spread_updates: dict[tuple[int, str], Placed] = {}
+    for update in placed:
+        has_tensor = update.tensor in names and update.tensor not in tie.biases
+        name = update.tensor if has_tensor else sources.get(update.tensor, update.tensor)
+        spread_updates.setdefault((id(update.entry), name), replace(update, tensor=name))
+
+    for update in tuple(spread_updates.values()):
         for name, source in sources.items():
-            skip = name == tie.head and not both(p, tie, placed)
-            if source == p.tensor and name in names and not skip:
-                moved.setdefault((id(p.entry), name), replace(p, tensor=name))
-    return list(moved.values())
+            if source != update.tensor or name not in names:
+                continue
+            if name == tie.head and not both(update, tie, placed):
+                continue
+            spread_updates.setdefault((id(update.entry), name), replace(update, tensor=name))
+    return list(spread_updates.values())
 
 
 def check_scaled(tie: Tie, config: JsonView, where: str) -> None:
     """Raise where untying alone would change what the model computes."""
-    kind, said = config.get("model_type"), config.get("tie_word_embeddings")
-    if kind not in _SCALED or "scale_decoder_outputs" in config:
+    model_type = config.get("model_type")
+    if model_type not in _SCALED or "scale_decoder_outputs" in config:
         return
-    if kind in _SAYS_SCALE and said is False:  # it does not scale
-        return
+    hint = "train an update of other weights than the table's and the head's"
+    if model_type in _SAYS_SCALE:
+        if config.get("tie_word_embeddings") is False:  # it does not scale
+            return
+        hint = "save the base once with transformers 5, whose config has scale_decoder_outputs"
     raise LoraFxError(
-        f"{where}: a {kind} scales its logits where {tie.table!r} is also the head, and its config "
-        "does not say so apart; untied, they would be too large",
-        "save the base once with transformers 5, whose config has scale_decoder_outputs"
-        if kind in _SAYS_SCALE
-        else "train an update of other weights than the table's and the head's",
+        f"{where}: a {model_type} scales its logits where {tie.table!r} is also the head, and its "
+        "config does not say so apart; untied, they would be too large",
+        hint,
     )
