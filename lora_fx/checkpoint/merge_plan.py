@@ -158,7 +158,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
     stored = base
     if (options.dequantise or options.requantise) and not is_view(base):
-        base = dequantised(base, options.stored, options.shard)
+        base = dequantised(base, options.dtype_of_codes, options.shard_bytes)
         if options.dequantise:
             refuse_left(base)
             stored = base
@@ -222,7 +222,7 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
             changes |= requantised(name, info, by_tensor[name], stored)
             continue
         info = sources.get(name) or base.tensors[name]
-        dtype = options.stored if isinstance(info, CodesInfo) else options.dtype
+        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
         change = change_of(name, info, by_tensor.get(name, []), base, dtype)
         if name in copies and change.value is None:
             change = replace(change, what=(f"copy of {copies[name]}", *change.what))
@@ -270,7 +270,7 @@ def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) ->
         kept, noise = in_all(sampled(folds))
     except LoraFxError:
         return ""
-    sizes = f"{human(plan.disk)}B of {options.stored}, now {human(base.size)}B"
+    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes}, now {human(base.size)}B"
     return (
         f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {kept:.0%} of the "
         f"update with noise of {noise:.1f} times its size, by a sample of rows"
