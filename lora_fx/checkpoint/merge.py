@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.companions import REPORTS, report_name
 from lora_fx.checkpoint.merge_options import MergeOptions
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
 from lora_fx.checkpoint.merge_report import report_json, report_of
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash
@@ -123,7 +123,7 @@ def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None =
     options, base = options or MergeOptions(), local(base)
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
-        parts = given(adapters, 2 * opened.elements, Path(base))
+        parts = read_adapters(adapters, 2 * opened.elements, Path(base))
         return make_plan(opened, parts, options)
 
 
@@ -142,7 +142,7 @@ def run(
         raise LoraFxError(f"threads is {threads!r}; expected a whole number", "leave it out")
     target = Path(out)
     remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
-    for path in (g.path for g in plan.given if g.path):
+    for path in (g.path for g in plan.adapters if g.path):
         remember(path, *(path / name for name in FORMATS.names_of_input()))
     with explained(target):
         if target.suffix in PICKLES:
@@ -205,7 +205,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def given(adapters: Adapters, most: int | None = None, base: Path | None = None) -> list[Given]:
+def read_adapters(
+    adapters: Adapters, most: int | None = None, base: Path | None = None
+) -> list[WeightedAdapter]:
     """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
@@ -223,5 +225,5 @@ def given(adapters: Adapters, most: int | None = None, base: Path | None = None)
             where, path = str(adapter), Path(local(adapter, files=FORMATS.files_of_folders))
             adapter = load_adapter(path, most=most, base=base, resolve=False)
         digest = adapter_hash(adapter)
-        result.append(Given(adapter, float(weight), where, digest, path, pair is item))
+        result.append(WeightedAdapter(adapter, float(weight), where, digest, path, pair is item))
     return result

@@ -12,7 +12,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.truncate import Approximated, as_lora
 from lora_fx.checkpoint.fold import prepared
 from lora_fx.checkpoint.merge_options import LENIENT
-from lora_fx.checkpoint.merge_plan import Given, make_plan
+from lora_fx.checkpoint.merge_plan import WeightedAdapter, make_plan
 from lora_fx.checkpoint.stored_rows import Space, read_block
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -32,7 +32,7 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
         LoraFxError: The base lacks its tensor, or the update does not fit.
     """
     options = replace(LENIENT, allow_missing=True)
-    plan = make_plan(base, [Given(adapter, 1.0, "the adapter", "")], options)
+    plan = make_plan(base, [WeightedAdapter(adapter, 1.0, "the adapter", "")], options)
     change = next(iter(plan.changes.values()))
     if change.fold is None or len(change.fold.matrix.parts) != 1:
         raise LoraFxError(

@@ -44,15 +44,21 @@ from lora_fx.files.quantised.dequantise import (
     refuse_left,
     view_notes,
 )
-from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.text import Json, by_key, human, table
 
 
 @dataclass(frozen=True)
-class Given:
-    """An adapter, its weight, its name in messages, its hash without the weight, its path.
+class WeightedAdapter:
+    """An adapter to merge.
 
-    `stated` is True where the weight was given, and not left at 1.
+    Attributes:
+        adapter: Its updates, without the weight.
+        weight: What they are multiplied by.
+        where: Its name in messages.
+        hash: Its hash, without the weight.
+        path: Its file or folder, where it was read from one.
+        stated: True where the caller gave the weight, and it was not left at 1.
     """
 
     adapter: Adapter
@@ -76,7 +82,7 @@ class MergePlan:
 
     Attributes:
         base: The checkpoint.
-        given: The adapters.
+        adapters: What is merged into it.
         changes: Tensor of the output → what becomes of it.
         added: Names among them that the base lacks → the shard that takes them.
         tie: Set where config.json has to say that head and embedding are no longer tied.
@@ -88,7 +94,7 @@ class MergePlan:
     """
 
     base: Checkpoint
-    given: tuple[Given, ...]
+    adapters: tuple[WeightedAdapter, ...]
     changes: Mapping[str, TensorChange]
     added: Mapping[str, str] = field(default_factory=dict)
     tie: Tie | None = None
@@ -99,91 +105,157 @@ class MergePlan:
 
     def record(self) -> str:
         """The metadata of the output: the base's history and this merge, without its defaults."""
-        asked, mixed = self.options, len(self.given) > 1 and self.options.how in ("linear", "svd")
-        kept = {"how": asked.how, "rank": asked.rank} if mixed else {}
-        kept |= {n: True for n in _RECORDED if getattr(asked, n)}
-        options = {n: v for n, v in kept.items() if v is not None}
-        old = ((n, self.base.tensors[n]) for n in self.changes if n not in self.added)
-        named = hub_record(self.base.path)
-        this = {
+        layout = layout_hash(self.base.tensors)
+        sample = sample_hash(self.replaced_tensors())
+        merge: Json = {
             **stamp(),
-            "base": {"layout": layout_hash(self.base.tensors), "sample": sample_hash(old)} | named,
-            "adapters": [g.record() for g in self.given],
-            "dtype": asked.dtype,
-        } | ({"options": options} if options else {})
-        return json.dumps([*history(self.base), this], separators=(",", ":"))
+            "base": {"layout": layout, "sample": sample, **hub_record(self.base.path)},
+            "adapters": [adapter.record() for adapter in self.adapters],
+            "dtype": self.options.dtype,
+        }
+        options = self._recorded_options()
+        if options:
+            merge["options"] = options
+        return json.dumps([*history(self.base), merge], separators=(",", ":"))
+
+    def _recorded_options(self) -> Json:
+        """The options that decide which numbers are written, where they are not the defaults."""
+        options: Json = {}
+        if len(self.adapters) > 1 and self.options.how in ("linear", "svd"):
+            options["how"] = self.options.how
+            if self.options.rank is not None:
+                options["rank"] = self.options.rank
+        for name in _RECORDED:
+            if getattr(self.options, name):
+                options[name] = True
+        return options
+
+    def replaced_tensors(self) -> Iterator[tuple[str, TensorInfo]]:
+        """The tensors of the base that change, with their names."""
+        for name in self.changes:
+            if name not in self.added:
+                yield name, self.base.tensors[name]
 
     @property
     def touched_bytes(self) -> int:
         """Bytes of the output that are computed."""
-        return sum(c.nbytes for c in self.changes.values())
+        return sum(change.nbytes for change in self.changes.values())
 
     @property
     def disk(self) -> int:
         """Bytes that the output will take, without headers' growth."""
-        old = (c.source for n, c in self.changes.items() if n not in self.added)
-        return self.base.size + self.touched_bytes - sum(s.stop - s.start for s in old)
+        replaced = 0
+        for name, change in self.changes.items():
+            if name not in self.added:
+                replaced += change.source.stop - change.source.start
+        return self.base.size + self.touched_bytes - replaced
 
     def to_json(self) -> Json:
         """What a dry run prints."""
         return {
-            "tensors": [c.to_json() for c in self.changes.values()],
+            "tensors": [change.to_json() for change in self.changes.values()],
             "touched_bytes": self.touched_bytes,
             "disk_bytes": self.disk,
         }
 
     def __str__(self) -> str:
         """A table, and the sums."""
-        rows = [("tensor", "shape", "dtype", "update")]
-        rows += [
-            (c.name, "×".join(map(str, c.shape)), c.dtype, "; ".join(c.what))
-            for c in self.changes.values()
-        ]
+        rows = [["tensor", "shape", "dtype", "update"]]
+        for change in self.changes.values():
+            shape = "×".join(map(str, change.shape))
+            rows.append([change.name, shape, change.dtype, "; ".join(change.what)])
         total = len(self.base.tensors) + len(self.added)
-        lines = table([(*r,) for r in rows])
+        disk = human(self.disk)
+        lines = table(rows)
         lines.append(
             f"{len(self.changes)} of {total} tensors change, {human(self.touched_bytes)}B of "
-            f"{human(self.disk)}B; disk needed: {human(self.disk)}B"
+            f"{disk}B; disk needed: {disk}B"
         )
         return "\n".join(lines)
 
 
-def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> MergePlan:
+def make_plan(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> MergePlan:
     """Match adapters to a checkpoint and check everything that can be checked without reading it.
 
     Raises:
         LoraFxError: Every reason not to merge that headers and adapters show.
     """
-    if not given:
+    if not adapters:
         raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
-    stored = base
-    if (options.dequantise or options.requantise) and not is_view(base):
+
+    stored = base  # what the output is written from: as floats only where that is asked for
+    if options.reads_codes and not is_view(base):
         base = dequantised(base, options.dtype_of_codes, options.shard_bytes)
         if options.dequantise:
             refuse_left(base)
             stored = base
-    _check_given(base, given, options)
-    given = [replace(g, adapter=g.adapter.resolved(base.tensors)) for g in given]
-    config, notes = base.config(), _read_too(given, options)
+
+    _check_adapters(base, adapters, options)
+    adapters = [replace(item, adapter=item.adapter.resolved(base.tensors)) for item in adapters]
+    matched = _match_all(base, adapters, options)
+    check_unknown(matched.placed, matched.tie, base)
+    base_notes = [
+        base_note(item.adapter, item.where, base, matched.names, options.any_base)
+        for item in adapters
+    ]
+    unverified = tuple(note for note in base_notes if note)
+
+    parted = _part_uses(matched, base, options)
+    changes = _changes(parted, base, stored, options)
+    notes = [*matched.notes, *_int8_notes(changes, options), *view_notes(stored), *unverified]
+    return MergePlan(
+        stored,
+        tuple(adapters),
+        changes,
+        added={name: _home(stored, parted.copies.get(name)) for name in parted.new},
+        tie=matched.tie if parted.of_one_use else None,
+        one_use=tuple(dict.fromkeys(update.key for update in parted.of_one_use)),
+        notes=tuple(dict.fromkeys(notes)),
+        options=options,
+        unverified=unverified,
+    )
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """The updates of all adapters at their tensors.
+
+    Attributes:
+        placed: The updates, in the order of the adapters.
+        tie: The tie of the base's head and embedding, where it has one.
+        names: The base's tensors under every name that an adapter may use, and those to add.
+        notes: What should be said.
+    """
+
+    placed: list[Placed]
+    tie: Tie | None
+    names: Tensors
+    notes: list[str]
+
+
+def _match_all(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> _Matched:
+    """Match every adapter, or the one mix of them.
+
+    Raises:
+        LoraFxError: An adapter that does not fit the base.
+    """
+    config = base.config()
+    notes = _check_other_readers(adapters, options)
+    weighted = _weighted(adapters, options)
+    keys = [key for adapter, _ in weighted for key in adapter.entries]
+    tie, names = tie_and_names(base, keys)
     placed: list[Placed] = []
-    weighted = _weighted(given, options)
-    tie, known = tie_and_names(base, [k for a, _ in weighted for k in a.entries])
     for adapter, where in weighted:
-        try:
-            refuse_codes(adapter.entries, base, config)
-        except LoraFxError as error:
-            hint = error.hint
-            if not (options.dequantise or options.requantise):
-                hint = _ways_on(base, given, options) or hint
-            pooled = (v for u in adapter.lowrank.values() if (v := variant_of(u)).constant_over)
-            if (variant := next(pooled, None)) is not None:
-                hint = f"lora-fx export puts {variant.title} into zero points, without loss; {hint}"
-            raise LoraFxError(error.message, hint) from error
-        new = _new(adapter, base) if options.add else {}
+        _check_codes(adapter, base, adapters, options)
+        new = _new_tensors(adapter, base) if options.add else {}
         with _of_another_model(adapter, where, base):
-            here, said = match(
+            updates, match_notes = match(
                 adapter,
-                known,
+                names,
                 config,
                 str(base.path),
                 new=new,
@@ -191,58 +263,50 @@ def make_plan(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -
                 allow_missing=options.allow_missing,
                 source=where,
             )
-        notes += [*adapter.metadata.get("notes", ()), *said, *(f"added: {n}" for n in new)]
-        if not here:
+        notes += adapter.metadata.get("notes", ())
+        notes += match_notes
+        notes += [f"added: {name}" for name in new]
+        if not updates:
             raise LoraFxError(
                 f"{where}: none of its keys is in {base.path}",
                 "is it the adapter of another model?",
             )
-        placed += (p.at_its_use(tie, base, untie=options.untie) for p in here)
-        known = {**known, **new}
-    check_unknown(placed, tie, base)
-    checks = [base_note(g.adapter, g.where, base, known, options.any_base) for g in given]
-    sources = {n: t for n, t in known.items() if n not in base.tensors and t.stop == 0}
-    copies: dict[str, str] = {}
-    meant: tuple[str, ...] = ()
-    if tie is not None:
-        placed = one_change(placed, tie)
-        apart = of_one_use(placed, tie, config, str(base.path), untie=options.untie)
-        copies = tie.new(base.tensors) if apart else {}
-        meant = tuple(dict.fromkeys(p.key for p in apart))
-        sources |= {n: base.tensors[source] for n, source in copies.items()}
-        placed = spread(placed, tie, {*base.tensors, *sources})
-        tie = tie if apart else None
-    by_tensor = by_key((p.tensor, p) for p in placed)
-    changes: dict[str, TensorChange] = {}
-    codes = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
-    names = {*by_tensor, *codes} if options.dequantise else by_tensor.keys()
-    for name in (*(n for n in base.tensors if n in names), *(n for n in sources)):
-        info = base.tensors.get(name)
-        if options.requantise and isinstance(info, CodesInfo):
-            changes |= requantised(name, info, by_tensor[name], stored)
-            continue
-        info = sources.get(name) or base.tensors[name]
-        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
-        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
-        if name in copies and change.value is None:
-            change = replace(change, what=(f"copy of {copies[name]}", *change.what))
-        elif name in sources:
-            change = replace(change, what=("added",))
-        changes[name] = change
-        if (int8 := change.int8) is not None:
-            _check_free(int8.name, by_tensor, base)
-            changes[int8.name] = scales_change(int8.name, int8.scales, name)
-    narrow = [c.name for c in changes.values() if c.int8 is not None]
-    if narrow and options.dtype is not None:
-        stay = f"{len(narrow)} int8 tensors stay int8, {narrow[0]} among them"
-        notes.append(f"--dtype {options.dtype}: {stay}")
-    notes += view_notes(stored)
-    homes = {n: _home(stored, copies.get(n)) for n in sources}
-    unverified = tuple(c for c in checks if c)
-    notes = list(dict.fromkeys([*notes, *unverified]))
-    return MergePlan(
-        stored, tuple(given), changes, homes, tie, meant, tuple(notes), options, unverified
-    )
+        placed += [update.at_its_use(tie, base, untie=options.untie) for update in updates]
+        names = {**names, **new}
+    return _Matched(placed, tie, names, notes)
+
+
+def _weighted(
+    adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> list[tuple[Adapter, str]]:
+    """The adapters to add one after the other, with their names: as they are, or their one mix."""
+    if len(adapters) > 1 and options.how not in ("sum", "cat"):
+        parts = [(item.adapter, item.weight) for item in adapters]
+        where = " + ".join(item.where for item in adapters)
+        return [(mix(parts, options.how, options.rank), where)]
+    if options.rank is not None:
+        raise LoraFxError(
+            "only an svd mix of several adapters has a rank to choose",
+            "--how svd, or no --rank",
+        )
+    return [(item.adapter.weighted(item.weight), item.where) for item in adapters]
+
+
+def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
+    """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
+    last_shard = base.folder / list(base.shards)[-1]
+    dtypes = [info.dtype for info in base.tensors.values() if info.dtype in FLOATING]
+    dtypes = dtypes or ["float32"]
+    most_used = max(dict.fromkeys(dtypes), key=dtypes.count)
+    rename = renaming(adapter, base.tensors, base.config(), [])
+    new: dict[str, TensorInfo] = {}
+    for key, full in adapter.full.items():
+        if rename.info(key) is None:
+            dtype = full.value.dtype.name
+            if dtype in FLOATING:
+                dtype = most_used
+            new[key] = TensorInfo(dtype, full.value.shape, last_shard, 0, 0)
+    return new
 
 
 @contextlib.contextmanager
@@ -251,104 +315,210 @@ def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterato
     try:
         yield
     except LoraFxError as error:
-        if not (told := other_model(adapter, where, base)):
+        lead = other_model(adapter, where, base)
+        if not lead:
             raise
         if isinstance(error, MergeRefusal):
-            raise error.after(told) from error
-        raise LoraFxError(f"{told}: {error.message}", error.hint) from error
+            raise error.after(lead) from error
+        raise LoraFxError(f"{lead}: {error.message}", error.hint) from error
 
 
-def _ways_on(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> str:
-    """What merging into codes would cost, either way; empty where neither can be done."""
-    try:
-        plan = make_plan(base, given, replace(options, dequantise=True))
-        folds = [
-            (c.source, c.fold)
-            for c in plan.changes.values()
-            if isinstance(c.source, CodesInfo) and c.fold is not None and c.fold.matrix.parts
-        ]
-        kept, noise = in_all(sampled(folds))
-    except LoraFxError:
-        return ""
-    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes}, now {human(base.size)}B"
-    return (
-        f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {kept:.0%} of the "
-        f"update with noise of {noise:.1f} times its size, by a sample of rows"
-    )
+def _check_adapters(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> None:
+    """Raise for weights that are no numbers, and for an adapter that is merged twice."""
+    names_by_hash: dict[str, str] = {}
+    for item in adapters:
+        if not math.isfinite(item.weight):
+            raise LoraFxError(
+                f"{item.where}: its weight is {item.weight:g}; expected a finite number",
+                "for example ADAPTER:0.5",
+            )
+        if item.hash in names_by_hash and not options.again:
+            other = names_by_hash[item.hash]
+            as_other = "" if item.where == other else f", as {other} too"
+            raise LoraFxError(
+                f"{item.where} is given twice{as_other}",
+                "give it once, with the sum of the weights; --again merges it twice",
+            )
+        names_by_hash[item.hash] = item.where
+    hashes = [(item.where, item.hash) for item in adapters]
+    refuse_again(base.path, history(base), hashes, again=options.again)
 
 
-def _home(base: Checkpoint, source: str | None) -> str:
-    """The shard of a new tensor: that of what it is a copy of, else the last."""
-    shards = [n for n, header in base.shards.items() if source in header.tensors]
-    return shards[0] if shards else [*base.shards][-1]
+def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> list[str]:
+    """Notes of weights that are read by more than the products that their updates are for.
 
-
-def _read_too(given: Sequence[Given], options: MergeOptions) -> list[str]:
-    """Raise where a weight is read by more than the products that its update is for; or note it."""
+    Raises:
+        LoraFxError: There are such, and they are not allowed.
+    """
     notes = []
-    for g in given:
-        read = g.adapter.metadata.get(OTHER_READERS) or {}
-        for key in (k for k in read if k in g.adapter.entries):
-            said = f"{g.where}: the update of {key!r} does not reach {', '.join(read[key])}"
+    for item in adapters:
+        readers = item.adapter.metadata.get(OTHER_READERS) or {}
+        for key in readers:
+            if key not in item.adapter.entries:
+                continue
+            names = ", ".join(readers[key])
+            unreached = f"{item.where}: the update of {key!r} does not reach {names}"
             if not options.other_readers:
                 raise MergeRefusal(
                     READ_TOO,
                     [key],
-                    f"{said}, which reads the tensor too; a merge would change that",
+                    f"{unreached}, which reads the tensor too; a merge would change that",
                     "lora-fx export keeps them apart; --other-readers merges all the same",
                 )
-            notes.append(f"{said}, which the merged tensor changes")
+            notes.append(f"{unreached}, which the merged tensor changes")
     return notes
 
 
-def _check_free(scales: str, placed: Mapping[str, Sequence[Placed]], base: Checkpoint) -> None:
-    if scales in placed:
+def _check_codes(
+    adapter: Adapter,
+    base: Checkpoint,
+    adapters: Sequence[WeightedAdapter],
+    options: MergeOptions,
+) -> None:
+    """Raise where an update is of codes, and the hint says what each way to merge it costs."""
+    try:
+        refuse_codes(adapter.entries, base, base.config())
+    except LoraFxError as error:
+        hint = error.hint
+        if not options.reads_codes:
+            hint = _cost_of_codes(base, adapters, options) or hint
+        for low in adapter.lowrank.values():
+            variant = variant_of(low)
+            if variant.constant_over:
+                title = variant.title
+                hint = f"lora-fx export puts {title} into zero points, without loss; {hint}"
+                break
+        raise LoraFxError(error.message, hint) from error
+
+
+def _cost_of_codes(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> str:
+    """What merging into codes would cost, either way; empty where neither can be done."""
+    try:
+        plan = make_plan(base, adapters, replace(options, dequantise=True))
+        folds = [
+            (change.source, change.fold)
+            for change in plan.changes.values()
+            if isinstance(change.source, CodesInfo) and change.fold and change.fold.matrix.parts
+        ]
+        gain, noise = in_all(sampled(folds))
+    except LoraFxError:
+        return ""
+    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes}, now {human(base.size)}B"
+    return (
+        f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {gain:.0%} of the "
+        f"update with noise of {noise:.1f} times its size, by a sample of rows"
+    )
+
+
+@dataclass(frozen=True)
+class _Parted:
+    """The updates once a tied table's uses are parted, where one of them changes alone.
+
+    Attributes:
+        placed: The updates.
+        of_one_use: Those that mean one use of a tied table.
+        copies: Tensor to add → the base's tensor that it starts as a copy of.
+        new: All tensors to add, those copies among them.
+    """
+
+    placed: list[Placed]
+    of_one_use: list[Placed]
+    copies: Mapping[str, str]
+    new: Mapping[str, TensorInfo]
+
+
+def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _Parted:
+    """Part the uses of a tied table, where an update means one of them.
+
+    Raises:
+        LoraFxError: They may not, or cannot, be parted.
+    """
+    tensors = base.tensors
+    new: dict[str, TensorInfo] = {}
+    for name, info in matched.names.items():
+        if name not in tensors and info.stop == 0:
+            new[name] = info
+    tie = matched.tie
+    if tie is None:
+        return _Parted(matched.placed, [], {}, new)
+
+    placed = one_change(matched.placed, tie)
+    of_one = of_one_use(placed, tie, base.config(), str(base.path), untie=options.untie)
+    copies = tie.new(tensors) if of_one else {}
+    new |= {name: tensors[source] for name, source in copies.items()}
+    return _Parted(spread(placed, tie, {*tensors, *new}), of_one, copies, new)
+
+
+def _changes(
+    parted: _Parted, base: Checkpoint, stored: Checkpoint, options: MergeOptions
+) -> dict[str, TensorChange]:
+    """What becomes of each tensor, in the order of the base, and of tensors to add.
+
+    Args:
+        parted: All updates.
+        base: The checkpoint, its codes as floats where options ask for either way to merge them.
+        stored: The checkpoint that the output is written from.
+        options: As asked.
+
+    Raises:
+        LoraFxError: Updates of one tensor that exclude each other, or do not fit it.
+    """
+    by_tensor = by_key((update.tensor, update) for update in parted.placed)
+    changes: dict[str, TensorChange] = {}
+    for name, info in base.tensors.items():
+        is_dequantised = options.dequantise and isinstance(info, CodesInfo)
+        if name not in by_tensor and not is_dequantised:
+            continue
+        if options.requantise and isinstance(info, CodesInfo):
+            changes |= requantised(name, info, by_tensor[name], stored)
+            continue
+        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
+        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
+        changes |= _with_scales(change, by_tensor, base)
+
+    for name, info in parted.new.items():
+        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
+        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
+        what: tuple[str, ...] = ("added",)
+        if name in parted.copies and change.value is None:
+            what = (f"copy of {parted.copies[name]}", *change.what)
+        changes |= _with_scales(replace(change, what=what), by_tensor, base)
+    return changes
+
+
+def _with_scales(
+    change: TensorChange, by_tensor: Mapping[str, Sequence[Placed]], base: Checkpoint
+) -> dict[str, TensorChange]:
+    """A change by its tensor's name, and that of its scales where they are made anew."""
+    changes = {change.name: change}
+    int8 = change.int8
+    if int8 is None:
+        return changes
+    if int8.name in by_tensor:
         raise LoraFxError(
-            f"{base.path}: {placed[scales][0].key!r} changes the scales of an int8 weight that "
-            "another update changes too",
+            f"{base.path}: {by_tensor[int8.name][0].key!r} changes the scales of an int8 weight "
+            "that another update changes too",
             "merge one adapter after the other",
         )
+    changes[int8.name] = scales_change(int8.name, int8.scales, change.name)
+    return changes
 
 
-def _check_given(base: Checkpoint, given: Sequence[Given], options: MergeOptions) -> None:
-    """Raise for weights that are no numbers, and for an adapter that is merged twice."""
-    seen: dict[str, str] = {}
-    for g in given:
-        if not math.isfinite(g.weight):
-            raise LoraFxError(
-                f"{g.where}: its weight is {g.weight:g}; expected a finite number",
-                "for example ADAPTER:0.5",
-            )
-        if g.hash in seen and not options.again:
-            other = seen[g.hash]
-            raise LoraFxError(
-                f"{g.where} is given twice{'' if g.where == other else f', as {other} too'}",
-                "give it once, with the sum of the weights; --again merges it twice",
-            )
-        seen[g.hash] = g.where
-    hashes = [(g.where, g.hash) for g in given]
-    refuse_again(base.path, history(base), hashes, again=options.again)
+def _int8_notes(changes: Mapping[str, TensorChange], options: MergeOptions) -> list[str]:
+    """A note of the tensors that a dtype does not reach."""
+    int8 = [change.name for change in changes.values() if change.int8 is not None]
+    if not int8 or options.dtype is None:
+        return []
+    return [f"--dtype {options.dtype}: {len(int8)} int8 tensors stay int8, {int8[0]} among them"]
 
 
-def _weighted(given: Sequence[Given], options: MergeOptions) -> list[tuple[Adapter, str]]:
-    """The adapters to add one after the other: as given, or their one mix."""
-    if len(given) == 1 or options.how in ("sum", "cat"):
-        if options.rank is not None:
-            raise LoraFxError(
-                "only an svd mix of several adapters has a rank to choose",
-                "--how svd, or no --rank",
-            )
-        return [(g.adapter.weighted(g.weight), g.where) for g in given]
-    parts = [(g.adapter, g.weight) for g in given]
-    return [(mix(parts, options.how, options.rank), " + ".join(g.where for g in given))]
-
-
-def _new(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
-    """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
-    shard = base.folder / list(base.shards)[-1]
-    dtypes = [t.dtype for t in base.tensors.values() if t.dtype in FLOATING] or ["float32"]
-    dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
-    rename = renaming(adapter, base.tensors, base.config(), [])
-    new = {k: v.value for k, v in adapter.full.items() if rename.info(k) is None}
-    kinds = {k: dtype if v.dtype.name in FLOATING else v.dtype.name for k, v in new.items()}
-    return {k: TensorInfo(kinds[k], v.shape, shard, 0, 0) for k, v in new.items()}
+def _home(base: Checkpoint, source: str | None) -> str:
+    """The shard of a new tensor: that of what it is a copy of, else the last."""
+    for name, header in base.shards.items():
+        if source in header.tensors:
+            return name
+    return list(base.shards)[-1]

@@ -9,7 +9,7 @@ from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
 from lora_fx.checkpoint.pair import Pair
 from lora_fx.checkpoint.provenance import history, refuse_again
 from lora_fx.checkpoint.refusal import BASE, MERGED, MISSING, READ_TOO, TIED, UNUSED, MergeRefusal
@@ -40,7 +40,9 @@ def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) ->
     """What merge would do with these entries; `lenient` takes what a check has told already."""
     adapter, options = replace(pair.adapter, entries=entries), pair.options
     options = replace(options, **LENIENT) if lenient else options
-    return make_plan(pair.base, [Given(adapter, 1.0, str(pair.path), pair.digest)], options)
+    return make_plan(
+        pair.base, [WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)], options
+    )
 
 
 def planned(pair: Pair, told: Collection[str] = ()) -> MergePlan | LoraFxError:

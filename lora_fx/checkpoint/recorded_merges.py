@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from lora_fx.checkpoint.companions import untied
 from lora_fx.checkpoint.merge_options import HOWS, LENIENT, MergeOptions
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import FLOATING
@@ -44,7 +44,7 @@ class Recorded:
 
 
 def chain_of(
-    merged: Checkpoint, base: Checkpoint, given: Sequence[Given]
+    merged: Checkpoint, base: Checkpoint, given: Sequence[WeightedAdapter]
 ) -> tuple[MergePlan, list[Recorded], list[str]]:
     """What the merges should have done, in the dtypes that they have done it in.
 
@@ -96,13 +96,13 @@ def chain_of(
 
 
 def _assigned(
-    records: Sequence[JsonView], given: Sequence[Given]
-) -> tuple[list[list[Given]], list[Recorded], list[Given]]:
+    records: Sequence[JsonView], given: Sequence[WeightedAdapter]
+) -> tuple[list[list[WeightedAdapter]], list[Recorded], list[WeightedAdapter]]:
     """The adapters of every record, what is recorded, and adapters that no record has.
 
     One that is recorded several times and given once is the one of all these records.
     """
-    stages: list[list[Given]] = [[] for _ in records]
+    stages: list[list[WeightedAdapter]] = [[] for _ in records]
     recorded: list[Recorded] = []
     used: set[int] = set()
     for i, record in enumerate(records):
@@ -122,7 +122,7 @@ def _assigned(
 
 
 def _options(
-    record: JsonView, parts: Sequence[Given], base: Checkpoint, merged: Checkpoint
+    record: JsonView, parts: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
 ) -> MergeOptions:
     asked = record.get("options")
     asked = asked if isinstance(asked, dict) else {}
@@ -174,8 +174,8 @@ def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
         floats = info is not None and {info.dtype, change.dtype} <= {*FLOATING}
         if info is not None and floats and not change.scales_of:
             changes[name] = replace(change, dtype=info.dtype)
-    given = tuple(g for p in plans for g in p.given)
-    return replace(plans[0], given=given, changes=changes, added=added)
+    adapters = tuple(g for p in plans for g in p.adapters)
+    return replace(plans[0], adapters=adapters, changes=changes, added=added)
 
 
 def _then(

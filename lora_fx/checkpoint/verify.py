@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.file_targets import targets_of
-from lora_fx.checkpoint.merge import Adapters, cores, given
+from lora_fx.checkpoint.merge import Adapters, cores, read_adapters
 from lora_fx.checkpoint.merge_options import LENIENT
-from lora_fx.checkpoint.merge_plan import Given, MergePlan, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.recorded_merges import Recorded, chain_of
 from lora_fx.checkpoint.tensor_differences import unlike
@@ -66,7 +66,7 @@ def verify_files(
         if adapter is None:
             found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
         else:
-            parts = given(_listed(adapter), base=Path(b))
+            parts = read_adapters(_listed(adapter), base=Path(b))
             plan, recorded, notes = chain_of(first, second, parts)
             wrong = prove(plan, first, rows=rows, threads=cores())
             found = sorted(wrong, key=lambda d: -d.ratio)
@@ -102,7 +102,7 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
         adapter = load_adapter(
             Path(adapter), most=2 * checkpoint.elements, base=Path(base), resolve=False
         )
-    plan = make_plan(checkpoint, [Given(adapter, 1.0, "the adapter", "")], LENIENT)
+    plan = make_plan(checkpoint, [WeightedAdapter(adapter, 1.0, "the adapter", "")], LENIENT)
     found = targets_of(checkpoint.tensors).targets
     details: Json = {
         "fits": len(adapter) - len(adapter.full),

@@ -15,10 +15,10 @@ from os import fspath
 from pathlib import Path
 
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
-from lora_fx.checkpoint.merge import Adapters, given, plan_merge
+from lora_fx.checkpoint.merge import Adapters, plan_merge, read_adapters
 from lora_fx.checkpoint.merge import run as merge_checkpoint
 from lora_fx.checkpoint.merge_options import MergeOptions, refuse_rank
-from lora_fx.checkpoint.merge_plan import Given
+from lora_fx.checkpoint.merge_plan import WeightedAdapter
 from lora_fx.checkpoint.merge_report import GAIN
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.checkpoint.write import Progress
@@ -273,7 +273,7 @@ class OnnxMergePlan:
 
     graph: OnnxGraph
     found: Found
-    parts: tuple[Given, ...]
+    parts: tuple[WeightedAdapter, ...]
     matched: Matched
     renamed: int
     merges: Sequence[Json]
@@ -318,7 +318,7 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
     """
     source = Path(base)
     with trusting(options.trust):
-        parts = given(adapters)
+        parts = read_adapters(adapters)
     graph, renamed = named_graph(source)
     merges = merges_of(graph.model.metadata_props.get(METADATA), str(source))
     refuse_again(source, merges, [(p.where, p.hash) for p in parts], again=options.again)
@@ -328,7 +328,7 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
 
 
 def _sum(
-    parts: Sequence[Given], graph: OnnxGraph, found: Found, options: OnnxMergeOptions
+    parts: Sequence[WeightedAdapter], graph: OnnxGraph, found: Found, options: OnnxMergeOptions
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
     each = [match(p.adapter, graph, found, options.names) for p in parts]
