@@ -12,8 +12,9 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.companions import REPORTS, report_name
+from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge_options import MergeOptions
-from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
 from lora_fx.checkpoint.merge_report import report_json, report_of
 from lora_fx.checkpoint.prove import prove
 from lora_fx.checkpoint.provenance import adapter_hash

@@ -9,7 +9,8 @@ from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
-from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
+from lora_fx.checkpoint.make_plan import make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
 from lora_fx.checkpoint.pair import Pair
 from lora_fx.checkpoint.provenance import history, refuse_again
 from lora_fx.checkpoint.refusal import BASE, MERGED, MISSING, READ_TOO, TIED, UNUSED, MergeRefusal

@@ -13,9 +13,10 @@ from typing import Any, TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.file_targets import targets_of
+from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge import Adapters, cores, read_adapters
 from lora_fx.checkpoint.merge_options import LENIENT
-from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter, make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.recorded_merges import Recorded, chain_of
 from lora_fx.checkpoint.tensor_differences import unlike
