@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import ReplacedRows, Rotation, name_of
+from lora_fx.adapter.updates import Entry, ReplacedRows, Rotation, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.fold import TensorFold, arithmetic
 from lora_fx.checkpoint.fold_stats import Stats
@@ -25,7 +25,7 @@ from lora_fx.files.safetensors import TensorInfo
 from lora_fx.targets.target import overlap
 from lora_fx.text import Json
 
-_APART = "merge one adapter after the other"
+_ONE_BY_ONE = "merge one adapter after the other"
 
 
 Stage = tuple[TensorFold, str]
@@ -73,8 +73,9 @@ class TensorChange:
         if self.codes is not None:
             yield from self.codes.weight.spans(most)
             return
-        for low in range(0, self.fold.matrix.rows, most):
-            yield low, min(self.fold.matrix.rows, low + most)
+        rows = self.fold.matrix.rows
+        for low in range(0, rows, most):
+            yield low, min(rows, low + most)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,29 +87,50 @@ class TensorChange:
         """How many bytes the output's tensor has."""
         return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
-    def to_json(self, s: Stats | None = None) -> Json:
-        """A row of `tensors[]` in docs/json.md; what only a merge knows, `s`, is null before."""
-        missed, gain = (s.missed, s.gain) if s else (None, None)
-        return {
+    @property
+    def requantised(self) -> bool:
+        """True where its codes are made anew because that was asked for."""
+        return self.codes is not None and self.int8 is None
+
+    def to_json(self, stats: Stats | None = None) -> Json:
+        """A row of `tensors[]` in docs/json.md; null where only a merge knows: its `stats`."""
+        row: Json = {
             "key": self.name,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "updates": list(self.what),
             "bytes": self.nbytes,
-            "ratio": s.ratio if s and math.isfinite(s.ratio) else None,  # of a tensor of zeros
-            "lost": s.lost if s else None,
-            "gain": gain,
-            "int8": {"scheme": self.int8.scheme, "scales": self.int8.name, "error": missed,
-                     "own": s.coarse if s else None} if self.int8 else None,
-            "requantised": {"format": self.codes.weight.format,
-                            "scales": self.codes.weight.anew.scales, "kept": gain, "noise": missed}
-            if self.codes and self.codes.weight.anew and self.requantised else None,
-        }  # fmt: skip
+            "ratio": None,
+            "lost": None,
+            "gain": None,
+            "int8": None,
+            "requantised": None,
+        }
+        missed = None
+        coarse = None
+        if stats is not None:
+            missed = stats.missed
+            coarse = stats.coarse
+            row["lost"] = stats.lost
+            row["gain"] = stats.gain
+            if math.isfinite(stats.ratio):  # not of a tensor of zeros
+                row["ratio"] = stats.ratio
 
-    @property
-    def requantised(self) -> bool:
-        """True where its codes are made anew because that was asked for."""
-        return self.codes is not None and self.int8 is None
+        if self.int8 is not None:
+            row["int8"] = {
+                "scheme": self.int8.scheme,
+                "scales": self.int8.name,
+                "error": missed,
+                "own": coarse,
+            }
+        elif self.codes is not None and self.codes.weight.anew is not None:
+            row["requantised"] = {
+                "format": self.codes.weight.format,
+                "scales": self.codes.weight.anew.scales,
+                "kept": row["gain"],
+                "noise": missed,
+            }
+        return row
 
 
 def change_of(
@@ -127,39 +149,61 @@ def change_of(
         LoraFxError: A tensor that nothing can be folded into, updates that exclude each other,
             values that the output's dtype cannot hold.
     """
-    int8 = stored_as(name, info, base, [p.entry for p in placed])
+    int8 = stored_as(name, info, base, [update.entry for update in placed])
     out = dtype if dtype and info.dtype in FLOATING else info.dtype
-    whole = next((p.entry for p in placed if isinstance(p.entry, Full)), None)
+    whole = _whole_of(name, placed, base)
     if whole is not None:
-        if len(placed) > 1:
-            key = next(p.key for p in placed if p.entry is whole)
-            raise LoraFxError(
-                f"{base.path}: {name!r} is replaced whole by {key!r} and changed by another "
-                "update too",
-                _APART,
-            )
         _check_whole(name, info, whole.value, out)
         return TensorChange(name, info, out, value=whole.value, what=("replaced whole",))
-    _check_apart(name, placed, base)
+
+    _check_order(name, placed, base)
     matrices: list[Matrix] = []
-    for p in placed:
-        if not isinstance(p.entry, ReplacedRows):
-            assert not isinstance(p.entry, Full)
-            matrices.append(region(info.shape, p.bounds, p.entry))
-    rows = _rows(name, placed, base)
+    for update in placed:
+        if not isinstance(update.entry, ReplacedRows):
+            assert not isinstance(update.entry, Full)
+            matrices.append(region(info.shape, update.bounds, update.entry))
+    rows = _replaced_rows(name, placed, base)
     if rows or not matrices:
-        split = -1 if isinstance(info, CodesInfo) else 1
-        sizes = math.prod(info.shape[:split]), math.prod(info.shape[split:])
-        matrices.append(Matrix(*sizes, ()))
+        matrices.append(_as_rows(info))
     matrix = in_dtype(joined(name, matrices), arithmetic(info.dtype, out))
+
     codes = None
     if int8 is not None:
         int8.check(name, info, matrix)
         weight = int8.weight(info)
         codes = CodesInfo("float32", info.shape, info.file, info.start, info.stop, weight)
-    what = tuple(map(_said, placed)) or (("dequantised",) if isinstance(info, CodesInfo) else ())
+    what = tuple(_described(update) for update in placed)
+    if not what and isinstance(info, CodesInfo):
+        what = ("dequantised",)
     fold = TensorFold(name, matrix, rows)
     return TensorChange(name, info, out, fold, what=what, int8=int8, codes=codes)
+
+
+def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | None:
+    """What replaces a tensor whole; None where nothing does.
+
+    Raises:
+        LoraFxError: Another update changes the tensor too.
+    """
+    for update in placed:
+        if not isinstance(update.entry, Full):
+            continue
+        if len(placed) > 1:
+            raise LoraFxError(
+                f"{base.path}: {name!r} is replaced whole by {update.key!r} and changed by another "
+                "update too",
+                _ONE_BY_ONE,
+            )
+        return update.entry
+    return None
+
+
+def _as_rows(info: TensorInfo) -> Matrix:
+    """A tensor without a change, as rows along its first axis; of codes along all but the last."""
+    split = -1 if isinstance(info, CodesInfo) else 1
+    rows = math.prod(info.shape[:split])
+    columns = math.prod(info.shape[split:])
+    return Matrix(rows, columns, ())
 
 
 def requantised(
@@ -170,20 +214,33 @@ def requantised(
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
     """
-    if (int8 := int8_of(name, base)) is not None:
+    int8 = int8_of(name, base)
+    if int8 is not None:
         change = change_of(name, base.tensors[name], placed, base, None)
         return {name: change, int8.name: scales_change(int8.name, int8.scales, name)}
-    weight = info.weight
-    anew, why = weight.anew, f"{weight.format} is read, and not written"
-    if any(isinstance(p.entry, Full) for p in placed):
-        anew, why = None, "the adapter replaces it whole, by floats"
+
+    anew = info.weight.anew
+    why = f"{info.weight.format} is read, and not written"
+    if any(isinstance(update.entry, Full) for update in placed):
+        anew = None
+        why = "the adapter replaces it whole, by floats"
     if anew is None:
         raise LoraFxError(f"{base.path}: {name!r} cannot be quantised anew: {why}", "--dequantise")
-    change = change_of(name, info, placed, base, "float32")
+
     codes, *scales = anew.recoded
-    source, what = base.tensors[codes], (*change.what, f"requantised, {anew.scales} scales")
-    change = replace(change, name=codes, source=source, dtype=source.dtype, what=what, codes=info)
-    return {codes: change, **{n: scales_change(n, base.tensors[n], name) for n in scales}}
+    change = change_of(name, info, placed, base, "float32")
+    change = replace(
+        change,
+        name=codes,
+        source=base.tensors[codes],
+        dtype=base.tensors[codes].dtype,
+        what=(*change.what, f"requantised, {anew.scales} scales"),
+        codes=info,
+    )
+    changes = {codes: change}
+    for scale in scales:
+        changes[scale] = scales_change(scale, base.tensors[scale], name)
+    return changes
 
 
 def scales_change(name: str, info: TensorInfo, weight: str) -> TensorChange:
@@ -194,66 +251,83 @@ def scales_change(name: str, info: TensorInfo, weight: str) -> TensorChange:
 
 def _check_whole(name: str, info: TensorInfo, value: Array, dtype: str) -> None:
     """Raise where a whole tensor cannot be stored as `dtype`."""
-    kind = value.dtype.name
-    floats = dtype in FLOATING and kind in FLOATING
-    if not floats and kind != dtype:
+    value_dtype = value.dtype.name
+    are_floats = dtype in FLOATING and value_dtype in FLOATING
+    if not are_floats and value_dtype != dtype:
         raise MisfitError(
-            f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by {kind}; "
-            "expected the same kind"
+            f"{info.file}: tensor {name!r} is {dtype}, but the adapter replaces it by "
+            f"{value_dtype}; expected the same kind"
         )
-    if not floats or not value.size:
+    if not are_floats or not value.size:
         return
-    high, low = float(value.max()), float(value.min())
-    if not math.isfinite(high - low):
+
+    highest = float(value.max())
+    lowest = float(value.min())
+    if not math.isfinite(highest - lowest):
         raise LoraFxError(
             f"the adapter's whole tensor {name!r} has NaN or infinite values; expected finite ones",
             "training may have diverged; use an earlier checkpoint",
         )
     limit = float(finfo(dtype).max)
-    if max(high, -low) > limit:
-        worst = high if high > limit else low
+    if max(highest, -lowest) > limit:
+        worst = highest if highest > limit else lowest
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is {dtype}, which cannot hold the adapter's {worst:g}",
             "--dtype bfloat16 or float32 can",
         )
 
 
-def _check_apart(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
-    """Raise where an update's rescaling and another update meet: their order would matter."""
-    for p in placed:
-        how = "rotates it (OFT)" if isinstance(p.entry, Rotation) else ""
-        if isinstance(p.entry, LowRank) and variant_of(p.entry).reads_weight:
-            how = f"rescales it ({name_of(p.entry)})"
-        if isinstance(p.entry, LowRank) and p.entry.mutated:
-            how = f"is for a base that {p.entry.mutated} changed"
-        others = (q for q in placed if q is not p and not isinstance(q.entry, ReplacedRows))
-        if how and any(overlap(p.bounds, q.bounds) for q in others):
-            raise LoraFxError(
-                f"{base.path}: {p.key!r} {how}, and another update changes {name!r} too", _APART
-            )
+def _check_order(name: str, placed: Sequence[Placed], base: Checkpoint) -> None:
+    """Raise where updates of the same elements would give other numbers in another order."""
+    for update in placed:
+        why = _needs_base_alone(update.entry)
+        if not why:
+            continue
+        for other in placed:
+            if other is update or isinstance(other.entry, ReplacedRows):
+                continue
+            if overlap(update.bounds, other.bounds):
+                raise LoraFxError(
+                    f"{base.path}: {update.key!r} {why}, and another update changes {name!r} too",
+                    _ONE_BY_ONE,
+                )
 
 
-def _rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int, Array]:
+def _needs_base_alone(entry: Entry) -> str:
+    """Why an update has to meet the base's own weight; empty for one that is only added."""
+    if isinstance(entry, Rotation):
+        return "rotates it (OFT)"
+    if not isinstance(entry, LowRank):
+        return ""
+    if entry.mutated:
+        return f"is for a base that {entry.mutated} changed"
+    if variant_of(entry).reads_weight:
+        return f"rescales it ({name_of(entry)})"
+    return ""
+
+
+def _replaced_rows(name: str, placed: Sequence[Placed], base: Checkpoint) -> Mapping[int, Array]:
     """Row → its new values, each from one update."""
     rows: dict[int, Array] = {}
-    for p in placed:
-        if not isinstance(p.entry, ReplacedRows):
+    for update in placed:
+        if not isinstance(update.entry, ReplacedRows):
             continue
-        for i, value in zip(p.entry.index, p.entry.value, strict=True):
-            if i in rows and not np.array_equal(rows[i], value):
+        for row, value in zip(update.entry.index, update.entry.value, strict=True):
+            if row in rows and not np.array_equal(rows[row], value):
                 raise LoraFxError(
-                    f"{base.path}: row {i} of {name!r} is replaced twice, by different values",
-                    _APART,
+                    f"{base.path}: row {row} of {name!r} is replaced twice, by different values",
+                    _ONE_BY_ONE,
                 )
-            rows[i] = value
+            rows[row] = value
     return rows
 
 
-def _said(p: Placed) -> str:
-    entry = p.entry
+def _described(update: Placed) -> str:
+    """The kind, region, rank and scale of an update, for people."""
+    entry = update.entry
     if isinstance(entry, ReplacedRows):
         return f"{len(entry.index)} rows"
     assert not isinstance(entry, Full)
     rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
-    part = p.key[p.key.index("[") :] if p.key.endswith("]") else ""
+    part = update.key[update.key.index("[") :] if update.key.endswith("]") else ""
     return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"
