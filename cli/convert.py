@@ -139,7 +139,7 @@ def command(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
     if changes.fuse or changes.split or changes.rows:
-        from lora_fx.checkpoint.fused_rows import refitted
+        from lora_fx.checkpoint.refit import refitted
 
         loaded, moved = refitted(loaded, base, changes.fuse, changes.split, changes.rows)
         said += "".join(f"{line}\n" for line in moved)
