@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import FUSED, QKV, parent, roles_of
@@ -45,48 +44,63 @@ def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool
         config: Its config.json.
         apart: Those of which the adapter has the whole; else those of which it has parts.
     """
-    stored = _by_module(name for name, info in base.items() if len(info.shape) == 2)
-    modules = Names(stored, EXACT, ENDS)
-    result: dict[str, dict[str, str]] = {}
-    for module, ours in _by_module(map(base_name, adapter.entries)).items():
-        hits = modules.find(module)
-        theirs = stored[hits[0]] if len(hits) == 1 else {}
+    base_weights = _by_module(name for name, info in base.items() if len(info.shape) == 2)
+    base_modules = Names(base_weights, EXACT, ENDS)
+    rows: dict[str, dict[str, str]] = {}
+    for module, adapted in _by_module(map(base_name, adapter.entries)).items():
+        hits = base_modules.find(module)
+        stored = base_weights[hits[0]] if len(hits) == 1 else {}
         for roles in FUSED:
-            asked = roles in ours if apart else any((role,) in ours for role in roles)
-            rows = _rows_by_base(roles, ours, theirs, base, config) if asked else None
-            if rows is None:
+            if not _is_adapted(roles, adapted, apart=apart):
                 continue
-            names = {**_usual_names(roles), **theirs, **ours}
+            rows_by_role = _rows_by_base(roles, adapted, stored, base, config)
+            if rows_by_role is None:
+                continue
+            names = {**_usual_names(roles), **stored, **adapted}
             whole = _in_module(module, names[roles])
-            parts = {role: _in_module(module, names[role,]) for role in roles}
-            result[whole] = {parts[role]: rows.get(role, "") for role in roles}
-    return result
+            rows[whole] = {
+                _in_module(module, names[role,]): rows_by_role.get(role, "") for role in roles
+            }
+    return rows
+
+
+def _is_adapted(roles: Roles, adapted: Weights, *, apart: bool) -> bool:
+    """Whether a module's updates are of the whole of these roles, or of a part of it."""
+    if apart:
+        return roles in adapted
+    return any((role,) in adapted for role in roles)
 
 
 def _rows_by_base(
-    roles: Roles, ours: Weights, theirs: Weights, base: Tensors, config: JsonView
+    roles: Roles, adapted: Weights, stored: Weights, base: Tensors, config: JsonView
 ) -> dict[str, str] | None:
     """Role → its rows in the whole; None where the base has neither that nor all of its parts.
 
     Args:
         roles: Those of the parts.
-        ours: The adapter's names in the module.
-        theirs: The base's names in it.
+        adapted: The adapter's names in the module.
+        stored: The base's names in it.
         base: The base's tensors.
         config: Its config.json.
     """
-    if roles in theirs:
-        name = theirs[roles]
+    if roles in stored:
+        name = stored[roles]
         out, in_ = base[name].shape
         if CONV1D_NAMES.search(name) and out < in_:  # q, k and v are more than in
             out, in_ = in_, out
         return part_rows(name, out, in_, config)
-    if any((role,) not in theirs for role in roles):
+
+    if any((role,) not in stored for role in roles):
         return None
-    if QKV in ours.get(roles, ""):
+    if QKV in adapted.get(roles, ""):
         return {}
-    ends = [0, *accumulate(base[theirs[role,]].shape[0] for role in roles)]
-    return {role: f"{ends[i]}:{ends[i + 1]}" for i, role in enumerate(roles)}
+    rows: dict[str, str] = {}
+    start = 0
+    for role in roles:
+        end = start + base[stored[role,]].shape[0]
+        rows[role] = f"{start}:{end}"
+        start = end
+    return rows
 
 
 def _usual_names(roles: Roles) -> dict[Roles, str]:
@@ -104,30 +118,46 @@ def _in_module(module: str, name: str) -> str:
 
 def _by_module(names: Iterable[str]) -> dict[str, dict[Roles, str]]:
     """Module → roles of its weights → the first name that has them."""
-    result: dict[str, dict[Roles, str]] = {}
+    modules: dict[str, dict[Roles, str]] = {}
     for name in names:
-        result.setdefault(parent(name), {}).setdefault(roles_of(name), name)
-    return result
+        weights = modules.setdefault(parent(name), {})
+        weights.setdefault(roles_of(name), name)
+    return modules
 
 
-def told_rows(adapter: Adapter, told: JsonView, where: str) -> Rows:
-    """The same from a file, by names, or their ends from a dot on, without `.weight`.
+def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
+    """The wholes and parts of an adapter by a file's table.
+
+    Args:
+        adapter: Its keys.
+        table: Whole → part → its rows; names, or their ends from a dot on, without `.weight`.
+        where: The file, for messages.
 
     Raises:
         LoraFxError: It is no such table.
     """
-    result: dict[str, dict[str, str]] = {}
-    for whole, parts in told.items():
-        good = isinstance(parts, dict) and parts
-        if not good or not all(_SPAN.fullmatch(str(v)) for v in parts.values()):
+    rows: dict[str, dict[str, str]] = {}
+    for whole, parts in table.items():
+        if not _is_division(parts):
             raise LoraFxError(
                 f"{where}: {whole!r} is {one_line(repr(parts), 80)}; expected its parts' rows",
                 'as {"attn.qkv": {"attn.q": "0:64", …}}; "0:64:192" are such rows of every 192',
             )
         for key in map(base_name, adapter.entries):
             module = key.removesuffix(".weight")
-            name = next((n for n in (whole, *parts) if f".{module}".endswith(f".{n}")), None)
-            if name is not None:
-                lead, end = module.removesuffix(name), key.removeprefix(module)
-                result[f"{lead}{whole}{end}"] = {f"{lead}{p}{end}": v for p, v in parts.items()}
-    return result
+            suffix = key.removeprefix(module)
+            for name in (whole, *parts):
+                if f".{module}".endswith(f".{name}"):
+                    prefix = module.removesuffix(name)
+                    rows[f"{prefix}{whole}{suffix}"] = {
+                        f"{prefix}{part}{suffix}": span for part, span in parts.items()
+                    }
+                    break
+    return rows
+
+
+def _is_division(parts: object) -> bool:
+    """Whether a table's entry is parts with their rows."""
+    if not isinstance(parts, dict) or not parts:
+        return False
+    return all(_SPAN.fullmatch(str(span)) for span in parts.values())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,16 +13,37 @@ from lora_fx.adapter.fused import joined, sliced
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Entry, is_on_base, name_of
 from lora_fx.adapter.variant import variant_of
-from lora_fx.checkpoint.fused_rows import known_rows, told_rows
+from lora_fx.checkpoint.fused_rows import known_rows, rows_of_map
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
 from lora_fx.targets.target import base_name, split_key
+from lora_fx.text import JsonView
 
 _MOST = 10**6
 """Rows that a whole can have."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows low ≤ i < high of a whole or, with a period, of every so many rows of it."""
+
+    low: int
+    high: int
+    period: int | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Span:
+        """The span of `LOW:HIGH` or `LOW:HIGH:PERIOD`."""
+        return cls(*map(int, text.split(":")))
+
+    def rows(self, out: int) -> Array:
+        """The numbers of the rows, in a whole of `out` rows."""
+        rows = np.arange(out)
+        period = max(1, out) if self.period is None else self.period
+        return rows[(self.low <= rows % period) & (rows % period < self.high)]
 
 
 def refitted(
@@ -46,84 +66,185 @@ def refitted(
         raise LoraFxError(
             "expected one of --fuse and --split, with --base or --map", "--fuse --base FOLDER"
         )
-    opened = open_checkpoint(base) if base else None
-    tensors, config = (opened.tensors, opened.config()) if opened else ({}, {})
+    tensors: Tensors = {}
+    config: JsonView = {}
+    if base:
+        opened = open_checkpoint(base)
+        tensors = opened.tensors
+        config = opened.config()
     if table:
-        rows = told_rows(adapter, read_json(table), table)
+        rows = rows_of_map(adapter, read_json(table), table)
     else:
         rows = known_rows(adapter, tensors, config, apart=split)
     regions = _regions(adapter, tensors) if fuse else {}
-    where = table or str(base)
-    entries, said, notes = dict(adapter.entries), list[str](), list[str]()
-    read = dict(adapter.metadata.get(OTHER_READERS) or {})
+
+    refit = _Refit(adapter, table or str(base), split=split)
     for key in {**rows, **regions}:
-        spans = rows.get(key, {})
-        every = {**spans, **regions.get(key, {})}
-        mine = {k: entries[k] for k in (key, *(() if split else every)) if k in entries}
-        if not mine or (mine.keys() == {key} and not split):
-            continue
-        lows = {k: _linear(k, entries.pop(k), entries) for k in mine}
-        out = _size(key, every, lows, where)
-        at = {k: _rows(span, out) for k, span in every.items()} | {key: np.arange(out)}
-        covered = np.sort(np.concatenate([at[k] for k in spans or [key]]))
-        if not np.array_equal(covered, at[key]):
-            raise LoraFxError(
-                f"{where}: {key!r} has {out} rows, of which {', '.join(spans)} are no division",
-                f"expected each row in one part, and not {json.dumps(spans)}",
-            )
-        if split:
-            parts = {k: sliced(lows[key], at[k]) for k in spans}
-            live = {k: p for k, p in parts.items() if p.b.any() or variant_of(p).reads_weight}
-            new = live or parts
-        else:
-            new = {key: joined(key, out, {k: (low, at[k]) for k, low in lows.items()})}
-        if taken := entries.keys() & new.keys():
-            raise LoraFxError(f"{min(taken)!r} has an update of its own too", "--exclude it")
-        entries |= new
-        read |= {k: read[name] for name in mine if name in read for k in new}
-        old, made = ([f"{k} {every.get(k, '')}".strip() for k in names] for names in (mine, new))
-        said.append(f"{', '.join(old)} → {', '.join(made)}")
-        first, *others = lows
-        scaled = [k for k in others if lows[k].scale != lows[first].scale]
-        notes += [f"B of {k!r} is multiplied, in fp32: {first!r} has another scale" for k in scaled]
-    if not said:
+        refit.move(key, rows.get(key, {}), regions.get(key, {}))
+    if not refit.moves:
         what = "the whole" if split else "a part"
         raise LoraFxError(
-            f"{where}: the adapter has no update of {what} of a fused weight that is known here",
+            f"{refit.where}: the adapter has no update of {what} of a fused weight that is known "
+            "here",
             "--map FILE names wholes and parts, with the rows of each",
         )
-    metadata = {**adapter.metadata, "notes": [*adapter.metadata.get("notes", []), *notes]}
-    metadata |= {OTHER_READERS: read} if read else {}
-    return replace(adapter, entries=entries, metadata=metadata), said
+    metadata = {
+        **adapter.metadata,
+        "notes": [*adapter.metadata.get("notes", []), *refit.notes],
+    }
+    if refit.readers:
+        metadata[OTHER_READERS] = refit.readers
+    return replace(adapter, entries=refit.entries, metadata=metadata), refit.moves
+
+
+class _Refit:
+    """An adapter under way from parts to wholes, or back.
+
+    Args:
+        adapter: Its updates.
+        where: What says which rows are whose, for messages.
+        split: Wholes become parts; else parts become wholes.
+
+    Attributes:
+        entries: The updates so far.
+        readers: Key → what else reads its tensor.
+        moves: What became of which, for people.
+        notes: What should be said.
+    """
+
+    def __init__(self, adapter: Adapter, where: str, *, split: bool) -> None:
+        self.where = where
+        self.split = split
+        self.entries = dict(adapter.entries)
+        self.readers = dict(adapter.metadata.get(OTHER_READERS) or {})
+        self.moves: list[str] = []
+        self.notes: list[str] = []
+
+    def move(self, whole: str, parts: Mapping[str, str], regions: Mapping[str, str]) -> None:
+        """Replace the updates of one whole, or of its parts.
+
+        Args:
+            whole: Its key.
+            parts: Key of each part → its rows.
+            regions: Key of each region that has an update → its rows.
+        """
+        spans = {**parts, **regions}
+        names = [whole] if self.split else [whole, *spans]
+        updated = [name for name in dict.fromkeys(names) if name in self.entries]
+        if not updated or (updated == [whole] and not self.split):
+            return
+
+        lows: dict[str, LowRank] = {}
+        for name in updated:
+            lows[name] = _linear(name, self.entries.pop(name), self.entries)
+        out = _size(whole, spans, lows, self.where)
+        rows = {name: Span.of(span).rows(out) for name, span in spans.items()}
+        rows[whole] = np.arange(out)
+        self._check_division(whole, parts, rows)
+        if self.split:
+            replacing = _split(lows[whole], {part: rows[part] for part in parts})
+        else:
+            pieces = {name: (low, rows[name]) for name, low in lows.items()}
+            replacing = {whole: joined(whole, out, pieces)}
+
+        overwritten = self.entries.keys() & replacing.keys()
+        if overwritten:
+            raise LoraFxError(f"{min(overwritten)!r} has an update of its own too", "--exclude it")
+        self.entries |= replacing
+        self._tell(lows, replacing, spans)
+
+    def _check_division(
+        self, whole: str, parts: Mapping[str, str], rows: Mapping[str, Array]
+    ) -> None:
+        """Raise where a row of the whole is in no part, or in two."""
+        covered = np.concatenate([rows[name] for name in parts or [whole]])
+        if np.array_equal(np.sort(covered), rows[whole]):
+            return
+        raise LoraFxError(
+            f"{self.where}: {whole!r} has {len(rows[whole])} rows, of which {', '.join(parts)} are "
+            "no division",
+            f"expected each row in one part, and not {json.dumps(parts)}",
+        )
+
+    def _tell(
+        self,
+        lows: Mapping[str, LowRank],
+        replacing: Mapping[str, LowRank],
+        spans: Mapping[str, str],
+    ) -> None:
+        """Record what became of updates: other readers of their tensors, the move, notes."""
+        for name in lows:
+            if name in self.readers:
+                for key in replacing:
+                    self.readers[key] = self.readers[name]
+
+        before = [f"{key} {spans.get(key, '')}".strip() for key in lows]
+        after = [f"{key} {spans.get(key, '')}".strip() for key in replacing]
+        self.moves.append(f"{', '.join(before)} → {', '.join(after)}")
+
+        first, *others = lows
+        for key in others:
+            if lows[key].scale != lows[first].scale:
+                self.notes.append(
+                    f"B of {key!r} is multiplied, in fp32: {first!r} has another scale"
+                )
+
+
+def _split(low: LowRank, rows: Mapping[str, Array]) -> dict[str, LowRank]:
+    """The update of each part; those that change nothing are left out, unless none does."""
+    parts = {key: sliced(low, part_rows) for key, part_rows in rows.items()}
+    changing = {}
+    for key, part in parts.items():
+        if part.b.any() or variant_of(part).reads_weight:
+            changing[key] = part
+    return changing or parts
 
 
 def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:
-    """Regions of whole rows of a matrix, as parts of it; others stay what they are."""
-    result: dict[str, dict[str, str]] = {}
+    """Regions of whole rows of a matrix, as parts of it; others stay what they are.
+
+    Returns:
+        Tensor → key of a region that is updated → its rows.
+    """
+    regions: dict[str, dict[str, str]] = {}
     for key, low in adapter.lowrank.items():
-        name, layout = base_name(key), low.layout
-        if key.endswith("]") and layout and len(layout.stored) == 2 and name in base:
-            (out,), (in_,), shape = layout.out, layout.in_, base[name].shape
-            bounds = split_key(key, shape)[1]
-            if bounds[in_] == (0, shape[in_]):
-                low_, high = bounds[out]
-                result.setdefault(name, {})[key] = f"{low_}:{high}:{shape[out]}"
-    return result
+        name = base_name(key)
+        layout = low.layout
+        if not key.endswith("]") or name not in base:
+            continue
+        if layout is None or len(layout.stored) != 2:
+            continue
+        (out,) = layout.out
+        (in_,) = layout.in_
+        shape = base[name].shape
+        _, bounds = split_key(key, shape)
+        if bounds[in_] == (0, shape[in_]):
+            start, end = bounds[out]
+            regions.setdefault(name, {})[key] = f"{start}:{end}:{shape[out]}"
+    return regions
 
 
 def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     """An update whose rows can be moved; raises for others."""
-    if (bias := f"{key.removesuffix('weight')}bias") in others:
+    bias = f"{key.removesuffix('weight')}bias"
+    if bias in others:
         raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
-    if isinstance(entry, LowRank) and is_on_base(entry) and variant_of(entry).rows_apart:
-        origin = entry.origin
-        odd = origin.kernel or origin.tied or entry.use or origin.op in ("embedding", "experts")
-        if entry.a.ndim == 2 and not odd:
-            return entry
+    if isinstance(entry, LowRank) and _has_movable_rows(entry):
+        return entry
     raise LoraFxError(
         f"{key!r} is {name_of(entry)}; expected LoRA or DoRA of a linear layer",
         "--as lora --rank R makes LoRA of other methods; --exclude leaves it out",
     )
+
+
+def _has_movable_rows(low: LowRank) -> bool:
+    """Whether rows of an update's B stand for rows of the weight, and each can be had alone."""
+    if not is_on_base(low) or not variant_of(low).rows_apart:
+        return False
+    origin = low.origin
+    if origin.kernel or origin.tied or low.use:
+        return False
+    return origin.op not in ("embedding", "experts") and low.a.ndim == 2
 
 
 def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]) -> dict[str, str]:
@@ -135,35 +256,36 @@ def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]
         lows: Updates of the whole or of parts.
     """
     names = [*parts]
-    sizes = [len(lows[name].b) if name in lows else 64 for name in names]
-    if key in lows:
-        out = len(lows[key].b)
-        ends = [out * (i + 1) // len(names) for i in range(len(names))]
-    else:
-        ends = [*accumulate(sizes)]
-    starts = [0, *ends]
-    return {
-        name.removesuffix(".weight"): f"{start}:{end}"
-        for name, start, end in zip(names, starts, ends, strict=False)
-    }
+    example: dict[str, str] = {}
+    start = 0
+    for i, name in enumerate(names):
+        if key in lows:
+            end = len(lows[key].b) * (i + 1) // len(names)
+        elif name in lows:
+            end = start + len(lows[name].b)
+        else:
+            end = start + 64
+        example[name.removesuffix(".weight")] = f"{start}:{end}"
+        start = end
+    return example
 
 
 def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
-    """How many rows the whole has: by an update of it, or by one of a part and its rows."""
+    """How many rows the whole has: by an update of it, or by one of a part and its rows.
+
+    Raises:
+        LoraFxError: The rows of a part are not known.
+    """
     if not all(spans.values()):
         example = json.dumps({key.removesuffix(".weight"): _example_of_rows(key, spans, lows)})
         raise LoraFxError(
             f"{where}: which rows of {key!r} are whose is not known", f"--map FILE, as {example}"
         )
-    numbers = {k: [*map(int, span.split(":"))] for k, span in spans.items()}
+    by_name = {name: Span.of(span) for name, span in spans.items()}
     name, low = next(iter(lows.items()))
-    first, last, *period = numbers.get(name, (0, len(low.b)))
-    if name != key and not period:
-        return max(high for _, high, *_ in numbers.values())
-    return min(_MOST, (period or [last])[0] * len(low.b) // max(1, last - first))
-
-
-def _rows(span: str, out: int) -> Array:
-    low, high, period = (int(n) for n in f"{span}:{max(1, out)}".split(":")[:3])
-    at = np.arange(out)
-    return at[(low <= at % period) & (at % period < high)]
+    count = len(low.b)
+    span = by_name.get(name, Span(0, count))
+    if name != key and span.period is None:
+        return max(other.high for other in by_name.values())
+    period = span.high if span.period is None else span.period
+    return min(_MOST, period * count // max(1, span.high - span.low))
