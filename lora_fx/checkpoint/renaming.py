@@ -36,7 +36,8 @@ class Renaming:
     prefix: Prefix
 
     @cached_property
-    def _of_file(self) -> dict[str, str]:
+    def _model_names(self) -> dict[str, str]:
+        """Name in the file → in the loaded model, where it is another."""
         return {stored: name for name, stored in self.loaded.names.items()}
 
     @cached_property
@@ -44,7 +45,7 @@ class Renaming:
         def read(name: str) -> tuple[str]:
             return (self.prefixed(name),)
 
-        in_model = {stored: (name,) for stored, name in self._of_file.items()}
+        in_model = {stored: (name,) for stored, name in self._model_names.items()}
         return Names(self.tensors, NameRule(readings=read), also_called(in_model, read))
 
     def __call__(self, name: str) -> str:
@@ -73,25 +74,29 @@ class Renaming:
     def back(self, name: str, *, loaded: bool = False) -> str:
         """The adapter's name of a tensor of the checkpoint, or of the model that loads it."""
         if loaded:
-            name = self._of_file.get(name, name)
+            name = self._model_names.get(name, name)
         return self.prefix.back(name)
 
     def tellers(self, names: Iterable[str]) -> tuple[bool, bool]:
         """Does an adapter have names that only the file has, and some that only the model has?"""
-        mine = [self.prefixed(n) for n in names]
-        return any(n in self._of_file for n in mine), any(n in self.loaded for n in mine)
+        prefixed = [self.prefixed(name) for name in names]
+        names_file = any(name in self._model_names for name in prefixed)
+        names_model = any(name in self.loaded for name in prefixed)
+        return names_file, names_model
 
 
 def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[str]) -> Renaming:
     """The names of the loaded model, and the prefix under which the most names are known."""
     loaded = loaded_of(tensors, config)
-    names = [base_name(k) for k in adapter.entries]
+    names = [base_name(key) for key in adapter.entries]
     prefix = common_prefix(names, {*tensors, *loaded.names, *loaded.stacks})
     rename = Renaming(tensors, config, loaded, prefix)
-    if prefix:
-        what = f"without {prefix.more!r}" if prefix.more else f"with {prefix.less!r} before them"
-        notes.append(f"the adapter's names are the base's {what}")
-    if rename.tellers(names)[1]:
+    if prefix.more:
+        notes.append(f"the adapter's names are the base's without {prefix.more!r}")
+    elif prefix:
+        notes.append(f"the adapter's names are the base's with {prefix.less!r} before them")
+    _, names_model = rename.tellers(names)
+    if names_model:
         notes.append(
             "the adapter's names are those of the loaded model: transformers 5 renames the "
             f"parameters of a {config.get('model_type')} when it loads"
