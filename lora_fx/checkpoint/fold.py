@@ -65,66 +65,84 @@ class TensorFold:
         np.copyto(weight, old)
         result = space.array("result", old.shape, numpy_dtype(dtype))
         with np.errstate(all="ignore"):  # what is no number is looked for below, and named
-            new, delta = self.sum(weight, low, space)
-            np.copyto(result, new, casting="unsafe")
+            folded, delta = self.sum(weight, low, space)
+            np.copyto(result, folded, casting="unsafe")
             stats = measured(old, weight, delta, result, space)
             if not np.isfinite(stats.along + stats.weight):
                 weight = old.astype(wide)
-                raise self.error(weight, self.sum(weight, low, Space())[0], result, low)
+                folded, _ = self.sum(weight, low, Space())  # measured() has overwritten the first
+                raise self.error(weight, folded, result, low)
         return result, stats
 
     def sum(self, weight: Array, low: int, space: Space) -> tuple[Array, Array]:
         """W + Δ and Δ of rows from `low` on, in the dtype of `weight`."""
         high = low + len(weight)
-        new = space.array("new", weight.shape, weight.dtype)
-        parts = [(i, p) for i, p in enumerate(self.matrix.parts) if p.top < high and low < p.bottom]
+        folded = space.array("new", weight.shape, weight.dtype)
+        parts = [
+            (i, part)
+            for i, part in enumerate(self.matrix.parts)
+            if part.top < high and low < part.bottom
+        ]
         if len(parts) == 1 and not self.rows and not self.residuals:
-            i, p = parts[0]
-            whole = p.top <= low and high <= p.bottom and p.right - p.left == weight.shape[1]
-            if whole and not p.reads_weight:
-                delta = p.delta(low, high, space.array("delta", weight.shape, weight.dtype), weight)
-                return np.add(weight, delta, out=new), delta
-        np.copyto(new, weight)
-        for i, p in parts:
-            lo, hi = max(low, p.top), min(high, p.bottom)
-            view = new[lo - low : hi - low, p.left : p.right]
+            _, part = parts[0]
+            if _adds_to_all(part, low, high, weight.shape[1]):
+                room = space.array("delta", weight.shape, weight.dtype)
+                delta = part.delta(low, high, room, weight)
+                return np.add(weight, delta, out=folded), delta
+
+        np.copyto(folded, weight)
+        for i, part in parts:
+            first = max(low, part.top)
+            behind_last = min(high, part.bottom)
+            view = folded[first - low : behind_last - low, part.left : part.right]
             if i in self.residuals:
-                view[...] = self.residuals[i][lo - p.top : hi - p.top]
-            view += p.delta(lo, hi, None, view)
-            if p.reads_weight:
-                view *= self.factor(i, p, view, lo, hi)
+                view[...] = self.residuals[i][first - part.top : behind_last - part.top]
+            view += part.delta(first, behind_last, None, view)
+            if part.reads_weight:
+                view *= self.factor(i, part, view, first, behind_last)
         for row, value in self.rows.items():
             if low <= row < high:
-                new[row - low] = value.reshape(-1)
-        return new, new - weight
+                folded[row - low] = value.reshape(-1)
+        return folded, folded - weight
 
-    def factor(self, i: int, p: Rectangle, sums: Array, lo: int, hi: int) -> Array:
-        """What W + ΔW is multiplied by, shaped to multiply rows lo ≤ i < hi."""
-        if p.transposed:
+    def factor(self, i: int, part: Rectangle, sums: Array, low: int, high: int) -> Array:
+        """What W + ΔW is multiplied by, shaped to multiply rows low ≤ i < high."""
+        if part.transposed:
             return self.columns[i][None, :]
-        rows = slice(lo - p.top, hi - p.top)
-        return p.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
+        rows = slice(low - part.top, high - part.top)
+        return part.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
-    def error(self, weight: Array, new: Array, result: Array, low: int) -> LoraFxError:
+    def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
         """Which value is no number: of the base, of the sum, or of what is stored."""
-        for what, array, hint in (
-            ("the base has", weight, "is the checkpoint damaged?"),
-            ("the fold gives", new, "is the adapter's scale right, and its weight (ADAPTER:W)?"),
-            (f"{result.dtype} cannot hold", result, "--dtype bfloat16 or float32 can"),
+        for what, array, values, hint in (
+            ("the base has", weight, weight, "is the checkpoint damaged?"),
+            (
+                "the fold gives",
+                folded,
+                folded,
+                "is the adapter's scale right, and its weight (ADAPTER:W)?",
+            ),
+            (f"{result.dtype} cannot hold", result, folded, "--dtype bfloat16 or float32 can"),
         ):
-            bad = np.argwhere(~np.isfinite(array.astype(np.float64)))
-            if len(bad):
-                row, column = (int(n) for n in bad[0])
-                value = (new if array is result else array)[row, column]
+            places = np.argwhere(~np.isfinite(array.astype(np.float64)))
+            if len(places):
+                row, column = (int(index) for index in places[0])
                 return LoraFxError(
-                    f"tensor {self.name!r}: {what} {value} at row {row + low}, column {column}; "
-                    "expected finite numbers",
+                    f"tensor {self.name!r}: {what} {values[row, column]} at row {row + low}, "
+                    f"column {column}; expected finite numbers",
                     hint,
                 )
         return LoraFxError(
             f"tensor {self.name!r}: the norm of W or of its update is beyond fp32's range",
             "is the adapter's scale right, and its weight (ADAPTER:W)? --dtype float64 can hold it",
         )
+
+
+def _adds_to_all(part: Rectangle, low: int, high: int, columns: int) -> bool:
+    """Whether a part only adds, and to all of rows low ≤ i < high."""
+    has_all_rows = part.top <= low and high <= part.bottom
+    has_all_columns = part.right - part.left == columns
+    return has_all_rows and has_all_columns and not part.reads_weight
 
 
 def arithmetic(source: str, dtype: str) -> Floating:
@@ -141,42 +159,45 @@ def one_blas_thread() -> Iterator[None]:
         yield
 
 
-# Rows of a stored tensor, and what must be known of all of them before the first is folded.
-
-
 def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     """The fold with what needs the whole tensor: factors of columns, and changed bases.
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
-    parts = [*enumerate(fold.matrix.parts)]
-    fold = replace(fold, residuals={i: _residual(fold, p, source) for i, p in parts if p.mutated})
-    columns = {
-        i: p.row_factors(slice(None), _column_squares(fold, i, p, source), f"tensor {fold.name!r}")
-        for i, p in parts
-        if p.reads_weight and p.transposed
-    }
+    residuals: dict[int, Array] = {}
+    for i, part in enumerate(fold.matrix.parts):
+        if part.mutated:
+            residuals[i] = _residual(fold, part, source)
+    fold = replace(fold, residuals=residuals)
+
+    columns: dict[int, Array] = {}
+    for i, part in enumerate(fold.matrix.parts):
+        if part.reads_weight and part.transposed:
+            sums = _column_squares(fold, i, part, source)
+            columns[i] = part.row_factors(slice(None), sums, f"tensor {fold.name!r}")
     return replace(fold, columns=columns)
 
 
-def _residual(fold: TensorFold, p: Rectangle, source: TensorInfo) -> Array:
-    """What is left of W when the part that the update started from is taken off, as stored."""
-    assert isinstance(p.change, LowRank)
-    old = read_block(source, p.top, p.bottom, fold.matrix.columns)
-    weight = old[:, p.left : p.right]
-    left = residual(weight.T if p.transposed else weight, p.change, f"tensor {fold.name!r}")
-    return left.T if p.transposed else left
+def _residual(fold: TensorFold, part: Rectangle, source: TensorInfo) -> Array:
+    """W without the part that the update started from, as stored."""
+    assert isinstance(part.change, LowRank)
+    rows = read_block(source, part.top, part.bottom, fold.matrix.columns)
+    weight = rows[:, part.left : part.right]
+    where = f"tensor {fold.name!r}"
+    if part.transposed:
+        return residual(weight.T, part.change, where).T
+    return residual(weight, part.change, where)
 
 
-def _column_squares(fold: TensorFold, i: int, p: Rectangle, source: TensorInfo) -> Array:
+def _column_squares(fold: TensorFold, i: int, part: Rectangle, source: TensorInfo) -> Array:
     """Sums of squares of W + ΔW along its columns, fp64."""
-    sums = np.zeros(p.right - p.left, np.float64)
+    sums = np.zeros(part.right - part.left, np.float64)
     step = fold.matrix.rows_per_block
-    for low in range(p.top, p.bottom, step):
-        high = min(low + step, p.bottom)
-        delta = p.delta(low, high)
-        old = read_block(source, low, high, fold.matrix.columns)[:, p.left : p.right]
+    for low in range(part.top, part.bottom, step):
+        high = min(low + step, part.bottom)
+        delta = part.delta(low, high)
+        weight = read_block(source, low, high, fold.matrix.columns)[:, part.left : part.right]
         if i in fold.residuals:
-            old = fold.residuals[i][low - p.top : high - p.top]
-        sums += squares((old.astype(delta.dtype) + delta).T)
+            weight = fold.residuals[i][low - part.top : high - part.top]
+        sums += squares((weight.astype(delta.dtype) + delta).T)
     return sums

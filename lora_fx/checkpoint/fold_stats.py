@@ -39,7 +39,9 @@ class Stats(Applied):
         """‖Δ‖/‖W‖; 0 where there is no Δ."""
         if not self.delta:
             return 0.0
-        return float(np.sqrt(self.delta / self.weight)) if self.weight else float("inf")
+        if not self.weight:
+            return float("inf")
+        return float(np.sqrt(self.delta / self.weight))
 
     @property
     def missed(self) -> float | None:
@@ -58,16 +60,25 @@ class Stats(Applied):
 
 
 def measured(old: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
-    """The sums of a block that was folded."""
-    applied = space.array("new", weight.shape, weight.dtype)  # W + Δ is not needed any more
+    """The sums of a block that was folded.
+
+    Args:
+        old: The rows as stored.
+        weight: The same in the dtype that was folded in.
+        delta: Δ.
+        result: The new rows as stored.
+        space: The calling thread's; what it has as "new", W + Δ, is not needed any more.
+    """
+    applied = space.array("new", weight.shape, weight.dtype)
     np.copyto(applied, result)
     differs = space.array("differs", weight.shape, np.dtype(bool))
     if old.dtype == result.dtype and old.dtype.itemsize == 2:
         np.not_equal(old.view(np.uint16), result.view(np.uint16), out=differs)
     else:
         np.not_equal(weight, applied, out=differs)
+    still = old.size - np.count_nonzero(differs)
     np.subtract(applied, weight, out=applied)
-    return stats_of(weight, delta, applied, int(old.size - np.count_nonzero(differs)))
+    return stats_of(weight, delta, applied, int(still))
 
 
 def stats_of(weight: Array, delta: Array, moved: Array, still: int) -> Stats:

@@ -71,15 +71,24 @@ class Rectangle:
 
     def moved(self, down: int, along: int) -> Rectangle:
         """The same so many rows and columns further."""
-        top, bottom, left, right = self.top + down, self.bottom + down, self.left, self.right
-        return replace(self, top=top, bottom=bottom, left=left + along, right=right + along)
+        return replace(
+            self,
+            top=self.top + down,
+            bottom=self.bottom + down,
+            left=self.left + along,
+            right=self.right + along,
+        )
 
     def delta(
         self, low: int, high: int, out: Array | None = None, weight: Array | None = None
     ) -> Array:
         """ΔW of the tensor's rows low ≤ i < high, all within the rectangle, in the factors' dtype.
 
-        `out` may be an array of that shape to compute in; a rotation needs W's, `weight`.
+        Args:
+            low: The first row.
+            high: The row behind the last.
+            out: An array of that shape to compute in; may be left out.
+            weight: W of these rows, which a rotation needs.
         """
         if isinstance(self.change, Rotation):
             assert weight is not None
@@ -87,12 +96,13 @@ class Rectangle:
         first = max(self.top, high - WINDOW)
         if first < low:
             return self.delta(first, high)[low - first :]
-        rows, every = slice(low - self.top, high - self.top), slice(None)
+        rows = slice(low - self.top, high - self.top)
+        columns = slice(None)
         if self.transposed:
-            return self.change.block(self.batch, every, rows).T
+            return self.change.block(self.batch, columns, rows).T
         if isinstance(self.change, LowRank):
-            return self.change.block(self.batch, rows, every, out)
-        return self.change.block(self.batch, rows, every)
+            return self.change.block(self.batch, rows, columns, out)
+        return self.change.block(self.batch, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -110,22 +120,34 @@ class Matrix:
 
 
 def whole(shape: tuple[int, ...], change: Change) -> Matrix:
-    """One change of a whole tensor of this shape."""
+    """One change of a whole tensor of this shape.
+
+    The first of these that holds decides:
+    1. stored [*batch, out, in]: one rectangle for each matrix of the batch;
+    2. stored [*batch, in, out]: the same, transposed;
+    3. another order: ΔW is computed whole.
+    """
     layout = change.layout
     assert layout is not None
-    straight = (*layout.batch, *layout.out, *layout.in_)
-    turned = (*layout.batch, *layout.in_, *layout.out)
-    as_stored = tuple(range(len(straight)))
-    if as_stored not in (straight, turned):
-        return _materialised(shape, change, layout)
-    transposed = as_stored != straight
-    rows, columns = layout.out_size, layout.in_size
-    if transposed:
-        rows, columns = columns, rows
+    out_in = (*layout.batch, *layout.out, *layout.in_)
+    in_out = (*layout.batch, *layout.in_, *layout.out)
+    as_stored = tuple(range(len(out_in)))
+    if as_stored == out_in:
+        return _stacked(change, layout, layout.out_size, layout.in_size, transposed=False)
+    if as_stored == in_out:
+        return _stacked(change, layout, layout.in_size, layout.out_size, transposed=True)
+    return _materialised(shape, change, layout)
+
+
+def _stacked(
+    change: Change, layout: Layout, rows: int, columns: int, *, transposed: bool
+) -> Matrix:
+    """The matrices of a change one above the other, of so many rows and columns each."""
     count = math.prod(layout.batch_shape)
-    parts = (
-        Rectangle(change, i * rows, (i + 1) * rows, 0, columns, i, transposed) for i in range(count)
-    )
+    parts = []
+    for i in range(count):
+        top = i * rows
+        parts.append(Rectangle(change, top, top + rows, 0, columns, i, transposed))
     return Matrix(count * rows, columns, tuple(parts))
 
 
@@ -152,13 +174,17 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
     Raises:
         LoraFxError: The region is no rectangle of rows and columns.
     """
-    if all(b == (0, n) for b, n in zip(bounds, shape, strict=True)):
+    if all(bound == (0, size) for bound, size in zip(bounds, shape, strict=True)):
         return whole(shape, change)
-    inner = whole(tuple(hi - lo for lo, hi in bounds), change)
+
+    inner = whole(tuple(high - low for low, high in bounds), change)
     for split in range(1, len(shape) + 1):
-        rows, columns = _run(shape[:split], bounds[:split]), _run(shape[split:], bounds[split:])
-        if rows and columns and (len(rows), len(columns)) == (inner.rows, inner.columns):
-            parts = tuple(p.moved(rows.start, columns.start) for p in inner.parts)
+        rows = _flat_range(shape[:split], bounds[:split])
+        columns = _flat_range(shape[split:], bounds[split:])
+        if not rows or not columns:
+            continue
+        if (len(rows), len(columns)) == (inner.rows, inner.columns):
+            parts = tuple(part.moved(rows.start, columns.start) for part in inner.parts)
             return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
@@ -166,34 +192,42 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
     )
 
 
-def _run(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
+def _flat_range(shape: Sequence[int], bounds: Sequence[tuple[int, int]]) -> range | None:
     """The flat range that bounds take of axes; None where it has gaps."""
-    low, high = 0, 1
-    for (lo, hi), n in zip(bounds, shape, strict=True):
-        if high - low > 1 and (lo, hi) != (0, n):
+    first = 0
+    behind_last = 1
+    for (low, high), size in zip(bounds, shape, strict=True):
+        if behind_last - first > 1 and (low, high) != (0, size):
             return None
-        low, high = low * n + lo, (high - 1) * n + hi
-    return range(low, high)
+        first = first * size + low
+        behind_last = (behind_last - 1) * size + high
+    return range(first, behind_last)
 
 
 def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
     """Several changes of one tensor, which must all see the same rows and columns."""
-    sizes = {(m.rows, m.columns) for m in matrices}
-    if len(sizes) == 1:
-        return replace(matrices[0], parts=tuple(p for m in matrices for p in m.parts))
-    raise LoraFxError(
-        f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
-        "merge one adapter after the other",
-    )
+    sizes = {(matrix.rows, matrix.columns) for matrix in matrices}
+    if len(sizes) != 1:
+        raise LoraFxError(
+            f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
+            "merge one adapter after the other",
+        )
+    parts: list[Rectangle] = []
+    for matrix in matrices:
+        parts += matrix.parts
+    return replace(matrices[0], parts=tuple(parts))
 
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
     """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
-    parts = tuple(replace(p, change=_cast(p.change, dtype)) for p in matrix.parts)
+    parts = tuple(replace(part, change=_cast(part.change, dtype)) for part in matrix.parts)
     return replace(matrix, parts=parts)
 
 
 def _cast(change: Change, dtype: Floating) -> Change:
-    arrays = ((k, v) for k, v in vars(change).items() if isinstance(v, np.ndarray))
-    cast: dict[str, Any] = {k: v.astype(dtype, copy=False) for k, v in arrays}
-    return replace(change, **cast)
+    """A change with all of its arrays in `dtype`; those that are in it are not copied."""
+    arrays: dict[str, Any] = {}
+    for name, value in vars(change).items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value.astype(dtype, copy=False)
+    return replace(change, **arrays)
