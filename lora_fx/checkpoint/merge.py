@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.companions import REPORTS, report_name
+from lora_fx.checkpoint.fold_stats import Stats
 from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
@@ -121,11 +122,12 @@ def merge(
 
 def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None = None) -> MergePlan:
     """What `merge` with these options would do; nothing is written."""
-    options, base = options or MergeOptions(), local(base)
+    options = options or MergeOptions()
+    base = local(base)
     with explained(base), trusting(options.trust):
         opened = open_checkpoint(Path(base))
-        parts = read_adapters(adapters, 2 * opened.elements, Path(base))
-        return make_plan(opened, parts, options)
+        weighted = read_adapters(adapters, 2 * opened.elements, Path(base))
+        return make_plan(opened, weighted, options)
 
 
 @remembering()
@@ -141,48 +143,23 @@ def run(
     """Carry out a plan; see `merge`."""
     if threads is not None and (not is_whole(threads) or threads < 0):
         raise LoraFxError(f"threads is {threads!r}; expected a whole number", "leave it out")
+    threads = threads or cores()
     target = Path(out)
-    remember(plan.base.path, *(t.file for t in plan.base.tensors.values()))
-    for path in (g.path for g in plan.adapters if g.path):
-        remember(path, *(path / name for name in FORMATS.names_of_input()))
+    remember(plan.base.path, *(info.file for info in plan.base.tensors.values()))
+    for adapter in plan.adapters:
+        if adapter.path:
+            files = (adapter.path / name for name in FORMATS.names_of_input())
+            remember(adapter.path, *files)
+
     with explained(target):
-        if target.suffix in PICKLES:
-            raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
-        if target.suffix in OTHER_MODELS:
-            raise LoraFxError(
-                f"{target}: {plan.base.path} is a checkpoint, and what is written is one too",
-                "-o X.safetensors, or a folder",
-            )
-        if link and not plan.base.path.is_dir():
-            raise LoraFxError(
-                f"link has no say for {plan.base.path}, one file, which is written anew",
-                "leave --link out",
-            )
-        check_output(target, force=force, names=_names(plan, target))
+        _check_target(plan, target, link=link)
+        check_output(target, force=force, names=_output_names(plan, target))
         check_space(target.parent, plan.touched_bytes if link else plan.disk)
         with replacing(target, force=force) as stage:
-            threads = threads or cores()
             with naming_changes():
                 stats = write(plan, stage, threads=threads, link=link, progress=progress)
-            moved = any(s.still < s.elements and s.delta for s in stats.values())
-            whole = any(c.fold is None and not c.scales_of for c in plan.changes.values())
-            anew = [s for n, s in stats.items() if plan.changes[n].requantised]
-            if stats and not moved and not whole:
-                wider = "--dequantise" if anew else "a wider --dtype"
-                tensors = counted(len(stats), "tensor")
-                raise NoEffectError(
-                    f"{target}: not written: no element of {tensors} would change",
-                    f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
-                )
-            if not plan.options.lossy:
-                refuse_loss(anew, target)
-            wrong = list(prove(plan, open_checkpoint(stage), threads=threads))
-            if wrong:
-                check_unchanged()  # a base that is another one now has other numbers
-                raise LoraFxError(
-                    f"{target}: not written: {wrong[0].tensor!r} {wrong[0].what}",
-                    "this is a mistake of lora-fx: please report it",
-                )
+            _check_effect(plan, stats, target)
+            _prove(plan, stage, target, threads)
             report = report_of(plan, stats, target)
             name = report_name(plan)
             if stage.is_dir() and name:
@@ -191,12 +168,69 @@ def run(
     return report
 
 
-def _names(plan: MergePlan, target: Path) -> set[str]:
+def _check_target(plan: MergePlan, target: Path, *, link: bool) -> None:
+    """Raise where an output is of a kind that a merge of a checkpoint does not write."""
+    if target.suffix in PICKLES:
+        raise LoraFxError(f"{target}: no pickle is written", "-o X.safetensors, or a folder")
+    if target.suffix in OTHER_MODELS:
+        raise LoraFxError(
+            f"{target}: {plan.base.path} is a checkpoint, and what is written is one too",
+            "-o X.safetensors, or a folder",
+        )
+    if link and not plan.base.path.is_dir():
+        raise LoraFxError(
+            f"link has no say for {plan.base.path}, one file, which is written anew",
+            "leave --link out",
+        )
+
+
+def _output_names(plan: MergePlan, target: Path) -> set[str]:
     """The files that the output can have; those of other sizes of shards are of the same kind."""
-    names = {str(name) for name in plan.base.companions()[0]} | {*plan.base.shards, *REPORTS}
-    kinds = (".safetensors", ".index.json")
-    there = (p.name for p in target.iterdir()) if target.is_dir() else ()
-    return names | {name for name in there if name.endswith(kinds)}
+    companions, _ = plan.base.companions()
+    names = {*map(str, companions), *plan.base.shards, *REPORTS}
+    if target.is_dir():
+        for path in target.iterdir():
+            if path.name.endswith((".safetensors", ".index.json")):
+                names.add(path.name)
+    return names
+
+
+def _check_effect(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> None:
+    """Raise where nothing has changed, or codes keep too little of the updates.
+
+    Raises:
+        NoEffectError: Every element of the output is what it was.
+        LoraFxError: Codes that were made anew hold less than half of the update.
+    """
+    requantised = [sums for name, sums in stats.items() if plan.changes[name].requantised]
+    if stats and not _has_effect(plan, stats):
+        wider = "--dequantise" if requantised else "a wider --dtype"
+        tensors = counted(len(stats), "tensor")
+        raise NoEffectError(
+            f"{target}: not written: no element of {tensors} would change",
+            f"is the adapter untrained, or its weight 0? {wider} keeps small ones",
+        )
+    if not plan.options.lossy:
+        refuse_loss(requantised, target)
+
+
+def _has_effect(plan: MergePlan, stats: Mapping[str, Stats]) -> bool:
+    """Whether a tensor was replaced whole, or an element of one that was folded has moved."""
+    for change in plan.changes.values():
+        if change.fold is None and not change.scales_of:
+            return True
+    return any(sums.still < sums.elements and sums.delta for sums in stats.values())
+
+
+def _prove(plan: MergePlan, stage: Path, target: Path, threads: int) -> None:
+    """Raise where what was written is not what the plan says."""
+    differences = list(prove(plan, open_checkpoint(stage), threads=threads))
+    if differences:
+        check_unchanged()  # a base that is another one now has other numbers
+        raise LoraFxError(
+            f"{target}: not written: {differences[0].tensor!r} {differences[0].what}",
+            "this is a mistake of lora-fx: please report it",
+        )
 
 
 def cores() -> int:
@@ -212,19 +246,28 @@ def read_adapters(
     """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
-    result = []
-    for item in adapters:
-        pair = item if isinstance(item, tuple) and len(item) == 2 else (item, 1.0)
-        (adapter, weight), where, path = pair, "the adapter", None
-        known = isinstance(adapter, (str, os.PathLike, Adapter))
-        if not known or not isinstance(weight, (int, float)):
-            raise LoraFxError(
-                f"{item!r} is no adapter to merge",
-                "give paths and Adapters, or pairs of one and its weight, in a list",
-            )
-        if not isinstance(adapter, Adapter):
-            where, path = str(adapter), Path(local(adapter, files=FORMATS.files_of_folders))
-            adapter = load_adapter(path, most=most, base=base, resolve=False)
-        digest = adapter_hash(adapter)
-        result.append(WeightedAdapter(adapter, float(weight), where, digest, path, pair is item))
-    return result
+    return [_read_adapter(item, most, base) for item in adapters]
+
+
+def _read_adapter(item: object, most: int | None, base: Path | None) -> WeightedAdapter:
+    """One adapter, or a pair of one and its weight."""
+    adapter = item
+    weight: object = 1.0
+    stated = isinstance(item, tuple) and len(item) == 2
+    if isinstance(item, tuple) and len(item) == 2:
+        adapter, weight = item
+    if not isinstance(adapter, (str, os.PathLike, Adapter)) or not isinstance(weight, (int, float)):
+        raise LoraFxError(
+            f"{item!r} is no adapter to merge",
+            "give paths and Adapters, or pairs of one and its weight, in a list",
+        )
+    if isinstance(adapter, Adapter):
+        where = "the adapter"
+        path = None
+    else:
+        where = str(adapter)
+        path = Path(local(adapter, files=FORMATS.files_of_folders))
+        adapter = load_adapter(path, most=most, base=base, resolve=False)
+    return WeightedAdapter(
+        adapter, float(weight), where, adapter_hash(adapter), path, stated=stated
+    )

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -65,15 +65,13 @@ def jobs_of(
     Raises:
         LoraFxError: The same adapter twice, or no such shard.
     """
-    i, n = shard
-    if not 1 <= i <= n:
-        raise LoraFxError(f"no shard {i}/{n}", "shards are counted from 1/n to n/n")
+    number, count = shard
+    if not 1 <= number <= count:
+        raise LoraFxError(f"no shard {number}/{count}", "shards are counted from 1/n to n/n")
     names = _output_names([path for path, _ in adapters])
-    whole = sorted(
-        (Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters),
-        key=lambda job: job.out.name,
-    )
-    return whole[i - 1 :: n]
+    jobs = [Job(path, weight, folder / (names[path] + suffix)) for path, weight in adapters]
+    jobs.sort(key=lambda job: job.out.name)
+    return jobs[number - 1 :: count]
 
 
 def _output_names(paths: Sequence[str]) -> dict[str, str]:
@@ -82,20 +80,26 @@ def _output_names(paths: Sequence[str]) -> dict[str, str]:
     >>> _output_names(["a/x", "b/x", "y.safetensors"])
     {'a/x': 'a__x', 'b/x': 'b__x', 'y.safetensors': 'y'}
     """
-    if twice := next((p for p, count in Counter(paths).items() if count > 1), None):
-        raise LoraFxError(f"{twice} is there twice", "give every adapter once")
-    parts = {p: Path(_without_ending(os.path.abspath(known_as(p)))).parts for p in paths}
-    if len(set(parts.values())) < len(paths):
-        twice = next(p for p in paths if [*parts.values()].count(parts[p]) > 1)
-        raise LoraFxError(f"{twice} is there twice", "give every adapter once")
-    depth = dict.fromkeys(paths, 1)
+    _refuse_repeated(paths, paths)
+    parts = {path: Path(_without_ending(os.path.abspath(known_as(path)))).parts for path in paths}
+    _refuse_repeated(paths, list(parts.values()))
+    depths = dict.fromkeys(paths, 1)
     while True:
-        names = {p: "__".join(parts[p][-depth[p] :]) for p in paths}
-        clash = [p for p in paths if [*names.values()].count(names[p]) > 1]
-        if not clash:
+        names = {path: "__".join(parts[path][-depths[path] :]) for path in paths}
+        counts = Counter(names.values())
+        clashing = [path for path in paths if counts[names[path]] > 1]
+        if not clashing:
             return names
-        for p in clash:
-            depth[p] += 1
+        for path in clashing:
+            depths[path] += 1
+
+
+def _refuse_repeated(paths: Sequence[str], places: Sequence[Hashable]) -> None:
+    """Raise where two paths are of one place."""
+    counts = Counter(places)
+    for path, place in zip(paths, places, strict=True):
+        if counts[place] > 1:
+            raise LoraFxError(f"{path} is there twice", "give every adapter once")
 
 
 def _without_ending(path: str) -> str:
@@ -129,7 +133,8 @@ def merge_all(
         output that was there already. Of others "tensors" is how many changed, "ratio" the
         largest ‖Δ‖/‖W‖ of one, and "gain" the least share of an update that rounding kept.
     """
-    if (run := run_of_files()) is not None:
+    run = run_of_files()
+    if run is not None:
         run.outputs |= {job.out: inode_of(job.out) for job in jobs}
     options = options or MergeOptions()
     threads = max(1, cores() // max(1, processes))
@@ -163,7 +168,9 @@ def command_line(options: MergeOptions) -> list[str]:
         name = f"--{field.name.replace('_', '-')}"
         if value == field.default:
             continue
-        arguments += [name] if value is True else [name, str(value)]
+        arguments.append(name)
+        if value is not True:
+            arguments.append(str(value))
     return arguments
 
 
@@ -171,17 +178,24 @@ _PROGRAM = (*isolated.PYTHON, "-m", "lora_fx.cli")
 """What a merge of its own process is."""
 
 
-def _unanswered(code: int, err: str) -> tuple[str, str]:
-    """The error and the hint of a merge that ended without its result."""
-    last = one_line(err.strip().rpartition("\n")[2], 200)
-    told = f": {last}" if last else ""
-    if code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        killed = code == -signal.SIGKILL
-        hint = "was it killed for its memory? fewer -j" if killed else "try it again"
-        return f"the merge was ended by {name}{told}", hint
-    why = f"the merge ended with code {code} and without a result{told}"
-    return why, "lora-fx merge BASE ADAPTER -o OUT shows what it says"
+def _unanswered(code: int, stderr: str) -> Json:
+    """The failure of a merge that ended without its result: its error and hint."""
+    *_, last_line = stderr.strip().split("\n")
+    last_line = one_line(last_line, 200)
+    reason = f": {last_line}" if last_line else ""
+    if code >= 0:
+        return {
+            "ok": False,
+            "error": f"the merge ended with code {code} and without a result{reason}",
+            "hint": "lora-fx merge BASE ADAPTER -o OUT shows what it says",
+        }
+    name = f"signal {-code}"
+    if -code in set(signal.Signals):
+        name = signal.Signals(-code).name
+    hint = "try it again"
+    if code == -signal.SIGKILL:
+        hint = "was it killed for its memory? fewer -j"
+    return {"ok": False, "error": f"the merge was ended by {name}{reason}", "hint": hint}
 
 
 class _Running:
@@ -198,21 +212,25 @@ class _Running:
         self.base = base
         self.arguments = arguments
         self.options = options
-        self._lock, self._stopped = Lock(), False
+        self._lock = Lock()
+        self._stopped = False
         self._processes: set[subprocess.Popen[str]] = set()
 
     def run(self, command: Sequence[str]) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
-        pipe = subprocess.PIPE
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM, "", ""
             process = subprocess.Popen(
-                command, stdout=pipe, stderr=pipe, text=True, env=isolated.environment()
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=isolated.environment(),
             )
             self._processes.add(process)
-        out, err = process.communicate()
-        return process.returncode, out, err
+        stdout, stderr = process.communicate()
+        return process.returncode, stdout, stderr
 
     def stop(self) -> None:
         """End those that go on, each with its own clean-up, and start no more."""
@@ -232,28 +250,39 @@ class _Running:
     def _merged(self, job: Job) -> Json:
         if self._is_kept(job):
             return {"kept": True}
-        adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
-        command = [*_PROGRAM, "merge", self.base, adapter]
-        for wait in (*_WAITS, None):
-            code, out, err = self.run([*command, "-o", str(job.out), "--json", *self.arguments])
-            if wait is None or code != 2 or BUSY not in out:
-                break
-            time.sleep(wait)  # a merge of a run that was killed lives on: it may be this very one
+        code, stdout, stderr = self._run_merge(job)
         try:
-            said = json.loads(out)
+            result = json.loads(stdout)
         except ValueError:
-            why, hint = _unanswered(code, err)
-            return {"ok": False, "error": why, "hint": hint}
+            return _unanswered(code, stderr)
         if code == 2 and self._is_kept(job):
             return {"kept": True}
-        row: Json = {"ok": bool(said["ok"]), "warnings": said["warnings"]}
-        if not said["ok"]:
-            return row | {"error": said["error"], "hint": said["hint"]}
-        changed = said.get("tensors") or []
+
+        row: Json = {"ok": bool(result["ok"]), "warnings": result["warnings"]}
+        if not result["ok"]:
+            return row | {"error": result["error"], "hint": result["hint"]}
+        changed = result.get("tensors") or []
+        ratios = [tensor["ratio"] for tensor in changed if tensor.get("ratio") is not None]
+        gains = [tensor["gain"] for tensor in changed if tensor.get("gain") is not None]
         row["tensors"] = len(changed)
-        for name, worst in (("ratio", max), ("gain", min)):
-            row[name] = worst((t[name] for t in changed if t.get(name) is not None), default=None)
+        row["ratio"] = max(ratios, default=None)
+        row["gain"] = min(gains, default=None)
         return row
+
+    def _run_merge(self, job: Job) -> tuple[int, str, str]:
+        """What `run` returns of a job's merge; tried again while another merge writes its output.
+
+        A merge of a run that was killed lives on: it may be this very one.
+        """
+        adapter = job.adapter if job.weight == 1.0 else f"{job.adapter}:{job.weight!r}"
+        command = [*_PROGRAM, "merge", self.base, adapter]
+        command += ["-o", str(job.out), "--json", *self.arguments]
+        for seconds in _WAITS:
+            code, stdout, stderr = self.run(command)
+            if code != 2 or BUSY not in stdout:
+                return code, stdout, stderr
+            time.sleep(seconds)
+        return self.run(command)
 
     def _is_kept(self, job: Job) -> bool:
         """True where an output is there that this very merge would write; by its own record."""
@@ -262,4 +291,4 @@ class _Running:
         out = open_checkpoint(job.out)
         plan = plan_merge(self.base, [(job.adapter, job.weight)], self.options)
         names = {*plan.base.tensors, *plan.added}
-        return set(out.tensors) == names and history(out) == json.loads(plan.record())
+        return out.tensors.keys() == names and history(out) == json.loads(plan.record())

@@ -42,7 +42,7 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
         )
     fold = prepared(change.fold, change.weight)
     weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
-    delta = fold.sum(weight.astype(np.float32), 0, Space())[1]
-    p = fold.matrix.parts[0]
-    part = delta[p.top : p.bottom, p.left : p.right]
-    return np.ascontiguousarray(part.T if p.transposed else part)
+    _, delta = fold.sum(weight.astype(np.float32), 0, Space())
+    part = fold.matrix.parts[0]
+    delta = delta[part.top : part.bottom, part.left : part.right]
+    return np.ascontiguousarray(delta.T if part.transposed else delta)

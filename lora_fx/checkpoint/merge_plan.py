@@ -131,10 +131,10 @@ class MergePlan:
 
     def __str__(self) -> str:
         """A table, and the sums."""
-        rows = [["tensor", "shape", "dtype", "update"]]
+        rows: list[tuple[str, ...]] = [("tensor", "shape", "dtype", "update")]
         for change in self.changes.values():
             shape = "×".join(map(str, change.shape))
-            rows.append([change.name, shape, change.dtype, "; ".join(change.what)])
+            rows.append((change.name, shape, change.dtype, "; ".join(change.what)))
         total = len(self.base.tensors) + len(self.added)
         disk = human(self.disk)
         lines = table(rows)

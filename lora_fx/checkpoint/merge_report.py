@@ -18,50 +18,68 @@ GAIN = 0.95
 """Below this share of Δ arriving in the stored dtype a merge warns."""
 
 
-_MISSED = ("error", "own")
+_INT8_NUMBERS = ("error", "own")
 
 
 def report_of(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Report:
     """The report of a merge that is written to `target`."""
-    rows = [c.to_json(stats.get(name)) for name, c in plan.changes.items()]
-    warnings = list(plan.notes)
-    codes = {n for n in stats if plan.changes[n].int8 is not None}
-    anew = {n for n in stats if plan.changes[n].requantised}
-    for names, how in (
-        (stats.keys() - codes - anew, "rounded, {}: --dtype float16 or float32 keeps more"),
-        (codes, "quantised to int8 anew, {}: " + HINT),
-        (anew, "quantised anew, {}: --dequantise keeps all of it"),
-    ):
-        low = [(stats[n].gain, n) for n in names if stats[n].gain < GAIN]
-        if low:
-            worst = "{1} only {0:.1%}".format(*min(low))
-            warnings.append(
-                f"{len(low)} of {len(names)} tensors kept less than {GAIN:.0%} of their update "
-                f"when {how.format(worst)}"
-            )
-    warnings += _said(plan)
+    rows = [change.to_json(stats.get(name)) for name, change in plan.changes.items()]
+    requantised = [name for name in stats if plan.changes[name].requantised]
     details = {**plan.to_json(), "tensors": rows, "base_verified": not plan.unverified}
-    kept, noise = in_all(stats[n] for n in anew)
-    details["requantised"] = {"kept": kept, "noise": noise} if anew else None
+    details["requantised"] = None
+    if requantised:
+        kept, noise = in_all(stats[name] for name in requantised)
+        details["requantised"] = {"kept": kept, "noise": noise}
+    warnings = [*plan.notes, *_rounding_warnings(plan, stats), *_output_warnings(plan)]
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 
 
-def _said(plan: MergePlan) -> Iterator[str]:
+def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[str]:
+    """Warnings of tensors whose dtype or codes hold too little of their updates."""
+    rounded: list[str] = []
+    int8: list[str] = []
+    requantised: list[str] = []
+    for name in stats:
+        change = plan.changes[name]
+        if change.int8 is not None:
+            int8.append(name)
+        elif change.requantised:
+            requantised.append(name)
+        else:
+            rounded.append(name)
+    for names, how, advice in (
+        (rounded, "rounded", "--dtype float16 or float32 keeps more"),
+        (int8, "quantised to int8 anew", HINT),
+        (requantised, "quantised anew", "--dequantise keeps all of it"),
+    ):
+        low = [(stats[name].gain, name) for name in names if stats[name].gain < GAIN]
+        if low:
+            gain, worst = min(low)
+            yield (
+                f"{len(low)} of {len(names)} tensors kept less than {GAIN:.0%} of their update "
+                f"when {how}, {worst} only {gain:.1%}: {advice}"
+            )
+
+
+def _output_warnings(plan: MergePlan) -> Iterator[str]:
+    """What a caller may not expect of the output's files and config."""
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
         yield f"{plan.base.path}: its weights are pickles; the output's are safetensors"
-    left = plan.base.companions()[1]
-    if left:
-        yield f"not copied, hidden or other copies of the weights: {some(left, 5)}"
+    _, not_copied = plan.base.companions()
+    if not_copied:
+        yield f"not copied, hidden or other copies of the weights: {some(not_copied, 5)}"
+
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
-        kept = f"{REPORTS[0]} is the base's own and is kept"
-        yield f"{kept}: the report is {name}" if name else f"{kept}: no report is written"
+        stays = f"{REPORTS[0]} is the base's own and is kept"
+        yield f"{stays}: the report is {name}" if name else f"{stays}: no report is written"
+
     config = plan.base.config()
-    said_dtype = config.get("dtype") or config.get("torch_dtype")
-    if plan.options.dtype and said_dtype not in (None, plan.options.dtype):
+    config_dtype = config.get("dtype") or config.get("torch_dtype")
+    if plan.options.dtype and config_dtype not in (None, plan.options.dtype):
         yield (
-            f"config.json still says dtype {said_dtype}: transformers rounds to it when it loads, "
-            "unless it is told another"
+            f"config.json still says dtype {config_dtype}: transformers rounds to it when it "
+            "loads, unless it is told another"
         )
     if plan.tie is not None:
         yield f"untied: {plan.tie.head} is a tensor of its own, as config.json now says"
@@ -69,30 +87,62 @@ def _said(plan: MergePlan) -> Iterator[str]:
 
 def report_json(report: Report) -> Json:
     """What report.json holds; no paths, so that equal inputs give equal folders."""
-    whole = report.to_json()
-    return {k: v for k, v in whole.items() if k not in ("command", "outputs", "parity")}
+    row = report.to_json()
+    for name in ("command", "outputs", "parity"):
+        row.pop(name, None)
+    return row
 
 
 def lines(report: Report) -> str:
     """The report as a table for people."""
-    found = report.details["tensors"]
-    found = [r for r in found if r["updates"] != ["dequantised"]]
-    more = ("int8 error/‖Δ‖", "own/‖W‖") if any(r["int8"] for r in found) else ()
-    more = (*more, "noise") if any(r["requantised"] for r in found) else more
-    rows = [("tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain", *more)]
-    for r in found:
-        numbers = ["", "", "", *("" for _ in more)]
-        if r["gain"] is not None:
-            ratio = "∞" if r["ratio"] is None else f"{r['ratio']:.2e}"
-            numbers[:3] = [ratio, f"{r['lost']:.1%}", f"{r['gain']:.3f}"]
-        if r["int8"]:
-            numbers[3:5] = ["" if r["int8"][n] is None else f"{r['int8'][n]:.2e}" for n in _MISSED]
-        if r["requantised"] and r["requantised"]["noise"] is not None:
-            numbers[-1] = f"{r['requantised']['noise']:.2f}"
-        rows.append((r["key"], "; ".join(r["updates"]), *numbers))
-    said = [*table([(*r,) for r in rows])]
-    if left := len(report.details["tensors"]) - len(found):
-        said.append(f"{left} more weights were dequantised")
-    if anew := report.details.get("requantised"):
-        said.append(f"in all: kept {anew['kept']:.1%} of the update, noise {anew['noise']:.2f}")
-    return "\n".join([*said, f"wrote {report.outputs[0]}"])
+    tensors = report.details["tensors"]
+    updated = [row for row in tensors if row["updates"] != ["dequantised"]]
+    has_int8 = any(row["int8"] for row in updated)
+    has_requantised = any(row["requantised"] for row in updated)
+
+    head = ["tensor", "update", "‖Δ‖/‖W‖", "unmoved", "gain"]
+    if has_int8:
+        head += ["int8 error/‖Δ‖", "own/‖W‖"]
+    if has_requantised:
+        head.append("noise")
+    rows = [tuple(head)]
+    for row in updated:
+        cells = [row["key"], "; ".join(row["updates"]), *_fold_cells(row)]
+        if has_int8:
+            cells += _int8_cells(row)
+        if has_requantised:
+            cells.append(_noise_cell(row))
+        rows.append(tuple(cells))
+
+    text = table(rows)
+    dequantised = len(tensors) - len(updated)
+    if dequantised:
+        text.append(f"{dequantised} more weights were dequantised")
+    total = report.details.get("requantised")
+    if total:
+        text.append(f"in all: kept {total['kept']:.1%} of the update, noise {total['noise']:.2f}")
+    text.append(f"wrote {report.outputs[0]}")
+    return "\n".join(text)
+
+
+def _fold_cells(row: Json) -> list[str]:
+    """How large a tensor's update is, and what of it arrived; empty where it was not folded."""
+    if row["gain"] is None:
+        return ["", "", ""]
+    ratio = "∞" if row["ratio"] is None else f"{row['ratio']:.2e}"
+    return [ratio, f"{row['lost']:.1%}", f"{row['gain']:.3f}"]
+
+
+def _int8_cells(row: Json) -> list[str]:
+    """What quantising W + Δ, and W, has missed; empty where that is not known."""
+    if not row["int8"]:
+        return ["", ""]
+    numbers = [row["int8"][name] for name in _INT8_NUMBERS]
+    return ["" if number is None else f"{number:.2e}" for number in numbers]
+
+
+def _noise_cell(row: Json) -> str:
+    """The noise of a tensor whose codes were made anew."""
+    if not row["requantised"] or row["requantised"]["noise"] is None:
+        return ""
+    return f"{row['requantised']['noise']:.2f}"
