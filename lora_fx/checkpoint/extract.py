@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,55 +98,74 @@ def extraction(
     options: ExtractOptions,
     progress: Callable[[float], None] | None = None,
 ) -> Extraction:
-    """As extract, with the report; `progress` is told the share of bytes that is done."""
-    base, tuned = local(base), local(tuned)
+    """As extract, with the report.
+
+    Args:
+        base: As of `extract`.
+        tuned: As of `extract`.
+        options: What is asked for.
+        progress: Called with the share of bytes that is done.
+    """
+    base = local(base)
+    tuned = local(tuned)
     with trusting(options.trust):
-        sides = sides_of(*((str(p), tensors(p), config_of(p)) for p in (base, tuned)))
-    old, new = sides.old, sides.new
-    found = targets_of(old)
-    kinds = uses(old, found, config_of(base), options.fan_in_fan_out, sides.table)
-    scope, notes = scope_of(found, (str(base), old), (str(tuned), new), options)
+        base_side = (str(base), tensors(base), config_of(base))
+        tuned_side = (str(tuned), tensors(tuned), config_of(tuned))
+        sides = sides_of(base_side, tuned_side)
+    targets = targets_of(sides.old)
+    tensor_uses = uses(sides.old, targets, config_of(base), options.fan_in_fan_out, sides.table)
+    scope, notes = scope_of(targets, (str(base), sides.old), (str(tuned), sides.new), options)
     check_lookups(sides, scope, str(tuned))
-    notes += (n for n in sides.notes if n.partition(":")[0] in scope)
-    full = select_names(scope, options.whole or (), "whole")
-    kinds |= {key: replace(kinds[key], layout=None) for key in full}
+    for note in sides.notes:
+        key, _, _ = note.partition(":")
+        if key in scope:
+            notes.append(note)
+    whole = select_names(scope, options.whole or (), "whole")
+    for key in whole:
+        tensor_uses[key] = replace(tensor_uses[key], layout=None)
+
     entries: dict[str, Entry] = {}
     rows: list[Extracted] = []
     unchanged: list[str] = []
     left_out: list[str] = []
-    done, total = 0, sum(old[k].stop - old[k].start for k in scope) or 1
+    bytes_done = 0
+    bytes_in_all = sum(sides.old[key].stop - sides.old[key].start for key in scope) or 1
     for key in scope:
-        pair = pair_of(key, old[key], new[key], kinds[key].lead)
-        change, row = _change(pair, kinds[key], options)
+        pair = pair_of(key, sides.old[key], sides.new[key], tensor_uses[key].lead)
+        change, row = _change(pair, tensor_uses[key], options)
         if change is None:
             unchanged.append(key)
-        elif isinstance(change, Full) and not options.also_full and key not in full:
+        elif isinstance(change, Full) and not options.also_full and key not in whole:
             left_out.append(key)
         else:
             entries[key] = change
         if row is not None:
             rows.append(row)
-        done += pair.base.stop - pair.base.start
+        bytes_done += pair.base.stop - pair.base.start
         if progress is not None:
-            progress(done / total)
+            progress(bytes_done / bytes_in_all)
     check_unchanged()
+
     if not entries:
-        hint = f"only vectors differ ({left_out[0]} …); --also-full takes them" if left_out else ""
-        raise NoEffectError(
-            f"{tuned}: no weight differs from {base}", hint or "is it the tuned model?"
-        )
-    notes += _notes(rows, kinds, left_out)
-    low = [k for k, entry in entries.items() if isinstance(entry, LowRank)]
+        hint = "is it the tuned model?"
+        if left_out:
+            hint = f"only vectors differ ({left_out[0]} …); --also-full takes them"
+        raise NoEffectError(f"{tuned}: no weight differs from {base}", hint)
+    notes += _notes(rows, tensor_uses, left_out)
+    low_rank = [key for key, entry in entries.items() if isinstance(entry, LowRank)]
     metadata = {"base_model_name_or_path": str(base), "notes": notes, **origin(base)}
-    metadata |= file_fingerprint(low, old)
-    skipped = len(old) - len(scope)
+    metadata |= file_fingerprint(low_rank, sides.old)
     return Extraction(
-        Adapter(entries, metadata), tuple(rows), tuple(unchanged), tuple(left_out), skipped
+        Adapter(entries, metadata),
+        tuple(rows),
+        tuple(unchanged),
+        tuple(left_out),
+        skipped=len(sides.old) - len(scope),
     )
 
 
 def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """What has become of one tensor; one without low-rank update is taken whole."""
+    """The update that makes one tensor of the other; whole where it has no low-rank update."""
     if same_bytes(pair.base, pair.tuned):
         return None, None
     for info in (pair.base, pair.tuned):
@@ -158,77 +177,115 @@ def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcom
             )
     if use.layout is not None:
         return _approximate(pair, use, options)
-    if not any(pair.delta(i)[0].any() for i in range(pair.batch)):
+    if not _differs(pair):
         return None, None
     return Full(stored(pair.tuned).astype(pair.dtype, copy=False), use.tied), None
 
 
+def _differs(pair: TensorPair) -> bool:
+    """Whether any element of a tensor differs in value, as −0 and 0 do not."""
+    return any(pair.delta(i)[0].any() for i in range(pair.batch))
+
+
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """The update of one tensor and its row."""
+    """The update of one tensor and its row.
+
+    Where `energy` chooses the rank, so many singular values are computed that they hold it: 16 at
+    first, then twice as many, until they do or the cap is reached.
+    """
     delta = functools.lru_cache(1)(pair.delta)  # one matrix at a time
     limit = min(options.limit, pair.rows, pair.columns)
-    k = limit if options.energy is None else min(limit, RANK)
+    count = limit if options.energy is None else min(limit, RANK)
     while True:
-        parts, norms = [], []
+        decompositions = []
+        delta_energies: list[float] = []
+        base_energies: list[float] = []
         for i in range(pair.batch):
             matrix, changed, original = delta(i)
-            norms.append((changed, original))
-            parts.append(leading(matrix, k, generator(f"{pair.key}[{i}]", options.seed)))
-        total = math.fsum(n for n, _ in norms)
-        if not total:
+            delta_energies.append(changed)
+            base_energies.append(original)
+            random = generator(f"{pair.key}[{i}]", options.seed)
+            decompositions.append(leading(matrix, count, random))
+        energy = math.fsum(delta_energies)
+        if not energy:
             return None, None
-        rank, enough = k, True
+        singular_values = [values for _, values, _ in decompositions]
+        rank: int | None = count
         if options.energy is not None:
-            reached = np.cumsum(sum(s**2 for _, s, _ in parts)) >= options.energy * total
-            enough = bool(reached.any())
-            rank = int(np.argmax(reached)) + 1 if enough else k
-        if enough or k == limit:
+            rank = _rank_for(singular_values, options.energy * energy)
+        if rank is not None or count == limit:
             break
-        k = min(limit, 2 * k)
-    factors = [balanced(*p, rank) for p in parts]
-    lost = math.fsum(squared_distance(delta(i)[0], a, b) for i, (a, b) in enumerate(factors))
-    first = math.fsum(float(s[0]) ** 2 for _, s, _ in parts)
+        count = min(limit, 2 * count)
+
+    factors = [balanced(*parts, rank or count) for parts in decompositions]
+    missed = math.fsum(squared_distance(delta(i)[0], a, b) for i, (a, b) in enumerate(factors))
+    largest = math.fsum(float(values[0]) ** 2 for values in singular_values)
     shape = (pair.rows, pair.columns)
-    noise = [above_noise(s, n, shape) for (_, s, _), (n, _) in zip(parts, norms, strict=True)]
+    above = [
+        above_noise(values, changed, shape)
+        for values, changed in zip(singular_values, delta_energies, strict=True)
+    ]
     row = Extracted(
         key=pair.key,
         shape=pair.base.shape,
-        rank=rank,
-        norm=math.sqrt(total),
-        base_norm=math.sqrt(math.fsum(n for _, n in norms)),
-        error=math.sqrt(lost),
-        stable_rank=total / first,
-        above_noise=max(noise),
-        known=k,
-        enough=enough,
+        rank=rank or count,
+        norm=math.sqrt(energy),
+        base_norm=math.sqrt(math.fsum(base_energies)),
+        error=math.sqrt(missed),
+        stable_rank=energy / largest,
+        above_noise=max(above),
+        known=count,
+        enough=rank is not None,
     )
     return _update(use, factors), row
 
 
+def _rank_for(singular_values: Sequence[Array], energy: float) -> int | None:
+    """The lowest rank whose singular values, squared, sum up to `energy`; None where none does.
+
+    Args:
+        singular_values: Of each matrix of a stack, equally many.
+        energy: A part of ‖Δ‖².
+    """
+    reached = np.cumsum(sum(values**2 for values in singular_values)) >= energy
+    if not reached.any():
+        return None
+    return int(np.argmax(reached)) + 1
+
+
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     """Factors of the stored matrices as an update."""
-    a, b = (np.stack(side) for side in zip(*factors, strict=True))
+    a = np.stack([factor for factor, _ in factors])
+    b = np.stack([factor for _, factor in factors])
     if use.swapped:
         a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     if not use.lead:
-        a, b = a[0], b[0]
-    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    origin = Origin(op=use.op, tied=use.tied)
-    return LowRank(a, b, float(b.shape[-1]), use.layout, origin=origin)
+        a = a[0]
+        b = b[0]
+    return LowRank(
+        np.ascontiguousarray(a),
+        np.ascontiguousarray(b),
+        float(b.shape[-1]),
+        use.layout,
+        origin=Origin(op=use.op, tied=use.tied),
+    )
 
 
 def _notes(
-    rows: Sequence[Extracted], kinds: dict[str, TensorUse], left_out: Sequence[str]
+    rows: Sequence[Extracted], tensor_uses: Mapping[str, TensorUse], left_out: Sequence[str]
 ) -> Iterator[str]:
-    for r in rows:
-        said, kept = f"{r.key}: rank {r.rank}", 1 - r.relative**2
-        if not r.enough:
-            yield f"{said} is the cap and holds {kept:.1%} of ‖Δ‖²"
-        elif kept < LITTLE:
-            asked = f"was it trained whole? --whole {r.key} takes it so"
-            yield f"{said} keeps {kept:.0%} of ‖Δ‖²: {asked}"
-        if kinds[r.key].tied:
-            yield f"{r.key}: the table is the output head too, and the update acts on both"
+    """What must be said of updates that hold little of Δ, of tied tables, of vectors left out."""
+    for row in rows:
+        share = 1 - row.relative**2
+        if not row.enough:
+            yield f"{row.key}: rank {row.rank} is the cap and holds {share:.1%} of ‖Δ‖²"
+        elif share < LITTLE:
+            yield (
+                f"{row.key}: rank {row.rank} keeps {share:.0%} of ‖Δ‖²: was it trained whole? "
+                f"--whole {row.key} takes it so"
+            )
+        if tensor_uses[row.key].tied:
+            yield f"{row.key}: the table is the output head too, and the update acts on both"
     if left_out:
         yield (
             "vectors that differ and are not in the adapter, which --also-full "

@@ -49,6 +49,6 @@ class ExtractOptions:
     @property
     def limit(self) -> int:
         """The rank, or the highest that energy may choose."""
-        if self.energy is None:
-            return RANK if self.rank is None else self.rank
-        return MAX_RANK if self.max_rank is None else self.max_rank
+        if self.energy is not None:
+            return MAX_RANK if self.max_rank is None else self.max_rank
+        return RANK if self.rank is None else self.rank

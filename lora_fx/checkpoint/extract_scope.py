@@ -25,62 +25,88 @@ def scope_of(
     Raises:
         LoraFxError: A selector without a match; tensors of one side only, or of two shapes.
     """
-    (_, old), (_, new) = base, tuned
+    base_path, old = base
+    tuned_path, new = tuned
     chosen = None if options.include is None else _whole(select(found, options.include))
-    gone = _excluded(found, [*old, *(n for n in new if n not in old)], options.exclude or ())
+    only_tuned = [name for name in new if name not in old]
+    excluded = _excluded(found, [*old, *only_tuned], options.exclude or ())
 
-    def wanted(name: str, info: TensorInfo) -> bool:
-        return name not in gone and (chosen is None or len(info.shape) < 2 or name in chosen)
+    def is_compared(name: str, info: TensorInfo) -> bool:
+        if name in excluded:
+            return False
+        return chosen is None or len(info.shape) < 2 or name in chosen
 
-    lost = [n for n, t in old.items() if wanted(n, t) and n not in new]
-    extra = [n for n, t in new.items() if wanted(n, t) and n not in old]
-    shapes = [n for n, t in old.items() if wanted(n, t) and n in new and new[n].shape != t.shape]
-    both = [f"{one_line(n, 100)} {list(old[n].shape)} and {list(new[n].shape)}" for n in shapes]
-    misfits = (
-        ([one_line(n, 100) for n in lost], f"only in {base[0]}"),
-        ([one_line(n, 100) for n in extra], f"only in {tuned[0]}"),
-        (both, "of two shapes"),
-    )
-    problems = [f"{len(names)} {what}: {some(names)}" for names, what in misfits if names]
+    scope: list[str] = []
+    only_base: list[str] = []
+    reshaped: list[str] = []
+    for name, info in old.items():
+        if not is_compared(name, info):
+            continue
+        if name not in new:
+            only_base.append(name)
+        elif new[name].shape != info.shape:
+            reshaped.append(name)
+        else:
+            scope.append(name)
+
+    problems: list[str] = []
+    if only_base:
+        problems.append(f"{len(only_base)} only in {base_path}: {some(_short(only_base))}")
+    only_tuned = [name for name in only_tuned if is_compared(name, new[name])]
+    if only_tuned:
+        problems.append(f"{len(only_tuned)} only in {tuned_path}: {some(_short(only_tuned))}")
+    if reshaped:
+        shapes = [
+            f"{one_line(name, 100)} {list(old[name].shape)} and {list(new[name].shape)}"
+            for name in reshaped
+        ]
+        problems.append(f"{len(reshaped)} of two shapes: {some(shapes)}")
     if problems and not options.allow_missing:
-        raise LoraFxError(
-            f"{tuned[0]} does not have the tensors of {base[0]}: {'; '.join(problems)}",
-            _hint(old, new)
-            if len(lost) == len(old)
-            else "--allow-missing leaves them out, and "
-            "--exclude those that it names; a grown vocabulary has no low-rank update",
+        hint = (
+            "--allow-missing leaves them out, and --exclude those that it names; a grown "
+            "vocabulary has no low-rank update"
         )
-    bad = {*lost, *shapes}
-    notes = [f"not in the adapter: {text}" for text in problems]
-    return [n for n, t in old.items() if wanted(n, t) and n not in bad], notes
+        if len(only_base) == len(old):
+            hint = _prefix_hint(old, new)
+        raise LoraFxError(
+            f"{tuned_path} does not have the tensors of {base_path}: {'; '.join(problems)}", hint
+        )
+    return scope, [f"not in the adapter: {problem}" for problem in problems]
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names as one line of an error can hold them."""
+    return [one_line(name, 100) for name in names]
 
 
 def _whole(chosen: Sequence[str]) -> set[str]:
-    region = next((k for k in chosen if k.endswith("]")), None)
-    if region is not None:
-        raise LoraFxError(
-            f"{region!r} is a part of a tensor; expected whole tensors",
-            "name the tensor; merge and truncate work with parts, extract does not",
-        )
+    """Selected keys, all of whole tensors; raises for one of a part."""
+    for key in chosen:
+        if key.endswith("]"):
+            raise LoraFxError(
+                f"{key!r} is a part of a tensor; expected whole tensors",
+                "name the tensor; merge and truncate work with parts, extract does not",
+            )
     return set(chosen)
 
 
 def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) -> set[str]:
     """Names that a selector matches: as a target, else as any tensor."""
-    gone: set[str] = set()
+    excluded: set[str] = set()
     for text in split(exclude):
         try:
-            gone |= _whole(select(found, [text]))
-        except LoraFxError as e:
+            excluded |= _whole(select(found, [text]))
+        except LoraFxError as error:
             try:
-                gone |= set(select_names(names, [text]))
+                excluded |= set(select_names(names, [text]))
             except LoraFxError:
-                raise e from None
-    return gone
+                raise error from None
+    return excluded
 
 
-def _hint(old: Tensors, new: Tensors) -> str:
+def _prefix_hint(old: Tensors, new: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
-    verb, lead = lead_between([*old][:3], new)
-    said = f"the names of the second {verb} the prefix {lead!r}"
-    return said if verb else "are they of one model?"
+    verb, prefix = lead_between([*old][:3], new)
+    if not verb:
+        return "are they of one model?"
+    return f"the names of the second {verb} the prefix {prefix!r}"

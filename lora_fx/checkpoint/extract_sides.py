@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lora_fx.checkpoint.tied_names import Tie, is_head
 from lora_fx.checkpoint.tied_uses import check_scaled, tie_of
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import Tensors, same_bytes
+from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes
 from lora_fx.text import JsonView
 
 NamedTensors = tuple[str, Tensors, JsonView]
@@ -46,34 +46,70 @@ def sides_of(base: NamedTensors, tuned: NamedTensors) -> Sides:
     Raises:
         LoraFxError: The tuned model has a head of its own, and the base cannot be given one.
     """
-    old, new = dict(base[1]), dict(tuned[1])
-    first, second = tie_of(old, base[2], new), tie_of(new, tuned[2], old)
-    tie = first or second
+    base_path, base_tensors, base_config = base
+    tuned_path, tuned_tensors, tuned_config = tuned
+    old = dict(base_tensors)
+    new = dict(tuned_tensors)
+    base_tie = tie_of(old, base_config, new)
+    tuned_tie = tie_of(new, tuned_config, old)
+    tie = base_tie or tuned_tie
     if tie is None:
-        return Sides(old, new, "" if any(is_head(n) for n in new) else None)
-    sources = tie.sources()
-    for name, source in sources.items():
-        if first and name in new and name not in old and source in old:
-            old[name] = old[source]
-        if second and name in old and name not in new and source in new:
-            new[name] = new[source]
-    copies = [n for n, s in sources.items() if _copy(old, n, s) and _copy(new, n, s)]
-    for name in copies:
-        del old[name], new[name]
-    shape = old[tie.table].shape if tie.table in old else None
-    unknown = not tie.head and any(n not in old and t.shape == shape for n, t in new.items())
+        has_head = any(is_head(name) for name in new)
+        return Sides(old, new, "" if has_head else None)
+
+    _name_uses(
+        old, new, tie, base_is_tied=base_tie is not None, tuned_is_tied=tuned_tie is not None
+    )
     notes = []
-    if first and tie.head in old and tie.head not in base[1]:
-        check_scaled(first, base[2], base[0])
+    if base_tie and tie.head in old and tie.head not in base_tensors:
+        check_scaled(base_tie, base_config, base_path)
         notes.append(
-            f"{tie.head}: a tensor of its own in {tuned[0]}, tied in {base[0]}: lora-fx merge "
+            f"{tie.head}: a tensor of its own in {tuned_path}, tied in {base_path}: lora-fx merge "
             "--untie gives the base one"
         )
-    one = first is not None and tie.head not in new and not unknown
-    return Sides(old, new, tie.table if one else "", first, tuple(notes))
+    table = ""
+    if base_tie is not None and tie.head not in new and not _may_have_head(old, new, tie):
+        table = tie.table
+    return Sides(old, new, table, base_tie, tuple(notes))
 
 
-def _copy(side: Tensors, name: str, source: str) -> bool:
+def _name_uses(
+    old: dict[str, TensorInfo],
+    new: dict[str, TensorInfo],
+    tie: Tie,
+    *,
+    base_is_tied: bool,
+    tuned_is_tied: bool,
+) -> None:
+    """Give each use of a tied tensor a name of its own, where either side tells it apart.
+
+    1. A name that one side stores and the other ties stands for the tied tensor there.
+    2. A name that is a copy on both sides is left out.
+    """
+    sources = tie.sources()
+    for name, source in sources.items():
+        if base_is_tied and name in new and name not in old and source in old:
+            old[name] = old[source]
+        if tuned_is_tied and name in old and name not in new and source in new:
+            new[name] = new[source]
+    copies = [
+        name
+        for name, source in sources.items()
+        if _is_copy(old, name, source) and _is_copy(new, name, source)
+    ]
+    for name in copies:
+        del old[name], new[name]
+
+
+def _may_have_head(old: Tensors, new: Tensors, tie: Tie) -> bool:
+    """Whether a tensor of the tuned model may be its head, where nobody knows its name."""
+    if tie.head:
+        return False
+    shape = old[tie.table].shape if tie.table in old else None
+    return any(name not in old and info.shape == shape for name, info in new.items())
+
+
+def _is_copy(side: Tensors, name: str, source: str) -> bool:
     """True where two names of a side have the same bytes."""
     return name in side and source in side and same_bytes(side[name], side[source])
 
@@ -84,14 +120,19 @@ def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
     An update of the table is one of all its lookups, so it has none of its own beside theirs.
     """
     tie = sides.tie
-    own = [n for n in tie.lookups if n in scope] if tie is not None else []
-    if tie is None or not own:
+    if tie is None:
         return
-    said = f"{where}: {own[0]!r} differs from {tie.table!r}, which is the same tensor in the base"
+    differing = next((name for name in tie.lookups if name in scope), None)
+    if differing is None:
+        return
+    message = (
+        f"{where}: {differing!r} differs from {tie.table!r}, which is the same tensor in the base"
+    )
     if not tie.apart:
-        raise LoraFxError(said, f"such models hold it once; --exclude {own[0]} leaves it out")
+        raise LoraFxError(message, f"such models hold it once; --exclude {differing} leaves it out")
     if tie.table in scope and not same_bytes(sides.old[tie.table], sides.new[tie.table]):
         raise LoraFxError(
-            f"{said}, and {tie.table!r} has changed as well: an update of it acts on all lookups",
+            f"{message}, and {tie.table!r} has changed as well: an update of it acts on all "
+            "lookups",
             f"--exclude {tie.table} leaves it out, if the model looks nothing up in it",
         )

@@ -51,9 +51,32 @@ class Extracted:
 
     def to_json(self) -> Json:
         """One row of `extracted[]` in docs/json.md."""
-        names = ("rank", "norm", "change", "error", "relative", "stable_rank")
-        numbers = {name: getattr(self, name) for name in (*names, "above_noise", "known")}
-        return {"key": self.key, "shape": list(self.shape), **numbers}
+        return {
+            "key": self.key,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "norm": self.norm,
+            "change": self.change,
+            "error": self.error,
+            "relative": self.relative,
+            "stable_rank": self.stable_rank,
+            "above_noise": self.above_noise,
+            "known": self.known,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """One row of the table for people."""
+        change = "-" if self.change is None else f"{self.change:.2e}"
+        at_least = "≥ " if self.above_noise >= self.known else ""
+        return (
+            self.key,
+            "×".join(map(str, self.shape)),
+            str(self.rank),
+            change,
+            f"{self.relative:.2e}",
+            f"{self.stable_rank:.1f}",
+            f"{at_least}{self.above_noise}",
+        )
 
 
 Outcome = tuple[LowRank | Full | None, Extracted | None]
@@ -83,13 +106,15 @@ class Extraction:
     @property
     def relative(self) -> float:
         """‖Δ − b@a‖/‖Δ‖ over all low-rank updates together."""
-        norm = math.hypot(*(r.norm for r in self.rows))
-        return math.hypot(*(r.error for r in self.rows)) / norm if norm else 0.0
+        norm = math.hypot(*(row.norm for row in self.rows))
+        if not norm:
+            return 0.0
+        return math.hypot(*(row.error for row in self.rows)) / norm
 
     def to_json(self) -> Json:
         """What `lora-fx extract --json` adds."""
         return {
-            "extracted": [r.to_json() for r in self.rows],
+            "extracted": [row.to_json() for row in self.rows],
             "whole": list(self.adapter.full),
             "left_out": list(self.left_out),
             "unchanged": len(self.unchanged),
@@ -101,19 +126,9 @@ class Extraction:
     def __str__(self) -> str:
         """A table for people."""
         head = ("key", "shape", "rank", "‖Δ‖/‖W‖", "error/‖Δ‖", "stable rank", "above noise")
-        rows = [
-            (
-                r.key,
-                "×".join(map(str, r.shape)),
-                str(r.rank),
-                "-" if r.change is None else f"{r.change:.2e}",
-                f"{r.relative:.2e}",
-                f"{r.stable_rank:.1f}",
-                f"{'≥ ' if r.above_noise >= r.known else ''}{r.above_noise}",
-            )
-            for r in self.rows
-        ]
-        lines = table([head, *rows]) if rows else ["no low-rank update"]
+        lines = ["no low-rank update"]
+        if self.rows:
+            lines = table([head, *(row.cells() for row in self.rows)])
         lines += [f"whole: {key}" for key in self.adapter.full]
         lines.append(
             f"low-rank updates: {len(self.rows)}; equal tensors: {len(self.unchanged)}; "

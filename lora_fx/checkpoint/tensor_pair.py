@@ -46,24 +46,17 @@ class TensorPair:
             LoraFxError: NaN or infinite values on either side.
         """
         size = self.rows * self.columns
+        first = batch * size
         result = np.empty(size, self.dtype)
-        changed = original = 0.0
-        for lo in range(0, size, BLOCK):
-            hi = min(lo + BLOCK, size)
-            sides = self.base, self.tuned
-            found = (stored_elements(info, batch * size + lo, batch * size + hi) for info in sides)
-            old, new = (block.astype(self.dtype, copy=False) for block in found)
-            for info, block in zip(sides, (old, new), strict=True):
-                if count := np.count_nonzero(~np.isfinite(block)):
-                    raise LoraFxError(
-                        f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
-                        "more); expected finite ones",
-                        "training may have diverged; use an earlier checkpoint, or --exclude the "
-                        "tensor",
-                    )
-            np.subtract(new, old, out=result[lo:hi])
-            changed += _squares(result[lo:hi])
-            original += _squares(old)
+        changed = 0.0
+        original = 0.0
+        for low in range(0, size, BLOCK):
+            high = min(low + BLOCK, size)
+            base = self._finite(self.base, first + low, first + high)
+            tuned = self._finite(self.tuned, first + low, first + high)
+            np.subtract(tuned, base, out=result[low:high])
+            changed += _squares(result[low:high])
+            original += _squares(base)
         if not math.isfinite(changed):
             raise LoraFxError(
                 f"{self.tuned.file}: tensor {self.key!r} minus that of {self.base.file} overflows",
@@ -71,15 +64,29 @@ class TensorPair:
             )
         return result.reshape(self.rows, self.columns), changed, original
 
+    def _finite(self, info: TensorInfo, low: int, high: int) -> Array:
+        """Elements low ≤ i < high of one side, in Δ's dtype; raises where one is not finite."""
+        block = stored_elements(info, low, high).astype(self.dtype, copy=False)
+        count = np.count_nonzero(~np.isfinite(block))
+        if count:
+            raise LoraFxError(
+                f"{info.file}: tensor {self.key!r} has {count} NaN or infinite values (or "
+                "more); expected finite ones",
+                "training may have diverged; use an earlier checkpoint, or --exclude the tensor",
+            )
+        return block
+
 
 def pair_of(key: str, base: TensorInfo, tuned: TensorInfo, lead: int) -> TensorPair:
     """A tensor of two checkpoints, of which `lead` leading axes count matrices."""
     shape = base.shape or (1,)
-    sizes = math.prod(shape[:lead]), shape[lead], math.prod(shape[lead + 1 :])
-    return TensorPair(key, base, tuned, *sizes)
+    batch = math.prod(shape[:lead])
+    columns = math.prod(shape[lead + 1 :])
+    return TensorPair(key, base, tuned, batch, shape[lead], columns)
 
 
 def _squares(block: Array) -> float:
+    """The sum of squares of a block, in fp64."""
     wide = block.astype(np.float64, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.dot(wide, wide))
