@@ -24,6 +24,11 @@ from lora_fx.ir.quantised import Quantised
 
 TOP = 127
 """The code of the largest value of a row."""
+HINT = (
+    "merge into the unquantised original and quantise after, or keep the adapter as a branch "
+    "of its own"
+)
+"""What to do where codes take no update."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +59,27 @@ class Int8:
 
     def check(self, name: str, info: TensorInfo, matrix: Matrix) -> None:
         """Raise for updates whose rows are not the codes' rows, or that need the float original."""
-        for p in matrix.parts:
-            why = ""
-            if p.transposed or (matrix.rows, matrix.columns) != info.shape:
+        for part in matrix.parts:
+            if part.transposed or (matrix.rows, matrix.columns) != info.shape:
                 why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-            elif p.mutated:
-                why = f"the update is for a base that {p.mutated} changed before"
-            if why:
-                raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
+            elif part.mutated:
+                why = f"the update is for a base that {part.mutated} changed before"
+            else:
+                continue
+            raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
 
     def weight(self, codes: TensorInfo) -> QuantisedWeight:
         """The weight whose codes lie there."""
-        module, _, part = self.name.rpartition(".")
+        module, _, scales_name = self.name.rpartition(".")
         parts = Parts(module, {f"{module}.weight": codes, self.name: self.scales})
 
         def read(rows: slice = ALL) -> Quantised:
-            scale = parts.read(part, rows).reshape(-1, 1)
-            block = 1, codes.shape[1]
+            scale = parts.read(scales_name, rows).reshape(-1, 1)
+            block = (1, codes.shape[1])
             return Quantised(parts.read("weight", rows), scale, None, block, unit=1 / self.unit)
 
-        anew = parts.rescaling(("weight", part), 1, self.scale)
+        anew = parts.rescaling(("weight", scales_name), 1, self.scale)
         return QuantisedWeight(self.scheme, 8, codes.shape, read, 1, anew)
-
-
-HINT = (
-    "merge into the unquantised original and quantise after, or keep the adapter as a branch "
-    "of its own"
-)
 
 
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
@@ -93,31 +92,53 @@ def int8_of(name: str, base: Checkpoint) -> Int8 | None:
 
 def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
     """The layout of int8 codes, or why it is none of those that are taken."""
-    module, tensors = name.removesuffix(".weight"), base.tensors
-    found = [part for part in ("SCB", "weight_scale") if f"{module}.{part}" in tensors]
-    if len(found) != 1 or not name.endswith(".weight"):
+    module = name.removesuffix(".weight")
+    suffixes = [
+        suffix for suffix in ("SCB", "weight_scale") if f"{module}.{suffix}" in base.tensors
+    ]
+    if len(suffixes) != 1 or not name.endswith(".weight"):
         return None, "its scales are not there as SCB or weight_scale"
     if len(info.shape) != 2:
         return None, f"its shape is {list(info.shape)}; expected [out, in]"
-    scales, rows, why = tensors[f"{module}.{found[0]}"], info.shape[0], ""
-    if found == ["SCB"]:
-        scheme, unit, shape, expected = "bitsandbytes", TOP, [rows], f"float32 [{rows}]"
-        form = tensors.get(f"{module}.weight_format")
-        order = stored_bytes(form, 0, 1)[0] if form is not None and form.stop > form.start else 0
-        if order:
-            why = f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+
+    suffix = suffixes[0]
+    scales_name = f"{module}.{suffix}"
+    scales = base.tensors[scales_name]
+    rows = info.shape[0]
+    if suffix == "SCB":
+        int8 = Int8("bitsandbytes int8", scales_name, scales, TOP)
+        why = _bitsandbytes_refusal(module, base)
+        shape = (rows,)
+        expected = f"float32 [{rows}]"
     else:
-        scheme, unit, shape = "compressed-tensors", 1, [rows, 1]
+        int8 = Int8("compressed-tensors int8", scales_name, scales, 1)
+        why = _compressed_tensors_refusal(module, base)
+        shape = (rows, 1)
         expected = f"a float a row, [{rows}, 1]"
-        config = base.config().get("quantization_config")
-        if not isinstance(config, dict) or config.get("quant_method") != scheme:
-            why = f"config.json does not say that weight_scale is that of {scheme}"
-        else:
-            why = altered(config)
-        for other in ("weight_zero_point", "weight_g_idx", "weight_global_scale"):
-            if f"{module}.{other}" in tensors:
-                why = f"{other} beside it: only symmetric codes with a scale a row are taken"
-    if not why and ([*scales.shape] != shape or scales.dtype not in FLOATING):
-        why = f"{found[0]} is {scales.dtype} {list(scales.shape)}; expected {expected}"
-    made = Int8(f"{scheme} int8", f"{module}.{found[0]}", scales, unit)
-    return (None, why) if why else (made, "")
+    if not why and (tuple(scales.shape) != shape or scales.dtype not in FLOATING):
+        why = f"{suffix} is {scales.dtype} {list(scales.shape)}; expected {expected}"
+    if why:
+        return None, why
+    return int8, ""
+
+
+def _bitsandbytes_refusal(module: str, base: Checkpoint) -> str:
+    """Why codes of bitsandbytes are not taken; empty where they are."""
+    order_info = base.tensors.get(f"{module}.weight_format")
+    if order_info is None or order_info.stop <= order_info.start:
+        return ""
+    order = stored_bytes(order_info, 0, 1)[0]
+    if not order:
+        return ""
+    return f"weight_format is {order}, an order for GPUs; expected 0, row by row"
+
+
+def _compressed_tensors_refusal(module: str, base: Checkpoint) -> str:
+    """Why codes of compressed-tensors are not taken; empty where they are."""
+    for suffix in ("weight_global_scale", "weight_g_idx", "weight_zero_point"):
+        if f"{module}.{suffix}" in base.tensors:
+            return f"{suffix} beside it: only symmetric codes with a scale a row are taken"
+    config = base.config().get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
+        return "config.json does not say that weight_scale is that of compressed-tensors"
+    return altered(config)

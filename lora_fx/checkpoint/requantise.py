@@ -29,13 +29,13 @@ LEAST = 0.5
 
 
 def recoded(
-    weight: QuantisedWeight, q: Quantised, fold: TensorFold, rows: slice, space: Space
+    weight: QuantisedWeight, codes: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
     """Rows with their update, quantised anew: what changed, and what to write where.
 
     Args:
         weight: The weight.
-        q: The rows as they are.
+        codes: The rows as they are.
         fold: What is added.
         rows: Which rows.
         space: The calling thread's.
@@ -44,28 +44,32 @@ def recoded(
         LoraFxError: A value that is no number.
     """
     assert weight.anew is not None
-    old = q.dequantise()
+    old = codes.dequantise()
     with np.errstate(all="ignore"):  # what is no number is looked for, and named
-        new, delta = fold.sum(old, rows.start, space)
-        if not np.isfinite(np.dot(new.reshape(-1), new.reshape(-1))):
-            raise fold.error(old, new, new, rows.start)
-        after, parts = weight.anew.recode(q, rows, new, delta)
-    there = after.dequantise()
-    still, missed = int(np.count_nonzero(there == old)), (new - there).reshape(-1)
-    stats = stats_of(old, delta, np.subtract(there, old, out=there), still)
+        folded, delta = fold.sum(old, rows.start, space)
+        flat = folded.reshape(-1)
+        if not np.isfinite(np.dot(flat, flat)):
+            raise fold.error(old, folded, folded, rows.start)
+        new_codes, parts = weight.anew.recode(codes, rows, folded, delta)
+    stored = new_codes.dequantise()
+    still = int(np.count_nonzero(stored == old))
+    missed = (folded - stored).reshape(-1)
+    stats = stats_of(old, delta, np.subtract(stored, old, out=stored), still)
     stats.error = float(np.dot(missed, missed))
-    steps = q.scale.astype(np.float64) * q.unit
+    steps = codes.scale.astype(np.float64) * codes.unit
     stats.own = float(np.mean(steps**2)) * old.size / 12
     return stats, parts
 
 
 def joined(parts: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
-    for every in by_key((part.name, part) for part in parts).values():
-        axis = every[0].axis
-        if axis and len(every) > 1:
-            every = [replace(every[0], data=np.concatenate([p.data for p in every], axis))]
-        yield from every
+    for ranges_of_tensor in by_key((part.name, part) for part in parts).values():
+        first = ranges_of_tensor[0]
+        if first.axis and len(ranges_of_tensor) > 1:
+            data = np.concatenate([part.data for part in ranges_of_tensor], first.axis)
+            yield replace(first, data=data)
+        else:
+            yield from ranges_of_tensor
 
 
 def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
@@ -74,27 +78,29 @@ def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
     if part.axis is None:
         yield part.low, data.reshape(-1).view(np.uint8).data
         return
-    here = info if part.matrix is None else info[part.matrix]
-    inner = math.prod(here.shape[part.axis + 1 :]) * DTYPES[info.dtype].bits // 8
-    for i, run in enumerate(data.reshape(math.prod(here.shape[: part.axis]), -1)):
-        at = here.start - info.start + (i * here.shape[part.axis] + part.low) * inner
-        yield at, run.view(np.uint8).data
+    matrix = info if part.matrix is None else info[part.matrix]
+    length = matrix.shape[part.axis]
+    entry_bytes = math.prod(matrix.shape[part.axis + 1 :]) * DTYPES[info.dtype].bits // 8
+    runs = data.reshape(math.prod(matrix.shape[: part.axis]), -1)
+    for i, run in enumerate(runs):
+        offset = matrix.start - info.start + (i * length + part.low) * entry_bytes
+        yield offset, run.view(np.uint8).data
 
 
-def in_all(every: Iterable[Stats]) -> tuple[float, float]:
+def in_all(blocks: Iterable[Stats]) -> tuple[float, float]:
     """What several weights keep, and their noise; 1 and 0 where there is no update."""
-    whole = Stats()
-    for stats in every:
-        whole.add(stats)
-    return whole.gain, whole.missed or 0.0
+    total = Stats()
+    for stats in blocks:
+        total.add(stats)
+    return total.gain, total.missed or 0.0
 
 
-def refuse_loss(every: Iterable[Stats], where: object) -> None:
+def refuse_loss(blocks: Iterable[Stats], where: object) -> None:
     """Raise where most of an update is lost."""
-    kept, noise = in_all(every)
-    if not kept >= LEAST:
+    gain, noise = in_all(blocks)
+    if not gain >= LEAST:
         raise LoraFxError(
-            f"{where}: not written: its codes would keep {kept:.1%} of the update in all, with "
+            f"{where}: not written: its codes would keep {gain:.1%} of the update in all, with "
             f"noise of {noise:.2f} times its size; expected {LEAST:.0%} or more",
             "--dequantise keeps all of it; --lossy writes it all the same",
             exit_code=1,
@@ -102,11 +108,12 @@ def refuse_loss(every: Iterable[Stats], where: object) -> None:
 
 
 def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> Iterator[Stats]:
-    """Of some rows in the middle of some of these weights."""
-    some = [(info, fold) for info, fold in folds if info.weight.anew is not None]
-    some = some[:: max(1, len(some) // count)][:count]
-    for info, fold in some:
-        every = [*info.weight.spans(max(1, BLOCK // info.shape[-1]))]
-        rows = slice(*every[len(every) // 2])
-        fold = prepared(fold, info)
-        yield recoded(info.weight, info.weight.read(rows), fold, rows, Space())[0]
+    """What requantising some rows in the middle of some of these weights would do."""
+    writable = [(info, fold) for info, fold in folds if info.weight.anew is not None]
+    step = max(1, len(writable) // count)
+    for info, fold in writable[::step][:count]:
+        spans = [*info.weight.spans(max(1, BLOCK // info.shape[-1]))]
+        low, high = spans[len(spans) // 2]
+        rows = slice(low, high)
+        stats, _ = recoded(info.weight, info.weight.read(rows), prepared(fold, info), rows, Space())
+        yield stats

@@ -35,12 +35,12 @@ def refuse_codes(keys: Iterable[str], base: Checkpoint, config: JsonView) -> Non
     """Raise where a weight that an adapter means is there as codes only, under other names."""
     for key in keys:
         name = base_name(key)
-        here = base.tensors.get(name)
-        if here is not None:
-            _refuse_empty(name, here)
+        info = base.tensors.get(name)
+        if info is not None:
+            _refuse_empty(name, info)
         scheme = codes_of(name, base, config)
-        if scheme and (here is None or here.dtype not in (*FLOATING, "int8")):
-            raise _refusal(name, here, scheme, base)
+        if scheme and (info is None or info.dtype not in (*FLOATING, "int8")):
+            raise _refusal(name, info, scheme, base)
 
 
 def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
@@ -52,8 +52,10 @@ def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
     method = config.get("quantization_config")
     if scheme or name in base.tensors or not isinstance(method, dict):
         return scheme
+    if not name.endswith(".weight"):
+        return ""
     module = name.removesuffix("weight")
-    if not name.endswith(".weight") or not any(n.startswith(module) for n in base.tensors):
+    if not any(other.startswith(module) for other in base.tensors):
         return ""
     return f"{method.get('quant_method', 'quantised')}, as config.json says"
 
@@ -74,18 +76,23 @@ def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry
         return None  # what is made of codes are floats
     scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
-    replaced = bool(entries) and all(isinstance(e, Full) for e in entries)
-    if (info.dtype in FLOATING or replaced) and not scheme:
+    whole = [entry for entry in entries if isinstance(entry, Full)]
+    is_replaced = bool(entries) and len(whole) == len(entries)
+    if not scheme and (info.dtype in FLOATING or is_replaced):
         return None
-    found, why = int8_or_reason(name, info, base) if info.dtype == "int8" else (None, LOST)
-    if info.dtype == "int8" and any(isinstance(e, Full) for e in entries):
-        found, why = None, "a whole float tensor cannot take its place"
-    if found is None:
+    if info.dtype != "int8":
+        raise _refusal(name, info, scheme, base)
+    if whole:
+        why = "a whole float tensor cannot take its place"
         raise _refusal(name, info, scheme, base, why)
-    return found
+    int8, why = int8_or_reason(name, info, base)
+    if int8 is None:
+        raise _refusal(name, info, scheme, base, why)
+    return int8
 
 
 def _refuse_empty(name: str, info: TensorInfo) -> None:
+    """Raise for a tensor without elements, as ZeRO-3 leaves them."""
     if 0 in info.shape:
         raise LoraFxError(
             f"{info.file}: tensor {name!r} is empty, {list(info.shape)}; expected a weight",
@@ -96,9 +103,20 @@ def _refuse_empty(name: str, info: TensorInfo) -> None:
 def _refusal(
     name: str, info: TensorInfo | None, scheme: str, base: Checkpoint, why: str = LOST
 ) -> LoraFxError:
-    where, what = (info.file, info.dtype) if info else (base.path, "stored as codes")
+    """The refusal of an update of codes.
+
+    Args:
+        name: The tensor's name.
+        info: Where it lies; None where the base has its codes under other names.
+        scheme: The format of the codes; may be empty.
+        base: The checkpoint.
+        why: Why they take no update.
+    """
+    where = base.path if info is None else info.file
+    what = "stored as codes" if info is None else info.dtype
+    of_scheme = f" ({scheme})" if scheme else ""
     return LoraFxError(
-        f"{where}: tensor {name!r} is {what}{f' ({scheme})' if scheme else ''}; expected "
-        f"a float weight, or int8 with a scale a row: {why}",
+        f"{where}: tensor {name!r} is {what}{of_scheme}; expected a float weight, or int8 with a "
+        f"scale a row: {why}",
         HINT,
     )
