@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import copy_file, keep_mode
+from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.read import read_bytes, read_json
 from lora_fx.text import Json, JsonView
 
@@ -51,12 +52,16 @@ def untied(config: JsonView) -> Json:
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
     """Configs, tokenizer and whatever else belongs to the folder."""
-    for name in plan.base.companions()[0]:
-        source, target = plan.base.path / name, folder / name
+    has_new_config = plan.tie is not None or plan.base.settings is not None
+    companions, _ = plan.base.companions()
+    for name in companions:
+        source = plan.base.path / name
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) == "config.json" and (plan.tie is not None or plan.base.settings is not None):
+        if str(name) == "config.json" and has_new_config:
             config = plan.base.config()
-            config = untied(config) if plan.tie is not None else config
+            if plan.tie is not None:
+                config = untied(config)
             keep_mode(source.stat(), target)
             target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         else:
@@ -68,10 +73,14 @@ def report_name(plan: MergePlan) -> str:
 
     A report of the merge that made the base is none of its own: it would not fit the output.
     """
-    return next((n for n in REPORTS if not _is_file_of_base(plan.base.path / n)), "")
+    for name in REPORTS:
+        if not _is_file_of_base(plan.base.path / name):
+            return name
+    return ""
 
 
 def _is_file_of_base(file: Path) -> bool:
+    """Whether a file is there, and is no report of an earlier merge."""
     if not os.path.lexists(file):
         return False
     try:
@@ -85,25 +94,49 @@ def write_index(plan: MergePlan, folder: Path) -> None:
 
     Of a view's shards, where there are several, it is new.
     """
-    base, index = plan.base, Json()
-    if base.of is not None and len(base.shards) > 1:
-        homes = {n: shard for shard, header in base.shards.items() for n in header.tensors}
-        index = {"metadata": {"total_size": 0}, "weight_map": homes}
-        name = f"{next(iter(base.shards)).partition('-0')[0]}.safetensors.index.json"
-    elif base.of is None and base.index is not None:
-        index, name = read_json(base.index), base.index.name
-        if not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values()):
-            (folder / name).write_bytes(read_bytes(base.index))
-            return
-    if not index:
+    base = plan.base
+    if base.of is not None:
+        if len(base.shards) > 1:
+            stem, _, _ = next(iter(base.shards)).partition("-0")
+            file = folder / f"{stem}.safetensors.index.json"
+            _write_changed_index(plan, _index_of_view(base), file)
         return
+    if base.index is None:
+        return
+    file = folder / base.index.name
+    index = read_json(base.index)
+    if not plan.added and all(
+        change.dtype == change.source.dtype for change in plan.changes.values()
+    ):
+        file.write_bytes(read_bytes(base.index))
+    elif index:
+        _write_changed_index(plan, index, file)
+
+
+def _index_of_view(base: Checkpoint) -> Json:
+    """The index of shards that are not on disk; its sum is to be filled in."""
+    homes: dict[str, str] = {}
+    for shard, header in base.shards.items():
+        homes |= dict.fromkeys(header.tensors, shard)
+    return {"metadata": {"total_size": 0}, "weight_map": homes}
+
+
+def _write_changed_index(plan: MergePlan, index: Json, file: Path) -> None:
+    """Write an index with the output's names and sizes."""
     index["weight_map"] |= dict(plan.added)
     metadata = index.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        sizes = {n: t.stop - t.start for n, t in base.tensors.items()}
-        sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-        metadata["total_size"] = sum(sizes.values())
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += sum(math.prod(plan.changes[n].shape) for n in plan.added)
+    if isinstance(metadata, dict):
+        if "total_size" in metadata:
+            metadata["total_size"] = _total_size(plan)
+        if isinstance(metadata.get("total_parameters"), int):
+            for name in plan.added:
+                metadata["total_parameters"] += math.prod(plan.changes[name].shape)
     text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    (folder / name).write_text(text, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+
+
+def _total_size(plan: MergePlan) -> int:
+    """Bytes of all tensors of the output."""
+    sizes = {name: info.stop - info.start for name, info in plan.base.tensors.items()}
+    sizes |= {name: change.nbytes for name, change in plan.changes.items()}
+    return sum(sizes.values())

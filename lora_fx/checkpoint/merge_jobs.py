@@ -19,16 +19,16 @@ Job = Callable[[], Done]
 
 def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
     """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
-    rest = iter(files)
-    open_ = deque(itertools.islice(rest, width))
-    while open_:
-        jobs = open_.popleft()
+    waiting = iter(files)
+    open_files = deque(itertools.islice(waiting, width))
+    while open_files:
+        jobs = open_files.popleft()
         job = next(jobs, None)
-        if job is not None:
-            open_.append(jobs)
-            yield job
+        if job is None:
+            open_files.extend(itertools.islice(waiting, 1))
         else:
-            open_.extend(itertools.islice(rest, 1))
+            open_files.append(jobs)
+            yield job
 
 
 def flushed(fds: Iterable[int]) -> None:
