@@ -48,19 +48,24 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
     """
     rows = sorted(samples, key=lambda row: row[0])
     dtypes = {name: str(values.dtype) for name, _, values in rows}
-    kinds = set(dtypes.values())
-    dtype = kinds.pop() if len(kinds) == 1 else dtypes
+    different = set(dtypes.values())
+    dtype = different.pop() if len(different) == 1 else dtypes
     names = [name for name, _, _ in rows]
     return {"version": VERSION, "dtype": dtype, "names": names, "sample": _digest(rows)}
 
 
 def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
     """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
-    names = parameters_of(keys)
-    found = [(n, tensors[n]) for n in names if n in tensors and tensors[n].dtype in FLOATING]
-    if not found or len(found) < len(names):
+    stored: dict[str, TensorInfo] = {}
+    for name in parameters_of(keys):
+        info = tensors.get(name)
+        if info is None or info.dtype not in FLOATING:
+            return {}
+        stored[name] = info
+    if not stored:
         return {}
-    return {FIELD: fingerprint((n, t.shape, _read(t, t.dtype)) for n, t in found)}
+    samples = ((name, info.shape, _read(info, info.dtype)) for name, info in stored.items())
+    return {FIELD: fingerprint(samples)}
 
 
 def ends(length: int) -> tuple[slice, slice]:
@@ -70,7 +75,8 @@ def ends(length: int) -> tuple[slice, slice]:
 
 def parameters_of(keys: Iterable[str]) -> list[str]:
     """The parameters of low-rank keys that a checkpoint can hold: no computed weights."""
-    return sorted({base_name(k) for k in keys if not base_name(k).endswith("~")})
+    names = {base_name(key) for key in keys}
+    return sorted(name for name in names if not name.endswith("~"))
 
 
 Sample = tuple[tuple[int, ...], Array]
@@ -106,28 +112,35 @@ def compared(
         return None, "the adapter does not say what it was trained on"
     damaged = "what the adapter says of its base is damaged"
     try:
-        version, dtype, digest = recorded["version"], recorded["dtype"], str(recorded["sample"])
+        version = recorded["version"]
+        dtype = recorded["dtype"]
+        digest = str(recorded["sample"])
         names = sorted(str(name) for name in recorded["names"])
-        dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
     except (TypeError, LookupError):
         return None, damaged
     if version != VERSION:
         return None, f"what the adapter says of its base is of version {version!r}"
-    if not names or not all(str(dtypes.get(n)) in FLOATING for n in names):
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(names, str(dtype))
+    if not names or not all(str(dtypes.get(name)) in FLOATING for name in names):
         return None, damaged
+
+    rows: list[tuple[str, tuple[int, ...], Array]] = []
     try:
-        rows = [(name, *sample(name, str(dtypes[name]))) for name in names]
+        for name in names:
+            shape, values = sample(name, str(dtypes[name]))
+            rows.append((name, shape, values))
     except Unknown as why:
         return None, str(why)
     return _digest(rows) == digest, ""
 
 
 def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
-    whole = hashlib.sha256()
+    """The sha256 over the samples of parameters."""
+    digest = hashlib.sha256()
     for name, shape, values in rows:
-        whole.update(json.dumps([name, list(shape), str(values.dtype)]).encode())
-        whole.update(np.ascontiguousarray(values).view(np.uint8).data)
-    return whole.hexdigest()
+        digest.update(json.dumps([name, list(shape), str(values.dtype)]).encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _read(info: TensorInfo, dtype: str) -> Array:
@@ -141,16 +154,21 @@ def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Arr
 
     Fewer where it is shorter; more of codes, which are read by whole rows.
     """
+    read: Callable[[int, int], Array]
     if isinstance(info, CodesInfo):
-        size, count = math.prod(info.shape[:-1]), -(-count // info.shape[-1])
+        size = math.prod(info.shape[:-1])
+        count = -(-count // info.shape[-1])
         read = info.weight.rows
     else:
         # by its bytes: the shape of a stack is that of all its matrices, and these are the first's
         size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
         read = partial(stored_elements, info)
-    few = min(count, size)
-    starts = (int(place * (size - few)) for place in places)
-    return [read(at, at + few).reshape(-1) for at in starts]
+    count = min(count, size)
+    parts = []
+    for place in places:
+        start = int(place * (size - count))
+        parts.append(read(start, start + count).reshape(-1))
+    return parts
 
 
 def cast(values: Array, dtype: str) -> Array:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,46 +47,53 @@ _HASHED: Mapping[type[Entry], tuple[str, ...]] = {
 
 def layout_hash(tensors: Tensors) -> str:
     """A hash of the sorted (name, dtype, shape) of all tensors: every fine-tune has its base's."""
-    rows = sorted((n, t.dtype, list(t.shape)) for n, t in tensors.items())
+    rows = sorted((name, info.dtype, list(info.shape)) for name, info in tensors.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def sample_hash(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
     """A hash of both ends of these tensors, by name, which tells a base from its fine-tunes."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, info in sorted(tensors, key=lambda item: item[0]):
         size = info.stop - info.start
         first = stored_bytes(info, 0, min(SAMPLE, size))
         last = stored_bytes(info, max(0, size - SAMPLE), size)
-        whole.update(name.encode() + b"\0" + first.tobytes() + last.tobytes())
-    return whole.hexdigest()
+        digest.update(name.encode() + b"\0" + first.tobytes() + last.tobytes())
+    return digest.hexdigest()
 
 
 def adapter_hash(adapter: Adapter) -> str:
     """A hash of all factors and scales, by key; names of files and metadata do not count."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for key in sorted(adapter.entries):
-        whole.update(key.encode() + b"\0")
-        entry = adapter.entries[key]
-        parts = [(name, getattr(entry, name)) for name in _HASHED[type(entry)]]
-        if isinstance(entry, LowRank):
-            parts += variant_of(entry).beside(entry).items()
-        for name, part in parts:
-            if isinstance(part, np.ndarray):
-                whole.update(f"{part.dtype}{part.shape}".encode())
-                whole.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
-            elif part is not None:
-                number = float(part) if name == "scale" else tuple(part)
-                whole.update(repr(number).encode() + b"\0")
-    return whole.hexdigest()
+        digest.update(key.encode() + b"\0")
+        for name, value in _hashed(adapter.entries[key]):
+            if isinstance(value, np.ndarray):
+                digest.update(f"{value.dtype}{value.shape}".encode())
+                if value.size:
+                    digest.update(np.ascontiguousarray(value).data.cast("B"))
+            elif value is not None:
+                number = float(value) if name == "scale" else tuple(value)
+                digest.update(repr(number).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _hashed(entry: Entry) -> Iterator[tuple[str, Any]]:
+    """The fields of an update that its adapter's hash is made of, in order."""
+    for name in _HASHED[type(entry)]:
+        yield name, getattr(entry, name)
+    if isinstance(entry, LowRank):
+        yield from variant_of(entry).beside(entry).items()
 
 
 def history(checkpoint: Checkpoint) -> list[Json]:
     """The merges that a checkpoint has been through; of the shard that has most of them."""
     shards = (checkpoint.of or checkpoint).shards  # those of a view are not on disk
-    texts = ((n, h.metadata.get(METADATA)) for n, h in shards.items())
-    every = [merges_of(text, str(checkpoint.folder / name)) for name, text in texts]
-    return max(every, key=len, default=[])
+    histories = []
+    for name, header in shards.items():
+        text = header.metadata.get(METADATA)
+        histories.append(merges_of(text, str(checkpoint.folder / name)))
+    return max(histories, key=len, default=[])
 
 
 def merges_of(text: str | None, where: str) -> list[Json]:
@@ -95,9 +103,10 @@ def merges_of(text: str | None, where: str) -> list[Json]:
         LoraFxError: It is no list of merges, or a later lora-fx wrote it.
     """
     place = f"{where}: metadata {METADATA}"
-    merges = [] if text is None else json_value(text, place, hint="was the file edited?")
+    hint = "was the file edited?"
+    merges = [] if text is None else json_value(text, place, hint=hint)
     if not isinstance(merges, list) or not all(map(_is_merge, merges)):
-        raise LoraFxError(f"{place} is no list of merges", "was the file edited?")
+        raise LoraFxError(f"{place} is no list of merges", hint)
     merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone
     for merge in merges:
         check_format(merge, place)
@@ -105,9 +114,12 @@ def merges_of(text: str | None, where: str) -> list[Json]:
 
 
 def _is_merge(merge: object) -> bool:
-    adapters = merge.get("adapters") if isinstance(merge, dict) else None
-    return isinstance(adapters, list) and all(
-        isinstance(a, dict) and isinstance(a.get("hash", ""), str) for a in adapters
+    """Whether a part of a file's metadata has the form of a merge."""
+    if not isinstance(merge, dict) or not isinstance(merge.get("adapters"), list):
+        return False
+    return all(
+        isinstance(adapter, dict) and isinstance(adapter.get("hash", ""), str)
+        for adapter in merge["adapters"]
     )
 
 
@@ -115,9 +127,11 @@ def refuse_again(
     path: Path, merges: Iterable[JsonView], adapters: Iterable[tuple[str, str]], *, again: bool
 ) -> None:
     """Raise where one of the adapters, (where, hash), is in the merges of a file already."""
-    folded = {a.get("hash") for m in merges for a in m["adapters"]}
+    merged: set[object] = set()
+    for merge in merges:
+        merged |= {adapter.get("hash") for adapter in merge["adapters"]}
     for where, digest in adapters:
-        if digest in folded and not again:
+        if digest in merged and not again:
             raise MergeRefusal(
                 MERGED,
                 (),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_fx.checkpoint.rectangles import BLOCK
-from lora_fx.dtypes import DTYPES
+from lora_fx.dtypes import DTYPES, Array
 from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored_elements
 from lora_fx.text import Json, strict_json
 
@@ -53,20 +53,30 @@ def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
         tol: Gate on rel. Above 0, tensors of different dtypes are compared by their values; at 0
             they differ.
     """
-    yield from (Difference(name, "is missing in A", elements=0) for name in b if name not in a)
-    for name, ours in a.items():
-        theirs = b.get(name)
-        if theirs is None:
-            yield Difference(name, "is missing in B", elements=0)
-        elif ours.shape != theirs.shape:
-            what = f"is {list(ours.shape)}; expected {list(theirs.shape)}"
-            yield Difference(name, what, elements=0)
-        elif ours.dtype != theirs.dtype and not tol:
-            yield Difference(name, f"is {ours.dtype}; expected {theirs.dtype}", elements=0)
-        else:
-            found = _values(name, ours, theirs)
-            if found is not None and not found.rel <= tol:
-                yield found
+    for name in b:
+        if name not in a:
+            yield Difference(name, "is missing in A", elements=0)
+    for name, info in a.items():
+        difference = _difference(name, info, b.get(name), tol)
+        if difference is not None:
+            yield difference
+
+
+def _difference(
+    name: str, ours: TensorInfo, theirs: TensorInfo | None, tol: float
+) -> Difference | None:
+    """How a tensor differs from the reference; None where by no more than `tol`."""
+    if theirs is None:
+        return Difference(name, "is missing in B", elements=0)
+    if ours.shape != theirs.shape:
+        what = f"is {list(ours.shape)}; expected {list(theirs.shape)}"
+        return Difference(name, what, elements=0)
+    if ours.dtype != theirs.dtype and not tol:
+        return Difference(name, f"is {ours.dtype}; expected {theirs.dtype}", elements=0)
+    difference = _values(name, ours, theirs)
+    if difference is None or difference.rel <= tol:
+        return None
+    return difference
 
 
 def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | None:
@@ -75,23 +85,43 @@ def _values(name: str, ours: TensorInfo, theirs: TensorInfo) -> Difference | Non
         return None
     if DTYPES[ours.dtype].bits % 8 or DTYPES[theirs.dtype].bits % 8 or "complex" in ours.dtype:
         return Difference(name, "its bytes differ", elements=0)
-    gap = top = 0.0
+
+    gap = 0.0
+    largest = 0.0
     count = 0
     size = math.prod(ours.shape)
     for low in range(0, size, BLOCK):
-        x, y = (stored_elements(t, low, min(low + BLOCK, size)) for t in (ours, theirs))
-        count += int(np.count_nonzero(x != y))
-        wide, reference = x.astype(np.float64), y.astype(np.float64)
+        high = min(low + BLOCK, size)
+        block = stored_elements(ours, low, high)
+        reference = stored_elements(theirs, low, high)
+        count += int(np.count_nonzero(block != reference))
+        block = block.astype(np.float64)
+        reference = reference.astype(np.float64)
         finite = np.isfinite(reference)
-        same = np.isfinite(wide) == finite
-        if not same.all() or not np.array_equal(wide[~finite], reference[~finite]):
+        if not _same_outside(block, reference, finite):
             what = "has NaN or infinite values where the other has not"
             return Difference(name, what, elements=0)
-        gap = max(gap, float(np.abs(wide - reference)[finite].max(initial=0.0)))
-        top = max(top, float(np.abs(reference)[finite].max(initial=0.0)))
+        gap = max(gap, float(np.abs(block - reference)[finite].max(initial=0.0)))
+        largest = max(largest, float(np.abs(reference)[finite].max(initial=0.0)))
     if not count:  # −0 and 0
         return None
-    rel = gap / top if top else math.inf
-    share = count / size
-    what = f"{count} of {size} elements ({share:.1%}) differ, by up to {gap:.2e} (rel {rel:.2e})"
+
+    rel = gap / largest if largest else math.inf
+    what = (
+        f"{count} of {size} elements ({count / size:.1%}) differ, by up to {gap:.2e} "
+        f"(rel {rel:.2e})"
+    )
     return Difference(name, what, math.inf, max(rel, math.ulp(0.0)), gap, count)
+
+
+def _same_outside(block: Array, reference: Array, finite: Array) -> bool:
+    """Whether two blocks have the same infinities in the same places, and no NaN.
+
+    Args:
+        block: Of one side.
+        reference: Of the other.
+        finite: Where the reference is finite.
+    """
+    if not np.array_equal(np.isfinite(block), finite):
+        return False
+    return np.array_equal(block[~finite], reference[~finite])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.base_fingerprint import FIELD, NAMED, compared, sample_of
+from lora_fx.checkpoint.base_fingerprint import FIELD, NAMED, Sample, compared, sample_of
 from lora_fx.checkpoint.provenance import history
 from lora_fx.checkpoint.refusal import BASE, MergeRefusal
 from lora_fx.checkpoint.renaming import renaming
@@ -17,19 +17,27 @@ def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
 
     Empty where one of them does not say it, or both name the same.
     """
-    named, config = adapter.metadata.get(NAMED), base.config()
-    theirs, kind = config.get("_name_or_path"), config.get("model_type")
-    if not isinstance(named, str) or not named or not (theirs or kind):
+    trained_on = adapter.metadata.get(NAMED)
+    config = base.config()
+    base_name = config.get("_name_or_path")
+    model_type = config.get("model_type")
+    if not isinstance(trained_on, str) or not trained_on or not (base_name or model_type):
         return ""
-    last = named.rstrip("/").rpartition("/")[2].lower()
-    if last in (str(theirs).rstrip("/").rpartition("/")[2].lower(), base.path.name.lower()):
+    if _last_part(trained_on) in (_last_part(str(base_name)), base.path.name.lower()):
         return ""
+    description = repr(base_name) if base_name else f"a {model_type}"
     size = config.get("hidden_size")
-    described = repr(theirs) if theirs else f"a {kind}"
-    described += f" of hidden size {size}" if is_whole(size) else ""
+    if is_whole(size):
+        description += f" of hidden size {size}"
     return (
-        f"{where} was trained on {named!r}, says its config; that of {base.path} says {described}"
+        f"{where} was trained on {trained_on!r}, says its config; that of {base.path} says "
+        f"{description}"
     )
+
+
+def _last_part(name: str) -> str:
+    """The last part of a path or of a model's id, in small letters."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def base_note(
@@ -48,23 +56,30 @@ def base_note(
         LoraFxError: The adapter was trained on other weights.
     """
     rename = renaming(adapter, known, base.config(), [])
-    recorded: JsonView | None = adapter.metadata.get(FIELD)
-    same, why = compared(recorded, lambda n, dtype: sample_of(n, known.get(rename(n)), dtype))
-    if same is None:
-        if recorded is None and (named := adapter.metadata.get(NAMED)):
-            why = f"its config names {named!r}, and holds no sample of the weights"
-        return f"{where}: its base is not verified: {why}"
-    if same:
+    fingerprint: JsonView | None = adapter.metadata.get(FIELD)
+
+    def sample(name: str, dtype: str) -> Sample:
+        return sample_of(name, known.get(rename(name)), dtype)
+
+    is_same, why = compared(fingerprint, sample)
+    if is_same:
         return ""
-    said = f"{where}: it was trained on other weights than those of {base.path}"
+    if is_same is None:
+        trained_on = adapter.metadata.get(NAMED)
+        if fingerprint is None and trained_on:
+            why = f"its config names {trained_on!r}, and holds no sample of the weights"
+        return f"{where}: its base is not verified: {why}"
+
+    other_weights = f"{where}: it was trained on other weights than those of {base.path}"
     if history(base):
-        return f"{said}, which other adapters were merged into"
+        return f"{other_weights}, which other adapters were merged into"
     if any_base:
-        return said
-    assert recorded is not None  # it was compared
+        return other_weights
+    assert fingerprint is not None  # it was compared
+    count = len(fingerprint["names"])
     raise MergeRefusal(
         BASE,
         adapter.lowrank,
-        f"{said}: samples of the {len(recorded['names'])} tensors that it changed there differ",
+        f"{other_weights}: samples of the {count} tensors that it changed there differ",
         "merge it into the base that it was trained on; --any-base merges it anyway",
     )
