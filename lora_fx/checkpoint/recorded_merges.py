@@ -7,7 +7,7 @@ rounded after each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lora_fx.checkpoint.companions import untied
@@ -45,14 +45,14 @@ class Recorded:
 
 
 def chain_of(
-    merged: Checkpoint, base: Checkpoint, given: Sequence[WeightedAdapter]
+    merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter]
 ) -> tuple[MergePlan, list[Recorded], list[str]]:
     """What the merges should have done, in the dtypes that they have done it in.
 
     Args:
         merged: The file.
         base: What it is compared with.
-        given: The adapters, in any order.
+        adapters: Those that were merged, in any order.
 
     Returns:
         The plan of all merges, what the file records, and what should be said.
@@ -61,45 +61,48 @@ def chain_of(
         LoraFxError: An adapter that cannot be merged, or a tensor whose changes by one merge
             depend on those by another, so that the file between them would be needed.
     """
-    merges, before = history(merged), history(base)
+    merges = history(merged)
+    merges_of_base = history(base)
+    continues_base = merges[: len(merges_of_base)] == merges_of_base
+    records = merges[len(merges_of_base) :] if continues_base else merges
+    assigned = _assigned(records, adapters)
+
     notes: list[str] = []
-    known = merges[: len(before)] == before
-    records = merges[len(before) :] if known else merges
-    stages, recorded, strange = _assigned(records, given)
     if merges:
-        notes += [f"{merged.path} does not say that {g.where} was merged into it" for g in strange]
-    if any(not r.given for r in recorded):
-        count = sum(not r.given for r in recorded)
-        notes.append(
-            f"{merged.path} records {len(recorded)} adapters that were merged into it, and {count} "
-            f"of them were not given here: {'; '.join(map(str, recorded))}"
-        )
-    plans: list[MergePlan] = []
-    here = base
-    for record, parts in [*zip(records, stages, strict=True), ({}, strange)]:
-        if not parts:
-            continue
-        plan = make_plan(here, parts, _options(record, parts, here, merged))
-        if plans and not is_view(here) and is_view(plan.base):
-            raise LoraFxError(
-                f"{merged.path}: codes that one merge found became floats in a later one",
-                "verify each merge against what it started from",
-            )
-        notes += [n for n in plan.notes if not plans or n not in plan.unverified]
-        plans.append(plan)
-        here = _after(plan)
+        for adapter in assigned.unrecorded:
+            notes.append(f"{merged.path} does not say that {adapter.where} was merged into it")
+    notes += _note_of_missing(assigned.recorded, merged)
+    plans = _plans(records, assigned, base, merged, notes)
     if not plans:
-        make_plan(base, given, MergeOptions())  # raises: nothing was given
-    full = len(records) > 0 and all(r.given for r in recorded if r.merge == 1)
-    if not known or (records and _other_base(records[0], base, plans[0] if full else None)):
+        make_plan(base, adapters, MergeOptions())  # raises: nothing was given
+
+    has_all_of_first = all(recorded.given for recorded in assigned.recorded if recorded.merge == 1)
+    is_of_base = continues_base
+    if records:
+        first_plan = plans[0] if has_all_of_first else None
+        is_of_base = is_of_base and not _other_base(records[0], base, first_plan)
+    if not is_of_base:
         notes.append(f"{merged.path} says that it was made from another base than {base.path}")
-    return _joined(plans, merged), recorded, notes
+    return _joined(plans, merged), assigned.recorded, notes
 
 
-def _assigned(
-    records: Sequence[JsonView], given: Sequence[WeightedAdapter]
-) -> tuple[list[list[WeightedAdapter]], list[Recorded], list[WeightedAdapter]]:
-    """The adapters of every record, what is recorded, and adapters that no record has.
+@dataclass(frozen=True)
+class _Assigned:
+    """Which adapters are those of which recorded merge.
+
+    Attributes:
+        stages: The adapters of every record.
+        recorded: What is recorded of adapters.
+        unrecorded: Adapters that no record has.
+    """
+
+    stages: list[list[WeightedAdapter]]
+    recorded: list[Recorded]
+    unrecorded: list[WeightedAdapter]
+
+
+def _assigned(records: Sequence[JsonView], adapters: Sequence[WeightedAdapter]) -> _Assigned:
+    """The adapters of every record, by their hashes.
 
     One that is recorded several times and given once is the one of all these records.
     """
@@ -108,101 +111,209 @@ def _assigned(
     used: set[int] = set()
     for i, record in enumerate(records):
         for row in record["adapters"]:
-            digest, weight = str(row.get("hash")), row.get("weight")
+            digest = str(row.get("hash"))
+            weight = row.get("weight")
             weight = float(weight) if isinstance(weight, (int, float)) else None
-            same = [g for g in given if g.hash == digest]
-            fresh = [g for g in same if id(g) not in used]
-            part = next(iter(fresh or same[-1:]), None)
-            where = part.where if part is not None and (fresh or len(same) == 1) else ""
-            recorded.append(Recorded(i + 1, digest, weight, where))
-            if part is not None and where:
-                used.add(id(part))
-                mine = part.weight if part.stated or weight is None else weight
-                stages[i].append(replace(part, weight=mine))
-    return stages, recorded, [g for g in given if id(g) not in used]
+            adapter = _adapter_of(digest, adapters, used)
+            if adapter is None:
+                recorded.append(Recorded(i + 1, digest, weight))
+                continue
+            used.add(id(adapter))
+            recorded.append(Recorded(i + 1, digest, weight, adapter.where))
+            if weight is not None and not adapter.stated:
+                adapter = replace(adapter, weight=weight)
+            stages[i].append(adapter)
+    unrecorded = [adapter for adapter in adapters if id(adapter) not in used]
+    return _Assigned(stages, recorded, unrecorded)
+
+
+def _adapter_of(
+    digest: str, adapters: Sequence[WeightedAdapter], used: Collection[int]
+) -> WeightedAdapter | None:
+    """The adapter of a recorded hash; one for several records only where it is given once."""
+    same = [adapter for adapter in adapters if adapter.hash == digest]
+    for adapter in same:
+        if id(adapter) not in used:
+            return adapter
+    return same[0] if len(same) == 1 else None
+
+
+def _note_of_missing(recorded: Sequence[Recorded], merged: Checkpoint) -> list[str]:
+    """A note of the adapters that a file records and that are not there, if there are any."""
+    count = sum(not row.given for row in recorded)
+    if not count:
+        return []
+    return [
+        f"{merged.path} records {len(recorded)} adapters that were merged into it, and {count} "
+        f"of them were not given here: {'; '.join(map(str, recorded))}"
+    ]
+
+
+def _plans(
+    records: Sequence[JsonView],
+    assigned: _Assigned,
+    base: Checkpoint,
+    merged: Checkpoint,
+    notes: list[str],
+) -> list[MergePlan]:
+    """The plan of every merge, each from what the one before has made; adds notes."""
+    plans: list[MergePlan] = []
+    stages = [*zip(records, assigned.stages, strict=True), ({}, assigned.unrecorded)]
+    for record, adapters in stages:
+        if not adapters:
+            continue
+        plan = make_plan(base, adapters, _options(record, adapters, base, merged))
+        if plans and not is_view(base) and is_view(plan.base):
+            raise LoraFxError(
+                f"{merged.path}: codes that one merge found became floats in a later one",
+                "verify each merge against what it started from",
+            )
+        for note in plan.notes:
+            if not plans or note not in plan.unverified:
+                notes.append(note)
+        plans.append(plan)
+        base = _after(plan)
+    return plans
 
 
 def _options(
-    record: JsonView, parts: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
+    record: JsonView, adapters: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
 ) -> MergeOptions:
-    asked = record.get("options")
-    asked = asked if isinstance(asked, dict) else {}
-    new = any(k in merged.tensors and k not in base.tensors for p in parts for k in p.adapter.full)
-    mixed = len(parts) > 1
-    names = ("allow_unused", "allow_missing", "dequantise", "requantise")
-    flags = {name: asked.get(name) is True for name in names}
-    return replace(
+    """The options of a recorded merge, as far as they decide its numbers."""
+    recorded = record.get("options")
+    if not isinstance(recorded, dict):
+        recorded = {}
+    options = replace(
         LENIENT,
-        how=asked["how"] if mixed and asked.get("how") in HOWS else "sum",
-        rank=asked["rank"] if mixed and isinstance(asked.get("rank"), int) else None,
+        allow_unused=recorded.get("allow_unused") is True,
+        allow_missing=recorded.get("allow_missing") is True,
+        dequantise=recorded.get("dequantise") is True,
+        requantise=recorded.get("requantise") is True,
+        add=_adds_tensors(adapters, base, merged),
         dtype=record["dtype"] if record.get("dtype") in FLOATING else None,
-        add=new,
-        **flags,
     )
+    if len(adapters) < 2:
+        return options
+    how = recorded.get("how")
+    rank = recorded.get("rank")
+    return replace(
+        options,
+        how=how if how in HOWS else "sum",
+        rank=rank if isinstance(rank, int) else None,
+    )
+
+
+def _adds_tensors(
+    adapters: Sequence[WeightedAdapter], base: Checkpoint, merged: Checkpoint
+) -> bool:
+    """Whether a whole tensor of an adapter is in the merged file, and not in the base."""
+    for adapter in adapters:
+        for key in adapter.adapter.full:
+            if key in merged.tensors and key not in base.tensors:
+                return True
+    return False
 
 
 def _after(plan: MergePlan) -> Checkpoint:
     """What a later merge started from: the names and the config; the values are the base's."""
     base = plan.base
-    new = {n: plan.changes[n].source for n in plan.added}
-    settings = untied(base.config()) if plan.tie is not None else base.settings
-    return replace(base, tensors={**base.tensors, **new}, settings=settings)
+    added = {name: plan.changes[name].source for name in plan.added}
+    settings = base.settings
+    if plan.tie is not None:
+        settings = untied(base.config())
+    return replace(base, tensors={**base.tensors, **added}, settings=settings)
 
 
 def _other_base(record: JsonView, base: Checkpoint, plan: MergePlan | None) -> bool:
-    """True where the first merge says that it started from other weights, or another model."""
-    said = record.get("base")
-    said = said if isinstance(said, dict) else {}
-    seen = base if plan is None else plan.base
-    if said.get("layout") not in (None, layout_hash(seen.tensors)):
-        return True
-    if plan is None:  # which tensors were sampled is not known
+    """True where the first merge says that it started from other weights, or another model.
+
+    Args:
+        record: What is recorded of it.
+        base: The checkpoint that it may have started from.
+        plan: The plan of the same merge; None where not all of its adapters are there, and so
+            which tensors were sampled is not known.
+    """
+    recorded = record.get("base")
+    if not isinstance(recorded, dict):
         return False
-    old = [(n, plan.base.tensors[n]) for n in plan.changes if n not in plan.added]
-    return said.get("sample") not in (None, sample_hash(old))
+    start = base if plan is None else plan.base
+    if recorded.get("layout") not in (None, layout_hash(start.tensors)):
+        return True
+    if plan is None:
+        return False
+    return recorded.get("sample") not in (None, sample_hash(plan.replaced_tensors()))
 
 
 def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
+    """The plan of several merges as one, in the dtypes that the merged file has."""
+    adapters: list[WeightedAdapter] = []
     changes: dict[str, TensorChange] = {}
     added: dict[str, str] = {}
     for plan in plans:
+        adapters += plan.adapters
         added |= plan.added
         for name, change in plan.changes.items():
-            first = changes.get(name)
-            changes[name] = change if first is None else _then(first, change, plan, merged)
+            if name in changes:
+                change = _then(changes[name], change, plan, merged)
+            changes[name] = change
+
     for name, change in changes.items():
         info = merged.tensors.get(name)
-        floats = info is not None and {info.dtype, change.dtype} <= {*FLOATING}
-        if info is not None and floats and not change.scales_of:
+        if info is None or change.scales_of:
+            continue
+        if info.dtype in FLOATING and change.dtype in FLOATING:
             changes[name] = replace(change, dtype=info.dtype)
-    adapters = tuple(g for p in plans for g in p.adapters)
-    return replace(plans[0], adapters=adapters, changes=changes, added=added)
+    return replace(plans[0], adapters=tuple(adapters), changes=changes, added=added)
 
 
 def _then(
     first: TensorChange, second: TensorChange, plan: MergePlan, merged: Checkpoint
 ) -> TensorChange:
-    """A tensor after both changes."""
-    codes = any(c.int8 or c.codes or c.scales_of for c in (first, second))
-    if second.fold is None and not codes:
+    """A tensor after both changes.
+
+    Raises:
+        LoraFxError: The second depends on what the first has made.
+    """
+    if second.fold is None and not _are_codes(first, second):
         return second
-    one, two = first.fold, second.fold
-    why = ""
-    if codes:
-        why = "quantised to int8 anew" if first.int8 or second.int8 else "quantised anew"
-    elif one is None or two is None:
-        why = "replaced whole"
-    elif (one.matrix.rows, one.matrix.columns) != (two.matrix.rows, two.matrix.columns):
-        why = "seen with other axes"
-    elif any(p.reads_weight or p.mutated for p in two.matrix.parts):
-        why = "changed, and then rescaled,"
-    if one is None or two is None or why:
+    why = _needs_file_between(first, second)
+    if why:
         raise LoraFxError(
             f"{merged.path}: {second.name!r} was {why} by one merge and changed by a later one, "
             "which cannot be computed without the file between them",
             "verify each merge against what it started from",
         )
-    dtype = plan.options.dtype if plan.options.dtype and first.dtype in FLOATING else first.dtype
-    earlier = (*first.earlier, (one, first.dtype))
-    what = (*first.what, *second.what)
-    return replace(second, source=first.source, dtype=dtype, earlier=earlier, what=what)
+    assert first.fold is not None  # it was replaced whole otherwise
+    dtype = first.dtype
+    if plan.options.dtype and dtype in FLOATING:
+        dtype = plan.options.dtype
+    return replace(
+        second,
+        source=first.source,
+        dtype=dtype,
+        earlier=(*first.earlier, (first.fold, first.dtype)),
+        what=(*first.what, *second.what),
+    )
+
+
+def _are_codes(*changes: TensorChange) -> bool:
+    """Whether one of the changes makes codes, or their scales, anew."""
+    return any(change.int8 or change.codes or change.scales_of for change in changes)
+
+
+def _needs_file_between(first: TensorChange, second: TensorChange) -> str:
+    """What the first change did, after which the second depends on values of the file between.
+
+    Empty where the second can be computed without it.
+    """
+    if _are_codes(first, second):
+        return "quantised to int8 anew" if first.int8 or second.int8 else "quantised anew"
+    if first.fold is None or second.fold is None:
+        return "replaced whole"
+    earlier = first.fold.matrix
+    later = second.fold.matrix
+    if (earlier.rows, earlier.columns) != (later.rows, later.columns):
+        return "seen with other axes"
+    if any(part.reads_weight or part.mutated for part in later.parts):
+        return "changed, and then rescaled,"
+    return ""

@@ -7,7 +7,7 @@ has it in, within what fp32 and one rounding allow (see prove.py); all others ar
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,16 +16,19 @@ from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge import Adapters, cores, read_adapters
 from lora_fx.checkpoint.merge_options import LENIENT
-from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
+from lora_fx.checkpoint.merge_plan import WeightedAdapter
 from lora_fx.checkpoint.prove import ROWS, prove
-from lora_fx.checkpoint.recorded_merges import Recorded, chain_of
-from lora_fx.checkpoint.tensor_differences import unlike
+from lora_fx.checkpoint.recorded_merges import chain_of
+from lora_fx.checkpoint.tensor_differences import Difference, unlike
 from lora_fx.compare import Report
 from lora_fx.errors import explained
-from lora_fx.files.checkpoint import PICKLES, open_checkpoint
+from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.read import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json
+
+_SHOWN = 20
+"""Differences that are shown to people."""
 
 
 def is_tensor_file(path: object) -> TypeGuard[str | os.PathLike[str]]:
@@ -59,36 +62,58 @@ def verify_files(
     Raises:
         LoraFxError: Files that cannot be read, adapters that cannot be merged into the base.
     """
-    first, second = open_checkpoint(Path(a)), open_checkpoint(Path(b))
-    plan: MergePlan | None = None
-    recorded: Sequence[Recorded] = ()
-    notes: Sequence[str] = ()
+    first = open_checkpoint(Path(a))
+    second = open_checkpoint(Path(b))
     with explained(a):
         if adapter is None:
-            found = sorted(unlike(first.tensors, second.tensors, tol), key=lambda d: -d.rel)
+            report = _compare(first, second, tol)
         else:
-            parts = read_adapters(_listed(adapter), base=Path(b))
-            plan, recorded, notes = chain_of(first, second, parts)
-            wrong = prove(plan, first, rows=rows, threads=cores())
-            found = sorted(wrong, key=lambda d: -d.ratio)
+            adapters = read_adapters(_listed(adapter), base=Path(b))
+            report = _check_merged(first, second, adapters, rows)
     check_unchanged()
-    names = {*first.tensors, *second.tensors, *(plan.changes if plan else ())}
-    details: Json = {"tensors": len(names), "equal": len(names) - len({d.tensor for d in found})}
-    if plan is None:
-        details["tol"] = tol
-    else:
-        details["touched"] = len(plan.changes)
-        details["rows"] = "all" if rows is None else rows
-        details["recorded"] = [r.to_json() for r in recorded]
-    details["differences"] = [d.to_json() for d in found]
-    ok = not found and all(r.given for r in recorded)
+    return report
+
+
+def _compare(first: Checkpoint, second: Checkpoint, tol: float) -> Report:
+    """The report of two checkpoints that are to be equal."""
+    differences = list(unlike(first.tensors, second.tensors, tol))
+    differences.sort(key=lambda difference: -difference.rel)
+    details = _counts({*first.tensors, *second.tensors}, differences)
+    details["tol"] = tol
+    details["differences"] = [difference.to_json() for difference in differences]
+    return Report("verify", not differences, details=details)
+
+
+def _check_merged(
+    merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter], rows: int | None
+) -> Report:
+    """The report of a checkpoint that is to be a base with adapters merged into it."""
+    plan, recorded, notes = chain_of(merged, base, adapters)
+    differences = list(prove(plan, merged, rows=rows, threads=cores()))
+    differences.sort(key=lambda difference: -difference.ratio)
+    details = _counts({*merged.tensors, *base.tensors, *plan.changes}, differences)
+    details["touched"] = len(plan.changes)
+    details["rows"] = "all" if rows is None else rows
+    details["recorded"] = [row.to_json() for row in recorded]
+    details["differences"] = [difference.to_json() for difference in differences]
+    ok = not differences and all(row.given for row in recorded)
     return Report("verify", ok, warnings=tuple(dict.fromkeys(notes)), details=details)
+
+
+def _counts(names: Collection[str], differences: Sequence[Difference]) -> Json:
+    """How many tensors there are, and how many of them are what they should be."""
+    different = {difference.tensor for difference in differences}
+    return {"tensors": len(names), "equal": len(names) - len(different)}
 
 
 def _listed(adapter: Any) -> list[AdapterLike | tuple[AdapterLike, float]]:
     """One adapter, or one (adapter, weight), as a list of it."""
-    pair = isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], (int, float))
-    return [adapter] if pair or isinstance(adapter, (str, os.PathLike, Adapter)) else list(adapter)
+    if isinstance(adapter, (str, os.PathLike, Adapter)):
+        return [adapter]
+    is_pair = isinstance(adapter, tuple) and len(adapter) == 2
+    if is_pair and isinstance(adapter[1], (int, float)):
+        return [adapter]
+    return list(adapter)
 
 
 def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
@@ -104,31 +129,41 @@ def fits_files(base: str | os.PathLike[str], adapter: AdapterLike) -> Report:
             Path(adapter), most=2 * checkpoint.elements, base=Path(base), resolve=False
         )
     plan = make_plan(checkpoint, [WeightedAdapter(adapter, 1.0, "the adapter", "")], LENIENT)
-    found = targets_of(checkpoint.tensors).targets
+    untouched = [
+        target.key
+        for target in targets_of(checkpoint.tensors).targets
+        if target.default and target.key not in plan.changes
+    ]
     details: Json = {
         "fits": len(adapter) - len(adapter.full),
         "whole": len(adapter.full),
-        "untouched": [t.key for t in found if t.default and t.key not in plan.changes],
+        "untouched": untouched,
     }
-    said = (n for n in plan.notes if n not in plan.unverified)
-    return Report("verify", True, (), (), tuple(said), details)
+    notes = [note for note in plan.notes if note not in plan.unverified]
+    return Report("verify", True, (), (), tuple(notes), details)
 
 
 def lines(report: Report) -> str:
     """The report for people; as any other where nothing was compared as tensors."""
-    d = report.details
-    if "differences" not in d:
+    details = report.details
+    if "differences" not in details:
         return str(report)
-    touched = f"; {d['touched']} hold the adapters" if "touched" in d else ""
-    some = f", {d['rows']} rows of each computed again" if touched else ""
-    head = f"verify: {'ok' if report else 'FAILED'}: {d['equal']} of {d['tensors']} tensors are "
-    if touched:
-        head += f"as they should be{touched}{some}"
-    elif d.get("tol"):
-        head += f"equal within {d['tol']:g} of their largest element (--tol)"
+    verdict = "ok" if report else "FAILED"
+    head = f"verify: {verdict}: {details['equal']} of {details['tensors']} tensors are "
+    if "touched" in details:
+        head += (
+            f"as they should be; {details['touched']} hold the adapters, {details['rows']} rows of "
+            "each computed again"
+        )
+    elif details.get("tol"):
+        head += f"equal within {details['tol']:g} of their largest element (--tol)"
     else:
         head += "equal"
-    rows = [f"  {x['key']}: {x['what']}" for x in d["differences"][:20]]
-    left = len(d["differences"]) - len(rows)
-    rows += [f"  and {left} more"] if left > 0 else []
-    return "\n".join([head, *rows, *(f"  warning: {w}" for w in report.warnings)])
+
+    differences = details["differences"]
+    text = [head]
+    text += [f"  {row['key']}: {row['what']}" for row in differences[:_SHOWN]]
+    if len(differences) > _SHOWN:
+        text.append(f"  and {len(differences) - _SHOWN} more")
+    text += [f"  warning: {warning}" for warning in report.warnings]
+    return "\n".join(text)
