@@ -21,7 +21,7 @@ from lora_fx.checkpoint.trained_on import base_note
 from lora_fx.dtypes import FLOATING, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.targets.target import base_name
-from lora_fx.text import near
+from lora_fx.text import JsonView, near
 
 LARGE = 1.0
 """‖ΔW‖/‖W‖ above which an update is worth a look: usual ones are below .3."""
@@ -37,11 +37,19 @@ _VOCABULARY = re.compile(
 )
 
 
-def _lost(pair: Pair) -> list[str]:
+def _unmatched(pair: Pair) -> list[str]:
     """Keys of updates that the base has no tensor for, nor codes of one."""
-    updates = (k for k, e in pair.adapter.entries.items() if not isinstance(e, Full))
-    absent = [k for k in updates if pair.tensor(k) is None]
-    return [k for k in absent if not _codes(pair, k)]
+    keys = []
+    for key in _updates(pair):
+        if pair.tensor(key) is None and not _codes(pair, key):
+            keys.append(key)
+    return keys
+
+
+def _updates(pair: Pair) -> list[str]:
+    """Keys of what is added to a tensor; not of whole tensors."""
+    entries = pair.adapter.entries
+    return [key for key, entry in entries.items() if not isinstance(entry, Full)]
 
 
 def _codes(pair: Pair, key: str) -> str:
@@ -49,93 +57,128 @@ def _codes(pair: Pair, key: str) -> str:
     return codes_of(pair.rename(base_name(key)), pair.base, pair.base.config())
 
 
-def _strange(pair: Pair) -> bool:
+def _is_of_other_model(pair: Pair) -> bool:
     """True where no update fits the base: the adapter is another model's."""
-    updates = {k for k, e in pair.adapter.entries.items() if not isinstance(e, Full)}
-    fit = updates - {*_lost(pair)} - {k for k in pair.misfits if not _rows(pair, k)}
-    return bool(updates) and not fit and not _swap(pair) and not pair.raw.prefixes
+    updates = set(_updates(pair))
+    misfits = {key for key in pair.misfits if not _vocabulary_sizes(pair, key)}
+    fitting = updates - {*_unmatched(pair)} - misfits
+    if not updates or fitting or pair.raw.prefixes:
+        return False
+    return _other_prefix(pair) is None
 
 
 def model(pair: Pair) -> Iterator[Finding]:
     """The base is of the model that the adapter was trained on."""
-    if not _strange(pair):
+    if not _is_of_other_model(pair):
         return
     config = {**pair.adapter.metadata, **pair.raw.config}
-    name, mapping = config.get("base_model_name_or_path"), config.get("auto_mapping")
-    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
-    kind = library.rpartition(".modeling_")[2] if isinstance(library, str) else ""
-    keys, own = [*pair.adapter.entries], pair.base.config().get("model_type")
-    theirs = f"of a {kind}" if kind else f"of {name}" if name else f"with {keys[0]}"
-    ours = f"is a {own}" if own else f"has {next(iter((*pair.misfits, *pair.tensors)), 'nothing')}"
-    why = next(iter(pair.misfits.values()), "").partition(": ")[2]
+    name = config.get("base_model_name_or_path")
+    keys = [*pair.adapter.entries]
+    model_type = _trained_model_type(config)
+    if model_type:
+        theirs = f"of a {model_type}"
+    elif name:
+        theirs = f"of {name}"
+    else:
+        theirs = f"with {keys[0]}"
+
+    base_type = pair.base.config().get("model_type")
+    first_tensor = next(iter((*pair.misfits, *pair.tensors)), "nothing")
+    ours = f"is a {base_type}" if base_type else f"has {first_tensor}"
+    _, _, why = next(iter(pair.misfits.values()), "").partition(": ")
+    reason = f": {why}" if why else ""
+    hint = "which model was it trained on? give that one"
+    if name:
+        hint = f"give {name} as the base"
     yield Finding(
         keys,
-        f"an adapter {theirs}; the base {ours}" + (f": {why}" if why else ""),
+        f"an adapter {theirs}; the base {ours}{reason}",
         "an adapter and the model that it was trained on",
-        f"give {name} as the base" if name else "which model was it trained on? give that one",
+        hint,
     )
+
+
+def _trained_model_type(config: JsonView) -> str:
+    """The type of the model that an adapter's config names as trained; empty where it does not."""
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if not isinstance(library, str):
+        return ""
+    _, _, model_type = library.rpartition(".modeling_")
+    return model_type
 
 
 def prefix(pair: Pair) -> Iterator[Finding]:
     """The adapter's names begin as the base's do."""
-    more, less = pair.rename.prefix.more, pair.rename.prefix.less
+    more = pair.rename.prefix.more
+    less = pair.rename.prefix.less
     if pair.raw.prefixes:
         return  # told by names
     if more or less:
-        first, *_ = pair.adapter.entries
         how = f"with {more!r} before them" if more else f"without {less!r}"
+        keys = list(pair.adapter.entries)
         yield Finding(
-            list(pair.adapter.entries),
+            keys,
             f"the adapter's names are the base's {how}",
-            pair.rename(first),
+            pair.rename(keys[0]),
             "lora-fx takes them so; PEFT would apply none of them",
             WARNING,
         )
         return
-    lost = _lost(pair)
-    if swap := _swap(pair):
+    prefixes = _other_prefix(pair)
+    if prefixes is not None:
+        theirs, ours = prefixes
+        unmatched = _unmatched(pair)
         yield Finding(
-            lost,
-            f"{len(lost)} names begin with {swap[0]!r}",
-            f"names that begin with {swap[1]!r}, as the base's",
-            f"rename {swap[0]!r} to {swap[1]!r} if the layers are the same",
+            unmatched,
+            f"{len(unmatched)} names begin with {theirs!r}",
+            f"names that begin with {ours!r}, as the base's",
+            f"rename {theirs!r} to {ours!r} if the layers are the same",
         )
 
 
-def _swap(pair: Pair) -> tuple[str, str] | None:
-    """(prefix of the adapter, prefix of the base) that would place every lost name.
+def _other_prefix(pair: Pair) -> tuple[str, str] | None:
+    """(prefix of the adapter, prefix of the base) that would place every unmatched name.
 
     None where a name would fall on a tensor that another update has, or on another layer.
     """
-    lost = [base_name(k) for k in _lost(pair)]
-    if not lost:
+    unmatched = [base_name(key) for key in _unmatched(pair)]
+    if not unmatched:
         return None
-    taken = {pair.rename(base_name(k)) for k in pair.adapter.entries}
-    votes: Counter[tuple[str, str]] = Counter()
-    parts = lost[0].split(".")
-    for i in range(1, len(parts) - 1):
-        old, tail = ".".join(parts[:i]) + ".", ".".join(parts[i:])
-        ends = [n for n in pair.tensors if n == tail or n.endswith(f".{tail}")]
-        votes.update((old, n.removesuffix(tail)) for n in ends)
-    for (old, new), _ in votes.most_common():
-        if re.sub(r"\d+", "#", old) == re.sub(r"\d+", "#", new):
+    updated = {pair.rename(base_name(key)) for key in pair.adapter.entries}
+    free = {*pair.tensors} - updated
+    for (theirs, ours), _ in _prefixes_of(unmatched[0], pair).most_common():
+        if re.sub(r"\d+", "#", theirs) == re.sub(r"\d+", "#", ours):
             continue
-        names = {new + k.removeprefix(old) for k in lost}
-        if all(k.startswith(old) for k in lost) and names <= {*pair.tensors} - taken:
-            return old, new
+        renamed = {ours + name.removeprefix(theirs) for name in unmatched}
+        if all(name.startswith(theirs) for name in unmatched) and renamed <= free:
+            return theirs, ours
     return None
+
+
+def _prefixes_of(name: str, pair: Pair) -> Counter[tuple[str, str]]:
+    """The prefixes that would make a name that of a tensor, and of how many."""
+    votes: Counter[tuple[str, str]] = Counter()
+    parts = name.split(".")
+    for i in range(1, len(parts) - 1):
+        theirs = ".".join(parts[:i]) + "."
+        tail = ".".join(parts[i:])
+        for tensor in pair.tensors:
+            if tensor == tail or tensor.endswith(f".{tail}"):
+                votes[theirs, tensor.removesuffix(tail)] += 1
+    return votes
 
 
 def unused(pair: Pair) -> Iterator[Finding]:
     """Every update has a tensor in the base."""
-    lost = _lost(pair)
-    if lost and not _swap(pair) and not _strange(pair):
+    unmatched = _unmatched(pair)
+    if unmatched and not _other_prefix(pair) and not _is_of_other_model(pair):
+        nearest = near(base_name(unmatched[0]), [*pair.tensors])
         yield Finding(
-            lost,
+            unmatched,
             "no such tensor in the base: their updates would be dropped",
             f"names of {pair.base.path}",
-            f"{near(base_name(lost[0]), [*pair.tensors])} lora-fx merge --allow-unused leaves out "
-            "those without a tensor",
+            f"{nearest} lora-fx merge --allow-unused leaves out those without a tensor",
         )
 
 
@@ -143,11 +186,11 @@ def missing(pair: Pair) -> Iterator[Finding]:
     """Every layer that the config adapts has an update."""
     if pair.refusal is not None and not pair.raw.updates:
         return  # nobody knows which updates it has
-    broken = {k.removesuffix(".weight") for k in pair.raw.broken}
-    lost = [m for m in absent_of(pair.adapter, pair.rename) if m not in broken]
-    if lost and not _strange(pair) and not _swap(pair):
+    broken = {key.removesuffix(".weight") for key in pair.raw.broken}
+    absent = [name for name in absent_of(pair.adapter, pair.rename) if name not in broken]
+    if absent and not _is_of_other_model(pair) and not _other_prefix(pair):
         yield Finding(
-            [f"{m}.weight" for m in lost],
+            [f"{name}.weight" for name in absent],
             "the config adapts them (target_modules), but the file has no update of them",
             "an update of each",
             "is the file complete, and is this its base? lora-fx merge --allow-missing leaves "
@@ -155,83 +198,105 @@ def missing(pair: Pair) -> Iterator[Finding]:
         )
 
 
-def _rows(pair: Pair, key: str) -> tuple[int, int] | None:
+def _vocabulary_sizes(pair: Pair, key: str) -> tuple[int, int] | None:
     """(rows of the adapter, rows of the base) of a vocabulary that differs; else None."""
-    entry, info = pair.adapter.entries[key], pair.tensor(key)
+    entry = pair.adapter.entries[key]
+    info = pair.tensor(key)
     if info is None or len(info.shape) != 2 or not _VOCABULARY.search(base_name(key)):
         return None
-    rows, dim = info.shape
     if isinstance(entry, Full) and entry.value.ndim == 2:
-        have, width = entry.value.shape
+        rows, width = entry.value.shape
     elif isinstance(entry, LowRank) and entry.a.ndim == 2:
-        out, in_ = entry.shape
-        have, width = (in_, out) if entry.origin.op == "embedding" else (out, in_)
+        rows, width = entry.shape
+        if entry.origin.op == "embedding":
+            width, rows = entry.shape
     else:
         return None
-    return (have, rows) if width == dim and have != rows else None
+    base_rows, base_width = info.shape
+    if width != base_width or rows == base_rows:
+        return None
+    return rows, base_rows
 
 
 def vocabulary(pair: Pair) -> Iterator[Finding]:
     """Embedding and head have the base's number of rows."""
     for key in pair.misfits:
-        if rows := _rows(pair, key):
-            more = "grown" if rows[0] > rows[1] else "cut"
-            yield Finding(
-                [key],
-                f"{rows[0]} rows: the vocabulary was {more} before training",
-                f"{rows[1]} rows, as the base has",
-                f"resize the base to {rows[0]} tokens (resize_token_embeddings), save it, and "
-                "merge into that",
-            )
+        sizes = _vocabulary_sizes(pair, key)
+        if sizes is None:
+            continue
+        rows, base_rows = sizes
+        change = "grown" if rows > base_rows else "cut"
+        yield Finding(
+            [key],
+            f"{rows} rows: the vocabulary was {change} before training",
+            f"{base_rows} rows, as the base has",
+            f"resize the base to {rows} tokens (resize_token_embeddings), save it, and merge into "
+            "that",
+        )
 
 
 def shapes(pair: Pair) -> Iterator[Finding]:
     """Every update has the shape of its tensor."""
-    for key, why in pair.misfits.items() if not _strange(pair) else ():
+    if _is_of_other_model(pair):
+        return
+    for key, why in pair.misfits.items():
         info = pair.tensor(key)
-        if not _rows(pair, key) and info is not None and 0 not in info.shape:
-            yield Finding(
-                [key],
-                why.partition("the adapter's ")[2] or why,
-                f"one for a tensor {list(info.shape)}",
-                "was the adapter trained on another model?",
-            )
+        if info is None or 0 in info.shape or _vocabulary_sizes(pair, key):
+            continue
+        _, _, update = why.partition("the adapter's ")
+        yield Finding(
+            [key],
+            update or why,
+            f"one for a tensor {list(info.shape)}",
+            "was the adapter trained on another model?",
+        )
 
 
 def quantised(pair: Pair) -> Iterator[Finding]:
     """The tensors to change are plain floats; int8 that merge takes is a warning."""
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for key, entry in pair.adapter.entries.items():
-        name = pair.rename(base_name(key))
-        info = pair.base.tensors.get(name, pair.tensor(key))
-        scheme = _codes(pair, key)
-        if info is None:
-            if scheme:
-                kinds.setdefault((scheme, ERROR), []).append(key)
-            continue
-        if not scheme and (info.dtype in FLOATING or key in pair.misfits):
-            continue
+    keys_by_kind: dict[tuple[str, str], list[str]] = {}
+    for key in pair.adapter.entries:
+        kind = _kind_of_codes(pair, key)
+        if kind is not None:
+            keys_by_kind.setdefault(kind, []).append(key)
+    if not keys_by_kind:
+        return
 
-        kind = scheme or info.dtype
-        try:
-            int8 = stored_as(name, info, pair.base, [entry])
-        except LoraFxError as error:
-            why = error.message.partition(" a scale a row: ")[2]
-            if why and info.dtype == "int8":
-                kind += f": {why}"
-            kinds.setdefault((kind, ERROR), []).append(key)
-            continue
-        if int8 is not None:
-            kinds.setdefault((kind, WARNING), []).append(key)
-        elif scheme:  # a view of the codes as floats, which a merge takes by option
-            kinds.setdefault((kind, ERROR), []).append(key)
-    no = planned(pair, ("",)) if kinds else None  # as if all else that is wrong were mended
+    refusal = planned(pair, ("",))  # as if all else that is wrong were mended
     ways = "--dequantise or --requantise, as is asked"
-    if isinstance(no, LoraFxError):
-        ways = no.hint if no.hint.startswith("--dequantise") else HINT
-    for (kind, severity), keys in kinds.items():
+    if isinstance(refusal, LoraFxError):
+        ways = refusal.hint if refusal.hint.startswith("--dequantise") else HINT
+    for (kind, severity), keys in keys_by_kind.items():
         hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
+
+
+def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
+    """The format of the codes that a key would change, and the severity of that.
+
+    None for a plain float tensor, and for one that the base lacks.
+    """
+    name = pair.rename(base_name(key))
+    info = pair.base.tensors.get(name, pair.tensor(key))
+    scheme = _codes(pair, key)
+    if info is None:
+        return (scheme, ERROR) if scheme else None
+    if not scheme and (info.dtype in FLOATING or key in pair.misfits):
+        return None
+
+    kind = scheme or info.dtype
+    try:
+        int8 = stored_as(name, info, pair.base, [pair.adapter.entries[key]])
+    except LoraFxError as error:
+        _, _, why = error.message.partition(" a scale a row: ")
+        if why and info.dtype == "int8":
+            kind += f": {why}"
+        return kind, ERROR
+    if int8 is not None:
+        return kind, WARNING
+    if scheme:  # a view of the codes as floats, which a merge takes by option
+        return kind, ERROR
+    return None
 
 
 def base(pair: Pair) -> Iterator[Finding]:
@@ -247,16 +312,19 @@ def base(pair: Pair) -> Iterator[Finding]:
         )
         return
     if why:
-        yield Finding(
-            [], why.removeprefix("the adapter: "), "", "compare a few outputs by hand", NOTE
-        )
+        message = why.removeprefix("the adapter: ")
+        yield Finding([], message, "", "compare a few outputs by hand", NOTE)
 
 
 def values(pair: Pair) -> Iterator[Finding]:
     """The base's tensors hold finite numbers, as far as samples of them tell."""
-    known = ((key, pair.tensor(key)) for key in pair.adapter.entries)
-    floats = ((key, info) for key, info in known if info is not None and info.dtype in FLOATING)
-    broken = [key for key, info in floats if not np.isfinite(sample(info)).all()]
+    broken = []
+    for key in pair.adapter.entries:
+        info = pair.tensor(key)
+        if info is None or info.dtype not in FLOATING:
+            continue
+        if not np.isfinite(sample(info)).all():
+            broken.append(key)
     yield from about(
         broken,
         "their tensors of the base have NaN or infinite values",
@@ -271,22 +339,31 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
     if info is None or info.dtype not in FLOATING or 0 in info.shape:
         return False
     dtype = pair.options.dtype or info.dtype
-    top = float(finfo(dtype).max)
-    scale = float(np.finfo(arithmetic(info.dtype, dtype)).max)
-    return abs(low.scale) > scale or low.norm > top * math.sqrt(math.prod(info.shape))
+    largest_scale = float(np.finfo(arithmetic(info.dtype, dtype)).max)
+    if abs(low.scale) > largest_scale:
+        return True
+    largest = float(finfo(dtype).max)
+    return low.norm > largest * math.sqrt(math.prod(info.shape))
 
 
 def effect(pair: Pair) -> Iterator[Finding]:
     """No update is larger than its weight."""
-    never = [k for k, low in pair.adapter.lowrank.items() if _overflows(pair, k, low)]
+    overflowing: list[str] = []
+    ratios: dict[str, float] = {}
+    for key, low in pair.adapter.lowrank.items():
+        if _overflows(pair, key, low):
+            overflowing.append(key)
+        else:
+            ratios[key] = pair.ratio(key) or 0.0
     yield from about(
-        never,
+        overflowing,
         "the update is beyond what the tensor's dtype can hold",
         "finite numbers",
         "is lora_alpha right?",
     )
-    ratios = {k: pair.ratio(k) or 0.0 for k in pair.adapter.lowrank if k not in never}
-    large = sorted((k for k, r in ratios.items() if r > LARGE), key=lambda k: -ratios[k])
+
+    large = [key for key, ratio in ratios.items() if ratio > LARGE]
+    large.sort(key=lambda key: -ratios[key])
     if large:
         yield Finding(
             large,
