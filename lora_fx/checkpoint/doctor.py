@@ -7,7 +7,7 @@ and samples of the base are read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from lora_fx.files.read import trusting
 from lora_fx.formats.registry import FORMATS
 from lora_fx.formats.servers import SERVERS
 from lora_fx.targets.target import base_name
-from lora_fx.text import Json, StrPath, some, table
+from lora_fx.text import Json, JsonView, StrPath, some, table
 
 CHECKS = {
     **OF_FILE,
@@ -136,97 +136,161 @@ def examine(
         expect_path(path, name, "doctor(base, adapter)")
     if server:
         expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
-    base, adapter = local(base), local(adapter, files=FORMATS.files_of_folders)
+    base = local(base)
+    adapter = local(adapter, files=FORMATS.files_of_folders)
     with explained(base), trusting(asked.trust):
         pair = open_pair(Path(base), Path(adapter), asked)
         findings: list[Finding] = []
         for name, check in CHECKS.items():
-            findings += [replace(f, check=name) for f in check(pair)]
-        rows = [_update(pair, key, entry) for key, entry in pair.adapter.entries.items()]
+            findings += [replace(finding, check=name) for finding in check(pair)]
+        rows = [_update_row(pair, key, entry) for key, entry in pair.adapter.entries.items()]
         plan = planned(pair)
-        findings += _more(pair, findings, plan)
+        findings += _merge_findings(pair, findings, plan)
         if isinstance(plan, MergePlan):
-            findings = [_taken(f, asked) for f in findings]
+            findings = [_accepted(finding, asked) for finding in findings]
         if server:
-            findings += [replace(f, check=SERVED) for f in served(pair, server)]
-    findings.sort(key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
+            findings += [replace(finding, check=SERVED) for finding in served(pair, server)]
+    findings.sort(key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
+    return _report(pair, findings, rows, plan)
+
+
+def _report(
+    pair: Pair, findings: Sequence[Finding], rows: Sequence[Json], plan: MergePlan | LoraFxError
+) -> Report:
+    """The report of a pair.
+
+    Args:
+        pair: The pair.
+        findings: Of all checks, errors first.
+        rows: One of each update.
+        plan: The plan of the merge, or why there is none.
+    """
+    used = sum(row["tensor"] is not None for row in rows)
     details = {
-        "used": sum(r["tensor"] is not None for r in rows),
-        "unused": sum(r["tensor"] is None for r in rows),
+        "used": used,
+        "unused": len(rows) - used,
         "missing": len(absent_of(pair.adapter, pair.rename)),
-        "findings": [f.to_json() for f in findings],
-        "updates": rows,
+        "findings": [finding.to_json() for finding in findings],
+        "updates": list(rows),
         "merge": plan.message if isinstance(plan, LoraFxError) else "",
     }
     notes = [*pair.adapter.metadata.get("notes", ())]
-    notes += plan.notes if isinstance(plan, MergePlan) else ()
-    notes = [n for n in dict.fromkeys(notes) if not any(f.found in n for f in findings)]
-    ok = not any(f.severity == ERROR for f in findings)
-    return Report("doctor", ok, warnings=tuple(notes), details=details)
+    if isinstance(plan, MergePlan):
+        notes += plan.notes
+    warnings = [
+        note
+        for note in dict.fromkeys(notes)
+        if not any(finding.found in note for finding in findings)
+    ]
+    ok = not any(finding.severity == ERROR for finding in findings)
+    return Report("doctor", ok, warnings=tuple(warnings), details=details)
 
 
-def _more(pair: Pair, findings: list[Finding], plan: MergePlan | LoraFxError) -> Iterator[Finding]:
+def _merge_findings(
+    pair: Pair, findings: Sequence[Finding], plan: MergePlan | LoraFxError
+) -> Iterator[Finding]:
     """Why merge refuses the pair, or would once what the checks found is mended."""
-    errors = [f for f in findings if f.severity == ERROR and f.check not in VALUES]
-    told = {k for f in errors for k in f.keys}
-    clear = errors and (pair.refusal is None or BY_READER & {f.check for f in errors})
-    if clear and told >= pair.adapter.entries.keys():
-        return
-    left = planned(pair, told) if clear else plan
-    if isinstance(left, MergeRefusal):
-        check = left.check if left.check in CHECKS else LAST
-        yield Finding(left.keys, left.message, "a pair that can be merged", left.hint, check=check)
-    elif isinstance(left, LoraFxError):
-        yield Finding([], left.message, "a pair that can be merged", left.hint, check=LAST)
+    errors = [
+        finding for finding in findings if finding.severity == ERROR and finding.check not in VALUES
+    ]
+    reported: set[str] = set()
+    for finding in errors:
+        reported |= set(finding.keys)
+    is_explained = pair.refusal is None or any(finding.check in BY_READER for finding in errors)
+    if errors and is_explained:
+        if reported >= pair.adapter.entries.keys():
+            return
+        plan = planned(pair, reported)
+
+    expected = "a pair that can be merged"
+    if isinstance(plan, MergeRefusal):
+        check = plan.check if plan.check in CHECKS else LAST
+        yield Finding(plan.keys, plan.message, expected, plan.hint, check=check)
+    elif isinstance(plan, LoraFxError):
+        yield Finding([], plan.message, expected, plan.hint, check=LAST)
 
 
-def _taken(finding: Finding, asked: MergeOptions) -> Finding:
-    """What merge takes is no error: a note where an option was given for it, else a warning."""
+def _accepted(finding: Finding, asked: MergeOptions) -> Finding:
+    """A finding that merge takes: a note where an option was given for it, else a warning."""
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
-    wanted = any(getattr(asked, option) for option in TAKEN_BY.get(finding.check, ()))
-    return replace(finding, severity=NOTE if wanted else WARNING)
+    options = TAKEN_BY.get(finding.check, ())
+    is_asked = any(getattr(asked, option) for option in options)
+    return replace(finding, severity=NOTE if is_asked else WARNING)
 
 
-def _update(pair: Pair, key: str, entry: Entry) -> Json:
+def _update_row(pair: Pair, key: str, entry: Entry) -> Json:
     """One row of `updates[]`; of a stack that the base has apart, the first tensor is named."""
     stack = pair.rename.stack(base_name(key))
     name = stack.parts[0].tensor if stack else pair.rename(key)
     scale = getattr(entry, "scale", None)
+    if scale is not None and not math.isfinite(scale):
+        scale = None
     return {
         "key": key,
         "tensor": name if pair.tensor(key) is not None else None,
         "kind": name_of(entry),
         "rank": getattr(entry, "rank", None),
-        "scale": scale if scale is not None and math.isfinite(scale) else None,
+        "scale": scale,
         "ratio": pair.ratio(key),
     }
 
 
 def lines(report: Report) -> str:
     """The report for people: updates, the checklist, what was found."""
-    d = report.details
-    rows = [("update", "kind", "rank", "scale", "‖ΔW‖/‖W‖")]
-    for r in d["updates"]:
-        scale = "?" if r["rank"] and r["scale"] is None else _number(r["scale"], ".6g")
-        key = r["key"] if r["tensor"] else f"{r['key']} (not in the base)"
-        rows.append((key, r["kind"], _number(r["rank"], "d"), scale, _number(r["ratio"], ".2e")))
-    text = [*table([(*r,) for r in rows])]
+    details = report.details
+    text = _update_lines(details["updates"])
+    findings = details["findings"]
     worst: dict[str, str] = {}
-    for f in d["findings"]:
-        worst.setdefault(f["check"], f["severity"])
-        text += ["", f"{f['severity']}: {f['check']}: {some(f['keys'])}".removesuffix(": ")]
-        for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
-            text += [f"  {label:<10}{f[name]}"] if f[name] else []
+    for finding in findings:
+        worst.setdefault(finding["check"], finding["severity"])
+        text += _finding_lines(finding)
+
     width = max(map(len, CHECKS))
-    text += ["", *(f"{name:<{width}}  {worst.get(name, 'ok')}" for name in (*CHECKS, LAST))]
-    errors, warned = (sum(f["severity"] == s for f in d["findings"]) for s in (ERROR, WARNING))
-    verdict = f"healthy; warnings: {warned}" if warned else "healthy"
-    bad = any(f["severity"] == ERROR and f["check"] != SERVED for f in d["findings"])
-    advice = "do not merge this pair" if bad else "do not serve it so"
-    text += ["", verdict if report else f"errors: {errors}; {advice}"]
-    text += [f"lora-fx merge refuses it: {d['merge']}"] if d["merge"] else []
+    text.append("")
+    for name in (*CHECKS, LAST):
+        text.append(f"{name:<{width}}  {worst.get(name, 'ok')}")
+    text += ["", _verdict(report)]
+    if details["merge"]:
+        text.append(f"lora-fx merge refuses it: {details['merge']}")
     return "\n".join(map(visible, text))
+
+
+def _update_lines(updates: Sequence[JsonView]) -> list[str]:
+    """The table of updates."""
+    rows: list[tuple[str, ...]] = [("update", "kind", "rank", "scale", "‖ΔW‖/‖W‖")]
+    for update in updates:
+        key = update["key"]
+        if not update["tensor"]:
+            key = f"{key} (not in the base)"
+        scale = _number(update["scale"], ".6g")
+        if update["rank"] and update["scale"] is None:
+            scale = "?"
+        rank = _number(update["rank"], "d")
+        rows.append((key, update["kind"], rank, scale, _number(update["ratio"], ".2e")))
+    return table(rows)
+
+
+def _finding_lines(finding: JsonView) -> list[str]:
+    """A finding, its parts one below the other."""
+    head = f"{finding['severity']}: {finding['check']}: {some(finding['keys'])}"
+    text = ["", head.removesuffix(": ")]
+    for name, label in (("found", "found:"), ("expected", "expected:"), ("hint", "do:")):
+        if finding[name]:
+            text.append(f"  {label:<10}{finding[name]}")
+    return text
+
+
+def _verdict(report: Report) -> str:
+    """The one line that says whether to merge the pair."""
+    findings = report.details["findings"]
+    errors = [finding for finding in findings if finding["severity"] == ERROR]
+    warnings = sum(finding["severity"] == WARNING for finding in findings)
+    if report:
+        return f"healthy; warnings: {warnings}" if warnings else "healthy"
+    if any(finding["check"] != SERVED for finding in errors):
+        return f"errors: {len(errors)}; do not merge this pair"
+    return f"errors: {len(errors)}; do not serve it so"
 
 
 def _number(value: object, form: str) -> str:

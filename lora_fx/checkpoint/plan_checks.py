@@ -8,7 +8,7 @@ from dataclasses import replace
 from lora_fx.adapter.fused import Family, family_of
 from lora_fx.adapter.updates import Entry, Rotation
 from lora_fx.adapter.variant import variant_of
-from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
+from lora_fx.checkpoint.findings import NOTE, WARNING, Finding, about
 from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
 from lora_fx.checkpoint.pair import Pair
@@ -39,28 +39,32 @@ LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 
 
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
     """What merge would do with these entries; `lenient` takes what a check has told already."""
-    adapter, options = replace(pair.adapter, entries=entries), pair.options
-    options = replace(options, **LENIENT) if lenient else options
-    return make_plan(
-        pair.base, [WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)], options
-    )
+    adapter = replace(pair.adapter, entries=entries)
+    options = replace(pair.options, **LENIENT) if lenient else pair.options
+    weighted = WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)
+    return make_plan(pair.base, [weighted], options)
 
 
-def planned(pair: Pair, told: Collection[str] = ()) -> MergePlan | LoraFxError:
+def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxError:
     """The plan of `lora-fx merge`, or why there is none.
 
     Args:
         pair: The pair.
-        told: Keys of which a check has told; the others are planned, as if that were mended.
+        reported: Keys that a check has found something of; the others are planned, as if that
+            were mended.
     """
-    if pair.refusal is not None and not told:
+    if pair.refusal is not None and not reported:
         return pair.refusal
-    rest = {k: e for k, e in pair.adapter.entries.items() if k not in told}
+    entries = {key: entry for key, entry in pair.adapter.entries.items() if key not in reported}
     try:
-        plan = _plan(pair, rest, lenient=bool(told))
+        plan = _plan(pair, entries, lenient=bool(reported))
         if pair.options.requantise and not pair.options.lossy:
-            anew = [(c.codes, c.fold) for c in plan.changes.values() if c.codes and c.fold]
-            refuse_loss(sampled(anew), "the output")
+            folds = [
+                (change.codes, change.fold)
+                for change in plan.changes.values()
+                if change.codes and change.fold
+            ]
+            refuse_loss(sampled(folds), "the output")
     except LoraFxError as error:
         return error
     return plan
@@ -70,9 +74,9 @@ def tied(pair: Pair) -> Iterator[Finding]:
     """No update of one use of a tensor that is both embedding and output head."""
     if pair.tie is None:
         return
-    sound = {k: e for k, e in pair.adapter.entries.items() if k not in pair.misfits}
+    fitting = {key: entry for key, entry in pair.adapter.entries.items() if key not in pair.misfits}
     try:
-        plan = _plan(pair, sound, lenient=True)
+        plan = _plan(pair, fitting, lenient=True)
     except LoraFxError:
         return  # another check, or the last, tells
     yield from about(
@@ -99,7 +103,7 @@ def merged(pair: Pair) -> Iterator[Finding]:
 def added(pair: Pair) -> Iterator[Finding]:
     """Whole tensors that the base lacks, such as a new head."""
     yield from about(
-        [k for k in pair.adapter.full if pair.tensor(k) is None],
+        [key for key in pair.adapter.full if pair.tensor(key) is None],
         "whole tensors that the base has not, such as a new head",
         "tensors of the base",
         "lora-fx merge --add writes them into the output",
@@ -108,21 +112,31 @@ def added(pair: Pair) -> Iterator[Finding]:
 
 def trained(pair: Pair) -> Iterator[Finding]:
     """Updates that are zero: B (or A) was never moved from its start."""
-    low = pair.adapter.lowrank.items()
-    sums = [(k, e) for k, e in low if not e.mutated and not variant_of(e).reads_weight]
-    zero = [k for k, e in sums if e.norm == 0.0]
-    turns = ((k, e) for k, e in pair.adapter.entries.items() if isinstance(e, Rotation))
-    zero += [k for k, e in turns if not e.turn.any()]
+    zero: list[str] = []
+    for key, low in pair.adapter.lowrank.items():
+        is_added = not low.mutated and not variant_of(low).reads_weight
+        if is_added and low.norm == 0.0:
+            zero.append(key)
+    for key, entry in pair.adapter.entries.items():
+        if isinstance(entry, Rotation) and not entry.turn.any():
+            zero.append(key)
     if not zero:
         return
-    whole = len(zero) == len(pair.adapter.entries)
-    yield Finding(
-        zero,
-        "A or B is zero: untrained" + (", and so is every other update" if whole else ""),
-        "an update",
-        "was the adapter saved before training?" if whole else "did a gradient reach them?",
-        ERROR if whole else WARNING,
-    )
+    if len(zero) == len(pair.adapter.entries):
+        yield Finding(
+            zero,
+            "A or B is zero: untrained, and so is every other update",
+            "an update",
+            "was the adapter saved before training?",
+        )
+    else:
+        yield Finding(
+            zero,
+            "A or B is zero: untrained",
+            "an update",
+            "did a gradient reach them?",
+            WARNING,
+        )
 
 
 def served(pair: Pair, server: str) -> Iterator[Finding]:
@@ -130,14 +144,15 @@ def served(pair: Pair, server: str) -> Iterator[Finding]:
     types = model_types(pair.base.config())
     family = family_of(types) or Family()
     shapes = {name: array.shape for name, array in pair.raw.tensors.items()}
-    found = seen(shapes, pair.raw.config, family)
-    for rule, names in verdicts(server, found, family, types):
+    facts = seen(shapes, pair.raw.config, family)
+    for rule, names in verdicts(server, facts, family, types):
         what = f"{SERVERS[server]} {rule.outcome} {rule.said} ({rule.source})"
         if rule.outcome == READS:
             yield Finding(names, what, "", "", NOTE)
             continue
         hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
-        hint = "lora-fx merge folds it into its base" if rule.what in STAYS else hint
+        if rule.what in STAYS:
+            hint = "lora-fx merge folds it into its base"
         yield Finding(names, what, "what it applies as it was trained", hint)
     if not shapes:
         yield Finding(
