@@ -18,6 +18,7 @@ from lora_fx.formats.peft.names import PREFIX
 from lora_fx.text import Json, by_key, is_number
 
 GATHER = "saved under ZeRO-3 or FSDP without gathering the shards; gather, then save again"
+_FACTOR = re.compile(r"\.(lora|hada|lokr)_|\.weight$")
 
 
 def config(pair: Pair) -> Iterator[Finding]:
@@ -31,9 +32,9 @@ def config(pair: Pair) -> Iterator[Finding]:
             "one: ranks, scales and targets are stored there",
             "take it from where the adapter comes from",
         )
-    kind = pair.raw.config.get("peft_type")
-    if pair.raw.config and kind not in KINDS and not names_variant(kind):
-        yield Finding(["peft_type"], f"peft_type = {kind!r}", " or ".join(KINDS), MERGE)
+    peft_type = pair.raw.config.get("peft_type")
+    if pair.raw.config and peft_type not in KINDS and not names_variant(peft_type):
+        yield Finding(["peft_type"], f"peft_type = {peft_type!r}", " or ".join(KINDS), MERGE)
     for name, (why, hint) in REFUSED.items():
         value = pair.raw.config.get(name)
         if value not in (None, False, [], {}, ""):
@@ -42,16 +43,16 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 def scale(pair: Pair) -> Iterator[Finding]:
     """lora_alpha is a number; alpha, of LoHa and LoKr. OFT has none."""
-    kind = pair.raw.config.get("peft_type")
-    if kind not in KINDS or kind == "OFT":
+    peft_type = pair.raw.config.get("peft_type")
+    if peft_type not in KINDS or peft_type == "OFT":
         return
-    name = "lora_alpha" if kind == "LORA" else "alpha"
+    name = "lora_alpha" if peft_type == "LORA" else "alpha"
     value = pair.raw.config.get(name)
     if not is_number(value) or not np.isfinite(value):
-        found = f"no {name}" if value is None else f"{name} = {value!r}"
+        what = f"no {name}" if value is None else f"{name} = {value!r}"
         yield Finding(
             [name],
-            f"{found}; PEFT would take 8 without a word",
+            f"{what}; PEFT would take 8 without a word",
             f"a number: the scale of every update is {name} / r",
             f"add the {name} that the adapter was trained with",
         )
@@ -64,22 +65,23 @@ def ranks(pair: Pair) -> Iterator[Finding]:
     try:
         pattern = Pattern(pair.raw.config, "rank_pattern", "r", "")
     except LoraFxError:
-        return  # told by patterns
-    wrong: dict[tuple[int, float], list[str]] = {}
+        return  # a finding of patterns
+    keys_by_ranks: dict[tuple[int, float], list[str]] = {}
     for key, low in pair.adapter.lowrank.items():
-        want = pattern.of(key.removesuffix(".weight"))
-        known = key in pair.raw.updates and key.endswith(".weight")
-        if known and want is not None and want != low.rank:
-            wrong.setdefault((low.rank, want), []).append(key)
-    for (rank, want), keys in wrong.items():
-        expected = f"rank {want:g}, as the config says: the scale would be in doubt"
-        yield Finding(keys, f"rank {rank}", expected, "correct r or rank_pattern")
+        if key not in pair.raw.updates or not key.endswith(".weight"):
+            continue
+        rank = pattern.of(key.removesuffix(".weight"))
+        if rank is not None and rank != low.rank:
+            keys_by_ranks.setdefault((low.rank, rank), []).append(key)
+    for (rank_of_tensors, rank), keys in keys_by_ranks.items():
+        expected = f"rank {rank:g}, as the config says: the scale would be in doubt"
+        yield Finding(keys, f"rank {rank_of_tensors}", expected, "correct r or rank_pattern")
 
 
 def patterns(pair: Pair) -> Iterator[Finding]:
     """Every entry of rank_pattern and alpha_pattern matches a module of the adapter."""
     keys = [*pair.raw.updates, *pair.adapter.lowrank]  # of modules; of parameters too
-    modules = [k.removesuffix(".weight") for k in keys]
+    modules = [key.removesuffix(".weight") for key in keys]
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         try:
             pattern = Pattern(pair.raw.config, table, default, str(pair.path))
@@ -89,10 +91,10 @@ def patterns(pair: Pair) -> Iterator[Finding]:
         for module in modules:
             pattern.of(module)
         for name in sorted(pattern.unmatched):
-            found, hint = pattern.unused(name)
+            what, hint = pattern.unused(name)
             yield Finding(
                 [name],
-                found,
+                what,
                 "a module's name or the end of one; PEFT ignores it without a word",
                 "is it a mistake in the name? then the adapter was trained without its number; "
                 f"correct it, or take it out; {hint}",
@@ -105,46 +107,51 @@ def start(pair: Pair) -> Iterator[Finding]:
     value = pair.raw.config.get("init_lora_weights", True)
     if value in (True, False, None, *KEEPS_BASE):
         return
-    redone = str(value).lower() in REDONE
+    hint = "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+    severity = ERROR
+    if str(value).lower() in REDONE:
+        hint = "lora-fx merge takes that part off again; other tools do not"
+        severity = WARNING
     yield Finding(
         list(pair.adapter.lowrank),
         f"init_lora_weights = {value!r}: a part of every base weight was taken off before training",
         "an adapter that was converted: on the original weights this one is wrong",
-        "lora-fx merge takes that part off again; other tools do not"
-        if redone
-        else "save it again with save_pretrained(…, path_initial_model_for_weight_conversion=…)",
-        WARNING if redone else ERROR,
+        hint,
+        severity,
     )
 
 
 def dora(pair: Pair) -> Iterator[Finding]:
     """use_dora is on where there are magnitudes, and off where there are none."""
-    on = bool(pair.raw.config.get("use_dora"))
-    odd = [k for k, p in pair.raw.updates.items() if ("magnitude" in p.names) != on]
-    if on:
+    uses_dora = bool(pair.raw.config.get("use_dora"))
+    contradicting = [
+        key for key, group in pair.raw.updates.items() if ("magnitude" in group.names) != uses_dora
+    ]
+    if uses_dora:
         yield from about(
-            odd,
+            contradicting,
             "use_dora is on, but they have no lora_magnitude_vector",
             "a magnitude for each",
             "correct use_dora, or save the adapter again",
         )
     else:
         yield from about(
-            odd,
+            contradicting,
             "lora_magnitude_vector tensors, but use_dora is off: they would be dropped",
             "use_dora true, or no magnitudes",
             "set use_dora to true if it was trained with DoRA",
         )
 
 
-def _bad(pair: Pair, test: Callable[[Array], object]) -> list[str]:
-    return [name for name, value in pair.raw.tensors.items() if test(value)]
+def _tensors_that(pair: Pair, is_wrong: Callable[[Array], object]) -> list[str]:
+    """Names of the file's tensors of which something holds."""
+    return [name for name, value in pair.raw.tensors.items() if is_wrong(value)]
 
 
 def numbers(pair: Pair) -> Iterator[Finding]:
     """No NaN, no infinity."""
     yield from about(
-        _bad(pair, lambda value: is_float(value) and not finite(value)),
+        _tensors_that(pair, lambda value: is_float(value) and not finite(value)),
         "NaN or infinite values",
         "finite numbers",
         "training has diverged; use an earlier checkpoint",
@@ -153,12 +160,18 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
     """Float factors; a whole tensor has the dtype of what it replaces, as a merge tells."""
-    whole = {*pair.raw.whole.values()} if pair.refusal is None else set[str]()
-    names = [n for n in _bad(pair, lambda value: not is_float(value)) if n not in whole]
-    names = [n for n in names if re.search(r"\.(lora|hada|lokr)_|\.weight$", n)]
+    whole: set[str] = set()
+    if pair.refusal is None:
+        whole |= set(pair.raw.whole.values())
+    wrong = [
+        name
+        for name in _tensors_that(pair, lambda value: not is_float(value))
+        if name not in whole and _FACTOR.search(name)
+    ]
+    dtypes_of_wrong = {str(pair.raw.tensors[name].dtype) for name in wrong}
     yield from about(
-        names,
-        f"dtype {', '.join(sorted({str(pair.raw.tensors[n].dtype) for n in names}))}",
+        wrong,
+        f"dtype {', '.join(sorted(dtypes_of_wrong))}",
         "float32, float16 or bfloat16",
         "the adapter was quantised or cast; save it again in a float dtype",
     )
@@ -166,9 +179,14 @@ def dtypes(pair: Pair) -> Iterator[Finding]:
 
 def sizes(pair: Pair) -> Iterator[Finding]:
     """No empty tensors, in the adapter or in what it changes of the base."""
-    yield from about(_bad(pair, lambda value: not value.size), "size 0", "values", GATHER)
-    empty = [k for k in pair.adapter.entries if (t := pair.tensor(k)) and 0 in t.shape]
-    yield from about(empty, "their tensors of the base have size 0", "weights", GATHER)
+    empty = _tensors_that(pair, lambda value: not value.size)
+    yield from about(empty, "size 0", "values", GATHER)
+    of_empty_tensors = []
+    for key in pair.adapter.entries:
+        info = pair.tensor(key)
+        if info is not None and 0 in info.shape:
+            of_empty_tensors.append(key)
+    yield from about(of_empty_tensors, "their tensors of the base have size 0", "weights", GATHER)
 
 
 def halves(pair: Pair) -> Iterator[Finding]:
@@ -177,48 +195,64 @@ def halves(pair: Pair) -> Iterator[Finding]:
         if "it has" in why:
             yield Finding([key], why, "A and B", "the file is incomplete: save or fetch it again")
         elif "; expected" in why:
-            found, _, expected = why.partition("; expected ")
-            yield Finding([key], found, expected, "do A and B come from the same file?")
+            what, _, expected = why.partition("; expected ")
+            yield Finding([key], what, expected, "do A and B come from the same file?")
 
 
 def names(pair: Pair) -> Iterator[Finding]:
     """Every tensor has the prefix that PEFT writes."""
     by_prefix = by_key((prefix, name) for name, prefix in pair.raw.prefixes.items())
-    for prefix, these in by_prefix.items():
-        what = f"the prefix {prefix!r} before PEFT's" if prefix else f"no prefix {PREFIX!r}"
+    for prefix, tensors in by_prefix.items():
+        if prefix:
+            what = f"the prefix {prefix!r} before PEFT's"
+            hint = f"take {prefix!r} off the names"
+        else:
+            what = f"no prefix {PREFIX!r}"
+            hint = f"put {PREFIX!r} before the names"
         yield Finding(
-            these,
+            tensors,
             f"names with {what}: PEFT would load none of them",
             f"{PREFIX}MODULE.lora_A.weight and so on",
-            f"take {prefix!r} off the names" if prefix else f"put {PREFIX!r} before the names",
+            hint,
         )
 
 
 def dropped(pair: Pair) -> Iterator[Finding]:
     """target_modules has every module that the file has an update of."""
     fields = {**pair.raw.config, "modules_to_save": None, "task_type": None}
-    listed = fields.get("target_modules")
-    if not listed or listed == "all-linear" or fields.get("target_parameters"):
+    target_modules = fields.get("target_modules")
+    if not target_modules or target_modules == "all-linear" or fields.get("target_parameters"):
         return
-    out = [
-        key
-        for key, part in pair.raw.updates.items()
-        if key.endswith(".weight")
-        and part.names.get("a", "").startswith(PREFIX)
-        and not _named(fields, part.names["a"], key)
-    ]
+    left_out = []
+    for key, group in pair.raw.updates.items():
+        name = group.names.get("a", "")
+        if (
+            key.endswith(".weight")
+            and name.startswith(PREFIX)
+            and not _is_target(fields, name, key)
+        ):
+            left_out.append(key)
     yield from about(
-        out,
+        left_out,
         "target_modules leaves them out: PEFT would drop their updates",
         "names in target_modules for all that the file holds",
         "correct target_modules in adapter_config.json",
     )
 
 
-def _named(fields: Json, name: str, key: str) -> bool:
-    outer = name.removeprefix(PREFIX).partition(".base_layer.")[0]
-    tied = fields.get("ensure_weight_tying")
-    return any(wanted_by(fields, m) for m in (key.removesuffix(".weight"), outer)) or bool(tied)
+def _is_target(fields: Json, name: str, key: str) -> bool:
+    """Whether PEFT would make a layer for an update, by its module or by that around it.
+
+    Args:
+        fields: Of the adapter's config.
+        name: The tensor of A.
+        key: The update's.
+    """
+    outer, _, _ = name.removeprefix(PREFIX).partition(".base_layer.")
+    module = key.removesuffix(".weight")
+    if wanted_by(fields, module) or wanted_by(fields, outer):
+        return True
+    return bool(fields.get("ensure_weight_tying"))
 
 
 OF_FILE: dict[str, Check] = {
