@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_fx.checkpoint.tied_names import is_head
 from lora_fx.dtypes import FLOATING
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import Tensors
+from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.ir.graph import Parameter
 from lora_fx.ir.layout import plain_layout
 from lora_fx.targets.plan import HEAD_ROWS, default_plan
@@ -34,20 +34,46 @@ def targets_of(every: Tensors) -> Found:
     Axis 0 is taken as out, the rest as in; roles come from names.
     """
     # An empty one of one axis is what ZeRO-3 leaves of a weight of any shape.
-    found = {k: v for k, v in every.items() if len(v.shape) >= 2 or 0 in v.shape}
-    tables = [v.shape for k, v in found.items() if _LOOKUP.search(k.removesuffix(".weight"))]
-    vocabularies = [(s[0], s[1]) for s in tables if len(s) == 2 and s[0] >= HEAD_ROWS]
-    targets, refusals = [], []
-    for key, info in found.items():
-        if info.dtype not in FLOATING or 0 in info.shape:
-            why = EMPTY if 0 in info.shape else f"{info.dtype} is no dtype of plain weights"
+    weights = {
+        name: info for name, info in every.items() if len(info.shape) >= 2 or 0 in info.shape
+    }
+    vocabularies = _vocabularies(weights)
+    targets: list[Target] = []
+    refusals: list[Refusal] = []
+    for key, info in weights.items():
+        if 0 in info.shape:
+            refusals.append(Refusal(key, "tensor", EMPTY))
+        elif info.dtype not in FLOATING:
+            why = f"{info.dtype} is no dtype of plain weights"
             refusals.append(Refusal(key, "tensor", why))
-            continue
-        layout, name = plain_layout(info.shape), key.removesuffix(".weight")
-        role = "head" if is_head(key) else "embedding" if _LOOKUP.search(name) else ""
-        role = role or role_of([name], (), layout, vocabularies)
-        region = tuple((0, n) for n in info.shape)
-        parameter = Parameter(key, info.shape, info.dtype)
-        targets.append(Target(key, parameter, region, layout, "tensor", (), role))
+        else:
+            targets.append(_target(key, info, vocabularies))
     note = "no graph was read: targets come from names and shapes, and their FLOPs are not known"
     return Found(default_plan(targets), tuple(refusals), notes=(note,))
+
+
+def _vocabularies(weights: Tensors) -> list[tuple[int, int]]:
+    """The shapes [rows, width] of the embedding tables of tokens."""
+    shapes = []
+    for name, info in weights.items():
+        if len(info.shape) != 2 or not _LOOKUP.search(name.removesuffix(".weight")):
+            continue
+        rows, width = info.shape
+        if rows >= HEAD_ROWS:
+            shapes.append((rows, width))
+    return shapes
+
+
+def _target(key: str, info: TensorInfo, vocabularies: list[tuple[int, int]]) -> Target:
+    """The target of a whole tensor."""
+    layout = plain_layout(info.shape)
+    module = key.removesuffix(".weight")
+    if is_head(key):
+        role = "head"
+    elif _LOOKUP.search(module):
+        role = "embedding"
+    else:
+        role = role_of([module], (), layout, vocabularies)
+    region = tuple((0, size) for size in info.shape)
+    parameter = Parameter(key, info.shape, info.dtype)
+    return Target(key, parameter, region, layout, "tensor", (), role)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from lora_fx.text import Json
 
-ERROR, WARNING, NOTE = "error", "warning", "note"
+ERROR = "error"
+WARNING = "warning"
+NOTE = "note"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ Facts of transformers 5.24; the tests compare them with its models.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lora_fx.adapter.fused import QKV
 from lora_fx.files.checkpoint import text_config
 from lora_fx.text import JsonView, is_whole
@@ -31,31 +33,66 @@ def part_rows(name: str, out: int, in_: int, config: JsonView) -> dict[str, str]
         Nothing where the order of the rows, or how many they are, is not known.
     """
     config = {**config, **text_config(config)}
-    kinds = {config.get("model_type"), text_config(config).get("model_type")}
-    if "minimax" in kinds or ("phi4_multimodal" in kinds and "audio" in name):
+    types = {config.get("model_type"), text_config(config).get("model_type")}
+    if "minimax" in types or ("phi4_multimodal" in types and "audio" in name):
         return {}  # MiniMax has two kinds of attention, and Phi-4's audio has up first
     if ".conv.in_proj" in f".{name}":
         return {}  # LFM2's gates
     if "gate_up" in name:
-        return {} if out % 2 else {"gate": f"0:{out // 2}", "up": f"{out // 2}:{out}"}
-    if "codegen" in kinds:
-        n = out // 12
-        return {r: f"{i * n}:{i * n + n}:{3 * n}" for i, r in enumerate("qvk")}
-    count = {n: v for n, v in config.items() if is_whole(v) and v > 0}
-    heads = next((count[n] for n in ("num_attention_heads", "n_head", "n_heads") if n in count), 1)
-    groups = next((count[n] for n in ("num_key_value_heads", "num_kv_heads") if n in count), heads)
-    if kinds & {"falcon", "gpt_bigcode"} and not config.get("new_decoder_architecture"):
-        groups = 1 if config.get("multi_query", True) else heads
-    head = count.get("head_dim", in_ // heads)
-    fits = (heads + 2 * groups) * head == out and heads % groups == 0
-    if QKV in name or (kinds & _GROUPED and groups == heads):
-        q, period = heads // groups * head, out // groups
-        ends = {"q": (0, q), "k": (q, q + head), "v": (q + head, period)}
-        known = fits and kinds & _GROUPED
-        return {r: f"{i}:{j}:{period}" for r, (i, j) in ends.items()} if known else {}
-    sizes = {(heads * head, groups * head)} if fits else set()
-    sizes |= {(in_, in_)} if out == 3 * in_ else set()
+        half = out // 2
+        return {} if out % 2 else {"gate": f"0:{half}", "up": f"{half}:{out}"}
+    if "codegen" in types:
+        size = out // 12
+        spans = {}
+        for i, role in enumerate("qvk"):
+            spans[role] = f"{i * size}:{(i + 1) * size}:{3 * size}"
+        return spans
+
+    heads, groups = _heads(config, types)
+    head_size = _count(config, ("head_dim",), in_ // heads)
+    fits = (heads + 2 * groups) * head_size == out and heads % groups == 0
+    is_grouped = bool(types & _GROUPED)
+    if QKV in name or (is_grouped and groups == heads):
+        if not fits or not is_grouped:
+            return {}
+        return _rows_by_group(heads // groups * head_size, head_size, period=out // groups)
+
+    sizes: set[tuple[int, int]] = set()
+    if fits:
+        sizes.add((heads * head_size, groups * head_size))
+    if out == 3 * in_:
+        sizes.add((in_, in_))
     if len(sizes) != 1:
         return {}
     q, k = sizes.pop()
     return {"q": f"0:{q}", "k": f"{q}:{q + k}", "v": f"{q + k}:{out}"}
+
+
+def _count(config: JsonView, names: tuple[str, ...], default: int) -> int:
+    """The first of a config's fields that is a number of something."""
+    for name in names:
+        value = config.get(name)
+        if is_whole(value) and value > 0:
+            return int(value)
+    return default
+
+
+def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
+    """How many heads queries have, and how many keys and values have, by a model's config."""
+    heads = _count(config, ("num_attention_heads", "n_head", "n_heads"), 1)
+    has_one_or_all = "falcon" in types or "gpt_bigcode" in types
+    if has_one_or_all and not config.get("new_decoder_architecture"):
+        return heads, 1 if config.get("multi_query", True) else heads
+    return heads, _count(config, ("num_key_value_heads", "num_kv_heads"), heads)
+
+
+def _rows_by_group(q: int, head_size: int, period: int) -> dict[str, str]:
+    """A group of heads after the other: the rows of its queries, its key and its value.
+
+    Args:
+        q: Rows of a group's queries.
+        head_size: Rows of its key, and of its value.
+        period: Rows of a group.
+    """
+    k_end = q + head_size
+    return {"q": f"0:{q}:{period}", "k": f"{q}:{k_end}:{period}", "v": f"{k_end}:{period}:{period}"}

@@ -67,17 +67,22 @@ class Pair:
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor that a merge would change for a key; of a stack, its first matrix."""
         entry = self.adapter.entries.get(key)
-        names = () if entry is None else stored_names(key, entry, self.rename)
-        return self.rename.tensors[names[0]] if names else self.rename.info(base_name(key))
+        names = [] if entry is None else stored_names(key, entry, self.rename)
+        if names:
+            return self.rename.tensors[names[0]]
+        return self.rename.info(base_name(key))
 
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
-        low, name = self.adapter.lowrank.get(key), self.rename(base_name(key))
-        info = self.codes.get(name, self.tensor(key))
+        low = self.adapter.lowrank.get(key)
+        info = self.codes.get(self.rename(base_name(key)), self.tensor(key))
         if low is None or info is None or info.dtype not in FLOATING or 0 in info.shape:
             return None
-        weight = math.sqrt(math.prod(info.shape) * float(np.mean(np.square(sample(info)))))
-        ratio = low.norm / weight if weight else math.inf
+        mean_square = float(np.mean(np.square(sample(info))))
+        weight = math.sqrt(math.prod(info.shape) * mean_square)
+        if not weight:
+            return None
+        ratio = low.norm / weight
         return ratio if math.isfinite(ratio) else None
 
 
@@ -90,56 +95,84 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     Raises:
         LoraFxError: A file that cannot be read at all.
     """
-    checkpoint, path = open_checkpoint(Path(base)), Path(adapter)
+    checkpoint = open_checkpoint(Path(base))
+    path = Path(adapter)
     check_elements(tensor_file(path), 2 * checkpoint.elements)
-    codes: Tensors = {}
-    with contextlib.suppress(LoraFxError):  # told by a check of its own
-        every = dequantised(checkpoint, "bfloat16").tensors
-        codes = {n: t for n, t in every.items() if isinstance(t, CodesInfo)}
-    asked = {n: t for n, t in codes.items() if int8_of(n, checkpoint) is None}
-    read: Adapter | None = None
-    refusal, digest = None, ""
+    codes = _codes_of(checkpoint)
+    by_option = {name: info for name, info in codes.items() if int8_of(name, checkpoint) is None}
+
+    loaded: Adapter | None = None
+    refusal: LoraFxError | None = None
+    digest = ""
     try:
-        read = load_adapter(path, base=base, resolve=False)
-        digest = adapter_hash(read)
-        read = read.resolved({**checkpoint.tensors, **asked})
+        loaded = load_adapter(path, base=base, resolve=False)
+        digest = adapter_hash(loaded)
+        loaded = loaded.resolved({**checkpoint.tensors, **by_option})
     except LoraFxError as error:
         refusal = error
     raw = Raw()
-    with contextlib.suppress(LoraFxError):  # its reader has said so
+    with contextlib.suppress(LoraFxError):  # its reader has refused it for this
         raw = read_raw(path)
-    if refusal is not None and read is None and raw.file is None:
+    if refusal is not None and loaded is None and raw.file is None:
         raise refusal
-    read = raw.adapter() if read is None else read
-    tie, stored = tie_and_names(checkpoint, read.entries)
-    tensors = {**stored, **asked}
-    rename = renaming(read, tensors, checkpoint.config(), [])
-    with contextlib.suppress(LoraFxError):  # told by the last check
-        read = stacked(read, rename)
-    reasons = {key: _misfit(key, read, rename) for key in read.entries}
-    misfits = {key: why for key, why in reasons.items() if why}
+    if loaded is None:
+        loaded = raw.adapter()
+
+    tie, names = tie_and_names(checkpoint, loaded.entries)
+    tensors = {**names, **by_option}
+    rename = renaming(loaded, tensors, checkpoint.config(), [])
+    with contextlib.suppress(LoraFxError):  # a finding of the last check
+        loaded = stacked(loaded, rename)
+    misfits: dict[str, str] = {}
+    for key in loaded.entries:
+        why = _misfit(key, loaded, rename)
+        if why:
+            misfits[key] = why
     return Pair(
-        checkpoint, tensors, codes, tie, path, raw, read, refusal, rename, misfits, digest, options
+        base=checkpoint,
+        tensors=tensors,
+        codes=codes,
+        tie=tie,
+        path=path,
+        raw=raw,
+        adapter=loaded,
+        refusal=refusal,
+        rename=rename,
+        misfits=misfits,
+        digest=digest,
+        options=options,
     )
+
+
+def _codes_of(checkpoint: Checkpoint) -> Tensors:
+    """The quantised weights of a checkpoint, as floats; none where they cannot be read."""
+    try:
+        tensors = dequantised(checkpoint, "bfloat16").tensors
+    except LoraFxError:  # a finding of a check of its own
+        return {}
+    return {name: info for name, info in tensors.items() if isinstance(info, CodesInfo)}
 
 
 def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
     """Why one update does not fit its tensor; empty where it fits, or has none."""
-    old = base_name(key)
-    stack = rename.stack(old)
+    adapter_name = base_name(key)
+    stack = rename.stack(adapter_name)
     if stack:
         names = [part.tensor for part in stack.parts]
-        name = rename(old)
+        name = rename(adapter_name)
     else:
         names = stored_names(key, adapter.entries[key], rename)
         name = names[0] if names else ""
     if not names:
         return ""
-    metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
-    entries = {name + key.removeprefix(old): adapter.entries[key]}
-    one = replace(adapter, entries=entries, metadata=metadata)
+
+    metadata = {}
+    if "fan_in_fan_out" in adapter.metadata:
+        metadata["fan_in_fan_out"] = adapter.metadata["fan_in_fan_out"]
+    entries = {name + key.removeprefix(adapter_name): adapter.entries[key]}
+    one_update = replace(adapter, entries=entries, metadata=metadata)
     try:
-        match(one, {n: rename.tensors[n] for n in names}, rename.config, "")
+        match(one_update, {name: rename.tensors[name] for name in names}, rename.config, "")
     except LoraFxError as error:
         return error.message
     return ""

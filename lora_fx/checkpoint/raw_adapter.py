@@ -62,39 +62,52 @@ class Raw:
     def adapter(self) -> Adapter:
         """What of it makes an adapter; `broken` says what does not. alpha is NaN where unknown."""
         entries: dict[str, Entry] = {}
-        for key, part in self.updates.items():
+        for key, group in self.updates.items():
             try:
-                entries[key] = self._update(key, part)
+                entries[key] = self._update(key, group)
             except LoraFxError as error:
                 self.broken[key] = error.message
         for key, name in self.whole.items():
             entries.setdefault(key, Full(self.tensors[name]))
         return Adapter(entries, {"peft": facts(self.config)})
 
-    def _update(self, key: str, part: Group) -> LowRank:
-        if not {"a", "b"} <= set(part.names):
-            have, lost = ("A", "B") if "a" in part.names else ("B", "A")
-            raise LoraFxError(f"it has {have} and no {lost}", "save the adapter again")
-        a, b = (self.tensors[part.names[half]] for half in "ab")
+    def _update(self, key: str, group: Group) -> LowRank:
+        """The update of a key's tensors; raises where they make none."""
+        a, b = self._factors(group)
+        op = ""
+        kernel: tuple[int, ...] = ()
+        if not key.endswith("]") and a.ndim >= 2:
+            a, b, op, kernel = from_tensors(group.kind, a, b, key)
+        variant = "rslora" if self.config.get("use_rslora") else "lora"
+        low = LowRank(a, b, self._alpha(key), None, variant, origin=Origin(op, kernel))
+        if group.kind != "linear":
+            return low
+        size = group_of(self.config, low.a, f"{self.file}: {key!r}")
+        return grouped(low, size) if size > 0 else low
+
+    def _factors(self, group: Group) -> tuple[Array, Array]:
+        """A and B in fp32; raises where one is missing, empty or no float."""
+        if "a" not in group.names:
+            raise LoraFxError("it has B and no A", "save the adapter again")
+        if "b" not in group.names:
+            raise LoraFxError("it has A and no B", "save the adapter again")
+        a = self.tensors[group.names["a"]]
+        b = self.tensors[group.names["b"]]
         if not a.size or not b.size or not is_float(a) or not is_float(b):
             raise LoraFxError(
                 f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}",
                 "save the adapter again",
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            a, b = a.astype(np.float32), b.astype(np.float32)
-        op, kernel = "", a.shape[:0]
-        if not key.endswith("]") and a.ndim >= 2:
-            a, b, op, kernel = from_tensors(part.kind, a, b, key)
+            return a.astype(np.float32), b.astype(np.float32)
+
+    def _alpha(self, key: str) -> float:
+        """The alpha of an update by the config; NaN where it gives none."""
         alpha = None
         with contextlib.suppress(LoraFxError):
             pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
             alpha = pattern.of(key.removesuffix(".weight"))
-        alpha = math.nan if alpha is None else alpha
-        variant = "rslora" if self.config.get("use_rslora") else "lora"
-        low = LowRank(a, b, alpha, None, variant, origin=Origin(op, kernel))
-        size = group_of(self.config, low.a, f"{self.file}: {key!r}") if part.kind == "linear" else 0
-        return grouped(low, size) if size > 0 else low
+        return math.nan if alpha is None else alpha
 
 
 def read_raw(path: Path) -> Raw:
@@ -108,31 +121,41 @@ def read_raw(path: Path) -> Raw:
         if format_of(path) != PEFT.name:
             return Raw()
     tensors, header = read_tensors(file)
-    ours: JsonView = {}
+    embedded: JsonView = {}
     with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
-        ours = json_object(header.get("lora_fx", "{}"), str(file))
-    config, _ = config_of(file, ours)
+        embedded = json_object(header.get("lora_fx", "{}"), str(file))
+    config, _ = config_of(file, embedded)
     raw = Raw(file, tensors, config or {})
-    for name in tensors if raw.config.get("peft_type", "LORA") == "LORA" else ():
-        _sort(name, raw)
-    return raw if config is not None or raw.updates else Raw()
+    if raw.config.get("peft_type", "LORA") == "LORA":
+        for name in tensors:
+            _sort(name, raw)
+    if config is None and not raw.updates:
+        return Raw()
+    return raw
 
 
 def _sort(name: str, raw: Raw) -> None:
-    at = name.find(PREFIX)
-    own = name.startswith(OWN)
-    core = name.removeprefix(OWN) if own else name[at + len(PREFIX) :] if at >= 0 else name
-    if not own and at:
-        raw.prefixes[name] = name[:at] if at > 0 else ""
+    """Put a tensor where its name says that it belongs."""
+    is_ours = name.startswith(OWN)
+    start = name.find(PREFIX)
+    if is_ours:
+        core = name.removeprefix(OWN)
+    else:
+        core = name[start + len(PREFIX) :] if start >= 0 else name
+        if start != 0:
+            raw.prefixes[name] = name[: max(0, start)]
+
     plain = _ADAPTER.sub(r"\1", core)
-    split = split_name(plain) or split_name(f"{plain}.weight")
-    if split is None:
+    parts = split_name(plain) or split_name(f"{plain}.weight")
+    if parts is None:
         if ".base_layer." not in core and ".original_module." not in core:
-            key = core.removesuffix(".full") if own else core
+            key = core.removesuffix(".full") if is_ours else core
             raw.whole[unwrapped(key, *_SAVED)] = name
         return
-    lead, kind, part = split
+    lead, kind, part = parts
     module = unwrapped(lead, *_SAVED)
-    group = raw.updates.setdefault(module if own else f"{module}.weight", Group(lead, "", {}))
+    key = module if is_ours else f"{module}.weight"
+    group = raw.updates.setdefault(key, Group(lead, "", {}))
     group.names[part] = name
-    group.kind = kind if part in "ab" else group.kind
+    if part in ("a", "b"):
+        group.kind = kind

@@ -58,7 +58,7 @@ class TensorUse:
     @property
     def lead(self) -> int:
         """How many leading axes count matrices."""
-        return len(self.layout.batch) if self.layout else 0
+        return 0 if self.layout is None else len(self.layout.batch)
 
     @property
     def swapped(self) -> bool:
@@ -69,7 +69,8 @@ class TensorUse:
 def config_of(path: str | Path) -> JsonView:
     """The config.json of a folder, or beside a file; empty where there is none."""
     path = Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
     return model_config(file) if file.is_file() else {}
 
 
@@ -86,37 +87,57 @@ def uses(
             False: none is; None: config.json says.
         table: The one that is the output head too; empty: there is none; None: roles say.
     """
-    roles = {t.key: t.role for t in found.targets}
-    kinds = {config.get("model_type"), text_config(config).get("model_type")}
-    one_table = _tied(roles, config) if table is None else bool(table)
-    result = {}
+    roles = {target.key: target.role for target in found.targets}
+    model_types = {config.get("model_type"), text_config(config).get("model_type")}
+    has_tied_table = _is_tied(roles, config) if table is None else bool(table)
+    tensor_uses: dict[str, TensorUse] = {}
     for name, info in tensors.items():
-        shape, role = info.shape, roles.get(name)
+        role = roles.get(name)
+        shape = info.shape
         if role is None or name.endswith("bias"):
             use = TensorUse(None)
         elif len(shape) == 3 and _STACK.search(name):
-            out, in_ = ((2,), (1,)) if kinds & IN_OUT_EXPERTS else ((1,), (2,))
-            use = TensorUse(Layout(shape, (0,), out, in_, shape), "bmm")
-        elif role == "embedding" and len(shape) == 2:
-            tied = one_table and not _POSITION.search(name) and table in (None, name)
-            layout = plain_layout(shape) if tied else Layout(shape, (), (1,), (0,), shape)
-            use = TensorUse(layout, "linear" if tied else "embedding", tied)
-        elif len(shape) == 2:
-            turned = fan_in_fan_out and role != "head"
-            if fan_in_fan_out is None:
-                turned = bool(kinds & CONV1D_MODELS and CONV1D_NAMES.search(name))
-            layout = Layout(shape, (), (1,), (0,), shape) if turned else plain_layout(shape)
-            use = TensorUse(layout, "addmm" if turned else "linear")
-        else:
+            use = _stack_use(shape, in_out=bool(model_types & IN_OUT_EXPERTS))
+        elif len(shape) != 2:
             use = TensorUse(plain_layout(shape), f"conv{len(shape) - 2}d")
-        flat = use.layout is not None and use.layout.max_rank == 1
-        result[name] = TensorUse(None) if flat else use
-    return result
+        elif role == "embedding":
+            is_tied = has_tied_table and not _POSITION.search(name) and table in (None, name)
+            use = _table_use(shape, is_tied=is_tied)
+        else:
+            if fan_in_fan_out is None:
+                in_out = bool(model_types & CONV1D_MODELS and CONV1D_NAMES.search(name))
+            else:
+                in_out = fan_in_fan_out and role != "head"
+            use = _linear_use(shape, in_out=in_out)
+        has_one_rank = use.layout is not None and use.layout.max_rank == 1
+        tensor_uses[name] = TensorUse(None) if has_one_rank else use
+    return tensor_uses
 
 
-def _tied(roles: Mapping[str, str], config: JsonView) -> bool:
+def _stack_use(shape: tuple[int, ...], *, in_out: bool) -> TensorUse:
+    """A stack of experts, [experts, out, in] or [experts, in, out]."""
+    if in_out:
+        return TensorUse(Layout(shape, (0,), (2,), (1,), shape), "bmm")
+    return TensorUse(Layout(shape, (0,), (1,), (2,), shape), "bmm")
+
+
+def _table_use(shape: tuple[int, ...], *, is_tied: bool) -> TensorUse:
+    """An embedding table; one that is the output head too is read as a linear layer."""
+    if is_tied:
+        return TensorUse(plain_layout(shape), "linear", tied=True)
+    return TensorUse(Layout(shape, (), (1,), (0,), shape), "embedding")
+
+
+def _linear_use(shape: tuple[int, ...], *, in_out: bool) -> TensorUse:
+    """A linear layer [out, in], or Conv1D's [in, out]."""
+    if in_out:
+        return TensorUse(Layout(shape, (), (1,), (0,), shape), "addmm")
+    return TensorUse(plain_layout(shape), "linear")
+
+
+def _is_tied(roles: Mapping[str, str], config: JsonView) -> bool:
     """True when the file has no head of its own and the config says that there is one."""
-    if "head" in roles.values():
+    if "head" in roles.values() or says_tied(config) is False:
         return False
-    names = config.get("architectures") or ()
-    return says_tied(config) is not False and any(_LANGUAGE.search(str(n)) for n in names)
+    classes = config.get("architectures") or ()
+    return any(_LANGUAGE.search(str(name)) for name in classes)

@@ -36,7 +36,7 @@ def is_head(name: str) -> bool:
 
 def generates(classes: Iterable[object]) -> bool:
     """True where one of a config's `architectures` has an output head over tokens."""
-    return any(isinstance(c, str) and _GENERATES.search(c) for c in classes)
+    return any(isinstance(name, str) and _GENERATES.search(name) for name in classes)
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,31 @@ class Tie:
 
     def sources(self) -> dict[str, str]:
         """Every other name → the stored tensor that it is."""
-        heads = (self.head,) if self.head else ()
-        return {**dict.fromkeys((*heads, *self.lookups), self.table), **self.biases}
+        names = [self.head] if self.head else []
+        names += self.lookups
+        return {**dict.fromkeys(names, self.table), **self.biases}
 
     def known(self, tensors: Tensors) -> dict[str, TensorInfo]:
         """The tensors under every name that an adapter may use."""
-        more = {n: tensors[s] for n, s in self.sources().items() if s in tensors}
-        return more | dict(tensors)
+        known: dict[str, TensorInfo] = {}
+        for name, source in self.sources().items():
+            if source in tensors:
+                known[name] = tensors[source]
+        return known | dict(tensors)
 
     def new(self, tensors: Collection[str]) -> dict[str, str]:
         """What an untied file has and this one lacks: name → the tensor it is a copy of."""
-        names = {n: s for n, s in self.sources().items() if n not in tensors and s in tensors}
-        return {n: s for n, s in names.items() if self.apart or n not in self.lookups}
+        copies: dict[str, str] = {}
+        for name, source in self.sources().items():
+            if name in tensors or source not in tensors:
+                continue
+            if self.apart or name not in self.lookups:
+                copies[name] = source
+        return copies
 
 
-def _two(lead: str) -> tuple[str, str]:
+def _two_lookups(lead: str) -> tuple[str, str]:
+    """The tables of an encoder and a decoder."""
     return f"{lead}encoder.embed_tokens.weight", f"{lead}decoder.embed_tokens.weight"
 
 
@@ -101,8 +111,8 @@ FAMILIES = (
     (_LM, Tie("backbone.embeddings.weight", "lm_head.weight")),
     (_DECODER, Tie("model.decoder.embed_tokens.weight", "lm_head.weight")),
     (r"^Whisper", Tie("model.decoder.embed_tokens.weight", "proj_out.weight")),
-    (_SEQ, Tie("model.shared.weight", "lm_head.weight", _two("model."))),
-    (_SEQ, Tie("shared.weight", "lm_head.weight", _two(""), apart=False)),
+    (_SEQ, Tie("model.shared.weight", "lm_head.weight", _two_lookups("model."))),
+    (_SEQ, Tie("shared.weight", "lm_head.weight", _two_lookups(""), apart=False)),
     (r"^Bert(ForMaskedLM|ForPreTraining|LMHeadModel)$", _biased("bert", "cls.predictions")),
     (r"(ForMaskedLM|ForCausalLM)$", _biased("roberta", "lm_head")),
     (r"^Albert(ForMaskedLM|ForPreTraining)$", _biased("albert", "predictions")),
@@ -114,8 +124,11 @@ FAMILIES = (
 
 def tie_in(classes: Iterable[object], names: Iterable[str]) -> Tie | None:
     """The names of a checkpoint's family, by its classes and those of its tensors, if known."""
-    said, names = [str(c) for c in classes] or [""], set(names)
+    class_names = [str(name) for name in classes] or [""]
+    tensor_names = set(names)
     for pattern, tie in FAMILIES:
-        if tie.table in names and any(re.search(pattern, c) for c in said):
+        if tie.table not in tensor_names:
+            continue
+        if any(re.search(pattern, name) for name in class_names):
             return tie
     return None
