@@ -286,12 +286,17 @@ def _verdict(report: Report) -> str:
     findings = report.details["findings"]
     errors = [finding for finding in findings if finding["severity"] == ERROR]
     warnings = sum(finding["severity"] == WARNING for finding in findings)
+    if report and warnings:
+        return f"healthy; warnings: {warnings}"
     if report:
-        return f"healthy; warnings: {warnings}" if warnings else "healthy"
+        return "healthy"
     if any(finding["check"] != SERVED for finding in errors):
         return f"errors: {len(errors)}; do not merge this pair"
     return f"errors: {len(errors)}; do not serve it so"
 
 
 def _number(value: object, form: str) -> str:
-    return "" if value is None else format(value, form)
+    """A number for people; nothing where it is not known."""
+    if value is None:
+        return ""
+    return format(value, form)

@@ -27,7 +27,9 @@ def scope_of(
     """
     base_path, old = base
     tuned_path, new = tuned
-    chosen = None if options.include is None else _whole(select(found, options.include))
+    chosen: set[str] | None = None
+    if options.include is not None:
+        chosen = _whole(select(found, options.include))
     only_tuned = [name for name in new if name not in old]
     excluded = _excluded(found, [*old, *only_tuned], options.exclude or ())
 

@@ -42,7 +42,9 @@ class Extracted:
     @property
     def change(self) -> float | None:
         """‖Δ‖/‖W‖; None where W is zero."""
-        return self.norm / self.base_norm if self.base_norm else None
+        if not self.base_norm:
+            return None
+        return self.norm / self.base_norm
 
     @property
     def relative(self) -> float:

@@ -38,8 +38,8 @@ class TensorFold:
         name: The tensor's name.
         matrix: Its rows, columns and rectangles.
         rows: Row → its new values: PEFT's trainable tokens.
-        columns: By part that reads a transposed weight: what its columns are multiplied by.
-        residuals: By part, for an update of a changed base: its rows instead of W's.
+        columns: By rectangle that reads a transposed weight: what its columns are multiplied by.
+        residuals: By rectangle, for an update of a changed base: its rows instead of W's.
     """
 
     name: str
@@ -48,11 +48,11 @@ class TensorFold:
     columns: Mapping[int, Array] = field(default_factory=dict)
     residuals: Mapping[int, Array] = field(default_factory=dict)
 
-    def block(self, old: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
+    def block(self, stored: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
         """New rows and what changed.
 
         Args:
-            old: Rows low ≤ i < low + len(old) as stored, [n, columns].
+            stored: Rows low ≤ i < low + len(stored) as stored, [n, columns].
             low: The first row.
             dtype: The dtype of the result.
             space: The calling thread's; the result lies in it.
@@ -60,16 +60,16 @@ class TensorFold:
         Raises:
             LoraFxError: A value that is no number, or beyond the range of the dtype.
         """
-        wide = np.dtype(arithmetic(old.dtype.name, dtype))
-        weight = space.array("weight", old.shape, wide)
-        np.copyto(weight, old)
-        result = space.array("result", old.shape, numpy_dtype(dtype))
+        wide = np.dtype(arithmetic(stored.dtype.name, dtype))
+        weight = space.array("weight", stored.shape, wide)
+        np.copyto(weight, stored)
+        result = space.array("result", stored.shape, numpy_dtype(dtype))
         with np.errstate(all="ignore"):  # what is no number is looked for below, and named
             folded, delta = self.sum(weight, low, space)
             np.copyto(result, folded, casting="unsafe")
-            stats = measured(old, weight, delta, result, space)
+            stats = measured(stored, weight, delta, result, space)
             if not np.isfinite(stats.along + stats.weight):
-                weight = old.astype(wide)
+                weight = stored.astype(wide)
                 folded, _ = self.sum(weight, low, Space())  # measured() has overwritten the first
                 raise self.error(weight, folded, result, low)
         return result, stats
@@ -78,39 +78,39 @@ class TensorFold:
         """W + Δ and Δ of rows from `low` on, in the dtype of `weight`."""
         high = low + len(weight)
         folded = space.array("new", weight.shape, weight.dtype)
-        parts = [
-            (i, part)
-            for i, part in enumerate(self.matrix.parts)
-            if part.top < high and low < part.bottom
+        rectangles = [
+            (i, rectangle)
+            for i, rectangle in enumerate(self.matrix.rectangles)
+            if rectangle.top < high and low < rectangle.bottom
         ]
-        if len(parts) == 1 and not self.rows and not self.residuals:
-            _, part = parts[0]
-            if _adds_to_all(part, low, high, weight.shape[1]):
+        if len(rectangles) == 1 and not self.rows and not self.residuals:
+            _, rectangle = rectangles[0]
+            if _adds_to_all(rectangle, low, high, weight.shape[1]):
                 room = space.array("delta", weight.shape, weight.dtype)
-                delta = part.delta(low, high, room, weight)
+                delta = rectangle.delta(low, high, room, weight)
                 return np.add(weight, delta, out=folded), delta
 
         np.copyto(folded, weight)
-        for i, part in parts:
-            first = max(low, part.top)
-            behind_last = min(high, part.bottom)
-            view = folded[first - low : behind_last - low, part.left : part.right]
+        for i, rectangle in rectangles:
+            first = max(low, rectangle.top)
+            behind_last = min(high, rectangle.bottom)
+            view = folded[first - low : behind_last - low, rectangle.left : rectangle.right]
             if i in self.residuals:
-                view[...] = self.residuals[i][first - part.top : behind_last - part.top]
-            view += part.delta(first, behind_last, None, view)
-            if part.reads_weight:
-                view *= self.factor(i, part, view, first, behind_last)
+                view[...] = self.residuals[i][first - rectangle.top : behind_last - rectangle.top]
+            view += rectangle.delta(first, behind_last, None, view)
+            if rectangle.reads_weight:
+                view *= self.factor(i, rectangle, view, first, behind_last)
         for row, value in self.rows.items():
             if low <= row < high:
                 folded[row - low] = value.reshape(-1)
         return folded, folded - weight
 
-    def factor(self, i: int, part: Rectangle, sums: Array, low: int, high: int) -> Array:
+    def factor(self, i: int, rectangle: Rectangle, sums: Array, low: int, high: int) -> Array:
         """What W + ΔW is multiplied by, shaped to multiply rows low ≤ i < high."""
-        if part.transposed:
+        if rectangle.transposed:
             return self.columns[i][None, :]
-        rows = slice(low - part.top, high - part.top)
-        return part.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
+        rows = slice(low - rectangle.top, high - rectangle.top)
+        return rectangle.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
         """Which value is no number: of the base, of the sum, or of what is stored."""
@@ -138,11 +138,11 @@ class TensorFold:
         )
 
 
-def _adds_to_all(part: Rectangle, low: int, high: int, columns: int) -> bool:
-    """Whether a part only adds, and to all of rows low ≤ i < high."""
-    has_all_rows = part.top <= low and high <= part.bottom
-    has_all_columns = part.right - part.left == columns
-    return has_all_rows and has_all_columns and not part.reads_weight
+def _adds_to_all(rectangle: Rectangle, low: int, high: int, columns: int) -> bool:
+    """Whether a rectangle only adds, and to all of rows low ≤ i < high."""
+    has_all_rows = rectangle.top <= low and high <= rectangle.bottom
+    has_all_columns = rectangle.right - rectangle.left == columns
+    return has_all_rows and has_all_columns and not rectangle.reads_weight
 
 
 def arithmetic(source: str, dtype: str) -> Floating:
@@ -165,39 +165,41 @@ def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """
     residuals: dict[int, Array] = {}
-    for i, part in enumerate(fold.matrix.parts):
-        if part.mutated:
-            residuals[i] = _residual(fold, part, source)
+    for i, rectangle in enumerate(fold.matrix.rectangles):
+        if rectangle.mutated:
+            residuals[i] = _residual(fold, rectangle, source)
     fold = replace(fold, residuals=residuals)
 
     columns: dict[int, Array] = {}
-    for i, part in enumerate(fold.matrix.parts):
-        if part.reads_weight and part.transposed:
-            sums = _column_squares(fold, i, part, source)
-            columns[i] = part.row_factors(slice(None), sums, f"tensor {fold.name!r}")
+    for i, rectangle in enumerate(fold.matrix.rectangles):
+        if rectangle.reads_weight and rectangle.transposed:
+            sums = _column_squares(fold, i, rectangle, source)
+            columns[i] = rectangle.row_factors(slice(None), sums, f"tensor {fold.name!r}")
     return replace(fold, columns=columns)
 
 
-def _residual(fold: TensorFold, part: Rectangle, source: TensorInfo) -> Array:
+def _residual(fold: TensorFold, rectangle: Rectangle, source: TensorInfo) -> Array:
     """W without the part that the update started from, as stored."""
-    assert isinstance(part.change, LowRank)
-    rows = read_block(source, part.top, part.bottom, fold.matrix.columns)
-    weight = rows[:, part.left : part.right]
+    assert isinstance(rectangle.change, LowRank)
+    rows = read_block(source, rectangle.top, rectangle.bottom, fold.matrix.columns)
+    weight = rows[:, rectangle.left : rectangle.right]
     where = f"tensor {fold.name!r}"
-    if part.transposed:
-        return residual(weight.T, part.change, where).T
-    return residual(weight, part.change, where)
+    if rectangle.transposed:
+        return residual(weight.T, rectangle.change, where).T
+    return residual(weight, rectangle.change, where)
 
 
-def _column_squares(fold: TensorFold, i: int, part: Rectangle, source: TensorInfo) -> Array:
+def _column_squares(fold: TensorFold, i: int, rectangle: Rectangle, source: TensorInfo) -> Array:
     """Sums of squares of W + ΔW along its columns, fp64."""
-    sums = np.zeros(part.right - part.left, np.float64)
+    sums = np.zeros(rectangle.right - rectangle.left, np.float64)
     step = fold.matrix.rows_per_block
-    for low in range(part.top, part.bottom, step):
-        high = min(low + step, part.bottom)
-        delta = part.delta(low, high)
-        weight = read_block(source, low, high, fold.matrix.columns)[:, part.left : part.right]
+    for low in range(rectangle.top, rectangle.bottom, step):
+        high = min(low + step, rectangle.bottom)
+        delta = rectangle.delta(low, high)
+        weight = read_block(source, low, high, fold.matrix.columns)[
+            :, rectangle.left : rectangle.right
+        ]
         if i in fold.residuals:
-            weight = fold.residuals[i][low - part.top : high - part.top]
+            weight = fold.residuals[i][low - rectangle.top : high - rectangle.top]
         sums += squares((weight.astype(delta.dtype) + delta).T)
     return sums

@@ -46,24 +46,30 @@ class Stats(Applied):
     @property
     def missed(self) -> float | None:
         """‖W + Δ − W_new‖/‖Δ‖ of a weight that is quantised anew; None where there is no Δ."""
-        return float(np.sqrt(self.error / self.delta)) if self.delta else None
+        if not self.delta:
+            return None
+        return float(np.sqrt(self.error / self.delta))
 
     @property
     def coarse(self) -> float | None:
         """What quantising W itself is taken to have missed, over ‖W‖; None for a W of zeros."""
-        return float(np.sqrt(self.own / self.weight)) if self.weight else None
+        if not self.weight:
+            return None
+        return float(np.sqrt(self.own / self.weight))
 
     @property
     def lost(self) -> float:
         """Share of elements that did not move."""
-        return self.still / self.elements if self.elements else 0.0
+        if not self.elements:
+            return 0.0
+        return self.still / self.elements
 
 
-def measured(old: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
+def measured(stored: Array, weight: Array, delta: Array, result: Array, space: Space) -> Stats:
     """The sums of a block that was folded.
 
     Args:
-        old: The rows as stored.
+        stored: The rows as stored.
         weight: The same in the dtype that was folded in.
         delta: Δ.
         result: The new rows as stored.
@@ -72,11 +78,11 @@ def measured(old: Array, weight: Array, delta: Array, result: Array, space: Spac
     applied = space.array("new", weight.shape, weight.dtype)
     np.copyto(applied, result)
     differs = space.array("differs", weight.shape, np.dtype(bool))
-    if old.dtype == result.dtype and old.dtype.itemsize == 2:
-        np.not_equal(old.view(np.uint16), result.view(np.uint16), out=differs)
+    if stored.dtype == result.dtype and stored.dtype.itemsize == 2:
+        np.not_equal(stored.view(np.uint16), result.view(np.uint16), out=differs)
     else:
         np.not_equal(weight, applied, out=differs)
-    still = old.size - np.count_nonzero(differs)
+    still = stored.size - np.count_nonzero(differs)
     np.subtract(applied, weight, out=applied)
     return stats_of(weight, delta, applied, int(still))
 

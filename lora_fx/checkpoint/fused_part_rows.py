@@ -39,8 +39,10 @@ def part_rows(name: str, out: int, in_: int, config: JsonView) -> dict[str, str]
     if ".conv.in_proj" in f".{name}":
         return {}  # LFM2's gates
     if "gate_up" in name:
+        if out % 2:
+            return {}
         half = out // 2
-        return {} if out % 2 else {"gate": f"0:{half}", "up": f"{half}:{out}"}
+        return {"gate": f"0:{half}", "up": f"{half}:{out}"}
     if "codegen" in types:
         size = out // 12
         spans = {}
@@ -82,7 +84,9 @@ def _heads(config: JsonView, types: Collection[object]) -> tuple[int, int]:
     heads = _count(config, ("num_attention_heads", "n_head", "n_heads"), 1)
     has_one_or_all = "falcon" in types or "gpt_bigcode" in types
     if has_one_or_all and not config.get("new_decoder_architecture"):
-        return heads, 1 if config.get("multi_query", True) else heads
+        if config.get("multi_query", True):
+            return heads, 1
+        return heads, heads
     return heads, _count(config, ("num_key_value_heads", "num_kv_heads"), heads)
 
 

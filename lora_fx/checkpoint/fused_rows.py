@@ -106,7 +106,10 @@ def _rows_by_base(
 def _usual_names(roles: Roles) -> dict[Roles, str]:
     """What most models call a fused weight and its parts."""
     names: dict[Roles, str] = {(role,): f"{role}_proj.weight" for role in roles}
-    names[roles] = "qkv_proj.weight" if "q" in roles else "gate_up_proj.weight"
+    if "q" in roles:
+        names[roles] = "qkv_proj.weight"
+    else:
+        names[roles] = "gate_up_proj.weight"
     return names
 
 

@@ -59,11 +59,11 @@ class Int8:
 
     def check(self, name: str, info: TensorInfo, matrix: Matrix) -> None:
         """Raise for updates whose rows are not the codes' rows, or that need the float original."""
-        for part in matrix.parts:
-            if part.transposed or (matrix.rows, matrix.columns) != info.shape:
+        for rectangle in matrix.rectangles:
+            if rectangle.transposed or (matrix.rows, matrix.columns) != info.shape:
                 why = "the update is for a weight stored [in, out]; int8 codes are stored [out, in]"
-            elif part.mutated:
-                why = f"the update is for a base that {part.mutated} changed before"
+            elif rectangle.mutated:
+                why = f"the update is for a base that {rectangle.mutated} changed before"
             else:
                 continue
             raise LoraFxError(f"{info.file}: tensor {name!r} is int8: {why}", HINT)
@@ -85,9 +85,10 @@ class Int8:
 def int8_of(name: str, base: Checkpoint) -> Int8 | None:
     """The layout of a weight's int8 codes, where it is one of those above."""
     info = base.tensors.get(name)
-    return (
-        int8_or_reason(name, info, base)[0] if info is not None and info.dtype == "int8" else None
-    )
+    if info is None or info.dtype != "int8":
+        return None
+    int8, _ = int8_or_reason(name, info, base)
+    return int8
 
 
 def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 | None, str]:
@@ -108,7 +109,7 @@ def int8_or_reason(name: str, info: TensorInfo, base: Checkpoint) -> tuple[Int8 
     if suffix == "SCB":
         int8 = Int8("bitsandbytes int8", scales_name, scales, TOP)
         why = _bitsandbytes_refusal(module, base)
-        shape = (rows,)
+        shape: tuple[int, ...] = (rows,)
         expected = f"float32 [{rows}]"
     else:
         int8 = Int8("compressed-tensors int8", scales_name, scales, 1)

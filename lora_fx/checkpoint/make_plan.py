@@ -274,7 +274,9 @@ def _cost_of_codes(
         folds = [
             (change.source, change.fold)
             for change in plan.changes.values()
-            if isinstance(change.source, CodesInfo) and change.fold and change.fold.matrix.parts
+            if isinstance(change.source, CodesInfo)
+            and change.fold
+            and change.fold.matrix.rectangles
         ]
         gain, noise = in_all(sampled(folds))
     except LoraFxError:
@@ -348,18 +350,23 @@ def _changes(
         if options.requantise and isinstance(info, CodesInfo):
             changes |= requantised(name, info, by_tensor[name], stored)
             continue
-        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
-        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
+        change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
         changes |= _with_scales(change, by_tensor, base)
 
     for name, info in parted.new.items():
-        dtype = options.dtype_of_codes if isinstance(info, CodesInfo) else options.dtype
-        change = change_of(name, info, by_tensor.get(name, []), base, dtype)
+        change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
         what: tuple[str, ...] = ("added",)
         if name in parted.copies and change.value is None:
             what = (f"copy of {parted.copies[name]}", *change.what)
         changes |= _with_scales(replace(change, what=what), by_tensor, base)
     return changes
+
+
+def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
+    """What a float tensor is stored in; None for as it is."""
+    if isinstance(info, CodesInfo):
+        return options.dtype_of_codes
+    return options.dtype
 
 
 def _with_scales(

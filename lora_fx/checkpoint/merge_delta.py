@@ -35,7 +35,7 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
     options = replace(LENIENT, allow_missing=True)
     plan = make_plan(base, [WeightedAdapter(adapter, 1.0, "the adapter", "")], options)
     change = next(iter(plan.changes.values()))
-    if change.fold is None or len(change.fold.matrix.parts) != 1:
+    if change.fold is None or len(change.fold.matrix.rectangles) != 1:
         raise LoraFxError(
             f"{change.name!r}: a stack of matrices, or groups of a convolution, is no one ΔW",
             "--exclude it, and merge it into its base",
@@ -43,6 +43,6 @@ def delta_in(base: Checkpoint, adapter: Adapter) -> Array:
     fold = prepared(change.fold, change.weight)
     weight = read_block(change.weight, 0, fold.matrix.rows, fold.matrix.columns)
     _, delta = fold.sum(weight.astype(np.float32), 0, Space())
-    part = fold.matrix.parts[0]
-    delta = delta[part.top : part.bottom, part.left : part.right]
-    return np.ascontiguousarray(delta.T if part.transposed else delta)
+    rectangle = fold.matrix.rectangles[0]
+    delta = delta[rectangle.top : rectangle.bottom, rectangle.left : rectangle.right]
+    return np.ascontiguousarray(delta.T if rectangle.transposed else delta)

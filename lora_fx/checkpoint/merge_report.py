@@ -72,7 +72,10 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
     name = report_name(plan)
     if plan.base.path.is_dir() and name != REPORTS[0]:
         stays = f"{REPORTS[0]} is the base's own and is kept"
-        yield f"{stays}: the report is {name}" if name else f"{stays}: no report is written"
+        if name:
+            yield f"{stays}: the report is {name}"
+        else:
+            yield f"{stays}: no report is written"
 
     config = plan.base.config()
     config_dtype = config.get("dtype") or config.get("torch_dtype")

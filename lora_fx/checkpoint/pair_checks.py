@@ -256,18 +256,22 @@ def quantised(pair: Pair) -> Iterator[Finding]:
     """The tensors to change are plain floats; int8 that merge takes is a warning."""
     keys_by_kind: dict[tuple[str, str], list[str]] = {}
     for key in pair.adapter.entries:
-        kind = _kind_of_codes(pair, key)
-        if kind is not None:
-            keys_by_kind.setdefault(kind, []).append(key)
+        kind_and_severity = _kind_of_codes(pair, key)
+        if kind_and_severity is not None:
+            keys_by_kind.setdefault(kind_and_severity, []).append(key)
     if not keys_by_kind:
         return
 
     refusal = planned(pair, ("",))  # as if all else that is wrong were mended
     ways = "--dequantise or --requantise, as is asked"
     if isinstance(refusal, LoraFxError):
-        ways = refusal.hint if refusal.hint.startswith("--dequantise") else HINT
+        ways = HINT
+        if refusal.hint.startswith("--dequantise"):
+            ways = refusal.hint
     for (kind, severity), keys in keys_by_kind.items():
-        hint = ways if severity == ERROR else f"{TAKEN}; to lose nothing, {HINT}"
+        hint = ways
+        if severity != ERROR:
+            hint = f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)
 
 
@@ -280,7 +284,9 @@ def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
     info = pair.base.tensors.get(name, pair.tensor(key))
     scheme = _codes(pair, key)
     if info is None:
-        return (scheme, ERROR) if scheme else None
+        if not scheme:
+            return None
+        return scheme, ERROR
     if not scheme and (info.dtype in FLOATING or key in pair.misfits):
         return None
 

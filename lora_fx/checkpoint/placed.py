@@ -205,8 +205,9 @@ def layout_in(change: Change, shape: tuple[int, ...], in_out: bool) -> Layout | 
     """
     *batch, out, in_ = change.shape
     if isinstance(change, Dense) and len(shape) == 1:
-        is_vector = (out, in_) == (shape[0], 1)
-        return plain_layout(shape) if is_vector else None
+        if (out, in_) != (shape[0], 1):
+            return None
+        return plain_layout(shape)
 
     count = len(batch)
     if len(shape) < count + 2 or tuple(batch) != shape[:count]:

@@ -213,8 +213,8 @@ def _ratio_codes(
     rows = _whole_steps(original, low, high)
     before = original.read(rows)
     after = requantised.read(rows)
-    old = before.dequantise().astype(np.float64)
-    want, size = _stage(exact, old, rows.start, rows.stop)
+    weight = before.dequantise().astype(np.float64)
+    want, size = _stage(exact, weight, rows.start, rows.stop)
     slack = 2 * float(np.finfo(np.float32).eps) * (np.abs(want) + size)
     stored = after.dequantise()
     if not np.isfinite(stored).all():
@@ -226,7 +226,7 @@ def _ratio_codes(
     ratios = _row_ratios(error, np.abs(nearest - want) + slack)
     ratio = float(ratios.max(initial=0.0)) / 1.001
 
-    delta = (want - old).astype(np.float32)
+    delta = (want - weight).astype(np.float32)
     best, _ = change.codes.weight.anew.recode(before, rows, want32, delta)
     total = float(np.linalg.norm(error))
     if total:
@@ -268,20 +268,20 @@ def _ratio_scales(
     return float(np.minimum(ratios[:, 0], ratios_of_same).max(initial=0.0))
 
 
-def _stage(fold: TensorFold, old: Array, low: int, high: int) -> tuple[Array, Array]:
+def _stage(fold: TensorFold, weight: Array, low: int, high: int) -> tuple[Array, Array]:
     """W + ΔW of rows low ≤ i < high, and what its rounding errors are proportional to."""
-    want, _ = fold.sum(old, low, Space())
-    size = np.abs(old)
-    for i, part in enumerate(fold.matrix.parts):
-        first = max(low, part.top)
-        behind_last = min(high, part.bottom)
+    want, _ = fold.sum(weight, low, Space())
+    size = np.abs(weight)
+    for i, rectangle in enumerate(fold.matrix.rectangles):
+        first = max(low, rectangle.top)
+        behind_last = min(high, rectangle.bottom)
         if first >= behind_last:
             continue
-        view = (slice(first - low, behind_last - low), slice(part.left, part.right))
-        size[view] += _size(part, first, behind_last, old[view])
-        if part.reads_weight:
-            sums = old[view] + part.delta(first, behind_last)
-            factor = fold.factor(i, part, sums, first, behind_last)
+        view = (slice(first - low, behind_last - low), slice(rectangle.left, rectangle.right))
+        size[view] += _size(rectangle, first, behind_last, weight[view])
+        if rectangle.reads_weight:
+            sums = weight[view] + rectangle.delta(first, behind_last)
+            factor = fold.factor(i, rectangle, sums, first, behind_last)
             size[view] *= np.abs(factor)
             size[view] += np.sqrt(fold.matrix.columns) * np.abs(want[view])
     return want, size
@@ -295,16 +295,16 @@ def _row_ratios(error: Array, allowed: Array) -> Array:
     return np.asarray(ratios.max(axis=1, initial=0.0))
 
 
-def _size(part: Rectangle, low: int, high: int, weight: Array) -> Array:
+def _size(rectangle: Rectangle, low: int, high: int, weight: Array) -> Array:
     """(r + 3)·s·|B||A|: what rounding errors of the product are proportional to."""
-    change = part.change
+    change = rectangle.change
     if isinstance(change, Rotation):
         absolute = replace(change, turn=np.abs(change.turn))
         return np.asarray(absolute.of(np.abs(weight)) * (change.turn.shape[-1] + 3))
     if isinstance(change, LowRank):
         product = replace(change, a=np.abs(change.a), b=np.abs(change.b), alpha=abs(change.alpha))
-        return np.asarray(replace(part, change=product).delta(low, high) * (change.rank + 3))
-    return np.asarray(np.abs(part.delta(low, high)) * 64.0)
+        return np.asarray(replace(rectangle, change=product).delta(low, high) * (change.rank + 3))
+    return np.asarray(np.abs(rectangle.delta(low, high)) * 64.0)
 
 
 def half_ulp(x: Array, dtype: str) -> Array:

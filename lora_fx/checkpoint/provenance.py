@@ -102,9 +102,11 @@ def merges_of(text: str | None, where: str) -> list[Json]:
     Raises:
         LoraFxError: It is no list of merges, or a later lora-fx wrote it.
     """
+    if text is None:
+        return []
     place = f"{where}: metadata {METADATA}"
     hint = "was the file edited?"
-    merges = [] if text is None else json_value(text, place, hint=hint)
+    merges = json_value(text, place, hint=hint)
     if not isinstance(merges, list) or not all(map(_is_merge, merges)):
         raise LoraFxError(f"{place} is no list of merges", hint)
     merges = [{**stamp(), **merge} for merge in merges]  # 0.1 wrote version alone

@@ -135,7 +135,9 @@ def _adapter_of(
     for adapter in same:
         if id(adapter) not in used:
             return adapter
-    return same[0] if len(same) == 1 else None
+    if len(same) != 1:
+        return None
+    return same[0]
 
 
 def _note_of_missing(recorded: Sequence[Recorded], merged: Checkpoint) -> list[str]:
@@ -307,13 +309,15 @@ def _needs_file_between(first: TensorChange, second: TensorChange) -> str:
     Empty where the second can be computed without it.
     """
     if _are_codes(first, second):
-        return "quantised to int8 anew" if first.int8 or second.int8 else "quantised anew"
+        if first.int8 or second.int8:
+            return "quantised to int8 anew"
+        return "quantised anew"
     if first.fold is None or second.fold is None:
         return "replaced whole"
     earlier = first.fold.matrix
     later = second.fold.matrix
     if (earlier.rows, earlier.columns) != (later.rows, later.columns):
         return "seen with other axes"
-    if any(part.reads_weight or part.mutated for part in later.parts):
+    if any(rectangle.reads_weight or rectangle.mutated for rectangle in later.rectangles):
         return "changed, and then rescaled,"
     return ""

@@ -67,7 +67,9 @@ class Rectangle:
     @property
     def mutated(self) -> str:
         """The start that took a part off the base which the change is for; else empty."""
-        return self.change.mutated if isinstance(self.change, LowRank) else ""
+        if not isinstance(self.change, LowRank):
+            return ""
+        return self.change.mutated
 
     def moved(self, down: int, along: int) -> Rectangle:
         """The same so many rows and columns further."""
@@ -111,7 +113,7 @@ class Matrix:
 
     rows: int
     columns: int
-    parts: tuple[Rectangle, ...]
+    rectangles: tuple[Rectangle, ...]
 
     @property
     def rows_per_block(self) -> int:
@@ -144,11 +146,11 @@ def _stacked(
 ) -> Matrix:
     """The matrices of a change one above the other, of so many rows and columns each."""
     count = math.prod(layout.batch_shape)
-    parts = []
+    rectangles = []
     for i in range(count):
         top = i * rows
-        parts.append(Rectangle(change, top, top + rows, 0, columns, i, transposed))
-    return Matrix(count * rows, columns, tuple(parts))
+        rectangles.append(Rectangle(change, top, top + rows, 0, columns, i, transposed))
+    return Matrix(count * rows, columns, tuple(rectangles))
 
 
 def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Matrix:
@@ -164,8 +166,8 @@ def _materialised(shape: tuple[int, ...], change: Change, layout: Layout) -> Mat
     matrices = np.stack([change.block(i, every, every) for i in range(count)])
     delta = matrices.reshape(*layout.batch_shape, layout.out_size, layout.in_size)
     stored = layout.to_stored(NumpyEmitter(), delta).reshape(shape[0], -1)
-    part = Rectangle(Dense(stored), 0, shape[0], 0, stored.shape[1])
-    return Matrix(shape[0], stored.shape[1], (part,))
+    rectangle = Rectangle(Dense(stored), 0, shape[0], 0, stored.shape[1])
+    return Matrix(shape[0], stored.shape[1], (rectangle,))
 
 
 def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
@@ -184,8 +186,10 @@ def region(shape: tuple[int, ...], bounds: Region, change: Change) -> Matrix:
         if not rows or not columns:
             continue
         if (len(rows), len(columns)) == (inner.rows, inner.columns):
-            parts = tuple(part.moved(rows.start, columns.start) for part in inner.parts)
-            return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), parts)
+            rectangles = tuple(
+                rectangle.moved(rows.start, columns.start) for rectangle in inner.rectangles
+            )
+            return Matrix(math.prod(shape[:split]), math.prod(shape[split:]), rectangles)
     raise LoraFxError(
         f"the region {list(bounds)} of a tensor {list(shape)} is no rectangle of rows and columns",
         "lora-fx fold and export can apply it to the model itself",
@@ -212,16 +216,18 @@ def joined(name: str, matrices: Sequence[Matrix]) -> Matrix:
             f"the changes of {name!r} take its axes in different ways: {sorted(sizes)}",
             "merge one adapter after the other",
         )
-    parts: list[Rectangle] = []
+    rectangles: list[Rectangle] = []
     for matrix in matrices:
-        parts += matrix.parts
-    return replace(matrices[0], parts=tuple(parts))
+        rectangles += matrix.rectangles
+    return replace(matrices[0], rectangles=tuple(rectangles))
 
 
 def in_dtype(matrix: Matrix, dtype: Floating) -> Matrix:
     """The matrix with every factor in `dtype`, which is what ΔW is then computed in."""
-    parts = tuple(replace(part, change=_cast(part.change, dtype)) for part in matrix.parts)
-    return replace(matrix, parts=parts)
+    rectangles = tuple(
+        replace(rectangle, change=_cast(rectangle.change, dtype)) for rectangle in matrix.rectangles
+    )
+    return replace(matrix, rectangles=rectangles)
 
 
 def _cast(change: Change, dtype: Floating) -> Change:

@@ -51,7 +51,9 @@ class Renaming:
     def __call__(self, name: str) -> str:
         """The checkpoint's name of a tensor; where it has none, the name with its prefix."""
         hits = self._names.find(name)
-        return hits[0] if hits else self.prefixed(name)
+        if not hits:
+            return self.prefixed(name)
+        return hits[0]
 
     def prefixed(self, name: str) -> str:
         """A name of the adapter with the checkpoint's prefix, else as it is."""
@@ -64,12 +66,14 @@ class Renaming:
     def info(self, name: str) -> TensorInfo | None:
         """The tensor of an adapter's name; of a stack, its shape and its first matrix."""
         stack = self.stack(name)
-        return stack.info if stack else self.tensors.get(self(name))
+        if stack is not None:
+            return stack.info
+        return self.tensors.get(self(name))
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of that tensor."""
         info = self.info(name)
-        return info.shape if info else None
+        return None if info is None else info.shape
 
     def back(self, name: str, *, loaded: bool = False) -> str:
         """The adapter's name of a tensor of the checkpoint, or of the model that loads it."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import IN_OUT_EXPERTS
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Entry, ReplacedRows, Rotation
+from lora_fx.adapter.updates import Change, Entry, ReplacedRows, Rotation
 from lora_fx.checkpoint.renaming import Renaming
 from lora_fx.checkpoint.tensor_uses import CONV1D_MODELS, CONV1D_NAMES
 from lora_fx.errors import LoraFxError
@@ -80,17 +81,17 @@ def is_stored_in_out(name: str, info: TensorInfo, evidence: Evidence) -> bool:
     """
     kind = kind_of(name, info)
     order = by_same_kind(kind, evidence)
-    if order is not None:
-        return order
-
-    if kind.dimensions != 2:
+    if order is None and kind.dimensions != 2:
         order = by_other_stacks(kind, evidence)
-        return bool(evidence.model_types & IN_OUT_EXPERTS) if order is None else order
-
-    order = by_same_part(name, kind, evidence)
+        if order is None:
+            order = bool(evidence.model_types & IN_OUT_EXPERTS)
+    if order is None:
+        order = by_same_part(name, kind, evidence)
     if order is None:
         order = by_model_type(name, evidence.model_types)
-    return evidence.fan_in_fan_out if order is None else order
+    if order is None:
+        order = evidence.fan_in_fan_out
+    return order
 
 
 def by_same_kind(kind: WeightKind, evidence: Evidence) -> bool | None:
@@ -129,7 +130,9 @@ def by_model_type(name: str, types: frozenset[str]) -> bool | None:
 
 def _only(orders: set[bool]) -> bool | None:
     """The one order that there is; None where there are none or both."""
-    return next(iter(orders)) if len(orders) == 1 else None
+    if len(orders) != 1:
+        return None
+    return next(iter(orders))
 
 
 def is_conv1d_name(name: str) -> bool:
@@ -198,7 +201,7 @@ def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[Weig
     return square, votes
 
 
-def _has_doubtful_order(entry: Entry, info: TensorInfo) -> bool:
+def _has_doubtful_order(entry: Entry, info: TensorInfo) -> TypeGuard[Change]:
     """Whether an update of [out, in] may be of a tensor that is stored either way."""
     if isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
         return False

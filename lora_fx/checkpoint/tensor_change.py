@@ -328,6 +328,9 @@ def _described(update: Placed) -> str:
     if isinstance(entry, ReplacedRows):
         return f"{len(entry.index)} rows"
     assert not isinstance(entry, Full)
-    rank = f" rank {entry.rank}" if hasattr(entry, "rank") else ""
-    part = update.key[update.key.index("[") :] if update.key.endswith("]") else ""
-    return f"{name_of(entry)}{part}{rank} scale {entry.scale:.6g}"
+    kind = name_of(entry)
+    if update.key.endswith("]"):
+        kind += update.key[update.key.index("[") :]
+    if hasattr(entry, "rank"):
+        kind += f" rank {entry.rank}"
+    return f"{kind} scale {entry.scale:.6g}"

@@ -109,8 +109,9 @@ def uses(
             else:
                 in_out = fan_in_fan_out and role != "head"
             use = _linear_use(shape, in_out=in_out)
-        has_one_rank = use.layout is not None and use.layout.max_rank == 1
-        tensor_uses[name] = TensorUse(None) if has_one_rank else use
+        if use.layout is not None and use.layout.max_rank == 1:
+            use = TensorUse(None)  # a low-rank update of a vector is no smaller than the vector
+        tensor_uses[name] = use
     return tensor_uses
 
 

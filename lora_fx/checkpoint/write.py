@@ -272,8 +272,8 @@ class _Run:
             read = partial(read_rows, source, info, columns=columns, space=space)
         stats = Stats()
         for first in range(low, high, step):
-            old = read(first, min(high, first + step))
-            rows, block_stats = fold.block(old, first, change.dtype, space)
+            stored = read(first, min(high, first + step))
+            rows, block_stats = fold.block(stored, first, change.dtype, space)
             write_at(fd, _bytes(rows), start + first * row_bytes)
             stats.add(block_stats)
         return (high - low) * row_bytes, change.name, stats
