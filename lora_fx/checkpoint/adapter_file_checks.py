@@ -160,13 +160,13 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
     """Float factors; a whole tensor has the dtype of what it replaces, as a merge tells."""
-    whole: set[str] = set()
+    whole_tensors: set[str] = set()
     if pair.refusal is None:
-        whole |= set(pair.raw.whole.values())
+        whole_tensors |= set(pair.raw.whole.values())
     wrong = [
         name
         for name in _tensors_that(pair, lambda value: not is_float(value))
-        if name not in whole and _FACTOR.search(name)
+        if name not in whole_tensors and _FACTOR.search(name)
     ]
     dtypes_of_wrong = {str(pair.raw.tensors[name].dtype) for name in wrong}
     yield from about(

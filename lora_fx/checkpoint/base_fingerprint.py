@@ -164,11 +164,11 @@ def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Arr
         size = (info.stop - info.start) // numpy_dtype(info.dtype).itemsize
         read = partial(stored_elements, info)
     count = min(count, size)
-    parts = []
+    blocks = []
     for place in places:
         start = int(place * (size - count))
-        parts.append(read(start, start + count).reshape(-1))
-    return parts
+        blocks.append(read(start, start + count).reshape(-1))
+    return blocks
 
 
 def cast(values: Array, dtype: str) -> Array:

@@ -119,17 +119,17 @@ def doctor(
     Raises:
         LoraFxError: One of the two cannot be read at all.
     """
-    asked = MergeOptions(
+    options = MergeOptions(
         how=how, rank=rank, dtype=dtype, allow_unused=allow_unused, untie=untie, add=add,
         again=again, allow_missing=allow_missing, any_base=any_base,
         other_readers=other_readers, trust=trust, dequantise=dequantise,
         requantise=requantise, lossy=lossy, max_shard_size=max_shard_size,
     )  # fmt: skip
-    return examine(base, adapter, asked, server)
+    return examine(base, adapter, options, server)
 
 
 def examine(
-    base: StrPath, adapter: StrPath, asked: MergeOptions, server: str | None = None
+    base: StrPath, adapter: StrPath, options: MergeOptions, server: str | None = None
 ) -> Report:
     """What `doctor` says, with the options of the merge that is meant as an object."""
     for name, path in (("base", base), ("adapter", adapter)):
@@ -138,8 +138,8 @@ def examine(
         expect_name(server, SERVERS, "no server", f"one of {', '.join(SERVERS)}")
     base = local(base)
     adapter = local(adapter, files=FORMATS.files_of_folders)
-    with explained(base), trusting(asked.trust):
-        pair = open_pair(Path(base), Path(adapter), asked)
+    with explained(base), trusting(options.trust):
+        pair = open_pair(Path(base), Path(adapter), options)
         findings: list[Finding] = []
         for name, check in CHECKS.items():
             findings += [replace(finding, check=name) for finding in check(pair)]
@@ -147,7 +147,7 @@ def examine(
         plan = planned(pair)
         findings += _merge_findings(pair, findings, plan)
         if isinstance(plan, MergePlan):
-            findings = [_accepted(finding, asked) for finding in findings]
+            findings = [_accepted(finding, options) for finding in findings]
         if server:
             findings += [replace(finding, check=SERVED) for finding in served(pair, server)]
     findings.sort(key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
@@ -210,12 +210,12 @@ def _merge_findings(
         yield Finding([], plan.message, expected, plan.hint, check=LAST)
 
 
-def _accepted(finding: Finding, asked: MergeOptions) -> Finding:
+def _accepted(finding: Finding, options: MergeOptions) -> Finding:
     """A finding that merge takes: a note where an option was given for it, else a warning."""
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
     options = TAKEN_BY.get(finding.check, ())
-    is_asked = any(getattr(asked, option) for option in options)
+    is_asked = any(getattr(options, option) for option in options)
     return replace(finding, severity=NOTE if is_asked else WARNING)
 
 

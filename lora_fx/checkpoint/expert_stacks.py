@@ -111,15 +111,15 @@ def placed_in_stack(key: str, entry: Entry, stack: Stack) -> Iterator[Placed]:
     bounds = region_of(key, stack.info)
     laid_entry = with_layout(key, entry, stack.info, bounds, in_out=False)
     (first, last), (top, bottom), columns = bounds
-    for part in stack.parts:
-        low = max(top, part.low)
-        high = min(bottom, part.high)
-        if first <= part.expert < last and low < high:
+    for matrix in stack.parts:
+        low = max(top, matrix.low)
+        high = min(bottom, matrix.high)
+        if first <= matrix.expert < last and low < high:
             rows = slice(low - top, high - top)
-            piece = _expert_rows(key, laid_entry, part.expert - first, rows, stack)
-            region = ((low - part.low, high - part.low), columns)
-            name = f"{base_name(key)}[{part.expert}, {low}:{high}]"
-            yield Placed(name, part.tensor, region, piece)
+            piece = _expert_rows(key, laid_entry, matrix.expert - first, rows, stack)
+            region = ((low - matrix.low, high - matrix.low), columns)
+            name = f"{base_name(key)}[{matrix.expert}, {low}:{high}]"
+            yield Placed(name, matrix.tensor, region, piece)
 
 
 def _expert_rows(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> Entry:

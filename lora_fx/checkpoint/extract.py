@@ -112,16 +112,16 @@ def extraction(
         base_side = (str(base), tensors(base), config_of(base))
         tuned_side = (str(tuned), tensors(tuned), config_of(tuned))
         sides = sides_of(base_side, tuned_side)
-    targets = targets_of(sides.old)
-    tensor_uses = uses(sides.old, targets, config_of(base), options.fan_in_fan_out, sides.table)
-    scope, notes = scope_of(targets, (str(base), sides.old), (str(tuned), sides.new), options)
+    targets = targets_of(sides.base)
+    tensor_uses = uses(sides.base, targets, config_of(base), options.fan_in_fan_out, sides.table)
+    scope, notes = scope_of(targets, (str(base), sides.base), (str(tuned), sides.tuned), options)
     check_lookups(sides, scope, str(tuned))
     for note in sides.notes:
         key, _, _ = note.partition(":")
         if key in scope:
             notes.append(note)
-    whole = select_names(scope, options.whole or (), "whole")
-    for key in whole:
+    whole_keys = select_names(scope, options.whole or (), "whole")
+    for key in whole_keys:
         tensor_uses[key] = replace(tensor_uses[key], layout=None)
 
     entries: dict[str, Entry] = {}
@@ -129,13 +129,13 @@ def extraction(
     unchanged: list[str] = []
     left_out: list[str] = []
     bytes_done = 0
-    bytes_in_all = sum(sides.old[key].stop - sides.old[key].start for key in scope) or 1
+    bytes_in_all = sum(sides.base[key].stop - sides.base[key].start for key in scope) or 1
     for key in scope:
-        pair = pair_of(key, sides.old[key], sides.new[key], tensor_uses[key].lead)
+        pair = pair_of(key, sides.base[key], sides.tuned[key], tensor_uses[key].lead)
         change, row = _change(pair, tensor_uses[key], options)
         if change is None:
             unchanged.append(key)
-        elif isinstance(change, Full) and not options.also_full and key not in whole:
+        elif isinstance(change, Full) and not options.also_full and key not in whole_keys:
             left_out.append(key)
         else:
             entries[key] = change
@@ -154,13 +154,13 @@ def extraction(
     notes += _notes(rows, tensor_uses, left_out)
     low_rank = [key for key, entry in entries.items() if isinstance(entry, LowRank)]
     metadata = {"base_model_name_or_path": str(base), "notes": notes, **origin(base)}
-    metadata |= file_fingerprint(low_rank, sides.old)
+    metadata |= file_fingerprint(low_rank, sides.base)
     return Extraction(
         Adapter(entries, metadata),
         tuple(rows),
         tuple(unchanged),
         tuple(left_out),
-        skipped=len(sides.old) - len(scope),
+        skipped=len(sides.base) - len(scope),
     )
 
 

@@ -25,13 +25,13 @@ def scope_of(
     Raises:
         LoraFxError: A selector without a match; tensors of one side only, or of two shapes.
     """
-    base_path, old = base
-    tuned_path, new = tuned
+    base_path, base_tensors = base
+    tuned_path, tuned_tensors = tuned
     chosen: set[str] | None = None
     if options.include is not None:
         chosen = _whole(select(found, options.include))
-    only_tuned = [name for name in new if name not in old]
-    excluded = _excluded(found, [*old, *only_tuned], options.exclude or ())
+    only_tuned = [name for name in tuned_tensors if name not in base_tensors]
+    excluded = _excluded(found, [*base_tensors, *only_tuned], options.exclude or ())
 
     def is_compared(name: str, info: TensorInfo) -> bool:
         if name in excluded:
@@ -41,12 +41,12 @@ def scope_of(
     scope: list[str] = []
     only_base: list[str] = []
     reshaped: list[str] = []
-    for name, info in old.items():
+    for name, info in base_tensors.items():
         if not is_compared(name, info):
             continue
-        if name not in new:
+        if name not in tuned_tensors:
             only_base.append(name)
-        elif new[name].shape != info.shape:
+        elif tuned_tensors[name].shape != info.shape:
             reshaped.append(name)
         else:
             scope.append(name)
@@ -54,22 +54,23 @@ def scope_of(
     problems: list[str] = []
     if only_base:
         problems.append(f"{len(only_base)} only in {base_path}: {some(_short(only_base))}")
-    only_tuned = [name for name in only_tuned if is_compared(name, new[name])]
+    only_tuned = [name for name in only_tuned if is_compared(name, tuned_tensors[name])]
     if only_tuned:
         problems.append(f"{len(only_tuned)} only in {tuned_path}: {some(_short(only_tuned))}")
     if reshaped:
-        shapes = [
-            f"{one_line(name, 100)} {list(old[name].shape)} and {list(new[name].shape)}"
-            for name in reshaped
-        ]
+        shapes = []
+        for name in reshaped:
+            base_shape = list(base_tensors[name].shape)
+            tuned_shape = list(tuned_tensors[name].shape)
+            shapes.append(f"{one_line(name, 100)} {base_shape} and {tuned_shape}")
         problems.append(f"{len(reshaped)} of two shapes: {some(shapes)}")
     if problems and not options.allow_missing:
         hint = (
             "--allow-missing leaves them out, and --exclude those that it names; a grown "
             "vocabulary has no low-rank update"
         )
-        if len(only_base) == len(old):
-            hint = _prefix_hint(old, new)
+        if len(only_base) == len(base_tensors):
+            hint = _prefix_hint(base_tensors, tuned_tensors)
         raise LoraFxError(
             f"{tuned_path} does not have the tensors of {base_path}: {'; '.join(problems)}", hint
         )
@@ -106,9 +107,9 @@ def _excluded(found: Found, names: Sequence[str], exclude: str | Sequence[str]) 
     return excluded
 
 
-def _prefix_hint(old: Tensors, new: Tensors) -> str:
+def _prefix_hint(base_tensors: Tensors, tuned_tensors: Tensors) -> str:
     """The prefix that would make the names fit, if there is one."""
-    verb, prefix = lead_between([*old][:3], new)
+    verb, prefix = lead_between([*base_tensors][:3], tuned_tensors)
     if not verb:
         return "are they of one model?"
     return f"the names of the second {verb} the prefix {prefix!r}"

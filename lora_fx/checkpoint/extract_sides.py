@@ -25,57 +25,57 @@ class Sides:
     """What is compared.
 
     Attributes:
-        old: The base's tensors; a use that the tuned model tells apart has a name of its own.
-        new: The tuned model's, likewise.
+        base: The base's tensors; a use that the tuned model tells apart has a name of its own.
+        tuned: The tuned model's, likewise.
         table: The table that is the head too, on both sides; empty where there is none, None where
             only its role can tell.
         tie: The tie of the base, else of the tuned model.
         notes: What has to be said.
     """
 
-    old: Tensors
-    new: Tensors
+    base: Tensors
+    tuned: Tensors
     table: str | None = None
     tie: Tie | None = None
     notes: tuple[str, ...] = ()
 
 
-def sides_of(base: NamedTensors, tuned: NamedTensors) -> Sides:
+def sides_of(base_side: NamedTensors, tuned_side: NamedTensors) -> Sides:
     """Both sides with their ties resolved.
 
     Raises:
         LoraFxError: The tuned model has a head of its own, and the base cannot be given one.
     """
-    base_path, base_tensors, base_config = base
-    tuned_path, tuned_tensors, tuned_config = tuned
-    old = dict(base_tensors)
-    new = dict(tuned_tensors)
-    base_tie = tie_of(old, base_config, new)
-    tuned_tie = tie_of(new, tuned_config, old)
+    base_path, base_tensors, base_config = base_side
+    tuned_path, tuned_tensors, tuned_config = tuned_side
+    base = dict(base_tensors)
+    tuned = dict(tuned_tensors)
+    base_tie = tie_of(base, base_config, tuned)
+    tuned_tie = tie_of(tuned, tuned_config, base)
     tie = base_tie or tuned_tie
     if tie is None:
-        has_head = any(is_head(name) for name in new)
-        return Sides(old, new, "" if has_head else None)
+        has_head = any(is_head(name) for name in tuned)
+        return Sides(base, tuned, "" if has_head else None)
 
     _name_uses(
-        old, new, tie, base_is_tied=base_tie is not None, tuned_is_tied=tuned_tie is not None
+        base, tuned, tie, base_is_tied=base_tie is not None, tuned_is_tied=tuned_tie is not None
     )
     notes = []
-    if base_tie and tie.head in old and tie.head not in base_tensors:
+    if base_tie and tie.head in base and tie.head not in base_tensors:
         check_scaled(base_tie, base_config, base_path)
         notes.append(
             f"{tie.head}: a tensor of its own in {tuned_path}, tied in {base_path}: lora-fx merge "
             "--untie gives the base one"
         )
     table = ""
-    if base_tie is not None and tie.head not in new and not _may_have_head(old, new, tie):
+    if base_tie is not None and tie.head not in tuned and not _may_have_head(base, tuned, tie):
         table = tie.table
-    return Sides(old, new, table, base_tie, tuple(notes))
+    return Sides(base, tuned, table, base_tie, tuple(notes))
 
 
 def _name_uses(
-    old: dict[str, TensorInfo],
-    new: dict[str, TensorInfo],
+    base: dict[str, TensorInfo],
+    tuned: dict[str, TensorInfo],
     tie: Tie,
     *,
     base_is_tied: bool,
@@ -88,25 +88,25 @@ def _name_uses(
     """
     sources = tie.sources()
     for name, source in sources.items():
-        if base_is_tied and name in new and name not in old and source in old:
-            old[name] = old[source]
-        if tuned_is_tied and name in old and name not in new and source in new:
-            new[name] = new[source]
+        if base_is_tied and name in tuned and name not in base and source in base:
+            base[name] = base[source]
+        if tuned_is_tied and name in base and name not in tuned and source in tuned:
+            tuned[name] = tuned[source]
     copies = [
         name
         for name, source in sources.items()
-        if _is_copy(old, name, source) and _is_copy(new, name, source)
+        if _is_copy(base, name, source) and _is_copy(tuned, name, source)
     ]
     for name in copies:
-        del old[name], new[name]
+        del base[name], tuned[name]
 
 
-def _may_have_head(old: Tensors, new: Tensors, tie: Tie) -> bool:
+def _may_have_head(base: Tensors, tuned: Tensors, tie: Tie) -> bool:
     """Whether a tensor of the tuned model may be its head, where nobody knows its name."""
     if tie.head:
         return False
-    shape = old[tie.table].shape if tie.table in old else None
-    return any(name not in old and info.shape == shape for name, info in new.items())
+    shape = base[tie.table].shape if tie.table in base else None
+    return any(name not in base and info.shape == shape for name, info in tuned.items())
 
 
 def _is_copy(side: Tensors, name: str, source: str) -> bool:
@@ -130,7 +130,7 @@ def check_lookups(sides: Sides, scope: Collection[str], where: str) -> None:
     )
     if not tie.apart:
         raise LoraFxError(message, f"such models hold it once; --exclude {differing} leaves it out")
-    if tie.table in scope and not same_bytes(sides.old[tie.table], sides.new[tie.table]):
+    if tie.table in scope and not same_bytes(sides.base[tie.table], sides.tuned[tie.table]):
         raise LoraFxError(
             f"{message}, and {tie.table!r} has changed as well: an update of it acts on all "
             "lookups",

@@ -73,7 +73,9 @@ def loaded_of(tensors: Tensors, config: JsonView) -> Loaded:
     inner_type = text_config(config).get("model_type")
     for row in stacked_experts((model_type, inner_type)):
         stacks |= _stacks(model, tensors, row)
-    in_stacks = {part.tensor for stack in stacks.values() for part in stack.parts}
+    in_stacks: set[str] = set()
+    for stack in stacks.values():
+        in_stacks |= {matrix.tensor for matrix in stack.parts}
 
     names: dict[str, str] = {}
     for name, stored in model.items():

@@ -81,7 +81,7 @@ def make_plan(
         stored,
         tuple(adapters),
         changes,
-        added={name: _home(stored, parted.copies.get(name)) for name in parted.new},
+        added={name: _home(stored, parted.copies.get(name)) for name in parted.added},
         tie=matched.tie if parted.of_one_use else None,
         one_use=tuple(dict.fromkeys(update.key for update in parted.of_one_use)),
         notes=tuple(dict.fromkeys(notes)),
@@ -118,33 +118,35 @@ def _match_all(
     config = base.config()
     notes = _check_other_readers(adapters, options)
     weighted = _weighted(adapters, options)
-    keys = [key for adapter, _ in weighted for key in adapter.entries]
+    keys: list[str] = []
+    for adapter, _ in weighted:
+        keys += adapter.entries
     tie, names = tie_and_names(base, keys)
     placed: list[Placed] = []
     for adapter, where in weighted:
         _check_codes(adapter, base, adapters, options)
-        new = _new_tensors(adapter, base) if options.add else {}
+        added = _new_tensors(adapter, base) if options.add else {}
         with _of_another_model(adapter, where, base):
             updates, match_notes = match(
                 adapter,
                 names,
                 config,
                 str(base.path),
-                new=new,
+                new=added,
                 allow_unused=options.allow_unused,
                 allow_missing=options.allow_missing,
                 source=where,
             )
         notes += adapter.metadata.get("notes", ())
         notes += match_notes
-        notes += [f"added: {name}" for name in new]
+        notes += [f"added: {name}" for name in added]
         if not updates:
             raise LoraFxError(
                 f"{where}: none of its keys is in {base.path}",
                 "is it the adapter of another model?",
             )
         placed += [update.at_its_use(tie, base, untie=options.untie) for update in updates]
-        names = {**names, **new}
+        names = {**names, **added}
     return _Matched(placed, tie, names, notes)
 
 
@@ -171,14 +173,14 @@ def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
     dtypes = dtypes or ["float32"]
     most_used = max(dict.fromkeys(dtypes), key=dtypes.count)
     rename = renaming(adapter, base.tensors, base.config(), [])
-    new: dict[str, TensorInfo] = {}
+    added: dict[str, TensorInfo] = {}
     for key, full in adapter.full.items():
         if rename.info(key) is None:
             dtype = full.value.dtype.name
             if dtype in FLOATING:
                 dtype = most_used
-            new[key] = TensorInfo(dtype, full.value.shape, last_shard, 0, 0)
-    return new
+            added[key] = TensorInfo(dtype, full.value.shape, last_shard, 0, 0)
+    return added
 
 
 @contextlib.contextmanager
@@ -296,13 +298,13 @@ class _Parted:
         placed: The updates.
         of_one_use: Those that mean one use of a tied table.
         copies: Tensor to add → the base's tensor that it starts as a copy of.
-        new: All tensors to add, those copies among them.
+        added: All tensors to add, those copies among them.
     """
 
     placed: list[Placed]
     of_one_use: list[Placed]
     copies: Mapping[str, str]
-    new: Mapping[str, TensorInfo]
+    added: Mapping[str, TensorInfo]
 
 
 def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _Parted:
@@ -312,19 +314,19 @@ def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _P
         LoraFxError: They may not, or cannot, be parted.
     """
     tensors = base.tensors
-    new: dict[str, TensorInfo] = {}
+    added: dict[str, TensorInfo] = {}
     for name, info in matched.names.items():
         if name not in tensors and info.stop == 0:
-            new[name] = info
+            added[name] = info
     tie = matched.tie
     if tie is None:
-        return _Parted(matched.placed, [], {}, new)
+        return _Parted(matched.placed, [], {}, added)
 
     placed = one_change(matched.placed, tie)
     of_one = of_one_use(placed, tie, base.config(), str(base.path), untie=options.untie)
     copies = tie.new(tensors) if of_one else {}
-    new |= {name: tensors[source] for name, source in copies.items()}
-    return _Parted(spread(placed, tie, {*tensors, *new}), of_one, copies, new)
+    added |= {name: tensors[source] for name, source in copies.items()}
+    return _Parted(spread(placed, tie, {*tensors, *added}), of_one, copies, added)
 
 
 def _changes(
@@ -353,7 +355,7 @@ def _changes(
         change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
         changes |= _with_scales(change, by_tensor, base)
 
-    for name, info in parted.new.items():
+    for name, info in parted.added.items():
         change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
         what: tuple[str, ...] = ("added",)
         if name in parted.copies and change.value is None:

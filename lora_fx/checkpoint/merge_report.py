@@ -28,8 +28,8 @@ def report_of(plan: MergePlan, stats: Mapping[str, Stats], target: Path) -> Repo
     details = {**plan.to_json(), "tensors": rows, "base_verified": not plan.unverified}
     details["requantised"] = None
     if requantised:
-        kept, noise = in_all(stats[name] for name in requantised)
-        details["requantised"] = {"kept": kept, "noise": noise}
+        gain, noise = in_all(stats[name] for name in requantised)
+        details["requantised"] = {"kept": gain, "noise": noise}
     warnings = [*plan.notes, *_rounding_warnings(plan, stats), *_output_warnings(plan)]
     return Report("merge", True, (), (str(target),), tuple(warnings), details)
 

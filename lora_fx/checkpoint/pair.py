@@ -181,9 +181,9 @@ def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
 def sample(info: TensorInfo) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
     try:
-        parts = stretches(info, 4096, (0.0, 0.5, 1.0))
+        samples = stretches(info, 4096, (0.0, 0.5, 1.0))
     except LoraFxError:  # codes or scales that are no numbers
         if not isinstance(info, CodesInfo):
             raise
         return np.full(1, np.nan)
-    return np.concatenate(parts).astype(np.float64)
+    return np.concatenate(samples).astype(np.float64)

@@ -110,12 +110,14 @@ def _trained_model_type(config: JsonView) -> str:
 
 def prefix(pair: Pair) -> Iterator[Finding]:
     """The adapter's names begin as the base's do."""
-    more = pair.rename.prefix.more
-    less = pair.rename.prefix.less
+    extra_prefix = pair.rename.prefix.more
+    missing_prefix = pair.rename.prefix.less
     if pair.raw.prefixes:
         return  # told by names
-    if more or less:
-        how = f"with {more!r} before them" if more else f"without {less!r}"
+    if extra_prefix or missing_prefix:
+        how = (
+            f"with {extra_prefix!r} before them" if extra_prefix else f"without {missing_prefix!r}"
+        )
         keys = list(pair.adapter.entries)
         yield Finding(
             keys,
@@ -263,13 +265,13 @@ def quantised(pair: Pair) -> Iterator[Finding]:
         return
 
     refusal = planned(pair, ("",))  # as if all else that is wrong were mended
-    ways = "--dequantise or --requantise, as is asked"
+    advice = "--dequantise or --requantise, as is asked"
     if isinstance(refusal, LoraFxError):
-        ways = HINT
+        advice = HINT
         if refusal.hint.startswith("--dequantise"):
-            ways = refusal.hint
+            advice = refusal.hint
     for (kind, severity), keys in keys_by_kind.items():
-        hint = ways
+        hint = advice
         if severity != ERROR:
             hint = f"{TAKEN}; to lose nothing, {HINT}"
         yield Finding(keys, f"the base is quantised: {kind}", "float weights", hint, severity)

@@ -131,13 +131,13 @@ def _adapter_of(
     digest: str, adapters: Sequence[WeightedAdapter], used: Collection[int]
 ) -> WeightedAdapter | None:
     """The adapter of a recorded hash; one for several records only where it is given once."""
-    same = [adapter for adapter in adapters if adapter.hash == digest]
-    for adapter in same:
+    candidates = [adapter for adapter in adapters if adapter.hash == digest]
+    for adapter in candidates:
         if id(adapter) not in used:
             return adapter
-    if len(same) != 1:
+    if len(candidates) != 1:
         return None
-    return same[0]
+    return candidates[0]
 
 
 def _note_of_missing(recorded: Sequence[Recorded], merged: Checkpoint) -> list[str]:

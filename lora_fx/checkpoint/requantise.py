@@ -50,7 +50,7 @@ def recoded(
         flat = folded.reshape(-1)
         if not np.isfinite(np.dot(flat, flat)):
             raise fold.error(old, folded, folded, rows.start)
-        new_codes, parts = weight.anew.recode(codes, rows, folded, delta)
+        new_codes, written = weight.anew.recode(codes, rows, folded, delta)
     stored = new_codes.dequantise()
     still = int(np.count_nonzero(stored == old))
     missed = (folded - stored).reshape(-1)
@@ -58,12 +58,12 @@ def recoded(
     stats.error = float(np.dot(missed, missed))
     steps = codes.scale.astype(np.float64) * codes.unit
     stats.own = float(np.mean(steps**2)) * old.size / 12
-    return stats, parts
+    return stats, written
 
 
-def joined(parts: Sequence[Written]) -> Iterator[Written]:
+def joined(written: Sequence[Written]) -> Iterator[Written]:
     """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
-    for ranges_of_tensor in by_key((part.name, part) for part in parts).values():
+    for ranges_of_tensor in by_key((part.name, part) for part in written).values():
         first = ranges_of_tensor[0]
         if first.axis and len(ranges_of_tensor) > 1:
             data = np.concatenate([part.data for part in ranges_of_tensor], first.axis)

@@ -222,6 +222,6 @@ def _has_linear_layers_only(evidence: Evidence) -> bool:
 
 def model_types(config: JsonView) -> frozenset[str]:
     """model_type of the model and of its parts."""
-    parts = [value for value in config.values() if isinstance(value, dict)]
-    types = [part.get("model_type") for part in (config, *parts)]
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    types = [section.get("model_type") for section in (config, *inner)]
     return frozenset(kind for kind in types if isinstance(kind, str) and kind)

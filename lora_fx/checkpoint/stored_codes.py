@@ -76,13 +76,13 @@ def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry
         return None  # what is made of codes are floats
     scheme = scheme_of(name, base.tensors)
     _refuse_empty(name, info)
-    whole = [entry for entry in entries if isinstance(entry, Full)]
-    is_replaced = bool(entries) and len(whole) == len(entries)
+    replacing = [entry for entry in entries if isinstance(entry, Full)]
+    is_replaced = bool(entries) and len(replacing) == len(entries)
     if not scheme and (info.dtype in FLOATING or is_replaced):
         return None
     if info.dtype != "int8":
         raise _refusal(name, info, scheme, base)
-    if whole:
+    if replacing:
         why = "a whole float tensor cannot take its place"
         raise _refusal(name, info, scheme, base, why)
     int8, why = int8_or_reason(name, info, base)

@@ -151,10 +151,10 @@ def change_of(
     """
     int8 = stored_as(name, info, base, [update.entry for update in placed])
     out = dtype if dtype and info.dtype in FLOATING else info.dtype
-    whole = _whole_of(name, placed, base)
-    if whole is not None:
-        _check_whole(name, info, whole.value, out)
-        return TensorChange(name, info, out, value=whole.value, what=("replaced whole",))
+    replacement = _whole_of(name, placed, base)
+    if replacement is not None:
+        _check_whole(name, info, replacement.value, out)
+        return TensorChange(name, info, out, value=replacement.value, what=("replaced whole",))
 
     _check_order(name, placed, base)
     matrices: list[Matrix] = []

@@ -96,7 +96,7 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
     if tie is not None or is_untied or not generates(config.get("architectures") or []):
         return
 
-    vocabulary_sizes = {part.get("vocab_size") for part in (config, text_config(config))}
+    vocabulary_sizes = {section.get("vocab_size") for section in (config, text_config(config))}
     heads: set[str] = set()
     rows_of_others: set[int] = set()
     for name, info in base.tensors.items():
@@ -155,16 +155,16 @@ def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
     them tied (ensure_weight_tying).
     """
     names = {tie.table, tie.head, *tie.lookups}
-    whole: dict[str, Full] = {}
+    whole_tensors: dict[str, Full] = {}
     for update in placed:
         if update.tensor in names and isinstance(update.entry, Full):
-            whole[update.tensor] = update.entry
-    if not {tie.table, tie.head} <= whole.keys() or not means_all(whole, names):
+            whole_tensors[update.tensor] = update.entry
+    if not {tie.table, tie.head} <= whole_tensors.keys() or not means_all(whole_tensors, names):
         return list(placed)
 
     changes: list[Placed] = []
     for update in placed:
-        if update.tensor in whole and update.tensor != tie.table:
+        if update.tensor in whole_tensors and update.tensor != tie.table:
             continue
         if isinstance(update.entry, Full):
             update = replace(update, entry=replace(update.entry, tied=True))
