@@ -1,4 +1,4 @@
-"""What doctor checks of an adapter's file and config by themselves; a check yields findings."""
+"""doctor's checks of an adapter's file and config alone. A check yields findings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FACTOR = re.compile(r"\.(lora|hada|lokr)_|\.weight$")
 
 
 def config(pair: Pair) -> Iterator[Finding]:
-    """adapter_config.json is there, and says nothing that has no weight form."""
+    """Check that adapter_config.json is there, and asks for nothing that a merge cannot do."""
     if pair.raw.file is None:
         return  # not of PEFT
     if not pair.raw.config:
@@ -42,7 +42,7 @@ def config(pair: Pair) -> Iterator[Finding]:
 
 
 def scale(pair: Pair) -> Iterator[Finding]:
-    """lora_alpha is a number; alpha, of LoHa and LoKr. OFT has none."""
+    """Check that lora_alpha is a number, or alpha for LoHa and LoKr. OFT has none."""
     peft_type = pair.raw.config.get("peft_type")
     if peft_type not in KINDS or peft_type == "OFT":
         return
@@ -59,7 +59,7 @@ def scale(pair: Pair) -> Iterator[Finding]:
 
 
 def ranks(pair: Pair) -> Iterator[Finding]:
-    """The ranks of the tensors are those of the config."""
+    """Check that the tensors have the ranks of the config."""
     if not pair.raw.config or pair.raw.config.get("target_parameters"):
         return
     try:
@@ -79,7 +79,7 @@ def ranks(pair: Pair) -> Iterator[Finding]:
 
 
 def patterns(pair: Pair) -> Iterator[Finding]:
-    """Every entry of rank_pattern and alpha_pattern matches a module of the adapter."""
+    """Check that every entry of rank_pattern and alpha_pattern matches a module."""
     keys = [*pair.raw.updates, *pair.adapter.lowrank]  # of modules; of parameters too
     modules = [key.removesuffix(".weight") for key in keys]
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
@@ -103,7 +103,7 @@ def patterns(pair: Pair) -> Iterator[Finding]:
 
 
 def start(pair: Pair) -> Iterator[Finding]:
-    """init_lora_weights left the base as it is: no PiSSA, OLoRA, … that was not converted."""
+    """Check that init_lora_weights left the base as it was: PiSSA, OLoRA, … need conversion."""
     value = pair.raw.config.get("init_lora_weights", True)
     if value in (True, False, None, *KEEPS_BASE):
         return
@@ -122,7 +122,7 @@ def start(pair: Pair) -> Iterator[Finding]:
 
 
 def dora(pair: Pair) -> Iterator[Finding]:
-    """use_dora is on where there are magnitudes, and off where there are none."""
+    """Check that use_dora is on where there are magnitudes, and off where there are none."""
     uses_dora = bool(pair.raw.config.get("use_dora"))
     contradicting = [
         key for key, group in pair.raw.updates.items() if ("magnitude" in group.names) != uses_dora
@@ -144,12 +144,12 @@ def dora(pair: Pair) -> Iterator[Finding]:
 
 
 def _tensors_that(pair: Pair, is_wrong: Callable[[Array], object]) -> list[str]:
-    """Names of the file's tensors of which something holds."""
+    """The names of the file's tensors that a test finds wrong."""
     return [name for name, value in pair.raw.tensors.items() if is_wrong(value)]
 
 
 def numbers(pair: Pair) -> Iterator[Finding]:
-    """No NaN, no infinity."""
+    """Check that the file has no NaN and no infinity."""
     yield from about(
         _tensors_that(pair, lambda value: is_float(value) and not finite(value)),
         "NaN or infinite values",
@@ -159,7 +159,7 @@ def numbers(pair: Pair) -> Iterator[Finding]:
 
 
 def dtypes(pair: Pair) -> Iterator[Finding]:
-    """Float factors; a whole tensor has the dtype of what it replaces, as a merge tells."""
+    """Check that factors are floats; the merge checks whole tensors by what they replace."""
     whole_tensors: set[str] = set()
     if pair.refusal is None:
         whole_tensors |= set(pair.raw.whole.values())
@@ -178,7 +178,7 @@ def dtypes(pair: Pair) -> Iterator[Finding]:
 
 
 def sizes(pair: Pair) -> Iterator[Finding]:
-    """No empty tensors, in the adapter or in what it changes of the base."""
+    """Check that no tensor is empty, in the adapter or among those of the base that it changes."""
     empty = _tensors_that(pair, lambda value: not value.size)
     yield from about(empty, "size 0", "values", GATHER)
     of_empty_tensors = []
@@ -190,7 +190,7 @@ def sizes(pair: Pair) -> Iterator[Finding]:
 
 
 def halves(pair: Pair) -> Iterator[Finding]:
-    """A and B come in pairs whose shapes fit each other."""
+    """Check that A and B come in pairs whose shapes fit each other."""
     for key, why in pair.raw.broken.items():
         if "it has" in why:
             yield Finding([key], why, "A and B", "the file is incomplete: save or fetch it again")
@@ -200,7 +200,7 @@ def halves(pair: Pair) -> Iterator[Finding]:
 
 
 def names(pair: Pair) -> Iterator[Finding]:
-    """Every tensor has the prefix that PEFT writes."""
+    """Check that every tensor has the prefix that PEFT writes."""
     by_prefix = by_key((prefix, name) for name, prefix in pair.raw.prefixes.items())
     for prefix, tensors in by_prefix.items():
         if prefix:
@@ -218,7 +218,7 @@ def names(pair: Pair) -> Iterator[Finding]:
 
 
 def dropped(pair: Pair) -> Iterator[Finding]:
-    """target_modules has every module that the file has an update of."""
+    """Check that target_modules names every module that the file updates."""
     fields = {**pair.raw.config, "modules_to_save": None, "task_type": None}
     target_modules = fields.get("target_modules")
     if not target_modules or target_modules == "all-linear" or fields.get("target_parameters"):

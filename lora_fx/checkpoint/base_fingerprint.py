@@ -55,7 +55,7 @@ def fingerprint(samples: Iterable[tuple[str, tuple[int, ...], Array]]) -> Json:
 
 
 def file_fingerprint(keys: Iterable[str], tensors: Tensors) -> Json:
-    """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks one of them."""
+    """{"base": fingerprint} of a checkpoint as it is stored; empty where it lacks a parameter."""
     stored: dict[str, TensorInfo] = {}
     for name in parameters_of(keys):
         info = tensors.get(name)
@@ -84,7 +84,7 @@ Sample = tuple[tuple[int, ...], Array]
 
 
 class Unknown(Exception):
-    """A parameter cannot be sampled, and why."""
+    """Says why a parameter cannot be sampled."""
 
 
 def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
@@ -99,7 +99,7 @@ def sample_of(name: str, info: TensorInfo | None, dtype: str) -> Sample:
 def compared(
     recorded: JsonView | None, sample: Callable[[str, str], Sample]
 ) -> tuple[bool | None, str]:
-    """Are these weights those that an adapter was trained on? The reason where it is not known.
+    """Whether weights are those that an adapter was trained on, or why that is not known.
 
     Args:
         recorded: metadata["base"] of the adapter.
@@ -144,13 +144,13 @@ def _digest(rows: Iterable[tuple[str, tuple[int, ...], Array]]) -> str:
 
 
 def _read(info: TensorInfo, dtype: str) -> Array:
-    """Both ends of a stored tensor, cast."""
+    """Read both ends of a stored tensor, and cast them."""
     first, last = stretches(info, ENDS, (0.0, 1.0))
     return cast(np.concatenate([first[:ENDS], last[-ENDS:]]), dtype)
 
 
 def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Array]:
-    """Some `count` elements of a tensor at each of these places, 0 its start and 1 its end.
+    """Read about `count` elements of a tensor at each of some places; 0 is its start, 1 its end.
 
     Fewer where it is shorter; more of codes, which are read by whole rows.
     """
@@ -172,6 +172,6 @@ def stretches(info: TensorInfo, count: int, places: Sequence[float]) -> list[Arr
 
 
 def cast(values: Array, dtype: str) -> Array:
-    """Values in a dtype by name; what it cannot hold becomes infinite."""
+    """Cast values to a dtype by its name; those beyond its range become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(numpy_dtype(dtype))

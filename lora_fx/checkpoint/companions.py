@@ -1,4 +1,4 @@
-"""What lies beside a merged checkpoint's shards: companions, the index, links to old shards."""
+"""The files beside a merged checkpoint's shards: companions, the index; links to base shards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hard_link(source: Path, target: Path) -> None:
 
 
 def untied(config: JsonView) -> Json:
-    """A config.json that says so."""
+    """A config.json changed to say that head and embedding are untied."""
     result = {**config, "tie_word_embeddings": False}
     if isinstance(config.get("text_config"), dict):
         result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
@@ -51,7 +51,7 @@ def untied(config: JsonView) -> Json:
 
 
 def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Configs, tokenizer and whatever else belongs to the folder."""
+    """Copy configs, tokenizer and other files of the base that are no weights."""
     has_new_config = plan.tie is not None or plan.base.settings is not None
     companions, _ = plan.base.companions()
     for name in companions:
@@ -90,7 +90,7 @@ def _is_file_of_base(file: Path) -> bool:
 
 
 def write_index(plan: MergePlan, folder: Path) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names.
+    """Write the index: byte for byte where it still holds, else with the output's sizes and names.
 
     Of a view's shards, where there are several, it is new.
     """

@@ -131,7 +131,7 @@ def doctor(
 def examine(
     base: StrPath, adapter: StrPath, options: MergeOptions, server: str | None = None
 ) -> Report:
-    """What `doctor` says, with the options of the merge that is meant as an object."""
+    """Carry out `doctor`, with the merge's options as one object."""
     for name, path in (("base", base), ("adapter", adapter)):
         expect_path(path, name, "doctor(base, adapter)")
     if server:
@@ -189,7 +189,7 @@ def _report(
 def _merge_findings(
     pair: Pair, findings: Sequence[Finding], plan: MergePlan | LoraFxError
 ) -> Iterator[Finding]:
-    """Why merge refuses the pair, or would once what the checks found is mended."""
+    """Why merge refuses the pair, or would refuse it once the other findings are mended."""
     errors = [
         finding for finding in findings if finding.severity == ERROR and finding.check not in VALUES
     ]
@@ -211,7 +211,10 @@ def _merge_findings(
 
 
 def _accepted(finding: Finding, options: MergeOptions) -> Finding:
-    """A finding that merge takes: a note where an option was given for it, else a warning."""
+    """Lower the severity of a finding that merge accepts.
+
+    It becomes a note where the caller gave the option that accepts it, else a warning.
+    """
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
     options = TAKEN_BY.get(finding.check, ())

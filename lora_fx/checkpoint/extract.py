@@ -98,7 +98,7 @@ def extraction(
     options: ExtractOptions,
     progress: Callable[[float], None] | None = None,
 ) -> Extraction:
-    """As extract, with the report.
+    """Extract as `extract` does, and return the report too.
 
     Args:
         base: As of `extract`.
@@ -188,7 +188,7 @@ def _differs(pair: TensorPair) -> bool:
 
 
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
-    """The update of one tensor and its row.
+    """Approximate the Δ of one tensor by a low-rank update; returns it and its row of the report.
 
     Where `energy` chooses the rank, so many singular values are computed that they hold it: 16 at
     first, then twice as many, until they do or the cap is reached.
@@ -254,7 +254,7 @@ def _rank_for(singular_values: Sequence[Array], energy: float) -> int | None:
 
 
 def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
-    """Factors of the stored matrices as an update."""
+    """Make an update of the factors of the stored matrices."""
     a = np.stack([factor for factor, _ in factors])
     b = np.stack([factor for _, factor in factors])
     if use.swapped:
@@ -274,7 +274,7 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
 def _notes(
     rows: Sequence[Extracted], tensor_uses: Mapping[str, TensorUse], left_out: Sequence[str]
 ) -> Iterator[str]:
-    """What must be said of updates that hold little of Δ, of tied tables, of vectors left out."""
+    """Notes of updates that hold little of Δ, of tied tables and of vectors that are left out."""
     for row in rows:
         share = 1 - row.relative**2
         if not row.enough:

@@ -1,4 +1,4 @@
-"""What extract is asked for."""
+"""The options of extract."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_RANK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractOptions:
-    """What `extract` is asked for; an object that exists is in order."""
+    """The options of `extract`, checked when they are made."""
 
     rank: int | None = None
     energy: float | None = None

@@ -78,7 +78,7 @@ def scope_of(
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names as one line of an error can hold them."""
+    """Shorten names to what one line of an error can hold."""
     return [one_line(name, 100) for name in names]
 
 

@@ -22,7 +22,7 @@ NamedTensors = tuple[str, Tensors, JsonView]
 
 @dataclass(frozen=True)
 class Sides:
-    """What is compared.
+    """The tensors of both checkpoints, as they are compared.
 
     Attributes:
         base: The base's tensors; a use that the tuned model tells apart has a name of its own.
@@ -41,7 +41,7 @@ class Sides:
 
 
 def sides_of(base_side: NamedTensors, tuned_side: NamedTensors) -> Sides:
-    """Both sides with their ties resolved.
+    """Resolve the ties of both sides.
 
     Raises:
         LoraFxError: The tuned model has a head of its own, and the base cannot be given one.

@@ -1,4 +1,4 @@
-"""What an extraction found: an adapter, and how near each update is to its Δ."""
+"""The result of an extraction: an adapter, and how near each update is to its Δ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.text import Json, short, table
 
 @dataclass(frozen=True)
 class Extracted:
-    """One update. Norms are Frobenius's.
+    """How near one update is to its Δ. Norms are Frobenius's.
 
     Attributes:
         key: The tensor's name.

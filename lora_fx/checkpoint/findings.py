@@ -1,4 +1,4 @@
-"""What a check of doctor finds."""
+"""The findings of doctor's checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOTE = "note"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check found.
+    """A finding of one of doctor's checks.
 
     Attributes:
         keys: Keys of the adapter, or names of tensors, that it is about.

@@ -32,7 +32,7 @@ from lora_fx.files.safetensors import TensorInfo
 
 @dataclass(frozen=True)
 class TensorFold:
-    """What happens to one stored tensor.
+    """The fold of one stored tensor: its rectangles and replaced rows.
 
     Attributes:
         name: The tensor's name.
@@ -49,7 +49,7 @@ class TensorFold:
     residuals: Mapping[int, Array] = field(default_factory=dict)
 
     def block(self, stored: Array, low: int, dtype: str, space: Space) -> tuple[Array, Stats]:
-        """New rows and what changed.
+        """Fold a block of rows; returns the new rows and their sums.
 
         Args:
             stored: Rows low ≤ i < low + len(stored) as stored, [n, columns].
@@ -106,14 +106,14 @@ class TensorFold:
         return folded, folded - weight
 
     def factor(self, i: int, rectangle: Rectangle, sums: Array, low: int, high: int) -> Array:
-        """What W + ΔW is multiplied by, shaped to multiply rows low ≤ i < high."""
+        """The factor of W + ΔW, shaped to multiply rows low ≤ i < high."""
         if rectangle.transposed:
             return self.columns[i][None, :]
         rows = slice(low - rectangle.top, high - rectangle.top)
         return rectangle.row_factors(rows, squares(sums), f"tensor {self.name!r}")[:, None]
 
     def error(self, weight: Array, folded: Array, result: Array, low: int) -> LoraFxError:
-        """Which value is no number: of the base, of the sum, or of what is stored."""
+        """The error that names the first value that is no number: of base, sum or result."""
         for what, array, values, hint in (
             ("the base has", weight, weight, "is the checkpoint damaged?"),
             (
@@ -146,13 +146,13 @@ def _adds_to_all(rectangle: Rectangle, low: int, high: int, columns: int) -> boo
 
 
 def arithmetic(source: str, dtype: str) -> Floating:
-    """What a tensor is folded in: fp32, or fp64 where it is stored so before or after."""
+    """The dtype that a tensor is folded in: fp32, or fp64 where it is or will be stored so."""
     return np.float64 if "float64" in (source, dtype) else np.float32
 
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """The threads here are the parallel ones; BLAS's own would wait for each other."""
+    """Run a block with one BLAS thread: a merge's own threads are the parallel ones."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"):
@@ -160,7 +160,7 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def prepared(fold: TensorFold, source: TensorInfo) -> TensorFold:
-    """The fold with what needs the whole tensor: factors of columns, and changed bases.
+    """Prepare what needs the whole tensor: factors of columns, and changed bases.
 
     A base that an initialisation changed is held whole; the norms are summed up block by block.
     """

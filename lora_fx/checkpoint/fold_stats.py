@@ -1,4 +1,4 @@
-"""What a fold did to the elements that it went over."""
+"""Sums that say how a fold changed the elements of a tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_fx.dtypes import Array
 
 @dataclass
 class Stats(Applied):
-    """What a fold did to the elements it went over; sums, so that blocks can be added up.
+    """How a fold changed the elements that it went over, as sums that can be added up by blocks.
 
     Attributes:
         elements: How many.
@@ -30,7 +30,7 @@ class Stats(Applied):
     own: float = 0.0
 
     def add(self, other: Stats) -> None:
-        """Add another block's."""
+        """Add the sums of another block."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -52,7 +52,7 @@ class Stats(Applied):
 
     @property
     def coarse(self) -> float | None:
-        """What quantising W itself is taken to have missed, over ‖W‖; None for a W of zeros."""
+        """The error that quantising W is taken to have made, over ‖W‖; None for a W of zeros."""
         if not self.weight:
             return None
         return float(np.sqrt(self.own / self.weight))

@@ -1,4 +1,4 @@
-"""Which rows of a fused weight are whose, where the names of its parts do not say.
+"""Which rows of a fused weight belong to q, k and v, or to gate and up.
 
 ================================  ==================================================
 all others                        q, then k, then v; gate, then up

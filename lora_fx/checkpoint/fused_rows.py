@@ -36,7 +36,7 @@ _SPAN = re.compile(r"\d{1,6}:\d{1,6}(:[1-9]\d{0,5})?")
 
 
 def known_rows(adapter: Adapter, base: Tensors, config: JsonView, *, apart: bool) -> Rows:
-    """The wholes and parts of an adapter by its base, which has either of them.
+    """Find the fused weights that an adapter updates, whole or in parts, by its base.
 
     Args:
         adapter: Its keys may have a prefix more, or less, than the base's names.
@@ -104,7 +104,7 @@ def _rows_by_base(
 
 
 def _usual_names(roles: Roles) -> dict[Roles, str]:
-    """What most models call a fused weight and its parts."""
+    """The names that most models have for a fused weight and its parts."""
     names: dict[Roles, str] = {(role,): f"{role}_proj.weight" for role in roles}
     if "q" in roles:
         names[roles] = "qkv_proj.weight"
@@ -129,7 +129,7 @@ def _by_module(names: Iterable[str]) -> dict[str, dict[Roles, str]]:
 
 
 def rows_of_map(adapter: Adapter, table: JsonView, where: str) -> Rows:
-    """The wholes and parts of an adapter by a file's table.
+    """Find the fused weights that an adapter updates, whole or in parts, by a file's table.
 
     Args:
         adapter: Its keys.

@@ -33,7 +33,7 @@ HINT = (
 
 @dataclass(frozen=True)
 class Int8:
-    """How a weight [rows, columns] of int8 codes is stored.
+    """The layout of a weight [rows, columns] of int8 codes.
 
     Attributes:
         scheme: How it is quantised, for people.

@@ -1,4 +1,4 @@
-"""What the loaded model calls the tensors of a file: the table of releases, applied to its names.
+"""The loaded model's names of a file's tensors: the table of releases, applied to its names.
 
 `lora_fx.checkpoint.releases` has the table. A stack of experts that the file has one by one is a
 `Stack`: which tensor holds which rows of it.
@@ -43,7 +43,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loaded model calls the tensors of a file, where it calls them otherwise.
+    """The loaded model's names of a file's tensors, where they are others.
 
     Attributes:
         names: Name in the model → in the file.

@@ -251,7 +251,7 @@ def _check_codes(
     adapters: Sequence[WeightedAdapter],
     options: MergeOptions,
 ) -> None:
-    """Raise where an update is of codes, and the hint says what each way to merge it costs."""
+    """Raise where an update is of codes; the hint says what each way to merge it costs."""
     try:
         refuse_codes(adapter.entries, base, base.config())
     except LoraFxError as error:
@@ -270,7 +270,7 @@ def _check_codes(
 def _cost_of_codes(
     base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
 ) -> str:
-    """What merging into codes would cost, either way; empty where neither can be done."""
+    """The cost of each way to merge into codes; empty where neither can be done."""
     try:
         plan = make_plan(base, adapters, replace(options, dequantise=True))
         folds = [
@@ -292,7 +292,7 @@ def _cost_of_codes(
 
 @dataclass(frozen=True)
 class _Parted:
-    """The updates once a tied table's uses are parted, where one of them changes alone.
+    """All updates, after the uses of a tied table were parted where one of them changes alone.
 
     Attributes:
         placed: The updates.
@@ -332,7 +332,7 @@ def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _P
 def _changes(
     parted: _Parted, base: Checkpoint, stored: Checkpoint, options: MergeOptions
 ) -> dict[str, TensorChange]:
-    """What becomes of each tensor, in the order of the base, and of tensors to add.
+    """The change of each tensor, in the order of the base, then of tensors to add.
 
     Args:
         parted: All updates.
@@ -365,7 +365,7 @@ def _changes(
 
 
 def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
-    """What a float tensor is stored in; None for as it is."""
+    """The dtype that a float tensor is to be stored in; None where it stays as it is."""
     if isinstance(info, CodesInfo):
         return options.dtype_of_codes
     return options.dtype

@@ -35,7 +35,7 @@ def match(
     allow_missing: bool = False,
     source: str = "ADAPTER",
 ) -> tuple[list[Placed], list[str]]:
-    """Every entry at its tensor, and notes.
+    """Place every entry of an adapter at its tensor; returns notes too.
 
     Args:
         adapter: Bound or not.

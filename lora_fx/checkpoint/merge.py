@@ -121,7 +121,7 @@ def merge(
 
 
 def plan_merge(base: StrPath, adapters: Adapters, options: MergeOptions | None = None) -> MergePlan:
-    """What `merge` with these options would do; nothing is written."""
+    """Plan what `merge` would do with these options; nothing is written."""
     options = options or MergeOptions()
     base = local(base)
     with explained(base), trusting(options.trust):
@@ -243,7 +243,7 @@ def cores() -> int:
 def read_adapters(
     adapters: Adapters, most: int | None = None, base: Path | None = None
 ) -> list[WeightedAdapter]:
-    """Adapters as `merge` takes them, read; `most` and `base` as of load_adapter."""
+    """Read adapters as `merge` takes them; `most` and `base` are those of load_adapter."""
     if isinstance(adapters, (str, os.PathLike, Adapter)):
         adapters = [adapters]
     return [_read_adapter(item, most, base) for item in adapters]

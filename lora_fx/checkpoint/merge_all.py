@@ -157,7 +157,7 @@ def merge_all(
 
 
 def command_line(options: MergeOptions) -> list[str]:
-    """The options of `lora-fx merge` that say the same.
+    """The command-line options of `lora-fx merge` for these options.
 
     >>> command_line(MergeOptions(dtype="fp16", untie=True))
     ['--dtype', 'float16', '--untie']
@@ -199,7 +199,7 @@ def _unanswered(code: int, stderr: str) -> Json:
 
 
 class _Running:
-    """The merges that run now.
+    """The processes of the merges that run now.
 
     Args:
         base: The checkpoint.
@@ -217,7 +217,7 @@ class _Running:
         self._processes: set[subprocess.Popen[str]] = set()
 
     def run(self, command: Sequence[str]) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr of a command."""
+        """Run a command; returns its exit code, stdout and stderr."""
         with self._lock:
             if self._stopped:
                 return -signal.SIGTERM, "", ""
@@ -233,7 +233,7 @@ class _Running:
         return process.returncode, stdout, stderr
 
     def stop(self) -> None:
-        """End those that go on, each with its own clean-up, and start no more."""
+        """End the merges that run, each with its own clean-up, and start no more."""
         with self._lock:
             self._stopped = True
             for process in self._processes:
@@ -270,7 +270,7 @@ class _Running:
         return row
 
     def _run_merge(self, job: Job) -> tuple[int, str, str]:
-        """What `run` returns of a job's merge; tried again while another merge writes its output.
+        """Run a job's merge, again while another merge writes its output; returns what `run` does.
 
         A merge of a run that was killed lives on: it may be this very one.
         """

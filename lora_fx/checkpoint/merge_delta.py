@@ -21,7 +21,7 @@ from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 
 
 def plain_in(base: str | None, adapter: Adapter, **goal: Any) -> tuple[Adapter, list[Approximated]]:
-    """An adapter as plain LoRA, see lora_fx.adapter.truncate; the base where a ΔW needs W."""
+    """Make plain LoRA of an adapter (adapter/truncate.py); `base` is read where a ΔW needs W."""
     delta_of = partial(delta_in, open_checkpoint(base)) if base else None
     return as_lora(adapter, **goal, delta_of=delta_of)
 

@@ -1,4 +1,4 @@
-"""What a merge's threads are given to do, and in which order."""
+"""The jobs of a merge's threads, and their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
 
 
 def flushed(fds: Iterable[int]) -> None:
-    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
+    """Send written data to the disk early, where the system can; the merge's end syncs it all."""
     if hasattr(os, "fdatasync"):
         for fd in fds:
             os.fdatasync(fd)

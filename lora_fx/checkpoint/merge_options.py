@@ -1,4 +1,4 @@
-"""Which numbers a merge writes, and what it accepts."""
+"""The options of a merge: which numbers it writes, and what it accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOWS = ("sum", "cat", "linear", "svd")
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Which numbers a merge writes, and what it accepts; an object that exists is in order."""
+    """The options of a merge, checked when they are made."""
 
     how: str = "sum"
     rank: int | None = None

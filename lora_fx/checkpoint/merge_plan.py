@@ -1,4 +1,4 @@
-"""The plan of a merge: what becomes of each tensor, and what its metadata will say."""
+"""The plan of a merge: the change of each tensor, and the record in the output's metadata."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WeightedAdapter:
     stated: bool = False
 
     def record(self) -> Json:
-        """What the metadata of a merge keeps of it."""
+        """The adapter's part of the output's metadata."""
         return {"hash": self.hash, "weight": self.weight, **hub_record(self.path)}
 
 
@@ -122,7 +122,7 @@ class MergePlan:
         return self.base.size + self.touched_bytes - replaced
 
     def to_json(self) -> Json:
-        """What a dry run prints."""
+        """The JSON of a dry run."""
         return {
             "tensors": [change.to_json() for change in self.changes.values()],
             "touched_bytes": self.touched_bytes,

@@ -62,7 +62,7 @@ def _rounding_warnings(plan: MergePlan, stats: Mapping[str, Stats]) -> Iterator[
 
 
 def _output_warnings(plan: MergePlan) -> Iterator[str]:
-    """What a caller may not expect of the output's files and config."""
+    """Warnings of what a caller may not expect of the output's files and config."""
     if any(name.endswith(PICKLES) for name in (plan.base.of or plan.base).shards):
         yield f"{plan.base.path}: its weights are pickles; the output's are safetensors"
     _, not_copied = plan.base.companions()
@@ -89,7 +89,7 @@ def _output_warnings(plan: MergePlan) -> Iterator[str]:
 
 
 def report_json(report: Report) -> Json:
-    """What report.json holds; no paths, so that equal inputs give equal folders."""
+    """The content of report.json; no paths, so that equal inputs give equal folders."""
     row = report.to_json()
     for name in ("command", "outputs", "parity"):
         row.pop(name, None)
@@ -129,7 +129,7 @@ def lines(report: Report) -> str:
 
 
 def _fold_cells(row: Json) -> list[str]:
-    """How large a tensor's update is, and what of it arrived; empty where it was not folded."""
+    """The size of a tensor's update, and the share that arrived; empty where it was not folded."""
     if row["gain"] is None:
         return ["", "", ""]
     ratio = "∞" if row["ratio"] is None else f"{row['ratio']:.2e}"
@@ -137,7 +137,7 @@ def _fold_cells(row: Json) -> list[str]:
 
 
 def _int8_cells(row: Json) -> list[str]:
-    """What quantising W + Δ, and W, has missed; empty where that is not known."""
+    """The errors of quantising W + Δ, and W; empty where they are not known."""
     if not row["int8"]:
         return ["", ""]
     numbers = [row["int8"][name] for name in _INT8_NUMBERS]

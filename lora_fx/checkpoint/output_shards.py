@@ -1,4 +1,4 @@
-"""How an output file lies on disk: its header, and where each tensor's bytes go.
+"""The layout of an output file: its header, and the place of each tensor's bytes.
 
 Names, their order and the order of the bytes are the base's; new tensors come last.
 """
@@ -21,7 +21,7 @@ from lora_fx.text import Json
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """One tensor of an output file: where it will lie, and what it is made of."""
+    """One tensor of an output file: its place, and its source."""
 
     name: str
     dtype: str
@@ -59,7 +59,7 @@ def untouched_runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
 
 
 def lay_out(plan: MergePlan, name: str, target: Path, record: str) -> Shard | None:
-    """The output file of a shard; None where nothing in it changes.
+    """Lay out the output file of a shard; None where nothing in it changes.
 
     Args:
         plan: The plan.

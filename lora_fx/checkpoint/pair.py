@@ -1,4 +1,4 @@
-"""A base and an adapter side by side, for doctor: what is known of both, sound or not."""
+"""A base and an adapter side by side, for doctor, whether they are sound or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lora_fx.targets.target import base_name
 
 @dataclass(frozen=True)
 class Pair:
-    """What the checks look at.
+    """A base and an adapter, as doctor's checks see them.
 
     Attributes:
         base: The checkpoint.

@@ -1,4 +1,4 @@
-"""doctor's checks of a base and an adapter beside each other."""
+"""doctor's checks of whether an adapter fits its base."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _unmatched(pair: Pair) -> list[str]:
 
 
 def _updates(pair: Pair) -> list[str]:
-    """Keys of what is added to a tensor; not of whole tensors."""
+    """The keys of an adapter that do not replace a tensor whole."""
     entries = pair.adapter.entries
     return [key for key, entry in entries.items() if not isinstance(entry, Full)]
 
@@ -68,7 +68,7 @@ def _is_of_other_model(pair: Pair) -> bool:
 
 
 def model(pair: Pair) -> Iterator[Finding]:
-    """The base is of the model that the adapter was trained on."""
+    """Check that the base is of the model that the adapter was trained on."""
     if not _is_of_other_model(pair):
         return
     config = {**pair.adapter.metadata, **pair.raw.config}
@@ -99,7 +99,7 @@ def model(pair: Pair) -> Iterator[Finding]:
 
 
 def _trained_model_type(config: JsonView) -> str:
-    """The type of the model that an adapter's config names as trained; empty where it does not."""
+    """The model type in an adapter's auto_mapping; empty where there is none."""
     mapping = config.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     if not isinstance(library, str):
@@ -109,7 +109,7 @@ def _trained_model_type(config: JsonView) -> str:
 
 
 def prefix(pair: Pair) -> Iterator[Finding]:
-    """The adapter's names begin as the base's do."""
+    """Check that the adapter's names begin as the base's do."""
     extra_prefix = pair.rename.prefix.more
     missing_prefix = pair.rename.prefix.less
     if pair.raw.prefixes:
@@ -159,7 +159,7 @@ def _other_prefix(pair: Pair) -> tuple[str, str] | None:
 
 
 def _prefixes_of(name: str, pair: Pair) -> Counter[tuple[str, str]]:
-    """The prefixes that would make a name that of a tensor, and of how many."""
+    """The prefixes to exchange so that a name becomes a tensor's, and for how many tensors each."""
     votes: Counter[tuple[str, str]] = Counter()
     parts = name.split(".")
     for i in range(1, len(parts) - 1):
@@ -172,7 +172,7 @@ def _prefixes_of(name: str, pair: Pair) -> Counter[tuple[str, str]]:
 
 
 def unused(pair: Pair) -> Iterator[Finding]:
-    """Every update has a tensor in the base."""
+    """Check that every update has a tensor in the base."""
     unmatched = _unmatched(pair)
     if unmatched and not _other_prefix(pair) and not _is_of_other_model(pair):
         nearest = near(base_name(unmatched[0]), [*pair.tensors])
@@ -185,7 +185,7 @@ def unused(pair: Pair) -> Iterator[Finding]:
 
 
 def missing(pair: Pair) -> Iterator[Finding]:
-    """Every layer that the config adapts has an update."""
+    """Check that every layer that the config adapts has an update."""
     if pair.refusal is not None and not pair.raw.updates:
         return  # nobody knows which updates it has
     broken = {key.removesuffix(".weight") for key in pair.raw.broken}
@@ -221,7 +221,7 @@ def _vocabulary_sizes(pair: Pair, key: str) -> tuple[int, int] | None:
 
 
 def vocabulary(pair: Pair) -> Iterator[Finding]:
-    """Embedding and head have the base's number of rows."""
+    """Check that embedding and head have the base's number of rows."""
     for key in pair.misfits:
         sizes = _vocabulary_sizes(pair, key)
         if sizes is None:
@@ -238,7 +238,7 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
 
 
 def shapes(pair: Pair) -> Iterator[Finding]:
-    """Every update has the shape of its tensor."""
+    """Check that every update has the shape of its tensor."""
     if _is_of_other_model(pair):
         return
     for key, why in pair.misfits.items():
@@ -255,7 +255,7 @@ def shapes(pair: Pair) -> Iterator[Finding]:
 
 
 def quantised(pair: Pair) -> Iterator[Finding]:
-    """The tensors to change are plain floats; int8 that merge takes is a warning."""
+    """Check that the tensors to change are plain floats; int8 that merge takes is a warning."""
     keys_by_kind: dict[tuple[str, str], list[str]] = {}
     for key in pair.adapter.entries:
         kind_and_severity = _kind_of_codes(pair, key)
@@ -308,7 +308,7 @@ def _kind_of_codes(pair: Pair, key: str) -> tuple[str, str] | None:
 
 
 def base(pair: Pair) -> Iterator[Finding]:
-    """The base is the one that the adapter was trained on, where the adapter says."""
+    """Check that the base is the one that the adapter says it was trained on."""
     try:
         why = base_note(pair.adapter, "the adapter", pair.base, pair.tensors, any_base=False)
     except LoraFxError as error:
@@ -325,7 +325,7 @@ def base(pair: Pair) -> Iterator[Finding]:
 
 
 def values(pair: Pair) -> Iterator[Finding]:
-    """The base's tensors hold finite numbers, as far as samples of them tell."""
+    """Check that samples of the base's tensors hold finite numbers."""
     broken = []
     for key in pair.adapter.entries:
         info = pair.tensor(key)
@@ -355,7 +355,7 @@ def _overflows(pair: Pair, key: str, low: LowRank) -> bool:
 
 
 def effect(pair: Pair) -> Iterator[Finding]:
-    """No update is larger than its weight."""
+    """Check that no update is larger than its weight."""
     overflowing: list[str] = []
     ratios: dict[str, float] = {}
     for key, low in pair.adapter.lowrank.items():

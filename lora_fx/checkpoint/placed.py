@@ -36,7 +36,7 @@ class Placed:
     entry: Entry
 
     def at_its_use(self, tie: Tie | None, base: Checkpoint, *, untie: bool) -> Placed:
-        """An update of one use of a tensor, at the tensor that this use will read.
+        """Move an update of one use of a tensor to the tensor that this use will read.
 
         Args:
             tie: The tie of the base's head and embedding, where it has one.
@@ -100,7 +100,7 @@ def region_of(key: str, info: TensorInfo) -> Region:
 
 
 def _is_within(bounds: Region, shape: tuple[int, ...]) -> bool:
-    """Whether bounds are some elements of each axis."""
+    """Whether bounds lie inside a shape and hold at least one element of each axis."""
     if len(bounds) != len(shape):
         return False
     return all(0 <= low < high <= size for (low, high), size in zip(bounds, shape, strict=True))

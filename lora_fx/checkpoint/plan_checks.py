@@ -1,4 +1,4 @@
-"""doctor's checks that ask the plan of a merge, or what a merge has left."""
+"""doctor's checks that ask the plan of a merge, or the record of earlier merges."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 
 
 
 def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
-    """What merge would do with these entries; `lenient` takes what a check has told already."""
+    """Plan a merge of these entries; `lenient` accepts what a check has reported already."""
     adapter = replace(pair.adapter, entries=entries)
     options = replace(pair.options, **LENIENT) if lenient else pair.options
     weighted = WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)
@@ -46,7 +46,7 @@ def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) ->
 
 
 def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxError:
-    """The plan of `lora-fx merge`, or why there is none.
+    """Plan `lora-fx merge`; returns the refusal where there is no plan.
 
     Args:
         pair: The pair.
@@ -71,7 +71,7 @@ def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxErr
 
 
 def tied(pair: Pair) -> Iterator[Finding]:
-    """No update of one use of a tensor that is both embedding and output head."""
+    """Check that no update means one use of a tensor that is both embedding and output head."""
     if pair.tie is None:
         return
     fitting = {key: entry for key, entry in pair.adapter.entries.items() if key not in pair.misfits}
@@ -88,7 +88,7 @@ def tied(pair: Pair) -> Iterator[Finding]:
 
 
 def merged(pair: Pair) -> Iterator[Finding]:
-    """The adapter is not in the base already."""
+    """Check that the adapter is not merged into the base already."""
     try:
         refuse_again(pair.base.path, history(pair.base), [("it", pair.digest)], again=False)
     except MergeRefusal:
@@ -101,7 +101,7 @@ def merged(pair: Pair) -> Iterator[Finding]:
 
 
 def added(pair: Pair) -> Iterator[Finding]:
-    """Whole tensors that the base lacks, such as a new head."""
+    """Check for whole tensors that the base lacks, such as a new head."""
     yield from about(
         [key for key in pair.adapter.full if pair.tensor(key) is None],
         "whole tensors that the base has not, such as a new head",
@@ -111,7 +111,7 @@ def added(pair: Pair) -> Iterator[Finding]:
 
 
 def trained(pair: Pair) -> Iterator[Finding]:
-    """Updates that are zero: B (or A) was never moved from its start."""
+    """Check for updates that are zero: B (or A) was never moved from its start."""
     zero: list[str] = []
     for key, low in pair.adapter.lowrank.items():
         is_added = not low.mutated and not variant_of(low).reads_weight
@@ -140,7 +140,7 @@ def trained(pair: Pair) -> Iterator[Finding]:
 
 
 def served(pair: Pair, server: str) -> Iterator[Finding]:
-    """What a program would make of the adapter, by the table of `lora_fx.formats.servers`."""
+    """Check what a program would read of the adapter, by the table of `lora_fx.formats.servers`."""
     types = model_types(pair.base.config())
     family = family_of(types) or Family()
     shapes = {name: array.shape for name, array in pair.raw.tensors.items()}

@@ -1,4 +1,4 @@
-"""Is a merged checkpoint what its plan says? And how the tensors of any two checkpoints differ.
+"""The proof that a merged checkpoint is what its plan says.
 
 What was merged is reopened. Untouched tensors are compared with the base's byte by byte. Rows of
 every touched tensor are computed again in fp64, by the definition, and compared within what
@@ -47,7 +47,7 @@ ROWS = 4
 def prove(
     plan: MergePlan, out: Checkpoint, *, rows: int | None = ROWS, threads: int = 1
 ) -> Iterator[Difference]:
-    """What differs between a merged checkpoint and what the plan says it should be.
+    """Find what differs between a merged checkpoint and its plan.
 
     Args:
         plan: The plan of the merge.
@@ -72,7 +72,7 @@ def prove(
 def _tensor(
     plan: MergePlan, out: Checkpoint, weights: Weights, name: str, rows: int | None
 ) -> Iterator[Difference]:
-    """What differs in one tensor of the output.
+    """Compare one tensor of the output with the plan.
 
     Args:
         plan: The plan of the merge.
@@ -99,7 +99,7 @@ def _tensor(
 def _recomputed(
     change: TensorChange, out: Checkpoint, weights: Weights, rows: int | None
 ) -> Iterator[Difference]:
-    """What differs in a tensor that the merge changes."""
+    """Compute some rows of a tensor again that the merge changes, and compare them."""
     info = out.tensors[change.name]
     if change.scales_of:
         return  # looked at with the codes

@@ -1,4 +1,4 @@
-"""A PEFT adapter read without judging it: what is there, under whatever names, sound or not.
+"""A PEFT adapter read without judging it: all of its tensors, sound or not.
 
 `peft.file` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
 tensors are only sorted by their names, and nothing is refused but what is no file of tensors.
@@ -60,7 +60,7 @@ class Raw:
     broken: dict[str, str] = field(default_factory=dict)
 
     def adapter(self) -> Adapter:
-        """What of it makes an adapter; `broken` says what does not. alpha is NaN where unknown."""
+        """The adapter of the sound tensors; `broken` gets the others. An unknown alpha is NaN."""
         entries: dict[str, Entry] = {}
         for key, group in self.updates.items():
             try:

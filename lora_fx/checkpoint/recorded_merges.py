@@ -1,4 +1,4 @@
-"""What a file's own records say was merged into it, planned again, merge after merge.
+"""The merges that a file's metadata records, planned again one after the other.
 
 Each merge that is recorded after those of the base is a stage: its adapters, weights and options.
 The plan of all stages is the one that `prove` checks: a tensor that several stages change is
@@ -47,7 +47,7 @@ class Recorded:
 def chain_of(
     merged: Checkpoint, base: Checkpoint, adapters: Sequence[WeightedAdapter]
 ) -> tuple[MergePlan, list[Recorded], list[str]]:
-    """What the merges should have done, in the dtypes that they have done it in.
+    """Plan a file's recorded merges again, in the dtypes that the file has.
 
     Args:
         merged: The file.
@@ -88,7 +88,7 @@ def chain_of(
 
 @dataclass(frozen=True)
 class _Assigned:
-    """Which adapters are those of which recorded merge.
+    """The adapters of each recorded merge.
 
     Attributes:
         stages: The adapters of every record.
@@ -102,7 +102,7 @@ class _Assigned:
 
 
 def _assigned(records: Sequence[JsonView], adapters: Sequence[WeightedAdapter]) -> _Assigned:
-    """The adapters of every record, by their hashes.
+    """Assign adapters to the recorded merges by their hashes.
 
     One that is recorded several times and given once is the one of all these records.
     """
@@ -217,7 +217,7 @@ def _adds_tensors(
 
 
 def _after(plan: MergePlan) -> Checkpoint:
-    """What a later merge started from: the names and the config; the values are the base's."""
+    """The start of a later merge: its names and config, with the base's values."""
     base = plan.base
     added = {name: plan.changes[name].source for name in plan.added}
     settings = base.settings
@@ -271,7 +271,7 @@ def _joined(plans: Sequence[MergePlan], merged: Checkpoint) -> MergePlan:
 def _then(
     first: TensorChange, second: TensorChange, plan: MergePlan, merged: Checkpoint
 ) -> TensorChange:
-    """A tensor after both changes.
+    """Combine two changes of a tensor, the second after the first.
 
     Raises:
         LoraFxError: The second depends on what the first has made.

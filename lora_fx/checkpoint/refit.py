@@ -49,7 +49,7 @@ class Span:
 def refitted(
     adapter: Adapter, base: str | None, fuse: bool, split: bool, table: str | None
 ) -> tuple[Adapter, list[str]]:
-    """An adapter with one update of each whole, or of each part; and what became of which.
+    """Fuse or split an adapter's updates of fused weights; returns what became of which, too.
 
     Args:
         adapter: As a loader returned it.
@@ -225,7 +225,7 @@ def _regions(adapter: Adapter, base: Tensors) -> dict[str, dict[str, str]]:
 
 
 def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
-    """An update whose rows can be moved; raises for others."""
+    """Return a LoRA or DoRA update whose rows can be moved; raise for others."""
     bias = f"{key.removesuffix('weight')}bias"
     if bias in others:
         raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
@@ -248,7 +248,7 @@ def _has_movable_rows(low: LowRank) -> bool:
 
 
 def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]) -> dict[str, str]:
-    """What a map could say of the parts of a whole: one after another, as large as is known.
+    """An example of a map: the parts of a whole one after another, as large as is known.
 
     Args:
         key: The whole.
@@ -271,7 +271,7 @@ def _example_of_rows(key: str, parts: Iterable[str], lows: Mapping[str, LowRank]
 
 
 def _size(key: str, spans: Mapping[str, str], lows: Mapping[str, LowRank], where: str) -> int:
-    """How many rows the whole has: by an update of it, or by one of a part and its rows.
+    """Count the rows of a whole, by an update of it, or by one of a part and that part's rows.
 
     Raises:
         LoraFxError: The rows of a part are not known.

@@ -1,4 +1,4 @@
-"""What releases of transformers call the parameters of a model otherwise than its file: a table.
+"""A table of the parameters that releases of transformers rename when they load a file.
 
 A release may rename parameters when it loads a checkpoint, and back when it saves it. An adapter
 made on the loaded model then has names that the file has not. A row of `RENAMED` says one such

@@ -1,4 +1,4 @@
-"""An adapter's names and a checkpoint's: what lies between them."""
+"""The way from an adapter's names to a checkpoint's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_fx.text import JsonView
 
 @dataclass(frozen=True, eq=False)
 class Renaming:
-    """What the checkpoint calls the tensors that an adapter names.
+    """The checkpoint's names of the tensors that an adapter names.
 
     A prefix that the adapter's names have more, or less, than the checkpoint's; then the names of
     the loaded model: rules of `lora_fx.targets.names`. Called with a name of the adapter it gives
@@ -82,7 +82,7 @@ class Renaming:
         return self.prefix.back(name)
 
     def tellers(self, names: Iterable[str]) -> tuple[bool, bool]:
-        """Does an adapter have names that only the file has, and some that only the model has?"""
+        """Whether an adapter has names of the file alone, and names of the model alone."""
         prefixed = [self.prefixed(name) for name in names]
         names_file = any(name in self._model_names for name in prefixed)
         names_model = any(name in self.loaded for name in prefixed)
@@ -90,7 +90,7 @@ class Renaming:
 
 
 def renaming(adapter: Adapter, tensors: Tensors, config: JsonView, notes: list[str]) -> Renaming:
-    """The names of the loaded model, and the prefix under which the most names are known."""
+    """Find the loaded model's names, and the prefix under which most names are known."""
     loaded = loaded_of(tensors, config)
     names = [base_name(key) for key in adapter.entries]
     prefix = common_prefix(names, {*tensors, *loaded.names, *loaded.stacks})

@@ -1,4 +1,4 @@
-"""W̃ + Δ back into the codes of a quantised weight, rows by rows, and what that keeps of Δ.
+"""W̃ + Δ written back into a quantised weight's codes, block by block, and the share of Δ kept.
 
 kept = ⟨Q(W̃+Δ) − W̃, Δ⟩ / ⟨Δ, Δ⟩, noise = ‖Q(W̃+Δ) − (W̃+Δ)‖ / ‖Δ‖. Which scales a format takes
 is said in its own file: new ones by its rule, or those that are stored.
@@ -31,7 +31,7 @@ LEAST = 0.5
 def recoded(
     weight: QuantisedWeight, codes: Quantised, fold: TensorFold, rows: slice, space: Space
 ) -> tuple[Stats, list[Written]]:
-    """Rows with their update, quantised anew: what changed, and what to write where.
+    """Quantise rows with their update anew; returns their sums, and the ranges to write.
 
     Args:
         weight: The weight.
@@ -62,7 +62,7 @@ def recoded(
 
 
 def joined(written: Sequence[Written]) -> Iterator[Written]:
-    """Ranges of a tensor that follow each other along a later axis as one: fewer, longer writes."""
+    """Join ranges that follow each other along a later axis: fewer, longer writes."""
     for ranges_of_tensor in by_key((part.name, part) for part in written).values():
         first = ranges_of_tensor[0]
         if first.axis and len(ranges_of_tensor) > 1:
@@ -73,7 +73,7 @@ def joined(written: Sequence[Written]) -> Iterator[Written]:
 
 
 def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
-    """What a part becomes in its tensor: offsets in bytes, and the bytes there."""
+    """The bytes that a range becomes in its tensor, with their offsets."""
     data = np.ascontiguousarray(part.data)
     if part.axis is None:
         yield part.low, data.reshape(-1).view(np.uint8).data
@@ -88,7 +88,7 @@ def ranges(part: Written, info: TensorInfo) -> Iterator[tuple[int, memoryview]]:
 
 
 def in_all(blocks: Iterable[Stats]) -> tuple[float, float]:
-    """What several weights keep, and their noise; 1 and 0 where there is no update."""
+    """The share of the update that weights keep, and their noise; 1 and 0 without update."""
     total = Stats()
     for stats in blocks:
         total.add(stats)
@@ -108,7 +108,7 @@ def refuse_loss(blocks: Iterable[Stats], where: object) -> None:
 
 
 def sampled(folds: Sequence[tuple[CodesInfo, TensorFold]], count: int = 4) -> Iterator[Stats]:
-    """What requantising some rows in the middle of some of these weights would do."""
+    """Requantise some rows in the middle of some weights, as a sample of them all."""
     writable = [(info, fold) for info, fold in folds if info.weight.anew is not None]
     step = max(1, len(writable) // count)
     for info, fold in writable[::step][:count]:

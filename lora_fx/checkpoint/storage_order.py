@@ -46,7 +46,7 @@ def kind_of(name: str, info: TensorInfo) -> WeightKind:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What tells how the weights of a checkpoint are stored.
+    """The evidence of how the weights of a checkpoint are stored.
 
     Attributes:
         votes: Kind → the orders that adapted weights of it have, as far as their shapes tell:

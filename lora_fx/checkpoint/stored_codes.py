@@ -1,4 +1,4 @@
-"""Weights that are stored quantised: which an update can be folded into, and why not the others.
+"""Which weights that are stored as codes an update can be folded into, and why no others.
 
 Folding means to requantise W + Δ. A typical Δ is far below a step of 4 bits, so rounding snaps
 back to the same codes and the adapter is lost; in FP8 the same holds for most of it. int8 with a
@@ -61,7 +61,7 @@ def codes_of(name: str, base: Checkpoint, config: JsonView) -> str:
 
 
 def stored_as(name: str, info: TensorInfo, base: Checkpoint, entries: list[Entry]) -> Int8 | None:
-    """How a weight is stored that an update can be folded into; None where as plain floats.
+    """The int8 layout of a weight that an update can be folded into; None for plain floats.
 
     Args:
         name: The tensor's name.

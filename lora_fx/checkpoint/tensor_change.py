@@ -1,4 +1,4 @@
-"""What becomes of one tensor of a checkpoint: all updates that mean it, checked against it."""
+"""The change of one tensor of a checkpoint: all of its updates, checked against it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Stage = tuple[TensorFold, str]
 
 @dataclass(frozen=True)
 class TensorChange:
-    """What becomes of one tensor of the output.
+    """The change of one tensor of the output.
 
     Attributes:
         name: In the output.
@@ -64,7 +64,7 @@ class TensorChange:
 
     @property
     def weight(self) -> TensorInfo:
-        """Where W is read."""
+        """The tensor, or the codes, that W is read from."""
         return self.codes or self.source
 
     def spans(self, most: int) -> Iterator[tuple[int, int]]:
@@ -136,7 +136,7 @@ class TensorChange:
 def change_of(
     name: str, info: TensorInfo, placed: Sequence[Placed], base: Checkpoint, dtype: str | None
 ) -> TensorChange:
-    """All updates of one tensor.
+    """Join all updates of one tensor into its change.
 
     Args:
         name: The tensor's name.
@@ -180,7 +180,7 @@ def change_of(
 
 
 def _whole_of(name: str, placed: Sequence[Placed], base: Checkpoint) -> Full | None:
-    """What replaces a tensor whole; None where nothing does.
+    """The entry that replaces a tensor whole; None where there is none.
 
     Raises:
         LoraFxError: Another update changes the tensor too.
@@ -209,7 +209,7 @@ def _as_rows(info: TensorInfo) -> Matrix:
 def requantised(
     name: str, info: CodesInfo, placed: Sequence[Placed], base: Checkpoint
 ) -> dict[str, TensorChange]:
-    """All updates of a weight whose codes are made anew: what becomes of the tensors of it.
+    """Join all updates of a weight whose codes are made anew; returns the change of each tensor.
 
     Raises:
         LoraFxError: A format that is read and not written, a whole tensor in the place of codes.
@@ -244,7 +244,7 @@ def requantised(
 
 
 def scales_change(name: str, info: TensorInfo, weight: str) -> TensorChange:
-    """What becomes of the scales of a weight that is quantised anew."""
+    """The change of the scales of a weight that is quantised anew."""
     what = (f"new scales of {weight}",)
     return TensorChange(name, info, info.dtype, what=what, scales_of=weight)
 

@@ -20,7 +20,7 @@ from lora_fx.text import Json, strict_json
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not what it should be.
+    """A tensor that differs from what it should be.
 
     Attributes:
         tensor: Its name.
@@ -45,7 +45,7 @@ class Difference:
 
 
 def unlike(a: Tensors, b: Tensors, tol: float = 0.0) -> Iterator[Difference]:
-    """Every tensor of `a` that is not that of `b`, the reference.
+    """Find the tensors of `a` that differ from those of `b`, the reference.
 
     Args:
         a: Tensors of one checkpoint.

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are for, by names, shapes and config.json: no graph is read.
+"""How a model reads the tensors of a checkpoint, by names, shapes and config.json alone.
 
 ==========  ========================================  =======================================
 linear      [out, in]                                 the rule for two dimensions
@@ -43,7 +43,7 @@ _LANGUAGE = re.compile(r"LMHead|ForCausalLM|ForMaskedLM|ForConditionalGeneration
 
 @dataclass(frozen=True)
 class TensorUse:
-    """How one tensor is read as matrices.
+    """How a model reads one tensor as matrices.
 
     Attributes:
         layout: None for a tensor that has no low-rank update.
@@ -77,7 +77,7 @@ def config_of(path: str | Path) -> JsonView:
 def uses(
     tensors: Tensors, found: Found, config: JsonView, fan_in_fan_out: bool | None, table: str | None
 ) -> dict[str, TensorUse]:
-    """How every tensor is read.
+    """How a model reads every tensor.
 
     Args:
         tensors: The checkpoint's tensors.

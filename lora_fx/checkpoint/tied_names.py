@@ -1,4 +1,4 @@
-"""What an embedding table and an output head are called, tied and apart: one table for all verbs.
+"""The names of embedding tables and output heads, tied and untied: one table for all verbs.
 
 Names are those of transformers' files. A tied head is not stored; untied, the same classes look for
 it under `head`, and for whatever else the config's one flag has tied: `lookups` are other names of
@@ -41,7 +41,7 @@ def generates(classes: Iterable[object]) -> bool:
 
 @dataclass(frozen=True)
 class Tie:
-    """A table that is the head too, and what one flag of the config ties besides.
+    """A table that is the output head too, and the other names that the config's one flag ties.
 
     Attributes:
         table: The table's name; it is stored where the two are tied.
@@ -73,7 +73,7 @@ class Tie:
         return known | dict(tensors)
 
     def new(self, tensors: Collection[str]) -> dict[str, str]:
-        """What an untied file has and this one lacks: name → the tensor it is a copy of."""
+        """The tensors that an untied file has and this one lacks: name → the tensor to copy."""
         copies: dict[str, str] = {}
         for name, source in self.sources().items():
             if name in tensors or source not in tensors:

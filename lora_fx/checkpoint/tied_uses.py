@@ -140,7 +140,7 @@ def _is_looked_up(update: Placed) -> bool:
 
 
 def both(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
-    """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
+    """True for an update of table and head at once; PEFT means both by rows of tokens."""
     if not isinstance(update.entry, ReplacedRows):
         return is_tied(update.entry)
     return not any(
@@ -149,7 +149,7 @@ def both(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
 
 
 def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
-    """The updates, with whole tensors of table, head and lookups as one where they are equal.
+    """Make one update of equal whole tensors of table, head and lookups.
 
     PEFT saves a tied table under each name of its modules, and the same numbers where it keeps
     them tied (ensure_weight_tying).
@@ -175,7 +175,7 @@ def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:
 def of_one_use(
     placed: Sequence[Placed], tie: Tie, config: JsonView, where: str, *, untie: bool
 ) -> list[Placed]:
-    """The updates that mean one use of a tied table, but not all: for them the two are untied.
+    """The updates that mean one use of a tied table and not all; for them the uses are untied.
 
     Args:
         placed: All updates.
@@ -235,7 +235,7 @@ def _check_lookups(of_one: Sequence[Placed], tie: Tie, where: str) -> None:
 
 
 def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[Placed]:
-    """The updates, and each once more for every other tensor among `names` that it means.
+    """Repeat each update for every other tensor among `names` that it means.
 
     1. The two names of a bias are one, unless each has an update.
     2. A name that is no tensor of its own is the one that it stands for.

@@ -13,7 +13,7 @@ from lora_fx.text import JsonView, is_whole
 
 
 def other_model(adapter: Adapter, where: str, base: Checkpoint) -> str:
-    """What the configs of an adapter and of a checkpoint say that each is of.
+    """A message that the configs of an adapter and a checkpoint name two models.
 
     Empty where one of them does not say it, or both name the same.
     """

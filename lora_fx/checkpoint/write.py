@@ -124,7 +124,7 @@ class _Run:
     def go(
         self, touched: list[Shard], untouched: dict[str, Path], *, link: bool
     ) -> dict[str, Stats]:
-        """Files are made at their full size, filled by the threads, and get their headers.
+        """Make files of their full size, let the threads fill them, and write their headers.
 
         Args:
             touched: Files in which something changes.
@@ -207,7 +207,7 @@ class _Run:
         return self.sources[path]
 
     def _copies(self, name: str, target: Path, *, link: bool) -> Iterator[Job]:
-        """Jobs that copy a whole shard, in the cheapest way there is; the file is made at once."""
+        """Jobs that copy a whole shard; none where it can be linked or cloned at once."""
         path = self.plan.base.folder / name
         head = self.plan.base.shards[name].data
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -280,12 +280,12 @@ class _Run:
 
     @property
     def _space(self) -> Space:
-        """The calling thread's."""
+        """The calling thread's reusable arrays."""
         space: Space = self.spaces.__dict__.setdefault("space", Space())
         return space
 
     def _recode(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        """Codes of rows made anew, and their scales where the format makes new ones."""
+        """Make codes of rows anew, and scales where the format has new ones; write both."""
         assert change.codes is not None
         weight = change.codes.weight
         codes = weight.read(slice(low, high))
