@@ -16,7 +16,7 @@ from lora_fx.checkpoint.adapter_file_checks import OF_FILE
 from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding
 from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import MergePlan
-from lora_fx.checkpoint.missing_layers import absent_of
+from lora_fx.checkpoint.missing_layers import missing_layers_of
 from lora_fx.checkpoint.pair import Pair, open_pair
 from lora_fx.checkpoint.pair_checks import (
     base,
@@ -169,7 +169,7 @@ def _report(
     details = {
         "used": used,
         "unused": len(rows) - used,
-        "missing": len(absent_of(pair.adapter, pair.rename)),
+        "missing": len(missing_layers_of(pair.adapter, pair.rename)),
         "findings": [finding.to_json() for finding in findings],
         "updates": list(rows),
         "merge": plan.message if isinstance(plan, LoraFxError) else "",

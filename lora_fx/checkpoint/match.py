@@ -14,11 +14,11 @@ from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry, twins_of
 from lora_fx.checkpoint.expert_stacks import EXPERT_NAME, placed_in_stack, stacked
 from lora_fx.checkpoint.fused_rows import known_rows
-from lora_fx.checkpoint.missing_layers import absent_of
+from lora_fx.checkpoint.missing_layers import missing_layers_of
 from lora_fx.checkpoint.placed import Placed, region_of, use_of, with_layout
 from lora_fx.checkpoint.refusal import MISSING, UNUSED, MergeRefusal
 from lora_fx.checkpoint.renaming import Renaming, renaming
-from lora_fx.checkpoint.storage_order import turned_weights
+from lora_fx.checkpoint.storage_order import in_out_weights
 from lora_fx.files.safetensors import Tensors
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView, near, some
@@ -55,7 +55,7 @@ def match(
     notes: list[str] = []
     rename = renaming(adapter, tensors, config, notes)
     adapter = stacked(adapter, rename)
-    in_out = turned_weights(adapter, rename, where, notes)
+    in_out = in_out_weights(adapter, rename, where, notes)
 
     placed: list[Placed] = []
     unmatched: list[str] = []
@@ -170,7 +170,7 @@ def _check_missing(
     Raises:
         LoraFxError: There are, and they are not allowed.
     """
-    missing = absent_of(adapter, rename)
+    missing = missing_layers_of(adapter, rename)
     if not missing:
         return []
     name, target_module = next(iter(missing.items()))

@@ -14,7 +14,7 @@ from lora_fx.text import JsonView
 _EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
 
 
-def absent_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
+def missing_layers_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
     """Module of the base that PEFT would have adapted and the adapter lacks → by which entry.
 
     PEFT compares target_modules with the names of the model that it was given, which are the

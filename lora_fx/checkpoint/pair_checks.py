@@ -13,7 +13,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding, about
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.int8 import HINT
-from lora_fx.checkpoint.missing_layers import absent_of
+from lora_fx.checkpoint.missing_layers import missing_layers_of
 from lora_fx.checkpoint.pair import Pair, sample
 from lora_fx.checkpoint.plan_checks import planned
 from lora_fx.checkpoint.stored_codes import codes_of, stored_as
@@ -113,7 +113,7 @@ def prefix(pair: Pair) -> Iterator[Finding]:
     extra_prefix = pair.rename.prefix.more
     missing_prefix = pair.rename.prefix.less
     if pair.raw.prefixes:
-        return  # told by names
+        return  # a finding of `names`
     if extra_prefix or missing_prefix:
         how = (
             f"with {extra_prefix!r} before them" if extra_prefix else f"without {missing_prefix!r}"
@@ -189,7 +189,7 @@ def missing(pair: Pair) -> Iterator[Finding]:
     if pair.refusal is not None and not pair.raw.updates:
         return  # nobody knows which updates it has
     broken = {key.removesuffix(".weight") for key in pair.raw.broken}
-    absent = [name for name in absent_of(pair.adapter, pair.rename) if name not in broken]
+    absent = [name for name in missing_layers_of(pair.adapter, pair.rename) if name not in broken]
     if absent and not _is_of_other_model(pair) and not _other_prefix(pair):
         yield Finding(
             [f"{name}.weight" for name in absent],

@@ -9,7 +9,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.refusal import SHAPES, TIED, MergeRefusal
-from lora_fx.checkpoint.storage_order import lookup
+from lora_fx.checkpoint.storage_order import is_lookup
 from lora_fx.checkpoint.tied_names import Tie
 from lora_fx.errors import LoraFxError, MisfitError
 from lora_fx.files.checkpoint import Checkpoint, says_tied
@@ -222,6 +222,6 @@ def layout_in(change: Change, shape: tuple[int, ...], in_out: bool) -> Layout | 
     if sides == (in_, out) and len(shape) == count + 2:
         swapped = Layout(shape, batch_axes, (count + 1,), (count,), shape)
 
-    if lookup(change) or (in_out and swapped is not None):
+    if is_lookup(change) or (in_out and swapped is not None):
         return swapped
     return swapped if out_in is None else out_in

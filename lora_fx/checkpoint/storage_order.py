@@ -140,12 +140,12 @@ def is_conv1d_name(name: str) -> bool:
     return bool(CONV1D_NAMES.search(name))
 
 
-def lookup(entry: Entry) -> bool:
+def is_lookup(entry: Entry) -> bool:
     """True for an update of a table that is looked up."""
     return isinstance(entry, LowRank) and entry.origin.op == "embedding"
 
 
-def turned_weights(
+def in_out_weights(
     adapter: Adapter, rename: Renaming, where: str, notes: list[str]
 ) -> frozenset[str]:
     """Names of square weights that are stored [in, out].
@@ -203,7 +203,7 @@ def _by_shapes(adapter: Adapter, rename: Renaming) -> tuple[list[str], dict[Weig
 
 def _has_doubtful_order(entry: Entry, info: TensorInfo) -> TypeGuard[Change]:
     """Whether an update of [out, in] may be of a tensor that is stored either way."""
-    if isinstance(entry, (Full, ReplacedRows, Rotation)) or lookup(entry):
+    if isinstance(entry, (Full, ReplacedRows, Rotation)) or is_lookup(entry):
         return False
     if entry.layout is not None or len(info.shape) < 2:
         return False

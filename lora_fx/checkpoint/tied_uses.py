@@ -14,7 +14,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import ReplacedRows, is_tied
 from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.refusal import TIED, MergeRefusal
-from lora_fx.checkpoint.storage_order import lookup
+from lora_fx.checkpoint.storage_order import is_lookup
 from lora_fx.checkpoint.tied_names import Tie, generates, is_head, is_table, tie_in
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, says_tied, text_config
@@ -136,10 +136,10 @@ def _is_tied_pair(update: Placed) -> bool:
 
 def _is_looked_up(update: Placed) -> bool:
     """True for an update of a table's rows as they are looked up."""
-    return isinstance(update.entry, ReplacedRows) or lookup(update.entry)
+    return isinstance(update.entry, ReplacedRows) or is_lookup(update.entry)
 
 
-def both(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
+def means_both_uses(update: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of table and head at once; PEFT means both by rows of tokens."""
     if not isinstance(update.entry, ReplacedRows):
         return is_tied(update.entry)
@@ -189,7 +189,9 @@ def of_one_use(
     """
     names = {tie.table, tie.head, *tie.lookups}
     of_one = [
-        update for update in placed if update.tensor in names and not both(update, tie, placed)
+        update
+        for update in placed
+        if update.tensor in names and not means_both_uses(update, tie, placed)
     ]
     if not of_one:
         return []
@@ -257,7 +259,7 @@ def spread(placed: Sequence[Placed], tie: Tie, names: Collection[str]) -> list[P
         for name, source in sources.items():
             if source != update.tensor or name not in names:
                 continue
-            if name == tie.head and not both(update, tie, placed):
+            if name == tie.head and not means_both_uses(update, tie, placed):
                 continue
             spread_updates.setdefault((id(update.entry), name), replace(update, tensor=name))
     return list(spread_updates.values())
