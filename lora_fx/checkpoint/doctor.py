@@ -217,8 +217,8 @@ def _accepted(finding: Finding, options: MergeOptions) -> Finding:
     """
     if finding.severity != ERROR or finding.check in VALUES:
         return finding
-    options = TAKEN_BY.get(finding.check, ())
-    is_asked = any(getattr(options, option) for option in options)
+    names = TAKEN_BY.get(finding.check, ())
+    is_asked = any(getattr(options, name) for name in names)
     return replace(finding, severity=NOTE if is_asked else WARNING)
 
 

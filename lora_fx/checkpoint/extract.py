@@ -10,13 +10,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.lowrank import (
+    Full,
+    LowRank,
+    Triplets,
+    above_noise,
+    balanced,
+    leading,
+    squared_distance,
+)
 from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.base_fingerprint import file_fingerprint
@@ -187,57 +195,96 @@ def _differs(pair: TensorPair) -> bool:
     return any(pair.delta(i)[0].any() for i in range(pair.batch))
 
 
+DeltaOf = Callable[[int], tuple[Array, float, float]]
+"""The number of a matrix of a stack → Δ, ‖Δ‖² and ‖base‖²."""
+
+
+@dataclass(frozen=True)
+class _Decomposition:
+    """The leading singular triplets of each matrix of one tensor's Δ.
+
+    Attributes:
+        triplets: Of each matrix.
+        delta_energies: ‖Δ‖² of each matrix.
+        base_energies: ‖base‖² of each matrix.
+    """
+
+    triplets: list[Triplets]
+    delta_energies: list[float]
+    base_energies: list[float]
+
+    @property
+    def energy(self) -> float:
+        """‖Δ‖² of the whole tensor."""
+        return math.fsum(self.delta_energies)
+
+    @property
+    def singular_values(self) -> list[Array]:
+        """The computed singular values of each matrix."""
+        return [values for _, values, _ in self.triplets]
+
+
+def _decompose(pair: TensorPair, delta_of: DeltaOf, count: int, seed: int) -> _Decomposition:
+    """Compute the first `count` singular triplets of each matrix of a tensor's Δ."""
+    decomposition = _Decomposition([], [], [])
+    for i in range(pair.batch):
+        delta, delta_energy, base_energy = delta_of(i)
+        random = generator(f"{pair.key}[{i}]", seed)
+        decomposition.triplets.append(leading(delta, count, random))
+        decomposition.delta_energies.append(delta_energy)
+        decomposition.base_energies.append(base_energy)
+    return decomposition
+
+
 def _approximate(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:
     """Approximate the Δ of one tensor by a low-rank update; returns it and its row of the report.
 
     Where `energy` chooses the rank, so many singular values are computed that they hold it: 16 at
     first, then twice as many, until they do or the cap is reached.
     """
-    delta = functools.lru_cache(1)(pair.delta)  # one matrix at a time
+    delta_of = functools.lru_cache(1)(pair.delta)  # one matrix at a time
     limit = min(options.limit, pair.rows, pair.columns)
     count = limit if options.energy is None else min(limit, RANK)
     while True:
-        decompositions = []
-        delta_energies: list[float] = []
-        base_energies: list[float] = []
-        for i in range(pair.batch):
-            matrix, changed, original = delta(i)
-            delta_energies.append(changed)
-            base_energies.append(original)
-            random = generator(f"{pair.key}[{i}]", options.seed)
-            decompositions.append(leading(matrix, count, random))
-        energy = math.fsum(delta_energies)
+        decomposition = _decompose(pair, delta_of, count, options.seed)
+        energy = decomposition.energy
         if not energy:
             return None, None
-        singular_values = [values for _, values, _ in decompositions]
         rank: int | None = count
         if options.energy is not None:
-            rank = _rank_for(singular_values, options.energy * energy)
+            rank = _rank_for(decomposition.singular_values, options.energy * energy)
         if rank is not None or count == limit:
             break
         count = min(limit, 2 * count)
 
-    factors = [balanced(*parts, rank or count) for parts in decompositions]
-    missed = math.fsum(squared_distance(delta(i)[0], a, b) for i, (a, b) in enumerate(factors))
-    largest = math.fsum(float(values[0]) ** 2 for values in singular_values)
-    shape = (pair.rows, pair.columns)
-    above = [
-        above_noise(values, changed, shape)
-        for values, changed in zip(singular_values, delta_energies, strict=True)
-    ]
+    is_enough = rank is not None
+    rank = rank or count
+    factors = [balanced(*triplets, rank) for triplets in decomposition.triplets]
+    missed = [squared_distance(delta_of(i)[0], a, b) for i, (a, b) in enumerate(factors)]
     row = Extracted(
         key=pair.key,
         shape=pair.base.shape,
-        rank=rank or count,
+        rank=rank,
         norm=math.sqrt(energy),
-        base_norm=math.sqrt(math.fsum(base_energies)),
-        error=math.sqrt(missed),
-        stable_rank=energy / largest,
-        above_noise=max(above),
+        base_norm=math.sqrt(math.fsum(decomposition.base_energies)),
+        error=math.sqrt(math.fsum(missed)),
+        stable_rank=energy / _largest_energy(decomposition),
+        above_noise=_above_noise(decomposition, (pair.rows, pair.columns)),
         known=count,
-        enough=rank is not None,
+        enough=is_enough,
     )
     return _update(use, factors), row
+
+
+def _largest_energy(decomposition: _Decomposition) -> float:
+    """The sum of the squares of the largest singular values."""
+    return math.fsum(float(values[0]) ** 2 for values in decomposition.singular_values)
+
+
+def _above_noise(decomposition: _Decomposition, shape: tuple[int, int]) -> int:
+    """How many singular values are above what noise would have; the most of a stack."""
+    energies = zip(decomposition.singular_values, decomposition.delta_energies, strict=True)
+    return max(above_noise(values, energy, shape) for values, energy in energies)
 
 
 def _rank_for(singular_values: Sequence[Array], energy: float) -> int | None:
