@@ -14,8 +14,8 @@ from pathlib import Path
 from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.checkpoint.adapter_file_checks import OF_FILE
 from lora_fx.checkpoint.findings import ERROR, NOTE, WARNING, Finding
-from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import MergePlan
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.missing_layers import missing_layers_of
 from lora_fx.checkpoint.pair import Pair, open_pair
 from lora_fx.checkpoint.pair_checks import (

@@ -29,9 +29,9 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.base_fingerprint import file_fingerprint
 from lora_fx.checkpoint.extract_options import RANK, ExtractOptions
+from lora_fx.checkpoint.extract_result import Extracted, Extraction, Outcome
 from lora_fx.checkpoint.extract_scope import scope_of
 from lora_fx.checkpoint.extract_sides import check_lookups, sides_of
-from lora_fx.checkpoint.extraction import Extracted, Extraction, Outcome
 from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.tensor_pair import TensorPair, pair_of
 from lora_fx.checkpoint.tensor_uses import TensorUse, config_of, uses

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from lora_fx.adapter.adapter import OTHER_READERS, Adapter, mix
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.match import match
-from lora_fx.checkpoint.merge_options import MergeOptions
 from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.placed import Placed
 from lora_fx.checkpoint.provenance import history, refuse_again
 from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal

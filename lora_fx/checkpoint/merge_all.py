@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 
 from lora_fx.checkpoint.merge import cores, plan_merge
-from lora_fx.checkpoint.merge_options import MergeOptions
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files import isolated

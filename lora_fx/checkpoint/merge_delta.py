@@ -12,8 +12,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.truncate import Approximated, as_lora
 from lora_fx.checkpoint.fold import prepared
 from lora_fx.checkpoint.make_plan import make_plan
-from lora_fx.checkpoint.merge_options import LENIENT
 from lora_fx.checkpoint.merge_plan import WeightedAdapter
+from lora_fx.checkpoint.merge_settings import LENIENT
 from lora_fx.checkpoint.stored_rows import Space, read_block
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.merge_options import MergeOptions
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.checkpoint.tied_names import Tie

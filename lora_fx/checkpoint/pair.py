@@ -16,7 +16,7 @@ from lora_fx.checkpoint.expert_stacks import stacked
 from lora_fx.checkpoint.findings import Finding
 from lora_fx.checkpoint.int8 import int8_of
 from lora_fx.checkpoint.match import match, stored_names
-from lora_fx.checkpoint.merge_options import MergeOptions
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.raw_adapter import Raw, read_raw
 from lora_fx.checkpoint.renaming import Renaming, renaming

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from lora_fx.checkpoint.companions import untied
 from lora_fx.checkpoint.make_plan import make_plan
-from lora_fx.checkpoint.merge_options import HOWS, LENIENT, MergeOptions
 from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
+from lora_fx.checkpoint.merge_settings import HOWS, LENIENT, MergeOptions
 from lora_fx.checkpoint.provenance import history, layout_hash, sample_hash
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import FLOATING

@@ -15,8 +15,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.make_plan import make_plan
 from lora_fx.checkpoint.merge import Adapters, cores, read_adapters
-from lora_fx.checkpoint.merge_options import LENIENT
 from lora_fx.checkpoint.merge_plan import WeightedAdapter
+from lora_fx.checkpoint.merge_settings import LENIENT
 from lora_fx.checkpoint.prove import ROWS, prove
 from lora_fx.checkpoint.recorded_merges import chain_of
 from lora_fx.checkpoint.tensor_differences import Difference, unlike

@@ -17,9 +17,9 @@ from pathlib import Path
 from lora_fx.adapter.adapter import HOWS, Adapter, mix
 from lora_fx.checkpoint.merge import Adapters, plan_merge, read_adapters
 from lora_fx.checkpoint.merge import run as merge_checkpoint
-from lora_fx.checkpoint.merge_options import MergeOptions, refuse_rank
 from lora_fx.checkpoint.merge_plan import WeightedAdapter
 from lora_fx.checkpoint.merge_report import GAIN
+from lora_fx.checkpoint.merge_settings import MergeOptions, refuse_rank
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.checkpoint.write import Progress
 from lora_fx.compare import Parity, Report, demand
