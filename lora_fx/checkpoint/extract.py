@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from lora_fx.checkpoint.base_fingerprint import file_fingerprint
 from lora_fx.checkpoint.extract_options import RANK, ExtractOptions
 from lora_fx.checkpoint.extract_result import Extracted, Extraction, Outcome
 from lora_fx.checkpoint.extract_scope import scope_of
-from lora_fx.checkpoint.extract_sides import check_lookups, sides_of
+from lora_fx.checkpoint.extract_sides import Sides, check_lookups, sides_of
 from lora_fx.checkpoint.file_targets import targets_of
 from lora_fx.checkpoint.tensor_pair import TensorPair, pair_of
 from lora_fx.checkpoint.tensor_uses import TensorUse, config_of, uses
@@ -132,44 +132,71 @@ def extraction(
     for key in whole_keys:
         tensor_uses[key] = replace(tensor_uses[key], layout=None)
 
-    entries: dict[str, Entry] = {}
-    rows: list[Extracted] = []
-    unchanged: list[str] = []
-    left_out: list[str] = []
+    changes = _changes(scope, sides, tensor_uses, whole_keys, options, progress)
+    check_unchanged()
+    if not changes.entries:
+        hint = "is it the tuned model?"
+        if changes.left_out:
+            hint = f"only vectors differ ({changes.left_out[0]} …); --also-full takes them"
+        raise NoEffectError(f"{tuned}: no weight differs from {base}", hint)
+
+    notes += _notes(changes.rows, tensor_uses, changes.left_out)
+    low_rank = [key for key, entry in changes.entries.items() if isinstance(entry, LowRank)]
+    metadata = {"base_model_name_or_path": str(base), "notes": notes, **origin(base)}
+    metadata |= file_fingerprint(low_rank, sides.base)
+    return Extraction(
+        Adapter(changes.entries, metadata),
+        tuple(changes.rows),
+        tuple(changes.unchanged),
+        tuple(changes.left_out),
+        skipped=len(sides.base) - len(scope),
+    )
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What has changed from one checkpoint to the other.
+
+    Attributes:
+        entries: Key → its update, or its whole new tensor.
+        rows: How near each low-rank update is to its Δ.
+        unchanged: Tensors that are equal.
+        left_out: Vectors that differ and are not asked for.
+    """
+
+    entries: dict[str, Entry]
+    rows: list[Extracted]
+    unchanged: list[str]
+    left_out: list[str]
+
+
+def _changes(
+    scope: Sequence[str],
+    sides: Sides,
+    tensor_uses: Mapping[str, TensorUse],
+    whole_keys: Collection[str],
+    options: ExtractOptions,
+    progress: Callable[[float], None] | None,
+) -> _Changes:
+    """Compare every tensor in the scope, and approximate what differs."""
+    changes = _Changes({}, [], [], [])
     bytes_done = 0
     bytes_in_all = sum(sides.base[key].stop - sides.base[key].start for key in scope) or 1
     for key in scope:
         pair = pair_of(key, sides.base[key], sides.tuned[key], tensor_uses[key].lead)
         change, row = _change(pair, tensor_uses[key], options)
         if change is None:
-            unchanged.append(key)
+            changes.unchanged.append(key)
         elif isinstance(change, Full) and not options.also_full and key not in whole_keys:
-            left_out.append(key)
+            changes.left_out.append(key)
         else:
-            entries[key] = change
+            changes.entries[key] = change
         if row is not None:
-            rows.append(row)
+            changes.rows.append(row)
         bytes_done += pair.base.stop - pair.base.start
         if progress is not None:
             progress(bytes_done / bytes_in_all)
-    check_unchanged()
-
-    if not entries:
-        hint = "is it the tuned model?"
-        if left_out:
-            hint = f"only vectors differ ({left_out[0]} …); --also-full takes them"
-        raise NoEffectError(f"{tuned}: no weight differs from {base}", hint)
-    notes += _notes(rows, tensor_uses, left_out)
-    low_rank = [key for key, entry in entries.items() if isinstance(entry, LowRank)]
-    metadata = {"base_model_name_or_path": str(base), "notes": notes, **origin(base)}
-    metadata |= file_fingerprint(low_rank, sides.base)
-    return Extraction(
-        Adapter(entries, metadata),
-        tuple(rows),
-        tuple(unchanged),
-        tuple(left_out),
-        skipped=len(sides.base) - len(scope),
-    )
+    return changes
 
 
 def _change(pair: TensorPair, use: TensorUse, options: ExtractOptions) -> Outcome:

@@ -101,21 +101,13 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     codes = _codes_of(checkpoint)
     by_option = {name: info for name, info in codes.items() if int8_of(name, checkpoint) is None}
 
-    loaded: Adapter | None = None
-    refusal: LoraFxError | None = None
-    digest = ""
-    try:
-        loaded = load_adapter(path, base=base, resolve=False)
-        digest = adapter_hash(loaded)
-        loaded = loaded.resolved({**checkpoint.tensors, **by_option})
-    except LoraFxError as error:
-        refusal = error
+    loaded, refusal, digest = _read_adapter(path, base, {**checkpoint.tensors, **by_option})
     raw = Raw()
-    with contextlib.suppress(LoraFxError):  # its reader has refused it for this
+    with contextlib.suppress(LoraFxError):  # its reader refuses it for the same
         raw = read_raw(path)
-    if refusal is not None and loaded is None and raw.file is None:
-        raise refusal
     if loaded is None:
+        if refusal is not None and raw.file is None:
+            raise refusal
         loaded = raw.adapter()
 
     tie, names = tie_and_names(checkpoint, loaded.entries)
@@ -142,6 +134,26 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
         digest=digest,
         options=options,
     )
+
+
+def _read_adapter(
+    path: Path, base: str | Path, tensors: Tensors
+) -> tuple[Adapter | None, LoraFxError | None, str]:
+    """An adapter as far as its reader takes it, why it takes no more, and the adapter's hash.
+
+    Args:
+        path: Its file or folder.
+        base: The checkpoint.
+        tensors: Those of the checkpoint, by which the adapter's names are resolved.
+    """
+    adapter: Adapter | None = None
+    digest = ""
+    try:
+        adapter = load_adapter(path, base=base, resolve=False)
+        digest = adapter_hash(adapter)
+        return adapter.resolved(tensors), None, digest
+    except LoraFxError as refusal:
+        return adapter, refusal, digest
 
 
 def _codes_of(checkpoint: Checkpoint) -> Tensors:
