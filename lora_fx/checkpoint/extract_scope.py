@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from lora_fx.checkpoint.extract_options import ExtractOptions
 from lora_fx.errors import LoraFxError, lead_between, one_line
@@ -39,42 +40,64 @@ def scope_of(
         return chosen is None or len(info.shape) < 2 or name in chosen
 
     scope: list[str] = []
-    only_base: list[str] = []
-    reshaped: list[str] = []
+    misfits = _Misfits([], [name for name in only_tuned if is_compared(name, tuned_tensors[name])])
     for name, info in base_tensors.items():
         if not is_compared(name, info):
             continue
         if name not in tuned_tensors:
-            only_base.append(name)
+            misfits.only_base.append(name)
         elif tuned_tensors[name].shape != info.shape:
-            reshaped.append(name)
+            misfits.reshaped.append(name)
         else:
             scope.append(name)
 
-    problems: list[str] = []
-    if only_base:
-        problems.append(f"{len(only_base)} only in {base_path}: {some(_short(only_base))}")
-    only_tuned = [name for name in only_tuned if is_compared(name, tuned_tensors[name])]
-    if only_tuned:
-        problems.append(f"{len(only_tuned)} only in {tuned_path}: {some(_short(only_tuned))}")
-    if reshaped:
-        shapes = []
-        for name in reshaped:
-            base_shape = list(base_tensors[name].shape)
-            tuned_shape = list(tuned_tensors[name].shape)
-            shapes.append(f"{one_line(name, 100)} {base_shape} and {tuned_shape}")
-        problems.append(f"{len(reshaped)} of two shapes: {some(shapes)}")
+    problems = misfits.problems(base, tuned)
     if problems and not options.allow_missing:
         hint = (
             "--allow-missing leaves them out, and --exclude those that it names; a grown "
             "vocabulary has no low-rank update"
         )
-        if len(only_base) == len(base_tensors):
+        if len(misfits.only_base) == len(base_tensors):
             hint = _prefix_hint(base_tensors, tuned_tensors)
         raise LoraFxError(
             f"{tuned_path} does not have the tensors of {base_path}: {'; '.join(problems)}", hint
         )
     return scope, [f"not in the adapter: {problem}" for problem in problems]
+
+
+@dataclass(frozen=True)
+class _Misfits:
+    """Names of tensors that cannot be compared.
+
+    Attributes:
+        only_base: Those that the tuned model lacks.
+        only_tuned: Those that the base lacks.
+        reshaped: Those that have two shapes.
+    """
+
+    only_base: list[str]
+    only_tuned: list[str]
+    reshaped: list[str] = field(default_factory=list)
+
+    def problems(self, base: HeaderOf, tuned: HeaderOf) -> list[str]:
+        """Each kind of misfit in words."""
+        base_path, base_tensors = base
+        tuned_path, tuned_tensors = tuned
+        problems: list[str] = []
+        if self.only_base:
+            names = some(_short(self.only_base))
+            problems.append(f"{len(self.only_base)} only in {base_path}: {names}")
+        if self.only_tuned:
+            names = some(_short(self.only_tuned))
+            problems.append(f"{len(self.only_tuned)} only in {tuned_path}: {names}")
+        if self.reshaped:
+            shapes = []
+            for name in self.reshaped:
+                base_shape = list(base_tensors[name].shape)
+                tuned_shape = list(tuned_tensors[name].shape)
+                shapes.append(f"{one_line(name, 100)} {base_shape} and {tuned_shape}")
+            problems.append(f"{len(self.reshaped)} of two shapes: {some(shapes)}")
+        return problems
 
 
 def _short(names: Sequence[str]) -> list[str]:
