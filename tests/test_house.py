@@ -442,7 +442,7 @@ def test_slow_tests_are_tests() -> None:
 NODES = {
     "lora_fx": 24_000,
     "lora_fx.adapter": 29_000,
-    "lora_fx.checkpoint": 62_000,
+    "lora_fx.checkpoint": 68_000,
     "lora_fx.cli": 26_000,
     "lora_fx.files": 20_000,
     "lora_fx.files.quantised": 13_000,
