@@ -129,7 +129,7 @@ def command(
     fields: Json = {"from": source, "to": wanted, "approximated": []}
     said = ""
     if changes.kind:
-        from lora_fx.checkpoint.merge import plain_in
+        from lora_fx.checkpoint.merge_delta import plain_in
 
         loaded, rows = plain_in(base, loaded, rank=changes.rank, energy=changes.energy)
         fields["approximated"] = [row.to_json() for row in rows]
@@ -139,12 +139,12 @@ def command(
             "--rank and --energy are of --as lora", "lora-fx truncate takes ranks away"
         )
     if changes.fuse or changes.split or changes.rows:
-        from lora_fx.checkpoint.renaming import refitted
+        from lora_fx.checkpoint.refit import refitted
 
         loaded, moved = refitted(loaded, base, changes.fuse, changes.split, changes.rows)
         said += "".join(f"{line}\n" for line in moved)
     if layout:  # else experts stay as they are
-        from lora_fx.checkpoint.match import laid_for
+        from lora_fx.checkpoint.expert_stacks import laid_for
 
         loaded = laid_for(loaded, layout, base, changes.model_type)
     notes = [*loaded.metadata.get("notes", [])]

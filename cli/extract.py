@@ -23,7 +23,7 @@ from lora_fx.cli.options import (
 from lora_fx.cli.output import emit, note, say
 
 if TYPE_CHECKING:
-    from lora_fx.checkpoint.extract import ExtractOptions
+    from lora_fx.checkpoint.extract_options import ExtractOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class RecoveryOptions:
 
     def extract(self) -> ExtractOptions:
         """What an extraction is asked for; raises for options that exclude each other."""
-        from lora_fx.checkpoint.extract import ExtractOptions
+        from lora_fx.checkpoint.extract_options import ExtractOptions
 
         return ExtractOptions(
             rank=self.rank,

@@ -104,7 +104,8 @@ def command(
         _merge_onnx(base, adapters, out, dry_run, mix, checkpoint, written, force)
         return
 
-    from lora_fx.checkpoint.merge import lines, plan_merge, report_json, run
+    from lora_fx.checkpoint.merge import plan_merge, run
+    from lora_fx.checkpoint.merge_report import lines, report_json
     from lora_fx.files.atomic import check_output
 
     written.refuse_for_checkpoint()

@@ -73,7 +73,7 @@ def command(
     lora-fx merge-all ./llama adapters/* -o merged --shard $SLURM_ARRAY_TASK_ID/8
     """
     load_numpy()
-    from lora_fx.checkpoint.merge import jobs_of, merge_all
+    from lora_fx.checkpoint.merge_all import jobs_of, merge_all
     from lora_fx.files.checkpoint import open_checkpoint
 
     options = checkpoint.merge()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_fx.cli.options import TRUST, flag, option
 
 if TYPE_CHECKING:
-    from lora_fx.checkpoint.merge_plan import MergeOptions
+    from lora_fx.checkpoint.merge_settings import MergeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class CheckpointOptions:
             how: How several adapters become one.
             rank: The rank of an svd mix.
         """
-        from lora_fx.checkpoint.merge_plan import MergeOptions
+        from lora_fx.checkpoint.merge_settings import MergeOptions
 
         return MergeOptions(
             how=how,

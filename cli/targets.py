@@ -45,7 +45,7 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
         what = "names and shapes alone" if tensors else "a graph as it is"
         raise LoraFxError(f"{option} has no say for {model}, {what}", "leave it out")
     if tensors:
-        from lora_fx.checkpoint.model_families import file_targets
+        from lora_fx.checkpoint.file_targets import file_targets
 
         found = file_targets(model)
     elif onnx:

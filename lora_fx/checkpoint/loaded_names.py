@@ -1,4 +1,4 @@
-"""What the loaded model calls the tensors of a file: the table of releases, applied to its names.
+"""The loaded model's names of a file's tensors: the table of releases, applied to its names.
 
 `lora_fx.checkpoint.releases` has the table. A stack of experts that the file has one by one is a
 `Stack`: which tensor holds which rows of it.
@@ -43,7 +43,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loaded model calls the tensors of a file, where it calls them otherwise.
+    """The loaded model's names of a file's tensors, where they are others.
 
     Attributes:
         names: Name in the model → in the file.
@@ -65,55 +65,71 @@ def loaded_of(tensors: Tensors, config: JsonView) -> Loaded:
         tensors: The checkpoint's tensors.
         config: Its config.json.
     """
-    kind = config.get("model_type")
-    inner = text_config(config).get("model_type")
-    parts = renamed_parts(kind)
+    model_type = config.get("model_type")
+    parts = renamed_parts(model_type)
     model = {name_in_model(name, parts): name for name in tensors}
+
     stacks: dict[str, Stack] = {}
-    for row in stacked_experts((kind, inner)):
+    inner_type = text_config(config).get("model_type")
+    for row in stacked_experts((model_type, inner_type)):
         stacks |= _stacks(model, tensors, row)
-    in_stacks = {part.tensor for stack in stacks.values() for part in stack.parts}
-    names = {
-        new: old
-        for new, old in model.items()
-        if new != old and new not in tensors and old not in in_stacks
-    }
-    return Loaded(names, {name: s for name, s in stacks.items() if name not in tensors})
+    in_stacks: set[str] = set()
+    for stack in stacks.values():
+        in_stacks |= {matrix.tensor for matrix in stack.parts}
+
+    names: dict[str, str] = {}
+    for name, stored in model.items():
+        if name != stored and name not in tensors and stored not in in_stacks:
+            names[name] = stored
+    return Loaded(names, {name: stack for name, stack in stacks.items() if name not in tensors})
 
 
 def _stacks(model: Mapping[str, str], tensors: Tensors, row: Stacked) -> dict[str, Stack]:
     """Every stack that is whole: equal shapes, experts from 0 on without a gap."""
+    stacks = {}
+    for module, by_leaf in _expert_matrices(model).items():
+        for leaf, spellings in row.leaves.items():
+            for sources in spellings:
+                sides = [by_leaf.get(source, {}) for source in sources]
+                stack = _stack(sides, tensors)
+                if stack is not None:
+                    stacks[f"{module}.{leaf}"] = stack
+    return stacks
+
+
+def _expert_matrices(model: Mapping[str, str]) -> dict[str, dict[str, dict[int, str]]]:
+    """Module of experts → name of a matrix → expert → the tensor that holds it."""
     matrices: dict[str, dict[str, dict[int, str]]] = {}
     for name, stored in model.items():
         match = _EXPERT_WEIGHT.fullmatch(name)
         if match:
-            by_leaf = matrices.setdefault(match[1], {})
-            by_leaf.setdefault(match[3], {})[int(match[2])] = stored
-
-    result = {}
-    for module, by_leaf in matrices.items():
-        for leaf, spellings in row.leaves.items():
-            for sources in spellings:
-                stack = _stack([by_leaf.get(source, {}) for source in sources], tensors)
-                if stack is not None:
-                    result[f"{module}.{leaf}"] = stack
-    return result
+            module, expert, leaf = match.groups()
+            by_leaf = matrices.setdefault(module, {})
+            by_leaf.setdefault(leaf, {})[int(expert)] = stored
+    return matrices
 
 
 def _stack(sides: list[dict[int, str]], tensors: Tensors) -> Stack | None:
-    """The stack of matrices that lie on each other in the order of `sides`."""
+    """The stack of matrices that lie on each other in the order of `sides`; None where it is not.
+
+    Args:
+        sides: Expert → tensor, of each matrix of an expert.
+        tensors: The checkpoint's.
+    """
     experts = range(len(sides[0]))
     if not experts or any(set(side) != set(experts) for side in sides):
         return None
-    parts, at = [], 0
+    first = tensors[sides[0][0]]
+    parts: list[Part] = []
+    rows = 0
     for side in sides:
         shapes = {tensors[name].shape for name in side.values()}
-        if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+        if len(shapes) != 1:
             return None
-        parts += [Part(side[i], i, at, at + shape[0]) for i in experts]
-        at += shape[0]
-    first = tensors[sides[0][0]]
-    if any(tensors[p.tensor].shape[1] != first.shape[1] for p in parts):
-        return None
-    info = replace(first, shape=(len(experts), at, first.shape[1]))
-    return Stack(info, tuple(sorted(parts, key=lambda p: (p.expert, p.low))))
+        shape = shapes.pop()
+        if len(shape) != 2 or shape[1:] != first.shape[1:]:
+            return None
+        parts += [Part(side[i], i, rows, rows + shape[0]) for i in experts]
+        rows += shape[0]
+    info = replace(first, shape=(len(experts), rows, first.shape[1]))
+    return Stack(info, tuple(sorted(parts, key=lambda part: (part.expert, part.low))))

@@ -1,74 +1,39 @@
-"""A base and an adapter side by side, for doctor: what is known of both, sound or not."""
+"""A base and an adapter side by side, for doctor, whether they are sound or not."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.origin import Origin
-from lora_fx.adapter.qalora import grouped
-from lora_fx.adapter.updates import Entry
-from lora_fx.checkpoint.match import match, stacked, stored_names, tie_and_names
-from lora_fx.checkpoint.merge_plan import MergeOptions
-from lora_fx.checkpoint.model_families import Tie
-from lora_fx.checkpoint.provenance import adapter_hash, stretches
+from lora_fx.checkpoint.base_fingerprint import stretches
+from lora_fx.checkpoint.expert_stacks import stacked
+from lora_fx.checkpoint.findings import Finding
+from lora_fx.checkpoint.int8 import int8_of
+from lora_fx.checkpoint.match import match, stored_names
+from lora_fx.checkpoint.merge_settings import MergeOptions
+from lora_fx.checkpoint.provenance import adapter_hash
+from lora_fx.checkpoint.raw_adapter import Raw, read_raw
 from lora_fx.checkpoint.renaming import Renaming, renaming
-from lora_fx.checkpoint.requantise import int8_of
+from lora_fx.checkpoint.tied_names import Tie
+from lora_fx.checkpoint.tied_uses import tie_and_names
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo, dequantised
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
-from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
-from lora_fx.formats.peft.config import group_of
-from lora_fx.formats.peft.file import PEFT, config_of
-from lora_fx.formats.peft.names import OWN, PREFIX, Group, from_tensors, split_name, unwrapped
-from lora_fx.formats.peft.pattern import Pattern
-from lora_fx.formats.peft.target_modules import facts
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.formats.io import check_elements, load_adapter, tensor_file
 from lora_fx.targets.keys import base_name
-from lora_fx.text import Json, JsonView
-
-ERROR, WARNING, NOTE = "error", "warning", "note"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a check found.
-
-    Attributes:
-        keys: Keys of the adapter, or names of tensors, that it is about.
-        found: What is there.
-        expected: What should be.
-        hint: What to do.
-        severity: error: the pair is wrong; warning: look at it; note.
-        check: Name of the check.
-    """
-
-    keys: Sequence[str]
-    found: str
-    expected: str
-    hint: str
-    severity: str = ERROR
-    check: str = ""
-
-    def to_json(self) -> Json:
-        """One row of `findings[]`."""
-        first = {"check": self.check, "severity": self.severity}
-        return first | vars(self) | {"keys": list(self.keys)}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What the checks look at.
+    """A base and an adapter, as doctor's checks see them.
 
     Attributes:
         base: The checkpoint.
@@ -102,27 +67,26 @@ class Pair:
     def tensor(self, key: str) -> TensorInfo | None:
         """The base's tensor that a merge would change for a key; of a stack, its first matrix."""
         entry = self.adapter.entries.get(key)
-        names = () if entry is None else stored_names(key, entry, self.rename)
-        return self.rename.tensors[names[0]] if names else self.rename.info(base_name(key))
+        names = [] if entry is None else stored_names(key, entry, self.rename)
+        if names:
+            return self.rename.tensors[names[0]]
+        return self.rename.info(base_name(key))
 
     def ratio(self, key: str) -> float | None:
         """‖ΔW‖/‖W‖: ΔW exactly, W from samples of its tensor; None where it cannot be had."""
-        low, name = self.adapter.lowrank.get(key), self.rename(base_name(key))
-        info = self.codes.get(name, self.tensor(key))
+        low = self.adapter.lowrank.get(key)
+        info = self.codes.get(self.rename(base_name(key)), self.tensor(key))
         if low is None or info is None or info.dtype not in FLOATING or 0 in info.shape:
             return None
-        weight = math.sqrt(math.prod(info.shape) * float(np.mean(np.square(sample(info)))))
-        ratio = low.norm / weight if weight else math.inf
+        mean_square = float(np.mean(np.square(sample(info))))
+        weight = math.sqrt(math.prod(info.shape) * mean_square)
+        if not weight:
+            return None
+        ratio = low.norm / weight
         return ratio if math.isfinite(ratio) else None
 
 
 Check = Callable[[Pair], Iterable[Finding]]
-
-
-def about(keys: Sequence[str], found: str, expected: str, hint: str) -> Iterator[Finding]:
-    """An error of all these keys; nothing where there are none."""
-    if keys:
-        yield Finding(keys, found, expected, hint)
 
 
 def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> Pair:
@@ -131,56 +95,96 @@ def open_pair(base: str | Path, adapter: str | Path, options: MergeOptions) -> P
     Raises:
         LoraFxError: A file that cannot be read at all.
     """
-    checkpoint, path = open_checkpoint(Path(base)), Path(adapter)
+    checkpoint = open_checkpoint(Path(base))
+    path = Path(adapter)
     check_elements(tensor_file(path), 2 * checkpoint.elements)
-    codes: Tensors = {}
-    with contextlib.suppress(LoraFxError):  # told by a check of its own
-        every = dequantised(checkpoint, "bfloat16").tensors
-        codes = {n: t for n, t in every.items() if isinstance(t, CodesInfo)}
-    asked = {n: t for n, t in codes.items() if int8_of(n, checkpoint) is None}
-    read: Adapter | None = None
-    refusal, digest = None, ""
-    try:
-        read = load_adapter(path, base=base, resolve=False)
-        digest = adapter_hash(read)
-        read = read.resolved({**checkpoint.tensors, **asked})
-    except LoraFxError as error:
-        refusal = error
+    codes = _codes_of(checkpoint)
+    by_option = {name: info for name, info in codes.items() if int8_of(name, checkpoint) is None}
+
+    loaded, refusal, digest = _read_adapter(path, base, {**checkpoint.tensors, **by_option})
     raw = Raw()
-    with contextlib.suppress(LoraFxError):  # its reader has said so
+    with contextlib.suppress(LoraFxError):  # its reader refuses it for the same
         raw = read_raw(path)
-    if refusal is not None and read is None and raw.file is None:
-        raise refusal
-    read = raw.adapter() if read is None else read
-    tie, stored = tie_and_names(checkpoint, read.entries)
-    tensors = {**stored, **asked}
-    rename = renaming(read, tensors, checkpoint.config(), [])
-    with contextlib.suppress(LoraFxError):  # told by the last check
-        read = stacked(read, rename)
-    reasons = {key: _misfit(key, read, rename) for key in read.entries}
-    misfits = {key: why for key, why in reasons.items() if why}
+    if loaded is None:
+        if refusal is not None and raw.file is None:
+            raise refusal
+        loaded = raw.adapter()
+
+    tie, names = tie_and_names(checkpoint, loaded.entries)
+    tensors = {**names, **by_option}
+    rename = renaming(loaded, tensors, checkpoint.config(), [])
+    with contextlib.suppress(LoraFxError):  # a finding of the last check
+        loaded = stacked(loaded, rename)
+    misfits: dict[str, str] = {}
+    for key in loaded.entries:
+        why = _misfit(key, loaded, rename)
+        if why:
+            misfits[key] = why
     return Pair(
-        checkpoint, tensors, codes, tie, path, raw, read, refusal, rename, misfits, digest, options
+        base=checkpoint,
+        tensors=tensors,
+        codes=codes,
+        tie=tie,
+        path=path,
+        raw=raw,
+        adapter=loaded,
+        refusal=refusal,
+        rename=rename,
+        misfits=misfits,
+        digest=digest,
+        options=options,
     )
+
+
+def _read_adapter(
+    path: Path, base: str | Path, tensors: Tensors
+) -> tuple[Adapter | None, LoraFxError | None, str]:
+    """An adapter as far as its reader takes it, why it takes no more, and the adapter's hash.
+
+    Args:
+        path: Its file or folder.
+        base: The checkpoint.
+        tensors: Those of the checkpoint, by which the adapter's names are resolved.
+    """
+    adapter: Adapter | None = None
+    digest = ""
+    try:
+        adapter = load_adapter(path, base=base, resolve=False)
+        digest = adapter_hash(adapter)
+        return adapter.resolved(tensors), None, digest
+    except LoraFxError as refusal:
+        return adapter, refusal, digest
+
+
+def _codes_of(checkpoint: Checkpoint) -> Tensors:
+    """The quantised weights of a checkpoint, as floats; none where they cannot be read."""
+    try:
+        tensors = dequantised(checkpoint, "bfloat16").tensors
+    except LoraFxError:  # a finding of a check of its own
+        return {}
+    return {name: info for name, info in tensors.items() if isinstance(info, CodesInfo)}
 
 
 def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
     """Why one update does not fit its tensor; empty where it fits, or has none."""
-    old = base_name(key)
-    stack = rename.stack(old)
+    adapter_name = base_name(key)
+    stack = rename.stack(adapter_name)
     if stack:
         names = [part.tensor for part in stack.parts]
-        name = rename(old)
+        name = rename(adapter_name)
     else:
         names = stored_names(key, adapter.entries[key], rename)
         name = names[0] if names else ""
     if not names:
         return ""
-    metadata = {k: v for k, v in adapter.metadata.items() if k == "fan_in_fan_out"}
-    entries = {name + key.removeprefix(old): adapter.entries[key]}
-    one = replace(adapter, entries=entries, metadata=metadata)
+
+    metadata = {}
+    if "fan_in_fan_out" in adapter.metadata:
+        metadata["fan_in_fan_out"] = adapter.metadata["fan_in_fan_out"]
+    entries = {name + key.removeprefix(adapter_name): adapter.entries[key]}
+    one_update = replace(adapter, entries=entries, metadata=metadata)
     try:
-        match(one, {n: rename.tensors[n] for n in names}, rename.config, "")
+        match(one_update, {name: rename.tensors[name] for name in names}, rename.config, "")
     except LoraFxError as error:
         return error.message
     return ""
@@ -189,121 +193,9 @@ def _misfit(key: str, adapter: Adapter, rename: Renaming) -> str:
 def sample(info: TensorInfo) -> Array:
     """Elements of a float tensor from its start, middle and end, in fp64."""
     try:
-        parts = stretches(info, 4096, (0.0, 0.5, 1.0))
+        samples = stretches(info, 4096, (0.0, 0.5, 1.0))
     except LoraFxError:  # codes or scales that are no numbers
         if not isinstance(info, CodesInfo):
             raise
         return np.full(1, np.nan)
-    return np.concatenate(parts).astype(np.float64)
-
-
-# A PEFT adapter read without judging it: what is there, under whatever names, sound or not.
-#
-# `peft.file` stops at the first thing that is wrong. A diagnosis needs everything else too, so here
-# tensors are only sorted by their names, and nothing is refused but what is no file of tensors.
-
-
-_ADAPTER = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)\w+")
-"""An adapter's own name within that of a tensor, which PEFT leaves out of its files."""
-_SAVED = ("modules_to_save", "original_module")
-
-
-@dataclass(frozen=True)
-class Raw:
-    """An adapter's file as it is.
-
-    Attributes:
-        file: The tensors' file; None for a format other than PEFT's, of which nothing is here.
-        tensors: All of them.
-        config: adapter_config.json, or the one inside our own file; empty where there is none.
-        updates: Key → the tensors of a low-rank update.
-        whole: Key → the name of a whole tensor.
-        prefixes: Name → what stands before it instead of PEFT's prefix.
-        broken: Key → why its tensors make no update.
-    """
-
-    file: Path | None = None
-    tensors: Mapping[str, Array] = field(default_factory=dict)
-    config: JsonView = field(default_factory=dict)
-    updates: dict[str, Group] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
-    prefixes: dict[str, str] = field(default_factory=dict)
-    broken: dict[str, str] = field(default_factory=dict)
-
-    def adapter(self) -> Adapter:
-        """What of it makes an adapter; `broken` says what does not. alpha is NaN where unknown."""
-        entries: dict[str, Entry] = {}
-        for key, part in self.updates.items():
-            try:
-                entries[key] = self._update(key, part)
-            except LoraFxError as error:
-                self.broken[key] = error.message
-        for key, name in self.whole.items():
-            entries.setdefault(key, Full(self.tensors[name]))
-        return Adapter(entries, {"peft": facts(self.config)})
-
-    def _update(self, key: str, part: Group) -> LowRank:
-        if not {"a", "b"} <= set(part.names):
-            have, lost = ("A", "B") if "a" in part.names else ("B", "A")
-            raise LoraFxError(f"it has {have} and no {lost}", "save the adapter again")
-        a, b = (self.tensors[part.names[half]] for half in "ab")
-        if not a.size or not b.size or not is_float(a) or not is_float(b):
-            raise LoraFxError(
-                f"A is {a.dtype} {list(a.shape)}, B is {b.dtype} {list(b.shape)}",
-                "save the adapter again",
-            )
-        with np.errstate(over="ignore", invalid="ignore"):
-            a, b = a.astype(np.float32), b.astype(np.float32)
-        op, kernel = "", a.shape[:0]
-        if not key.endswith("]") and a.ndim >= 2:
-            a, b, op, kernel = from_tensors(part.kind, a, b, key)
-        alpha = None
-        with contextlib.suppress(LoraFxError):
-            pattern = Pattern(self.config, "alpha_pattern", "lora_alpha", str(self.file))
-            alpha = pattern.of(key.removesuffix(".weight"))
-        alpha = math.nan if alpha is None else alpha
-        variant = "rslora" if self.config.get("use_rslora") else "lora"
-        low = LowRank(a, b, alpha, None, variant, origin=Origin(op, kernel))
-        size = group_of(self.config, low.a, f"{self.file}: {key!r}") if part.kind == "linear" else 0
-        return grouped(low, size) if size > 0 else low
-
-
-def read_raw(path: Path) -> Raw:
-    """The file of an adapter of PEFT; an empty one where it has neither its config nor its names.
-
-    Raises:
-        LoraFxError: Not a file of tensors, or a config that is no JSON.
-    """
-    file = tensor_file(path)
-    with contextlib.suppress(LoraFxError):  # of no format that is known
-        if format_of(path) != PEFT.name:
-            return Raw()
-    tensors, header = read_tensors(file)
-    ours: JsonView = {}
-    with contextlib.suppress(LoraFxError):  # damaged: there may be a config beside the file
-        ours = json_object(header.get("lora_fx", "{}"), str(file))
-    config, _ = config_of(file, ours)
-    raw = Raw(file, tensors, config or {})
-    for name in tensors if raw.config.get("peft_type", "LORA") == "LORA" else ():
-        _sort(name, raw)
-    return raw if config is not None or raw.updates else Raw()
-
-
-def _sort(name: str, raw: Raw) -> None:
-    at = name.find(PREFIX)
-    own = name.startswith(OWN)
-    core = name.removeprefix(OWN) if own else name[at + len(PREFIX) :] if at >= 0 else name
-    if not own and at:
-        raw.prefixes[name] = name[:at] if at > 0 else ""
-    plain = _ADAPTER.sub(r"\1", core)
-    split = split_name(plain) or split_name(f"{plain}.weight")
-    if split is None:
-        if ".base_layer." not in core and ".original_module." not in core:
-            key = core.removesuffix(".full") if own else core
-            raw.whole[unwrapped(key, *_SAVED)] = name
-        return
-    lead, kind, part = split
-    module = unwrapped(lead, *_SAVED)
-    group = raw.updates.setdefault(module if own else f"{module}.weight", Group(lead, "", {}))
-    group.names[part] = name
-    group.kind = kind if part in "ab" else group.kind
+    return np.concatenate(samples).astype(np.float64)

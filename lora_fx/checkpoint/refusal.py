@@ -1,4 +1,4 @@
-"""A refusal of a merge by its name, so that doctor can collect them."""
+"""The refusals of a merge that doctor collects, each with the name of a check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_TOO = "other readers"
 
 
 class MergeRefusal(LoraFxError):
-    """Why a pair of base and adapter is not merged, where an option or other keys would mend it.
+    """A refusal to merge a base and an adapter that an option or other keys would mend.
 
     Args:
         check: Its name, one of those above.

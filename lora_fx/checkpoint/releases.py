@@ -1,4 +1,4 @@
-"""What releases of transformers call the parameters of a model otherwise than its file: a table.
+"""A table of the parameters that releases of transformers rename when they load a file.
 
 A release may rename parameters when it loads a checkpoint, and back when it saves it. An adapter
 made on the loaded model then has names that the file has not. A row of `RENAMED` says one such
@@ -163,14 +163,15 @@ def name_in_model(name: str, parts: Mapping[str, str]) -> str:
     >>> name_in_model("language_model.model.norm.weight", renamed_parts("llava"))
     'model.language_model.norm.weight'
     """
-    for old, new in parts.items():
-        lead, part, tail = f".{name}.".partition(f".{old.removeprefix(START)}.")
-        if part and not (lead and old.startswith(START)):
-            name = f"{lead}.{new}.{tail}".strip(".")
+    for part, renamed in parts.items():
+        head, match, tail = f".{name}.".partition(f".{part.removeprefix(START)}.")
+        if not match or (head and part.startswith(START)):
+            continue
+        name = f"{head}.{renamed}.{tail}".strip(".")
     return name
 
 
 def stacked_experts(types: Iterable[object]) -> tuple[Stacked, ...]:
     """The rows of `STACKED` that hold for a model, by its model_type and those of its parts."""
-    kinds = tuple(types)
-    return tuple(row for row in STACKED if any(kind in row.types for kind in kinds))
+    model_types = tuple(types)
+    return tuple(row for row in STACKED if any(kind in row.types for kind in model_types))

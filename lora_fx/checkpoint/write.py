@@ -8,33 +8,30 @@ last, so that a torn file never opens; the index comes after all files.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import json
-import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from lora_fx.checkpoint.fold import Space, Stats, TensorFold, one_blas_thread, prepared, read_rows
-from lora_fx.checkpoint.merge_plan import MergePlan, TensorChange
-from lora_fx.checkpoint.provenance import METADATA
+from lora_fx.checkpoint.companions import copy_companions, hard_link, write_index
+from lora_fx.checkpoint.fold import TensorFold, one_blas_thread, prepared
+from lora_fx.checkpoint.fold_stats import Stats
+from lora_fx.checkpoint.merge_jobs import Done, Job, copied, flushed, in_turn, reserved
+from lora_fx.checkpoint.merge_plan import MergePlan
+from lora_fx.checkpoint.output_shards import Shard, lay_out, untouched_runs
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
-from lora_fx.dtypes import DTYPES, Array, numpy_dtype
-from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import copy_file, keep_mode
-from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.checkpoint.stored_rows import Space, read_rows
+from lora_fx.checkpoint.tensor_change import TensorChange
+from lora_fx.dtypes import Array, numpy_dtype
+from lora_fx.files.copying import copy_range, reflink, write_at
+from lora_fx.files.quantised.base import Written
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import read_bytes, read_json
-from lora_fx.files.safetensors import TensorInfo
-from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""
@@ -69,58 +66,83 @@ def write(
         LoraFxError: A value that a tensor cannot hold.
         OSError: The disk is full, a file cannot be read …
     """
-    is_folder, text = plan.base.path.is_dir(), plan.record()
+    is_folder = plan.base.path.is_dir()
+    record = plan.record()
     if is_folder:
         stage.mkdir()
     touched: list[Shard] = []
-    rest: dict[str, Path] = {}
+    untouched: dict[str, Path] = {}
     for name in plan.base.shards:
         target = stage / name if is_folder else stage
-        shard = lay_out(plan, name, target, text)
+        shard = lay_out(plan, name, target, record)
         if shard is None:
-            rest[name] = target
+            untouched[name] = target
         else:
             touched.append(shard)
+
     run = _Run(plan, threads, progress)
-    with run.stack:
-        stats = run.go(touched, rest, link=link)
+    with run.open_files:
+        stats = run.go(touched, untouched, link=link)
     if is_folder:
         copy_companions(plan, stage)
         write_index(plan, stage)
     return stats
 
 
+def _no_progress(done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
 class _Run:
-    """One merge under way: open files, threads, bytes done."""
+    """One merge under way: open files, threads, bytes done.
+
+    Attributes:
+        open_files: Closes every file at the end.
+        reserving: The first of all jobs, so that a full disk shows at once.
+        copied_heads: (source, target, bytes) of the headers of copied files, which come last.
+        targets: The files that are written.
+        places: Tensor that changes → its file, and the offset of its bytes there.
+    """
 
     def __init__(self, plan: MergePlan, threads: int, progress: Progress | None) -> None:
-        self.plan, self.stack, self.threads = plan, contextlib.ExitStack(), max(1, threads)
-        self.progress, self.done, self.total = progress or (lambda done, total: None), 0, 1
+        self.plan = plan
+        self.threads = max(1, threads)
+        self.progress = progress or _no_progress
+        self.bytes_done = 0
+        self.bytes_in_all = 1
+        self.open_files = contextlib.ExitStack()
         self.spaces = threading.local()
         self.sources: dict[Path, int] = {}
-        self.reserved: list[Job] = []  # first of all jobs: a full disk shows at once
-        self.heads: list[tuple[int, int, int]] = []  # (source, target, bytes) of copied files
-        self.made: list[int] = []
-        self.flushed, self.flush = 0, Future[None]()
+        self.targets: list[int] = []
+        self.reserving: list[Job] = []
+        self.copied_heads: list[tuple[int, int, int]] = []
+        self.places: dict[str, tuple[int, int]] = {}
+        self.bytes_flushed = 0
+        self.flush = Future[None]()
         self.flush.set_result(None)
-        self.places: dict[str, tuple[int, int]] = {}  # (target, offset) of what changes
 
-    def go(self, touched: list[Shard], rest: dict[str, Path], *, link: bool) -> dict[str, Stats]:
-        """Files are made at their full size, filled by the threads, and get their headers.
+    def go(
+        self, touched: list[Shard], untouched: dict[str, Path], *, link: bool
+    ) -> dict[str, Stats]:
+        """Make files of their full size, let the threads fill them, and write their headers.
 
         Args:
             touched: Files in which something changes.
-            rest: Name of each other shard → its copy.
+            untouched: Name of each other shard → its copy.
             link: See write.
         """
-        copies = [self._copies(name, path, link=link) for name, path in rest.items()]
-        fds = [(shard, self._create(shard.target, shard.size)) for shard in touched]
-        folds = [self._jobs(shard, fd) for shard, fd in fds]
-        changed = ((s, shard, fd) for shard, fd in fds for s in shard.slots if s.change is not None)
-        self.places = {s.name: (fd, len(shard.head) + s.start) for s, shard, fd in changed}
-        jobs = itertools.chain(self.reserved, in_turn([*folds, *copies], self.threads))
-        self.total = sum(s.size for s in touched)
-        self.total += sum((self.plan.base.folder / n).stat().st_size for n in rest)
+        copies = [self._copies(name, path, link=link) for name, path in untouched.items()]
+        files = [(shard, self._create(shard.target, shard.size)) for shard in touched]
+        for shard, fd in files:
+            for slot in shard.slots:
+                if slot.change is not None:
+                    self.places[slot.name] = (fd, len(shard.head) + slot.start)
+        self.bytes_in_all = sum(shard.size for shard in touched)
+        for name in untouched:
+            self.bytes_in_all += (self.plan.base.folder / name).stat().st_size
+
+        folds = [self._jobs(shard, fd) for shard, fd in files]
+        jobs = itertools.chain(self.reserving, in_turn([*folds, *copies], self.threads))
         with (
             one_blas_thread(),
             ThreadPoolExecutor(1) as disk,
@@ -131,11 +153,12 @@ class _Run:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        for shard, fd in fds:
+
+        for shard, fd in files:
             write_at(fd, shard.head, 0)
-        for source, target, size in self.heads:
+        for source, target, size in self.copied_heads:
             copy_range(source, target, 0, 0, size)
-        self.progress(self.total, self.total)
+        self.progress(self.bytes_in_all, self.bytes_in_all)
         return stats
 
     def _work(
@@ -144,71 +167,75 @@ class _Run:
         """Run the jobs; sums are added up in their order, so that two runs report the same."""
         stats: dict[str, Stats] = {}
         waiting: deque[Future[Done]] = deque()
-        for job in itertools.chain(jobs, itertools.repeat(None)):
-            if job is not None:
-                waiting.append(pool.submit(job))
-                if len(waiting) < WAITING * self.threads:
-                    continue
-            if not waiting:
-                self.flush.result()
-                break
-            count, name, found = waiting.popleft().result()
-            if found is not None:
-                stats.setdefault(name, Stats()).add(found)
-            self.done += count
-            if self.done - self.flushed >= FLUSH and self.flush.done():
-                self.flush.result()  # an error is said once: later calls would not say it again
-                self.flushed, self.flush = self.done, disk.submit(flushed, self.made)
-            self.progress(self.done, self.total)
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) >= WAITING * self.threads:
+                self._finish(waiting.popleft(), disk, stats)
+        while waiting:
+            self._finish(waiting.popleft(), disk, stats)
+        self.flush.result()
         return stats
 
+    def _finish(self, job: Future[Done], disk: ThreadPoolExecutor, stats: dict[str, Stats]) -> None:
+        """Wait for a job, count what it did, and have it flushed where enough was written."""
+        count, name, block_stats = job.result()
+        if block_stats is not None:
+            stats.setdefault(name, Stats()).add(block_stats)
+        self.bytes_done += count
+        if self.bytes_done - self.bytes_flushed >= FLUSH and self.flush.done():
+            self.flush.result()  # an error is said once: later calls would not say it again
+            self.bytes_flushed = self.bytes_done
+            self.flush = disk.submit(flushed, self.targets)
+        self.progress(self.bytes_done, self.bytes_in_all)
+
     def _create(self, path: Path, size: int) -> int:
+        """Make a file of its full size, to be filled; returns its descriptor."""
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self.stack.callback(os.close, fd)
+        self.open_files.callback(os.close, fd)
         os.ftruncate(fd, size)
-        self.made.append(fd)
-        self.reserved.append(partial(reserved, fd, size))
+        self.targets.append(fd)
+        self.reserving.append(partial(reserved, fd, size))
         return fd
 
     def _open(self, path: Path) -> int:
+        """Open a file of the base, once; returns its descriptor."""
         if path not in self.sources:
             fd = os.open(path, os.O_RDONLY)
-            self.stack.callback(os.close, fd)
+            self.open_files.callback(os.close, fd)
             self.sources[path] = fd
         return self.sources[path]
 
     def _copies(self, name: str, target: Path, *, link: bool) -> Iterator[Job]:
-        """Jobs that copy a whole shard, in the cheapest way there is; the file is made at once."""
-        source, head = self.plan.base.folder / name, self.plan.base.shards[name].data
+        """Jobs that copy a whole shard; none where it can be linked or cloned at once."""
+        path = self.plan.base.folder / name
+        head = self.plan.base.shards[name].data
         target.parent.mkdir(parents=True, exist_ok=True)
-        size = source.stat().st_size
+        size = path.stat().st_size
         if link:
-            hard_link(source, target)
-        elif not reflink(source, target):
-            old, new = self._open(source), self._create(target, size)
-            self.heads.append((old, new, head))
-            return self._range(old, new, head, head, size - head)
-        return iter(())
-
-    def _range(self, source: int, target: int, start: int, at: int, count: int) -> Iterator[Job]:
-        for i in range(0, count, CHUNK):
-            n = min(CHUNK, count - i)
-
-            yield partial(copied, source, target, start + i, at + i, n)
+            hard_link(path, target)
+            return iter(())
+        if reflink(path, target):
+            return iter(())
+        source = self._open(path)
+        copy = self._create(target, size)
+        self.copied_heads.append((source, copy, head))
+        return _copy_jobs(source, copy, head, head, size - head)
 
     def _jobs(self, shard: Shard, fd: int) -> Iterator[Job]:
         """Fold jobs first, since they take longest; runs of untouched tensors as one range."""
-        lead = len(shard.head)
         for slot in shard.slots:
             if slot.change is not None:
-                yield from self._fold(slot.change)
-        for run in _runs(shard.slots):
-            start, count = run[0].source.start, run[-1].stop - run[0].start
-            source = self._open(run[0].source.file)
-            yield from self._range(source, fd, start, lead + run[0].start, count)
+                yield from self._fold_jobs(slot.change)
+        for run in untouched_runs(shard.slots):
+            first = run[0]
+            source = self._open(first.source.file)
+            start = len(shard.head) + first.start
+            count = run[-1].stop - first.start
+            yield from _copy_jobs(source, fd, first.source.start, start, count)
 
-    def _fold(self, change: TensorChange) -> Iterator[Job]:
+    def _fold_jobs(self, change: TensorChange) -> Iterator[Job]:
+        """Jobs that write one tensor that changes."""
         if change.scales_of:
             return  # written with the codes
         if change.fold is None:
@@ -216,266 +243,77 @@ class _Run:
             return
         fold = prepared(change.fold, change.weight)
         self._open(change.source.file)
-        run = RUN_OF_CODES if isinstance(change.weight, CodesInfo) else RUN
-        work = self._rows if change.codes is None else self._recoded
-        for low, high in change.spans(fold.matrix.rows_per_block * run):
+        blocks = RUN_OF_CODES if isinstance(change.weight, CodesInfo) else RUN
+        work = self._fold if change.codes is None else self._recode
+        for low, high in change.spans(fold.matrix.rows_per_block * blocks):
             yield partial(work, change, fold, low, high)
 
     def _replace(self, change: TensorChange) -> Done:
+        """Write a tensor that is replaced whole."""
         assert change.value is not None
-        fd, at = self.places[change.name]
+        fd, start = self.places[change.name]
         value = np.atleast_1d(change.value).astype(numpy_dtype(change.dtype))
-        write_at(fd, _bytes(value), at)
+        write_at(fd, _bytes(value), start)
         return change.nbytes, change.name, None
 
-    def _rows(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        (fd, at), info = self.places[change.name], change.source
-        stats, columns = Stats(), fold.matrix.columns
-        row = numpy_dtype(change.dtype).itemsize * columns
+    def _fold(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
+        """Fold rows low ≤ i < high, block by block, and write them."""
+        fd, start = self.places[change.name]
+        info = change.source
+        columns = fold.matrix.columns
+        row_bytes = numpy_dtype(change.dtype).itemsize * columns
         step = fold.matrix.rows_per_block
+        space = self._space
         read: Callable[[int, int], Array]
-        read = partial(read_rows, self.sources[info.file], info, columns=columns, space=self._space)
         if isinstance(info, CodesInfo):
             read = info.weight.window(low, high)
-        for start in range(low, high, step):
-            old = read(start, min(high, start + step))
-            new, found = fold.block(old, start, change.dtype, self._space)
-            write_at(fd, _bytes(new), at + start * row)
-            stats.add(found)
-        return (high - low) * row, change.name, stats
+        else:
+            source = self.sources[info.file]
+            read = partial(read_rows, source, info, columns=columns, space=space)
+        stats = Stats()
+        for first in range(low, high, step):
+            stored = read(first, min(high, first + step))
+            rows, block_stats = fold.block(stored, first, change.dtype, space)
+            write_at(fd, _bytes(rows), start + first * row_bytes)
+            stats.add(block_stats)
+        return (high - low) * row_bytes, change.name, stats
 
     @property
     def _space(self) -> Space:
-        """The calling thread's."""
+        """The calling thread's reusable arrays."""
         space: Space = self.spaces.__dict__.setdefault("space", Space())
         return space
 
-    def _recoded(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
-        """Codes of rows made anew, and their scales where the format makes new ones."""
+    def _recode(self, change: TensorChange, fold: TensorFold, low: int, high: int) -> Done:
+        """Make codes of rows anew, and scales where the format has new ones; write both."""
         assert change.codes is not None
-        stats, count, weight = Stats(), 0, change.codes.weight
-        q, every = weight.read(slice(low, high)), []
-        for start, stop in weight.spans(fold.matrix.rows_per_block, low, high):
-            here = q.cut(slice(start - low, stop - low))
-            found, parts = recoded(weight, here, fold, slice(start, stop), self._space)
-            stats.add(found)
-            every += parts
-        for part in joined(every):
-            fd, at = self.places[part.name]
+        weight = change.codes.weight
+        codes = weight.read(slice(low, high))
+        stats = Stats()
+        parts: list[Written] = []
+        for first, behind_last in weight.spans(fold.matrix.rows_per_block, low, high):
+            block = codes.cut(slice(first - low, behind_last - low))
+            rows = slice(first, behind_last)
+            block_stats, block_parts = recoded(weight, block, fold, rows, self._space)
+            stats.add(block_stats)
+            parts += block_parts
+
+        count = 0
+        for part in joined(parts):
+            fd, start = self.places[part.name]
             count += part.data.nbytes
             for offset, data in ranges(part, self.plan.base.tensors[part.name]):
-                write_at(fd, data, at + offset)
+                write_at(fd, data, start + offset)
         return count, change.name, stats
+
+
+def _copy_jobs(source: int, target: int, start: int, to: int, count: int) -> Iterator[Job]:
+    """Jobs that copy `count` bytes from `start` of one file to `to` of another."""
+    for offset in range(0, count, CHUNK):
+        size = min(CHUNK, count - offset)
+        yield partial(copied, source, target, start + offset, to + offset, size)
 
 
 def _bytes(array: Array) -> memoryview:
     """The bytes of an array in order; numpy's own buffers do not know bf16."""
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
-
-
-# What a merge's threads are given to do, and in which order.
-
-
-Done = tuple[int, str, Stats | None]
-"""What a job says: bytes written, the tensor, what changed in it."""
-Job = Callable[[], Done]
-
-
-def in_turn(files: Iterable[Iterator[Job]], width: int) -> Iterator[Job]:
-    """The jobs of `width` files at a time, in turn: who writes one file waits for who does too."""
-    rest = iter(files)
-    open_ = deque(itertools.islice(rest, width))
-    while open_:
-        jobs = open_.popleft()
-        job = next(jobs, None)
-        if job is not None:
-            open_.append(jobs)
-            yield job
-        else:
-            open_.extend(itertools.islice(rest, 1))
-
-
-def flushed(fds: Iterable[int]) -> None:
-    """Write to the disk what is not there yet, where the system can; the end syncs everything."""
-    if hasattr(os, "fdatasync"):
-        for fd in fds:
-            os.fdatasync(fd)
-
-
-def reserved(fd: int, size: int) -> Done:
-    """Take the bytes of a new file from the disk; OSError where it is full."""
-    preallocate(fd, size)
-    return 0, "", None
-
-
-def copied(source: int, target: int, start: int, at: int, count: int) -> Done:
-    """Copy `count` bytes from `start` of one file to `at` of another."""
-    copy_range(source, target, start, at, count)
-    return count, "", None
-
-
-# How an output file lies on disk: its header, and where each tensor's bytes go.
-#
-# Names, their order and the order of the bytes are the base's; new tensors come last.
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """One tensor of an output file: where it will lie, and what it is made of."""
-
-    name: str
-    dtype: str
-    start: int
-    stop: int
-    source: TensorInfo
-    change: TensorChange | None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file with its header; `slots` in the order of their bytes."""
-
-    target: Path
-    head: bytes
-    slots: tuple[TensorSlot, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.head) + sum(s.stop - s.start for s in self.slots)
-
-
-def _runs(slots: Iterable[TensorSlot]) -> Iterator[list[TensorSlot]]:
-    """Untouched tensors that lie one behind the other, in what is read as in what is written."""
-
-    def shift(slot: TensorSlot) -> tuple[Path, int] | None:
-        return None if slot.change else (slot.source.file, slot.source.start - slot.start)
-
-    for where, run in itertools.groupby(slots, shift):
-        if where is not None:
-            yield [*run]
-
-
-def lay_out(plan: MergePlan, name: str, target: Path, text: str) -> Shard | None:
-    """The output file of a shard; None where nothing in it changes."""
-    header = plan.base.shards[name]
-    mine = {
-        n: plan.changes[n]
-        for n, info in header.tensors.items()
-        if n in plan.changes and plan.base.tensors[n] == info
-    }
-    new = [plan.changes[n] for n, home in plan.added.items() if home == name]
-    if not mine and not new and plan.base.of is None:
-        return None
-    place: dict[str, TensorSlot] = {}
-    at = 0
-    by_start = sorted(header.tensors.items(), key=lambda n: (n[1].file, n[1].start, n[1].stop))
-    old = [(n, info, mine.get(n)) for n, info in by_start]
-    for n, info, change in [*old, *((c.name, c.source, c) for c in new)]:
-        size = change.nbytes if change else info.stop - info.start
-        place[n] = TensorSlot(n, (change or info).dtype, at, at + size, info, change)
-        at += size
-    # A file without metadata loads in transformers, one without this of its metadata does not.
-    metadata = header.metadata or {"format": "pt"}
-    entries: Json = {"__metadata__": {**metadata, METADATA: text}}
-    for n in (*header.tensors, *(c.name for c in new)):
-        s = place[n]
-        code, shape = DTYPES[s.dtype].code, list(s.source.shape)
-        entries[n] = {"dtype": code, "shape": shape, "data_offsets": [s.start, s.stop]}
-    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    body += b" " * (-len(body) % 8)
-    return Shard(target, len(body).to_bytes(8, "little") + body, tuple(place.values()))
-
-
-# What lies beside a merged checkpoint's shards: companions, the index, links to old shards.
-
-
-REPORTS = ("report.json", "lora-fx-report.json")
-"""Names of what a merge leaves beside its output; the second where the base has its own first."""
-_OURS = frozenset(("ok", "warnings", "tensors", "touched_bytes", "base_verified"))
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
-
-
-def hard_link(source: Path, target: Path) -> None:
-    """Give a shard's inode a second name.
-
-    Raises:
-        LoraFxError: The file systems cannot.
-    """
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        raise LoraFxError(
-            f"{source}: cannot be linked into the output: {error.strerror}",
-            "hard links need one file system that has them; leave --link out to copy",
-        ) from error
-
-
-def untied(config: JsonView) -> Json:
-    """A config.json that says so."""
-    result = {**config, "tie_word_embeddings": False}
-    if isinstance(config.get("text_config"), dict):
-        result["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return result
-
-
-def copy_companions(plan: MergePlan, folder: Path) -> None:
-    """Configs, tokenizer and whatever else belongs to the folder."""
-    for name in plan.base.companions()[0]:
-        source, target = plan.base.path / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if str(name) == "config.json" and (plan.tie is not None or plan.base.settings is not None):
-            config = plan.base.config()
-            config = untied(config) if plan.tie is not None else config
-            keep_mode(source.stat(), target)
-            target.write_bytes((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-        else:
-            copy_file(source, target)
-
-
-def report_name(plan: MergePlan) -> str:
-    """The name of the report: the first that is no file of the base's own; empty if both are.
-
-    A report of the merge that made the base is none of its own: it would not fit the output.
-    """
-    return next((n for n in REPORTS if not _is_file_of_base(plan.base.path / n)), "")
-
-
-def _is_file_of_base(file: Path) -> bool:
-    if not os.path.lexists(file):
-        return False
-    try:
-        return not read_json(file).keys() >= _OURS
-    except LoraFxError:
-        return True
-
-
-def write_index(plan: MergePlan, folder: Path) -> None:
-    """The index, byte for byte where it still holds, else with its sums and new names.
-
-    Of a view's shards, where there are several, it is new.
-    """
-    base, index = plan.base, Json()
-    if base.of is not None and len(base.shards) > 1:
-        homes = {n: shard for shard, header in base.shards.items() for n in header.tensors}
-        index = {"metadata": {"total_size": 0}, "weight_map": homes}
-        name = f"{next(iter(base.shards)).partition('-0')[0]}.safetensors.index.json"
-    elif base.of is None and base.index is not None:
-        index, name = read_json(base.index), base.index.name
-        if not plan.added and all(c.dtype == c.source.dtype for c in plan.changes.values()):
-            (folder / name).write_bytes(read_bytes(base.index))
-            return
-    if not index:
-        return
-    index["weight_map"] |= dict(plan.added)
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        sizes = {n: t.stop - t.start for n, t in base.tensors.items()}
-        sizes |= {n: c.nbytes for n, c in plan.changes.items()}
-        metadata["total_size"] = sum(sizes.values())
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += sum(math.prod(plan.changes[n].shape) for n in plan.added)
-    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-    (folder / name).write_text(text, encoding="utf-8")

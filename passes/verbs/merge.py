@@ -7,7 +7,7 @@ from os import fspath
 
 from lora_fx.checkpoint.merge import Adapters, plan_merge
 from lora_fx.checkpoint.merge import run as merge_checkpoint
-from lora_fx.checkpoint.merge_plan import MergeOptions
+from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.write import Progress
 from lora_fx.compare import Report
 from lora_fx.errors import (

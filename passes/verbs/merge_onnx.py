@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.merge import GAIN, Adapters
+from lora_fx.checkpoint.merge import Adapters
+from lora_fx.checkpoint.merge_report import GAIN
 from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.compare import Parity, Report, demand
 from lora_fx.dtypes import Array

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import mix
 from lora_fx.adapter.mix import HOWS
-from lora_fx.checkpoint.merge import Adapters, given
-from lora_fx.checkpoint.merge_plan import Given, refuse_rank
+from lora_fx.checkpoint.merge import Adapters, read_adapters
+from lora_fx.checkpoint.merge_plan import WeightedAdapter
+from lora_fx.checkpoint.merge_settings import refuse_rank
 from lora_fx.checkpoint.provenance import METADATA, merges_of, refuse_again
 from lora_fx.errors import LoraFxError, NoSay, given_options, refuse_no_say
 from lora_fx.files.read import trusting
@@ -112,7 +113,7 @@ class OnnxMergePlan:
 
     graph: OnnxGraph
     targets: Found
-    adapters: tuple[Given, ...]
+    adapters: tuple[WeightedAdapter, ...]
     matched: Matched
     renamed: int
     merges: Sequence[Json]
@@ -175,7 +176,7 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
     """
     source = Path(base)
     with trusting(options.trust):
-        weighted_adapters = given(adapters)
+        weighted_adapters = read_adapters(adapters)
     graph, renamed = named_graph(source)
     merges = merges_of(graph.model.metadata_props.get(METADATA), str(source))
     hashes = [(adapter.where, adapter.hash) for adapter in weighted_adapters]
@@ -186,7 +187,7 @@ def plan_onnx(base: StrPath, adapters: Adapters, options: OnnxMergeOptions) -> O
 
 
 def _matched(
-    adapters: Sequence[Given], graph: OnnxGraph, targets: Found, options: OnnxMergeOptions
+    adapters: Sequence[WeightedAdapter], graph: OnnxGraph, targets: Found, options: OnnxMergeOptions
 ) -> Matched:
     """All adapters as one, in the graph's keys."""
     matched = [match(weighted.adapter, graph, targets, options.names) for weighted in adapters]
@@ -204,7 +205,7 @@ def _matched(
     return Matched(dict(mixed.lowrank), {})
 
 
-def _at_its_weight(adapter: Given, matched: Matched) -> Matched:
+def _at_its_weight(adapter: WeightedAdapter, matched: Matched) -> Matched:
     """One adapter at its weight; whole tensors have no weight but 1."""
     bound = replace(adapter.adapter, entries=dict(matched.updates))
     weighted = bound.weighted(adapter.weight)

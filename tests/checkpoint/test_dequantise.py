@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import lora_fx
+from lora_fx.checkpoint.base_fingerprint import FIELD, ends, fingerprint
 from lora_fx.checkpoint.merge import merge
-from lora_fx.checkpoint.provenance import FIELD, ends, fingerprint
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.formats.io import load_adapter

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx.adapter.svd import above_noise, leading
-from lora_fx.checkpoint.extract import ExtractOptions, extraction
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_options import ExtractOptions
 from lora_fx.errors import NoEffectError
 from lora_fx.inputs import generator
 

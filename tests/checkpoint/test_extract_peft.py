@@ -12,7 +12,8 @@ import pytest
 
 import lora_fx
 from lora_fx.adapter.truncate import truncation
-from lora_fx.checkpoint.extract import ExtractOptions, extraction
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_options import ExtractOptions
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -12,7 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.checkpoint.extract import ExtractOptions, extraction, scope_of
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_options import ExtractOptions
+from lora_fx.checkpoint.extract_scope import scope_of
 from lora_fx.errors import LoraFxError
 
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import LoraFxError
-from lora_fx.checkpoint.extract import ExtractOptions, extraction
-from lora_fx.checkpoint.match import tie_of
-from lora_fx.checkpoint.model_families import targets_of, uses
+from lora_fx.checkpoint.extract import extraction
+from lora_fx.checkpoint.extract_options import ExtractOptions
+from lora_fx.checkpoint.file_targets import targets_of
+from lora_fx.checkpoint.tensor_uses import uses
+from lora_fx.checkpoint.tied_uses import tie_of
 from lora_fx.files.checkpoint import tensors
 from tests.checkpoint.families import FAMILIES, IDS, load, logits, tied
 from tests.checkpoint.made import Array, checkpoint, read

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.checkpoint.merge import Job, _Running, jobs_of
+from lora_fx.checkpoint.merge_all import Job, _Running, jobs_of
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 
@@ -96,7 +96,7 @@ def test_the_report_has_the_order_of_the_adapters(
     def backwards(base: str, jobs: list[Job], **options: Any) -> Iterator[dict[str, Any]]:
         yield from ({"adapter": j.adapter, "out": str(j.out), "ok": True} for j in jobs[::-1])
 
-    monkeypatch.setattr("lora_fx.checkpoint.merge.merge_all", backwards)
+    monkeypatch.setattr("lora_fx.checkpoint.merge_all.merge_all", backwards)
     with pytest.raises(SystemExit):
         main(["merge-all", "base.safetensors", *RUNS, "-o", "out", "--json"])
     said = json.loads(capsys.readouterr().out)
@@ -114,7 +114,7 @@ def test_people_get_a_table(
         yield {**two, "ok": False, "error": "it is damaged", "hint": "write it again"}
         yield one
 
-    monkeypatch.setattr("lora_fx.checkpoint.merge.merge_all", three)
+    monkeypatch.setattr("lora_fx.checkpoint.merge_all.merge_all", three)
     with pytest.raises(SystemExit) as end:
         main(["merge-all", "base.safetensors", *RUNS, "-o", "out"])
     out, err = capsys.readouterr()

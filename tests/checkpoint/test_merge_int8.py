@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_fx
-from lora_fx.checkpoint import fold
+from lora_fx.checkpoint import rectangles
 from lora_fx.errors import LoraFxError, NoEffectError
 from tests.checkpoint.int8_bases import (
     BNB,
@@ -144,7 +144,7 @@ def test_blocks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base(tmp_path / "base", CT, shards=3)
     update(tmp_path / "adapter")
     lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "whole")
-    monkeypatch.setattr(fold, "BLOCK", 1)  # 16 rows a block
+    monkeypatch.setattr(rectangles, "BLOCK", 1)  # 16 rows a block
     lora_fx.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "parts", threads=3)
     for name, value in read(tmp_path / "whole").items():
         assert value.tobytes() == read(tmp_path / "parts")[name].tobytes(), name

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.checkpoint import write
+from lora_fx.checkpoint import merge_jobs, write
 from lora_fx.checkpoint.fold import TensorFold
 from lora_fx.checkpoint.merge import merge, plan_merge
 from lora_fx.checkpoint.prove import ROWS, _samples
@@ -54,7 +54,7 @@ def test_a_wrong_fold_is_caught(scene: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_one_wrong_bit_of_a_copy_is_caught(
     at: int, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = write.copied
+    copied = merge_jobs.copied
 
     def flipped(source: int, target: int, start: int, to: int, count: int) -> Any:
         done = copied(source, target, start, to, count)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.checkpoint.provenance import ENDS, compared, sample_of
+from lora_fx.checkpoint.base_fingerprint import ENDS, compared, sample_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.safetensors import Tensors, write_tensors

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
-from lora_fx.checkpoint.model_families import file_targets
+from lora_fx.checkpoint.file_targets import file_targets
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors

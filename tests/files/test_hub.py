@@ -432,7 +432,7 @@ def test_commands_take_ids_as_paths(
 def test_outputs_are_named_by_repositories_and_not_by_commits(
     there: FakeHub, tmp_path: Path
 ) -> None:
-    from lora_fx.checkpoint.merge import jobs_of
+    from lora_fx.checkpoint.merge_all import jobs_of
     from lora_fx.cli.adapter_arguments import named_adapters
 
     _, commit = push_pair(there, tmp_path)

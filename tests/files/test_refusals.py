@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save, save_file
 
-from lora_fx.checkpoint.model_families import EMPTY, file_targets
+from lora_fx.checkpoint.file_targets import EMPTY, file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.read import MAX_JSON, read_json

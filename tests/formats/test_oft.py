@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_fx.adapter.as_lora import as_lora
-from lora_fx.checkpoint.merge import delta_in, merge
+from lora_fx.checkpoint.merge import merge
+from lora_fx.checkpoint.merge_delta import delta_in
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.formats.io import load_adapter
 from tests.cli.test_cli import run

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.checkpoint.merge import jobs_of
+from lora_fx.checkpoint.merge_all import jobs_of
 from lora_fx.errors import LoraFxError, explained
 from lora_fx.onnx.runtime_adapter import write_file
 

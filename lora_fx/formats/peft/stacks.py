@@ -7,8 +7,8 @@ is E = 1. r is in the config only.
 Two parameters of one module are two wrappers, one inside the other, in the order in which the
 module defines its parameters, the first innermost; the file does not name them. Where names and
 ranks leave one way only to give them out, it is taken. Otherwise the entry gets the key
-`MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.expert_stacks.place` decides by the
-base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
+`MODULE.(P|Q)#DEPTH` and `layer` says what it may be; `lora_fx.adapter.expert_stacks.place` decides
+by the base's shapes. Checked against peft 0.21.2, `tuners_utils._inject_parameters` and
 `lora.ParamWrapper`.
 """
 

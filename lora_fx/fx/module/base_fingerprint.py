@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.checkpoint import provenance
+from lora_fx.checkpoint import base_fingerprint as checkpoint_fingerprint
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.dotted_names import parameter_of
@@ -47,10 +47,10 @@ class Base:
             name: The adapter's name, for the note; an earlier one of that name is forgotten.
         """
         self._said.pop(name, None)
-        recorded = metadata.get(provenance.FIELD)
+        recorded = metadata.get(checkpoint_fingerprint.FIELD)
         if recorded is None:
             return
-        same, why = provenance.compared(recorded, partial(_cast_sample, root))
+        same, why = checkpoint_fingerprint.compared(recorded, partial(_cast_sample, root))
         if same is None:
             self._said[name] = f"{name}: its base is not verified: {why}"
         elif not same:
@@ -70,9 +70,11 @@ class Base:
         keys = frozenset(keys)
         fingerprint: dict[str, Any] = {}
         try:
-            samples = [_sample(root, name) for name in provenance.parameters_of(keys)]
+            samples = [_sample(root, name) for name in checkpoint_fingerprint.parameters_of(keys)]
             if samples:
-                fingerprint = {provenance.FIELD: provenance.fingerprint(samples)}
+                fingerprint = {
+                    checkpoint_fingerprint.FIELD: checkpoint_fingerprint.fingerprint(samples)
+                }
         except LoraFxError:
             return self._last if keys == self._keys else {}
         self._keys = keys
@@ -84,10 +86,10 @@ def _cast_sample(root: nn.Module, name: str, dtype: str) -> tuple[tuple[int, ...
     try:
         _, shape, values = _sample(root, name)
     except LoraFxError as error:
-        raise provenance.Unknown(error.message) from error
+        raise checkpoint_fingerprint.Unknown(error.message) from error
     if values.dtype.itemsize < numpy_dtype(dtype).itemsize:
-        raise provenance.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
-    return shape, provenance.cast(values, dtype)
+        raise checkpoint_fingerprint.Unknown(f"{name!r} is {values.dtype} here and was {dtype}")
+    return shape, checkpoint_fingerprint.cast(values, dtype)
 
 
 def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
@@ -106,5 +108,5 @@ def _sample(root: nn.Module, name: str) -> tuple[str, tuple[int, ...], Array]:
 def both_ends(tensor: torch.Tensor) -> Array:
     """The first and the last elements of a tensor, as a fingerprint samples them."""
     flat = tensor.detach().reshape(-1)
-    ends = [to_numpy(flat[end].clone()) for end in provenance.ends(len(flat))]
+    ends = [to_numpy(flat[end].clone()) for end in checkpoint_fingerprint.ends(len(flat))]
     return np.concatenate(ends)

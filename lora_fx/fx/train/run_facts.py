@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lora_fx.adapter.variant import asked
-from lora_fx.checkpoint.provenance import fingerprint
+from lora_fx.checkpoint.base_fingerprint import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule

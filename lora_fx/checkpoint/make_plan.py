@@ -1,0 +1,406 @@
+"""A merge planned from headers and adapters alone: what will be written, and every refusal.
+
+Nothing of the base but its headers is read here, and samples of weights where an adapter says
+what it was trained on; nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora_fx.adapter.adapter import Adapter, mix
+from lora_fx.adapter.bind import OTHER_READERS
+from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.match import match
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
+from lora_fx.checkpoint.merge_settings import MergeOptions
+from lora_fx.checkpoint.placed import Placed
+from lora_fx.checkpoint.provenance import history, refuse_again
+from lora_fx.checkpoint.refusal import READ_TOO, MergeRefusal
+from lora_fx.checkpoint.renaming import renaming
+from lora_fx.checkpoint.requantise import in_all, sampled
+from lora_fx.checkpoint.stored_codes import refuse_codes
+from lora_fx.checkpoint.tensor_change import TensorChange, change_of, requantised, scales_change
+from lora_fx.checkpoint.tied_names import Tie
+from lora_fx.checkpoint.tied_uses import (
+    check_unknown,
+    of_one_use,
+    one_change,
+    spread,
+    tie_and_names,
+)
+from lora_fx.checkpoint.trained_on import base_note, other_model
+from lora_fx.dtypes import FLOATING
+from lora_fx.errors import LoraFxError
+from lora_fx.files.checkpoint import Checkpoint
+from lora_fx.files.quantised.dequantise import (
+    CodesInfo,
+    dequantised,
+    is_view,
+    refuse_left,
+    view_notes,
+)
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.text import by_key, human
+
+
+def make_plan(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> MergePlan:
+    """Match adapters to a checkpoint and check everything that can be checked without reading it.
+
+    Raises:
+        LoraFxError: Every reason not to merge that headers and adapters show.
+    """
+    if not adapters:
+        raise LoraFxError("no adapter to merge", "lora-fx merge BASE ADAPTER -o OUT")
+
+    stored = base  # what the output is written from: as floats only where that is asked for
+    if options.reads_codes and not is_view(base):
+        base = dequantised(base, options.dtype_of_codes, options.shard_bytes)
+        if options.dequantise:
+            refuse_left(base)
+            stored = base
+
+    _check_adapters(base, adapters, options)
+    adapters = [replace(item, adapter=item.adapter.resolved(base.tensors)) for item in adapters]
+    matched = _match_all(base, adapters, options)
+    check_unknown(matched.placed, matched.tie, base)
+    base_notes = [
+        base_note(item.adapter, item.where, base, matched.names, options.any_base)
+        for item in adapters
+    ]
+    unverified = tuple(note for note in base_notes if note)
+
+    parted = _part_uses(matched, base, options)
+    changes = _changes(parted, base, stored, options)
+    notes = [*matched.notes, *_int8_notes(changes, options), *view_notes(stored), *unverified]
+    return MergePlan(
+        stored,
+        tuple(adapters),
+        changes,
+        added={name: _home(stored, parted.copies.get(name)) for name in parted.added},
+        tie=matched.tie if parted.of_one_use else None,
+        one_use=tuple(dict.fromkeys(update.key for update in parted.of_one_use)),
+        notes=tuple(dict.fromkeys(notes)),
+        options=options,
+        unverified=unverified,
+    )
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """The updates of all adapters at their tensors.
+
+    Attributes:
+        placed: The updates, in the order of the adapters.
+        tie: The tie of the base's head and embedding, where it has one.
+        names: The base's tensors under every name that an adapter may use, and those to add.
+        notes: What should be said.
+    """
+
+    placed: list[Placed]
+    tie: Tie | None
+    names: Tensors
+    notes: list[str]
+
+
+def _match_all(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> _Matched:
+    """Match every adapter, or the one mix of them.
+
+    Raises:
+        LoraFxError: An adapter that does not fit the base.
+    """
+    config = base.config()
+    notes = _check_other_readers(adapters, options)
+    weighted = _weighted(adapters, options)
+    keys: list[str] = []
+    for adapter, _ in weighted:
+        keys += adapter.entries
+    tie, names = tie_and_names(base, keys)
+    placed: list[Placed] = []
+    for adapter, where in weighted:
+        _check_codes(adapter, base, adapters, options)
+        added = _new_tensors(adapter, base) if options.add else {}
+        with _of_another_model(adapter, where, base):
+            updates, match_notes = match(
+                adapter,
+                names,
+                config,
+                str(base.path),
+                new=added,
+                allow_unused=options.allow_unused,
+                allow_missing=options.allow_missing,
+                source=where,
+            )
+        notes += adapter.metadata.get("notes", ())
+        notes += match_notes
+        notes += [f"added: {name}" for name in added]
+        if not updates:
+            raise LoraFxError(
+                f"{where}: none of its keys is in {base.path}",
+                "is it the adapter of another model?",
+            )
+        placed += [update.at_its_use(tie, base, untie=options.untie) for update in updates]
+        names = {**names, **added}
+    return _Matched(placed, tie, names, notes)
+
+
+def _weighted(
+    adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> list[tuple[Adapter, str]]:
+    """The adapters to add one after the other, with their names: as they are, or their one mix."""
+    if len(adapters) > 1 and options.how not in ("sum", "cat"):
+        parts = [(item.adapter, item.weight) for item in adapters]
+        where = " + ".join(item.where for item in adapters)
+        return [(mix(parts, options.how, options.rank), where)]
+    if options.rank is not None:
+        raise LoraFxError(
+            "only an svd mix of several adapters has a rank to choose",
+            "--how svd, or no --rank",
+        )
+    return [(item.adapter.weighted(item.weight), item.where) for item in adapters]
+
+
+def _new_tensors(adapter: Adapter, base: Checkpoint) -> dict[str, TensorInfo]:
+    """Whole tensors that the base lacks, such as a new head, in the dtype of most of the base."""
+    last_shard = base.folder / list(base.shards)[-1]
+    dtypes = [info.dtype for info in base.tensors.values() if info.dtype in FLOATING]
+    dtypes = dtypes or ["float32"]
+    most_used = max(dict.fromkeys(dtypes), key=dtypes.count)
+    rename = renaming(adapter, base.tensors, base.config(), [])
+    added: dict[str, TensorInfo] = {}
+    for key, full in adapter.full.items():
+        if rename.info(key) is None:
+            dtype = full.value.dtype.name
+            if dtype in FLOATING:
+                dtype = most_used
+            added[key] = TensorInfo(dtype, full.value.shape, last_shard, 0, 0)
+    return added
+
+
+@contextlib.contextmanager
+def _of_another_model(adapter: Adapter, where: str, base: Checkpoint) -> Iterator[None]:
+    """A block whose errors begin with what the two configs say, where they name two models."""
+    try:
+        yield
+    except LoraFxError as error:
+        lead = other_model(adapter, where, base)
+        if not lead:
+            raise
+        if isinstance(error, MergeRefusal):
+            raise error.after(lead) from error
+        raise LoraFxError(f"{lead}: {error.message}", error.hint) from error
+
+
+def _check_adapters(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> None:
+    """Raise for weights that are no numbers, and for an adapter that is merged twice."""
+    names_by_hash: dict[str, str] = {}
+    for item in adapters:
+        if not math.isfinite(item.weight):
+            raise LoraFxError(
+                f"{item.where}: its weight is {item.weight:g}; expected a finite number",
+                "for example ADAPTER:0.5",
+            )
+        if item.hash in names_by_hash and not options.again:
+            other = names_by_hash[item.hash]
+            as_other = "" if item.where == other else f", as {other} too"
+            raise LoraFxError(
+                f"{item.where} is given twice{as_other}",
+                "give it once, with the sum of the weights; --again merges it twice",
+            )
+        names_by_hash[item.hash] = item.where
+    hashes = [(item.where, item.hash) for item in adapters]
+    refuse_again(base.path, history(base), hashes, again=options.again)
+
+
+def _check_other_readers(adapters: Sequence[WeightedAdapter], options: MergeOptions) -> list[str]:
+    """Notes of weights that are read by more than the products that their updates are for.
+
+    Raises:
+        LoraFxError: There are such, and they are not allowed.
+    """
+    notes = []
+    for item in adapters:
+        readers = item.adapter.metadata.get(OTHER_READERS) or {}
+        for key in readers:
+            if key not in item.adapter.entries:
+                continue
+            names = ", ".join(readers[key])
+            unreached = f"{item.where}: the update of {key!r} does not reach {names}"
+            if not options.other_readers:
+                raise MergeRefusal(
+                    READ_TOO,
+                    [key],
+                    f"{unreached}, which reads the tensor too; a merge would change that",
+                    "lora-fx export keeps them apart; --other-readers merges all the same",
+                )
+            notes.append(f"{unreached}, which the merged tensor changes")
+    return notes
+
+
+def _check_codes(
+    adapter: Adapter,
+    base: Checkpoint,
+    adapters: Sequence[WeightedAdapter],
+    options: MergeOptions,
+) -> None:
+    """Raise where an update is of codes; the hint says what each way to merge it costs."""
+    try:
+        refuse_codes(adapter.entries, base, base.config())
+    except LoraFxError as error:
+        hint = error.hint
+        if not options.reads_codes:
+            hint = _cost_of_codes(base, adapters, options) or hint
+        for low in adapter.lowrank.values():
+            variant = variant_of(low)
+            if variant.constant_over:
+                title = variant.title
+                hint = f"lora-fx export puts {title} into zero points, without loss; {hint}"
+                break
+        raise LoraFxError(error.message, hint) from error
+
+
+def _cost_of_codes(
+    base: Checkpoint, adapters: Sequence[WeightedAdapter], options: MergeOptions
+) -> str:
+    """The cost of each way to merge into codes; empty where neither can be done."""
+    try:
+        plan = make_plan(base, adapters, replace(options, dequantise=True))
+        folds = [
+            (change.source, change.fold)
+            for change in plan.changes.values()
+            if isinstance(change.source, CodesInfo)
+            and change.fold
+            and change.fold.matrix.rectangles
+        ]
+        gain, noise = in_all(sampled(folds))
+    except LoraFxError:
+        return ""
+    sizes = f"{human(plan.disk)}B of {options.dtype_of_codes}, now {human(base.size)}B"
+    return (
+        f"--dequantise writes floats ({sizes}); --requantise keeps codes, and {gain:.0%} of the "
+        f"update with noise of {noise:.1f} times its size, by a sample of rows"
+    )
+
+
+@dataclass(frozen=True)
+class _Parted:
+    """All updates, after the uses of a tied table were parted where one of them changes alone.
+
+    Attributes:
+        placed: The updates.
+        of_one_use: Those that mean one use of a tied table.
+        copies: Tensor to add → the base's tensor that it starts as a copy of.
+        added: All tensors to add, those copies among them.
+    """
+
+    placed: list[Placed]
+    of_one_use: list[Placed]
+    copies: Mapping[str, str]
+    added: Mapping[str, TensorInfo]
+
+
+def _part_uses(matched: _Matched, base: Checkpoint, options: MergeOptions) -> _Parted:
+    """Part the uses of a tied table, where an update means one of them.
+
+    Raises:
+        LoraFxError: They may not, or cannot, be parted.
+    """
+    tensors = base.tensors
+    added: dict[str, TensorInfo] = {}
+    for name, info in matched.names.items():
+        if name not in tensors and info.stop == 0:
+            added[name] = info
+    tie = matched.tie
+    if tie is None:
+        return _Parted(matched.placed, [], {}, added)
+
+    placed = one_change(matched.placed, tie)
+    of_one = of_one_use(placed, tie, base.config(), str(base.path), untie=options.untie)
+    copies = tie.new(tensors) if of_one else {}
+    added |= {name: tensors[source] for name, source in copies.items()}
+    return _Parted(spread(placed, tie, {*tensors, *added}), of_one, copies, added)
+
+
+def _changes(
+    parted: _Parted, base: Checkpoint, stored: Checkpoint, options: MergeOptions
+) -> dict[str, TensorChange]:
+    """The change of each tensor, in the order of the base, then of tensors to add.
+
+    Args:
+        parted: All updates.
+        base: The checkpoint, its codes as floats where options ask for either way to merge them.
+        stored: The checkpoint that the output is written from.
+        options: As asked.
+
+    Raises:
+        LoraFxError: Updates of one tensor that exclude each other, or do not fit it.
+    """
+    by_tensor = by_key((update.tensor, update) for update in parted.placed)
+    changes: dict[str, TensorChange] = {}
+    for name, info in base.tensors.items():
+        is_dequantised = options.dequantise and isinstance(info, CodesInfo)
+        if name not in by_tensor and not is_dequantised:
+            continue
+        if options.requantise and isinstance(info, CodesInfo):
+            changes |= requantised(name, info, by_tensor[name], stored)
+            continue
+        change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
+        changes |= _with_scales(change, by_tensor, base)
+
+    for name, info in parted.added.items():
+        change = change_of(name, info, by_tensor.get(name, []), base, _output_dtype(info, options))
+        what: tuple[str, ...] = ("added",)
+        if name in parted.copies and change.value is None:
+            what = (f"copy of {parted.copies[name]}", *change.what)
+        changes |= _with_scales(replace(change, what=what), by_tensor, base)
+    return changes
+
+
+def _output_dtype(info: TensorInfo, options: MergeOptions) -> str | None:
+    """The dtype that a float tensor is to be stored in; None where it stays as it is."""
+    if isinstance(info, CodesInfo):
+        return options.dtype_of_codes
+    return options.dtype
+
+
+def _with_scales(
+    change: TensorChange, by_tensor: Mapping[str, Sequence[Placed]], base: Checkpoint
+) -> dict[str, TensorChange]:
+    """A change by its tensor's name, and that of its scales where they are made anew."""
+    changes = {change.name: change}
+    int8 = change.int8
+    if int8 is None:
+        return changes
+    if int8.name in by_tensor:
+        raise LoraFxError(
+            f"{base.path}: {by_tensor[int8.name][0].key!r} changes the scales of an int8 weight "
+            "that another update changes too",
+            "merge one adapter after the other",
+        )
+    changes[int8.name] = scales_change(int8.name, int8.scales, change.name)
+    return changes
+
+
+def _int8_notes(changes: Mapping[str, TensorChange], options: MergeOptions) -> list[str]:
+    """A note of the tensors that a dtype does not reach."""
+    int8 = [change.name for change in changes.values() if change.int8 is not None]
+    if not int8 or options.dtype is None:
+        return []
+    return [f"--dtype {options.dtype}: {len(int8)} int8 tensors stay int8, {int8[0]} among them"]
+
+
+def _home(base: Checkpoint, source: str | None) -> str:
+    """The shard of a new tensor: that of what it is a copy of, else the last."""
+    for name, header in base.shards.items():
+        if source in header.tensors:
+            return name
+    return list(base.shards)[-1]

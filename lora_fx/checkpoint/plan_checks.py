@@ -1,0 +1,163 @@
+"""doctor's checks that ask the plan of a merge, or the record of earlier merges."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from lora_fx.adapter.expert_families import Family, family_of
+from lora_fx.adapter.updates import Entry, Rotation
+from lora_fx.adapter.variant import variant_of
+from lora_fx.checkpoint.findings import NOTE, WARNING, Finding, about
+from lora_fx.checkpoint.make_plan import make_plan
+from lora_fx.checkpoint.merge_plan import MergePlan, WeightedAdapter
+from lora_fx.checkpoint.pair import Pair
+from lora_fx.checkpoint.provenance import history, refuse_again
+from lora_fx.checkpoint.refusal import BASE, MERGED, MISSING, READ_TOO, TIED, UNUSED, MergeRefusal
+from lora_fx.checkpoint.requantise import refuse_loss, sampled
+from lora_fx.checkpoint.storage_order import model_types
+from lora_fx.errors import LoraFxError
+from lora_fx.formats.servers import READS, SERVERS, STAYS, seen, verdicts
+from lora_fx.text import Json
+
+TAKEN_BY: Mapping[str, tuple[str, ...]] = {
+    UNUSED: ("allow_unused",),
+    MISSING: ("allow_missing",),
+    TIED: ("untie",),
+    BASE: ("any_base",),
+    MERGED: ("again",),
+    READ_TOO: ("other_readers",),
+    "new tensors": ("add",),
+    "quantised base": ("dequantise", "requantise"),
+}
+"""Check → the options of a merge, each of which takes what it finds."""
+
+
+LENIENT: Json = {names[0]: True for names in TAKEN_BY.values() if len(names) == 1}
+"""The options of a merge that takes what one of the checks has found already."""
+
+
+def _plan(pair: Pair, entries: Mapping[str, Entry], *, lenient: bool = False) -> MergePlan:
+    """Plan a merge of these entries; `lenient` accepts what a check has reported already."""
+    adapter = replace(pair.adapter, entries=entries)
+    options = replace(pair.options, **LENIENT) if lenient else pair.options
+    weighted = WeightedAdapter(adapter, 1.0, str(pair.path), pair.digest)
+    return make_plan(pair.base, [weighted], options)
+
+
+def planned(pair: Pair, reported: Collection[str] = ()) -> MergePlan | LoraFxError:
+    """Plan `lora-fx merge`; returns the refusal where there is no plan.
+
+    Args:
+        pair: The pair.
+        reported: Keys that a check has found something of; the others are planned, as if that
+            were mended.
+    """
+    if pair.refusal is not None and not reported:
+        return pair.refusal
+    entries = {key: entry for key, entry in pair.adapter.entries.items() if key not in reported}
+    try:
+        plan = _plan(pair, entries, lenient=bool(reported))
+        if pair.options.requantise and not pair.options.lossy:
+            folds = [
+                (change.codes, change.fold)
+                for change in plan.changes.values()
+                if change.codes and change.fold
+            ]
+            refuse_loss(sampled(folds), "the output")
+    except LoraFxError as error:
+        return error
+    return plan
+
+
+def tied(pair: Pair) -> Iterator[Finding]:
+    """Check that no update means one use of a tensor that is both embedding and output head."""
+    if pair.tie is None:
+        return
+    fitting = {key: entry for key, entry in pair.adapter.entries.items() if key not in pair.misfits}
+    try:
+        plan = _plan(pair, fitting, lenient=True)
+    except LoraFxError:
+        return  # another check, or the last, tells
+    yield from about(
+        plan.one_use,
+        f"it is one of two uses of one tensor: {pair.tie.table} is also the output head",
+        "an update of both uses, or a base whose head is a tensor of its own",
+        "lora-fx merge --untie gives the head a tensor of its own; other tools change both",
+    )
+
+
+def merged(pair: Pair) -> Iterator[Finding]:
+    """Check that the adapter is not merged into the base already."""
+    try:
+        refuse_again(pair.base.path, history(pair.base), [("it", pair.digest)], again=False)
+    except MergeRefusal:
+        yield Finding(
+            list(pair.adapter.entries),
+            "the base's metadata says that this adapter is merged into it",
+            "the original base",
+            "start from the original; lora-fx merge --again merges it once more",
+        )
+
+
+def added(pair: Pair) -> Iterator[Finding]:
+    """Check for whole tensors that the base lacks, such as a new head."""
+    yield from about(
+        [key for key in pair.adapter.full if pair.tensor(key) is None],
+        "whole tensors that the base has not, such as a new head",
+        "tensors of the base",
+        "lora-fx merge --add writes them into the output",
+    )
+
+
+def trained(pair: Pair) -> Iterator[Finding]:
+    """Check for updates that are zero: B (or A) was never moved from its start."""
+    zero: list[str] = []
+    for key, low in pair.adapter.lowrank.items():
+        is_added = not low.mutated and not variant_of(low).reads_weight
+        if is_added and low.norm == 0.0:
+            zero.append(key)
+    for key, entry in pair.adapter.entries.items():
+        if isinstance(entry, Rotation) and not entry.turn.any():
+            zero.append(key)
+    if not zero:
+        return
+    if len(zero) == len(pair.adapter.entries):
+        yield Finding(
+            zero,
+            "A or B is zero: untrained, and so is every other update",
+            "an update",
+            "was the adapter saved before training?",
+        )
+    else:
+        yield Finding(
+            zero,
+            "A or B is zero: untrained",
+            "an update",
+            "did a gradient reach them?",
+            WARNING,
+        )
+
+
+def served(pair: Pair, server: str) -> Iterator[Finding]:
+    """Check what a program would read of the adapter, by the table of `lora_fx.formats.servers`."""
+    types = model_types(pair.base.config())
+    family = family_of(types) or Family()
+    shapes = {name: array.shape for name, array in pair.raw.tensors.items()}
+    facts = seen(shapes, pair.raw.config, family)
+    for rule, names in verdicts(server, facts, family, types):
+        what = f"{SERVERS[server]} {rule.outcome} {rule.said} ({rule.source})"
+        if rule.outcome == READS:
+            yield Finding(names, what, "", "", NOTE)
+            continue
+        hint = f"lora-fx convert {pair.path} -o OUT --format {server} --base {pair.base.path}"
+        if rule.what in STAYS:
+            hint = "lora-fx merge folds it into its base"
+        yield Finding(names, what, "what it applies as it was trained", hint)
+    if not shapes:
+        yield Finding(
+            [],
+            "a file of another format",
+            "one of PEFT's",
+            f"lora-fx convert {pair.path} -o FOLDER",
+        )
