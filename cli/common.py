@@ -28,8 +28,11 @@ from lora_fx.cli.arguments import split_weight
 from lora_fx.cli.options import FORCE, GIVEN, Rules, given_here, in_groups
 from lora_fx.cli.output import echo, note, result, say, show, stages
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line, refuse_no_say
-from lora_fx.files.atomic import check_output, replacing, sweep
-from lora_fx.files.read import Remembered, read_toml, remember, remembering, trusting
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.leftovers import sweep
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import Remembered, remember, remembering
+from lora_fx.files.strict_toml import read_toml
 from lora_fx.progress import stage, telling
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, some
 

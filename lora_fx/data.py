@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
-from lora_fx.files.read import json_object, open_input, read_text
+from lora_fx.files.read import open_input, read_text
+from lora_fx.files.strict_json import json_object
 from lora_fx.text import Json, StrPath, some
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]

@@ -47,6 +47,7 @@ LAZY = {
     ("lora_fx.onnx.session", "lora_fx.formats.io"),
     ("lora_fx.onnx.session", "lora_fx.formats.registry"),
     ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
+    ("lora_fx.files.tensor_files", "lora_fx.fx.tensors"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 ANY = 7.5

@@ -10,7 +10,7 @@ import numpy as np
 from lora_fx.checkpoint.pair import ERROR, WARNING, Check, Finding, Pair, about
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import finite, is_float
+from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED, Pattern, wanted_by
 from lora_fx.formats.peft.file import KINDS, names_variant
 from lora_fx.formats.peft.names import PREFIX

@@ -26,8 +26,10 @@ from lora_fx.dtypes import FLOATING, Array, NumpyDtype
 from lora_fx.errors import LoraFxError, NoEffectError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
-from lora_fx.files.read import check_unchanged, remembering, trusting
-from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored, stored_elements
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import check_unchanged, remembering
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import same_bytes, stored, stored_elements
 from lora_fx.inputs import generator
 from lora_fx.targets.plan import select, select_names, split
 from lora_fx.targets.target import Found

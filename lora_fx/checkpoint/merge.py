@@ -33,17 +33,18 @@ from lora_fx.compare import Report
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError, explained, one_line
 from lora_fx.files import isolated
-from lora_fx.files.atomic import BUSY, check_output, check_space, replacing
+from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
+from lora_fx.files.entries import inode_of
 from lora_fx.files.hub import known_as, local
-from lora_fx.files.read import (
+from lora_fx.files.locks import BUSY
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import (
     check_unchanged,
-    inode_of,
     naming_changes,
     remember,
     remembering,
     run_of_files,
-    trusting,
 )
 from lora_fx.formats.io import AdapterLike, load_adapter, without_ending
 from lora_fx.formats.registry import FORMATS

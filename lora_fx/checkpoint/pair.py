@@ -25,8 +25,9 @@ from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo, dequantised
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import TensorInfo, Tensors, is_float, read_tensors
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import is_float, read_tensors
 from lora_fx.formats.io import check_elements, format_of, load_adapter, tensor_file
 from lora_fx.formats.peft.config import Pattern, facts, group_of
 from lora_fx.formats.peft.file import PEFT, config_of

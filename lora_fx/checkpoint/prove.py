@@ -41,7 +41,8 @@ from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored_elements
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import same_bytes, stored_elements
 from lora_fx.text import Json, strict_json
 
 Weights = Mapping[str, QuantisedWeight]

@@ -28,8 +28,9 @@ from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import json_value
-from lora_fx.files.safetensors import TensorInfo, Tensors, stored_bytes, stored_elements
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import stored_bytes, stored_elements
+from lora_fx.files.strict_json import json_value
 from lora_fx.targets.target import base_name
 from lora_fx.text import Json, JsonView, is_whole
 

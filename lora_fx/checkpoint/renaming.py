@@ -21,8 +21,8 @@ from lora_fx.checkpoint.model_families import CONV1D_NAMES, part_rows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.strict_json import read_json
 from lora_fx.formats.peft.config import missing
 from lora_fx.targets.names import ENDS, EXACT, NameRule, Names, also_called
 from lora_fx.targets.prefix import Prefix, common_prefix

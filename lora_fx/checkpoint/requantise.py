@@ -22,7 +22,8 @@ from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written
 from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
 from lora_fx.files.quantised.read import scheme_of
-from lora_fx.files.safetensors import TensorInfo, stored_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored_bytes
 from lora_fx.ir.quantised import Quantised
 from lora_fx.targets.target import base_name
 from lora_fx.text import JsonView, by_key

@@ -32,7 +32,7 @@ from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, explained
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from lora_fx.files.quantised.dequantise import is_view
-from lora_fx.files.read import check_unchanged, remembering
+from lora_fx.files.run_files import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json, JsonView
 

@@ -29,11 +29,12 @@ from lora_fx.checkpoint.provenance import METADATA
 from lora_fx.checkpoint.requantise import joined, ranges, recoded
 from lora_fx.dtypes import DTYPES, Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import copy_file, keep_mode
 from lora_fx.files.copying import copy_range, preallocate, reflink, write_at
+from lora_fx.files.permissions import copy_file, keep_mode
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.read import read_bytes, read_json
+from lora_fx.files.read import read_bytes
 from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.strict_json import read_json
 from lora_fx.text import Json, JsonView
 
 CHUNK = 64 << 20

@@ -8,24 +8,18 @@ exactly once, and sizes follow from shapes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
+from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError, explained, one_line
-from lora_fx.files.adapter_files import adapter_files
-from lora_fx.files.copying import read_into
-from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer, trusted
-from lora_fx.text import Json
+from lora_fx.files.read import AGAIN, open_input, refuse_pointer, trusted
+from lora_fx.files.strict_json import MAX_JSON, json_object
 
 MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
@@ -213,216 +207,6 @@ def _check_ranges(file: Path, tensors: Tensors, data_start: int, size: int) -> N
         raise LoraFxError(f"{file}: {size} bytes, but its tensors end at {reached}: {what}", AGAIN)
 
 
-# safetensors files as numpy arrays: strict reading, and writing with reproducible bytes.
-#
-# The header is written here rather than by `safetensors.numpy.save`, which (0.8.0) writes the bytes
-# of a transposed array in the wrong order and puts metadata in an order that changes from run to
-# run. bfloat16 goes through ml_dtypes. Format: https://github.com/huggingface/safetensors.
-
-
-_PLAIN = (*reversed(FLOATING), "int64", "int32", "int16", "int8", "uint8", "bool")
-"""What adapters are stored in."""
-_FLOATS = frozenset(map(numpy_dtype, FLOATING))
-_CODES = {numpy_dtype(name): DTYPES[name].code for name in _PLAIN}
-
-
-def is_float(array: Array) -> bool:
-    """True for the four float dtypes that adapters are stored in."""
-    return array.dtype in _FLOATS
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file and sync it to disk. Equal inputs give equal bytes.
-
-    Args:
-        path: File to create; an existing one is overwritten.
-        tensors: Arrays of any shape and memory order.
-        metadata: Texts for the header.
-
-    Raises:
-        LoraFxError: A dtype that the format or this project does not store.
-    """
-    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: Json = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order:
-        array = tensors[name]
-        code = _CODES.get(array.dtype)
-        if code is None:
-            raise LoraFxError(
-                f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
-            )
-        offsets = [offset, offset + array.nbytes]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
-        offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All tensors of a safetensors file in file order, and the texts of its header.
-
-    Within `trusting`, those of a pickle too.
-
-    Raises:
-        LoraFxError: Not a safetensors file (what it is instead is said), or damaged.
-    """
-    refuse_other_kinds(path)
-    if is_pickle(first_bytes(path)):
-        from lora_fx.fx.tensors import read_pickle
-
-        return read_pickle(path), {}
-    header = read_header(path)
-    for name, info in header.tensors.items():
-        if info.dtype not in _PLAIN:
-            raise LoraFxError(
-                f"{path}: tensor {name!r} has dtype {DTYPES[info.dtype].code}; expected "
-                f"{', '.join(_PLAIN)}",
-                "quantised adapters are not supported; save it in a float dtype",
-            )
-    return {name: stored(info) for name, info in header.tensors.items()}, dict(header.metadata)
-
-
 def first_bytes(path: Path) -> bytes:
     """The first 64 bytes of a file, which tell its kind."""
     return _open(path, 64)[1]
-
-
-def refuse_other_kinds(path: Path) -> None:
-    """Raise with the right hint for files that are something else, by their first bytes."""
-    head = first_bytes(path)
-    # First, because the length of a header may begin with any byte, a pickle's included.
-    if may_be_safetensors(head) or (trusted() and is_pickle(head)):
-        return
-    if is_pickle(head):
-        raise LoraFxError(
-            f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
-        )
-    endings = ".safetensors"
-    adapters = adapter_files()
-    if adapters is not None:
-        ending = adapters.ending_by_magic(head)
-        if ending:
-            raise LoraFxError(
-                f"{path}: begins as a {ending} file, which this reader does not take",
-                "use the safetensors adapter that it was made from",
-            )
-        endings = ", ".join(adapters.suffixes())
-    raise LoraFxError(
-        f"{path}: not a safetensors file",
-        f"adapters are read from {endings} files, and from folders of them",
-    )
-
-
-@np.errstate(invalid="ignore")  # ml_dtypes says it of NaN that signal
-def finite(array: Array) -> bool:
-    """True when every element is a number; exact in any float dtype."""
-    return bool(np.isfinite(array).all())
-
-
-# Tensors of a file, or parts of them, by plain reads: nothing is mapped.
-
-
-CHUNK = 1 << 20
-"""Bytes that are compared at once."""
-
-
-def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Bytes lo ≤ i < hi of a tensor.
-
-    Raises:
-        LoraFxError: The file ends before them, or cannot be read.
-    """
-    return stored(replace(info, dtype="uint8", shape=(info.stop - info.start,)), slice(lo, hi))
-
-
-def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
-    """A tensor, or a part of it along one axis.
-
-    Raises:
-        LoraFxError: The file ends before it, or cannot be read.
-    """
-    dtype = numpy_dtype(info.dtype)
-    shape = info.shape or (1,)
-    start, stop, _ = part.indices(shape[axis])
-    length = stop - start
-    outer = shape[:axis]
-    inner = shape[axis + 1 :]
-
-    # one run of bytes for every place along the axes before this one
-    stride = math.prod(inner) * dtype.itemsize
-    runs = np.empty((math.prod(outer), length * stride), np.uint8)
-    with reading(info), open_input(info.file) as file:
-        for place, run in enumerate(runs):
-            offset = (place * shape[axis] + start) * stride
-            read_into(file.fileno(), run.data, info.start + offset)
-    if not info.shape:
-        return runs.view(dtype).reshape(())
-    return runs.view(dtype).reshape(*outer, length, *inner)
-
-
-def stored_elements(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Elements lo ≤ i < hi of a tensor in its own dtype."""
-    dtype = numpy_dtype(info.dtype)
-    return stored_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
-
-
-def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
-    """True where two tensors, stored or arrays, have one dtype and shape and are equal bit by bit.
-
-    Reading stops at the first block that differs: either may be larger than memory.
-
-    Raises:
-        LoraFxError: A file ends inside its tensor, or cannot be read.
-    """
-    if (str(a.dtype), a.shape) != (str(b.dtype), b.shape):
-        return False
-    if (
-        isinstance(a, TensorInfo)
-        and isinstance(b, TensorInfo)
-        and a.start == b.start
-        and os.path.samefile(a.file, b.file)
-    ):
-        return True
-    blocks = zip(_blocks(a), _blocks(b), strict=True)
-    return all(block_a == block_b for block_a, block_b in blocks)
-
-
-def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
-    """The bytes of a tensor, CHUNK at a time.
-
-    Always in the same buffer, since new ones would cost page faults; behind the last, shorter block
-    are still bytes of the one before. A bytearray, because comparing two of them took a sixth of
-    the time of np.array_equal.
-    """
-    block = bytearray(CHUNK)
-    if isinstance(tensor, TensorInfo):
-        with reading(tensor), open_input(tensor.file) as file:
-            for lo in range(tensor.start, tensor.stop, CHUNK):
-                read_into(file.fileno(), memoryview(block)[: tensor.stop - lo], lo)
-                yield block
-    else:
-        flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        for lo in range(0, len(flat), CHUNK):
-            chunk = flat[lo : lo + CHUNK]
-            block[: len(chunk)] = chunk.data
-            yield block
-
-
-@contextlib.contextmanager
-def reading(info: TensorInfo) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name the file."""
-    try:
-        yield
-    except OSError as error:
-        why = "ends inside a tensor while it is read"
-        if error.strerror:
-            why = f"cannot be read: {error.strerror}"
-        raise LoraFxError(f"{info.file}: {why}", AGAIN) from error

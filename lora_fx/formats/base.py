@@ -21,15 +21,9 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows, from_json, to_json
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import (
-    Header,
-    finite,
-    first_bytes,
-    is_float,
-    read_header,
-    refuse_other_kinds,
-)
+from lora_fx.files.safetensors import Header, first_bytes, read_header
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import finite, is_float, refuse_other_kinds
 from lora_fx.formats.format import FileHead
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView

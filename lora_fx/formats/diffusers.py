@@ -37,8 +37,8 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats import base, naming
 from lora_fx.formats.base import Arrays, File
 from lora_fx.formats.format import FileHead, Format

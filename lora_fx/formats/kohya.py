@@ -37,7 +37,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats import base, lycoris, naming
 from lora_fx.formats.base import Arrays, File
 from lora_fx.formats.format import FileHead, Format

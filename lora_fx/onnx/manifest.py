@@ -44,7 +44,8 @@ from lora_fx.errors import (
     retold,
     stamp,
 )
-from lora_fx.files.read import json_object, json_value, open_input
+from lora_fx.files.read import open_input
+from lora_fx.files.strict_json import json_object, json_value
 from lora_fx.ir.layout import Layout
 from lora_fx.onnx.graph.flow import dtype_name
 from lora_fx.onnx.load import load

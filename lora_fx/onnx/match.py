@@ -26,7 +26,7 @@ from lora_fx.adapter.updates import Entry, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.files.read import read_json
+from lora_fx.files.strict_json import read_json
 from lora_fx.onnx.graph.flow import operand
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM, copies_of

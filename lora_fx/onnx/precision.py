@@ -27,7 +27,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from lora_fx.compare import STEPS
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, silenced
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.graph.flow import bodies_of, is_tensor, values_of
 from lora_fx.onnx.graph.graph import add_initialiser
 from lora_fx.onnx.save import weight_bytes

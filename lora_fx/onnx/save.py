@@ -17,7 +17,8 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import EXISTS, Beside, replacing
+from lora_fx.files.atomic import EXISTS, replacing
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.switch import reread
 

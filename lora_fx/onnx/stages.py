@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lora_fx.compare import ORT_TOL, Parity, compare, sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, one_line, silenced
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.graph.flow import constant, dtype_name, made_by, numbers, operand
 from lora_fx.onnx.graph.graph import add_initialiser

@@ -28,7 +28,8 @@ from google.protobuf.text_encoding import CEscape
 
 from lora_fx.dtypes import from_onnx
 from lora_fx.errors import LoraFxError, explained, one_line, retold
-from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.load import data_names
 from lora_fx.onnx.manifest import PROPERTY, Manifest, read_manifest
 from lora_fx.onnx.session import RuntimeSession, open_session

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 
 from lora_fx import regexes
 from lora_fx.errors import LoraFxError, check_format, expect_file, one_line
-from lora_fx.files.read import read_json
+from lora_fx.files.strict_json import read_json
 from lora_fx.ir.graph import Site
 from lora_fx.regexes import PatternError, matched
 from lora_fx.targets.target import Found, Target, base_name, check_disjoint, split_region, split_use

@@ -19,7 +19,7 @@ from lora_fx.adapter.variant import OF_DATA, Init, VariantName, initial, slots_o
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.run_files import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured

@@ -22,7 +22,7 @@ from lora_fx.compare import Parity, Report, compare, demand
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.files.read import remember
+from lora_fx.files.run_files import remember
 from lora_fx.formats.io import check_real
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout

@@ -30,8 +30,9 @@ from lora_fx.errors import (
     refuse_no_say,
 )
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering, trusting
-from lora_fx.files.safetensors import same_bytes
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import remember, remembering
+from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched, match

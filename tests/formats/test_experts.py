@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import LAYOUTS, _alpha, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.base import PeftFile
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft.file import decode

@@ -16,7 +16,9 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import TensorInfo, finite, stored, stored_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored, stored_bytes
+from lora_fx.files.tensor_files import finite
 from lora_fx.ir.quantised import Quantised, blocks_in
 
 DAMAGED = "the file is damaged, or its quantiser wrote a layout that lora-fx does not know"

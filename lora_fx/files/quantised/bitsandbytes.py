@@ -25,7 +25,7 @@ import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
 from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight
-from lora_fx.files.read import json_object
+from lora_fx.files.strict_json import json_object
 from lora_fx.ir.bit_packing import packed, unpacked
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 from lora_fx.text import JsonView, is_number, is_whole

@@ -36,8 +36,8 @@ from lora_fx.adapter.variant import (
 )
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, one_line
-from lora_fx.files.read import json_object, read_json
-from lora_fx.files.safetensors import is_float, read_tensors, write_tensors
+from lora_fx.files.strict_json import json_object, read_json
+from lora_fx.files.tensor_files import is_float, read_tensors, write_tensors
 from lora_fx.formats import lycoris
 from lora_fx.formats.base import PeftFile, holds, metadata_text
 from lora_fx.formats.format import FileHead, Format

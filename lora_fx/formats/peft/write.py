@@ -20,7 +20,7 @@ from lora_fx.adapter.variant import (
 )
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.files.safetensors import finite, is_float
+from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.peft.config import KASA, VERSION, build_config, conflicts
 from lora_fx.formats.peft.names import DELTA, OWN, PREFIX, TAKEN, WRAPPER, packed, unwrapped
 from lora_fx.targets.target import split_use

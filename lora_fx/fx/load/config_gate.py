@@ -25,9 +25,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import HUB_CLIENT, TORCH_LOAD, sealed
+from lora_fx.files.strict_json import read_json
 from lora_fx.fx.tensors import has_values
 from lora_fx.fx.trees import tree_leaves, tree_map_only
 from lora_fx.patching import patched

@@ -39,7 +39,8 @@ from lora_fx.errors import (
 from lora_fx.files.checkpoint import PICKLES, tensors
 from lora_fx.files.hub import local
 from lora_fx.files.read import trusting
-from lora_fx.files.safetensors import TensorInfo, stored
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.load.beside import importable, is_reserved
 from lora_fx.fx.load.config_gate import sealed_libraries

@@ -33,9 +33,10 @@ from lora_fx.checkpoint.provenance import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format, stamp
-from lora_fx.files.atomic import CURVE, check_output, replacing
-from lora_fx.files.read import read_json
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.replaceable import CURVE
+from lora_fx.files.strict_json import read_json
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule, both_ends
 from lora_fx.fx.tensors import device_of, from_numpy, to_numpy

@@ -16,7 +16,8 @@ from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.quantised import base as parts
 from lora_fx.files.quantised.base import QuantisedWeight
 from lora_fx.files.quantised.read import SIBLINGS, quantised_weights, scheme_of
-from lora_fx.files.safetensors import TensorInfo, stored, stored_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored, stored_bytes
 from tests.checkpoint.made import checkpoint
 from tests.files.quantised.rows import golden, mark, read
 

@@ -13,7 +13,7 @@ import pytest
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import LAYOUTS, family_of, laid
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.servers import DROPS, READS, seen, verdicts
 
 torch = pytest.importorskip("torch")

@@ -15,7 +15,7 @@ import lora_fx
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.files.quantised import base
-from lora_fx.files.safetensors import stored
+from lora_fx.files.stored_tensors import stored
 from lora_fx.fx.codes import forms
 from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.ir.quantised import NF4

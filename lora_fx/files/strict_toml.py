@@ -1,0 +1,67 @@
+"""TOML, of which Python's reader is slow, and slower than linear for dotted keys."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+
+from lora_fx.errors import LoraFxError, one_line
+from lora_fx.files.read import read_text
+from lora_fx.text import Json
+
+MAX_TOML = 1 << 19
+"""Largest TOML file, in bytes: 5,000 paths of adapters. Python's tomllib takes a second for it."""
+
+
+MAX_DOTS = 16
+"""Parts of a dotted key; of one of 20,000 parts tomllib takes 18 s and 2 GB."""
+
+
+_QUOTED = re.compile(
+    r"""(?sx) \"{3} (?: \\. | (?!\"{3}). )*+ (?: \"{3} | \Z)
+    | '{3} (?: (?!'{3}). )*+ (?: '{3} | \Z)
+    | " (?: \\. | [^"\\\n] )*+ "?
+    | ' [^'\n]*+ '?
+    | \# [^\n]*+"""
+)
+
+
+_LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DOTS}}}[\w-]")
+
+
+def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
+    """The tables of a TOML file of at most MAX_TOML bytes.
+
+    Args:
+        path: The file.
+        hint: Of the error, where it is no TOML.
+
+    Raises:
+        LoraFxError: It is no TOML, nested too deeply, or holds a whole number of more than the 64
+            bits that TOML has.
+    """
+    text, name = read_text(path, most=MAX_TOML), os.fspath(path)
+    if _LONG_KEY.search(_QUOTED.sub("q", text)):
+        raise LoraFxError(f"{name}: a dotted key of more than {MAX_DOTS} parts", hint)
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "too deeply nested" if isinstance(error, RecursionError) else one_line(error)
+        raise LoraFxError(f"{name}: not TOML: {why}", hint) from error
+    if (large := next(_too_large(tables), None)) is not None:
+        raise LoraFxError(f"{name}: {large} has a whole number of more than 64 bits", hint)
+    return tables
+
+
+def _too_large(value: object, key: str = "it") -> Iterator[str]:
+    """The keys whose values hold a whole number of more than 64 bits."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from _too_large(part, one_line(repr(name), 80))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _too_large(part, key)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        yield key
