@@ -20,14 +20,14 @@ def inside(folder: Path, name: str) -> Path | None:
     """The file that a name from a file stands for; None where that leads out of the folder.
 
     Args:
-        folder: Where the file lies that says the name.
+        folder: Where the file lies in which the name stands.
         name: Relative, by `/`.
 
     Returns:
         Where it lies, without links; it may be missing.
     """
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or re.search(r"[\\:\0]", name):
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
         return None
     return within(folder, name)
 
@@ -35,13 +35,18 @@ def inside(folder: Path, name: str) -> Path | None:
 def within(folder: Path, name: str) -> Path | None:
     """Where the links of a folder's own entry lead; None where that is out of the folder."""
     try:
-        home, file = folder.resolve(), (folder / name).resolve()
+        home = folder.resolve()
+        file = (folder / name).resolve()
         file.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long
         return None
-    return file if any(root in file.parents for root in (home, *_blobs(folder))) else None
+
+    for root in (home, *_blobs(folder)):
+        if root in file.parents:
+            return file
+    return None
 
 
 def companion(folder: Path, name: str) -> Path:
@@ -60,8 +65,9 @@ def companion(folder: Path, name: str) -> Path:
 
 def _blobs(folder: Path) -> Iterator[Path]:
     """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
-    at, real = Path(os.path.abspath(folder)), folder.resolve()
-    for snapshot in (at, *at.parents, real, *real.parents):
+    absolute = Path(os.path.abspath(folder))
+    resolved = folder.resolve()
+    for snapshot in (absolute, *absolute.parents, resolved, *resolved.parents):
         blobs = snapshot.parent.parent / "blobs"
         if snapshot.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
             yield blobs.resolve()

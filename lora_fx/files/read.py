@@ -59,21 +59,30 @@ def open_input(path: str | os.PathLike[str], *, most: int | None = None) -> Buff
             raise LoraFxError(f"{name}: a folder, not a regular file", "name the file") from error
         raise explain(error, f"{name}: cannot be read") from error
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            kind = next((text for test, text in _KINDS.items() if test(found.st_mode)), "no file")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _kind_of_entry(status.st_mode)
             raise LoraFxError(f"{name}: {kind}, not a regular file", "name the file")
-        if most is not None and found.st_size > most:
+        if most is not None and status.st_size > most:
             raise LoraFxError(
-                f"{name}: {found.st_size} bytes; at most {most} are read", "is it the right file?"
+                f"{name}: {status.st_size} bytes; at most {most} are read", "is it the right file?"
             )
-        if (run := run_of_files()) is not None:
-            note_input(run, path, found)
+        run = run_of_files()
+        if run is not None:
+            note_input(run, path, status)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(descriptor)
         raise
+
+
+def _kind_of_entry(mode: int) -> str:
+    """What something is that is no regular file, for people, by its st_mode."""
+    for is_kind, kind in _KINDS.items():
+        if is_kind(mode):
+            return kind
+    return "no file"
 
 
 def read_bytes(path: str | os.PathLike[str], *, most: int | None = None) -> bytes:

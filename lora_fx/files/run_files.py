@@ -21,36 +21,36 @@ from typing import NamedTuple
 from lora_fx.errors import LoraFxError
 from lora_fx.files.entries import inode_of
 
-_TENSORS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_TENSOR_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 _TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.(tmp|onnx)$")
 
 
 class FileState(NamedTuple):
-    """What tells that a file is another one, or was written to."""
+    """Inode, size and time of writing: they tell that a file is another, or was written to."""
 
     inode: int
     size: int
     time: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> FileState:
-        """The state that a look at a file found; the time is in nanoseconds."""
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+    def of(cls, status: os.stat_result) -> FileState:
+        """The state of a file whose status was read; the time is in nanoseconds."""
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass
 class Remembered:
-    """What a run has read and written.
+    """The files that a run has read and written.
 
     Attributes:
         paths: Absolute path → the name that the user knows it by.
         inodes: (device, inode) → the same.
-        outputs: Output → the inode that had its name before.
+        outputs: Output → the inode that had its name before, None for none.
         states: Absolute path of a file → its state when the run first looked at it.
         tensor_files: Absolute path of a folder → the names of its tensor files at that time.
-        scratch: Temporary folders of the run, of which nothing is an input.
+        scratch: Temporary folders of the run; nothing in them is an input.
     """
 
     paths: dict[Path, str] = field(default_factory=dict)
@@ -62,15 +62,20 @@ class Remembered:
 
     def is_input(self, path: Path) -> bool:
         """False for what the run itself writes, and for what lies in its temporary folders."""
-        around = {path, *path.parents}
-        written = {Path(os.path.abspath(output)) for output in self.outputs}
-        temporary = any(_TEMPORARY.search(part) for part in path.parts)
-        return not temporary and around.isdisjoint(written) and around.isdisjoint(self.scratch)
+        if any(_TEMPORARY.search(name) for name in path.parts):
+            return False
+        places = {path, *path.parents}
+        outputs = {Path(os.path.abspath(output)) for output in self.outputs}
+        return places.isdisjoint(outputs) and places.isdisjoint(self.scratch)
 
     @property
     def written(self) -> list[Path]:
         """The outputs that have their name."""
-        return [p for p, before in self.outputs.items() if inode_of(p) not in (None, before)]
+        return [
+            output
+            for output, inode_before in self.outputs.items()
+            if inode_of(output) not in (None, inode_before)
+        ]
 
 
 _run: ContextVar[Remembered | None] = ContextVar("run", default=None)
@@ -79,9 +84,9 @@ _run: ContextVar[Remembered | None] = ContextVar("run", default=None)
 @contextlib.contextmanager
 def remembering() -> Iterator[Remembered]:
     """A run: what is read within is remembered until its end. One within another is part of it."""
-    now = _run.get()
-    if now is not None:
-        yield now
+    outer = _run.get()
+    if outer is not None:
+        yield outer
         return
     run = Remembered()
     token = _run.set(run)
@@ -92,15 +97,15 @@ def remembering() -> Iterator[Remembered]:
 
 
 def run_of_files() -> Remembered | None:
-    """What the run that goes on has read and written; None outside of one."""
+    """The files of the run that goes on; None outside of one."""
     return _run.get()
 
 
 def remember(*paths: str | os.PathLike[str]) -> None:
-    """Take files and folders for inputs of this run, where there is one; what is not there is not.
+    """Take files and folders for inputs of this run, where there is a run.
 
-    A file is remembered by itself wherever it is opened here: this is for those that a library
-    opens by their names.
+    A path that names nothing is passed over. `open_input` remembers the files that it opens: this
+    is for those that a library opens by their names.
     """
     run = _run.get()
     if run is None:
@@ -110,15 +115,15 @@ def remember(*paths: str | os.PathLike[str]) -> None:
             note_input(run, path, os.stat(path))
 
 
-def note_input(run: Remembered, path: str | os.PathLike[str], found: os.stat_result) -> None:
-    """Take a file or folder for an input of a run."""
-    place = Path(os.path.abspath(path))
-    run.paths[place] = os.fspath(path)
-    run.inodes[found.st_dev, found.st_ino] = os.fspath(path)
-    if stat.S_ISREG(found.st_mode):
-        run.states.setdefault(place, FileState.of(found))
-    elif stat.S_ISDIR(found.st_mode) and place not in run.tensor_files:
-        run.tensor_files[place] = _tensor_files(place)
+def note_input(run: Remembered, path: str | os.PathLike[str], status: os.stat_result) -> None:
+    """Take a file or folder, whose status was read, for an input of a run."""
+    absolute = Path(os.path.abspath(path))
+    run.paths[absolute] = os.fspath(path)
+    run.inodes[status.st_dev, status.st_ino] = os.fspath(path)
+    if stat.S_ISREG(status.st_mode):
+        run.states.setdefault(absolute, FileState.of(status))
+    elif stat.S_ISDIR(status.st_mode) and absolute not in run.tensor_files:
+        run.tensor_files[absolute] = _tensor_files(absolute)
 
 
 def _tensor_files(folder: Path) -> frozenset[str]:
@@ -127,7 +132,9 @@ def _tensor_files(folder: Path) -> frozenset[str]:
         names = os.listdir(folder)
     except OSError:
         return frozenset()
-    return frozenset(n for n in names if n.endswith(_TENSORS) and not n.startswith("."))
+    return frozenset(
+        name for name in names if name.endswith(_TENSOR_FILES) and not name.startswith(".")
+    )
 
 
 def check_unchanged() -> None:
@@ -143,16 +150,21 @@ def check_unchanged() -> None:
     run = _run.get()
     if run is None:
         return
-    for path, before in run.states.items():
-        if run.is_input(path) and (said := _difference(path, before)):
-            raise _changed(run.paths.get(path, str(path)), said)
+    for path, state in run.states.items():
+        if not run.is_input(path):
+            continue
+        difference = _difference(path, state)
+        if difference:
+            raise _changed(run.paths.get(path, str(path)), difference)
+
     for folder, names in run.tensor_files.items():
-        now = _tensor_files(folder)
-        new, gone = sorted(now - names), sorted(names - now)
-        if new and run.is_input(folder / new[0]):
-            raise _changed(run.paths.get(folder, str(folder)), f"{new[0]!r} appeared in it")
-        if gone and run.is_input(folder / gone[0]):
-            raise _changed(run.paths.get(folder, str(folder)), f"{gone[0]!r} is gone")
+        present = _tensor_files(folder)
+        added = sorted(present - names)
+        if added and run.is_input(folder / added[0]):
+            raise _changed(run.paths.get(folder, str(folder)), f"{added[0]!r} appeared in it")
+        removed = sorted(names - present)
+        if removed and run.is_input(folder / removed[0]):
+            raise _changed(run.paths.get(folder, str(folder)), f"{removed[0]!r} is gone")
 
 
 @contextlib.contextmanager
@@ -171,7 +183,7 @@ def naming_changes() -> Iterator[None]:
 
 
 def _difference(path: Path, before: FileState) -> str:
-    """What has become of a file, for people; empty where it is as it was."""
+    """How a file differs from its earlier state, for people; empty where it does not."""
     try:
         now = FileState.of(os.stat(path))
     except OSError:
@@ -180,10 +192,13 @@ def _difference(path: Path, before: FileState) -> str:
         return "another file has its name"
     if now.size != before.size:
         return f"it had {before.size} bytes, and has {now.size}"
-    return "it was written to" if now.time != before.time else ""
+    if now.time != before.time:
+        return "it was written to"
+    return ""
 
 
 def _changed(name: str, what: str) -> LoraFxError:
+    """The error of an input that another program changed."""
     return LoraFxError(
         f"{name} changed while it was read: {what}; the output would be a mix of both",
         "nothing was written: run this again when no other program writes the input",
@@ -191,8 +206,9 @@ def _changed(name: str, what: str) -> LoraFxError:
 
 
 def inputs_are_in_memory() -> None:
-    """Let the inputs of this run change from here on: nothing more is read of them."""
-    if (run := _run.get()) is not None:
+    """Let the inputs of this run change from here on: none of them is read again."""
+    run = _run.get()
+    if run is not None:
         run.states.clear()
         run.tensor_files.clear()
 
@@ -201,6 +217,7 @@ def inputs_are_in_memory() -> None:
 def scratch_folder() -> Iterator[str]:
     """A temporary folder; what is read from it is no input of the run."""
     with tempfile.TemporaryDirectory() as folder:
-        if (run := _run.get()) is not None:
+        run = _run.get()
+        if run is not None:
             run.scratch.append(Path(os.path.abspath(folder)))
         yield folder

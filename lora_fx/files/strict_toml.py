@@ -42,26 +42,31 @@ def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
         LoraFxError: It is no TOML, nested too deeply, or holds a whole number of more than the 64
             bits that TOML has.
     """
-    text, name = read_text(path, most=MAX_TOML), os.fspath(path)
+    name = os.fspath(path)
+    text = read_text(path, most=MAX_TOML)
     if _LONG_KEY.search(_QUOTED.sub("q", text)):
         raise LoraFxError(f"{name}: a dotted key of more than {MAX_DOTS} parts", hint)
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        why = "too deeply nested" if isinstance(error, RecursionError) else one_line(error)
+        why = one_line(error)
+        if isinstance(error, RecursionError):
+            why = "too deeply nested"
         raise LoraFxError(f"{name}: not TOML: {why}", hint) from error
-    if (large := next(_too_large(tables), None)) is not None:
+
+    large = next(_keys_of_large_integers(tables), None)
+    if large is not None:
         raise LoraFxError(f"{name}: {large} has a whole number of more than 64 bits", hint)
     return tables
 
 
-def _too_large(value: object, key: str = "it") -> Iterator[str]:
+def _keys_of_large_integers(value: object, key: str = "it") -> Iterator[str]:
     """The keys whose values hold a whole number of more than 64 bits."""
     if isinstance(value, dict):
-        for name, part in value.items():
-            yield from _too_large(part, one_line(repr(name), 80))
+        for name, item in value.items():
+            yield from _keys_of_large_integers(item, one_line(repr(name), 80))
     elif isinstance(value, list):
-        for part in value:
-            yield from _too_large(part, key)
+        for item in value:
+            yield from _keys_of_large_integers(item, key)
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         yield key
