@@ -20,15 +20,18 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explain, explained
 from lora_fx.files.entries import exists, inode_of, is_folder
-from lora_fx.files.leftovers import OLD, clear_stale, discard
+from lora_fx.files.leftovers import REPLACED, clear_stale, discard, temporary_folder
 from lora_fx.files.locks import locked
-from lora_fx.files.permissions import modes_of_copies, open_up
+from lora_fx.files.permissions import open_up, remembering_modes
 from lora_fx.files.replaceable import check_apart, check_replaceable, write_contents
 from lora_fx.files.run_files import check_unchanged, run_of_files
 from lora_fx.files.side_outputs import Beside
 from lora_fx.text import human
 
 _ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing raises: the block reads too, and names the files of its own errors."""
+_AT_FDCWD = -100  # linux/fcntl.h
+_EXCHANGE = 2  # Linux' RENAME_EXCHANGE and macOS' RENAME_SWAP
 
 
 @contextlib.contextmanager
@@ -43,13 +46,19 @@ def replacing(
 ) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an error.
 
-    The block may make a file or a folder of it. Files get the mode 0666 & ~umask and folders
-    0777 & ~umask, however they were made, but for copies (see copy_file), which nobody reads who
-    could not read the original; links, and files with other names, stay as they are.
-    On any error, Ctrl-C included, what was written is removed and `path` is as it was; only when
+    The block may make a file or a folder of it. One process at a time writes a path.
+
+    1. `path` is locked, and what a killed run left of it is removed.
+    2. The block writes.
+    3. A folder gets the list of its files. Files get the mode 0666 & ~umask and folders
+       0777 & ~umask, however they were made, but nobody reads a copy (see copy_file) who could not
+       read the original; links, and files with other names, stay as they are.
+    4. All is written to disk, and whether `path` may be replaced is checked again.
+    5. What was written gets its name, and the folder is written to disk.
+
+    On any error, Ctrl-C included, what was written is removed and `path` is as it was. Only where
     the very last step fails, the fsync of the parent, the whole output stands, and the exit code
-    of the error is 1. One process at a
-    time writes a path. What a killed one left is removed first.
+    of the error is 1.
 
     Args:
         path: The output.
@@ -66,47 +75,61 @@ def replacing(
     target = Path(path)
     with explained(target, itself=True):
         check_output(target, force=force, own=own)
-        if (run := run_of_files()) is not None:
+        run = run_of_files()
+        if run is not None:
             run.outputs.setdefault(target, inode_of(target))
         lock = contextlib.ExitStack()
         lock.enter_context(locked(target))
+
     with lock, contextlib.ExitStack() as stack:
         token = secrets.token_hex(4) if beside is None else beside.token(target)
-        holder = target.with_name(f".{target.name}.lora_fx_{token}.tmp")
+        holder = temporary_folder(target, token)
         temporary = holder / target.name
         (beside or stack).callback(discard, holder, target)  # what it replaced may come back
         if parts is not None:  # left before the folder goes by which a later run finds them
-            parts.target, parts.temporary = target, temporary
+            parts.target = target
+            parts.temporary = temporary
             stack.enter_context(parts)
+
         with explained(target, itself=True):
             clear_stale(target)
             check_output(target, force=force, own=own)
             holder.mkdir()
-            mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
-        narrow: dict[Path, int] = {}
-        token_of_modes = modes_of_copies.set(narrow)
-        try:
-            with explained(target, _ONLY_WRITING, itself=True):
-                yield temporary
-        finally:
-            modes_of_copies.reset(token_of_modes)
+            folder_mode = stat.S_IMODE(holder.stat().st_mode) & 0o777  # what the umask leaves
+
+        with remembering_modes() as modes_of_copies, explained(target, _ONLY_WRITING, itself=True):
+            yield temporary
+
         with explained(target, itself=True):
             if listed and is_folder(temporary):
                 write_contents(temporary)
-            open_up(temporary, mode, narrow)
+            open_up(temporary, folder_mode, modes_of_copies)
             sync(temporary)
             check_output(target, force=force, own=own, new=temporary)
             check_unchanged()
             if beside is not None:
                 beside.add(target, temporary)
-            _swap(temporary, target, holder / OLD)
-        try:
-            _sync_folder(target.parent)
-        except OSError as error:
-            if beside is not None:  # which takes it back
-                raise explain(error, target) from error
-            told = explain(error, f"{target} was written, and its folder is not synced")
-            raise LoraFxError(told.message, told.hint, exit_code=1) from error
+            _swap(temporary, target, holder / REPLACED)
+        _sync_folder_of(target, beside)
+
+
+def _sync_folder_of(target: Path, beside: Beside | None) -> None:
+    """Write the folder of an output that has its name to disk.
+
+    Args:
+        target: The output.
+        beside: The outputs that it belongs to, which take it back after an error.
+
+    Raises:
+        LoraFxError: The file system refuses; the exit code is 1 where the output stands.
+    """
+    try:
+        _sync_folder(target.parent)
+    except OSError as error:
+        if beside is not None:
+            raise explain(error, target) from error
+        explained_error = explain(error, f"{target} was written, and its folder is not synced")
+        raise LoraFxError(explained_error.message, explained_error.hint, exit_code=1) from error
 
 
 EXISTS = "choose another output, or --force to replace it"
@@ -133,12 +156,12 @@ def check_output(
     if target.name in ("", "..") or "\0" in str(target):
         raise LoraFxError(f"{str(target)!r} names no file", "name a file or folder to create")
     if str(target).startswith("hf:"):
-        upload = "write a folder, then: hf upload ORG/NAME FOLDER"
-        raise LoraFxError(f"{target}: nothing is uploaded", upload)
+        hint = "write a folder, then: hf upload ORG/NAME FOLDER"
+        raise LoraFxError(f"{target}: nothing is uploaded", hint)
     with explained(target):
-        if exists(target) and not force:
-            raise LoraFxError(f"{target} exists already", EXISTS)
         if exists(target):
+            if not force:
+                raise LoraFxError(f"{target} exists already", EXISTS)
             check_replaceable(target, new, names)
             if not own:
                 check_apart(target)
@@ -185,25 +208,36 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _swap(new: Path, target: Path, old: Path) -> None:
-    """Give `new` the name `target`; a folder with content cannot be renamed over."""
-    if not (exists(target) and (is_folder(target) or is_folder(new))):
+def _swap(new: Path, target: Path, replaced: Path) -> None:
+    """Give `new` the name `target`; a folder with content cannot be renamed over.
+
+    Args:
+        new: What was written.
+        target: The name that it gets.
+        replaced: Where what had this name lies meanwhile, where the two cannot change places.
+    """
+    is_with_folder = exists(target) and (is_folder(target) or is_folder(new))
+    if not is_with_folder:
         os.replace(new, target)
     elif not _exchange(new, target):
-        target.rename(old)  # back it comes by discard, should the next line fail
+        target.rename(replaced)  # `discard` brings it back, should the next line fail
         new.rename(target)
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where the system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot."""
     try:
         import ctypes
 
         libc = ctypes.CDLL(None, use_errno=True)
-        one, two = os.fsencode(a), os.fsencode(b)
-        here, swap = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, and macOS' RENAME_SWAP
+        first_name = os.fsencode(first)
+        second_name = os.fsencode(second)
         if sys.platform == "linux":
-            return bool(libc.renameat2(here, one, here, two, swap) == 0)
-        return sys.platform == "darwin" and bool(libc.renamex_np(one, two, swap) == 0)
+            status = libc.renameat2(_AT_FDCWD, first_name, _AT_FDCWD, second_name, _EXCHANGE)
+            return bool(status == 0)
+        if sys.platform == "darwin":
+            status = libc.renamex_np(first_name, second_name, _EXCHANGE)
+            return bool(status == 0)
+        return False
     except (ImportError, AttributeError, TypeError, OSError):
         return False

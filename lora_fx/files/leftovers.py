@@ -1,4 +1,9 @@
-"""What killed runs left beside an output, and what goes when a run fails."""
+"""Temporary folders beside an output: their names, and what a run that fails or is killed leaves.
+
+An output NAME is written in `.NAME.lora_fx_XXXXXXXX.tmp`, whose token, the XXXXXXXX, outputs that
+belong together share. In that folder lie also the old output, between two renames, and a hard link
+to the new one, where it stands beside a main output.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +19,35 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.entries import exists, is_folder
 from lora_fx.files.locks import locked
 
-OLD, NEW = "replaced", "new"
+REPLACED = "replaced"
+"""The old output's name in a temporary folder."""
+NEW = "new"
+"""The name there of a hard link to an output that stands beside a main one."""
 
 
-def take_back(target: Path, inode: int, old: Sequence[Path]) -> None:
-    """Remove an output, unless another has its name by now; put back what it replaced."""
+def temporary_folder(target: Path, token: str) -> Path:
+    """The temporary folder of an output."""
+    return target.with_name(f".{target.name}.lora_fx_{token}.tmp")
+
+
+def token_of(holder: Path) -> str:
+    """The token in the name of a temporary folder."""
+    return holder.name[-len("XXXXXXXX.tmp") : -len(".tmp")]
+
+
+def take_back(target: Path, inode: int, copies: Sequence[Path]) -> None:
+    """Remove an output, unless another has its name by now; put back what it replaced.
+
+    Args:
+        target: The output.
+        inode: What had its name when it was written.
+        copies: Where what it replaced may lie; the first that exists is put back.
+    """
     if not exists(target) or target.lstat().st_ino != inode:
         return
     if is_folder(target):
         shutil.rmtree(target, ignore_errors=True)
-    replaced = next(filter(exists, old), None)
+    replaced = next(filter(exists, copies), None)
     if replaced is not None:
         os.replace(replaced, target)
     else:
@@ -31,48 +55,67 @@ def take_back(target: Path, inode: int, old: Sequence[Path]) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Take away what an interrupt between two steps left of an output of this run."""
+    """Remove what an interrupt between two steps left of an output of this run."""
     with contextlib.suppress(OSError, LoraFxError), locked(target):
         clear_stale(target)
 
 
 def clear_stale(target: Path) -> None:
     """Remove what killed runs left of this target; its lock is held, so none of it is in use."""
-    ours = re.compile(re.escape(f".{target.name}.lora_fx_") + r"([0-9a-f]{8})\.tmp")
+    pattern = re.compile(re.escape(f".{target.name}.lora_fx_") + r"([0-9a-f]{8})\.tmp")
     for name in os.listdir(target.parent):
-        path = target.with_name(name)
-        if (found := ours.fullmatch(name)) and is_folder(path):
-            _clear_beside(target, found[1], named=not exists(path / target.name))
-            discard(path, target)
+        match = pattern.fullmatch(name)
+        holder = target.with_name(name)
+        if match is not None and is_folder(holder):
+            has_its_name = not exists(holder / target.name)
+            _clear_beside(target, match[1], has_its_name)
+            discard(holder, target)
 
 
-def _clear_beside(target: Path, token: str, *, named: bool) -> None:
-    """Take away what a killed run left beside an output.
+def _clear_beside(target: Path, token: str, has_its_name: bool) -> None:
+    """Remove what a killed run left beside an output.
 
-    Where that did not get its name, what was put beside it goes too: it lies in the same folder,
-    and its own temporary folder has a hard link to it.
+    Where the output did not get its name, the outputs that were put beside it go too. They lie in
+    the same folder, and the temporary folder of each has a hard link to it.
+
+    Args:
+        target: The main output of the killed run.
+        token: That of the run's temporary folders.
+        has_its_name: Whether the main output got its name.
     """
-    beside = re.compile(r"\.(.+)\.lora_fx_" + token + r"\.tmp")
+    pattern = re.compile(r"\.(.+)\.lora_fx_" + token + r"\.tmp")
     for name in os.listdir(target.parent):
-        found, holder = beside.fullmatch(name), target.with_name(name)
-        if found is None or found[1] == target.name or not is_folder(holder):
+        match = pattern.fullmatch(name)
+        holder = target.with_name(name)
+        if match is None or match[1] == target.name or not is_folder(holder):
             continue
-        path, new = target.with_name(found[1]), holder / NEW
-        with contextlib.suppress(OSError, LoraFxError), locked(path):
-            if not named and exists(new) and stat.S_ISREG(new.lstat().st_mode):
-                take_back(path, new.lstat().st_ino, [holder / OLD])
-            discard(holder, path)
+        side_output = target.with_name(match[1])
+        link = holder / NEW
+        with contextlib.suppress(OSError, LoraFxError), locked(side_output):
+            if not has_its_name and exists(link) and stat.S_ISREG(link.lstat().st_mode):
+                take_back(side_output, link.lstat().st_ino, [holder / REPLACED])
+            discard(holder, side_output)
 
 
 def discard(holder: Path, target: Path) -> None:
-    """Remove a temporary folder, unless it holds the only copy of what was to be replaced."""
-    old, interrupt = holder / OLD, None
-    for last in (False, False, True):  # an error may pass, and who waits may press Ctrl-C again
+    """Remove a temporary folder, and put back what it holds the only copy of.
+
+    Args:
+        holder: The temporary folder.
+        target: Its output, in whose place the old one comes where nothing has the name.
+
+    Raises:
+        BaseException: An interrupt that came meanwhile, once the folder is removed.
+    """
+    replaced = holder / REPLACED
+    interrupt: BaseException | None = None
+    # An error may pass, and who waits may press Ctrl-C again.
+    for is_last_attempt in (False, False, True):
         try:
-            if exists(old) and not exists(target):
-                old.rename(target)
+            if exists(replaced) and not exists(target):
+                replaced.rename(target)
             if exists(holder):
-                shutil.rmtree(holder, ignore_errors=last)
+                shutil.rmtree(holder, ignore_errors=is_last_attempt)
             break
         except OSError:
             continue

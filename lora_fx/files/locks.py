@@ -22,9 +22,7 @@ from pathlib import Path
 from lora_fx.errors import LoraFxError
 
 BUSY = "another run is writing"
-
-
-_TRIES = 1000  # each lost one means that another run ended in between
+_ATTEMPTS = 1000  # each one that fails means that another run ended in between
 
 
 @contextlib.contextmanager
@@ -49,23 +47,27 @@ def locked(target: Path) -> Iterator[None]:
 
 def _acquire(lock: Path, target: Path) -> int | None:
     """A descriptor of the lock file, which this process now holds; None where there is no flock."""
-    for _ in range(_TRIES):
-        fd, made = _open(lock)
-        marked, held = b"", False
+    for _attempt in range(_ATTEMPTS):
+        fd, must_unlink = _open(lock)
+        is_locked = False
+        mark = b""
         try:
-            if (got := _flock(fd)) is None:
+            has_lock = _flock(fd)
+            if has_lock is None:
                 return None
-            if not got:
-                made = False  # another run got the file that this one made, and unlinks it
+            if not has_lock:
+                must_unlink = False  # another run got the file that this one made, and unlinks it
                 raise _busy(target)
-            marked = os.read(fd, 1)
-            held = not marked and _leads_to(lock, fd)
+            mark = os.read(fd, 1)
+            is_locked = not mark and _leads_to(lock, fd)
         finally:
-            if not held:
-                _release(fd, lock) if made else os.close(fd)
-        if held:
+            if not is_locked and must_unlink:
+                _release(fd, lock)
+            elif not is_locked:
+                os.close(fd)
+        if is_locked:
             return fd
-        if marked:  # by a process that found no flock: it lives, or its file is taken away
+        if mark:  # by a process that found no flock: it lives, or its file is taken away
             with _marked(lock, target):
                 pass
     raise _busy(target)
@@ -73,16 +75,14 @@ def _acquire(lock: Path, target: Path) -> int | None:
 
 @contextlib.contextmanager
 def _marked(lock: Path, target: Path) -> Iterator[None]:
+    """Hold the lock where there is no flock: the file exists, and names host and process."""
     from filelock import SoftFileLock, Timeout
 
     marker = SoftFileLock(lock, timeout=0)
     try:
         marker.acquire()
     except Timeout:
-        who = "unknown"
-        with contextlib.suppress(OSError):
-            who = " ".join(lock.read_text(errors="replace").split()[:2]) or who
-        hint = f"; if no such process runs ({who}), remove {lock}"
+        hint = f"; if no such process runs ({_process_of(lock)}), remove {lock}"
         raise _busy(target, hint) from None
     try:
         yield
@@ -90,22 +90,35 @@ def _marked(lock: Path, target: Path) -> Iterator[None]:
         marker.release()
 
 
+def _process_of(lock: Path) -> str:
+    """The process that a lock file names, and its host."""
+    try:
+        words = lock.read_text(errors="replace").split()
+    except OSError:
+        return "unknown"
+    return " ".join(words[:2]) or "unknown"
+
+
 def _open(lock: Path) -> tuple[int, bool]:
-    """A descriptor, and whether the file was made by this call."""
+    """Open the lock file, or make it.
+
+    Returns:
+        A descriptor, and whether the file was made by this call.
+    """
     flags = os.O_RDWR | os.O_NOFOLLOW
-    for _ in range(_TRIES):
+    for _attempt in range(_ATTEMPTS):
         with contextlib.suppress(FileExistsError):
             return os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666), True
         with contextlib.suppress(FileNotFoundError):  # unlinked by its holder since
-            kind = lock.lstat().st_mode
-            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe would be waited for
+            mode = lock.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
                 raise LoraFxError(f"{lock}: not a regular file", "remove it: it is no lock of ours")
             return os.open(lock, flags), False
     raise OSError(f"{lock} comes and goes")
 
 
 def _flock(fd: int) -> bool | None:
-    """Whether flock gave the lock; None where there is no flock."""
+    """Whether flock gives the lock; None where there is no flock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -116,6 +129,7 @@ def _flock(fd: int) -> bool | None:
 
 
 def _leads_to(lock: Path, fd: int) -> bool:
+    """True where the lock's name is still that of the open file."""
     try:
         return os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(fd))
     except FileNotFoundError:
@@ -123,8 +137,11 @@ def _leads_to(lock: Path, fd: int) -> bool:
 
 
 def _release(fd: int, lock: Path) -> None:
-    """Unlink while held, then let go. A file that stays stops nobody. Raises nothing."""
-    for _ in range(2):
+    """Unlink the file while it is locked, then close it, and raise nothing.
+
+    A file that could not be unlinked stops nobody.
+    """
+    for _attempt in range(2):
         with contextlib.suppress(OSError):
             if _leads_to(lock, fd):
                 os.unlink(lock)
@@ -133,6 +150,7 @@ def _release(fd: int, lock: Path) -> None:
         os.close(fd)
 
 
-def _busy(target: Path, more: str = "") -> LoraFxError:
+def _busy(target: Path, further_hint: str = "") -> LoraFxError:
+    """The error of a target that another run is writing."""
     hint = "wait for it to end, or choose another output"
-    return LoraFxError(f"{BUSY} {target}", hint + more)
+    return LoraFxError(f"{BUSY} {target}", hint + further_hint)

@@ -9,7 +9,6 @@ than the new one. Anything else is somebody's work. An input of the run is never
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -23,19 +22,11 @@ from lora_fx.files.strict_json import MAX_JSON, json_object
 from lora_fx.text import some
 
 CONTENTS = "lora_fx.json"
-"""In a folder that is ours: its files by name and size."""
-
-
+"""The list of a folder that lora-fx wrote: its files by name and size."""
 CURVE = "step,loss,validation"
 """The first line of a training's losses as CSV."""
-
-
-_HEAD = 1 << 16
-
-
-_AWAY = "move it away yourself, or choose another output"
-
-
+_HEAD_BYTES = 1 << 16
+_MOVE_AWAY = "move it away yourself, or choose another output"
 _ENDINGS = (".onnx", ".pt2", ".safetensors")
 
 
@@ -55,69 +46,102 @@ def check_apart(target: Path) -> None:
     run = run_of_files()
     if run is None or not os.path.lexists(target):
         return
-    found = target.lstat()
-    name = run.inodes.get((found.st_dev, found.st_ino))
-    inputs = {Path(os.path.realpath(path)): name for path, name in run.paths.items()} | run.paths
+    status = target.lstat()
+    linked_input = run.inodes.get((status.st_dev, status.st_ino))
+    inputs = {Path(os.path.realpath(path)): name for path, name in run.paths.items()}
+    inputs |= run.paths
     for place in (Path(os.path.abspath(target)), Path(os.path.realpath(target))):
-        name = name or inputs.get(place)
-        held = name or next((n for p, n in inputs.items() if place in p.parents), None)
-        if held is not None:
-            inside = "" if held == name else ", which lies in it"
-            raise LoraFxError(
-                f"{target}: the output would replace the input {held}{inside}",
-                "inputs are never changed: choose another output",
-            )
+        same_input = linked_input or inputs.get(place)
+        if same_input is not None:
+            raise _would_replace(target, same_input)
+        for path, name in inputs.items():
+            if place in path.parents:
+                raise _would_replace(target, f"{name}, which lies in it")
+
+
+def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
+    """The error of an output that is or holds an input."""
+    return LoraFxError(
+        f"{target}: the output would replace the input {replaced_input}",
+        "inputs are never changed: choose another output",
+    )
 
 
 def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
     """Refuse to replace what is not of lora-fx's making.
 
     Args:
-        target: What is there.
+        target: An output that exists.
         new: What takes its place; None while that is not written yet.
         names: The files that a new folder will have, where that is known before it is written.
 
     Raises:
-        LoraFxError: Says what is there.
+        LoraFxError: Says what the output is.
     """
-    link = target.is_symlink()
-    if link and not target.exists():
+    is_link = target.is_symlink()
+    if is_link and not target.exists():
         return
     mode = target.stat().st_mode
-    folder = stat.S_ISDIR(mode)
-    if target.name == ".git" or (folder and ".git" in os.listdir(target)):
-        raise LoraFxError(f"{target}: a git repository is not replaced", _AWAY)
-    if not (folder or stat.S_ISREG(mode)):
+    replaces_folder = stat.S_ISDIR(mode)
+    if target.name == ".git" or (replaces_folder and ".git" in os.listdir(target)):
+        raise LoraFxError(f"{target}: a git repository is not replaced", _MOVE_AWAY)
+    if not (replaces_folder or stat.S_ISREG(mode)):
         raise LoraFxError(f"{target}: not a regular file or folder", "choose another output")
-    if new is not None and new.is_dir() != folder:
-        there, made = ("folder", "file") if folder else ("file", "folder")
-        raise LoraFxError(f"{target} is a {there}, and a {made} would replace it", _AWAY)
-    if not folder:
+    if new is not None:
+        _check_both_folders_or_files(target, replaces_folder, new.is_dir())
+    if not replaces_folder:
         _check_file(target, new)
-    elif not link:  # a link to a folder goes alone
-        known = {n for n, _ in _files(new)} if new is not None else names
-        if foreign := _foreign(target, known):
-            raise LoraFxError(
-                f"{target}: the folder holds more than lora-fx wrote: {some(foreign, 5)}", _AWAY
-            )
+    elif not is_link:  # a link to a folder goes alone
+        _check_folder(target, new, names)
+
+
+def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder: bool) -> None:
+    """Refuse a file in the place of a folder, and a folder in that of a file."""
+    if replaces_folder and not is_folder:
+        raise LoraFxError(f"{target} is a folder, and a file would replace it", _MOVE_AWAY)
+    if is_folder and not replaces_folder:
+        raise LoraFxError(f"{target} is a file, and a folder would replace it", _MOVE_AWAY)
 
 
 def _check_file(target: Path, new: Path | None) -> None:
+    """Refuse a file of a kind that lora-fx does not write, or not in the place of this one.
+
+    An empty file is replaced by any.
+    """
     if not target.stat().st_size:
         return
-    there = kind_of(target)
-    made = there if new is None else kind_of(new)
-    if there is None or there != made:
-        known = f"it is {there}" if there else "it is no file that lora-fx writes"
-        wanted = f", and {made} would replace it" if made and new is not None else ""
-        raise LoraFxError(f"{target}: --force does not replace it: {known}{wanted}", _AWAY)
+    kind = kind_of(target)
+    new_kind: str | None = None
+    if new is not None:
+        new_kind = kind_of(new)
+    if kind is not None and (new is None or new_kind == kind):
+        return
+
+    reason = "it is no file that lora-fx writes"
+    if kind is not None:
+        reason = f"it is {kind}"
+    if new_kind is not None:
+        reason += f", and {new_kind} would replace it"
+    raise LoraFxError(f"{target}: --force does not replace it: {reason}", _MOVE_AWAY)
+
+
+def _check_folder(target: Path, new: Path | None, names: Collection[str] | None) -> None:
+    """Refuse a folder with files that lora-fx did not write; for `new` see check_replaceable."""
+    if new is not None:
+        names = {name for name, _size in _files(new)}
+    foreign = _foreign_files(target, names)
+    if foreign:
+        raise LoraFxError(
+            f"{target}: the folder holds more than lora-fx wrote: {some(foreign, 5)}", _MOVE_AWAY
+        )
 
 
 def kind_of(file: Path) -> str | None:
-    """What a file of a kind that lora-fx writes is; None for any other."""
+    """The kind of a file that lora-fx may have written, for people; None for any other file."""
     with file.open("rb") as opened:
-        head = opened.read(_HEAD)
-    if (adapters := adapter_files()) is not None:
+        head = opened.read(_HEAD_BYTES)
+    adapters = adapter_files()
+    if adapters is not None:
         kind = adapters.kind_of(file, head)
         if kind is not None:
             return kind or None
@@ -134,30 +158,55 @@ def kind_of(file: Path) -> str | None:
         return "a loss curve of lora-fx"
     if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
         return "a config of lora-fx"
-    with contextlib.suppress(LoraFxError):
-        found = json_object(file.read_bytes(), str(file)) if head.lstrip()[:1] == b"{" else {}
-        if isinstance(found.get("version"), int) and "format" in found:
-            return "JSON of lora-fx"
+    if _is_json_of_ours(file, head):
+        return "JSON of lora-fx"
     return None
 
 
 def _begins_as_safetensors(file: Path, head: bytes) -> bool:
+    """True where the first bytes are the length of a header that fits into the file, and a `{`."""
     length = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and 8 + length <= file.stat().st_size
 
 
-def _foreign(folder: Path, names: Collection[str] | None) -> list[str]:
-    """Names of a folder's files that lora-fx did not write, or that were changed since."""
-    there = {n: size for n, size in _files(folder) if not _is_clutter(n.rpartition("/")[2])}
-    if not 0 <= there.get(CONTENTS, -1) <= MAX_JSON:
-        return [] if names is None else [n for n in there if n not in names]
+def _is_json_of_ours(file: Path, head: bytes) -> bool:
+    """True for a JSON object with the version and format that lora-fx writes into each."""
+    if not head.lstrip().startswith(b"{"):
+        return False
+    try:
+        content = json_object(file.read_bytes(), str(file))
+    except LoraFxError:
+        return False
+    return isinstance(content.get("version"), int) and "format" in content
+
+
+def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
+    """Names of a folder's files that lora-fx did not write, or that were changed since.
+
+    Args:
+        folder: The folder, with or without the list of its files.
+        names: The files of the new folder, which count where there is no list; None: any file may
+            be in it then.
+    """
+    sizes = {
+        name: size for name, size in _files(folder) if not _is_clutter(name.rpartition("/")[2])
+    }
+    has_list = 0 <= sizes.get(CONTENTS, -1) <= MAX_JSON
+    if not has_list:
+        if names is None:
+            return []
+        return [name for name in sizes if name not in names]
+
     text = (folder / CONTENTS).read_bytes()
     try:
-        listed = json_object(text, CONTENTS).get("files")
+        listed_sizes = json_object(text, CONTENTS).get("files")
     except LoraFxError:
         return [CONTENTS]
-    known = listed if isinstance(listed, dict) else {}
-    return [n for n, size in there.items() if n != CONTENTS and known.get(n) != size]
+    if not isinstance(listed_sizes, dict):
+        listed_sizes = {}
+    return [
+        name for name, size in sizes.items() if name != CONTENTS and listed_sizes.get(name) != size
+    ]
 
 
 def _is_clutter(name: str) -> bool:
@@ -168,8 +217,11 @@ def _is_clutter(name: str) -> bool:
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
     """(name, size) of every file below a folder; of a link, pipe or device the size is -1."""
     for path in sorted(folder.iterdir()):
-        found = path.lstat()
-        if stat.S_ISDIR(found.st_mode):
-            yield from ((f"{path.name}/{name}", size) for name, size in _files(path))
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            for name, size in _files(path):
+                yield f"{path.name}/{name}", size
+        elif stat.S_ISREG(status.st_mode):
+            yield path.name, status.st_size
         else:
-            yield path.name, found.st_size if stat.S_ISREG(found.st_mode) else -1
+            yield path.name, -1
