@@ -39,7 +39,7 @@ from lora_fx.checkpoint.fold import (
 from lora_fx.checkpoint.merge_plan import MergePlan, Stage, TensorChange
 from lora_fx.dtypes import DTYPES, Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import TensorInfo, Tensors
 from lora_fx.files.stored_tensors import same_bytes, stored_elements

@@ -18,10 +18,11 @@ from lora_fx.checkpoint.fold import BLOCK, Matrix, Space, Stats, TensorFold, pre
 from lora_fx.dtypes import DTYPES, FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, Written
 from lora_fx.files.quantised.compressed_tensors import altered
 from lora_fx.files.quantised.dequantise import CodesInfo
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight, Written
 from lora_fx.files.quantised.read import scheme_of
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.files.stored_tensors import stored_bytes
 from lora_fx.ir.quantised import Quantised

@@ -39,7 +39,7 @@ from torch import fx, nn
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.quantised.floats import E2M1
+from lora_fx.files.quantised.fp4 import E2M1
 from lora_fx.files.quantised.onnx import BITS, as_matmul_nbits
 from lora_fx.fx.graph.nodes import dtype_of
 from lora_fx.fx.tensors import from_numpy, named_tensors, owner, parameter_of, replace_parameter

@@ -16,7 +16,7 @@ from lora_fx.checkpoint.merge import merge
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.quantised.floats import fp8_blocks
+from lora_fx.files.quantised.fp8 import fp8_blocks
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.stored_tensors import stored
 from lora_fx.ir.quantised import Quantised

@@ -24,7 +24,8 @@ import sys
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.files.strict_json import json_object
 from lora_fx.ir.bit_packing import packed, unpacked
 from lora_fx.ir.quantised import FP4, NF4, Quantised

@@ -22,8 +22,11 @@ from functools import partial
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
-from lora_fx.files.quantised.floats import largest_to_top
+from lora_fx.files.quantised.float_scales import largest_to_top
+from lora_fx.files.quantised.matrices import grouped
+from lora_fx.files.quantised.packed_words import bits_of, packed_range
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.ir.bit_packing import unpacked, words_of
 from lora_fx.ir.quantised import Quantised, blocks_in
 from lora_fx.text import JsonView

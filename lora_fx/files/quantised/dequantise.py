@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_fx.dtypes import DTYPES, FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import STEMS, Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
 from lora_fx.text import Json, JsonView, some

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.base import shaped, wrong
+from lora_fx.files.quantised.consistency import shaped, wrong
 from lora_fx.ir.bit_packing import packed, unpacked
 from lora_fx.ir.quantised import Quantised, ZeroPoints
 

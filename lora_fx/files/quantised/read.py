@@ -11,11 +11,15 @@ from collections.abc import Iterable, Mapping
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.quantised import floats
-from lora_fx.files.quantised.base import ALL, FLOAT8, Parts, QuantisedWeight
+from lora_fx.files.quantised.awq import awq
 from lora_fx.files.quantised.bitsandbytes import four_bits, int8
 from lora_fx.files.quantised.compressed_tensors import altered, compressed
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.float_scales import EXPONENTS
+from lora_fx.files.quantised.fp4 import mxfp4, mxfp4_stack, nvfp4
+from lora_fx.files.quantised.fp8 import fp8, fp8_blocks
+from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import FLOAT8, Parts
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView
@@ -93,7 +97,7 @@ def parts_beside(weights: Iterable[str], tensors: Held) -> dict[str, str]:
 def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
     if f"{name}_blocks" in tensors:
         module, _, last = name.rpartition(".")
-        return floats.mxfp4_stack(Parts(module, tensors), last)
+        return mxfp4_stack(Parts(module, tensors), last)
     parts = Parts(name.removesuffix(".weight"), tensors)
     told = config.get("quantization_config")
     said: JsonView = told if isinstance(told, dict) else {}
@@ -109,13 +113,13 @@ def _weight(name: str, tensors: Held, config: JsonView) -> QuantisedWeight:
     if not why and parts.has(scaled):
         narrow = parts.has("weight") and parts.dtype("weight") in FLOAT8
         if parts.has("weight_global_scale") or parts.has("weight_scale_2"):
-            return floats.nvfp4(parts)
+            return nvfp4(parts)
         if narrow and scaled == "weight_scale_inv":
-            return floats.fp8_blocks(parts, said)
-        if parts.has("weight_packed") and parts.dtype(scaled) in floats.EXPONENTS:
-            return floats.mxfp4(parts)
-        if narrow and (method != "compressed-tensors" or parts.dtype(scaled) in floats.EXPONENTS):
-            return floats.fp8(parts)
+            return fp8_blocks(parts, said)
+        if parts.has("weight_packed") and parts.dtype(scaled) in EXPONENTS:
+            return mxfp4(parts)
+        if narrow and (method != "compressed-tensors" or parts.dtype(scaled) in EXPONENTS):
+            return fp8(parts)
         if method == "compressed-tensors":
             return compressed(parts)
     scheme = scheme_of(name, tensors)

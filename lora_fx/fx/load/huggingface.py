@@ -28,7 +28,8 @@ from lora_fx.data import Tokenizer
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, importing, one_line, retold, silenced
 from lora_fx.files.checkpoint import model_config, tensors
-from lora_fx.files.quantised.base import QuantisedWeight, below
+from lora_fx.files.quantised.matrices import below
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors, first_bytes, is_pickle
 from lora_fx.files.sealed import unsealed

@@ -1,0 +1,59 @@
+"""AWQ: the layout of its GEMM kernels, version "gemm" of AutoAWQ and llm-awq.
+
+    qweight   int32 [in, out/8], outputs 0 2 4 6 1 3 5 7 of eight from the lowest bits up
+    qzeros    int32 [groups, out/8] in the same order
+    scales    float [groups, out]
+
+W[o, i] = (code − z[g, o]) · scales[g, o], g = i // (in/groups); 4 bits
+(`pack_awq` and `dequantize_gemm`, awq/utils/packing_utils.py, autoawq 0.2.9 and GPTQModel 7.7).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lora_fx.dtypes import FLOATING, Array
+from lora_fx.files.quantised.packed_words import packed_range
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
+from lora_fx.ir.quantised import Quantised
+
+PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where outputs 0 to 7 lie in a word, in codes from the lowest bits."""
+
+
+def awq(parts: Parts) -> QuantisedWeight:
+    """A weight [out, in].
+
+    Raises:
+        LoraFxError: A part is missing, malformed, or does not fit the others.
+    """
+    length, words = parts.shape("qweight", ("int32",), None, None)
+    groups, out = parts.shape("scales", FLOATING, None, words * 8)
+    parts.shape("qzeros", ("int32",), groups, words)
+    block = parts.evenly("scales", length, groups)
+
+    def read(rows: slice = ALL) -> Quantised:
+        eights = packed_range(rows, 8)
+        codes, zero = (_outputs(parts.read(n, eights, 1)) for n in ("qweight", "qzeros"))
+        q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
+        return parts.checked(q)
+
+    def pack(codes: Array) -> Array:
+        eights = codes.reshape(-1, 8, length).astype(np.uint32)
+        words = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
+        return np.asarray(np.bitwise_or.reduce(words)).T.view(np.int32)
+
+    anew = parts.by_stored_scales("qweight", 4, pack, 1, lambda row: row // 8)
+    return QuantisedWeight("AWQ", 4, (out, length), read, 8, anew)
+
+
+def _outputs(words: Array) -> Array:
+    """Codes [out, rows] of words [rows, out/8]."""
+    each = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
+    each = each.reshape(words.shape[1], len(words), 4)
+    codes = np.empty((len(each), 8, len(words)), np.uint8)
+    for i, place in enumerate(PLACES):
+        byte = each[..., place // 2]
+        codes[:, i] = byte >> 4 if place % 2 else byte & 15
+    return codes.reshape(-1, len(words))
