@@ -1,4 +1,4 @@
-"""Checks that what was read is one weight, and the errors that name its parts."""
+"""Checks that the parts of a quantised weight fit each other, and errors that name them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ DAMAGED = "the file is damaged, or its quantiser wrote a layout that lora-fx doe
 
 
 def wrong(where: str, found: str, expected: str, hint: str = DAMAGED) -> LoraFxError:
-    """The error of a tensor: what was found in it, and what was expected."""
+    """The error of a tensor: what is wrong with it, and what was expected.
+
+    Args:
+        where: The tensor's name.
+        found: What is wrong, as the rest of a sentence whose subject is the tensor.
+        expected: What it should be.
+        hint: What to do about it.
+    """
     return LoraFxError(f"tensor {one_line(repr(where), 160)} {found}; expected {expected}", hint)
 
 
 def shaped(where: str, what: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """An array in its shape, which may be flattened.
+    """An array in the shape that it should have; it may be flattened before.
+
+    Args:
+        where: The weight's name, for messages.
+        what: What the array holds.
+        array: The array.
+        shape: The shape that it should have.
 
     Raises:
         LoraFxError: It has another shape.
@@ -30,11 +43,13 @@ def shaped(where: str, what: str, array: Array, shape: tuple[int, ...]) -> Array
 
 
 def checked(where: str, q: Quantised) -> Quantised:
-    """The value, whose parts fit each other; scales and zero points may be flattened before.
+    """A weight as it was read, with scales and zero points in their shape.
+
+    They may be flattened before. Zero points that are all 0 are left out.
 
     Args:
         where: The name of the weight, for messages.
-        q: What was read.
+        q: The weight.
 
     Raises:
         LoraFxError: Blocks, scales, zeros or codes that cannot be those of one weight.
@@ -48,9 +63,12 @@ def checked(where: str, q: Quantised) -> Quantised:
     blocks = blocks_in(q.shape, q.block)
     scale = shaped(where, "scales", q.scale, blocks)
     zero = None if q.zero is None else shaped(where, "zero points", q.zero, blocks)
-    for what, part in (("scale", scale), ("zero point", zero), ("code", q.codes)):
-        if part is not None and part.dtype.kind not in "iub" and not finite(part):
+    for what, array in (("scale", scale), ("zero point", zero), ("code", q.codes)):
+        if array is not None and array.dtype.kind not in "iub" and not finite(array):
             raise wrong(where, f"has a {what} that is no number", "finite numbers")
     if q.levels is not None and (not finite(q.levels) or q.codes.max() >= len(q.levels)):
         raise wrong(where, f"has codes up to {q.codes.max()}", f"{len(q.levels)} finite levels")
-    return replace(q, scale=scale, zero=zero if zero is None or zero.any() else None)
+
+    if zero is not None and not zero.any():
+        zero = None
+    return replace(q, scale=scale, zero=zero)

@@ -13,6 +13,7 @@ from lora_fx.dtypes import Array
 from lora_fx.ir.quantised import Quantised
 
 ALL = slice(None)
+"""All rows."""
 
 
 class Read(Protocol):
@@ -28,10 +29,10 @@ class Written:
 
     Attributes:
         name: The tensor.
-        data: What it holds there.
+        data: What the range holds.
         low: Where the range begins along the axis.
-        axis: Which; None: the bytes of the tensor.
-        matrix: Which matrix of a stack has the range; None for what is no stack.
+        axis: The axis of the range; None where its bytes are counted.
+        matrix: The matrix of a stack that has the range; None for a tensor that is no stack.
     """
 
     name: str
@@ -45,10 +46,10 @@ Recoded = tuple[Quantised, list[Written]]
 
 
 Recode = Callable[[Quantised, slice, Array, Array], Recoded]
-"""Quantises rows that were read anew: what is stored then, and where.
+"""Quantises rows anew, and tells what is stored then, and where.
 
-It is given the rows as they were, which rows, as `read` takes them, their new values in fp32, and
-how much of them is new.
+Its arguments are the rows as they were read, which rows they are, as `read` takes them, their new
+values in fp32, and what was added to the values.
 """
 
 
@@ -57,13 +58,35 @@ class Recoding(NamedTuple):
 
     Attributes:
         recode: Quantises rows anew.
-        recoded: The tensors that it writes, the codes first.
-        scales: Whether it makes new scales, or rounds to the nearest by those that are stored.
+        recoded: The tensors that `recode` writes, the codes first.
+        scales: Whether `recode` makes new scales, or rounds to the nearest by the stored ones.
     """
 
     recode: Recode
     recoded: tuple[str, ...]
     scales: Literal["stored", "new"] = "stored"
+
+
+class _Piece(NamedTuple):
+    """Rows of one matrix whose codes were read, by their places in the weight.
+
+    Attributes:
+        start: The first row that was read, at a multiple of the weight's step.
+        low: The first row that is wanted.
+        high: The end of the rows that are wanted.
+        codes: The rows from `start` on.
+    """
+
+    start: int
+    low: int
+    high: int
+    codes: Quantised
+
+    def rows(self, low: int, high: int) -> Array:
+        """Rows low ≤ i < high, as far as they lie in this piece, in fp32."""
+        first = max(low, self.low) - self.start
+        end = min(high, self.high) - self.start
+        return self.codes.dequantise(rows=slice(first, end))
 
 
 @dataclass(frozen=True)
@@ -72,12 +95,12 @@ class QuantisedWeight:
 
     Attributes:
         format: Its format, for people.
-        bits: Of a code; 0 where that is not known.
-        shape: Of the weight, as its model has it; empty where that is not known.
-        read: Reads it, or some of its rows: those of [∏ shape[:-1], shape[-1]], and of a stack
-            those of one of its matrices.
+        bits: The bits of a code; 0 where they are not known.
+        shape: The weight's shape, as its model has it; empty where that is not known.
+        read: Reads the weight or some of its rows, which are those of [∏ shape[:-1], shape[-1]].
+            Rows of a stack that are read at once lie in one matrix.
         step: Rows can be read from each multiple of this on.
-        anew: How it is quantised anew; None where that is not done.
+        anew: How the weight is quantised anew; None where that is not done.
     """
 
     format: str
@@ -92,32 +115,45 @@ class QuantisedWeight:
         return self.window(low, high)(low, high)
 
     def window(self, low: int, high: int) -> Callable[[int, int], Array]:
-        """What gives rows within low ≤ i < high, in fp32; their codes are read at once."""
-        matrix, pieces = math.prod(self.shape[-2:-1]), []
+        """A function that gives rows within low ≤ i < high, in fp32; their codes are read now."""
+        pieces: list[_Piece] = []
         while low < high:
-            first = low - low % matrix  # of its matrix in a stack
-            start = low - (low - first) % self.step
-            end = min(high, first + matrix)
-            stop = min(first + matrix, start + -(-(end - start) // self.step) * self.step)
-            pieces.append((start, low, end, self.read(slice(start, stop))))
-            low = end
+            piece = self._read_piece(low, high)
+            pieces.append(piece)
+            low = piece.high
 
         def rows(low: int, high: int) -> Array:
-            found = [
-                q.dequantise(rows=slice(max(low, first) - start, min(high, end) - start))
-                for start, first, end, q in pieces
-                if first < high and low < end
+            arrays = [
+                piece.rows(low, high) for piece in pieces if piece.low < high and low < piece.high
             ]
-            return found[0] if len(found) == 1 else np.concatenate(found)
+            if len(arrays) == 1:
+                return arrays[0]
+            return np.concatenate(arrays)
 
         return rows
 
+    def _read_piece(self, low: int, high: int) -> _Piece:
+        """Read rows low ≤ i < high, or as many of them as the first one's matrix has."""
+        rows_of_matrix = math.prod(self.shape[-2:-1])
+        top = low - low % rows_of_matrix  # the matrix's first row
+        bottom = top + rows_of_matrix
+        start = low - (low - top) % self.step
+        high = min(high, bottom)
+        steps = -(-(high - start) // self.step)
+        stop = min(bottom, start + steps * self.step)
+        return _Piece(start, low, high, self.read(slice(start, stop)))
+
     def spans(self, most: int, low: int = 0, high: int | None = None) -> Iterator[tuple[int, int]]:
-        """Ranges of about `most` rows that can be quantised for themselves, in one matrix each."""
-        matrix = self.shape[-2]
-        high = math.prod(self.shape[:-1]) if high is None else high
-        each = max(self.step, most // self.step * self.step)
+        """Ranges of about `most` rows that can be quantised for themselves, in one matrix each.
+
+        They cover rows low ≤ i < high; all rows from `low` on where `high` is None.
+        """
+        rows_of_matrix = self.shape[-2]
+        if high is None:
+            high = math.prod(self.shape[:-1])
+        rows_of_span = max(self.step, most // self.step * self.step)
         while low < high:
-            stop = min(high, low - low % matrix + matrix, low + each)
+            end_of_matrix = low - low % rows_of_matrix + rows_of_matrix
+            stop = min(high, end_of_matrix, low + rows_of_span)
             yield low, stop
             low = stop
