@@ -1,4 +1,4 @@
-"""AWQ: the layout of its GEMM kernels, version "gemm" of AutoAWQ and llm-awq.
+"""Weights in the layout of AWQ's GEMM kernels, version "gemm" of AutoAWQ and llm-awq.
 
     qweight   int32 [in, out/8], outputs 0 2 4 6 1 3 5 7 of eight from the lowest bits up
     qzeros    int32 [groups, out/8] in the same order
@@ -34,26 +34,31 @@ def awq(parts: Parts) -> QuantisedWeight:
     block = parts.evenly("scales", length, groups)
 
     def read(rows: slice = ALL) -> Quantised:
-        eights = packed_range(rows, 8)
-        codes, zero = (_outputs(parts.read(n, eights, 1)) for n in ("qweight", "qzeros"))
-        q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
-        return parts.checked(q)
+        columns = packed_range(rows, 8)
+        codes = _unpack(parts.read("qweight", columns, 1))
+        zero = _unpack(parts.read("qzeros", columns, 1))
+        scale = parts.read("scales", rows, 1).T
+        return parts.checked(Quantised(codes, scale, zero, (1, block)))
 
     def pack(codes: Array) -> Array:
         eights = codes.reshape(-1, 8, length).astype(np.uint32)
-        words = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
-        return np.asarray(np.bitwise_or.reduce(words)).T.view(np.int32)
+        fields = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
+        return np.asarray(np.bitwise_or.reduce(fields)).T.view(np.int32)
 
-    anew = parts.by_stored_scales("qweight", 4, pack, 1, lambda row: row // 8)
-    return QuantisedWeight("AWQ", 4, (out, length), read, 8, anew)
+    recoding = parts.by_stored_scales("qweight", 4, pack, 1, lambda row: row // 8)
+    return QuantisedWeight("AWQ", 4, (out, length), read, 8, recoding)
 
 
-def _outputs(words: Array) -> Array:
-    """Codes [out, rows] of words [rows, out/8]."""
-    each = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
-    each = each.reshape(words.shape[1], len(words), 4)
-    codes = np.empty((len(each), 8, len(words)), np.uint8)
+def _unpack(words: Array) -> Array:
+    """The codes [out, n] of words [n, out/8]."""
+    n, n_eights = words.shape
+    bytes_of_words = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
+    bytes_of_words = bytes_of_words.reshape(n_eights, n, 4)
+    codes = np.empty((n_eights, 8, n), np.uint8)
     for i, place in enumerate(PLACES):
-        byte = each[..., place // 2]
-        codes[:, i] = byte >> 4 if place % 2 else byte & 15
-    return codes.reshape(-1, len(words))
+        byte = bytes_of_words[..., place // 2]
+        if place % 2:
+            codes[:, i] = byte >> 4
+        else:
+            codes[:, i] = byte & 15
+    return codes.reshape(-1, n)

@@ -1,4 +1,4 @@
-"""Floats of 4 bits, E2M1: MXFP4 and NVFP4. The low half of a byte is the first code.
+"""Weights in floats of 4 bits, E2M1: MXFP4 and NVFP4. The low half of a byte is the first code.
 
     gpt-oss        NAME_blocks uint8 [experts, out, in/32, 16], NAME_scales uint8 [experts, out,
                    in/32], exponents 127 + e; the model's parameter is [experts, in, out]
@@ -19,7 +19,7 @@ when they load.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -38,11 +38,12 @@ from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.ir.bit_packing import packed, unpacked
 from lora_fx.ir.quantised import Quantised
 
-_HALF = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-
-
-E2M1 = np.array([*_HALF, *(-x for x in _HALF)], np.float32)
+_POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E2M1 = np.array([*_POSITIVE, *(-level for level in _POSITIVE)], np.float32)
 """The 16 levels (OCP Microscaling Formats 1.0, 5.3.3)."""
+_EXPONENT_OF_TOP = 2
+"""The exponent of the largest level, 6."""
+_pack = partial(packed, bits=4)
 
 
 def mxfp4(parts: Parts) -> QuantisedWeight:
@@ -51,20 +52,18 @@ def mxfp4(parts: Parts) -> QuantisedWeight:
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
-    out, half = parts.shape("weight_packed", ("uint8",), None, None)
-    parts.shape("weight_scale", EXPONENTS, out, -(-half // 16))
+    out, bytes_of_row = parts.shape("weight_packed", ("uint8",), None, None)
+    parts.shape("weight_scale", EXPONENTS, out, -(-bytes_of_row // 16))
 
     def read(rows: slice = ALL) -> Quantised:
         codes = unpacked(parts.read("weight_packed", rows), 4)
         scale = powers(parts, parts.read("weight_scale", rows))
         return parts.checked(Quantised(codes, scale, None, (1, 32), E2M1))
 
-    names = "weight_packed", "weight_scale"
-    anew = parts.rescaling(names, 1, exponents(2), partial(powers, parts), _pack)
-    return QuantisedWeight("MXFP4", 4, (out, half * 2), read, 1, anew)
-
-
-_pack = partial(packed, bits=4)
+    names = ("weight_packed", "weight_scale")
+    rule = exponents(_EXPONENT_OF_TOP)
+    recoding = parts.rescaling(names, 1, rule, partial(powers, parts), _pack)
+    return QuantisedWeight("MXFP4", 4, (out, bytes_of_row * 2), read, 1, recoding)
 
 
 def nvfp4(parts: Parts) -> QuantisedWeight:
@@ -73,84 +72,118 @@ def nvfp4(parts: Parts) -> QuantisedWeight:
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
-    divides = parts.has("weight_packed")
-    name, second = (
-        ("weight_packed", "weight_global_scale") if divides else ("weight", "weight_scale_2")
-    )
-    out, half = parts.shape(name, ("uint8",), None, None)
-    parts.shape("weight_scale", ("float8_e4m3fn",), out, -(-half // 8))
-    if parts.shape(second, ("float32",), any_axes=True) not in ((), (1,)):
-        raise parts.wrong(second, "has several numbers", "one")
-
-    def whole() -> Array:
-        one = parts.read(second).reshape(())
-        if divides and not one:
-            raise parts.wrong(second, "is 0", "another number")
-        return one
-
-    def scale_of(stored: Array) -> Array:
-        steps = stored.astype(np.float32)
-        return np.asarray(steps / whole() if divides else steps * whole())
-
-    def rule(largest: Array) -> Array:
-        largest = largest / np.float32(6)
-        return np.clip(largest * whole() if divides else largest / whole(), 0, TOP)
+    if parts.has("weight_packed"):
+        codes_part = "weight_packed"
+        scale = _GlobalScale(parts, "weight_global_scale", divides=True)
+    else:
+        codes_part = "weight"
+        scale = _GlobalScale(parts, "weight_scale_2", divides=False)
+    out, bytes_of_row = parts.shape(codes_part, ("uint8",), None, None)
+    parts.shape("weight_scale", ("float8_e4m3fn",), out, -(-bytes_of_row // 8))
+    if parts.shape(scale.part, ("float32",), any_axes=True) not in ((), (1,)):
+        raise parts.wrong(scale.part, "has several numbers", "one")
 
     def read(rows: slice = ALL) -> Quantised:
-        scale = scale_of(parts.read("weight_scale", rows))
-        codes = unpacked(parts.read(name, rows), 4)
-        return parts.checked(Quantised(codes, scale, None, (1, 16), E2M1))
+        steps = scale.applied_to(parts.read("weight_scale", rows))
+        codes = unpacked(parts.read(codes_part, rows), 4)
+        return parts.checked(Quantised(codes, steps, None, (1, 16), E2M1))
 
-    anew = parts.rescaling((name, "weight_scale"), 1, rule, scale_of, _pack)
-    return QuantisedWeight("NVFP4", 4, (out, half * 2), read, 1, anew)
+    names = (codes_part, "weight_scale")
+    recoding = parts.rescaling(names, 1, scale.of_largest, scale.applied_to, _pack)
+    return QuantisedWeight("NVFP4", 4, (out, bytes_of_row * 2), read, 1, recoding)
+
+
+@dataclass(frozen=True)
+class _GlobalScale:
+    """The second scale of NVFP4, one number of the whole weight.
+
+    Attributes:
+        parts: The module's.
+        part: The part that holds the number.
+        divides: Whether scales of blocks are divided by it, or multiplied with it.
+    """
+
+    parts: Parts
+    part: str
+    divides: bool
+
+    def read(self) -> Array:
+        """The number, which is not 0 where it divides."""
+        number = self.parts.read(self.part).reshape(())
+        if self.divides and not number:
+            raise self.parts.wrong(self.part, "is 0", "another number")
+        return number
+
+    def applied_to(self, block_scales: Array) -> Array:
+        """The steps of the codes, in fp32, by the stored scales of blocks."""
+        steps = block_scales.astype(np.float32)
+        if self.divides:
+            return np.asarray(steps / self.read())
+        return np.asarray(steps * self.read())
+
+    def of_largest(self, largest: Array) -> Array:
+        """The rule of the scales of blocks, by their largest values."""
+        steps = largest / np.float32(_POSITIVE[-1])
+        if self.divides:
+            return np.clip(steps * self.read(), 0, TOP)
+        return np.clip(steps / self.read(), 0, TOP)
 
 
 def mxfp4_stack(parts: Parts, name: str) -> QuantisedWeight:
     """The experts [experts, in, out] of a gpt-oss, whose file has them as [experts, out, in].
 
     Args:
-        parts: Of the module.
+        parts: The module's.
         name: The parameter's last name.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
-    blocks, scales = f"{name}_blocks", f"{name}_scales"
-    experts, out, groups, _ = parts.shape(blocks, ("uint8",), None, None, None, 16)
-    parts.shape(scales, EXPONENTS, experts, out, groups)
+    blocks = f"{name}_blocks"
+    scales = f"{name}_scales"
+    n_experts, out, groups, _bytes = parts.shape(blocks, ("uint8",), None, None, None, 16)
+    parts.shape(scales, EXPONENTS, n_experts, out, groups)
     length = groups * 32
 
-    def matrix(part: str, expert: int, columns: slice) -> Array:
-        name = f"{parts.module}.{part}"
-        one = replace(parts, tensors={name: parts.tensors[name][expert]})
-        return one.read(part, columns, 1)
+    def read_expert(part: str, expert: int, groups_of_inputs: slice) -> Array:
+        """Some groups of the inputs of one expert: [out, groups] or [out, groups, 16]."""
+        full_name = f"{parts.module}.{part}"
+        expert_parts = replace(parts, tensors={full_name: parts.tensors[full_name][expert]})
+        return expert_parts.read(part, groups_of_inputs, 1)
 
     def place(rows: slice) -> tuple[int, slice]:
-        """The expert, and the groups of its inputs."""
+        """The expert that rows of the weight belong to, and the groups of its inputs."""
         expert, low = divmod(rows.start, length)
         return expert, packed_range(slice(low, low + rows.stop - rows.start), 32)
 
     def read(rows: slice = ALL) -> Quantised:
         if rows == ALL:
-            each = [read(slice(e * length, (e + 1) * length)) for e in range(experts)]
-            codes = np.stack([q.codes for q in each])
-            return Quantised(codes, np.stack([q.scale for q in each]), None, (1, 32, 1), E2M1)
-        expert, some = place(rows)
-        words = matrix(blocks, expert, some)
-        codes = unpacked(words.reshape(out, -1), 4).T
-        scale = powers(parts, matrix(scales, expert, some), scales).T
+            return read_all()
+        expert, groups_of_inputs = place(rows)
+        packed_codes = read_expert(blocks, expert, groups_of_inputs)
+        codes = unpacked(packed_codes.reshape(out, -1), 4).T
+        scale = powers(parts, read_expert(scales, expert, groups_of_inputs), scales).T
         return parts.checked(Quantised(codes, scale, None, (32, 1), E2M1), name)
 
+    def read_all() -> Quantised:
+        experts = [read(slice(i * length, (i + 1) * length)) for i in range(n_experts)]
+        codes = np.stack([expert.codes for expert in experts])
+        scale = np.stack([expert.scale for expert in experts])
+        return Quantised(codes, scale, None, (1, 32, 1), E2M1)
+
     def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-        expert, groups = place(rows)
-        before = matrix(scales, expert, groups).T
-        after = q.rescaled(before, weight, delta, exponents(2))
-        new = replace(q, scale=powers(parts, after, scales)).nearest(weight, 4)
-        words = _pack(np.ascontiguousarray(new.codes.T)).reshape(out, -1, 16)
-        return new, [
-            Written(f"{parts.module}.{blocks}", words, groups.start, 1, expert),
-            Written(f"{parts.module}.{scales}", after.T, groups.start, 1, expert),
+        expert, groups_of_inputs = place(rows)
+        scales_before = read_expert(scales, expert, groups_of_inputs).T
+        new_scales = q.rescaled(scales_before, weight, delta, exponents(_EXPONENT_OF_TOP))
+        recoded = replace(q, scale=powers(parts, new_scales, scales)).nearest(weight, 4)
+        packed_codes = _pack(np.ascontiguousarray(recoded.codes.T)).reshape(out, -1, 16)
+        low = groups_of_inputs.start
+        return recoded, [
+            Written(blocks_name, packed_codes, low, 1, expert),
+            Written(scales_name, new_scales.T, low, 1, expert),
         ]
 
-    anew = Recoding(recode, tuple(f"{parts.module}.{n}" for n in (blocks, scales)), "new")
-    return QuantisedWeight("MXFP4", 4, (experts, length, out), read, 32, anew)
+    blocks_name = f"{parts.module}.{blocks}"
+    scales_name = f"{parts.module}.{scales}"
+    recoding = Recoding(recode, (blocks_name, scales_name), "new")
+    return QuantisedWeight("MXFP4", 4, (n_experts, length, out), read, 32, recoding)

@@ -14,6 +14,7 @@ W = weight · scale, whatever its name says.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -32,36 +33,51 @@ from lora_fx.ir.quantised import Quantised
 from lora_fx.text import JsonView, is_whole
 
 BLOCK = 128
+"""Rows and columns of a block where config.json does not say."""
 
 
-def fp8_blocks(parts: Parts, said: JsonView) -> QuantisedWeight:
-    """A weight with a scale a square block.
+def fp8_blocks(parts: Parts, quantisation: JsonView) -> QuantisedWeight:
+    """A weight with a scale for each square block.
 
     Args:
-        parts: Of the module.
-        said: The quantization_config.
+        parts: The module's.
+        quantisation: The quantization_config.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
     shape = parts.shape("weight", FLOAT8, None, None)
-    told = said.get("weight_block_size") or [BLOCK, BLOCK]
-    if not isinstance(told, list) or len(told) != 2 or not all(is_whole(n) and n > 0 for n in told):
-        raise parts.wrong("weight", f"has blocks of {told!r}, as config.json says", "two sizes")
+    n_rows, n_columns = shape
+    block = quantisation.get("weight_block_size") or [BLOCK, BLOCK]
+    if not _are_two_sizes(block):
+        raise parts.wrong("weight", f"has blocks of {block!r}, as config.json says", "two sizes")
     # A block that is larger than the weight is one block, however large it is said to be.
-    high, wide = (min(n, max(size, BLOCK)) for n, size in zip(told, shape, strict=True))
-    blocks = -(-shape[0] // high), -(-shape[1] // wide)
-    parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *blocks)
+    block_rows = min(block[0], max(n_rows, BLOCK))
+    block_columns = min(block[1], max(n_columns, BLOCK))
+    n_blocks = (-(-n_rows // block_rows), -(-n_columns // block_columns))
+    parts.shape("weight_scale_inv", (*FLOATING, "float8_e8m0fnu"), *n_blocks)
 
     def read(rows: slice = ALL) -> Quantised:
         codes = parts.read("weight", rows)
-        scale = parts.read("weight_scale_inv", packed_range(rows, high))
-        return parts.checked(Quantised(codes, scale.astype(np.float32), None, (high, wide)))
+        scale = parts.read("weight_scale_inv", packed_range(rows, block_rows))
+        q = Quantised(codes, scale.astype(np.float32), None, (block_rows, block_columns))
+        return parts.checked(q)
 
-    power = parts.dtype("weight_scale_inv") == "float8_e8m0fnu" or said.get("scale_fmt") == "ue8m0"
-    rule = (power_above if power else largest_to_top)(parts.dtype("weight"))
-    anew = parts.rescaling(("weight", "weight_scale_inv"), high, rule)
-    return QuantisedWeight(f"FP8 in blocks of {high}×{wide}", 8, shape, read, high, anew)
+    stores_exponents = parts.dtype("weight_scale_inv") == "float8_e8m0fnu"
+    if stores_exponents or quantisation.get("scale_fmt") == "ue8m0":
+        rule = power_above(parts.dtype("weight"))
+    else:
+        rule = largest_to_top(parts.dtype("weight"))
+    recoding = parts.rescaling(("weight", "weight_scale_inv"), block_rows, rule)
+    name = f"FP8 in blocks of {block_rows}×{block_columns}"
+    return QuantisedWeight(name, 8, shape, read, block_rows, recoding)
+
+
+def _are_two_sizes(value: Any) -> bool:
+    """True for a list of two whole numbers from 1 up."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(is_whole(size) and size > 0 for size in value)
 
 
 def fp8(parts: Parts) -> QuantisedWeight:
@@ -72,27 +88,39 @@ def fp8(parts: Parts) -> QuantisedWeight:
     """
     out, length = parts.shape("weight", FLOAT8, None, None)
     if parts.dtype("weight_scale") in EXPONENTS:
-        parts.shape("weight_scale", EXPONENTS, out, -(-length // 32))
-        kind, block = "MXFP8", 32
-    else:
-        found = parts.shape("weight_scale", FLOATING, any_axes=True)
-        single = found in ((), (1,), (1, 1))
-        if not single and found != (out,):
-            parts.shape("weight_scale", FLOATING, out, 1)
-        kind, block = "FP8", 0 if single else length
+        return _mxfp8(parts, out, length)
+    sizes = parts.shape("weight_scale", FLOATING, any_axes=True)
+    has_one_scale = sizes in ((), (1,), (1, 1))
+    if not has_one_scale and sizes != (out,):
+        parts.shape("weight_scale", FLOATING, out, 1)
 
     def read(rows: slice = ALL) -> Quantised:
         codes = parts.read("weight", rows)
-        scale = parts.read("weight_scale", rows if block else ALL)
-        scale = powers(parts, scale) if kind == "MXFP8" else scale.reshape(-1, 1)
-        q = Quantised(codes, scale, None, (1, block) if block else codes.shape)
-        return parts.checked(q)
+        if has_one_scale:
+            scale = parts.read("weight_scale")
+            block = codes.shape
+        else:
+            scale = parts.read("weight_scale", rows)
+            block = (1, length)
+        return parts.checked(Quantised(codes, scale.reshape(-1, 1), None, block))
 
-    names = "weight", "weight_scale"
-    if not block:
-        anew = parts.by_stored_scales("weight", 8)
-    elif kind == "MXFP8":
-        anew = parts.rescaling(names, 1, exponents(8), partial(powers, parts))
+    if has_one_scale:
+        recoding = parts.by_stored_scales("weight", 8)
     else:
-        anew = parts.rescaling(names, 1, largest_to_top(parts.dtype("weight")))
-    return QuantisedWeight(kind, 8, (out, length), read, 1, anew)
+        rule = largest_to_top(parts.dtype("weight"))
+        recoding = parts.rescaling(("weight", "weight_scale"), 1, rule)
+    return QuantisedWeight("FP8", 8, (out, length), read, 1, recoding)
+
+
+def _mxfp8(parts: Parts, out: int, length: int) -> QuantisedWeight:
+    """A weight [out, length] with an exponent for each run of 32 inputs."""
+    parts.shape("weight_scale", EXPONENTS, out, -(-length // 32))
+
+    def read(rows: slice = ALL) -> Quantised:
+        codes = parts.read("weight", rows)
+        scale = powers(parts, parts.read("weight_scale", rows))
+        return parts.checked(Quantised(codes, scale, None, (1, 32)))
+
+    names = ("weight", "weight_scale")
+    recoding = parts.rescaling(names, 1, exponents(8), partial(powers, parts))
+    return QuantisedWeight("MXFP8", 8, (out, length), read, 1, recoding)

@@ -34,45 +34,58 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
     """A weight [out, in].
 
     Args:
-        parts: Of the module.
+        parts: The module's.
         version: 1 where qzeros holds z − 1, 2 where it holds z.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
     words, out = parts.shape("qweight", ("int32",), None, None)
-    groups, _ = parts.shape("scales", FLOATING, None, out)
-    _, zeros = parts.shape("qzeros", ("int32",), groups, None)
-    bits = bits_of(out, zeros)
+    groups, _out = parts.shape("scales", FLOATING, None, out)
+    _groups_of_zeros, words_of_zeros = parts.shape("qzeros", ("int32",), groups, None)
+    bits = bits_of(out, words_of_zeros)
     if bits not in BITS:
-        raise parts.wrong("qzeros", f"has {zeros} words for {out} outputs", "2, 3, 4 or 8 bits")
-    length = parts.shape("g_idx", ("int32", "int64"), None)[0] if parts.has("g_idx") else 0
-    length = length or words * 32 // bits
-    parts.shape("qweight", ("int32",), -(-length * bits // 32), out)
+        found = f"has {words_of_zeros} words for {out} outputs"
+        raise parts.wrong("qzeros", found, "2, 3, 4 or 8 bits")
+    length = words * 32 // bits
+    if parts.has("g_idx"):
+        (length,) = parts.shape("g_idx", ("int32", "int64"), None)
+    words = -(-length * bits // 32)
+    parts.shape("qweight", ("int32",), words, out)
 
     def read(rows: slice = ALL) -> Quantised:
         codes = unpacked(parts.read("qweight", rows, 1), bits, 0)[:length].T
-        stored = np.ascontiguousarray(parts.read("qzeros", packed_range(rows, 32, bits), 1))
-        if version == 1 and bits != 3:
-            stored = stored.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
-        zero = unpacked(stored, bits)[:, : len(codes)].T
-        zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
-        scale, given = parts.read("scales", rows, 1).T, _groups(parts, length, groups)
-        return parts.checked(grouped(codes, scale, zero, given))
+        packed_zeros = parts.read("qzeros", packed_range(rows, 32, bits), 1)
+        zero = _zero_points(packed_zeros, bits, version)[:, : len(codes)].T
+        scale = parts.read("scales", rows, 1).T
+        groups_of_inputs = _groups(parts, length, groups)
+        return parts.checked(grouped(codes, scale, zero, groups_of_inputs))
 
     def pack(codes: Array) -> Array:
-        return words_of(codes, bits)[:, : -(-length * bits // 32)].T
+        return words_of(codes, bits)[:, :words].T
 
-    anew = parts.by_stored_scales("qweight", bits, pack, 1)
-    return QuantisedWeight("GPTQ", bits, (out, length), read, 32, anew)
+    recoding = parts.by_stored_scales("qweight", bits, pack, 1)
+    return QuantisedWeight("GPTQ", bits, (out, length), read, 32, recoding)
+
+
+def _zero_points(packed_zeros: Array, bits: int, version: int) -> Array:
+    """Zero points z [groups, outputs] of the words of qzeros; see the top of this file."""
+    words = np.ascontiguousarray(packed_zeros)
+    if version == 1 and bits == 3:
+        return (unpacked(words, bits) + 1) & 7
+    if version == 1:
+        one_in_each_field = np.uint32(0xFFFFFFFF // (2**bits - 1))
+        words = words.view(np.uint32) + one_in_each_field
+    return unpacked(words, bits)
 
 
 def _groups(parts: Parts, length: int, groups: int) -> Array:
     """The group of each input."""
     if not parts.has("g_idx"):
         return np.arange(length) // parts.evenly("scales", length, groups)
-    order = parts.read("g_idx")
-    if order.min() < 0 or order.max() >= groups:
-        found = f"names groups {order.min()} to {order.max()}"
-        raise parts.wrong("g_idx", found, f"0 to {groups - 1}")
-    return order
+    groups_of_inputs = parts.read("g_idx")
+    low = groups_of_inputs.min()
+    high = groups_of_inputs.max()
+    if low < 0 or high >= groups:
+        raise parts.wrong("g_idx", f"names groups {low} to {high}", f"0 to {groups - 1}")
+    return groups_of_inputs

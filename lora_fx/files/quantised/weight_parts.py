@@ -1,8 +1,8 @@
-"""What every format of quantised weights needs: parts by name, and checks that name them.
+"""The parts of one quantised weight: the tensors of a module, by their last names.
 
 A format is a function of the parts of one weight. It checks their headers, says the format, the
-bits and the shape of the weight, and hands back a `QuantisedWeight`, whose `read` then reads the
-parts themselves, or what some rows of the weight need of them.
+bits and the shape of the weight, and returns a `QuantisedWeight`. Its `read` then reads the parts
+themselves, or as much of them as some rows of the weight need.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Parts:
     """The tensors of a checkpoint, seen from one module.
 
     Attributes:
-        module: Its name, without a dot at its end.
-        tensors: Full name → header, or what it holds.
+        module: The module's name, without a dot at its end.
+        tensors: Full name → header, or content.
     """
 
     module: str
@@ -39,61 +39,66 @@ class Parts:
 
     def has(self, part: str) -> bool:
         """True where the module has a tensor of this last name."""
-        return f"{self.module}.{part}" in self.tensors
+        return self._full_name(part) in self.tensors
 
     def dtype(self, part: str) -> str:
-        """The name of the dtype of a part that is there."""
-        return str(self.tensors[f"{self.module}.{part}"].dtype)
+        """The name of the dtype of a part that the module has."""
+        return str(self.tensors[self._full_name(part)].dtype)
 
     def shape(
         self, part: str, dtypes: Collection[str], *shape: int | None, any_axes: bool = False
     ) -> tuple[int, ...]:
-        """The shape of a part.
+        """The shape of a part, once its header is checked.
 
         Args:
             part: Its last name.
-            dtypes: What it may be.
-            shape: What its shape has to be; None stands for any size.
+            dtypes: The dtypes that it may have.
+            shape: The shape that it has to have; None stands for any size.
             any_axes: Any shape will do.
 
         Raises:
             LoraFxError: It is missing, empty, or of another dtype or shape.
         """
-        sizes = "" if any_axes else f" [{', '.join(str(n or 'any') for n in shape)}]"
-        expected = " or ".join(dtypes) + sizes
+        expected = " or ".join(dtypes)
+        if not any_axes:
+            expected += f" [{', '.join(str(size or 'any') for size in shape)}]"
         if not self.has(part):
             raise self.wrong(part, "is not there", expected)
-        found = self.tensors[f"{self.module}.{part}"].shape
-        pairs = zip(shape, found, strict=False)
-        same = len(shape) == len(found) and all(a in (None, b) for a, b in pairs)
-        if self.dtype(part) not in dtypes or not (same or any_axes) or 0 in found:
-            raise self.wrong(part, f"is {self.dtype(part)} {list(found)}", expected)
-        return found
+
+        dtype = self.dtype(part)
+        sizes = self.tensors[self._full_name(part)].shape
+        fits = any_axes or _fits(sizes, shape)
+        if dtype not in dtypes or not fits or 0 in sizes:
+            raise self.wrong(part, f"is {dtype} {list(sizes)}", expected)
+        return sizes
 
     def read(self, part: str, rows: slice = ALL, axis: int = 0) -> Array:
         """The content of a part whose header was checked, or a range of it along an axis."""
-        tensor = self.tensors[f"{self.module}.{part}"]
+        tensor = self.tensors[self._full_name(part)]
         if isinstance(tensor, TensorInfo):
             return stored(tensor, rows, axis)
-        return np.asarray(tensor)[(*(ALL,) * axis, rows)] if tensor.ndim else np.asarray(tensor)
+        if tensor.ndim == 0:
+            return np.asarray(tensor)
+        axes_before = (ALL,) * axis
+        return np.asarray(tensor)[(*axes_before, rows)]
 
     def bytes(self, part: str, low: int, high: int) -> Array:
         """Bytes low ≤ i < high of a part; fewer where it is shorter."""
-        tensor = self.tensors[f"{self.module}.{part}"]
+        tensor = self.tensors[self._full_name(part)]
         if isinstance(tensor, TensorInfo):
             return stored_bytes(tensor, low, min(high, tensor.stop - tensor.start))
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)[low:high]
 
     def wrong(self, part: str, found: str, expected: str) -> LoraFxError:
-        """The error of a part."""
-        return wrong(f"{self.module}.{part}", found, expected)
+        """The error of a part; see `consistency.wrong`."""
+        return wrong(self._full_name(part), found, expected)
 
     def checked(self, q: Quantised, part: str = "weight") -> Quantised:
-        """A value that was read, whose parts fit each other; see `checked`."""
-        return checked(f"{self.module}.{part}", q)
+        """A weight as it was read, whose parts fit each other; see `consistency.checked`."""
+        return checked(self._full_name(part), q)
 
     def evenly(self, part: str, length: int, groups: int) -> int:
-        """How long each of the groups is that an axis is cut in.
+        """The length of each of the groups that an axis is cut into.
 
         Raises:
             LoraFxError: They are not of one length.
@@ -110,7 +115,7 @@ class Parts:
         scale_of: Callable[[Array], Array] = lambda stored: stored.astype(np.float32),
         pack: Callable[[Array], Array] = lambda codes: codes,
     ) -> Recoding:
-        """New scales for the blocks that change, and the nearest codes.
+        """The recoding with new scales for the blocks that change, and the nearest codes.
 
         Args:
             names: The parts of codes and of scales, both with rows along their first axes.
@@ -119,24 +124,29 @@ class Parts:
             scale_of: Scales as they are stored → what a step of the codes is worth.
             pack: Codes of some rows → as they are stored.
         """
-        codes, scales = (f"{self.module}.{n}" for n in names)
+        codes_part, scales_part = names
+        codes_name = self._full_name(codes_part)
+        scales_name = self._full_name(scales_part)
 
         def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-            some = packed_range(rows, high)
-            stored = q.rescaled(self.read(names[1], some), weight, delta, rule)
-            steps = scale_of(stored).reshape(q.scale.shape)
+            rows_of_scales = packed_range(rows, high)
+            scales_before = self.read(scales_part, rows_of_scales)
+            scales = q.rescaled(scales_before, weight, delta, rule)
+            steps = scale_of(scales).reshape(q.scale.shape)
             if not np.isfinite(steps).all():
-                bad = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
+                row = int(np.argwhere(~np.isfinite(steps))[0, 0]) * high
                 raise LoraFxError(
-                    f"tensor {scales!r}: {stored.dtype} cannot hold the scale of row "
-                    f"{rows.start + bad}, whose largest value is {np.abs(weight[bad]).max():g}",
+                    f"tensor {scales_name!r}: {scales.dtype} cannot hold the scale of row "
+                    f"{rows.start + row}, whose largest value is {np.abs(weight[row]).max():g}",
                     "the adapter or its scale is broken",
                 )
-            new = replace(q, scale=steps).nearest(weight, 8)
-            first = Written(codes, pack(new.codes), rows.start)
-            return new, [first, Written(scales, stored, some.start)]
+            recoded = replace(q, scale=steps).nearest(weight, 8)
+            return recoded, [
+                Written(codes_name, pack(recoded.codes), rows.start),
+                Written(scales_name, scales, rows_of_scales.start),
+            ]
 
-        return Recoding(recode, (codes, scales), "new")
+        return Recoding(recode, (codes_name, scales_name), "new")
 
     def by_stored_scales(
         self,
@@ -146,19 +156,32 @@ class Parts:
         axis: int | None = 0,
         place: Callable[[int], int] = lambda row: row,
     ) -> Recoding:
-        """The nearest codes by the scales that are there.
+        """The recoding with the nearest codes by the scales that are stored.
 
         Args:
-            part: That of codes.
-            bits: Of a code.
+            part: The part of codes.
+            bits: The bits of a code.
             pack: Codes of some rows → as they are stored.
-            axis: Which axis of the tensor counts rows; None: its bytes do.
-            place: Where a row begins along it.
+            axis: The axis of the tensor that counts rows; None where its bytes do.
+            place: Row → where it begins along the axis.
         """
-        name = f"{self.module}.{part}"
+        name = self._full_name(part)
 
         def recode(q: Quantised, rows: slice, weight: Array, delta: Array) -> Recoded:
-            new = q.nearest(weight, bits)
-            return new, [Written(name, pack(new.in_place()), place(rows.start), axis)]
+            recoded = q.nearest(weight, bits)
+            codes = pack(recoded.in_place())
+            return recoded, [Written(name, codes, place(rows.start), axis)]
 
         return Recoding(recode, (name,))
+
+    def _full_name(self, part: str) -> str:
+        """The name of a part in the checkpoint."""
+        return f"{self.module}.{part}"
+
+
+def _fits(sizes: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """True where a shape is as expected, in which None stands for any size."""
+    if len(sizes) != len(expected):
+        return False
+    pairs = zip(sizes, expected, strict=True)
+    return all(expected_size in (None, size) for size, expected_size in pairs)
