@@ -107,15 +107,20 @@ def refuse_left(base: Checkpoint) -> None:
         quantisation = base.of.config().get("quantization_config")
         is_awq = isinstance(quantisation, dict) and quantisation.get("quant_method") == "awq"
     for name, info in base.tensors.items():
-        has_scales = any(f"{name}{end}" in base.tensors for end in _BESIDE)
-        are_codes = info.dtype.startswith("float8") or (has_scales and info.dtype not in FLOATING)
+        are_codes = info.dtype not in FLOATING and _has_scales(name, base.tensors)
+        is_float8 = info.dtype.startswith("float8")
         are_scales_of_inputs = is_awq and name.endswith(".scales")  # AutoAWQ's ScaledActivation
-        if are_codes or are_scales_of_inputs:
+        if are_codes or is_float8 or are_scales_of_inputs:
             raise LoraFxError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
                 "that is not read; a model of floats would take it for numbers",
                 "use the checkpoint that it was quantised from",
             )
+
+
+def _has_scales(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """True where scales lie beside a tensor."""
+    return any(f"{name}{end}" in tensors for end in _BESIDE)
 
 
 def is_view(base: Checkpoint) -> bool:
@@ -185,9 +190,8 @@ def _shards(
         groups[-1][name] = info
         free -= sizes[name]
 
-    stem = next(
-        (stem for stem in STEMS if first.startswith(stem)), STEMS[0]
-    )  # which transformers finds
+    # A stem that transformers finds.
+    stem = next((stem for stem in STEMS if first.startswith(stem)), STEMS[0])
     if len(groups) == 1:
         return {f"{stem}.safetensors": Header(groups[0], metadata)}
     return {
