@@ -68,25 +68,26 @@ def read_header(file: str | Path) -> Header:
     size, head = _open(file, 64)
     if trusted() and is_pickle(head):
         return _of_pickle(file)
-    _, data = _open(file, 8 + _length(head[:8], size, file))
+    length = _length(head[:8], size, file)
+    _size, data = _open(file, 8 + length)
     return parse_header(data, size, file)
 
 
 def parse_header(data: bytes, size: int, file: Path) -> Header:
     """The checked header of a file's first bytes.
 
-    What is accepted is what the safetensors library accepts, less what no writer makes and what
-    two readers could take for two different things: a key that is there twice, fields beside
-    dtype, shape and data_offsets, an entry that is no object, sizes from 2^63 up, more than
-    MAX_DIMS axes, more than MAX_JSON bytes.
+    All that the safetensors library accepts is accepted, except what no writer makes and what two
+    readers could take for two different things: a key that stands twice, fields beside dtype, shape
+    and data_offsets, an entry that is no object, sizes from 2^63 up, more than MAX_DIMS axes, more
+    than MAX_JSON bytes.
 
     Args:
         data: The file from its first byte to the end of its header, or further.
-        size: Of the whole file, in bytes.
-        file: Its name, for messages and the result.
+        size: The size of the whole file, in bytes.
+        file: The file's name, for messages and the result.
 
     Raises:
-        LoraFxError: Anything else that is wrong; the message names file and tensor.
+        LoraFxError: Anything in the header is wrong; the message names file and tensor.
     """
     refuse_pointer(data, size, file)
     data_start = 8 + _length(data[:8], size, file)
@@ -94,15 +95,28 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     metadata = entries.pop("__metadata__", None)
     if metadata is None:  # serde reads null so too
         metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not _are_texts(metadata):
         raise LoraFxError(f"{file}: __metadata__ is not a map of texts", AGAIN)
     tensors = {name: _entry(file, name, entry, data_start) for name, entry in entries.items()}
     _check_ranges(file, tensors, data_start, size)
     return Header(tensors, metadata, data_start)
 
 
+def _are_texts(metadata: object) -> bool:
+    """True for a map whose values are texts."""
+    if not isinstance(metadata, dict):
+        return False
+    return all(isinstance(value, str) for value in metadata.values())
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first 64 bytes of a file, which tell its kind."""
+    _size, head = _open(path, 64)
+    return head
+
+
 def may_be_safetensors(head: bytes) -> bool:
-    """True for first bytes behind whose length a header begins."""
+    """True for the first bytes of a file where a header begins behind the length of 8 bytes."""
     return head[8:9] in (b"{", b" ")
 
 
@@ -112,7 +126,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def _of_pickle(file: Path) -> Header:
-    """The header of a pickle: `data` is 0, and `start` as `pickled_places` has it."""
+    """The header of a pickle: its `data` is 0, and each `start` is that of `pickled_places`."""
     from lora_fx.fx.tensors import pickled_places  # the only way to read one is torch's
 
     tensors = {}
@@ -125,7 +139,7 @@ def _of_pickle(file: Path) -> Header:
 
 
 def _length(head: bytes, size: int, file: Path) -> int:
-    """Bytes of the header's JSON, from the first 8 of the file."""
+    """The length of the header's JSON in bytes, as the first 8 bytes of the file say."""
     length = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
@@ -142,47 +156,58 @@ def _length(head: bytes, size: int, file: Path) -> int:
 
 
 def _open(file: Path, count: int) -> tuple[int, bytes]:
-    """Size of a file and its first `count` bytes; a git-LFS pointer is named as such."""
-    with open_input(file) as f, explained(file):
-        size = os.fstat(f.fileno()).st_size
-        head = f.read(max(count, 64))
+    """The size of a file and its first `count` bytes.
+
+    Raises:
+        LoraFxError: It cannot be read, or is a git-LFS pointer.
+    """
+    with open_input(file) as opened, explained(file):
+        size = os.fstat(opened.fileno()).st_size
+        head = opened.read(max(count, 64))
     refuse_pointer(head, size, file)
     return size, head[:count]
 
 
 def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """Where the tensor of an entry of the header lies; the offsets count from `data_start`."""
+    if not isinstance(entry, dict):
+        raise _wrong(file, name, f"has {entry!r}", "expected dtype, shape and data_offsets")
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _wrong(file, name, f"has {sorted(entry)}", "expected dtype, shape and data_offsets")
 
-    def wrong(value: object, expected: str) -> LoraFxError:
-        tensor = one_line(repr(name), 120)
-        return LoraFxError(f"{file}: tensor {tensor}: {one_line(value, 120)}; {expected}", AGAIN)
-
-    keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or set(entry) != keys:
-        content = sorted(entry) if isinstance(entry, dict) else repr(entry)
-        raise wrong(f"has {content}", "expected dtype, shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    code = entry["dtype"]
     if not isinstance(code, str) or code not in _BY_CODE:
-        raise wrong(f"dtype {code!r} is unknown", f"expected one of {', '.join(_BY_CODE)}")
+        raise _wrong(
+            file, name, f"dtype {code!r} is unknown", f"expected one of {', '.join(_BY_CODE)}"
+        )
+    shape = entry["shape"]
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise wrong(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
+        raise _wrong(file, name, f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
+    offsets = entry["data_offsets"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"data_offsets {offsets!r}", "expected [start, stop]")
+        raise _wrong(file, name, f"data_offsets {offsets!r}", "expected [start, stop]")
     if 0 in shape and max(itertools.accumulate(shape, operator.mul)) >= 1 << 64:
-        raise wrong(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
+        expected = "expected sizes whose product, in order, stays below 2^64"
+        raise _wrong(file, name, f"shape {shape}", expected)
 
     dtype = _BY_CODE[code]
     start, stop = offsets
     bits = math.prod(shape) * dtype.bits
     if bits != 8 * (stop - start):
-        needed = one_line(-(-bits // 8), 40)
-        raise wrong(
-            f"its range holds {stop - start} bytes", f"{code} {one_line(shape, 120)} needs {needed}"
-        )
+        needed_bytes = one_line(-(-bits // 8), 40)
+        needed = f"{code} {one_line(shape, 120)} needs {needed_bytes}"
+        raise _wrong(file, name, f"its range holds {stop - start} bytes", needed)
     return TensorInfo(dtype.name, tuple(shape), file, data_start + start, data_start + stop)
 
 
+def _wrong(file: Path, name: str, found: str, expected: str) -> LoraFxError:
+    """The error of a tensor's entry: what it has, and what was expected."""
+    tensor = one_line(repr(name), 120)
+    return LoraFxError(f"{file}: tensor {tensor}: {one_line(found, 120)}; {expected}", AGAIN)
+
+
 def _are_sizes(value: object) -> bool:
+    """True for a list of whole numbers from 0 up to 2^63 − 1."""
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
@@ -192,21 +217,19 @@ def _check_ranges(file: Path, tensors: Tensors, data_start: int, size: int) -> N
     """Raise unless the ranges cover the data exactly once."""
     reached = data_start
     previous = "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    for name, tensor in in_order:
         if tensor.start != reached:
-            what = "overlaps" if tensor.start < reached else "leaves a hole after"
+            problem = "overlaps" if tensor.start < reached else "leaves a hole after"
             raise LoraFxError(
-                f"{file}: tensor {one_line(repr(name), 120)} {what} {one_line(previous, 120)}: "
+                f"{file}: tensor {one_line(repr(name), 120)} {problem} {one_line(previous, 120)}: "
                 f"it starts at byte {tensor.start}, expected {reached}",
                 AGAIN,
             )
         reached = tensor.stop
         previous = f"tensor {name!r}"
     if reached != size:
-        what = "it is cut off" if size < reached else "bytes that belong to no tensor follow"
-        raise LoraFxError(f"{file}: {size} bytes, but its tensors end at {reached}: {what}", AGAIN)
-
-
-def first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file, which tell its kind."""
-    return _open(path, 64)[1]
+        problem = "it is cut off" if size < reached else "bytes that belong to no tensor follow"
+        raise LoraFxError(
+            f"{file}: {size} bytes, but its tensors end at {reached}: {problem}", AGAIN
+        )
