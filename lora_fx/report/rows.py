@@ -7,16 +7,12 @@ an adapter's key is that of a target when both end in the same path.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
-from markupsafe import Markup
-
-from lora_fx.errors import visible
-from lora_fx.text import JsonView, by_key, counted, is_number
+from lora_fx.text import JsonView, by_key
 
 
 @dataclass
@@ -165,98 +161,3 @@ def _told(rows: dict[str, Row], result: JsonView, name: str) -> Iterator[tuple[R
         if isinstance(x, dict) and "key" in x:
             key = str(x["key"])
             yield rows.setdefault(key, Row(key)), x
-
-
-# Text for HTML: escaping, and how numbers look. Nothing here trusts a name.
-#
-# Keys and paths come from files. A character that is not seen, or that turns the text round it
-# (U+202E), is shown by its code; the rest is escaped.
-
-
-THIN = "\u202f"
-"""A narrow space that does not break: between groups of three digits."""
-
-
-def broken(key: str) -> Markup:
-    """A key as HTML that a line may break after a dot of, in pieces of a dozen characters.
-
-    >>> broken("model.layers.0.self_attn.q_proj.weight")
-    Markup('model.layers.<wbr>0.self_attn.<wbr>q_proj.weight')
-    """
-    pieces = re.findall(r".{10,}?\.(?=.{6})|.+", key, re.S)
-    return Markup("<wbr>").join(map(visible, pieces))
-
-
-def number(value: object) -> str:
-    r"""A number in at most four digits; whole numbers in full, and no number as a dash.
-
-    >>> number(1.23456e-7), number(0.123456), number(12345678), number(None), number(1234.56)
-    ('1.23e-07', '0.1235', '12\u202f345\u202f678', '–', '1235')
-    """
-    if not is_number(value):
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", THIN)
-    if math.isnan(value) or math.isinf(value):
-        return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
-    if value == 0:
-        return "0"
-    if value < 0:
-        return "−" + number(-value)
-    return f"{value:.2e}" if not 1e-2 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
-
-
-def percent(value: object) -> str:
-    r"""A share in per cent, three digits; tiny ones in powers of ten, and none as a dash.
-
-    >>> percent(0.0123456), percent(1.0), percent(2e-7), percent(0.99999), percent(None)
-    ('1.23\xa0%', '100\xa0%', '2.0e-05\xa0%', '99.99\xa0%', '–')
-    >>> percent(-3.21e-5), percent(0)
-    ('−0.0032\xa0%', '0\xa0%')
-    """
-    if not is_number(value) or not math.isfinite(value):
-        return "–"
-    if value < 0:
-        return "−" + percent(-value)
-    points = 100 * value
-    if points < 1e-4:
-        return f"{points:.1e}\u00a0%" if points else "0\u00a0%"
-    if points < 0.01:
-        return f"{points:#.2g}\u00a0%"
-    if 99 < points < 100:
-        return f"{min(points, 99.99):.2f}\u00a0%"
-    return f"{points:#.3g}".rstrip(".") + "\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
-
-
-def size(count: object) -> str:
-    r"""Bytes for people.
-
-    >>> size(999), size(12_345_678), size(999_999)
-    ('999\xa0B', '12.3\xa0MB', '1\xa0MB')
-    """
-    if not isinstance(count, int):
-        return "–"
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f}\u00a0{unit}" if unit == "B" else f"{value:.3g}\u00a0{unit}"
-
-
-def shape(dims: Sequence[object]) -> str:
-    """A shape with multiplication signs.
-
-    >>> shape([768, 3072])
-    '768 × 3072'
-    """
-    return " × ".join(map(str, dims)) if dims else "scalar"
-
-
-def plural(count: int, word: str) -> str:
-    """A count and its word.
-
-    >>> plural(1, "target"), plural(2, "target")
-    ('1 target', '2 targets')
-    """
-    return counted(count, word, number(count))

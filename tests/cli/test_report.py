@@ -18,7 +18,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.truncate import FEW, MANY, summary
 from lora_fx.formats.io import load_adapter, save_adapter
-from lora_fx.report.rows import number, percent
+from lora_fx.report.formatting import number, percent
 from tests.cli.test_cli import run
 from tests.report.read import Page
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from lora_fx.errors import visible
-from lora_fx.report.charts import grouped
+from lora_fx.report.formatting import number, percent
 from lora_fx.report.page import page
-from lora_fx.report.rows import Row, number, percent, rows_of
+from lora_fx.report.rows import Row, rows_of
+from lora_fx.report.structure import grouped
 from lora_fx.text import strict_json
 from tests.report.made import HOSTILE, everything, hostile, merged, target, trained
 from tests.report.read import Page
