@@ -1,7 +1,7 @@
-"""Text for HTML: escaping, and how numbers look. Nothing here trusts a name.
+"""Texts of the page: keys that may be broken into lines, and how numbers look.
 
-Keys and paths come from files. A character that is not seen, or that turns the text round it
-(U+202E), is shown by its code; the rest is escaped.
+Nothing here trusts a name: keys and paths come from files. A character that is not seen, or that
+turns the text round it (U+202E), is shown by its code; the rest is escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THIN = "\u202f"
 
 
 def broken(key: str) -> Markup:
-    """A key as HTML that a line may break after a dot of, in pieces of a dozen characters.
+    """A key as HTML that may be broken after dots, into pieces of about a dozen characters.
 
     >>> broken("model.layers.0.self_attn.q_proj.weight")
     Markup('model.layers.<wbr>0.self_attn.<wbr>q_proj.weight')
@@ -39,13 +39,17 @@ def number(value: object) -> str:
         return "–"
     if isinstance(value, int):
         return f"{value:,}".replace(",", THIN)
-    if math.isnan(value) or math.isinf(value):
-        return "∞" if value > 0 else "NaN" if math.isnan(value) else "−∞"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
     if value < 0:
         return "−" + number(-value)
-    return f"{value:.2e}" if not 1e-2 <= abs(value) < 1e5 else f"{value:#.4g}".rstrip(".")
+    if 1e-2 <= value < 1e5:
+        return f"{value:#.4g}".rstrip(".")
+    return f"{value:.2e}"
 
 
 def percent(value: object) -> str:
@@ -60,14 +64,22 @@ def percent(value: object) -> str:
         return "–"
     if value < 0:
         return "−" + percent(-value)
-    points = 100 * value
+    return f"{_digits_of_percent(100 * value)}\u00a0%"
+
+
+def _digits_of_percent(points: float) -> str:
+    """A number from 0 up in about three digits; one just below 100 does not become 100."""
+    if points == 0:
+        return "0"
     if points < 1e-4:
-        return f"{points:.1e}\u00a0%" if points else "0\u00a0%"
+        return f"{points:.1e}"
     if points < 0.01:
-        return f"{points:#.2g}\u00a0%"
+        return f"{points:#.2g}"
     if 99 < points < 100:
-        return f"{min(points, 99.99):.2f}\u00a0%"
-    return f"{points:#.3g}".rstrip(".") + "\u00a0%" if points < 999.5 else f"{points:.0f}\u00a0%"
+        return f"{min(points, 99.99):.2f}"
+    if points < 999.5:
+        return f"{points:#.3g}".rstrip(".")
+    return f"{points:.0f}"
 
 
 def size(count: object) -> str:
@@ -78,12 +90,14 @@ def size(count: object) -> str:
     """
     if not isinstance(count, int):
         return "–"
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
+    value = float(count)
+    if value < 999.5:
+        return f"{value:.0f}\u00a0B"
+    for unit in ("kB", "MB", "GB"):
         value /= 1000
-    return f"{value:.0f}\u00a0{unit}" if unit == "B" else f"{value:.3g}\u00a0{unit}"
+        if value < 999.5:
+            return f"{value:.3g}\u00a0{unit}"
+    return f"{value / 1000:.3g}\u00a0TB"
 
 
 def shape(dims: Sequence[object]) -> str:
@@ -92,7 +106,9 @@ def shape(dims: Sequence[object]) -> str:
     >>> shape([768, 3072])
     '768 × 3072'
     """
-    return " × ".join(map(str, dims)) if dims else "scalar"
+    if not dims:
+        return "scalar"
+    return " × ".join(map(str, dims))
 
 
 def plural(count: int, word: str) -> str:

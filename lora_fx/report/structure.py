@@ -7,7 +7,6 @@ rank; where all ranks are equal, its share of the adapter's parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from lora_fx.errors import visible
@@ -16,21 +15,17 @@ from lora_fx.report.rows import Row
 from lora_fx.text import JsonView
 
 SHADES = 5
-
-
 MOST = 16
 """Cells of a block. Above, or with two cells of one name, it is split at the next index."""
-
-
 WIDTH = 340
 """The width of the cells of one block, in pixels: a box fits a narrow screen."""
-
-
 HEIGHT = 42
-
-
+_GAP = 2
 _CHARACTER = 8.6
 """Width of a character of a cell's label at 14 pixels, at most."""
+
+_RowAndWords = tuple[Row, list[str]]
+"""A row, and the words of its key."""
 
 
 class Cell(NamedTuple):
@@ -47,12 +42,17 @@ class Cell(NamedTuple):
 
 def blocks(rows: list[Row]) -> JsonView | None:
     """The boxes of the model; None where no rank and no size is known, as of a comparison."""
-    if not any(r.rank or r.parameters for r in rows):
+    if not any(row.rank or row.parameters for row in rows):
         return None
-    shade, legend, low, top = _scale(rows)
-    total = sum(r.parameters or 0 for r in rows)
-    boxes = [_box(name, held, total, shade) for name, held in grouped(rows)]
-    return {"legend": legend, "low": low, "top": top, "shades": SHADES, "boxes": boxes}
+    scale = _scale(rows)
+    total = _parameters(rows)
+    return {
+        "legend": scale.legend,
+        "low": scale.low_text,
+        "top": scale.top_text,
+        "shades": SHADES,
+        "boxes": [_box(name, members, total, scale) for name, members in grouped(rows)],
+    }
 
 
 def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
@@ -61,85 +61,162 @@ def grouped(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     >>> [n for n, _ in grouped([Row("h.0.fc.weight"), Row("h.1.fc.weight"), Row("head.weight")])]
     ['h.0', 'h.1', '']
     """
-    return _split([(r, _parts(r.key)) for r in rows], 0)
+    return _split([(row, _words(row.key)) for row in rows], 0)
 
 
-def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, list[Row]]]:
-    groups: dict[str, list[tuple[Row, list[str]]]] = {}
-    ends: dict[str, int] = {}
-    for row, parts in rows:
-        inner = (i for i, p in enumerate(parts[:-1]) if i >= start and p.isdigit())
-        at = next(inner, -1) + 1 or (len(parts) - 1 if start == 0 else start)
-        name = ".".join(parts[:at])
-        groups.setdefault(name, []).append((row, parts))
-        ends[name] = at
-    result = []
-    for name, held in groups.items():
-        labels = {_label(row, name) for row, _ in held}
-        more = any(p.isdigit() for _, parts in held for p in parts[ends[name] : -1])
-        deeper = more and (len(held) > MOST or len(labels) < len(held))
-        result += _split(held, ends[name]) if deeper else [(name, [r for r, _ in held])]
+def _split(rows: list[_RowAndWords], start: int) -> list[tuple[str, list[Row]]]:
+    """(block, its rows) of rows whose keys have their first `start` words in common.
+
+    1. Rows whose keys are equal up to the next index, and with it, are a block.
+    2. A block that is too large, or has two cells of one label, is split at the next index.
+    """
+    members_of: dict[str, list[_RowAndWords]] = {}
+    length_of: dict[str, int] = {}
+    for row, words in rows:
+        length = _length_of_block(words, start)
+        name = ".".join(words[:length])
+        members_of.setdefault(name, []).append((row, words))
+        length_of[name] = length
+
+    result: list[tuple[str, list[Row]]] = []
+    for name, members in members_of.items():
+        if _is_split(name, members, length_of[name]):
+            result += _split(members, length_of[name])
+        else:
+            result.append((name, [row for row, _words_of_key in members]))
     return result
 
 
-def _parts(key: str) -> list[str]:
+def _length_of_block(words: list[str], start: int) -> int:
+    """How many words of a key name its block: those up to the first index from `start` on.
+
+    Without an index these are all words but the last, or the first `start`, where that is not 0.
+    """
+    for i in range(start, len(words) - 1):
+        if words[i].isdigit():
+            return i + 1
+    if start == 0:
+        return len(words) - 1
+    return start
+
+
+def _is_split(name: str, members: list[_RowAndWords], length: int) -> bool:
+    """True for a block that can be split at an index, and is too large or has equal labels.
+
+    Args:
+        name: The block.
+        members: Its rows.
+        length: How many words name the block.
+    """
+    labels = {_label(row, name) for row, _words_of_key in members}
+    is_crowded = len(members) > MOST or len(labels) < len(members)
+    return is_crowded and any(
+        any(word.isdigit() for word in words[length:-1]) for _row, words in members
+    )
+
+
+def _words(key: str) -> list[str]:
     """The dotted path of a key without `.weight`; a region stays with its last word."""
     name, bracket, region = key.partition("[")
     name, at, use = name.partition("@")
-    parts = name.removesuffix(".weight").split(".")
-    return [*parts[:-1], parts[-1] + at + use + bracket + region]
+    *first_words, last_word = name.removesuffix(".weight").split(".")
+    return [*first_words, last_word + at + use + bracket + region]
 
 
 def _label(row: Row, block: str) -> str:
-    """What is written in a cell: the role, or the path within the block."""
+    """The label of a cell: the role, or the last word of the path within the block."""
     if row.role and len(row.role) <= 6:
         return row.role
-    last = ".".join(_parts(row.key))[len(block) :].lstrip(".").rpartition(".")[2]
-    last = visible(last.removesuffix("_proj").removesuffix("_lin"))
-    return last if len(last) <= 12 else last[:11] + "…"
+    path = ".".join(_words(row.key))[len(block) :].lstrip(".")
+    word = path.rpartition(".")[2]
+    label = visible(word.removesuffix("_proj").removesuffix("_lin"))
+    return label if len(label) <= 12 else label[:11] + "…"
 
 
-def _scale(rows: list[Row]) -> tuple[Callable[[Row], int], str, str, str]:
-    """The shade of a cell, the legend's sentence, its low end and its high end."""
-    ranks = {sum(r.rank) for r in rows if r.rank}
+class _Scale(NamedTuple):
+    """What the colour of a cell stands for.
+
+    Attributes:
+        by_rank: Whether for the rank, or for the number of parameters.
+        low: The number of the first shade.
+        top: The number of the last shade.
+        legend: The sentence that says so.
+        low_text: The first shade's number, for people.
+        top_text: The last shade's number, for people.
+    """
+
+    by_rank: bool
+    low: int
+    top: int
+    legend: str
+    low_text: str
+    top_text: str
+
+    def shade(self, row: Row) -> int:
+        """The shade of a row's cell."""
+        share = (_value(row, self.by_rank) - self.low) / max(1, self.top - self.low)
+        return max(0, round((SHADES - 1) * share))
+
+
+def _scale(rows: list[Row]) -> _Scale:
+    """The scale by rank; by parameters where all ranks are equal."""
+    ranks = {sum(row.rank) for row in rows if row.rank}
     by_rank = len(ranks) > 1
-
-    def value(row: Row) -> int:
-        return sum(row.rank) if by_rank else row.parameters or 0
-
-    low, top = min(ranks) if by_rank else 0, max(map(value, rows), default=0)
-
-    def shade(row: Row) -> int:
-        return max(0, round((SHADES - 1) * (value(row) - low) / max(1, top - low)))
-
+    top = max((_value(row, by_rank) for row in rows), default=0)
     if by_rank:
-        return shade, "Number and colour: the rank.", str(low), str(top)
-    total = sum(r.parameters or 0 for r in rows)
-    number_is = "Number: the rank. " if ranks else ""
-    legend = f"{number_is}Colour: the share of the adapter's parameters."
-    return shade, legend, "0", percent(top / max(1, total))
+        low = min(ranks)
+        return _Scale(True, low, top, "Number and colour: the rank.", str(low), str(top))
+    legend = "Colour: the share of the adapter's parameters."
+    if ranks:
+        legend = f"Number: the rank. {legend}"
+    return _Scale(False, 0, top, legend, "0", percent(top / max(1, _parameters(rows))))
 
 
-def _box(name: str, rows: list[Row], total: int, shade: Callable[[Row], int]) -> JsonView:
+def _value(row: Row, by_rank: bool) -> int:
+    """The number that a cell's colour stands for."""
+    if by_rank:
+        return sum(row.rank)
+    return row.parameters or 0
+
+
+def _parameters(rows: list[Row]) -> int:
+    """The parameters of all rows."""
+    return sum(row.parameters or 0 for row in rows)
+
+
+def _box(name: str, rows: list[Row], total: int, scale: _Scale) -> JsonView:
     """One block as a figure; its label says every cell in words."""
-    x = y = widest = 0
-    cells = []
-    for row in rows:
-        label, value = _label(row, name), "+".join(map(str, row.rank)) or "·"
-        wide = round(max(30, _CHARACTER * max(len(label), len(value)) + 8))
-        if x and x + wide > WIDTH:
-            x, y = 0, y + HEIGHT + 2
-        cells.append(Cell(label, value, shade(row), x, y, wide))
-        x += wide + 2
-        widest = max(widest, x)
-    part = percent(sum(r.parameters or 0 for r in rows) / total) if total else ""
+    cells = _cells(name, rows, scale)
     title = name or "model"
-    words = "; ".join(f"{c.label} rank {c.value}" for c in cells)
+    words = "; ".join(f"{cell.label} rank {cell.value}" for cell in cells)
+    label = f"{title}: {words}"
+    share = ""
+    if total:
+        share = percent(_parameters(rows) / total)
+        label = f"{title}, {share}: {words}"
     return {
         "title": title,
-        "part": part,
-        "label": f"{title}, {part}: {words}" if part else f"{title}: {words}",
-        "wide": widest - 2,
-        "high": y + HEIGHT,
+        "part": share,
+        "label": label,
+        "wide": max(cell.x + cell.wide for cell in cells),
+        "high": cells[-1].y + HEIGHT,
         "cells": cells,
     }
+
+
+def _cells(name: str, rows: list[Row], scale: _Scale) -> list[Cell]:
+    """The cells of a block, in lines of at most WIDTH pixels."""
+    cells: list[Cell] = []
+    x = 0
+    y = 0
+    for row in rows:
+        label = _label(row, name)
+        value = "+".join(map(str, row.rank)) or "·"
+        characters = max(len(label), len(value))
+        wide = round(max(30, _CHARACTER * characters + 8))
+        if x and x + wide > WIDTH:
+            x = 0
+            y += HEIGHT + _GAP
+        cells.append(Cell(label, value, scale.shade(row), x, y, wide))
+        x += wide + _GAP
+    return cells
