@@ -38,58 +38,77 @@ def page(result: JsonView) -> str:
             alpha, parameters, shape, sigma, norm}}; all may be missing.
     """
     rows = rows_of(result)
-    more: JsonView = result.get("page") or {}
-    notes = set(more.get("notes") or ())
-    said: list[str] = result.get("warnings") or []
+    run: JsonView = result.get("page") or {}
+    notes = set(run.get("notes") or ())
+    texts: list[str] = result.get("warnings") or []
+    changes_tensors = result.get("command") in ("merge", "verify")
+    style = (TEMPLATES / "style.css").read_text("utf-8")
     script = (TEMPLATES / "table.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     values = {
         "result": result,
-        "what": "tensor" if result.get("command") in ("merge", "verify") else "target",
+        "what": "tensor" if changes_tensors else "target",
         "headline": headline(str(result.get("error") or "")),
-        "warnings": [text for text in said if text not in notes],
-        "notes": [text for text in said if text in notes],
-        "more": more,
-        "facts": [*facts(result, rows)],
+        "warnings": [text for text in texts if text not in notes],
+        "notes": [text for text in texts if text in notes],
+        "more": run,
+        "facts": list(facts(result, rows)),
         "curve_of_losses": charts.training(result),
         "structure": blocks(rows),
         "rounding": charts.rounding(rows),
         "table": table(result, rows),
-        "command_line": shlex.join(more.get("argv") or ()),
+        "command_line": shlex.join(run.get("argv") or ()),
         "data": strict_json(result),
-        "style": Markup((TEMPLATES / "style.css").read_text("utf-8")),
+        "style": Markup(style),
         "script": Markup(script),
-        "script_hash": f"sha256-{digest}",
+        "script_hash": _hash_for_policy(script),
     }
     return _templates().get_template("page.html.j2").render(values)
+
+
+def _hash_for_policy(script: str) -> str:
+    """The hash by which a page's Content-Security-Policy names a script."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 @cache
 def _templates() -> Environment:
     """Jinja's environment: every value is made visible, then escaped, unless it is markup."""
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        finalize=_visible_unless_markup,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {f.__name__: f for f in (broken, number, percent, plural, shape, size)}
-    made.policies["json.dumps_kwargs"] = {
+    for function in (broken, number, percent, plural, shape, size):
+        environment.filters[function.__name__] = function
+    environment.policies["json.dumps_kwargs"] = {
         "separators": (",", ":"), "default": str, "allow_nan": False,
     }  # fmt: skip
-    return made
+    return environment
+
+
+def _visible_unless_markup(value: object) -> str:
+    return value if isinstance(value, Markup) else visible(value)
 
 
 def headline(error: str, most: int = 90) -> str:
     """An error as a heading: all of a short one, else its start without the path before it.
+
+    It ends at the last mark between two clauses, or where that would leave too little, between two
+    words.
 
     >>> headline("runs/a.safetensors: its keys fit no parameter; expected layers.0.fc", 40)
     'its keys fit no parameter …'
     """
     if len(error) <= most:
         return error
-    told = re.sub(r"^\S+: ", "", error)
-    ends = [m.start() for m in re.finditer(r"[;,:.] ", told[: most + 1])]
-    cut = max(ends, default=0)
-    return (told[:cut] if cut > most / 3 else told[:most].rpartition(" ")[0] or told[:most]) + " …"
+    text = re.sub(r"^\S+: ", "", error)
+    marks = [match.start() for match in re.finditer(r"[;,:.] ", text[: most + 1])]
+    end = max(marks, default=0)
+    if end > most / 3:
+        start = text[:end]
+    else:
+        start = text[:most].rpartition(" ")[0] or text[:most]
+    return f"{start} …"
