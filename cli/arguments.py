@@ -104,7 +104,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
 
 def load_npz(path: str | None) -> Json:
     """Arrays of an --inputs file by name; empty without one."""
-    from lora_fx.data import read_npz
+    from lora_fx.data_files import read_npz
 
     return read_npz(path) if path else {}
 
@@ -166,7 +166,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         options: What is held out, and the names of columns.
         seed: That of the draw of examples that are held out.
     """
-    from lora_fx.data import alike, repeated, split
+    from lora_fx.held_out import alike, repeated, split
 
     table = training_data(data, cap, options.label, options.max_length)
     refuse_row_labels(table, cap, data, options.loss)

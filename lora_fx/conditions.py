@@ -8,13 +8,12 @@ own that knows numbers, names, + - * // %, min, max and comparisons, and runs no
 from __future__ import annotations
 
 import ast
-import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar, cast
+from typing import TypeVar
 
+from lora_fx.comparisons import SEARCHED, Tree, bounds_of, built, leaves_of, parsed, result_of
 from lora_fx.errors import LoraFxError
 from lora_fx.text import Json, JsonView
 
@@ -25,10 +24,6 @@ Size = tuple[str, int]
 
 class SizeError(LoraFxError, ValueError):
     """A size that the model, or the graph captured of it, does not take."""
-
-
-SEARCHED = 4096
-"""The largest size that the range of a comparison is looked for at."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Condition:
         """Whether the sizes satisfy it; sizes that are not given make it true."""
         if any((i, d) not in given for _, i, d in self.sizes):
             return True
-        return bool(self.build(_result, {n: given[i, d] for n, i, d in self.sizes}))
+        return bool(self.build(result_of, {n: given[i, d] for n, i, d in self.sizes}))
 
     @property
     def about(self) -> frozenset[Size]:
@@ -87,7 +82,7 @@ class Condition:
 
         `x == min(512, x) or x < 3` is `x <= 512`.
         """
-        if len(self.sizes) != 1 or len(list(_leaves(parsed(self.text)))) <= 2:
+        if len(self.sizes) != 1 or len(list(leaves_of(parsed(self.text)))) <= 2:
             return None
         ((_, name, d),) = self.sizes
         low, high = self.bounds()
@@ -124,7 +119,7 @@ class Condition:
 
         Where it computes, every size up to its numbers, and what comes of two numbers.
         """
-        leaves = list(_leaves(parsed(self.text)))
+        leaves = list(leaves_of(parsed(self.text)))
         numbers = {n for m in leaves if isinstance(m, int) for n in (m, -m)}
         far = 69
         if len(leaves) > 2:
@@ -136,7 +131,7 @@ class Condition:
 
     def bounds(self) -> tuple[int | None, int | None]:
         """(least, largest) where it bounds one size by a number, else (None, None)."""
-        return _bounds(self.text) if len(self.sizes) == 1 else (None, None)
+        return bounds_of(self.text) if len(self.sizes) == 1 else (None, None)
 
     def build(self, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]) -> V:
         """The comparison in another form, made from its leaves up.
@@ -145,7 +140,7 @@ class Condition:
             make: (operation, operands) → what it makes; numbers are operands as they are.
             sizes: What stands for each size, by its name here.
         """
-        return _built(parsed(self.text), make, sizes)
+        return built(parsed(self.text), make, sizes)
 
     def equal_sizes(self, places: Mapping[Size, str]) -> list[tuple[Size, str]]:
         """(size, symbols that it is the sum of), where the comparison says just that."""
@@ -168,7 +163,7 @@ class Condition:
     def read(cls, row: JsonView) -> Condition:
         """What `stored` wrote; raises LoraFxError where the text is no comparison."""
         sizes = tuple((str(n), str(i), int(d)) for n, i, d in row["sizes"])
-        names = {leaf for leaf in _leaves(parsed(str(row["text"]))) if isinstance(leaf, str)}
+        names = {leaf for leaf in leaves_of(parsed(str(row["text"]))) if isinstance(leaf, str)}
         fits = all(0 <= d < MAX_AXES for _, _, d in sizes)
         if not names or names != {n for n, _, _ in sizes} or not fits:
             raise LoraFxError(f"{row['text']!r} is no condition on {sizes}", "was the file edited?")
@@ -201,11 +196,11 @@ def _implies(
         parts = [t for t in tree[1:] if isinstance(t, tuple)]
         if any(_implies(numbers, condition, part, sizes) for part in parts):
             return True
-    names = {leaf for leaf in _leaves(tree) if isinstance(leaf, str)}
+    names = {leaf for leaf in leaves_of(tree) if isinstance(leaf, str)}
     about = {(i, d) for n, i, d in sizes if n in names}
     if about != condition.about:
         return False
-    return all(_built(tree, _result, dict.fromkeys(names, n)) for n in numbers)
+    return all(built(tree, result_of, dict.fromkeys(names, n)) for n in numbers)
 
 
 def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condition | None:
@@ -215,47 +210,6 @@ def broken(conditions: Iterable[Condition], given: Mapping[Size, int]) -> Condit
 
 MAX_AXES = 64
 """Axes that a tensor of a file has at most, of which a condition names one."""
-Tree = tuple["str | Tree | int", ...]
-BINARY: dict[str, Callable[[int, int], int]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul,
-    "FloorDiv": operator.floordiv, "Mod": operator.mod,
-    "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge,
-    "Eq": operator.eq, "NotEq": operator.ne, "Or": operator.or_, "And": operator.and_,
-}  # fmt: skip
-_CALLS: dict[str, Callable[..., int]] = {"min": min, "max": max}
-
-
-@lru_cache(4096)
-def parsed(text: str) -> Tree:
-    """The comparison as nested tuples: (op, left, right), names and numbers.
-
-    Raises:
-        LoraFxError: It is anything else than a comparison of whole-number arithmetic.
-    """
-    try:
-        tree = _tree(ast.parse(text[:4000], mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = ()
-    if not isinstance(tree, tuple) or not tree:
-        raise LoraFxError(f"{text[:80]!r} is no condition on sizes", "was the file edited?")
-    return tree
-
-
-def _tree(node: ast.expr) -> str | Tree | int:
-    match node:
-        case ast.Constant(value) if type(value) is int:
-            return value
-        case ast.Name(name):
-            return name
-        case ast.UnaryOp(ast.USub(), operand):
-            return ("Sub", 0, _tree(operand))
-        case ast.BinOp(left, op, right) if type(op).__name__ in BINARY:
-            return (type(op).__name__, _tree(left), _tree(right))
-        case ast.Compare(left, [op], [right]) | ast.BoolOp(op, [left, right]):
-            return (type(op).__name__, _tree(left), _tree(right))
-        case ast.Call(ast.Name(name), [_, *_] as given, []) if name in _CALLS:
-            return (name, *(_tree(a) for a in given))
-    raise ValueError(ast.dump(node))
 
 
 def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size, str]) -> str:
@@ -266,42 +220,3 @@ def _sum(tree: str | Tree | int, where: Mapping[str, Size], places: Mapping[Size
         return places.get(where[tree], "")
     parts = [_sum(t, where, places) for t in tree[1:]] if tree[0] == "Add" else [""]
     return " + ".join(parts) if all(parts) else ""
-
-
-@lru_cache(4096)
-def _bounds(text: str) -> tuple[int | None, int | None]:
-    """The bounds of one size; where the comparison's form does not tell, every size is tried."""
-    tree = parsed(text)
-    if len(tree) == 3 and isinstance(tree[1], str) and isinstance(n := tree[2], int):
-        low = {"Gt": n + 1, "GtE": n, "Eq": n}.get(str(tree[0]))
-        return low, {"Lt": n - 1, "LtE": n, "Eq": n}.get(str(tree[0]))
-    (name,) = {x for x in _leaves(tree) if isinstance(x, str)}
-    true = [n for n in range(1, SEARCHED + 1) if _built(tree, _result, {name: n})]
-    if not true or true != list(range(true[0], true[-1] + 1)):
-        return None, None
-    low, high = true[0], true[-1]
-    return (low if low > 1 else None), (high if high < SEARCHED else None)
-
-
-def _leaves(tree: str | Tree | int) -> Iterator[str | int]:
-    if not isinstance(tree, tuple):
-        yield tree
-        return
-    for t in tree[1:]:
-        yield from _leaves(t)
-
-
-def _built(
-    tree: str | Tree | int, make: Callable[[str, Sequence[V]], V], sizes: Mapping[str, V]
-) -> V:
-    if isinstance(tree, tuple):
-        return make(str(tree[0]), [_built(t, make, sizes) for t in tree[1:]])
-    return sizes[tree] if isinstance(tree, str) else cast("V", tree)
-
-
-def _result(op: str, values: Sequence[int]) -> int:
-    if op in _CALLS:
-        return _CALLS[op](values)
-    if op in ("FloorDiv", "Mod") and values[1] == 0:
-        return 0
-    return BINARY[op](*values)

@@ -6,12 +6,6 @@ into input_ids and attention_mask. Keys are the names of the model's arguments.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
-import os
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.data_files import READERS, numbers_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
-from lora_fx.files.read import open_input, read_text
-from lora_fx.files.strict_json import json_object
-from lora_fx.text import Json, StrPath, some
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
-Reader = Callable[[str], Mapping[str, object]]
 
 
-MAX_GROWTH, MIB = 100, 1 << 20
-"""Times its size, or a MiB's, that an .npz may unpack to."""
 LABELS = ("labels", "label", "y", "target")
 
 
@@ -110,67 +99,6 @@ def _order(count: int, seed: int | None) -> Array:
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
     return order
-
-
-def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """(training, validation): `share` of the examples held out, of every label in its share.
-
-    Whole numbers are labels where they repeat: twice on average. Labels with a single example
-    stay in training.
-    """
-    order = np.random.default_rng(seed).permutation(len(table))
-    count = min(len(table) - 1, max(1, round(share * len(table)))) if share else 0
-    labels = table.columns.get(table.label)
-    single = np.zeros(len(table), bool)
-    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
-        _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        if 2 * len(counts) <= len(labels):
-            order = order[np.argsort(number[order], kind="stable")]
-            single = counts[number] == 1
-    held = order[((np.arange(count) + 0.5) * len(table) / max(1, count)).astype(int)]
-    held = np.sort(held[~single[held]])
-    return table.rows(np.setdiff1d(np.arange(len(table)), held)), table.rows(held)
-
-
-def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
-    """Held-out examples of a file of their own.
-
-    Raises:
-        LoraFxError: They have other columns than the training's, or labels that it has not.
-    """
-    there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
-    same = sorted(held_out.columns) == sorted(training.columns)
-    strangers = [repr(word) for word in held_out.words if word not in training.words]
-    if same and training.words and strangers and max(len(there), len(here)) > 8:
-        raise LoraFxError(
-            f"{path}: column {training.label!r} has {some(strangers, 4)}; expected labels that "
-            f"{data} has",
-            "no label may be new in held-out examples",
-        )
-    if not same or strangers or bool(held_out.words) != bool(training.words):
-        raise LoraFxError(
-            f"{path} has {some(there, 8)}; expected {some(here, 8)}, as {data} has",
-            "both need the same columns, and no label may be new",
-        )
-    places = [training.words.index(word) for word in held_out.words]
-    if not places:
-        return held_out
-    labels = np.array(places)[held_out.columns[held_out.label]]
-    made = {**held_out.columns, held_out.label: labels}
-    return replace(held_out, columns=made, words=training.words)
-
-
-def repeated(held_out: Table, training: Table) -> int:
-    """How many held-out examples are trained on too: their inputs, whatever is padded with 0."""
-    known = set(_inputs(training))
-    return sum(key in known for key in _inputs(held_out))
-
-
-def _inputs(table: Table) -> list[int]:
-    """A hash of each example's inputs."""
-    columns = [v for k, v in sorted(table.columns.items()) if k != table.label]
-    rows = range(len(table))
-    return [hash(tuple(v[i].tobytes().rstrip(b"\0") for v in columns)) for i in rows]
 
 
 def training_table(
@@ -275,7 +203,7 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
     if texts:
         if tokenizer is None:
             values = raw[texts[0]]
-            row = next((i for i, v in enumerate(values) if isinstance(_numbers([v])[0], str)), 0)
+            row = next((i for i, v in enumerate(values) if isinstance(numbers_of([v])[0], str)), 0)
             raise LoraFxError(
                 f"{where}: column {texts[0]!r} is text (row {row + 1}: "
                 f"{one_line(repr(str(values[row])), 40)}) and the model has no tokenizer",
@@ -322,95 +250,3 @@ def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[st
     rest = [v for k, v in columns.items() if k != label]
     stacked = np.stack([np.asarray(v, np.float32) for v in rest], 1)
     return {argument: stacked, **({label: columns[label]} if label else {})}
-
-
-# Readers of data files: each returns columns by name, of arrays or lists, one row an example.
-
-
-def check_unpacked(path: StrPath, hint: str) -> None:
-    """Raise for an archive that unpacks to far more than its size, before anything is unpacked.
-
-    Raises:
-        LoraFxError: More than MAX_GROWTH times its size, or a MiB's.
-        zipfile.BadZipFile: It is no archive.
-    """
-    with open_input(path) as file, zipfile.ZipFile(file) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-        size = os.fstat(file.fileno()).st_size
-    if unpacked > MAX_GROWTH * max(MIB, size):
-        raise LoraFxError(
-            f"{os.fspath(path)}: {unpacked} bytes when unpacked, over {MAX_GROWTH} times its size",
-            hint,
-        )
-
-
-def read_npz(path: str) -> dict[str, Array]:
-    """Arrays of an .npz by name; never unpickles."""
-    try:
-        check_unpacked(path, "numpy.savez writes it without compression")
-        with open_input(path) as file, np.load(file, allow_pickle=False) as data:
-            found = dict(data)
-        if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:
-            raise ValueError(f"its member {odd[0]} is no array")
-        return found
-    except LoraFxError:
-        raise
-    except Exception as e:  # numpy and zipfile raise whatever their parts do
-        raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
-        ) from e
-
-
-def json_rows(path: str) -> Iterator[tuple[str, Json]]:
-    """("FILE: line N", object) of every line of a .jsonl file that is not blank.
-
-    Raises:
-        LoraFxError: A line that is not UTF-8, no JSON or no object.
-    """
-    for i, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path}: line {i}"
-            yield where, json_object(line, where, constants=True, hint="one JSON object a line")
-
-
-def _jsonl(path: str) -> dict[str, list[object]]:
-    columns: dict[str, list[object]] = {}
-    for where, row in json_rows(path):
-        if columns and set(row) != set(columns):
-            raise LoraFxError(
-                f"{where} has the keys {sorted(row)}; the first has {sorted(columns)}",
-                "every row needs the same keys",
-            )
-        for k, v in row.items():
-            columns.setdefault(k, []).append(v)
-    return columns
-
-
-def _csv(path: str) -> dict[str, list[object]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    try:
-        names = next(reader, [])
-        rows = list(reader)
-    except csv.Error as e:
-        raise LoraFxError(f"{path}: line {reader.line_num}: {e}", "is it a .csv?") from e
-    twice = next((n for n, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise LoraFxError(f"{path}: two columns are named {twice!r}", "rename one")
-    for i, row in enumerate(rows, 2):
-        if len(row) != len(names):
-            raise LoraFxError(
-                f"{path}: line {i} has {len(row)} fields, the header has {len(names)}",
-                "quote fields that hold commas",
-            )
-    return {n: _numbers([r[j] for r in rows]) for j, n in enumerate(names)}
-
-
-def _numbers(values: Sequence[str]) -> list[object]:
-    """A column as ints, else floats, else the texts."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return [kind(v) for v in values]
-    return list(values)
-
-
-READERS: dict[str, Reader] = {".npz": read_npz, ".jsonl": _jsonl, ".csv": _csv}

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from lora_fx.python_spelling import in_python
+
 T = TypeVar("T")
 
 
@@ -200,51 +202,6 @@ def one_line(text: object, limit: int = 300) -> str:
     """`text` folded to one line of at most `limit` characters, without colours of a terminal."""
     line = visible(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-# Hints in Python's spelling.
-
-
-_FLAGS = (
-    "force", "trust", "dequantise", "requantise", "lossy", "untie", "add", "again", "allow-unused",
-    "allow-missing", "any-base", "other-readers", "optimise", "cache", "within", "scales",
-    "also-full", "run",
-)  # fmt: skip
-_KEYWORDS = (
-    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai",
-    "how", "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode",
-    "names", "params", "precision", "provider", "rank", "static", "tol", "validation", "variant",
-    "weights", "whole",
-)  # fmt: skip
-_OPTION = re.compile(
-    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
-    r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
-)
-
-
-def in_python(hint: str) -> str:
-    """A hint of the command line as Python says it, but for what names a command.
-
-    >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
-    "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
-    >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
-    "exclude leaves it out; dead='drop' leaves all such out"
-    """
-    hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
-    parts = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint).split("; ")
-    ours = (p if "lora-fx " in p or "--as " in p else _OPTION.sub(_keyword, p) for p in parts)
-    return "; ".join(ours)
-
-
-def _keyword(found: re.Match[str]) -> str:
-    option, value = found[1], found[2]
-    name = option.replace("-", "_")
-    if option in _FLAGS:
-        return f"{name}=True{f' {value}' if value else ''}"
-    if option not in _KEYWORDS:
-        return found[0]
-    text = value and not value.isupper() and not value[0].isdigit()
-    return f"{name}={value!r}" if text else f"{name}={value}" if value else name
 
 
 # Hints with what was meant, most likely.

@@ -25,15 +25,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from lora_fx.conditions import (
-    BINARY,
-    SEARCHED,
-    Condition,
-    Size,
-    broken,
-    parsed,
-    without_implied,
-)
+from lora_fx.comparisons import BINARY, SEARCHED, parsed
+from lora_fx.conditions import Condition, Size, broken, without_implied
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.graph.nodes import argument, hint, shape_of, value
 from lora_fx.fx.symbolic_sizes import ShapeEnv, canonical, python_source

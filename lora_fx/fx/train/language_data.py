@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from lora_fx.data import LABELS, Table, json_rows
+from lora_fx.data import LABELS, Table
+from lora_fx.data_files import json_rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.load.huggingface import read_tokenizer
 from lora_fx.fx.train.chat import ChatTemplate, Rendered
