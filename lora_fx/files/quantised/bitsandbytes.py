@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def _read_state(parts: Parts) -> _State:
     return _State(kind, tuple(shape), block, nested_block, state.get("nested_offset"))
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: object) -> TypeGuard[list[int]]:
     """True for a list of whole numbers from 1 up, which is not empty."""
     if not isinstance(value, list) or not value:
         return False

@@ -38,7 +38,7 @@ def exponents(top: int) -> Callable[[Array], Array]:
 
     def rule(largest: Array) -> Array:
         exponent = np.frexp(largest)[1] - 1  # ⌊log2 largest⌋
-        return np.clip(exponent - top + 127, 0, 254)
+        return np.asarray(np.clip(exponent - top + 127, 0, 254))
 
     return rule
 
