@@ -21,8 +21,9 @@ from lora_fx.text import Json, StrPath
 Reader = Callable[[str], Mapping[str, object]]
 
 
-MAX_GROWTH, MIB = 100, 1 << 20
+MAX_GROWTH = 100
 """Times its size, or a MiB's, that an .npz may unpack to."""
+MIB = 1 << 20
 
 
 def check_unpacked(path: StrPath, hint: str) -> None:
@@ -47,16 +48,17 @@ def read_npz(path: str) -> dict[str, Array]:
     try:
         check_unpacked(path, "numpy.savez writes it without compression")
         with open_input(path) as file, np.load(file, allow_pickle=False) as data:
-            found = dict(data)
-        if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:
-            raise ValueError(f"its member {odd[0]} is no array")
-        return found
+            arrays = dict(data)
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"its member {name} is no array")
+        return arrays
     except LoraFxError:
         raise
-    except Exception as e:  # numpy and zipfile raise whatever their parts do
+    except Exception as error:  # numpy and zipfile raise whatever their parts do
         raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
-        ) from e
+            f"{path}: not a readable .npz: {one_line(error)}", "numpy.savez makes one"
+        ) from error
 
 
 def json_rows(path: str) -> Iterator[tuple[str, Json]]:
@@ -65,13 +67,14 @@ def json_rows(path: str) -> Iterator[tuple[str, Json]]:
     Raises:
         LoraFxError: A line that is not UTF-8, no JSON or no object.
     """
-    for i, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            where = f"{path}: line {i}"
+            where = f"{path}: line {number}"
             yield where, json_object(line, where, constants=True, hint="one JSON object a line")
 
 
 def _jsonl(path: str) -> dict[str, list[object]]:
+    """Columns of a .jsonl file, whose rows have the same keys."""
     columns: dict[str, list[object]] = {}
     for where, row in json_rows(path):
         if columns and set(row) != set(columns):
@@ -79,35 +82,36 @@ def _jsonl(path: str) -> dict[str, list[object]]:
                 f"{where} has the keys {sorted(row)}; the first has {sorted(columns)}",
                 "every row needs the same keys",
             )
-        for k, v in row.items():
-            columns.setdefault(k, []).append(v)
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
     return columns
 
 
 def _csv(path: str) -> dict[str, list[object]]:
+    """Columns of a .csv file, whose first line names them."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         names = next(reader, [])
         rows = list(reader)
-    except csv.Error as e:
-        raise LoraFxError(f"{path}: line {reader.line_num}: {e}", "is it a .csv?") from e
-    twice = next((n for n, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise LoraFxError(f"{path}: two columns are named {twice!r}", "rename one")
-    for i, row in enumerate(rows, 2):
+    except csv.Error as error:
+        raise LoraFxError(f"{path}: line {reader.line_num}: {error}", "is it a .csv?") from error
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise LoraFxError(f"{path}: two columns are named {name!r}", "rename one")
+    for number, row in enumerate(rows, 2):
         if len(row) != len(names):
             raise LoraFxError(
-                f"{path}: line {i} has {len(row)} fields, the header has {len(names)}",
+                f"{path}: line {number} has {len(row)} fields, the header has {len(names)}",
                 "quote fields that hold commas",
             )
-    return {n: numbers_of([r[j] for r in rows]) for j, n in enumerate(names)}
+    return {name: numbers_of([row[place] for row in rows]) for place, name in enumerate(names)}
 
 
 def numbers_of(values: Sequence[str]) -> list[object]:
     """A column as ints, else floats, else the texts."""
     for kind in (int, float):
         with contextlib.suppress(ValueError):
-            return [kind(v) for v in values]
+            return [kind(value) for value in values]
     return list(values)
 
 
