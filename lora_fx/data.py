@@ -19,9 +19,8 @@ from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
-
-
 LABELS = ("labels", "label", "y", "target")
+"""The usual names of the column to predict."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,26 @@ class Table:
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(next(iter(self.columns.values()))) if self.columns else 0
+        if not self.columns:
+            return 0
+        return len(next(iter(self.columns.values())))
 
     def rows(self, index: npt.ArrayLike) -> Table:
         """The examples of an index, in its order."""
-        return replace(self, columns={k: v[np.asarray(index)] for k, v in self.columns.items()})
+        columns = {name: array[np.asarray(index)] for name, array in self.columns.items()}
+        return replace(self, columns=columns)
 
     def trimmed(self) -> Table:
-        """Without the columns of padding that no example needs (right padding only)."""
+        """The examples without the columns of padding that none needs (right padding only)."""
         mask = self.columns.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
             return self
         width = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
-        alike = ((k, v) for k, v in self.columns.items() if v.shape == mask.shape)
-        cut = {k: v[:, :width] for k, v in alike if v.dtype.kind in "iub"}
-        return replace(self, columns={**self.columns, **cut})
+        columns = dict(self.columns)
+        for name, array in self.columns.items():
+            if array.shape == mask.shape and array.dtype.kind in "iub":
+                columns[name] = array[:, :width]
+        return replace(self, columns=columns)
 
     def count(self, size: int) -> int:
         """Batches in a pass over the examples."""
@@ -72,7 +76,7 @@ class Buckets:
 
     @property
     def columns(self) -> Mapping[str, Array]:
-        """Those of the first batch."""
+        """The columns of the first batch."""
         return self.tables[0].columns
 
     @property
@@ -82,7 +86,7 @@ class Buckets:
 
     def __len__(self) -> int:
         """Number of examples."""
-        return sum(len(t) for t in self.tables)
+        return sum(len(table) for table in self.tables)
 
     def count(self, size: int) -> int:
         """Batches in a pass over the examples, whatever `size` says."""
@@ -90,11 +94,12 @@ class Buckets:
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """The batches as they were made, whatever `size` says."""
-        for i in _order(len(self.tables), seed):
-            yield self.tables[int(i)]
+        for number in _order(len(self.tables), seed):
+            yield self.tables[int(number)]
 
 
 def _order(count: int, seed: int | None) -> Array:
+    """The numbers below `count` in order, or shuffled by a seed."""
     order = np.arange(count)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
@@ -116,9 +121,9 @@ def training_table(
     Args:
         path: As in read_table, or `module:FUNCTION`.
         inputs: Names of the model's inputs.
-        call: What calls the function that such a text names.
-        label: As in read_table, like tokenizer.
-        tokenizer: Texts → columns.
+        call: Calls the function that such a text names.
+        label: The column to predict, as in read_table.
+        tokenizer: Texts → columns, as in read_table.
     """
     if path.startswith("hf:"):
         hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
@@ -127,13 +132,13 @@ def training_table(
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
     else:
         table = read_table(path, label=label, tokenizer=tokenizer)
-    names = [n for n in table.columns if n != table.label]
+    names = [name for name in table.columns if name != table.label]
     if not names:
         raise LoraFxError(
             f"{path}: no column but {table.label!r}", f"the model takes {', '.join(inputs)}"
         )
-    tabular = len(inputs) == 1 and not set(names) & set(inputs)
-    if tabular and all(table.columns[n].ndim == 1 for n in names):
+    is_tabular = len(inputs) == 1 and not set(names) & set(inputs)
+    if is_tabular and all(table.columns[name].ndim == 1 for name in names):
         return replace(table, columns=features(table.columns, table.label, inputs[0]))
     return table
 
@@ -164,11 +169,15 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
 
     Args:
         raw: Columns by name, or batches of them.
-        where: What to call it in an error.
-        label: As in read_table.
-        tokenizer: As in read_table.
+        where: The name of the data in errors.
+        label: The column to predict, as in read_table.
+        tokenizer: Texts → columns, as in read_table.
+
+    Raises:
+        LoraFxError: Names the column, and the row where there is one.
     """
-    raw = raw if isinstance(raw, Mapping) else _joined(raw, where)
+    if not isinstance(raw, Mapping):
+        raw = _joined(raw, where)
     for name, values in raw.items():
         if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
             raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
@@ -176,77 +185,119 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
     if label:
         expect_name(label, raw, f"{where}: no column", f"the columns are {', '.join(raw)}")
-    label = label or next((n for n in LABELS if n in raw), "")
-    lengths = {k: len(v) for k, v in raw.items()}
+    else:
+        label = next((name for name in LABELS if name in raw), "")
+    lengths = {name: len(values) for name, values in raw.items()}
     if len(set(lengths.values())) > 1:
         raise LoraFxError(f"{where}: columns of different lengths: {lengths}", "one row an example")
+
     columns: dict[str, Array] = {}
-    texts: list[str] = []
+    names_of_texts: list[str] = []
     words: tuple[str, ...] = ()
     for name, values in raw.items():
-        numeric = isinstance(values, np.ndarray) and values.dtype.kind != "U"
-        is_text = [False] if numeric else [isinstance(v, str) for v in values]
-        if any(is_text) and not all(is_text):
-            row = is_text.index(not is_text[0])
-            raise LoraFxError(
-                f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
-                f"and {_kind(values[row])} in row {row + 1}",
-                "a column is all text or all numbers",
-            )
-        if name == label and all(is_text):
-            found, columns[name] = np.unique(np.asarray(values, str), return_inverse=True)
-            words = tuple(str(w) for w in found)
-        elif all(is_text):
-            texts.append(name)
-        else:
+        if not _are_texts(values, where, name):
             columns[name] = _array(values, where, name)
-    if texts:
-        if tokenizer is None:
-            values = raw[texts[0]]
-            row = next((i for i, v in enumerate(values) if isinstance(numbers_of([v])[0], str)), 0)
-            raise LoraFxError(
-                f"{where}: column {texts[0]!r} is text (row {row + 1}: "
-                f"{one_line(repr(str(values[row])), 40)}) and the model has no tokenizer",
-                "use a Hugging Face folder with a tokenizer, or numeric columns",
-            )
-        joined = [" ".join(raw[n][i] for n in texts) for i in range(lengths[texts[0]])]
-        columns.update(tokenizer(joined))
+        elif name == label:
+            unique_words, columns[name] = np.unique(np.asarray(values, str), return_inverse=True)
+            words = tuple(str(word) for word in unique_words)
+        else:
+            names_of_texts.append(name)
+    if names_of_texts:
+        texts = {name: raw[name] for name in names_of_texts}
+        columns.update(_tokenised(texts, where, tokenizer))
     return Table(columns, label, words)
 
 
-def _joined(batches: Any, where: str) -> dict[str, object]:
+def _joined(raw: Any, where: str) -> dict[str, list[object]]:
     """Batches (dictionaries with the same keys) as one dictionary of columns."""
     try:
-        parts = list(batches)
+        batches = list(raw)
     except TypeError:
-        parts = [batches]
-    for i, part in enumerate(parts):
-        if not isinstance(part, Mapping) or set(part) != set(parts[0]):
+        batches = [raw]
+    for number, batch in enumerate(batches, 1):
+        if not isinstance(batch, Mapping) or set(batch) != set(batches[0]):
             raise LoraFxError(
-                f"{where}: item {i + 1} is no dictionary with the keys of the first",
+                f"{where}: item {number} is no dictionary with the keys of the first",
                 "a loader returns columns by name, or batches of them",
             )
-    return {k: [row for part in parts for row in part[k]] for k in (parts[0] if parts else ())}
+    columns: dict[str, list[object]] = {}
+    for batch in batches:
+        for name in batches[0]:
+            columns.setdefault(name, []).extend(batch[name])
+    return columns
+
+
+def _are_texts(values: Any, where: str, name: str) -> bool:
+    """True for a column of texts.
+
+    Raises:
+        LoraFxError: It has texts and something else.
+    """
+    if isinstance(values, np.ndarray) and values.dtype.kind != "U":
+        return False
+    is_text = [isinstance(value, str) for value in values]
+    if any(is_text) and not all(is_text):
+        row = is_text.index(not is_text[0])
+        raise LoraFxError(
+            f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
+            f"and {_kind(values[row])} in row {row + 1}",
+            "a column is all text or all numbers",
+        )
+    return all(is_text)
 
 
 def _kind(value: object) -> str:
-    return "text" if isinstance(value, str) else "empty" if value is None else "a number"
+    """What a value is, for people."""
+    if isinstance(value, str):
+        return "text"
+    if value is None:
+        return "empty"
+    return "a number"
+
+
+def _tokenised(
+    texts: Mapping[str, Sequence[str]], where: str, tokenizer: Tokenizer | None
+) -> Mapping[str, Array]:
+    """The columns that a tokenizer makes of columns of texts, those of a row joined by spaces."""
+    first_name, first_texts = next(iter(texts.items()))
+    if tokenizer is None:
+        row = _first_row_of_text(first_texts)
+        raise LoraFxError(
+            f"{where}: column {first_name!r} is text (row {row + 1}: "
+            f"{one_line(repr(str(first_texts[row])), 40)}) and the model has no tokenizer",
+            "use a Hugging Face folder with a tokenizer, or numeric columns",
+        )
+    rows = range(len(first_texts))
+    return tokenizer([" ".join(column[row] for column in texts.values()) for row in rows])
+
+
+def _first_row_of_text(texts: Sequence[str]) -> int:
+    """The first row whose text is no number."""
+    for row, text in enumerate(texts):
+        if isinstance(numbers_of([text])[0], str):
+            return row
+    return 0
 
 
 def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
+    """A column of numbers as an array; floats of 64 bits become floats of 32."""
     try:
         array = np.asarray(values)
-    except ValueError as e:
+    except ValueError as error:
         raise LoraFxError(
             f"{where}: column {name!r} has rows of different lengths", "pad them to one length"
-        ) from e
+        ) from error
     if array.dtype.kind not in "iufb":
         raise LoraFxError(f"{where}: column {name!r} is neither numbers nor text", "drop it")
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
 
 
 def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[str, Array]:
     """Numeric columns stacked into one float argument [rows, columns], for tabular models."""
-    rest = [v for k, v in columns.items() if k != label]
-    stacked = np.stack([np.asarray(v, np.float32) for v in rest], 1)
-    return {argument: stacked, **({label: columns[label]} if label else {})}
+    inputs = [np.asarray(array, np.float32) for name, array in columns.items() if name != label]
+    stacked = {argument: np.stack(inputs, 1)}
+    if label:
+        stacked[label] = columns[label]
+    return stacked
