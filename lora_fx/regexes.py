@@ -272,5 +272,6 @@ def _width(operation: object, operands: Any) -> int:
     """
     if str(operation) != "RANGE":
         return 1
-    low, high = operands
-    return 1 + (high - low) // 256
+    first, last = operands
+    n_further: int = last - first
+    return 1 + n_further // 256

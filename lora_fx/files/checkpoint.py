@@ -205,7 +205,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         file, is_index = _weights_of(path)
     else:
-        file, is_index = path, False
+        file = path
+        is_index = False
     if is_index:
         checkpoint = _sharded(path, file)
     else:

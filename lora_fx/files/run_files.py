@@ -22,8 +22,6 @@ from lora_fx.errors import LoraFxError
 from lora_fx.files.entries import inode_of
 
 _TENSOR_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
-
-
 _TEMPORARY = re.compile(r"^\..+\.lora_fx_[0-9a-f]{8}\.(tmp|onnx)$")
 
 

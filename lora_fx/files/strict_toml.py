@@ -13,12 +13,8 @@ from lora_fx.text import Json
 
 MAX_TOML = 1 << 19
 """Largest TOML file, in bytes: 5,000 paths of adapters. Python's tomllib takes a second for it."""
-
-
 MAX_DOTS = 16
 """Parts of a dotted key; of one of 20,000 parts tomllib takes 18 s and 2 GB."""
-
-
 _QUOTED = re.compile(
     r"""(?sx) \"{3} (?: \\. | (?!\"{3}). )*+ (?: \"{3} | \Z)
     | '{3} (?: (?!'{3}). )*+ (?: '{3} | \Z)
@@ -26,9 +22,9 @@ _QUOTED = re.compile(
     | ' [^'\n]*+ '?
     | \# [^\n]*+"""
 )
-
-
+"""A text in quotes, which may lack its end, or a comment."""
 _LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_DOTS}}}[\w-]")
+"""A dotted key of more than MAX_DOTS parts; quoted parts are replaced before."""
 
 
 def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
@@ -36,7 +32,7 @@ def read_toml(path: str | os.PathLike[str], hint: str) -> Json:
 
     Args:
         path: The file.
-        hint: Of the error, where it is no TOML.
+        hint: The hint of the error, where it is no TOML.
 
     Raises:
         LoraFxError: It is no TOML, nested too deeply, or holds a whole number of more than the 64

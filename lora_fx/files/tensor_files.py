@@ -23,12 +23,8 @@ from lora_fx.files.stored_tensors import stored
 from lora_fx.text import Json
 
 _PLAIN = (*reversed(FLOATING), "int64", "int32", "int16", "int8", "uint8", "bool")
-"""What adapters are stored in."""
-
-
+"""The dtypes that adapters are stored in."""
 _FLOATS = frozenset(map(numpy_dtype, FLOATING))
-
-
 _CODES = {numpy_dtype(name): DTYPES[name].code for name in _PLAIN}
 
 
@@ -78,7 +74,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     Within `trusting`, those of a pickle too.
 
     Raises:
-        LoraFxError: Not a safetensors file (what it is instead is said), or damaged.
+        LoraFxError: It is no safetensors file, or damaged; the message says what it is instead.
     """
     refuse_other_kinds(path)
     if is_pickle(first_bytes(path)):

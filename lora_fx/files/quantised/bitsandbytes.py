@@ -108,8 +108,8 @@ def _read_state(parts: Parts) -> _State:
     shape = state.get("shape")
     block = state.get("blocksize")
     if state.get("quant_type") != kind or not is_whole(block) or block < 1:
-        found = f"says {state.get('quant_type')!r} in blocks of {block!r}"
-        raise parts.wrong(name, found, f"{kind!r} in blocks of 1 or more")
+        problem = f"says {state.get('quant_type')!r} in blocks of {block!r}"
+        raise parts.wrong(name, problem, f"{kind!r} in blocks of 1 or more")
     if not _is_shape(shape):
         raise parts.wrong(name, f"says the shape {shape!r}", "sizes from 1 up")
     nested_block = state.get("nested_blocksize")
@@ -131,8 +131,8 @@ def _codes(parts: Parts, shape: tuple[int, ...], low: int, high: int) -> Array:
     # To the end of the part where the weight ends, so that bytes behind it are found.
     data = parts.bytes("weight", low_byte, high_byte if high < size else sys.maxsize)
     if len(data) != high_byte - low_byte:
-        found = f"has {low_byte + len(data)} bytes"
-        raise parts.wrong("weight", found, f"{-(-size // 2)} for {list(shape)}")
+        problem = f"has {low_byte + len(data)} bytes"
+        raise parts.wrong("weight", problem, f"{-(-size // 2)} for {list(shape)}")
     return unpacked(data, 4, high=True)[: high - low]
 
 
@@ -141,8 +141,8 @@ def _nested_scales(parts: Parts, blocks: slice, state: _State) -> Array:
     block = state.nested_block
     offset = state.nested_offset
     if not is_whole(block) or block < 1 or not is_number(offset):
-        found = f"has nested scales in blocks of {block!r} with the offset {offset!r}"
-        raise parts.wrong("weight.absmax", found, "blocks of 1 or more and a number")
+        problem = f"has nested scales in blocks of {block!r} with the offset {offset!r}"
+        raise parts.wrong("weight.absmax", problem, "blocks of 1 or more and a number")
     (count,) = parts.shape("weight.absmax", ("uint8",), None)
     parts.shape("weight.nested_absmax", FLOATING, -(-count // block))
     parts.shape("weight.nested_quant_map", FLOATING, 256)

@@ -80,8 +80,8 @@ def _packed(parts: Parts) -> QuantisedWeight:
     if length > 0:
         bits = bits_of(length, words)
     if out != rows or not bits:
-        found = f"is {[rows, words]} for a weight of {[out, length]}"
-        raise parts.wrong("weight_packed", found, "whole rows of codes of 2 to 8 bits")
+        problem = f"is {[rows, words]} for a weight of {[out, length]}"
+        raise parts.wrong("weight_packed", problem, "whole rows of codes of 2 to 8 bits")
 
     def read(rows: slice = ALL) -> Quantised:
         codes = _signed(unpacked(parts.read("weight_packed", rows), bits)[:, :length], bits)

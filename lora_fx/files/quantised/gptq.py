@@ -45,8 +45,8 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
     _groups_of_zeros, words_of_zeros = parts.shape("qzeros", ("int32",), groups, None)
     bits = bits_of(out, words_of_zeros)
     if bits not in BITS:
-        found = f"has {words_of_zeros} words for {out} outputs"
-        raise parts.wrong("qzeros", found, "2, 3, 4 or 8 bits")
+        problem = f"has {words_of_zeros} words for {out} outputs"
+        raise parts.wrong("qzeros", problem, "2, 3, 4 or 8 bits")
     length = words * 32 // bits
     if parts.has("g_idx"):
         (length,) = parts.shape("g_idx", ("int32", "int64"), None)

@@ -83,8 +83,8 @@ def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulN
         LoraFxError: The operator cannot hold it; the message says why.
     """
     if not _is_matrix_of_integers(q):
-        found = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
-        raise _unfit(where, found, "a matrix of integers in blocks along its rows")
+        problem = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
+        raise _unfit(where, problem, "a matrix of integers in blocks along its rows")
     if strict and q.order is not None:
         raise _unfit(where, "its columns in another order", "columns in their own places")
     rows, length = q.shape
@@ -167,8 +167,8 @@ def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None
     if are_whole and shifted.min() >= 0 and shifted.max() < 2**bits:
         return packed(shifted.astype(np.uint8), bits)
     if bits == 8 or (shifted - shift != zero).any():
-        found = f"zero points from {zero.min()} to {zero.max()} of codes of {bits} bits"
-        raise _unfit(where, found, "codes, or floats of at most 4 bits")
+        problem = f"zero points from {zero.min()} to {zero.max()} of codes of {bits} bits"
+        raise _unfit(where, problem, "codes, or floats of at most 4 bits")
     return np.asarray(shifted)
 
 
