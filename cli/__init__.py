@@ -28,6 +28,6 @@ def _leave_current_folder() -> None:
 
 _leave_current_folder()
 
-from lora_fx.cli.common import main  # noqa: E402 (imports click)
+from lora_fx.cli.run import main  # noqa: E402 (imports click)
 
 __all__ = ["main"]

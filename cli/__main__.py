@@ -1,5 +1,5 @@
 """`python -m lora_fx.cli`."""
 
-from lora_fx.cli.common import main
+from lora_fx.cli.run import main
 
 main()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from lora_fx.cli.arguments import load_npz
-from lora_fx.cli.common import FileCommand
+from lora_fx.cli.data_arguments import load_npz
+from lora_fx.cli.file_command import FileCommand
 from lora_fx.cli.options import THREADS, Rules
 from lora_fx.cli.output import emit
 from lora_fx.errors import NoSay

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from lora_fx.adapter.fused import LAYOUTS
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.options import (
     TRUST,
     Rules,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.common import FileCommand
+from lora_fx.cli.file_command import FileCommand
 from lora_fx.cli.options import force_option
 from lora_fx.cli.output import emit, note, say
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_fx.cli.common import FileCommand
+from lora_fx.cli.file_command import FileCommand
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import option_group
 from lora_fx.cli.output import emit, note

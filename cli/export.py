@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.arguments import captured, load_npz, loss_of, named_adapters
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.adapter_arguments import named_adapters
+from lora_fx.cli.data_arguments import load_npz, loss_of
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     flag,

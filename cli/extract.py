@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.options import (
     TRUST,
     flag,

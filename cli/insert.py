@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.arguments import (
+from lora_fx.cli.branch_options import PLANNED, TargetOptions
+from lora_fx.cli.data_arguments import (
     batches_of,
-    captured,
     load_npz,
     loss_of,
     refuse_row_labels,
     training_data,
 )
-from lora_fx.cli.branch_options import PLANNED, TargetOptions
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     Rules,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import click
 
-from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.blas import load_numpy
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import (
     FROM_1,

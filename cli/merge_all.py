@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from lora_fx.cli.arguments import split_weight
+from lora_fx.cli.adapter_arguments import split_weight
 from lora_fx.cli.blas import load_numpy
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.file_command import ReportCommand
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import force_option, option_group
 from lora_fx.cli.output import emit, say
@@ -18,20 +18,26 @@ from lora_fx.text import JsonView, table
 
 
 def _shard(value: str) -> tuple[int, int]:
-    i, slash, n = value.partition("/")
-    if not (slash and i.isdigit() and n.isdigit()):
+    shard, _, count = value.partition("/")
+    if not (shard.isdigit() and count.isdigit()):
         raise LoraFxError(f"--shard {value!r}; expected i/n", "for example 1/4")
-    return int(i), int(n)
+    return int(shard), int(count)
 
 
 def _result(row: JsonView) -> str:
-    return "kept" if row.get("kept") else "merged" if row["ok"] else "failed"
+    if row.get("kept"):
+        return "kept"
+    if row["ok"]:
+        return "merged"
+    return "failed"
 
 
 def _line(row: JsonView) -> str:
     """A merge that has ended, as a line of progress; why, where it failed."""
-    why = "" if row["ok"] else f": {row['error']} (Hint: {row['hint']})"
-    return f"{row['adapter']}: {_result(row)}{why}"
+    line = f"{row['adapter']}: {_result(row)}"
+    if row["ok"]:
+        return line
+    return f"{line}: {row['error']} (Hint: {row['hint']})"
 
 
 @click.command("merge-all", cls=ReportCommand)
@@ -73,11 +79,11 @@ def command(
     options = checkpoint.merge()
     # what no merge takes, and a base that cannot be read, is one error
     suffix = "" if open_checkpoint(base).path.is_dir() else ".safetensors"
-    jobs = jobs_of([split_weight(a) for a in adapters], Path(out), _shard(shard), suffix)
     folder = Path(out)
+    jobs = jobs_of(list(map(split_weight, adapters)), folder, _shard(shard), suffix)
     if folder.exists() and not folder.is_dir():
         raise LoraFxError(f"{out} is no folder", "choose another output")
-    made = not folder.exists()
+    is_new = not folder.exists()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -86,21 +92,26 @@ def command(
     ):
         rows.append(row)
         say(_line(row))
-    order = {str(job.out): i for i, job in enumerate(jobs)}
-    rows.sort(key=lambda row: order[row["out"]])  # they came as they finished
-    bad = [r for r in rows if not r["ok"]]
-    if made and rows and len(bad) == len(rows):
+    place = {str(job.out): number for number, job in enumerate(jobs)}
+    rows.sort(key=lambda row: place[row["out"]])  # they came as they finished
+    failed = [row for row in rows if not row["ok"]]
+    if is_new and rows and len(failed) == len(rows):
         with contextlib.suppress(OSError):  # a killed merge leaves files, and shards share it
             folder.rmdir()
     refused = None
-    if bad:
+    if failed:
+        first = failed[0]
         refused = NoEffectError(
-            f"{len(bad)} of {len(rows)} merges failed, the first {bad[0]['adapter']}: "
-            f"{bad[0]['error']}",
+            f"{len(failed)} of {len(rows)} merges failed, the first {first['adapter']}: "
+            f"{first['error']}",
             "the others are done; the lines above say why each failed",
         )
-    outputs = [r["out"] for r in rows if r["ok"]]
+    outputs = [row["out"] for row in rows if row["ok"]]
     inputs = [{"base": base, "adapters": list(adapters)}]
-    shown = [(r["adapter"], _result(r), r["out"] if r["ok"] else "") for r in rows]
-    text = "\n".join(table([("adapter", "result", "output"), *shown])) if rows else ""
+    text = ""
+    if rows:
+        lines: list[tuple[str, ...]] = [("adapter", "result", "output")]
+        for row in rows:
+            lines.append((row["adapter"], _result(row), row["out"] if row["ok"] else ""))
+        text = "\n".join(table(lines))
     emit(text, inputs=inputs, outputs=outputs, merges=rows, refused=refused)

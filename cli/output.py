@@ -23,7 +23,7 @@ def table(report: Report) -> str:
     """The stages of an optimised export, a line each; empty without stages."""
     if "stages" not in report.details:
         return ""
-    from lora_fx.onnx.stages import RewriteStage
+    from lora_fx.onnx.optimise import RewriteStage
 
     rows = [f"  {RewriteStage(**row)}" for row in report.details["stages"]]
     return "\n".join(["\nstages:", *(rows or ["  none changed anything"])])

@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from lora_fx.cli.arguments import (
-    batches_of,
-    captured,
-    loss_of,
-    refuse_row_labels,
-    training_data,
-)
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.data_arguments import batches_of, loss_of, refuse_row_labels, training_data
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import (
     FROM_1,
@@ -43,8 +38,10 @@ def _reads(asked: JsonView, *statistics: str) -> bool:
     """Whether the method takes any of these from DATA, or anything where none is named."""
     from lora_fx.targets.budget import METHODS
 
-    wanted = METHODS[asked["method"]].wanted
-    return bool(set(wanted) & set(statistics)) if statistics else bool(wanted)
+    wanted_statistics = set(METHODS[asked["method"]].wanted)
+    if statistics:
+        wanted_statistics &= set(statistics)
+    return bool(wanted_statistics)
 
 
 NO_SAY: Rules = (
@@ -136,15 +133,16 @@ def command(
         exclude=options.exclude,
         scale=options.scale,
     )
-    made = replace(planned, model=model)
-    made.save(output, force=force)
-    note(*made.notes)
-    found = find(cap)
-    whole = made.to_json()
-    rows = [found[r.key].to_json(r.rank, r.alpha) for r in made.rows]
+    planned = replace(planned, model=model)
+    planned.save(output, force=force)
+    note(*planned.notes)
+    targets = find(cap)
+    rows = [targets[row.key].to_json(row.rank, row.alpha) for row in planned.rows]
     fields: Json = {"inputs": cap.inputs.to_json(), "outputs": [output], "targets": rows}
-    fields |= {k: whole[k] for k in ("method", "budget", "unit", "limit", "used", "examples")}
-    emit(f"{made}\nwrote {output}", **fields)
+    plan_json = planned.to_json()
+    for field in ("method", "budget", "unit", "limit", "used", "examples"):
+        fields[field] = plan_json[field]
+    emit(f"{planned}\nwrote {output}", **fields)
 
 
 def _batches(data: str | None, cap: Captured, options: BudgetOptions) -> Iterator[JsonView] | None:

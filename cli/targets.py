@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.arguments import captured, load_npz
-from lora_fx.cli.common import FileCommand
+from lora_fx.cli.data_arguments import load_npz
+from lora_fx.cli.file_command import FileCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import first_given, names_of, option_group
 from lora_fx.cli.output import emit
@@ -69,13 +70,13 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
 def _of_onnx(model: str, arrays: Named) -> Found:
     from dataclasses import replace
 
+    from lora_fx.onnx.fixed_shapes import with_fixed_shapes
     from lora_fx.onnx.graph.graph import UNKNOWN_SHAPES, OnnxGraph
     from lora_fx.onnx.names import named_graph
-    from lora_fx.onnx.sizes import sized
     from lora_fx.passes.find import find
 
     graph, _ = named_graph(model)
-    at_sizes, sizes = sized(graph.model, arrays, model)
+    at_sizes, sizes = with_fixed_shapes(graph.model, arrays, model)
     with_sizes = OnnxGraph(at_sizes)
     notes = (*(n for n in graph.notes if n != UNKNOWN_SHAPES), *with_sizes.notes)
     return replace(find(with_sizes), notes=notes, sizes=sizes)

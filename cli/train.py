@@ -6,21 +6,16 @@ import math
 
 import click
 
-from lora_fx.cli.arguments import (
-    BATCH,
-    batches_of,
-    captured,
-    loss_of,
-    module_with_adapter,
-    tables_of,
-)
 from lora_fx.cli.branch_options import PLANNED, TargetOptions
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.data_arguments import BATCH, batches_of, loss_of, tables_of
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.interrupted_state import stateful
+from lora_fx.cli.model_argument import captured, module_with_adapter
 from lora_fx.cli.model_options import PROGRAM, ModelOptions
 from lora_fx.cli.options import force_option, option_group, output_option
 from lora_fx.cli.output import emit, note, say
+from lora_fx.cli.parallel_run import together
 from lora_fx.cli.train_options import TRAINED, ExampleOptions, LoopOptions
-from lora_fx.cli.train_run import stateful, together
 
 
 @click.command("train", cls=ReportCommand, no_say=(*PLANNED, *TRAINED, *PROGRAM))

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 import click
 
-from lora_fx.cli.arguments import (
-    adapter_of,
-    captured,
-    loss_of,
-    refuse_row_labels,
-    training_data,
-)
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.adapter_arguments import adapter_of
+from lora_fx.cli.data_arguments import loss_of, refuse_row_labels, training_data
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import ModelOptions
 from lora_fx.cli.options import (
     Rules,

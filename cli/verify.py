@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_fx.cli.arguments import adapter_of, captured, load_npz, split_weight
-from lora_fx.cli.common import ReportCommand
+from lora_fx.cli.adapter_arguments import adapter_of, split_weight
+from lora_fx.cli.data_arguments import load_npz
+from lora_fx.cli.file_command import ReportCommand
+from lora_fx.cli.model_argument import captured
 from lora_fx.cli.model_options import ModelOptions
 from lora_fx.cli.options import Rules, option_group
 from lora_fx.cli.output import emit

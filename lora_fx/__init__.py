@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "lora_fx.adapter.adapter": ("Adapter",),
     "lora_fx.adapter.lowrank": ("Full", "LowRank"),
+    "lora_fx.adapter.origin": ("Origin",),
     "lora_fx.adapter.truncate": ("truncate",),
     "lora_fx.checkpoint.doctor": ("doctor",),
     "lora_fx.checkpoint.extract": ("extract",),
@@ -39,6 +40,7 @@ __all__ = [
     "Load",
     "LoraFxError",
     "LowRank",
+    "Origin",
     "Switch",
     "TrainStep",
     "__version__",
@@ -63,6 +65,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lora_fx.adapter.adapter import Adapter
     from lora_fx.adapter.lowrank import Full, LowRank
+    from lora_fx.adapter.origin import Origin
     from lora_fx.adapter.truncate import truncate
     from lora_fx.checkpoint.doctor import doctor
     from lora_fx.checkpoint.extract import extract

@@ -56,29 +56,37 @@ def rel(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     >>> rel([-1e9, 2.0], [-1e9, 4.0])
     0.5
     """
-    x, y = np.asarray(a), np.asarray(b)
-    if x.shape != y.shape:
+    ours = np.asarray(a)
+    reference = np.asarray(b)
+    is_exact = not np.issubdtype(reference.dtype, np.inexact)
+    if ours.shape != reference.shape:
         return math.inf
-    if x.size == 0:
+    if ours.size == 0:
         return 0.0
-    x, y = widened(x), widened(y)
-    if not (np.isfinite(x) == np.isfinite(y)).all():
+    ours = widened(ours)
+    reference = widened(reference)
+    finite = np.isfinite(reference)
+    if not (np.isfinite(ours) == finite).all():
         return math.inf
-    both = np.isfinite(y)
-    if not (x[~both] == y[~both]).all():  # the same infinities; NaN never equals NaN
+    if not (ours[~finite] == reference[~finite]).all():  # equal infinities; NaN equals nothing
         return math.inf
-    x, y = x[both], y[both]
-    gap = float(np.abs(x - y).max(initial=0.0))
+
+    ours = ours[finite]
+    reference = reference[finite]
+    differs = ours != reference
+    gap = float(np.abs(ours - reference).max(initial=0.0))
     # the number of a mask, -1e9, is the same in both, and nothing is seen beside it
-    differing = float(np.abs(y[x != y]).max(initial=0.0))
-    size = np.abs(y)
-    if differing:
-        size = size[(x != y) | (size < MASK) | (size <= MASK * differing)]
-    top = float(size.max(initial=0.0))
-    if top == 0.0:
-        exact = not np.issubdtype(np.asarray(b).dtype, np.inexact)
-        return 0.0 if gap == 0.0 and exact else math.inf
-    return gap / top
+    largest_differing = float(np.abs(reference[differs]).max(initial=0.0))
+    sizes = np.abs(reference)
+    if largest_differing:
+        is_no_mask = differs | (sizes < MASK) | (sizes <= MASK * largest_differing)
+        sizes = sizes[is_no_mask]
+    top = float(sizes.max(initial=0.0))
+    if top > 0.0:
+        return gap / top
+    if gap == 0.0 and is_exact:
+        return 0.0
+    return math.inf
 
 
 BOXES_AT_ONCE = 256
@@ -131,22 +139,42 @@ def tied(
         return True
     if ours.shape != theirs.shape:
         return False
-    first = among[0].astype(np.float64)
-    near = 2 * tol * (largest(first) if top is None else top)
+    values = among[0].astype(np.float64)
+    near = 2 * tol * (largest(values) if top is None else top)
     if theirs.dtype == np.bool_:
-        level = among[1].astype(np.float64) if len(among) > 1 else np.float64(0)
-        if np.broadcast_shapes(first.shape, level.shape) != theirs.shape:
+        return _compared_alike(ours, theirs, among, near)
+    if any(_picked_alike(ours, theirs, values, axis, near) for axis in range(values.ndim)):
+        return True
+    return values.shape == theirs.shape and _in_next_class(ours, theirs, values, near)
+
+
+def _compared_alike(ours: Array, theirs: Array, among: Sequence[Array], near: float) -> bool:
+    """Whether the booleans of a comparison turned only where the two sides are near each other."""
+    values = among[0].astype(np.float64)
+    if len(among) == 1:
+        if values.shape != theirs.shape:
             return False
-        turned = (first - level)[ours != theirs]
         # beside a constant, which is not known, all that turned lies near it
-        return bool(np.abs(turned).max() <= near if len(among) > 1 else np.ptp(turned) <= near)
-    for axis in range(first.ndim):
-        for mine, other in ((ours, theirs), (np.expand_dims(v, axis) for v in (ours, theirs))):
-            with contextlib.suppress(ValueError, IndexError):
-                a, b = (np.take_along_axis(first, v, axis) for v in (mine, other))
-                if np.abs(np.where(a == b, 0.0, a - b)).max() <= near:
-                    return True
-    return first.shape == theirs.shape and _in_next_class(ours, theirs, first, near)
+        return bool(np.ptp(values[ours != theirs]) <= near)
+    other_side = among[1].astype(np.float64)
+    if np.broadcast_shapes(values.shape, other_side.shape) != theirs.shape:
+        return False
+    turned = (values - other_side)[ours != theirs]
+    return bool(np.abs(turned).max() <= near)
+
+
+def _picked_alike(ours: Array, theirs: Array, values: Array, axis: int, near: float) -> bool:
+    """Whether indices along one axis, kept or reduced, pick values that are near each other."""
+    for reduced in (False, True):
+        with contextlib.suppress(ValueError, IndexError):  # indices of another axis
+            our_indices = np.expand_dims(ours, axis) if reduced else ours
+            their_indices = np.expand_dims(theirs, axis) if reduced else theirs
+            ours_picked = np.take_along_axis(values, our_indices, axis)
+            theirs_picked = np.take_along_axis(values, their_indices, axis)
+            gaps = np.where(ours_picked == theirs_picked, 0.0, ours_picked - theirs_picked)
+            if np.abs(gaps).max() <= near:
+                return True
+    return False
 
 
 def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: float) -> bool:
@@ -156,54 +184,66 @@ def _suppressed_alike(ours: Array, theirs: Array, among: Sequence[Array], tol: f
     that one would have suppressed stays. Both have the order of the scores, and there is an overlap
     from which on boxes are suppressed in both; it is not known.
     """
-    boxes = next((x for x in among if x.ndim == 2 and x.shape[1] == 4), None)
-    scores = next((x for x in among if x.ndim == 1), None)
-    indices = all(v.ndim == 1 and v.dtype.kind == "i" for v in (ours, theirs))
-    if boxes is None or scores is None or len(boxes) != len(scores) or not indices:
+    boxes = next((values for values in among if values.ndim == 2 and values.shape[1] == 4), None)
+    scores = next((values for values in among if values.ndim == 1), None)
+    are_indices = all(picks.ndim == 1 and picks.dtype.kind == "i" for picks in (ours, theirs))
+    if boxes is None or scores is None or len(boxes) != len(scores) or not are_indices:
         return False
     near = 2 * tol * largest(scores)
-    bounds = [_bounds_of_overlaps(boxes, scores, kept, near) for kept in (ours, theirs)]
-    least = max(low for low, _ in bounds)
-    most = min(high for _, high in bounds)
-    return least <= most + CEILING
+    our_largest, our_least = _bounds_of_overlaps(boxes, scores, ours, near)
+    their_largest, their_least = _bounds_of_overlaps(boxes, scores, theirs, near)
+    return max(our_largest, their_largest) <= min(our_least, their_least) + CEILING
 
 
 def _bounds_of_overlaps(
-    boxes: Array, scores: Array, kept: Array, near: float
+    boxes: Array, scores: Array, picks: Array, near: float
 ) -> tuple[float, float]:
     """The largest overlap of boxes that are kept, and the least by which another is suppressed.
 
     No overlap is between them where the boxes are not in the order of their scores, or are none.
+
+    Args:
+        boxes: [n, 4], two corners.
+        scores: [n].
+        picks: The indices of the boxes that are kept.
+        near: By how much scores may be in the wrong order.
     """
-    inside = ((kept >= 0) & (kept < len(boxes))).all()
-    if not inside or len(np.unique(kept)) != len(kept):
+    are_boxes = ((picks >= 0) & (picks < len(boxes))).all()
+    if not are_boxes or len(np.unique(picks)) != len(picks):
         return math.inf, -math.inf
-    ranked = scores[kept].astype(np.float64)
-    if (np.diff(ranked) > near).any():
+    picked_scores = scores[picks].astype(np.float64)
+    if (np.diff(picked_scores) > near).any():
         return math.inf, -math.inf
-    least, most = 0.0, 1.0
+
+    largest_of_kept = 0.0
+    least_suppressing = 1.0
     boxes = boxes.astype(np.float64)
     for start in range(0, len(boxes), BOXES_AT_ONCE):
-        places = np.arange(start, min(start + BOXES_AT_ONCE, len(boxes)))
-        overlaps = _overlaps(boxes[places], boxes[kept])
-        overlaps[places[:, None] == kept] = 0.0
-        earlier = ranked >= scores[places, None].astype(np.float64) - near
-        stays = np.isin(places, kept)
-        suppressing = np.where(earlier, overlaps, 0.0).max(axis=1, initial=0.0)
-        least = max(least, float(overlaps[stays].max(initial=0.0)))
-        most = min(most, float(suppressing[~stays].min(initial=1.0)))
-    return least, most
+        indices = np.arange(start, min(start + BOXES_AT_ONCE, len(boxes)))
+        overlaps = _overlaps(boxes[indices], boxes[picks])
+        overlaps[indices[:, None] == picks] = 0.0
+        is_kept = np.isin(indices, picks)
+        largest_of_kept = max(largest_of_kept, float(overlaps[is_kept].max(initial=0.0)))
+
+        comes_earlier = picked_scores >= scores[indices, None].astype(np.float64) - near
+        suppressing = np.where(comes_earlier, overlaps, 0.0).max(axis=1, initial=0.0)
+        least_suppressing = min(least_suppressing, float(suppressing[~is_kept].min(initial=1.0)))
+    return largest_of_kept, least_suppressing
 
 
 def _overlaps(boxes: Array, others: Array) -> Array:
     """Intersection over union of every box with each of others."""
-    sides = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    sides = sides - np.maximum(boxes[:, None, :2], others[:, :2])
-    common = sides.clip(0).prod(-1)
-    areas, other_areas = ((v[:, 2:] - v[:, :2]).prod(-1) for v in (boxes, others))
-    union = areas[:, None] + other_areas - common
-    shares: Array = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    lower = np.maximum(boxes[:, None, :2], others[:, :2])
+    upper = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    intersection = (upper - lower).clip(0).prod(-1)
+    union = _areas(boxes)[:, None] + _areas(others) - intersection
+    zeros = np.zeros_like(intersection)
+    shares: Array = np.divide(intersection, union, out=zeros, where=union > 0)
     return shares
+
+
+def _areas(boxes: Array) -> Array:
+    return np.asarray((boxes[:, 2:] - boxes[:, :2]).prod(-1))
 
 
 def _in_next_class(ours: Array, theirs: Array, values: Array, near: float) -> bool:
@@ -244,14 +284,19 @@ class Choice:
         if (self.value.dtype == np.bool_) != (other.value.dtype == np.bool_):
             return math.inf
         fewer, more = sorted((self.among, other.among), key=len)
-        distance = max(min(_distance(x, y) for y in more.values()) for x in fewer.values())
-        if distance > max(_most(x) for x in fewer.values()):
+        distance = 0.0
+        for values in fewer.values():
+            nearest_distance = min(_distance(values, candidate) for candidate in more.values())
+            distance = max(distance, nearest_distance)
+        if distance > max(_most(values) for values in fewer.values()):
             return math.inf
-        among = [*other.among.values()]
+
+        among = list(other.among.values())
         nearest = min(self.among.values(), key=partial(_distance, theirs=among[0]))
         top = largest(without(among[0], fills(nearest, among[0])))
-        near = max(distance, FOLD_TOL)
-        return distance if tied(self.value, other.value, among, near, top) else math.inf
+        if tied(self.value, other.value, among, max(distance, FOLD_TOL), top):
+            return distance
+        return math.inf
 
     @property
     def lists_boxes(self) -> bool:
@@ -259,7 +304,7 @@ class Choice:
 
         That is [kept, 3], image, class and box, of boxes [1, n, 4] and scores [1, 1, n].
         """
-        shapes = [x.shape for x in self.among.values()]
+        shapes = [values.shape for values in self.among.values()]
         if self.value.ndim != 2 or self.value.shape[1] != 3 or len(shapes) != 2:
             return False
         boxes, scores = shapes
@@ -277,13 +322,13 @@ class Choice:
         """Float of the other → the one that is nearest, of those that are the same."""
         if self.lists_boxes or other.lists_boxes:
             return self.boxes_alone().pairs(other.boxes_alone())
-        found = {}
-        for name, value in other.among.items():
-            distances = {n: _distance(x, value) for n, x in self.among.items()}
+        nearest_of = {}
+        for name, values in other.among.items():
+            distances = {ours: _distance(floats, values) for ours, floats in self.among.items()}
             nearest = min(distances, key=distances.__getitem__)
-            if distances[nearest] <= _most(value):
-                found[name] = nearest
-        return found
+            if distances[nearest] <= _most(values):
+                nearest_of[name] = nearest
+        return nearest_of
 
 
 def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
@@ -291,22 +336,19 @@ def nearest_choice(choice: Choice, others: Mapping[str, Choice]) -> str:
 
     Of several among the same floats, such as two thresholds, it is that with the fewest turned.
     """
-    best: tuple[float, float] = (math.inf, 0)
-    found = ""
+    nearest = ""
+    least: tuple[float, float] = (math.inf, 0)
     for name, other in others.items():
-        apart = choice.apart(other)
-        if apart > best[0] or math.isinf(apart):
+        distance = choice.apart(other)
+        if distance > least[0] or math.isinf(distance):
             continue
-        turned = int((choice.value != other.value).sum()) if _alike(choice, other) else math.inf
-        if (apart, turned) < best:
-            best = (apart, turned)
-            found = name
-    return found
-
-
-def _alike(choice: Choice, other: Choice) -> bool:
-    """Whether two choices have as many elements."""
-    return choice.value.shape == other.value.shape
+        turned = math.inf
+        if choice.value.shape == other.value.shape:
+            turned = int((choice.value != other.value).sum())
+        if (distance, turned) < least:
+            least = (distance, turned)
+            nearest = name
+    return nearest
 
 
 def _most(value: Array) -> float:
@@ -348,10 +390,12 @@ def gates_of(
     """
     gates = {}
     for name, value in expected.items():
-        eps = EPSILON.get(value.dtype.name, 0.0)
+        eps = EPSILON.get(value.dtype.name)
+        if eps is not None:
+            gates[name] = Gate(8 * eps, 8 * eps)
+            continue
         unadapted = None if base is None else partial(_output, base, name)
-        wide = Gate(8 * eps, 8 * eps) if eps else wide_gate(ORT_TOL, value, unadapted, ceiling)
-        gates[name] = wide
+        gates[name] = wide_gate(ORT_TOL, value, unadapted, ceiling)
     return gates
 
 
@@ -381,7 +425,9 @@ def wide_gate(
     most = SMALLEST / top if top else 0.0
     if most <= ceiling:
         return Gate(tol, ceiling)
-    effect = rel(base(), expected) if base is not None else 0.0
+    effect = 0.0
+    if base is not None:
+        effect = rel(base(), expected)
     return Gate(tol, most, max(ceiling, 0.25 * min(effect or 1.0, 1.0)))
 
 
@@ -424,8 +470,12 @@ class Parity:
 
 def shapes_of(feeds: JsonView) -> dict[str, tuple[int, ...]]:
     """{input: shape} for a report; of a cache the first input only, which the others are like."""
-    first = "past_key_values.0.key"
-    return {k: v.shape for k, v in feeds.items() if k[:16] != first[:16] or k == first}
+    shown = "past_key_values.0.key"
+    return {
+        name: array.shape
+        for name, array in feeds.items()
+        if name == shown or not name.startswith("past_key_values.")
+    }
 
 
 def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
@@ -434,7 +484,7 @@ def sizes_text(sizes: Mapping[str, Sequence[int]]) -> str:
     >>> sizes_text({"x": (2, 5), "mask": (2,)})
     'x [2, 5], mask [2]'
     """
-    return ", ".join(f"{visible(k)} {list(v)}" for k, v in sizes.items())
+    return ", ".join(f"{visible(name)} {list(shape)}" for name, shape in sizes.items())
 
 
 @np.errstate(invalid="ignore")  # inf − inf of two equal outputs
@@ -442,20 +492,32 @@ def compare(
     ours: Outputs, reference: Outputs, sizes: Sizes, tol: float | Mapping[str, float], of: str = ""
 ) -> Parity:
     """The output that comes nearest to its gate, or exceeds it most, at one size."""
-    worst: Parity | None = None
-    zeros = not any(map(np.any, reference.values()))
+    worst = Parity(sizes, math.inf, math.inf, 0.0, "", of)
+    worst_share = -math.inf
+    all_zero = not any(map(np.any, reference.values()))
     for name in reference:
         gate = tol if isinstance(tol, float) else tol[name]
         if name not in ours:
             return Parity(sizes, math.inf, math.inf, gate, name, of)
-        a, b = (widened(np.asarray(v)) for v in (ours[name], reference[name]))
-        gap = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
-        # zeros that are equal are no difference
-        r = 0.0 if gap == 0.0 and not b.any() else rel(ours[name], reference[name])
-        found = Parity(sizes, gap, r, gate, name, of, blank=zeros)
-        if worst is None or found.rel / max(gate, 1e-30) >= worst.rel / max(worst.tol, 1e-30):
-            worst = found
-    return worst or Parity(sizes, math.inf, math.inf, 0.0, "", of)
+        gap = _largest_gap(ours[name], reference[name])
+        if gap == 0.0 and not np.any(reference[name]):
+            difference = 0.0  # equal zeros, of which rel says nothing
+        else:
+            difference = rel(ours[name], reference[name])
+        share_of_gate = difference / max(gate, 1e-30)
+        if share_of_gate >= worst_share:
+            worst = Parity(sizes, gap, difference, gate, name, of, blank=all_zero)
+            worst_share = share_of_gate
+    return worst
+
+
+def _largest_gap(ours: Array, reference: Array) -> float:
+    """max|a − b|; infinite where the shapes differ."""
+    a = widened(np.asarray(ours))
+    b = widened(np.asarray(reference))
+    if a.shape != b.shape:
+        return math.inf
+    return float(np.abs(a - b).max(initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -478,10 +540,11 @@ class Report:
     def _repr_html_(self) -> str:
         """The answer, and what was compared, for notebooks."""
         head = ("of", "sizes", "rel", "gate", "ok")
-        rows = [
-            (p.of or "models", sizes_text(p.sizes), f"{p.rel:.2e}", f"{p.tol:.1e}", str(p.ok))
-            for p in self.parity
-        ]
+        rows = []
+        for row in self.parity:
+            sizes = sizes_text(row.sizes)
+            numbers = (f"{row.rel:.2e}", f"{row.tol:.1e}", str(row.ok))
+            rows.append((row.of or "models", sizes, *numbers))
         return html(f"{self.command}: {'ok' if self.ok else 'FAILED'}", [head, *rows])
 
     def to_json(self) -> Json:
@@ -491,32 +554,37 @@ class Report:
             "ok": self.ok,
             "outputs": list(self.outputs),
             "warnings": list(self.warnings),
-            "parity": [p.to_json() for p in self.parity],
+            "parity": [row.to_json() for row in self.parity],
             **self.details,
         }
 
     def __str__(self) -> str:
         """A few lines for people."""
         lines = [f"{self.command}: {'ok' if self.ok else 'FAILED'}"]
-        for row in self.details.get("unproven", ()):
-            lines.append(f"  not proven at {sizes_text(row['sizes'])}: {row['reason']}")
-        for p in self.parity:
-            sizes = sizes_text(p.sizes)
-            verdict = (
-                ("too small to prove anything" if p.blank else "ok") if p.ok else "over the gate"
-            )
-            lines.append(
-                f"  {p.of or 'models'} at {sizes}: rel {p.rel:.2e} (gate {p.tol:.1e}) {verdict}"
-            )
+        for unproven in self.details.get("unproven", ()):
+            lines.append(f"  not proven at {sizes_text(unproven['sizes'])}: {unproven['reason']}")
+        lines += [f"  {_parity_text(row)}" for row in self.parity]
         for name, value in self.details.items():
-            if isinstance(value, list):
-                if any(isinstance(v, dict) for v in value):
-                    continue  # a table, which its command shows
-                value = ", ".join(map(str, value)) or "none"
-            if not isinstance(value, dict):
+            if isinstance(value, dict):
+                continue
+            if not isinstance(value, list):
                 lines.append(f"  {name}: {value}")
-        lines += [f"  warning: {w}" for w in self.warnings]
+            elif not any(isinstance(item, dict) for item in value):  # a table its command shows
+                lines.append(f"  {name}: {', '.join(map(str, value)) or 'none'}")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(map(visible, lines))  # a name from a file may have line breaks
+
+
+def _parity_text(row: Parity) -> str:
+    """One comparison in a line for people."""
+    if not row.ok:
+        verdict = "over the gate"
+    elif row.blank:
+        verdict = "too small to prove anything"
+    else:
+        verdict = "ok"
+    compared = f"{row.of or 'models'} at {sizes_text(row.sizes)}"
+    return f"{compared}: rel {row.rel:.2e} (gate {row.tol:.1e}) {verdict}"
 
 
 def compare_fairly(
@@ -535,41 +603,54 @@ def compare_fairly(
     blocks of a stack give, `present.0.key` …, is on the way to the other outputs, and a few runs
     tell too little of sixty each: the most that any output is moved counts for them.
     """
-    found = compare(ours, reference, sizes, {n: g.first for n, g in gates.items()}, of)
-    over = gates.get(found.output)
-    if found.ok or over is None or over.most <= over.first:
-        return found
+    first_gates = {name: gate.first for name, gate in gates.items()}
+    parity = compare(ours, reference, sizes, first_gates, of)
+    exceeded = gates.get(parity.output)
+    if parity.ok or exceeded is None or exceeded.most <= exceeded.first:
+        return parity
     for rounding in own():
         wider = wider_gates(gates, rounding)
-        found = compare(ours, reference, sizes, wider, of)
-        if found.ok:
-            certain = {n: min(gate, gates[n].tells) for n, gate in wider.items()}
-            return _telling(found, ours, reference, certain)
-    return found
+        parity = compare(ours, reference, sizes, wider, of)
+        if parity.ok:
+            telling_gates = {name: min(gate, gates[name].tells) for name, gate in wider.items()}
+            return _of_telling_outputs(parity, ours, reference, telling_gates)
+    return parity
 
 
 def wider_gates(gates: Mapping[str, Gate], rounding: Mapping[str, float]) -> dict[str, float]:
     """The gates where rounding alone moves outputs so far; see compare_fairly."""
-    largest = max(rounding.values(), default=0.0)
-    moved = {n: largest if _OF_BLOCK.match(n) else rounding.get(n, 0.0) for n in gates}
-    return {n: min(max(g.first, 4 * moved[n] + 1e-7), g.most) for n, g in gates.items()}
+    largest_rounding = max(rounding.values(), default=0.0)
+    wider = {}
+    for name, gate in gates.items():
+        moved = rounding.get(name, 0.0)
+        if _OF_BLOCK.match(name):
+            moved = largest_rounding
+        wider[name] = min(max(gate.first, 4 * moved + 1e-7), gate.most)
+    return wider
 
 
-def _telling(
-    found: Parity, ours: Outputs, reference: Outputs, gates: Mapping[str, float]
+def _of_telling_outputs(
+    parity: Parity, ours: Outputs, reference: Outputs, gates: Mapping[str, float]
 ) -> Parity:
     """The comparison of the outputs that tell something about the adapter, of one that passed."""
-    telling = {n: v for n, v in reference.items() if compare(ours, {n: v}, {}, gates).ok}
+    telling = {
+        name: values
+        for name, values in reference.items()
+        if compare(ours, {name: values}, {}, gates).ok
+    }
     if not telling:
-        return replace(found, blank=True)
-    return compare(ours, telling, found.sizes, gates, found.of)
+        return replace(parity, blank=True)
+    return compare(ours, telling, parity.sizes, gates, parity.of)
 
 
 def grow(worst: dict[str, float], values: Outputs, exact: Outputs) -> dict[str, float]:
     """The largest difference so far of each output, where these have a larger one; edits it."""
     for name, value in values.items():
-        found = rel(value, exact[name])
-        worst[name] = max(worst.get(name, 0.0), found if math.isfinite(found) else 0.0)
+        difference = rel(value, exact[name])
+        if math.isfinite(difference):
+            worst[name] = max(worst.get(name, 0.0), difference)
+        else:
+            worst.setdefault(name, 0.0)
     return worst
 
 
@@ -580,14 +661,15 @@ def demand(parity: Sequence[Parity], what: str) -> None:
             "no size could be compared: the model refuses size 1 and the inputs have it",
             "give --inputs with two rows or more",
         )
-    for of in dict.fromkeys(p.of for p in parity):
-        alike = [p for p in parity if p.of == of]
-        if not all(p.ok and p.blank for p in alike):
+    for of in dict.fromkeys(row.of for row in parity):
+        rows = [row for row in parity if row.of == of]
+        if not all(row.ok and row.blank for row in rows):
             continue
-        if any(p.rel for p in alike):
+        rounding = max(row.rel for row in rows)
+        if rounding:
             raise LoraFxError(
                 f"{of or what}: every output is so small that its rounding, up to "
-                f"{max(p.rel for p in alike):.1e} of it, hides the adapter: nothing is proven",
+                f"{rounding:.1e} of it, hides the adapter: nothing is proven",
                 "give real data with --inputs, on which the outputs are larger",
             )
         raise LoraFxError(
@@ -595,10 +677,11 @@ def demand(parity: Sequence[Parity], what: str) -> None:
             "give the weights that training left, since a last layer of zeros has no other output; "
             "or real data with --inputs",
         )
-    for p in parity:
-        if not p.ok:
+    for row in parity:
+        if not row.ok:
+            compared = f"{what} ({row.of})" if row.of else what
             raise NoEffectError(
-                f"{what}{p.of and f' ({p.of})'}: output {p.output!r} at {sizes_text(p.sizes)}: "
-                f"rel {p.rel:.2e}, the gate is {p.tol:.1e}",
+                f"{compared}: output {row.output!r} at {sizes_text(row.sizes)}: "
+                f"rel {row.rel:.2e}, the gate is {row.tol:.1e}",
                 "nothing was written; try --inputs with real data, and report this model",
             )

@@ -4,15 +4,15 @@ Symbols take the sizes (2, 5), (3, 7), (1, 11): the first number is the batch (d
 second the first other symbol, and every further symbol has sizes of its own, in no fixed order;
 `past`, the tokens in a decoder's cache, takes first · second mod 7, and `past + length` their sum.
 Where the graph is true for some sizes only, the nearest of those are taken. Integers lie below the
-rows of the table they index, masks are what the example's mostly are (over a cache that is not
-empty, the first row is padded by one), floats are N(0, 1), from seed 0.
+rows of the table they index, a mask has everywhere the value that the example's has most often
+(over a cache that is not empty, the first row is padded by one), floats are N(0, 1), from seed 0.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -85,7 +85,7 @@ class Input:
 
     def to_json(self) -> Json:
         """One row of `inputs[]`: dimensions are numbers or symbols."""
-        dims = [self.dims.get(i, n) for i, n in enumerate(self.shape)]
+        dims = [self.dims.get(dim, size) for dim, size in enumerate(self.shape)]
         return {"name": self.name, "dtype": self.dtype, "shape": dims}
 
 
@@ -106,106 +106,144 @@ class Inputs:
     @property
     def names(self) -> tuple[str, ...]:
         """Their names."""
-        return tuple(s.name for s in self.specs)
+        return tuple(spec.name for spec in self.specs)
 
     @property
     def checks(self) -> tuple[Extents, ...]:
         """The sizes of every check; both sides of each cut are among them."""
-        cached = PAST in self._symbols()
-        free = next(iter(self.others), None)
-        near = sorted({n + k for n in self.cuts if n <= LARGEST_CUT for k in (0, 1)})
-        bounds = [n for c in self.conditions for n in c.bounds() if n is not None and n <= 64]
-        near += [n for n in dict.fromkeys(bounds) if n not in near]
+        checks: list[Extents] = list(CACHE_SIZES if PAST in self._symbols() else SIZES)
+        if not self.others:
+            return tuple(checks)
+
+        lengths = set[int]()
+        for cut in self.cuts:
+            if cut <= LARGEST_CUT:
+                lengths |= {cut, cut + 1}
         # the largest cuts last, and not all of many: each is a run of both models
-        more = [{free: n} for n in near if n not in (5, 7, 11)][:6] if free else []
-        return (*(CACHE_SIZES if cached else SIZES), *more)
+        near_cuts = dict.fromkeys(sorted(lengths))
+        for condition in self.conditions:
+            for bound in condition.bounds():
+                if bound is not None and bound <= 64:
+                    near_cuts.setdefault(bound)
+        untried = [length for length in near_cuts if length not in (5, 7, 11)]
+        symbol = self.others[0]
+        checks += [{symbol: length} for length in untried[:6]]
+        return tuple(checks)
 
     def with_dims(self, requested: Mapping[str, Mapping[int, str]]) -> Inputs:
         """The same inputs with these dimensions dynamic."""
-        specs = tuple(replace(s, dims=requested.get(s.name, {})) for s in self.specs)
-        return replace(self, specs=specs)
+        specs = [replace(spec, dims=requested.get(spec.name, {})) for spec in self.specs]
+        return replace(self, specs=tuple(specs))
 
     @property
     def others(self) -> list[str]:
         """The symbols that are neither the batch nor a cache's length."""
-        return [s for s in self._symbols() if s not in (BATCH, PAST) and not s.isdigit()]
+        return _without_batch_and_past(self._symbols())
 
     def alike(self) -> Inputs:
         """The same inputs where one symbol stands for all of `others`."""
-        one = {s: self.others[0] for s in self.others}
+        stand_in = {symbol: self.others[0] for symbol in self.others}
 
-        def text(symbols: str) -> str:
-            return " + ".join(one.get(t, t) for t in _terms(symbols))
+        def renamed(text: str) -> str:
+            return " + ".join(stand_in.get(term, term) for term in _terms(text))
 
-        specs = [replace(s, dims={d: text(t) for d, t in s.dims.items()}) for s in self.specs]
+        specs = []
+        for spec in self.specs:
+            dims = {dim: renamed(text) for dim, text in spec.dims.items()}
+            specs.append(replace(spec, dims=dims))
         return replace(self, specs=tuple(specs))
 
     def _symbols(self) -> list[str]:
         """The symbols of all dimensions, in their order."""
-        texts = (t for s in self.specs for t in s.dims.values())
-        return list(dict.fromkeys(t for text in texts for t in _terms(text)))
+        texts: list[str] = []
+        for spec in self.specs:
+            texts += spec.dims.values()
+        return _symbols_in(texts)
 
     def _places(self) -> dict[Size, str]:
         """The symbols of every size: one for sizes that have to be equal, numbers where fixed."""
-        places = {
-            (s.name, d): s.dims.get(d, str(n)) for s in self.specs for d, n in enumerate(s.shape)
-        }
-        for c in self.conditions:
-            for size, text in c.equal_sizes(places):
-                old = places.get(size, "0")
-                if old != text and not old.isdigit() and old not in _terms(text):
-                    places = {k: text if t == old else t for k, t in places.items()}
+        places: dict[Size, str] = {}
+        for spec in self.specs:
+            for dim, size in enumerate(spec.shape):
+                places[spec.name, dim] = spec.dims.get(dim, str(size))
+
+        for condition in self.conditions:
+            for place, text in condition.equal_sizes(places):
+                before = places.get(place, "0")
+                if before != text and not before.isdigit() and before not in _terms(text):
+                    places = {
+                        other: text if symbol == before else symbol
+                        for other, symbol in places.items()
+                    }
                     break
         return places
 
     def _sides(self) -> dict[str, int]:
         """The free heights and widths of images, with the example's size."""
-        return {
-            symbol: s.shape[d]
-            for s in self.specs
-            for d, symbol in s.dims.items()
-            if len(s.shape) > 3 and not s.is_integer and d > 1 and s.shape[d] >= LARGE_SIDE
-        }
+        sides = {}
+        for spec in self.specs:
+            if len(spec.shape) <= 3 or spec.is_integer:
+                continue
+            for dim, symbol in spec.dims.items():
+                if dim > 1 and spec.shape[dim] >= LARGE_SIDE:
+                    sides[symbol] = spec.shape[dim]
+        return sides
 
-    def _wanted(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
-        """What every symbol should be at one size."""
-        named: Mapping[str, int] = {} if isinstance(size, tuple) else size
-        first = size if isinstance(size, tuple) else SIZES[0]
-        symbols = dict.fromkeys(t for text in places.values() for t in _terms(text))
-        others = [s for s in symbols if s not in (BATCH, PAST) and not s.isdigit()]
-        table = OTHERS.get(first[1], ())
-        wanted = {BATCH: first[0], PAST: first[0] * first[1] % 7}
-        for i, s in enumerate(others):
-            wanted[s] = first[1] if i == 0 or first[1] not in OTHERS else table[(i - 1) % 4]
-        sides = {s: n for s, n in self._sides().items() if first[1] in HALVES}
-        for i, (s, n) in enumerate(sides.items()):  # small images vanish in a model's strides
-            wanted[s] = n * HALVES[first[1]][i % 2] // 2
-        return {s: int(named.get(s, n)) for s, n in wanted.items() if s in symbols}
+    def _requested(self, size: Extents, places: Mapping[Size, str]) -> dict[str, int]:
+        """What every symbol should be at one size, whatever the conditions say."""
+        if isinstance(size, tuple):
+            batch, length = size
+            named: Mapping[str, int] = {}
+        else:
+            batch, length = SIZES[0]
+            named = size
+
+        symbols = _symbols_in(places.values())
+        others = _without_batch_and_past(symbols)
+        requested = {BATCH: batch, PAST: batch * length % 7}
+        requested.update(dict.fromkeys(others, length))
+        if length in OTHERS:
+            further = itertools.cycle(OTHERS[length])
+            requested.update((symbol, next(further)) for symbol in others[1:])
+        if length in HALVES:
+            # small images vanish in a model's strides
+            halves = itertools.cycle(HALVES[length])
+            for symbol, side in self._sides().items():
+                requested[symbol] = side * next(halves) // 2
+        return {
+            symbol: int(named.get(symbol, extent))
+            for symbol, extent in requested.items()
+            if symbol in symbols
+        }
 
     def values(self, size: Extents) -> dict[str, int] | None:
         """The symbols at one size, or at the nearest one allowed; None where none was found."""
         places = self._places()
-        wanted = self._wanted(size, places)
-        named = {t for c in self.conditions for s in c.about for t in _terms(places.get(s, ""))}
-        moved = [s for s in wanted if s in named]
-        for steps in _steps(len(moved)):
-            tried = {**wanted, **{s: wanted[s] + k for s, k in zip(moved, steps, strict=True)}}
-            if any(n < min(1, wanted[s]) for s, n in tried.items()):
+        requested = self._requested(size, places)
+        restricted = set[str]()
+        for condition in self.conditions:
+            restricted |= _symbols_about(condition, places)
+        movable = [symbol for symbol in requested if symbol in restricted]
+        for steps in _steps(len(movable)):
+            tried = dict(requested)
+            for symbol, step in zip(movable, steps, strict=True):
+                tried[symbol] += step
+            if any(extent < min(1, requested[symbol]) for symbol, extent in tried.items()):
                 continue  # an empty cache is one, an empty input is not
-            given = {place: _extent(text, tried) for place, text in places.items()}
-            if broken(self.conditions, given) is None:
+            if broken(self.conditions, _extents(places, tried)) is None:
                 return tried
         return None
 
     def sizes(self, size: Extents) -> dict[str, tuple[int, ...]]:
         """The shape of every input where symbols take these values, or the nearest allowed."""
-        places, values = self._places(), self.values(size)
+        values = self.values(size)
         if values is None:  # the example is certain
-            return {s.name: s.shape for s in self.specs}
-        return {
-            s.name: tuple(_extent(places[s.name, d], values) for d in range(len(s.shape)))
-            for s in self.specs
-        }
+            return {spec.name: spec.shape for spec in self.specs}
+        extents = _extents(self._places(), values)
+        shapes = {}
+        for spec in self.specs:
+            shapes[spec.name] = tuple(extents[spec.name, dim] for dim in range(len(spec.shape)))
+        return shapes
 
     def symbol(self, name: str, d: int) -> str:
         """The symbol of a dimension, the same for sizes that have to be equal."""
@@ -214,10 +252,10 @@ class Inputs:
     def implied(self, condition: Condition) -> bool:
         """Whether a condition holds wherever sizes of one symbol are equal."""
         # names and demands say so: a branch, which asked the same, is what is to be told
-        demands = tuple(c for c in self.conditions if c.demanded)
+        demands = tuple(other for other in self.conditions if other.demanded)
         places = replace(self, conditions=demands)._places()
         about = sorted(condition.about & {*places})
-        return _implied(condition, tuple((s, places[s]) for s in about))
+        return _implied(condition, tuple((place, places[place]) for place in about))
 
     def outside(self, condition: Condition, near: Extents = SIZES[0]) -> dict[str, int] | None:
         """Values of symbols that break a condition and no other; None where there are none.
@@ -227,104 +265,174 @@ class Inputs:
             near: What symbols that it does not speak of are.
         """
         places = self._places()
-        wanted = self._wanted(near, places)
-        about = {t for s in condition.about for t in _terms(places.get(s, ""))}
-        named = [s for s in wanted if s in about]
-        moves = [{s: n} for s in named for n in condition.turns()]
-        small = {s: range(s != PAST, 5) for s in named}  # an empty cache is one; no other input is
-        for a, b in itertools.combinations(named, 2):  # a sum is small where both are
-            moves += [{a: m, b: n} for m in small[a] for n in small[b]]
-        for move in moves:
-            tried = {**wanted, **move}
-            given = {size: _extent(text, tried) for size, text in places.items()}
-            if not condition.holds(given) and broken(self.conditions, given) is None:
+        requested = self._requested(near, places)
+        about = _symbols_about(condition, places)
+        for move in _moves([symbol for symbol in requested if symbol in about], condition):
+            tried = {**requested, **move}
+            extents = _extents(places, tried)
+            if not condition.holds(extents) and broken(self.conditions, extents) is None:
                 return tried
         return None
 
     def sample(self, size: Extents = SIZES[0], seed: int = 0) -> dict[str, Array]:
         """Arrays of one size; each input has a generator of its own, from (seed, name)."""
-        shapes, before = self.sizes(size), (self.values(size) or {}).get(PAST, 0)
-        result: dict[str, Array] = {}
-        for s in self.specs:
-            rng = generator(s.name, seed)
-            shape, dtype = shapes[s.name], numpy_dtype(s.dtype)
-            if s.is_mask:
-                counts = 1 if s.fill is None else s.fill
-                result[s.name] = np.full(shape, counts, dtype)
-                if "+" in s.dims.get(1, "") and before:
-                    result[s.name][:1, :1] = 1 - counts  # padding: else a graph may ignore the mask
-                elif s.fill is None and dtype == np.bool_:
-                    result[s.name][..., 1::2] = False
-            elif s.is_integer:
-                result[s.name] = rng.integers(0, max(1, s.high or 2), shape).astype(dtype)
+        shapes = self.sizes(size)
+        cached_tokens = (self.values(size) or {}).get(PAST, 0)
+        arrays: dict[str, Array] = {}
+        for spec in self.specs:
+            rng = generator(spec.name, seed)
+            shape = shapes[spec.name]
+            dtype = numpy_dtype(spec.dtype)
+            if spec.is_mask:
+                arrays[spec.name] = _mask(spec, shape, padded=cached_tokens > 0)
+            elif spec.is_integer:
+                below = max(1, spec.high or 2)
+                arrays[spec.name] = rng.integers(0, below, shape).astype(dtype)
             else:
-                result[s.name] = np.asarray(rng.standard_normal(shape)).astype(dtype)
-        return result
+                arrays[spec.name] = np.asarray(rng.standard_normal(shape)).astype(dtype)
+        return arrays
 
     def to_json(self) -> list[Json]:
         """Rows of `inputs[]`."""
-        return [s.to_json() for s in self.specs]
+        return [spec.to_json() for spec in self.specs]
+
+
+def _mask(spec: Input, shape: tuple[int, ...], *, padded: bool) -> Array:
+    """A mask that is mostly what the example's is.
+
+    Args:
+        spec: The input.
+        shape: Of the mask.
+        padded: Tokens lie in a cache: the first place of the first row does not count, else a graph
+            may ignore the mask.
+    """
+    counts = 1 if spec.fill is None else spec.fill
+    mask = np.full(shape, counts, numpy_dtype(spec.dtype))
+    covers_cache = "+" in spec.dims.get(1, "")
+    if covers_cache and padded:
+        mask[:1, :1] = 1 - counts
+    elif spec.fill is None and mask.dtype == np.bool_:
+        mask[..., 1::2] = False
+    return mask
+
+
+def _moves(symbols: Sequence[str], condition: Condition) -> list[dict[str, int]]:
+    """Values of symbols that may break a condition: where it turns, and small ones of two."""
+    moves = []
+    for symbol in symbols:
+        moves += [{symbol: extent} for extent in condition.turns()]
+    # an empty cache is one; no other input is
+    small = {symbol: range(0 if symbol == PAST else 1, 5) for symbol in symbols}
+    for first, second in itertools.combinations(symbols, 2):  # a sum is small where both are
+        for extents in itertools.product(small[first], small[second]):
+            moves.append(dict(zip((first, second), extents, strict=True)))
+    return moves
 
 
 @lru_cache(8)
 def _steps(count: int, reach: int = 64) -> Sequence[tuple[int, ...]]:
-    """Changes of so many values, small ones first."""
-    line = [0, *(k for n in range(1, reach) for k in (n, -n))]
+    """Changes of so many values, small ones first; of more than three the same change of all."""
+    changes = [0]
+    for change in range(1, reach):
+        changes += [change, -change]
     if count == 1:
-        return [(k,) for k in [*line, *range(reach, 4096)]]
-    if count < 4:
-        short = line if count < 3 else line[:13]
-        return sorted(itertools.product(short, repeat=count), key=lambda t: sum(map(abs, t)))
-    return [(k,) * count for k in line]
+        return [(change,) for change in [*changes, *range(reach, 4096)]]
+    if count > 3:
+        return [(change,) * count for change in changes]
+    if count == 3:
+        changes = changes[:13]
+    return sorted(
+        itertools.product(changes, repeat=count), key=lambda combination: sum(map(abs, combination))
+    )
 
 
 def _terms(symbol: str) -> list[str]:
-    """The parts of a sum such as `past + length`."""
-    return [part.strip() for part in symbol.split("+")]
+    """The terms of a sum such as `past + length`."""
+    return [term.strip() for term in symbol.split("+")]
+
+
+def _symbols_in(texts: Iterable[str]) -> list[str]:
+    """The terms of some sums, in their order and each once."""
+    symbols: dict[str, None] = {}
+    for text in texts:
+        symbols.update(dict.fromkeys(_terms(text)))
+    return list(symbols)
+
+
+def _symbols_about(condition: Condition, places: Mapping[Size, str]) -> set[str]:
+    """The symbols of the sizes that a condition speaks of."""
+    return set(_symbols_in(places.get(place, "") for place in condition.about))
+
+
+def _without_batch_and_past(symbols: Iterable[str]) -> list[str]:
+    """The symbols that are neither the batch nor a cache's length, nor numbers."""
+    return [symbol for symbol in symbols if symbol not in (BATCH, PAST) and not symbol.isdigit()]
 
 
 @lru_cache(4096)
 def _implied(condition: Condition, places: tuple[tuple[Size, str], ...]) -> bool:
     """Whether it holds for all that the symbols of its sizes may be, as far as trying tells."""
-    symbols = sorted({t for _, text in places for t in _terms(text) if not t.isdigit()})
+    place_to_text = dict(places)
+    symbols = [symbol for symbol in _symbols_in(place_to_text.values()) if not symbol.isdigit()]
+    symbols.sort()
+    tried: list[dict[str, int]] = []
+    for extents in itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4)):
+        tried.append(dict(zip(symbols, extents, strict=False)))
     turns = condition.turns()
-    tried = itertools.product((1, 2, 3, 8, 37, 10**9), repeat=min(len(symbols), 4))
-    values = [dict(zip(symbols, n, strict=False)) for n in tried]
-    values += [
-        {**dict.fromkeys(symbols, rest), s: n} for s in symbols for rest in (1, 2, 3) for n in turns
-    ]
-    return all(condition.holds({s: _extent(t, v) for s, t in places}) for v in values)
+    for symbol in symbols:
+        for others in (1, 2, 3):
+            for turn in turns:
+                tried.append({**dict.fromkeys(symbols, others), symbol: turn})
+    return all(condition.holds(_extents(place_to_text, values)) for values in tried)
+
+
+def _extents(places: Mapping[Size, str], values: Mapping[str, int]) -> dict[Size, int]:
+    """The number that every size is where symbols have these values."""
+    return {place: _extent(text, values) for place, text in places.items()}
 
 
 def _extent(symbol: str, values: Mapping[str, int]) -> int:
     """The value of a symbol, or of a sum of symbols and numbers."""
-    return sum(int(t) if t.isdigit() else values.get(t, 1) for t in _terms(symbol))
+    total = 0
+    for term in _terms(symbol):
+        total += int(term) if term.isdigit() else values.get(term, 1)
+    return total
 
 
 def default_dynamic(inputs: Inputs) -> dict[str, dict[int, str]]:
     """Dimension 0 of all, dimension 1 of integers, masks and 3-d floats; never height or width."""
-    first = next((s.shape[0] for s in inputs.specs if s.shape), None)
-    lengths = {s.shape[1] for s in inputs.specs if _has_length(s)} - {0}
-    result: dict[str, dict[int, str]] = {}
-    for s in inputs.specs:
-        if not s.shape:
+    batch = next((spec.shape[0] for spec in inputs.specs if spec.shape), None)
+    lengths = {spec.shape[1] for spec in inputs.specs if _has_length(spec)} - {0}
+    dynamic: dict[str, dict[int, str]] = {}
+    for spec in inputs.specs:
+        if not spec.shape:
             continue
-        if s.shape[0] == 0:
+        if spec.shape[0] == 0:
             raise LoraFxError(
-                f"the example for {s.name!r} has size 0: {list(s.shape)}", "give at least one row"
+                f"the example for {spec.name!r} has size 0: {list(spec.shape)}",
+                "give at least one row",
             )
-        dims = {0: BATCH if s.shape[0] in (first, 1) else f"{s.name}_0"}
-        # 1 is broadcast, and an empty part stays one
-        if _has_length(s) and s.shape[1] and not (s.shape[1] == 1 and not s.is_integer):
-            dims[1] = LENGTH if len(lengths) == 1 else f"{s.name}_length"
-        result[s.name] = dims
-    return result
+        dims = {0: f"{spec.name}_0"}
+        if spec.shape[0] in (batch, 1):
+            dims[0] = BATCH
+        if _has_free_length(spec):
+            dims[1] = LENGTH if len(lengths) == 1 else f"{spec.name}_length"
+        dynamic[spec.name] = dims
+    return dynamic
 
 
-def _has_length(s: Input) -> bool:
-    if s.is_integer or s.is_mask:
-        return len(s.shape) >= 2
-    return len(s.shape) == 3
+def _has_free_length(spec: Input) -> bool:
+    """Whether dimension 1 may have another size than the example's."""
+    if not _has_length(spec) or spec.shape[1] == 0:  # an empty dimension stays one
+        return False
+    is_broadcast = spec.shape[1] == 1 and not spec.is_integer
+    return not is_broadcast
+
+
+def _has_length(spec: Input) -> bool:
+    if spec.is_integer or spec.is_mask:
+        return len(spec.shape) >= 2
+    return len(spec.shape) == 3
 
 
 def merge_dynamic(
@@ -339,30 +447,43 @@ def merge_dynamic(
         dynamic: {input: {dimension: symbol}} or {input: (dimension, …)}.
         static: `NAME`, or `NAME:DIM`.
     """
-    result = {k: dict(v) for k, v in defaults.items()}
-    ranks = {s.name: len(s.shape) for s in inputs.specs}
-    for name, dims in (dynamic or {}).items():
+    merged = {name: dict(dims) for name, dims in defaults.items()}
+    ranks = {spec.name: len(spec.shape) for spec in inputs.specs}
+    for name, requested in (dynamic or {}).items():
         expect_input(name, ranks)
-        pairs = dims.items() if isinstance(dims, Mapping) else [(d, "") for d in dims]
-        for d, symbol in pairs:
-            d = int(d)
-            if not -ranks[name] <= d < ranks[name]:
-                raise LoraFxError(
-                    f"input {name!r} has {ranks[name]} dimensions, so there is no dimension {d}",
-                    "dimensions count from 0",
-                )
-            d %= ranks[name]
-            given = symbol if isinstance(symbol, str) else getattr(symbol, "__name__", "")
-            label = given or (BATCH if d == 0 else f"{name}_{d}")  # torch's Dim has a __name__
-            result.setdefault(name, {})[d] = label
+        symbols = requested if isinstance(requested, Mapping) else dict.fromkeys(requested, "")
+        for number, symbol in symbols.items():
+            dim = _dimension(name, int(number), ranks[name])
+            merged.setdefault(name, {})[dim] = _label(symbol) or _default_label(name, dim)
     for text in static:
-        name, colon, dim = text.partition(":")
+        name, colon, dim_text = text.partition(":")
         expect_input(name, ranks)
         if colon:
-            result.get(name, {}).pop(int(dim), None)
+            merged.get(name, {}).pop(int(dim_text), None)
         else:
-            result.pop(name, None)
-    return result
+            merged.pop(name, None)
+    return merged
+
+
+def _dimension(name: str, number: int, rank: int) -> int:
+    """The dimension of an input that a number means; negative ones count from the end."""
+    if not -rank <= number < rank:
+        raise LoraFxError(
+            f"input {name!r} has {rank} dimensions, so there is no dimension {number}",
+            "dimensions count from 0",
+        )
+    return number % rank
+
+
+def _label(symbol: object) -> str:
+    """The name of a symbol: a text, or torch's Dim."""
+    if isinstance(symbol, str):
+        return symbol
+    return str(getattr(symbol, "__name__", ""))
+
+
+def _default_label(name: str, dim: int) -> str:
+    return BATCH if dim == 0 else f"{name}_{dim}"
 
 
 OTHER_SIZES = (
@@ -384,16 +505,16 @@ def parse_dynamic(texts: Sequence[str]) -> dict[str, dict[int, str]]:
     >>> parse_dynamic(["x:0=batch,2=h", "ids:1"])
     {'x': {0: 'batch', 2: 'h'}, 'ids': {1: ''}}
     """
-    result: dict[str, dict[int, str]] = {}
+    dynamic: dict[str, dict[int, str]] = {}
     for text in texts:
         name, _, dims = text.partition(":")
         try:
-            for part in dims.split(","):
-                d, _, symbol = part.partition("=")
-                result.setdefault(name, {})[int(d)] = symbol
-        except ValueError as e:
+            for entry in dims.split(","):
+                dim, _, symbol = entry.partition("=")
+                dynamic.setdefault(name, {})[int(dim)] = symbol
+        except ValueError as error:
             raise LoraFxError(
                 f"--dynamic {text!r} is not NAME:DIM=SYMBOL,…",
                 "for example --dynamic x:0=batch,2=height",
-            ) from e
-    return result
+            ) from error
+    return dynamic

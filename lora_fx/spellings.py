@@ -11,7 +11,7 @@ from typing import TypeVar
 from lora_fx.errors import LoraFxError
 
 T = TypeVar("T")
-WRAPPERS = ("contextlib", "functools")
+WRAPPERS = ("contextlib", "dataclasses", "functools")
 """Modules whose frames stand between a decorated function and its caller."""
 
 

@@ -27,11 +27,12 @@ from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.layout import Layout, layout_of
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.view import Opaque, Permute, Region, Step, region_of, track
-from lora_fx.onnx import batch, row_axis
-from lora_fx.onnx.graph.flow import dtype_name
-from lora_fx.onnx.graph.ops import shares_ranges
+from lora_fx.onnx import row_axis, row_branches, row_guards
+from lora_fx.onnx.batch_inputs import add_inputs, batch_symbol
+from lora_fx.onnx.flat_rows import FlatRows
+from lora_fx.onnx.graph.coded_weights import shares_ranges
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
-from lora_fx.onnx.switch import Flat
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.target import applies, base_name, overlap, split_key, split_use, widen
 from lora_fx.text import Json
@@ -93,10 +94,10 @@ class Batch:
                 f"{min(missing)!r}: no matmul of the exported graph uses it",
                 "exclude the target from the adapters",
             )
-        symbol = batch.batch_symbol(graph.model)
+        symbol = batch_symbol(graph.model)
         states = row_axis.provenance(graph.model, symbol, {graph.activation(s) for s in sites})
         rows = [states.get(graph.activation(s), row_axis.SAME) for s in sites]
-        forms = [batch.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
+        forms = [row_branches.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
         for value in graph.model.graph.outputs:
             first = str(value.shape[0]) if value.shape else ""
             if first != symbol and states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
@@ -106,7 +107,7 @@ class Batch:
                 )
         if shares_ranges(graph.model):
             self._refuse_mixing(graph, symbol, sites)
-        own = batch.add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        own = add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
         uses = []
         alike: dict[object, list[ir.Value]] = {}  # A of the uses that read one value
         for site, row, form in zip(sites, rows, forms, strict=True):
@@ -116,11 +117,11 @@ class Batch:
             beside.append(a)
             uses.append((site, row, form, a, b, beside))
         for site, row, form, a, b, beside in uses:
-            e = batch.BatchEmitter(graph, site, own, row)
+            e = row_branches.BatchEmitter(graph, site, own, row)
             x, y = graph.activation(site), graph.output(site)
             graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
-        Flat(graph).heads()
-        batch.guard_outputs(graph, own.outside)
+        FlatRows(graph).flatten_layers()
+        row_guards.guard_outputs(graph, own.outside)
         content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
         graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
         return PassResult(graph, bool(sites))
@@ -175,7 +176,7 @@ class Batch:
             _joined({k: u[k] for k in mine}, source.shape, region, layout, site.gain)
             for u, mine in zip(self.adapters.values(), keys, strict=True)
         ]
-        stacks = batch.stack(pairs, form, work)
+        stacks = row_branches.stack(pairs, form, work)
         stem = key if form == "last" else f"{key}.{form}"
         same = (region, layout, site.gain, keys)
         if self._stems.setdefault(stem, same) != same:

@@ -25,9 +25,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
 from lora_fx.ir.graph import Role
 from lora_fx.ir.kinds import Embedding
+from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.switch import accumulate, settle
+from lora_fx.onnx.switch import put_factors
 from lora_fx.passes.base import PassResult
 from lora_fx.passes.find import find
 from lora_fx.passes.insert import Insert, changed
@@ -98,7 +99,7 @@ class Switch:
             left = any(getattr(s.kind, "form", "") == "left" for s in t.sites)
             direct = self._direct(t) and not left and t not in self.stored
             rank = self.rank or (0 if direct else 1)
-            slots[key] = settle(graph, t, rank, "" if self.rank else f"rank_{i}")
+            slots[key] = put_factors(graph, t, rank, "" if self.rank else f"rank_{i}")
         if not self.rank:
             accumulate(graph, slots.values())
         model.ir_version = max(model.ir_version, OLDEST_IR)

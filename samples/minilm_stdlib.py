@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import lora_fx
-from lora_fx.cli.demo_stages import topics
+from lora_fx.cli.demo_data import topics
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.load import minilm
 from lora_fx.fx.train.loop import Settings, fit

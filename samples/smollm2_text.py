@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import lora_fx
-from lora_fx.cli.demo_stages import topics
+from lora_fx.cli.demo_data import topics
 from lora_fx.onnx.session import open_session
 
 quick = "--quick" in sys.argv

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
 
 import lora_fx
-from lora_fx.cli.demo_stages import docstrings
+from lora_fx.cli.demo_data import docstrings
 from lora_fx.onnx.session import open_session
 
 quick = "--quick" in sys.argv

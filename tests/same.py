@@ -499,7 +499,7 @@ def lines_of(text: str) -> list[str]:
 
 def main() -> int:
     """Compare; 1 where anything differs."""
-    from lora_fx.cli.common import COMMANDS  # the process of the old code has its own
+    from lora_fx.cli.group import COMMANDS
 
     parser = argparse.ArgumentParser(prog="python -m tests.same")
     parser.add_argument("old", type=Path, help="a checkout")

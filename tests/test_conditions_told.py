@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import lora_fx
-from lora_fx.cli.common import group
+from lora_fx.cli.group import group
 from lora_fx.conditions import Condition, without_implied
 
 

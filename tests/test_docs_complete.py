@@ -10,7 +10,7 @@ from importlib import import_module
 import click
 import pytest
 
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from tests.test_docs import DOCS, JSON, PAGES, ROOT, blocks
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import click
 
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from tests.test_docs import PAGES, ROOT, blocks
 
 NOT_RUN = {

@@ -48,8 +48,9 @@ ORDER = (
     ("lora_fx.cli",),
 )
 LAZY = {
-    ("lora_fx.onnx.session", "lora_fx.formats.io"),
-    ("lora_fx.onnx.session", "lora_fx.formats.registry"),
+    ("lora_fx.onnx.feeds", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
+    ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
     ("lora_fx.files.safetensors", "lora_fx.fx.tensors"),
     ("lora_fx.files.tensor_files", "lora_fx.fx.tensors"),
 }
@@ -67,7 +68,7 @@ PRIVATE = {
     "dynamo": "lora_fx.fx.dynamo",
     ".pt2 files": "lora_fx.fx.pt2.serialised",
     "torch's ONNX exporter": "lora_fx.fx.onnx_exporter",
-    "onnxscript's rules": "lora_fx.onnx.rewriter",
+    "onnxscript's rules": "lora_fx.onnx.onnxscript_rules",
 }
 """Area → the one file that reads private modules of torch or onnxscript for it."""
 DOCUMENTED = {"torch._check"}
@@ -419,7 +420,7 @@ def test_public_names() -> None:
 
 
 def _commands() -> set[str]:
-    from lora_fx.cli.common import COMMANDS
+    from lora_fx.cli.group import COMMANDS
 
     return set(COMMANDS)
 
@@ -463,6 +464,7 @@ NODES = {
     "lora_fx.ir": 13_000,
     "lora_fx.onnx": 55_000,
     "lora_fx.onnx.graph": 18_000,
+    "lora_fx.onnx.rewrites": 4_000,
     "lora_fx.passes": 19_000,
     "lora_fx.passes.proofs": 25_000,
     "lora_fx.passes.verbs": 39_000,

@@ -21,8 +21,9 @@ from lora_fx.checkpoint.provenance import METADATA, history
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.fx.train.state import read_folder
+from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.manifest import PROPERTY, manifest_of
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import open_session
 from lora_fx.targets.plan import read_plan
 from tests.fixtures.old import IDS, net, small
 
@@ -82,7 +83,7 @@ def test_a_program_with_branches() -> None:
     captured = lora_fx.capture(str(OLD / "insert.pt2"))
     (low,) = captured.adapter.lowrank.values()
     fresh = lora_fx.insert(*small(), rank=2).adapter().lowrank["weight"]  # of the same seed
-    assert (low.layout, low.use, low.op) == (fresh.layout, fresh.use, fresh.op)
+    assert (low.layout, low.use, low.origin) == (fresh.layout, fresh.use, fresh.origin)
     assert low.alpha == 4.0 and not low.b.any()
     np.testing.assert_array_equal(low.a, fresh.a)
 

@@ -330,9 +330,9 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
     if target is None:
         raise LoraFxError(f"adapter key {key!r} is no target of the model", near(key, found.by_key))
     layout, use = target.layout, named or entry.use
-    lookup = entry.op == "embedding"
+    lookup = entry.origin.op == "embedding"
     if target.tied and entry.layout is None:  # a file names a module, so it means one use
-        if not entry.tied:  # there the file means all uses
+        if not entry.origin.tied:  # there the file means all uses
             use = use or target.named_use(key, lookup=lookup)
         if lookup:  # a lookup's in is the rows; the target's layout is the matmul's
             entry = variant_of(entry).turned(entry, key)
@@ -359,8 +359,8 @@ def _bind_lowrank(key: str, entry: LowRank, found: Found) -> tuple[str, LowRank]
         target = own
     several = target.of_several
     twins = tuple(target.parameter.aliases) if several else ()
-    entry = replace(entry, layout=layout, use=own_use(target.key), op=target.op)
-    return target.key, replace(entry, tied=several, twins=twins)
+    origin = replace(entry.origin, op=target.op, tied=several, twins=twins)
+    return target.key, replace(entry, layout=layout, use=own_use(target.key), origin=origin)
 
 
 def _of_dtype(key: str, entry: LowRank, dtype: str) -> LowRank:

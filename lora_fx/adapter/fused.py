@@ -18,6 +18,7 @@ from itertools import permutations
 import numpy as np
 
 from lora_fx.adapter.lowrank import Factors, LowRank, Updates, alpha_of
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
@@ -106,7 +107,8 @@ def sliced(low: LowRank, rows: Array) -> LowRank:
     alpha = alpha_of(part.scale, int(kept.sum()), part.variant)
     a = part.a[kept]
     b = np.ascontiguousarray(part.b[:, kept])
-    return replace(part, a=a, b=b, alpha=alpha, layout=None, frozen=0, layer=None)
+    origin = replace(part.origin, layer=None)
+    return replace(part, a=a, b=b, alpha=alpha, layout=None, frozen=0, origin=origin)
 
 
 def joined(key: str, out: int, pieces: Mapping[str, tuple[LowRank, Array]]) -> LowRank:
@@ -195,8 +197,9 @@ def place(
     result = dict(entries)
     modules: dict[str, dict[str, LowRank]] = {}
     for key, entry in entries.items():
-        if isinstance(entry, LowRank) and entry.op == "experts" and not entry.layout:
-            module = entry.layer.module if entry.layer else ""
+        if isinstance(entry, LowRank) and entry.origin.op == "experts" and not entry.layout:
+            layer = entry.origin.layer
+            module = layer.module if layer else ""
             modules.setdefault(module or key.rpartition(".")[0], {})[key] = entry
     for module, lows in modules.items():
         if not any(shape_of(name) for name in _names(module, lows)):
@@ -217,14 +220,16 @@ def place(
 
 def _names(module: str, lows: Updates) -> set[str]:
     """Every name that an entry may mean."""
-    maybe = ({f"{module}.{p}" for p in low.candidates} or {key} for key, low in lows.items())
+    maybe = (
+        {f"{module}.{leaf}" for leaf in low.origin.candidates} or {key} for key, low in lows.items()
+    )
     return set[str]().union(*maybe)
 
 
 def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]:
     for way in permutations(sorted(_names(module, lows)), len(lows)):
         named = list(zip(lows, lows.values(), way, strict=True))
-        if any(not low.candidates and key != name for key, low, name in named):
+        if any(not low.origin.candidates and key != name for key, low, name in named):
             continue
         stacked = any(len(shape_of(name) or ()) == 3 for name in way)
         for turned in (False, True) if stacked else (False,):
@@ -235,8 +240,8 @@ def _readings(module: str, lows: Updates, shape_of: Shapes) -> Iterator[Reading]
 def _fits(low: LowRank, name: str, shape: tuple[int, ...] | None, turned: bool) -> bool:
     """True where an update can be one of a parameter of this shape."""
     told: tuple[int, float] | None = (low.rank, low.alpha)
-    if low.candidates:
-        told = low.candidates.get(name.rpartition(".")[2])
+    if candidates := low.origin.candidates:
+        told = candidates.get(name.rpartition(".")[2])
     if shape is None or told is None or len(shape) not in (2, 3):
         return False
     rows = low.a.shape[-2] * (low.a.shape[0] if low.a.ndim == 3 else 1)
@@ -253,7 +258,8 @@ def _only(
     if order is not None and len({names for names, _ in found}) > 1:
         at = {name: i for i, name in enumerate(order)}
         # Depth 0 is the outermost, which PEFT wrapped last.
-        depth = [low.layer.depth if low.layer else 0 for low in lows]
+        layers = [low.origin.layer for low in lows]
+        depth = [layer.depth if layer else 0 for layer in layers]
         found = [
             (names, turned)
             for names, turned in found
@@ -283,15 +289,16 @@ def _only(
 def _placed(low: LowRank, name: str, shape: tuple[int, ...], turned: bool) -> LowRank:
     """An update with a, b, alpha and Layout of its parameter."""
     a, b, alpha = low.a, low.b, low.alpha
-    if low.candidates:
-        alpha = low.candidates[name.rpartition(".")[2]][1]
+    if candidates := low.origin.candidates:
+        alpha = candidates[name.rpartition(".")[2]][1]
+    origin = replace(low.origin, layer=None)
     if len(shape) == 2:
-        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), layer=None)
+        return replace(low, a=a, b=b, alpha=alpha, layout=plain_layout(shape), origin=origin)
     if a.ndim == 2:
         a, b = unpacked(a, b, len(a) // shape[0])
     out, in_ = ((2,), (1,)) if turned else ((1,), (2,))
     layout = Layout(shape, (0,), out, in_, shape)
-    return replace(low, a=a, b=b, alpha=alpha, layout=layout, layer=None)
+    return replace(low, a=a, b=b, alpha=alpha, layout=layout, origin=origin)
 
 
 def unpacked(a: Array, b: Array, rank: int) -> Factors:
@@ -413,9 +420,10 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
     """
     modules: dict[str, dict[str, LowRank]] = {}
     for key, low in entries.items():
-        if isinstance(low, LowRank) and low.op == "experts":
-            module = (low.layer and low.layer.module) or key.rpartition(".")[0]
-            if (set(low.candidates) or {key.rpartition(".")[2]}) <= {GATE_UP, DOWN}:
+        if isinstance(low, LowRank) and low.origin.op == "experts":
+            layer = low.origin.layer
+            module = (layer and layer.module) or key.rpartition(".")[0]
+            if (set(low.origin.candidates) or {key.rpartition(".")[2]}) <= {GATE_UP, DOWN}:
                 modules.setdefault(module, {})[key] = low
     result = dict(entries)
     for module, lows in modules.items():
@@ -424,7 +432,8 @@ def upright(entries: Mapping[str, Entry], family: Family | None, version: str) -
         for (old, low), (key, entry) in zip(lows.items(), placed.items(), strict=True):
             del result[old]
             assert isinstance(entry, LowRank)
-            entry = replace(entry, layout=low.layout, op="experts", layer=None)
+            origin = replace(entry.origin, op="experts", layer=None)
+            entry = replace(entry, layout=low.layout, origin=origin)
             result[key] = turned(entry) if swapped else entry
     return result
 
@@ -437,8 +446,9 @@ def _way(
         shapes = {}
         for key, leaf in zip(pair, (GATE_UP, DOWN), strict=True):
             low, name = lows[key], f"{module}.{leaf}"
-            rank = low.candidates.get(leaf, (low.rank, 0.0))[0]
-            if key == name or leaf in low.candidates:
+            candidates = low.origin.candidates
+            rank = candidates.get(leaf, (low.rank, 0.0))[0]
+            if key == name or leaf in candidates:
                 shapes[name] = (low.a.size // low.a.shape[-1] // rank, *low.shape[-2:])
         for step in (1, -1) if len(shapes) == 2 else ():
             (wide, hidden), (out, inner) = (shape[1:][::step] for shape in shapes.values())
@@ -446,7 +456,7 @@ def _way(
                 return shapes, step < 0
     bound = next(iter(lows.values())).layout
     said = bound.out == (2,) if bound else family.peft_turns(version) if family else None
-    if family is None or said is None or any(low.candidates for low in lows.values()):
+    if family is None or said is None or any(low.origin.candidates for low in lows.values()):
         what = f"{', '.join(lows)}: shapes alone do not tell which side of the experts is in"
         raise LoraFxError(f"{what}, and PEFT's releases differ in that", _TELL)
     return {}, said != family.transposed
@@ -525,7 +535,7 @@ def _stack(module: str, lows: Mapping[int, LowRank]) -> LowRank:
             what = "is missing" if n not in lows else "has another shape or scale than the first"
             raise _odd(f"{module}.{n} {what}; a stack has all experts, at one rank and scale")
     a, b = (np.stack([getattr(lows[n], half) for n in sorted(lows)]) for half in "ab")
-    return LowRank(a, b, first.alpha, None, first.variant, op="experts")
+    return LowRank(a, b, first.alpha, None, first.variant, origin=Origin(op="experts"))
 
 
 def _like(low: LowRank) -> tuple[object, ...]:
@@ -641,7 +651,8 @@ def laid(
                     one = LowRank(a, b, part.alpha, None, part.variant)
                     result[f"{module}.{n}.{name}.weight"] = one
             elif layout.split:
-                result[f"{module}.{name}.weight"] = replace(part, layout=None, op="experts")
+                origin = replace(part.origin, op="experts")
+                result[f"{module}.{name}.weight"] = replace(part, layout=None, origin=origin)
             else:
                 result[key] = _for_peft(low, layout.version, family)
     return _one_scale(result) if layout.server == "sglang" else result

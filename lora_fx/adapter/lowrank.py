@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+# Pickles of older versions name FileLayer in this module.
+from lora_fx.adapter.origin import OLDER_FIELDS, Origin, with_older_fields
+from lora_fx.adapter.origin import FileLayer as FileLayer
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.inputs import generator
 from lora_fx.ir.factor_product import product
@@ -21,28 +25,7 @@ from lora_fx.ir.layout import Layout
 from lora_fx.text import short
 
 
-@dataclass(frozen=True)
-class FileLayer:
-    """Where a file has an update that does not say by its key alone what it is of.
-
-    PEFT puts an update of a parameter (a stack of experts, say) into a layer around the module that
-    holds it, one in another for several parameters, and does not say which is which.
-
-    Attributes:
-        lead: The file's name of the layer.
-        of: How many layers there are around the module; 0 where it is none of these.
-        module: The module, where the key does not name a parameter.
-        depth: How many of the layers lie around this one.
-        candidates: Leaf name of each parameter that it may be → (rank, alpha) that it has then.
-    """
-
-    lead: str
-    of: int = 0
-    module: str = ""
-    depth: int = 0
-    candidates: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-
-
+@with_older_fields
 @dataclass(frozen=True)
 class LowRank:
     """One low-rank update ΔW = scale · b @ a.
@@ -59,14 +42,9 @@ class LowRank:
             them (`lora_fx.adapter.variant` has the stored axis by op). None for others.
         frozen: How many of the last ranks do not train. They are what a start from W or its
             gradient takes off, so that the base stays as it is.
-        op: The op that reads the weight (linear, addmm, conv2d, embedding, experts …), where that
-            is known. in of an embedding is its rows.
-        kernel: The kernel of a convolution, where it is known; in is C_in/groups · ∏kernel.
-        tied: True where it applies to all uses of a tensor that several modules share.
-        twins: Other names of that tensor in a file: what they name changes alike.
         mutated: The start (pissa, olora, kasa) that took its part off the base which the update
             is for; see `lora_fx.adapter.variant.residual`. Empty for the base as it is.
-        layer: Where a file has it, for `lora_fx.adapter.fused.place` and for writing it again.
+        origin: What its file or its model says of the tensor. No arithmetic reads it.
         variant_tensors: What its variant makes a and b of, by field (numbers are arrays without
             axes); see `lora_fx.adapter.base`. Empty where these are a and b themselves.
     """
@@ -79,22 +57,22 @@ class LowRank:
     use: str = ""
     magnitude: Array | None = None
     frozen: int = 0
-    op: str = field(default="", compare=False)
-    kernel: tuple[int, ...] = field(default=(), compare=False)
-    tied: bool = field(default=False, compare=False)
-    twins: tuple[str, ...] = field(default=(), compare=False)
     mutated: str = field(default="", compare=False)
-    layer: FileLayer | None = field(default=None, compare=False)
+    origin: Origin = field(default_factory=Origin, compare=False)
     variant_tensors: Mapping[str, Array] = field(default_factory=dict, compare=False)
 
     __repr__ = short
 
     def __setstate__(self, state: Mapping[str, object]) -> None:
-        """Take a pickle; an older one has no `variant_tensors`, and QA-LoRA's group as a field."""
-        fields = dict(state)
+        """Take a pickle; an older one has no `variant_tensors`, and QA-LoRA's group as a field.
+
+        One that is older than `origin` has its facts as fields.
+        """
+        fields: dict[str, Any] = dict(state)
         group = fields.pop("group", 0)
         tensors = {"group": np.asarray(group)} if group else {}
-        self.__dict__.update({"variant_tensors": tensors, **fields})
+        older = {name: fields.pop(name) for name in OLDER_FIELDS if name in fields}
+        self.__dict__.update({"variant_tensors": tensors, "origin": Origin(**older), **fields})
 
     @property
     def rank(self) -> int:
@@ -105,11 +83,6 @@ class LowRank:
     def scale(self) -> float:
         """alpha/rank, or alpha/√rank for rslora."""
         return scale_of(self.alpha, self.rank, self.variant)
-
-    @property
-    def candidates(self) -> Mapping[str, tuple[int, float]]:
-        """The parameters that it may be of, where its file does not say which; see FileLayer."""
-        return self.layer.candidates if self.layer else {}
 
     @property
     def shape(self) -> tuple[int, ...]:

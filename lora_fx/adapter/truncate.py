@@ -19,6 +19,7 @@ from lora_fx.adapter import lowrank
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.base import plain
 from lora_fx.adapter.lowrank import LowRank, Triplets
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, is_plain, name_of
 from lora_fx.adapter.variant import LEARNS, variant_of
 from lora_fx.dtypes import Array
@@ -377,11 +378,11 @@ def as_lora(
         low = _best(delta, rank, energy)
         if isinstance(entry, LowRank):
             # Its numbers alone are others: where it applies, and how it lies there, stays.
-            place = {name: getattr(entry, name) for name in ("layout", "use", "tied", "twins")}
-            low = replace(low, **place)
-        entries[key] = replace(
-            low, kernel=getattr(entry, "kernel", ()), op=getattr(entry, "op", "")
-        )
+            origin = replace(entry.origin, layer=None)
+            low = replace(low, layout=entry.layout, use=entry.use, origin=origin)
+        elif isinstance(entry, (Hadamard, Kronecker)):
+            low = replace(low, origin=Origin(kernel=entry.kernel))
+        entries[key] = low
         error = math.sqrt(lowrank.squared_distance(delta, low.a, low.b))
         norm = float(np.linalg.norm(delta.astype(np.float64)))
         rows.append(Approximated(key, name_of(entry), low.rank, norm, error))

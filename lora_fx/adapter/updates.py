@@ -19,7 +19,8 @@ from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.adapter.variant import VARIANTS, named_variant, variant_of
 from lora_fx.dtypes import Array
 from lora_fx.ir.layout import Layout
@@ -165,6 +166,20 @@ Entry = Change | Full | ReplacedRows
 """Whatever an adapter can hold under a key."""
 
 
+def is_tied(entry: Entry) -> bool:
+    """True for an update of all uses of a tensor that several modules share."""
+    if isinstance(entry, LowRank):
+        return entry.origin.tied
+    return isinstance(entry, Full) and entry.tied
+
+
+def twins_of(entry: Entry) -> tuple[str, ...]:
+    """Other names of the tensor of an update, where they are known."""
+    if isinstance(entry, LowRank):
+        return entry.origin.twins
+    return entry.twins if isinstance(entry, Full) else ()
+
+
 def is_plain(entry: Entry) -> bool:
     """True for a whole tensor or s·b·a on the base as it is: what a graph can hold."""
     if isinstance(entry, LowRank) and variant_of(entry).reads_weight:
@@ -175,7 +190,7 @@ def is_plain(entry: Entry) -> bool:
 def is_on_base(entry: Entry) -> bool:
     """True for a whole tensor, or a low-rank update of one tensor of the base as it is."""
     if isinstance(entry, LowRank):
-        return not entry.mutated and not entry.candidates
+        return not entry.mutated and not entry.origin.candidates
     return isinstance(entry, Full)
 
 
@@ -184,8 +199,8 @@ def name_of(entry: Entry) -> str:
     if isinstance(entry, LowRank):
         if entry.mutated:
             return f"meant for a base that {entry.mutated} changed"
-        if entry.candidates:
-            return f"of one of the parameters {', '.join(entry.candidates)}"
+        if entry.origin.candidates:
+            return f"of one of the parameters {', '.join(entry.origin.candidates)}"
         if entry.variant.partition(":")[0] not in VARIANTS:  # of a pickle of another process
             return entry.variant
         variant = variant_of(entry)
@@ -201,10 +216,11 @@ def name_of(entry: Entry) -> str:
 # updates:
 #
 # =========================  ================================================================
-# op, kernel, mutated        the fields of these names
-# tied                       true, or the list of `twins`
-# lead, of                   of `layer`
-# module, depth, candidates  of `layer`, where the key does not name a parameter
+# mutated                    the field of this name
+# op, kernel                 of `origin`
+# tied                       true, or the list of `origin.twins`
+# lead, of                   of `origin.layer`
+# module, depth, candidates  of `origin.layer`, where the key does not name a parameter
 # group and the like         what the variant says: see `lora_fx.adapter.base.Variant.facts`
 # =========================  ================================================================
 
@@ -269,9 +285,10 @@ def _extra(entry: Change) -> Json:
     if not isinstance(entry, LowRank):
         kernel = list(entry.kernel)
         return {"op": f"conv{len(kernel)}d", "kernel": kernel} if kernel else {}
-    facts: Json = {"op": entry.op, "kernel": list(entry.kernel)}
-    facts |= {"tied": list(entry.twins) or entry.tied, "mutated": entry.mutated}
-    layer = entry.layer or FileLayer("")
+    origin = entry.origin
+    facts: Json = {"op": origin.op, "kernel": list(origin.kernel)}
+    facts |= {"tied": list(origin.twins) or origin.tied, "mutated": entry.mutated}
+    layer = origin.layer or FileLayer("")
     facts |= {"lead": layer.lead, "of": layer.of, **variant_of(entry).facts(entry)}
     found = {name: value for name, value in facts.items() if value}
     if layer.candidates:
@@ -284,18 +301,14 @@ def _facts(entry: LowRank | Hadamard | Kronecker, extra: JsonView) -> Json:
     kernel = tuple(int(n) for n in extra.get("kernel", ()))
     if not isinstance(entry, LowRank):
         return {"kernel": kernel}
-    tied, layer = extra.get("tied"), None
+    tied = extra.get("tied")
+    layer = None
     if "lead" in extra:
         lead, module = str(extra["lead"]), str(extra.get("module", ""))
         of, depth = int(extra.get("of", 0)), int(extra.get("depth", 0))
         pairs = extra.get("candidates", {}).items()
         candidates = {str(k): (int(r), float(s)) for k, (r, s) in pairs}
         layer = FileLayer(lead, of, module, depth, candidates)
-    return {
-        "op": str(extra.get("op", "")),
-        "kernel": kernel,
-        "tied": bool(tied),
-        "twins": tuple(str(name) for name in tied) if isinstance(tied, list) else (),
-        "mutated": str(extra.get("mutated", "")),
-        "layer": layer,
-    }
+    twins = tuple(str(name) for name in tied) if isinstance(tied, list) else ()
+    origin = Origin(str(extra.get("op", "")), kernel, bool(tied), twins, layer)
+    return {"origin": origin, "mutated": str(extra.get("mutated", ""))}

@@ -42,6 +42,7 @@ from lora_fx.adapter.lowrank import (
     of_parts,
     scale_of,
 )
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.qalora import QaLora
 from lora_fx.dtypes import Array, NumpyDtype, factor_dtype, widened
 from lora_fx.errors import LoraFxError, MisfitError, MistakeError, expect, expect_name
@@ -375,7 +376,7 @@ def initial(
         a, b = _start(target, fitted.rank, scale, seed, init, source)
         low = LowRank(a, b, fitted.alpha, target.layout, variant, own_use(key))
         twins = tuple(target.parameter.aliases) if target.of_several else ()
-        low = replace(low, op=target.op, tied=target.of_several, twins=twins)
+        low = replace(low, origin=Origin(op=target.op, tied=target.of_several, twins=twins))
         if b.any() and init != "orthogonal":
             low = _with_frozen(low, scale, a, b)  # so that it is zero
         updates[key] = kind.prepared(low, Beginning(key, seed, weight))

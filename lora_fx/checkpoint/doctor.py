@@ -185,7 +185,7 @@ def _rows(pair: Pair, key: str) -> tuple[int, int] | None:
         have, width = entry.value.shape
     elif isinstance(entry, LowRank) and entry.a.ndim == 2:
         out, in_ = entry.shape
-        have, width = (in_, out) if entry.op == "embedding" else (out, in_)
+        have, width = (in_, out) if entry.origin.op == "embedding" else (out, in_)
     else:
         return None
     return (have, rows) if width == dim and have != rows else None

@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, above_noise, balanced, leading, squared_distance
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.checkpoint.match import check_scaled, tie_of
@@ -255,7 +256,8 @@ def _update(use: TensorUse, factors: Sequence[tuple[Array, Array]]) -> LowRank:
     if not use.lead:
         a, b = a[0], b[0]
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
-    return LowRank(a, b, float(b.shape[-1]), use.layout, op=use.op, tied=use.tied)
+    origin = Origin(op=use.op, tied=use.tied)
+    return LowRank(a, b, float(b.shape[-1]), use.layout, origin=origin)
 
 
 def _notes(

@@ -17,7 +17,16 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter, means_all
 from lora_fx.adapter.fused import IN_OUT_EXPERTS, ExpertLayout, experts_of, family_of, laid, place
 from lora_fx.adapter.lowrank import Full, LowRank
-from lora_fx.adapter.updates import Change, Dense, Entry, ReplacedRows, Rotation, name_of
+from lora_fx.adapter.updates import (
+    Change,
+    Dense,
+    Entry,
+    ReplacedRows,
+    Rotation,
+    is_tied,
+    name_of,
+    twins_of,
+)
 from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.loaded_names import Stack
 from lora_fx.checkpoint.model_families import (
@@ -175,8 +184,8 @@ def stored_names(key: str, entry: Entry, rename: Renaming) -> list[str]:
     """
     use = use_of(key, entry)
     name = rename(use if use in rename.tensors else base_name(key))  # the alias it acts through
-    twins = map(rename, entry.twins) if isinstance(entry, LowRank | Full) else ()
-    return [n for n in (name, *twins) if n in rename.tensors]
+    names = [name, *map(rename, twins_of(entry))]
+    return [candidate for candidate in names if candidate in rename.tensors]
 
 
 def stacked(adapter: Adapter, rename: Renaming) -> Adapter:
@@ -196,7 +205,7 @@ def laid_for(adapter: Adapter, layout: ExpertLayout, base: str | None, kind: str
     if base:
         config = config_of(base)
         types = types or model_types(config) or frozenset({""})  # of no family
-        if any(low.op == "experts" for low in adapter.lowrank.values()):
+        if any(low.origin.op == "experts" for low in adapter.lowrank.values()):
             rename = renaming(adapter, open_checkpoint(base).tensors, config, [])
             # parameters that are one matrix, such as routers, stay as PEFT has them
             sizes = {k: rename.shape(k) or () for k in adapter.entries}
@@ -362,7 +371,7 @@ def _piece(key: str, entry: Entry, expert: int, rows: slice, stack: Stack) -> En
     else:
         a = a[:, rows]
         layout = plain_layout((a.shape[1], len(b))).transposed()
-    return replace(entry, a=a, b=b, layout=layout, op="")
+    return replace(entry, a=a, b=b, layout=layout, origin=replace(entry.origin, op=""))
 
 
 # Square weights that are stored [in, out], where their shape cannot tell.
@@ -378,7 +387,7 @@ Votes = dict[tuple[int, str, str], set[bool]]
 
 def lookup(entry: Entry) -> bool:
     """True for an update of a table that is looked up."""
-    return isinstance(entry, LowRank) and entry.op == "embedding"
+    return isinstance(entry, LowRank) and entry.origin.op == "embedding"
 
 
 def turned_weights(
@@ -540,7 +549,7 @@ def check_unknown(placed: Iterable[Placed], tie: Tie | None, base: Checkpoint) -
     others = {t.shape[0] for n, t in tensors.items() if n not in heads and len(t.shape) == 2}
     for p in placed:
         shape = tensors[p.tensor].shape if p.tensor in tensors else ()
-        of_both = isinstance(p.entry, LowRank) and p.entry.tied
+        of_both = isinstance(p.entry, LowRank) and is_tied(p.entry)
         looked_up = isinstance(p.entry, ReplacedRows) or lookup(p.entry)
         if p.tensor in heads and shape[0] not in others and not of_both:
             raise LoraFxError(
@@ -561,7 +570,7 @@ def both(p: Placed, tie: Tie, placed: Iterable[Placed]) -> bool:
     """True for an update of both uses at once; rows of tokens are PEFT's for table and head."""
     if isinstance(p.entry, ReplacedRows):
         return not any(isinstance(q.entry, ReplacedRows) and q.tensor == tie.head for q in placed)
-    return isinstance(p.entry, LowRank | Full) and p.entry.tied
+    return is_tied(p.entry)
 
 
 def one_change(placed: Sequence[Placed], tie: Tie) -> list[Placed]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.checkpoint.match import match, stacked, stored_names, tie_and_names
@@ -261,7 +262,7 @@ class Raw:
             alpha = pattern.of(key.removesuffix(".weight"))
         alpha = math.nan if alpha is None else alpha
         variant = "rslora" if self.config.get("use_rslora") else "lora"
-        low = LowRank(a, b, alpha, None, variant, op=op, kernel=kernel)
+        low = LowRank(a, b, alpha, None, variant, origin=Origin(op, kernel))
         size = group_of(self.config, low.a, f"{self.file}: {key!r}") if part.kind == "linear" else 0
         return grouped(low, size) if size > 0 else low
 

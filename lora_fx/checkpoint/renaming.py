@@ -129,7 +129,7 @@ def absent_of(adapter: Adapter, rename: Renaming) -> dict[str, str]:
         return {}
     names = list(adapter.entries)
     for low in adapter.lowrank.values():  # other names of the same tensor
-        names += [low.use, *low.twins]
+        names += [low.use, *low.origin.twins]
     adapted = [base_name(name).removesuffix(".weight") for name in names]
     apart = any(_EXPERT.search(name) for name in adapted)
     weights = [n for n, t in rename.tensors.items() if n.endswith(".weight") and len(t.shape) > 1]
@@ -353,7 +353,8 @@ def _linear(key: str, entry: Entry, others: Mapping[str, Entry]) -> LowRank:
     if (bias := f"{key.removesuffix('weight')}bias") in others:
         raise LoraFxError(f"{bias!r} is trained too, and cannot move with {key!r}", "--exclude it")
     if isinstance(entry, LowRank) and is_on_base(entry) and variant_of(entry).rows_apart:
-        odd = entry.kernel or entry.tied or entry.use or entry.op in ("embedding", "experts")
+        origin = entry.origin
+        odd = origin.kernel or origin.tied or entry.use or origin.op in ("embedding", "experts")
         if entry.a.ndim == 2 and not odd:
             return entry
     raise LoraFxError(

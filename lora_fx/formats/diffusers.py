@@ -34,6 +34,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -136,7 +137,8 @@ def _entries(module: str, parts: Arrays, configs: _Configs, file: File) -> dict[
         file.vector(f"{module}.{part}", parts[part], len(b)) if part in parts else None
         for part in ("lora_magnitude_vector", "lora_B.bias")
     )
-    low = LowRank(a, b, number, variant=variant, magnitude=length, op=op, kernel=kernel)
+    origin = Origin(op, kernel)
+    low = LowRank(a, b, number, variant=variant, magnitude=length, origin=origin)
     own: dict[str, Entry] = {f"{module}.weight": low}
     return own if bias is None else {**own, f"{module}.bias": Dense(bias, low.scale)}
 

@@ -49,6 +49,7 @@ import numpy as np
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import experts_of
 from lora_fx.adapter.lowrank import Factors, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
@@ -249,8 +250,8 @@ def _updates(
         raise file.error(stem, f"has {shapes}; expected [r, in] and [out, r], E before of experts")
     alpha = alpha or float(b.shape[-1])
     if whole:
-        op = "embedding" if whole == _TABLE else ""
-        return {f"{whole}.weight": LowRank(a, b, alpha, op=op)}
+        origin = Origin(op="embedding" if whole == _TABLE else "")
+        return {f"{whole}.weight": LowRank(a, b, alpha, origin=origin)}
     key = f"model.layers.{int(block)}.{module}"
     if axes == 2:
         return {f"{key}.weight": LowRank(a, names.turned(b, key, file, to_halves), alpha)}
@@ -307,10 +308,10 @@ def _plain(key: str, entry: Entry, names: _Names) -> LowRank:
     """The update, where llama.cpp can apply it."""
     if not isinstance(entry, LowRank) or not is_plain(entry):
         raise _refused(key, f"it is {name_of(entry)}")
-    if entry.kernel or entry.use or "@" in key or key.endswith("]"):
+    if entry.origin.kernel or entry.use or "@" in key or key.endswith("]"):
         raise _refused(key, "it is of a convolution, or of a part or one use of the tensor")
     tied = names.config.get("tie_word_embeddings") or "gemma" in names.architecture
-    if (tied or entry.tied) and key in (f"{_HEAD}.weight", f"{_TABLE}.weight"):
+    if (tied or entry.origin.tied) and key in (f"{_HEAD}.weight", f"{_TABLE}.weight"):
         raise _refused(key, "the model has one table for embedding and head", "--exclude it")
     return entry
 
@@ -322,7 +323,7 @@ def _parts(
     a, b = low.a, low.b
     if name := _WHOLE.get(key.removesuffix(".weight")):
         if _TABLE in key:
-            looked_up = low.layout.out == (1,) if low.layout else low.op == "embedding"
+            looked_up = low.layout.out == (1,) if low.layout else low.origin.op == "embedding"
             a, b = (a.T, b) if looked_up else (b, a.T)
         yield name, -1, a, b
         return

@@ -213,7 +213,8 @@ def load_adapter(
     file = tensor_file(Path(local(path, files=FORMATS.files_of_folders)))
     base = local(base) if base else None
     if file.suffix == ".onnx":
-        from lora_fx.onnx.manifest import adapter_in  # needs onnx_ir, which the others do without
+        # needs onnx_ir, which the others do without
+        from lora_fx.onnx.inserted_branches import adapter_in
 
         return adapter_in(file)
     if most is not None:

@@ -34,6 +34,7 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -156,7 +157,7 @@ def _lowrank(module: str, parts: dict[str, Array], alpha: float | None, file: Fi
             )
         magnitude = magnitude.reshape(-1)
     alpha = alpha or float(len(down))
-    return LowRank(a, b, alpha, magnitude=magnitude, op=op, kernel=kernel)
+    return LowRank(a, b, alpha, magnitude=magnitude, origin=Origin(op, kernel))
 
 
 def _unknown(name: str, file: File) -> LoraFxError:

@@ -61,7 +61,7 @@ class OnnxAdapter(Format):
         Raises:
             LoraFxError: A damaged file, half a pair, shapes that do not fit.
         """
-        from lora_fx.onnx.manifest import SERVED, read_file
+        from lora_fx.onnx.runtime_adapter import SERVED, read_file
 
         file = File(str(path))
         tensors, versions = read_file(path)
@@ -91,7 +91,7 @@ class OnnxAdapter(Format):
         Raises:
             LoraFxError: What the format cannot say, by key; names that clash.
         """
-        from lora_fx.onnx.manifest import write_file
+        from lora_fx.onnx.runtime_adapter import write_file
 
         tensors: dict[str, Array] = {}
         for key, entry in adapter.entries.items():
@@ -109,7 +109,8 @@ class OnnxAdapter(Format):
 
     def write_for(self, graph: str, adapter: Adapter, path: Path) -> tuple[str, ...]:
         """Write a file with the names, shapes and dtypes of a switchable file's manifest."""
-        from lora_fx.onnx.manifest import manifest_of, write_adapter
+        from lora_fx.onnx.manifest import manifest_of
+        from lora_fx.onnx.runtime_adapter import write_adapter
 
         write_adapter(adapter, manifest_of(graph), path)
         return ()

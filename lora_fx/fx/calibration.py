@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import Door, program_key
+from lora_fx.fx.capture.call import program_key
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.door import Door
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import padding
@@ -128,7 +129,7 @@ class Watched(CapturedModule):
             self.train()  # a file with a train program only
 
     def _run(self, args: Sequence[Any], kwargs: Named) -> Any:
-        named = self.captured.signature.bind(args, kwargs)
+        named = self._programs.captured.signature.bind(args, kwargs)
         leaves = tree_leaves(named)
         key = program_key(named, leaves)
         if key not in self._watching:
@@ -142,7 +143,7 @@ class Watched(CapturedModule):
         return tree_unflatten(list(out), spec)
 
     def _watch(self, named: Named) -> tuple[fx.Graph, tuple[Tap, ...], Door, TreeSpec]:
-        traced = self.captured.traced(self.training, named, self._dtype)
+        traced = self._programs.captured.traced(self.training, named, self._dtype)
         graph = self._graph(self.training, named)
         taps = []
         for site, keys in self._choose(graph):

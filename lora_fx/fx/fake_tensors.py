@@ -1,7 +1,8 @@
 """Tensors without values: the facade of `torch._subclasses`, `torch._guards` and their kin.
 
 A fake tensor has a shape, a dtype and a device, and belongs to one mode; operators on it give fake
-tensors of that mode. Sizes that are symbols are in `symbolic_sizes`. Tried with torch 2.13.
+tensors of that mode. Sizes that are symbols are in `symbolic_sizes`.
+Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The parts of torch's ONNX exporter: the facade of `torch.onnx._internal`.
 
 Its table of operators, which dtypes it promotes, and how it translates a node. All of it is
-imported on first use. Tried with torch 2.13.
+imported on first use. Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sizes that are symbols: the facade of torch's symbolic shapes and of its printer of formulas.
 
 A `ShapeEnv` holds the symbols of one trace, and what was learnt about them. Sympy is loaded with
-this file. Tried with torch 2.13.
+this file. Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -14,20 +14,24 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 
 from lora_fx.errors import LoraFxError, one_line, silenced
-from lora_fx.fx.capture.call import leaf_names, onnx_name, output_name, symbols_of
-from lora_fx.fx.capture.trace import Traced, export_program, recurrent_shapes
+from lora_fx.fx.capture.call import leaf_names
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import onnx_name, output_name, symbols_of
+from lora_fx.fx.capture.trace import export_program, recurrent_shapes
 from lora_fx.fx.codes import DEQUANTISE, LEVELS, bits_of, dequantised
 from lora_fx.fx.graph.attention import SHARED
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, dtype_of, hint, random_ops, reached, shape_of, value
 from lora_fx.fx.lowering import lowered, program_of, without_writes
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.onnx_exporter import table_read_once, translated_once, typed_by_values
 from lora_fx.fx.tensors import from_numpy, has_values, named_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import give_own_names, mark_data, unfolded
-from lora_fx.onnx.rewriter import (
+from lora_fx.onnx.constant_folding import mark_data, unfolded
+from lora_fx.onnx.names import give_own_names
+from lora_fx.onnx.onnxscript_rules import (
     constants_apart,
     exact_constants,
     inferred_once,
@@ -65,7 +69,7 @@ def to_onnx(
     """
     import onnx_ir as ir
 
-    captured = module.captured
+    captured = execution_of(module).captured
     graph = module.graph(False, portable=True)
     captured.allows(False)
     if drawn := random_ops(graph.graph):
@@ -75,13 +79,13 @@ def to_onnx(
         )
     weights = {name: _lifted(graph, t) for name, t in (apart or {}).items()}
     make_portable(graph.graph)
-    traced = captured.traced(False, captured.named, module.base_dtype)
+    traced = captured.traced(False, captured.named, execution_of(module).base_dtype)
     flat, names, outputs = flat_program(module, graph.graph, traced, all_outputs=False)
     free = traced.door.free(captured.requested)
     tensors = _representative(module, free)
     dims = (*({d: Dim.AUTO for d in s} or None for s in free.values()), *(None for _ in weights))
     own = {n for n, _ in captured.model.named_parameters(remove_duplicate=False)}
-    if module.base_dtype is torch.bfloat16:
+    if execution_of(module).base_dtype is torch.bfloat16:
         own |= set(getattr(module, "unrounded", ()))  # which are still to become float32
 
     def program() -> ExportedProgram:
@@ -107,12 +111,12 @@ def _representative(module: CapturedModule, free: Mapping[str, Collection[int]])
     strides, may be 1: torch then takes it for one that is repeated, and writes shapes into the file
     that no other length has.
     """
-    example = module._in_own_dtype()
+    example = execution_of(module).in_own_dtype()
     tensors = [x for x in tree_leaves(example) if isinstance(x, Tensor)]
     sizes = dict(zip(leaf_names(example), tree_leaves(example), strict=True))
     single = any(sizes[name].shape[d] == 1 for name, dims in free.items() for d in dims)
     if single or not all(map(has_values, tensors)):
-        return [x for x in tree_leaves(module.sample()) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(execution_of(module).sample()) if isinstance(x, Tensor)]
     return tensors
 
 
@@ -192,7 +196,7 @@ def flat_program(
         all_outputs: Keep the outputs that are no tensors.
         named: The arguments that it was made for; those of the capture without them.
     """
-    leaves = tree_leaves(module.captured.named if named is None else dict(named))
+    leaves = tree_leaves(execution_of(module).captured.named if named is None else dict(named))
     names = []
     places = [n for n in graph.nodes if n.op == "placeholder"]
     for place, name, leaf in zip(places, traced.door.names, leaves, strict=False):

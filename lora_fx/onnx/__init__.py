@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_fx.onnx.session import Session, TrainSession
+    from lora_fx.onnx.adapter_session import Session
+    from lora_fx.onnx.train_session import TrainSession
 
 __all__ = ["Session", "TrainSession"]
 
@@ -17,8 +18,12 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        from lora_fx.onnx import session
+    if name == "Session":
+        from lora_fx.onnx.adapter_session import Session
 
-        return getattr(session, name)
+        return Session
+    if name == "TrainSession":
+        from lora_fx.onnx.train_session import TrainSession
+
+        return TrainSession
     raise AttributeError(f"module 'lora_fx.onnx' has no attribute {name!r}")

@@ -7,19 +7,18 @@ is the mean of so many runs that it lasts about 5 ms.
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
-from typing import TypeVar
 
 from lora_fx.compare import sizes_text
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.onnx.load import checked
-from lora_fx.onnx.session import RuntimeSession, open_session, signature
+from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.signature import signature
+from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from lora_fx.text import Json
 
 SIZES = ((1, 8), (1, 32))
@@ -30,9 +29,13 @@ CONTROL = "again"
 
 @dataclass(frozen=True)
 class Timings:
-    """All samples at one size: {name: [Sample, …]}; the first is the baseline, the second it again.
+    """All samples at one size.
 
-    `repeats` is the number of runs that one sample is the mean of.
+    Attributes:
+        sizes: The shapes of the inputs by name.
+        repeats: The number of runs that one sample is the mean of.
+        samples: Name of a model → its samples. The first model is the baseline, and the second one
+            is the baseline again, as a control.
     """
 
     sizes: Mapping[str, tuple[int, ...]]
@@ -41,42 +44,52 @@ class Timings:
 
     def rows(self) -> list[Json]:
         """One row for each model, with `cpu` and `wall` as `summary` gives them."""
-        first = next(iter(self.samples.values()))
-
-        def seconds(samples: Sequence[Sample], clock: str) -> list[float]:
-            return [getattr(s, clock) for s in samples]
-
-        return [
-            {"model": name}
-            | {c: summary(seconds(mine, c), seconds(first, c)) for c in ("cpu", "wall")}
-            for name, mine in self.samples.items()
-        ]
+        base = next(iter(self.samples.values()))
+        base_cpu = [sample.cpu for sample in base]
+        base_wall = [sample.wall for sample in base]
+        rows: list[Json] = []
+        for name, samples in self.samples.items():
+            cpu = summary([sample.cpu for sample in samples], base_cpu)
+            wall = summary([sample.wall for sample in samples], base_wall)
+            rows.append({"model": name, "cpu": cpu, "wall": wall})
+        return rows
 
     def to_json(self) -> Json:
         """One row of `timings[]`."""
         return {
-            "sizes": {k: list(v) for k, v in self.sizes.items()},
+            "sizes": {name: list(shape) for name, shape in self.sizes.items()},
             "repeats": self.repeats,
             "rows": self.rows(),
         }
 
     def __str__(self) -> str:
         """A table, in milliseconds."""
-        sizes = sizes_text(self.sizes)
-        wide = max(len(n) for n in self.samples)
+        width = max(map(len, self.samples))
         lines = [
-            f"{sizes} ({self.repeats} runs a sample)",
-            f"  {'ms':{wide}}   cpu    min  ratio  min r  95 %          wall    min  ratio",
+            f"{sizes_text(self.sizes)} ({self.repeats} runs a sample)",
+            f"  {'ms':{width}}   cpu    min  ratio  min r  95 %          wall    min  ratio",
         ]
-        for row in self.rows():
-            cpu, wall = row["cpu"], row["wall"]
-            span = "" if cpu["lower"] is None else f"{cpu['lower']:.2f}-{cpu['upper']:.2f}"
-            lines.append(
-                f"  {row['model']:{wide}} {cpu['median'] * 1e3:6.2f} {cpu['min'] * 1e3:6.2f} "
-                f"{cpu['ratio']:6.2f} {cpu['min_ratio']:6.2f}  {span:11} "
-                f"{wall['median'] * 1e3:6.2f} {wall['min'] * 1e3:6.2f} {wall['ratio']:6.2f}"
-            )
+        lines += [_table_line(row, width) for row in self.rows()]
         return "\n".join(lines)
+
+
+def _table_line(row: Json, width: int) -> str:
+    """A row of `Timings.rows` as a line of the table, the model's name `width` characters wide."""
+    cpu = row["cpu"]
+    wall = row["wall"]
+    interval = ""
+    if cpu["lower"] is not None:
+        interval = f"{cpu['lower']:.2f}-{cpu['upper']:.2f}"
+    columns = [
+        _aligned(cpu["median"] * 1e3, cpu["min"] * 1e3, cpu["ratio"], cpu["min_ratio"]),
+        f" {interval:11}",
+        _aligned(wall["median"] * 1e3, wall["min"] * 1e3, wall["ratio"]),
+    ]
+    return f"  {row['model']:{width}} {' '.join(columns)}"
+
+
+def _aligned(*numbers: float) -> str:
+    return " ".join(f"{number:6.2f}" for number in numbers)
 
 
 def bench(
@@ -110,15 +123,19 @@ def bench(
         raise LoraFxError("no file to time", "bench A.onnx B.onnx")
     for file in files:
         checked(file)
-    opened = _sessions([fspath(f) for f in files], provider, threads)
-    found, seen = [], set()
-    for size in sizes if inputs is None else sizes[:1]:
-        feeds = {n: _feeds(n, s, size, inputs) for n, s in opened.items()}
-        shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
-        if tuple(shapes.items()) not in seen:
-            seen.add(tuple(shapes.items()))
-            found.append(time_sessions(opened, feeds, rounds, warmup))
-    return found
+    sessions = _sessions([fspath(file) for file in files], provider, threads)
+    if inputs is not None:
+        sizes = sizes[:1]
+
+    timings: list[Timings] = []
+    timed_shapes: list[dict[str, tuple[int, ...]]] = []
+    for size in sizes:
+        feeds = {name: _feeds(name, session, size, inputs) for name, session in sessions.items()}
+        shapes = _shapes(next(iter(feeds.values())))
+        if shapes not in timed_shapes:
+            timed_shapes.append(shapes)
+            timings.append(time_sessions(sessions, feeds, rounds, warmup))
+    return timings
 
 
 def time_sessions(
@@ -132,124 +149,52 @@ def time_sessions(
 
     `seconds` is how long a sample of the first one shall last.
     """
-    shapes = {k: v.shape for k, v in next(iter(feeds.values())).items()}
-    first, second = 0.0, math.inf
-    for name, session in opened.items():
+    shapes = _shapes(next(iter(feeds.values())))
+    runs = {name: partial(session.run, feeds[name]) for name, session in opened.items()}
+
+    seconds_of_a_run: list[float] = []
+    for name, run in runs.items():
         try:
-            one = [timed(partial(session.run, feeds[name])).wall for _ in range(2)]
+            run()  # the first one is slower
+            seconds_of_a_run.append(timed(run).wall)
         except Exception as e:  # the runtime's exceptions have no common base
-            text = ", ".join(f"{k} {list(v.shape)}" for k, v in feeds[name].items())
+            shown = ", ".join(f"{key} {list(array.shape)}" for key, array in feeds[name].items())
             raise LoraFxError(
-                f"{name}: does not run at {text}: {one_line(e, 160)}",
+                f"{name}: does not run at {shown}: {one_line(e, 160)}",
                 "--size BATCH,LENGTH, or give real data with --inputs",
             ) from e
-        if not first:
-            first, second = one
-    repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / max(second, 1e-7)))
-    runs = {n: partial(timed, partial(s.run, feeds[n]), repeats) for n, s in opened.items()}
-    return Timings(shapes, repeats, interleave(runs, rounds, warmup))
+
+    base_seconds = max(seconds_of_a_run[0], 1e-7)
+    repeats = max(1, math.ceil((seconds or SAMPLE_SECONDS) / base_seconds))
+    measured = {name: partial(timed, run, repeats) for name, run in runs.items()}
+    return Timings(shapes, repeats, interleave(measured, rounds, warmup))
+
+
+def _shapes(feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in feed.items()}
 
 
 def _sessions(files: Sequence[str], provider: str, threads: int) -> dict[str, RuntimeSession]:
     """The first file, the first again, and the others; equal paths get a number."""
-    open_ = partial(open_session, provider=provider, threads=threads, exact=False)
-    result = {files[0]: open_(files[0]), f"{files[0]} ({CONTROL})": open_(files[0])}
-    for i, path in enumerate(files[1:], 2):
-        name = f"{path} ({i})" if path in result else path
-        result[name] = open_(path)
-    return result
+    open_file = partial(open_session, provider=provider, threads=threads, exact=False)
+    base = files[0]
+    sessions = {base: open_file(base), f"{base} ({CONTROL})": open_file(base)}
+    for number, path in enumerate(files[1:], 2):
+        name = path
+        if path in sessions:
+            name = f"{path} ({number})"
+        sessions[name] = open_file(path)
+    return sessions
 
 
 def _feeds(
     name: str, session: RuntimeSession, size: tuple[int, int], inputs: Mapping[str, Array] | None
 ) -> dict[str, Array]:
-    given = inputs or {}
-    if given and set(given).isdisjoint(session.input_names):
+    """The arrays that a session is run on: those of a user, and sampled ones for the others."""
+    inputs = inputs or {}
+    if inputs and set(inputs).isdisjoint(session.input_names):
         raise LoraFxError(
-            f"{name}: no input is named {', '.join(sorted(given))}",
+            f"{name}: no input is named {', '.join(sorted(inputs))}",
             f"the inputs are {', '.join(session.input_names)}",
         )
-    return {**signature(session).sample(size), **given}
-
-
-# Runs are timed in turn, A B C A B C …, and compared with the first of the same round: a machine
-# that slows down slows all of a round.
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measurement: seconds by the clock and seconds of this process's CPU."""
-
-    wall: float
-    cpu: float
-
-
-def timed(function: Callable[[], object], repeats: int = 1) -> Sample:
-    """Seconds that one call takes, as the mean over `repeats` calls."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(repeats):
-        function()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    if not cpu:  # some systems count it in steps of ten milliseconds
-        cpu = wall
-    return Sample(wall / repeats, cpu / repeats)
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], T]],
-    rounds: int,
-    warmup: int = 1,
-    before: Callable[[], None] | None = None,
-) -> dict[str, list[T]]:
-    """Run everything once a round, in the given order; returns what each counted round gave.
-
-    Args:
-        runs: Name → a function that measures; the first is the baseline, and a second one of the
-            same thing the control.
-        rounds: How many rounds are counted.
-        warmup: How many rounds before them are not.
-        before: A function that is called before every run.
-    """
-    found: dict[str, list[T]] = {name: [] for name in runs}
-    for i in range(warmup + rounds):
-        for name, measure in runs.items():
-            if before:
-                before()
-            one = measure()
-            if i >= warmup:
-                found[name].append(one)
-    return found
-
-
-def bounds(ratios: Sequence[float]) -> tuple[float, float] | None:
-    """A 95 % interval of the median, by order statistics; None under six values.
-
-    >>> bounds([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    (1.0, 6.0)
-    """
-    n, k = len(ratios), 0
-    while sum(math.comb(n, i) for i in range(k + 1)) / 2**n <= 0.025:
-        k += 1
-    ranked = sorted(ratios)
-    return (ranked[k - 1], ranked[n - k]) if k else None
-
-
-def summary(mine: Sequence[float], base: Sequence[float]) -> Json:
-    """Median and minimum in seconds, and their ratios to the baseline's.
-
-    `lower` and `upper` bound the median of the ratios within rounds with 95 % confidence; null
-    under six rounds.
-    """
-    ratios = [a / b for a, b in zip(mine, base, strict=True)]
-    lower, upper = bounds(ratios) or (None, None)
-    return {
-        "median": statistics.median(mine),
-        "min": min(mine),
-        "ratio": statistics.median(mine) / statistics.median(base),
-        "min_ratio": min(mine) / min(base),
-        "lower": lower,
-        "upper": upper,
-    }
+    return {**signature(session).sample(size), **inputs}

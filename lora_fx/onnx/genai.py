@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -26,8 +26,8 @@ from lora_fx.files.links import companion
 from lora_fx.files.permissions import copy_file
 from lora_fx.files.side_outputs import Beside
 from lora_fx.files.strict_json import read_json
+from lora_fx.onnx.place import MODEL, copy_model
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.triton import MODEL, copy_model
 from lora_fx.text import Json, is_whole, some
 
 GENAI = "genai_config.json"
@@ -39,7 +39,9 @@ TYPES = (
     "phi", "phi3", "phimoe", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 """Types that both libraries have, but for gpt2: with that the runtime wants further inputs."""
-SIZES = ("max_position_embeddings", "hidden_size", "num_attention_heads")
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+LENGTH = "max_position_embeddings"
+SIZES = (LENGTH, "hidden_size", "num_attention_heads")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SEARCH: Json = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0,
@@ -57,8 +59,8 @@ class GenaiFolder:
         folder: DIR.
         tokenizer: Files of the model's folder that are copied.
         model: Fields of genai_config.json's model, and `decoder`'s, that the file does not tell.
-        search: Its search.
-        notes: What of generation_config.json has no place in it.
+        search: The search of genai_config.json.
+        notes: Lines on fields of generation_config.json that have no place there.
         force: Replace a folder that lora-fx made.
     """
 
@@ -76,25 +78,25 @@ class GenaiFolder:
             LoraFxError: Its layers have caches of different shapes.
         """
         session = open_session(model, "cpu").session
-        shapes = {v.name: v.shape for v in (*session.get_inputs(), *session.get_outputs())}
-        caches = {n: (s[1], s[3]) for n, s in shapes.items() if n.startswith("past_key_values.")}
-        first, (heads, width) = next(iter(caches.items()))
-        for name, found in caches.items():
-            if found != (heads, width):
-                raise LoraFxError(
-                    f"{name} has {found[0]} heads of {found[1]}, and {first} {heads} of {width}: "
-                    "onnxruntime-genai takes one shape for all",
-                    "leave --genai out",
-                )
-        given = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in shapes}
-        decoder = {
-            **self.model["decoder"], "filename": MODEL, "session_options": {"provider_options": []},
-            "head_size": width, "num_key_value_heads": heads, "num_hidden_layers": len(caches) // 2,
-            "inputs": {**given, **_pair("past", "past_key_values")},
+        values = (*session.get_inputs(), *session.get_outputs())
+        shapes = {value.name: value.shape for value in values}
+        caches = [name for name in shapes if name.startswith("past_key_values.")]
+        heads, width = _one_cache_shape(caches, shapes)
+
+        inputs = {name: name for name in INPUTS if name in shapes}
+        decoder: Json = {
+            **self.model["decoder"],
+            "filename": MODEL,
+            "session_options": {"provider_options": []},
+            "head_size": width,
+            "num_key_value_heads": heads,
+            "num_hidden_layers": len(caches) // 2,
+            "inputs": {**inputs, **_pair("past", "past_key_values")},
             "outputs": {"logits": "logits", **_pair("present", "present")},
-        }  # fmt: skip
-        told = {**self.model, "vocab_size": shapes["logits"][2], "decoder": decoder}
-        return {"model": told, "search": self.search}
+        }
+        vocab_size = shapes["logits"][2]
+        fields = {**self.model, "vocab_size": vocab_size, "decoder": decoder}
+        return {"model": fields, "search": self.search}
 
     def place(self, model: Path, beside: Beside, adapters: Sequence[Path] = ()) -> list[Path]:
         """Make the folder beside a main output; returns its files.
@@ -102,17 +104,45 @@ class GenaiFolder:
         Raises:
             LoraFxError: It exists and `force` is not given, or the copy does not load.
         """
-        with replacing(self.folder, force=self.force, beside=beside) as new:
-            new.mkdir()
-            copied = copy_model(model, new)
+        with replacing(self.folder, force=self.force, beside=beside) as temporary:
+            temporary.mkdir()
+            names = copy_model(model, temporary)
             for path in self.tokenizer:
-                copy_file(path, new / path.name)
+                copy_file(path, temporary / path.name)
+                names.append(path.name)
             for path in adapters:
-                shutil.copyfile(path, new / path.name)
-            copied += [path.name for path in (*self.tokenizer, *adapters)]
-            # of the copy, which has to load
-            (new / GENAI).write_text(json.dumps(self.config(new / MODEL), indent=2) + "\n", "utf-8")
-        return [self.folder / name for name in (GENAI, *copied)]
+                shutil.copyfile(path, temporary / path.name)
+                names.append(path.name)
+            config = self.config(temporary / MODEL)  # of the copy, which has to load
+            (temporary / GENAI).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        return [self.folder / name for name in (GENAI, *names)]
+
+
+def _one_cache_shape(
+    caches: Sequence[str], shapes: Mapping[str, Sequence[Any]]
+) -> tuple[object, object]:
+    """The number of heads and the width of a head that the caches of all layers have.
+
+    Args:
+        caches: The names of the inputs that are caches [batch, heads, length, width].
+        shapes: Shapes by name.
+
+    Raises:
+        LoraFxError: Two of them differ.
+    """
+    first = caches[0]
+    heads = shapes[first][1]
+    width = shapes[first][3]
+    for name in caches:
+        layer_heads = shapes[name][1]
+        layer_width = shapes[name][3]
+        if (layer_heads, layer_width) != (heads, width):
+            raise LoraFxError(
+                f"{name} has {layer_heads} heads of {layer_width}, and {first} {heads} of {width}: "
+                "onnxruntime-genai takes one shape for all",
+                "leave --genai out",
+            )
+    return heads, width
 
 
 def genai_folder(
@@ -131,36 +161,73 @@ def genai_folder(
     """
     if Path(folder) == target:
         raise LoraFxError(f"{target}: the file and the folder have one name", "--genai DIR")
-    said = getattr(config, "_name_or_path", "")
-    source = Path(said)
-    missing = [n for n in NEEDED if not said or not (source / n).is_file()]
-    if missing:
-        raise LoraFxError(
-            f"{said or 'the model comes from no folder'}: it has no {missing[0]}, which "
-            "onnxruntime-genai reads",
-            "export the model's own folder; transformers writes its files into it: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
-        )
-    found = (p for pattern in TOKENIZER.split() for p in sorted(source.glob(pattern)))
-    tokenizer = [companion(source, path.name) for path in found if path.is_file()]
-    check_output(folder, force=force, names={GENAI, MODEL, *(p.name for p in tokenizer)})
-    text = config.get_text_config()
-    sizes = {n: getattr(text, n, None) for n in SIZES}
-    unknown = [n for n, size in sizes.items() if not is_whole(size)]
-    if unknown:
-        raise LoraFxError(
-            f"{source}: the config of a {text.model_type} has no {unknown[0]}, which {GENAI} needs",
-            "leave --genai out",
-        )
-    length = sizes.pop(SIZES[0])
-    file = companion(source, "generation_config.json")
-    own = read_json(file) if file.exists() else {}
-    ids = {n: getattr(text, n, None) if own.get(n) is None else own[n] for n in IDS}
-    search = {n: own[n] if _like(own.get(n), v) else v for n, v in SEARCH.items()}
-    search |= {"max_length": length, "past_present_share_buffer": False}
-    model = {**_checked(ids, source), "context_length": length, "decoder": sizes}
-    model["type"] = text.model_type if text.model_type in TYPES else "decoder"
-    return GenaiFolder(Path(folder), tokenizer, model, search, _notes(own, search, file), force)
+
+    source = _source(config)
+    tokenizer = _tokenizer_files(source)
+    check_output(folder, force=force, names={GENAI, MODEL, *(path.name for path in tokenizer)})
+    text_config = config.get_text_config()
+    decoder = _sizes(text_config, source)
+    context_length = decoder.pop(LENGTH)
+
+    generation_file = companion(source, "generation_config.json")
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    model: Json = {
+        **_token_ids(generation, text_config, source),
+        "context_length": context_length,
+        "decoder": decoder,
+        "type": text_config.model_type if text_config.model_type in TYPES else "decoder",
+    }
+    search = _search(generation)
+    search["max_length"] = context_length
+    search["past_present_share_buffer"] = False
+    notes = _notes(generation, search, generation_file)
+    return GenaiFolder(Path(folder), tokenizer, model, search, notes, force)
+
+
+def _source(config: Any) -> Path:
+    """The folder that a model was read from, which has to have the files of a tokenizer."""
+    folder = getattr(config, "_name_or_path", "")
+    for name in NEEDED:
+        if not folder or not (Path(folder) / name).is_file():
+            raise LoraFxError(
+                f"{folder or 'the model comes from no folder'}: it has no {name}, which "
+                "onnxruntime-genai reads",
+                "export the model's own folder; transformers writes its files into it: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+            )
+    return Path(folder)
+
+
+def _tokenizer_files(source: Path) -> list[Path]:
+    """The files of a model's folder that belong to its tokenizer."""
+    files: list[Path] = []
+    for pattern in TOKENIZER.split():
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                files.append(companion(source, path.name))
+    return files
+
+
+def _sizes(text_config: Any, source: Path) -> Json:
+    """The sizes that genai_config.json needs of a model's config."""
+    sizes = {name: getattr(text_config, name, None) for name in SIZES}
+    for name, size in sizes.items():
+        if not is_whole(size):
+            raise LoraFxError(
+                f"{source}: the config of a {text_config.model_type} has no {name}, which {GENAI} "
+                "needs",
+                "leave --genai out",
+            )
+    return sizes
+
+
+def _search(generation: Json) -> Json:
+    """The fields of a search as generation_config.json has them, and else their defaults."""
+    search: Json = {}
+    for name, default in SEARCH.items():
+        value = generation.get(name)
+        search[name] = value if _is_like(value, default) else default
+    return search
 
 
 def _pair(role: str, prefix: str) -> Json:
@@ -168,20 +235,27 @@ def _pair(role: str, prefix: str) -> Json:
     return {f"{role}_{kind}_names": f"{prefix}.%d.{kind}" for kind in ("key", "value")}
 
 
-def _like(value: object, default: object) -> bool:
-    """Whether a field has a value of its kind: a switch or a number."""
+def _is_like(value: object, default: object) -> bool:
+    """Whether a field has a value of the kind of its default: a switch or a number."""
     return isinstance(value, (int, float)) and isinstance(value, bool) == isinstance(default, bool)
 
 
-def _checked(ids: Json, source: Path) -> Json:
-    """Ids of tokens without those that are not there; what ends a text pads it, too."""
-    for name, found in ids.items():
-        every = found if isinstance(found, list) and name == "eos_token_id" else [found]
-        if not all(i is None or is_whole(i) for i in every):
+def _token_ids(generation: Json, text_config: Any, source: Path) -> Json:
+    """The special tokens that there are; what ends a text pads it, too.
+
+    generation_config.json goes before the model's config.
+    """
+    ids: Json = {}
+    for name in IDS:
+        ids[name] = generation.get(name)
+        if ids[name] is None:
+            ids[name] = getattr(text_config, name, None)
+        if not _are_ids(name, ids[name]):
             raise LoraFxError(
-                f"{source}: {name} is {found!r}; expected a whole number",
+                f"{source}: {name} is {ids[name]!r}; expected a whole number",
                 f"correct {name} in generation_config.json",
             )
+
     end = ids["eos_token_id"]
     if end is None or end == []:
         raise LoraFxError(
@@ -191,12 +265,23 @@ def _checked(ids: Json, source: Path) -> Json:
         )
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return {n: i for n, i in ids.items() if i is not None}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
-def _notes(own: Json, search: Json, file: Path) -> list[str]:
+def _are_ids(name: str, value: object) -> bool:
+    """Whether a value is nothing or a number of a token; several may end a text."""
+    if isinstance(value, list) and name == "eos_token_id":
+        return all(number is None or is_whole(number) for number in value)
+    return value is None or is_whole(value)
+
+
+def _notes(generation: Json, search: Json, file: Path) -> list[str]:
     """A line where fields that would change what is generated are left out."""
-    about = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
-    same = {n: (None, False, search.get(n)) for n in own}
-    left = [n for n, v in own.items() if not n.startswith(about) and v not in same[n]]
-    return [f"{file}: left out, for {GENAI} has no such field: {some(left)}"] if left else []
+    harmless = ("_", "transformers_version", "use_cache", "output_", "return_dict", *IDS)
+    left_out: list[str] = []
+    for name, value in generation.items():
+        if not name.startswith(harmless) and value not in (None, False, search.get(name)):
+            left_out.append(name)
+    if not left_out:
+        return []
+    return [f"{file}: left out, for {GENAI} has no such field: {some(left_out)}"]

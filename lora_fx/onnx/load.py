@@ -29,9 +29,10 @@ MAX_MODEL = 1 << 31
 """Bytes of an .onnx file without its data: protobuf's own limit."""
 MAX_NODES = 200_000
 """Nodes of a model with its functions written out."""
-INLINED, TIMES = 20_000, 20
-"""Of these, those that functions are written out to: so many, and so many times those of the file.
-Sixteen functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
+INLINED = 20_000
+"""Nodes that functions may be written out to in any file, beside TIMES those of the file. Sixteen
+functions that call each other twice are 131,070 nodes, in a file of four kilobytes."""
+TIMES = 20
 WITHOUT = {"ValueInfoProto", "StringStringEntryProto"}
 """Messages that are many, and that no tensor lies in."""
 
@@ -52,7 +53,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises whatever its parts raise
         raise _damaged(f"{file}: damaged ONNX file: {one_line(error)}") from error
-    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+    functions = (function.graph for function in model.functions.values())
+    for graph in (model.graph, *functions):
         ir.external_data.set_base_dir(graph, file.parent)
     return model
 
@@ -64,8 +66,10 @@ def data_names(path: str | os.PathLike[str]) -> list[str]:
         LoraFxError: It is no ONNX file, or the bytes of a tensor are not where the file says.
     """
     proto = checked(path)
-    entries = (e for t in _tensors(proto) for e in t.external_data)
-    return list(dict.fromkeys(e.value for e in entries if e.key == "location"))
+    names = []
+    for tensor in _tensors(proto):
+        names += [entry.value for entry in tensor.external_data if entry.key == "location"]
+    return list(dict.fromkeys(names))
 
 
 def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
@@ -76,7 +80,20 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
     """
     file = Path(path)
     proto = _proto(file)
-    stored = len(proto.graph.node) + sum(len(f.node) for f in proto.functions)
+    _refuse_many_nodes(file, proto)
+    sums: dict[Path, str] = {}
+    for tensor in _tensors(proto):
+        _check(file, tensor, sums)
+    counts = Counter(tensor.name for tensor in proto.graph.initializer if tensor.name)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise _damaged(f"{file}: two initialisers are called {repeated[0]!r}")
+    return proto
+
+
+def _refuse_many_nodes(file: Path, proto: onnx.ModelProto) -> None:
+    """Raise where a model has too many nodes, or too many once functions are written out."""
+    stored = len(proto.graph.node) + sum(len(function.node) for function in proto.functions)
     count = stored if stored > MAX_NODES else _node_count(file, proto)
     most = min(MAX_NODES, max(stored, INLINED + TIMES * stored))
     if count > most and (count > MAX_NODES or proto.functions):
@@ -84,42 +101,39 @@ def checked(path: str | os.PathLike[str]) -> onnx.ModelProto:
             f"{file}: {count} nodes, functions written out; at most {most} are read",
             "split the model, or let its exporter fold constants",
         )
-    sums: dict[Path, str] = {}
-    for tensor in _tensors(proto):
-        _check(file, tensor, sums)
-    names = Counter(t.name for t in proto.graph.initializer if t.name)
-    twice = [n for n, k in names.items() if k > 1]
-    if twice:
-        raise _damaged(f"{file}: two initialisers are called {twice[0]!r}")
-    return proto
 
 
 def _node_count(file: Path, proto: onnx.ModelProto) -> int:
-    """Nodes of the model once every call of a function is written out."""
-    bodies = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
-    known: dict[tuple[str, str, str], int | None] = {}  # None while a body is counted
+    """The nodes of the model once every call of a function is written out.
 
-    def count(nodes: Iterable[onnx.NodeProto]) -> int:
-        found = 0
+    Raises:
+        LoraFxError: A function calls itself, or they call each other too deeply.
+    """
+    bodies = {(f.domain, f.name, f.overload): f.node for f in proto.functions}
+    counts: dict[tuple[str, str, str], int | None] = {}  # None while a body is counted
+
+    def count_nodes(nodes: Iterable[onnx.NodeProto]) -> int:
+        total = 0
         for node in nodes:
             name = (node.domain, node.op_type, node.overload)
-            found += of_function(name) if name in bodies else 1
-            for a in node.attribute:
-                found += sum(count(g.node) for g in a.graphs)
-                found += count(a.g.node) if a.HasField("g") else 0
-        return found
+            total += count_function(name) if name in bodies else 1
+            for attribute in node.attribute:
+                total += sum(count_nodes(graph.node) for graph in attribute.graphs)
+                if attribute.HasField("g"):
+                    total += count_nodes(attribute.g.node)
+        return total
 
-    def of_function(name: tuple[str, str, str]) -> int:
-        if name not in known:
-            known[name] = None
-            known[name] = count(bodies[name])
-        found = known[name]
-        if found is None:
+    def count_function(name: tuple[str, str, str]) -> int:
+        if name not in counts:
+            counts[name] = None
+            counts[name] = count_nodes(bodies[name])
+        count = counts[name]
+        if count is None:
             raise _damaged(f"{file}: the function {name[1]!r} calls itself")
-        return found
+        return count
 
     try:
-        return count(proto.graph.node)
+        return count_nodes(proto.graph.node)
     except RecursionError as error:
         raise _damaged(f"{file}: its functions call each other too deeply") from error
 
@@ -144,91 +158,134 @@ def _proto(file: Path) -> onnx.ModelProto:
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
     """Every stored tensor: initialisers, sparse ones, and those in attributes and bodies."""
     for field, value in message.ListFields():
-        kind = field.message_type
-        if kind is None or kind.name in WITHOUT:
+        message_type = field.message_type
+        if message_type is None or message_type.name in WITHOUT:
             continue
-        for part in [value] if isinstance(value, Message) else value:
-            if kind.name == "TensorProto":
-                yield part
+        messages = [value] if isinstance(value, Message) else value
+        for inner in messages:
+            if message_type.name == "TensorProto":
+                yield inner
             else:
-                yield from _tensors(part)
+                yield from _tensors(inner)
 
 
 def _check(file: Path, tensor: onnx.TensorProto, sums: dict[Path, str]) -> None:
-    """Raise where a tensor's sizes and bytes do not agree; `sums` keeps those of data files."""
+    """Raise where a tensor's sizes and bytes do not agree.
+
+    Args:
+        file: The model.
+        tensor: One of its tensors.
+        sums: Keeps the SHA-1 sums of data files.
+
+    Raises:
+        LoraFxError: The file is damaged, or says a place that is not read.
+    """
     name = f"{file}: tensor {tensor.name!r}"
-    dims = list(tensor.dims)
-    external = tensor.data_location == onnx.TensorProto.EXTERNAL
-    if bool(tensor.external_data) != external:
-        there = "a place in a data file and no mark" if tensor.external_data else "a mark and none"
-        raise _damaged(f"{name} has {there} that its bytes lie there")
-    if any(d < 0 for d in dims):
-        raise _damaged(f"{name} has sizes {dims}; expected none below 0")
-    if len(dims) > MAX_DIMS:
-        raise _damaged(f"{name} has {len(dims)} axes; at most {MAX_DIMS} are read")
+    sizes = list(tensor.dims)
+    is_external = tensor.data_location == onnx.TensorProto.EXTERNAL
+    if tensor.external_data and not is_external:
+        raise _damaged(f"{name} has a place in a data file and no mark that its bytes lie there")
+    if is_external and not tensor.external_data:
+        raise _damaged(f"{name} has a mark and none that its bytes lie there")
+    if any(size < 0 for size in sizes):
+        raise _damaged(f"{name} has sizes {sizes}; expected none below 0")
+    if len(sizes) > MAX_DIMS:
+        raise _damaged(f"{name} has {len(sizes)} axes; at most {MAX_DIMS} are read")
     if tensor.data_type == onnx.TensorProto.STRING:
-        if external or tensor.HasField("raw_data") or len(tensor.string_data) != math.prod(dims):
-            raise _damaged(f"{name}: its texts do not fit its sizes {dims}")
+        in_bytes = is_external or tensor.HasField("raw_data")
+        if in_bytes or len(tensor.string_data) != math.prod(sizes):
+            raise _damaged(f"{name}: its texts do not fit its sizes {sizes}")
         return
     if tensor.data_type not in [*ir.DataType] or not tensor.data_type:
         raise _damaged(f"{name} has the unknown dtype {tensor.data_type}")
-    kind, typed = ir.DataType(tensor.data_type), sum(len(getattr(tensor, f)) for f in TYPED)
-    stored = -(-math.prod(dims) // max(1, 8 // kind.bitwidth))  # a byte has several small numbers
-    wanted = stored * max(1, kind.bitwidth // 8)
-    if external:
-        _external(file, name, tensor, wanted, sums)
-    elif tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
-        raise _damaged(f"{name} holds {len(tensor.raw_data)} bytes; {dims} needs {wanted}")
-    elif not tensor.HasField("raw_data") and typed != stored * (1 + ("COMPLEX" in kind.name)):
-        raise _damaged(f"{name} holds {typed} numbers; {dims} needs {wanted} bytes")
+
+    dtype = ir.DataType(tensor.data_type)
+    numbers_a_byte = max(1, 8 // dtype.bitwidth)  # a byte has several small numbers
+    stored = -(-math.prod(sizes) // numbers_a_byte)
+    needed = stored * max(1, dtype.bitwidth // 8)
+    if is_external:
+        _check_external(file, name, tensor, needed, sums)
+    elif tensor.HasField("raw_data"):
+        if len(tensor.raw_data) != needed:
+            raise _damaged(f"{name} holds {len(tensor.raw_data)} bytes; {sizes} needs {needed}")
+    else:
+        typed = sum(len(getattr(tensor, field)) for field in TYPED)
+        numbers_an_element = 2 if "COMPLEX" in dtype.name else 1
+        if typed != stored * numbers_an_element:
+            raise _damaged(f"{name} holds {typed} numbers; {sizes} needs {needed} bytes")
 
 
-def _external(
-    file: Path, name: str, tensor: onnx.TensorProto, wanted: int, sums: dict[Path, str]
+def _check_external(
+    file: Path, name: str, tensor: onnx.TensorProto, needed: int, sums: dict[Path, str]
 ) -> None:
-    entries = {e.key: e.value for e in tensor.external_data}
-    twice = len(entries) < len(tensor.external_data)  # readers differ in which one they take
-    odd = ["given twice"] if twice else sorted(set(entries) - KNOWN)
-    if odd:
-        raise _damaged(f"{name} has the unknown external key {odd[0]!r}")
+    """Raise where a tensor's bytes are not where it says.
+
+    Args:
+        file: The model.
+        name: The file and the tensor, for messages.
+        tensor: The tensor.
+        needed: How many bytes it needs.
+        sums: As in `_check`.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    unknown_keys = sorted(set(entries) - KNOWN)
+    if len(entries) < len(tensor.external_data):  # readers differ in which one they take
+        unknown_keys = ["given twice"]
+    if unknown_keys:
+        raise _damaged(f"{name} has the unknown external key {unknown_keys[0]!r}")
     location = entries.get("location", "")
     data = _data_file(file, name, location)
     try:
         offset = int(entries.get("offset") or 0)
-        length = int(entries["length"]) if entries.get("length") else wanted
+        length = int(entries.get("length") or needed)
     except ValueError as error:
-        found = {k: entries.get(k) for k in ("offset", "length")}
-        raise _damaged(f"{name} has {found}; expected whole numbers") from error
-    size = data.stat().st_size
-    if length != wanted:
-        needs = f"{list(tensor.dims)} needs {wanted}"
+        numbers = {key: entries.get(key) for key in ("offset", "length")}
+        raise _damaged(f"{name} has {numbers}; expected whole numbers") from error
+    if length != needed:
+        needs = f"{list(tensor.dims)} needs {needed}"
         raise _damaged(f"{name} has {length} bytes in {location}; {needs}")
-    if offset < 0 or offset + wanted > size:
+    size = data.stat().st_size
+    if offset < 0 or offset + needed > size:
         raise _damaged(
-            f"{name} lies at bytes {offset} to {offset + wanted} of {location}, which has {size}"
+            f"{name} lies at bytes {offset} to {offset + needed} of {location}, which has {size}"
         )
-    if said := entries.get("checksum"):
-        if data not in sums:
-            with open_input(data) as opened:
-                sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()
-        if said.lower() != sums[data]:
-            raise _damaged(
-                f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(said, 60)}"
-            )
+    checksum = entries.get("checksum")
+    if checksum and checksum.lower() != _sha1(data, sums):
+        raise _damaged(
+            f"{name}: {location} has the SHA-1 sum {sums[data]}; expected {one_line(checksum, 60)}"
+        )
+
+
+def _sha1(data: Path, sums: dict[Path, str]) -> str:
+    """The SHA-1 sum of a data file, which `sums` keeps."""
+    if data not in sums:
+        with open_input(data) as opened:
+            sums[data] = hashlib.file_digest(opened, "sha1").hexdigest()
+    return sums[data]
 
 
 def _data_file(file: Path, name: str, location: str) -> Path:
-    """The data file of a tensor, which has to lie in the model's own folder."""
-    data, home = inside(file.parent, location), file.parent.resolve()
-    if data is None or home not in data.parents:  # the runtime follows no links out of it
+    """The data file of a tensor, which has to lie in the model's own folder.
+
+    Args:
+        file: The model.
+        name: The file and the tensor, for messages.
+        location: Where the tensor says that its bytes lie.
+
+    Raises:
+        LoraFxError: It lies elsewhere, is missing, or the onnx package would refuse it.
+    """
+    data = inside(file.parent, location)
+    folder = file.parent.resolve()
+    if data is None or folder not in data.parents:  # the runtime follows no links out of it
         raise LoraFxError(
             f"{name} is said to lie in {location!r}, outside the folder of the model",
             "data files lie beside the model; a cache of links has to be copied (cp -rL) first",
         )
     if not data.is_file():
         raise _damaged(f"{name} lies in {location}, which is missing")
-    with open_input(data) as f:
-        refuse_pointer(f.read(64), data.stat().st_size, data)
+    with open_input(data) as opened:
+        refuse_pointer(opened.read(64), data.stat().st_size, data)
     if data.stat().st_nlink > 1:
         raise LoraFxError(
             f"{data} has {data.stat().st_nlink} hard links; the onnx package refuses such data",

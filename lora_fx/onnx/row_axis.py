@@ -16,14 +16,13 @@ ends the trail with a reason. The walk is a claim; the export that uses it prove
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from lora_fx.onnx.graph.flow import bodies_of, numbers, operand, rank
 from lora_fx.onnx.graph.ops import MS
+from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank, shape_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class RowAxis:
     Attributes:
         axis: The batch axis; None where the value is the same for every row.
         exact: The axis is the batch itself, not the batch times something.
-        inner: It is something times the batch, which is innermost in it.
+        inner: The axis is something times the batch, which is innermost in memory.
         lost: Why rows cannot be told apart; empty when they can.
     """
 
@@ -45,311 +44,564 @@ class RowAxis:
 
 SAME = RowAxis()
 States = Mapping[ir.Value, RowAxis]
-Rule = Callable[[ir.Node, States, int, str], RowAxis | None]
 
 
-def _state(node: ir.Node, states: States, slot: int) -> RowAxis:
-    value = operand(node, slot)
-    return SAME if value is None else states.get(value, SAME)
+@dataclass(frozen=True)
+class NodeRows:
+    """What a rule reads: one node, and where the values before it have their rows.
 
-
-def _meet(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
-    """Where the result has its rows, by the rows and ranks of operands aligned at their last axis.
-
-    None where they disagree. Their batch axes have one size, so one that is exact makes the others
-    exact.
+    Attributes:
+        node: The node.
+        states: Where values have their rows; a value that it lacks is the same for every row.
+        result: The number of the output whose rows are asked for.
+        batch: The symbol of the batch in shapes.
     """
-    top = max(r for _, r in operands)
-    met = {replace(s, axis=s.axis + top - r) for s, r in operands if s.axis is not None}
-    exact = {s for s in met if s.exact} or met
-    return exact.pop() if len({s.axis for s in met}) == len(exact) == 1 else None
+
+    node: ir.Node
+    states: States
+    result: int
+    batch: str
+
+    def rows(self, slot: int) -> RowAxis:
+        """Where the operand in a slot has its rows."""
+        return self.rows_of(operand(self.node, slot))
+
+    def rows_of(self, value: ir.Value | None) -> RowAxis:
+        """Where a value has its rows; SAME for an operand that is left out."""
+        return SAME if value is None else self.states.get(value, SAME)
+
+    def rank(self, slot: int) -> int | None:
+        """The number of dimensions of an operand; None where it is unknown."""
+        return rank(self.node.inputs[slot])
 
 
-def _broadcast(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+Rule = Callable[[NodeRows], RowAxis | None]
+"""Gives the rows of one result of a node; None where the op may mix them."""
+
+
+def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
+    """Where a result has its rows, whose operands are aligned at their last axis.
+
+    Their batch axes have one size, so one that is exact makes the others exact.
+
+    Args:
+        operands: The rows and the rank of each.
+
+    Returns:
+        The rows; None where the operands disagree.
+    """
+    highest = max(operand_rank for _, operand_rank in operands)
+    aligned = set()
+    for rows, operand_rank in operands:
+        if rows.axis is not None:
+            aligned.add(replace(rows, axis=rows.axis + highest - operand_rank))
+    axes = {rows.axis for rows in aligned}
+    exact = {rows for rows in aligned if rows.exact}
+    candidates = exact or aligned
+    if len(axes) != 1 or len(candidates) != 1:
+        return None
+    return candidates.pop()
+
+
+def _broadcast(op: NodeRows) -> RowAxis | None:
     """Operands are aligned at their last axis, and their batch axes have to meet."""
-    values = [v for v in node.inputs if v is not None]
-    known = [(states.get(v, SAME), r) for v in values if (r := rank(v)) is not None]
-    if len(known) < len(values):
-        return states.get(values[0], SAME) if len(values) == 1 else None
-    return _meet(known)
+    values = [value for value in op.node.inputs if value is not None]
+    operands = []
+    for value in values:
+        value_rank = rank(value)
+        if value_rank is None:
+            # A single operand has no other to be aligned with.
+            return op.rows_of(value) if len(values) == 1 else None
+        operands.append((op.rows_of(value), value_rank))
+    return _aligned(operands)
 
 
-def _keep(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _keep(op: NodeRows) -> RowAxis | None:
     """The rows are those of the first operand, where no other operand has any."""
-    others = (_state(node, states, k) for k in range(1, len(node.inputs)))
-    return None if any(s.axis is not None for s in others) else _state(node, states, 0)
+    for slot in range(1, len(op.node.inputs)):
+        if op.rows(slot).axis is not None:
+            return None
+    return op.rows(0)
 
 
-def _along(default: int, rows: Rule = _keep) -> Rule:
+def _along(default: int, operand_rows: Rule = _keep) -> Rule:
     """The rule of an op along one axis, which must not be the batch.
 
     LayerNormalization works along that axis and all that follow.
 
     Args:
         default: The axis where the node names none.
-        rows: Tells where the rows of the operands are.
+        operand_rows: The rule that tells where the rows of the operands are.
     """
 
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state, r = rows(node, states, i, batch), rank(node.inputs[0])
-        if state is None or state.axis is None:
-            return state
-        axis = node.attributes.get_int("axis", default)
-        axis = axis + r if axis < 0 and r is not None else axis
-        if axis < -1 or axis == state.axis:
+    def rule(op: NodeRows) -> RowAxis | None:
+        rows = operand_rows(op)
+        if rows is None or rows.axis is None:
+            return rows
+        # Of an unknown rank, only the last axis is taken to be no batch.
+        axis = _from_front(op.node.attributes.get_int("axis", default), op.rank(0))
+        if axis < -1 or axis == rows.axis:
             return None
-        inside = "Normalization" in node.op_type and 0 <= axis < state.axis
-        return None if inside else state
+        if "Normalization" in op.node.op_type and 0 <= axis < rows.axis:
+            return None
+        return rows
 
     return rule
 
 
-def _reshape(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state = _state(node, states, 0)
-    before, shape = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
-    sizes = numbers(node, "shape", 1) or [] if node.op_type == "Reshape" else []
-    copied = {
-        j for j, n in enumerate(sizes) if n == 0 and not node.attributes.get_int("allowzero", 0)
-    }
-    old, new = ([str(d) for d in dims or ()] for dims in (before, shape))
-    k = state.axis
-    if k is not None and not state.inner and old[:k] == ["1"] * k:  # outermost in memory
-        first = next((j for j, d in enumerate(new) if d != "1"), 0)
-        kept = state.exact and first == k and k in copied
-        return RowAxis(first, kept or new[first : first + 1] == [batch])
-    if before is None or shape is None or k is None:
+def _from_front(axis: int, dims: int | None) -> int:
+    """An axis counted from the front; a negative one stays as it is where the rank is unknown."""
+    if axis < 0 and dims is not None:
+        return axis + dims
+    return axis
+
+
+UNKNOWN = "None"
+"""The text of a size that the model does not say."""
+
+
+def _reshape(op: NodeRows) -> RowAxis | None:
+    """The rows behind a Reshape.
+
+    The first of these that applies decides:
+
+    1. The batch is outermost in memory: it stays so, on the first axis that is longer than 1.
+    2. The axes up to the batch keep their sizes: the rows stay where they are.
+    3. Behind one axis of the result lie as many elements as a row has: that axis ends with the
+       batch, and has to be no part of k · batch.
+    4. The axes before the batch keep their sizes, and the batch is merged with what follows it.
+
+    Elsewhere rows are cut up, or sizes are unknown.
+    """
+    rows = op.rows(0)
+    if rows.axis is None:
         return None
-    both = list(zip(old, new, strict=False))[: k + 1]  # two unknown sizes may differ
-    if len(both) == k + 1 and all(a == b != "None" or j in copied for j, (a, b) in enumerate(both)):
-        return state
-    if "None" in old + new:
+    before = _size_texts(op.node.inputs[0])
+    after = _size_texts(op.node.outputs[0])
+    copied = _copied_axes(op.node)
+
+    if not rows.inner and _are_ones(before or [], rows.axis):
+        return _outermost(rows, after or [], copied, op.batch)
+    if before is None or after is None:
         return None
-    inside = old[k + 1 :]  # of a row, in memory
-    if not (state.exact or state.inner):
-        factors = old[k].split("*")
-        if batch not in factors:
-            return None
-        factors.remove(batch)
-        inside += factors
-    for j in reversed(range(len(new))):
-        if new[j] != "1" and _elements(new[j + 1 :]) == _elements(inside):
-            whole = (
-                batch in new[j].split("*") or new[:j] == ["1"] * j
-            )  # and not a part of k · batch
-            return RowAxis(j, new[j] == batch, inner=new[j] != batch) if whole else None
-    heads = len(new) > k and batch in new[k].split("*") and old[:k] == new[:k]
-    return RowAxis(k, exact=False) if heads and state.exact else None
+    if _keep_sizes(before, after, rows.axis + 1, copied):
+        return rows
+
+    if UNKNOWN in before or UNKNOWN in after:
+        return None
+    row_sizes = _sizes_of_a_row(rows, before, op.batch)
+    if row_sizes is None:
+        return None
+    axis = _axis_before(after, row_sizes)
+    if axis is not None:
+        return _innermost(after, axis, op.batch)
+    return _merged(rows, before, after, op.batch)
+
+
+def _size_texts(value: ir.Value | None) -> list[str] | None:
+    """The sizes of a value as texts; None where its rank is unknown."""
+    sizes = shape_of(value)
+    if sizes is None:
+        return None
+    return [str(size) for size in sizes]
+
+
+def _copied_axes(node: ir.Node) -> set[int]:
+    """The axes of a Reshape's result whose sizes are copied from the input's."""
+    if node.attributes.get_int("allowzero", 0):
+        return set()
+    sizes = numbers(node, "shape", 1) or []
+    return {axis for axis, size in enumerate(sizes) if size == 0}
+
+
+def _are_ones(sizes: list[str], count: int) -> bool:
+    """Whether there are so many leading sizes, all of them 1."""
+    return sizes[:count] == ["1"] * count
+
+
+def _outermost(rows: RowAxis, after: list[str], copied: set[int], batch: str) -> RowAxis:
+    """The rows of a batch that is outermost in memory, by the sizes behind a Reshape."""
+    first = next((axis for axis, size in enumerate(after) if size != "1"), 0)
+    copies_batch = rows.exact and first == rows.axis and first in copied
+    names_batch = after[first : first + 1] == [batch]
+    return RowAxis(first, copies_batch or names_batch)
+
+
+def _keep_sizes(before: list[str], after: list[str], count: int, copied: set[int]) -> bool:
+    """Whether so many leading axes keep their sizes; two unknown sizes may differ."""
+    if len(before) < count or len(after) < count:
+        return False
+    for axis in range(count):
+        stays = before[axis] == after[axis] and before[axis] != UNKNOWN
+        if not stays and axis not in copied:
+            return False
+    return True
+
+
+def _sizes_of_a_row(rows: RowAxis, before: list[str], batch: str) -> list[str] | None:
+    """The sizes that lie inside of a row in memory; None where the batch is not named."""
+    assert rows.axis is not None
+    behind = before[rows.axis + 1 :]
+    if rows.exact or rows.inner:
+        return behind
+    factors = before[rows.axis].split("*")
+    if batch not in factors:
+        return None
+    factors.remove(batch)
+    return behind + factors
+
+
+def _axis_before(sizes: list[str], row_sizes: list[str]) -> int | None:
+    """The last axis, longer than 1, behind which there are as many elements as a row has."""
+    row_elements = _elements(row_sizes)
+    for axis in reversed(range(len(sizes))):
+        if sizes[axis] != "1" and _elements(sizes[axis + 1 :]) == row_elements:
+            return axis
+    return None
+
+
+def _innermost(after: list[str], axis: int, batch: str) -> RowAxis | None:
+    """The rows where an axis ends with the batch; None where it may be a part of k · batch."""
+    if batch not in after[axis].split("*") and not _are_ones(after, axis):
+        return None
+    exact = after[axis] == batch
+    return RowAxis(axis, exact, inner=not exact)
+
+
+def _merged(rows: RowAxis, before: list[str], after: list[str], batch: str) -> RowAxis | None:
+    """The rows where the batch's axis becomes batch · h, as before attention's heads."""
+    axis = rows.axis
+    assert axis is not None
+    if not rows.exact or len(after) <= axis:
+        return None
+    if batch in after[axis].split("*") and before[:axis] == after[:axis]:
+        return RowAxis(axis, exact=False)
+    return None
 
 
 def _elements(sizes: Sequence[str]) -> tuple[int, list[str]]:
     """The product of sizes: of the numbers among their factors, and the symbols."""
-    factors = [f for s in sizes for f in s.split("*")]
-    symbols = sorted(f for f in factors if not f.isdecimal())
-    return math.prod(int(f) for f in factors if f.isdecimal()), symbols
+    product = 1
+    symbols = []
+    for size in sizes:
+        for factor in size.split("*"):
+            if factor.isdecimal():
+                product *= int(factor)
+            else:
+                symbols.append(factor)
+    return product, sorted(symbols)
 
 
-def _transpose(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r = _state(node, states, 0), rank(node.inputs[0])
-    perm = node.attributes.get("perm")
-    if state.axis is None or (perm is None and r is None):
+def _transpose(op: NodeRows) -> RowAxis | None:
+    rows = op.rows(0)
+    dims = op.rank(0)
+    perm = op.node.attributes.get("perm")
+    if rows.axis is None:
         return None
-    order = list(perm.as_ints()) if perm is not None else list(range(r or 0))[::-1]
-    return _moved(node.inputs[0], state, order.index(state.axis), batch)
+    if perm is not None:
+        order = list(perm.as_ints())
+    elif dims is not None:
+        order = list(reversed(range(dims)))
+    else:
+        return None
+    return _moved(op.node.inputs[0], rows, order.index(rows.axis), op.batch)
 
 
-def _moved(value: ir.Value | None, state: RowAxis, axis: int, batch: str) -> RowAxis | None:
+def _moved(value: ir.Value | None, rows: RowAxis, axis: int, batch: str) -> RowAxis | None:
     """The rows at another axis; None where only their place in memory is known, not their axis."""
-    sizes = value.shape if value is not None and value.shape is not None else ()
-    named = [k for k, n in enumerate(sizes) if batch in str(n).split("*")]
-    known = state.exact or axis == state.axis or state.axis in named
-    return replace(state, axis=axis) if known else None
+    if not rows.exact and axis != rows.axis:
+        sizes = shape_of(value) or ()
+        named = [number for number, size in enumerate(sizes) if batch in str(size).split("*")]
+        if rows.axis not in named:
+            return None
+    return replace(rows, axis=axis)
 
 
-def _unsqueeze(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, "axes", 1)
-    if state.axis is None or r is None or axes is None:
+def _unsqueeze(op: NodeRows) -> RowAxis | None:
+    rows = op.rows(0)
+    dims = op.rank(0)
+    axes = numbers(op.node, "axes", 1)
+    if rows.axis is None or dims is None or axes is None:
         return None
-    total = r + len(axes)
-    new = {a % total for a in axes}
-    rest = [k for k in range(total) if k not in new]
-    return replace(state, axis=rest[state.axis])
+    total = dims + len(axes)
+    inserted = {axis % total for axis in axes}
+    input_axes = [axis for axis in range(total) if axis not in inserted]
+    return replace(rows, axis=input_axes[rows.axis])
 
 
-def _reduce(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r = _state(node, states, 0), rank(node.inputs[0])
-    single = node.op_type in ("ArgMax", "ArgMin")
-    axes = [node.attributes.get_int("axis", 0)] if single else numbers(node, "axes", 1)
-    if state.axis is None or r is None or not axes:
+def _reduce(op: NodeRows) -> RowAxis | None:
+    """Axes are summed up or taken away, and the batch is none of them."""
+    rows = op.rows(0)
+    dims = op.rank(0)
+    if op.node.op_type in ("ArgMax", "ArgMin"):
+        axes: list[int] | None = [op.node.attributes.get_int("axis", 0)]
+    else:
+        axes = numbers(op.node, "axes", 1)
+    if rows.axis is None or dims is None or not axes:
         return None
-    gone = {a % r for a in axes}
-    if state.axis in gone:
+    reduced = {axis % dims for axis in axes}
+    if rows.axis in reduced:
         return None
-    kept = node.op_type != "Squeeze" and node.attributes.get_int("keepdims", 1) != 0
-    return state if kept else replace(state, axis=state.axis - sum(a < state.axis for a in gone))
+    keeps_axes = op.node.attributes.get_int("keepdims", 1) != 0
+    if keeps_axes and op.node.op_type != "Squeeze":
+        return rows
+    removed_before = sum(axis < rows.axis for axis in reduced)
+    return replace(rows, axis=rows.axis - removed_before)
 
 
 def _beside(name: str, slot: int) -> Rule:
-    """The rule of an op along axes that it names: rows stay where none of them is the batch."""
+    """The rule of an op along axes that it names: rows stay where none of them is the batch.
 
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state, r, axes = _state(node, states, 0), rank(node.inputs[0]), numbers(node, name, slot)
-        return None if axes is None or r is None or state.axis in {a % r for a in axes} else state
+    Args:
+        name: The attribute that holds the axes.
+        slot: The operand that holds them in later opsets.
+    """
+
+    def rule(op: NodeRows) -> RowAxis | None:
+        rows = op.rows(0)
+        dims = op.rank(0)
+        axes = numbers(op.node, name, slot)
+        if axes is None or dims is None:
+            return None
+        if rows.axis in {axis % dims for axis in axes}:
+            return None
+        return rows
 
     return rule
 
 
-def _gather(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    data, ids = _state(node, states, 0), _state(node, states, 1)
-    r, n = rank(node.inputs[0]), rank(node.inputs[1])
-    if r is None or n is None or (data.axis is not None and ids.axis is not None):
+def _gather(op: NodeRows) -> RowAxis | None:
+    """The result is [*data[:axis], *ids, *data[axis + 1:]], and either data or ids have rows."""
+    data = op.rows(0)
+    ids = op.rows(1)
+    data_rank = op.rank(0)
+    ids_rank = op.rank(1)
+    if data_rank is None or ids_rank is None:
         return None
-    axis = node.attributes.get_int("axis", 0) % r
+    if data.axis is not None and ids.axis is not None:
+        return None
+    axis = op.node.attributes.get_int("axis", 0) % data_rank
     if ids.axis is not None:
-        return replace(ids, axis=ids.axis + axis) if axis == 0 or ids.exact else None
+        if axis > 0 and not ids.exact:
+            return None
+        return replace(ids, axis=ids.axis + axis)
     if data.axis is None or axis == data.axis:
         return None
-    return replace(data, axis=data.axis + (n - 1 if axis < data.axis else 0))
+    if axis > data.axis:
+        return data
+    return replace(data, axis=data.axis + ids_rank - 1)
 
 
-def _gather_nd(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _gather_nd(op: NodeRows) -> RowAxis | None:
     """Entries of leading axes, or picked by (row number, position), as transformers' masks are."""
-    data, ids = _state(node, states, 0), _state(node, states, 1)
-    y, x = node.outputs[0], node.inputs[0]
-    picks = node.inputs[1].shape if node.inputs[1] else None
-    if data.axis is None or picks is None or node.attributes.get_int("batch_dims", 0) != 0:
+    data = op.rows(0)
+    ids = op.rows(1)
+    data_value, ids_value = op.node.inputs
+    picks = ids_value.shape if ids_value is not None else None
+    if data.axis is None or picks is None or op.node.attributes.get_int("batch_dims", 0) != 0:
         return None
     depth = picks[-1]
     if ids.axis is None and isinstance(depth, int) and depth <= data.axis:
         return replace(data, axis=data.axis + len(picks) - 1 - depth)
-    if data.axis or ids.axis or data.inner or x is None or not x.shape or not y.shape:
+
+    # (row number, position): the result has as many rows as the data
+    if data.axis or ids.axis or data.inner:
         return None
-    now, was = _elements([str(y.shape[0])]), _elements([str(x.shape[0])])
-    return data if now == was and batch in was[1] else None
-
-
-def _expand(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, r, after = _state(node, states, 0), rank(node.inputs[0]), rank(node.outputs[0])
-    if after is None and node.inputs[1] is not None and node.inputs[1].shape is not None:
-        size = node.inputs[1].shape[0]
-        after = size if isinstance(size, int) else None
-    if state.axis is None or r is None or after is None:
+    sizes = _size_texts(data_value)
+    result_sizes = _size_texts(op.node.outputs[0])
+    if not sizes or not result_sizes:
         return None
-    axis = state.axis + max(after - r, 0)
-    return replace(state, axis=axis) if axis == state.axis or state.exact else None
-
-
-def _matmul(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    a, b = _state(node, states, 0), _state(node, states, 1)
-    ra, rb = rank(node.inputs[0]), rank(node.inputs[1])
-    if ra is None or rb is None or ra < 2 or rb < 2:
+    row_count = _elements(sizes[:1])
+    _, symbols = row_count
+    if _elements(result_sizes[:1]) != row_count or op.batch not in symbols:
         return None
-    summed = a.axis == ra - 1 or b.axis == rb - 2
-    return None if summed else _meet([(a, ra), (b, rb)])
+    return data
 
 
-def _front(holds: Callable[[ir.Node, int], bool]) -> Rule:
-    """The rule of an op that leaves rows in front, where this holds of it and of a result."""
+def _expand(op: NodeRows) -> RowAxis | None:
+    """Axes are put in front, or made longer."""
+    rows = op.rows(0)
+    dims = op.rank(0)
+    expanded_dims = _expanded_rank(op.node)
+    if rows.axis is None or dims is None or expanded_dims is None:
+        return None
+    in_front = max(expanded_dims - dims, 0)
+    if in_front and not rows.exact:
+        return None
+    return replace(rows, axis=rows.axis + in_front)
 
-    def rule(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-        state = _keep(node, states, i, batch)
-        return state if state is not None and state.axis == 0 and holds(node, i) else None
+
+def _expanded_rank(node: ir.Node) -> int | None:
+    """The rank of an Expand's result, or the length of the shape that it is expanded to."""
+    dims = rank(node.outputs[0])
+    if dims is not None:
+        return dims
+    target_shape = node.inputs[1]
+    if target_shape is None or target_shape.shape is None:
+        return None
+    length = target_shape.shape[0]
+    return length if isinstance(length, int) else None
+
+
+def _matmul(op: NodeRows) -> RowAxis | None:
+    """Operands are aligned as in _broadcast, and the axis that is summed is not the batch."""
+    first = op.rows(0)
+    second = op.rows(1)
+    first_rank = op.rank(0)
+    second_rank = op.rank(1)
+    if first_rank is None or second_rank is None or min(first_rank, second_rank) < 2:
+        return None
+    if first.axis == first_rank - 1 or second.axis == second_rank - 2:
+        return None
+    return _aligned([(first, first_rank), (second, second_rank)])
+
+
+def _front(keeps: Callable[[NodeRows], bool]) -> Rule:
+    """The rule of an op that leaves rows in front, where `keeps` is true of the node."""
+
+    def rule(op: NodeRows) -> RowAxis | None:
+        rows = _keep(op)
+        if rows is None or rows.axis != 0 or not keeps(op):
+            return None
+        return rows
 
     return rule
 
 
-def _quantised(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _quantised(op: NodeRows) -> RowAxis | None:
     """Codes lie as what they are made of; DynamicQuantizeLinear's scale is one for all rows."""
-    return _keep(node, states, i, batch) if i == 0 else SAME
+    return _keep(op) if op.result == 0 else SAME
 
 
-def _einsum(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    equation = node.attributes["equation"].as_string().replace(" ", "")
-    left, arrow, y = equation.partition("->")
+def _einsum(op: NodeRows) -> RowAxis | None:
+    """The batch has one letter in all operands that have rows, and in the result."""
+    equation = op.node.attributes["equation"].as_string().replace(" ", "")
+    terms, arrow, result_term = equation.partition("->")
     if not arrow or "." in equation:
         return None
-    operands = [(v, states.get(v, SAME)) for v in node.inputs if v is not None]
-    terms = zip(left.split(","), operands, strict=False)
-    named = [(term[s.axis], v, s) for term, (v, s) in terms if s.axis is not None]
-    letters = {(letter, s.exact, s.inner) for letter, _, s in named}
-    letter, value, state = named[0]
-    if len(letters) != 1 or letter not in y:
+    values = [value for value in op.node.inputs if value is not None]
+    named = []
+    for term, value in zip(terms.split(","), values, strict=False):
+        rows = op.rows_of(value)
+        if rows.axis is not None:
+            named.append((term[rows.axis], value, rows))
+    forms = {(letter, rows.exact, rows.inner) for letter, _, rows in named}
+    letter, value, rows = named[0]
+    if len(forms) != 1 or letter not in result_term:
         return None
-    return _moved(value, state, y.index(letter), batch)
+    return _moved(value, rows, result_term.index(letter), op.batch)
 
 
-def _pad(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _pad(op: NodeRows) -> RowAxis | None:
     """The rows are those of the data, where nothing is put before or after them."""
-    state, pads, r = _keep(node, states, i, batch), numbers(node, "pads", 1), rank(node.inputs[0])
-    axes = numbers(node, "axes", 3) if operand(node, 3) is not None else range(r or 0)
-    if state is None or state.axis is None or not pads or r is None or axes is None:
+    rows = _keep(op)
+    pads = numbers(op.node, "pads", 1)
+    dims = op.rank(0)
+    axes: Sequence[int] | None = range(dims or 0)
+    if operand(op.node, 3) is not None:
+        axes = numbers(op.node, "axes", 3)
+    if rows is None or rows.axis is None or not pads or dims is None or axes is None:
         return None
-    ends = zip(axes, pads, pads[len(axes) :], strict=False)
-    return None if state.axis in {a % r for a, lo, hi in ends if lo or hi} else state
+    padded = set()
+    for axis, before, after in zip(axes, pads, pads[len(axes) :], strict=False):
+        if before or after:
+            padded.add(axis % dims)
+    if rows.axis in padded:
+        return None
+    return rows
 
 
-def _recurrent(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _recurrent(op: NodeRows) -> RowAxis | None:
     """X [length, batch, in] and states [directions, batch, hidden]; batch first in layout 1.
 
     Y is [length, directions, batch, hidden], and [batch, length, directions, hidden] in layout 1.
     """
-    first = node.attributes.get_int("layout", 0) == 1
-    beside = {4: 0, 5: 0 if first else 1, 6: 0 if first else 1}  # lengths, first states
-    states_beside = [(_state(node, states, slot).axis, axis) for slot, axis in beside.items()]
-    state = _state(node, states, 0)
-    apart = state.axis == (0 if first else 1) and not state.inner
-    if not apart or any(found not in (None, axis) for found, axis in states_beside):
+    layout = op.node.attributes.get_int("layout", 0)
+    batch_axis = 0 if layout == 1 else 1
+    rows = op.rows(0)
+    if rows.axis != batch_axis or rows.inner:
         return None
-    if first:
-        return state
-    return replace(state, axis=2 if i == 0 else 1)
+    axes = {4: 0, 5: batch_axis, 6: batch_axis}  # of the rows' lengths, and of the first states
+    for slot, axis in axes.items():
+        if op.rows(slot).axis not in (None, axis):
+            return None
+    if layout == 1 or op.result > 0:
+        return rows
+    return replace(rows, axis=2)
 
 
-def _reverse_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _reverse_sequence(op: NodeRows) -> RowAxis | None:
     """Entries of every row are reversed along the time axis, up to the length of the row."""
-    state, lengths = _state(node, states, 0), _state(node, states, 1)
-    rows, time = node.attributes.get_int("batch_axis", 1), node.attributes.get_int("time_axis", 0)
-    if lengths.axis is not None and state.axis != rows:
+    rows = op.rows(0)
+    lengths = op.rows(1)
+    batch_axis = op.node.attributes.get_int("batch_axis", 1)
+    time_axis = op.node.attributes.get_int("time_axis", 0)
+    if lengths.axis is not None and rows.axis != batch_axis:
         return None
-    return None if state.axis == time else state
+    if rows.axis == time_axis:
+        return None
+    return rows
 
 
-def _tile(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _tile(op: NodeRows) -> RowAxis | None:
     """Rows stay where they are repeated once."""
-    state, times = _keep(node, states, i, batch), numbers(node, "repeats", 1)
-    if state is None or state.axis is None:
-        return state
-    return state if times and state.axis < len(times) and times[state.axis] == 1 else None
-
-
-def _split_to_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    """Of every tensor of the sequence, where it has its rows."""
-    state, r = _keep(node, states, i, batch), rank(node.inputs[0])
-    if state is None or state.axis is None or r is None:
+    rows = _keep(op)
+    repeats = numbers(op.node, "repeats", 1)
+    if rows is None or rows.axis is None:
+        return rows
+    if not repeats or rows.axis >= len(repeats) or repeats[rows.axis] != 1:
         return None
-    axis = node.attributes.get_int("axis", 0) % r
-    if axis == state.axis:
+    return rows
+
+
+def _split_to_sequence(op: NodeRows) -> RowAxis | None:
+    """The rows of every tensor of the sequence."""
+    rows = _keep(op)
+    dims = op.rank(0)
+    if rows is None or rows.axis is None or dims is None:
         return None
-    gone = operand(node, 1) is None and not node.attributes.get_int("keepdims", 1)
-    return replace(state, axis=state.axis - 1) if gone and axis < state.axis else state
+    axis = op.node.attributes.get_int("axis", 0) % dims
+    if axis == rows.axis:
+        return None
+    by_ones = operand(op.node, 1) is None
+    drops_axis = by_ones and not op.node.attributes.get_int("keepdims", 1)
+    if drops_axis and axis < rows.axis:
+        return replace(rows, axis=rows.axis - 1)
+    return rows
 
 
-def _of_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
+def _of_sequence(op: NodeRows) -> RowAxis | None:
     """The rows of the sequence and of what is put into it, which have to agree."""
-    last = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(node.op_type)
-    met = {states.get(v, SAME) for v in node.inputs[:last] if v is not None} - {SAME}
-    return met.pop() if len(met) == 1 else None
-
-
-def _concat_from_sequence(node: ir.Node, states: States, i: int, batch: str) -> RowAxis | None:
-    state, axis = _state(node, states, 0), node.attributes["axis"].as_int()
-    new = node.attributes.get_int("new_axis", 0)
-    r = rank(node.outputs[0])
-    axis = axis + r if axis < 0 and r is not None else axis
-    if state.axis is None or axis < 0:
+    # The last operand of these is a position.
+    tensors = {"SequenceAt": 1, "SequenceErase": 1, "SequenceInsert": 2}.get(op.node.op_type)
+    states = {op.rows_of(value) for value in op.node.inputs[:tensors]} - {SAME}
+    if len(states) != 1:
         return None
-    if new:
-        return replace(state, axis=state.axis + (axis <= state.axis))
-    return None if axis == state.axis else state
+    return states.pop()
+
+
+def _concat_from_sequence(op: NodeRows) -> RowAxis | None:
+    rows = op.rows(0)
+    axis = _from_front(op.node.attributes["axis"].as_int(), rank(op.node.outputs[0]))
+    if rows.axis is None or axis < 0:
+        return None
+    if op.node.attributes.get_int("new_axis", 0):
+        return replace(rows, axis=rows.axis + (axis <= rows.axis))
+    if axis == rows.axis:
+        return None
+    return rows
+
+
+def _is_first_result(op: NodeRows) -> bool:
+    return op.result == 0
+
+
+def _flattens_behind_rows(op: NodeRows) -> bool:
+    return op.node.attributes.get_int("axis", 1) == 1
+
+
+def _is_untransposed(op: NodeRows) -> bool:
+    return not op.node.attributes.get_int("transA", 0)
 
 
 _ELEMENTWISE = """Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike
@@ -357,49 +609,45 @@ Ceil Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater Greater
 HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or
 Pow PRelu Reciprocal Relu Round Selu Sigmoid Shrink Sign Sin Sinh Softplus Softsign Sqrt Sub Sum
 Swish Tan Tanh ThresholdedRelu Where Xor"""
-_REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
+_REDUCE = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
+ReduceProd ReduceSum ReduceSumSquare ArgMax ArgMin Squeeze"""
 _WINDOWS = """AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool
-GlobalMaxPool GroupNormalization InstanceNormalization LpPool LRN MaxPool Resize SpaceToDepth"""
+GlobalMaxPool GroupNormalization InstanceNormalization LpPool LRN MaxPool Resize SpaceToDepth
+ConvInteger QAttention"""
+_LAST_AXIS = """Softmax LogSoftmax Hardmax LayerNormalization RMSNormalization TopK
+MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"""
 
-_OF_CODES = "MatMulNBits MatMulBnb4 MatMulInteger DynamicQuantizeMatMul MatMulIntegerToFloat"
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE.split(), _broadcast),
-    **{f"Reduce{n}": _reduce for n in _REDUCE.split()},
-    **dict.fromkeys(("ArgMax", "ArgMin", "Squeeze"), _reduce),
-    **dict.fromkeys(
-        (*_WINDOWS.split(), "ConvInteger", "QAttention"), _front(lambda node, i: i == 0)
-    ),
-    **dict.fromkeys(
-        ("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "TopK"),
-        _along(-1),
-    ),
-    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"), _quantised),
-    **dict.fromkeys(_OF_CODES.split(), _along(-1)),
-    "GatherBlockQuantized": _gather,
-    **dict.fromkeys(("Concat", "GatherElements", "ScatterElements"), _along(0, _broadcast)),
-    **dict.fromkeys(("GRU", "LSTM", "RNN", "DynamicQuantizeLSTM"), _recurrent),
-    **dict.fromkeys(
-        ("SequenceAt", "SequenceConstruct", "SequenceErase", "SequenceInsert"), _of_sequence
-    ),
-    "SplitToSequence": _split_to_sequence,
-    "ConcatFromSequence": _concat_from_sequence,
-    "ReverseSequence": _reverse_sequence,
-    "Tile": _tile,
-    "CumSum": _beside("axis", 1),
-    "Einsum": _einsum,
-    "Expand": _expand,
-    "Flatten": _front(lambda node, i: node.attributes.get_int("axis", 1) == 1),
-    "Gather": _gather,
-    "GatherND": _gather_nd,
-    "Gemm": _front(lambda node, i: not node.attributes.get_int("transA", 0)),
-    "MatMul": _matmul,
-    "Pad": _pad,
-    "Reshape": _reshape,
-    "Slice": _beside("axes", 3),
-    "Split": _along(0),
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-}
+_OPS: Sequence[tuple[Rule, str]] = (
+    (_broadcast, _ELEMENTWISE),
+    (_reduce, _REDUCE),
+    (_front(_is_first_result), _WINDOWS),
+    (_front(_flattens_behind_rows), "Flatten"),
+    (_front(_is_untransposed), "Gemm"),
+    (_along(-1), _LAST_AXIS),
+    (_along(0), "Split"),
+    (_along(0, _broadcast), "Concat GatherElements ScatterElements"),
+    (_beside("axis", 1), "CumSum"),
+    (_beside("axes", 3), "Slice"),
+    (_quantised, "QuantizeLinear DequantizeLinear DynamicQuantizeLinear"),
+    (_gather, "Gather GatherBlockQuantized"),
+    (_gather_nd, "GatherND"),
+    (_recurrent, "GRU LSTM RNN DynamicQuantizeLSTM"),
+    (_of_sequence, "SequenceAt SequenceConstruct SequenceErase SequenceInsert"),
+    (_split_to_sequence, "SplitToSequence"),
+    (_concat_from_sequence, "ConcatFromSequence"),
+    (_reverse_sequence, "ReverseSequence"),
+    (_tile, "Tile"),
+    (_einsum, "Einsum"),
+    (_expand, "Expand"),
+    (_matmul, "MatMul"),
+    (_pad, "Pad"),
+    (_reshape, "Reshape"),
+    (_transpose, "Transpose"),
+    (_unsqueeze, "Unsqueeze"),
+)
+RULES: dict[str, Rule] = {}
+for _rule, _names in _OPS:
+    RULES.update(dict.fromkeys(_names.split(), _rule))
 
 
 def provenance(
@@ -418,31 +666,28 @@ def provenance(
         changed: What branches will change. Rows are lost where an op mixes these, and not where it
             mixes what no branch changes.
     """
-    states: dict[ir.Value, RowAxis] = {}
+    states = {value: _input_rows(value, batch) for value in model.graph.inputs}
     reached = set(changed or ())
-    for value in model.graph.inputs:
-        first = str(value.shape[0]) if value.shape else ""
-        states[value] = RowAxis(0) if first == batch else SAME
     for node in model.graph:
-        ins = [states.get(v, SAME) for v in node.inputs if v is not None]
-        lost = next((s.lost for s in ins if s.lost), "")
-        changes = changed is None or any(v in reached for v in _operands(node))
-        for i, out in enumerate(node.outputs):
-            if node.op_type in ("Shape", "Size", "SequenceLength", "SequenceEmpty"):
-                states[out] = SAME
-                continue
-            if lost:
-                states[out] = RowAxis(lost=lost)
-            elif bodies_of(node) or any(s.axis is not None for s in ins):
-                states[out] = _after(node, states, i, batch)
-            else:
-                sizes = [str(d) for d in out.shape or ()] if out in read else []
-                states[out] = RowAxis(sizes.index(batch)) if batch in sizes else SAME
+        if node.op_type in ("Shape", "Size", "SequenceLength", "SequenceEmpty"):
+            states |= dict.fromkeys(node.outputs, SAME)
+            continue
+        changes = changed is None or any(value in reached for value in _operands(node))
+        for result, value in enumerate(node.outputs):
+            rows = _result_rows(node, states, result, batch, read)
             if changes:
-                reached.add(out)
-            elif states[out].lost and out not in reached:
-                states[out] = SAME
+                reached.add(value)
+            elif rows.lost and value not in reached:
+                rows = SAME
+            states[value] = rows
     return states
+
+
+def _input_rows(value: ir.Value, batch: str) -> RowAxis:
+    """The rows of an input, whose dimension 0 is the batch or not."""
+    if value.shape and str(value.shape[0]) == batch:
+        return RowAxis(0)
+    return SAME
 
 
 def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
@@ -453,10 +698,29 @@ def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
             yield from inner.inputs
 
 
-def _after(node: ir.Node, states: States, i: int, batch: str) -> RowAxis:
-    rule = RULES.get(node.op_type) if node.domain in ("", MS) else None
-    found = None if rule is None else rule(node, states, i, batch)
-    if found is None:
-        why = f"{node.op_type} {node.outputs[0].name!r} may mix the rows of the batch"
-        return RowAxis(lost=why)
-    return found
+def _result_rows(
+    node: ir.Node, states: States, result: int, batch: str, read: Collection[ir.Value]
+) -> RowAxis:
+    """Where a result of a node has its rows, by those of its operands."""
+    operands = [states.get(value, SAME) for value in node.inputs if value is not None]
+    for rows in operands:
+        if rows.lost:
+            return RowAxis(lost=rows.lost)
+    if bodies_of(node) or any(rows.axis is not None for rows in operands):
+        return _after(node, states, result, batch)
+    value = node.outputs[result]
+    if value not in read:
+        return SAME
+    sizes = _size_texts(value) or []
+    return RowAxis(sizes.index(batch)) if batch in sizes else SAME
+
+
+def _after(node: ir.Node, states: States, result: int, batch: str) -> RowAxis:
+    """The rows of a result by the rule of its op; lost where the op has none, or may mix rows."""
+    rows = None
+    if node.domain in ("", MS) and node.op_type in RULES:
+        rows = RULES[node.op_type](NodeRows(node, states, result, batch))
+    if rows is None:
+        name = node.outputs[0].name
+        return RowAxis(lost=f"{node.op_type} {name!r} may mix the rows of the batch")
+    return rows

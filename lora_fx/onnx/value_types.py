@@ -14,36 +14,49 @@ Types = Sequence[tuple[ir.Shape | None, ir.TypeProtocol | None]]
 
 def types_of(values: Iterable[ir.Value]) -> Types:
     """Copies of the shapes and types that values have now."""
-    return [(None if v.shape is None else v.shape.copy(), copy.copy(v.type)) for v in values]
+    return [(_copied(value.shape), copy.copy(value.type)) for value in values]
 
 
 def give_types(types: Types, values: Iterable[ir.Value]) -> None:
     """Let values have types; copies, since the exporter changes them in place."""
-    for v, (shape, of) in zip(values, types, strict=True):
-        v.shape, v.type = None if shape is None else shape.copy(), copy.copy(of)
+    for value, (shape, value_type) in zip(values, types, strict=True):
+        value.shape = _copied(shape)
+        value.type = copy.copy(value_type)
 
 
-def described(x: Any, order: Mapping[Any, int]) -> Hashable:
-    """What can be told of arguments, equal for arguments that an operator treats alike.
+def _copied(shape: ir.Shape | None) -> ir.Shape | None:
+    return None if shape is None else shape.copy()
+
+
+def described(argument: Any, order: Mapping[Any, int]) -> Hashable:
+    """A description that is equal for arguments which an operator treats alike.
 
     Args:
-        x: An argument, or a list or mapping of them.
+        argument: An argument, or a list or mapping of them.
         order: Value → its place among the values of all arguments.
 
     Returns:
-        Of a value its place, type, shape and constant number; of a number or a text itself. What
-        else there is, a tensor, a body or a type, is like nothing else.
+        Of a value its place, type, shape and constant numbers; of a number or a text its type and
+        itself. Anything else (a tensor, a body, a type) is like nothing else.
     """
-    if isinstance(x, (list, tuple)):
-        return tuple(described(y, order) for y in x)
-    if isinstance(x, Mapping):
-        return tuple((k, described(y, order)) for k, y in x.items())
-    if x is None or isinstance(x, (bool, int, float, str)):
-        return type(x), repr(x)
-    if not hasattr(x, "const_value"):
+    if isinstance(argument, (list, tuple)):
+        return tuple(described(item, order) for item in argument)
+    if isinstance(argument, Mapping):
+        return tuple((name, described(item, order)) for name, item in argument.items())
+    if argument is None or isinstance(argument, (bool, int, float, str)):
+        return type(argument), repr(argument)
+    if not hasattr(argument, "const_value"):
         return object()
-    known, shape = x.const_value, None
-    if x.shape is not None:
-        shape = tuple(d if isinstance(d, int) else str(d) for d in x.shape)
-    number = repr(known.numpy().tolist()) if known is not None and known.size <= 20 else None
-    return order[x], type(x.type), x.dtype, repr(x.name == ""), shape, number
+    return order[argument], _described_value(argument)
+
+
+def _described_value(value: ir.Value) -> Hashable:
+    """Everything of a value but its place."""
+    shape = None
+    if value.shape is not None:
+        shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    tensor = value.const_value
+    numbers = None
+    if tensor is not None and tensor.size <= 20:
+        numbers = repr(tensor.numpy().tolist())
+    return type(value.type), value.dtype, repr(value.name == ""), shape, numbers

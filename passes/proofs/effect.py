@@ -39,11 +39,16 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import DeadTargetError, LoraFxError, NoEffectError, one_line, retold
 from lora_fx.fx.attach.attachment import Attachment
-from lora_fx.fx.capture.call import Signature, sample_call
-from lora_fx.fx.capture.capture import Captured, alike, as_it_was, copied
+from lora_fx.fx.capture.call import Signature, copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.graph.rounding import nearby
 from lora_fx.fx.module.adapted import AdaptedModule, Effect, held_tensors
-from lora_fx.fx.module.module import Rewriter, by_output, plain
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.module import Rewriter, by_output
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named, default_dynamic
@@ -88,8 +93,13 @@ class Trained:
     @classmethod
     def of(cls, module: AdaptedModule) -> Trained:
         """The module of insert, which knows what its capture was given."""
-        example, run = module.captured.named, module._run_named
-        return cls(module, module.updates, example, run, lambda seed: module.sample(seed=seed))
+        execution = execution_of(module)
+        example = execution.captured.named
+
+        def sample(seed: int) -> Named:
+            return execution.sample(seed=seed)
+
+        return cls(module, module.updates, example, execution.run, sample)
 
     def runs_at(self) -> Named:
         """Named arguments for the proof: the sample, or the example where the model refuses that.
@@ -230,22 +240,24 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     """Prove every target; the module's tensors are as before afterwards.
 
     Args:
-        module: Fresh from insert; `module.effect` gets the finding.
+        module: Fresh from insert; the finding becomes the effect of its insertion.
         dead: drop: return the dead keys instead of raising, unless all are; keep: neither.
 
     Raises:
         NoEffectError: A dead target, or branches that are not W + s·b·a.
     """
     if any(p.device.type == "meta" for p in module.parameters()):
-        module.effect = Effect({}, (), ("not proven: the model has no weights",))
+        insertion_of(module).effect = Effect({}, (), ("not proven: the model has no weights",))
         return ()
     trained = Trained.of(module)
     named = trained.runs_at()
-    module.effect = prove_gradients(trained, named)
-    if idle := without_gradient(module.effect, len(module.updates), dead):
+    effect = prove_gradients(trained, named)
+    insertion_of(module).effect = effect
+    if idle := without_gradient(effect, len(module.updates), dead):
         return idle
     try:
-        module.captured.allows(False, module.norm_stats)
+        execution = execution_of(module)
+        execution.captured.allows(False, execution.norm_stats)
     except LoraFxError:
         return ()  # a file with a train program only; the note on eval mode says so
     _same_as_weight_form(module, named)
@@ -280,8 +292,9 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
 
     A capture drops them: a memory saver's gradient is the same, a reversal's is not.
     """
-    captured = module.captured
-    own = captured.traced(False, captured.named, module.base_dtype).own_gradients
+    execution = execution_of(module)
+    captured = execution.captured
+    own = captured.traced(False, captured.named, execution.base_dtype).own_gradients
     if not own or captured.live:
         return
     names = list(dict.fromkeys(base_name(k) for k in module.updates))[:8]
@@ -326,7 +339,7 @@ def weight_form(now: Updates, training: bool) -> Rewriter:
 
 def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
     plain = torch_run(module)
-    in_weight_form = module.inserting(weight_form)
+    in_weight_form = insertion_of(module).inserting(weight_form)
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with in_weight_form():
@@ -380,7 +393,7 @@ class InGraph:
         if self.cap.quantised is not None:
             # kernels of quantised layers round as they like, some in bfloat16, some x too
             with module.base():
-                own = compare(base, module.flat(self.cap.named), {}, tol).rel
+                own = compare(base, execution_of(module).flat(self.cap.named), {}, tol).rel
             tol = max(tol, min(STEPS, 4 * own))
         idle = all(np.array_equal(base[n], adapted[n]) for n in base)
         rerun = LiveRerun(self._live)

@@ -19,9 +19,11 @@ from torch import fx
 
 from lora_fx.compare import Choice, grow
 from lora_fx.dtypes import Array
-from lora_fx.fx.capture.call import leaves_of, output_name
-from lora_fx.fx.capture.capture import alike, copied
+from lora_fx.fx.capture.call import copied, leaves_of
+from lora_fx.fx.capture.onnx_names import output_name
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.rounding import Wide, nearby
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
@@ -57,8 +59,9 @@ class Choosing(Wide):
     ) -> None:
         graph = model.graph(False).graph
         super().__init__(model, graph=graph)
-        captured = model.captured
-        self.out_spec = captured.traced(False, captured.named, model.base_dtype).out_spec
+        execution = execution_of(model)
+        captured = execution.captured
+        self.out_spec = captured.traced(False, captured.named, execution.base_dtype).out_spec
         self.model, self.given, self.wide = model, given or {}, wide
         self.names = self._names(graph)
         self.values: dict[str, Array] = {}

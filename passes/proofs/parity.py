@@ -38,13 +38,20 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition, SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import filled, leaf_names, onnx_conditions, onnx_name
-from lora_fx.fx.capture.capture import Captured, alike, copied
+from lora_fx.fx.capture.call import copied, leaf_names
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import filled
+from lora_fx.fx.capture.onnx_names import onnx_conditions, onnx_name
 from lora_fx.fx.capture.trace import quiet
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.graph.nodes import dtype_name, random_ops
 from lora_fx.fx.graph.ops import OPS
 from lora_fx.fx.graph.rounding import Wide, nearby, widened
-from lora_fx.fx.module.module import CapturedModule, by_output, plain
+from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import from_numpy, has_values, to_numpy
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update
 from lora_fx.fx.trees import tree_leaves, tree_unflatten
@@ -93,6 +100,7 @@ def prove(
         rerun: Other ways to run what is compared.
     """
     reference.eval()
+    captured = execution_of(reference).captured
     results: list[Parity] = []
     run = LatestRun(reference)
     growing, known = own_errors(reference, arrays, sizes, run), dict[str, float]()
@@ -109,13 +117,13 @@ def prove(
             expected = run(named)
         except (IndexError, RuntimeError, ValueError) as e:
             where = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
-            if _runs(reference.captured, named):
+            if _runs(captured, named):
                 raise LoraFxError(
                     f"the captured graph does not run at {where}, and the model does: "
                     f"{one_line(e, 160)}",
                     f"{OTHER_SIZES}; and report this model",
                 ) from e
-            if extra or (arrays is None and sizes is None and is_real(reference.captured.named)):
+            if extra or (arrays is None and sizes is None and is_real(captured.named)):
                 # a size beyond a cut, or of inputs that depend on each other: the example remains
                 leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
                 continue
@@ -123,7 +131,7 @@ def prove(
                 f"the model does not run at {where}: {one_line(e, 160)}",
                 OTHER_SIZES,
             ) from e
-        reference.captured.unproven.pop(str(shapes), None)
+        captured.unproven.pop(str(shapes), None)
         gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
             choose = partial(choices_of, reference, named)
@@ -153,7 +161,7 @@ class LatestRun:
         feeds = arrays_of(named)
         alike = feeds.keys() == self.feeds.keys()
         if not (alike and all(np.array_equal(v, self.feeds[n]) for n, v in feeds.items())):
-            self.outputs = self.model.flat(named)
+            self.outputs = execution_of(self.model).flat(named)
             self.feeds = feeds
         return self.outputs
 
@@ -163,10 +171,11 @@ def feeds_of(
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
     """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example."""
     seen: set[tuple[tuple[int, ...], ...]] = set()
-    captured = reference.captured
+    execution = execution_of(reference)
+    captured = execution.captured
     every, sizes = sizes is None, sizes or captured.inputs.checks
     for size in sizes if arrays is None else sizes[:1]:
-        named = reference.sample(size, arrays)
+        named = execution.sample(size, arrays)
         feeds = arrays_of(named)
         shapes = tuple(v.shape for v in feeds.values())
         if shapes in seen:
@@ -177,14 +186,14 @@ def feeds_of(
             continue
         yield named, feeds, isinstance(size, Mapping)
     if arrays is None and every and is_real(captured.named):
-        example = reference._in_own_dtype()
+        example = execution.in_own_dtype()
         yield example, arrays_of(example), True
 
 
 def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
     """Note a size that nothing is proven of, for the report."""
     row = {"sizes": {k: list(v) for k, v in sizes.items()}, "reason": reason}
-    reference.captured.unproven[str(sizes)] = row
+    execution_of(reference).captured.unproven[str(sizes)] = row
 
 
 def rows_of(captured: Captured) -> Json:
@@ -215,36 +224,41 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
     That it is one is not tried: at such sizes ONNX Runtime 1.31 may end the process, as a
     recurrent layer of no steps does.
     """
-    implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
+    # dimensions of one name say as much
+    implied = execution_of(reference).captured.bounded_inputs().implied
     return onnx_conditions([c for c in reference.conditions() if not (c.demanded or implied(c))])
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
     """Why the graph of the example does not hold at these sizes; None where it does."""
-    captured = reference.captured
-    traced = captured.traced(False, captured.named, reference.base_dtype)
+    execution = execution_of(reference)
+    captured = execution.captured
+    traced = captured.traced(False, captured.named, execution.base_dtype)
     return traced.door.refused(tree_leaves(dict(named)))
 
 
 def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> Gate:
     """`tol` for fp32; that of narrower outputs or adapted weights by their rounding."""
-    found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
-    stored = (found[key].parameter.dtype for key in updates) if found else ()
+    stored: list[str] = []
+    if isinstance(reference, AdaptedModule):
+        found = insertion_of(reference).found
+        stored = [found[key].parameter.dtype for key in reference.updates]
     eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
 
     def unadapted() -> Array:
         with reference.base():
-            return reference.flat(named)[name]
+            return execution_of(reference).flat(named)[name]
 
     if eps:
         return narrow_gate(tol, eps, unadapted(), expected)
-    return wide_gate(tol, expected, unadapted if updates else None)
+    return wide_gate(tol, expected, unadapted if stored else None)
 
 
 def _narrow(reference: CapturedModule) -> set[str]:
     """The dtypes of a model's products: by autocast in forward not those of its weights."""
-    captured = reference.captured
-    traced = captured.traced(False, captured.named, reference.base_dtype)
+    execution = execution_of(reference)
+    captured = execution.captured
+    traced = captured.traced(False, captured.named, execution.base_dtype)
     made = (n.meta.get("val") for n in traced.graph.nodes if n.target in OPS)
     return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
 
@@ -272,18 +286,20 @@ def own_errors(
         sizes: Instead of those of the capture.
         run: Runs the model, and may know the outputs from before.
     """
-    run = run or model.flat
-    sizes = model.captured.inputs.checks if sizes is None else sizes
-    example = model._in_own_dtype()
+    execution = execution_of(model)
+    run = run or execution.flat
+    sizes = execution.captured.inputs.checks if sizes is None else sizes
+    example = execution.in_own_dtype()
     calls: list[Callable[[], Named]]
-    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in SEEDS]
+    calls = [partial(execution.sample, size, None, seed) for size in sizes for seed in SEEDS]
     if arrays is not None:
-        calls.insert(0, partial(model.sample, sizes[0], arrays))
+        calls.insert(0, partial(execution.sample, sizes[0], arrays))
     elif is_real(example):  # what is drawn need not fit
         calls.insert(0, lambda: example)
     worst: dict[str, float] = {}
     graph = model.graph(False).graph
-    exactly = model.flat if random_ops(graph) else _wide(model, graph)  # fp64 draws other numbers
+    # fp64 draws other numbers
+    exactly = execution.flat if random_ops(graph) else _wide(model, graph)
     runs: list[tuple[Named, dict[str, Array]]] = []
     for call in calls:
         try:
@@ -296,7 +312,7 @@ def own_errors(
         try:
             exact = exactly(named)
         except (RuntimeError, TypeError, ValueError):
-            exactly, exact = model.flat, ours
+            exactly, exact = execution.flat, ours
         runs.append((named, exact))
         yield grow(worst, ours, exact)
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
@@ -304,7 +320,7 @@ def own_errors(
     for seed in range(4 * len(SEEDS)) if few else SEEDS:
         move(model, moved, seed)
         for named, values in runs:
-            yield grow(worst, moved.flat(named), values)
+            yield grow(worst, execution_of(moved).flat(named), values)
 
 
 def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
@@ -313,7 +329,9 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.
     """
     run = Wide(model, graph=graph)
-    traced = model.captured.traced(False, model.captured.named, model.base_dtype)
+    execution = execution_of(model)
+    captured = execution.captured
+    traced = captured.traced(False, captured.named, execution.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
         leaves = [run.read(x) for x in tree_leaves(copied(named))]
@@ -326,12 +344,14 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
 
 def torch_rerun(module: CapturedModule, *, same: bool = True) -> ModuleRerun:
     """Other ways to run a torch module, on arrays by input name; see ModuleRerun."""
-    return ModuleRerun(module, lambda feeds: named_of(module._in_own_dtype(), feeds), same)
+    execution = execution_of(module)
+    return ModuleRerun(module, lambda feeds: named_of(execution.in_own_dtype(), feeds), same)
 
 
 def torch_run(module: CapturedModule) -> Run:
     """A torch module as {input: array} → {output: array}."""
-    return lambda feeds: module.flat(named_of(module._in_own_dtype(), feeds))
+    execution = execution_of(module)
+    return lambda feeds: execution.flat(named_of(execution.in_own_dtype(), feeds))
 
 
 # A captured torch model as the reference of an export.
@@ -366,11 +386,11 @@ class TorchReference:
     @property
     def inputs(self) -> Inputs:
         """See Reference."""
-        return self.base.captured.inputs
+        return execution_of(self.base).captured.inputs
 
     def details(self) -> Json:
         """See Reference."""
-        return rows_of(self.base.captured)
+        return rows_of(execution_of(self.base).captured)
 
     def guards(self) -> tuple[Condition, ...]:
         """See Reference."""
@@ -380,10 +400,11 @@ class TorchReference:
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
-        named = self.base.sample(size, self.arrays, seed)
-        example = self.base._in_own_dtype()
+        execution = execution_of(self.base)
+        named = execution.sample(size, self.arrays, seed)
+        example = execution.in_own_dtype()
         try:
-            self.base.flat(named)
+            execution.flat(named)
         except (IndexError, RuntimeError, ValueError):  # inputs that depend on each other, maybe
             named = example if self.arrays is None and is_real(example) else named
         return arrays_of(named)
@@ -395,7 +416,7 @@ class TorchReference:
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
         """See Reference."""
         module = self._module(adapter)
-        return choices_of(module, named_of(module._in_own_dtype(), feeds))
+        return choices_of(module, named_of(execution_of(module).in_own_dtype(), feeds))
 
     def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
         """Fp32 against fp64."""

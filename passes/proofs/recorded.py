@@ -30,10 +30,14 @@ from lora_fx.compare import ORT_TOL, Parity, compare_fairly, gates_of, grow, sha
 from lora_fx.dtypes import Array
 from lora_fx.errors import NoEffectError, one_line
 from lora_fx.fx.attach.attachment import keeps_statistics
-from lora_fx.fx.capture.capture import Captured, alike, copied
-from lora_fx.fx.capture.trace import EveryLayer
+from lora_fx.fx.capture.call import copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.observed import EveryLayer
+from lora_fx.fx.capture.unchanged import alike
 from lora_fx.fx.codes import forms
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, by_output
 from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
 from lora_fx.inputs import Named
@@ -78,9 +82,9 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
     modes = _modes(module)
     if not modes:
         return ()
-    if module.changes_anything() and (said := prove_as_it_is(module)):
+    if insertion_of(module).changes_anything() and (said := prove_as_it_is(module)):
         return said
-    left_out = _left_out(module.captured, module.updates)
+    left_out = _left_out(execution_of(module).captured, module.updates)
     keys = [key for key in module.updates if key not in left_out]
     try:
         for mode in modes:
@@ -111,7 +115,7 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
         if not isinstance(module, AdaptedModule):
             return ()
         adapter = module.adapter()
-    if left_out := _left_out(module.captured, adapter.lowrank):
+    if left_out := _left_out(execution_of(module).captured, adapter.lowrank):
         return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
     try:
         for mode in modes:
@@ -165,9 +169,9 @@ def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
 def _modes(module: CapturedModule) -> list[Compare]:
     """How a module is compared in each mode that is a recorded run."""
     modes: list[Compare] = []
-    if module.captured.recorded:
+    if execution_of(module).captured.recorded:
         modes.append(_differs)
-    if module.captured.recorded_in_training and isinstance(module, AdaptedModule):
+    if execution_of(module).captured.recorded_in_training and isinstance(module, AdaptedModule):
         modes.append(_differs_in_training)
     return modes
 
@@ -197,13 +201,13 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
     Raises:
         NotRun: The live model cannot be run with the adapter.
     """
-    captured = module.captured
+    captured = execution_of(module).captured
     was = module.training
     try:
         _check_alike(module)
         changed = _changed(captured, adapter)
         with eval_mode(module):
-            ours = module.flat(captured.named)
+            ours = execution_of(module).flat(captured.named)
         expected = _live(captured, changed, captured.named)
         if large and not all(_finite(v) for v in (*ours.values(), *expected.values())):
             return None
@@ -237,7 +241,7 @@ def _differs_in_training(
     with module.base():
         if not _trained(module, {}).ok:
             raise NotRun("in train mode it draws random numbers in another order")
-    parity = _trained(module, _changed(module.captured, adapter))
+    parity = _trained(module, _changed(execution_of(module).captured, adapter))
     if large and not math.isfinite(parity.rel):
         return None
     return None if parity.ok else parity
@@ -245,14 +249,14 @@ def _differs_in_training(
 
 def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
     """A module beside the live model with other numbers in its parameters, both in train mode."""
-    captured = module.captured
+    captured = execution_of(module).captured
     model, named = captured.model, captured.named
     weights = dict(model.named_parameters())
 
     def run(some: CapturedModule) -> dict[str, Array]:
         with alike(some, training=True), torch.no_grad():
             torch.manual_seed(0)
-            return some.flat(copied(named))
+            return execution_of(some).flat(copied(named))
 
     def rounding() -> Iterator[Mapping[str, float]]:
         worst: dict[str, float] = {}
@@ -264,7 +268,7 @@ def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Par
     try:
         with alike(model, training=True), EveryLayer([]), torch.no_grad():
             for part in model.modules():
-                if module.norm_stats == "frozen" and keeps_statistics(part):
+                if execution_of(module).norm_stats == "frozen" and keeps_statistics(part):
                     part.training = False
             with parameters_as(weights, changed):
                 torch.manual_seed(0)
@@ -279,12 +283,12 @@ def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Par
 
 def _check_alike(module: CapturedModule) -> None:
     """Raise where the module lies elsewhere, or in another dtype, than the live model."""
-    captured = module.captured
+    captured = execution_of(module).captured
     here, there = device_of(module), device_of(captured.model)
-    if module.base_dtype != captured.base_dtype or here != there:
+    base_dtype = execution_of(module).base_dtype
+    if base_dtype != captured.base_dtype or here != there:
         raise NotRun(
-            f"the module is {module.base_dtype} on {here}, and the model "
-            f"{captured.base_dtype} on {there}"
+            f"the module is {base_dtype} on {here}, and the model {captured.base_dtype} on {there}"
         )
 
 

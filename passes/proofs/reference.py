@@ -49,22 +49,18 @@ from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_in
 from lora_fx.ir.graph import Role
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Cast
-from lora_fx.onnx.batch import SCALES
-from lora_fx.onnx.choices import choosing_file
-from lora_fx.onnx.graph.graph import OnnxGraph, highest
-from lora_fx.onnx.graph.ops import rounds_activations, shares_ranges
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.batch_inputs import SCALES
+from lora_fx.onnx.discrete_choices import choosing_file
+from lora_fx.onnx.graph.coded_weights import rounds_activations, shares_ranges
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.id_limits import highest
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import IDS
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.save import save
-from lora_fx.onnx.session import (
-    RuntimeSession,
-    feeds_of_sizes,
-    open_session,
-    signature,
-    tensors_by_name,
-)
-from lora_fx.onnx.steps import stepped_file
+from lora_fx.onnx.session import RuntimeSession, open_session, tensors_by_name
+from lora_fx.onnx.sigmoid_step import stepped_file
+from lora_fx.onnx.signature import feeds_of_sizes, signature
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, fold_rows
 from lora_fx.passes.insert import Insert
@@ -165,12 +161,12 @@ class FileRerun:
 
         def run(feeds: Named) -> dict[str, Array]:
             feeds = self.also(feeds)
-            if not file.same:
+            if not file.shared_choices:
                 file.follow(feeds, others)
             made = file.run(feeds, file.chosen(others))
             shapes = {name: choices.outputs[name].shape for name in file.floats}
             floats = {name: made[own].reshape(shapes[name]) for name, own in file.floats.items()}
-            chosen = {name: choices.values[name] for name in file.same.values()}
+            chosen = {name: choices.values[name] for name in file.shared_choices.values()}
             return {**file.outputs(made), **floats, **chosen}
 
         return run

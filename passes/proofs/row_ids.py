@@ -19,9 +19,9 @@ import numpy as np
 from lora_fx.compare import compare, gates_of
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import MistakeError
-from lora_fx.onnx.batch import brings_input, guards_alone, is_guarded, outputs_without_nan
-from lora_fx.onnx.graph.flow import dtype_name, is_tensor
-from lora_fx.onnx.manifest import IDS
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.graph.values import dtype_name, is_tensor
+from lora_fx.onnx.row_guards import brings_input, guards_alone, is_guarded, outputs_without_nan
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
 

@@ -21,18 +21,22 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
 from lora_fx.files.run_files import remember, remembering
 from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule, FoldedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.manifest import PROPERTY, check_no_slots, listed
+from lora_fx.onnx.inserted_branches import branches_as_json
+from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, output
+from lora_fx.onnx.output_file import output
+from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
@@ -78,7 +82,8 @@ def find(
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         options.refuse_for_captured()
-        return replace(found_in(model.captured, graph=model.graph(training)), notes=())
+        captured = execution_of(model).captured
+        return replace(found_in(captured, graph=model.graph(training)), notes=())
     if hasattr(model, "sites"):
         options.refuse_for_captured()
         return find_graph(model)
@@ -258,7 +263,8 @@ def fold(
 # A [*batch, rank, in] is drawn, B [*batch, out, rank] is zero, so the file still is the base: that
 # is proven, and that a B other than zero moves the outputs, target by target. A and B are
 # initialisers named as in PEFT (`PATH.lora_A.LEAF`), for a trainer of ONNX graphs;
-# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.manifest` reads them back.
+# `lora_fx.manifest` in the metadata lists them, and `lora_fx.onnx.inserted_branches` reads them
+# back.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +339,9 @@ def insert_into_file(
             updates = {k: u for k, u in updates.items() if not told or k not in idle}
         rewritten = graph.clone()
         Insert(updates, role=Role.TRAIN)(rewritten)
-        rewritten.model.metadata_props[PROPERTY] = listed(updates, reading(found, updates, {}))
+        rewritten.model.metadata_props[PROPERTY] = branches_as_json(
+            updates, reading(found, updates, {})
+        )
         rewritten.lint()
         with output(target, force=asked.force) as made:
             made.save(rewritten.model, asked.external_over)

@@ -26,9 +26,10 @@ from lora_fx.formats.io import AdapterLike, as_adapter
 from lora_fx.fx.attach.attachment import Attachment, Form, Planner, attachment, is_attached
 from lora_fx.fx.attach.live import ALWAYS, INSIDE, OUTSIDE, REGISTRY, Program, Recorder, Value
 from lora_fx.fx.attach.partial import bodies_of, one_argument, one_op, partial_graphs
-from lora_fx.fx.capture.call import Called, Signature, unwrapped, wrappers
+from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import argument, aten_ops
 from lora_fx.fx.module.module import CapturedModule

@@ -25,6 +25,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import hint, shape_of
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, parameter_of, to_numpy, with_base
@@ -157,8 +158,8 @@ def build_module(cap: Captured, options: InsertOptions) -> AdaptedModule:
     if start.bound is not None and start.bound.full:
         module.load_adapter(start.bound)
     if options.adapter is not None:
-        module.check_base(options.adapter)
-    module.say(*prove_drawn(module))
+        insertion_of(module).check_base(options.adapter)
+    insertion_of(module).say(*prove_drawn(module))
     return module
 
 

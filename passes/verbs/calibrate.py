@@ -25,6 +25,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named
@@ -85,7 +86,7 @@ def calibrate(
 
 def _run(module: Watched, batch: Named, loss: str | Loss, *, backward: bool) -> Tensor | None:
     """The loss of a batch; None where none is wanted."""
-    signature = module.captured.signature
+    signature = execution_of(module).captured.signature
     device = next((p.device for p in module.parameters()), None)
     given = {k: _tensor(v).to(device) for k, v in batch.items()}
     strange = [k for k in given if k not in signature.keywords and not signature.open]

@@ -18,7 +18,7 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.run_files import remember, remembering, scratch_folder
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
@@ -443,7 +443,7 @@ def _copied(source: Path, graph: OnnxGraph, options: ExportOptions) -> Report:
     with options.output() as made:
         made.save(graph.model, 0 if is_external(source) else options.external_over)
         nothing = Matched({}, {}), Fold({})
-        prove_merge(made.seen, options.target, before, set(), find(graph), *nothing)
+        prove_merge(made.loadable, options.target, before, set(), find(graph), *nothing)
     said = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, made.files))
     return Report("export", True, (), outputs, (said, *graph.notes), {"mode": "merged"})

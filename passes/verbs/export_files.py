@@ -26,16 +26,22 @@ from lora_fx.files.run_files import remember
 from lora_fx.formats.io import check_real
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.batch import SCALES as SCALES_BY_ROW
-from lora_fx.onnx.batch import batch_symbol, join_copies, outputs_without_nan
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.batch_inputs import SCALES as SCALES_BY_ROW
+from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import Manifest, guard_within, say_within, write_adapter
-from lora_fx.onnx.names import copies_of, give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.manifest import Manifest
+from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.output_file import Output
 from lora_fx.onnx.precision import narrow
-from lora_fx.onnx.save import Output
-from lora_fx.onnx.session import Session, feeds_of_sizes, open_session, signature
-from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.row_guards import outputs_without_nan
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.signature import feeds_of_sizes, signature
+from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
@@ -344,7 +350,7 @@ def named(adapters: ExportAdapters | None) -> dict[str, Adapter]:
 
 # optimise: rewrites of an exported graph that leave its outputs, each kept only where proven so.
 #
-# The stages are lora_fx.onnx.stages.STAGES; a file's inputs come from its signature.
+# The stages are lora_fx.onnx.optimise.STAGES; a file's inputs come from its signature.
 
 
 def optimised(

@@ -16,11 +16,15 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, compare, demand
 from lora_fx.dtypes import Array
 from lora_fx.errors import CaptureError, LoraFxError
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import Captured, as_it_was
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule, Base
-from lora_fx.fx.module.module import CapturedModule, plain
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import (
     from_numpy,
     named_tensors,
@@ -31,12 +35,15 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.fx.to_onnx import OPSET, to_onnx
 from lora_fx.ir.graph import Site
-from lora_fx.onnx.batch import batch_symbol
+from lora_fx.onnx.batch_inputs import batch_symbol
+from lora_fx.onnx.bfloat16 import in_bfloat16, unround, widen
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.names import copies_of, mark_changed, mask_by_infinity
-from lora_fx.onnx.precision import GATES, at_level, in_bfloat16, narrow, unround, widen
+from lora_fx.onnx.masked_scores import mask_by_infinity
+from lora_fx.onnx.names import mark_changed
+from lora_fx.onnx.optimise import RewriteStage
+from lora_fx.onnx.precision import GATES, at_level, narrow
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import RewriteStage
+from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
 from lora_fx.passes.proofs.parity import (
@@ -69,10 +76,10 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     """Fold, prove, translate, prove, and give the file its name."""
     inputs, provider, precision = options.inputs, options.provider, options.precision
     folded, parity = branched, list[Parity]()
-    warnings: list[str] = [str(p) for p in branched.captured.pinned]
+    warnings: list[str] = [str(p) for p in execution_of(branched).captured.pinned]
     if isinstance(branched, AdaptedModule):
         folded = fold(branched)
-        if not branched.changes_anything():
+        if not insertion_of(branched).changes_anything():
             warnings.append("the adapter changes nothing: every update is zero")
         parity += prove(
             torch_run(folded), branched, arrays=inputs, tol=FOLD_TOL, of="fold",
@@ -132,7 +139,7 @@ def _write(branched: CapturedModule, options: ExportOptions) -> Report:
     grown = sum(f.grew for f in changes)
     opset = options.opset or OPSET
     details: Json = {"opset": opset, "mode": "merged", "nodes": nodes, "grown_bytes": grown}
-    details |= rows_of(branched.captured)
+    details |= rows_of(execution_of(branched).captured)
     if options.optimise:
         details["stages"] = [s.to_json() for s in stages]
     parity += runtime
@@ -144,7 +151,7 @@ def _unrounded(folded: CapturedModule, options: ExportOptions) -> dict[str, Call
     result: dict[str, Callable[[], Array]] = dict(getattr(folded, "unrounded", {}))
     if isinstance(options.adapters, Adapter):
         # the module holds whole tensors in its own dtype, and the adapter as they were trained
-        captured = folded.captured
+        captured = execution_of(folded).captured
         bound = bind(with_base(options.adapters, captured.model), find(captured))
         result |= {name: partial(np.asarray, full.value) for name, full in bound.full.items()}
     return result
@@ -190,7 +197,7 @@ def quantised_base(
     cap = captured_of(model, options.capture_of_base())
     new = quantised(cap, wanted, {name for a in every for name in a.full})
     with torch.no_grad():
-        before, after = (plain(c).flat(c.named) for c in (cap, new))
+        before, after = (execution_of(plain(c)).flat(c.named) for c in (cap, new))
     off = compare(after, before, {}, 1.0).rel
     new.notes.append(f"quantising moves the base's outputs by {off:.1e} of the largest")
     base = Base()
@@ -311,7 +318,7 @@ def base_of(
     apart, keys_of = _by_keys(_lost(reference, graph, keys, single=options.mode == "batch"))
     if apart:
         graph = OnnxGraph(_translated(reference.base, options, apart=apart)[0])
-    return graph, keys_of, [*map(str, reference.base.captured.pinned), *said]
+    return graph, keys_of, [*map(str, execution_of(reference.base).captured.pinned), *said]
 
 
 def _lost(

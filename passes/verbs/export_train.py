@@ -25,12 +25,13 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.fx.capture.call import onnx_conditions
-from lora_fx.fx.capture.capture import alike, as_it_was
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.capture.unchanged import alike, as_it_was
 from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.operators import SpecViolationError
 from lora_fx.fx.tensors import from_numpy, to_numpy
@@ -39,16 +40,13 @@ from lora_fx.fx.train.loss import IGNORED, loss_function, scores_of
 from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, step_of, train_graph
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
-from lora_fx.onnx.manifest import (
-    PROPERTY,
-    Manifest,
-    guard_within,
-    row_of,
-    say_within,
-    write_adapter,
-)
-from lora_fx.onnx.save import Output, save_beside
+from lora_fx.onnx.manifest import PROPERTY, Manifest
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.save import save_beside
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.update_row import row_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
@@ -133,7 +131,7 @@ def _adapted(model: object, options: ExportOptions) -> AdaptedModule:
                 "step",
                 "init kaiming, gaussian or orthogonal, and variant lora, rslora, lora+ or lora-fa",
             )
-    if module.norm_stats != "frozen":
+    if execution_of(module).norm_stats != "frozen":
         raise LoraFxError("a step keeps running statistics as they are", "norm_stats='frozen'")
     return module
 
@@ -160,7 +158,8 @@ class _Files:
         self.module, self.options = module, options
         said = {n: getattr(options, n) for n in ("optimizer", "weight_decay", "clip")}
         self.update = Update(**{n: x for n, x in said.items() if x is not None})
-        captured = module.captured
+        self.execution = execution_of(module)
+        captured = self.execution.captured
         known = captured.signature.keywords
         self.loss = loss_function(options.loss or "ce", "labels", lambda n: n in known)
         self.fractions = options.loss == "mse" or self._takes_fractions()
@@ -175,7 +174,7 @@ class _Files:
         switch, start = (target.with_suffix(s) for s in (".switch.onnx", ".onnx_adapter"))
         for path in (target, switch, start):
             check_output(path, force=options.force)
-        captured = module.captured
+        captured = self.execution.captured
         found = find(captured)
         reference = torch_reference(captured, options)
         keys = list(bind(self.adapter, found).lowrank)
@@ -235,7 +234,7 @@ class _Files:
         """
         for size in SIZES:
             with contextlib.suppress(SizeError):  # a batch norm trains on no single row
-                self._settle_at(graph, self.module.sample(size))
+                self._settle_at(graph, self.execution.sample(size))
 
     def _settle_at(self, graph: TrainGraph, sample: Named) -> None:
         traced, module = graph.traced, self.module
@@ -278,7 +277,7 @@ class _Files:
             return False
         self.module.eval()
         with torch.no_grad():
-            out = self.module._run_named(self.module.captured.named)
+            out = self.execution.run(self.execution.captured.named)
             scores = scores_of(out)
             for fractions in (False, True):
                 self.fractions = fractions
@@ -290,7 +289,7 @@ class _Files:
 
     def _labelled(self, named: Named) -> tuple[dict[str, Any], Array]:
         """The call of a batch with its labels, where the model takes them, and the labels."""
-        own, signature = self.loss[1], self.module.captured.signature
+        own, signature = self.loss[1], self.execution.captured.signature
         example: Any = named.get(own)  # where the example has labels, theirs are shape and dtype
         named = {k: v for k, v in named.items() if k != own}
         asked = {}
@@ -298,7 +297,7 @@ class _Files:
             asked[own] = torch.zeros_like(example)
         self.module.eval()
         with torch.no_grad():
-            scores = scores_of(self.module._run_named({**named, **asked})).detach()
+            scores = scores_of(self.execution.run({**named, **asked})).detach()
         labels = self._drawn(scores, example)
         if own:
             named = signature.bind((), {**named, own: labels})

@@ -37,7 +37,9 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, Place, is_external, output, weight_bytes
+from lora_fx.onnx.output_file import output
+from lora_fx.onnx.place import Place
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
@@ -158,15 +160,17 @@ def merge_into_file(
     with output(target, force=asked.force, places=asked.places) as made:
         made.save(model, 0 if external else asked.external_over, delta=asked.delta)
         changed = {*fold.applied.values(), *matched.whole}
-        written = prove_merge(made.seen, target, before, changed, plan.found, plan.matched, fold)
+        written = prove_merge(
+            made.loadable, target, before, changed, plan.found, plan.matched, fold
+        )
         if all(n in before and same_bytes(written.reader(n)(), before[n]()) for n in changed):
             tensors = counted(len(changed), "tensor")
             raise NoEffectError(
                 f"{target}: not written: no element of {tensors} would change",
                 "is the adapter untrained, or its weight 0?",
             )
-        parity = _ran(source, pristine, made.seen, matched, asked) if asked.run else []
-        loads = [] if asked.run else _loads(source, made.seen, weight_bytes(model))
+        parity = _ran(source, pristine, made.loadable, matched, asked) if asked.run else []
+        loads = [] if asked.run else _loads(source, made.loadable, weight_bytes(model))
         notes = [*graph.notes, *loads]
     return _report(made.files, fold, plan, notes, parity)
 

@@ -11,12 +11,13 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.untie import lone_names, untied
@@ -78,18 +79,18 @@ def _under_branches(module: CapturedModule, options: CaptureOptions) -> Captured
             weights of the module.
     """
     if not options.cache:
-        return module.captured
+        return execution_of(module).captured
     if hasattr(module, "folded") or not _shares(module):
         raise LoraFxError(
             "this module's weights are no longer those of the model that was captured",
             "export the original with adapters=…",
         )
-    return decoder(module.captured, check=options.check)
+    return decoder(execution_of(module).captured, check=options.check)
 
 
 def _shares(module: CapturedModule) -> bool:
     """True where the frozen weights of a module are the captured model's own."""
-    originals = dict(module.captured.model.named_parameters())
+    originals = dict(execution_of(module).captured.model.named_parameters())
     return all(
         parameter.requires_grad or parameter.data_ptr() == originals[name].data_ptr()
         for name, parameter in module.named_parameters()

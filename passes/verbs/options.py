@@ -44,7 +44,8 @@ from lora_fx.text import is_whole
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
     from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.save import Output, Place
+    from lora_fx.onnx.output_file import Output
+    from lora_fx.onnx.place import Place
 
 Dead = Literal["auto", "error", "drop", "keep", "allow"]
 NormStats = Literal["frozen", "update"]
@@ -363,12 +364,13 @@ def check_rows(adapter: Adapter, name: str) -> None:
 
 def _without_rows(entry: LowRank) -> str:
     """What the weight of an update is, where mode batch has no form for it; empty where it has."""
-    if entry.op.startswith("conv_transpose"):
+    op = entry.origin.op
+    if op.startswith("conv_transpose"):
         return "a transposed convolution"
-    if entry.op.startswith(RECURRENT):
+    if op.startswith(RECURRENT):
         return "a recurrent layer"
     if entry.a.ndim > 2:
-        return "a grouped convolution" if entry.op.startswith("conv") else "a stack of matrices"
+        return "a grouped convolution" if op.startswith("conv") else "a stack of matrices"
     return ""
 
 
@@ -534,7 +536,8 @@ class ExportOptions:
 
     def output(self) -> AbstractContextManager[Output]:
         """The file, and its copies, which get their names when the block ends."""
-        from lora_fx.onnx.save import output  # insert and merge share this file and need no ONNX
+        # insert and merge share this file and need no ONNX
+        from lora_fx.onnx.output_file import output
 
         return output(self.target, force=self.force, places=self.places, owner=self.owner)
 

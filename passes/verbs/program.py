@@ -21,8 +21,10 @@ from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
-from lora_fx.fx.capture.capture import alike
-from lora_fx.fx.module.module import CapturedModule, FoldedModule
+from lora_fx.fx.capture.unchanged import alike
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves
@@ -58,13 +60,14 @@ def save_program(
     modes = [False]
     notes: list[str] = []
     try:
-        module.captured.allows(False, module._norm_stats)
+        execution = execution_of(module)
+        execution.captured.allows(False, execution.norm_stats)
         notes += prove_as_it_is(module)
         if isinstance(module, FoldedModule):
             notes.append("a folded model has no train program")
         else:
             try:
-                module.captured.allows(True, module._norm_stats)
+                execution.captured.allows(True, execution.norm_stats)
                 modes.append(True)
             except LoraFxError as e:
                 notes.append(f"no train program is written: {e.message}")
@@ -84,11 +87,12 @@ def save_program(
 def _paths(module: CapturedModule, training: bool) -> Paths:
     """The paths of a mode that the module runs: what is written is proven."""
     module.train(training)
-    first, *others = module.captured.paths(training, module.base_dtype)
+    execution = execution_of(module)
+    first, *others = execution.captured.paths(training, execution.base_dtype)
     found = [first]
     for named, traced in others:
         with contextlib.suppress(RuntimeError, ValueError, IndexError):  # of the user's code
-            module.flat(module._in_own_dtype(named))
+            execution.flat(execution.in_own_dtype(named))
             found.append((named, traced))
     return found
 
@@ -123,16 +127,17 @@ def _prove(
     for m in (module, again):
         m.train(training)
     ran = 0
-    example = module._in_own_dtype()
-    own = (*map(module.sample, SIZES), *([example] if is_real(example) else ()))
-    for named in (*own, *(module._in_own_dtype(named) for named, _ in paths[1:])):
+    execution = execution_of(module)
+    example = execution.in_own_dtype()
+    own = (*map(execution.sample, SIZES), *([example] if is_real(example) else ()))
+    for named in (*own, *(execution.in_own_dtype(named) for named, _ in paths[1:])):
         leaves = [x for x in tree_leaves(named) if isinstance(x, torch.Tensor)]
         try:
-            want = module.flat(named)
+            want = execution.flat(named)
         except (RuntimeError, ValueError, IndexError):
             continue  # a size that the model itself does not take
         try:
-            got = again.flat(named)
+            got = execution_of(again).flat(named)
         except SizeError:
             continue  # the file says so by name; the module captures another path there
         ran += 1

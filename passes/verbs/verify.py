@@ -165,8 +165,8 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     Raises:
         LoraFxError: It does not, or the file is not switchable.
     """
+    from lora_fx.onnx.feeds import tensors_of
     from lora_fx.onnx.manifest import manifest_of
-    from lora_fx.onnx.session import tensors_of
 
     manifest = manifest_of(path)
     details = {"targets": len(manifest.slots), "adapted": len(tensors_of(adapter, manifest)) // 2}
@@ -257,9 +257,10 @@ def _report(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
-    from lora_fx.fx.capture.call import unwrapped
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.module.module import CapturedModule, plain
+    from lora_fx.fx.capture.root_module import unwrapped
+    from lora_fx.fx.module.doubts import plain
+    from lora_fx.fx.module.module import CapturedModule
     from lora_fx.passes.verbs.adapt import insert
 
     model = unwrapped(model)

@@ -102,8 +102,8 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for wrong, words in (
         ([], "expected one of rank and energy"),
         (["--rank", "2", "--energy", "0.5"], "expected one of rank and energy"),
-        (["--energy", "2"], "0 < energy <= 1"),
-        (["--rank", "0"], "a rank from 1 up"),
+        (["--energy", "2"], "energy 2.0 is not in (0, 1]"),
+        (["--rank", "0"], "rank is 0; expected 1 or more"),
     ):
         code, _, err = run(capsys, *args, *more, *wrong, "--force")
         assert code == 2 and words in err, err

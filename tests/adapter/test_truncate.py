@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank, distance, product_svd, truncated
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.truncate import Truncation, truncation
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
@@ -190,7 +191,9 @@ def test_an_update_that_keeps_its_rank_is_kept_bit_by_bit() -> None:
 
 def test_what_is_saved_is_what_was_measured(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    conv = replace(update(rng, 4, 8, 18), layout=plain_layout((8, 2, 3, 3)), op="conv2d")
+    conv = replace(
+        update(rng, 4, 8, 18), layout=plain_layout((8, 2, 3, 3)), origin=Origin(op="conv2d")
+    )
     adapter = Adapter({"fc.weight": update(rng, 6, 10, 7), "c.weight": conv})
     result = truncation(adapter, max_error=0.2)
     assert result.rows[0].after < 6

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.onnx.bench import Sample, interleave, summary, timed
+from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from tests.benchmarks.interleave import processor
 
 WORDS, LENGTH = 256, 16

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.onnx.bench import interleave, timed
+from lora_fx.onnx.timing import interleave, timed
 from tests.benchmarks.capture import FREE, LENGTH, WORDS, llama
 from tests.benchmarks.interleave import processor
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_fx.onnx.bench import Sample
+from lora_fx.onnx.timing import Sample
 
 
 @dataclass(frozen=True)

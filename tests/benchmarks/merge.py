@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.onnx.bench import interleave
+from lora_fx.onnx.timing import interleave
 from tests.benchmarks.interleave import processor, run, show
 
 HIDDEN, FFN, VOCABULARY = 2048, 5632, 32000

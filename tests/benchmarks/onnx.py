@@ -3,7 +3,7 @@
     python -m tests.benchmarks.onnx [GROUP ...] [--rounds 25] [--layers 2] [--width 256]
 
 One thread, CPU time of the process, rounds A B C A B C …, the base twice (the control). A ratio is
-the median of the ratios within rounds; its bounds are those of `lora_fx.onnx.bench`. A gate fails
+the median of the ratios within rounds; its bounds are those of `lora_fx.onnx.timing`. A gate fails
 only where the lower 95 % bound is above it. Models are random, every linear layer adapted with
 rank 8; everything is exported by lora_fx.export into a temporary folder.
 """
@@ -29,8 +29,9 @@ import torch
 import lora_fx
 from lora_fx import Adapter
 from lora_fx.onnx import Session as Switchable
-from lora_fx.onnx.bench import bounds, time_sessions
+from lora_fx.onnx.bench import time_sessions
 from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.timing import bounds
 from tests.benchmarks.interleave import processor
 
 RANK, WORDS = 8, 1000

@@ -44,14 +44,16 @@ from onnxruntime.quantization import (
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.cli.demo_stages import Size, topics
+from lora_fx.cli.demo_data import topics
+from lora_fx.cli.demo_stages import Size
 from lora_fx.compare import rel
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.load import minilm
 from lora_fx.fx.train.loop import Settings, fit
+from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 
 Array = np.ndarray[Any, Any]

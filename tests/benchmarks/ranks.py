@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapter.truncate import truncation
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.inputs import generator
 from lora_fx.passes.verbs.open import capture
 from lora_fx.passes.verbs.plan import plan
@@ -167,7 +168,7 @@ def one(seed: int, uniform: int, methods: list[str]) -> dict[str, tuple[float, f
             ).ranks
         )
         module = lora_fx.insert(cap, plan=ranks, also_train="head.*", seed=seed, dead="allow")
-        size = sum(a.numel() + b.numel() for a, b in module.slots().values())
+        size = sum(a.numel() + b.numel() for a, b in insertion_of(module).slots().values())
         torch.manual_seed(seed)
         train(module, few, 1e-2, 30, 20)
         result[method] = (*judge(module, rest), size)
@@ -185,7 +186,7 @@ def cut(seed: int, uniform: int, high: int) -> dict[str, tuple[float, float, int
         module = lora_fx.insert(cap, plan=ranks, also_train="head.*", seed=seed, dead="allow")
         torch.manual_seed(seed)
         train(module, few, 1e-2, 30, 20)
-        size = sum(a.numel() + b.numel() for a, b in module.slots().values())
+        size = sum(a.numel() + b.numel() for a, b in insertion_of(module).slots().values())
         result[name] = (*judge(module, rest), size)
     adapter = module.adapter()
     for name, goal in (("cut, spread", {"params": limit}), ("cut, even", {"rank": uniform})):

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.onnx.bench import Sample, interleave, summary, timed
+from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from tests.benchmarks.interleave import processor
 
 SIZES = {"bert": (8, 128), "gpt2": (2, 256)}

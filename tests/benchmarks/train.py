@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.onnx.bench import Sample, interleave, summary, timed
+from lora_fx.onnx.timing import Sample, interleave, summary, timed
 from tests.benchmarks.interleave import processor
 from tests.fx.train.saved_bytes import TRUNKS, Size, Trunk, saved_bytes, with_peft
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import numpy_dtype
 from tests.checkpoint.made import Array, adapter, checkpoint
 
@@ -189,7 +190,7 @@ def _held(lows: dict[str, LowRank], known: dict[str, Tensor]) -> Adapter:
             top, bottom, left, right = t.extent
             key = f"{name}[{top}:{bottom}, {left}:{right}]"
         if t.kind == "embedding":
-            low = replace(low, op="embedding")
+            low = replace(low, origin=Origin(op="embedding"))
         entries[key] = low
     return Adapter(entries)
 

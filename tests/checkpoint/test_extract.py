@@ -118,7 +118,7 @@ def test_every_layout_comes_back(tmp_path: Path, dtype: str) -> None:
     delta = new["fc.weight"].astype(np.float64) - old["fc.weight"]
     assert measured["fc.weight"] < optimum(delta, 6) * 1.01
     lookup = result.adapter.lowrank["model.embed_tokens.weight"]
-    assert lookup.op == "embedding" and lookup.a.shape == (6, 1100)
+    assert lookup.origin.op == "embedding" and lookup.a.shape == (6, 1100)
     stack = result.adapter.lowrank["mlp.experts.down_proj"]
     assert stack.a.shape == (3, 6, 28) and stack.b.shape == (3, 20, 6)
 

@@ -190,7 +190,7 @@ def test_folders_with_shards_and_a_tied_table(tmp_path: Path) -> None:
     two = sharded(tmp_path / "two", dict(reversed(tuned.items())), config)
     adapter = lora_fx.extract(one, two, rank=6)
     low = adapter.lowrank["model.embed_tokens.weight"]
-    assert low.tied and low.a.shape == (6, 6) and low.b.shape == (1000, 6)
+    assert low.origin.tied and low.a.shape == (6, 6) and low.b.shape == (1000, 6)
     assert any("output head too" in n for n in adapter.metadata["notes"])
     notes = lora_fx.save_adapter(adapter, tmp_path / "x")
     assert any("share the tensor" in n for n in notes)
@@ -199,7 +199,7 @@ def test_folders_with_shards_and_a_tied_table(tmp_path: Path) -> None:
         np.testing.assert_allclose(delta, tuned[key].astype(float) - base[key], atol=1e-5)
     untied = sharded(tmp_path / "three", base, {**config, "tie_word_embeddings": False})
     low = lora_fx.extract(untied, two).lowrank["model.embed_tokens.weight"]
-    assert not low.tied and low.op == "embedding"
+    assert not low.origin.tied and low.origin.op == "embedding"
 
 
 @pytest.mark.parametrize(("kind", "turned"), [("gpt_oss", True), ("qwen3_moe", False)])

@@ -88,11 +88,11 @@ def test_an_untied_head(name: str, tmp_path: Path) -> None:
         (tuned / "config.json").write_bytes(config)
     made = check(name, base, tuned, tmp_path / "out", untie=True)
     assert set(made.entries) == {table, head}
-    assert not any(e.tied for e in made.lowrank.values())
+    assert not any(e.origin.tied for e in made.lowrank.values())
     assert any(head in n and "--untie" in n for n in made.metadata["notes"])
     with pytest.raises(LoraFxError, match="one of two uses"):
         lora_fx.merge(base, made, tmp_path / "no")
-    assert made.lowrank[table].op == "embedding"
+    assert made.lowrank[table].origin.op == "embedding"
 
 
 def only(*names: str) -> Callable[[str, int], bool]:
@@ -112,7 +112,7 @@ def test_a_stored_head_that_is_the_table_is_tied(tmp_path: Path) -> None:
     tuned = checkpoint(tmp_path / "second", {**values, HEAD: values["model.embed_tokens.weight"]})
     made = lora_fx.extract(base, tuned, rank=64)
     (low,) = made.lowrank.values()
-    assert low.tied and not any("--untie" in n for n in made.metadata["notes"])
+    assert low.origin.tied and not any("--untie" in n for n in made.metadata["notes"])
     lora_fx.merge(base, made, tmp_path / "out")
     np.testing.assert_allclose(read(tmp_path / "out")["model.embed_tokens.weight"],
                                values["model.embed_tokens.weight"], atol=1e-5)  # fmt: skip
@@ -178,7 +178,7 @@ def test_a_head_of_an_unknown_name(tmp_path: Path) -> None:
     with pytest.raises(LoraFxError, match=r"own\.weight"):
         lora_fx.extract(base, tuned)
     low = lora_fx.extract(base, tuned, allow_missing=True).lowrank[table]
-    assert not low.tied and low.op == "embedding"
+    assert not low.origin.tied and low.origin.op == "embedding"
 
 
 def test_peft_applies_it(tmp_path: Path) -> None:

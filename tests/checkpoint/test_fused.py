@@ -13,6 +13,7 @@ import torch
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense
 from lora_fx.checkpoint.merge import merge
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -382,7 +383,7 @@ def test_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = lows()
     q, whole = parts[NAMES[0]], LowRank(np.ones((1, N), "f4"), np.ones((SIZE, 1), "f4"), 1.0)
     odd = {
-        "conv": {NAMES[0]: LowRank(q.a, q.b, 2.0, op="embedding")},
+        "conv": {NAMES[0]: LowRank(q.a, q.b, 2.0, origin=Origin(op="embedding"))},
         "short": {**parts, NAMES[1]: parts[NAMES[2]]},
         "narrow": {**parts, NAMES[1]: LowRank(parts[NAMES[1]].a[:, :7], parts[NAMES[1]].b, 2.0)},
         "both": {**parts, "m.qkv.weight": whole},

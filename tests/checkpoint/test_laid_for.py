@@ -14,8 +14,9 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import LAYOUTS
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.checkpoint.match import laid_for
-from lora_fx.cli.common import group
+from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from tests.checkpoint import made
 
@@ -65,7 +66,7 @@ def test_the_last_experts_are_missed(base: str, layout: str) -> None:
 
 def test_a_router_among_the_parameters_stays_what_it_is(base: str) -> None:
     """PEFT trains it by target_parameters, and knows it by no other name."""
-    router = low(np.random.default_rng(2), E, H, op="experts")
+    router = low(np.random.default_rng(2), E, H, origin=Origin(op="experts"))
     adapter = Adapter({f"{M}.gate.weight": router, **apart(E)})
     chosen = LAYOUTS["peft"]
     assert chosen is not None

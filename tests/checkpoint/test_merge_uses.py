@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_fx
 from lora_fx import Adapter, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.ir.layout import plain_layout
 
@@ -76,7 +77,7 @@ def test_uses_of_a_tied_table_are_told_apart(case: str, base: Path, tmp_path: Pa
 
 
 def test_an_update_of_both_uses_needs_no_untying(base: Path, tmp_path: Path) -> None:
-    lora_fx.merge(base, Adapter({TABLE: low(1, tied=True)}), tmp_path / "out")
+    lora_fx.merge(base, Adapter({TABLE: low(1, origin=Origin(tied=True))}), tmp_path / "out")
     new = load_file(tmp_path / "out" / "model.safetensors")
     want = load_file(base / "model.safetensors")[TABLE] + low(1).matrix()
     np.testing.assert_allclose(new[TABLE], want, rtol=1e-6, atol=1e-6)
@@ -145,7 +146,7 @@ def configured(base: Path, **changes: Any) -> Path:
 
 def test_a_class_without_a_head_is_not_tied(base: Path, tmp_path: Path) -> None:
     configured(base, architectures=["LlamaForSequenceClassification"])
-    lora_fx.merge(base, Adapter({TABLE: low(1, op="embedding")}), tmp_path / "out")
+    lora_fx.merge(base, Adapter({TABLE: low(1, origin=Origin(op="embedding"))}), tmp_path / "out")
 
 
 def test_a_table_that_may_be_the_head_is_refused(base: Path, tmp_path: Path) -> None:
@@ -154,7 +155,10 @@ def test_a_table_that_may_be_the_head_is_refused(base: Path, tmp_path: Path) -> 
     old = load_file(base / "model.safetensors")
     renamed = {"transformer.word_embedding.weight": old[TABLE]}
     save_file(renamed, base / "model.safetensors", metadata={"format": "pt"})
-    for entry in (low(1, op="embedding"), ReplacedRows((3,), np.ones((1, WIDTH), "f4"))):
+    for entry in (
+        low(1, origin=Origin(op="embedding")),
+        ReplacedRows((3,), np.ones((1, WIDTH), "f4")),
+    ):
         adapter = Adapter({"transformer.word_embedding.weight": entry})
         with pytest.raises(lora_fx.LoraFxError, match="is a table of all tokens"):
             lora_fx.merge(base, adapter, tmp_path / "out")
@@ -183,7 +187,7 @@ def test_a_file_that_holds_the_table_as_the_head(
     for untie in (False, True):
         with pytest.raises(lora_fx.LoraFxError, match="it is the embedding too"):
             lora_fx.merge(base, Adapter({HEAD: low(1)}), tmp_path / "out", untie=untie)
-    lora_fx.merge(base, Adapter({HEAD: low(1, tied=True)}), tmp_path / "out")
+    lora_fx.merge(base, Adapter({HEAD: low(1, origin=Origin(tied=True))}), tmp_path / "out")
     save_file({**held, TABLE: old[TABLE]}, base / "model.safetensors", metadata={"format": "pt"})
     configured(base, tie_word_embeddings=False)
     lora_fx.merge(base, Adapter({HEAD: low(1)}), tmp_path / "apart")

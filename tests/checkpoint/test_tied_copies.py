@@ -52,7 +52,11 @@ def test_an_update_of_all_uses_changes_every_copy(stored: tuple[str, ...], tmp_p
 def test_uses_go_to_their_own_tensor(stored: tuple[str, ...], tmp_path: Path) -> None:
     """Of the shared table for all lookups, of one lookup for it alone, of the head for the head."""
     base = copies("bart", tmp_path, TABLE, *stored)
-    entries = {TABLE: low(1, op="embedding"), DECODER: low(2, op="embedding"), HEAD: low(3)}
+    entries = {
+        TABLE: low(1, op="embedding"),
+        DECODER: low(2, op="embedding"),
+        HEAD: low(3),
+    }
     with pytest.raises(LoraFxError, match="one of two uses"):
         lora_fx.merge(base, Adapter({DECODER: entries[DECODER]}), tmp_path / "out")
     lora_fx.merge(base, Adapter(entries), tmp_path / "out", untie=True)

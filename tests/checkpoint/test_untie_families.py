@@ -11,23 +11,25 @@ import torch
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank
+from lora_fx.adapter.origin import Origin
 from tests.checkpoint.families import FAMILIES, ROWS, SIDE, load, logits, tied
 from tests.checkpoint.made import read
 
 
-def low(seed: int, **fields: Any) -> LowRank:
+def low(seed: int, **facts: Any) -> LowRank:
     """An update as PEFT's files have it, [rows, width] of a head or a lookup's transposed."""
     rng = np.random.default_rng(seed)
     b, a = (rng.standard_normal(shape).astype("f4") for shape in ((ROWS, 2), (2, SIDE)))
-    if fields.get("op") == "embedding":
+    origin = Origin(**facts)
+    if origin.op == "embedding":
         a, b = b.T, a.T
-    return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), 0.5, **fields)
+    return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b), 0.5, origin=origin)
 
 
 def delta(entry: LowRank) -> torch.Tensor:
     """Its ΔW as the table stores it."""
     product = entry.scale * entry.b.astype("f8") @ entry.a.astype("f8")
-    return torch.from_numpy(product.T if entry.op == "embedding" else product)
+    return torch.from_numpy(product.T if entry.origin.op == "embedding" else product)
 
 
 def explicit(name: str, base: Path, table: torch.Tensor, head: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import pytest
 
 import lora_fx
 from lora_fx import Adapter, Full, LoraFxError, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.cli import main
 from tests.checkpoint.made import Array, checkpoint, factors, read
 
@@ -194,7 +195,7 @@ def test_a_head_that_the_first_merge_untied(home: Path) -> None:
     entries = {
         "h": update(1, head),
         "again": update(2, head),
-        "both": update(3, table, tied=True),
+        "both": update(3, table, origin=Origin(tied=True)),
     }
     last = home / "tied"
     for name, adapter in entries.items():

@@ -242,7 +242,7 @@ def test_verbose_and_quiet_stand_anywhere(home: Path, capsys: pytest.CaptureFixt
 def test_two_runtimes_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib import metadata
 
-    from lora_fx.cli.common import two_runtimes
+    from lora_fx.cli.library_versions import two_runtimes
 
     monkeypatch.setattr(metadata, "version", lambda name: "1.31")
     assert "both installed" in two_runtimes()

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
-from lora_fx.cli.common import COMMANDS, OWN, config_text, group
+from lora_fx.cli.config_file import OWN, config_text
+from lora_fx.cli.group import COMMANDS, group
 from lora_fx.formats.io import save_adapter
 
 

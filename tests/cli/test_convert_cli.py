@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import LAYOUTS, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.cli import main
 from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
@@ -148,7 +149,9 @@ def experts(*, split: bool, halves: str = "gate_up_proj down_proj") -> Adapter:
         a = rng.standard_normal((3, 2, in_)).astype("f4")
         b = rng.standard_normal((3, out, 2)).astype("f4")
         if leaf in halves:
-            entries[f"model.layers.0.mlp.experts.{leaf}"] = LowRank(a, b, 3.0, op="experts")
+            entries[f"model.layers.0.mlp.experts.{leaf}"] = LowRank(
+                a, b, 3.0, origin=Origin(op="experts")
+            )
     given = laid(
         entries, LAYOUTS["per-expert" if split else "peft"], family_of(["mixtral"]), "0.21.2"
     )

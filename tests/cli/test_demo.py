@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.cli import demo_stages
-from lora_fx.cli.demo_stages import VOLUMES, Result, Size, _judge, refusal, table, topics
+from lora_fx.cli import demo_data
+from lora_fx.cli.demo_data import VOLUMES, topics
+from lora_fx.cli.demo_stages import Result, Size, _judge, refusal, table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.load import minilm
 
@@ -21,10 +22,10 @@ GOOD: dict[str, Any] = {
 
 
 def test_volumes_are_stable_and_no_text_is_in_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = list(demo_stages.docstrings())  # the whole standard library is parsed once
-    monkeypatch.setattr(demo_stages, "docstrings", lambda root: iter(found))
+    found = list(demo_data.docstrings())  # the whole standard library is parsed once
+    monkeypatch.setattr(demo_data, "docstrings", lambda root: iter(found))
     a = topics(300, 100)
-    monkeypatch.setattr(demo_stages, "docstrings", lambda root: reversed(found))
+    monkeypatch.setattr(demo_data, "docstrings", lambda root: reversed(found))
     b = topics(300, 100)
     assert a == b
     assert len(a.names) == VOLUMES and set(a.train[1]) == set(range(VOLUMES))

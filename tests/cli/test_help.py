@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from lora_fx.cli import main
-from lora_fx.cli.common import COMMANDS, group
+from lora_fx.cli.group import COMMANDS, group
 from lora_fx.cli.options import GROUPS, in_groups
 
 WIDE = 100

@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from lora_fx.formats.io import save_adapter
 from lora_fx.passes.verbs.program import save_program
 from tests.cli.test_cli import MODEL, run

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from lora_fx.cli import branch_options, merge_options, model_options, train_options
 from lora_fx.cli.branch_options import TargetOptions
-from lora_fx.cli.common import COMMANDS
 from lora_fx.cli.extract import RecoveryOptions
+from lora_fx.cli.group import COMMANDS
 from lora_fx.cli.merge_options import CheckpointOptions
 from lora_fx.cli.options import flag, names_of, option, option_group, repeatable, selectors
 from lora_fx.cli.train_options import ExampleOptions, LoopOptions

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_fx import Adapter, LowRank, save_adapter
-from lora_fx.cli.common import stopping
+from lora_fx.cli.termination import stopping
 from lora_fx.errors import Terminated
 from tests.checkpoint.made import tree
 from tests.cli.test_cli import MODEL

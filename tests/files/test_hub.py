@@ -433,7 +433,7 @@ def test_outputs_are_named_by_repositories_and_not_by_commits(
     there: FakeHub, tmp_path: Path
 ) -> None:
     from lora_fx.checkpoint.merge import jobs_of
-    from lora_fx.cli.arguments import named_adapters
+    from lora_fx.cli.adapter_arguments import named_adapters
 
     _, commit = push_pair(there, tmp_path)
     there.push_folder("me/style", tmp_path / "a")

@@ -20,6 +20,7 @@ from gguf import GGUFReader
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.formats.io import save_adapter
 
 HEADS, GROUPS, SIZE, HIDDEN, INNER, ROWS, EXPERTS, RANK = 6, 2, 4, 20, 14, 34, 3, 2
@@ -105,7 +106,7 @@ def adapter(name: str) -> Adapter:
         head, table = (f"{end}.weight" for end in ends)
         entries[head] = LowRank(counted(5, RANK, HIDDEN), counted(6, ROWS, RANK), 6.0)
         table_of = counted(7, RANK, ROWS), counted(8, HIDDEN, RANK)
-        entries[table] = LowRank(*table_of, 6.0, op="embedding")
+        entries[table] = LowRank(*table_of, 6.0, origin=Origin(op="embedding"))
     return Adapter(entries)
 
 

@@ -39,7 +39,7 @@ def merged(base: Mapping[str, Array], adapter: Adapter, turned: tuple[str, ...] 
         else:
             assert isinstance(entry, LowRank)
             result[key] = _updated(key, old, entry, key in turned)
-            for name in entry.twins:
+            for name in entry.origin.twins:
                 result[name] = result[key]
     return result
 
@@ -47,7 +47,7 @@ def merged(base: Mapping[str, Array], adapter: Adapter, turned: tuple[str, ...] 
 def _updated(key: str, old: Array, low: LowRank, turned: bool) -> Array:
     if low.layout is not None and low.layout.batch:
         return old + low.layout.to_stored(NumpyEmitter(), low.matrix(np.float32))
-    flip = turned or low.op == "embedding"
+    flip = turned or low.origin.op == "embedding"
     matrix = old.T if flip else old.reshape(len(old), -1)
     if low.mutated:
         matrix = residual(matrix, low, key)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import diffusers
@@ -87,7 +88,7 @@ def test_components_convolutions_and_narrow_dtypes(tmp_path: Path) -> None:
     adapter = load_adapter(stored(tmp_path, tensors))
     assert adapter.names == ForeignNames("diffusers", ("text_encoder_2", "unet"))
     low = adapter.lowrank["unet.c.weight"]
-    assert (low.op, low.kernel) == ("conv2d", (3, 2)) and low.a.dtype == np.float32
+    assert (low.origin.op, low.origin.kernel) == ("conv2d", (3, 2)) and low.a.dtype == np.float32
     np.testing.assert_array_equal(adapter.deltas()["unet.c.weight"], np.full((8, 18), 4.0))
 
 
@@ -171,7 +172,7 @@ def low(**fields: Any) -> LowRank:
 
 def test_writes_what_diffusers_reads(tmp_path: Path) -> None:
     conv = LowRank(np.ones((2, 27), np.float32), np.ones((8, 2), np.float32), 2.0)
-    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), op="conv2d")
+    conv = LowRank(conv.a, conv.b, 2.0, plain_layout((8, 3, 3, 3)), origin=Origin(op="conv2d"))
     entries = {
         "unet.x.weight": low(),
         "unet.c.weight": conv,

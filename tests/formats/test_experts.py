@@ -14,6 +14,7 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.fused import LAYOUTS, _alpha, family_of, laid
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.base import PeftFile
@@ -72,7 +73,7 @@ def trained(kind: str, split: bool, variant: str = "lora", alpha: float = 3.0) -
                 ("down_proj", hidden, inner),
             ):
                 pair = factors(rng, count, out, in_, 2)
-                low = LowRank(*pair, alpha, None, variant, op="experts")
+                low = LowRank(*pair, alpha, None, variant, origin=Origin(op="experts"))
                 entries[f"{module}.{leaf}"] = low
     return Adapter(entries)
 

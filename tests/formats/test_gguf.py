@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
@@ -88,7 +89,7 @@ def test_every_tensor_is_that_of_llama_cpps_converter(tmp_path: Path, name: str)
         got = again.lowrank[key]
         np.testing.assert_array_equal(got.a, want.a, strict=True)
         np.testing.assert_array_equal(got.b, want.b, strict=True)
-        assert (got.alpha, got.op) == (6.0, want.op)
+        assert (got.alpha, got.origin.op) == (6.0, want.origin.op)
 
 
 @settings(max_examples=25, deadline=None)
@@ -138,7 +139,11 @@ def test_one_alpha_for_the_file_and_the_others_in_b(tmp_path: Path) -> None:
 
 def test_a_stack_of_experts_is_split_into_its_halves(tmp_path: Path) -> None:
     stack = LowRank(normal(0, 3, 2, 20), normal(1, 3, 28, 2), 6.0)
-    stack = replace(stack, layout=Layout((3, 28, 20), (0,), (1,), (2,), (3, 28, 20)), op="experts")
+    stack = replace(
+        stack,
+        layout=Layout((3, 28, 20), (0,), (1,), (2,), (3, 28, 20)),
+        origin=Origin(op="experts"),
+    )
     key = "model.layers.4.mlp.experts.gate_up_proj"
     out = written(tmp_path, Adapter({key: stack}), "qwen3_moe")
     want, found = stack.matrix(), deltas(out)
@@ -153,11 +158,11 @@ def test_a_stack_of_experts_is_split_into_its_halves(tmp_path: Path) -> None:
 
 def test_a_table_in_the_layout_of_the_graph_and_of_a_file(tmp_path: Path) -> None:
     key, file = "model.embed_tokens.weight", low(0, 20, 34)
-    looked_up = replace(file, op="embedding")
+    looked_up = replace(file, origin=Origin(op="embedding"))
     rows = replace(looked_up, layout=Layout((34, 20), (), (1,), (0,), (34, 20)))
     head = LowRank(file.b.T.copy(), file.a.T.copy(), 6.0, plain_layout((34, 20)))
     want = file.matrix().T
-    swapped = replace(head, op="embedding")  # a lookup in the layout of a head
+    swapped = replace(head, origin=Origin(op="embedding"))  # a lookup in the layout of a head
     for entry in (looked_up, rows, head, swapped, replace(head, layout=None)):
         out = written(tmp_path, Adapter({key: entry}), "llama")
         np.testing.assert_allclose(deltas(out)["token_embd.weight"], want, rtol=1e-12)

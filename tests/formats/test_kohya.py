@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Hadamard, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import kohya
@@ -67,7 +68,7 @@ def test_convolution(tmp_path: Path, kernel: tuple[int, ...]) -> None:
     file = stored(tmp_path, {"lora_down.weight": down, "lora_up.weight": up, "alpha": 2.0})
     entry = load_adapter(file).entries[f"{X}.weight"]
     assert isinstance(entry, LowRank)
-    assert (entry.op, entry.kernel) == (f"conv{len(kernel)}d", kernel)
+    assert (entry.origin.op, entry.origin.kernel) == (f"conv{len(kernel)}d", kernel)
     want = 0.5 * np.einsum("or...,rc...->oc...", *wide(up=up, down=down))
     close(whole(entry).reshape(want.shape), want)
 
@@ -76,7 +77,7 @@ def test_tucker(tmp_path: Path) -> None:
     down, mid, up = normal(0, 4, 5, 1, 1), normal(1, 4, 4, 3, 2), normal(2, 8, 4, 1, 1)
     parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": 2.0}
     entry = load_adapter(stored(tmp_path, parts)).entries[f"{X}.weight"]
-    assert isinstance(entry, LowRank) and entry.kernel == (3, 2)
+    assert isinstance(entry, LowRank) and entry.origin.kernel == (3, 2)
     u, m, d = wide(up=up[..., 0, 0], mid=mid, down=down[..., 0, 0])
     want = 0.5 * np.einsum("oi,ijhw,jc->ochw", u, m, d)
     close(whole(entry).reshape(want.shape), want)
@@ -162,7 +163,7 @@ def low(rank: int = 2, out: int = 8, in_: int = 6, **fields: Any) -> LowRank:
 
 
 def test_names_that_other_readers_know(tmp_path: Path) -> None:
-    conv = low(in_=27, layout=plain_layout((8, 3, 3, 3)), op="conv2d")
+    conv = low(in_=27, layout=plain_layout((8, 3, 3, 3)), origin=Origin(op="conv2d"))
     rs = low(rank=4, variant="rslora", alpha=3.0)
     entries = {
         "unet.mid_block.a_b.weight": conv,
@@ -201,8 +202,8 @@ STACK = Layout((3, 8, 6), (0,), (1,), (2,), (3, 8, 6))
     [
         (Full(normal(0, 8, 6)), "whole tensor"),
         (ReplacedRows((1,), normal(0, 1, 6)), "trained rows"),
-        (low(layout=IO, op="addmm"), "stored \\[in, out\\]"),
-        (low(layout=IO, op="embedding"), "embedding"),
+        (low(layout=IO, origin=Origin(op="addmm")), "stored \\[in, out\\]"),
+        (low(layout=IO, origin=Origin(op="embedding")), "embedding"),
         (LowRank(normal(0, 3, 2, 6), normal(1, 3, 8, 2), 1.0, STACK), "stack"),
         (low(use="op:linear"), "one use only"),
         (Hadamard(W, W, W, W, 1.0, IO), "stored \\[in, out\\]"),

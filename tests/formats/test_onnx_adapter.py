@@ -17,7 +17,7 @@ from lora_fx.adapter.updates import Dense
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import format_of, is_adapter, load_adapter, save_adapter
-from lora_fx.onnx.manifest import read_file, write_file
+from lora_fx.onnx.runtime_adapter import read_file, write_file
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)
@@ -182,7 +182,7 @@ def test_a_file_that_does_not_read_back_is_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {"x.lora_A": -A, "x.lora_B": B}
-    monkeypatch.setattr("lora_fx.onnx.manifest.read_file", lambda _: (wrong, {}))
+    monkeypatch.setattr("lora_fx.onnx.runtime_adapter.read_file", lambda _: (wrong, {}))
     with pytest.raises(LoraFxError, match="does not read back"):
         save_adapter(Adapter({"x": LOW}), tmp_path / "x.onnx_adapter", "onnx_adapter")
     assert not list(tmp_path.iterdir())

@@ -79,8 +79,9 @@ ELSEWHERE = {
     ("lora_fx.checkpoint.renaming", "peft"): "the same",
     ("lora_fx.files.checkpoint", ".gguf"): "weights of a model",
     ("lora_fx.files.hub", ".gguf"): "the same",
-    ("lora_fx.onnx.session", "peft"): "a default, as save_adapter has it",
-    ("lora_fx.onnx.session", SERVED): "what a session loads",
+    ("lora_fx.onnx.train_session", "peft"): "a default, as save_adapter has it",
+    ("lora_fx.onnx.feeds", SERVED): "what a session loads",
+    ("lora_fx.onnx.train_session", SERVED): "the same",
     ("lora_fx.passes.verbs.export_files", SERVED): "what an export writes",
     ("lora_fx.passes.verbs.export_train", SERVED): "the same",
 }

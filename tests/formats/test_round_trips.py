@@ -15,6 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.ir.layout import plain_layout
@@ -59,8 +60,7 @@ def lowrank(draw: st.DrawFn, variant: str, bound: bool, dora: bool) -> LowRank:
         draw(st.floats(1e-3, 1e3)),
         plain_layout(shape) if bound else None,
         variant,
-        op=op if bound or kernel else "",
-        kernel=() if bound else kernel,
+        origin=Origin(op if bound or kernel else "", () if bound else kernel),
         magnitude=draw(arrays(np.float32, (out,), elements=FLOATS)) if dora else None,
     )
 

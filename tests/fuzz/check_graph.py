@@ -25,8 +25,8 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.inserted_branches import adapter_in
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import adapter_in
 from lora_fx.passes.find import find
 from lora_fx.passes.verbs.adapt import insert_onnx
 from tests.fuzz.check import Verdict

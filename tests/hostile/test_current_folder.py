@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from lora_fx.fx.load.beside import importable
 from lora_fx.fx.load.models import call_factory
 from lora_fx.fx.train.chat import ChatTemplate

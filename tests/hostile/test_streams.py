@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.checkpoint.merge import jobs_of
 from lora_fx.errors import LoraFxError, explained
-from lora_fx.onnx.manifest import write_file
+from lora_fx.onnx.runtime_adapter import write_file
 
 MERGE = "merge base.safetensors peft -o out.safetensors --force"
 MISSING = "merge base.safetensors nope -o out.safetensors --force"
@@ -58,7 +58,7 @@ def test_a_stream(folder: Path, row: str) -> None:
 def test_a_file_does_not_get_the_number_of_a_closed_stream(folder: Path) -> None:
     """What a library of C writes to stderr would land in it."""
     code = (
-        "import os; from lora_fx.cli.common import open_streams; open_streams();"
+        "import os; from lora_fx.cli.streams import open_streams; open_streams();"
         "fd = os.open('new', os.O_CREAT | os.O_WRONLY); os.write(2, b'log'); print(fd > 2)"
     )
     command = f'{sys.executable} -c "{code}" 2>&-'

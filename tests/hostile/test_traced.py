@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from tests.hostile import traced
 
 STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")

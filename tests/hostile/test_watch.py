@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lora_fx.cli.common import COMMANDS
+from lora_fx.cli.group import COMMANDS
 from tests.hostile.watch import HUB, MARK, Payload
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -160,7 +160,7 @@ def main() -> None:
     import lora_fx.onnx.session
     import lora_fx.passes.verbs.adapt  # noqa: F401
     from lora_fx.cli import main as cli
-    from lora_fx.cli.common import COMMANDS
+    from lora_fx.cli.group import COMMANDS
 
     with contextlib.suppress(ImportError):
         import transformers.models.auto.modeling_auto  # noqa: F401

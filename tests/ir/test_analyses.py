@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lora_fx
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.ir.graph import Analysed
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
@@ -29,7 +30,7 @@ def test_an_edit_drops_and_a_share_lasts_until_one() -> None:
 @pytest.mark.parametrize("step", [Insert, Fold])
 def test_a_pass_drops_what_find_saw(step: type[Insert] | type[Fold]) -> None:
     module = lora_fx.insert(nn.Linear(6, 4), (torch.randn(3, 6),), rank=2)
-    graph = module.captured.fx_graph()
+    graph = execution_of(module).captured.fx_graph()
     before = find(graph)
     assert find(graph) is before and find(graph.clone()) is before
     assert step(module.adapter().lowrank)(graph).modified

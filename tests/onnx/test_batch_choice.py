@@ -10,9 +10,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from lora_fx.onnx.batch import LIMIT, add_inputs
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.batch_inputs import add_inputs
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.onnx.manifest import IDS
+from lora_fx.onnx.row_adapters import LIMIT
 from lora_fx.onnx.session import RuntimeSession, open_session
 
 RANK = 3

@@ -89,3 +89,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         with pytest.raises(SystemExit) as done:
             main(["bench", a, "--size", size])
         assert done.value.code == 2 and "--size" in capsys.readouterr().err
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """Names are as wide as the widest; an interval stands where there are six rounds."""
+    paths = [matmul(tmp_path / "a.onnx"), matmul(tmp_path / "wider.onnx")]
+    for rounds in (1, 6):
+        (timings,) = bench(paths, sizes=[(2, 3)], rounds=rounds)
+        title, head, *rows = str(timings).splitlines()
+        assert title == f"x [2, 3, 4] ({timings.repeats} runs a sample)"
+        assert head.split()[:5] == ["ms", "cpu", "min", "ratio", "min"] and len(rows) == 3
+        width = max(map(len, timings.samples))
+        for name, row in zip(timings.samples, rows, strict=True):
+            assert row[2 : 2 + width].rstrip() == name
+            assert len(row[2 + width :].split()) == 7 + (rounds == 6)
+
+
+def test_no_file() -> None:
+    with pytest.raises(LoraFxError, match="no file to time"):
+        bench([])

@@ -10,6 +10,7 @@ import torch
 
 import lora_fx
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.insertion import insertion_of
 from tests.onnx.decoders import gpt2, llama
 from tests.onnx.test_decoder import IDS
 
@@ -81,7 +82,7 @@ def test_what_a_cache_excludes_is_refused(tmp_path: Path) -> None:
 def test_a_cache_among_the_outputs_of_a_capture_is_left_out_and_said() -> None:
     model, ids = gpt2(), torch.tensor(IDS)
     module = lora_fx.insert(model, (ids,), rank=2)
-    (note,) = module.found.notes
+    (note,) = insertion_of(module).found.notes
     assert "a key-value cache is no tensor" in note
     out = module(ids)
     torch.testing.assert_close(out.logits, model(ids).logits)

@@ -22,8 +22,9 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.onnx import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.inserted_branches import adapter_in
 from lora_fx.onnx.load import load
-from lora_fx.onnx.manifest import adapter_in, manifest_of
+from lora_fx.onnx.manifest import manifest_of
 from lora_fx.onnx.match import match
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find

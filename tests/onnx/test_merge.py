@@ -24,6 +24,8 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli import main
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.onnx import output_file
 from lora_fx.onnx import save as saving
 from lora_fx.onnx.session import open_session
 from tests.zoo import checks
@@ -45,7 +47,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("ignore")  # of PEFT, about transformers' names
         tuned = peft.get_peft_model(copy.deepcopy(subject.model), config).eval()
         tuned.save_pretrained(folder / "adapter")
-    feeds = lora_fx.insert(subject.cap, rank=1).sample((3, 7))
+    feeds = execution_of(lora_fx.insert(subject.cap, rank=1)).sample((3, 7))
     with torch.no_grad():
         wanted = tuned(**{k: v for k, v in feeds.items() if isinstance(v, torch.Tensor)}).logits
     arrays = {k: v.numpy() for k, v in feeds.items() if isinstance(v, torch.Tensor)}
@@ -126,7 +128,7 @@ def test_what_the_proof_catches(
         path.write_bytes(proto.SerializeToString())
         return files
 
-    monkeypatch.setattr(saving, "save", spoiled)
+    monkeypatch.setattr(output_file, "save", spoiled)
     with pytest.raises(LoraFxError, match=r"'transformer\.wpe\.weight' is not the base's"):
         lora_fx.merge(bert / "base.onnx", bert / "adapter", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -167,9 +169,9 @@ def test_convolutions_before_batch_norms(resnet: Path, tmp_path: Path) -> None:
     """The norm stays a node, and ONNX Runtime puts it into the weight that it finds."""
     module = checks.perturbed("timm_resnet18/1")
     lora_fx.merge(resnet / "plain.onnx", module.adapter(), tmp_path / "m.onnx")
-    named = module.sample((2, 5))
+    named = execution_of(module).sample((2, 5))
     with torch.no_grad():
-        wanted = next(iter(module.eval().flat(named).values()))
+        wanted = next(iter(execution_of(module.eval()).flat(named).values()))
     feeds = {k: v.numpy() for k, v in named.items()}
     got = next(iter(open_session(tmp_path / "m.onnx", "cpu").run(feeds).values()))
     base = next(iter(open_session(resnet / "plain.onnx", "cpu").run(feeds).values()))

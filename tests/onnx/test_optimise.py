@@ -17,8 +17,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.onnx.optimise import apply_stages
+from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
+from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
+from lora_fx.onnx.rewrites.onnxscript_passes import FuseForRuntime
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import DeltaBeforeBias, FuseForRuntime, GemmToMatMul, apply_stages
 
 FUSED = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "RotaryEmbedding")
 SIZES = ((2, 5), (3, 7), (1, 11))

@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files import atomic
-from lora_fx.onnx import save as saving
+from lora_fx.onnx import output_file
 from lora_fx.onnx.session import open_session
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_optimise_leaves_the_data_of_a_renamed_input(
     shutil.move(tmp_path / "out.onnx", tmp_path / "in.onnx")  # its data is out.onnx.data
     before = (tmp_path / "out.onnx.data").read_bytes()
     wanted = open_session(tmp_path / "in.onnx", "cpu").run({"x": X.numpy()})
-    monkeypatch.setattr(saving.Output.save, "__defaults__", (100, ()))
+    monkeypatch.setattr(output_file.Output.save, "__defaults__", (100, ()))
     report = lora_fx.export(
         tmp_path / "in.onnx", tmp_path / "out.onnx", optimise=True, provider="cpu", force=True
     )

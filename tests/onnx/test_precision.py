@@ -18,9 +18,9 @@ import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import precision
-from lora_fx.onnx.precision import ToHalf
+from lora_fx.onnx.candidate_error import WorstError
+from lora_fx.onnx.rewrites.to_half import ToHalf
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import WorstError
 from tests.providers import PROVIDERS
 
 HALF, EIGHT = 8 * 2.0**-10, 8 * 2.0**-7
@@ -105,7 +105,7 @@ def narrowed(
 
     for i, node in enumerate(model.graph):
         node.name = f"n{i}"
-    return precision._half(model, error, {}, tol)
+    return precision._to_float16(model, error, {}, tol)
 
 
 def test_culprits_are_found_by_bisection() -> None:

@@ -18,7 +18,7 @@ from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.manifest import adapter_in
+from lora_fx.onnx.inserted_branches import adapter_in
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.verbs.adapt import insert_onnx
 

@@ -31,9 +31,11 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.compare import rel
+from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
-from lora_fx.onnx.session import Session, open_session, signature
+from lora_fx.onnx.session import open_session
+from lora_fx.onnx.signature import signature
 from lora_fx.passes.find import find
 from lora_fx.targets.target import Found
 

@@ -24,7 +24,8 @@ from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
 from lora_fx.fx.lowering import lowered
-from lora_fx.fx.module.module import plain
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.onnx_exporter import table_read_once
 from tests.zoo.shared import captured
 
@@ -254,10 +255,16 @@ def test_the_option_reaches_the_exporter(
     monkeypatch.setattr(to_onnx, "translated", refused)
     adapters = None
     if mode != "merged":
-        adapters = {"a": lora_fx.insert(layers(2).captured, rank=2, dead="allow").adapter()}
+        adapters = {
+            "a": lora_fx.insert(execution_of(layers(2)).captured, rank=2, dead="allow").adapter()
+        }
     with pytest.raises(LoraFxError, match="stop"):
         lora_fx.export(
-            layers(2).captured, tmp_path / "m.onnx", mode=mode, adapters=adapters, repeat=repeat
+            execution_of(layers(2)).captured,
+            tmp_path / "m.onnx",
+            mode=mode,
+            adapters=adapters,
+            repeat=repeat,
         )
     assert set(asked) == {repeat}
 

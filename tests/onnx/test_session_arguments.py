@@ -13,6 +13,7 @@ import torch
 
 import lora_fx
 from lora_fx import Adapter, LowRank, save_adapter
+from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.onnx import Session, TrainSession
 
@@ -167,3 +168,32 @@ def test_a_training_step(folder: Path) -> None:
         refused(lambda format=format: session.save(folder / "out", format))  # type: ignore[misc]
     for out in (None, 5, ""):
         refused(lambda out=out: session.save(out))  # type: ignore[misc]
+
+
+def test_files_of_other_modes(folder: Path) -> None:
+    with pytest.raises(LoraFxError, match="a training step, which no adapter is loaded into"):
+        Session(folder / "step.onnx", "cpu")
+    with pytest.raises(LoraFxError, match="a file of mode switch, which holds no step"):
+        TrainSession(folder / "switch.onnx", provider="cpu")
+    with pytest.raises(LoraFxError, match="a file of mode switch takes adapters run by run"):
+        Session(folder / "switch.onnx", "cpu", adapter=folder / "peft")
+
+
+def test_a_training_step_needs_a_start_of_its_ranks(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("step.onnx*"):
+        if file.suffix != ".onnx_adapter":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(
+        LoraFxError, match=r"step\.onnx_adapter is not there: nothing to start from"
+    ):
+        TrainSession(tmp_path / "step.onnx", provider="cpu")
+    session = TrainSession(folder / "step.onnx", provider="cpu")
+    a, b = np.ones((3, 4), np.float32), np.ones((6, 3), np.float32)
+    with pytest.raises(LoraFxError, match=r"the adapter: 'fc\.weight' has rank 3; expected 2"):
+        session.load(Adapter({"fc.weight": LowRank(a, b, 3.0)}))
+
+
+def test_an_input_of_too_few_dimensions(session: Session) -> None:
+    session.ranges = [Condition("a <= 5", (("a", "x", 1),))]
+    with pytest.raises(LoraFxError, match="input 'x' has 1 dimensions; expected 2 at least"):
+        session.run({"x": np.ones(4, np.float32)})

@@ -23,7 +23,7 @@ import lora_fx
 from lora_fx.cli import main
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.manifest import guard_within
+from lora_fx.onnx.range_guards import guard_within
 
 RNG = np.random.default_rng(0)
 

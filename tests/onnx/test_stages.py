@@ -13,9 +13,12 @@ import pytest
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.graph.flow import follow, remove_unread
+from lora_fx.onnx.graph.flow import follow
+from lora_fx.onnx.graph.values import remove_unread
+from lora_fx.onnx.optimise import apply_stages
+from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
+from lora_fx.onnx.rewrites.split_skip_norm import SplitSkipNorm
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import GemmToMatMul, SplitSkipNorm, apply_stages
 from tests.onnx.test_survive import fused
 
 WIDTH = 6

@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.proofs.parity import arrays_of
 from tests.zoo import checks
@@ -83,12 +84,12 @@ def survive(name: str, folder: Path) -> dict[str, tuple[Counter[str], float, lis
         report = lora_fx.export(given, path, provider="cpu", optimise=True)
         session, worst = open_session(path, "cpu"), 0.0
         for size in SIZES:
-            named = own.sample(size)
+            named = execution_of(own).sample(size)
             if which == "base":
                 with own.base():
-                    wanted = own.flat(named)
+                    wanted = execution_of(own).flat(named)
             else:
-                wanted = own.flat(named)
+                wanted = execution_of(own).flat(named)
             got = session.run(arrays_of(named))
             worst = max(worst, *(rel(got[k], v) for k, v in wanted.items()))
         stages = report.details["stages"]

@@ -22,7 +22,8 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
-from lora_fx.onnx.manifest import manifest_of, write_adapter, write_file
+from lora_fx.onnx.manifest import manifest_of
+from lora_fx.onnx.runtime_adapter import write_adapter, write_file
 from lora_fx.onnx.session import open_session
 from lora_fx.targets.target import Target
 from tests.providers import PROVIDERS

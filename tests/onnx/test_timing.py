@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from lora_fx.onnx.bench import bounds, interleave, summary, timed
+from lora_fx.onnx.timing import bounds, interleave, summary, timed
 
 
 def test_everything_runs_once_a_round_in_order() -> None:

@@ -21,6 +21,7 @@ from torch.export import register_dataclass
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.train.objective import scores_of
 from lora_fx.fx.train.step import (
     DIFFERENTIABLE,
@@ -281,7 +282,7 @@ def rows() -> list[Any]:
 
 def batches(module: Any, own: bool) -> Iterator[dict[str, Any]]:
     """Arguments with labels, at three batch sizes in turn, one row among them."""
-    sizes = [module.sample(size) for size in ((2, 5), (4, 7), (1, 6))]
+    sizes = [execution_of(module).sample(size) for size in ((2, 5), (4, 7), (1, 6))]
     module.eval()
     for i in range(STEPS):
         named = dict(sizes[i % 3])
@@ -356,10 +357,10 @@ def test_steps_equal_those_of_torch(step: Step, name: str, provider: str) -> Non
         np.testing.assert_allclose(ours.lowrank[key].a, u.a, atol=1e-4)
         np.testing.assert_allclose(ours.lowrank[key].b, u.b, atol=1e-4)
         assert np.abs(u.b).max() > 5e-3
-    inputs = module.sample((2, 5))
+    inputs = execution_of(module).sample((2, 5))
     forward = Session(path.with_name("step.switch.onnx"), provider)
     forward.load("trained", ours)
-    expected = module.flat(inputs)
+    expected = execution_of(module).flat(inputs)
     for name, value in forward.run(arrays_of(inputs), adapter="trained").items():
         np.testing.assert_allclose(value, expected[name], atol=1e-3 * np.abs(expected[name]).max())
     base = sum(p.nbytes for p in {id(p): p for p in cap.model.parameters()}.values())

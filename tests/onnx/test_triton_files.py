@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.triton import Config, Port, write_repository
+from lora_fx.onnx.triton import check_repository, write_repository
+from lora_fx.onnx.triton_config import Config, Port
 from tests.onnx.triton_models import Net, export, folders
 from tests.onnx.triton_rules import loads, proto
 
@@ -63,7 +64,7 @@ def test_a_copy_that_does_not_load_gets_no_name(
         if Path(target).name != "m.onnx.data":
             copy(source, target)
 
-    monkeypatch.setattr("lora_fx.onnx.triton.shutil.copyfile", failing)
+    monkeypatch.setattr("lora_fx.onnx.place.shutil.copyfile", failing)
     with pytest.raises(LoraFxError, match="cannot load it"):
         write_repository(tmp_path / "m.onnx", tmp_path / "models")
     assert not (tmp_path / "models").exists()
@@ -109,3 +110,33 @@ def test_a_damaged_config_is_refused_or_read() -> None:
             refused += 1
             assert error.message.startswith("x: ")
     assert refused > 300
+
+
+def test_a_repository_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(LoraFxError, match="no such folder"):
+        check_repository(tmp_path / "none")
+    (tmp_path / "file").touch()
+    (tmp_path / ".hidden").mkdir()
+    with pytest.raises(LoraFxError, match="no model in it"):
+        check_repository(tmp_path)
+
+
+def test_data_under_the_name_of_the_copy(tmp_path: Path) -> None:
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    value = onnx.helper.make_tensor_value_info
+    x, y = (value(name, onnx.TensorProto.FLOAT, [500]) for name in "xy")
+    w = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [500], bytes(2000), raw=True)
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [w])
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="model.onnx")
+    with pytest.raises(LoraFxError, match=r"its data is called 'model\.onnx'"):
+        write_repository(tmp_path / "m.onnx", tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_dtype_that_triton_does_not_number() -> None:
+    text = 'name: "m" input { name: "x" data_type: 99 dims: [ 1 ] }'
+    text = f'backend: "onnxruntime" {text}'
+    with pytest.raises(LoraFxError, match="the data_type 99 is unknown"):
+        Config.from_text(text, "x")

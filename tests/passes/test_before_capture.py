@@ -12,8 +12,9 @@ from click.testing import CliRunner
 import lora_fx
 from lora_fx import Adapter, LowRank, save_adapter
 from lora_fx.adapter.lowrank import Full
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Hadamard, Kronecker
-from lora_fx.cli.common import group
+from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx import Session
@@ -89,7 +90,7 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_mode_batch_knows_an_op_that_has_no_rows(op: str, no_capture: None, tmp_path: Path) -> None:
     key, a, b, say = OPS[op]
-    adapter = Adapter({"fc.weight": LORA, key: LowRank(a, b, 3.0, op=op)})
+    adapter = Adapter({"fc.weight": LORA, key: LowRank(a, b, 3.0, origin=Origin(op=op))})
     with pytest.raises(LoraFxError, match=f"de: '{key}' is of {say}.*; mode batch") as caught:
         lora_fx.export(Net(), tmp_path / "m.onnx", X, adapters={"de": adapter}, mode="batch")
     module = key.removesuffix(".weight")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
+from lora_fx.fx.module.insertion import insertion_of
 
 Form = Callable[[Any, Tensor], Tensor]
 
@@ -85,7 +86,7 @@ def test_updates_of_two_operands_multiply_each_other(name: str, tmp_path: Path) 
     assert rel(module.eval()(x).detach().numpy(), expected) < FOLD_TOL
     assert rel(lora_fx.fold(module)(x).detach().numpy(), expected) < FOLD_TOL
     module.train()(x).square().sum().backward()
-    trained = [p for pair in module.slots().values() for p in pair]
+    trained = [p for pair in insertion_of(module).slots().values() for p in pair]
     assert all(p.grad is not None and p.grad.any() for p in trained)
     live = lora_fx.attach(copy.deepcopy(model), (x,), rank=2, include="*")
     live.load_adapter(adapter)

@@ -280,7 +280,7 @@ def test_a_file_that_names_both_modules_of_a_tensor() -> None:
         given = [k if "." in k else f"{k}.weight" for k in (first, second)]
         entries: dict[str, Any] = {given[0]: {"a": a, "b": b}, given[1]: {"a": -a, "b": b}}
         if name == "Tied":  # a lookup's in is the rows
-            entries[given[0]] = {"a": b.T, "b": a.T, "op": "embedding"}
+            entries[given[0]] = {"a": b.T, "b": a.T, "origin": lora_fx.Origin(op="embedding")}
         adapter = Adapter({k: lora_fx.LowRank(alpha=1.0, **e) for k, e in entries.items()})
         bound = adapter.bind(cap)
         assert list(bound) == [f"{given[0]}@{g}" for g in given]

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lora_fx.fx.capture.capture import Captured, alike
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.unchanged import alike
 
 WIDTH, LENGTH, DEPTH = 6, 4, 3
 LENGTHS = (LENGTH, 4 * LENGTH, 11 * LENGTH)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.adapter.lowrank import LowRank
-from lora_fx.cli.common import group
+from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.files import atomic
 from lora_fx.files.run_files import inputs_are_in_memory, remembering

@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.compare import FOLD_TOL, ORT_TOL, compare, rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.insertion import insertion_of
 
 VARIANTS = ("lora", "rslora", "dora", "lora-fa", "lora+", "qalora:1")
 STARTS = ("gaussian", "orthogonal", "pissa", "olora")
@@ -121,7 +122,7 @@ def test_variants(variant: str, name: str, dtype: str) -> None:
     include = list(MODELS[name].names)
     module: Any = lora_fx.insert(model, (x,), rank=2, include=include, variant=variant)
     assert set(module.updates) == set(include)
-    assert module.effect.modes == ("eval", "train")
+    assert insertion_of(module).effect.modes == ("eval", "train")
     assert rel(out(module, x), before) < FOLD_TOL
     factors = {n: p.dtype for n, p in module.named_parameters() if ".lora_A" in f".{n}"}
     assert set(factors.values()) == {torch.complex64}

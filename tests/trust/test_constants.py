@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.compare import ORT_TOL, rel
+from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.names import FOLDED_FROM
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.session import open_session
 from tests.trust.tied import values
 
 Run = Callable[[Any, Tensor, Tensor], Tensor]

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 import lora_fx
 from lora_fx.errors import LoraFxError, one_line
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
@@ -217,7 +218,9 @@ def test_insert_fold_attach_and_files(case: str, tmp_path: Path) -> None:
     save_program(module, tmp_path / "m.pt2")
     assert near(outputs(load_program(tmp_path / "m.pt2"), args), adapted, tol)
     if case in RANDOM:
-        assert any("draws random numbers in eval mode" in n for n in module.captured.notes)
+        assert any(
+            "draws random numbers in eval mode" in n for n in execution_of(module).captured.notes
+        )
         with pytest.raises(LoraFxError, match="draws random numbers in eval mode"):
             lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
         return
@@ -239,7 +242,7 @@ def test_insert_fold_attach_and_files(case: str, tmp_path: Path) -> None:
 def test_a_recurrent_model_keeps_its_length_free() -> None:
     for kind in (nn.LSTM, nn.GRU):
         module = lora_fx.insert(Recurrent(kind, batch_first=True).eval(), CASES["LSTM"][1], rank=2)
-        assert not module.captured.pinned
+        assert not execution_of(module).captured.pinned
         before = dict(torch.ops.aten.lstm.input.py_kernels)
     assert torch.ops.aten.lstm.input.py_kernels == before, "torch is as it was"
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.fx.module.insertion import insertion_of
 
 
 class Reverse(torch.autograd.Function):
@@ -186,7 +187,7 @@ def test_a_model_whose_eval_mode_has_no_backward_is_trained() -> None:
         model(x).sum().backward()
     module = lora_fx.insert(model, (x,), rank=2)
     assert set(module.updates) == {"a.weight", "b.weight"}
-    assert any("eval mode is not proven" in n for n in module.effect.notes)
+    assert any("eval mode is not proven" in n for n in insertion_of(module).effect.notes)
     lora_fx.attach(copy.deepcopy(model), (x,), rank=2)
 
 

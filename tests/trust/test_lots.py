@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import rel
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.session import open_session
 from tests.fx.module.test_module import perturb
 
 
@@ -79,7 +81,9 @@ def test_vmap_is_plain_operations(kind: type[nn.Module], tmp_path: Path) -> None
     want = by_hand(model, module)(other).detach()
     assert rel(module.eval()(other).detach(), want) < 1e-5
     module.train()(x).square().sum().backward()
-    assert all(a.grad is not None and b.grad is not None for a, b in module.slots().values())
+    assert all(
+        a.grad is not None and b.grad is not None for a, b in insertion_of(module).slots().values()
+    )
     assert rel(lora_fx.fold(module.eval())(other).detach(), want) < 1e-5
     assert rel(session(module, tmp_path / "m.onnx", other), want) < 1e-5
     live = lora_fx.attach(copy.deepcopy(model), (x,), adapter=module.adapter())

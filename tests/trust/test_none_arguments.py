@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.compare import rel
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb

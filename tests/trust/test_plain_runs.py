@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.module.test_module import perturb
 
 EXPERTS = 4
@@ -143,7 +144,7 @@ def inserted(kind: type[nn.Module]) -> tuple[nn.Module, Any, Tensor]:
 @pytest.mark.parametrize("kind", SERVED)
 def test_the_graph_holds_for_all_values_and_sizes(kind: type[nn.Module]) -> None:
     model, module, x = inserted(kind)
-    assert not module.found.pinned
+    assert not insertion_of(module).found.pinned
     weights = {n for n, p in model.named_parameters() if p.dim() == 2}
     assert set(module.updates) == weights
     want = by_hand(model, module)
@@ -167,7 +168,7 @@ def assert_gradients(module: Any, want: nn.Module, x: Tensor) -> None:
     module.train()(x).square().sum().backward()
     want.train()(x).square().sum().backward()
     for key, low in module.adapter().lowrank.items():
-        a, b = module.slots()[key]
+        a, b = insertion_of(module).slots()[key]
         gradient = want.get_parameter(key).grad.double()
         want_a = low.scale * b.detach().double().T @ gradient
         want_b = low.scale * gradient @ a.detach().double().T
@@ -247,7 +248,7 @@ class Gradient(Recorded):
 @pytest.mark.parametrize("kind", [Block, Decorated, Switched, Nested, Parts, Gradient])
 def test_a_recorded_run_switches_no_gradient_off(kind: type[Recorded]) -> None:
     model, module, x = inserted(kind)
-    assert {p.rung for p in module.found.pinned} == {"recorded"}
+    assert {p.rung for p in insertion_of(module).found.pinned} == {"recorded"}
     want = by_hand(model, module)
     assert rel(module.eval()(x).detach().numpy(), want(x).detach().numpy()) < 1e-6
     assert torch.is_grad_enabled()
@@ -291,4 +292,4 @@ def test_the_way_on_is_one() -> None:
     model = Masked(SimpleNamespace(apply_spec_augment=False)).eval()
     module = lora_fx.insert(model, (torch.randn(7, 6),), rank=2)
     module.train()(torch.randn(7, 6)).square().sum().backward()
-    assert all(b.grad.any() for _, b in module.slots().values())
+    assert all(b.grad.any() for _, b in insertion_of(module).slots().values())

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.pt2.captured import open_program
 from lora_fx.passes.proofs import recorded
 from lora_fx.passes.verbs.program import save_program
@@ -136,7 +138,7 @@ def test_the_hint_leads_on(kind: type[Net], decides: str) -> None:
     module = lora_fx.insert(
         kind().eval(), (example(),), rank=2, include=INCLUDE, exclude=left_out, dead="keep"
     )
-    assert module.captured.recorded and f"{decides}.weight" not in module.updates
+    assert execution_of(module).captured.recorded and f"{decides}.weight" not in module.updates
 
 
 class OfABuffer(Net):
@@ -183,7 +185,7 @@ TWINS: list[tuple[type[nn.Module], Any]] = [
 def test_what_weights_do_not_decide_is_taken(kind: type[nn.Module], include: Any) -> None:
     torch.manual_seed(0)
     module = lora_fx.insert(kind().eval(), (example(),), rank=2, include=include)
-    assert module.captured.recorded
+    assert execution_of(module).captured.recorded
     assert "was not run" not in str(module.report())
     perturb(module)
     lora_fx.fold(module)
@@ -230,7 +232,7 @@ def test_weights_that_decide_in_training_are_found_out(kind: type[Net], decides:
     with pytest.raises(lora_fx.LoraFxError, match=rf"its weights \({decides}.weight\)"):
         lora_fx.insert(cap, rank=2, include=INCLUDE, dead="keep")
     module = lora_fx.insert(cap, rank=2, include=INCLUDE, exclude=f"{decides}.weight", dead="keep")
-    assert module.captured.recorded_in_training
+    assert execution_of(module).captured.recorded_in_training
     perturb(module)
     recorded.prove_as_it_is(module)
 
@@ -240,7 +242,7 @@ def test_what_weights_do_not_decide_in_training_is_taken(norm_stats: Any) -> Non
     model = PlainInTraining().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     module = lora_fx.insert(model, (example(),), rank=2, include=INCLUDE, norm_stats=norm_stats)
-    assert module.captured.recorded_in_training
+    assert execution_of(module).captured.recorded_in_training
     perturb(module)
     assert not recorded.prove_as_it_is(module)
     assert "was not run" not in str(module.report())
@@ -262,7 +264,7 @@ def far() -> AdaptedModule:
     """A module whose adapter has gone over the threshold since insert."""
     torch.manual_seed(0)
     module = lora_fx.insert(Threshold().eval(), (example(),), rank=2, include="*")
-    a, b = module.slots()["a.weight"]
+    a, b = insertion_of(module).slots()["a.weight"]
     a.data += 40
     b.data += 40
     return module
@@ -270,21 +272,26 @@ def far() -> AdaptedModule:
 
 VERBS: dict[str, Any] = {
     "fold": lambda module, path: lora_fx.fold(module),
-    "fold an adapter": lambda module, path: lora_fx.fold(module.captured, adapter=module.adapter()),
+    "fold an adapter": lambda module, path: lora_fx.fold(
+        execution_of(module).captured, adapter=module.adapter()
+    ),
     "insert": lambda module, path: lora_fx.insert(
-        module.captured, adapter=module.adapter(), dead="allow"
+        execution_of(module).captured, adapter=module.adapter(), dead="allow"
     ),
     "export": lambda module, path: lora_fx.export(module, path / "x.onnx"),
     "export an adapter": lambda module, path: lora_fx.export(
-        module.captured, path / "x.onnx", adapters=module.adapter()
+        execution_of(module).captured, path / "x.onnx", adapters=module.adapter()
     ),
     "switch": lambda module, path: lora_fx.export(module, path / "x.onnx", mode="switch"),
     "load": lambda module, path: lora_fx.export(
-        module.captured, path / "x.onnx", mode="load", adapters={"a": module.adapter()}
+        execution_of(module).captured,
+        path / "x.onnx",
+        mode="load",
+        adapters={"a": module.adapter()},
     ),
     "verify": lambda module, path: lora_fx.verify(module, module),
     "verify an adapter": lambda module, path: lora_fx.verify(
-        module.captured, module.captured, adapter=module.adapter()
+        execution_of(module).captured, execution_of(module).captured, adapter=module.adapter()
     ),
     "save": lambda module, path: save_program(module, path / "x.pt2"),
 }
@@ -308,7 +315,7 @@ def test_the_live_model_runs_with_the_adapter_as_it_is(monkeypatch: pytest.Monke
         return run(captured, changed, named)
 
     monkeypatch.setattr(recorded, "_live", watched)
-    original = {k: v.clone() for k, v in module.captured.model.state_dict().items()}
+    original = {k: v.clone() for k, v in execution_of(module).captured.model.state_dict().items()}
     lora_fx.fold(module)
     deltas = module.adapter().deltas()
     assert seen and set(seen[0]) == set(deltas)
@@ -316,7 +323,10 @@ def test_the_live_model_runs_with_the_adapter_as_it_is(monkeypatch: pytest.Monke
         change = (value.double() - original[name].double()).numpy()
         np.testing.assert_allclose(change, deltas[name], atol=1e-6)
         assert np.abs(change).max() > 1e-2
-    assert all(torch.equal(v, original[k]) for k, v in module.captured.model.state_dict().items())
+    assert all(
+        torch.equal(v, original[k])
+        for k, v in execution_of(module).captured.model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("variant", ["dora", "rslora"])
@@ -387,5 +397,5 @@ def test_the_original_is_as_it_was() -> None:
     model = OfTheGap().train()
     copied = copy.deepcopy(model.state_dict())
     module = lora_fx.insert(model, (example(),), rank=2, include=INCLUDE)
-    assert model.training and not module.changes_anything()
+    assert model.training and not insertion_of(module).changes_anything()
     assert all(torch.equal(v, copied[k]) for k, v in model.state_dict().items())

@@ -26,8 +26,9 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.errors import LoraFxError, MistakeError
-from lora_fx.onnx import batch
-from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph
+from lora_fx.onnx import row_guards
+from lora_fx.onnx.graph.emitter import OnnxEmitter
+from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
@@ -375,14 +376,14 @@ def test_a_session_says_which_ids_are_wrong(name: str, plain: Path) -> None:
 def test_an_unguarded_output_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = batch.guard_outputs
+    right = row_guards.guard_outputs
 
     def forgets(graph: Any, outside: Any) -> None:
         last = graph.model.graph.outputs.pop()
         right(graph, outside)
         graph.model.graph.outputs.append(last)
 
-    monkeypatch.setattr(batch, "guard_outputs", forgets)
+    monkeypatch.setattr(row_guards, "guard_outputs", forgets)
     with pytest.raises(MistakeError, match="no row of 'logits' becomes NaN"):
         exported(Case(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.module.test_module import perturb
 from tests.trust.test_gradients import Reverse
 
@@ -84,7 +85,7 @@ def test_one_run_serves_its_sizes_and_says_so(kind: type[Two]) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     module = lora_fx.insert(model, (x,), rank=2, include="*")
     assert set(module.updates) == {"a.weight", "b.0.weight"}
-    assert {p.rung for p in module.found.pinned} == {"recorded"}
+    assert {p.rung for p in insertion_of(module).found.pinned} == {"recorded"}
     assert "one recorded run" in str(module.report())
     perturb(module)
     by_hand = copy.deepcopy(model)
@@ -94,7 +95,9 @@ def test_one_run_serves_its_sizes_and_says_so(kind: type[Two]) -> None:
         got, want = (out(m(value)) for m in (module.eval(), by_hand))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     out(module.train()(x)).square().sum().backward()
-    assert all(a.grad is not None and b.grad is not None for a, b in module.slots().values())
+    assert all(
+        a.grad is not None and b.grad is not None for a, b in insertion_of(module).slots().values()
+    )
     assert not model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -153,7 +156,7 @@ def test_no_layer_is_dropped_in_a_train_graph() -> None:
     perturb(module)
     torch.testing.assert_close(module.train()(x), module.eval()(x))
     module.train()(x).sum().backward()
-    assert all(a.grad is not None for a, _ in module.slots().values())
+    assert all(a.grad is not None for a, _ in insertion_of(module).slots().values())
     assert "no layer is dropped in train mode" in str(module.report())
 
 

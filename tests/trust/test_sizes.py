@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.conditions import SizeError
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.pt2.captured import open_program
-from lora_fx.onnx.manifest import RANGES
+from lora_fx.onnx.range_guards import RANGES
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
@@ -352,7 +353,7 @@ def test_a_branch_at_any_size_is_seen(limit: int) -> None:
     model = Long().eval()
     model.limit = limit
     module = lora_fx.insert(model, (torch.randn(2, 6, 4),), rank=2, include="a")
-    assert [c.bounds() for c in module.found.ranges] == [(None, limit - 1)]
+    assert [c.bounds() for c in insertion_of(module).found.ranges] == [(None, limit - 1)]
     for steps in (limit - 1, limit, limit + 1, 6):
         x = torch.randn(1, steps, 4)
         torch.testing.assert_close(module(x), model(x))

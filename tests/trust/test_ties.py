@@ -22,7 +22,7 @@ from torch import Tensor
 import lora_fx
 from lora_fx.compare import FOLD_TOL, ORT_TOL, rel
 from lora_fx.errors import LoraFxError
-from lora_fx.onnx.session import Session
+from lora_fx.onnx.adapter_session import Session
 from tests.trust.tied import TIED, Apart, adapted, built, explicit, out, values
 
 CASES = [(n, i) for n, make in TIED.items() for i in ("*", *make.names)]

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.execution import Execution
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.passes.proofs import parity
 
 
@@ -141,7 +143,7 @@ def test_a_padding_mask_is_not_drawn_as_all_padding(padding: int, tmp_path: Path
     mask[1, 5 - padding :] = True
     args = (torch.randn(2, 5, 8), mask)
     module = lora_fx.insert(Masked().eval(), args, rank=2)
-    assert not module.effect or not module.effect.dead
+    assert not insertion_of(module).effect or not insertion_of(module).effect.dead
     report = lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
     assert report and all(np.isfinite(p.rel) for p in report.parity)
 
@@ -172,14 +174,14 @@ def test_a_size_where_only_the_graph_fails_is_no_unproven_size(
 ) -> None:
     """The model runs there, so a file would fail or be wrong: it is refused."""
     module = lora_fx.insert(nn.Sequential(nn.Linear(4, 4)).eval(), (X,), rank=2)
-    real = type(module).flat
+    real = Execution.flat
 
-    def failing(self: Any, named: Any) -> Any:
+    def failing(self: Execution, named: Any) -> Any:
         if named["input"].shape[0] == 3:
             raise RuntimeError("a guard of the graph")
         return real(self, named)
 
-    monkeypatch.setattr(type(module), "flat", failing)
+    monkeypatch.setattr(Execution, "flat", failing)
     with pytest.raises(LoraFxError, match=r"the captured graph does not run at input \[3, 7, 4\]"):
         lora_fx.export(module, tmp_path / "m.onnx", provider="cpu")
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 import lora_fx
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import Writes
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
@@ -120,7 +122,7 @@ def test_training_is_that_of_the_model(kind: type[Two]) -> None:
     want = by_hand(model, factors, x.clone())
     want.square().sum().backward()
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
-    for key, (a, b) in module.slots().items():
+    for key, (a, b) in insertion_of(module).slots().items():
         for ours, theirs in ((a, factors[key][0]), (b, factors[key][1])):
             assert ours.grad is not None
             assert theirs.grad is not None
@@ -146,7 +148,7 @@ def inserted(kind: type[Two]) -> FxGraph:
     """The train graph with branches as passes get it, and no copies that help them."""
     model, x = kind(), torch.randn(2, 4, 4)
     module = lora_fx.insert(model, (x,), rank=2, include="*", fast=False)
-    graph = module.captured.fx_graph(training=True, root=module)
+    graph = execution_of(module).captured.fx_graph(training=True, root=module)
     graph.training = False  # so that nothing is copied for backward
     Insert(module.updates)(graph)
     return graph

@@ -21,6 +21,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.inputs import SIZES
 from lora_fx.passes.proofs.parity import arrays_of, prove, torch_run
 from lora_fx.targets.target import Found, base_name
@@ -83,13 +84,16 @@ def effects(module: Any) -> list[float]:
     """The adapted against the unadapted output at every size."""
     result = []
     for size in SIZES:
-        named = module.sample(size)
+        named = execution_of(module).sample(size)
         shapes = {k: v.shape for k, v in arrays_of(named).items()}
-        if any(shapes.get(n.replace(".", "_"), (0,) * 9)[d] == 1 for n, d in module.not_one):
+        if any(
+            shapes.get(n.replace(".", "_"), (0,) * 9)[d] == 1
+            for n, d in execution_of(module).not_one
+        ):
             continue  # the model refuses size one, and so does the module
-        ours = module.flat(named)
+        ours = execution_of(module).flat(named)
         with module.base():
-            base = module.flat(named)
+            base = execution_of(module).flat(named)
         result.append(max(rel(ours[n], base[n]) for n in base))
     return result
 
@@ -188,11 +192,11 @@ def without_gradient(name: str, module: Any) -> list[str]:
     torch.manual_seed(0)
     calls = [subject.cap.named]
     if facts(name).branches:
-        calls = [module.sample(seed=seed) for seed in range(6)]
+        calls = [execution_of(module).sample(seed=seed) for seed in range(6)]
     for named in calls:
         outs = [
             x
-            for x in pytree.tree_leaves(module._run_named(named))
+            for x in pytree.tree_leaves(execution_of(module).run(named))
             if isinstance(x, torch.Tensor) and x.requires_grad
         ]
         torch.stack([(x * torch.randn_like(x)).sum() for x in outs]).sum().backward()

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import match
 from lora_fx.onnx.session import open_session
@@ -32,8 +33,8 @@ def differences(name: str, folder: Path) -> dict[str, float]:
     """{fold, insert}: the largest difference of any output at three rows."""
     lora_fx.export(checks.built(name).cap, folder / "base.onnx", provider="cpu", force=True)
     module = checks.perturbed(name).eval()
-    named = module.sample((3, 7))
-    wanted, feeds = module.flat(named), arrays_of(named)
+    named = execution_of(module).sample((3, 7))
+    wanted, feeds = execution_of(module).flat(named), arrays_of(named)
     result = {}
     for make in (Fold, Insert):
         graph = OnnxGraph(ir.load(folder / "base.onnx"))

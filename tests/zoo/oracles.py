@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.fx.capture.call import leaf_names
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.targets.target import base_name, split_key
@@ -92,7 +93,7 @@ def explicit(subject: Subject, module: Any, *, double: bool = True) -> Run:
         ]
         with torch.no_grad(), mode:
             out = subject.cap.signature.call(model, pytree.tree_unflatten(wide, spec))
-        outputs = list(module.flat(pytree.tree_unflatten(new, spec)))
+        outputs = list(execution_of(module).flat(pytree.tree_unflatten(new, spec)))
         return dict(zip(outputs, flat(out), strict=True))
 
     return run

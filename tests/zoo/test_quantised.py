@@ -20,6 +20,8 @@ from lora_fx.compare import FOLD_TOL
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.decoder import decoder
 from lora_fx.fx.codes import forms, numbers
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.onnx import Session
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.verbs.open import capture
@@ -81,7 +83,7 @@ def made(name: str, kind: str) -> tuple[Subject, Any]:
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_insert_is_the_models_own_code_on_the_dequantised_weights(name: str, kind: str) -> None:
     subject, module = made(name, kind)
-    adapted = {t.parameter.name for t in module.found.targets if t.parameter.format}
+    adapted = {t.parameter.name for t in insertion_of(module).found.targets if t.parameter.format}
     assert adapted == set(forms(subject.cap.model))
     assert all(seen(e) for e in effects(module))
     double = name not in SINGLE
@@ -94,7 +96,7 @@ def test_gradients_reach_every_factor(name: str, kind: str) -> None:
     _, module = made(name, kind)
     module = copy.deepcopy(module).train()
     torch.manual_seed(0)
-    out = module._run_named(module.sample((2, 5)))
+    out = execution_of(module).run(execution_of(module).sample((2, 5)))
     outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
     torch.stack([(t * torch.randn_like(t)).sum() for t in outs]).sum().backward()
     lost = [

@@ -17,6 +17,7 @@ import torch
 import lora_fx
 from lora_fx.compare import FOLD_TOL, ORT_TOL
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.tensors import has_values
 from tests.fx.capture.test_repeat import rows
 from tests.providers import PROVIDERS
@@ -126,7 +127,7 @@ def test_only_the_adapter_moves_and_every_zero_gets_a_gradient(name: str) -> Non
     trained = [p for p in module.parameters() if p.requires_grad]
     torch.optim.SGD(trained, lr=0.1).step()
     moved = {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
-    told = {k for k in moved if k in str(module.effect)}
+    told = {k for k in moved if k in str(insertion_of(module).effect)}
     assert told == ({k for k in moved if "lora_" not in k}), "what else moves is said"
     moved -= told
     assert moved and all(".lora_B." in f".{k}" for k in moved), "A has no gradient while B is zero"
@@ -217,7 +218,7 @@ def test_what_draws_its_path_is_recorded_and_not_exported(tmp_path: Path) -> Non
     said = " ".join(subject.cap.notes)
     assert "one recorded run, true for the example's sizes" in said
     assert "draws random numbers in eval mode (multinomial)" in said
-    assert lora_fx.insert(subject.cap, rank=2).effect.modes == ("eval", "train")
+    assert lora_fx.insert(subject.cap, rank=2).report().effect.modes == ("eval", "train")
     with pytest.raises(lora_fx.LoraFxError, match="ONNX Runtime others: multinomial") as caught:
         lora_fx.export(subject.cap, tmp_path / "m.onnx")
     assert caught.value.hint and not any(tmp_path.iterdir())

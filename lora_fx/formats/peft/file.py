@@ -24,7 +24,8 @@ import numpy as np
 
 from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Dense, Entry, ReplacedRows, from_json
 from lora_fx.adapter.variant import (
@@ -190,12 +191,17 @@ class _Reader:
         between = self._beside(group, "diagonal", on=mutated == "kasa")
         if between is not None:
             a = a * self.source.numbers(between, len(a))[:, None]
+        layer = FileLayer(group.lead) if attention else None
         low = LowRank(
-            a, b, alpha, None, self.variant,
+            a,
+            b,
+            alpha,
+            None,
+            self.variant,
             magnitude=None if length is None else self.source.numbers(length, len(b)),
-            op=op, kernel=kernel, tied=bool(group.tied), twins=tuple(group.tied), mutated=mutated,
-            layer=FileLayer(group.lead) if attention else None,
-        )  # fmt: skip
+            mutated=mutated,
+            origin=Origin(op, kernel, bool(group.tied), tuple(group.tied), layer),
+        )
         # PEFT pools the inputs of GPTQ's linear layers alone, and ignores the flag at all others
         if group.kind != "linear" or attention:
             return low
@@ -247,7 +253,7 @@ class _Reader:
         value, scale = self.source.numbers(name, len(low.b)), low.scale
         if group.lead.endswith(_OUT):
             scale /= 2  # the update is added twice, its bias once
-        elif low.layer:
+        elif low.origin.layer:
             self.source.notes.append(f"{self.file}: {name!r} is not read; PEFT does not apply it")
             return
         key = f"{group.module}.bias"

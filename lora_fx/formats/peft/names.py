@@ -29,7 +29,8 @@ from itertools import permutations
 import numpy as np
 
 from lora_fx.adapter.fused import unpacked
-from lora_fx.adapter.lowrank import Factors, FileLayer, LowRank
+from lora_fx.adapter.lowrank import Factors, LowRank
+from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.base import PeftFile
@@ -256,7 +257,8 @@ def read_stacks(
         else:
             key, alpha = f"{module}.({'|'.join(named)})#{depth}", 0.0
             layer = replace(layer, module=module, depth=depth, candidates=told)
-        entries[key] = LowRank(a, b, alpha, None, variant, op="experts", layer=layer)
+        origin = Origin(op="experts", layer=layer)
+        entries[key] = LowRank(a, b, alpha, None, variant, origin=origin)
     return entries
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import FileLayer
 from lora_fx.adapter.updates import Dense, ReplacedRows, is_on_base, is_plain, name_of, to_json
 from lora_fx.adapter.variant import (
     is_lora_or_dora,
@@ -116,7 +117,7 @@ class _Writer:
             self.fields["kasa_config"] = KASA
         elif first:
             self.fields["init_lora_weights"] = first
-        if any(u.tied for k, u in told.items() if self.told[k].plain):
+        if any(u.origin.tied for k, u in told.items() if self.told[k].plain):
             self.fields["ensure_weight_tying"] = True
 
     def _update(self, key: str, low: LowRank) -> None:
@@ -178,12 +179,12 @@ class _Writer:
             low = self.updates[key]
             alpha = variant_of(low).alpha(low) if self.group else low.alpha
             if form.kind == "stack":
-                maybe = {f"{form.target}.{k}": v for k, v in low.candidates.items()}
+                maybe = {f"{form.target}.{k}": v for k, v in low.origin.candidates.items()}
                 told = maybe or {key: (low.rank, alpha)}
                 parameters |= set(told)
                 result |= told
             elif not (form.plain and form.lead.endswith(OUT)):
-                twins = low.twins if form.plain and form.kind == "embedding" else ()
+                twins = low.origin.twins if form.plain and form.kind == "embedding" else ()
                 for name in (form.target, *(t.removesuffix(".weight") for t in twins)):
                     result[name] = (low.rank, alpha)
         if parameters:
@@ -365,18 +366,25 @@ class PeftForm:
 
 def forms_of(updates: Mapping[str, LowRank]) -> dict[str, PeftForm]:
     """The form of every update; those that need a partner look for it among the others."""
-    leads = {u.layer.lead: k for k, u in updates.items() if u.layer and _as_read(u)}
-    levels = Counter(unwrapped(lead) for lead, key in leads.items() if updates[key].op == "experts")
+    leads = {
+        update.origin.layer.lead: key
+        for key, update in updates.items()
+        if update.origin.layer and _as_read(update)
+    }
+    levels = Counter(
+        unwrapped(lead) for lead, key in leads.items() if updates[key].origin.op == "experts"
+    )
     result = {}
     for key, low in updates.items():
-        layer = low.layer or FileLayer("")
+        origin = low.origin
+        layer = origin.layer or FileLayer("")
         lead = layer.lead
-        more = low.kernel or low.tied or low.mutated or low.magnitude is not None
-        if leads.get(lead) == key and low.op == "experts":
+        more = origin.kernel or origin.tied or low.mutated or low.magnitude is not None
+        if leads.get(lead) == key and origin.op == "experts":
             if levels[unwrapped(lead)] == layer.of and not more:
                 result[key] = PeftForm("stack", lead, plain=True)
                 continue
-        elif leads.get(lead) == key and not low.op and not more:
+        elif leads.get(lead) == key and not origin.op and not more:
             first = lead.removesuffix(OUT)
             one, two = (updates.get(leads.get(name, "")) for name in (first, f"{first}{OUT}"))
             if one and two and one.rank == two.rank and 2 * one.alpha == two.alpha:
@@ -399,7 +407,8 @@ def _stacks(updates: Mapping[str, LowRank], forms: Mapping[str, PeftForm]) -> di
         layout = low.layout
         three = layout and len(layout.stored) == 3 and layout.shape == layout.stored
         whole = layout and three and layout.batch == (0,)
-        loose = not (layout or low.layer) and low.op == "experts" and low.a.ndim == 3
+        origin = low.origin
+        loose = not (layout or origin.layer) and origin.op == "experts" and low.a.ndim == 3
         if forms[key].kind == "own" and (whole or loose) and _STACK.fullmatch(key) and not low.use:
             modules.setdefault(key.rpartition(".")[0], []).append(key)
     result = {}
@@ -431,24 +440,26 @@ def _as_read(low: LowRank) -> bool:
 
 def form_of(key: str, low: LowRank) -> PeftForm:
     """The form in which PEFT can say an update by itself, or own with the reason."""
-    name, shared = low.use or key, low.tied and not low.use
+    origin = low.origin
+    name = low.use or key
+    shared = origin.tied and not low.use
     if low.use.startswith("op:"):
         return PeftForm("own", why=f"it acts on one use only ({low.use})")
     if split_use(key)[1].startswith("call:"):
         return PeftForm("own", why="it acts on one call of several")
-    if shared and not (low.twins and _as_read(low)):
+    if shared and not (origin.twins and _as_read(low)):
         return PeftForm("own", why="it acts on several modules that share the tensor")
     if key.endswith("]"):
         return PeftForm("own", why="it covers a part of the tensor (convert --fuse --base)")
     if not name.endswith(".weight"):
         return PeftForm("own", why="the parameter is not the weight of a module")
-    if low.op == "experts" and not low.layout and low.a.ndim == 3:
+    if origin.op == "experts" and not low.layout and low.a.ndim == 3:
         return PeftForm("linear", name.removesuffix(".weight"))  # as SGLang has them
     if low.a.ndim != 2:
         return PeftForm("own", why="it is a stack of matrices or a grouped convolution")
     if shared:
-        odd = low.kernel or low.mutated or low.layer or low.magnitude is not None
-        if low.op and not odd:
+        odd = origin.kernel or low.mutated or origin.layer or low.magnitude is not None
+        if origin.op and not odd:
             return PeftForm("embedding", name.removesuffix(".weight"), plain=True)
         return PeftForm("own", why="it acts on several modules that share the tensor")
     return _of_layout(name.removesuffix(".weight"), low)
@@ -469,12 +480,13 @@ def module_form(key: str, low: LowRank, refused: Callable[[str, str], LoraFxErro
 
 
 def _of_layout(module: str, low: LowRank) -> PeftForm:
-    op, layout = low.op, low.layout
+    op = low.origin.op
+    layout = low.layout
     odd = PeftForm("own", why=f"PEFT has no such layer (op {op or 'unknown'})")
     if layout is None:
         if op == "embedding":
             return PeftForm("embedding", module)
-        if low.kernel:
+        if low.origin.kernel:
             return PeftForm("conv", module)
         return PeftForm("linear", module) if op in _LINEAR_OPS else odd
     if layout.batch or layout.shape != layout.stored:
@@ -501,7 +513,7 @@ def to_tensors(form: PeftForm, low: LowRank) -> dict[str, Array]:
     elif form.swapped:
         a, b = low.b.T, low.a.T
     elif form.kind == "conv":
-        kernel = low.layout.stored[2:] if low.layout else low.kernel
+        kernel = low.layout.stored[2:] if low.layout else low.origin.kernel
         a = low.a.reshape(low.rank, -1, *kernel)
         b = low.b.reshape(*low.b.shape, *(1 for _ in kernel))
     else:
@@ -510,7 +522,7 @@ def to_tensors(form: PeftForm, low: LowRank) -> dict[str, Array]:
     if low.magnitude is not None:
         shape = (1, -1, *(1 for _ in range(a.ndim - 2))) if form.kind == "conv" else (-1,)
         result[f"{PREFIX}{form.lead}.lora_magnitude_vector"] = low.magnitude.reshape(shape)
-    for name in low.twins if form.plain and form.kind == "embedding" else ():
+    for name in low.origin.twins if form.plain and form.kind == "embedding" else ():
         lead = f"{PREFIX}{name.removesuffix('.weight')}.lora_"
         result |= {f"{lead}A.weight": np.ascontiguousarray(b.T)}
         result |= {f"{lead}B.weight": np.ascontiguousarray(a.T)}

@@ -32,8 +32,8 @@ from lora_fx.fx.attach.live import (
     restore,
     swap,
 )
-from lora_fx.fx.capture.call import unwrapped
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.module import adapted
 from lora_fx.fx.module.adapted import AdaptedReport, Base, Effect
 from lora_fx.fx.tensors import AdapterTensors, owner, parameter_of

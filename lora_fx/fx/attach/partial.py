@@ -15,8 +15,9 @@ import torch
 from torch import fx, nn
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.fx.capture.call import OverTree, Signature
+from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import OverTree
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.dynamo import compiling_afresh
 from lora_fx.fx.graph.elementwise_chains import VIEWS

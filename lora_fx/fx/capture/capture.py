@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
-import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Parity, sizes_text
-from lora_fx.conditions import Condition
+from lora_fx.conditions import Condition, Size
 from lora_fx.errors import CaptureError, LoraFxError, expect, one_line
-from lora_fx.fx import codes
-from lora_fx.fx.capture import call, trace
-from lora_fx.fx.capture.agreement import Agreement, drawn_calls, sizes_of
-from lora_fx.fx.capture.call import Called, Door, Requested, Signature, program_key
+from lora_fx.fx.capture.agreement import Agreement, sizes_of
+from lora_fx.fx.capture.call import Signature, in_separate_memory, leaves_of, program_key
+from lora_fx.fx.capture.capture_error import TAKEN, explain
+from lora_fx.fx.capture.cleaned_graph import Pinned, Traced
+from lora_fx.fx.capture.door import Door, Requested, dims_of_one, without_dims
+from lora_fx.fx.capture.drawn_calls import drawn_calls
+from lora_fx.fx.capture.example import describe, limits, sample_call
+from lora_fx.fx.capture.expert_forms import EveryTurn, traceable_experts
+from lora_fx.fx.capture.model_source import ModelSource, base_dtype, hooked_forward
+from lora_fx.fx.capture.observed import EveryLayer
 from lora_fx.fx.capture.quantised_layers import plain_layers
-from lora_fx.fx.capture.trace import Pinned, RootModule, Traced
-from lora_fx.fx.fake_tensors import FakeTensorMode, is_fake
+from lora_fx.fx.capture.recorded_run import record
+from lora_fx.fx.capture.root_module import RootModule, as_module
+from lora_fx.fx.capture.trace import raises_alike, trace
+from lora_fx.fx.capture.unchanged import alike, as_it_was
+from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import random_ops
 from lora_fx.fx.skeleton import Skeleton
-from lora_fx.fx.symbolic_sizes import ShapeEnv
-from lora_fx.fx.tensors import AdapterTensors, all_tensors, parameter_of
+from lora_fx.fx.tensors import all_tensors
 from lora_fx.fx.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from lora_fx.inputs import SIZES, Dynamic, Inputs, Named, default_dynamic, merge_dynamic
 from lora_fx.patching import patched
@@ -47,75 +52,20 @@ MOST_PATHS = 8
 """Graphs of one call: a model that takes another path at every size is refused from then on."""
 
 
-@dataclass
-class ModelSource:
-    """The code of a model without its weights.
-
-    Attributes:
-        module: A copy whose tensors are fake, or the model itself where it cannot be copied.
-        mode: The mode of the fake tensors; None when `module` is the user's own.
-        method: The name of a bound method that is captured; empty where the module is called.
-        why: The reason why it could not be copied, and what follows.
-        copies: The same in other dtypes, made on first use.
-    """
-
-    module: nn.Module
-    mode: FakeTensorMode | None = None
-    method: str = ""
-    why: str = ""
-    copies: dict[torch.dtype, ModelSource] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelSource:
-        """Copy a model without its weights; where it cannot be copied, take it as it is."""
-        if isinstance(model, Called):
-            bound = getattr(model.function, "__self__", None)
-            if not isinstance(bound, nn.Module):
-                return cls(model)
-            return cls(*weightless(bound), str(getattr(model.function, "__name__", "forward")))
-        try:
-            return cls(*weightless(model))
-        except (TypeError, RuntimeError, NotImplementedError, AttributeError) as e:
-            why = f"{type(model).__name__} cannot be copied ({one_line(e, 80)})"
-            return cls(model, why=f"{why}: captures trace the model itself, in its own dtype only")
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """What a capture calls."""
-        named: Any = getattr(self.module, self.method or "forward")
-        return named if self.method else _hooked(self.module)
-
-    def in_dtype(self, dtype: torch.dtype | None, base: torch.dtype | None) -> ModelSource:
-        """The source with its floating tensors in another dtype.
-
-        A graph cannot be converted: both casts of an RMSNorm read float32, and only one of them
-        follows the model. Traced again in the new dtype, the numbers are the original's.
-        """
-        if dtype is None or dtype == base:
-            return self
-        if self.mode is None:
-            raise LoraFxError(
-                f"this model was captured as it is, in {base}, and cannot be traced in {dtype}",
-                "convert the original first, then capture it",
-            )
-        if dtype not in self.copies:
-            fake = weightless(self.module, dtype, self.mode)
-            self.copies[dtype] = ModelSource(*fake, self.method)
-        return self.copies[dtype]
-
-
 class Captured:
     """A model as graphs: one for each mode, dtype and set of arguments, traced on first use.
 
     Attributes:
         inputs: The signature: names, dtypes and dimensions of the example's tensors.
         pinned: Dimensions that were asked to be dynamic and that the model fixed.
-        notes: What had to be said on the way.
+        notes: Notes for the user, from all captures so far.
         quantised: The user's own module where that has quantised layers; `model` is another then.
-        adapter: What a file's branches hold; None for a model with source.
+        adapter: The adapter in a file's branches; None for a model with source.
         repeat: Blocks that repeat are traced once, and the graph compared with the model.
         compared: Where such graphs were compared with it, and how far they were off.
         tokenizer_folder: The folder of its tokenizer, of a model that was opened by name.
+        idle: Doubtful conditions that a run has shown to be of no meaning; None before that run.
+        live: True where the model itself trains, and the graph shows its targets.
     """
 
     adapter: Adapter | None = None
@@ -123,9 +73,9 @@ class Captured:
     repeat = True
     compared: tuple[Parity, ...] = ()
     idle: frozenset[object] | None = None
-    tokenizer_folder: Path | None = None
     _limits_known = False
-    live = False  # True where the model itself trains, and the graph shows its targets
+    live = False
+    tokenizer_folder: Path | None = None
 
     def __init__(
         self,
@@ -140,42 +90,53 @@ class Captured:
         expect(args, (tuple, list), "args", "a tuple", "args=(x,), or kwargs={'x': x}")
         expect({} if kwargs is None else kwargs, Mapping, "kwargs", "a dict", "kwargs={'x': x}")
         expect(dynamic or {}, Mapping, "dynamic", "a dict", "dynamic={'x': {0: 'batch'}}")
-        own = call.as_module(model)
-        self.model, said = plain_layers(own, base_dtype(own))
-        self.quantised = None if self.model is own else own
+        user_module = as_module(model)
+        self.model, notes = plain_layers(user_module, base_dtype(user_module))
+        self.quantised = None if self.model is user_module else user_module
         forward: Any = self.model.forward if isinstance(model, nn.Module) else model
         self.signature = Signature(forward)
         self.repeat = repeat
         self.source = ModelSource.of(self.model)
         self.base_dtype = base_dtype(self.model)
-        self.notes: list[str] = [*said, *filter(None, [self.source.why])]
-        try:
-            self.named = self.signature.bind(tuple(args), dict(kwargs or {}))
-        except TypeError as e:
-            raise LoraFxError(
-                f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
-                f"its signature is forward{self.signature.signature}",
-            ) from e
-        given, spec = tree_flatten(self.named)
-        self.named = tree_unflatten(leaves := call.apart(given), spec)
-        if not any(isinstance(x, torch.Tensor) for x in leaves):
-            raise LoraFxError(
-                "no example input is a tensor",
-                f"pass args or kwargs for forward{self.signature.signature}",
-            )
-        self.inputs: Inputs = call.describe(self.named)
+        self.notes: list[str] = list(notes)
+        if self.source.why:
+            self.notes.append(self.source.why)
+
+        self.named = self._bound(args, kwargs or {})
+        self.inputs: Inputs = describe(self.named)
         self.requested: Requested = merge_dynamic(
             self.inputs, default_dynamic(self.inputs), dynamic, static
         )
         self.inputs = self.inputs.with_dims(self.requested)
+
         self.tracings: dict[tuple[object, ...], list[Traced]] = {}
         self._digests: dict[str, dict[str, bytes]] = {}
         self.unproven: dict[str, Json] = {}
         """Sizes → a row of `unproven[]`, for those that a proof had to leave out."""
 
+    def _bound(self, args: Sequence[object], kwargs: Named) -> dict[str, Any]:
+        """The example's arguments by name, no two of them in the same memory."""
+        try:
+            named = self.signature.bind(tuple(args), dict(kwargs))
+        except TypeError as e:
+            raise LoraFxError(
+                f"the example inputs do not fit {type(self.model).__name__}.forward: {e}",
+                f"its signature is forward{self.signature.signature}",
+            ) from e
+        example_leaves, spec = tree_flatten(named)
+        leaves = in_separate_memory(example_leaves)
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            raise LoraFxError(
+                "no example input is a tensor",
+                f"pass args or kwargs for forward{self.signature.signature}",
+            )
+        bound: dict[str, Any] = tree_unflatten(leaves, spec)
+        return bound
+
     def __repr__(self) -> str:
         """The model's class, and the signature with its dimensions."""
-        inputs = ", ".join(f"{r['name']}: {r['dtype']} {r['shape']}" for r in self.inputs.to_json())
+        rows = self.inputs.to_json()
+        inputs = ", ".join(f"{row['name']}: {row['dtype']} {row['shape']}" for row in rows)
         return f"{type(self).__name__}({type(self.model).__name__}, {inputs})"
 
     def fix_sizes(self) -> None:
@@ -196,26 +157,32 @@ class Captured:
     @property
     def recorded_in_training(self) -> bool:
         """Whether a train graph was traced that is one recorded run, and is not the eval graph."""
+        train_graph = self._graph_of_example(training=True)
+        if train_graph is None or train_graph is self._graph_of_example(training=False):
+            return False
+        return any(pin.rung == "recorded" for pin in train_graph.pinned)
 
-        def of_example(training: bool) -> list[Traced]:
-            key = (training, False, self.base_dtype, *self._example_key)
-            return self.tracings.get(key, [])[:1]
-
-        evals = of_example(False)
-        apart = [t for t in of_example(True) if all(t is not other for other in evals)]
-        return any(pin.rung == "recorded" for traced in apart for pin in traced.pinned)
+    def _graph_of_example(self, training: bool) -> Traced | None:
+        """The example's graph in a mode, where it was traced already."""
+        key = (training, False, self.base_dtype, *self._example_key)
+        tracings = self.tracings.get(key)
+        return tracings[0] if tracings else None
 
     @property
     def ranges(self) -> tuple[Condition, ...]:
         """The sizes, each once, at which the path that was captured is the one that is taken."""
-        door = self.traced(False, self.named).door
-        told = (c for c in door.conditions if not c.demanded or any(c.bounds()))
-        rows: dict[str, Condition] = {}
-        for c in (c for c in told if not self.inputs.implied(c)):
-            row = c.to_json()
-            size = self.inputs.symbol(str(row["input"]), int(row["dim"]))  # that inputs share
-            rows.setdefault(str({**row, "input": size, "dim": size, "line": ""}), c)
-        return tuple(rows.values())
+        conditions: dict[str, Condition] = {}
+        for condition in self.traced(False, self.named).door.conditions:
+            if condition.demanded and not any(condition.bounds()):
+                continue
+            if self.inputs.implied(condition):
+                continue
+            row = condition.to_json()
+            # inputs that share a size say the same of it
+            symbol = self.inputs.symbol(str(row["input"]), int(row["dim"]))
+            text = str({**row, "input": symbol, "dim": symbol, "line": ""})
+            conditions.setdefault(text, condition)
+        return tuple(conditions.values())
 
     @property
     def eval(self) -> fx.GraphModule:
@@ -261,48 +228,69 @@ class Captured:
     ) -> Traced:
         """The cleaned graph for a mode, a set of arguments, their sizes and a base dtype.
 
-        A portable one has its experts batched: see lora_fx.fx.capture.trace.
+        A portable one has its experts batched: see lora_fx.fx.capture.expert_forms.
 
         Raises:
             SizeError: The model does not run at these sizes, or no graph of it holds for them.
         """
-        leaves, example = tree_leaves(dict(named)), named is self.named
-        of_call = self._example_key if example else program_key(named, leaves)
-        key = (training, portable, dtype or self.base_dtype, *of_call)
-        held = self.tracings.setdefault(key, [])
-        others = self.tracings.get((not training, *key[1:]), [])
-        new = partial(self._new, training, dtype=dtype, portable=portable)
-        if not held:  # the example's path comes first, whatever is called first
-            first = self.named if of_call == self._example_key else named
-            held.append(others[0] if others and others[0].modeless else new(first))
-        more = [t for t in others[1:] if t.modeless]
-        found = next((t for t in [*held, *more] if example or t.door.admits(leaves)), None)
-        if found is None:
-            found = self._elsewhere(held, named, partial(new, named))
-        if all(found is not t for t in held):
-            held.append(found)
-        return found
+        leaves = tree_leaves(dict(named))
+        is_example = named is self.named
+        call_key = self._example_key if is_example else program_key(named, leaves)
+        key = (training, portable, dtype or self.base_dtype, *call_key)
+        tracings = self.tracings.setdefault(key, [])
+        of_other_mode = self.tracings.get((not training, *key[1:]), [])
+        capture = partial(self._capture, training, dtype=dtype, portable=portable)
+
+        if not tracings:  # the example's path comes first, whatever is called first
+            if of_other_mode and of_other_mode[0].modeless:
+                tracings.append(of_other_mode[0])
+            else:
+                first_call = self.named if call_key == self._example_key else named
+                tracings.append(capture(first_call))
+
+        usable = [*tracings, *(traced for traced in of_other_mode[1:] if traced.modeless)]
+        fitting = (traced for traced in usable if is_example or traced.door.admits(leaves))
+        traced = next(fitting, None)
+        if traced is None:
+            traced = self._elsewhere(tracings, named, partial(capture, named))
+        if all(traced is not other for other in tracings):
+            tracings.append(traced)
+        return traced
 
     @cached_property
     def _example_key(self) -> tuple[object, ...]:
         return program_key(self.named, tree_leaves(dict(self.named)))
 
     def _elsewhere(
-        self, held: Sequence[Traced], named: Named, new: Callable[..., Traced]
+        self, tracings: Sequence[Traced], named: Named, capture: Callable[..., Traced]
     ) -> Traced:
         """The graph at sizes where those so far do not hold: another path of the model's code."""
         leaves = tree_leaves(dict(named))
-        refused = held[0].door.refused(leaves)
-        assert refused is not None
-        if len(held) >= MOST_PATHS or not self._another(held[0].door, leaves):
-            raise refused
+        refusal = tracings[0].door.refused(leaves)
+        assert refusal is not None
+        if len(tracings) >= MOST_PATHS or not self._may_have_a_path(tracings[0].door, leaves):
+            raise refusal
         try:  # a free size is never 1 in an export: there the size is part of the path
-            found = new(fixed=trace.ones_of(named, self.requested))
+            traced = capture(fixed=dims_of_one(named, self.requested))
         except CaptureError as e:
-            raise refused from e
-        if not found.door.admits(leaves):
-            raise refused
-        return found
+            raise refusal from e
+        if not traced.door.admits(leaves):
+            raise refusal
+        return traced
+
+    def _may_have_a_path(self, door: Door, leaves: Sequence[Any]) -> bool:
+        """Whether what a door refuses may have a path of its own.
+
+        Not where the model does not run, and not at sizes that nobody asked to be free.
+        """
+        for name, fixed_sizes, leaf in zip(door.names, door.sizes, leaves, strict=True):
+            for dim, size in enumerate(fixed_sizes or ()):
+                if size in (None, leaf.shape[dim]):
+                    continue
+                if dim not in self.requested.get(name, {}):
+                    return False
+        broken = [c for c in door.conditions if not c.holds(door.given(c, leaves))]
+        return not broken or not all(condition.demanded for condition in broken)
 
     def paths(self, training: bool, dtype: torch.dtype | None) -> list[tuple[Named, Traced]]:
         """The paths of the model's code that sizes decide, each with a call; the example's first.
@@ -310,55 +298,56 @@ class Captured:
         From each one goes on outside each of its conditions and fixed sizes. Where a loop over the
         steps fixes a size, another one is fixed too, and not worth a place of its own.
         """
-        found: list[tuple[Named, Traced]] = [(self.named, self.traced(training, self.named, dtype))]
-        for named, traced in found:
-            fixed = traced.door.fixed(self.requested)
-            pins = [Condition(f"s0 == {n}", (("s0", *size),)) for size, n in fixed.items()]
+        paths: list[tuple[Named, Traced]] = [(self.named, self.traced(training, self.named, dtype))]
+        for named, traced in paths:  # which grows
+            fixed_sizes = traced.door.fixed(self.requested)
+            pins = [
+                Condition(f"s0 == {number}", (("s0", *size),))
+                for size, number in fixed_sizes.items()
+            ]
             for condition in (*traced.door.conditions, *pins):
-                given = None if condition.demanded else self._beyond(condition, named, traced.door)
-                if given is None or len(found) == MOST_PATHS:
+                if condition.demanded:
+                    continue
+                call = self._call_beyond(condition, named, traced.door)
+                if call is None or len(paths) == MOST_PATHS:
                     continue
                 with contextlib.suppress(LoraFxError):  # the model does not run there
-                    other = self.traced(training, given, dtype)
-                    own = other.door.fixed(self.requested).items() if condition in pins else ()
-                    lone = any(n != 1 and fixed.get(size) != n for size, n in own)
-                    if not lone and all(other is not t for _, t in found):
-                        found.append((given, other))
-        return found
+                    other = self.traced(training, call, dtype)
+                    if condition in pins and self._fixes_others(other, fixed_sizes):
+                        continue
+                    if all(other is not path_graph for _, path_graph in paths):
+                        paths.append((call, other))
+        return paths
 
-    def _beyond(self, condition: Condition, named: Named, door: Door) -> Named | None:
+    def _fixes_others(self, traced: Traced, fixed_sizes: Mapping[Size, int]) -> bool:
+        """Whether a graph fixes a size at a number that is neither 1 nor that of these sizes."""
+        numbers = traced.door.fixed(self.requested)
+        return any(n != 1 and fixed_sizes.get(size) != n for size, n in numbers.items())
+
+    def _call_beyond(self, condition: Condition, named: Named, door: Door) -> Named | None:
         """A call like `named` that breaks a condition of a door and no other, at size 1 at last."""
-        tensors = {n: x for n, x in call.leaves_of(named) if isinstance(x, torch.Tensor)}
-        rest = [c for c in door.conditions if c is not condition]
-        dims = trace.less(self.requested, door.fixed(self.requested).keys() - condition.about)
-        base: dict[str, int] = {}
+        tensors = {name: x for name, x in leaves_of(named) if isinstance(x, torch.Tensor)}
+        other_conditions = [c for c in door.conditions if c is not condition]
+        dims = without_dims(self.requested, door.fixed(self.requested).keys() - condition.about)
+        base_sizes: dict[str, int] = {}
         for name, symbols in dims.items():
-            for d, symbol in symbols.items():
-                base[symbol] = max(base.get(symbol, 0), tensors[name].shape[d])
-        known = self.bounded_inputs().specs
-        specs = tuple(replace(s, shape=tuple(tensors[s.name].shape)) for s in known)
+            for dim, symbol in symbols.items():
+                base_sizes[symbol] = max(base_sizes.get(symbol, 0), tensors[name].shape[dim])
+        specs = tuple(
+            replace(spec, shape=tuple(tensors[spec.name].shape))
+            for spec in self.bounded_inputs().specs
+        )
+
         for least in (2, 1):
-            more = [Condition(f"s0 >= {least}", (("s0", *size),)) for size in condition.about]
-            inputs = Inputs(specs, (*rest, *more)).with_dims(dims)
-            outside = inputs.outside(condition, base)
-            if outside is not None:
+            at_least = [Condition(f"s0 >= {least}", (("s0", *size),)) for size in condition.about]
+            inputs = Inputs(specs, (*other_conditions, *at_least)).with_dims(dims)
+            sizes_outside = inputs.outside(condition, base_sizes)
+            if sizes_outside is not None:
                 device = next(iter(tensors.values())).device
-                return call.sample_call(inputs, self.named, outside, device=device)
+                return sample_call(inputs, self.named, sizes_outside, device=device)
         return None
 
-    def _another(self, door: Door, leaves: Sequence[Any]) -> bool:
-        """Whether what a door refuses may have a path of its own.
-
-        Not where the model does not run, and not at sizes that nobody asked to be free.
-        """
-        for name, want, leaf in zip(door.names, door.sizes, leaves, strict=True):
-            other = {d for d, n in enumerate(want or ()) if n not in (None, leaf.shape[d])}
-            if other - set(self.requested.get(name, {})):
-                return False
-        broken = [c for c in door.conditions if not c.holds(door.given(c, leaves))]
-        return not broken or not all(c.demanded for c in broken)
-
-    def _new(
+    def _capture(
         self,
         training: bool,
         named: Named,
@@ -367,57 +356,106 @@ class Captured:
         portable: bool,
         fixed: Collection[tuple[str, int]] = (),
     ) -> Traced:
+        """Capture a graph by the first rung of the ladder that takes the model."""
         source = self.source.in_dtype(dtype, self.base_dtype)
-        new = default_dynamic(call.describe(named))
-        unknown = {n: d for n, d in new.items() if n not in self.inputs.names}
-        requested = trace.less({**self.requested, **unknown}, fixed)
-        with trace.traceable_experts(source.module, portable=portable) as said:
+        dynamic = default_dynamic(describe(named))
+        unknown = {name: dims for name, dims in dynamic.items() if name not in self.inputs.names}
+        requested = without_dims({**self.requested, **unknown}, fixed)
+        with traceable_experts(source.module, portable=portable) as expert_notes:
             try:
                 traced = self._trace(source, training, named, requested)
             except CaptureError as e:
-                traced = self._lower(e, source, training, named)
+                traced = self._by_a_lower_rung(e, source, training, named)
         if not portable:
-            traced.notes = (*traced.notes, *said)
+            traced.notes = (*traced.notes, *expert_notes)
         self._settle(traced)
-        cache = "is left out: a key-value cache is no tensor"
-        left = [f"the output {n!r} {cache}" for n in traced.left_out]
-        if not training and (drawn := random_ops(traced.graph)):
-            left.append(
-                f"the model draws random numbers in eval mode ({', '.join(drawn)}): proofs in "
-                "torch draw them alike; ONNX Runtime draws others, so no file can be compared"
-            )
-        self.notes += [n for n in (*left, *traced.notes) if n not in self.notes]
+        notes = [*_output_notes(traced, training), *traced.notes]
+        self.notes += [note for note in notes if note not in self.notes]
         return traced
 
-    def _lower(
+    def _by_a_lower_rung(
         self, error: CaptureError, source: ModelSource, training: bool, named: Named
     ) -> Traced:
-        """The rungs below an export with free sizes.
+        """Capture a model of which no export with free sizes was possible.
 
-        They are one of the path that a plain run takes, one with fixed sizes, and one recorded
-        run.
+        1. Where the model's own code raises the same, or no program can hold it, the error stands.
+        2. An export of the path that a plain run takes, with free sizes.
+        3. An export with the sizes of the example.
+        4. One recorded run, where the model has values and the graph holds for other values too.
+
+        Args:
+            error: Why the export failed.
+            source: The model's code.
+            training: The mode.
+            named: The call.
         """
         if TAKEN in error.message:  # no program can hold that name, however it is captured
             raise error
         if self._raises_too(error, source, training, named):
             raise error
+
         why = one_line(error.message, 200)
         with contextlib.suppress(CaptureError):
-            if (traced := self._plain_run(source, training, named)) is not None:
-                return traced
+            plain_traced = self._plain_run(source, training, named)
+            if plain_traced is not None:
+                return plain_traced
         with contextlib.suppress(CaptureError):
-            traced = self._trace(source, training, named, {})
-            fixed = traced.door.fixed(self.requested)
-            traced.pinned = [Pinned(*at, size, why) for at, size in fixed.items()]
-            return traced
+            return self._at_fixed_sizes(source, training, named, why)
         if source is not self.source or not self._has_values():
             raise error
+        return self._recorded_run(error, training, named, why)
+
+    def _raises_too(
+        self, error: CaptureError, source: ModelSource, training: bool, named: Named
+    ) -> bool:
+        """Whether the model's own code raises what its export raised, so that no rung takes it."""
+        if source is self.source and self._has_values():
+            model = self.model
+            forward = hooked_forward(model)
+        else:
+            model = source.module
+            forward = source.forward
+        with as_it_was(model, training):
+            entry = RootModule(model, self.signature, forward)
+            return raises_alike(entry, named, error.__cause__)
+
+    def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
+        """An export of the path that a model takes where nothing compiles it.
+
+        Loops over the experts that values chose run over all of them. None where the graph is not
+        the model then, or where that cannot be tried.
+        """
+        if source is not self.source or not self._has_values():
+            return None
+        uncompiled = patched(torch.compiler, is_compiling=lambda: False)
+        with uncompiled, EveryTurn() as loops:
+            traced = self._trace(source, training, named, self.requested)
+        with alike(self.model, training=training):
+            if not self._holds_for_other_values(traced, named):
+                return None
+        if loops.turns:
+            self.notes.append(
+                "experts that run in a loop over those that were chosen are captured as a loop "
+                "over all of them, which has the same numbers"
+            )
+        return traced
+
+    def _at_fixed_sizes(
+        self, source: ModelSource, training: bool, named: Named, why: str
+    ) -> Traced:
+        traced = self._trace(source, training, named, {})
+        fixed_sizes = traced.door.fixed(self.requested)
+        traced.pinned = [Pinned(*size, number, why) for size, number in fixed_sizes.items()]
+        return traced
+
+    def _recorded_run(self, error: CaptureError, training: bool, named: Named, why: str) -> Traced:
+        """One recorded run; the error of the export where that is not to be had."""
         try:
             with as_it_was(self.model, training), torch.random.fork_rng(devices=[]):
-                entry = RootModule(self.model, self.signature, _hooked(self.model))
-                traced = trace.record(entry, named, why)
+                entry = RootModule(self.model, self.signature, hooked_forward(self.model))
+                traced = record(entry, named, why)
                 self._name_constants(traced)
-                if not self._again(traced, named):
+                if not self._holds_for_other_values(traced, named):
                     raise error  # what its values decide is not what another input's would
         except CaptureError:
             raise
@@ -429,124 +467,25 @@ class Captured:
             self.notes.append(note)
         return traced
 
-    def _raises_too(
-        self, error: CaptureError, source: ModelSource, training: bool, named: Named
-    ) -> bool:
-        """Whether the model's own code raises what its export raised, so that no rung takes it."""
-        has_values = source is self.source and self._has_values()
-        model = self.model if has_values else source.module
-        forward = _hooked(model) if has_values else source.forward
-        with as_it_was(model, training):
-            entry = RootModule(model, self.signature, forward)
-            return trace.raises_alike(entry, named, error.__cause__)
-
-    def _plain_run(self, source: ModelSource, training: bool, named: Named) -> Traced | None:
-        """An export of the path that a model takes where nothing compiles it.
-
-        Loops over the experts that values chose run over all of them. None where the graph is not
-        the model then, or where that cannot be tried.
-        """
-        if source is not self.source or not self._has_values():
-            return None
-        plain = patched(torch.compiler, is_compiling=lambda: False)
-        with plain, trace.EveryTurn() as loops:
-            traced = self._trace(source, training, named, self.requested)
-        with alike(self.model, training=training):
-            if not self._again(traced, named):
-                return None
-        if loops.turns:
-            self.notes.append(
-                "experts that run in a loop over those that were chosen are captured as a loop "
-                "over all of them, which has the same numbers"
-            )
-        return traced
-
-    def _again(self, traced: Traced, named: Named) -> bool:
+    def _holds_for_other_values(self, traced: Traced, named: Named) -> bool:
         """Whether a recorded graph gives the model's numbers on other inputs of its sizes.
 
         They are drawn small, large and with the other sign too: branches go by such things.
         """
-        fixed = call.describe(named)
-        drawn = [named, *(call.sample_call(fixed, named, SIZES[0], seed) for seed in range(2))]
-        others = [
-            tree_map_only(torch.Tensor, partial(_times, factor), dict(n))
-            for n in drawn
-            for factor in (-1.0, 16.0, 1 / 16)
-        ]
+        inputs = describe(named)
+        drawn = [sample_call(inputs, named, SIZES[0], seed) for seed in range(2)]
+        calls: list[Named] = [*drawn]
+        for call in (named, *drawn):
+            for factor in (-1.0, 16.0, 1 / 16):
+                multiplied = partial(_multiplied, factor)
+                calls.append(tree_map_only(torch.Tensor, multiplied, dict(call)))
+
         agreement = self._beside(traced, None)
-        found = (agreement.at(other) for other in (*drawn[1:], *others))
-        return all(parity is None or parity.ok for parity in found)
-
-    def _as_the_model(
-        self, traced: Traced, named: Named, training: bool, requested: Requested
-    ) -> bool:
-        """Whether a graph with copies of blocks gives the model's numbers, where it is compared.
-
-        That is at the example and at two sizes more; see lora_fx.fx.capture.agreement.
-        """
-        of = f"copied blocks, {'train' if training else 'eval'} mode"
-        agreement = replace(self._beside(traced, training), of=of)
-        made = traced.constants.keys() - all_tensors(self.model).keys()
-        if not (made or traced.bodies or random_ops(traced.graph)):  # the other mode's may be equal
-            agreement = replace(agreement, digests=self._digests.setdefault(str(traced.graph), {}))
-        example = call.describe(named).with_dims(requested)
-        specs = call.limits(example, traced.graph, traced.door)
-        inputs = Inputs(specs, traced.door.conditions, traced.cuts)
-        device = next(x.device for _, x in call.leaves_of(named) if isinstance(x, torch.Tensor))
-        drawn = drawn_calls(inputs, named, traced.graph, device)
-        compared: list[Parity] = []
-        for calls in (iter([named]), *drawn):
-            tried: list[Named] = []
-            found: Parity | None = None
-            for other in calls:
-                tried.append(other)
-                found = agreement.at(other)
-                if found is not None:
-                    break
-            if found is None:
-                sizes = {n: list(shape) for n, shape in sizes_of(tried[0]).items()}
-                why = f"{agreement.of}: the model does not run there"
-                self.unproven[str(sizes)] = {"sizes": sizes, "reason": why}
-            elif found.ok:
-                compared.append(found)
-            else:
-                self.repeat = False
-                self.notes.append(
-                    "blocks that look alike are not: each was traced by itself, since their "
-                    f"copies are {found.rel:.1e} off at {sizes_text(found.sizes)} ({found.of})"
-                )
+        for call in calls:
+            parity = agreement.at(call)
+            if parity is not None and not parity.ok:
                 return False
-        self.compared = (*self.compared, *compared)
         return True
-
-    def _beside(self, traced: Traced, training: bool | None) -> Agreement:
-        """A graph beside the model, in a mode; None is the mode that the model is in."""
-        mode = self.model.training if training is None else training
-        view = traced.fx_graph(self.model, mode)  # which reads codes as numbers
-
-        @contextlib.contextmanager
-        def alone() -> Iterator[None]:
-            layers = trace.EveryLayer([]) if training else contextlib.nullcontext()
-            with alike(self.model, training=training), layers:
-                yield
-
-        return Agreement(self.model, self.signature, view.graph, self._tensors(traced), alone)
-
-    def _has_values(self) -> bool:
-        return all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
-
-    def settle(self, idle: Collection[Condition]) -> None:
-        """Take these of what was doubtful for conditions of no meaning, and the rest for true."""
-        self.idle = frozenset((c.text, c.sizes) for c in idle)
-        for held in self.tracings.values():
-            for traced in held:
-                self._settle(traced)
-
-    def _settle(self, traced: Traced) -> None:
-        if self.idle is not None:
-            more = [c for c in traced.doubtful if (c.text, c.sizes) not in self.idle]
-            door = traced.door
-            traced.door = replace(door, conditions=tuple(dict.fromkeys([*door.conditions, *more])))
 
     def _trace(
         self,
@@ -555,236 +494,165 @@ class Captured:
         named: Named,
         requested: Requested,
     ) -> Traced:
+        """Export a graph, again without copies of blocks where with them it is not the model."""
         mode = "train" if training else "eval"
         with stage(f"capturing, {mode} mode"), as_it_was(source.module, training):
             try:
                 entry = RootModule(source.module, self.signature, source.forward)
-                traced = trace.trace(entry, named, requested, repeat=self.repeat)
+                traced = trace(entry, named, requested, repeat=self.repeat)
             except LoraFxError:
                 raise
             except Exception as e:
                 raise explain(e, type(self.model).__name__, training) from e
         self._name_constants(traced)
-        own = traced.copies and source is self.source and self._has_values()
-        if not own:
+
+        can_be_compared = source is self.source and self._has_values()
+        if not traced.copies or not can_be_compared:
             return traced
         modes = (training, not training) if traced.modeless else (training,)
-        if all(self._as_the_model(traced, named, mode, requested) for mode in modes):
+        if all(self._is_the_model(traced, named, mode, requested) for mode in modes):
             return traced
+
         traced = self._trace(source, training, named, requested)
         traced.modeless = False  # what is unlike may be so by its mode
-        found = self._beside(traced, training).at(named)
-        if not (found is None or found.ok or random_ops(traced.graph)):
+        parity = self._beside(traced, training).at(named)
+        if not (parity is None or parity.ok or random_ops(traced.graph)):
             self.notes.append(
-                f"this graph is {found.rel:.1e} off the model on the example, its blocks traced "
+                f"this graph is {parity.rel:.1e} off the model on the example, its blocks traced "
                 "one by one: forward keeps something that a copy of the model has not"
             )
         return traced
 
+    def _is_the_model(
+        self, traced: Traced, named: Named, training: bool, requested: Requested
+    ) -> bool:
+        """Whether a graph with copies of blocks gives the model's numbers, where it is compared.
+
+        That is at the example and at two sizes more; see lora_fx.fx.capture.drawn_calls. Where it
+        does not, no block is copied from then on.
+        """
+        mode = "train" if training else "eval"
+        agreement = replace(self._beside(traced, training), of=f"copied blocks, {mode} mode")
+        own_constants = traced.constants.keys() - all_tensors(self.model).keys()
+        if not (own_constants or traced.bodies or random_ops(traced.graph)):
+            # the other mode's graph may be equal, and what it gave is known then
+            digests = self._digests.setdefault(str(traced.graph), {})
+            agreement = replace(agreement, digests=digests)
+
+        example = describe(named).with_dims(requested)
+        specs = limits(example, traced.graph, traced.door)
+        inputs = Inputs(specs, traced.door.conditions, traced.cuts)
+        tensors = (leaf for _, leaf in leaves_of(named) if isinstance(leaf, torch.Tensor))
+        drawn = drawn_calls(inputs, named, traced.graph, next(tensors).device)
+        compared: list[Parity] = []
+        for calls in (iter([named]), *drawn):
+            first_call = next(calls)
+            parity = _first_parity(agreement, chain([first_call], calls))
+            if parity is None:
+                sizes = {name: list(shape) for name, shape in sizes_of(first_call).items()}
+                reason = f"{agreement.of}: the model does not run there"
+                self.unproven[str(sizes)] = {"sizes": sizes, "reason": reason}
+            elif parity.ok:
+                compared.append(parity)
+            else:
+                self.repeat = False
+                self.notes.append(
+                    "blocks that look alike are not: each was traced by itself, since their "
+                    f"copies are {parity.rel:.1e} off at {sizes_text(parity.sizes)} ({parity.of})"
+                )
+                return False
+        self.compared = (*self.compared, *compared)
+        return True
+
+    def _beside(self, traced: Traced, training: bool | None) -> Agreement:
+        """A graph beside the model, in a mode; None is the mode that the model is in."""
+        mode = self.model.training if training is None else training
+        graph = traced.fx_graph(self.model, mode).graph  # which reads codes as numbers
+
+        @contextlib.contextmanager
+        def alone() -> Iterator[None]:
+            layers = EveryLayer([]) if training else contextlib.nullcontext()
+            with alike(self.model, training=training), layers:
+                yield
+
+        return Agreement(self.model, self.signature, graph, self._tensors(traced), alone)
+
+    def _has_values(self) -> bool:
+        return all(type(p.data) is torch.Tensor and not p.is_meta for p in self.model.parameters())
+
     def _name_constants(self, traced: Traced) -> None:
         """Give the model's own tensors that a function closed over their names back."""
-        owned: dict[int, str] = {}
-        for name, p in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            owned[id(p)] = name
-            if p.device.type != "meta" and p.numel():
-                owned.setdefault(p.data_ptr(), name)
-        renamed = {}
-        for name, t in list(traced.constants.items()):
-            fake = is_fake(t)
-            known = owned.get(id(t)) or (not fake and t.numel() and owned.get(t.data_ptr()))
-            if known:
-                renamed[name] = str(known)
-                del traced.constants[name]
+        names: dict[int, str] = {}
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            names[id(tensor)] = name
+            if tensor.device.type != "meta" and tensor.numel():
+                names.setdefault(tensor.data_ptr(), name)
+
+        renamed: dict[str, str] = {}
+        for constant, tensor in list(traced.constants.items()):
+            known_name = names.get(id(tensor))
+            if known_name is None and not is_fake(tensor) and tensor.numel():
+                known_name = names.get(tensor.data_ptr())
+            if known_name is not None:
+                renamed[constant] = known_name
+                del traced.constants[constant]
         for node in traced.graph.find_nodes(op="get_attr"):
             node.target = renamed.get(str(node.target), node.target)
+
+    def settle(self, idle: Collection[Condition]) -> None:
+        """Take these of the doubtful conditions for idle, and the others for true."""
+        self.idle = frozenset((condition.text, condition.sizes) for condition in idle)
+        for tracings in self.tracings.values():
+            for traced in tracings:
+                self._settle(traced)
+
+    def _settle(self, traced: Traced) -> None:
+        if self.idle is None:
+            return
+        door = traced.door
+        doubted = [c for c in traced.doubtful if (c.text, c.sizes) not in self.idle]
+        conditions = tuple(dict.fromkeys([*door.conditions, *doubted]))
+        traced.door = replace(door, conditions=conditions)
 
     def bounded_inputs(self) -> Inputs:
         """The signature with the integer limits that the eval graph shows."""
         if not self._limits_known:
             traced = self.traced(False, self.named)
-            specs = call.limits(self.inputs, traced.graph, traced.door)
+            specs = limits(self.inputs, traced.graph, traced.door)
             self.inputs = Inputs(specs, traced.door.conditions, traced.cuts)
             self._limits_known = True
         return self.inputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         """Copy without the code and graphs, which are shared; later traces stay the copy's own."""
-        new = copy.copy(self)
-        new.tracings = {k: list(v) for k, v in self.tracings.items()}
-        return new
+        duplicate = copy.copy(self)
+        duplicate.tracings = {key: list(tracings) for key, tracings in self.tracings.items()}
+        return duplicate
 
 
-def copied(named: Named) -> dict[str, Any]:
-    """The arguments with a copy of every tensor."""
-    return dict(tree_map_only(torch.Tensor, torch.clone, dict(named)))
+def _output_notes(traced: Traced, training: bool) -> list[str]:
+    """Notes on a graph's outputs: those left out, and those that are drawn at random."""
+    why = "is left out: a key-value cache is no tensor"
+    notes = [f"the output {name!r} {why}" for name in traced.left_out]
+    drawn = [] if training else random_ops(traced.graph)
+    if drawn:
+        notes.append(
+            f"the model draws random numbers in eval mode ({', '.join(drawn)}): proofs in "
+            "torch draw them alike; ONNX Runtime draws others, so no file can be compared"
+        )
+    return notes
 
 
-def _times(factor: float, x: torch.Tensor) -> torch.Tensor:
-    return x * factor if x.is_floating_point() else x.clone()
+def _first_parity(agreement: Agreement, calls: Iterable[Named]) -> Parity | None:
+    """The parity at the first call that the model takes; None where it takes none."""
+    for call in calls:
+        parity = agreement.at(call)
+        if parity is not None:
+            return parity
+    return None
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module, training: bool | None = False) -> Iterator[None]:
-    """A block in which a model runs in a mode; what a run may leave behind is put back after it.
-
-    None is the mode that it is in.
-
-    That is every module's mode, its buffers, in place or replaced, its children, and the tensors
-    and plain values among its attributes. Hooks write such (weight_norm's weight), a trace would
-    leave fake ones, and BigBird takes other attention from the first short input on.
-    """
-    # an attached model's frozen norms say False, whatever they are set to
-    held = [
-        (m, m.__dict__.get("training", m.training), dict(m._buffers), _plain(m))
-        for m in model.modules()
-    ]
-    children = [(m, dict(m._modules)) for m in model.modules() if m._modules]
-    values = [(b, b.detach().clone()) for b in model.buffers()]
-    if training is not None:
-        model.train(training)
-    try:
-        yield
-    finally:
-        for m, was, buffers, plain in held:
-            m.training = was
-            m._buffers.update(buffers)
-            m.__dict__.update(plain)
-        for m, modules in children:
-            m._modules.update(modules)
-        with torch.no_grad():
-            for b, value in values:
-                b.copy_(value)
-
-
-@contextlib.contextmanager
-def alike(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """A block in which a model draws the same random numbers every time, and is as it was after."""
-    there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count() if there else 0)
-    with as_it_was(model, training), torch.random.fork_rng(devices):
-        yield
-
-
-PLAIN = {bool, int, float, str, tuple, type(None)}
-"""Types of attributes that a run can only replace."""
-
-
-def _plain(module: nn.Module) -> dict[str, object]:
-    if isinstance(module, LazyModuleMixin):
-        return {}  # its first run makes it a module of another class
-    return {
-        k: v for k, v in module.__dict__.items() if type(v) in PLAIN or isinstance(v, torch.Tensor)
-    }
-
-
-def _hooked(model: nn.Module) -> Callable[..., Any]:
-    """The forward of a module, with the module's own hooks where it has some."""
-    if not (model._forward_pre_hooks or model._forward_hooks):
-        return model.forward
-    order = Signature(model.forward).positional
-
-    def forward(*args: Any, **named: Any) -> Any:
-        # hooks see positional arguments, as in an ordinary call
-        given = takewhile(named.__contains__, order[len(args) :])
-        rest = [named.pop(name) for name in given]
-        return model._call_impl(*args, *rest, **named)  # type: ignore[no-untyped-call]
-
-    return forward
-
-
-def base_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first floating parameter that is not an adapter's."""
-    own = (m for m in model.modules() if not isinstance(m, AdapterTensors))
-    held = (p for m in own for p in m._parameters.values() if p is not None)
-    return next((p.dtype for p in held if p.is_floating_point()), None)
-
-
-# Why a model could not be captured: the line of the user's code, the cause, what to do.
-
-
-TAKEN = "torch.fx has a use of its own for the name of a module, such as graph, that holds weights"
-_CAUSES = (
-    (
-        "GuardOnDataDependentSymNode|data-dependent",
-        "a branch or a size depends on a tensor's value",
-        "compute both branches with torch.where, or make the value a Python argument",
-    ),
-    (
-        r"aten\._local_scalar_dense",
-        "a tensor's value is read (.item(), int(), bool())",
-        "keep it a tensor: torch.where, masks, or a Python argument",
-    ),
-    (
-        "references nonexistent attribute",
-        TAKEN,
-        "rename the module",
-    ),
-    ("numpy", "numpy is called on a tensor", "use torch's own functions"),
-    (
-        "FakeTensor",
-        "a tensor made outside the model meets the traced ones",
-        "register it as a buffer, or make it in forward",
-    ),
-)
-
-
-_SIZES = ("mat1 and mat2", "must match", "size mismatch", "shape", "Expected size", "inconsist")
-
-
-def explain(error: Exception, name: str, training: bool) -> CaptureError:
-    """The error to raise: which line of the user's code it was, why, and what to do."""
-    mode = "train" if training else "eval"
-    where = _user_line(error) or f"{name}.forward"
-    text = f"{type(error).__name__}: {error}"
-    why = one_line(text, 160)
-    todo = "check that the model runs on the example inputs; -v prints the traceback"
-    if any(words in text for words in _SIZES):
-        why = f"sizes do not fit: {one_line(error, 160)}"
-        todo = "check the example inputs against what the model expects"
-    why, todo = next(((w, t) for cause, w, t in _CAUSES if re.search(cause, text)), (why, todo))
-    return CaptureError(f"cannot capture {name} in {mode} mode at {where}: {why}", todo)
-
-
-def _user_line(error: BaseException) -> str:
-    """file:line `code` of the innermost frame that is neither torch's nor ours."""
-    root = __file__.rpartition("/lora_fx/")[0]
-    ours = ("<", *(f"{root}/{folder}/" for folder in ("lora_fx", "passes", "cli")))
-    said = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        path = frame.filename
-        standard = "/lib/python3" in path and "site-packages" not in path
-        library = "/torch/" in path or (standard and frame.name != "<module>")
-        if not library and not path.startswith(ours):
-            said = f"{path}:{frame.lineno} `{frame.line}`"
-    return said
-
-
-def weightless(
-    model: nn.Module, dtype: torch.dtype | None = None, mode: FakeTensorMode | None = None
-) -> tuple[nn.Module, FakeTensorMode]:
-    """A deep copy of the module whose tensors are fake, on the CPU where they were on meta.
-
-    It has the code and none of the memory: with both graphs, 11 MiB for a model of 993 MiB. Every
-    capture traces it, so the user's module is never switched to train, and its batch norms keep
-    their statistics.
-
-    Args:
-        model: The module.
-        dtype: Floating tensors take this dtype, as `.to(dtype)` would.
-        mode: The mode of an earlier weightless copy, to copy such a copy.
-    """
-    if mode is None:
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    memo: dict[int, Any] = {}
-    numbers = {id(parameter_of(model, n)): q for n, q in codes.forms(model).items()}
-    for t in [*model.parameters(), *model.buffers()]:
-        device, q = "cpu" if t.device.type == "meta" else t.device, numbers.get(id(t))
-        like = t if q is None else torch.empty(q.shape, dtype=q.dtype, device="meta")
-        want = dtype if dtype is not None and like.is_floating_point() else like.dtype
-        with mode:
-            fake = torch.empty_strided(like.shape, like.stride(), dtype=want, device=device)
-        memo[id(t)] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
-    copied = copy.deepcopy(model, memo)
-    if numbers:
-        codes.forget(copied)
-    return copied, mode
+def _multiplied(factor: float, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor * factor
+    return tensor.clone()

@@ -8,21 +8,26 @@ stay those of the user's model, which is not touched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_fx.errors import LoraFxError, retold
-from lora_fx.fx.capture.capture import Captured, base_dtype, weightless
-from lora_fx.fx.capture.trace import traceable_experts
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.expert_forms import traceable_experts
+from lora_fx.fx.capture.model_source import base_dtype, weightless
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import device_of
 from lora_fx.inputs import LENGTH, PAST
 
-ROWS, NOW, BEFORE = 2, 5, 3
-"""The sizes of the example: rows, new tokens, tokens in the cache."""
+ROWS = 2
+"""Rows of the example."""
+NOW = 5
+"""New tokens of the example."""
+BEFORE = 3
+"""Tokens in the cache of the example."""
 WORKS = "causal language models of transformers whose cache keeps every token work"
 
 
@@ -47,16 +52,19 @@ class Cached:
         from transformers import DynamicCache
 
         pairs = [(layer["key"], layer["value"]) for layer in past_key_values.values()]
-        past, length = pairs[0][0].shape[2], input_ids.shape[1]
+        past = pairs[0][0].shape[2]
+        length = input_ids.shape[1]
         torch._check(attention_mask.shape[1] == past + length)  # type: ignore[no-untyped-call]
-        own: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
-        named: dict[str, Any] = {_cache_name(own): DynamicCache(pairs)}
-        if "position_ids" in inspect.signature(own).parameters:
-            counted = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-            named["position_ids"] = counted.narrow(1, past, length)
-        out = own(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
-        layers = _cache_of(out).layers
-        present = {str(i): {"key": x.keys, "value": x.values} for i, x in enumerate(layers)}
+        forward: Any = super().forward  # type: ignore[misc]  # of the class that is mixed in
+        named: dict[str, Any] = {_cache_name(forward): DynamicCache(pairs)}
+        if "position_ids" in inspect.signature(forward).parameters:
+            positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+            named["position_ids"] = positions.narrow(1, past, length)
+        out = forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
+        present = {
+            str(i): {"key": layer.keys, "value": layer.values}
+            for i, layer in enumerate(_cache_of(out).layers)
+        }
         return {"logits": out.logits, "present": present}
 
 
@@ -82,76 +90,101 @@ def decoder(
     if isinstance(model, Captured):
         if isinstance(model.model, Cached):
             return model
-        notes, repeat, model = model.notes, model.repeat, model.model
+        notes = model.notes
+        repeat = model.repeat
+        model = model.model
     layers = _layers(model)
     if check is not None:
         check(model.config)
-    generator = torch.Generator().manual_seed(0)
-    rows = int(model.config.get_text_config().vocab_size)
-    dtype, device = base_dtype(model), _device(model)
-    named: dict[str, Any] = {
-        "input_ids": torch.randint(0, rows, (ROWS, NOW), generator=generator).to(device),
-        "attention_mask": torch.ones(ROWS, BEFORE + NOW, dtype=torch.int64, device=device),
-        "past_key_values": {},
-    }
+    named = _example_call(model, layers)
     dynamic: dict[str, Any] = {
         "input_ids": {1: LENGTH},
         "attention_mask": {1: f"{PAST} + {LENGTH}"},
     }
-    for i, (heads, *widths) in enumerate(layers):
-        pair = zip(("key", "value"), widths, strict=True)
-        named["past_key_values"][str(i)] = {
-            k: torch.randn(ROWS, heads, BEFORE, width, generator=generator).to(device, dtype)
-            for k, width in pair
-        }
-        dynamic |= {f"past_key_values.{i}.{k}": {2: PAST} for k in ("key", "value")}
+    for i in range(len(layers)):
+        dynamic[f"past_key_values.{i}.key"] = {2: PAST}
+        dynamic[f"past_key_values.{i}.value"] = {2: PAST}
     captured = Captured(with_cache(model), (), named, dynamic, repeat=repeat)
-    captured.notes += [n for n in notes if n not in captured.notes]
+    captured.notes += [note for note in notes if note not in captured.notes]
     captured.traced(False, captured.named)
     return captured
+
+
+def _example_call(model: Any, layers: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """Arguments of Cached's forward, drawn by a seed of its own.
+
+    Args:
+        model: The decoder.
+        layers: Heads, width of keys and width of values of every layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype = base_dtype(model)
+    device = _device(model)
+    tokens = int(model.config.get_text_config().vocab_size)
+    input_ids = torch.randint(0, tokens, (ROWS, NOW), generator=generator).to(device)
+    past: dict[str, dict[str, torch.Tensor]] = {}
+    for i, (heads, key_width, value_width) in enumerate(layers):
+        key = torch.randn(ROWS, heads, BEFORE, key_width, generator=generator)
+        value = torch.randn(ROWS, heads, BEFORE, value_width, generator=generator)
+        past[str(i)] = {"key": key.to(device, dtype), "value": value.to(device, dtype)}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones(ROWS, BEFORE + NOW, dtype=torch.int64, device=device),
+        "past_key_values": past,
+    }
 
 
 def with_cache(model: nn.Module) -> nn.Module:
     """A module of the same class name over the same modules and tensors, with Cached's forward."""
     kind = type(type(model).__name__, (Cached, type(model)), {"__module__": __name__})
-    new: nn.Module = object.__new__(kind)
-    new.__dict__.update(model.__dict__)
-    return new
+    cached: nn.Module = object.__new__(kind)
+    cached.__dict__.update(model.__dict__)
+    return cached
 
 
 def _layers(model: Any) -> list[tuple[int, int, int]]:
     """Heads, width of keys and width of values of every layer, from a run without weights."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
-        raise LoraFxError(f"{name} is no decoder of transformers", WORKS)
-    if getattr(config, "is_encoder_decoder", False):
-        raise LoraFxError(f"{name} has an encoder, whose cache is of another kind", WORKS)
-    accepted = inspect.signature(model.forward).parameters
-    if not {"input_ids", "attention_mask", "use_cache"} <= set(accepted):
-        raise LoraFxError(f"{name} takes no cache, so it is no decoder", WORKS)
-    if "forward" in model.__dict__:
-        raise LoraFxError(
-            f"the forward of this {name} was replaced on the object",
-            "the forward of its class is what gets a cache: build the model anew",
-        )
+    _check_decoder(model)
+    name = type(model).__name__
     copied, mode = weightless(model)
     copied.eval()
     with retold(f"{name} does not run with a cache of keys and values", WORKS, most=160):
         from transformers import DynamicCache
 
         # made without the config, no layer of it drops what a sliding window has passed
-        given = {_cache_name(model.forward): DynamicCache()}
+        empty_cache = {_cache_name(model.forward): DynamicCache()}
         with mode, traceable_experts(copied, portable=True), torch.no_grad():
             ids = torch.zeros(ROWS, NOW, dtype=torch.int64, device=_device(model))
-            out = copied(input_ids=ids, use_cache=True, **given)
+            out = copied(input_ids=ids, use_cache=True, **empty_cache)
     cache = _cache_of(out)
-    kinds = {type(x).__name__ for x in getattr(cache, "layers", ())}
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
     if type(cache).__name__ != "DynamicCache" or kinds != {"DynamicLayer"}:
-        found = ", ".join(sorted(kinds)) or type(cache).__name__
-        raise LoraFxError(f"{name} returns another cache than all its tokens' ({found})", WORKS)
+        returned = ", ".join(sorted(kinds)) or type(cache).__name__
+        raise LoraFxError(f"{name} returns another cache than all its tokens' ({returned})", WORKS)
     if not hasattr(out, "logits"):
         raise LoraFxError(f"{name} has no logits, only the decoder's body", WORKS)
-    return [(x.keys.shape[1], x.keys.shape[3], x.values.shape[3]) for x in cache.layers]
+    layers: list[tuple[int, int, int]] = []
+    for layer in cache.layers:
+        layers.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
+    return layers
+
+
+def _check_decoder(model: Any) -> None:
+    """Refuse what is no decoder of transformers with the forward of its class."""
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise LoraFxError(f"{name} is no decoder of transformers", WORKS)
+    if getattr(config, "is_encoder_decoder", False):
+        raise LoraFxError(f"{name} has an encoder, whose cache is of another kind", WORKS)
+    parameters = inspect.signature(model.forward).parameters
+    if not {"input_ids", "attention_mask", "use_cache"} <= set(parameters):
+        raise LoraFxError(f"{name} takes no cache, so it is no decoder", WORKS)
+    if "forward" in model.__dict__:
+        raise LoraFxError(
+            f"the forward of this {name} was replaced on the object",
+            "the forward of its class is what gets a cache: build the model anew",
+        )
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -162,7 +195,9 @@ def _device(model: nn.Module) -> torch.device:
 
 def _cache_name(forward: Any) -> str:
     """The argument of a forward that takes the cache object."""
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    if "cache" in inspect.signature(forward).parameters:
+        return "cache"
+    return "past_key_values"
 
 
 def _cache_of(out: Any) -> Any:

@@ -11,24 +11,19 @@ quantise x as well (bitsandbytes' LLM.int8, torchao's dynamic activations) keep 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.consistency import checked, wrong
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.quantised.weight_parts import FLOAT8
+from lora_fx.fx.capture.torchao import torchao_weight
 from lora_fx.fx.codes import LINEAR_IN, beside, store
 from lora_fx.fx.tensors import to_numpy
-from lora_fx.ir.bit_packing import unpacked
 from lora_fx.ir.quantised import Quantised
 
 PACKAGES: Mapping[str, Mapping[str, object]] = {
@@ -40,7 +35,7 @@ PACKAGES: Mapping[str, Mapping[str, object]] = {
 }
 """Packages whose layers are known by their class → what a config.json would say of their layout."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""How the names of a module's hooks begin that are called around its forward."""
+"""Beginnings of the names under which a module holds the hooks around its forward."""
 
 
 class PlainLinear(nn.Linear):
@@ -50,17 +45,24 @@ class PlainLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x·W̃ᵀ + bias."""
-        dtype = (self.compute if self.training else None) or x.dtype
-        given = x, _in(self.weight, dtype), _in(self.bias, dtype)
-        return F.linear(*given) if dtype == x.dtype else LINEAR_IN(*given)
+        dtype = x.dtype
+        if self.training and self.compute is not None:
+            dtype = self.compute
+        weight = _in(self.weight, dtype)
+        bias = _in(self.bias, dtype)
+        if dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        return LINEAR_IN(x, weight, bias)
 
 
-def _in(t: Any, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype == dtype else t.to(dtype)
+def _in(tensor: Any, dtype: torch.dtype) -> Any:
+    if tensor is None or tensor.dtype == dtype:
+        return tensor
+    return tensor.to(dtype)
 
 
 def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, tuple[str, ...]]:
-    """(the model without layers of other packages, what has to be said of them).
+    """(the model without layers of other packages, notes on them for the user).
 
     It is the model itself where it has none.
 
@@ -71,40 +73,73 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
     Raises:
         LoraFxError: A layer whose tensors cannot be read, or not as codes.
     """
-    found = [(p, *r) for p, m in model.named_modules() for r in _readers(p, m)]
-    if not found:
+    coded: list[tuple[str, str, Read]] = []
+    for path, layer in model.named_modules():
+        coded += [(path, leaf, read) for leaf, read in _readers(path, layer)]
+    if not coded:
         return model, ()
-    tree, formats = beside(model), dict[str, int]()
-    for path, leaf, read in found:
-        layer, (kind, q) = model.get_submodule(path), read()
-        old, own = tree.get_submodule(path), _dtype(layer, leaf, dtype)
+
+    tree = beside(model)
+    counts: dict[str, int] = {}
+    for path, leaf, read in coded:
+        layer = model.get_submodule(path)
+        kind, codes = read()
+        layer_dtype = _dtype(layer, leaf, dtype)
         if _is_plain(layer):
-            new = _plain(layer, q.shape, own)
-            # hooks are the user's; what replaced forward was the package's: see _readers
-            new.__dict__ |= {k: v for k, v in vars(old).items() if k.startswith(HOOKS)}
-            new.train(layer.training)
-            tree = new if old is tree else tree
-            for parent in tree.modules():  # a layer may have several names
-                names = [n for n, child in parent._modules.items() if child is old]
-                parent._modules |= dict.fromkeys(names, new)
-        store(tree, f"{path}.{leaf}".lstrip("."), q, own, q.shape, turned=False)
-        kind += "; x stays in floats here" if _quantises_x(layer) else ""
-        kind += "; this CPU's kernel has rounded their scales" if is_packed(layer) else ""
-        formats[kind] = formats.get(kind, 0) + 1
-    return tree, tuple(f"{n} layers are read as codes: {kind}" for kind, n in formats.items())
+            tree = _with_plain_layer(tree, path, layer, codes.shape, layer_dtype)
+        name = f"{path}.{leaf}".lstrip(".")
+        store(tree, name, codes, layer_dtype, codes.shape, turned=False)
+        if _quantises_x(layer):
+            kind += "; x stays in floats here"
+        if is_packed(layer):
+            kind += "; this CPU's kernel has rounded their scales"
+        counts[kind] = counts.get(kind, 0) + 1
+    notes = (f"{count} layers are read as codes: {kind}" for kind, count in counts.items())
+    return tree, tuple(notes)
+
+
+def _with_plain_layer(
+    tree: nn.Module, path: str, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> nn.Module:
+    """A tree with a plain layer in the place of what it has there, which may be the whole tree.
+
+    Args:
+        tree: The tree; edited.
+        path: That of the layer.
+        layer: The quantised layer, of the user's model.
+        shape: That of its weight.
+        dtype: The dtype of its numbers.
+    """
+    replaced = tree.get_submodule(path)
+    plain = _plain(layer, shape, dtype)
+    # hooks are the user's; what replaced forward was the package's: see _readers
+    for name, attribute in vars(replaced).items():
+        if name.startswith(HOOKS):
+            plain.__dict__[name] = attribute
+    plain.train(layer.training)
+    if replaced is tree:
+        tree = plain
+    for parent in tree.modules():  # a layer may have several names
+        names = [name for name, child in parent._modules.items() if child is replaced]
+        parent._modules |= dict.fromkeys(names, plain)
+    return tree
 
 
 def _is_plain(layer: nn.Module) -> bool:
     """False where a layer has code of its own, whose weight alone is another."""
-    run = type(layer).forward
-    own = run in (nn.Linear.forward, nn.Embedding.forward)
-    return own or run.__module__.partition(".")[0] in PACKAGES
+    forward = type(layer).forward
+    if forward in (nn.Linear.forward, nn.Embedding.forward):
+        return True
+    return forward.__module__.partition(".")[0] in PACKAGES
 
 
-def _package(cls: type) -> str:
+def _package(kind: type) -> str:
     """The package that a class, or what it inherits from, is of."""
-    names = [c.__module__.partition(".")[0] for c in cls.__mro__]
-    return next((n for n in names if n in (*PACKAGES, "torchao")), names[0])
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    for package in packages:
+        if package in PACKAGES or package == "torchao":
+            return package
+    return packages[0]
 
 
 def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Module:
@@ -113,21 +148,22 @@ def _plain(layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> nn.M
         return nn.Embedding(rows, width, layer.padding_idx, device="meta", dtype=dtype)
     out, inner = shape
     bias = getattr(layer, "bias", None)
-    new = PlainLinear(inner, out, bias=False, device="meta", dtype=dtype)
-    new.compute = getattr(layer, "compute_dtype", None)  # of bitsandbytes' layers in 4 bits
+    plain = PlainLinear(inner, out, bias=False, device="meta", dtype=dtype)
+    plain.compute = getattr(layer, "compute_dtype", None)  # of bitsandbytes' layers in 4 bits
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return new
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
 
 
 def _dtype(layer: nn.Module, leaf: str, others: torch.dtype | None) -> torch.dtype:
     """The dtype that a layer's numbers have before they meet x."""
-    weight = getattr(layer, leaf, None)
+    weight: Any = getattr(layer, leaf, None)
     state = getattr(weight, "quant_state", None)
-    told = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
-    if told is None and isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        told = weight.dtype if weight.dtype.itemsize > 1 else None  # a subclass says it
-    return told or others or torch.float32
+    dtype = getattr(state, "original_dtype", None) or getattr(state, "dtype", None)
+    is_float = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    if dtype is None and is_float and weight.dtype.itemsize > 1:  # a subclass says it
+        dtype = weight.dtype
+    return dtype or others or torch.float32
 
 
 Read = Callable[[], tuple[str, Quantised]]
@@ -141,40 +177,69 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
     Raises:
         LoraFxError: A layer whose forward is no more that of its class, which codes cannot keep.
     """
-    held = {n: p for n, p in layer._parameters.items() if p is not None}
-    tensors = {n: p for n, p in held.items() if _package(type(p.data)) == "torchao"}
-    for leaf, p in tensors.items():
-        yield leaf, partial(_of_torchao, path, p.data)
-    awq = "Awq" in type(layer).__name__  # gptqmodel's
-    known = PACKAGES.get("awq" if awq else _package(type(layer)))
-    if known is None and _is_compressed(held):
-        known = PACKAGES["compressed_tensors"]
-    packed = _is_compressed(held) or "qweight" in layer._buffers
-    numbers = all(type(p) is nn.Parameter and p.is_floating_point() for p in held.values())
-    coded = known is not None and (packed or not numbers)
-    if coded:
-        yield "weight", partial(_of_state, path, layer, known or {})
-    given = layer.__dict__.get("forward") if coded or tensors else None
-    given = getattr(given, "func", getattr(given, "__func__", given))  # accelerate's is a partial
-    where = getattr(given, "__globals__", {}).get("__name__", "").partition(".")[0]
-    replaced = given is not None and where not in (*PACKAGES, "accelerate")
-    if (replaced and _is_plain(layer)) or (coded and not _is_plain(layer)):
+    parameters = {n: p for n, p in layer._parameters.items() if p is not None}
+    of_torchao = {n: p for n, p in parameters.items() if _package(type(p.data)) == "torchao"}
+    for leaf, parameter in of_torchao.items():
+        yield leaf, partial(torchao_weight, path, parameter.data)
+
+    config = _config_of_package(layer, parameters)
+    is_coded = config is not None and _holds_codes(layer, parameters)
+    if is_coded:
+        yield "weight", partial(_of_state, path, layer, config or {})
+
+    if not is_coded and not of_torchao:
+        return
+    is_plain = _is_plain(layer)
+    is_replaced = _has_foreign_forward(layer)
+    if (is_replaced and is_plain) or (is_coded and not is_plain):
         raise LoraFxError(
             f"{path}: this quantised {type(layer).__name__} has a forward of its own",
             "put what it does beside x·Wᵀ into a hook, or into the module around it",
         )
 
 
-def _is_compressed(held: Mapping[str, nn.Parameter]) -> bool:
-    weight = held.get("weight")
-    narrow = weight is not None and weight.dtype.itemsize == 1
-    return "weight_packed" in held or ("weight_scale" in held and narrow)
+def _config_of_package(
+    layer: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Mapping[str, object] | None:
+    """The config.json that would describe a layer's layout; None for a layer of no package."""
+    is_awq = "Awq" in type(layer).__name__  # gptqmodel's
+    config = PACKAGES.get("awq" if is_awq else _package(type(layer)))
+    if config is None and _is_compressed(parameters):
+        return PACKAGES["compressed_tensors"]
+    return config
 
 
-def _of_state(path: str, layer: nn.Module, said: Mapping[str, object]) -> tuple[str, Quantised]:
+def _holds_codes(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether a layer of a package holds more than plain numbers."""
+    if _is_compressed(parameters) or "qweight" in layer._buffers:
+        return True
+    return not all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters.values())
+
+
+def _has_foreign_forward(layer: nn.Module) -> bool:
+    """Whether the forward of a layer was replaced, neither by its package nor by accelerate."""
+    forward = layer.__dict__.get("forward")
+    if forward is None:
+        return False
+    # accelerate's is a partial
+    function = getattr(forward, "func", getattr(forward, "__func__", forward))
+    package = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return package not in PACKAGES and package != "accelerate"
+
+
+def _is_compressed(parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether these are the parameters of a layer of compressed-tensors."""
+    if "weight_packed" in parameters:
+        return True
+    weight = parameters.get("weight")
+    is_narrow = weight is not None and weight.dtype.itemsize == 1
+    return is_narrow and "weight_scale" in parameters
+
+
+def _of_state(path: str, layer: nn.Module, config: Mapping[str, object]) -> tuple[str, Quantised]:
     """By the tensors of the layer's state, which are those of a file."""
-    state = {f"{path}.{k}": to_numpy(v) for k, v in _tensors(layer).items()}
-    weights = quantised_weights(state, {"quantization_config": dict(said)})
+    state = {f"{path}.{name}": to_numpy(tensor) for name, tensor in _tensors(layer).items()}
+    weights = quantised_weights(state, {"quantization_config": dict(config)})
     weight = weights.get(f"{path}.weight")
     if weight is None:
         raise LoraFxError(
@@ -194,14 +259,15 @@ def _tensors(layer: nn.Module) -> Mapping[str, torch.Tensor]:
     if state is None:
         scale = getattr(weight, "SCB", None)
         return {} if scale is None else {"weight": weight.data, "SCB": scale}
-    codes, told = weight.data, {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    codes = weight.data
+    scales = {f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}
     if is_packed(layer):  # in tiles of 32 rows, whose halves lie in the halves of a byte
         halves = codes.reshape(-1, 32)
         tiles = torch.cat([halves & 15, halves >> 4], 1).reshape(len(codes) // 32, -1, 32, 2)
         pairs = tiles.transpose(1, 2).reshape(-1, 2)
         codes = pairs[:, :1] << 4 | pairs[:, 1:]
-        told["weight.absmax"] = state.absmax.T.reshape(-1)
-    return {"weight": codes, **told}
+        scales["weight.absmax"] = state.absmax.T.reshape(-1)
+    return {"weight": codes, **scales}
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -238,98 +304,10 @@ def let_pack(layers: Iterable[nn.Module], *, packs: bool = True) -> None:
 
 def _quantises_x(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")
+    if hasattr(weight, "SCB") and isinstance(layer, nn.Linear):
+        return True  # bitsandbytes' LLM.int8
+    for name in ("act_quant_kwargs", "activation_quantization"):  # torchao's
+        if getattr(weight, name, None) is not None:
+            return True
     scheme = getattr(layer, "quantization_scheme", None)  # compressed-tensors'
-    names = ("act_quant_kwargs", "activation_quantization")  # torchao's
-    told = [*(getattr(weight, n, None) for n in names), getattr(scheme, "input_activations", None)]
-    llm_int8 = hasattr(weight, "SCB") and isinstance(layer, nn.Linear)
-    return llm_int8 or any(t is not None for t in told)
-
-
-def _of_torchao(path: str, weight: Any) -> tuple[str, Quantised]:
-    """By the arrays of torchao's tensor classes."""
-    kind, name = type(weight).__name__, f"{path}.weight"
-    if kind == "NF4Tensor":
-        parts = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor)
-        arrays = [to_numpy(t) for t in (*parts, weight.scaler_mean, weight.nf4)]
-        return "torchao nf4", nf4(name, tuple(weight.shape), *arrays)
-    if not hasattr(weight, "qdata"):
-        raise LoraFxError(f"{name}: torchao's {kind} is not read", "its weight-only classes are")
-    data, scale, zero = weight.qdata, weight.scale, getattr(weight, "zero_point", None)
-    given = to_numpy(data), to_numpy(scale), None if zero is None else to_numpy(zero)
-    return f"torchao {kind}", affine(name, *given, tuple(weight.block_size or ()))
-
-
-# The arrays of torchao's tensor classes (0.18).
-#
-#     IntxUnpackedToInt8Tensor   qdata int8 in the shape of the weight, scale and zero_point a
-#                                number a block, block_size a number an axis
-#     Int8Tensor                 the same; zero_point may be None
-#     Float8Tensor               qdata float8; block_size may be empty: one scale
-#     NF4Tensor                  quantized_data uint8, the first code in the high half, blocks along
-#                                the flattened weight; quantized_scalers int8 [blocks],
-#                                quantization_factor [scaler blocks] and scaler_mean in the dtype of
-#                                the weight: scale = quantized_scalers / factor + mean; nf4 [16]
-#
-# W = (qdata − zero_point) · scale, made in float32 or in the dtype of the weight
-# (`_dequantize_affine_no_dtype_check`, `_dequantize_affine_float8` in quantization/quant_primitives
-# .py); the scales of NF4Tensor are rounded to that dtype twice, its products once
-# (`get_original_weight`, quantization/quantize_/workflows/nf4/nf4_tensor.py).
-
-
-def affine(
-    where: str, qdata: Array, scale: Array, zero_point: Array | None, block_size: Sequence[int]
-) -> Quantised:
-    """A tensor of the first three classes.
-
-    Args:
-        where: The name of the weight, for messages.
-        qdata: Codes.
-        scale: A number a block.
-        zero_point: The same; None for none.
-        block_size: One number an axis; empty for one block.
-
-    Raises:
-        LoraFxError: Arrays that do not fit each other.
-    """
-    if qdata.dtype != np.int8 and str(qdata.dtype) not in FLOAT8:
-        raise wrong(where, f"has qdata of {qdata.dtype}", "int8 or float8")
-    block = tuple(map(int, block_size)) or qdata.shape
-    if scale.size == 1:
-        scale = scale.reshape(1)
-    return checked(where, Quantised(qdata, scale, zero_point, block))
-
-
-def nf4(
-    where: str,
-    shape: tuple[int, ...],
-    data: Array,
-    scalers: Array,
-    factor: Array,
-    mean: Array,
-    levels: Array,
-) -> Quantised:
-    """An NF4Tensor.
-
-    Args:
-        where: The name of the weight, for messages.
-        shape: Of the weight.
-        data: quantized_data.
-        scalers: quantized_scalers.
-        factor: quantization_factor.
-        mean: scaler_mean.
-        levels: nf4.
-
-    Raises:
-        LoraFxError: Arrays that do not fit each other.
-    """
-    size, blocks, outer = math.prod(shape), scalers.size, factor.size
-    if data.dtype != np.uint8 or 2 * data.size != size or not blocks or size % blocks:
-        found = f"of {list(shape)} has {data.size} bytes of {data.dtype} in {blocks} blocks"
-        raise wrong(where, found, "two codes a byte and blocks of one length")
-    if not outer or blocks % outer or mean.size != 1 or not factor.all():
-        found = f"has {blocks} scales in {outer} blocks with {mean.size} means"
-        raise wrong(where, found, "blocks of one length, factors that are not 0, one mean")
-    wide = scalers.reshape(outer, -1).astype(factor.dtype) / factor.reshape(-1, 1)
-    scale = wide.reshape(-1) + mean.reshape(1)
-    codes = unpacked(data.reshape(-1), 4, high=True).reshape(shape)
-    return checked(where, Quantised(codes, scale, None, (size // blocks,), levels))
+    return getattr(scheme, "input_activations", None) is not None

@@ -1,4 +1,4 @@
-"""Snapshots: what the things that a module's code can reach are at one moment, as tokens.
+"""Snapshots: the state, at one moment, of the things that a module's code can reach, as tokens.
 
 Blocks of one structure may differ by something that is no part of them: a counter in an object that
 all share or in their class, a closure, a global, a default argument, a context variable. Where two
@@ -40,13 +40,13 @@ STATEFUL = {
 """Modules of the standard library whose objects hold what their users put in."""
 OWN = {"_parameters", "_buffers", "_modules", "training"}
 ASKS_WHO = {"id", "hash", "globals", "_getframe", "currentframe"}
-"""Functions whose result tells blocks apart, or reads what no token tells."""
+"""Functions that tell blocks apart, or read what no token covers."""
 READS_ALL = {"vars", "__dict__"}
 """Names of code that may read any attribute unseen."""
 MOST = 20_000
 """Things that one snapshot looks at."""
 MOST_BYTES = 1 << 20
-"""Of one array that a snapshot reads."""
+"""Bytes of one array that a snapshot reads."""
 _SKIPPED = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__"}
 _MAKING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "_init_weights"}
 """Methods of modules that no call of one runs."""
@@ -59,10 +59,14 @@ class Unseen:
     __slots__ = ()
 
 
-def held(module: nn.Module) -> dict[str, object]:
-    """What a module holds beside its tensors, modules and hooks."""
-    found = {k: v for k, v in module.__dict__.items() if k not in OWN and "_hooks" not in k}
-    return found | _slots(module)
+def attributes_of_module(module: nn.Module) -> dict[str, object]:
+    """The attributes of a module, but for its tensors, modules and hooks."""
+    attributes = {
+        name: attribute
+        for name, attribute in module.__dict__.items()
+        if name not in OWN and "_hooks" not in name
+    }
+    return attributes | _slots(module)
 
 
 class Snapshot:
@@ -72,7 +76,7 @@ class Snapshot:
         around: Ids of the modules that hold blocks, and of the blocks.
 
     Attributes:
-        names: What the code that was met names.
+        names: Names and words in the code that was met.
     """
 
     def __init__(self, around: Iterable[int] = ()) -> None:
@@ -81,159 +85,204 @@ class Snapshot:
         self._tokens: dict[int, Token] = {}
         self._alive: list[object] = []  # an id is a thing's own only as long as the thing lives
 
-    def token(self, x: Any) -> Token:
-        """What a thing is now."""
-        if isinstance(x, PLAIN):
-            return (type(x), repr(x)) if isinstance(x, (float, complex)) else (type(x), x)
-        known = self._tokens.get(id(x))
-        if known is not None:
-            return known
+    def token(self, thing: Any) -> Token:
+        """The token of the present state of a thing."""
+        if isinstance(thing, (float, complex)):
+            return type(thing), repr(thing)  # NaN equals itself, and 0.0 is not -0.0
+        if isinstance(thing, PLAIN):
+            return type(thing), thing
+        known_token = self._tokens.get(id(thing))
+        if known_token is not None:
+            return known_token
         if len(self._alive) == MOST:
             return Unseen()
-        self._alive.append(x)
-        self._tokens[id(x)] = ("again", id(x))
+        self._alive.append(thing)
+        self._tokens[id(thing)] = ("again", id(thing))  # where it holds itself
         try:
-            token = self._told(x)
+            token = self._new_token(thing)
         except Exception:  # a property or a container of the user's that does as it likes
             token = Unseen()
-        self._tokens[id(x)] = token
+        self._tokens[id(thing)] = token
         return token
 
     def _all(self, things: Iterable[object]) -> Token:
         return tuple(map(self.token, things))
 
     def _items(self, things: Mapping[Any, Any]) -> Token:
-        return tuple((self.token(k), self.token(v)) for k, v in things.items())
+        return tuple((self.token(key), self.token(thing)) for key, thing in things.items())
 
-    def _told(self, x: Any) -> Token:
-        kind = type(x)
-        if isinstance(x, torch.Tensor):
-            return id(x), None if x.is_inference() else x._version
-        if isinstance(x, (list, tuple)):
-            return kind, self._all(x), self._items(_attributes(x))
-        if isinstance(x, dict):
-            return kind, self._items(x), self._items(_attributes(x))
-        if isinstance(x, (set, frozenset)):
-            return kind, frozenset(map(self.token, x)), self._items(_attributes(x))
-        if isinstance(x, nn.Module):
-            return self._module(x)
-        if isinstance(x, type):
-            metaclass = type(x)
-            return id(x), self._class(x), () if metaclass is type else self.token(metaclass)
-        return id(x), self._code(x) if callable(x) or _is_code(x) else self._thing(x)
+    def _new_token(self, thing: Any) -> Token:
+        kind = type(thing)
+        if isinstance(thing, torch.Tensor):
+            return id(thing), None if thing.is_inference() else thing._version
+        if isinstance(thing, (list, tuple)):
+            return kind, self._all(thing), self._items(_attributes(thing))
+        if isinstance(thing, dict):
+            return kind, self._items(thing), self._items(_attributes(thing))
+        if isinstance(thing, (set, frozenset)):
+            return kind, frozenset(map(self.token, thing)), self._items(_attributes(thing))
+        if isinstance(thing, nn.Module):
+            return self._module(thing)
+        if isinstance(thing, type):
+            token_of_class = self._class(thing)
+            return id(thing), token_of_class, () if kind is type else self.token(kind)
+        if callable(thing) or _is_code(thing):
+            return id(thing), self._code(thing)
+        return id(thing), self._thing(thing)
 
     def _module(self, module: nn.Module) -> Token:
         """A module that is none of a block's own."""
-        below = list(module.modules())
-        if any(id(m) in self._around for m in below):
+        modules = list(module.modules())
+        if any(id(m) in self._around for m in modules):
             return Unseen()  # who has all blocks can tell them apart
-        tensors = (t for m in below for t in (*m._parameters.values(), *m._buffers.values()))
-        states = [(id(m), m.training, self._items(held(m)), self.token(type(m))) for m in below]
+        states: list[Token] = []
+        tensors: list[torch.Tensor | None] = []
+        for m in modules:
+            attributes = self._items(attributes_of_module(m))
+            states.append((id(m), m.training, attributes, self.token(type(m))))
+            tensors += [*m._parameters.values(), *m._buffers.values()]
         return id(module), tuple(states), self._all(tensors)
 
     def _class(self, kind: type) -> Token:
-        own = [c for c in kind.__mro__ if not _is_library(c.__module__)]
-        skipped = _SKIPPED | _MAKING if issubclass(kind, nn.Module) else _SKIPPED
-        parts = [{k: v for k, v in vars(c).items() if k not in skipped} for c in own]
-        return tuple(map(self._items, parts))
+        """The attributes of a class and its bases, but for those of libraries."""
+        skipped = _SKIPPED
+        if issubclass(kind, nn.Module):
+            skipped = _SKIPPED | _MAKING
+        tokens: list[Token] = []
+        for base in kind.__mro__:
+            if not _is_library(base.__module__):
+                attributes = {k: v for k, v in vars(base).items() if k not in skipped}
+                tokens.append(self._items(attributes))
+        return tuple(tokens)
 
-    def _code(self, x: Any) -> Token:
+    def _code(self, thing: Any) -> Token:
         """A function, or what stands for one or several."""
-        if isinstance(x, FunctionType):
-            return self._function(x)
-        if isinstance(x, MethodType):
-            return self._all((x.__func__, x.__self__))
-        if isinstance(x, functools.partial):
-            return self._all((x.func, x.args, x.keywords, _attributes(x)))
-        if isinstance(x, (staticmethod, classmethod)):
-            return self.token(x.__func__)
-        if isinstance(x, property):
-            return self._all((x.fget, x.fset, x.fdel))
-        if isinstance(x, functools.cached_property):
-            return self.token(x.func)
-        if isinstance(x, (BuiltinFunctionType, MethodWrapperType)):
-            owner = x.__self__
-            return () if isinstance(owner, (ModuleType, type(None))) else self.token(owner)
-        if isinstance(x, functools._lru_cache_wrapper):
-            return self.token(x.__wrapped__)
-        return self._thing(x)
+        if isinstance(thing, FunctionType):
+            return self._function(thing)
+        if isinstance(thing, MethodType):
+            return self._all((thing.__func__, thing.__self__))
+        if isinstance(thing, functools.partial):
+            return self._all((thing.func, thing.args, thing.keywords, _attributes(thing)))
+        if isinstance(thing, (staticmethod, classmethod)):
+            return self.token(thing.__func__)
+        if isinstance(thing, property):
+            return self._all((thing.fget, thing.fset, thing.fdel))
+        if isinstance(thing, functools.cached_property):
+            return self.token(thing.func)
+        if isinstance(thing, (BuiltinFunctionType, MethodWrapperType)):
+            owner = thing.__self__
+            if isinstance(owner, (ModuleType, type(None))):
+                return ()
+            return self.token(owner)
+        if isinstance(thing, functools._lru_cache_wrapper):
+            return self.token(thing.__wrapped__)
+        return self._thing(thing)
 
-    def _function(self, x: FunctionType) -> Token:
-        wrapped = getattr(x, "__wrapped__", None)
-        if _is_library(x.__module__):
+    def _function(self, function: FunctionType) -> Token:
+        """The values that a user's function holds or names; of a library's, the one it wraps."""
+        wrapped = getattr(function, "__wrapped__", None)
+        if _is_library(function.__module__):
             return self.token(wrapped)
-        loaded, named = _names(x.__code__)
+        global_names, named = _names(function.__code__)
         self.names |= named
-        if loaded & ASKS_WHO or named & ASKS_WHO - {"id", "hash"}:
+        if global_names & ASKS_WHO or named & ASKS_WHO - {"id", "hash"}:
             return Unseen()
-        cells = [_content(cell) for cell in x.__closure__ or ()]
-        parts = [x.__defaults__, x.__kwdefaults__, vars(x), cells, wrapped]
-        found = {n: x.__globals__[n] for n in sorted(loaded & x.__globals__.keys())}
-        imported = {n: sys.modules[n] for n in named & sys.modules.keys()}
-        for module in (*found.values(), *imported.values()):
+
+        cells = [_content(cell) for cell in function.__closure__ or ()]
+        read: list[object] = [
+            function.__defaults__,
+            function.__kwdefaults__,
+            vars(function),
+            cells,
+            wrapped,
+        ]
+        globals_read = {
+            name: function.__globals__[name]
+            for name in sorted(global_names & function.__globals__.keys())
+        }
+        imported = {name: sys.modules[name] for name in named & sys.modules.keys()}
+        for module in (*globals_read.values(), *imported.values()):
             if isinstance(module, ModuleType) and not _is_library(module.__name__):
-                parts += [(n, vars(module)[n]) for n in sorted(named & vars(module).keys())]
-        return self._all((*parts, found))
+                attributes = vars(module)
+                read += [(name, attributes[name]) for name in sorted(named & attributes.keys())]
+        return self._all((*read, globals_read))
 
-    def _thing(self, x: Any) -> Token:
-        kind = type(x)
-        if isinstance(x, ModuleType):
+    def _thing(self, thing: Any) -> Token:
+        """A thing that is no container, module, class or code."""
+        kind = type(thing)
+        if isinstance(thing, ModuleType):
             return ()
-        numbers = _bytes_of(x)
-        if numbers is not None:
-            return numbers
-        if isinstance(x, ContextVar):
-            return self.token(x.get(None))
-        if isinstance(x, ReferenceType):
-            return self.token(x())
-        top = kind.__module__.partition(".")[0]
-        standard = top in sys.stdlib_module_names
-        if (standard and hasattr(kind, "__next__")) or top == "random":
+        content = _bytes_of(thing)
+        if content is not None:
+            return content
+        if isinstance(thing, ContextVar):
+            return self.token(thing.get(None))
+        if isinstance(thing, ReferenceType):
+            return self.token(thing())
+
+        package = kind.__module__.partition(".")[0]
+        is_standard = package in sys.stdlib_module_names
+        is_iterator = hasattr(kind, "__next__")
+        if (is_standard and is_iterator) or package == "random":
             return Unseen()
-        if top == "torch" or (standard and top not in STATEFUL):
+        if package == "torch" or (is_standard and package not in STATEFUL):
             return ()  # a tensor type, a logger, a pattern
-        if standard or _is_library(kind.__module__):
-            return self._items(_attributes(x)), self._parts(x)
-        if hasattr(kind, "__next__"):
+        if is_standard or _is_library(kind.__module__):
+            return self._items(_attributes(thing)), self._members(thing)
+        if is_iterator:
             return Unseen()
-        return self._items(_attributes(x)), self._parts(x), self.token(kind)
+        return self._items(_attributes(thing)), self._members(thing), self.token(kind)
 
-    def _parts(self, x: Any) -> Token:
-        """What a container of a kind of its own holds."""
-        return self._all(x) if type(x).__module__ in ("collections", "_collections") else ()
+    def _members(self, thing: Any) -> Token:
+        """The members of a deque, a Counter and their like."""
+        if type(thing).__module__ in ("collections", "_collections"):
+            return self._all(thing)
+        return ()
 
 
-def _bytes_of(x: object) -> Token | None:
+def _bytes_of(thing: object) -> Token | None:
     """The numbers of an array of numpy, of a bytearray, of ctypes; None for other things."""
-    if isinstance(x, np.ndarray):
-        seen = not x.dtype.hasobject and x.nbytes <= MOST_BYTES
-        return (x.shape, x.tobytes()) if seen else Unseen()
+    if isinstance(thing, np.ndarray):
+        if thing.dtype.hasobject or thing.nbytes > MOST_BYTES:
+            return Unseen()
+        return thing.shape, thing.tobytes()
     try:
-        held = memoryview(x)  # type: ignore[arg-type]  # a TypeError is the answer
+        view = memoryview(thing)  # type: ignore[arg-type]  # a TypeError is the answer
     except TypeError:
         return None
-    return held.tobytes() if held.nbytes <= MOST_BYTES else Unseen()
+    if view.nbytes > MOST_BYTES:
+        return Unseen()
+    return view.tobytes()
 
 
 def _is_library(module: str | None) -> bool:
-    top = (module or "").partition(".")[0]
-    return top in LIBRARIES or (top in sys.stdlib_module_names and top != "__main__")
+    package = (module or "").partition(".")[0]
+    return package in LIBRARIES or (package in sys.stdlib_module_names and package != "__main__")
 
 
-def _is_code(x: object) -> bool:
-    return isinstance(x, (staticmethod, classmethod, property, functools.cached_property))
+def _is_code(thing: object) -> bool:
+    """Whether a thing stands for functions, though it cannot be called."""
+    return isinstance(thing, (staticmethod, classmethod, property, functools.cached_property))
 
 
-def _attributes(x: object) -> dict[str, object]:
-    return {**getattr(x, "__dict__", {}), **_slots(x)}
+def _attributes(thing: object) -> dict[str, object]:
+    return {**getattr(thing, "__dict__", {}), **_slots(thing)}
 
 
-def _slots(x: object) -> dict[str, object]:
+def _slots(thing: object) -> dict[str, object]:
+    """The attributes of a thing in the slots of its classes."""
     names: list[str] = []
-    for kind in type(x).__mro__:
+    for kind in type(thing).__mro__:
         slots = vars(kind).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else slots
-    return {n: getattr(x, n) for n in names if n not in _SKIPPED and hasattr(x, n)}
+        if isinstance(slots, str):
+            names.append(slots)
+        else:
+            names += slots
+    return {
+        name: getattr(thing, name)
+        for name in names
+        if name not in _SKIPPED and hasattr(thing, name)
+    }
 
 
 def _content(cell: Any) -> object:
@@ -246,17 +295,19 @@ def _content(cell: Any) -> object:
 @functools.lru_cache(4096)
 def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     """(global names, all names and words) of a function's code and of those in it."""
-    loaded: set[str] = set()
+    global_names: set[str] = set()
     named: set[str] = set(code.co_names)
-    for part in _codes(code):
-        named.update(part.co_names, (c for c in part.co_consts if isinstance(c, str)))
-        loaded.update(
-            i.argval for i in dis.get_instructions(part) if i.opname.endswith(("_GLOBAL", "_NAME"))
-        )
-    return frozenset(map(str, loaded)), frozenset(named)
+    for inner in _codes(code):
+        named.update(inner.co_names)
+        named.update(constant for constant in inner.co_consts if isinstance(constant, str))
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname.endswith(("_GLOBAL", "_NAME")):
+                global_names.add(str(instruction.argval))
+    return frozenset(global_names), frozenset(named)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of the functions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +34,8 @@ from lora_fx.fx.codes import numbers
 from lora_fx.fx.fake_tensors import is_wrapper
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
-from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups, decide_doubts
+from lora_fx.fx.module.doubts import decide_doubts
+from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups
 from lora_fx.fx.tensors import (
     from_numpy,
     is_sharded,
@@ -49,7 +49,6 @@ from lora_fx.fx.tensors import (
     whole,
 )
 from lora_fx.inputs import Named
-from lora_fx.patching import patched
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, by_key, counted, html, human, short
 
@@ -89,27 +88,13 @@ class AdaptedModule(CapturedModule):
         self._stored: dict[str, Adapter] = {}
         self._active: dict[str, float] = {DEFAULT: 1.0}
         self._sampled = Base()
-        self.effect: Effect | None = None
+        self._effect: Effect | None = None
         decide_doubts(self)
         self._graph(False, captured.named)  # registers the adapter's tensors
         self._sampled.now(self._updates, self)  # while tensors are whole
 
     def _rewrite(self, graph: FxGraph, training: bool) -> None:
         self._inserter(self._updates, training)(graph)
-
-    def inserting(
-        self, inserter: Inserter
-    ) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Gives blocks in which other passes make the branches, for a run or two in all."""
-        programs = replace(self._programs, codes={}, compiled={}, blocks=False, few=True)
-        return partial(patched, self, _inserter=inserter, _fast=None, _programs=programs)
-
-    def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        """Key → the tensors a and b that the branches of the active adapter read, as trained.
-
-        Updates of a variant that makes a and b of other tensors are left out; see `tensors`.
-        """
-        return factor_pairs(self.tensors())
 
     def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
         """Key → every tensor of its update by field: a and b, and a variant's own."""
@@ -134,18 +119,9 @@ class AdaptedModule(CapturedModule):
         ]
 
     @property
-    def found(self) -> Found:
-        """The model's targets."""
-        return self._found
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What insert had to say."""
         return self._notes
-
-    def say(self, *notes: str) -> None:
-        """Add notes, each once, for the report."""
-        self._notes = tuple(dict.fromkeys((*self._notes, *notes)))
 
     @property
     def updates(self) -> Updates:
@@ -164,11 +140,6 @@ class AdaptedModule(CapturedModule):
             return Adapter({})
         also = dict.fromkeys(self._also)
         return held_adapter(self, self._updates, also, self._metadata, self._sampled)
-
-    def changes_anything(self) -> bool:
-        """False while every update is zero, as after insert, and no tensor is trained whole."""
-        pairs = self.tensors().items()
-        return bool(self._also) or any(moved(self._updates[k], held) for k, held in pairs)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -193,7 +164,7 @@ class AdaptedModule(CapturedModule):
         bound = fitted(adapter, self._found, self, self._also, "insert")
         if name is not None and self._active != {name: 1.0}:
             self._stored[name] = bound
-            self.check_base(adapter, f"the adapter {name!r}")
+            self._sampled.check(adapter.metadata, self, f"the adapter {name!r}")
             return
         if len(self._active) != 1:
             raise LoraFxError(
@@ -201,11 +172,7 @@ class AdaptedModule(CapturedModule):
                 "give the adapter a name: load_adapter(adapter, name=…)",
             )
         self._put(bound)
-        self.check_base(adapter)
-
-    def check_base(self, adapter: Adapter, name: str = "the adapter") -> None:
-        """Note for the report if an adapter says that it was trained on other weights."""
-        self._sampled.check(adapter.metadata, self, name)
+        self._sampled.check(adapter.metadata, self)
 
     def activate(self, which: str | Mapping[str, float] | None) -> None:
         """Let the branches hold an adapter, a weighted sum of several (exact), or none.
@@ -265,17 +232,18 @@ class AdaptedModule(CapturedModule):
             self._programs.compiled.clear()
             self._programs.codes.clear()
             self._graph(False, self._programs.captured.named)
-        originals = dict(self.captured.model.named_parameters())
+        originals = dict(self._programs.captured.model.named_parameters())
         put_whole(self, bound, {name: originals[name] for name in self._also})
         self._metadata = dict(bound.metadata)
 
     def report(self) -> AdaptedReport:
         """What is adapted, what is trained, and what had to be said."""
-        notes = (*self._notes, *self._sampled.said, *self.captured.notes)
+        captured = self._programs.captured
+        notes = (*self._notes, *self._sampled.said, *captured.notes)
         found = adapted_report(self, self._updates, self._found, self._also, notes)
         names = self.adapters if len(self.adapters) > 1 else ()
-        parity = self.captured.compared
-        return replace(found, effect=self.effect, adapters=names, parity=parity)
+        parity = captured.compared
+        return replace(found, effect=self._effect, adapters=names, parity=parity)
 
 
 # An adapter as the tensors of a tree of modules, be it a module of ours or the user's own.

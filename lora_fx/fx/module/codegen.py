@@ -18,7 +18,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.capture import as_it_was
+from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.graph.nodes import scopes_of
 from lora_fx.inputs import Named
 

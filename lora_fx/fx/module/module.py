@@ -17,23 +17,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lora_fx.adapter.adapter import Adapter
-from lora_fx.compare import rel
-from lora_fx.conditions import Condition, Size
+from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import codes, tensors
-from lora_fx.fx.capture.call import leaves_of, output_name, program_key, sample_call, without_cache
-from lora_fx.fx.capture.capture import Captured, alike, base_dtype, copied
-from lora_fx.fx.capture.trace import Traced, has_grouped, quiet
+from lora_fx.fx.capture.call import leaves_of, program_key
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.expert_forms import has_grouped
+from lora_fx.fx.capture.model_source import base_dtype
+from lora_fx.fx.capture.onnx_names import output_name
 from lora_fx.fx.fake_tensors import is_fake
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module import codegen
 from lora_fx.fx.module.codegen import Recomputing, apart, checkpointer, left_in
 from lora_fx.fx.skeleton import Skeleton
 from lora_fx.fx.tensors import all_tensors, to_numpy
-from lora_fx.fx.trees import tree_leaves, tree_map_only, tree_unflatten
-from lora_fx.inputs import SIZES, Extents, Named
+from lora_fx.fx.trees import tree_leaves, tree_unflatten
+from lora_fx.inputs import Named
 from lora_fx.patching import patched
 
 Rewriter = Callable[[FxGraph], object]
@@ -314,60 +315,14 @@ class CapturedModule(Recomputing, Scope):
             self._shared = False
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    @property
-    def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the first floating parameter: that of the programs to run."""
-        return self._dtype
-
-    @property
-    def norm_stats(self) -> str:
-        """What batch norms do in train mode: frozen or update."""
-        return self._norm_stats
-
     def conditions(self, training: bool = False) -> tuple[Condition, ...]:
         """What sizes have to satisfy for the graph of the example to be the model."""
         captured = self._programs.captured
         return captured.traced(training, captured.named, self._dtype).door.conditions
 
-    @property
-    def not_one(self) -> frozenset[Size]:
-        """Input dimensions for which the captured graph does not hold at size 1."""
-        ones = [(c, dict.fromkeys(c.about, 1)) for c in self.conditions()]
-        return frozenset(s for c, given in ones for s in given if not c.holds(given))
-
-    @property
-    def captured(self) -> Captured:
-        """The capture behind this module."""
-        return self._programs.captured
-
     def base(self) -> contextlib.AbstractContextManager[None]:
         """A block in which the module gives the unadapted numbers."""
         return patched(self, _adapted=False)
-
-    def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
-        """Named arguments of one size, from the captured signature."""
-        captured = self._programs.captured
-        inputs = captured.bounded_inputs()
-        device = tensors.device_of(self)
-        return self._in_own_dtype(sample_call(inputs, captured.named, size, seed, arrays, device))
-
-    def _in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
-        """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
-        captured = self._programs.captured
-        was, to = captured.base_dtype, self._dtype
-        cast = functools.partial(tree_map_only, torch.Tensor)
-        given = dict(captured.named if named is None else named)
-        return dict(cast(lambda x: x.to(to) if x.dtype == was else x, given))
-
-    def flat(self, named: Named) -> dict[str, Array]:
-        """Run on copies of named arguments; {output name: array} of the tensors that come out."""
-        # A model may write over what it gets, or count its calls in a buffer: both sides of a
-        # comparison start alike.
-        with torch.no_grad(), alike(self):
-            return by_output(self._run_named(copied(named)))
-
-    def _run_named(self, named: Named) -> object:
-        return self._programs.captured.signature.call(self, named)
 
 
 def by_output(out: Any) -> dict[str, Array]:
@@ -404,9 +359,9 @@ def _face(model: nn.Module) -> dict[str, object]:
     if isinstance(getattr(own, "device", None), property):
         names["device"] = property(tensors.device_of)
     if isinstance(getattr(own, "dtype", None), property):
-        names["dtype"] = property(lambda self: self.base_dtype)
+        names["dtype"] = property(lambda self: self._dtype)
     if "config" in model.__dict__:
-        names["config"] = property(lambda self: self.captured.model.config)
+        names["config"] = property(lambda self: self._programs.captured.model.config)
     if callable(getattr(own, "generate", None)):
         names["generate"] = _generate
     return names
@@ -420,52 +375,6 @@ def _generate(self: CapturedModule, *args: object, **kwargs: object) -> None:
         "your own model generates: adapter = module.adapter(); "
         "lora_fx.attach(model, args, kwargs, adapter=adapter); model.generate(…)",
     )
-
-
-# What kernels asked of sizes while a model was captured, decided by a run.
-
-
-def decide_doubts(module: CapturedModule) -> None:
-    """Find out which doubtful conditions of a capture matter, once.
-
-    The capture drops what torch's kernels asked for strides and for size 1. Here the user's module
-    and the graph run where one does not hold; where they differ, it is a condition from then on.
-    """
-    captured = module.captured
-    traced = captured.traced(False, captured.named)
-    if captured.idle is not None or captured.live:  # a live model has no sizes to refuse
-        return
-    inputs, idle = captured.bounded_inputs(), []
-    tried: dict[tuple[tuple[str, tuple[int, ...]], ...], bool] = {}
-    for condition in traced.doubtful:
-        outside = inputs.outside(condition)
-        if outside is None:
-            continue  # the others imply it here; in the graph of another path they need not
-        key = tuple(inputs.sizes(outside).items())
-        if key not in tried:
-            tried[key] = _same_at(module, module.sample(outside))
-        if tried[key]:
-            idle.append(condition)
-    captured.settle(idle)
-
-
-def _same_at(module: CapturedModule, named: Named) -> bool:
-    captured = module.captured
-    once = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
-    with quiet(), torch.no_grad(), patched(module, _adapted=False, _programs=once):
-        try:
-            with alike(captured.model, training=False):
-                theirs = captured.signature.call(captured.model, copied(named))
-        except Exception:  # of the user's code, which may raise anything at a size of ours
-            return False
-        theirs = tree_leaves(without_cache(theirs))
-        try:
-            with alike(module, training=False):
-                ours = tree_leaves(module._run_named(copied(named)))
-        except (LoraFxError, RuntimeError, ValueError, IndexError):
-            return False  # the graph holds for the other sizes only
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, torch.Tensor)]
-    return all(rel(to_numpy(a), to_numpy(b)) < 1e-4 or torch.equal(a, b) for a, b in pairs)
 
 
 # Running statistics in train graphs: frozen, they are used and not moved.
@@ -499,42 +408,3 @@ def _counts_batches(node: fx.Node) -> bool:
     if not isinstance(place, fx.Node) or place.op != "get_attr":
         return False
     return str(place.target).endswith("num_batches_tracked")
-
-
-# The module that fold returns: the updates are in its weights.
-
-
-class FoldedModule(CapturedModule):
-    """A model with an adapter folded into its weights; eval mode only, no branches."""
-
-    def __init__(
-        self, captured: Captured, tree: nn.Module, rewriter: Rewriter, adapter: Adapter
-    ) -> None:
-        super().__init__(captured, tree=tree)
-        decide_doubts(self)
-        self._rewriter = rewriter
-        self.folded: tuple[Any, ...] = ()
-        self.unrounded: dict[str, Callable[[], Array]] = {}
-        """Name of a tensor → its value before it was rounded to the model's dtype."""
-        for name, full in adapter.full.items():
-            old = tensors.parameter_of(self, name)
-            new = nn.Parameter(tensors.from_numpy(full.value, like=old), requires_grad=False)
-            tensors.replace_parameter(self, old, new)
-        self._graph(False, captured.named)
-
-    def _rewrite(self, graph: FxGraph, training: bool) -> None:
-        self._rewriter(graph)
-
-    def train(self, mode: bool = True) -> FoldedModule:
-        """A folded model has no train mode."""
-        if mode:
-            raise LoraFxError("a folded model is for inference", "insert again to train")
-        super().train(False)
-        return self
-
-
-def plain(captured: Captured) -> CapturedModule:
-    """The captured model as a module, with no adapter."""
-    module = CapturedModule(captured)
-    decide_doubts(module)
-    return module

@@ -18,10 +18,12 @@ import torch
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError, check_format, silenced
-from lora_fx.fx.capture.call import Signature, describe, leaf_names, program_key
-from lora_fx.fx.capture.capture import Captured, base_dtype
+from lora_fx.fx.capture.call import Signature, leaf_names, program_key
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.cleaned_graph import Traced, clean_module, match_places
+from lora_fx.fx.capture.example import describe
 from lora_fx.fx.capture.guards import GuardLog
-from lora_fx.fx.capture.trace import Traced, clean_module, match_places
+from lora_fx.fx.capture.model_source import base_dtype
 from lora_fx.fx.codes import learn
 from lora_fx.fx.graph.nodes import is_marked
 from lora_fx.fx.pt2 import program

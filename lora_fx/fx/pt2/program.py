@@ -23,9 +23,11 @@ from lora_fx.adapter.variant import (
     with_values,
 )
 from lora_fx.errors import LoraFxError, one_line, stamp
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.cleaned_graph import Traced
 from lora_fx.fx.graph.nodes import argument, hint, is_marked, scope_of, scopes_of, unmark, value
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.module.module import CapturedModule, scope_class
 from lora_fx.fx.operators import OpOverload
 from lora_fx.fx.pt2.archive import LEAF, Archive, clean_program, named_children
@@ -276,7 +278,7 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
         programs: {program name: (training, what it was made from)}.
     """
     modes = [training for training, _ in programs.values()]
-    captured = module.captured
+    captured = execution_of(module).captured
     inputs = captured.bounded_inputs()
     return {
         **stamp(FORMAT if len(modes) > len({*modes}) else 1),
@@ -288,12 +290,12 @@ def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Tra
             s.name: {"dims": {str(d): n for d, n in s.dims.items()}, "high": s.high}
             for s in inputs.specs
         },
-        "not_one": sorted([n, d] for n, d in module.not_one),
+        "not_one": sorted([n, d] for n, d in execution_of(module).not_one),
         "conditions": {
             name: [c.stored() for c in traced.door.conditions]
             for name, (_, traced) in programs.items()
         },
-        "norm_stats": module._norm_stats,
+        "norm_stats": execution_of(module).norm_stats,
         "recorded": captured.recorded,
         "adapter": _adapter(module) if isinstance(module, AdaptedModule) else None,
     }
@@ -305,13 +307,14 @@ def _adapter(module: AdaptedModule) -> Json:
         rows[key] = {
             **{slot.field: slot.name for slot in slots_of(key, u)},
             **to_json(u, "frozen", "rank", "alpha", "scale", "variant", "use"),
-            "role": module.found[key].role,
+            "role": insertion_of(module).found[key].role,
             **to_json(u, "layout", "extra"),
         }
     metadata = module.adapter().metadata
     aliases = named_tensors(module)[1]
-    tied = {name: aliases[name] for name in module._also if aliases.get(name)}
-    whole = {"also_train": list(module._also), "tied": tied}
+    also_train = insertion_of(module).also_train
+    tied = {name: aliases[name] for name in also_train if aliases.get(name)}
+    whole = {"also_train": list(also_train), "tied": tied}
     return {"updates": rows, **whole, "metadata": _plain(metadata)}
 
 

@@ -1,6 +1,6 @@
 """The JSON and the bytes in a .pt2 archive: the facade of `torch._export.serde` and its packager.
 
-Tried with torch 2.13.
+Tried with torch 2.13 and 2.15.
 """
 
 from __future__ import annotations

@@ -13,8 +13,12 @@ from torch.export.pt2_archive import PT2ArchiveWriter
 
 from lora_fx.errors import LoraFxError, retold
 from lora_fx.fx.capture.call import leaves_of
-from lora_fx.fx.capture.guards import GuardLog, drop_layout, put_asserts
-from lora_fx.fx.capture.trace import RootModule, Traced, at_least_two, export_program
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.guards import GuardLog
+from lora_fx.fx.capture.root_module import RootModule
+from lora_fx.fx.capture.size_nodes import drop_layout, put_asserts
+from lora_fx.fx.capture.trace import at_least_two, export_program
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.archive import MANIFEST
 from lora_fx.fx.pt2.program import make_manifest, plain_spec, tensor_places
@@ -90,10 +94,10 @@ def _export(
     graph = module.graph(training, portable=True, named=named)
     flat, names, _ = flat_program(module, graph.graph, traced)
     _keep_volatile(flat, module)
-    free = traced.door.free(module.captured.requested)
+    free = traced.door.free(execution_of(module).captured.requested)
     shapes = tuple({d: Dim.AUTO for d in dims} or None for dims in free.values())
     # of the call's own sizes, for FLOPs are counted at them
-    examples = dict(leaves_of(module._in_own_dtype(named)))
+    examples = dict(leaves_of(execution_of(module).in_own_dtype(named)))
     tensors = tuple(at_least_two(examples[name], dims).cpu() for name, dims in free.items())
     places = dict(zip(free, flat.graph.find_nodes(op="placeholder"), strict=True))
     put_asserts(flat.graph, places, traced.door.conditions)

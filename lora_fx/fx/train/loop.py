@@ -14,6 +14,8 @@ from torch import nn
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train import state
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.objective import UNKNOWN, Objective, objective
@@ -76,7 +78,7 @@ def fit(
                 f"patience {s.patience}, but no example is held out", "--validation 0.1 is usual"
             )
     alone = world.size * s.accumulate == 1 and not saving.folder and not saving.resume
-    if model.norm_stats == "update" and not alone:
+    if execution_of(model).norm_stats == "update" and not alone:
         raise LoraFxError(
             "norm_stats='update': running statistics would depend on how a batch is cut up, and no "
             "state keeps them",
@@ -124,7 +126,7 @@ def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
 
 def _least(model: AdaptedModule) -> int:
     """The fewest rows that the model's graph takes."""
-    return 2 if any(d == 0 for _, d in model.not_one) else 1
+    return 2 if any(d == 0 for _, d in execution_of(model).not_one) else 1
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
 def _gradients(model: AdaptedModule) -> Iterator[tuple[str, torch.Tensor]]:
     """(what it is called, gradient): A and B of every target, then tensors trained whole."""
     seen: set[int] = set()
-    for key, pair in model.slots().items():
+    for key, pair in insertion_of(model).slots().items():
         for side, p in zip("AB", pair, strict=True):
             seen.add(id(p))
             if p.grad is not None:

@@ -11,6 +11,7 @@ import torch
 from lora_fx.data import Buckets, Table
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, Loss, check_labels, loss_function, scores_of
 from lora_fx.fx.train.processes import ALONE, Processes
@@ -94,7 +95,7 @@ def objective(
     Raises:
         LoraFxError: A column that the model does not take, or a label that is no class of it.
     """
-    signature = model.captured.signature
+    signature = execution_of(model).captured.signature
     known = signature.keywords
     for name in training.columns:
         if name != training.label and name not in known and not signature.open:
@@ -117,7 +118,7 @@ def objective(
 def _heed_classes(model: AdaptedModule, training: Table | Buckets, rows: int) -> list[str]:
     """Check one label an example against the model's scores, before any step; returns warnings."""
     tables = training.tables if isinstance(training, Buckets) else [training]
-    needed = training.label in model.captured.signature.required
+    needed = training.label in execution_of(model).captured.signature.required
     if needed or tables[0].columns.get(training.label, np.zeros(())).ndim != 1:
         return []
     labels = torch.cat([from_numpy(np.asarray(t.columns[training.label])) for t in tables])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_fx.data import Table
 from lora_fx.dtypes import Array
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.fx.train.loss import IGNORED, class_axis, field_of, scores_of
 
@@ -48,7 +49,7 @@ def few(model: AdaptedModule, table: Table, rows: int) -> Table:
         rows: How many rows run at a time in training: as many are taken where the model's graph
             holds for one number of rows only, which is then that of training.
     """
-    captured = model.captured
+    captured = execution_of(model).captured
     door = captured.traced(False, captured.named).door
     free = door.free(captured.requested)
     fixed = any(0 not in free.get(n, {}) for n in table.columns if n in door.names)

@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fx.adapter.lowrank import LowRank, alpha_of
 from lora_fx.adapter.variant import slots_of, variant_of
 from lora_fx.errors import LoraFxError
-from lora_fx.fx.capture.call import symbols_of
-from lora_fx.fx.capture.trace import Traced, quiet
+from lora_fx.fx.capture.cleaned_graph import Traced
+from lora_fx.fx.capture.onnx_names import symbols_of
+from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.fake_tensors import FakeTensorMode, detect_fake_mode
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import written_by
@@ -37,6 +38,7 @@ from lora_fx.fx.graph.nodes import OverTensors, argument, aten_ops, random_ops, 
 from lora_fx.fx.interception import enable_python_dispatcher, make_fx
 from lora_fx.fx.lowering import Table, signed, without_writes
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.onnx_exporter import decompositions
 from lora_fx.fx.operators import decomposition_table
 from lora_fx.fx.tensors import named_tensors
@@ -193,7 +195,8 @@ def train_graph(
     for rewrite in passes:
         rewrite(graph)
     without_writes(graph.graph)
-    traced = module.captured.traced(True, named, module.base_dtype)
+    execution = execution_of(module)
+    traced = execution.captured.traced(True, named, execution.base_dtype)
     flat, names, _ = flat_program(module, graph.graph, traced, named=named)
     seeded = _seed_dropouts(flat.graph)
     if drawn := random_ops(flat.graph):
@@ -294,7 +297,7 @@ def step_of(
     outputs = ["loss", *(f"{s.name}{e}.next" for s in trained for e in each)]
     program = signed(made.graph, nodes[len(given) :], frozen)
     model = translated(lambda: program, inputs, outputs, set(frozen), opset, repeat=repeat)
-    free_sizes = graph.traced.door.free(graph.module.captured.requested)
+    free_sizes = graph.traced.door.free(execution_of(graph.module).captured.requested)
     give_own_names(model, named_tensors(graph.module)[0], symbols_of(free_sizes))
     return model
 

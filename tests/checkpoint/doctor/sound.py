@@ -11,7 +11,7 @@ import peft
 from safetensors.numpy import save_file
 
 import lora_fx
-from lora_fx import Adapter, Full, LowRank
+from lora_fx import Adapter, Full, LowRank, Origin
 from lora_fx.adapter.updates import Entry
 from tests.checkpoint import test_dequantise
 from tests.checkpoint.doctor import pairs
@@ -326,7 +326,10 @@ SOUND: dict[str, Build] = {
     ),
     "an update under its twin's name": one_file(
         "untied.weight",
-        LowRank(normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0, twins=("tied.weight",)),
+        LowRank(
+            normal(2, 6, size=0.1), normal(8, 2, size=0.1), 2.0,
+            origin=Origin(twins=("tied.weight",)),
+        ),
     ),
 }  # fmt: skip
 """Name → what makes the pair, and returns the options of the merge that is meant."""

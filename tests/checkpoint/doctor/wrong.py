@@ -13,7 +13,7 @@ import peft
 from safetensors.numpy import load_file
 
 import lora_fx
-from lora_fx import Full, LowRank
+from lora_fx import Full, LowRank, Origin
 from tests.checkpoint.doctor import pairs, sound
 from tests.checkpoint.doctor.sound import codes, image, new_head, normal_rng, simple, tied
 from tests.checkpoint.doctor.tiny import (
@@ -344,7 +344,7 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("tied weights", "'alias.weight' means one use of 'tied.weight'", "which the base stores"),
     ),
     "another shape than the twin's": (
-        sound.one_file("alias.weight", replace(WIDE, twins=("tied.weight",))),
+        sound.one_file("alias.weight", replace(WIDE, origin=Origin(twins=("tied.weight",)))),
         ("shapes", "alias.weight", "8 × 7", "[8, 6]"),
     ),
     # files

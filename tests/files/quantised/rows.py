@@ -20,7 +20,7 @@ from lora_fx.files.quantised.fp8 import fp8, fp8_blocks
 from lora_fx.files.quantised.gptq import gptq
 from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.weight_parts import Parts
-from lora_fx.fx.capture.quantised_layers import affine, nf4
+from lora_fx.fx.capture.torchao import affine, nf4
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.tensor_files import read_tensors, write_tensors
@@ -111,8 +112,8 @@ def test_reading_needs_no_metadata_of_ours(mixed: Adapter, tmp_path: Path) -> No
         assert low.layout is None and low.use == "" and low.scale == want.scale
         np.testing.assert_array_equal(low.matrix(), want.matrix())
     conv, emb = got.lowrank["conv.weight"], got.lowrank["emb.weight"]
-    assert (conv.op, conv.kernel) == ("conv2d", (3, 3))
-    assert (emb.op, emb.kernel, emb.tied) == ("embedding", (), False)
+    assert (conv.origin.op, conv.origin.kernel) == ("conv2d", (3, 3))
+    assert emb.origin == Origin(op="embedding")
     head, look = got.lowrank["lm_head.weight"], got.lowrank["look.weight"]
     np.testing.assert_array_equal(head.matrix(), mixed.lowrank["wte.weight"].matrix())
     turned = mixed.lowrank["pos.weight"].matrix().T  # a lookup reads b·a transposed
@@ -219,7 +220,7 @@ def test_modules_are_listed_once_and_only_with_their_weight(tmp_path: Path) -> N
 
 def test_an_update_of_several_modules_is_beyond_peft(tmp_path: Path) -> None:
     ones = np.ones((2, 2), np.float32)
-    low = LowRank(ones, ones, 2.0, plain_layout((2, 2)), op="linear", tied=True)
+    low = LowRank(ones, ones, 2.0, plain_layout((2, 2)), origin=Origin(op="linear", tied=True))
     assert any(
         "share the tensor" in note for note in peft.write(Adapter({"w.weight": low}), tmp_path)
     )
@@ -281,10 +282,10 @@ def updates(draw: st.DrawFn) -> LowRank:
     )
     layout = draw(st.sampled_from([None, straight, turned, window]))
     use = draw(st.sampled_from(["", "", "tied.weight", "op:embedding"]))
-    kind = draw(st.sampled_from([{}, {"op": "embedding"}, {"op": "linear"}, {"op": "conv1d"}]))
+    op = draw(st.sampled_from(["", "embedding", "linear", "conv1d"]))
     tied = draw(st.booleans())
     alpha = draw(st.floats(1e-3, 1e3))
-    return LowRank(a, b, alpha, layout, "rslora", use, tied=tied, **kind)
+    return LowRank(a, b, alpha, layout, "rslora", use, origin=Origin(op=op, tied=tied))
 
 
 @settings(

@@ -15,6 +15,7 @@ import pytest
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import Array
 from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -92,7 +93,7 @@ def stored(adapter: Adapter, model: nn.Module) -> dict[str, Array]:
     result = {}
     for key, low in adapter.lowrank.items():
         matrix = low.matrix()
-        turned = low.op == "embedding" or key == "gpt.weight"
+        turned = low.origin.op == "embedding" or key == "gpt.weight"
         result[key] = (matrix.T if turned else matrix).reshape(shapes[key])
     return result
 
@@ -146,7 +147,7 @@ def bound(variant: str) -> Adapter:
         rank = 2 + i % 3
         a = rng.standard_normal((rank, layout.in_size), np.float32)
         b = rng.standard_normal((layout.out_size, rank), np.float32)
-        entries[name] = LowRank(a, b, 3.0 + i % 2, layout, variant, op=op)
+        entries[name] = LowRank(a, b, 3.0 + i % 2, layout, variant, origin=Origin(op=op))
     entries["norm.weight"] = Full(np.arange(6, dtype=np.float32))
     entries["norm.bias"] = Full(np.arange(6, 12, dtype=np.float32))
     part = Layout((2, 7), (), (0,), (1,), (2, 7))

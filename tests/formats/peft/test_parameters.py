@@ -78,7 +78,7 @@ def test_one_stack(tmp_path: Path, turned: bool, name: str, fields: dict[str, An
     out, in_ = (10, 4) if key == UP else (4, 5)
     rank = 4 if fields else 2
     assert low.a.shape == (3, rank, in_) and low.b.shape == (3, out, rank)
-    assert low.layout is None and low.op == "experts"
+    assert low.layout is None and low.origin.op == "experts"
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import FileLayer, Full, LowRank
+from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import FileLayer, Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, ReplacedRows
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
@@ -41,7 +42,15 @@ def low(draw: st.DrawFn, dora: bool, mutated: str) -> LowRank:
     mutated = mutated if op in ("", "linear") else ""
     magnitude = normal(draw, out) if dora else None
     a, b, alpha = normal(draw, rank, width), normal(draw, out, rank), draw(st.floats(0.1, 99))
-    return LowRank(a, b, alpha, layout, magnitude=magnitude, op=op, kernel=kernel, mutated=mutated)
+    return LowRank(
+        a,
+        b,
+        alpha,
+        layout,
+        magnitude=magnitude,
+        origin=Origin(op=op, kernel=kernel),
+        mutated=mutated,
+    )
 
 
 @st.composite
@@ -85,16 +94,16 @@ def test_any_adapter_survives(tmp_path: Path, adapter: Adapter, single: bool) ->
     same_entries(peft.read(where), adapter)
 
 
-def stacks(of: int, ranks: tuple[int, ...], **more: Any) -> dict[str, Entry]:
+def stacks(of: int, ranks: tuple[int, ...], *, tied: bool = False) -> dict[str, Entry]:
     """Entries as `peft_stack` reads them."""
     result: dict[str, Entry] = {}
     rng = np.random.default_rng(0)
     for depth, rank in enumerate(ranks):
         lead = "m.experts" + ".base_layer" * depth
-        layer = FileLayer(lead, of)
+        origin = Origin(op="experts", tied=tied, layer=FileLayer(lead, of))
         a = rng.standard_normal((3, rank, 5), np.float32)
         b = rng.standard_normal((3, 7, rank), np.float32)
-        result[f"m.experts.p{depth}"] = LowRank(a, b, 3.0, op="experts", layer=layer, **more)
+        result[f"m.experts.p{depth}"] = LowRank(a, b, 3.0, origin=origin)
     return result
 
 

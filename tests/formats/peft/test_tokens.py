@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import ReplacedRows
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
@@ -118,7 +119,7 @@ def test_a_tied_head_is_one_update(tmp_path: Path) -> None:
         want = model(ids).logits.detach().numpy()
         got = load_adapter(tmp_path / "theirs")
         low = got.lowrank[EMBED]
-        assert (low.op, low.tied, low.twins) == ("embedding", True, ("lm_head.weight",))
+        assert low.origin == Origin("embedding", tied=True, twins=("lm_head.weight",))
         assert "lm_head.weight" not in got.entries
         new = llama(True).eval()
         result = merged(numbers(new), got)

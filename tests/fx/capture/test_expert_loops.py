@@ -7,6 +7,7 @@ import torch
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.train.experts import STACKS, block, by_hand
 
 WIDTHS = {"grouped_mm": (24, 40), "batched_mm": (10, 14)}
@@ -31,7 +32,7 @@ def test_a_loop_is_captured_for_all_sizes(form: str) -> None:
 def test_insert_reaches_every_expert_of_a_loop() -> None:
     loop = block("eager", 10, 14, 5)
     ours = lora_fx.insert(loop, (torch.randn(1, 2, 10),), rank=3, include="experts.*")
-    factors = [ours.slots()[name] for name in STACKS]
+    factors = [insertion_of(ours).slots()[name] for name in STACKS]
     with torch.no_grad():
         for _, b in factors:
             b.copy_(torch.randn(b.shape) * 0.2)

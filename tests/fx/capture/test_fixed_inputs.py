@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.fx.module.insertion import insertion_of
 
 X = torch.rand(3, 4, 2)
 
@@ -55,7 +56,7 @@ def test_a_layer_on_a_constant_is_adapted_with_the_others_of_its_weight(given: b
         want = explicit(X)
         assert rel(module(X), want) < 1e-6 and rel(lora_fx.fold(module)(X), want) < 1e-6
         assert rel(model(X), want) > 0.05
-    assert not module.effect.dead
+    assert not insertion_of(module).effect.dead
 
 
 def test_what_a_layer_reads_as_its_weight_is_a_computed_weight() -> None:

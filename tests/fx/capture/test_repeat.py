@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.capture.trace import Traced
+from lora_fx.fx.capture.cleaned_graph import Traced
 
 WIDTH = 6
 ALL = 2**63 - 1

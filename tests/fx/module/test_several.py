@@ -19,6 +19,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import FOLD_TOL, rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import attachment
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.ir.layout import plain_layout
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -243,7 +244,7 @@ def test_compiled_ranks(verb: str) -> None:
             wide = {k: kept[k] + torch.from_numpy(d) for k, d in adapter.deltas().items()}
             want = torch.func.functional_call(Feeding().double(), {**kept, **wide}, (x.double(),))
             assert rel(y.detach().numpy(), want.detach().numpy()) < 2e-6
-            grads = [p.grad for pair in (m if verb == "insert" else attachment(m)).slots().values()
-                     for p in pair]  # fmt: skip
+            state = insertion_of(m) if verb == "insert" else attachment(m)
+            grads = [p.grad for pair in state.slots().values() for p in pair]
             assert all(g is not None and g.abs().max() > 0 for g in grads)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

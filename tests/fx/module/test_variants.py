@@ -18,6 +18,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.passes.verbs.open import load_program
 from lora_fx.passes.verbs.program import save_program
 from tests.zoo.shared import captured
@@ -93,7 +94,7 @@ def test_training_leaves_the_base_alone_and_folds(variant: str, init: str, tmp_p
     before = hashed(own, names)
     module = lora_fx.insert(cap, rank=2, include="conv,up,out", variant=variant, init=init, seed=4)
     assert (
-        rel(of(module), of(own)) < 1e-6 and not module.changes_anything()
+        rel(of(module), of(own)) < 1e-6 and not insertion_of(module).changes_anything()
     ) or init == "orthogonal"
     held = module.tensors()
     start = {(k, f): p.detach().clone() for k, h in held.items() for f, p in h.items()}
@@ -102,7 +103,7 @@ def test_training_leaves_the_base_alone_and_folds(variant: str, init: str, tmp_p
     frozen = {"a"} if variant == "lora-fa" else set()
     assert moved == ({"a", "b", "magnitude"} if variant == "dora" else {"a", "b"}) - frozen
     assert hashed(own, names) == hashed(module, names) == before
-    assert module.changes_anything()
+    assert insertion_of(module).changes_anything()
     branched = of(module)
     assert rel(branched, of(own)) > 0.02
     folded = lora_fx.fold(module)
@@ -170,7 +171,7 @@ def test_dora_learns_as_in_peft() -> None:
     ours = lora_fx.insert(shared(), rank=2, include="conv,up,out", variant="dora")
     first = dict(theirs.named_parameters())
     with torch.no_grad():
-        for key, (a, _) in ours.slots().items():
+        for key, (a, _) in insertion_of(ours).slots().items():
             p = first[f"base_model.model.{key.removesuffix('.weight')}.lora_A.default.weight"]
             p.copy_(a.reshape(p.shape))
     y = torch.arange(len(X)) % 5
@@ -196,7 +197,7 @@ def test_starts_are_those_of_peft(init: str) -> None:
     layer: Any = theirs.base_model.model.up
     (a, b), scale = (layer.lora_A.default.weight, layer.lora_B.default.weight), 3.0
     ours = lora_fx.insert(shared(), rank=2, alpha=6, include="up", init=init)
-    a1, b1 = ours.slots()["up.weight"]
+    a1, b1 = insertion_of(ours).slots()["up.weight"]
     product = (scale * (b @ a)).detach().numpy()
     np.testing.assert_allclose((scale * (b1 @ a1)).detach().numpy(), product, atol=1e-5)
     balance = a.norm() / b.norm()
@@ -206,7 +207,7 @@ def test_starts_are_those_of_peft(init: str) -> None:
 def test_lora_plus_learns_faster_by_b() -> None:
     module = lora_fx.insert(shared(), rank=2, variant="lora+", also_train="out.weight")
     rates = {id(p): g["lr"] for g in module.parameter_groups(1e-3, 0.1) for p in g["params"]}
-    for a, b in module.slots().values():
+    for a, b in insertion_of(module).slots().values():
         assert (rates[id(a)], rates[id(b)]) == (1e-3, 16e-3)
     assert rates[id(module.get_parameter("out.weight"))] == 1e-3
     assert len(rates) == sum(p.requires_grad for p in module.parameters())

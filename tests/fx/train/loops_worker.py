@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_fx
+from lora_fx.fx.module.execution import execution_of
 from tests.fx.attach.attached import adapter_gap
 from tests.fx.train.loops import still
 from tests.zoo.models import ZOO
@@ -162,7 +163,7 @@ class Run:
 
     def fsdp(self) -> list[float]:
         model = self.shard(copy.deepcopy(self.start))
-        model.captured.model.to("meta")  # the whole weights are not needed any more
+        execution_of(model).captured.model.to("meta")  # the whole weights are not needed any more
         losses = train(model, range(STEPS), self.rank)
         self.keep("fsdp", model)
         mine = model.adapter()

@@ -12,7 +12,7 @@ import torch
 from sources import smollm2
 from torch import nn
 
-from lora_fx.cli.demo_stages import topics
+from lora_fx.cli.demo_data import topics
 from lora_fx.fx.load import minilm
 from lora_fx.onnx.session import open_session
 

@@ -9,6 +9,7 @@ import torch
 
 import lora_fx
 from lora_fx.compare import rel
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.train.experts import STACKS, block, by_hand
 from tests.fx.train.saved_bytes import Trunk, saved_bytes, with_peft
 from tests.providers import PROVIDERS
@@ -56,8 +57,8 @@ def test_a_step_is_that_of_the_dense_experts(case: Case, device: str) -> None:
     cap = lora_fx.capture(base, (x.detach(),))
     ours = lora_fx.insert(cap, rank=case.rank, include="experts.*").train()
     theirs = with_peft(Trunk(base, {}, (), STACKS), case.rank)
-    factors = [pair for _, pair in sorted(ours.slots().items(), reverse=True)]
-    assert sorted(ours.slots()) == sorted(STACKS)
+    factors = [pair for _, pair in sorted(insertion_of(ours).slots().items(), reverse=True)]
+    assert sorted(insertion_of(ours).slots()) == sorted(STACKS)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, b in factors:

@@ -21,6 +21,7 @@ from transformers import (
 import lora_fx
 from lora_fx.data import Table, read_table
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.state import Settings
@@ -339,9 +340,9 @@ def test_losses_are_those_of_an_explicit_loop(tmp_path: Path) -> None:
     cap, *_ = captured("language llama", build)
     adapted = lora_fx.insert(cap, rank=2, alpha=3.0, include="q_proj,down_proj", dead="allow")
     with torch.no_grad():
-        for _, b in adapted.slots().values():
+        for _, b in insertion_of(adapted).slots().values():
             b.copy_(0.1 * torch.randn(b.shape, generator=torch.Generator().manual_seed(1)))
-    start = {key: (a.clone(), b.clone()) for key, (a, b) in adapted.slots().items()}
+    start = {key: (a.clone(), b.clone()) for key, (a, b) in insertion_of(adapted).slots().items()}
     data, _ = table(tmp_path, cap.model, rows("prompt", 12))
     order = np.arange(12)
     np.random.default_rng(0).shuffle(order)

@@ -12,6 +12,7 @@ import torch
 import lora_fx
 from lora_fx.data_files import json_rows
 from lora_fx.fx.load.models import load_model
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.language_data import language_table
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.state import Settings
@@ -62,7 +63,7 @@ def test_losses_equal_trl(tmp_path: Path, kind: str, form: str) -> None:
     model = lora_fx.insert(loaded.module, (), loaded.kwargs, rank=3, alpha=4.5, exclude="role:head")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for _, b in model.slots().values():
+        for _, b in insertion_of(model).slots().values():
             b.copy_(0.05 * torch.randn(b.shape, generator=generator))
     lora_fx.save_adapter(model.adapter(), tmp_path / "start")
     order = np.arange(len(data))

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 import lora_fx
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.attach.attached import adapter_gap
 from tests.fx.train import loops_worker as worker
 from tests.fx.train import quantised_worker
@@ -80,7 +81,7 @@ def test_the_losses_and_adapters_of_one_process(name: str, tmp_path: Path) -> No
             alike = worker.train(quantised_worker.made(name), range(worker.STEPS))
             assert alike[0] - alike[2] > 0.05 and worst(alike, losses[way]) < 1e-5, way
             continue
-        got = lora_fx.load_adapter(tmp_path / way).bind(start.found)
+        got = lora_fx.load_adapter(tmp_path / way).bind(insertion_of(start).found)
         if way == "fsdp_bf16":
             rough = worker.made(name, torch.bfloat16)
             alike = worker.train(rough, range(worker.STEPS))

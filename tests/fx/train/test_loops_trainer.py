@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.hf_trainer import AdapterCheckpoints
 from tests.fx.attach.attached import adapter_gap, gap
 from tests.fx.train import loops_worker as worker
@@ -96,7 +97,10 @@ def test_checkpoints_of_an_attached_model(tmp_path: Path) -> None:
 def by_key(source: Any, like: Any = None) -> lora_fx.Adapter:
     """The adapter of a model or folder in the order of its keys."""
     folder = isinstance(source, Path)
-    adapter = lora_fx.load_adapter(source).bind(like.found) if folder else source.adapter()
+    if folder:
+        adapter = lora_fx.load_adapter(source).bind(insertion_of(like).found)
+    else:
+        adapter = source.adapter()
     return lora_fx.Adapter(dict(sorted(adapter.entries.items())))
 
 

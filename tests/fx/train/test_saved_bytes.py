@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_fx
+from lora_fx.fx.module.insertion import insertion_of
 from tests.fx.train.saved_bytes import RANK, TRUNKS, Size, saved_bytes, with_peft
 
 LIMITS = {
@@ -49,7 +50,7 @@ def test_saved_bytes(name: str, dtype: torch.dtype) -> None:
     names: dict[str, str] = {}
     found = dict(theirs.named_parameters())
     with torch.no_grad():
-        for key, (a, b) in ours.slots().items():
+        for key, (a, b) in insertion_of(ours).slots().items():
             module = key.removesuffix(".weight")
             one, two = (f"base_model.model.{module}.lora_{x}.default.weight" for x in "AB")
             b.copy_(torch.randn(b.shape) * 0.1)

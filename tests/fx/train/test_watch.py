@@ -11,6 +11,7 @@ import torch
 
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.state import Settings, TrainReport, verdict
 from tests.fx.train.test_loop import adapted, table
@@ -54,7 +55,7 @@ def test_a_gradient_that_is_not_finite_stops_before_a_weight_moves(value: float)
 @pytest.mark.parametrize(("layer", "side"), [("fc1", "B"), ("fc2", "A"), ("fc2", "B")])
 def test_the_first_target_that_is_not_finite_is_named(layer: str, side: str) -> None:
     model = adapted()
-    p = model.slots()[f"{layer}.weight"][side == "B"]
+    p = insertion_of(model).slots()[f"{layer}.weight"][side == "B"]
     p.register_hook(lambda grad: torch.full_like(grad, torch.nan))
     with pytest.raises(LoraFxError, match="step 1: the norm of the gradients is nan") as info:
         fit(model, table(), settings=Settings(steps=5))
@@ -63,7 +64,7 @@ def test_the_first_target_that_is_not_finite_is_named(layer: str, side: str) -> 
 
 def test_a_norm_that_overflows_is_said() -> None:
     model = adapted()
-    for _, b in model.slots().values():
+    for _, b in insertion_of(model).slots().values():
         b.register_hook(lambda grad: torch.full_like(grad, 1e38))
     with pytest.raises(LoraFxError, match=r"gradients is inf; every gradient is finite"):
         fit(model, table(), settings=Settings(steps=5))

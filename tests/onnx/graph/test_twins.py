@@ -14,12 +14,14 @@ from torch import nn
 import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import LowRank, draw
+from lora_fx.adapter.origin import Origin
 from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import to_onnx
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
+from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
 from lora_fx.onnx.session import open_session
-from lora_fx.onnx.stages import DeltaBeforeBias, GemmToMatMul
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 
@@ -121,7 +123,7 @@ def test_an_update_reaches_both_copies_of_a_table(
     rng = np.random.default_rng(0)
     sides = (50, 12) if op == "embedding" else (12, 50)
     a, b = (rng.standard_normal(s).astype(np.float32) * 0.4 for s in ((3, sides[0]), (sides[1], 3)))
-    low = LowRank(a, b, 3.0, op=op)
+    low = LowRank(a, b, 3.0, origin=Origin(op=op))
     lora_fx.merge(tmp_path / "base.onnx", Adapter({"embed.weight": low}), tmp_path / "m.onnx")
     delta = b.astype(np.float64) @ a
     wide = Tied().eval().double()

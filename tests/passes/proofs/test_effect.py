@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import LoraFxError, NoEffectError
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.passes.insert import Insert
 
 X = torch.randn(3, 8)
@@ -45,7 +46,7 @@ def test_a_dead_target_is_an_error_that_names_it() -> None:
 def test_a_target_after_which_a_norm_sums_to_a_constant_is_alive() -> None:
     """The gradient of a plain sum through a LayerNorm is rounding; a random cotangent sees it."""
     model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6, elementwise_affine=False)).eval()
-    assert not lora_fx.insert(model, (X,), rank=2).effect.dead
+    assert not lora_fx.insert(model, (X,), rank=2).report().effect.dead
 
 
 def test_dead_in_train_mode_only_is_seen() -> None:
@@ -72,7 +73,7 @@ def test_a_block_that_depth_drops_at_random_is_not_dead() -> None:
             keep = F.dropout(torch.ones(1), 0.5, self.training)
             return x + self.a(x) + keep * self.b(x)
 
-    assert not lora_fx.insert(Deep().eval(), (X,), rank=2).effect.dead
+    assert not lora_fx.insert(Deep().eval(), (X,), rank=2).report().effect.dead
 
 
 def test_a_region_without_gradients_is_out_of_the_default_plan() -> None:
@@ -89,7 +90,7 @@ def test_a_region_without_gradients_is_out_of_the_default_plan() -> None:
 
     m = lora_fx.insert(Frozen().eval(), (X,), rank=2)
     assert list(m.updates) == ["head.weight"]
-    assert "no_grad" in m.found["trunk.weight"].why_not
+    assert "no_grad" in insertion_of(m).found["trunk.weight"].why_not
     with pytest.raises(NoEffectError, match=r"trunk\.weight"):
         lora_fx.insert(Frozen().eval(), (X,), rank=2, include="trunk")
 
@@ -139,5 +140,5 @@ def test_what_training_moves_beside_the_adapter_is_said(moves: bool) -> None:
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(first) if moves else first)
     net.append(nn.BatchNorm1d(6)).append(nn.Linear(6, 3))
     module = lora_fx.insert(net, (torch.randn(4, 8),), rank=2)
-    told = "training moves 0.parametrizations.weight.0._u" in str(module.effect)
-    assert told == moves and ("holds" in str(module.effect)) == moves
+    told = "training moves 0.parametrizations.weight.0._u" in str(insertion_of(module).effect)
+    assert told == moves and ("holds" in str(insertion_of(module).effect)) == moves

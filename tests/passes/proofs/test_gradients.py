@@ -14,6 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.compare import CEILING, Parity, rel
 from lora_fx.dtypes import Array
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.train.objective import loss_function
 from lora_fx.fx.train.step import Update, slots_in, train_graph
 from lora_fx.inputs import Named
@@ -39,7 +40,7 @@ def step() -> tuple[Any, Made]:
             if p.requires_grad and not p.any():
                 p.normal_(std=0.1)
                 p[0] = 0.0
-    named = module.sample()
+    named = execution_of(module).sample()
     low, x = module.adapter().lowrank[KEY], named["input"]
     assert low.b.shape == (6, 2) and not low.b[0].any() and x[0, 0] > 0.0
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import CaptureOptions
 from lora_fx.passes.verbs.program import save_program
@@ -128,7 +129,7 @@ def test_a_module_with_branches(folder: Path) -> None:
     """capture traces it as any module; a verb takes the model that it was made from."""
     net, args = of_kind(folder, "a module")
     module = lora_fx.insert(net, args, rank=2)
-    assert captured_of(module) is module.captured
+    assert captured_of(module) is execution_of(module).captured
     assert "up.lora_A.weight" in dict(lora_fx.capture(module, args).model.named_parameters())
     lora_fx.attach(net, args, rank=2)
     with pytest.raises(LoraFxError, match="an adapter is attached to this Net"):

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import lora_fx
 from lora_fx import Adapter, LoraFxError, LowRank, save_adapter
+from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.passes.verbs.export import opened_adapters
 
 ONE = Adapter({"fc.weight": LowRank(np.ones((2, 3), "f4"), np.ones((5, 2), "f4"), 2.0)})
@@ -210,7 +211,7 @@ def test_a_variant_is_not_dropped_beside_an_adapter() -> None:
     """A of lora-fa stays as it is: of an adapter of lora it would train."""
     made = lora_fx.insert(net(), (X,), rank=2, variant="lora-fa")
     again = lora_fx.insert(net(), (X,), adapter=made.adapter())
-    assert [a.requires_grad for a, _ in again.slots().values()] == [False, False]
+    assert [a.requires_grad for a, _ in insertion_of(again).slots().values()] == [False, False]
 
 
 def test_dimensions_beside_a_captured_model(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lora_fx.compare import rel
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.codes import DEQUANTISE, forms
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.onnx.session import open_session
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.verbs.open import load_program
@@ -90,7 +91,8 @@ def test_trained_folded_exported(group: int, tmp_path: Path) -> None:
     assert folded.up.weight_zero.dtype == torch.float32 and not hasattr(model.up, "weight_zero")
     assert rel(model(X).detach().numpy(), y) == 0
     assert forms(model)["up.weight"].parts == ("scale",), "the adapted module's own"
-    graph = model.captured.fx_graph()  # the pass alone, on a graph that has read its codes
+    # the pass alone, on a graph that has read its codes
+    graph = execution_of(model).captured.fx_graph()
     graph.root = copy.deepcopy(graph.root)
     assert Fold(adapter.lowrank)(graph).modified
     read = [n.args[2] for n in graph.graph.find_nodes(op="call_function", target=DEQUANTISE)]

@@ -26,8 +26,10 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import ORT_TOL, rel
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
-from lora_fx.onnx.session import Session, open_session
+from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.session import open_session
 from lora_fx.passes.proofs.parity import arrays_of
 from lora_fx.targets.target import base_name, split_key
 from tests.zoo.base import Built
@@ -208,7 +210,7 @@ class Lot:
             if self.module is None:  # a proof may have refused it wrongly
                 module = lora_fx.insert(self.model, self.args, self.kwargs, rank=2, dead="allow")
                 self._use(module)
-            cap = self.module.captured
+            cap = execution_of(self.module).captured
             subject = Subject(self.name, self.model, self.args, self.kwargs, cap)
             feeds = arrays_of(cap.named)
 
@@ -307,7 +309,7 @@ class Lot:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "m.onnx"
             report = lora_fx.export(self.module, path, provider="cpu")
-            got = open_session(path, "cpu").run(arrays_of(self.module.captured.named))
+            got = open_session(path, "cpu").run(arrays_of(execution_of(self.module).captured.named))
             said = self._equal(self._named(got), "ONNX Runtime")
         return f"{said}; {one_line('; '.join(report.warnings), 200)}"
 
@@ -318,7 +320,7 @@ class Lot:
             lora_fx.export(self.module, path, mode="switch", provider="cpu")
             session = Session(path, "cpu")
             session.load("one", self.module.adapter())
-            got = session.run(arrays_of(self.module.captured.named), "one")
+            got = session.run(arrays_of(execution_of(self.module).captured.named), "one")
             return self._equal(self._named(got), "mode switch")
 
     def _named(self, got: dict[str, np.ndarray[Any, Any]]) -> Arrays:

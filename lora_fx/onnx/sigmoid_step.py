@@ -15,8 +15,9 @@ import onnx_ir as ir
 from lora_fx.compare import SIGMOID_STEP
 from lora_fx.files.run_files import scratch_folder
 from lora_fx.inputs import Named
-from lora_fx.onnx.graph.flow import dtype_name
-from lora_fx.onnx.graph.graph import OnnxEmitter, OnnxGraph, add_initialiser
+from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.load import load
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session
@@ -31,12 +32,12 @@ SIGMOIDS = ("Sigmoid", "LSTM", "GRU", *TIMES_INPUT)
 def stepped_file(
     path: Path, provider: str, seed: int | None, stored: Named
 ) -> RuntimeSession | None:
-    """A file with a step behind every sigmoid; None where it has none.
+    """A session of a file with a step behind every sigmoid; None where it has none.
 
     Args:
         path: The file.
         provider: As in open_session.
-        seed: Of the signs of the steps, element by element; None for a step up everywhere.
+        seed: The seed of the steps' signs, element by element; None for a step up everywhere.
         stored: Arrays in the place of the file's initialisers.
     """
     graph = OnnxGraph(load(path))
@@ -46,34 +47,46 @@ def stepped_file(
     for name, array in stored.items():
         graph.model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     for number, node in enumerate(nodes):
-        for y in node.outputs:
-            if dtype_name(y) == "float32" and (y.uses() or y.is_graph_output()):
-                _put(graph, node, y, None if seed is None else 1000.0 * seed + number)
+        node_seed = None if seed is None else 1000.0 * seed + number
+        for value in node.outputs:
+            if dtype_name(value) == "float32" and (value.uses() or value.is_graph_output()):
+                _add_step(graph, node, value, node_seed)
     with scratch_folder() as folder:
-        other = Path(folder) / "steps.onnx"
-        save(graph.model, other)
-        return open_session(other, provider)
+        stepped = Path(folder) / "steps.onnx"
+        save(graph.model, stepped)
+        return open_session(stepped, provider)
 
 
-def _put(graph: OnnxGraph, node: ir.Node, y: ir.Value, seed: float | None) -> None:
-    """Let everything read y + step in the place of y."""
+def _add_step(graph: OnnxGraph, node: ir.Node, y: ir.Value, seed: float | None) -> None:
+    """Let everything that reads y read y + step.
+
+    Args:
+        graph: The graph, edited in place.
+        node: The node that makes y.
+        y: A result of it.
+        seed: The seed of the step's signs; None for a step up.
+    """
     uses = tuple(y.uses())
-    e = OnnxEmitter(graph, node, MARK, before=False)
-    inner = graph.model.graph
-    step = inner.initializers.get(MARK)
+    emitter = OnnxEmitter(graph, node, MARK, before=False)
+    owner = graph.model.graph
+    step = owner.initializers.get(MARK)
     if step is None:
-        step = add_initialiser(inner, MARK, np.array(SIGMOID_STEP, np.float32), MARK)
+        step = add_initialiser(owner, MARK, np.array(SIGMOID_STEP, np.float32), MARK)
     if seed is not None:
-        drawn = e.call("RandomUniformLike", y, low=-1.0, high=1.0, seed=seed)
-        step = e.call("Mul", e.call("Sign", drawn), step)
+        drawn = emitter.call("RandomUniformLike", y, low=-1.0, high=1.0, seed=seed)
+        step = emitter.call("Mul", emitter.call("Sign", drawn), step)
     if node.op_type in TIMES_INPUT:
-        step = e.call("Mul", node.inputs[0], step)
-    moved = e.call("Add", y, step)
-    moved.type, moved.shape = y.type, y.shape
+        step = emitter.call("Mul", node.inputs[0], step)
+    moved = emitter.call("Add", y, step)
+    moved.type = y.type
+    moved.shape = y.shape
+
     for use in uses:
         use.node.replace_input_with(use.idx, moved)
     outputs = node.graph.outputs if node.graph is not None else []
-    for i, output in enumerate(outputs):
+    for number, output in enumerate(outputs):
         if output is y:
-            moved.name, y.name = y.name, graph.fresh(f"{y.name}_exact")
-            outputs[i] = moved
+            exact_name = graph.fresh(f"{y.name}_exact")
+            moved.name = y.name
+            y.name = exact_name
+            outputs[number] = moved

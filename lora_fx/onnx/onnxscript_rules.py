@@ -1,8 +1,8 @@
 """onnxscript's rules and its folding of constants: the facade of their private modules.
 
-They run inside torch's exporter and inside our optimisation, and have no option for what is needed
-here. So each function gives a block in which a part of them is replaced, and put back after it.
-onnxscript is imported on first use. Tried with onnxscript 0.7.
+Both run inside torch's exporter and inside our optimisation, and lack the options that are needed
+here. So each function gives a block in which one of their functions is replaced, and put back after
+it. onnxscript is imported on first use. Tried with onnxscript 0.7.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def exact_constants() -> contextlib.AbstractContextManager[None]:
     from onnxscript.rewriter import _matcher
 
     def isclose(a: float, b: float, **_: float) -> bool:
-        # of others the rules give more digits than a file has
-        return bool(a == b if b in (0, 1) else np.float32(a) == np.float32(b))
+        if b in (0, 1):
+            return bool(a == b)
+        # of other numbers the rules give more digits than a file has
+        return bool(np.float32(a) == np.float32(b))
 
     return patched(_matcher, math=SimpleNamespace(isclose=isclose))
 
@@ -53,8 +55,9 @@ def norms_unfused() -> contextlib.AbstractContextManager[None]:
 
 
 def _is_of_norms(rule: object) -> bool:
-    names = type(rule).__name__, str(getattr(rule, "name", ""))
-    return any("batchnorm" in name.lower() for name in names)
+    class_name = type(rule).__name__.lower()
+    name = str(getattr(rule, "name", "")).lower()
+    return "batchnorm" in class_name or "batchnorm" in name
 
 
 def weights_unjoined(weights: Collection[str]) -> contextlib.AbstractContextManager[None]:
@@ -62,10 +65,14 @@ def weights_unjoined(weights: Collection[str]) -> contextlib.AbstractContextMana
     from onnx_ir.passes.common import initializer_deduplication as joining
 
     name = "_should_skip_initializer"
-    skip = getattr(joining, name, None)
-    if skip is None:
+    skips = getattr(joining, name, None)
+    if skips is None:
         return contextlib.nullcontext()
-    return patched(joining, **{name: lambda v, *rest: v.name in weights or skip(v, *rest)})
+
+    def skips_weights(value: ir.Value, *arguments: object) -> object:
+        return value.name in weights or skips(value, *arguments)
+
+    return patched(joining, **{name: skips_weights})
 
 
 @contextlib.contextmanager
@@ -79,7 +86,7 @@ def constants_apart() -> Iterator[None]:
 
     rewrite = RewriteRule.try_rewrite
 
-    def apart(
+    def try_rewrite(
         self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
     ) -> object:
         replacement = rewrite(self, model, graph, node, **options)
@@ -90,7 +97,7 @@ def constants_apart() -> Iterator[None]:
                 constant.name = f"{name}.{next(numbers)}"
         return replacement
 
-    with patched(RewriteRule, try_rewrite=apart):
+    with patched(RewriteRule, try_rewrite=try_rewrite):
         yield
 
 
@@ -105,35 +112,58 @@ def matched_by_operator() -> Iterator[None]:
     from onnxscript.rewriter._pattern_ir import Var
     from onnxscript.rewriter._rewrite_rule import RewriteRule
 
-    rewrite, match = RewriteRule.try_rewrite, SimplePatternMatcher.match
-    places: dict[ir.Node, int] = {}
+    rewrite = RewriteRule.try_rewrite
+    match = SimplePatternMatcher.match
+    position: dict[ir.Node, int] = {}
 
-    def quick(
+    def rewrite_own_operator(
         self: RewriteRule, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any
     ) -> object:
-        own = self._matcher.pattern.output_nodes[0].op.matches(node.op_type)
-        return rewrite(self, model, graph, node, **options) if own else None
+        first = self._matcher.pattern.output_nodes[0]
+        if not first.op.matches(node.op_type):
+            return None
+        return rewrite(self, model, graph, node, **options)
 
-    def near(
+    def match_readers(
         self: SimplePatternMatcher, model: ir.Model, graph: Any, node: ir.Node, **options: Any
     ) -> object:
-        first, *others = self.pattern.output_nodes
-        read = zip(first.inputs, node.inputs, strict=False) if others else ()
-        shared = [v for p, v in read if isinstance(p, Var) and all(p in o.inputs for o in others)]
-        if shared and shared[0] is not None:
-            nodes = {use.node for use in shared[0].uses() if use.node.graph is node.graph}
-            if not nodes <= places.keys():
-                places.update((n, i) for i, n in enumerate(node.graph or ()))
-            graph = _Few(sorted(nodes, key=places.__getitem__), node.graph)
+        shared = _shared_operand(self.pattern.output_nodes, node, Var)
+        if shared is not None:
+            readers = {use.node for use in shared.uses() if use.node.graph is node.graph}
+            if not readers <= position.keys():
+                position.update((other, i) for i, other in enumerate(node.graph or ()))
+            graph = _SomeNodes(sorted(readers, key=position.__getitem__), node.graph)
         return match(self, model, graph, node, **options)
 
-    with patched(RewriteRule, try_rewrite=quick), patched(SimplePatternMatcher, match=near):
+    with (
+        patched(RewriteRule, try_rewrite=rewrite_own_operator),
+        patched(SimplePatternMatcher, match=match_readers),
+    ):
         yield
 
 
+def _shared_operand(output_nodes: Sequence[Any], node: ir.Node, variable: type) -> ir.Value | None:
+    """The operand of a node that all output nodes of a pattern read, where it is the first of them.
+
+    None too where the pattern has one output node, or where the operand is left out.
+
+    Args:
+        output_nodes: Those of the pattern.
+        node: A node that may be the first one.
+        variable: onnxscript's class of operands that stand for any value.
+    """
+    first, *others = output_nodes
+    if not others:
+        return None
+    for operand, value in zip(first.inputs, node.inputs, strict=False):
+        if isinstance(operand, variable) and all(operand in other.inputs for other in others):
+            return value
+    return None
+
+
 @dataclass(frozen=True)
-class _Few:
-    """A few nodes of a graph, in its order."""
+class _SomeNodes:
+    """Some of the nodes of a graph, in its order."""
 
     nodes: Sequence[ir.Node]
     graph: ir.Graph | None
@@ -150,18 +180,26 @@ def inferred_once() -> contextlib.AbstractContextManager[None]:
     """
     from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-    known: dict[Hashable, Types] = {}
+    inferred: dict[Hashable, Types] = {}
     infer = FoldConstantsPass._do_inference
 
-    def inferred(self: FoldConstantsPass, node: ir.Node) -> None:
-        values = (*node.inputs, *node.outputs)
-        order = {v: i for i, v in enumerate(dict.fromkeys(values))}
-        given = tuple((a.name, described(a.value, order)) for a in node.attributes.values())
-        key = node.domain, node.op_type, given, described(values, order)
-        if key in known:
-            give_types(known[key], node.outputs)
+    def infer_once(self: FoldConstantsPass, node: ir.Node) -> None:
+        key = _reading(node)
+        if key in inferred:
+            give_types(inferred[key], node.outputs)
         else:
             infer(self, node)
-            known[key] = types_of(node.outputs)
+            inferred[key] = types_of(node.outputs)
 
-    return patched(FoldConstantsPass, _do_inference=inferred)
+    return patched(FoldConstantsPass, _do_inference=infer_once)
+
+
+def _reading(node: ir.Node) -> Hashable:
+    """The operator of a node and what it reads, equal where inference gives equal types."""
+    values = (*node.inputs, *node.outputs)
+    order = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    attributes = tuple(
+        (attribute.name, described(attribute.value, order))
+        for attribute in node.attributes.values()
+    )
+    return node.domain, node.op_type, attributes, described(values, order)

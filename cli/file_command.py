@@ -1,0 +1,195 @@
+"""A command of files: with --json, --config and --report, and checks before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from lora_fx.cli.adapter_arguments import split_weight
+from lora_fx.cli.config_file import config_options, saving_config
+from lora_fx.cli.input_paths import MODELS, input_paths, texts_of
+from lora_fx.cli.options import FORCE, Rules, given_here, in_groups
+from lora_fx.cli.output import note, result
+from lora_fx.cli.result_page import check_page, write_page
+from lora_fx.errors import LoraFxError, one_line, refuse_no_say
+from lora_fx.files.atomic import check_output
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import remember
+from lora_fx.progress import stage
+from lora_fx.text import JsonView, is_whole
+
+WRITTEN = ("output", "out", "report", "curve", "save_state", "resume", "save_config")
+"""Options that name what is written."""
+
+
+SHOWN = ("merge", "extract", "train")
+"""Commands that draw a bar on a terminal, or print their steps."""
+
+
+class FileCommand(click.Command):
+    """A command with --json and --config, whose inputs are remembered.
+
+    No output takes the place of an input.
+    """
+
+    reports: ClassVar = False
+    """True where --report is an option too."""
+
+    def __init__(self, *args: Any, no_say: Rules = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.no_say = no_say
+        self.function_params = {param.name for param in self.params}
+        json_help = "Print one JSON object."
+        self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=json_help))
+        self.params += config_options()
+        if "force" not in self.function_params:
+            self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
+        if self.reports:
+            page_help = "Write the result as a page."
+            self.params.append(click.Option(["--report"], metavar="PAGE.html", help=page_help))
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run it, with ~ as the home folder, and models of the Hub as their folders in the cache.
+
+        Shells leave the ~ of --option=~/file as it is.
+        """
+        ctx.params = {name: _at_home(value) for name, value in ctx.params.items()}
+        _check_numbers(ctx)
+        refuse_no_say(self.no_say, ctx.params, given_here(ctx))
+        remember(*input_paths(ctx.params))
+        _check_outputs(ctx.params, inside=self.name != "merge-all")  # whose DIR is not replaced
+
+        draws_a_bar = self.name in SHOWN and sys.stderr.isatty()
+        work = contextlib.nullcontext() if draws_a_bar else stage(self.name or "working")
+        with trusting(bool(ctx.params.get("trust"))), saving_config(ctx), work:
+            self._download_models(ctx.params)
+            remember(*input_paths(ctx.params))  # the folders in the cache
+            ctx.find_root().ensure_object(dict)["json"] = ctx.params.get("as_json")
+            params = ctx.params
+            ctx.params = {
+                name: value for name, value in params.items() if name in self.function_params
+            }
+            report = params.get("report")
+            if report is None:
+                return super().invoke(ctx)
+            check_page(report, params["force"], ctx.params)
+            return self._invoke_with_page(ctx, report, params["force"])
+
+    def _invoke_with_page(self, ctx: click.Context, report: str, force: bool) -> object:
+        """Run it with a page of its result, or of its answer where that is an error."""
+        write = functools.partial(write_page, report, force)
+        ctx.find_root().obj["report"] = write
+        try:
+            return super().invoke(ctx)
+        except LoraFxError as error:
+            if error.exit_code == 1 and not error.told:
+                write(result(False, error=error.message, hint=error.hint))
+            raise
+
+    def _download_models(self, params: dict[str, Any]) -> None:
+        """Put paths in the cache in the place of models and adapters of the Hub."""
+        for name in MODELS:
+            value = params.get(name)
+            if isinstance(value, tuple):
+                params[name] = tuple(self._local(text, weighted=True) for text in value)
+            elif value:
+                params[name] = self._local(value, weighted=False)
+
+    def _local(self, text: str, *, weighted: bool) -> str:
+        """A path as it is; of `hf:…` the one in the cache, with the weight that stands behind."""
+        if not text.startswith("hf:"):
+            return text
+        from lora_fx.files.hub import fetch
+        from lora_fx.formats.registry import FORMATS
+
+        model = text
+        weight = 1.0
+        if weighted:
+            model, weight = split_weight(text)
+        path, commit_note = fetch(
+            model, weights=self.name != "targets", files=FORMATS.files_of_folders
+        )
+        note(commit_note)
+        if model == text:
+            return str(path)
+        return f"{path}:{weight!r}"
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Below one title each, in columns of one width."""
+        rows_by_title: dict[str, list[tuple[str, str]]] = {}
+        width = 0
+        for title, params in in_groups(self.get_params(ctx)).items():
+            records = [param.get_help_record(ctx) for param in params]
+            rows_by_title[title] = [record for record in records if record]
+            widths = [len(names) for names, _ in rows_by_title[title]]
+            width = max([width, *(names_width for names_width in widths if names_width <= 30)])
+
+        for title, rows in rows_by_title.items():
+            if rows:
+                with formatter.section(title):
+                    padded = [(names.ljust(width), text) for names, text in rows]
+                    formatter.write_dl(padded, width)
+
+
+def _check_numbers(ctx: click.Context) -> None:
+    """Refuse a whole number that no array and no library of C holds."""
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if is_whole(value) and not -(1 << 63) <= value < 1 << 63:
+            message = f"{param.opts[-1]} {one_line(value, 40)} has more than 64 bits"
+            raise LoraFxError(message, f"{ctx.command_path} --help says what it is")
+
+
+def _check_outputs(params: JsonView, *, inside: bool) -> None:
+    """Refuse, before any work, two outputs that are one, or one inside what is replaced whole.
+
+    Args:
+        params: What the command was given.
+        inside: The output is replaced whole, where it is a folder.
+    """
+    outputs = {}
+    for name in WRITTEN:
+        if params.get(name) and "\0" not in params[name]:
+            outputs[name] = params[name]
+    paths = {name: Path(text).resolve() for name, text in outputs.items()}
+    for first, second in combinations(paths, 2):
+        if (first, second) == ("save_state", "resume"):
+            continue
+        first_option = f"--{first.replace('_', '-')} {params[first]}"
+        second_option = f"--{second.replace('_', '-')} {params[second]}"
+        if inside and first in ("output", "out") and paths[first] in paths[second].parents:
+            raise LoraFxError(f"{second_option} lies in {first_option}", "choose a name beside it")
+        if paths[first] == paths[second]:
+            raise LoraFxError(f"{second_option} is also {first_option}", "choose another name")
+
+    downloads = any(text.startswith("hf:") for text in texts_of(params, MODELS))
+    if inside and downloads and not params.get("force"):
+        # now: gigabytes are downloaded before the other checks
+        for name in {"output", "out"} & outputs.keys():
+            check_output(outputs[name])
+
+
+def _at_home(value: object) -> object:
+    """A value of an argument or option with ~ as the home folder, where it begins a path."""
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)
+    return value
+
+
+class ReportCommand(FileCommand):
+    """A command that changes or judges a model, with --report.
+
+    The path is checked before the work starts; emit() hands over the JSON object, whatever its
+    answer, and an answer that is an error with exit code 1 makes a page too.
+    """
+
+    reports = True

@@ -1,0 +1,114 @@
+"""The group of all commands."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import import_module
+
+import click
+
+from lora_fx import __version__
+from lora_fx.cli.library_versions import installed, two_runtimes
+from lora_fx.cli.output import say, stages
+from lora_fx.errors import LoraFxError
+from lora_fx.progress import telling
+from lora_fx.text import near
+
+COMMANDS = {
+    "targets": "List what an adapter can attach to, and why the rest cannot.",
+    "insert": "Insert untrained branches.",
+    "train": "Insert, train, keep the best, and save only the adapter.",
+    "merge": "Fold adapters into the weights of a checkpoint or .onnx file.",
+    "merge-all": "Merge every adapter of a fleet by itself.",
+    "export": "Write an ONNX file: merged, or with adapters to choose from.",
+    "extract": "Recover an adapter from two checkpoints, by SVD.",
+    "truncate": "Fewer ranks, with the exact error that it costs.",
+    "plan": "A rank for every target, under one budget.",
+    "convert": "Convert an adapter between file formats.",
+    "verify": "Compare two models, or tensor files; or: does an adapter fit?",
+    "doctor": "Say what is wrong with a base and an adapter.",
+    "bench": "Time ONNX files in turn, and print the ratios.",
+    "demo": "All of it, end to end, on a real model and real data.",
+}
+
+
+class LazyGroup(click.Group):
+    """Commands are imported when they run; the list and its help lines need none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names in the order of the work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command's file."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"lora_fx.cli.{cmd_name.replace('-', '_')}").command
+        command.help = (command.help or "").replace("\\b", "\b")  # click's keep-lines mark
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One line each, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest command for a name that is none."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
+            raise LoraFxError(f"no command {args[0]!r}", hint)
+        return super().resolve_command(ctx, args)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    click.echo(f"lora-fx {__version__}")
+    libraries = installed("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
+    for name, number in libraries.items():
+        click.echo(f"{name} {number}")
+    if "onnxruntime" in libraries or "onnxruntime-gpu" in libraries:
+        from lora_fx.onnx.session import providers
+
+        click.echo(f"providers {', '.join(providers())}")
+    warning = two_runtimes()
+    if warning:
+        say(warning)
+    ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
+    help="Insert, train, fold and export low-rank adapters by rewriting a model's graph; merge "
+    "them into checkpoint files, extract them from two, and convert them, tensor by tensor.",
+    epilog="MODEL is a Hugging Face folder, hf:ORG/NAME[@REVISION] of the Hub, a .safetensors, "
+    ".onnx or .pt2 file, package.module:factory, file.py:factory, timm:NAME or torchvision:NAME. "
+    "See docs/ for one page a command.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Print tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes and no progress.")
+@click.option(
+    "--version",
+    is_flag=True,
+    callback=_version,
+    expose_value=False,
+    is_eager=True,
+    help="Print the versions of lora-fx, torch, onnx and ONNX Runtime, and its providers.",
+)
+@click.pass_context
+def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
+    """Every command is in COMMANDS."""
+    began = {"when": time.time(), "seconds": time.monotonic()}
+    run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
+    ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv
+    # Of several processes (torchrun, accelerate) the first alone prints, before torch is there too.
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    ctx.with_resource(telling(stages() if is_first_process else None))

@@ -1,0 +1,76 @@
+"""How a MODEL argument becomes a capture, and its module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lora_fx.cli.data_arguments import load_npz
+from lora_fx.cli.options import first_given
+from lora_fx.cli.output import note
+from lora_fx.errors import LoraFxError
+
+if TYPE_CHECKING:
+    from lora_fx.cli.model_options import ModelOptions
+    from lora_fx.fx.capture.capture import Captured
+    from lora_fx.fx.module.adapted import AdaptedModule
+
+
+def captured(
+    model: str,
+    options: ModelOptions,
+    *,
+    meta: bool = False,
+    cache: bool = False,
+    check: Callable[[Any], object] | None = None,
+) -> Captured:
+    """The capture of a MODEL argument, whose notes are printed.
+
+    Args:
+        model: A path or name, as on the command line.
+        options: How it is loaded and captured.
+        meta: Read no weights.
+        cache: Capture a decoder with its key-value cache.
+        check: Of a decoder: called with its config before it is captured; it may raise.
+    """
+    from lora_fx.fx.tensors import from_numpy
+    from lora_fx.inputs import parse_dynamic
+    from lora_fx.passes.verbs.open import captured_of
+    from lora_fx.passes.verbs.options import CaptureOptions
+
+    arrays = load_npz(options.inputs_file)
+    capture_options = CaptureOptions(
+        kwargs={name: from_numpy(array) for name, array in arrays.items()},
+        dynamic=parse_dynamic(options.dynamic) or None,
+        static=options.static,
+        repeat=not options.no_repeat,
+        cache=cache,
+        weights=options.weights,
+        meta=meta,
+        trust=options.trust,
+        tell=note,
+        check=check,
+    )
+    cap = captured_of(model, capture_options)
+    note(*cap.notes, *(f"pinned: {pin}" for pin in cap.pinned))
+    note(*(f"captured for: {condition}" for condition in cap.ranges))
+    return cap
+
+
+def module_with_adapter(cap: Captured) -> AdaptedModule:
+    """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    from lora_fx.fx.module.adapted import AdaptedModule
+    from lora_fx.fx.pt2.captured import FileCaptured
+    from lora_fx.passes.verbs.build import module_of
+
+    assert isinstance(cap, FileCaptured)
+    choosing = ("rank", "alpha", "include", "exclude", "also_train", "variant", "dropout", "init")
+    option = first_given(*choosing, "plan", "quantise", "dead")
+    if option:
+        raise LoraFxError(
+            f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
+            "leave it out, or start from the original model",
+        )
+    module = module_of(cap)
+    assert isinstance(module, AdaptedModule)  # it has branches
+    return module

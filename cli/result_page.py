@@ -1,0 +1,161 @@
+"""--report PAGE.html: the result of a command as one HTML file, beside what it prints."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from lora_fx import __version__
+from lora_fx.cli.adapter_arguments import split_weight
+from lora_fx.cli.input_paths import input_paths, texts_of
+from lora_fx.cli.library_versions import installed
+from lora_fx.errors import LoraFxError
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.text import Json, JsonView
+
+LIBRARIES = ("torch", "numpy", "safetensors", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime")
+
+
+FILES = 100
+"""The most files of a folder that are hashed."""
+
+
+def check_page(report: str, force: bool, given: JsonView) -> None:
+    """Refuse, before any work, a page that cannot be written or that would be something else."""
+    if not report.endswith((".html", ".htm")):
+        raise LoraFxError(f"--report {report} does not end in .html", "--report page.html")
+    if Path(report).resolve() in [path.resolve() for path in input_paths(given)]:
+        raise LoraFxError(f"--report {report} is also an input", "choose another name")
+    check_output(report, force=force)
+    if Path(report).is_dir():
+        raise LoraFxError(f"--report {report} is a folder", "choose another name")
+
+
+def write_page(path: str, force: bool, shown: JsonView) -> str:
+    """Write the page of a result, all of it or nothing; its path."""
+    from lora_fx.report.page import page
+
+    ctx = click.get_current_context()
+    run = ctx.find_root().obj
+    added: Json = {"argv": run.get("argv") or [], "versions": versions(), **when(run["began"])}
+    added["notes"] = [text for text in run["notes"] if text not in run["warned"]]
+    outputs = [Path(output) for output in shown["outputs"]]
+    inputs = [input_path for input_path in input_paths(ctx.params) if input_path not in outputs]
+    rows = [("input", file) for file in inputs] + [("output", file) for file in outputs]
+    added |= _hashed(rows, path)
+    added["adapters"], without_spectra = _adapters(outputs, ctx.params)
+    added["unhashed"] += without_spectra
+    _drop_repeated(added["adapters"], shown)
+    text = page({**shown, "page": added})
+    with replacing(path, force=force) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def _drop_repeated(adapters: list[Json], shown: JsonView) -> None:
+    """Take out of the adapters' rows what the result's own row of the same key says."""
+    targets = shown.get("targets")
+    if not isinstance(targets, list):
+        return
+    target_of = {target["key"]: target for target in targets}
+    for adapter in adapters:
+        for update in adapter["updates"]:
+            target = target_of.get(update["key"], {})
+            repeated = [
+                field
+                for field, value in update.items()
+                if field != "key" and field in target and target[field] == value
+            ]
+            for field in repeated:
+                del update[field]
+
+
+def when(began: dict[str, float]) -> Json:
+    """When the command began, in local time, how many seconds it took, and on which machine."""
+    start = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began["when"]))
+    seconds = time.monotonic() - began["seconds"]
+    return {"when": start, "seconds": round(seconds, 1), "host": platform.node()}
+
+
+def versions() -> dict[str, str]:
+    """{library: version} of those that are installed; nothing is imported."""
+    return {
+        "lora-fx": __version__,
+        "python": platform.python_version(),
+        **installed(*LIBRARIES),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def _hashed(paths: list[tuple[str, Path]], page: str) -> Json:
+    """Rows of files with their hashes; of a folder the files in it, hidden ones left out."""
+    rows: list[Json] = []
+    unhashed: list[str] = []
+    hashed: set[Path] = set()
+    for of, path in paths:
+        files = _files_of(path, page)
+        for file in files[:FILES]:
+            if file.resolve() in hashed:
+                continue
+            hashed.add(file.resolve())
+            try:
+                with file.open("rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
+                size = file.stat().st_size
+            except OSError as error:
+                unhashed.append(f"{file}: not hashed: {error.strerror or error}")
+                continue
+            rows.append({"of": of, "path": str(file), "bytes": size, "sha256": digest})
+        if len(files) > FILES:
+            unhashed.append(f"{path}: {len(files) - FILES} more files are not hashed")
+    return {"files": rows, "unhashed": unhashed}
+
+
+def _files_of(path: Path, page: str) -> list[Path]:
+    """A file, or the files of a folder without hidden ones and without the page."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    page_path = Path(page).resolve()
+    return [file for file in files if file.is_file() and file.resolve() != page_path]
+
+
+def _adapters(outputs: list[Path], given: JsonView) -> tuple[list[Json], list[str]]:
+    """The adapters that were written, or else those that were given, with their spectra."""
+    base = given.get("base")
+    if base and str(base).endswith(".onnx"):
+        base = None
+    adapters = _adapters_among((str(output), 1.0) for output in outputs)
+    if not adapters:
+        adapters = _adapters_among(map(split_weight, texts_of(given, ("adapter", "adapters", "b"))))
+
+    rows: list[Json] = []
+    without_spectra: list[str] = []
+    for path, weight in adapters:
+        from lora_fx.adapter.truncate import summary
+        from lora_fx.formats.io import load_adapter
+
+        try:
+            adapter = load_adapter(path, base=base or None)
+            updates = summary(adapter.weighted(weight))
+        except LoraFxError as error:
+            without_spectra.append(f"{path}: no spectra: {error.message}")
+            continue
+        rows.append({"path": path, "weight": weight, "updates": updates})
+    return rows, without_spectra
+
+
+def _adapters_among(paths: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The paths that are adapters, with their weights."""
+    from lora_fx.formats.io import is_adapter
+
+    adapters = []
+    for path, weight in paths:
+        if not path.endswith((".onnx", ".pt2", ".data")) and is_adapter(path):
+            adapters.append((path, weight))
+    return adapters

@@ -1,0 +1,26 @@
+"""The standard streams of the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, as `2>&-` leaves them, on the null device.
+
+    Python has None in their place, which libraries print to; and the next file that is opened
+    would get their number, so that what a library of C writes to stderr would land in it.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    with contextlib.suppress(OSError):  # a machine without a null device keeps them closed
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        while descriptor <= 2:
+            descriptor = os.dup(descriptor)
+        os.close(descriptor)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

@@ -1,0 +1,40 @@
+"""SIGTERM as Ctrl-C: what a command was writing is removed on the way out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from lora_fx.errors import Terminated
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Within this block SIGTERM raises Terminated, once; then it is ignored until the end.
+
+    Does nothing outside the main thread, where no handler can be set, and where SIGTERM already
+    has another handler or is ignored. A forked process ends as it would without this.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a fork
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would stop the clean-up
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

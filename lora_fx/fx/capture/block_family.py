@@ -1,0 +1,148 @@
+"""Modules of one class and structure, and the calls of them that were traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_fx.fx.capture.snapshot import Snapshot, Token, attributes_of_module
+from lora_fx.fx.trees import LeafSpec, TreeSpec
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+CLASS = ""
+"""Stands for a module's class among the names of its attributes."""
+Place = tuple[str, str]
+"""(path in a block, attribute)."""
+Tokens = Mapping[Place, Token]
+"""Place → the token of the attribute that is there."""
+
+
+@dataclass(eq=False)
+class Block:
+    """A module that others are like, with the modules in it by path."""
+
+    modules: dict[str, nn.Module]
+    family: BlockFamily
+    called: bool = False
+
+    @property
+    def top(self) -> nn.Module:
+        """The module itself."""
+        return self.modules[""]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Its parameters and buffers as they are now: a trace puts others in their place."""
+        tensors: list[torch.Tensor] = []
+        for module in self.modules.values():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    tensors.append(tensor)
+        return tensors
+
+    def attributes(self) -> dict[Place, object]:
+        """The attributes of its modules, but for tensors, modules and hooks."""
+        attributes: dict[Place, object] = {}
+        for path, module in self.modules.items():
+            for name, attribute in attributes_of_module(module).items():
+                attributes[path, name] = attribute
+        return attributes
+
+    def tokens(self, now: Snapshot) -> dict[Place, Token]:
+        """The tokens of its attributes, and of the classes of its modules."""
+        classes = {(path, CLASS): now.token(type(m)) for path, m in self.modules.items()}
+        attributes = {place: now.token(x) for place, x in self.attributes().items()}
+        return attributes | classes
+
+    def state(self) -> list[object]:
+        """Which things its modules hold, to see whether a call has put others in their places."""
+        attributes = self.attributes()
+        return [*attributes, *map(id, attributes.values()), *map(id, self.tensors())]
+
+    def is_as_compared(self) -> bool:
+        """Whether it still has the modules that it was compared with others by, and no hooks."""
+        now = dict(self.top.named_modules(remove_duplicate=False))
+        module_ids = [id(module) for module in now.values()]
+        compared_ids = [id(module) for module in self.modules.values()]
+        return module_ids == compared_ids and not is_altered(now)
+
+
+@dataclass(eq=False)
+class BlockFamily:
+    """Modules of one class and structure.
+
+    Attributes:
+        blocks: The modules.
+        differ: The places where not all blocks have the same.
+        fixed: Places of `differ` of which it cannot be seen whether they are read: the class has
+            the name too, or is what differs, or its code reads attributes by `vars`.
+        patterns: Calls that were traced, which later ones may be copies of.
+        broken: True once a call was such that no other can be its copy.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    differ: set[Place] = field(default_factory=set)
+    fixed: set[Place] = field(default_factory=set)
+    patterns: list[TracedCall] = field(default_factory=list)
+    broken: bool = False
+
+
+@dataclass(eq=False)
+class TracedCall:
+    """One traced call.
+
+    Attributes:
+        key: The number of the call, which its marks in the graph have too.
+        block: The block that was called.
+        call: How it was called; its sizes may be symbols.
+        inputs: The tensors that it was called with, and those of its block.
+        tokens: The tokens of what its block held then, and of what its code could reach.
+        read: Those of the family's differing places that it read.
+        outputs: Its outputs, flat.
+        spec: Their tree.
+    """
+
+    key: int
+    block: Block
+    call: Sequence[object]
+    inputs: Sequence[torch.Tensor]
+    tokens: Tokens
+    read: set[Place]
+    outputs: list[object] = field(default_factory=list)
+    spec: TreeSpec = field(default_factory=LeafSpec)
+
+    def reads(self, module: nn.Module, name: str) -> None:
+        """Write down that the call asked a module for an attribute."""
+        for path, differing_name in self.block.family.differ:
+            is_of_block = self.block.modules[path].__dict__ is module.__dict__
+            if differing_name == name and is_of_block:
+                self.read.add((path, name))
+
+    def holds_for(self, tokens: Tokens) -> bool:
+        """Whether what the call may have read is, in a block of these tokens, as it was then."""
+        unread = self.block.family.differ - self.read
+        return differing_places(self.tokens, tokens) <= unread
+
+
+def differing_places(tokens: Tokens, others: Tokens) -> set[Place]:
+    """The places that have different tokens, or a token on one side only."""
+    places = tokens.keys() ^ others.keys()
+    for place in tokens.keys() & others.keys():
+        if tokens[place] != others[place]:
+            places.add(place)
+    return places
+
+
+def is_altered(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether some module does more, or other things, than the forward of its class.
+
+    Hooks of the first module, whose path is empty, run outside of its forward.
+    """
+    if any("forward" in module.__dict__ for module in modules.values()):
+        return True
+    for path, module in modules.items():
+        if path and any(getattr(module, hooks, ()) for hooks in _HOOKS):
+            return True
+    return False

@@ -1,0 +1,50 @@
+"""The names of inputs and outputs in an ONNX file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lora_fx.conditions import Condition
+
+_CACHE = re.compile(r"(past_key_values|present)\.\d+\.(key|value)")
+
+
+def onnx_name(path: str) -> str:
+    """The name of an input or output in an ONNX file: dots stay where runtimes look for them.
+
+    >>> onnx_name("pair.0"), onnx_name("past_key_values.0.key")
+    ('pair_0', 'past_key_values.0.key')
+    """
+    if _CACHE.fullmatch(path):
+        return path
+    return path.replace(".", "_")
+
+
+def output_name(path: str) -> str:
+    """The name of a flat output: its field in a dict or output class, else output, output_1."""
+    name = path.lstrip(".")
+    if name in ("", "0"):
+        return "output"
+    if name.split(".")[0].isdigit():
+        return f"output_{name.replace('.', '_')}"
+    return onnx_name(name)
+
+
+def onnx_conditions(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Conditions over the inputs' names in an ONNX file."""
+    renamed: list[Condition] = []
+    for condition in conditions:
+        sizes = tuple((symbol, onnx_name(name), dim) for symbol, name, dim in condition.sizes)
+        renamed.append(replace(condition, sizes=sizes))
+    return tuple(renamed)
+
+
+def symbols_of(free: Mapping[str, Mapping[int, str]]) -> dict[tuple[str, int], str]:
+    """(ONNX input, dimension) → the name of one that stays free, as a Door gives them."""
+    symbols: dict[tuple[str, int], str] = {}
+    for name, dims in free.items():
+        for dim, symbol in dims.items():
+            symbols[onnx_name(name), dim] = symbol
+    return symbols

@@ -1,0 +1,87 @@
+"""How lora-fx itself runs a captured module, and what it asks of it; its user needs none of this.
+
+These are no members of the module: there they would be attributes of the user's model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_fx.conditions import Size
+from lora_fx.dtypes import Array
+from lora_fx.fx import tensors
+from lora_fx.fx.capture.call import copied
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.example import sample_call
+from lora_fx.fx.capture.unchanged import alike
+from lora_fx.fx.module.module import CapturedModule, by_output
+from lora_fx.fx.trees import tree_map_only
+from lora_fx.inputs import SIZES, Extents, Named
+
+
+class Execution:
+    """A captured module seen from within lora-fx."""
+
+    def __init__(self, module: CapturedModule) -> None:
+        self._module = module
+
+    @property
+    def captured(self) -> Captured:
+        """The capture behind the module."""
+        return self._module._programs.captured
+
+    @property
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the first floating parameter: that of the programs to run."""
+        return self._module._dtype
+
+    @property
+    def norm_stats(self) -> str:
+        """What batch norms do in train mode: frozen or update."""
+        return self._module._norm_stats
+
+    @property
+    def not_one(self) -> frozenset[Size]:
+        """Input dimensions for which the captured graph does not hold at size 1."""
+        sizes = set[Size]()
+        for condition in self._module.conditions():
+            ones = dict.fromkeys(condition.about, 1)
+            if not condition.holds(ones):
+                sizes |= ones.keys()
+        return frozenset(sizes)
+
+    def sample(self, size: Extents = SIZES[0], arrays: Any = None, seed: int = 0) -> dict[str, Any]:
+        """Named arguments of one size, from the captured signature."""
+        captured = self.captured
+        inputs = captured.bounded_inputs()
+        device = tensors.device_of(self._module)
+        drawn = sample_call(inputs, captured.named, size, seed, arrays, device)
+        return self.in_own_dtype(drawn)
+
+    def in_own_dtype(self, named: Named | None = None) -> dict[str, Any]:
+        """Arguments of the capture, its example's if none, as `.to(dtype)` lets the module take."""
+        captured = self.captured
+        arguments = dict(captured.named if named is None else named)
+
+        def in_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.base_dtype) if tensor.dtype == captured.base_dtype else tensor
+
+        return dict(tree_map_only(torch.Tensor, in_dtype, arguments))
+
+    def run(self, named: Named) -> object:
+        """The module's outputs on named arguments."""
+        return self.captured.signature.call(self._module, named)
+
+    def flat(self, named: Named) -> dict[str, Array]:
+        """Run on copies of named arguments; {output name: array} of the tensors that come out."""
+        # A model may write over what it gets, or count its calls in a buffer: both sides of a
+        # comparison start alike.
+        with torch.no_grad(), alike(self._module):
+            return by_output(self.run(copied(named)))
+
+
+def execution_of(module: CapturedModule) -> Execution:
+    """The module as lora-fx runs it."""
+    return Execution(module)

@@ -1,0 +1,79 @@
+"""What insert put into a module, as passes, proofs and files ask for it; its user needs none of it.
+
+These are no members of the module: there they would be attributes of the user's model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.fx.module.adapted import AdaptedModule, Effect, Inserter, factor_pairs, moved
+from lora_fx.patching import patched
+from lora_fx.targets.target import Found
+
+
+class Insertion:
+    """The branches of an adapted module, and what is known of them."""
+
+    def __init__(self, module: AdaptedModule) -> None:
+        self._module = module
+
+    @property
+    def found(self) -> Found:
+        """The model's targets."""
+        return self._module._found
+
+    @property
+    def also_train(self) -> tuple[str, ...]:
+        """First names of the tensors that are trained whole."""
+        return self._module._also
+
+    @property
+    def effect(self) -> Effect | None:
+        """The finding of the proof of effect; None before it."""
+        return self._module._effect
+
+    @effect.setter
+    def effect(self, effect: Effect) -> None:
+        self._module._effect = effect
+
+    def say(self, *notes: str) -> None:
+        """Add notes, each once, for the report."""
+        self._module._notes = tuple(dict.fromkeys((*self._module.notes, *notes)))
+
+    def slots(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Key → the tensors a and b that the branches of the active adapter read, as trained.
+
+        Updates of a variant that makes a and b of other tensors are left out; see `tensors` of the
+        module.
+        """
+        return factor_pairs(self._module.tensors())
+
+    def changes_anything(self) -> bool:
+        """False while every update is zero, as after insert, and no tensor is trained whole."""
+        updates = self._module.updates
+        pairs = self._module.tensors().items()
+        return bool(self.also_train) or any(moved(updates[key], held) for key, held in pairs)
+
+    def check_base(self, adapter: Adapter) -> None:
+        """Note for the report if an adapter says that it was trained on other weights."""
+        self._module._sampled.check(adapter.metadata, self._module)
+
+    def inserting(
+        self, inserter: Inserter
+    ) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Gives blocks in which other passes make the branches, for a run or two in all."""
+        module = self._module
+        programs = replace(module._programs, codes={}, compiled={}, blocks=False, few=True)
+        return partial(patched, module, _inserter=inserter, _fast=None, _programs=programs)
+
+
+def insertion_of(module: AdaptedModule) -> Insertion:
+    """What insert put into the module."""
+    return Insertion(module)

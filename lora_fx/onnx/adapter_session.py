@@ -1,0 +1,263 @@
+"""Sessions on switchable ONNX files: adapters are loaded by name and chosen run by run.
+
+A and B go in as inputs (OrtValues, on the CPU side). ONNX Runtime's own active adapters do the
+same for plain runs; with IO binding it ignores them and says nothing, so here they are bound. To
+hand over two tensors a target takes as long as a small model runs, so bindings are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from os import PathLike, fspath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.dtypes import Array, from_onnx
+from lora_fx.errors import LoraFxError, expect, one_line
+from lora_fx.onnx.feeds import arrays_of, check_inputs, ort_values, tensors_of
+from lora_fx.onnx.manifest import PROPERTY, manifest_in, manifest_of
+from lora_fx.onnx.range_guards import conditions_of
+from lora_fx.onnx.session import open_session, tensors_by_name, told, widened
+from lora_fx.text import Json, near
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Choice = str | Mapping[str, float] | None
+
+
+class Session:
+    """A switchable model and its adapters; a switch makes no new session.
+
+    Args:
+        path: The .onnx file.
+        provider: The provider to ask for: auto, cpu or cuda.
+        threads: The number of threads; 0 leaves it to the runtime.
+        adapter: For a file of mode load, what is folded into its weights now: an adapter, or its
+            file in any format. Without one it is the base model.
+        exact: As in open_session; False is faster, and less exact, on a GPU and over codes.
+
+    Attributes:
+        manifest: What an adapter has to bring.
+        ranges: The sizes that the file is true for.
+        provider: Where it runs: cpu or cuda.
+        note: A line to show to the user, or empty.
+
+    Raises:
+        LoraFxError: The file does not load, or is not switchable.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        provider: str = "auto",
+        threads: int = 0,
+        *,
+        adapter: Adapter | str | PathLike[str] | None = None,
+        exact: bool = True,
+    ) -> None:
+        external = None
+        if adapter is not None:
+            external = _external_tensors(path, adapter)
+        opened = open_session(path, provider, threads, exact=exact, external=external)
+        self.session = opened.session
+        self.provider = opened.provider
+        self.note = opened.note
+        self.manifest = manifest_in(opened.metadata.get(PROPERTY), fspath(path))
+        if self.manifest.mode == "train":
+            raise LoraFxError(
+                f"{fspath(path)}: a training step, which no adapter is loaded into for a forward",
+                "lora_fx.onnx.TrainSession runs it; the forward is in the .switch.onnx beside it",
+            )
+        if self.manifest.mode == "switch":
+            self._check_switchable(path)
+        self.ranges = conditions_of(opened.metadata, fspath(path))
+        self._inputs = {node.name for node in self.session.get_inputs()}
+        self._outputs = [node.name for node in self.session.get_outputs()]
+        # Of each loaded adapter: its tensors, their OrtValues, and bindings that no run is using.
+        self._arrays: dict[str, dict[str, Array]] = {}
+        self._values: dict[str, Json] = {}
+        self._idle_bindings: dict[str, list[ort.IOBinding]] = {}
+
+    def _check_switchable(self, path: str | PathLike[str]) -> None:
+        """Raise where a run with an adapter cannot give an output, or the manifest is another's."""
+        for output in self.session.get_outputs():
+            if not output.type.startswith("tensor("):
+                raise LoraFxError(
+                    f"output {output.name!r} is {output.type}, which a run with an adapter "
+                    "cannot give; expected a tensor",
+                    "mode merged, load or batch; or let the model end in ConcatFromSequence",
+                )
+        declared = {}
+        for initialiser in self.session.get_overridable_initializers():
+            declared[initialiser.name] = (from_onnx(initialiser.type), initialiser.shape)
+        self.manifest.check_declared(declared, fspath(path))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return tuple(self._arrays)
+
+    def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
+        """Load an adapter, or its file in any format; a name that is taken is replaced.
+
+        Raises:
+            LoraFxError: The adapter does not fit the manifest.
+        """
+        if self.manifest.mode == "load":
+            raise LoraFxError(
+                "a file of mode load takes its adapter when the session is made",
+                "Session(path, adapter=…); --mode switch exports one that switches run by run",
+            )
+        expect(name, str, "the name of an adapter", "a text", "session.load(name, adapter)")
+        tensors = tensors_of(adapter, self.manifest)
+        self._arrays[name] = tensors
+        self._values[name] = ort_values(tensors)
+        self._idle_bindings[name] = []
+
+    def run(self, inputs: Mapping[str, Array], adapter: Choice = None) -> dict[str, Array]:
+        """Run once, with the base model, one adapter or a mix, and give arrays by output name.
+
+        Args:
+            inputs: Arrays by input name.
+            adapter: None for the base model, a loaded name, or {name: weight}: the weighted sum of
+                their changes.
+
+        Raises:
+            LoraFxError: An adapter that is not loaded, a missing or unknown input.
+        """
+        arrays = self._arrays_of(inputs)
+        chosen = self.choice(adapter)
+        with told(arrays):
+            if isinstance(adapter, str) and self.provider == "cpu":
+                return self._run_bound(arrays, adapter)
+            if adapter is None:
+                return tensors_by_name(self._outputs, self.session.run(self._outputs, arrays))
+            feeds = {**ort_values(arrays), **chosen}
+            outputs = self.session.run_with_ort_values(self._outputs, feeds)
+        return self._arrays_of_outputs(outputs)
+
+    def _arrays_of_outputs(self, outputs: Sequence[ort.OrtValue]) -> dict[str, Array]:
+        return {name: value.numpy() for name, value in zip(self._outputs, outputs, strict=True)}
+
+    def _arrays_of(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs as the runtime takes them, checked."""
+        arrays = arrays_of(inputs)
+        check_inputs(arrays, self._inputs, self.ranges)
+        return {name: np.ascontiguousarray(widened(array)) for name, array in arrays.items()}
+
+    def _run_bound(self, arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
+        """Run with a binding that has the adapter already and that no other thread is using."""
+        idle_bindings = self._idle_bindings[name]
+        try:
+            binding = idle_bindings.pop()
+        except IndexError:
+            binding = self.session.io_binding()
+            for tensor_name, value in self._values[name].items():
+                binding.bind_ortvalue_input(tensor_name, value)
+        for input_name, array in arrays.items():
+            binding.bind_cpu_input(input_name, array)
+        # anew for each run, or the runtime would write over what the last run gave
+        for output_name in self._outputs:
+            binding.bind_output(output_name)
+        self.session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        idle_bindings.append(binding)
+        return self._arrays_of_outputs(outputs)
+
+    def bind(self, inputs: Mapping[str, Array], adapter: Choice = None) -> ort.IOBinding:
+        """An IOBinding of the inputs and the adapter, outputs where the session runs.
+
+        Run it by `session.session.run_with_iobinding(binding)`.
+        """
+        arrays = self._arrays_of(inputs)
+        binding = self.session.io_binding()
+        chosen = self.choice(adapter)
+        with told(arrays):
+            values = {**ort_values(arrays), **chosen}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self.provider)
+        return binding
+
+    def choice(self, adapter: Choice) -> Json:
+        """The OrtValues of a choice, by input name; those left out keep their defaults."""
+        if isinstance(adapter, str):
+            self._check_loaded(adapter)
+            return self._values[adapter]
+        if adapter is None:
+            return {}
+        expected = "a loaded name, or a weight by name"
+        expect(adapter, Mapping, "adapter", expected, "adapter='a', or {'a': 0.5, 'b': 0.5}")
+        for name, weight in adapter.items():
+            self._check_loaded(name)
+            self._check_weight(name, weight)
+        if not adapter:
+            return {}
+        return ort_values(self._mixed(adapter))
+
+    def _check_weight(self, name: str, weight: object) -> None:
+        """Raise for a weight that is no number, or infinite in the dtype that multiplies by it."""
+        dtypes = {array.dtype for array in self._arrays[name].values()}
+        is_number = isinstance(weight, Real) and not isinstance(weight, (bool, np.bool_))
+        with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
+            if is_number and all(np.isfinite(dtype.type(weight)) for dtype in dtypes):
+                return
+        raise LoraFxError(
+            f"the weight of adapter {name!r} is {one_line(repr(weight), 60)}; expected a number "
+            f"that {' and '.join(sorted(dtype.name for dtype in dtypes))} holds",
+            "1.0 is the adapter as it is",
+        )
+
+    def _mixed(self, weights: Mapping[str, float]) -> dict[str, Array]:
+        """The tensors of a mix: A side by side and w·B below one another, so the ranks add up.
+
+        Args:
+            weights: w by the name of an adapter.
+        """
+        mixed: dict[str, Array] = {}
+        for slot in self.manifest.slots.values():
+            a_blocks = []
+            b_blocks = []
+            for name, weight in weights.items():
+                tensors = self._arrays[name]
+                if slot.a in tensors:
+                    b = tensors[slot.b]
+                    a_blocks.append(tensors[slot.a])
+                    b_blocks.append(b * b.dtype.type(weight))
+            if a_blocks:
+                mixed[slot.a] = np.concatenate(a_blocks, axis=-1)
+                mixed[slot.b] = np.concatenate(b_blocks, axis=-2)
+        return mixed
+
+    def _check_loaded(self, name: object) -> None:
+        """Raise for a name of no loaded adapter."""
+        if isinstance(name, str) and name in self._arrays:
+            return
+        text = one_line(name, 80)
+        hint = "session.load(name, path)"
+        if self._arrays:
+            hint = near(text, list(self._arrays), f"loaded: {', '.join(self._arrays)}")
+        raise LoraFxError(f"no adapter {text!r} is loaded", hint)
+
+
+def _external_tensors(
+    path: str | PathLike[str], adapter: Adapter | str | PathLike[str]
+) -> dict[str, Array]:
+    """The tensors of an adapter, padded to the ranks of a file of mode load.
+
+    Raises:
+        LoraFxError: The file is of another mode, or the adapter does not fit.
+    """
+    manifest = manifest_of(path)
+    if manifest.mode != "load":
+        raise LoraFxError(
+            f"{fspath(path)}: a file of mode {manifest.mode} takes adapters run by run",
+            "session.load(name, adapter), then session.run(inputs, adapter=name)",
+        )
+    return manifest.padded(tensors_of(adapter, manifest))

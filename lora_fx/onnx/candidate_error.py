@@ -1,0 +1,89 @@
+"""Candidates for a model's graph, run in ONNX Runtime and compared with the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.compare import ORT_TOL, Parity, compare
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, MistakeError, one_line
+from lora_fx.files.run_files import scratch_folder
+from lora_fx.onnx.graph.values import dtype_name
+from lora_fx.onnx.save import save
+from lora_fx.onnx.session import RuntimeSession, open_session
+
+Feeds = Sequence[Mapping[str, Array]]
+"""{input: array}, of every size that is compared."""
+
+
+class WorstError:
+    """Candidate → the largest difference of its outputs to a model's; infinite if it fails.
+
+    Attributes:
+        base: The model's session.
+        failure: Why the last candidate did not load or run; empty where it did.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Feeds, provider: str) -> None:
+        self.failure = ""
+        self.base = open_model(model, provider)
+        self._provider = provider
+        self._feeds = feeds
+        self._expected = [self.base.run(feed) for feed in feeds]
+
+    def __call__(self, candidate: ir.Model) -> float:
+        """The largest max|a − b| / max|b|."""
+        self.failure = ""
+        try:
+            session = open_model(candidate, self._provider)
+            return max(parity.rel for parity in self.compared(session))
+        except Exception as e:  # the runtime's exceptions have no common base
+            self.failure = f" ({one_line(e, 160)})"
+            return math.inf
+
+    def compared(self, session: RuntimeSession) -> list[Parity]:
+        """A session's outputs beside the model's, at every size."""
+        parities: list[Parity] = []
+        for feed, expected in zip(self._feeds, self._expected, strict=True):
+            sizes = {name: array.shape for name, array in feed.items()}
+            parities.append(compare(session.run(feed), expected, sizes, ORT_TOL))
+        return parities
+
+
+def peaks(model: ir.Model, feeds: Feeds, provider: str) -> dict[str, float]:
+    """Value of the graph → the largest magnitude that it takes, before any rewrite."""
+    observed = model.clone()
+    for node in observed.graph:
+        for value in node.outputs:
+            if value.name and not value.is_graph_output() and dtype_name(value) == "float32":
+                observed.graph.outputs.append(value)
+
+    magnitudes: dict[str, float] = {}
+    session = open_model(observed, provider)
+    for feed in feeds:
+        for name, array in {**feed, **session.run(feed)}.items():
+            if array.dtype == np.float32 and array.size:
+                magnitude = float(np.abs(array).max())
+                magnitudes[name] = max(magnitudes.get(name, 0.0), magnitude)
+    return magnitudes
+
+
+def open_model(model: ir.Model, provider: str) -> RuntimeSession:
+    """Load a model from a scratch folder.
+
+    Raises:
+        MistakeError: The runtime cannot load it.
+    """
+    with scratch_folder() as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        try:
+            return open_session(path, provider, threads=1)
+        except LoraFxError as e:
+            message = e.message.partition("cannot load it: ")[2] or e.message
+            raise MistakeError(f"ONNX Runtime cannot load it: {message}") from e

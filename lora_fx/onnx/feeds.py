@@ -1,0 +1,98 @@
+"""What a session on an .onnx file is fed: arrays of inputs and tensors of adapters, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.conditions import Condition
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, expect, one_line, retold
+from lora_fx.onnx.manifest import Manifest
+from lora_fx.onnx.runtime_adapter import read_file
+from lora_fx.text import Json, near
+
+
+def tensors_of(adapter: Adapter | str | PathLike[str], manifest: Manifest) -> dict[str, Array]:
+    """The tensors of an adapter, or of its file in any format, checked against a manifest."""
+    if isinstance(adapter, Adapter):
+        return manifest.tensors(adapter)
+    from lora_fx.formats.io import load_adapter
+
+    expected = "an Adapter, or the path of one"
+    expect(adapter, (str, PathLike), "the adapter", expected, "adapter=None runs the base model")
+    where = fspath(adapter)
+    if where.endswith(".onnx_adapter"):
+        tensors = read_file(Path(where))[0]
+        manifest.check(tensors, where)
+        return tensors
+    return manifest.tensors(load_adapter(where), where)
+
+
+def arrays_of(inputs: object) -> dict[str, Array]:
+    """Inputs by name as arrays; lists of numbers, and tensors of torch on the CPU, are taken.
+
+    Raises:
+        LoraFxError: No mapping by name, or a value that is no array of numbers.
+    """
+    hint = "session.run({'x': array}), with the names of the model's inputs"
+    expect(inputs, Mapping, "inputs", "arrays by the names of the model's inputs", hint)
+    assert isinstance(inputs, Mapping)
+    arrays = {}
+    for name, value in inputs.items():
+        expect(name, str, f"the input {one_line(repr(name), 60)}", "the name of one", hint)
+        with retold(f"input {name!r} is no array", "numpy.asarray makes one"):
+            arrays[name] = np.asarray(value)
+        if arrays[name].dtype.kind == "O":
+            kind = type(value).__name__
+            raise LoraFxError(f"input {name!r} is a {kind}, not an array of numbers", hint)
+    return arrays
+
+
+def check_inputs(
+    inputs: Mapping[str, Array], names: Collection[str], ranges: Sequence[Condition]
+) -> None:
+    """Raise for an input that is missing or unknown, and for sizes that a file is not true for.
+
+    Args:
+        inputs: Arrays by input name.
+        names: The names of the file's inputs.
+        ranges: The sizes that the file is true for.
+    """
+    for name in inputs:
+        if name not in names:
+            hint = near(name, [*names], f"inputs: {sorted(names)}")
+            raise LoraFxError(f"the model has no input {name!r}", hint)
+    missing_names = sorted(set(names) - set(inputs))
+    if missing_names:
+        raise LoraFxError(f"input {missing_names[0]!r} is missing", f"inputs: {sorted(names)}")
+
+    # The dimensions of all conditions come first: no condition is asked where one is lacking.
+    for condition in ranges:
+        for _, name, axis in condition.sizes:
+            _check_dimension(name, inputs[name], axis)
+    for condition in ranges:
+        sizes = {(name, axis): inputs[name].shape[axis] for _, name, axis in condition.sizes}
+        if not condition.holds(sizes):
+            raise condition.refusal(sizes)
+
+
+def _check_dimension(name: str, array: Array, axis: int) -> None:
+    """Raise for an input that lacks a dimension."""
+    if array.ndim <= axis:
+        dimensions = f"{array.ndim} dimensions; expected {axis + 1} at least"
+        raise LoraFxError(f"input {name!r} has {dimensions}", "give arrays as the model takes them")
+
+
+def ort_values(tensors: Mapping[str, Array], device: str = "cpu") -> Json:
+    """The arrays as OrtValues on a device, by name."""
+    from onnxruntime import OrtValue
+
+    values = {}
+    for name, tensor in tensors.items():
+        values[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor), device, 0)
+    return values

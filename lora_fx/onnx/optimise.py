@@ -1,0 +1,197 @@
+"""Rewrites as transactions: apply to a clone, run it, keep it only where it is the same model.
+
+The rewrites are passes that onnx_ir's own pass manager runs too.
+
+Every stage is compared with the graph that came in, in ONNX Runtime, at all the sizes given; one
+that raises, does not load, changes the inputs or outputs, or differs is rolled back by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from lora_fx.compare import Parity, sizes_text
+from lora_fx.dtypes import Array
+from lora_fx.errors import one_line
+from lora_fx.onnx.bench import time_sessions
+from lora_fx.onnx.candidate_error import Feeds, WorstError, open_model
+from lora_fx.onnx.rewrites.delta_before_bias import DeltaBeforeBias
+from lora_fx.onnx.rewrites.gemm_to_matmul import GemmToMatMul
+from lora_fx.onnx.rewrites.onnxscript_passes import FoldConstants, FuseForRuntime
+from lora_fx.onnx.rewrites.split_skip_norm import SplitSkipNorm
+from lora_fx.onnx.save import weight_bytes
+from lora_fx.onnx.session import RuntimeSession
+from lora_fx.text import Json
+
+Rewrite = Callable[[ir.Model], ir.passes.PassResult]
+STAGES: Mapping[str, Rewrite] = {
+    "dead nodes": RemoveUnusedNodesPass(),  # the runtime would run them
+    "gemm to matmul": GemmToMatMul(),
+    "delta before bias": DeltaBeforeBias(),
+    "onnxscript optimizer": FoldConstants(),
+    "runtime fusions": FuseForRuntime(),
+}
+CPU_STAGES: Mapping[str, Rewrite] = {"sums and norms apart": SplitSkipNorm()}
+"""After the others, where the graph runs on the CPU."""
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class RewriteStage:
+    """What became of one rewrite.
+
+    Attributes:
+        name: The name of the stage.
+        kept: Whether the graph keeps what the rewrite changed.
+        why: Why it was rolled back; empty where it was kept.
+        nodes: The number of nodes after the rewrite, even where it was rolled back.
+        bytes: The number of bytes of the weights then.
+        seconds: Median CPU of one run at the first size, one thread; None where it was not run.
+        ratio: Those seconds over the time of the graph that came in, in the same rounds.
+        error: Largest max|a − b| / max|b| to the graph that came in; None where it was not run.
+    """
+
+    name: str
+    kept: bool
+    why: str
+    nodes: int
+    bytes: int
+    seconds: float | None = None
+    ratio: float | None = None
+    error: float | None = None
+
+    def to_json(self) -> Json:
+        """One row of `stages[]`."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        """One line."""
+        text = f"{self.name}: {self.nodes} nodes, {self.bytes} bytes"
+        if self.error is not None:
+            text += f", rel {self.error:.2e}"
+        if self.seconds is not None and self.ratio is not None:
+            text += f", {self.seconds * 1e3:.2f} ms ({self.ratio:.2f} of before)"
+        if not self.kept:
+            text += f"; rolled back: {self.why}"
+        return text
+
+
+def apply_stages(
+    model: ir.Model,
+    feeds: Feeds,
+    stages: Mapping[str, Rewrite] | None = None,
+    provider: str = "cpu",
+) -> tuple[ir.Model, list[RewriteStage]]:
+    """The model after the stages that held, and a row for every stage that changed something.
+
+    Args:
+        model: Not changed.
+        feeds: Inputs by name, one mapping a size; two sizes or more unless the model has one.
+        stages: Name → rewrite, in order; None means STAGES, and CPU_STAGES on the CPU.
+        provider: auto, cpu or cuda.
+    """
+    error = WorstError(model, feeds, provider)
+    if stages is None and error.base.provider == "cpu":
+        stages = {**STAGES, **CPU_STAGES}
+    elif stages is None:
+        stages = STAGES
+
+    rows: list[RewriteStage] = []
+    for name, rewrite in stages.items():
+        candidate = model.clone()
+        trial = _try(rewrite, model, candidate, error, provider)
+        if trial is None:
+            continue
+        row = RewriteStage(
+            name,
+            kept=not trial.failure,
+            why=trial.failure,
+            nodes=sum(1 for _ in candidate.graph.all_nodes()),
+            bytes=weight_bytes(candidate),
+            error=trial.error,
+        )
+        if trial.session is not None:
+            row = _timed(row, error.base, trial.session, feeds[0])
+            model = candidate
+        rows.append(row)
+    return model, rows
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The result of a rewrite that changed something.
+
+    Attributes:
+        failure: Why the candidate is rolled back; empty where it is kept.
+        error: Its largest difference; None where it was not compared, or is not finite.
+        session: Its session; None where it is rolled back.
+    """
+
+    failure: str = ""
+    error: float | None = None
+    session: RuntimeSession | None = None
+
+
+def _try(
+    rewrite: Rewrite, model: ir.Model, candidate: ir.Model, error: WorstError, provider: str
+) -> _Trial | None:
+    """Rewrite a clone of a model and compare it; None where the rewrite changes nothing.
+
+    Args:
+        rewrite: What edits the candidate.
+        model: The model as it was before this stage.
+        candidate: Its clone.
+        error: The comparison with the model that came in, before all stages.
+        provider: Where the candidate runs.
+    """
+    try:
+        if not rewrite(candidate).modified:
+            return None
+        changed_names = _changed_names(model, candidate)
+        if changed_names:
+            return _Trial(changed_names)
+        session = open_model(candidate, provider)
+        parities = error.compared(session)
+        worst = max(parity.rel for parity in parities)
+    except Exception as e:  # a library's rewrite may raise anything; so may the runtime
+        return _Trial(one_line(e, 160) or type(e).__name__)
+
+    finite = worst if math.isfinite(worst) else None
+    for parity in parities:
+        if not parity.ok:
+            return _Trial(_over_the_gate(parity), finite)
+    return _Trial(error=finite, session=session)
+
+
+def _changed_names(before: ir.Model, after: ir.Model) -> str:
+    """Which inputs or outputs a rewrite changed; empty where it changed none."""
+    for what in ("inputs", "outputs"):
+        names_before = [value.name for value in getattr(before.graph, what)]
+        names_after = [value.name for value in getattr(after.graph, what)]
+        if names_before != names_after:
+            missing = [str(name) for name in names_before if name not in names_after]
+            return f"it changes the {what}: {', '.join(missing) or 'their order'}"
+    return ""
+
+
+def _over_the_gate(parity: Parity) -> str:
+    """Where an output differs by more than the gate."""
+    return (
+        f"output {parity.output!r} at {sizes_text(parity.sizes)}: rel {parity.rel:.2e}, "
+        f"the gate is {parity.tol:.1e}"
+    )
+
+
+def _timed(
+    row: RewriteStage, base: RuntimeSession, session: RuntimeSession, feed: Mapping[str, Array]
+) -> RewriteStage:
+    """The row of a stage with the time of its candidate, beside that of the base."""
+    sessions = {"base": base, "new": session}
+    timings = time_sessions(sessions, dict.fromkeys(sessions, feed), ROUNDS, 1)
+    cpu = timings.rows()[1]["cpu"]
+    return replace(row, seconds=cpu["median"], ratio=cpu["ratio"])

@@ -1,0 +1,136 @@
+"""How the rows of a batch read their factors: one pair each, or all those in use side by side.
+
+    x [b, m, in] · Aᵀ [g, in, k·r] ⊙ mask [b, 1, k·r] · B [g, k·r, out]
+
+With g = b and k = 1 every row has its own pair: b small products, and b copies of factors. With
+g = 1 and k = u, the number of different adapters in this batch, all rows share one product with
+all of them, and the mask leaves each row its own: u times the arithmetic, u copies. Which one is
+a matter of sizes, so one graph does both, and decides by its inputs: u·(u − 1)·m ≤ 5·b, where m
+is the positions of a row. So a batch of one adapter, and steps of a few tokens with a few
+adapters, share. Uses of one x (query, key, value) share the product with A too: their tables lie
+below each other in one Gather, and the masked product is split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.dtypes import Array
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.graph.emitter import OnnxEmitter
+
+LIMIT = 5
+"""Below it sharing is cheaper: there u adapters' products cost what b copies do. Measured on BERT,
+256 wide, rank 8, with 4 to 32 rows of 1 to 128 tokens."""
+NAME = "adapter_rows"
+"""How the names of these nodes begin."""
+
+
+class RowAdapters(OnnxEmitter):
+    """Which adapter each row has, and the nodes that decide, before everything that reads them.
+
+    Args:
+        first: The emitter before all nodes of the graph, whose inputs the next two are.
+        ids: The adapters' numbers, checked, [batch].
+        count: How many adapters there are, the base among them.
+        scales: Weights by row [batch]; None where the graph has no such input.
+        batch: The symbol of the batch dimension.
+        outside: Which rows ask for an adapter that is none, bool [batch].
+    """
+
+    def __init__(
+        self,
+        first: OnnxEmitter,
+        ids: ir.Value,
+        count: int,
+        scales: ir.Value | None,
+        batch: str,
+        outside: ir.Value,
+    ) -> None:
+        super().__init__(first.owner, first.node, NAME, before=True)
+        self._emitted: dict[tuple[object, ...], ir.Value] = {}
+        self.products: dict[tuple[object, ...], list[ir.Value]] = {}
+        self.ids = ids
+        self.count = count
+        self.scales = scales
+        self.outside = outside
+        self.size = self.call("Shape", ids)
+
+        # u·(u − 1)·m > 5·b: every row reads its own pair, by_row; else all read those in use.
+        (used_ids,) = self.results("Unique", ids, count=1)
+        used_count = self.call("Shape", used_ids)
+        one = self._ints(1)
+        pairs = self.call("Mul", used_count, self.call("Sub", used_count, one))
+        shared_cost = self.call("Mul", pairs, self._positions(batch))
+        copied_cost = self.call("Mul", self.size, self._ints(LIMIT))
+        by_row = self.call("Greater", shared_cost, copied_cost)
+
+        # The ids that are read, [g · k]: those of the rows stand behind those in use.
+        begin = self.call("Where", by_row, used_count, self._ints(0))
+        end = self.call("Where", by_row, self._ints(np.iinfo(np.int64).max), used_count)
+        self._groups = self.call("Where", by_row, self.size, one)
+        read_ids = self.call("Slice", self.call("Concat", used_ids, ids, axis=0), begin, end)
+        self._read_ids = self.call("Reshape", read_ids, self._shape(-1, 1))
+        self._column = self.call("Reshape", ids, self._ints(-1, 1, 1))
+
+    def rows(self, rank: int, tables: int = 1) -> ir.Value:
+        """Which rows of tables [n·rank, …] below each other are read: int64 [g, tables·k·rank]."""
+        key = ("rows", rank, tables)
+        if key not in self._emitted:
+            if tables > 1:
+                first_rows = self.call("Reshape", self.rows(rank), self._shape(1, -1))
+                offsets = np.arange(tables)[:, None] * (self.count * rank)
+            else:
+                first_rows = self.call("Mul", self._read_ids, self._ints(rank))
+                offsets = np.arange(rank)
+            numbers = self.call("Add", first_rows, self._constant(offsets))
+            self._emitted[key] = self.call("Reshape", numbers, self._shape(-1))
+        return self._emitted[key]
+
+    def mask(self, rank: int, tables: int = 1) -> ir.Value:
+        """The mask [b, 1, tables·k·rank]: true at a row's own factors."""
+        key = ("mask", rank, tables)
+        if key not in self._emitted:
+            adapter_ids = self.call("Div", self.rows(rank), self._ints(rank))
+            adapter_ids = self.call("Reshape", adapter_ids, self._shape(1, -1))
+            mask = self.call("Equal", self._column, adapter_ids)
+            if tables > 1:
+                mask = self.call("Concat", *[mask] * tables, axis=-1)
+            self._emitted[key] = mask
+        return self._emitted[key]
+
+    def _shape(self, *sizes: int) -> ir.Value:
+        """[g, *sizes] as a shape."""
+        key = ("shape", *sizes)
+        if key not in self._emitted:
+            self._emitted[key] = self.call("Concat", self._groups, self._ints(*sizes), axis=0)
+        return self._emitted[key]
+
+    def _positions(self, batch: str) -> ir.Value:
+        """How many positions a row has, as [1].
+
+        They are counted on the tokens, else on the first input without its last axis.
+        """
+        graph_inputs = self.owner.model.graph.inputs
+        inputs = [value for value in graph_inputs if value.shape and str(value.shape[0]) == batch]
+        integers = (ir.DataType.INT64, ir.DataType.INT32)
+        tokens = [value for value in inputs if value.dtype in integers and value.name != IDS]
+        counted = (tokens or inputs)[0]
+        assert counted.shape is not None
+        end = len(counted.shape)
+        if not tokens:
+            end -= 1
+        if end <= 1:
+            return self._ints(1)
+        sizes = self.call("Slice", self.call("Shape", counted), self._ints(1), self._ints(end))
+        if end == 2:
+            return sizes
+        return self.call("ReduceProd", sizes, keepdims=1)
+
+    def _constant(self, value: Array) -> ir.Value:
+        """The initialiser of a value; equal values have one."""
+        key = (str(value.dtype), value.shape, value.tobytes())
+        if key not in self._emitted:
+            self._emitted[key] = super()._constant(value)
+        return self._emitted[key]

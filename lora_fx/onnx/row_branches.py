@@ -1,0 +1,285 @@
+"""Branches of batch mode, whose factors differ by row.
+
+For a row b of the batch with the adapter i = ids[b], and x seen as [batch, m, in]:
+
+    last    (x @ A[i]ᵀ) @ B[i]              A [n·r, in]    B [n·r, out]    in is the last axis of x
+    middle  B[i] @ (A[i] @ x)               A [n, r, in]   B [n, out, r]   x [batch, in, m]
+    lookup  A[i, x] @ B[i]                  A [n, in, r]   B [n, r, out]   x holds row numbers
+
+A convolution is `middle` over the windows of x, which a depthwise convolution with one-hot kernels
+lays out. (A convolution with the batch as its groups would need a group count known beforehand.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_fx.dtypes import Array, NumpyDtype, numpy_dtype
+from lora_fx.errors import LoraFxError
+from lora_fx.ir.convolution import Conv
+from lora_fx.ir.einsum import Einsum
+from lora_fx.ir.graph import Role, Site
+from lora_fx.ir.kinds import Embedding
+from lora_fx.onnx.flat_rows import keep_zeros
+from lora_fx.onnx.graph.emitter import OnnxEmitter
+from lora_fx.onnx.graph.flow import OnnxWeightUse
+from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
+from lora_fx.onnx.row_adapters import RowAdapters
+from lora_fx.onnx.row_axis import RowAxis
+
+
+def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
+    """The form of a use: last, middle or lookup.
+
+    Args:
+        use: The use of a weight.
+        rows: Where its activation has the rows of the batch.
+
+    Raises:
+        LoraFxError: Rows cannot be told apart, or the kind of use has no form by row.
+    """
+    site = use.site
+    kind = site.kind
+    where = f"{site.parameter!r} ({site.op}, node {site.id})"
+    modes = "switch" if site.no_fold else "merged or switch"
+    hint = f"exclude the target from the adapters, or use mode {modes}"
+    if site.refusal:
+        raise LoraFxError(f"{where}: {site.refusal}", hint)
+    if rows.lost:
+        raise LoraFxError(f"{where}: its rows are not those of the batch: {rows.lost}", hint)
+    if rows.axis is None:
+        raise LoraFxError(f"{where}: its input is the same for every row of the batch", hint)
+
+    if isinstance(kind, Embedding) and _is_outermost(use.x, rows):
+        return "lookup"
+    if isinstance(kind, Conv) and kind.groups == 1 and rows == RowAxis(0):
+        return "middle"
+    if isinstance(kind, Einsum) and len(site.operand) == 2:
+        if kind.form == "right" and _comes_to_front(use.x, rows):
+            return "last"
+        if kind.form == "left" and rank(use.x) == 3 and rows == RowAxis(0):
+            return "middle"
+    raise LoraFxError(f"{where}: batch mode has no form by row for this use", hint)
+
+
+def _is_outermost(x: ir.Value, rows: RowAxis) -> bool:
+    """Whether the batch is outermost in memory: nothing but axes of size 1 is in front."""
+    in_front = (shape_of(x) or ())[: rows.axis]
+    return not rows.inner and all(size == 1 for size in in_front)
+
+
+def _comes_to_front(x: ir.Value, rows: RowAxis) -> bool:
+    """Whether the rows of x can be brought to the front; its last axis is the one summed."""
+    x_rank = rank(x)
+    if x_rank is None or rows.axis is None or rows.axis >= x_rank - 1:
+        return False
+    return not rows.inner or (rows.axis == 0 and x_rank == 2)
+
+
+class BatchEmitter(OnnxEmitter):
+    """Emits the nodes of one site's branch."""
+
+    def __init__(self, owner: OnnxGraph, site: Site, adapters: RowAdapters, rows: RowAxis) -> None:
+        emitter = owner.emit(site)
+        super().__init__(owner, emitter.node, site.id, emitter.found, before=False)
+        self.site = site
+        self.adapters = adapters
+        self.rows = rows
+
+    def branch(
+        self,
+        form: str,
+        x: ir.Value,
+        a: ir.Value,
+        b: ir.Value,
+        y: ir.Value,
+        tables: Sequence[ir.Value],
+    ) -> ir.Value:
+        """The low-rank part of y, in its shape.
+
+        Args:
+            form: One of the three of the module's docstring.
+            x: The activation.
+            a: The stack of A; see `stack`.
+            b: The stack of B.
+            y: The base's product.
+            tables: The stacks of A of all uses of this x.
+        """
+        if form == "last":
+            return self._last(x, b, y, tables, tables.index(a))
+        b_of_rows = self.call("Gather", b, self.adapters.ids)
+        if form == "lookup":
+            low = self._scaled(self._looked_up(x, a))
+            return self._shaped(self.call("MatMul", low, b_of_rows), y)
+        if isinstance(self.site.kind, Conv):
+            x = self._windows(x)
+        a_of_rows = self.call("Gather", a, self.adapters.ids)
+        low = self._scaled(self.call("MatMul", a_of_rows, x))
+        return self._shaped(self.call("MatMul", b_of_rows, low), y)
+
+    def _last(
+        self, x: ir.Value, b: ir.Value, y: ir.Value, tables: Sequence[ir.Value], number: int
+    ) -> ir.Value:
+        """The delta in the shape of y; rows of x are brought to the front, and those of y back.
+
+        Args:
+            x: The activation.
+            b: The stack of B.
+            y: The base's product.
+            tables: The stacks of A of all uses of this x, which share a product.
+            number: The place of this use's A among them.
+        """
+        assert b.shape is not None
+        low_rank = int(b.shape.numpy()[0]) // self.adapters.count
+        products = self._products(x, tables, low_rank)
+        b_of_rows = self.call("Gather", b, self.adapters.rows(low_rank))
+        delta = self.call("MatMul", products[number], b_of_rows)
+
+        order = self._batch_first(x)
+        if order[0] == 0:
+            return delta if self._has_matrices(order) else self._shaped(delta, y)
+        if not self._has_matrices(order):
+            sizes = self.call("Gather", self.call("Shape", x), self._ints(*order[:-1]))
+            sizes = self.call("Concat", sizes, self._ints(-1), axis=0)
+            delta = self.call("Reshape", delta, sizes)
+        back = [order.index(axis) for axis in range(len(order))]
+        delta = self.call("Transpose", delta, perm=back)
+        return self._shaped(delta, y) if self.rows.inner else delta
+
+    def _batch_first(self, x: ir.Value) -> list[int]:
+        """The axes of x, the batch in front; of [k · batch, in], those of [k, batch, in]."""
+        if self.rows.inner:
+            return [1, 0, 2]
+        x_rank = rank(x)
+        batch = self.rows.axis
+        assert x_rank is not None and batch is not None
+        return [batch, *(axis for axis in range(x_rank) if axis != batch)]
+
+    def _has_matrices(self, order: list[int]) -> bool:
+        """Whether x is [batch, m, in] once its axes are in order."""
+        return len(order) == 3 and (self.rows.exact or self.rows.inner)
+
+    def _products(self, x: ir.Value, tables: Sequence[ir.Value], low_rank: int) -> list[ir.Value]:
+        """Products x · Aᵀ with each of the tables, weighted; the uses of one x make them once."""
+        # A branch of an If sees nothing of the other.
+        body = self.found and self.found.node.graph
+        products = self.adapters.products.setdefault((body, x, *tables), [])
+        if products:
+            return products
+        order = self._batch_first(x)
+        dtype = numpy_dtype(dtype_name(x) or "float32")
+        width = self.site.operand[self.site.kind.axes(self.site.operand).in_[0]]
+        if self.rows.inner:
+            minus_one = self._ints(-1)
+            sizes = self.call("Concat", minus_one, self.adapters.size, self._ints(width), axis=0)
+            x = self.call("Reshape", x, sizes)
+        matrices = self.call("Transpose", x, perm=order) if order[0] else x
+        if not self._has_matrices(order):
+            matrices = self.call("Reshape", matrices, self._sizes(-1, width))
+
+        table = tables[0]
+        if len(tables) > 1:  # the runtime joins initialisers when it loads them
+            table = self.call("Concat", *tables, axis=0)
+        a = self.call("Gather", table, self.adapters.rows(low_rank, len(tables)))
+        product = self.call("MatMul", matrices, self.call("Transpose", a, perm=[0, 2, 1]))
+        # no product with 0: an Inf of another adapter would be this row's NaN
+        zero = self._constant(np.array(0, dtype))
+        mask = self.adapters.mask(low_rank, len(tables))
+        product = self._scaled(self.call("Where", mask, product, zero), x)
+        if len(tables) > 1:
+            products += self._split(product, len(tables))
+        else:
+            products.append(product)
+        return products
+
+    def _split(self, value: ir.Value, count: int) -> list[ir.Value]:
+        """Equal parts along the last axis."""
+        attributes = {"axis": -1}
+        if self.owner.model.opset_imports.get("", 0) >= 18:
+            attributes["num_outputs"] = count
+        return self.results("Split", value, count=count, **attributes)
+
+    def _sizes(self, *sizes_of_a_row: int) -> ir.Value:
+        """[batch, *sizes_of_a_row] as a shape."""
+        return self.call("Concat", self.adapters.size, self._ints(*sizes_of_a_row), axis=0)
+
+    def _shaped(self, delta: ir.Value, y: ir.Value) -> ir.Value:
+        shape = self.call("Shape", y)
+        return self.call("Reshape", delta, shape, **keep_zeros(self.owner))
+
+    def _scaled(self, value: ir.Value, like: ir.Value | None = None) -> ir.Value:
+        """A value [batch, …, …] times the weight of each row, in the dtype of `like` or its own."""
+        if self.adapters.scales is None:
+            return value
+        factor = self.call("Reshape", self.adapters.scales, self._ints(-1, 1, 1))
+        return self.call("Mul", value, self.op("cast_like", factor, like or value))
+
+    def _looked_up(self, x: ir.Value, a: ir.Value) -> ir.Value:
+        """The rows A[ids[b], x[b, j]] as [batch, m, r], looked up in A as one long table."""
+        assert a.shape is not None
+        row_count = self.site.operand[0]
+        table = self.call("Reshape", a, self._ints(-1, int(a.shape.numpy()[2])))
+        tokens = self.call("Cast", x, to=int(ir.DataType.INT64))
+        tokens = self.call("Reshape", tokens, self._sizes(-1))
+        tokens = self.call("Mod", tokens, self._ints(row_count))  # negative ones count from the end
+        ids = self.call("Reshape", self.adapters.ids, self._ints(-1, 1))
+        starts = self.call("Mul", ids, self._ints(row_count))
+        return self.call("Gather", table, self.call("Add", tokens, starts))
+
+    def _windows(self, x: ir.Value) -> ir.Value:
+        """The windows of x [batch, C, *size] as [batch, C·∏kernel, positions of y]."""
+        assert self.found is not None
+        channels = self.site.operand[1]
+        kernel = self.site.operand[2:]
+        size = math.prod(kernel)
+        attributes = self.found.node.attributes
+        has_stride = set(attributes.get_ints("strides", (1,))) != {1}
+        has_pads = any(attributes.get_ints("pads", ()))
+        if size != 1 or has_stride or has_pads:
+            one_hot = np.eye(size, dtype=np.float32).reshape(size, 1, *kernel)
+            kernels = np.tile(one_hot, (channels, *(1 for _ in one_hot.shape[1:])))
+            dtype = numpy_dtype(dtype_name(x) or "float32")
+            name = f"{self.site.id}_lora_windows"
+            w = self.parameter(name, kernels.astype(dtype), Role.FROZEN)
+            depthwise = {**attributes, "group": channels, "kernel_shape": list(kernel)}
+            x = self.call("Conv", x, w, **depthwise)
+        return self.call("Reshape", x, self._sizes(channels * size, -1))
+
+
+def stack(
+    updates: Sequence[tuple[Array, Array] | None], form: str, dtype: NumpyDtype
+) -> tuple[Array, Array]:
+    """Factors [rank, in] and [out, rank] of every adapter, as stacks; entry 0 is zeros.
+
+    Args:
+        updates: One entry for each adapter, None where it has no update of this use; the scale is
+            in b.
+        form: One of the three of the module's docstring.
+        dtype: The dtype of the result.
+    """
+    pairs = [update for update in updates if update is not None]
+    rank = max(a.shape[0] for a, _ in pairs)
+    first_a, first_b = pairs[0]
+    stack_a = np.zeros((len(updates) + 1, rank, first_a.shape[1]), np.float32)
+    stack_b = np.zeros((len(updates) + 1, first_b.shape[0], rank), np.float32)
+    for number, update in enumerate(updates, 1):
+        if update is not None:
+            a, b = update
+            stack_a[number, : a.shape[0]] = a
+            stack_b[number, :, : b.shape[1]] = b
+
+    if form == "lookup":
+        stack_a = stack_a.transpose(0, 2, 1)
+    if form != "middle":
+        stack_b = stack_b.transpose(0, 2, 1)
+    if form == "last":
+        stack_a = stack_a.reshape(-1, stack_a.shape[-1])
+        stack_b = stack_b.reshape(-1, stack_b.shape[-1])
+    stack_a = np.ascontiguousarray(stack_a.astype(dtype))
+    stack_b = np.ascontiguousarray(stack_b.astype(dtype))
+    return stack_a, stack_b

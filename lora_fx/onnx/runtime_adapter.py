@@ -1,0 +1,138 @@
+"""The tensors of an .onnx_adapter file, read and written by ONNX Runtime.
+
+`AdapterFormat.set_parameters` keeps pointers into the arrays: where those are gone before
+`export_adapter`, the file holds garbage and nothing says so. So `write_file` keeps the arrays until
+the file is written, reads the file back and compares. bfloat16 has no numpy type in the runtime, so
+it goes as bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.dtypes import Array
+from lora_fx.errors import LoraFxError, one_line, retold
+from lora_fx.files.read import open_input
+from lora_fx.onnx.manifest import Manifest
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+SERVED = int.from_bytes(b"LFX1")
+"""The adapter_version of files with A [*batch, in, rank] and B [*batch, rank, out], as a graph's
+inputs have them: a file of the runtime has room for no other mark."""
+_BF16 = 16
+"""The number of BFLOAT16 in onnx.TensorProto.DataType."""
+
+
+def read_file(path: Path) -> tuple[dict[str, Array], dict[str, int]]:
+    """The tensors by name, in name order, and adapter_version and model_version.
+
+    Raises:
+        LoraFxError: Not there, not such a file, or damaged.
+    """
+    from onnxruntime import AdapterFormat
+
+    open_input(path).close()  # the runtime calls a file that is not there damaged
+    damaged = f"{path}: a damaged ONNX Runtime adapter"
+    hint = "the download or copy may be incomplete; fetch the file again"
+    with retold(damaged, hint, (RuntimeError, ValueError)):
+        file = AdapterFormat.read_adapter(str(path))
+        values = file.get_parameters()
+        tensors = {name: _array(values[name]) for name in sorted(values)}
+    versions = {
+        "adapter_version": int(file.get_adapter_version()),
+        "model_version": int(file.get_model_version()),
+    }
+    return tensors, versions
+
+
+def write_file(path: Path, tensors: Mapping[str, Array], versions: Mapping[str, int]) -> None:
+    """Write a file and compare what it reads back as, bit by bit.
+
+    Args:
+        path: The file to create.
+        tensors: Arrays by name.
+        versions: adapter_version and model_version.
+
+    Raises:
+        LoraFxError: The file does not hold what was given.
+    """
+    from onnxruntime import AdapterFormat, OrtValue
+
+    # both dicts live until the file is written: see the top of this module
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    bits = {
+        name: array.view(np.uint16)
+        for name, array in arrays.items()
+        if array.dtype == ml_dtypes.bfloat16
+    }
+    values = {
+        name: OrtValue.ortvalue_from_numpy(array)
+        for name, array in arrays.items()
+        if name not in bits
+    }
+    for name, array in bits.items():
+        values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BF16)
+
+    file = AdapterFormat()
+    file.set_adapter_version(versions["adapter_version"])
+    file.set_model_version(versions["model_version"])
+    file.set_parameters(values)
+    try:
+        file.export_adapter(str(path))
+        read_back, _ = read_file(path)
+    except (RuntimeError, LoraFxError) as error:
+        _refuse_full_disk(path, 65_536 + sum(array.nbytes for array in arrays.values()))
+        raise LoraFxError(
+            f"{path.name}: ONNX Runtime cannot write it: {one_line(error, 160)}",
+            "is there space and access?",
+        ) from error
+
+    for name, array in arrays.items():
+        if not _same_bits(read_back.get(name), array):
+            raise LoraFxError(
+                f"{path}: tensor {name!r} does not read back as it was written",
+                "is the disk full? write it again",
+            )
+
+
+def _same_bits(read: Array | None, written: Array) -> bool:
+    """Whether an array was read, with the dtype and the bytes that were written."""
+    if read is None or read.dtype != written.dtype:
+        return False
+    return bool(read.tobytes() == written.tobytes())
+
+
+def write_adapter(adapter: Adapter, manifest: Manifest, path: Path) -> None:
+    """Write an .onnx_adapter for the file that the manifest is of."""
+    write_file(path, manifest.tensors(adapter), {"adapter_version": SERVED, "model_version": 1})
+
+
+def _refuse_full_disk(path: Path, size: int) -> None:
+    """Write so many bytes at a path, to learn why the runtime could not: its error does not say.
+
+    Raises:
+        OSError: The system cannot write them.
+    """
+    with open(path, "wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _array(value: ort.OrtValue) -> Array:
+    """A copy of a value of the runtime, which owns its memory."""
+    if value.data_type() != "tensor(bfloat16)":
+        return np.array(value.numpy())
+    data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    return np.frombuffer(data, ml_dtypes.bfloat16).reshape(value.shape()).copy()
