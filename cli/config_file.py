@@ -22,7 +22,8 @@ from lora_fx.cli.options import GIVEN
 from lora_fx.cli.output import note, say
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.files.read import read_toml, remember
+from lora_fx.files.run_files import remember
+from lora_fx.files.strict_toml import read_toml
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, some
 
 OWN = ("config", "save_config")

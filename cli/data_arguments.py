@@ -23,7 +23,7 @@ BATCH = 32
 
 def load_npz(path: str | None) -> Json:
     """Arrays of an --inputs file by name; empty without one."""
-    from lora_fx.data import read_npz
+    from lora_fx.data_files import read_npz
 
     if not path:
         return {}
@@ -90,7 +90,7 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
         options: What is held out, and the names of columns.
         seed: That of the draw of examples that are held out.
     """
-    from lora_fx.data import alike, repeated, split
+    from lora_fx.held_out import alike, repeated, split
 
     table = training_data(data, cap, options.label, options.max_length)
     refuse_row_labels(table, cap, data, options.loss)

@@ -20,7 +20,8 @@ from lora_fx.cli.output import note, result
 from lora_fx.cli.result_page import check_page, write_page
 from lora_fx.errors import LoraFxError, one_line, refuse_no_say
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, trusting
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import remember
 from lora_fx.progress import stage
 from lora_fx.text import JsonView, is_whole
 

@@ -15,8 +15,8 @@ from lora_fx.cli.output import echo, result, show
 from lora_fx.cli.streams import open_streams
 from lora_fx.cli.termination import stopping
 from lora_fx.errors import LoraFxError, Terminated, explain, one_line
-from lora_fx.files.atomic import sweep
-from lora_fx.files.read import Remembered, remembering
+from lora_fx.files.leftovers import sweep
+from lora_fx.files.run_files import Remembered, remembering
 from lora_fx.text import near
 
 

@@ -52,7 +52,7 @@ def command(
     """
     from lora_fx.adapter.starts import OF_DATA
     from lora_fx.files.atomic import check_output, replacing
-    from lora_fx.files.read import inputs_are_in_memory
+    from lora_fx.files.run_files import inputs_are_in_memory
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit

@@ -6,12 +6,6 @@ into input_ids and attention_mask. Keys are the names of the model's arguments.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
-import os
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_fx.data_files import READERS, numbers_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, expect_file, expect_name, near_path, one_line
-from lora_fx.files.read import json_object, open_input, read_text
-from lora_fx.text import Json, StrPath, some
 
 Tokenizer = Callable[[list[str]], Mapping[str, Array]]
-Reader = Callable[[str], Mapping[str, object]]
-
-
-MAX_GROWTH, MIB = 100, 1 << 20
-"""Times its size, or a MiB's, that an .npz may unpack to."""
 LABELS = ("labels", "label", "y", "target")
+"""The usual names of the column to predict."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +36,26 @@ class Table:
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(next(iter(self.columns.values()))) if self.columns else 0
+        if not self.columns:
+            return 0
+        return len(next(iter(self.columns.values())))
 
     def rows(self, index: npt.ArrayLike) -> Table:
         """The examples of an index, in its order."""
-        return replace(self, columns={k: v[np.asarray(index)] for k, v in self.columns.items()})
+        columns = {name: array[np.asarray(index)] for name, array in self.columns.items()}
+        return replace(self, columns=columns)
 
     def trimmed(self) -> Table:
-        """Without the columns of padding that no example needs (right padding only)."""
+        """The examples without the columns of padding that none needs (right padding only)."""
         mask = self.columns.get("attention_mask")
         if mask is None or mask.ndim != 2 or mask.dtype.kind not in "iub":
             return self
         width = int(np.flatnonzero(mask.any(0)).max(initial=0)) + 1
-        alike = ((k, v) for k, v in self.columns.items() if v.shape == mask.shape)
-        cut = {k: v[:, :width] for k, v in alike if v.dtype.kind in "iub"}
-        return replace(self, columns={**self.columns, **cut})
+        columns = dict(self.columns)
+        for name, array in self.columns.items():
+            if array.shape == mask.shape and array.dtype.kind in "iub":
+                columns[name] = array[:, :width]
+        return replace(self, columns=columns)
 
     def count(self, size: int) -> int:
         """Batches in a pass over the examples."""
@@ -82,7 +76,7 @@ class Buckets:
 
     @property
     def columns(self) -> Mapping[str, Array]:
-        """Those of the first batch."""
+        """The columns of the first batch."""
         return self.tables[0].columns
 
     @property
@@ -92,7 +86,7 @@ class Buckets:
 
     def __len__(self) -> int:
         """Number of examples."""
-        return sum(len(t) for t in self.tables)
+        return sum(len(table) for table in self.tables)
 
     def count(self, size: int) -> int:
         """Batches in a pass over the examples, whatever `size` says."""
@@ -100,76 +94,16 @@ class Buckets:
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Table]:
         """The batches as they were made, whatever `size` says."""
-        for i in _order(len(self.tables), seed):
-            yield self.tables[int(i)]
+        for number in _order(len(self.tables), seed):
+            yield self.tables[int(number)]
 
 
 def _order(count: int, seed: int | None) -> Array:
+    """The numbers below `count` in order, or shuffled by a seed."""
     order = np.arange(count)
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
     return order
-
-
-def split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """(training, validation): `share` of the examples held out, of every label in its share.
-
-    Whole numbers are labels where they repeat: twice on average. Labels with a single example
-    stay in training.
-    """
-    order = np.random.default_rng(seed).permutation(len(table))
-    count = min(len(table) - 1, max(1, round(share * len(table)))) if share else 0
-    labels = table.columns.get(table.label)
-    single = np.zeros(len(table), bool)
-    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu":
-        _, number, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        if 2 * len(counts) <= len(labels):
-            order = order[np.argsort(number[order], kind="stable")]
-            single = counts[number] == 1
-    held = order[((np.arange(count) + 0.5) * len(table) / max(1, count)).astype(int)]
-    held = np.sort(held[~single[held]])
-    return table.rows(np.setdiff1d(np.arange(len(table)), held)), table.rows(held)
-
-
-def alike(held_out: Table, training: Table, path: str, data: str) -> Table:
-    """Held-out examples of a file of their own.
-
-    Raises:
-        LoraFxError: They have other columns than the training's, or labels that it has not.
-    """
-    there, here = ([*sorted(t.columns), *t.words] for t in (held_out, training))
-    same = sorted(held_out.columns) == sorted(training.columns)
-    strangers = [repr(word) for word in held_out.words if word not in training.words]
-    if same and training.words and strangers and max(len(there), len(here)) > 8:
-        raise LoraFxError(
-            f"{path}: column {training.label!r} has {some(strangers, 4)}; expected labels that "
-            f"{data} has",
-            "no label may be new in held-out examples",
-        )
-    if not same or strangers or bool(held_out.words) != bool(training.words):
-        raise LoraFxError(
-            f"{path} has {some(there, 8)}; expected {some(here, 8)}, as {data} has",
-            "both need the same columns, and no label may be new",
-        )
-    places = [training.words.index(word) for word in held_out.words]
-    if not places:
-        return held_out
-    labels = np.array(places)[held_out.columns[held_out.label]]
-    made = {**held_out.columns, held_out.label: labels}
-    return replace(held_out, columns=made, words=training.words)
-
-
-def repeated(held_out: Table, training: Table) -> int:
-    """How many held-out examples are trained on too: their inputs, whatever is padded with 0."""
-    known = set(_inputs(training))
-    return sum(key in known for key in _inputs(held_out))
-
-
-def _inputs(table: Table) -> list[int]:
-    """A hash of each example's inputs."""
-    columns = [v for k, v in sorted(table.columns.items()) if k != table.label]
-    rows = range(len(table))
-    return [hash(tuple(v[i].tobytes().rstrip(b"\0") for v in columns)) for i in rows]
 
 
 def training_table(
@@ -187,9 +121,9 @@ def training_table(
     Args:
         path: As in read_table, or `module:FUNCTION`.
         inputs: Names of the model's inputs.
-        call: What calls the function that such a text names.
-        label: As in read_table, like tokenizer.
-        tokenizer: Texts → columns.
+        call: Calls the function that such a text names.
+        label: The column to predict, as in read_table.
+        tokenizer: Texts → columns, as in read_table.
     """
     if path.startswith("hf:"):
         hint = "hf download ORG/NAME --repo-type dataset --local-dir DIR, then give a file in DIR"
@@ -198,13 +132,13 @@ def training_table(
         table = table_of(call(path), path, label=label, tokenizer=tokenizer)
     else:
         table = read_table(path, label=label, tokenizer=tokenizer)
-    names = [n for n in table.columns if n != table.label]
+    names = [name for name in table.columns if name != table.label]
     if not names:
         raise LoraFxError(
             f"{path}: no column but {table.label!r}", f"the model takes {', '.join(inputs)}"
         )
-    tabular = len(inputs) == 1 and not set(names) & set(inputs)
-    if tabular and all(table.columns[n].ndim == 1 for n in names):
+    is_tabular = len(inputs) == 1 and not set(names) & set(inputs)
+    if is_tabular and all(table.columns[name].ndim == 1 for name in names):
         return replace(table, columns=features(table.columns, table.label, inputs[0]))
     return table
 
@@ -235,11 +169,15 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
 
     Args:
         raw: Columns by name, or batches of them.
-        where: What to call it in an error.
-        label: As in read_table.
-        tokenizer: As in read_table.
+        where: The name of the data in errors.
+        label: The column to predict, as in read_table.
+        tokenizer: Texts → columns, as in read_table.
+
+    Raises:
+        LoraFxError: Names the column, and the row where there is one.
     """
-    raw = raw if isinstance(raw, Mapping) else _joined(raw, where)
+    if not isinstance(raw, Mapping):
+        raw = _joined(raw, where)
     for name, values in raw.items():
         if not hasattr(values, "__len__") or getattr(values, "shape", None) == ():
             raise LoraFxError(f"{where}: column {name!r} has no rows", "one row an example")
@@ -247,169 +185,119 @@ def table_of(raw: Any, where: str, *, label: str = "", tokenizer: Tokenizer | No
         raise LoraFxError(f"{where}: no rows", "there is nothing to train on")
     if label:
         expect_name(label, raw, f"{where}: no column", f"the columns are {', '.join(raw)}")
-    label = label or next((n for n in LABELS if n in raw), "")
-    lengths = {k: len(v) for k, v in raw.items()}
+    else:
+        label = next((name for name in LABELS if name in raw), "")
+    lengths = {name: len(values) for name, values in raw.items()}
     if len(set(lengths.values())) > 1:
         raise LoraFxError(f"{where}: columns of different lengths: {lengths}", "one row an example")
+
     columns: dict[str, Array] = {}
-    texts: list[str] = []
+    names_of_texts: list[str] = []
     words: tuple[str, ...] = ()
     for name, values in raw.items():
-        numeric = isinstance(values, np.ndarray) and values.dtype.kind != "U"
-        is_text = [False] if numeric else [isinstance(v, str) for v in values]
-        if any(is_text) and not all(is_text):
-            row = is_text.index(not is_text[0])
-            raise LoraFxError(
-                f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
-                f"and {_kind(values[row])} in row {row + 1}",
-                "a column is all text or all numbers",
-            )
-        if name == label and all(is_text):
-            found, columns[name] = np.unique(np.asarray(values, str), return_inverse=True)
-            words = tuple(str(w) for w in found)
-        elif all(is_text):
-            texts.append(name)
-        else:
+        if not _are_texts(values, where, name):
             columns[name] = _array(values, where, name)
-    if texts:
-        if tokenizer is None:
-            values = raw[texts[0]]
-            row = next((i for i, v in enumerate(values) if isinstance(_numbers([v])[0], str)), 0)
-            raise LoraFxError(
-                f"{where}: column {texts[0]!r} is text (row {row + 1}: "
-                f"{one_line(repr(str(values[row])), 40)}) and the model has no tokenizer",
-                "use a Hugging Face folder with a tokenizer, or numeric columns",
-            )
-        joined = [" ".join(raw[n][i] for n in texts) for i in range(lengths[texts[0]])]
-        columns.update(tokenizer(joined))
+        elif name == label:
+            unique_words, columns[name] = np.unique(np.asarray(values, str), return_inverse=True)
+            words = tuple(str(word) for word in unique_words)
+        else:
+            names_of_texts.append(name)
+    if names_of_texts:
+        texts = {name: raw[name] for name in names_of_texts}
+        columns.update(_tokenised(texts, where, tokenizer))
     return Table(columns, label, words)
 
 
-def _joined(batches: Any, where: str) -> dict[str, object]:
+def _joined(raw: Any, where: str) -> dict[str, list[object]]:
     """Batches (dictionaries with the same keys) as one dictionary of columns."""
     try:
-        parts = list(batches)
+        batches = list(raw)
     except TypeError:
-        parts = [batches]
-    for i, part in enumerate(parts):
-        if not isinstance(part, Mapping) or set(part) != set(parts[0]):
+        batches = [raw]
+    for number, batch in enumerate(batches, 1):
+        if not isinstance(batch, Mapping) or set(batch) != set(batches[0]):
             raise LoraFxError(
-                f"{where}: item {i + 1} is no dictionary with the keys of the first",
+                f"{where}: item {number} is no dictionary with the keys of the first",
                 "a loader returns columns by name, or batches of them",
             )
-    return {k: [row for part in parts for row in part[k]] for k in (parts[0] if parts else ())}
+    columns: dict[str, list[object]] = {}
+    for batch in batches:
+        for name in batches[0]:
+            columns.setdefault(name, []).extend(batch[name])
+    return columns
+
+
+def _are_texts(values: Any, where: str, name: str) -> bool:
+    """True for a column of texts.
+
+    Raises:
+        LoraFxError: It has texts and something else.
+    """
+    if isinstance(values, np.ndarray) and values.dtype.kind != "U":
+        return False
+    is_text = [isinstance(value, str) for value in values]
+    if any(is_text) and not all(is_text):
+        row = is_text.index(not is_text[0])
+        raise LoraFxError(
+            f"{where}: column {name!r} is {_kind(values[0])} in row 1 "
+            f"and {_kind(values[row])} in row {row + 1}",
+            "a column is all text or all numbers",
+        )
+    return all(is_text)
 
 
 def _kind(value: object) -> str:
-    return "text" if isinstance(value, str) else "empty" if value is None else "a number"
+    """What a value is, for people."""
+    if isinstance(value, str):
+        return "text"
+    if value is None:
+        return "empty"
+    return "a number"
+
+
+def _tokenised(
+    texts: Mapping[str, Sequence[str]], where: str, tokenizer: Tokenizer | None
+) -> Mapping[str, Array]:
+    """The columns that a tokenizer makes of columns of texts, those of a row joined by spaces."""
+    first_name, first_texts = next(iter(texts.items()))
+    if tokenizer is None:
+        row = _first_row_of_text(first_texts)
+        raise LoraFxError(
+            f"{where}: column {first_name!r} is text (row {row + 1}: "
+            f"{one_line(repr(str(first_texts[row])), 40)}) and the model has no tokenizer",
+            "use a Hugging Face folder with a tokenizer, or numeric columns",
+        )
+    rows = range(len(first_texts))
+    return tokenizer([" ".join(column[row] for column in texts.values()) for row in rows])
+
+
+def _first_row_of_text(texts: Sequence[str]) -> int:
+    """The first row whose text is no number."""
+    for row, text in enumerate(texts):
+        if isinstance(numbers_of([text])[0], str):
+            return row
+    return 0
 
 
 def _array(values: npt.ArrayLike, where: str, name: str) -> Array:
+    """A column of numbers as an array; floats of 64 bits become floats of 32."""
     try:
         array = np.asarray(values)
-    except ValueError as e:
+    except ValueError as error:
         raise LoraFxError(
             f"{where}: column {name!r} has rows of different lengths", "pad them to one length"
-        ) from e
+        ) from error
     if array.dtype.kind not in "iufb":
         raise LoraFxError(f"{where}: column {name!r} is neither numbers nor text", "drop it")
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
 
 
 def features(columns: Mapping[str, Array], label: str, argument: str) -> dict[str, Array]:
     """Numeric columns stacked into one float argument [rows, columns], for tabular models."""
-    rest = [v for k, v in columns.items() if k != label]
-    stacked = np.stack([np.asarray(v, np.float32) for v in rest], 1)
-    return {argument: stacked, **({label: columns[label]} if label else {})}
-
-
-# Readers of data files: each returns columns by name, of arrays or lists, one row an example.
-
-
-def check_unpacked(path: StrPath, hint: str) -> None:
-    """Raise for an archive that unpacks to far more than its size, before anything is unpacked.
-
-    Raises:
-        LoraFxError: More than MAX_GROWTH times its size, or a MiB's.
-        zipfile.BadZipFile: It is no archive.
-    """
-    with open_input(path) as file, zipfile.ZipFile(file) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-        size = os.fstat(file.fileno()).st_size
-    if unpacked > MAX_GROWTH * max(MIB, size):
-        raise LoraFxError(
-            f"{os.fspath(path)}: {unpacked} bytes when unpacked, over {MAX_GROWTH} times its size",
-            hint,
-        )
-
-
-def read_npz(path: str) -> dict[str, Array]:
-    """Arrays of an .npz by name; never unpickles."""
-    try:
-        check_unpacked(path, "numpy.savez writes it without compression")
-        with open_input(path) as file, np.load(file, allow_pickle=False) as data:
-            found = dict(data)
-        if odd := [n for n, v in found.items() if not isinstance(v, np.ndarray)]:
-            raise ValueError(f"its member {odd[0]} is no array")
-        return found
-    except LoraFxError:
-        raise
-    except Exception as e:  # numpy and zipfile raise whatever their parts do
-        raise LoraFxError(
-            f"{path}: not a readable .npz: {one_line(e)}", "numpy.savez makes one"
-        ) from e
-
-
-def json_rows(path: str) -> Iterator[tuple[str, Json]]:
-    """("FILE: line N", object) of every line of a .jsonl file that is not blank.
-
-    Raises:
-        LoraFxError: A line that is not UTF-8, no JSON or no object.
-    """
-    for i, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path}: line {i}"
-            yield where, json_object(line, where, constants=True, hint="one JSON object a line")
-
-
-def _jsonl(path: str) -> dict[str, list[object]]:
-    columns: dict[str, list[object]] = {}
-    for where, row in json_rows(path):
-        if columns and set(row) != set(columns):
-            raise LoraFxError(
-                f"{where} has the keys {sorted(row)}; the first has {sorted(columns)}",
-                "every row needs the same keys",
-            )
-        for k, v in row.items():
-            columns.setdefault(k, []).append(v)
-    return columns
-
-
-def _csv(path: str) -> dict[str, list[object]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    try:
-        names = next(reader, [])
-        rows = list(reader)
-    except csv.Error as e:
-        raise LoraFxError(f"{path}: line {reader.line_num}: {e}", "is it a .csv?") from e
-    twice = next((n for n, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise LoraFxError(f"{path}: two columns are named {twice!r}", "rename one")
-    for i, row in enumerate(rows, 2):
-        if len(row) != len(names):
-            raise LoraFxError(
-                f"{path}: line {i} has {len(row)} fields, the header has {len(names)}",
-                "quote fields that hold commas",
-            )
-    return {n: _numbers([r[j] for r in rows]) for j, n in enumerate(names)}
-
-
-def _numbers(values: Sequence[str]) -> list[object]:
-    """A column as ints, else floats, else the texts."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return [kind(v) for v in values]
-    return list(values)
-
-
-READERS: dict[str, Reader] = {".npz": read_npz, ".jsonl": _jsonl, ".csv": _csv}
+    inputs = [np.asarray(array, np.float32) for name, array in columns.items() if name != label]
+    stacked = {argument: np.stack(inputs, 1)}
+    if label:
+        stacked[label] = columns[label]
+    return stacked

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from lora_fx.python_spelling import in_python
+
 T = TypeVar("T")
 
 
@@ -31,19 +33,20 @@ class LoraFxError(Exception):
     """
 
     def __init__(self, message: str, hint: str, *, exit_code: int = 2) -> None:
-        message, hint = visible(message, lines=True), visible(hint, lines=True)
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = visible(message, lines=True)
+        self.hint = visible(hint, lines=True)
+        super().__init__(self.message)
         self.exit_code = exit_code
         self.told = False  # True once a command has shown it in its JSON
 
     def __str__(self) -> str:
         """Message and hint, as a traceback prints them: options in Python's spelling."""
-        return f"{self.message}\nHint: {in_python(self.hint)}" if self.hint else self.message
+        if not self.hint:
+            return self.message
+        return f"{self.message}\nHint: {in_python(self.hint)}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """As another process gets it: exceptions are made again from `args` otherwise."""
+        """The error as another process gets it: without this, it is made again from `args`."""
         return type(self).__new__, (type(self), self.message), self.__dict__
 
 
@@ -66,12 +69,12 @@ def expect_path(value: object, name: str, hint: str) -> None:
 class NoSay(Generic[T]):
     """Options that have no say where something else was asked for: giving one is an error.
 
-    What permits something (--force, --trust) is no such option: it is given ahead, for what may
-    come. Nor is False for a flag, which asks for nothing.
+    An option that permits something (--force, --trust) is no such option: it is given ahead, for
+    what may come. Nor is a flag that is False, which asks for nothing.
 
     Attributes:
-        options: Their names.
-        where: Whether that was, of all that was asked for.
+        options: The names of the options.
+        where: All that was asked for → whether they have no say there.
         decides: What decides instead, in words that follow "has no say"; `{0}` is all that was
             asked for.
         hint: What to do.
@@ -87,7 +90,7 @@ def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str
     """Refuse the first option that was given and has no say.
 
     Args:
-        rules: Those of the verb.
+        rules: The rules of the verb.
         asked: All that was asked for, defaults among it.
         spelled: The name of each option that was given → how the user writes it.
 
@@ -95,14 +98,14 @@ def refuse_no_say(rules: Iterable[NoSay[T]], asked: T, spelled: Mapping[str, str
         LoraFxError: Names the option, and what decides instead.
     """
     for rule in rules:
-        option = next((spelled[n] for n in rule.options if n in spelled), None)
+        option = next((spelled[name] for name in rule.options if name in spelled), None)
         if option is not None and rule.where(asked):
             raise LoraFxError(f"{option} has no say {rule.decides.format(asked)}", rule.hint)
 
 
 def given_options(asked: Mapping[str, object]) -> dict[str, str]:
     """The names of the options that a public function got, each as Python spells it."""
-    return {name: name for name, v in asked.items() if v is not None and v is not False}
+    return {name: name for name, value in asked.items() if value is not None and value is not False}
 
 
 class CaptureError(LoraFxError):
@@ -139,7 +142,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def stamp(number: int = 1) -> dict[str, int]:
-    """What the JSON of every file of ours begins with: the number of its format.
+    """The beginning of the JSON of every file that lora-fx writes: the number of its format.
 
     lora-fx 0.1 reads `version`, and later ones `format` where it is there.
     """
@@ -147,7 +150,7 @@ def stamp(number: int = 1) -> dict[str, int]:
 
 
 def check_format(data: Mapping[str, object], where: str, known: int = 1) -> None:
-    """Check the number of a file of ours.
+    """Check the number of the format of a file that lora-fx wrote.
 
     Args:
         data: Its JSON, with `format`, or with `version` as 0.1 wrote it.
@@ -177,74 +180,38 @@ def visible(text: object, *, lines: bool = False) -> str:
     direction of reading.
 
     Args:
-        text: What is to be shown.
+        text: The text.
         lines: Ends of lines stay.
 
     >>> visible("a\u202eb\n")
     'a\\u202eb\\u000a'
     """
-    whole = str(text)
-    if whole.isprintable():
-        return whole
-    kept = " \n" if lines else " "
-    return "".join(c if c.isprintable() or c in kept else _code(c) for c in whole)
+    text = str(text)
+    if text.isprintable():
+        return text
+    plain = " \n" if lines else " "
+    return "".join(
+        character if character.isprintable() or character in plain else _code(character)
+        for character in text
+    )
 
 
-def _code(c: str) -> str:
-    if unicodedata.category(c) == "Zs":
-        return c
-    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+def _code(character: str) -> str:
+    """The code of a character that is not printable; a space of any width stays."""
+    if unicodedata.category(character) == "Zs":
+        return character
+    number = ord(character)
+    if number < 0x10000:
+        return f"\\u{number:04x}"
+    return f"\\U{number:08x}"
 
 
 def one_line(text: object, limit: int = 300) -> str:
     """`text` folded to one line of at most `limit` characters, without colours of a terminal."""
     line = visible(" ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(text)).split()))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-# Hints in Python's spelling.
-
-
-_FLAGS = (
-    "force", "trust", "dequantise", "requantise", "lossy", "untie", "add", "again", "allow-unused",
-    "allow-missing", "any-base", "other-readers", "optimise", "cache", "within", "scales",
-    "also-full", "run",
-)  # fmt: skip
-_KEYWORDS = (
-    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai",
-    "how", "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode",
-    "names", "params", "precision", "provider", "rank", "static", "tol", "validation", "variant",
-    "weights", "whole",
-)  # fmt: skip
-_OPTION = re.compile(
-    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
-    r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
-)
-
-
-def in_python(hint: str) -> str:
-    """A hint of the command line as Python says it, but for what names a command.
-
-    >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
-    "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
-    >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
-    "exclude leaves it out; dead='drop' leaves all such out"
-    """
-    hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
-    parts = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint).split("; ")
-    ours = (p if "lora-fx " in p or "--as " in p else _OPTION.sub(_keyword, p) for p in parts)
-    return "; ".join(ours)
-
-
-def _keyword(found: re.Match[str]) -> str:
-    option, value = found[1], found[2]
-    name = option.replace("-", "_")
-    if option in _FLAGS:
-        return f"{name}=True{f' {value}' if value else ''}"
-    if option not in _KEYWORDS:
-        return found[0]
-    text = value and not value.isupper() and not value[0].isdigit()
-    return f"{name}={value!r}" if text else f"{name}={value}" if value else name
+    if len(line) <= limit:
+        return line
+    return line[: limit - 1] + "…"
 
 
 # Hints with what was meant, most likely.
@@ -268,12 +235,14 @@ def near(
     close = difflib.get_close_matches(name, list(names), n=3, cutoff=cutoff)
     if not close:
         return none
-    *most, last = (os.path.join(folder, n) for n in close)
-    return f"did you mean {', '.join(most)}{' or ' if most else ''}{last}?"
+    *first_names, last_name = (os.path.join(folder, close_name) for close_name in close)
+    if not first_names:
+        return f"did you mean {last_name}?"
+    return f"did you mean {', '.join(first_names)} or {last_name}?"
 
 
 def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]:
-    """The prefix that lies between one of the names and one of the others, and who has it.
+    """The prefix by which one of the names differs from one of the others, and which has it.
 
     Returns:
         "lack" where the others lack it, "add" where they have it before the name, and the prefix;
@@ -283,9 +252,10 @@ def lead_between(names: Iterable[str], others: Iterable[str]) -> tuple[str, str]
     ('add', 'model.')
     """
     for name, other in itertools.product(names, others):
-        for long, short, verb in ((name, other, "lack"), (other, name, "add")):
-            if long.endswith(f".{short}"):
-                return verb, long.removesuffix(short)
+        if name.endswith(f".{other}"):
+            return "lack", name.removesuffix(other)
+        if other.endswith(f".{name}"):
+            return "add", other.removesuffix(name)
     return "", ""
 
 
@@ -294,8 +264,8 @@ def expect_name(name: str, names: Collection[str], what: str, none: str) -> None
 
     Args:
         name: The name.
-        names: Those that are known; the nearest of them is the hint.
-        what: What there is none of, such as "no variant".
+        names: The known names; the nearest of them is the hint.
+        what: The beginning of the message, such as "no variant".
         none: The hint where no known name is near.
     """
     if name not in names:
@@ -308,10 +278,11 @@ def near_path(path: str | os.PathLike[str], none: str = "is the path right?") ->
     if folder.startswith("~") or name == "~":
         return "os.path.expanduser(path) puts the home folder in place of ~"
     try:
-        there = [n for n in os.listdir(folder or ".")[:_SIBLINGS] if n != name]
+        siblings = os.listdir(folder or ".")[:_SIBLINGS]
     except (OSError, ValueError):
         return none
-    return near(name, there, none, cutoff=0.7, folder=folder)
+    other_names = [sibling for sibling in siblings if sibling != name]
+    return near(name, other_names, none, cutoff=0.7, folder=folder)
 
 
 _SIBLINGS = 2000
@@ -319,7 +290,7 @@ _SIBLINGS = 2000
 
 
 def expect_file(path: str | os.PathLike[str], none: str) -> None:
-    """Refuse the path of a file that is not there; the hint is as that of `near_path`."""
+    """Refuse the path of a file that is not there; the hint is that of `near_path`."""
     if not os.path.isfile(path):
         raise LoraFxError(f"{os.fspath(path)}: no such file", near_path(path, none))
 
@@ -349,13 +320,14 @@ _WHY = {
 def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
     """What an error of the operating system means for `path`, in one line."""
     why, hint = _WHY.get(error.errno or 0, ("", "is there space and access?"))
-    if (
-        error.errno == errno.ENOENT and error.filename is None
-    ):  # no file: no room for temporary ones
-        why, hint = error.strerror or why, "free space, or name another folder in TMPDIR"
+    if error.errno == errno.ENOENT:
+        if error.filename is None:  # no file: no room for temporary ones
+            why = error.strerror or why
+            hint = "free space, or name another folder in TMPDIR"
+        else:
+            missing = error.filename if isinstance(error.filename, str) else path
+            hint = near_path(missing, hint)
     why = why or error.strerror or str(error) or type(error).__name__
-    if error.errno == errno.ENOENT and error.filename is not None:
-        hint = near_path(error.filename if isinstance(error.filename, str) else path, hint)
     return LoraFxError(f"{os.fspath(path)}: {one_line(why)}", hint)
 
 
@@ -363,10 +335,12 @@ def explain(error: OSError, path: str | os.PathLike[str]) -> LoraFxError:
 def explained(
     path: str | os.PathLike[str], only: tuple[int, ...] = (), *, itself: bool = False
 ) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name their own file, else `path`.
+    """A block whose errors of the operating system become LoraFxErrors.
+
+    They name their own file, or `path` where they have none.
 
     Args:
-        path: What is worked on.
+        path: The file or folder that is worked on.
         only: The numbers of the errors that are meant; all where it is empty.
         itself: Name `path` even where an error has a file of its own, such as a temporary one.
     """
@@ -375,7 +349,8 @@ def explained(
     except OSError as error:
         if only and error.errno not in only:
             raise
-        raise explain(error, path if itself else error.filename or path) from error
+        named = path if itself else error.filename or path
+        raise explain(error, named) from error
 
 
 @contextlib.contextmanager
@@ -387,13 +362,13 @@ def retold(
     most: int = 300,
     named: bool = False,
 ) -> Iterator[None]:
-    """Errors of a library as LoraFxErrors: what failed, and what the library says of it.
+    """A block whose errors of a library become LoraFxErrors, with the library's own text.
 
     Args:
         what: What failed, naming the file and the tensor.
         hint: What to do about it, one line.
         kinds: The errors that are meant. Libraries whose errors have no common base raise any.
-        most: Characters of the library's own text.
+        most: The most characters of the library's own text.
         named: The kind of the error stands before its text.
     """
     try:
@@ -401,15 +376,17 @@ def retold(
     except LoraFxError:
         raise
     except kinds as error:
-        said = f"{type(error).__name__}: {error}" if named else error
-        raise LoraFxError(f"{what}: {one_line(said, most)}", hint) from error
+        text = str(error)
+        if named:
+            text = f"{type(error).__name__}: {error}"
+        raise LoraFxError(f"{what}: {one_line(text, most)}", hint) from error
 
 
 def importing(what: str, hint: str) -> AbstractContextManager[None]:
     """A block that imports a library which is not installed with lora-fx.
 
     Args:
-        what: For whom which library is imported.
+        what: Who needs the library, and its name.
         hint: How to install it.
     """
     return retold(f"{what} cannot be imported", hint, ImportError, most=120)
@@ -423,20 +400,21 @@ def silenced(
     redirect: Callable[[io.StringIO], contextlib.AbstractContextManager[object]] | None = None,
     levels: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
-    """A block without warnings: one that is an error is none there.
+    """A block without warnings: one that users have made an error is none there.
 
     Args:
         redirect: contextlib.redirect_stdout or redirect_stderr, for what is printed there.
         levels: Name of a logger → the least level that it writes.
     """
+    redirected = (redirect or contextlib.nullcontext)(io.StringIO())
     loggers = {logging.getLogger(name): level for name, level in (levels or {}).items()}
-    before = [(logger, logger.level) for logger in loggers]
+    levels_before = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():
         logger.setLevel(level)
     try:
-        with warnings.catch_warnings(), (redirect or contextlib.nullcontext)(io.StringIO()):
+        with warnings.catch_warnings(), redirected:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in before:
+        for logger, level in levels_before.items():
             logger.setLevel(level)

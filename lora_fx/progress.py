@@ -1,8 +1,8 @@
-"""Long work shows itself: which stage of it runs, and how long it took.
+"""Long work shows which stage of it runs, and how long each stage took.
 
 Verbs say where they are by `with stage("…")`. Nobody listens unless a caller asks to be told: the
 command line, or `progress=` in Python. A stage is told once it has taken a moment, and again at its
-end with its seconds; what is over at once is never told.
+end with its seconds; a stage that is over at once is never told.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _listener: ContextVar[Listener | None] = ContextVar("lora_fx_stage", default=Non
 @contextlib.contextmanager
 def telling(listener: Listener | None) -> Iterator[None]:
     """A block whose stages are told to a listener; None leaves things as they are."""
-    token = _listener.set(_listener.get() if listener is None else listener)
+    if listener is None:
+        listener = _listener.get()
+    token = _listener.set(listener)
     try:
         yield
     finally:
@@ -45,10 +47,11 @@ def stage(name: str) -> Iterator[None]:
     if listener is None:
         yield
         return
-    told, start = threading.Event(), time.monotonic()
+    was_told = threading.Event()
+    start = time.monotonic()
 
     def begin() -> None:
-        told.set()
+        was_told.set()
         listener(f"{name} …")
 
     timer = threading.Timer(PATIENCE, begin)
@@ -58,12 +61,12 @@ def stage(name: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        if told.is_set():
+        if was_told.is_set():
             listener(f"{name}: {time.monotonic() - start:.1f} s")
 
 
 def said(line: str) -> None:
-    """Tell a line at once: what a user should know before the work goes on."""
+    """Tell at once a line that a user should read before the work goes on."""
     listener = _listener.get()
     if listener is not None:
         listener(line)
@@ -81,7 +84,7 @@ def told(verb: Callable[P, T]) -> Callable[P, T]:
 
 
 _COLLECTOR = threading.Lock()
-_before: list[tuple[int, int, int]] = []
+_thresholds: list[tuple[int, int, int]] = []
 """The collector's thresholds when each verb began that runs in any thread; the first: a user's."""
 
 
@@ -93,13 +96,15 @@ def _collecting_less() -> Iterator[None]:
     again beside all of torch and of the user's model: an eighth of insert's time at 30 layers.
     """
     with _COLLECTOR:
-        _before.append(gc.get_threshold())
-        if len(_before) == 1 and _before[0][0]:  # not where a user has turned it off
-            gc.set_threshold(max(YOUNG, _before[0][0]), *_before[0][1:])
+        thresholds = gc.get_threshold()
+        _thresholds.append(thresholds)
+        young, *older = thresholds
+        if len(_thresholds) == 1 and young:  # not where a user has turned it off
+            gc.set_threshold(max(YOUNG, young), *older)
     try:
         yield
     finally:
         with _COLLECTOR:
-            first = _before.pop()
-            if not _before:
-                gc.set_threshold(*first)
+            thresholds = _thresholds.pop()
+            if not _thresholds:
+                gc.set_threshold(*thresholds)

@@ -47,7 +47,7 @@ class _Spent:
 
     Attributes:
         where: What the patterns are from, for messages.
-        seconds: Of matching.
+        seconds: Seconds of matching.
         sizes: Pattern → its size.
     """
 
@@ -73,7 +73,7 @@ def begin(where: str = "") -> None:
     _spent.set(_Spent(where and f"{where}: "))
 
 
-def _now() -> _Spent:
+def _spent_now() -> _Spent:
     """What this thread has spent."""
     spent = _spent.get()
     if spent is None:
@@ -94,18 +94,19 @@ def matched(
         LoraFxError: It is too large (see `compiled`), takes longer than SECONDS, or the text is
             longer than MOST_TEXT.
     """
-    pattern = compiled(pattern) if isinstance(pattern, str) else pattern
-    spent = _now()
+    if isinstance(pattern, str):
+        pattern = compiled(pattern)
+    spent = _spent_now()
     if len(text) > MOST_TEXT:
         raise LoraFxError(
             f"{spent.where}{one_line(repr(text), 60)} has {len(text)} characters; patterns are "
             f"matched with names of at most {MOST_TEXT}",
             "is it the name of a module?",
         )
-    left = max(0.001, SECONDS - spent.seconds)
+    remaining = max(0.001, SECONDS - spent.seconds)
     start = time.thread_time()
     try:
-        found: regex.Match[str] | None = getattr(pattern, how)(text, timeout=left)
+        match: regex.Match[str] | None = getattr(pattern, how)(text, timeout=remaining)
     except (TimeoutError, MemoryError) as error:
         raise LoraFxError(
             f"{spent.where}the pattern {one_line(repr(pattern.pattern), 120)} takes longer than "
@@ -114,7 +115,7 @@ def matched(
         ) from error
     finally:
         spent.seconds += max(0.0, time.thread_time() - start - MATCH)
-    return found
+    return match
 
 
 def compiled(pattern: str) -> regex.Pattern[str]:
@@ -125,12 +126,13 @@ def compiled(pattern: str) -> regex.Pattern[str]:
         LoraFxError: It is larger than MOST_SIZE, or than MOST_IN_ALL with those that were compiled
             since `begin`.
     """
-    spent = _now()
+    spent = _spent_now()
     if pattern not in spent.sizes:
         size = _checked_size(pattern)
-        if (in_all := size + sum(spent.sizes.values())) > MOST_IN_ALL:
+        total_size = size + sum(spent.sizes.values())
+        if total_size > MOST_IN_ALL:
             raise LoraFxError(
-                f"{spent.where}patterns of {in_all} parts in all, the last "
+                f"{spent.where}patterns of {total_size} parts in all, the last "
                 f"{one_line(repr(pattern), 60)}; at most {MOST_IN_ALL} are compiled",
                 _SIMPLER,
             )
@@ -150,6 +152,7 @@ def _checked_size(pattern: str) -> int:
 
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> regex.Pattern[str]:
+    """A pattern that both packages take, compiled by `regex`."""
     import regex  # most configs have no pattern
 
     with _as_pattern_error(regex.error):
@@ -167,29 +170,31 @@ _IN_SET = re.compile(r"(?s)\\N\{(?P<name>[^}]+)\}|\\.|\[")
 
 
 def _for_regex(pattern: str) -> str:
-    """A pattern with what `regex` would read otherwise than `re` as it reads both.
+    """A pattern whose parts that the two packages read differently are written so that they agree.
 
-    Braces that count nothing are plain in `re`, and fuzzy matching in `regex`; so is a bracket in a
-    set, which begins a class such as [:alpha:] there; and `regex` takes N with a name for any
-    character but a line's end.
+    1. Braces that count nothing are plain in `re`, and fuzzy matching in `regex`.
+    2. A bracket in a set is plain in `re`, and begins a class such as [:alpha:] in `regex`.
+    3. `regex` takes N with a name for any character but a line's end.
     """
 
-    def plain(found: re.Match[str]) -> str:
-        if found["name"]:
-            return re.escape(unicodedata.lookup(found["name"]))
-        return found[0] if found[0].startswith("\\") else f"\\{found[0]}"
+    def escaped(match: re.Match[str]) -> str:
+        if match["name"]:
+            return re.escape(unicodedata.lookup(match["name"]))
+        if match[0].startswith("\\"):
+            return match[0]
+        return f"\\{match[0]}"
 
-    def told(found: re.Match[str]) -> str:
-        if found["set"]:
-            return f"[{_IN_SET.sub(plain, found[0][1:])}"
-        return plain(found)
+    def rewritten(match: re.Match[str]) -> str:
+        if match["set"]:
+            return f"[{_IN_SET.sub(escaped, match[0][1:])}"
+        return escaped(match)
 
-    return _OTHERWISE.sub(told, pattern)
+    return _OTHERWISE.sub(rewritten, pattern)
 
 
 @contextlib.contextmanager
 def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of the two packages as PatternErrors; their warnings are left out."""
+    """A block whose errors, of the two packages, become PatternErrors; it has no warnings."""
     expected: tuple[type[Exception], ...] = (re.error, RecursionError, OverflowError, MemoryError)
     try:
         with warnings.catch_warnings():
@@ -200,9 +205,11 @@ def _as_pattern_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _refuse_large(pattern: str, size: int) -> None:
+    """Raise where the size of one pattern is too large."""
     if size > MOST_SIZE:
+        where = _spent_now().where
         raise LoraFxError(
-            f"{_now().where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, "
+            f"{where}the pattern {one_line(repr(pattern), 120)} is {_power(size)} parts, "
             f"its repeats written out; at most {MOST_SIZE} are compiled",
             _SIMPLER,
         )
@@ -210,7 +217,9 @@ def _refuse_large(pattern: str, size: int) -> None:
 
 def _power(size: int) -> str:
     """A size in few characters: a product of repeats may have a thousand digits."""
-    return str(size) if size < 10**9 else f"10^{int(math.log10(size))}"
+    if size < 10**9:
+        return str(size)
+    return f"10^{int(math.log10(size))}"
 
 
 def written_out(pattern: str) -> int:
@@ -233,12 +242,15 @@ def _size(tree: Any) -> int:
     total = 0
     for operation, operands in tree:
         name = str(operation)
-        inner = sum(map(_size, _trees(operands)))
+        if name == "IN":
+            total += 1 + sum(_width(*part) for part in operands)
+            continue
+        size_of_operands = sum(map(_size, _trees(operands)))
         if name.endswith("_REPEAT"):
-            inner *= max(1, operands[0])
-        elif name == "IN":
-            inner = sum(_width(*part) for part in operands)
-        total += inner + (not name.endswith("_REPEAT"))
+            least_count = operands[0]
+            total += max(1, least_count) * size_of_operands
+        else:
+            total += 1 + size_of_operands
     return total
 
 
@@ -249,11 +261,17 @@ def _trees(operands: Any) -> Iterator[Any]:
     if isinstance(operands, _parser.SubPattern):
         yield operands
     elif isinstance(operands, (tuple, list)):
-        for part in operands:
-            yield from _trees(part)
+        for operand in operands:
+            yield from _trees(operand)
 
 
 def _width(operation: object, operands: Any) -> int:
-    """A part of a set; `re` goes through a range of letters one by one where case is ignored."""
-    low, high = operands if str(operation) == "RANGE" else (0, 0)
-    return 1 + (high - low) // 256
+    """The size of a part of a set.
+
+    `re` goes through a range of letters one by one where case is ignored.
+    """
+    if str(operation) != "RANGE":
+        return 1
+    first, last = operands
+    n_further: int = last - first
+    return 1 + n_further // 256

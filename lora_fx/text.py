@@ -29,9 +29,9 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {strict_json(str(k)): strict_json(v) for k, v in value.items()}
+        return {strict_json(str(key)): strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict_json(v) for v in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return value
@@ -47,8 +47,9 @@ def listed_texts(text: str) -> list[str]:
         value = ast.literal_eval(text[:_LONGEST_LIST])
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []
-    fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
-    return value if fits else []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return []
+    return value
 
 
 _LONGEST_LIST = 100_000
@@ -58,23 +59,33 @@ _LONGEST_LIST = 100_000
 def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as aligned text columns, the first row underlined."""
     rows = [tuple(map(visible, row)) for row in rows]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]
+    n_columns = len(rows[0])
+    widths = [max(len(row[column]) for row in rows) for column in range(n_columns)]
+    head, *lines = (_aligned(row, widths) for row in rows)
+    underline = "  ".join("-" * width for width in widths)
+    return [head, underline, *lines]
 
 
-def html(said: str, rows: Sequence[Sequence[str]] = ()) -> str:
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells as one line, each as wide as its column."""
+    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+def html(text: str, rows: Sequence[Sequence[str]] = ()) -> str:
     """A line of text and a table, the first row its head, as a notebook shows them; all escaped."""
     from html import escape
 
     def line(row: Sequence[str], tag: str) -> str:
-        return f"<tr>{''.join(f'<{tag}>{escape(visible(c))}</{tag}>' for c in row)}</tr>"
+        cells = [f"<{tag}>{escape(visible(cell))}</{tag}>" for cell in row]
+        return f"<tr>{''.join(cells)}</tr>"
 
-    body = "".join(line(row, "td" if i else "th") for i, row in enumerate(rows))
-    return f"<p>{escape(visible(said))}</p><table>{body}</table>"
+    head = "".join(line(row, "th") for row in rows[:1])
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f"<p>{escape(visible(text))}</p><table>{head}{body}</table>"
 
 
-def short(thing: Any) -> str:
+def short(instance: Any) -> str:
     """A dataclass in one line, as its repr: arrays as their shapes, collections as their lengths.
 
     >>> @dataclasses.dataclass
@@ -84,36 +95,45 @@ def short(thing: Any) -> str:
     >>> short(Pair(("a", "b"))), short(Pair((), 0.5))
     ('Pair(names=2)', 'Pair(names=(), weight=0.5)')
     """
-    fields = ((f, getattr(thing, f.name)) for f in dataclasses.fields(thing) if f.repr)
-    shown = (f"{f.name}={_brief(v)}" for f, v in fields if not _is_default(f, v))
-    return f"{type(thing).__name__}({', '.join(shown)})"
+    texts: list[str] = []
+    for field in dataclasses.fields(instance):
+        if not field.repr:
+            continue
+        value = getattr(instance, field.name)
+        if not _is_default(field, value):
+            texts.append(f"{field.name}={_brief(value)}")
+    return f"{type(instance).__name__}({', '.join(texts)})"
 
 
 def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
+    """True for the value that a field has where none is given."""
     if field.default_factory is not dataclasses.MISSING:
         return bool(value == field.default_factory())
     return value is field.default
 
 
 def _brief(value: object) -> str:
+    """A value in few characters."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, Collection) and not isinstance(value, str):
-        few = isinstance(value, tuple) and len(value) < 5 and all(map(is_number, value))
-        return repr(value) if few else str(len(value))
+        is_short_tuple = isinstance(value, tuple) and len(value) < 5
+        if is_short_tuple and all(map(is_number, value)):
+            return repr(value)
+        return str(len(value))
     return repr(value)
 
 
-def human(n: float) -> str:
+def human(count: float) -> str:
     """A count with an SI prefix.
 
     >>> human(950), human(12_300_000)
     ('950', '12.3 M')
     """
-    if n < 1000:
-        return f"{n:.0f}"
-    power = min(5, int(math.log10(n) // 3))
-    return f"{n / 1000**power:.1f} {' kMGTP'[power]}"
+    if count < 1000:
+        return f"{count:.0f}"
+    power = min(5, int(math.log10(count) // 3))
+    return f"{count / 1000**power:.1f} {' kMGTP'[power]}"
 
 
 def size_in_bytes(text: str) -> int:
@@ -125,11 +145,13 @@ def size_in_bytes(text: str) -> int:
     >>> size_in_bytes("5GB"), size_in_bytes("1.5 MiB"), size_in_bytes("1000")
     (5000000000, 1572864, 1000)
     """
-    found = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
-    if found is None:
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None:
         raise LoraFxError(f"{text!r} is no size; expected bytes", "for example 5GB, or 500MB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    power = " KMGT".index(unit or " ")
+    return int(float(number) * base**power)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -144,7 +166,9 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def plain_number(number: float) -> float:
     """A number as people and PEFT write it: an int where it is whole."""
-    return int(number) if float(number).is_integer() else float(number)
+    if float(number).is_integer():
+        return int(number)
+    return float(number)
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -153,8 +177,11 @@ def some(names: Sequence[str], most: int = 3) -> str:
     >>> some(["a", "b", "c", "d"])
     'a, b, c and 1 more'
     """
-    more = len(names) - most
-    return ", ".join(map(visible, names[:most])) + (f" and {more} more" if more > 0 else "")
+    text = ", ".join(map(visible, names[:most]))
+    n_further = len(names) - most
+    if n_further > 0:
+        text += f" and {n_further} more"
+    return text
 
 
 def counted(count: int, word: str, shown: str = "") -> str:
@@ -162,17 +189,18 @@ def counted(count: int, word: str, shown: str = "") -> str:
 
     Args:
         count: How many.
-        word: For one of them.
+        word: The word for one of them.
         shown: The count as a text, where it is not its plain digits.
 
     >>> counted(1, "update"), counted(2, "update")
     ('1 update', '2 updates')
     """
-    return f"{shown or count} {word}{'' if count == 1 else 's'}"
+    plural = "" if count == 1 else "s"
+    return f"{shown or count} {word}{plural}"
 
 
 def free_name(stem: str, taken: Container[str], joint: str = ".") -> str:
-    """The stem where it is free, else the first of STEM.1, STEM.2 … that is.
+    """The stem where it is free, else the first of STEM.1, STEM.2 … that is free.
 
     >>> free_name("w", ()), free_name("w", ("w", "w.1"))
     ('w', 'w.2')
@@ -187,7 +215,7 @@ def by_key(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
     >>> by_key([("a", 1), ("b", 2), ("a", 3)])
     {'a': [1, 3], 'b': [2]}
     """
-    found: dict[K, list[T]] = {}
+    values_of: dict[K, list[T]] = {}
     for key, value in pairs:
-        found.setdefault(key, []).append(value)
-    return found
+        values_of.setdefault(key, []).append(value)
+    return values_of

@@ -8,17 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_fx.data import (
-    Buckets,
-    Table,
-    alike,
-    read_npz,
-    read_table,
-    split,
-    table_of,
-    training_table,
-)
+from lora_fx.data import Buckets, Table, read_table, table_of, training_table
+from lora_fx.data_files import read_npz
 from lora_fx.errors import LoraFxError
+from lora_fx.held_out import alike, split
 
 
 def tokens(texts: list[str]) -> dict[str, np.ndarray[Any, Any]]:

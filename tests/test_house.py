@@ -23,11 +23,15 @@ MODULES = list(HOUSE.modules.values())
 
 # Folders import only folders that stand above them; what shares a line may not import each other.
 ORDER = (
+    ("lora_fx.python_spelling",),
     ("lora_fx.errors", "lora_fx.text", "lora_fx.dtypes", "lora_fx.errors", "lora_fx.progress"),
     ("lora_fx.regexes", "lora_fx.spellings", "lora_fx.patching"),
+    ("lora_fx.comparisons",),
     ("lora_fx.conditions",),
     ("lora_fx.files",),
+    ("lora_fx.data_files",),
     ("lora_fx.compare", "lora_fx.data", "lora_fx.inputs"),
+    ("lora_fx.held_out",),
     ("lora_fx.ir",),
     ("lora_fx.files.quantised",),
     ("lora_fx.targets",),
@@ -48,6 +52,7 @@ LAZY = {
     ("lora_fx.onnx.train_session", "lora_fx.formats.io"),
     ("lora_fx.onnx.train_session", "lora_fx.formats.registry"),
     ("lora_fx.files.safetensors", "lora_fx.fx.torch_pickles"),
+    ("lora_fx.files.tensor_files", "lora_fx.fx.torch_pickles"),
 }
 """Imports against the order, inside a function, since each opens a library that the rest lacks."""
 ANY = 7.5

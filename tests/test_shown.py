@@ -17,7 +17,8 @@ import lora_fx
 from lora_fx.adapter.updates import Dense
 from lora_fx.compare import Parity, Report
 from lora_fx.conditions import SizeError
-from lora_fx.errors import _FLAGS, _KEYWORDS, LoraFxError, MisfitError, NoEffectError, in_python
+from lora_fx.errors import LoraFxError, MisfitError, NoEffectError
+from lora_fx.python_spelling import _FLAGS, _KEYWORDS, in_python
 from lora_fx.text import html
 
 LOW = lora_fx.LowRank(np.ones((2, 8), "f"), np.ones((12, 2), "f"), alpha=6.0)

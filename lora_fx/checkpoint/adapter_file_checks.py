@@ -11,7 +11,7 @@ from lora_fx.checkpoint.findings import ERROR, WARNING, Finding, about
 from lora_fx.checkpoint.pair import Check, Pair
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import finite, is_float
+from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.peft.config import KEEPS_BASE, MERGE, REDONE, REFUSED
 from lora_fx.formats.peft.file import KINDS, names_variant
 from lora_fx.formats.peft.names import PREFIX

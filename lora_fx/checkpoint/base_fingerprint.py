@@ -21,7 +21,8 @@ import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array, numpy_dtype
 from lora_fx.files.quantised.dequantise import CodesInfo
-from lora_fx.files.safetensors import TensorInfo, Tensors, stored_elements
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import stored_elements
 from lora_fx.targets.keys import base_name
 from lora_fx.text import Json, JsonView
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import copy_file, keep_mode
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.read import read_bytes, read_json
+from lora_fx.files.permissions import copy_file, keep_mode
+from lora_fx.files.read import read_bytes
+from lora_fx.files.strict_json import read_json
 from lora_fx.text import Json, JsonView
 
 REPORTS = ("report.json", "lora-fx-report.json")

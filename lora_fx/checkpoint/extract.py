@@ -32,8 +32,9 @@ from lora_fx.dtypes import FLOATING, Array
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.checkpoint import tensors
 from lora_fx.files.hub import local, origin
-from lora_fx.files.read import check_unchanged, remembering, trusting
-from lora_fx.files.safetensors import same_bytes, stored
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import check_unchanged, remembering
+from lora_fx.files.stored_tensors import same_bytes, stored
 from lora_fx.inputs import generator
 from lora_fx.targets.selectors import select_names
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from lora_fx.checkpoint.tied_names import Tie, is_head
 from lora_fx.checkpoint.tied_uses import check_scaled, tie_of
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.text import JsonView
 
 NamedTensors = tuple[str, Tensors, JsonView]

@@ -17,9 +17,11 @@ from lora_fx.checkpoint.rectangles import Matrix
 from lora_fx.dtypes import FLOATING, Array, finfo
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight
 from lora_fx.files.quantised.compressed_tensors import altered
-from lora_fx.files.safetensors import TensorInfo, stored_bytes
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored_bytes
 from lora_fx.ir.quantised import Quantised
 
 TOP = 127

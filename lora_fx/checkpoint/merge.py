@@ -26,7 +26,8 @@ from lora_fx.errors import LoraFxError, NoEffectError, explained
 from lora_fx.files.atomic import check_output, check_space, replacing
 from lora_fx.files.checkpoint import PICKLES, open_checkpoint
 from lora_fx.files.hub import local
-from lora_fx.files.read import check_unchanged, naming_changes, remember, remembering, trusting
+from lora_fx.files.read import trusting
+from lora_fx.files.run_files import check_unchanged, naming_changes, remember, remembering
 from lora_fx.formats.io import AdapterLike, load_adapter
 from lora_fx.formats.registry import FORMATS
 from lora_fx.spellings import under_either_name

@@ -24,10 +24,11 @@ from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files import isolated
-from lora_fx.files.atomic import BUSY
 from lora_fx.files.checkpoint import open_checkpoint
+from lora_fx.files.entries import inode_of
 from lora_fx.files.hub import known_as
-from lora_fx.files.read import inode_of, run_of_files
+from lora_fx.files.locks import BUSY
+from lora_fx.files.run_files import run_of_files
 from lora_fx.formats.io import without_ending
 from lora_fx.text import Json
 

@@ -34,9 +34,10 @@ from lora_fx.checkpoint.tensor_change import Stage, TensorChange
 from lora_fx.checkpoint.tensor_differences import Difference
 from lora_fx.dtypes import Array, finfo, numpy_dtype
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import TensorInfo, same_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.ir.quantised import Quantised
 
 Weights = Mapping[str, QuantisedWeight]

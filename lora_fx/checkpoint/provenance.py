@@ -24,8 +24,9 @@ from lora_fx.adapter.variant import variant_of
 from lora_fx.checkpoint.refusal import MERGED, MergeRefusal
 from lora_fx.errors import LoraFxError, check_format, stamp
 from lora_fx.files.checkpoint import Checkpoint
-from lora_fx.files.read import json_value
-from lora_fx.files.safetensors import TensorInfo, Tensors, stored_bytes
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import stored_bytes
+from lora_fx.files.strict_json import json_value
 from lora_fx.text import Json, JsonView
 
 METADATA = "lora_fx.merge"

@@ -22,8 +22,8 @@ from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import is_float, read_tensors
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import is_float, read_tensors
 from lora_fx.formats.io import format_of, tensor_file
 from lora_fx.formats.peft.config import group_of
 from lora_fx.formats.peft.file import PEFT, config_of

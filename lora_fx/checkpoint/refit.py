@@ -18,8 +18,8 @@ from lora_fx.checkpoint.fused_rows import known_rows, rows_of_map
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
+from lora_fx.files.strict_json import read_json
 from lora_fx.targets.keys import base_name, split_key
 from lora_fx.text import JsonView
 

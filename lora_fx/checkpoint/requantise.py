@@ -18,8 +18,8 @@ from lora_fx.checkpoint.rectangles import BLOCK
 from lora_fx.checkpoint.stored_rows import Space
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.base import QuantisedWeight, Written
 from lora_fx.files.quantised.dequantise import CodesInfo
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight, Written
 from lora_fx.files.safetensors import TensorInfo
 from lora_fx.ir.quantised import Quantised
 from lora_fx.text import by_key

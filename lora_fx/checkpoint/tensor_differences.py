@@ -14,7 +14,8 @@ import numpy as np
 
 from lora_fx.checkpoint.rectangles import BLOCK
 from lora_fx.dtypes import DTYPES, Array
-from lora_fx.files.safetensors import TensorInfo, Tensors, same_bytes, stored_elements
+from lora_fx.files.safetensors import TensorInfo, Tensors
+from lora_fx.files.stored_tensors import same_bytes, stored_elements
 from lora_fx.text import Json, strict_json
 
 

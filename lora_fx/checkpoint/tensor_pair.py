@@ -14,7 +14,8 @@ import numpy as np
 from lora_fx.checkpoint.fold import arithmetic
 from lora_fx.dtypes import Array, NumpyDtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import TensorInfo, stored_elements
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored_elements
 
 BLOCK = 1 << 18
 """Elements of one block."""

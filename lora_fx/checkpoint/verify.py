@@ -23,7 +23,7 @@ from lora_fx.checkpoint.tensor_differences import Difference, unlike
 from lora_fx.compare import Report
 from lora_fx.errors import explained
 from lora_fx.files.checkpoint import PICKLES, Checkpoint, open_checkpoint
-from lora_fx.files.read import check_unchanged, remembering
+from lora_fx.files.run_files import check_unchanged, remembering
 from lora_fx.formats.io import AdapterLike, is_adapter, load_adapter
 from lora_fx.text import Json
 

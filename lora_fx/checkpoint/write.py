@@ -30,8 +30,8 @@ from lora_fx.checkpoint.stored_rows import Space, read_rows
 from lora_fx.checkpoint.tensor_change import TensorChange
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.files.copying import copy_range, reflink, write_at
-from lora_fx.files.quantised.base import Written
 from lora_fx.files.quantised.dequantise import CodesInfo
+from lora_fx.files.quantised.quantised_weight import Written
 
 CHUNK = 64 << 20
 """Bytes of one copy job."""

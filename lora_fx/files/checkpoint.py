@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.atomic import CONTENTS
-from lora_fx.files.read import AGAIN, companion, inside, read_json, remember, trusted
+from lora_fx.files.links import companion, inside
+from lora_fx.files.read import AGAIN, trusted
+from lora_fx.files.replaceable import CONTENTS
+from lora_fx.files.run_files import remember
 from lora_fx.files.safetensors import CONVERT, TRUST, Header, TensorInfo, Tensors, read_header
+from lora_fx.files.strict_json import read_json
 from lora_fx.text import Json, JsonView
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -202,7 +205,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         file, is_index = _weights_of(path)
     else:
-        file, is_index = path, False
+        file = path
+        is_index = False
     if is_index:
         checkpoint = _sharded(path, file)
     else:

@@ -50,10 +50,10 @@ def _copy_in_kernel(source: int, target: int, source_at: int, target_at: int, co
     if not hasattr(os, "copy_file_range"):
         return copied
     while copied < count:
-        wanted = min(count - copied, _CALL)
+        n_asked = min(count - copied, _CALL)
         try:
             n_bytes = os.copy_file_range(
-                source, target, wanted, source_at + copied, target_at + copied
+                source, target, n_asked, source_at + copied, target_at + copied
             )
         except OSError as error:
             if error.errno not in _CANNOT:

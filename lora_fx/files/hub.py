@@ -39,6 +39,7 @@ _SMALL = (
 """Configs, indexes, tokenizers and chat templates, wherever they lie in a repository."""
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
 """The files that a model's folder is read from; others beside them are copies in another form."""
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 Names = Callable[[], Collection[str]]
 _FILES = (".safetensors", ".onnx", ".pt2", ".bin", ".gguf", ".py")
 """Ends of files, which no name of a model has."""
@@ -59,29 +60,46 @@ class HubId:
     revision: str | None = None
 
     def __str__(self) -> str:
-        """As it is written."""
-        whole = f"{PREFIX}{self.repo}{f'/{self.part}' if self.part else ''}"
-        return f"{whole}@{self.revision}" if self.revision else whole
+        """The id as a user writes it, with its prefix."""
+        text = f"{PREFIX}{self.repo}"
+        if self.part:
+            text += f"/{self.part}"
+        if self.revision:
+            text += f"@{self.revision}"
+        return text
+
+    @property
+    def names_file(self) -> bool:
+        """True where the part is one .safetensors file."""
+        return self.part.endswith(".safetensors")
+
+    @property
+    def folder(self) -> str:
+        """The folder of the repository that is asked for, with a slash at its end; or empty."""
+        folder = self.part
+        if self.names_file:
+            folder = self.part.rpartition("/")[0]
+        return f"{folder}/" if folder else ""
 
 
-def local(given: StrPath, *, weights: bool = True, files: Names = tuple) -> str | Path:
-    """A path as it is; of a model of the Hub its folder in the cache, downloaded where it lacks.
+def local(path: StrPath, *, weights: bool = True, files: Names = tuple) -> str | Path:
+    """A path as it is; for an id of the Hub, the folder in the cache, downloaded where it lacks.
 
     Args:
-        given: An argument of the user's.
+        path: An argument of the user's.
         weights: False where a config is enough.
         files: Tells how the files of an adapter's folder are called, where it may be one.
 
     Raises:
         LoraFxError: As `fetch`; or nothing has this path, which looks like an id without prefix.
     """
-    text = os.fspath(given)
+    text = os.fspath(path)
     if text.startswith(PREFIX):
         return fetch(text, weights=weights, files=files)[0]
-    like = re.fullmatch(f"{_NAME}/{_NAME}", text) and not text.endswith(_FILES)
-    if like and not Path(text).exists() and not Path(text).parent.is_dir():
+    looks_like_id = re.fullmatch(f"{_NAME}/{_NAME}", text) and not text.endswith(_FILES)
+    if looks_like_id and not Path(text).exists() and not Path(text).parent.is_dir():
         raise LoraFxError(f"{text}: no such file or folder", f"of the Hub: {PREFIX}{text}")
-    return given if isinstance(given, Path) else text
+    return path if isinstance(path, Path) else text
 
 
 def parse(text: str) -> HubId:
@@ -93,38 +111,52 @@ def parse(text: str) -> HubId:
     >>> parse("hf:org/name/unet@v1")
     HubId(repo='org/name', part='unet', revision='v1')
     """
-    found = _FORM.fullmatch(text)
-    if found is None:
+    match = _FORM.fullmatch(text)
+    if match is None:
         before, colon, after = text.removeprefix(PREFIX).partition(":")
         hint = "for example hf:org/name, hf:org/name@main or hf:org/name/folder"
         if colon and _FORM.fullmatch(PREFIX + before):
             hint = f"leave :{after} out: only one of several ADAPTER[:W] has a weight"
         raise LoraFxError(f"{text!r}: expected hf:ORG/NAME[/PART][@REVISION]", hint)
-    return HubId(found[1], found[2].strip("/"), found[3])
+    repo, part, revision = match.groups()
+    return HubId(repo, part.strip("/"), revision)
 
 
 def origin(path: StrPath) -> dict[str, str]:
     """What an adapter's config says of a base that is a snapshot: its id and commit; else empty."""
-    found = _SNAPSHOT.search(Path(os.path.abspath(path)).as_posix())
-    if found is None:
+    match = _SNAPSHOT.search(_absolute(path))
+    if match is None:
         return {}
-    return {"base_model_name_or_path": f"{found[1]}/{found[2]}", "revision": found[3]}
+    organisation, name, commit, _ = match.groups()
+    return {"base_model_name_or_path": f"{organisation}/{name}", "revision": commit}
 
 
 def hub_record(path: StrPath | None) -> dict[str, str]:
     """The same as ORG/NAME@COMMIT, for the record of a merge."""
-    named = origin(path) if path else {}
-    return {"hub": "@".join(named.values())} if named else {}
+    if not path:
+        return {}
+    snapshot = origin(path)
+    if not snapshot:
+        return {}
+    return {"hub": "@".join(snapshot.values())}
 
 
 def known_as(path: str) -> str:
     """COMMIT/ORG/NAME[/PART] of a snapshot, whose end is its name; any other path as it is."""
-    found = _SNAPSHOT.search(Path(os.path.abspath(path)).as_posix())
-    return f"{found[3]}/{found[1]}/{found[2]}{found[4] or ''}" if found else path
+    match = _SNAPSHOT.search(_absolute(path))
+    if match is None:
+        return path
+    organisation, name, commit, part = match.groups(default="")
+    return f"{commit}/{organisation}/{name}{part}"
+
+
+def _absolute(path: StrPath) -> str:
+    """An absolute path with slashes, as `_SNAPSHOT` reads it."""
+    return Path(os.path.abspath(path)).as_posix()
 
 
 def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Path, str]:
-    """Downloads what the cache lacks of a model of the Hub.
+    """Download what the cache lacks of a model of the Hub.
 
     A branch is looked up every time, and a new commit of it is another folder; where the Hub
     cannot be reached, the commit that it had last is taken from the cache.
@@ -141,109 +173,170 @@ def fetch(text: str, *, weights: bool = True, files: Names = tuple) -> tuple[Pat
         LoraFxError: An id of another form, one that the Hub does not have or does not give, no
             network and not in the cache, or no safetensors in it.
     """
-    asked = parse(text)
+    hub_id = parse(text)
     hub = _library(text)
     quiet = silenced(levels={"huggingface_hub": logging.CRITICAL})
-    own = _own_folders(hub, asked)
+    writable = _writable_paths(hub, hub_id)
     try:
-        with quiet, hub.utils.disable_progress_bars(), confined(f"{asked}: the Hub", *own):
-            folder, sizes = _downloaded(hub, asked, weights, files())
+        with quiet, hub.utils.disable_progress_bars(), confined(f"{hub_id}: the Hub", *writable):
+            folder, sizes = _download(hub, hub_id, weights, files())
     except LoraFxError:
         raise
     except Exception as error:  # of the library, of its HTTP client, of the system
-        raise _told(asked, hub, error) from error
-    left = [n for n in sizes if n.startswith(_inside(asked)) and not (folder / n).exists()]
-    said = f"; not downloaded: {some(sorted(left), 5)}" if left else ""
-    return folder / asked.part, f"{asked}: commit {folder.name}{said}"
+        raise _as_lora_fx_error(hub_id, hub, error) from error
+
+    note = f"{hub_id}: commit {folder.name}"
+    absent = [
+        name for name in sizes if name.startswith(hub_id.folder) and not (folder / name).exists()
+    ]
+    if absent:
+        note += f"; not downloaded: {some(sorted(absent), 5)}"
+    return folder / hub_id.part, note
 
 
-def _own_folders(hub: ModuleType, asked: HubId) -> list[Path]:
+def _writable_paths(hub: ModuleType, hub_id: HubId) -> list[Path]:
     """Where a download of a repository writes: its part of the cache, and that of its locks.
 
     A commit and an ETag are names of files there, and a server could give any.
     """
-    cache, name = Path(hub.constants.HF_HUB_CACHE), f"models--{asked.repo.replace('/', '--')}"
+    cache = Path(hub.constants.HF_HUB_CACHE)
+    name = f"models--{hub_id.repo.replace('/', '--')}"
     mark = cache / "CACHEDIR.TAG"  # for programs that make backups
     return [cache / name, cache / ".locks" / name, mark, Path(hub.constants.HF_XET_CACHE)]
 
 
 def _library(text: str) -> ModuleType:
-    parts = (".constants", ".errors", ".utils", "")
+    """huggingface_hub, with the modules that are read here."""
     with importing(f"{text}: huggingface_hub", "pip install 'lora-fx[hf]'"):
-        return [import_module(f"huggingface_hub{part}") for part in parts][-1]
+        for module in ("constants", "errors", "utils"):
+            import_module(f"huggingface_hub.{module}")
+        return import_module("huggingface_hub")
 
 
-def _downloaded(
-    hub: ModuleType, asked: HubId, weights: bool, files: Collection[str]
+def _download(
+    hub: ModuleType, hub_id: HubId, weights: bool, adapter_files: Collection[str]
 ) -> tuple[Path, Mapping[str, int]]:
-    """The folder of a commit in the cache, and the bytes of every file that the commit has."""
-    small = [f"{'*/' * deep}{name}" for name in _SMALL for deep in (0, 1)]
-    repo = asked.repo
-    with stage(f"asking {hub.constants.ENDPOINT} for {asked}"):
-        folder = Path(hub.snapshot_download(repo, revision=asked.revision, allow_patterns=small))
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", folder.name):
-        wrong = f"{asked}: the Hub calls its commit {one_line(repr(folder.name), 80)}"
-        raise LoraFxError(wrong, "do not use the server that it comes from")
-    try:
-        tree = hub.get_cached_repo_tree(repo, revision=folder.name)
-        sizes = {f.path: f.size for f in tree}
-    except hub.errors.CachedRepoTreeNotFoundError:  # another program filled the cache
-        found = [p for p in folder.rglob("*") if p.is_file()]
-        sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in found}
-    if asked.part and not any(f"{n}/".startswith(f"{asked.part}/") for n in sizes):
-        absent = f"{asked}: {asked.part} is not in commit {folder.name}"
-        raise LoraFxError(absent, f"it has {some(sorted(sizes), 8)}")
-    wanted: list[str] = []
-    if weights or asked.part.endswith(".safetensors"):
-        wanted = _weights(asked, [*sizes], files)
-    missing = [n for n in wanted if not (folder / n).exists()]
-    total = human(sum(sizes[n] for n in missing))
-    for i, name in enumerate(missing, 1):
-        count = f", {i} of {len(missing)} files, {total}B" if len(missing) > 1 else ""
-        with stage(f"downloading {name} of {asked}, {human(sizes[name])}B{count}"):
-            hub.hf_hub_download(repo, name, revision=folder.name)
+    """Download what the cache lacks of a commit.
+
+    Returns:
+        The folder of the commit in the cache, and the bytes of every file that the commit has.
+    """
+    folder = _download_small_files(hub, hub_id)
+    sizes = _sizes(hub, hub_id, folder)
+    if hub_id.part and not any(f"{name}/".startswith(f"{hub_id.part}/") for name in sizes):
+        raise LoraFxError(
+            f"{hub_id}: {hub_id.part} is not in commit {folder.name}",
+            f"it has {some(sorted(sizes), 8)}",
+        )
+    if weights or hub_id.names_file:
+        names = _weight_files(hub_id, list(sizes), adapter_files)
+        _download_files(hub, hub_id, folder, {name: sizes[name] for name in names})
     return folder, sizes
 
 
-def _inside(asked: HubId) -> str:
-    """How the names of the files that are asked for begin."""
-    folder = asked.part.rpartition("/")[0] if asked.part.endswith(".safetensors") else asked.part
-    return f"{folder}/" if folder else ""
+def _download_small_files(hub: ModuleType, hub_id: HubId) -> Path:
+    """Download configs, indexes and tokenizers; returns the folder of the commit in the cache."""
+    patterns: list[str] = []
+    for name in _SMALL:
+        patterns += [name, f"*/{name}"]
+    with stage(f"asking {hub.constants.ENDPOINT} for {hub_id}"):
+        folder = Path(
+            hub.snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=patterns)
+        )
+    if not _COMMIT.fullmatch(folder.name):
+        raise LoraFxError(
+            f"{hub_id}: the Hub calls its commit {one_line(repr(folder.name), 80)}",
+            "do not use the server that it comes from",
+        )
+    return folder
 
 
-def _weights(asked: HubId, names: Sequence[str], adapter_files: Collection[str]) -> list[str]:
-    """The files that hold the weights of what is asked for."""
-    if asked.part.endswith(".safetensors"):
-        return [asked.part]
-    start, download = _inside(asked), f"hf download {asked.repo} --local-dir DIR, then give"
-    here = [n.removeprefix(start) for n in names if n.startswith(start)]
-    top = [n for n in here if "/" not in n]
-    files = [n for n in top if n.endswith(".safetensors")]
-    if files:
-        read = [n for n in files if _WEIGHTS.fullmatch(n) or n in adapter_files]
-        return [start + n for n in read or files]
-    if pickles := [n for n in top if n.endswith(PICKLES)]:
-        why = f"{asked}: its weights are pickles ({some(pickles)}), which can run code and stay"
-        raise LoraFxError(why, f"{download} DIR and --trust (trust=True)")
-    if deeper := [*dict.fromkeys(n.rpartition("/")[0] for n in here if n.endswith(".safetensors"))]:
-        why = f"{asked}: its .safetensors files lie in its folders {some(deeper, 5)}"
-        raise LoraFxError(why, f"name one: {replace(asked, part=start + deeper[0])}")
-    why = f"{asked}: no .safetensors file; it has {some(here, 5) or 'nothing'}"
-    raise LoraFxError(why, f"{download} the file in DIR that you mean")
+def _sizes(hub: ModuleType, hub_id: HubId, folder: Path) -> dict[str, int]:
+    """The bytes of every file of a commit, by name."""
+    try:
+        tree = hub.get_cached_repo_tree(hub_id.repo, revision=folder.name)
+        return {file.path: file.size for file in tree}
+    except hub.errors.CachedRepoTreeNotFoundError:  # another program filled the cache
+        cached = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in cached}
 
 
-def _told(asked: HubId, hub: ModuleType, error: Exception) -> LoraFxError:
-    """What the library raised, in one line."""
-    errors, site, login = hub.errors, hub.constants.ENDPOINT, "hf auth login, or HF_TOKEN=…"
-    cause, cache = error.__cause__ or error, hub.constants.HF_HUB_CACHE
-    why = f"not whole in the cache, and {site} gives nothing: {type(cause).__name__}: {cause}"
-    hint = "is there a network? try again, or give a folder that is on this machine"
+def _download_files(hub: ModuleType, hub_id: HubId, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Download those of some files, by name and bytes, that the folder of the commit lacks."""
+    missing = [name for name in sizes if not (folder / name).exists()]
+    total = human(sum(sizes[name] for name in missing))
+    for number, name in enumerate(missing, 1):
+        progress = f"downloading {name} of {hub_id}, {human(sizes[name])}B"
+        if len(missing) > 1:
+            progress += f", {number} of {len(missing)} files, {total}B"
+        with stage(progress):
+            hub.hf_hub_download(hub_id.repo, name, revision=folder.name)
+
+
+def _weight_files(hub_id: HubId, names: Sequence[str], adapter_files: Collection[str]) -> list[str]:
+    """The files of a commit that hold the weights of what is asked for.
+
+    1. The file that the id names.
+    2. The .safetensors files that a reader of the folder opens: a model's or an adapter's.
+    3. All .safetensors files of the folder.
+
+    Args:
+        hub_id: What is asked for.
+        names: All files of the commit.
+        adapter_files: How the files of an adapter's folder are called.
+
+    Raises:
+        LoraFxError: The folder has no .safetensors file; says what it has.
+    """
+    if hub_id.names_file:
+        return [hub_id.part]
+
+    start = hub_id.folder
+    inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+    safetensors = [name for name in inside if name.endswith(".safetensors")]
+    at_top = [name for name in safetensors if "/" not in name]
+    if not at_top:
+        raise _without_weights(hub_id, inside, safetensors)
+    usual = [name for name in at_top if _WEIGHTS.fullmatch(name) or name in adapter_files]
+    return [start + name for name in usual or at_top]
+
+
+def _without_weights(
+    hub_id: HubId, inside: Sequence[str], safetensors: Sequence[str]
+) -> LoraFxError:
+    """The error of a folder that has no .safetensors file.
+
+    Args:
+        hub_id: What is asked for.
+        inside: The files in the folder and below it, by their names in it.
+        safetensors: Those of them that are .safetensors files, all in folders below.
+    """
+    download = f"hf download {hub_id.repo} --local-dir DIR, then give"
+    pickles = [name for name in inside if "/" not in name and name.endswith(PICKLES)]
+    if pickles:
+        why = f"{hub_id}: its weights are pickles ({some(pickles)}), which can run code and stay"
+        return LoraFxError(why, f"{download} DIR and --trust (trust=True)")
+    if safetensors:
+        folders = list(dict.fromkeys(name.rpartition("/")[0] for name in safetensors))
+        why = f"{hub_id}: its .safetensors files lie in its folders {some(folders, 5)}"
+        example = replace(hub_id, part=hub_id.folder + folders[0])
+        return LoraFxError(why, f"name one: {example}")
+    why = f"{hub_id}: no .safetensors file; it has {some(inside, 5) or 'nothing'}"
+    return LoraFxError(why, f"{download} the file in DIR that you mean")
+
+
+def _as_lora_fx_error(hub_id: HubId, hub: ModuleType, error: Exception) -> LoraFxError:
+    """The error of the library in one line, with a hint."""
+    errors = hub.errors
+    site = hub.constants.ENDPOINT
+    cache = hub.constants.HF_HUB_CACHE
+    login = "hf auth login, or HF_TOKEN=…"
     if isinstance(error, errors.GatedRepoError):
         why = "its owner gives access, and you have none"
-        hint = f"ask for access at {site}/{asked.repo}, then: {login}"
+        hint = f"ask for access at {site}/{hub_id.repo}, then: {login}"
     elif isinstance(error, errors.RevisionNotFoundError):
-        why = f"no revision {asked.revision!r} in {asked.repo}"
-        hint = f"{HubId(asked.repo, asked.part)} is its main branch"
+        why = f"no revision {hub_id.revision!r} in {hub_id.repo}"
+        hint = f"{HubId(hub_id.repo, hub_id.part)} is its main branch"
     elif isinstance(error, errors.RepositoryNotFoundError):
         why = f"{site} has no such model, or it is private"
         hint = f"is the name right? a private one asks for a token: {login}"
@@ -255,4 +348,8 @@ def _told(asked: HubId, hub: ModuleType, error: Exception) -> LoraFxError:
         hint = "unset HF_HUB_OFFLINE to download it"
     elif isinstance(error, OSError) and error.errno is not None:
         return explain(error, error.filename or cache)
-    return LoraFxError(one_line(f"{asked}: {why}", 400), hint)
+    else:
+        cause = error.__cause__ or error
+        why = f"not whole in the cache, and {site} gives nothing: {type(cause).__name__}: {cause}"
+        hint = "is there a network? try again, or give a folder that is on this machine"
+    return LoraFxError(one_line(f"{hub_id}: {why}", 400), hint)

@@ -1,4 +1,4 @@
-"""Processes of ours, which import nothing that lies in the current folder.
+"""Processes that lora-fx starts, which import nothing that lies in the current folder.
 
 That may be a folder of somebody else's files, with a click.py in it. Without -P Python makes it the
 first place of imports, and with -P an empty entry of PYTHONPATH still stands for it.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 PYTHON = (sys.executable, "-P")
-"""How such a process begins."""
+"""The beginning of the command of such a process."""
 
 
 def environment() -> dict[str, str]:
@@ -25,4 +25,6 @@ def environment() -> dict[str, str]:
         places.append(str(Path(__file__).absolute().parents[2]))
     variables = {**os.environ, "PYTHONSAFEPATH": "1"}
     variables.pop("PYTHONPATH", None)
-    return variables | ({"PYTHONPATH": os.pathsep.join(places)} if places else {})
+    if places:
+        variables["PYTHONPATH"] = os.pathsep.join(places)
+    return variables

@@ -8,24 +8,18 @@ exactly once, and sizes follow from shapes.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from lora_fx.dtypes import DTYPES, FLOATING, Array, numpy_dtype
+from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError, explained, one_line
-from lora_fx.files.adapter_files import adapter_files
-from lora_fx.files.copying import read_into
-from lora_fx.files.read import AGAIN, MAX_JSON, json_object, open_input, refuse_pointer, trusted
-from lora_fx.text import Json
+from lora_fx.files.read import AGAIN, open_input, refuse_pointer, trusted
+from lora_fx.files.strict_json import MAX_JSON, json_object
 
 MAX_DIMS = 64
 """numpy's limit; without one, the product of a hostile shape would never end."""
@@ -74,25 +68,26 @@ def read_header(file: str | Path) -> Header:
     size, head = _open(file, 64)
     if trusted() and is_pickle(head):
         return _of_pickle(file)
-    _, data = _open(file, 8 + _length(head[:8], size, file))
+    length = _length(head[:8], size, file)
+    _size, data = _open(file, 8 + length)
     return parse_header(data, size, file)
 
 
 def parse_header(data: bytes, size: int, file: Path) -> Header:
     """The checked header of a file's first bytes.
 
-    What is accepted is what the safetensors library accepts, less what no writer makes and what
-    two readers could take for two different things: a key that is there twice, fields beside
-    dtype, shape and data_offsets, an entry that is no object, sizes from 2^63 up, more than
-    MAX_DIMS axes, more than MAX_JSON bytes.
+    All that the safetensors library accepts is accepted, except what no writer makes and what two
+    readers could take for two different things: a key that stands twice, fields beside dtype, shape
+    and data_offsets, an entry that is no object, sizes from 2^63 up, more than MAX_DIMS axes, more
+    than MAX_JSON bytes.
 
     Args:
         data: The file from its first byte to the end of its header, or further.
-        size: Of the whole file, in bytes.
-        file: Its name, for messages and the result.
+        size: The size of the whole file, in bytes.
+        file: The file's name, for messages and the result.
 
     Raises:
-        LoraFxError: Anything else that is wrong; the message names file and tensor.
+        LoraFxError: Anything in the header is wrong; the message names file and tensor.
     """
     refuse_pointer(data, size, file)
     data_start = 8 + _length(data[:8], size, file)
@@ -100,15 +95,28 @@ def parse_header(data: bytes, size: int, file: Path) -> Header:
     metadata = entries.pop("__metadata__", None)
     if metadata is None:  # serde reads null so too
         metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not _are_texts(metadata):
         raise LoraFxError(f"{file}: __metadata__ is not a map of texts", AGAIN)
     tensors = {name: _entry(file, name, entry, data_start) for name, entry in entries.items()}
     _check_ranges(file, tensors, data_start, size)
     return Header(tensors, metadata, data_start)
 
 
+def _are_texts(metadata: object) -> bool:
+    """True for a map whose values are texts."""
+    if not isinstance(metadata, dict):
+        return False
+    return all(isinstance(value, str) for value in metadata.values())
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first 64 bytes of a file, which tell its kind."""
+    _size, head = _open(path, 64)
+    return head
+
+
 def may_be_safetensors(head: bytes) -> bool:
-    """True for first bytes behind whose length a header begins."""
+    """True for the first bytes of a file where a header begins behind the length of 8 bytes."""
     return head[8:9] in (b"{", b" ")
 
 
@@ -118,7 +126,7 @@ def is_pickle(head: bytes) -> bool:
 
 
 def _of_pickle(file: Path) -> Header:
-    """The header of a pickle: `data` is 0, and `start` as `pickled_places` has it."""
+    """The header of a pickle: its `data` is 0, and each `start` is that of `pickled_places`."""
     from lora_fx.fx.torch_pickles import pickled_places
 
     tensors = {}
@@ -131,7 +139,7 @@ def _of_pickle(file: Path) -> Header:
 
 
 def _length(head: bytes, size: int, file: Path) -> int:
-    """Bytes of the header's JSON, from the first 8 of the file."""
+    """The length of the header's JSON in bytes, as the first 8 bytes of the file say."""
     length = int.from_bytes(head, "little")
     if size < 8:
         raise LoraFxError(f"{file}: {size} bytes; a safetensors file has at least 8", AGAIN)
@@ -148,47 +156,58 @@ def _length(head: bytes, size: int, file: Path) -> int:
 
 
 def _open(file: Path, count: int) -> tuple[int, bytes]:
-    """Size of a file and its first `count` bytes; a git-LFS pointer is named as such."""
-    with open_input(file) as f, explained(file):
-        size = os.fstat(f.fileno()).st_size
-        head = f.read(max(count, 64))
+    """The size of a file and its first `count` bytes.
+
+    Raises:
+        LoraFxError: It cannot be read, or is a git-LFS pointer.
+    """
+    with open_input(file) as opened, explained(file):
+        size = os.fstat(opened.fileno()).st_size
+        head = opened.read(max(count, 64))
     refuse_pointer(head, size, file)
     return size, head[:count]
 
 
 def _entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """Where the tensor of an entry of the header lies; the offsets count from `data_start`."""
+    if not isinstance(entry, dict):
+        raise _wrong(file, name, f"has {entry!r}", "expected dtype, shape and data_offsets")
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _wrong(file, name, f"has {sorted(entry)}", "expected dtype, shape and data_offsets")
 
-    def wrong(value: object, expected: str) -> LoraFxError:
-        tensor = one_line(repr(name), 120)
-        return LoraFxError(f"{file}: tensor {tensor}: {one_line(value, 120)}; {expected}", AGAIN)
-
-    keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or set(entry) != keys:
-        content = sorted(entry) if isinstance(entry, dict) else repr(entry)
-        raise wrong(f"has {content}", "expected dtype, shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    code = entry["dtype"]
     if not isinstance(code, str) or code not in _BY_CODE:
-        raise wrong(f"dtype {code!r} is unknown", f"expected one of {', '.join(_BY_CODE)}")
+        raise _wrong(
+            file, name, f"dtype {code!r} is unknown", f"expected one of {', '.join(_BY_CODE)}"
+        )
+    shape = entry["shape"]
     if not _are_sizes(shape) or len(shape) > MAX_DIMS:
-        raise wrong(f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
+        raise _wrong(file, name, f"shape {shape!r}", f"expected at most {MAX_DIMS} sizes from 0 up")
+    offsets = entry["data_offsets"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise wrong(f"data_offsets {offsets!r}", "expected [start, stop]")
+        raise _wrong(file, name, f"data_offsets {offsets!r}", "expected [start, stop]")
     if 0 in shape and max(itertools.accumulate(shape, operator.mul)) >= 1 << 64:
-        raise wrong(f"shape {shape}", "expected sizes whose product, in order, stays below 2^64")
+        expected = "expected sizes whose product, in order, stays below 2^64"
+        raise _wrong(file, name, f"shape {shape}", expected)
 
     dtype = _BY_CODE[code]
     start, stop = offsets
     bits = math.prod(shape) * dtype.bits
     if bits != 8 * (stop - start):
-        needed = one_line(-(-bits // 8), 40)
-        raise wrong(
-            f"its range holds {stop - start} bytes", f"{code} {one_line(shape, 120)} needs {needed}"
-        )
+        needed_bytes = one_line(-(-bits // 8), 40)
+        needed = f"{code} {one_line(shape, 120)} needs {needed_bytes}"
+        raise _wrong(file, name, f"its range holds {stop - start} bytes", needed)
     return TensorInfo(dtype.name, tuple(shape), file, data_start + start, data_start + stop)
 
 
+def _wrong(file: Path, name: str, found: str, expected: str) -> LoraFxError:
+    """The error of a tensor's entry: what it has, and what was expected."""
+    tensor = one_line(repr(name), 120)
+    return LoraFxError(f"{file}: tensor {tensor}: {one_line(found, 120)}; {expected}", AGAIN)
+
+
 def _are_sizes(value: object) -> bool:
+    """True for a list of whole numbers from 0 up to 2^63 − 1."""
     if not isinstance(value, list):
         return False
     return all(type(size) is int and 0 <= size < 1 << 63 for size in value)
@@ -198,231 +217,19 @@ def _check_ranges(file: Path, tensors: Tensors, data_start: int, size: int) -> N
     """Raise unless the ranges cover the data exactly once."""
     reached = data_start
     previous = "the header"
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+    in_order = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop))
+    for name, tensor in in_order:
         if tensor.start != reached:
-            what = "overlaps" if tensor.start < reached else "leaves a hole after"
+            problem = "overlaps" if tensor.start < reached else "leaves a hole after"
             raise LoraFxError(
-                f"{file}: tensor {one_line(repr(name), 120)} {what} {one_line(previous, 120)}: "
+                f"{file}: tensor {one_line(repr(name), 120)} {problem} {one_line(previous, 120)}: "
                 f"it starts at byte {tensor.start}, expected {reached}",
                 AGAIN,
             )
         reached = tensor.stop
         previous = f"tensor {name!r}"
     if reached != size:
-        what = "it is cut off" if size < reached else "bytes that belong to no tensor follow"
-        raise LoraFxError(f"{file}: {size} bytes, but its tensors end at {reached}: {what}", AGAIN)
-
-
-# safetensors files as numpy arrays: strict reading, and writing with reproducible bytes.
-#
-# The header is written here rather than by `safetensors.numpy.save`, which (0.8.0) writes the bytes
-# of a transposed array in the wrong order and puts metadata in an order that changes from run to
-# run. bfloat16 goes through ml_dtypes. Format: https://github.com/huggingface/safetensors.
-
-
-_PLAIN = (*reversed(FLOATING), "int64", "int32", "int16", "int8", "uint8", "bool")
-"""What adapters are stored in."""
-_FLOATS = frozenset(map(numpy_dtype, FLOATING))
-_CODES = {numpy_dtype(name): DTYPES[name].code for name in _PLAIN}
-
-
-def is_float(array: Array) -> bool:
-    """True for the four float dtypes that adapters are stored in."""
-    return array.dtype in _FLOATS
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file and sync it to disk. Equal inputs give equal bytes.
-
-    Args:
-        path: File to create; an existing one is overwritten.
-        tensors: Arrays of any shape and memory order.
-        metadata: Texts for the header.
-
-    Raises:
-        LoraFxError: A dtype that the format or this project does not store.
-    """
-    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: Json = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order:
-        array = tensors[name]
-        code = _CODES.get(array.dtype)
-        if code is None:
-            raise LoraFxError(
-                f"tensor {name!r} has dtype {array.dtype}", f"cast to {', '.join(_PLAIN)}"
-            )
-        offsets = [offset, offset + array.nbytes]
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": offsets}
-        offset += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """All tensors of a safetensors file in file order, and the texts of its header.
-
-    Within `trusting`, those of a pickle too.
-
-    Raises:
-        LoraFxError: Not a safetensors file (what it is instead is said), or damaged.
-    """
-    refuse_other_kinds(path)
-    if is_pickle(first_bytes(path)):
-        from lora_fx.fx.torch_pickles import read_pickle
-
-        return read_pickle(path), {}
-    header = read_header(path)
-    for name, info in header.tensors.items():
-        if info.dtype not in _PLAIN:
-            raise LoraFxError(
-                f"{path}: tensor {name!r} has dtype {DTYPES[info.dtype].code}; expected "
-                f"{', '.join(_PLAIN)}",
-                "quantised adapters are not supported; save it in a float dtype",
-            )
-    return {name: stored(info) for name, info in header.tensors.items()}, dict(header.metadata)
-
-
-def first_bytes(path: Path) -> bytes:
-    """The first 64 bytes of a file, which tell its kind."""
-    return _open(path, 64)[1]
-
-
-def refuse_other_kinds(path: Path) -> None:
-    """Raise with the right hint for files that are something else, by their first bytes."""
-    head = first_bytes(path)
-    # First, because the length of a header may begin with any byte, a pickle's included.
-    if may_be_safetensors(head) or (trusted() and is_pickle(head)):
-        return
-    if is_pickle(head):
+        problem = "it is cut off" if size < reached else "bytes that belong to no tensor follow"
         raise LoraFxError(
-            f"{path}: a pickle; expected safetensors. Unpickling can run any code", TRUST
+            f"{file}: {size} bytes, but its tensors end at {reached}: {problem}", AGAIN
         )
-    endings = ".safetensors"
-    adapters = adapter_files()
-    if adapters is not None:
-        ending = adapters.ending_by_magic(head)
-        if ending:
-            raise LoraFxError(
-                f"{path}: begins as a {ending} file, which this reader does not take",
-                "use the safetensors adapter that it was made from",
-            )
-        endings = ", ".join(adapters.suffixes())
-    raise LoraFxError(
-        f"{path}: not a safetensors file",
-        f"adapters are read from {endings} files, and from folders of them",
-    )
-
-
-@np.errstate(invalid="ignore")  # ml_dtypes says it of NaN that signal
-def finite(array: Array) -> bool:
-    """True when every element is a number; exact in any float dtype."""
-    return bool(np.isfinite(array).all())
-
-
-# Tensors of a file, or parts of them, by plain reads: nothing is mapped.
-
-
-CHUNK = 1 << 20
-"""Bytes that are compared at once."""
-
-
-def stored_bytes(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Bytes lo ≤ i < hi of a tensor.
-
-    Raises:
-        LoraFxError: The file ends before them, or cannot be read.
-    """
-    return stored(replace(info, dtype="uint8", shape=(info.stop - info.start,)), slice(lo, hi))
-
-
-def stored(info: TensorInfo, part: slice = slice(None), axis: int = 0) -> Array:
-    """A tensor, or a part of it along one axis.
-
-    Raises:
-        LoraFxError: The file ends before it, or cannot be read.
-    """
-    dtype = numpy_dtype(info.dtype)
-    shape = info.shape or (1,)
-    start, stop, _ = part.indices(shape[axis])
-    length = stop - start
-    outer = shape[:axis]
-    inner = shape[axis + 1 :]
-
-    # one run of bytes for every place along the axes before this one
-    stride = math.prod(inner) * dtype.itemsize
-    runs = np.empty((math.prod(outer), length * stride), np.uint8)
-    with reading(info), open_input(info.file) as file:
-        for place, run in enumerate(runs):
-            offset = (place * shape[axis] + start) * stride
-            read_into(file.fileno(), run.data, info.start + offset)
-    if not info.shape:
-        return runs.view(dtype).reshape(())
-    return runs.view(dtype).reshape(*outer, length, *inner)
-
-
-def stored_elements(info: TensorInfo, lo: int, hi: int) -> Array:
-    """Elements lo ≤ i < hi of a tensor in its own dtype."""
-    dtype = numpy_dtype(info.dtype)
-    return stored_bytes(info, lo * dtype.itemsize, hi * dtype.itemsize).view(dtype)
-
-
-def same_bytes(a: TensorInfo | Array, b: TensorInfo | Array) -> bool:
-    """True where two tensors, stored or arrays, have one dtype and shape and are equal bit by bit.
-
-    Reading stops at the first block that differs: either may be larger than memory.
-
-    Raises:
-        LoraFxError: A file ends inside its tensor, or cannot be read.
-    """
-    if (str(a.dtype), a.shape) != (str(b.dtype), b.shape):
-        return False
-    if (
-        isinstance(a, TensorInfo)
-        and isinstance(b, TensorInfo)
-        and a.start == b.start
-        and os.path.samefile(a.file, b.file)
-    ):
-        return True
-    blocks = zip(_blocks(a), _blocks(b), strict=True)
-    return all(block_a == block_b for block_a, block_b in blocks)
-
-
-def _blocks(tensor: TensorInfo | Array) -> Iterator[bytearray]:
-    """The bytes of a tensor, CHUNK at a time.
-
-    Always in the same buffer, since new ones would cost page faults; behind the last, shorter block
-    are still bytes of the one before. A bytearray, because comparing two of them took a sixth of
-    the time of np.array_equal.
-    """
-    block = bytearray(CHUNK)
-    if isinstance(tensor, TensorInfo):
-        with reading(tensor), open_input(tensor.file) as file:
-            for lo in range(tensor.start, tensor.stop, CHUNK):
-                read_into(file.fileno(), memoryview(block)[: tensor.stop - lo], lo)
-                yield block
-    else:
-        flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
-        for lo in range(0, len(flat), CHUNK):
-            chunk = flat[lo : lo + CHUNK]
-            block[: len(chunk)] = chunk.data
-            yield block
-
-
-@contextlib.contextmanager
-def reading(info: TensorInfo) -> Iterator[None]:
-    """Errors of the operating system as LoraFxErrors that name the file."""
-    try:
-        yield
-    except OSError as error:
-        why = "ends inside a tensor while it is read"
-        if error.strerror:
-            why = f"cannot be read: {error.strerror}"
-        raise LoraFxError(f"{info.file}: {why}", AGAIN) from error

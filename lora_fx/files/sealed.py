@@ -37,21 +37,23 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.symlink": ((1, 2),), "os.remove": ((0, 1),), "os.rmdir": ((0, 1),),
     "os.truncate": ((0, None),), "os.chmod": ((0, 2),), "os.utime": ((0, 3),),
 }  # fmt: skip
-"""Events of a change on disk → which of their arguments are changed paths, each with the one that
-is the descriptor of the folder that it is relative to."""
+"""Event of a change on disk → the places of the changed paths among its arguments.
+
+Each comes with the place of the descriptor of the folder that the path is relative to, or None.
+"""
 TORCH_LOAD = "lora_fx.torch.load"
-"""What is raised as an event where torch.load is called: with weights_only it names no class."""
+"""The event of a call of torch.load, which with weights_only looks no class up."""
 HUB_CLIENT = "lora_fx.hub_client"
-"""What is raised, with the Hub's address, where a client of the Hub is made."""
+"""The event of a new client of the Hub, with the Hub's address."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(eq=False)
 class Boundary:
-    """What a block refuses.
+    """The rules of a block, and what was refused in it.
 
     Attributes:
-        what: What is done in it, as the subject of a sentence.
+        what: What is done in the block, as the subject of a sentence.
         folders: The folders whose files it may touch, absolute.
         active: False once the block has ended, for threads that go on.
         refused: The exceptions by which something was refused.
@@ -63,19 +65,20 @@ class Boundary:
     refused: list[BaseException] = field(default_factory=list)
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
-        """Raise where an event is not let happen."""
+        """Raise where the block does not let an event happen."""
         raise NotImplementedError
 
     def refuse(self, attempt: str, hint: str) -> None:
-        """Raise, and remember it."""
+        """Raise an error, and remember it."""
         error = LoraFxError(f"{self.what} {attempt}", hint)
         self.refused.append(error)
         raise error
 
     def _may_touch(self, path: str) -> bool:
-        return path.endswith(CODE) or any(
-            _is_below(path, folder) for folder in (*self.folders, *ALWAYS)
-        )
+        """True for code, and for what lies in the block's folders or in those of the system."""
+        if path.endswith(CODE):
+            return True
+        return any(_is_below(path, folder) for folder in (*self.folders, *ALWAYS))
 
 
 class _Sealed(Boundary):
@@ -95,16 +98,20 @@ class _Sealed(Boundary):
             )
         elif event == TORCH_LOAD:
             self.refuse("opens a pickle by torch.load", "get the weights as safetensors")
-        elif event == "open" and (path := _path(args[0])) is not None:
-            self._check_open(path)
+        elif event == "open":
+            path = _path(args[0])
+            if path is not None:
+                self._check_open(path)
 
     def _refuse_host(self, host: object) -> None:
+        """Raise where a host is asked."""
         self.refuse(
             f"asks the network ({one_line(host, 80)}), and only an argument hf:… does that",
             "does config.json name another model? file.py:FACTORY may load what it likes",
         )
 
     def _check_open(self, path: str) -> None:
+        """Raise where a file is opened that is neither the block's nor a library's."""
         real = os.path.realpath(path)
         if self._may_touch(path) or any(_is_below(real, root) for root in self._libraries):
             return
@@ -129,34 +136,42 @@ class _Confined(Boundary):
 
     def check(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            changed = [_path(args[0])] if isinstance(args[2], int) and args[2] & _WRITES else []
-        else:
-            changed = [
-                _path(args[i], -1 if folder is None else args[folder])
-                for i, folder in CHANGES.get(event, ())
-            ]
-        for path in filter(None, changed):
-            if event == "os.mkdir" and self._may_stand(path):
+            flags = args[2]
+            path = _path(args[0])
+            if path is not None and isinstance(flags, int) and flags & _WRITES:
+                self._check_change(path, os.path.realpath(path))
+            return
+        for place, place_of_folder in CHANGES.get(event, ()):
+            folder = -1
+            if place_of_folder is not None:
+                folder = args[place_of_folder]
+            path = _path(args[place], folder)
+            if path is None or (event == "os.mkdir" and self._may_make(path)):
                 continue
-            parent, name = os.path.split(path)
             # Opening follows a link, and every other call changes the link itself.
-            real = os.path.realpath(path if event == "open" else parent)
-            if not self._may_touch(real if event == "open" else os.path.join(real, name)):
-                self.refuse(
-                    f"would write {path}, which is beyond its part of the cache",
-                    "do not use the server that it comes from",
-                )
+            parent, name = os.path.split(path)
+            self._check_change(path, os.path.join(os.path.realpath(parent), name))
 
-    def _may_stand(self, folder: str) -> bool:
-        """Whether a folder is there already, or one that its own folders lie in."""
-        return os.path.isdir(folder) or any(_is_below(own, folder) for own in self.folders)
+    def _check_change(self, path: str, changed: str) -> None:
+        """Raise where what is changed, by a path that is named, lies beyond the folders."""
+        if not self._may_touch(changed):
+            self.refuse(
+                f"would write {path}, which is beyond its part of the cache",
+                "do not use the server that it comes from",
+            )
+
+    def _may_make(self, folder: str) -> bool:
+        """True for a folder that exists already, and for one that the block's folders lie in."""
+        if os.path.isdir(folder):
+            return True
+        return any(_is_below(block_folder, folder) for block_folder in self.folders)
 
 
 def _path(value: object, folder: int = -1) -> str | None:
     """An absolute path; None for what is none, such as a descriptor.
 
     Args:
-        value: What a call was given.
+        value: An argument of a call.
         folder: The descriptor of the folder that a relative path begins at, as `shutil.rmtree`
             removes files; -1 for the current one.
     """
@@ -169,7 +184,7 @@ def _path(value: object, folder: int = -1) -> str | None:
 
 
 def _place_of(descriptor: int) -> str:
-    """Where an open folder lies."""
+    """The path of an open folder."""
     if sys.platform == "darwin":
         place = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024))
         return os.fsdecode(place.rstrip(b"\0"))
@@ -177,6 +192,7 @@ def _place_of(descriptor: int) -> str:
 
 
 def _is_below(path: str, folder: str) -> bool:
+    """True for a folder itself too."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
@@ -192,11 +208,17 @@ def _present() -> Boundary | None:
     boundary = _boundary.get()
     if boundary is None and _started:
         boundary = _started.get(threading.current_thread())
-    return boundary if boundary is not None and boundary.active else None
+    if boundary is None or not boundary.active:
+        return None
+    return boundary
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event in _EVENTS and (boundary := _present()) is not None:
+    """Let the boundary of this thread check an event."""
+    if event not in _EVENTS:
+        return
+    boundary = _present()
+    if boundary is not None:
         boundary.check(event, args)
 
 
@@ -204,16 +226,16 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 def _install() -> None:
     """Set the hook, which stays until the process ends, and follow threads as they are started.
 
-    Python raises an event for these from 3.12 on.
+    Python raises an event for threads from 3.12 on.
     """
-    plain = threading.Thread.start
+    plain_start = threading.Thread.start
 
-    @functools.wraps(plain)
+    @functools.wraps(plain_start)
     def start(thread: threading.Thread) -> None:
         boundary = _present()
         if boundary is not None:
             _started[thread] = boundary
-        plain(thread)
+        plain_start(thread)
 
     setattr(threading.Thread, "start", start)  # noqa: B010 (mypy lets no method be assigned)
     sys.addaudithook(_hook)
@@ -225,10 +247,10 @@ def sealed(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
     Args:
         what: What is built in it, as the subject of a sentence.
-        folders: Those whose files may be opened.
+        folders: The folders whose files may be opened.
 
     Raises:
-        LoraFxError: The block ended by an error that comes of what was refused.
+        LoraFxError: The block ended by an error that a refusal caused.
     """
     with _bounded(_Sealed(what, tuple(map(os.path.abspath, folders)))) as boundary:
         yield boundary
@@ -240,10 +262,10 @@ def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
     Args:
         what: What is written in it, as the subject of a sentence.
-        folders: Where; they need not be there.
+        folders: Where it may write; they need not exist.
 
     Raises:
-        LoraFxError: As `sealed`.
+        LoraFxError: The block ended by an error that a refusal caused.
     """
     with _bounded(_Confined(what, tuple(map(os.path.realpath, folders)))) as boundary:
         yield boundary
@@ -251,6 +273,7 @@ def confined(what: str, *folders: StrPath) -> Iterator[Boundary]:
 
 @contextlib.contextmanager
 def _bounded(boundary: Boundary) -> Iterator[Boundary]:
+    """A block within a boundary, whose errors name what was refused."""
     _install()
     token = _boundary.set(boundary)
     try:
@@ -281,15 +304,15 @@ def unsealed() -> Iterator[None]:
 
 
 def _cause(error: BaseException, refused: list[BaseException]) -> BaseException | None:
-    """The refusal that an error comes of."""
-    seen: set[int] = set()
+    """The refusal that caused an error, which may have come through other errors; None for none."""
+    visited: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
-        at = pending.pop()
-        if at is None or id(at) in seen:
+        current = pending.pop()
+        if current is None or id(current) in visited:
             continue
-        if any(at is one for one in refused):
-            return at
-        seen.add(id(at))
-        pending += [at.__cause__, at.__context__]
+        if any(current is refusal for refusal in refused):
+            return current
+        visited.add(id(current))
+        pending += [current.__cause__, current.__context__]
     return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import finite, is_float
+from lora_fx.files.tensor_files import finite, is_float
 
 Arrays = Mapping[str, Array]
 """Tensors by name, or those of a module by the ends of their names."""

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from os import PathLike, fspath
 from pathlib import Path
 
-from lora_fx.data import check_unpacked
+from lora_fx.data_files import check_unpacked
 from lora_fx.errors import LoraFxError, near_path, one_line
 from lora_fx.files.read import open_input
 from lora_fx.files.safetensors import first_bytes, is_pickle, may_be_safetensors

@@ -38,8 +38,8 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import json_object
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.strict_json import json_object
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.components import COMPONENTS, guess_component, has_home, split_component
 from lora_fx.formats.format import FileHead, Format

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lora_fx.files.safetensors import Header, first_bytes, read_header, refuse_other_kinds
+from lora_fx.files.safetensors import Header, first_bytes, read_header
+from lora_fx.files.tensor_files import refuse_other_kinds
 from lora_fx.formats.format import FileHead
 
 

@@ -16,7 +16,7 @@ from lora_fx.adapter.entry_json import from_json, to_json
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, Kronecker, ReplacedRows
 from lora_fx.errors import LoraFxError, check_format, one_line, stamp
-from lora_fx.files.read import json_object
+from lora_fx.files.strict_json import json_object
 from lora_fx.ir.layout import Layout
 from lora_fx.text import Json, JsonView
 

@@ -23,7 +23,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry
 from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import is_float
+from lora_fx.files.tensor_files import is_float
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import HEAD, FileHead, Format, Magic
 from lora_fx.text import by_key, some

@@ -38,7 +38,7 @@ from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense, Entry, Hadamard, Kronecker, Rotation, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats import lycoris
 from lora_fx.formats.checked_file import Arrays, File, module_and_part
 from lora_fx.formats.components import COMPONENTS, guess_component, split_component

@@ -33,7 +33,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Entry, is_plain, name_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import is_float
+from lora_fx.files.tensor_files import is_float
 from lora_fx.formats.checked_file import File
 from lora_fx.formats.format import Format, Magic
 from lora_fx.formats.unsupported import refused

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_fx.adapter.expert_layouts import LAYOUTS
 from lora_fx.errors import LoraFxError
-from lora_fx.files.adapter_files import register
-from lora_fx.files.read import MAX_JSON
+from lora_fx.files.adapter_formats import register
 from lora_fx.files.safetensors import may_be_safetensors, parse_header
+from lora_fx.files.strict_json import MAX_JSON
 from lora_fx.formats import installed
 from lora_fx.formats.diffusers import DIFFUSERS
 from lora_fx.formats.file_head import head_with

@@ -37,8 +37,8 @@ from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import model_config
-from lora_fx.files.read import read_json
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.strict_json import read_json
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.checked_file import File, module_and_part
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.rotary_rows import heads_of, to_halves

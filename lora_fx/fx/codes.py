@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from lora_fx.dtypes import Array, numpy_dtype
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.floats import E2M1
+from lora_fx.files.quantised.fp4 import E2M1
 from lora_fx.files.quantised.onnx import as_matmul_nbits
 from lora_fx.ir.bit_packing import packed
 from lora_fx.ir.quantised import FP4, NF4, Quantised

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_fx.compare import ORT_TOL, Parity, compare
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, one_line
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.save import save
 from lora_fx.onnx.session import RuntimeSession, open_session

@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside, check_output, copy_file, replacing
-from lora_fx.files.read import companion, read_json
+from lora_fx.files.atomic import check_output, replacing
+from lora_fx.files.links import companion
+from lora_fx.files.permissions import copy_file
+from lora_fx.files.side_outputs import Beside
+from lora_fx.files.strict_json import read_json
 from lora_fx.onnx.place import MODEL, copy_model
 from lora_fx.onnx.session import open_session
 from lora_fx.text import Json, is_whole, some

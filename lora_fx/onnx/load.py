@@ -18,7 +18,8 @@ import onnx_ir as ir
 from google.protobuf.message import Message
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import inside, open_input, read_bytes, refuse_pointer
+from lora_fx.files.links import inside
+from lora_fx.files.read import open_input, read_bytes, refuse_pointer
 from lora_fx.files.safetensors import MAX_DIMS
 
 KNOWN = {"location", "offset", "length", "checksum", "basepath"}

@@ -23,7 +23,7 @@ from lora_fx.adapter.learning import learning
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError, check_format, expect_path, stamp
-from lora_fx.files.read import json_object
+from lora_fx.files.strict_json import json_object
 from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.update_row import update_of
 from lora_fx.targets.keys import own_use

@@ -24,7 +24,7 @@ from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MisfitError
-from lora_fx.files.read import read_json
+from lora_fx.files.strict_json import read_json
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.graph.values import operand
 from lora_fx.onnx.names import CHANGED, FOLDED_FROM

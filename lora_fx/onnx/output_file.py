@@ -14,7 +14,8 @@ import onnx
 import onnx_ir as ir
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import EXISTS, Beside, replacing
+from lora_fx.files.atomic import EXISTS, replacing
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.place import Place
 from lora_fx.onnx.save import EXTERNAL_OVER, save
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.load import data_names
 
 MODEL = "model.onnx"

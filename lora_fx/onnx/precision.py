@@ -21,7 +21,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from lora_fx.compare import STEPS
 from lora_fx.errors import LoraFxError, silenced
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.candidate_error import Feeds, WorstError, peaks
 from lora_fx.onnx.rewrites.to_half import ToHalf
 from lora_fx.onnx.save import weight_bytes

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import json_value
+from lora_fx.files.strict_json import json_value
 
 RANGES = "lora_fx.ranges"
 GUARD = "lora_fx holds for "

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_fx.compare import SIGMOID_STEP
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.inputs import Named
 from lora_fx.onnx.graph.emitter import OnnxEmitter, add_initialiser
 from lora_fx.onnx.graph.graph import OnnxGraph

@@ -18,7 +18,8 @@ from os import PathLike
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, explained, retold
-from lora_fx.files.atomic import Beside, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.place import MODEL, copy_model
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.triton_config import Config, config_of

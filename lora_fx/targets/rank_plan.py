@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from os import PathLike, fspath
 
 from lora_fx.errors import LoraFxError, check_format, expect_file
-from lora_fx.files.read import read_json
+from lora_fx.files.strict_json import read_json
 from lora_fx.text import Json, JsonView, is_number, is_whole, near, plain_number, table
 
 FORMAT = "lora-fx plan"

@@ -44,8 +44,8 @@ from lora_fx.compare import (
 from lora_fx.conditions import Condition
 from lora_fx.dtypes import Array, finfo
 from lora_fx.errors import LoraFxError, MistakeError, retold
-from lora_fx.files.read import check_unchanged, scratch_folder
-from lora_fx.files.safetensors import same_bytes
+from lora_fx.files.run_files import check_unchanged, scratch_folder
+from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.inputs import OTHER_SIZES, SIZES, Extents, Inputs, Named, expect_input
 from lora_fx.ir.graph import Role
 from lora_fx.ir.quantised import ZeroPoints

@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError, expect, expect_path, given_options, refuse_no_say
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.run_files import remember, remembering
 from lora_fx.formats.io import AdapterLike, adapter_name, as_adapter
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.onnx.genai import GenaiFolder, genai_folder

@@ -16,7 +16,7 @@ from typing import Any
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import scratch_folder
+from lora_fx.files.run_files import scratch_folder
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.load import load

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from lora_fx.compare import Report
-from lora_fx.files.read import remember
+from lora_fx.files.run_files import remember
 from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names

@@ -25,7 +25,7 @@ from lora_fx.adapter.starts import OF_DATA, initial
 from lora_fx.compare import Report, demand
 from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
+from lora_fx.files.run_files import remember, remembering
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Role
 from lora_fx.onnx.inserted_branches import branches_as_json

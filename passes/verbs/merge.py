@@ -16,7 +16,7 @@ from lora_fx.errors import (
     given_options,
 )
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remembering
+from lora_fx.files.run_files import remembering
 from lora_fx.inputs import Named
 from lora_fx.onnx.place import Place
 from lora_fx.passes.verbs.merge_onnx import merge_onnx

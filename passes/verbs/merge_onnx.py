@@ -23,8 +23,8 @@ from lora_fx.errors import (
     NoEffectError,
 )
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import remember, remembering
-from lora_fx.files.safetensors import same_bytes
+from lora_fx.files.run_files import remember, remembering
+from lora_fx.files.stored_tensors import same_bytes
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched
 from lora_fx.onnx.output_file import output

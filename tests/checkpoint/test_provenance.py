@@ -16,7 +16,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.base_fingerprint import ENDS, compared, sample_of
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import Tensors, write_tensors
+from lora_fx.files.safetensors import Tensors
+from lora_fx.files.tensor_files import write_tensors
 from lora_fx.fx.quantised_parameters import forms, numbers
 
 

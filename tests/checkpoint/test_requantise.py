@@ -16,9 +16,9 @@ from lora_fx.checkpoint.merge import merge
 from lora_fx.checkpoint.provenance import history
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.quantised.floats import fp8_blocks
+from lora_fx.files.quantised.fp8 import fp8_blocks
 from lora_fx.files.quantised.read import quantised_weights
-from lora_fx.files.safetensors import stored
+from lora_fx.files.stored_tensors import stored
 from lora_fx.ir.quantised import Quantised
 from tests.checkpoint.made import Array, adapter, checkpoint
 from tests.checkpoint.test_dequantise import FEW, GOLDEN, PLAIN, base, update

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx.checkpoint.verify import lines
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from tests.checkpoint.doctor import pairs
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -17,7 +17,7 @@ from lora_fx.adapter.expert_layouts import LAYOUTS, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.cli import main
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.io import format_for, format_of, load_adapter, save_adapter
 
 A, B = (

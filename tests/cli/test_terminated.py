@@ -28,12 +28,12 @@ def hold(path):
     open(os.environ["LORA_FX_WRITING"], "a").write(f"{path}\\n")
     time.sleep(60)
 
-def slowly(*paths, clean=osfile._discard):
+def slowly(*paths, clean=osfile.discard):
     time.sleep(0.4)
     clean(*paths)
 
 if os.environ.get("LORA_FX_WRITING"):
-    osfile.sync, osfile._discard = hold, slowly
+    osfile.sync, osfile.discard = hold, slowly
 """
 """sitecustomize of the command and its children: the last step before the name is given hangs."""
 COMMANDS = {

@@ -118,17 +118,17 @@ def test_patience_and_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]
 def test_a_tenth_of_every_label_is_held_out(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lora_fx.data
+    import lora_fx.held_out
 
     held: list[np.ndarray] = []
-    real = lora_fx.data.split
+    real = lora_fx.held_out.split
 
     def seen(*args: Any) -> Any:
         result = real(*args)
         held.append(result[1].columns["labels"])
         return result
 
-    monkeypatch.setattr(lora_fx.data, "split", seen)
+    monkeypatch.setattr(lora_fx.held_out, "split", seen)
     data(np.array([0] * 60 + [1] * 30 + [2] * 10))
     for seed in ("0", "0", "1"):
         argv = (

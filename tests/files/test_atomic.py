@@ -15,8 +15,9 @@ import pytest
 from lora_fx import errors
 from lora_fx.errors import LoraFxError, explain
 from lora_fx.files import atomic
-from lora_fx.files.atomic import CONTENTS, check_output, replacing, write_contents
+from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.copying import copy_range, preallocate, write_at
+from lora_fx.files.replaceable import CONTENTS, write_contents
 from tests.faults import WRITES, each_fault
 
 State = dict[str, bytes] | bytes | None

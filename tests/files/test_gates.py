@@ -18,9 +18,12 @@ import lora_fx
 from lora_fx.checkpoint.merge import plan_merge
 from lora_fx.checkpoint.merge_plan import MergePlan
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import CONTENTS, Beside, replacing
+from lora_fx.files.atomic import replacing
 from lora_fx.files.checkpoint import model_config
-from lora_fx.files.read import inside, remember, remembering
+from lora_fx.files.links import inside
+from lora_fx.files.replaceable import CONTENTS
+from lora_fx.files.run_files import remember, remembering
+from lora_fx.files.side_outputs import Beside
 from lora_fx.formats import registry  # noqa: F401 (what --force may replace, for the children)
 from lora_fx.passes.verbs import merge as merging
 from tests.checkpoint.made import adapter, factors

@@ -19,8 +19,8 @@ from lora_fx.checkpoint.file_targets import file_targets
 from lora_fx.dtypes import DTYPES
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.read import MAX_JSON
 from lora_fx.files.safetensors import TensorInfo, read_header
+from lora_fx.files.strict_json import MAX_JSON
 from lora_fx.fx.load.weights_file import check_fit
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

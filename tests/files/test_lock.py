@@ -17,7 +17,8 @@ import filelock  # noqa: F401 - imported where there is no flock, it warns
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import locked, replacing
+from lora_fx.files.atomic import replacing
+from lora_fx.files.locks import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save, save_file
 from lora_fx.checkpoint.file_targets import EMPTY, file_targets
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.read import MAX_JSON, read_json
 from lora_fx.files.safetensors import parse_header, read_header
+from lora_fx.files.strict_json import MAX_JSON, read_json
 from lora_fx.formats.io import load_adapter
 
 FILE = Path("x.safetensors")

@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import Array
-from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.tensor_files import write_tensors
 from lora_fx.ir.layout import Layout, plain_layout
 
 Write = Callable[..., Path]

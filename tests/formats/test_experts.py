@@ -17,7 +17,7 @@ from lora_fx.adapter.expert_layouts import LAYOUTS, _alpha, laid
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft.decode import decode
 from lora_fx.formats.peft.encode import encode

@@ -16,7 +16,7 @@ from torch import nn
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.updates import Hadamard, Kronecker
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.tensor_files import write_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
 from tests.formats.test_kohya import X, close, normal, stored, whole, wide
 

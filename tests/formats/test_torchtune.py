@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.tensor_files import write_tensors
 from lora_fx.formats.io import format_of, load_adapter
 from lora_fx.formats.rotary_rows import to_halves
 

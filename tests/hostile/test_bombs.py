@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_fx import regexes
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import MAX_DOTS, read_toml
+from lora_fx.files.strict_toml import MAX_DOTS, read_toml
 from lora_fx.fx.train.chat import MAX_TEMPLATE, ChatTemplate
 from lora_fx.targets.selectors import select_names
 from tests.hostile import bombs

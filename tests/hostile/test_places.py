@@ -14,9 +14,11 @@ import pytest
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside, copy_file, replacing
+from lora_fx.files.atomic import replacing
 from lora_fx.files.hub import fetch, parse
+from lora_fx.files.permissions import copy_file
 from lora_fx.files.sealed import confined
+from lora_fx.files.side_outputs import Beside
 from lora_fx.onnx.genai import genai_folder
 from tests.checkpoint.made import adapter, factors
 from tests.files import hub_server

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.files.atomic import Beside
+from lora_fx.files.side_outputs import Beside
 from lora_fx.fx.capture import decoder
 from lora_fx.onnx.genai import GenaiFolder, genai_folder
 

@@ -26,7 +26,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from lora_fx.files import atomic
-from lora_fx.files.read import inputs_are_in_memory, remembering
+from lora_fx.files.run_files import inputs_are_in_memory, remembering
 
 Change = Callable[[Path], object]
 

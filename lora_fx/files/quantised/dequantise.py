@@ -1,6 +1,6 @@
 """A checkpoint seen as if its quantised weights were floats: the same names, in new shards.
 
-Nothing is read but headers. What makes numbers of codes is read row by row, by who asks for rows.
+Only headers are read to make it. Codes are read, and turned into numbers, when rows are asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_fx.dtypes import DTYPES, FLOATING
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import STEMS, Checkpoint
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import ACTIVATIONS, parts_beside, quantised_weights
 from lora_fx.files.safetensors import Header, TensorInfo
 from lora_fx.text import Json, JsonView, some
@@ -28,7 +28,7 @@ class CodesInfo(TensorInfo):
     """A weight of a view; start and stop are those of its codes.
 
     Attributes:
-        weight: What reads it.
+        weight: The weight, which can be read.
     """
 
     weight: QuantisedWeight
@@ -40,7 +40,7 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
     Args:
         base: A folder or file.
         dtype: What the weights will be stored in; the view's own are fp32.
-        most: Bytes of the tensors of one shard of a folder; a larger tensor has a shard of its own.
+        most: Bytes of the tensors in one shard of a folder; a larger tensor has a shard to itself.
 
     Raises:
         LoraFxError: No weight is quantised, or one in a format that is not read.
@@ -48,31 +48,52 @@ def dequantised(base: Checkpoint, dtype: str, most: int = SHARD) -> Checkpoint:
     config = base.config()
     with _naming(base.path):
         weights = quantised_weights(base.tensors, config)
-        for weight in (w for w in weights.values() if not w.bits):
-            weight.read()  # raises: says what it is and why it is not read
+        for weight in weights.values():
+            if not weight.bits:
+                weight.read()  # raises, and says which format it is and why it is not read
     if not weights:
         raise LoraFxError(
             f"{base.path}: none of its weights is quantised", "merge without --dequantise"
         )
-    gone = parts_beside(weights, base.tensors)
-    seen: dict[str, TensorInfo] = {}
-    for tensor, info in base.tensors.items():
-        if tensor not in gone:
-            seen[tensor] = info
-        elif (name := gone[tensor]) not in seen:
-            weight = replace(weights[name], read=_naming(info.file)(weights[name].read))
-            shape = weight.shape
-            seen[name] = CodesInfo("float32", shape, info.file, info.start, info.stop, weight)
-    kinds = {n: dtype if isinstance(t, CodesInfo) else t.dtype for n, t in seen.items()}
-    sizes = {n: math.prod(seen[n].shape) * DTYPES[kind].bits // 8 for n, kind in kinds.items()}
-    shards = _shards(base, seen, sizes, most)
+    tensors = _dequantised_tensors(base, weights)
+    sizes = {name: _size(info, dtype) for name, info in tensors.items()}
+    shards = _shards(base, tensors, sizes, most)
+    tensors_by_shard: dict[str, TensorInfo] = {}
+    for header in shards.values():
+        tensors_by_shard |= header.tensors
     return replace(
         base,
         shards=shards,
-        tensors={n: t for h in shards.values() for n, t in h.tensors.items()},
+        tensors=tensors_by_shard,
         settings=_settings(config, dtype),
         of=base,
     )
+
+
+def _dequantised_tensors(
+    base: Checkpoint, weights: Mapping[str, QuantisedWeight]
+) -> dict[str, TensorInfo]:
+    """The tensors of a view: each quantised weight stands where its first part stood."""
+    weight_of = parts_beside(weights, base.tensors)
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in base.tensors.items():
+        if name not in weight_of:
+            tensors[name] = info
+            continue
+        weight_name = weight_of[name]
+        if weight_name not in tensors:
+            weight = weights[weight_name]
+            weight = replace(weight, read=_naming(info.file)(weight.read))
+            tensors[weight_name] = CodesInfo(
+                "float32", weight.shape, info.file, info.start, info.stop, weight
+            )
+    return tensors
+
+
+def _size(info: TensorInfo, dtype: str) -> int:
+    """Bytes of a tensor of a view whose quantised weights are stored in a dtype."""
+    stored_dtype = dtype if isinstance(info, CodesInfo) else info.dtype
+    return math.prod(info.shape) * DTYPES[stored_dtype].bits // 8
 
 
 _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
@@ -81,12 +102,15 @@ _BESIDE = ("_scale", "_scale_inv", "_scales", "_weight_scale", ".absmax")
 
 def refuse_left(base: Checkpoint) -> None:
     """Raise where a view has codes, or scales of a module's inputs, that no float model reads."""
-    told = base.of.config().get("quantization_config") if base.of is not None else None
-    awq = isinstance(told, dict) and told.get("quant_method") == "awq"
+    is_awq = False
+    if base.of is not None:
+        quantisation = base.of.config().get("quantization_config")
+        is_awq = isinstance(quantisation, dict) and quantisation.get("quant_method") == "awq"
     for name, info in base.tensors.items():
-        codes = info.dtype not in FLOATING and any(f"{name}{n}" in base.tensors for n in _BESIDE)
-        of_act = awq and name.endswith(".scales")  # AutoAWQ's ScaledActivation
-        if codes or of_act or info.dtype.startswith("float8"):
+        are_codes = info.dtype not in FLOATING and _has_scales(name, base.tensors)
+        is_float8 = info.dtype.startswith("float8")
+        are_scales_of_inputs = is_awq and name.endswith(".scales")  # AutoAWQ's ScaledActivation
+        if are_codes or is_float8 or are_scales_of_inputs:
             raise LoraFxError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}, of a layout "
                 "that is not read; a model of floats would take it for numbers",
@@ -94,34 +118,54 @@ def refuse_left(base: Checkpoint) -> None:
             )
 
 
+def _has_scales(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """True where scales lie beside a tensor."""
+    return any(f"{name}{end}" in tensors for end in _BESIDE)
+
+
 def is_view(base: Checkpoint) -> bool:
     """True for what `dequantised` makes."""
-    return any(isinstance(t, CodesInfo) for t in base.tensors.values())
+    return any(isinstance(info, CodesInfo) for info in base.tensors.values())
 
 
 def view_notes(base: Checkpoint) -> list[str]:
-    """What should be said of a view: what it leaves out, and what its config.json rounds."""
+    """Notes on a view: what it leaves out, and what its config.json rounds."""
     if base.of is None or not is_view(base):
         return []
-    weights = [n for n, t in base.tensors.items() if isinstance(t, CodesInfo)]
-    gone = [n for n in parts_beside(weights, base.of.tensors) if n.endswith(ACTIVATIONS)]
-    told = f"{some(gone, 2)}: the output computes in floats"
-    notes = [f"left out, {len(gone)} scales of activations: {told}"] if gone else []
-    config = base.config()
-    said = config.get("dtype") or config.get("torch_dtype")
-    floats = {t.dtype for t in base.tensors.values() if not isinstance(t, CodesInfo)} & {*FLOATING}
-    if said == "bfloat16" and (wider := floats - {said}):
+    notes: list[str] = []
+    weights = [name for name, info in base.tensors.items() if isinstance(info, CodesInfo)]
+    parts = parts_beside(weights, base.of.tensors)
+    activation_scales = [name for name in parts if name.endswith(ACTIVATIONS)]
+    if activation_scales:
         notes.append(
-            f"config.json says {said} now, as the weights that were codes; the others stay "
-            f"{' and '.join(sorted(wider))}, and transformers rounds them when it loads: "
+            f"left out, {len(activation_scales)} scales of activations: "
+            f"{some(activation_scales, 2)}: the output computes in floats"
+        )
+
+    config = base.config()
+    dtype_of_config = config.get("dtype") or config.get("torch_dtype")
+    wider = _float_dtypes(base) - {"bfloat16"}
+    if dtype_of_config == "bfloat16" and wider:
+        notes.append(
+            f"config.json says {dtype_of_config} now, as the weights that were codes; the others "
+            f"stay {' and '.join(sorted(wider))}, and transformers rounds them when it loads: "
             f"--dtype {min(wider)} keeps them"
         )
     return notes
 
 
+def _float_dtypes(base: Checkpoint) -> set[str]:
+    """The float dtypes of the tensors of a view that were no codes."""
+    return {
+        info.dtype
+        for info in base.tensors.values()
+        if info.dtype in FLOATING and not isinstance(info, CodesInfo)
+    }
+
+
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of a format, which knows no files, with the name of the file."""
+    """A block whose errors get the name of a file: a format knows no files."""
     try:
         yield
     except LoraFxError as error:
@@ -129,32 +173,40 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _shards(
-    base: Checkpoint, seen: Mapping[str, TensorInfo], sizes: Mapping[str, int], most: int
+    base: Checkpoint, tensors: Mapping[str, TensorInfo], sizes: Mapping[str, int], most: int
 ) -> dict[str, Header]:
     """Tensors in their order, as many in a shard as it can hold."""
     first = next(iter(base.shards))
     metadata = base.shards[first].metadata
     if not base.path.is_dir():
-        return {first: Header(dict(seen), metadata)}
+        return {first: Header(dict(tensors), metadata)}
+
     groups: list[dict[str, TensorInfo]] = [{}]
-    room = most
-    for name, info in seen.items():
-        if sizes[name] > room and groups[-1]:
+    free = most
+    for name, info in tensors.items():
+        if sizes[name] > free and groups[-1]:
             groups.append({})
-            room = most
+            free = most
         groups[-1][name] = info
-        room -= sizes[name]
-    stem = next((s for s in STEMS if first.startswith(s)), STEMS[0])  # which transformers finds
-    count = len(groups)
-    names = [f"{stem}-{i + 1:05}-of-{count:05}" for i in range(count)] if count > 1 else [stem]
-    each = zip(names, groups, strict=True)
-    return {f"{name}.safetensors": Header(group, metadata) for name, group in each}
+        free -= sizes[name]
+
+    # A stem that transformers finds.
+    stem = next((stem for stem in STEMS if first.startswith(stem)), STEMS[0])
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": Header(groups[0], metadata)}
+    return {
+        f"{stem}-{number:05}-of-{len(groups):05}.safetensors": Header(group, metadata)
+        for number, group in enumerate(groups, 1)
+    }
 
 
 def _settings(config: JsonView, dtype: str) -> Json:
-    """A config.json of floats."""
-    gone = "quantization_config", "compression_config"
-    settings = {k: v for k, v in config.items() if k not in gone}
+    """The config.json of a model of floats."""
+    settings = {
+        name: value
+        for name, value in config.items()
+        if name not in ("quantization_config", "compression_config")
+    }
     for name in ("dtype", "torch_dtype"):
         if isinstance(settings.get(name), str):
             settings[name] = dtype

@@ -1,4 +1,4 @@
-"""Weights in the layouts of GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it, and of AWQ.
+"""Weights in the layouts of GPTQ, as AutoGPTQ, GPTQModel and AutoRound write it.
 
     qweight   int32 [in · bits/32, out], the first input in the lowest bits
     qzeros    int32 [groups, out · bits/32], the first output in the lowest bits
@@ -20,7 +20,10 @@ from __future__ import annotations
 import numpy as np
 
 from lora_fx.dtypes import FLOATING, Array
-from lora_fx.files.quantised.base import ALL, Parts, QuantisedWeight, bits_of, grouped, packed_range
+from lora_fx.files.quantised.matrices import grouped
+from lora_fx.files.quantised.packed_words import bits_of, packed_range
+from lora_fx.files.quantised.quantised_weight import ALL, QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.ir.bit_packing import unpacked, words_of
 from lora_fx.ir.quantised import Quantised
 
@@ -31,96 +34,58 @@ def gptq(parts: Parts, version: int = 1) -> QuantisedWeight:
     """A weight [out, in].
 
     Args:
-        parts: Of the module.
+        parts: The module's.
         version: 1 where qzeros holds z − 1, 2 where it holds z.
 
     Raises:
         LoraFxError: A part is missing, malformed, or does not fit the others.
     """
     words, out = parts.shape("qweight", ("int32",), None, None)
-    groups, _ = parts.shape("scales", FLOATING, None, out)
-    _, zeros = parts.shape("qzeros", ("int32",), groups, None)
-    bits = bits_of(out, zeros)
+    groups, _out = parts.shape("scales", FLOATING, None, out)
+    _groups_of_zeros, words_of_zeros = parts.shape("qzeros", ("int32",), groups, None)
+    bits = bits_of(out, words_of_zeros)
     if bits not in BITS:
-        raise parts.wrong("qzeros", f"has {zeros} words for {out} outputs", "2, 3, 4 or 8 bits")
-    length = parts.shape("g_idx", ("int32", "int64"), None)[0] if parts.has("g_idx") else 0
-    length = length or words * 32 // bits
-    parts.shape("qweight", ("int32",), -(-length * bits // 32), out)
+        problem = f"has {words_of_zeros} words for {out} outputs"
+        raise parts.wrong("qzeros", problem, "2, 3, 4 or 8 bits")
+    length = words * 32 // bits
+    if parts.has("g_idx"):
+        (length,) = parts.shape("g_idx", ("int32", "int64"), None)
+    words = -(-length * bits // 32)
+    parts.shape("qweight", ("int32",), words, out)
 
     def read(rows: slice = ALL) -> Quantised:
         codes = unpacked(parts.read("qweight", rows, 1), bits, 0)[:length].T
-        stored = np.ascontiguousarray(parts.read("qzeros", packed_range(rows, 32, bits), 1))
-        if version == 1 and bits != 3:
-            stored = stored.view(np.uint32) + np.uint32(0xFFFFFFFF // (2**bits - 1))
-        zero = unpacked(stored, bits)[:, : len(codes)].T
-        zero = (zero + 1) & 7 if version == 1 and bits == 3 else zero
-        scale, given = parts.read("scales", rows, 1).T, _groups(parts, length, groups)
-        return parts.checked(grouped(codes, scale, zero, given))
+        packed_zeros = parts.read("qzeros", packed_range(rows, 32, bits), 1)
+        zero = _zero_points(packed_zeros, bits, version)[:, : len(codes)].T
+        scale = parts.read("scales", rows, 1).T
+        groups_of_inputs = _groups(parts, length, groups)
+        return parts.checked(grouped(codes, scale, zero, groups_of_inputs))
 
     def pack(codes: Array) -> Array:
-        return words_of(codes, bits)[:, : -(-length * bits // 32)].T
+        return words_of(codes, bits)[:, :words].T
 
-    anew = parts.by_stored_scales("qweight", bits, pack, 1)
-    return QuantisedWeight("GPTQ", bits, (out, length), read, 32, anew)
+    recoding = parts.by_stored_scales("qweight", bits, pack, 1)
+    return QuantisedWeight("GPTQ", bits, (out, length), read, 32, recoding)
+
+
+def _zero_points(packed_zeros: Array, bits: int, version: int) -> Array:
+    """Zero points z [groups, outputs] of the words of qzeros; see the top of this file."""
+    words = np.ascontiguousarray(packed_zeros)
+    if version == 1 and bits == 3:
+        return (unpacked(words, bits) + 1) & 7
+    if version == 1:
+        one_in_each_field = np.uint32(0xFFFFFFFF // (2**bits - 1))
+        words = words.view(np.uint32) + one_in_each_field
+    return unpacked(words, bits)
 
 
 def _groups(parts: Parts, length: int, groups: int) -> Array:
     """The group of each input."""
     if not parts.has("g_idx"):
         return np.arange(length) // parts.evenly("scales", length, groups)
-    order = parts.read("g_idx")
-    if order.min() < 0 or order.max() >= groups:
-        found = f"names groups {order.min()} to {order.max()}"
-        raise parts.wrong("g_idx", found, f"0 to {groups - 1}")
-    return order
-
-
-# AWQ: the layout of its GEMM kernels, version "gemm" of AutoAWQ and llm-awq.
-#
-#     qweight   int32 [in, out/8], outputs 0 2 4 6 1 3 5 7 of eight from the lowest bits up
-#     qzeros    int32 [groups, out/8] in the same order
-#     scales    float [groups, out]
-#
-# W[o, i] = (code − z[g, o]) · scales[g, o], g = i // (in/groups); 4 bits
-# (`pack_awq` and `dequantize_gemm`, awq/utils/packing_utils.py, autoawq 0.2.9 and GPTQModel 7.7).
-
-
-PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where outputs 0 to 7 lie in a word, in codes from the lowest bits."""
-
-
-def awq(parts: Parts) -> QuantisedWeight:
-    """A weight [out, in].
-
-    Raises:
-        LoraFxError: A part is missing, malformed, or does not fit the others.
-    """
-    length, words = parts.shape("qweight", ("int32",), None, None)
-    groups, out = parts.shape("scales", FLOATING, None, words * 8)
-    parts.shape("qzeros", ("int32",), groups, words)
-    block = parts.evenly("scales", length, groups)
-
-    def read(rows: slice = ALL) -> Quantised:
-        eights = packed_range(rows, 8)
-        codes, zero = (_outputs(parts.read(n, eights, 1)) for n in ("qweight", "qzeros"))
-        q = Quantised(codes, parts.read("scales", rows, 1).T, zero, (1, block))
-        return parts.checked(q)
-
-    def pack(codes: Array) -> Array:
-        eights = codes.reshape(-1, 8, length).astype(np.uint32)
-        words = [eights[:, i] << 4 * place for i, place in enumerate(PLACES)]
-        return np.asarray(np.bitwise_or.reduce(words)).T.view(np.int32)
-
-    anew = parts.by_stored_scales("qweight", 4, pack, 1, lambda row: row // 8)
-    return QuantisedWeight("AWQ", 4, (out, length), read, 8, anew)
-
-
-def _outputs(words: Array) -> Array:
-    """Codes [out, rows] of words [rows, out/8]."""
-    each = np.ascontiguousarray(words.T).astype("<i4", copy=False).view(np.uint8)
-    each = each.reshape(words.shape[1], len(words), 4)
-    codes = np.empty((len(each), 8, len(words)), np.uint8)
-    for i, place in enumerate(PLACES):
-        byte = each[..., place // 2]
-        codes[:, i] = byte >> 4 if place % 2 else byte & 15
-    return codes.reshape(-1, len(words))
+    groups_of_inputs = parts.read("g_idx")
+    low = groups_of_inputs.min()
+    high = groups_of_inputs.max()
+    if low < 0 or high >= groups:
+        raise parts.wrong("g_idx", f"names groups {low} to {high}", f"0 to {groups - 1}")
+    return groups_of_inputs

@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.base import shaped, wrong
+from lora_fx.files.quantised.consistency import shaped, wrong
 from lora_fx.ir.bit_packing import packed, unpacked
 from lora_fx.ir.quantised import Quantised, ZeroPoints
 
@@ -28,16 +28,16 @@ LARGEST = 128
 def nbits_zero_points(
     where: str, scales: Array, zero: Array | None, shape: tuple[int, int], bits: int, block: int
 ) -> ZeroPoints:
-    """What of a MatMulNBits takes an update that is constant in its blocks.
+    """The scales and zero points of a MatMulNBits, which take an update constant in its blocks.
 
     ONNX Runtime 1.31's kernels take floats for zeros beside codes of 2 and 4 bits, not of 8.
 
     Args:
         where: The name of the weight, for messages.
-        scales: A number a block.
+        scales: One of each block.
         zero: Packed, or floats; None for the middle of the codes.
         shape: N, K.
-        bits: Of a code.
+        bits: The bits of a code.
         block: Codes that share a scale.
     """
     blocks = (shape[0], -(-shape[1] // block))
@@ -47,13 +47,14 @@ def nbits_zero_points(
 
 
 def zeros_of(where: str, zero: Array | None, bits: int, shape: tuple[int, ...]) -> Array:
-    """Zero points in the shape of the scales."""
+    """Zero points, unpacked, in the shape of the scales."""
     if zero is None:
         return np.full(shape, 2 ** (bits - 1), np.uint8)
     if zero.dtype != np.uint8:
         return zero
-    stored = (*shape[:-1], -(-shape[-1] * bits // 8))
-    return unpacked(shaped(where, "zero points", zero, stored), bits)[..., : shape[-1]]
+    packed_shape = (*shape[:-1], -(-shape[-1] * bits // 8))
+    packed_zeros = shaped(where, "zero points", zero, packed_shape)
+    return unpacked(packed_zeros, bits)[..., : shape[-1]]
 
 
 class MatMulNBits(NamedTuple):
@@ -81,46 +82,96 @@ def as_matmul_nbits(where: str, q: Quantised, *, strict: bool = True) -> MatMulN
     Raises:
         LoraFxError: The operator cannot hold it; the message says why.
     """
-    if len(q.shape) != 2 or q.flat or q.levels is not None or q.codes.dtype.kind not in "iu":
-        found = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
-        raise _unfit(where, found, "a matrix of integers in blocks along its rows")
+    if not _is_matrix_of_integers(q):
+        problem = f"codes {q.codes.dtype} {list(q.shape)} in blocks of {list(q.block)}"
+        raise _unfit(where, problem, "a matrix of integers in blocks along its rows")
     if strict and q.order is not None:
         raise _unfit(where, "its columns in another order", "columns in their own places")
-    (rows, length), (tall, wide) = q.shape, q.block
-    # a block as long as the row may be cut anywhere, and else at powers of two that divide it
-    size = 1 << (length - 1).bit_length() if wide >= length else wide & -wide
-    size = min(LARGEST, max(16, size) if wide >= length else size)
-    signed, low, high = q.codes.dtype.kind == "i", int(q.codes.min()), int(q.codes.max())
-    # a signed code c needs the bits of an unsigned one of 2 · max(c, −c − 1) + 1
-    largest = 2 * max(high, -low - 1) + 1 if signed else high
-    bits = next((b for b in BITS if largest < 2**b), 0)
-    if not bits:
-        raise _unfit(where, f"codes from {low} to {high}", "codes of 8 bits")
-    if size < 16 and (strict or wide * bits % 8 or wide == 1):
-        raise _unfit(where, f"blocks of {wide} inputs", "a multiple of 16")
-    size = wide if size < 16 else size
-    shift = 2 ** (bits - 1) if signed else 0
-    count = -(-length // size)
-    at = np.ix_(np.arange(rows) // tall, np.arange(count) * size // wide)
-    scales = q.scale[at].astype(np.float32) * np.float32(q.unit)
-    zero = np.zeros_like(scales) if q.zero is None else q.zero[at].astype(np.float32)
-    codes = np.pad(q.codes.astype(np.int32) + shift, ((0, 0), (0, count * size - length)))
-    b = packed(codes.reshape(rows, count, size), bits)
-    return MatMulNBits(b, scales, _zero_points(where, zero, shift, bits), bits, size)
+    rows, length = q.shape
+    block_rows, block_columns = q.block
+    shift, bits = _shift_and_bits(where, q.codes)
+    size = _block_size(block_columns, length)
+    if size < 16:
+        if strict or block_columns * bits % 8 or block_columns == 1:
+            raise _unfit(where, f"blocks of {block_columns} inputs", "a multiple of 16")
+        size = block_columns
+
+    n_blocks = -(-length // size)
+    old_rows = np.arange(rows) // block_rows
+    old_columns = np.arange(n_blocks) * size // block_columns
+    blocks = np.ix_(old_rows, old_columns)
+    scales = q.scale[blocks].astype(np.float32) * np.float32(q.unit)
+    zero = np.zeros_like(scales)
+    if q.zero is not None:
+        zero = q.zero[blocks].astype(np.float32)
+    zero_points = _zero_points(where, zero, shift, bits)
+
+    padding = n_blocks * size - length
+    codes = np.pad(q.codes.astype(np.int32) + shift, ((0, 0), (0, padding)))
+    packed_codes = packed(codes.reshape(rows, n_blocks, size), bits)
+    return MatMulNBits(packed_codes, scales, zero_points, bits, size)
+
+
+def _is_matrix_of_integers(q: Quantised) -> bool:
+    """True for a matrix of integer codes in blocks along its rows."""
+    if len(q.shape) != 2 or q.flat:
+        return False
+    return q.levels is None and q.codes.dtype.kind in "iu"
+
+
+def _shift_and_bits(where: str, codes: Array) -> tuple[int, int]:
+    """What makes codes unsigned when it is added, and the fewest bits that hold them then.
+
+    Raises:
+        LoraFxError: They need more than 8 bits.
+    """
+    low = int(codes.min())
+    high = int(codes.max())
+    is_signed = codes.dtype.kind == "i"
+    largest = high
+    if is_signed:  # a signed code c needs the bits of an unsigned one of 2 · max(c, −c − 1) + 1
+        largest = 2 * max(high, -low - 1) + 1
+    for bits in BITS:
+        if largest < 2**bits:
+            return 2 ** (bits - 1) if is_signed else 0, bits
+    raise _unfit(where, f"codes from {low} to {high}", "codes of 8 bits")
+
+
+def _block_size(block_columns: int, length: int) -> int:
+    """The largest size of a block, up to LARGEST, that blocks of a row can be cut to.
+
+    A block as long as the row may be cut anywhere, and others at powers of two that divide them.
+    """
+    if block_columns >= length:
+        power_of_two = 1 << (length - 1).bit_length()
+        return min(LARGEST, max(16, power_of_two))
+    return min(LARGEST, block_columns & -block_columns)
 
 
 def _zero_points(where: str, zero: Array, shift: int, bits: int) -> Array | None:
-    """Packed where they are codes themselves, else floats."""
-    moved = zero + shift
-    if (moved == 2 ** (bits - 1)).all():
+    """Zero points of shifted codes: None for their middle, packed where they are codes, or floats.
+
+    Args:
+        where: The name of the weight, for messages.
+        zero: Zero points of the codes before they were shifted, fp32.
+        shift: What was added to the codes.
+        bits: The bits of a code.
+
+    Raises:
+        LoraFxError: The operator cannot hold them.
+    """
+    shifted = zero + shift
+    if (shifted == 2 ** (bits - 1)).all():
         return None
-    if (moved == np.rint(moved)).all() and moved.min() >= 0 and moved.max() < 2**bits:
-        return packed(moved.astype(np.uint8), bits)
-    if bits == 8 or (moved - shift != zero).any():
-        found = f"zero points from {zero.min()} to {zero.max()} of codes of {bits} bits"
-        raise _unfit(where, found, "codes, or floats of at most 4 bits")
-    return np.asarray(moved)
+    are_whole = (shifted == np.rint(shifted)).all()
+    if are_whole and shifted.min() >= 0 and shifted.max() < 2**bits:
+        return packed(shifted.astype(np.uint8), bits)
+    if bits == 8 or (shifted - shift != zero).any():
+        problem = f"zero points from {zero.min()} to {zero.max()} of codes of {bits} bits"
+        raise _unfit(where, problem, "codes, or floats of at most 4 bits")
+    return np.asarray(shifted)
 
 
 def _unfit(where: str, found: str, expected: str) -> LoraFxError:
+    """The error of a weight that the operator cannot hold."""
     return wrong(where, f"has {found}", f"what the operator holds, {expected}", "dequantise it")

@@ -15,7 +15,7 @@ from lora_fx.adapter.updates import Dense, ReplacedRows, is_plain, name_of
 from lora_fx.adapter.variant import variant_of
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
-from lora_fx.files.safetensors import finite, is_float
+from lora_fx.files.tensor_files import finite, is_float
 from lora_fx.formats.peft.build_config import build_config
 from lora_fx.formats.peft.config import KASA, VERSION
 from lora_fx.formats.peft.form import PeftForm, forms_of, to_tensors

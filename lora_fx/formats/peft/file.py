@@ -21,8 +21,8 @@ from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.variant import expect_variant
 from lora_fx.errors import LoraFxError
-from lora_fx.files.read import json_object, read_json
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.strict_json import json_object, read_json
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.format import FileHead, Format
 from lora_fx.formats.header_json import metadata_text
 from lora_fx.formats.peft import loha_lokr_oft

@@ -23,7 +23,7 @@ from lora_fx.adapter.updates import Dense, Entry, ReplacedRows
 from lora_fx.adapter.variant import bare, expect_variant, fields_of_files, named_variant
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.safetensors import is_float
+from lora_fx.files.tensor_files import is_float
 from lora_fx.formats.header_json import holds
 from lora_fx.formats.peft.layer_reader import LayerReader
 from lora_fx.formats.peft.names import OWN, PREFIX, Group, split_name

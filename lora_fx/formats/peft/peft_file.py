@@ -9,7 +9,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry
 from lora_fx.dtypes import Array
-from lora_fx.files.safetensors import is_float
+from lora_fx.files.tensor_files import is_float
 from lora_fx.formats.checked_file import Arrays, File
 from lora_fx.text import JsonView
 

@@ -25,7 +25,8 @@ import numpy as np
 
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.quantised.base import FLOAT8, checked, wrong
+from lora_fx.files.quantised.consistency import checked, wrong
+from lora_fx.files.quantised.weight_parts import FLOAT8
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.ir.bit_packing import unpacked
 from lora_fx.ir.quantised import Quantised

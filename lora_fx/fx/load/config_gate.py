@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import read_json
 from lora_fx.files.safetensors import Tensors
+from lora_fx.files.strict_json import read_json
 from lora_fx.text import JsonView
 
 ORIGINS = {

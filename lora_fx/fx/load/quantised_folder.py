@@ -17,7 +17,8 @@ from torch import nn
 from lora_fx.checkpoint.loaded_names import loaded_of
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.quantised.base import QuantisedWeight, below
+from lora_fx.files.quantised.matrices import below
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import quantised_weights
 from lora_fx.files.safetensors import Tensors
 from lora_fx.files.sealed import unsealed

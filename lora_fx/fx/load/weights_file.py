@@ -11,7 +11,8 @@ from torch import nn
 from lora_fx.dtypes import FLOATING
 from lora_fx.errors import LoraFxError, lead_between, one_line
 from lora_fx.files.checkpoint import tensors
-from lora_fx.files.safetensors import TensorInfo, stored
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.tensors import from_numpy
 from lora_fx.text import some

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from lora_fx.errors import LoraFxError, one_line
-from lora_fx.files.read import json_object, open_input
+from lora_fx.files.read import open_input
+from lora_fx.files.strict_json import json_object
 from lora_fx.fx.pt2.serialised import dtype_of_code
 from lora_fx.text import Json, JsonView
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.files import isolated
-from lora_fx.files.read import json_object
+from lora_fx.files.strict_json import json_object
 from lora_fx.text import Json, JsonView
 
 MAX_TEMPLATE = 1 << 17

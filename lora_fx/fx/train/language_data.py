@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from lora_fx.data import LABELS, Table, json_rows
+from lora_fx.data import LABELS, Table
+from lora_fx.data_files import json_rows
 from lora_fx.errors import LoraFxError, one_line
 from lora_fx.fx.load.folder_tokenizer import read_tokenizer
 from lora_fx.fx.train.line_forms import FORMS, form_of, in_words

@@ -27,7 +27,7 @@ import torch
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, stamp
 from lora_fx.files.atomic import check_output, replacing
-from lora_fx.files.safetensors import write_tensors
+from lora_fx.files.tensor_files import write_tensors
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.optimizer import Optimizer
 from lora_fx.fx.train.processes import Processes

@@ -13,8 +13,8 @@ from typing import Any
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, check_format
 from lora_fx.files.atomic import check_output
-from lora_fx.files.read import read_json
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.strict_json import read_json
+from lora_fx.files.tensor_files import read_tensors
 
 WORDS = "state.json"
 TENSORS = "state.safetensors"

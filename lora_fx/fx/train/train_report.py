@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_fx.files.atomic import CURVE
+from lora_fx.files.replaceable import CURVE
 from lora_fx.text import Json, short
 
 

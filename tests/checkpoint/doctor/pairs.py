@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from lora_fx.dtypes import Array
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 
 VOCABULARY = 48
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

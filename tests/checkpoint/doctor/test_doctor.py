@@ -18,7 +18,7 @@ import pytest
 import lora_fx
 from lora_fx.cli import main
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from tests.checkpoint.doctor import pairs
 from tests.checkpoint.doctor.pairs import edited, save_adapter, save_base
 

@@ -11,7 +11,8 @@ import lora_fx
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
 from lora_fx.files.read import trusting
-from lora_fx.files.safetensors import TensorInfo, stored_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored_bytes
 from tests.checkpoint.doctor.sound import SOUND
 from tests.checkpoint.doctor.tiny import Options, base, lora
 from tests.checkpoint.doctor.wrong import WRONG

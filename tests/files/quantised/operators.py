@@ -19,8 +19,9 @@ import math
 import numpy as np
 
 from lora_fx.dtypes import Array
-from lora_fx.files.quantised.base import FLOAT8, checked, shaped, wrong
+from lora_fx.files.quantised.consistency import checked, shaped, wrong
 from lora_fx.files.quantised.onnx import BITS, zeros_of
+from lora_fx.files.quantised.weight_parts import FLOAT8
 from lora_fx.ir.bit_packing import unpacked
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 

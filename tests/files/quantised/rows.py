@@ -12,17 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_fx.dtypes import Array, numpy_dtype
-from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.awq import awq
 from lora_fx.files.quantised.bitsandbytes import four_bits, int8
 from lora_fx.files.quantised.compressed_tensors import compressed
-from lora_fx.files.quantised.floats import (
-    fp8,
-    fp8_blocks,
-    mxfp4,
-    mxfp4_stack,
-    nvfp4,
-)
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.fp4 import mxfp4, mxfp4_stack, nvfp4
+from lora_fx.files.quantised.fp8 import fp8, fp8_blocks
+from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.fx.capture.torchao import affine, nf4
 from lora_fx.ir.quantised import Quantised
 from tests.files.quantised import operators

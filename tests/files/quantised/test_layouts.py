@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.quantised import onnx
-from lora_fx.files.quantised.base import Parts, QuantisedWeight
+from lora_fx.files.quantised.awq import awq
 from lora_fx.files.quantised.bitsandbytes import four_bits
 from lora_fx.files.quantised.compressed_tensors import compressed
-from lora_fx.files.quantised.floats import fp8_blocks, mxfp4_stack
-from lora_fx.files.quantised.gptq import awq, gptq
+from lora_fx.files.quantised.fp4 import mxfp4_stack
+from lora_fx.files.quantised.fp8 import fp8_blocks
+from lora_fx.files.quantised.gptq import gptq
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
+from lora_fx.files.quantised.weight_parts import Parts
 from lora_fx.fx.codes import arrays_of
 from lora_fx.ir.quantised import FP4, NF4, Quantised
 from tests.files.quantised import operators

@@ -13,10 +13,11 @@ import pytest
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
 from lora_fx.files.checkpoint import open_checkpoint
-from lora_fx.files.quantised import base as parts
-from lora_fx.files.quantised.base import QuantisedWeight
+from lora_fx.files.quantised import weight_parts
+from lora_fx.files.quantised.quantised_weight import QuantisedWeight
 from lora_fx.files.quantised.read import SIBLINGS, quantised_weights, scheme_of
-from lora_fx.files.safetensors import TensorInfo, stored, stored_bytes
+from lora_fx.files.safetensors import TensorInfo
+from lora_fx.files.stored_tensors import stored, stored_bytes
 from tests.checkpoint.made import checkpoint
 from tests.files.quantised.rows import golden, mark, read
 
@@ -106,8 +107,8 @@ def found(
         touched.append(names[info.start])
         return stored_bytes(info, low, high)
 
-    monkeypatch.setattr(parts, "stored", reading)
-    monkeypatch.setattr(parts, "stored_bytes", reading_bytes)
+    monkeypatch.setattr(weight_parts, "stored", reading)
+    monkeypatch.setattr(weight_parts, "stored_bytes", reading_bytes)
     return quantised_weights(base.tensors, base.config()), touched
 
 

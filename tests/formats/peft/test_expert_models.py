@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.expert_families import family_of
 from lora_fx.adapter.expert_layouts import LAYOUTS, laid
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.servers import DROPS, READS, seen, verdicts
 
 torch = pytest.importorskip("torch")

@@ -19,7 +19,7 @@ from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.peft import file as peft
 from lora_fx.ir.layout import Layout, plain_layout
 

@@ -163,7 +163,7 @@ def test_the_lists_of_newer_files_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_other_names_are_refused_as_before(task: str | None, tmp_path: Path) -> None:
-    from lora_fx.files.safetensors import read_tensors, write_tensors
+    from lora_fx.files.tensor_files import read_tensors, write_tensors
 
     saved("bert", tmp_path, **OLD, task_type=task)
     tensors, header = read_tensors(tmp_path / ours.WEIGHTS)

@@ -17,7 +17,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.origin import Origin
 from lora_fx.dtypes import Array
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.formats.peft.names import OWN
 from lora_fx.ir.layout import Layout, plain_layout

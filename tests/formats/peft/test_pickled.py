@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
 from tests.formats.merging import same_entries

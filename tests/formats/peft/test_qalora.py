@@ -18,7 +18,7 @@ from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.qalora import grouped
 from lora_fx.adapter.variant import variant_of
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors
+from lora_fx.files.tensor_files import read_tensors
 from lora_fx.formats.io import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")

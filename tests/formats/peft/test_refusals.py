@@ -15,7 +15,7 @@ from lora_fx import regexes
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.formats.io import load_adapter
 from lora_fx.formats.peft import file as peft
 from lora_fx.formats.peft import target_modules

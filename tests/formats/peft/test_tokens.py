@@ -132,7 +132,7 @@ def test_a_tied_head_is_one_update(tmp_path: Path) -> None:
 
 
 def test_a_head_that_only_looks_tied_is_refused(tmp_path: Path) -> None:
-    from lora_fx.files.safetensors import read_tensors, write_tensors
+    from lora_fx.files.tensor_files import read_tensors, write_tensors
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

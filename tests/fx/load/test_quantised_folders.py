@@ -14,8 +14,8 @@ import torch
 import lora_fx
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
-from lora_fx.files.quantised import base
-from lora_fx.files.safetensors import stored
+from lora_fx.files.quantised import weight_parts
+from lora_fx.files.stored_tensors import stored
 from lora_fx.fx.load.huggingface import load_folder
 from lora_fx.fx.quantised_parameters import forms
 from lora_fx.ir.quantised import NF4
@@ -93,7 +93,7 @@ def test_targets_reads_headers_only_and_the_numbers_are_those_of_the_codes(
         return stored(info, *part)
 
     with monkeypatch.context() as patched:
-        patched.setattr(base, "stored", reading)
+        patched.setattr(weight_parts, "stored", reading)
         code, out, _ = run(capsys, "targets", str(tmp_path / "m"), "--json")
     told = {t["key"]: t for t in json.loads(out)["targets"]}
     assert code == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.data import json_rows
+from lora_fx.data_files import json_rows
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.train.language_data import language_table

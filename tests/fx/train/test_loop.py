@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.data import Table, read_table, split, table_of
+from lora_fx.data import Table, read_table, table_of
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.settings import Settings
+from lora_fx.held_out import split
 from tests.zoo.shared import captured
 
 

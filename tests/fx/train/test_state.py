@@ -13,7 +13,7 @@ import torch
 
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.files.safetensors import read_tensors, write_tensors
+from lora_fx.files.tensor_files import read_tensors, write_tensors
 from lora_fx.fx.train.loop import fit
 from lora_fx.fx.train.settings import Saving, Settings
 from tests.fx.train.test_loop import adapted, table

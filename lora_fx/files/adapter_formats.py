@@ -1,4 +1,4 @@
-"""What the adapter formats know of files, for this folder, which stands below them.
+"""The adapter formats, as far as this folder needs them, which stands below them.
 
 `lora_fx.formats.registry` registers itself here when it is imported.
 """
@@ -19,7 +19,7 @@ class AdapterFiles(Protocol):
         """The ending of the files that begin so; empty where no format has this magic."""
 
     def kind_of(self, file: Path, head: bytes) -> str | None:
-        """What an adapter file is, for people, by its first 64 KiB.
+        """The kind of an adapter file, for people, by its first 64 KiB.
 
         Returns:
             None for the file of no adapter format, and an empty text for one that is no adapter.
@@ -36,4 +36,6 @@ def register(formats: AdapterFiles) -> None:
 
 def adapter_files() -> AdapterFiles | None:
     """The adapter formats; None in a process that has not imported them."""
-    return _registered[0] if _registered else None
+    if not _registered:
+        return None
+    return _registered[0]

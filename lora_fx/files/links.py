@@ -1,0 +1,73 @@
+"""Names from files, and links of a folder: both stay at home.
+
+A path that the user gives is followed wherever it leads. A name that stands in a file (a shard in
+an index, the data of an ONNX tensor) or in a folder that is copied whole is another's word: it is
+resolved inside that folder, and no link may lead out of it. The Hugging Face cache is the one
+exception, since the files of a snapshot there are links to `blobs` of the same repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from lora_fx.errors import LoraFxError
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file that a name from a file stands for; None where that leads out of the folder.
+
+    Args:
+        folder: Where the file lies in which the name stands.
+        name: Relative, by `/`.
+
+    Returns:
+        Where it lies, without links; it may be missing.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
+        return None
+    return within(folder, name)
+
+
+def within(folder: Path, name: str) -> Path | None:
+    """Where the links of a folder's own entry lead; None where that is out of the folder."""
+    try:
+        home = folder.resolve()
+        file = (folder / name).resolve()
+        file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a name that is too long
+        return None
+
+    for root in (home, *_blobs(folder)):
+        if root in file.parents:
+            return file
+    return None
+
+
+def companion(folder: Path, name: str) -> Path:
+    """A file that lies in a folder and goes along with it, where its links stay in the folder.
+
+    Raises:
+        LoraFxError: It is a link that leads out.
+    """
+    if within(folder, name) is None:
+        raise LoraFxError(
+            f"{folder / name}: a link that leads out of the folder",
+            "copy what it points to (cp -L) in its place, or remove it",
+        )
+    return folder / name
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where links of a snapshot of the Hugging Face cache lead: REPOSITORY/blobs."""
+    absolute = Path(os.path.abspath(folder))
+    resolved = folder.resolve()
+    for snapshot in (absolute, *absolute.parents, resolved, *resolved.parents):
+        blobs = snapshot.parent.parent / "blobs"
+        if snapshot.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            yield blobs.resolve()

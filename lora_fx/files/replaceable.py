@@ -1,0 +1,227 @@
+"""What --force may replace, and what no output may touch.
+
+--force takes the place of what lora-fx made. That is a file of the same kind as the new one, told
+by its ending where no other program has that, else by its content; a folder whose `lora_fx.json`
+lists every file in it by name and size; or, without that list, a folder that has no other files
+than the new one. Anything else is somebody's work. An input of the run is never replaced, with
+--force or without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from lora_fx.errors import LoraFxError, stamp
+from lora_fx.files.adapter_formats import adapter_files
+from lora_fx.files.run_files import run_of_files
+from lora_fx.files.strict_json import MAX_JSON, json_object
+from lora_fx.text import some
+
+CONTENTS = "lora_fx.json"
+"""The list of a folder that lora-fx wrote: its files by name and size."""
+CURVE = "step,loss,validation"
+"""The first line of a training's losses as CSV."""
+_HEAD_BYTES = 1 << 16
+_MOVE_AWAY = "move it away yourself, or choose another output"
+_ENDINGS = (".onnx", ".pt2", ".safetensors")
+
+
+def write_contents(folder: Path) -> None:
+    """Write the list of a new folder's files into it."""
+    files = {name: size for name, size in sorted(_files(folder)) if name != CONTENTS}
+    text = json.dumps({**stamp(), "files": files}, indent=1)
+    (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
+
+
+def check_apart(target: Path) -> None:
+    """Refuse an output that exists and is, holds or hard-links an input of this run.
+
+    Raises:
+        LoraFxError: Names the input.
+    """
+    run = run_of_files()
+    if run is None or not os.path.lexists(target):
+        return
+    status = target.lstat()
+    linked_input = run.inodes.get((status.st_dev, status.st_ino))
+    inputs = {Path(os.path.realpath(path)): name for path, name in run.paths.items()}
+    inputs |= run.paths
+    for place in (Path(os.path.abspath(target)), Path(os.path.realpath(target))):
+        same_input = linked_input or inputs.get(place)
+        if same_input is not None:
+            raise _would_replace(target, same_input)
+        for path, name in inputs.items():
+            if place in path.parents:
+                raise _would_replace(target, f"{name}, which lies in it")
+
+
+def _would_replace(target: Path, replaced_input: str) -> LoraFxError:
+    """The error of an output that is or holds an input."""
+    return LoraFxError(
+        f"{target}: the output would replace the input {replaced_input}",
+        "inputs are never changed: choose another output",
+    )
+
+
+def check_replaceable(target: Path, new: Path | None, names: Collection[str] | None) -> None:
+    """Refuse to replace what is not of lora-fx's making.
+
+    Args:
+        target: An output that exists.
+        new: What takes its place; None while that is not written yet.
+        names: The files that a new folder will have, where that is known before it is written.
+
+    Raises:
+        LoraFxError: Says what the output is.
+    """
+    is_link = target.is_symlink()
+    if is_link and not target.exists():
+        return
+    mode = target.stat().st_mode
+    replaces_folder = stat.S_ISDIR(mode)
+    if target.name == ".git" or (replaces_folder and ".git" in os.listdir(target)):
+        raise LoraFxError(f"{target}: a git repository is not replaced", _MOVE_AWAY)
+    if not (replaces_folder or stat.S_ISREG(mode)):
+        raise LoraFxError(f"{target}: not a regular file or folder", "choose another output")
+    if new is not None:
+        _check_both_folders_or_files(target, replaces_folder, new.is_dir())
+    if not replaces_folder:
+        _check_file(target, new)
+    elif not is_link:  # a link to a folder goes alone
+        _check_folder(target, new, names)
+
+
+def _check_both_folders_or_files(target: Path, replaces_folder: bool, is_folder: bool) -> None:
+    """Refuse a file in the place of a folder, and a folder in that of a file."""
+    if replaces_folder and not is_folder:
+        raise LoraFxError(f"{target} is a folder, and a file would replace it", _MOVE_AWAY)
+    if is_folder and not replaces_folder:
+        raise LoraFxError(f"{target} is a file, and a folder would replace it", _MOVE_AWAY)
+
+
+def _check_file(target: Path, new: Path | None) -> None:
+    """Refuse a file of a kind that lora-fx does not write, or not in the place of this one.
+
+    An empty file is replaced by any.
+    """
+    if not target.stat().st_size:
+        return
+    kind = kind_of(target)
+    new_kind: str | None = None
+    if new is not None:
+        new_kind = kind_of(new)
+    if kind is not None and (new is None or new_kind == kind):
+        return
+
+    reason = "it is no file that lora-fx writes"
+    if kind is not None:
+        reason = f"it is {kind}"
+    if new_kind is not None:
+        reason += f", and {new_kind} would replace it"
+    raise LoraFxError(f"{target}: --force does not replace it: {reason}", _MOVE_AWAY)
+
+
+def _check_folder(target: Path, new: Path | None, names: Collection[str] | None) -> None:
+    """Refuse a folder with files that lora-fx did not write; for `new` see check_replaceable."""
+    if new is not None:
+        names = {name for name, _size in _files(new)}
+    foreign = _foreign_files(target, names)
+    if foreign:
+        raise LoraFxError(
+            f"{target}: the folder holds more than lora-fx wrote: {some(foreign, 5)}", _MOVE_AWAY
+        )
+
+
+def kind_of(file: Path) -> str | None:
+    """The kind of a file that lora-fx may have written, for people; None for any other file."""
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+    adapters = adapter_files()
+    if adapters is not None:
+        kind = adapters.kind_of(file, head)
+        if kind is not None:
+            return kind or None
+    is_safetensors = _begins_as_safetensors(file, head)
+    if adapters is None and (is_safetensors or file.suffix == ".safetensors"):
+        return None  # only the formats can tell an adapter from a checkpoint
+    if file.suffix in _ENDINGS:
+        return f"a {file.suffix} file"
+    if is_safetensors:
+        return "a .safetensors file"
+    if b"<title>lora-fx " in head and head.lstrip()[:15].lower() == b"<!doctype html>":
+        return "a page of lora-fx"
+    if head.startswith(f"{CURVE}\n".encode()):
+        return "a loss curve of lora-fx"
+    if file.suffix == ".toml" and head.startswith(b"# lora-fx "):
+        return "a config of lora-fx"
+    if _is_json_of_ours(file, head):
+        return "JSON of lora-fx"
+    return None
+
+
+def _begins_as_safetensors(file: Path, head: bytes) -> bool:
+    """True where the first bytes are the length of a header that fits into the file, and a `{`."""
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 8 + length <= file.stat().st_size
+
+
+def _is_json_of_ours(file: Path, head: bytes) -> bool:
+    """True for a JSON object with the version and format that lora-fx writes into each."""
+    if not head.lstrip().startswith(b"{"):
+        return False
+    try:
+        content = json_object(file.read_bytes(), str(file))
+    except LoraFxError:
+        return False
+    return isinstance(content.get("version"), int) and "format" in content
+
+
+def _foreign_files(folder: Path, names: Collection[str] | None) -> list[str]:
+    """Names of a folder's files that lora-fx did not write, or that were changed since.
+
+    Args:
+        folder: The folder, with or without the list of its files.
+        names: The files of the new folder, which count where there is no list; None: any file may
+            be in it then.
+    """
+    sizes = {
+        name: size for name, size in _files(folder) if not _is_clutter(name.rpartition("/")[2])
+    }
+    has_list = 0 <= sizes.get(CONTENTS, -1) <= MAX_JSON
+    if not has_list:
+        if names is None:
+            return []
+        return [name for name in sizes if name not in names]
+
+    text = (folder / CONTENTS).read_bytes()
+    try:
+        listed_sizes = json_object(text, CONTENTS).get("files")
+    except LoraFxError:
+        return [CONTENTS]
+    if not isinstance(listed_sizes, dict):
+        listed_sizes = {}
+    return [
+        name for name, size in sizes.items() if name != CONTENTS and listed_sizes.get(name) != size
+    ]
+
+
+def _is_clutter(name: str) -> bool:
+    """True for what desktops and network file systems leave in a folder."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini") or name.startswith(".nfs")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """(name, size) of every file below a folder; of a link, pipe or device the size is -1."""
+    for path in sorted(folder.iterdir()):
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            for name, size in _files(path):
+                yield f"{path.name}/{name}", size
+        elif stat.S_ISREG(status.st_mode):
+            yield path.name, status.st_size
+        else:
+            yield path.name, -1

@@ -1,0 +1,56 @@
+"""Hints in Python's spelling: they are written in that of the command line."""
+
+from __future__ import annotations
+
+import re
+
+_FLAGS = (
+    "force", "trust", "dequantise", "requantise", "lossy", "untie", "add", "again", "allow-unused",
+    "allow-missing", "any-base", "other-readers", "optimise", "cache", "within", "scales",
+    "also-full", "run",
+)  # fmt: skip
+_KEYWORDS = (
+    "accuracy-level", "base", "data", "dead", "dtype", "dynamic", "energy", "exclude", "genai",
+    "how", "include", "init", "inputs", "max-abs-error", "max-error", "max-shard-size", "mode",
+    "names", "params", "precision", "provider", "rank", "static", "tol", "validation", "variant",
+    "weights", "whole",
+)  # fmt: skip
+_OPTION = re.compile(
+    r"--([a-z][a-z-]+)(?: (b?float\d+|int8|switch|batch|load|merged|svd|cpu|eva|lora-ga"
+    r"|qalora:\d+|drop|allow|[A-Z]+\b|\d[\d.]*\w*|[\w*]+(?:\.[\w*]+)+))?"
+)
+
+
+def in_python(hint: str) -> str:
+    """A hint of the command line as Python says it, but for what names a command.
+
+    >>> in_python("--dtype float32 keeps more; or --trust reads it; lora-fx merge --add writes it")
+    "dtype='float32' keeps more; or trust=True reads it; lora-fx merge --add writes it"
+    >>> in_python("--exclude leaves it out; --dead drop leaves all such out")
+    "exclude leaves it out; dead='drop' leaves all such out"
+    """
+    hint = hint.replace("run lora-fx targets MODEL", "print(lora_fx.find(model))")
+    hint = re.sub(r"--dynamic [\w:=,]+", "dynamic={NAME: {DIM: SYMBOL}}", hint)
+    return "; ".join(map(_clause_in_python, hint.split("; ")))
+
+
+def _clause_in_python(clause: str) -> str:
+    """A clause of a hint; one that names a command stays as it is."""
+    if "lora-fx " in clause or "--as " in clause:
+        return clause
+    return _OPTION.sub(_keyword, clause)
+
+
+def _keyword(match: re.Match[str]) -> str:
+    """An option of the command line as a keyword argument."""
+    option = match[1]
+    value = match[2]
+    name = option.replace("-", "_")
+    if option in _FLAGS:
+        return f"{name}=True {value}" if value else f"{name}=True"
+    if option not in _KEYWORDS:
+        return match[0]
+    if not value:
+        return name
+    is_text = not value.isupper() and not value[0].isdigit()
+    return f"{name}={value!r}" if is_text else f"{name}={value}"
