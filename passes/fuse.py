@@ -24,8 +24,8 @@ from torch import fx
 from lora_fx.fx.graph.branch_nodes import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
+from lora_fx.fx.regions import traced
 from lora_fx.passes.base import PassResult
-from lora_fx.passes.recompute import traced
 
 aten = torch.ops.aten
 

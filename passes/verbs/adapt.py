@@ -38,8 +38,8 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.recorded import prove_as_it_is
-from lora_fx.passes.proofs.reference import FileRerun, reference_of
+from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
+from lora_fx.passes.proofs.recorded_run import prove_as_it_is
 from lora_fx.passes.verbs.build import build_module, found_in
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import (

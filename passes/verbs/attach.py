@@ -42,7 +42,8 @@ from lora_fx.ir.view import Permute, View
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.find import site_layout
 from lora_fx.passes.insert import Insert, Pair, changed
-from lora_fx.passes.proofs import effect as proofs
+from lora_fx.passes.proofs import attached
+from lora_fx.passes.proofs.live_model import eval_mode
 from lora_fx.passes.verbs.build import found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
 from lora_fx.passes.verbs.options import CaptureOptions, Dead, InsertOptions, NormStats, Selectors
@@ -188,7 +189,7 @@ def _attached(
         and cap.recorded
         and not any(k.endswith("~") or u.use for k, u in updates.items())
     )
-    probe = {k: proofs.random_values(k, u) for k, u in updates.items()}
+    probe = {k: attached.random_values(k, u) for k, u in updates.items()}
     state = Attachment(
         model,
         planner,
@@ -205,14 +206,14 @@ def _attached(
     try:
         state.install(probe)
         if updates:
-            reference: proofs.InGraph | proofs.Explicit
+            reference: attached.InGraph | attached.Explicit
             if cap is None or alone:
-                reference = proofs.Explicit(state, signature, named)
+                reference = attached.Explicit(state, signature, named)
             else:
-                reference = proofs.InGraph(state, cap, Adapter(probe, learning(probe)))
-            proofs.prove_live(state, reference, probe)
+                reference = attached.InGraph(state, cap, Adapter(probe, learning(probe)))
+            attached.prove_live(state, reference, probe)
         if updates and options.dead != "allow":
-            idle = proofs.prove_trained(state, cap, signature, named, options.dead)
+            idle = attached.prove_trained(state, cap, signature, named, options.dead)
             if idle:
                 state.say(*start.without(idle).notes[len(start.notes) :])
                 updates = {k: u for k, u in updates.items() if k not in idle}
@@ -272,7 +273,7 @@ def _partial(
         CaptureError: The model does not run on these inputs, or no graph shows a weight.
     """
     layers = keep_trainable(model)
-    with proofs.eval_mode(model):
+    with eval_mode(model):
         try:
             graphs = partial_graphs(model, call)
         except Exception as e:

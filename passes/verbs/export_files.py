@@ -39,7 +39,9 @@ from lora_fx.onnx.stages import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.reference import FileRerun, Reference, Run, prove_rows
+from lora_fx.passes.proofs.batch_rows import prove_rows
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.options import (

@@ -39,16 +39,10 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.stages import RewriteStage
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.fold import said_of_zeros
-from lora_fx.passes.proofs.parity import (
-    TorchReference,
-    feeds_of,
-    guards,
-    prove,
-    rows_of,
-    torch_rerun,
-    torch_run,
-)
-from lora_fx.passes.proofs.reference import FileRerun
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_rerun, torch_run
+from lora_fx.passes.proofs.proof_inputs import feeds_of
+from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.open import captured_again, captured_of, opened, own_adapters

@@ -41,7 +41,8 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
+from lora_fx.passes.proofs.merged_tensors import prove_merge
+from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 from lora_fx.spellings import under_either_name
 from lora_fx.targets.target import Found
 from lora_fx.text import Json, StrPath, counted, table

@@ -205,9 +205,10 @@ class RunOptions:
 def verify_run(a: object, b: object, options: RunOptions) -> Report:
     """See `lora_fx.verify`."""
     from lora_fx.onnx.session import open_session
+    from lora_fx.passes.proofs.onnx_reference import FileRerun
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
-    from lora_fx.passes.proofs.recorded import prove_as_it_is
-    from lora_fx.passes.proofs.reference import FileRerun, Rerun
+    from lora_fx.passes.proofs.recorded_run import prove_as_it_is
+    from lora_fx.passes.proofs.reference import Rerun
 
     adapter, tol = options.adapter_alone(), options.tol
     if isinstance(b, Adapter):
@@ -302,7 +303,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     """
     from lora_fx.onnx.load import load
     from lora_fx.onnx.session import open_session
-    from lora_fx.passes.proofs.reference import FileRerun, reference_of
+    from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
     branches, tol = options.adapter is not None, options.tol

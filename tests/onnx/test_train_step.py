@@ -31,7 +31,7 @@ from lora_fx.fx.train.step import (
     product,
 )
 from lora_fx.onnx import Session, TrainSession
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from tests.providers import PROVIDERS
 from tests.zoo.models import ZOO
 

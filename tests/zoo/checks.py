@@ -22,7 +22,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
 from lora_fx.inputs import SIZES
-from lora_fx.passes.proofs.parity import arrays_of, prove, torch_run
+from lora_fx.passes.proofs.parity import prove, torch_run
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from lora_fx.targets.target import Found, base_name
 
 from .base import Entry

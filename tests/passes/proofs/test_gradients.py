@@ -17,7 +17,7 @@ from lora_fx.dtypes import Array
 from lora_fx.fx.train.objective import loss_function
 from lora_fx.fx.train.step import Update, slots_in, train_graph
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.parity import _Torch, prove_step
+from lora_fx.passes.proofs.train_step import _Torch, prove_step
 
 Made = dict[str, Array]
 KEY = "0.weight"

@@ -28,7 +28,7 @@ from lora_fx.compare import ORT_TOL, rel
 from lora_fx.errors import LoraFxError, NoEffectError, one_line
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.onnx.session import Session, open_session
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from lora_fx.targets.target import base_name, split_key
 from tests.zoo.base import Built
 from tests.zoo.checks import EFFECT, FACTORS, seen

@@ -39,10 +39,12 @@ from lora_fx.fx.tensors import device_of, from_numpy, named_tensors
 from lora_fx.inputs import Named
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.dispatched import LiveRerun
-from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe
-from lora_fx.passes.proofs.interpreted import move
-from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
+from lora_fx.passes.proofs.gradients import SIZE, Trained, probe
+from lora_fx.passes.proofs.graph_choices import move
+from lora_fx.passes.proofs.live_choices import LiveRerun
+from lora_fx.passes.proofs.live_model import eval_mode, parameters_as
+from lora_fx.passes.proofs.parity import prove
+from lora_fx.passes.proofs.proof_inputs import arrays_of, named_of
 from lora_fx.passes.proofs.reference import SEEDS
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
