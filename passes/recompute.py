@@ -46,16 +46,19 @@ class Recompute:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds the regions made and leaves them alone."""
-        found = projections(graph.graph)
-        groups = by_key(((p.x, block_of(p.node, self.blocks)), p) for p in found)
+        groups = by_key(
+            ((projection.x, block_of(projection.node, self.blocks)), projection)
+            for projection in projections(graph.graph)
+        )
         flows = differentiable_nodes(graph.graph, graph.root) if groups else {}
-        changed, modified = Writes(graph.graph).ever(), False
+        written = Writes(graph.graph).ever()
+        modified = False
         for (x, block), group in groups.items():
             if x not in flows:
                 continue  # another region makes it
             if block_of(x, self.blocks) != block:
                 continue  # a block's tensors may be gathered for its own forward only
-            chain = chain_of(x, flows, changed)
+            chain = chain_of(x, flows, written)
             if chain is not None:
                 modified |= _replace(x, chain, group, flows)
         return PassResult(graph, modified)
@@ -64,42 +67,74 @@ class Recompute:
 def _replace(
     x: fx.Node, chain: Chain, group: Sequence[Projection], flows: dict[fx.Node, bool]
 ) -> bool:
-    """Let one call make x and the products of its branches; `flows` follows what is there."""
-    inside = set(chain.steps)
-    outer = {n: [u for u in n.users if u not in inside] for n in chain.steps if n is not x}
-    if any(u < x for users in outer.values() for u in users):
-        return False  # read before x is made: the call would come too late
-    made = [x, *(n for n, users in outer.items() if users)]
+    """Let one call make x and the products of its branches.
+
+    Returns False where no call can take the chain's place. `flows`, the nodes of the graph and
+    whether a gradient flows through them, follows what is replaced.
+    """
+    results = _read_outside(x, chain)
+    if not results:
+        return False
+
     emit = maker(x, group[0].node)
-    factors = [tuple(emit(str(a.target)) for a in p.factors) for p in group]
-    code = code_of(chain.reads, chain.steps, made, f"recomputed {x.name}")
-    formula = gelu_tanh if made == [x] and _is_gelu_tanh(chain) else None
+    factors = [
+        tuple(emit(str(factor.target)) for factor in projection.factors) for projection in group
+    ]
+    code = code_of(chain.reads, chain.steps, results, f"recomputed {x.name}")
+    formula = None
+    if results == [x] and _is_gelu_tanh(chain):
+        formula = gelu_tanh
     call = emit(region(code, formula), (factors, *chain.reads))
     flows[call] = True
-    idle = [*(n for p in group for n in _reads(p)), *chain.steps]
-    for i, old in enumerate([*made, *(p.node for p in group)]):
-        new = emit(getitem, (call, i))
-        if "val" in old.meta:
-            new.meta["val"] = old.meta["val"]
-        flows[new] = flows.get(old, True)
-        old.replace_all_uses_with(new)
-    for node in reversed(idle):
+
+    # before x is replaced: what each product is made of shows by the x that it reads
+    idle_nodes: list[fx.Node] = []
+    for projection in group:
+        idle_nodes += _nodes_of(projection)
+    idle_nodes += chain.steps
+
+    products = [projection.node for projection in group]
+    for i, node in enumerate([*results, *products]):
+        result = emit(getitem, (call, i))
+        if "val" in node.meta:
+            result.meta["val"] = node.meta["val"]
+        flows[result] = flows.get(node, True)
+        node.replace_all_uses_with(result)
+    for node in reversed(idle_nodes):
         if not node.users:
             node.graph.erase_node(node)
             flows.pop(node, None)
     return True
 
 
-def _reads(p: Projection) -> list[fx.Node]:
-    """A product and what was made for it alone, inputs first."""
-    nodes: list[fx.Node] = [p.node]
+def _read_outside(x: fx.Node, chain: Chain) -> list[fx.Node]:
+    """X and the steps of its chain that others read; none where one is read before x is made."""
+    steps = set(chain.steps)
+    nodes = [x]
+    for step in chain.steps:
+        if step is x:
+            continue
+        readers = [user for user in step.users if user not in steps]
+        if any(reader < x for reader in readers):
+            return []  # the call would come too late
+        if readers:
+            nodes.append(step)
+    return nodes
+
+
+def _nodes_of(projection: Projection) -> list[fx.Node]:
+    """A product and the nodes that were made for it alone, inputs first."""
+    nodes: list[fx.Node] = [projection.node]
     while nodes[-1].op != "get_attr":
-        nodes.append(next(i for i in reversed(nodes[-1].all_input_nodes) if i is not p.x))
-    return [*p.factors, *reversed(nodes[:-1])]
+        inputs = reversed(nodes[-1].all_input_nodes)
+        nodes.append(next(node for node in inputs if node is not projection.x))
+    return [*projection.factors, *reversed(nodes[:-1])]
 
 
 def _is_gelu_tanh(chain: Chain) -> bool:
     """True where all that is done to the first value is GELU by its tanh formula."""
-    done = [(n.target, n.kwargs) for n in chain.steps if n.target not in VIEWS]
-    same = str(shape_of(chain.reads[0])) == str(shape_of(chain.steps[-1]))  # asks no symbol
-    return same and done == [(aten.gelu.default, {"approximate": "tanh"})]
+    ops = [(step.target, step.kwargs) for step in chain.steps if step.target not in VIEWS]
+    if ops != [(aten.gelu.default, {"approximate": "tanh"})]:
+        return False
+    # texts are compared: sizes would ask symbols
+    return str(shape_of(chain.reads[0])) == str(shape_of(chain.steps[-1]))

@@ -32,16 +32,16 @@ class RecomputeWeights:
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds no product that reads such a weight."""
         weights = graph.flow().weights.items()
-        made = [n for n, w in weights if _copied(w) and not is_marked(n)]
-        chains = dict.fromkeys(n for n in made if n.op == "call_function")
+        copied = [node for node, weight in weights if _is_copied(weight) and not is_marked(node)]
+        chains = dict.fromkeys(node for node in copied if node.op == "call_function")
         modified = False
-        for node in dict.fromkeys(u for n in chains for u in n.users if u not in chains):
-            row = row_of(node)
+        for product in _readers(chains):
+            row = row_of(product)
             if row is None or row.op.startswith("embedding"):
                 continue
-            paths = [p for i in node.all_input_nodes if i in chains for p in slots(node, i)]
+            paths = _weight_paths(product, chains)
             if paths:
-                _reread(node, paths, chains)
+                _reread(product, paths, chains)
                 modified = True
         if modified:
             graph.graph.eliminate_dead_code()
@@ -49,27 +49,51 @@ class RecomputeWeights:
         return PassResult(graph, modified)
 
 
-def _copied(weight: FxWeight) -> bool:
+def _is_copied(weight: FxWeight) -> bool:
     """True for what is made from codes, and for the matrices that data picks from a stack."""
-    return bool(weight.format) or (weight.view.picked is not None and not weight.edited)
+    if weight.format:
+        return True
+    return weight.view.picked is not None and not weight.edited
 
 
-def _reread(node: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) -> None:
+def _readers(chains: Mapping[fx.Node, None]) -> list[fx.Node]:
+    """The nodes that read a copied weight, and are no step on the way to another."""
+    readers: dict[fx.Node, None] = {}
+    for node in chains:
+        readers |= dict.fromkeys(user for user in node.users if user not in chains)
+    return list(readers)
+
+
+def _weight_paths(product: fx.Node, chains: Container[fx.Node]) -> list[Path]:
+    """Where among the arguments of a node copied weights stand."""
+    paths: list[Path] = []
+    for node in product.all_input_nodes:
+        if node in chains:
+            paths += slots(product, node)
+    return paths
+
+
+def _reread(product: fx.Node, paths: Sequence[Path], chains: Container[fx.Node]) -> None:
     """Let one call make a product and its weights."""
-    weights = [pick(node, p) for p in paths]
-    steps = [n for n in reached(weights, lambda n: n.all_input_nodes if n in chains else [])]
-    given = [n for n in steps if n not in chains]
-    made = sorted(n for n in steps if n in chains)
-    make = code_of(given, made, weights, f"codes of {node.name}")
-    with node.graph.inserting_before(node):
-        rest = node.args
-        for path in paths:
-            rest = replaced(rest, path, None)
-        args = (tuple(given), rest, dict(node.kwargs))
-        new = node.graph.call_function(rereading(make, node.target, paths), args)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    weights = [pick(product, path) for path in paths]
+
+    def inputs_in_chain(node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if node in chains else []
+
+    nodes = list(reached(weights, inputs_in_chain))
+    sources = [node for node in nodes if node not in chains]
+    steps = sorted(node for node in nodes if node in chains)
+    make = code_of(sources, steps, weights, f"codes of {product.name}")
+
+    without_weights = product.args
+    for path in paths:
+        without_weights = replaced(without_weights, path, None)
+    args = (tuple(sources), without_weights, dict(product.kwargs))
+    with product.graph.inserting_before(product):
+        call = product.graph.call_function(rereading(make, product.target, paths), args)
+    call.meta = dict(product.meta)
+    product.replace_all_uses_with(call)
+    product.graph.erase_node(product)
 
 
 def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch.Tensor]:
@@ -85,24 +109,28 @@ def rereading(make: Code, op: Any, paths: Sequence[Path]) -> Callable[..., torch
         keeps a few numbers: where in it the tensor lay that the op's backward wants.
     """
 
-    def reread(given: Sequence[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-        weights = make(*given)
+    def reread(sources: Sequence[Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        weights = make(*sources)
         for path, weight in zip(paths, weights, strict=True):
             args = replaced(args, path, weight)
         if keeps_nothing():
             return op(*args, **kwargs)
-        own = {w.untyped_storage().data_ptr(): i for i, w in enumerate(weights)}
 
-        def pack(t: torch.Tensor) -> object:
-            i = own.get(t.untyped_storage().data_ptr())
-            return t if i is None else (i, t.size(), t.stride(), t.storage_offset())
+        positions = {w.untyped_storage().data_ptr(): i for i, w in enumerate(weights)}
 
-        def unpack(kept: Any) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            i, *place = kept
-            again: torch.Tensor = make(*given)[i].as_strided(*place)
-            return again
+        def pack(tensor: torch.Tensor) -> object:
+            i = positions.get(tensor.untyped_storage().data_ptr())
+            if i is None:
+                return tensor
+            return i, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            i, size, stride, offset = packed
+            weight = make(*sources)[i]
+            view: torch.Tensor = weight.as_strided(size, stride, offset)
+            return view
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return op(*args, **kwargs)

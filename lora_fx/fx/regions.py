@@ -24,8 +24,6 @@ from lora_fx.fx.interception import transforms_are_active
 from lora_fx.fx.module.codegen import function
 
 Code = Callable[..., tuple[torch.Tensor, ...]]
-
-
 Factors = tuple[tuple[torch.Tensor, ...], ...]
 
 
@@ -44,18 +42,34 @@ def region(code: Code, formula: Code | None = None) -> Callable[..., tuple[torch
 
     def recomputed(factors: Factors, *values: Any) -> tuple[torch.Tensor, ...]:
         if keeps_nothing():
-            made = code(*values)
-            return (*made, *(product(made[0], group) for group in factors))
+            results = code(*values)
+            products = [product(results[0], group) for group in factors]
+            return (*results, *products)
+
         counts = tuple(len(group) for group in factors)
-        flat = [a for group in factors for a in group]
+        flat: list[torch.Tensor] = []
+        for group in factors:
+            flat += group
         result: tuple[torch.Tensor, ...] = _Recomputed.apply(code, formula, counts, *flat, *values)  # type: ignore[no-untyped-call]
         return result
 
     return recomputed
 
 
+def code_of(
+    inputs: Sequence[fx.Node], steps: Sequence[fx.Node], outputs: Sequence[fx.Node], name: str
+) -> Code:
+    """Some steps of a graph as one function, from their inputs to their outputs."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in steps:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return partial(function(graph, name), None)
+
+
 def keeps_nothing() -> bool:
-    """True where nothing is kept, or where another tracer decides what is.
+    """True where nothing is kept for backward, or where another tracer decides what is.
 
     Compilers choose what to recompute by themselves; torch.func has transforms of its own.
     """
@@ -69,7 +83,9 @@ def traced() -> bool:
 
 def stacked(group: Sequence[torch.Tensor]) -> torch.Tensor:
     """The a's of one product as one matrix [ranks, in]."""
-    return group[0] if len(group) == 1 else torch.cat(list(group))
+    if len(group) == 1:
+        return group[0]
+    return torch.cat(list(group))
 
 
 def product(x: torch.Tensor, group: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -78,90 +94,143 @@ def product(x: torch.Tensor, group: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class _Recomputed(torch.autograd.Function):
+    """(x, …, t₁ …) from the a's of all products, `counts` of them each, and the values v."""
+
     @staticmethod
     def forward(
-        ctx: Any, code: Code, formula: Code | None, counts: tuple[int, ...], *values: Any
+        ctx: Any, code: Code, formula: Code | None, counts: tuple[int, ...], *arguments: Any
     ) -> Any:
-        n = sum(counts)
-        made = code(*values[n:]) if formula is None else formula(values[n])
-        groups = _groups(values[:n], counts)
-        tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        ctx.save_for_backward(*tensors)
-        ctx.others = [None if isinstance(v, torch.Tensor) else (v,) for v in values]
-        ctx.code, ctx.formula, ctx.counts = code, formula, counts
-        ctx.autocast, ctx.dtype = _autocast(made[0].device.type), made[0].dtype
+        n_factors = sum(counts)
+        groups = _groups(arguments[:n_factors], counts)
+        values = arguments[n_factors:]
+        if formula is None:
+            results = code(*values)
+        else:
+            results = formula(values[0])
+        x = results[0]
+
+        # tensors are saved so that autograd sees a change in place, and other arguments as they are
+        ctx.save_for_backward(*(v for v in arguments if isinstance(v, torch.Tensor)))
+        ctx.constants = [None if isinstance(v, torch.Tensor) else (v,) for v in arguments]
+        ctx.code = code
+        ctx.formula = formula
+        ctx.counts = counts
+        ctx.autocast = _autocast(x.device.type)
+        ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
-        if not any(ctx.needs_input_grad[3 + n :]):
-            ctx.mark_non_differentiable(*made)
-        return (*made, *(product(made[0], group) for group in groups))
+        if not any(ctx.needs_input_grad[3 + n_factors :]):
+            ctx.mark_non_differentiable(*results)
+        products = [product(x, group) for group in groups]
+        return (*results, *products)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        values = [next(saved) if o is None else o[0] for o in ctx.others]
-        n, twice = sum(ctx.counts), torch.is_grad_enabled()
-        needs, groups = ctx.needs_input_grad[3:], _groups(values[:n], ctx.counts)
-        first = len(grads) - len(groups)
-        into, dts = list(grads[:first]), grads[first:]
-        for group, dt in zip(groups, dts, strict=True):
-            if dt is not None and any(needs[n:]):
-                into[0] = _sum(into[0], dt, stacked(group).to(dt.dtype), ctx.dtype)
-        if ctx.formula is not None and into[0] is not None and not twice:
-            x, dv = ctx.formula(values[n], into[0])
-            through = [dv, *[None] * len(values[n + 1 :])]
+        arguments = [next(saved) if value is None else value[0] for value in ctx.constants]
+        n_factors = sum(ctx.counts)
+        groups = _groups(arguments[:n_factors], ctx.counts)
+        values = arguments[n_factors:]
+        needs = ctx.needs_input_grad[3:]
+        values_need = needs[n_factors:]
+
+        n_results = len(grads) - len(groups)
+        d_results = list(grads[:n_results])
+        d_products = grads[n_results:]
+        if any(values_need):
+            for group, dt in zip(groups, d_products, strict=True):
+                if dt is not None:
+                    a = stacked(group).to(dt.dtype)
+                    d_results[0] = _sum(d_results[0], dt, a, ctx.dtype)
+
+        # where a graph of the gradients is made, f runs on the values themselves
+        twice = torch.is_grad_enabled()
+        if ctx.formula is not None and d_results[0] is not None and not twice:
+            x, dv = ctx.formula(values[0], d_results[0])
+            d_values = [dv, *[None] * len(values[1:])]
         else:
-            given = [
-                v.detach().requires_grad_(need) if isinstance(v, torch.Tensor) and not twice else v
-                for v, need in zip(values[n:], needs[n:], strict=True)
-            ]
+            if not twice:
+                values = _leaves(values, values_need)
             with torch.enable_grad(), _again(ctx.autocast):
-                made = ctx.code(*given)
-            x = made[0] if twice else made[0].detach()
-            through = _through(made, into, given, needs[n:], twice)
-        found: list[torch.Tensor | None] = []
-        for group, dt in zip(groups, dts, strict=True):
-            if dt is None or not any(needs[:n]):
-                found += [None] * len(group)
-                continue
-            rows = x.to(dt.dtype).reshape(-1, x.shape[-1])
-            da = torch.matmul(dt.reshape(-1, dt.shape[-1]).t(), rows)
-            parts = torch.split(da, [len(a) for a in group])
-            found += [p.to(a.dtype) for p, a in zip(parts, group, strict=True)]
-        return (None, None, None, *found, *through)
+                results = ctx.code(*values)
+            x = results[0] if twice else results[0].detach()
+            d_values = _through(results, d_results, values, values_need, twice)
+
+        if any(needs[:n_factors]):
+            d_factors = _of_factors(x, groups, d_products)
+        else:
+            d_factors = [None] * n_factors
+        return (None, None, None, *d_factors, *d_values)
 
 
 def _sum(
     dx: torch.Tensor | None, dt: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """∂L/∂t·a and what is there of ∂L/∂x already: in one op where the dtypes allow it."""
-    if dx is None or dx.dtype != dt.dtype:
-        part = torch.matmul(dt, a).to(dtype)
-        return part if dx is None else dx + part
-    have, more = (v.reshape(-1, v.shape[-1]) for v in (dx, dt))
-    return torch.addmm(have, more, a).view_as(dx)
+    if dx is None:
+        return torch.matmul(dt, a).to(dtype)
+    if dx.dtype != dt.dtype:
+        return dx + torch.matmul(dt, a).to(dtype)
+    rows_of_dx = dx.reshape(-1, dx.shape[-1])
+    rows_of_dt = dt.reshape(-1, dt.shape[-1])
+    return torch.addmm(rows_of_dx, rows_of_dt, a).view_as(dx)
+
+
+def _leaves(values: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    """The values as leaves of a graph of their own, for one run of f with gradients."""
+    leaves: list[Any] = []
+    for value, need in zip(values, needs, strict=True):
+        if isinstance(value, torch.Tensor):
+            leaves.append(value.detach().requires_grad_(need))
+        else:
+            leaves.append(value)
+    return leaves
 
 
 def _through(
-    made: Sequence[torch.Tensor],
-    into: Sequence[torch.Tensor | None],
-    given: Sequence[Any],
+    results: Sequence[torch.Tensor],
+    d_results: Sequence[torch.Tensor | None],
+    values: Sequence[Any],
     needs: Sequence[bool],
     twice: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of what f was given, from those of what it made."""
-    ends = [(y, g) for y, g in zip(made, into, strict=True) if g is not None and y.requires_grad]
-    wanted = [v for v, need in zip(given, needs, strict=True) if need]
-    if not ends or not wanted:
-        return [None] * len(given)
-    outputs, gradients = zip(*ends, strict=True)
-    found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True, create_graph=twice)
-    got = iter(found)
-    return [next(got) if need else None for need in needs]
+    """Gradients of the values from those of the results, through the graph of f."""
+    outputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for result, gradient in zip(results, d_results, strict=True):
+        if gradient is not None and result.requires_grad:
+            outputs.append(result)
+            gradients.append(gradient)
+    inputs = [value for value, need in zip(values, needs, strict=True) if need]
+    if not outputs or not inputs:
+        return [None] * len(values)
+
+    d_inputs = iter(
+        torch.autograd.grad(outputs, inputs, gradients, allow_unused=True, create_graph=twice)
+    )
+    return [next(d_inputs) if need else None for need in needs]
+
+
+def _of_factors(
+    x: torch.Tensor,
+    groups: Sequence[Sequence[torch.Tensor]],
+    d_products: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """∂L/∂a = (∂L/∂t)ᵀ x of every a; None where nothing came from its product."""
+    gradients: list[torch.Tensor | None] = []
+    for group, dt in zip(groups, d_products, strict=True):
+        if dt is None:
+            gradients += [None] * len(group)
+            continue
+        rows = x.to(dt.dtype).reshape(-1, x.shape[-1])
+        da = torch.matmul(dt.reshape(-1, dt.shape[-1]).t(), rows)
+        of_each = torch.split(da, [len(a) for a in group])
+        gradients += [d.to(a.dtype) for d, a in zip(of_each, group, strict=True)]
+    return gradients
 
 
 def _groups(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
-    rest = iter(flat)
-    return [tuple(islice(rest, count)) for count in counts]
+    factors = iter(flat)
+    return [tuple(islice(factors, count)) for count in counts]
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
@@ -177,15 +246,3 @@ def _again(state: tuple[str, bool, torch.dtype | None]) -> AbstractContextManage
     if _autocast(device) == state or dtype is None:
         return nullcontext()
     return torch.autocast(device, dtype=dtype, enabled=enabled)
-
-
-def code_of(
-    given: Sequence[fx.Node], steps: Sequence[fx.Node], made: Sequence[fx.Node], name: str
-) -> Code:
-    """Some steps of a graph as one function: what they are given → what they make."""
-    graph = fx.Graph()
-    env = {node: graph.placeholder(node.name) for node in given}
-    for node in steps:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in made))
-    return partial(function(graph, name), None)
