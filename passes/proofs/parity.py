@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,28 +67,26 @@ def prove(
     reference.eval()
     results: list[Parity] = []
     run = LatestRun(reference)
-    growing, known = own_errors(reference, arrays, sizes, run), dict[str, float]()
+    rounding = own_errors(reference, arrays, sizes, run)
+    largest_errors: dict[str, float] = {}
 
     def own() -> Iterator[dict[str, float]]:
-        yield known
-        for errors in growing:  # for every size on from where the last one stopped
-            known.update(errors)
-            yield known
+        """The rounding of the reference, for every size on from where the last one stopped."""
+        yield largest_errors
+        for errors in rounding:
+            largest_errors.update(errors)
+            yield largest_errors
 
-    for named, feeds, extra in feeds_of(reference, arrays, sizes):
+    # at a drawn size a model may refuse inputs that depend on each other: the example remains
+    example_remains = arrays is None and sizes is None and is_real(reference.captured.named)
+    for named, feeds, may_fail in feeds_of(reference, arrays, sizes):
         shapes = shapes_of(feeds)
         try:
             expected = run(named)
         except (IndexError, RuntimeError, ValueError) as e:
-            where = ", ".join(f"{k} {list(v)}" for k, v in shapes.items())
-            if _runs(reference.captured, named):
-                raise LoraFxError(
-                    f"the captured graph does not run at {where}, and the model does: "
-                    f"{one_line(e, 160)}",
-                    f"{OTHER_SIZES}; and report this model",
-                ) from e
-            if extra or (arrays is None and sizes is None and is_real(reference.captured.named)):
-                # a size beyond a cut, or of inputs that depend on each other: the example remains
+            where = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            _refuse_where_model_runs(reference, named, where, e)
+            if may_fail or example_remains:
                 leave_out(reference, shapes, f"the model does not run there: {one_line(e, 160)}")
                 continue
             raise LoraFxError(
@@ -97,14 +94,39 @@ def prove(
                 OTHER_SIZES,
             ) from e
         reference.captured.unproven.pop(str(shapes), None)
-        gates = {n: _gate(reference, named, n, v, tol) for n, v in expected.items()}
+
+        gates = {
+            name: _gate(reference, named, name, value, tol) for name, value in expected.items()
+        }
+        choose = partial(choices_of, reference, named)
         with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
-            choose = partial(choices_of, reference, named)
-            found, said = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
-        results.append(found)
-        if said:
-            leave_out(reference, shapes, said)
+            parity, note = compared(ours, rerun, feeds, expected, gates, own, choose, of=of)
+        results.append(parity)
+        if note:
+            leave_out(reference, shapes, note)
     return results
+
+
+def _refuse_where_model_runs(
+    reference: CapturedModule, named: Named, where: str, error: Exception
+) -> None:
+    """Raise where the graph fails on arguments, and the user's own model runs on them."""
+    if _runs(reference.captured, named):
+        raise LoraFxError(
+            f"the captured graph does not run at {where}, and the model does: "
+            f"{one_line(error, 160)}",
+            f"{OTHER_SIZES}; and report this model",
+        ) from error
+
+
+def _runs(captured: Captured, named: Named) -> bool:
+    """Whether the user's own model, not the graph of it, runs on arguments."""
+    try:
+        with quiet(), torch.no_grad(), alike(captured.model, training=False):
+            captured.signature.call(captured.model, copied(named))
+    except Exception:  # of the user's code, or a model that has no weights
+        return False
+    return True
 
 
 @dataclass(eq=False)
@@ -124,27 +146,21 @@ class LatestRun:
     def __call__(self, named: Named) -> dict[str, Array]:
         """The outputs, of a run or of the last one."""
         feeds = arrays_of(named)
-        alike = feeds.keys() == self.feeds.keys()
-        if not (alike and all(np.array_equal(v, self.feeds[n]) for n, v in feeds.items())):
+        if not self._ran_on(feeds):
             self.outputs = self.model.flat(named)
             self.feeds = feeds
         return self.outputs
 
+    def _ran_on(self, feeds: Mapping[str, Array]) -> bool:
+        if feeds.keys() != self.feeds.keys():
+            return False
+        return all(np.array_equal(value, self.feeds[name]) for name, value in feeds.items())
+
 
 def rows_of(captured: Captured) -> Json:
     """`ranges[]` and `unproven[]` of a capture, as reports have them."""
-    ranges = [c.to_json() for c in captured.ranges]
+    ranges = [condition.to_json() for condition in captured.ranges]
     return {"ranges": ranges, "unproven": [*captured.unproven.values()]}
-
-
-def _runs(captured: Captured, named: Named) -> bool:
-    """Whether the user's own model, not the graph of it, runs on arguments."""
-    try:
-        with quiet(), torch.no_grad(), alike(captured.model, training=False):
-            captured.signature.call(captured.model, copied(named))
-    except Exception:  # of the user's code, or a model that has no weights
-        return False
-    return True
 
 
 def guards(reference: CapturedModule) -> tuple[Condition, ...]:
@@ -153,15 +169,27 @@ def guards(reference: CapturedModule) -> tuple[Condition, ...]:
     That it is one is not tried: at such sizes ONNX Runtime 1.31 may end the process, as a
     recurrent layer of no steps does.
     """
-    implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
-    return onnx_conditions([c for c in reference.conditions() if not (c.demanded or implied(c))])
+    is_implied = reference.captured.bounded_inputs().implied  # dimensions of one name say as much
+    return onnx_conditions(
+        [
+            condition
+            for condition in reference.conditions()
+            if not (condition.demanded or is_implied(condition))
+        ]
+    )
 
 
-def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol: float) -> Gate:
-    """`tol` for fp32; that of narrower outputs or adapted weights by their rounding."""
-    found, updates = getattr(reference, "found", None), getattr(reference, "updates", {})
-    stored = (found[key].parameter.dtype for key in updates) if found else ()
-    eps = max(EPSILON.get(n, 0.0) for n in (expected.dtype.name, *stored, *_narrow(reference)))
+def _gate(reference: CapturedModule, named: Named, name: str, expected: Array, tol: float) -> Gate:
+    """The gate of one output: `tol` in fp32.
+
+    Where the output, an adapted weight or a product is in a narrower dtype, its rounding decides.
+    """
+    targets = getattr(reference, "found", None)
+    updates = getattr(reference, "updates", {})
+    dtypes = {expected.dtype.name, *_product_dtypes(reference)}
+    if targets:
+        dtypes |= {targets[key].parameter.dtype for key in updates}
+    eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
 
     def unadapted() -> Array:
         with reference.base():
@@ -172,12 +200,12 @@ def _gate(reference: CapturedModule, named: Named, name: str, expected: Any, tol
     return wide_gate(tol, expected, unadapted if updates else None)
 
 
-def _narrow(reference: CapturedModule) -> set[str]:
+def _product_dtypes(reference: CapturedModule) -> set[str]:
     """The dtypes of a model's products: by autocast in forward not those of its weights."""
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
-    made = (n.meta.get("val") for n in traced.graph.nodes if n.target in OPS)
-    return {dtype_name(v.dtype) for v in made if isinstance(v, torch.Tensor)}
+    values = (node.meta.get("val") for node in traced.graph.nodes if node.target in OPS)
+    return {dtype_name(value.dtype) for value in values if isinstance(value, torch.Tensor)}
 
 
 def torch_rerun(module: CapturedModule, *, same: bool = True) -> ModuleRerun:

@@ -21,53 +21,60 @@ from lora_fx.inputs import Extents, Named
 
 def arrays_of(named: Named) -> dict[str, Array]:
     """The tensors among flattened named arguments, as arrays by ONNX input name."""
+    leaves = zip(leaf_names(named), tree_leaves(dict(named)), strict=True)
     return {
-        onnx_name(n): to_numpy(x)
-        for n, x in zip(leaf_names(named), tree_leaves(dict(named)), strict=True)
-        if isinstance(x, torch.Tensor)
+        onnx_name(name): to_numpy(leaf) for name, leaf in leaves if isinstance(leaf, torch.Tensor)
     }
 
 
 def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
     """What arrays_of was made of, in the structure of the example and with its constants."""
-    first = next(x for x in tree_leaves(dict(example)) if isinstance(x, torch.Tensor))
+    leaves = tree_leaves(dict(example))
+    first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     device = None if first.is_meta else first.device
-    return filled(example, {n: feeds.get(onnx_name(n)) for n in leaf_names(example)}, device)
+    arrays = {name: feeds.get(onnx_name(name)) for name in leaf_names(example)}
+    return filled(example, arrays, device)
+
+
+def is_real(named: Named) -> bool:
+    """Whether arguments have values: the example of a file, or of a meta model, has none."""
+    leaves = tree_leaves(dict(named))
+    return all(has_values(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 def feeds_of(
     reference: CapturedModule, arrays: Named | None = None, sizes: Sequence[Extents] | None = None
 ) -> Iterator[tuple[Named, dict[str, Array], bool]]:
-    """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example."""
-    seen: set[tuple[tuple[int, ...], ...]] = set()
+    """(named arguments, {ONNX input: array}, whether it may fail) of every size and the example.
+
+    Args:
+        reference: The model; it notes the sizes at which its graph does not hold.
+        arrays: A user's inputs instead of sampled ones: they are of one size.
+        sizes: Instead of those of the capture, and of the example.
+    """
     captured = reference.captured
-    every, sizes = sizes is None, sizes or captured.inputs.checks
-    for size in sizes if arrays is None else sizes[:1]:
+    checked_sizes = sizes or captured.inputs.checks
+    if arrays is not None:
+        checked_sizes = checked_sizes[:1]
+
+    drawn_shapes: set[tuple[tuple[int, ...], ...]] = set()
+    for size in checked_sizes:
         named = reference.sample(size, arrays)
         feeds = arrays_of(named)
-        shapes = tuple(v.shape for v in feeds.values())
-        if shapes in seen:
+        shapes = tuple(array.shape for array in feeds.values())
+        if shapes in drawn_shapes:
             continue
-        seen.add(shapes)
-        if refused := outside(reference, named):
+        drawn_shapes.add(shapes)
+        refused = outside(reference, named)
+        if refused:
             leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
             continue
+        # a size by the names of dimensions lies beyond a cut of the model
         yield named, feeds, isinstance(size, Mapping)
-    if arrays is None and every and is_real(captured.named):
+
+    if arrays is None and sizes is None and is_real(captured.named):
         example = reference._in_own_dtype()
         yield example, arrays_of(example), True
-
-
-def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
-    """Note a size that nothing is proven of, for the report."""
-    row = {"sizes": {k: list(v) for k, v in sizes.items()}, "reason": reason}
-    reference.captured.unproven[str(sizes)] = row
-
-
-def is_real(named: Named) -> bool:
-    """Whether arguments have values: the example of a file, or of a meta model, has none."""
-    leaves = (x for x in tree_leaves(dict(named)) if isinstance(x, torch.Tensor))
-    return all(has_values(x) for x in leaves)
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
@@ -75,3 +82,9 @@ def outside(reference: CapturedModule, named: Named) -> SizeError | None:
     captured = reference.captured
     traced = captured.traced(False, captured.named, reference.base_dtype)
     return traced.door.refused(tree_leaves(dict(named)))
+
+
+def leave_out(reference: CapturedModule, sizes: Mapping[str, tuple[int, ...]], reason: str) -> None:
+    """Note a size that nothing is proven of, for the report."""
+    row = {"sizes": {name: list(shape) for name, shape in sizes.items()}, "reason": reason}
+    reference.captured.unproven[str(sizes)] = row

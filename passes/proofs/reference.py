@@ -62,10 +62,13 @@ class Choices:
 
     def named(self) -> dict[str, Choice]:
         """The choices, each with its floats."""
-        return {
-            name: Choice(value, {n: self.outputs[n] for n in self.among[name] if n in self.outputs})
-            for name, value in self.values.items()
-        }
+        named_choices: dict[str, Choice] = {}
+        for name, value in self.values.items():
+            floats = {
+                score: self.outputs[score] for score in self.among[name] if score in self.outputs
+            }
+            named_choices[name] = Choice(value, floats)
+        return named_choices
 
 
 class Reference(Protocol):

@@ -43,15 +43,17 @@ def spread(
         plain: The same without the runtime's rewrites.
         feeds: The inputs that it was compared at.
     """
-    worst: dict[str, float] = {}
+    largest_errors: dict[str, float] = {}
+    runs = [run]
     if plain is not None:
-        yield grow(worst, plain(feeds), outputs)
+        runs.append(plain)
+        yield grow(largest_errors, plain(feeds), outputs)
     if not any("float" in value.dtype.name for value in feeds.values()):
         return
     for seed in SEEDS:
         moved = nearby_feeds(feeds, seed)
-        for other in (run, plain) if plain is not None else (run,):
-            yield grow(worst, other(moved), outputs)
+        for run_again in runs:
+            yield grow(largest_errors, run_again(moved), outputs)
 
 
 def compared(
@@ -85,79 +87,102 @@ def compared(
         of: A word for the report.
     """
     shapes = shapes_of(feeds)
+    try:
+        outputs = run(feeds)
+    except LoraFxError as e:
+        raise LoraFxError(e.message, OTHER_SIZES, exit_code=e.exit_code) from e
+
     measured: dict[str, float] = {}
 
     def rounding() -> Iterator[Mapping[str, float]]:
         if rerun is None:
-            yield from either(spread(made, run, None, feeds), own())
+            yield from either(spread(outputs, run, None, feeds), own())
             return
-        runtime = spread(made, run, rerun.plain(), feeds)
-        for errors in either(either(runtime, own()), _of_steps(made, rerun, feeds)):
+        of_runtime = spread(outputs, run, rerun.plain(), feeds)
+        of_runtime_and_model = either(of_runtime, own())
+        for errors in either(of_runtime_and_model, _of_steps(outputs, rerun, feeds)):
             measured.update(errors)
             yield errors
 
-    try:
-        made = run(feeds)
-    except LoraFxError as e:
-        raise LoraFxError(e.message, OTHER_SIZES, exit_code=e.exit_code) from e
-    found = compare_fairly(made, expected, shapes, gates, rounding, of=of)
-    if rerun is None or (found.ok and not _needs_most(made, expected, gates, measured)):
-        return found, ""
-    plain = rerun.plain() if found.rel <= REWRITES and not found.ok else None
-    if plain is not None:
-        exact = compare_fairly(plain(feeds), expected, shapes, gates, own, of=of)
-        if exact.ok:
-            moved = f"ONNX Runtime's own rewrites move {found.output!r} by {found.rel:.1e}"
-            return exact, f"{moved} of its largest number; it was compared without them"
+    parity = compare_fairly(outputs, expected, shapes, gates, rounding, of=of)
+    if rerun is None:
+        return parity, ""
+    if parity.ok and not _needs_most(outputs, expected, gates, measured):
+        return parity, ""
+
+    if not parity.ok and parity.rel <= REWRITES:
+        plain = rerun.plain()
+        if plain is not None:
+            exact = compare_fairly(plain(feeds), expected, shapes, gates, own, of=of)
+            if exact.ok:
+                moved = f"ONNX Runtime's own rewrites move {parity.output!r} by {parity.rel:.1e}"
+                return exact, f"{moved} of its largest number; it was compared without them"
+
     choices = choose()
     choosing = rerun.choosing(choices) if choices.values else None
     if choosing is None:
-        return found, ""
-    alike = _with_choices(choosing, choices, feeds, gates, of)
-    if found.ok:
-        return alike, ""
-    if not alike.ok:
-        return found, ""
-    told = f"rounding turns a choice among near-equal numbers that {found.output!r} depends on"
-    return alike, f"{told}; both were compared with the same choices, and what these are among"
+        return parity, ""
+    with_choices = _with_choices(choosing, choices, feeds, gates, of)
+    if parity.ok:
+        return with_choices, ""
+    if not with_choices.ok:
+        return parity, ""
+    turned = f"rounding turns a choice among near-equal numbers that {parity.output!r} depends on"
+    return (
+        with_choices,
+        f"{turned}; both were compared with the same choices, and what these are among",
+    )
 
 
 def _needs_most(
-    ours: Outputs, expected: Outputs, gates: Mapping[str, Gate], rounding: Mapping[str, float]
+    outputs: Outputs, expected: Outputs, gates: Mapping[str, Gate], rounding: Mapping[str, float]
 ) -> bool:
     """Whether an output passes by nothing but the widest gate that rounding can ask for."""
     wider = wider_gates(gates, rounding)
-    widest = {n for n, gate in gates.items() if gate.first < gate.most <= wider[n]}
-    return any(rel(ours[n], expected[n]) > gates[n].first for n in widest)
+    for name, gate in gates.items():
+        is_widest = gate.first < gate.most <= wider[name]
+        if is_widest and rel(outputs[name], expected[name]) > gate.first:
+            return True
+    return False
 
 
 def _of_steps(outputs: Outputs, rerun: Rerun, feeds: Named) -> Iterator[Mapping[str, float]]:
     """Per output, how far a step of each sigmoid moves it: the largest so far, run by run."""
-    worst: dict[str, float] = {}
+    largest_errors: dict[str, float] = {}
     for run in rerun.stepped():
-        yield grow(worst, run(feeds), outputs)
+        yield grow(largest_errors, run(feeds), outputs)
 
 
 def _with_choices(
     run: Run, choices: Choices, feeds: Named, gates: Mapping[str, Gate], of: str
 ) -> Parity:
     """The comparison of a run that makes the reference's choices, and of what they are among."""
-    made = run(feeds)
-    expected = {n: v for n, v in choices.outputs.items() if n in made}
-    scores = {n for floats in choices.among.values() for n in floats}
-    masked = {n: fills(made[n], v) for n, v in expected.items() if n in scores}
+    outputs = run(feeds)
+    expected = {name: value for name, value in choices.outputs.items() if name in outputs}
+    scores: set[str] = set()
+    for floats in choices.among.values():
+        scores.update(floats)
+    masks = {
+        name: fills(outputs[name], value) for name, value in expected.items() if name in scores
+    }
 
-    def shown(outputs: Outputs) -> dict[str, Array]:
-        """What is compared of outputs, with 0 where scores have the number of a mask.
+    def shown(values: Outputs) -> dict[str, Array]:
+        """The outputs that are compared, with 0 where scores have the number of a mask.
 
         A run on moved inputs may share more choices with the reference, and so more floats.
         """
-        compared = {n: v for n, v in outputs.items() if n in expected}
-        return {n: without(v, masked[n]) if n in masked else v for n, v in compared.items()}
+        compared_values: dict[str, Array] = {}
+        for name, value in values.items():
+            if name in masks:
+                value = without(value, masks[name])
+            if name in expected:
+                compared_values[name] = value
+        return compared_values
 
-    ours, theirs = shown(made), shown(expected)
+    ours = shown(outputs)
+    theirs = shown(expected)
     usual = gates_of(theirs)
-    limits = {n: gates.get(n, usual[n]) for n in theirs}
+    limits = {name: gates.get(name, usual[name]) for name in theirs}
 
     def rounding() -> Iterator[Mapping[str, float]]:
         moved = spread(ours, lambda feeds: shown(run(feeds)), None, feeds)
@@ -183,9 +208,10 @@ def nearby_feeds(feeds: Named, seed: int) -> dict[str, Array]:
 def either(
     first: Iterable[Mapping[str, float]], then: Iterable[Mapping[str, float]]
 ) -> Iterator[dict[str, float]]:
-    """What two measures of rounding tell, one after the other: the larger of both."""
-    told: dict[str, float] = {}
+    """Two measures of rounding, one after the other: the larger of both for each output."""
+    largest_errors: dict[str, float] = {}
     for measure in (first, then):
         for errors in measure:
-            told |= {n: max(e, told.get(n, 0.0)) for n, e in errors.items()}
-            yield told
+            for name, error in errors.items():
+                largest_errors[name] = max(error, largest_errors.get(name, 0.0))
+            yield largest_errors

@@ -64,7 +64,8 @@ class TorchReference:
         """See Reference."""
         return guards(self.base)
 
-    ceiling, mixes = CEILING, False
+    ceiling = CEILING
+    mixes = False
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
         """See Reference."""
@@ -73,7 +74,8 @@ class TorchReference:
         try:
             self.base.flat(named)
         except (IndexError, RuntimeError, ValueError):  # inputs that depend on each other, maybe
-            named = example if self.arrays is None and is_real(example) else named
+            if self.arrays is None and is_real(example):
+                named = example
         return arrays_of(named)
 
     def run(self, adapter: Adapter | None) -> Run:

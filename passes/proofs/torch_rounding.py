@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -48,38 +48,59 @@ def own_errors(
         run: Runs the model, and may know the outputs from before.
     """
     run = run or model.flat
-    sizes = model.captured.inputs.checks if sizes is None else sizes
-    example = model._in_own_dtype()
-    calls: list[Callable[[], Named]]
-    calls = [partial(model.sample, size, None, seed) for size in sizes for seed in SEEDS]
-    if arrays is not None:
-        calls.insert(0, partial(model.sample, sizes[0], arrays))
-    elif is_real(example):  # what is drawn need not fit
-        calls.insert(0, lambda: example)
-    worst: dict[str, float] = {}
     graph = model.graph(False).graph
-    exactly = model.flat if random_ops(graph) else _wide(model, graph)  # fp64 draws other numbers
+    if random_ops(graph):
+        exactly = model.flat  # in fp64 it draws other numbers
+    else:
+        exactly = _wide(model, graph)
+
+    largest_errors: dict[str, float] = {}
     runs: list[tuple[Named, dict[str, Array]]] = []
-    for call in calls:
+    for draw in _draws(model, arrays, sizes):
         try:
-            named = call()
+            named = draw()
             if outside(model, named):
                 continue
-            ours = run(named)
+            outputs = run(named)
         except (LoraFxError, RuntimeError, TypeError, ValueError, IndexError):
             continue  # it is no run of the proof either
         try:
             exact = exactly(named)
         except (RuntimeError, TypeError, ValueError):
-            exactly, exact = model.flat, ours
+            exactly = model.flat
+            exact = outputs
         runs.append((named, exact))
-        yield grow(worst, ours, exact)
+        yield grow(largest_errors, outputs, exact)
+
     moved = copy.deepcopy(model).eval()  # one, moved anew for every seed
-    few = any(v.size < FEW for _, values in runs for v in values.values())
-    for seed in range(4 * len(SEEDS)) if few else SEEDS:
+    seeds: Iterable[int] = SEEDS
+    if any(_has_few_numbers(exact) for _, exact in runs):
+        seeds = range(4 * len(SEEDS))
+    for seed in seeds:
         move(model, moved, seed)
-        for named, values in runs:
-            yield grow(worst, moved.flat(named), values)
+        for named, exact in runs:
+            yield grow(largest_errors, moved.flat(named), exact)
+
+
+def _draws(
+    model: CapturedModule, arrays: Named | None, sizes: Sequence[Extents] | None
+) -> list[Callable[[], Named]]:
+    """Functions that draw inputs: a user's or the example's first, then every size and seed."""
+    if sizes is None:
+        sizes = model.captured.inputs.checks
+    example = model._in_own_dtype()
+    draws: list[Callable[[], Named]] = []
+    if arrays is not None:
+        draws.append(partial(model.sample, sizes[0], arrays))
+    elif is_real(example):  # what is drawn need not fit
+        draws.append(lambda: example)
+    for size in sizes:
+        draws += [partial(model.sample, size, None, seed) for seed in SEEDS]
+    return draws
+
+
+def _has_few_numbers(outputs: Mapping[str, Array]) -> bool:
+    return any(value.size < FEW for value in outputs.values())
 
 
 def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
@@ -91,9 +112,9 @@ def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str,
     traced = model.captured.traced(False, model.captured.named, model.base_dtype)
 
     def exactly(named: Named) -> dict[str, Array]:
-        leaves = [run.read(x) for x in tree_leaves(copied(named))]
+        leaves = [run.read(leaf) for leaf in tree_leaves(copied(named))]
         with torch.no_grad(), alike(model):
-            out = run.run(*leaves, enable_io_processing=False)
-        return by_output(tree_unflatten(list(out), traced.out_spec))
+            outputs = run.run(*leaves, enable_io_processing=False)
+        return by_output(tree_unflatten(list(outputs), traced.out_spec))
 
     return exactly
