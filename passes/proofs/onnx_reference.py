@@ -1,4 +1,8 @@
-"""An .onnx file in ONNX Runtime as the reference of what is made of it."""
+"""An .onnx file in ONNX Runtime as the reference of what is made of it.
+
+An adapter's branches stand beside the file's own products. Their factors are inputs, so that
+adapters of the same keys and ranks share one session.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
-from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.adapter.variant import slots_of, variant_of
 from lora_fx.compare import (
     CEILING,
@@ -94,17 +98,18 @@ class FileRerun:
         file = choosing_file(self.path, self.provider, self.stored)
         if file is None:
             return None
-        others = choices.named()
+        reference_choices = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:
             feeds = self.also(feeds)
             if not file.same:
-                file.follow(feeds, others)
-            made = file.run(feeds, file.chosen(others))
-            shapes = {name: choices.outputs[name].shape for name in file.floats}
-            floats = {name: made[own].reshape(shapes[name]) for name, own in file.floats.items()}
-            chosen = {name: choices.values[name] for name in file.same.values()}
-            return {**file.outputs(made), **floats, **chosen}
+                file.follow(feeds, reference_choices)
+            values = file.run(feeds, file.chosen(reference_choices))
+            floats: dict[str, Array] = {}
+            for name, name_in_file in file.floats.items():
+                floats[name] = values[name_in_file].reshape(choices.outputs[name].shape)
+            shared = {name: choices.values[name] for name in file.same.values()}
+            return {**file.outputs(values), **floats, **shared}
 
         return run
 
@@ -130,20 +135,29 @@ class OnnxReference:
     def __post_init__(self) -> None:
         """Open the file; raises for an array that is no input of it."""
         graph = self.graph
-        self.session = session = open_session(self.source, self.provider)
-        found = {} if graph is None else highest(graph)
-        said = signature(session)
-        specs = tuple(replace(s, high=found.get(s.name)) for s in said.specs)
-        self.inputs = replace(said, specs=specs)
+        self.session = open_session(self.source, self.provider)
+        self.inputs = signature(self.session)
+        if graph is not None:
+            highest_ids = highest(graph)
+            specs = tuple(
+                replace(spec, high=highest_ids.get(spec.name)) for spec in self.inputs.specs
+            )
+            self.inputs = replace(self.inputs, specs=specs)
         for name in self.arrays:
             expect_input(name, self.inputs.names)
-        rough = graph is not None and rounds_activations(graph.model)
-        self._step, self.ceiling = (STEP, COARSE) if rough else (0.0, CEILING)
+
+        self._step = 0.0
+        self.ceiling = CEILING
+        if graph is not None and rounds_activations(graph.model):
+            self._step = STEP
+            self.ceiling = COARSE
         self.mixes = graph is not None and shares_ranges(graph.model)
-        self._names = [o.name for o in session.session.get_outputs()]
-        self._made: dict[tuple[object, ...], Path] = {}
+        self._names = [output.name for output in self.session.session.get_outputs()]
+        self._paths: dict[tuple[object, ...], Path] = {}
         self._unproven: list[Json] = []
-        self._open: dict[tuple[Path | None, bool], RuntimeSession] = {(None, True): session}
+        self._sessions: dict[tuple[Path | None, bool], RuntimeSession] = {
+            (None, True): self.session
+        }
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -152,7 +166,11 @@ class OnnxReference:
 
     def details(self) -> Json:
         """See Reference; what the file does not take is an error, and no row of unproven."""
-        ranges = [c.to_json() for c in self.conditions if not self.inputs.implied(c)]
+        ranges = [
+            condition.to_json()
+            for condition in self.conditions
+            if not self.inputs.implied(condition)
+        ]
         return {"ranges": ranges, "unproven": self._unproven}
 
     def guards(self) -> tuple[Condition, ...]:
@@ -177,19 +195,22 @@ class OnnxReference:
         A fold moves every weight by half a unit of its last place, at most. Where activations are
         rounded to codes of eight bits, a difference of one part in 1e7 moves some by a whole step.
         """
-        worst: dict[str, float] = dict.fromkeys(self._names, self._step)
-        yield worst
+        largest_errors: dict[str, float] = dict.fromkeys(self._names, self._step)
+        yield largest_errors
         updates = {} if adapter is None else adapter.lowrank
-        path = self._path(updates, moved=True) if updates else None
-        moved = open_session(path, self.session.provider) if path else self.session
+        moved_session = self.session
+        if updates:
+            moved_session = open_session(self._path(updates, moved=True), self.session.provider)
         for feeds in self.sizes():
-            plain, fused = (self._run(adapter, level, feeds) for level in (False, True))
-            feeds = {**feeds, **_factors(updates)}
-            for values in (plain, self._outputs(moved, feeds)):
-                for name in (n for n, v in fused.items() if v.any()):
-                    found = max(worst.get(name, self._step), rel(values[name], fused[name]))
-                    worst[name] = found
-                yield worst
+            plain = self._run(adapter, False, feeds)
+            fused = self._run(adapter, True, feeds)
+            moved = self._outputs(moved_session, {**feeds, **_factors(updates)})
+            for values in (plain, moved):
+                for name, value in fused.items():
+                    if value.any():
+                        error = rel(values[name], value)
+                        largest_errors[name] = max(largest_errors.get(name, self._step), error)
+                yield largest_errors
 
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
@@ -198,15 +219,16 @@ class OnnxReference:
         results = []
         own = partial(self.own_errors, adapter)
         for feeds in self.sizes():
-            expected, shapes = self._run(adapter, True, feeds), shapes_of(feeds)
+            expected = self._run(adapter, True, feeds)
+            shapes = shapes_of(feeds)
             gates = self._gates(adapter, expected, feeds)
+            choose = partial(self.choices, adapter, feeds)
             with stage(f"comparing {of or 'outputs'} at {sizes_text(shapes)}"):
-                choose = partial(self.choices, adapter, feeds)
-                found, said = compared(run, rerun, feeds, expected, gates, own, choose, of=of)
-            results.append(found)
-            if said:
-                row = {"sizes": {k: list(v) for k, v in shapes.items()}, "reason": said}
-                self._unproven.append(row)
+                parity, note = compared(run, rerun, feeds, expected, gates, own, choose, of=of)
+            results.append(parity)
+            if note:
+                sizes = {name: list(shape) for name, shape in shapes.items()}
+                self._unproven.append({"sizes": sizes, "reason": note})
         return results
 
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
@@ -216,18 +238,19 @@ class OnnxReference:
         file = choosing_file(path, self.session.provider, {})
         if file is None:
             return Choices({}, {}, {}, lambda _: [])
-        factors = _factors(updates)
-        made = file.run({**feeds, **factors})
-        values = {name: made[name] for name in file.choices}
 
-        def chosen_again(feeds: Named) -> dict[str, Array]:
+        factors = _factors(updates)
+        outputs = file.run({**feeds, **factors})
+        values = {name: outputs[name] for name in file.choices}
+
+        def run_with_choices(feeds: Named) -> dict[str, Array]:
             return {**file.run({**feeds, **factors}, values), **values}
 
         def own(shown: Shown) -> Iterable[Mapping[str, float]]:
-            exact = shown(chosen_again(feeds))
-            return spread(exact, lambda feeds: shown(chosen_again(feeds)), None, feeds)
+            exact = shown(run_with_choices(feeds))
+            return spread(exact, lambda feeds: shown(run_with_choices(feeds)), None, feeds)
 
-        return Choices(values, file.choices, made, own)
+        return Choices(values, file.choices, outputs, own)
 
     def _gates(
         self, adapter: Adapter | None, expected: Mapping[str, Array], feeds: Mapping[str, Array]
@@ -236,78 +259,115 @@ class OnnxReference:
         if adapter is None or self.graph is None:
             return gates_of(expected, self.ceiling)
         gates = gates_of(expected, self.ceiling, partial(self._run, None, True, feeds))
-        targets = self._targets(adapter.lowrank)
-        casts = (v for t in targets for s in t.sites for v in s.view.steps if isinstance(v, Cast))
-        dtypes = {*(t.parameter.dtype for t in targets), *(v.dtype for v in casts)}
+        dtypes: set[str] = set()
+        for target in self._targets(adapter.lowrank):
+            dtypes |= _dtypes_of(target)
         eps = max(EPSILON.get(dtype, 0.0) for dtype in dtypes)
-        base = self._run(None, True, feeds) if eps else {}
-        return {n: narrow_gate(g.first, eps, base[n], expected[n]) if eps else g
-                for n, g in gates.items()}  # fmt: skip
+        if not eps:
+            return gates
+        base = self._run(None, True, feeds)
+        return {
+            name: narrow_gate(gate.first, eps, base[name], expected[name])
+            for name, gate in gates.items()
+        }
 
     def idle(self, adapter: Adapter) -> list[str]:
         """Keys whose update, alone, changes no output."""
         feeds = self.feeds(SIZES[0])
         session = self._session(adapter.lowrank, True)
         base = self._outputs(session, feeds)
-        result = []
-        for key, u in adapter.lowrank.items():
-            changed = self._outputs(session, {**feeds, **_factors({key: u})})
-            if all(np.array_equal(changed[n], base[n]) for n in base):
-                result.append(key)
-        return result
+        idle_keys = []
+        for key, update in adapter.lowrank.items():
+            outputs = self._outputs(session, {**feeds, **_factors({key: update})})
+            if all(np.array_equal(outputs[name], value) for name, value in base.items()):
+                idle_keys.append(key)
+        return idle_keys
 
     def _run(
         self, adapter: Adapter | None, rewrites: bool, feeds: Mapping[str, Array]
     ) -> dict[str, Array]:
+        """The outputs with an adapter's branches; with the runtime's rewrites of a graph or not."""
         updates = {} if adapter is None else adapter.lowrank
         return self._outputs(self._session(updates, rewrites), {**feeds, **_factors(updates)})
 
     def _outputs(self, session: RuntimeSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        sizes = {n: v.shape for n, v in feeds.items() if n in self.inputs.names}
+        sizes = {name: value.shape for name, value in feeds.items() if name in self.inputs.names}
         where = f"the model does not run at {sizes_text(sizes)}"
         with retold(where, OTHER_SIZES, most=160):
             values = session.session.run(self._names, dict(feeds))
         return tensors_by_name(self._names, values)
 
     def _session(self, updates: Updates, rewrites: bool) -> RuntimeSession:
+        """The session of the file with branches for these updates, opened once."""
         path = self._path(updates) if updates else None
-        known = self._open.get((path, rewrites))
-        if known is None:
-            known = open_session(path or self.source, self.session.provider, rewrites=rewrites)
-            self._open[path, rewrites] = known
-        return known
+        session = self._sessions.get((path, rewrites))
+        if session is None:
+            session = open_session(path or self.source, self.session.provider, rewrites=rewrites)
+            self._sessions[path, rewrites] = session
+        return session
 
     def _targets(self, keys: Iterable[str]) -> list[Target]:
         assert self.graph is not None
-        found = find(self.graph)
-        return [found[k] for k in keys]
+        targets = find(self.graph)
+        return [targets[key] for key in keys]
 
     def _path(self, updates: Updates, *, moved: bool = False) -> Path:
-        """The file of the graph with branches for these keys and ranks, its weights as rounded."""
-        rows = (
-            (k, u.rank, u.use, str(u.layout), tuple(variant_of(u).beside(u)))
-            for k, u in updates.items()
-        )
-        key = (moved, *rows)
-        if key not in self._made:
-            assert self.graph is not None
-            graph = self.graph.clone()
-            zeros = {
-                k: replace(u, a=np.zeros_like(u.a), b=np.zeros_like(u.b), alpha=u.alpha / u.scale)
-                for k, u in updates.items()
-            }
-            Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
-            graph.model.ir_version = max(graph.model.ir_version, 4)
-            for name in {t.parameter.name for t in self._targets(updates)} if moved else ():
-                value = graph.read(name)
-                up = np.random.default_rng(0).integers(0, 2, value.shape) * 2 - 1
-                if "float" in value.dtype.name:
-                    eps = float(finfo(value.dtype.name).eps)
-                    graph.store(name, value.astype(np.float64) * (1 + up * (eps / 2)))
-            path = self.folder / f"branches-{len(self._made)}.onnx"
-            save(graph.model, path)
-            self._made[key] = path
-        return self._made[key]
+        """The file of the graph with branches for these keys and ranks, its weights as rounded.
+
+        Args:
+            updates: The updates; files are kept by what does not change with their numbers.
+            moved: Move the adapted weights by half a unit of their last place.
+        """
+        identity = (moved, *(_form_of(key, update) for key, update in updates.items()))
+        if identity not in self._paths:
+            path = self.folder / f"branches-{len(self._paths)}.onnx"
+            save(self._branched(updates, moved).model, path)
+            self._paths[identity] = path
+        return self._paths[identity]
+
+    def _branched(self, updates: Updates, moved: bool) -> OnnxGraph:
+        """The graph with branches that read their factors from inputs."""
+        assert self.graph is not None
+        graph = self.graph.clone()
+        zeros = {
+            key: replace(
+                update,
+                a=np.zeros_like(update.a),
+                b=np.zeros_like(update.b),
+                alpha=update.alpha / update.scale,
+            )
+            for key, update in updates.items()
+        }
+        Insert(zeros, role=Role.OPTIONAL_INPUT)(graph)
+        graph.model.ir_version = max(graph.model.ir_version, 4)
+        if moved:
+            for name in {target.parameter.name for target in self._targets(updates)}:
+                _move(graph, name)
+        return graph
+
+
+def _move(graph: OnnxGraph, name: str) -> None:
+    """Move a weight by up to a unit of its last place, by lot."""
+    value = graph.read(name)
+    if "float" not in value.dtype.name:
+        return
+    signs = np.random.default_rng(0).integers(0, 2, value.shape) * 2 - 1
+    eps = float(finfo(value.dtype.name).eps)
+    graph.store(name, value.astype(np.float64) * (1 + signs * (eps / 2)))
+
+
+def _dtypes_of(target: Target) -> set[str]:
+    """The dtypes in which a weight is stored and read."""
+    dtypes = {target.parameter.dtype}
+    for site in target.sites:
+        dtypes |= {step.dtype for step in site.view.steps if isinstance(step, Cast)}
+    return dtypes
+
+
+def _form_of(key: str, update: LowRank) -> tuple[object, ...]:
+    """All of an update that the graph with its branch depends on."""
+    fields = tuple(variant_of(update).beside(update))
+    return key, update.rank, update.use, str(update.layout), fields
 
 
 def _factors(updates: Updates) -> dict[str, Array]:
