@@ -45,7 +45,7 @@ from lora_fx.passes.proofs.live_choices import LiveRerun, live_choices
 from lora_fx.passes.proofs.live_model import eval_mode, parameters_as
 from lora_fx.passes.proofs.parity import prove
 from lora_fx.passes.proofs.proof_inputs import arrays_of, named_of
-from lora_fx.passes.proofs.reference import SEEDS
+from lora_fx.passes.proofs.reference import SEEDS, Choices
 from lora_fx.passes.proofs.run_comparison import compared
 from lora_fx.progress import stage
 from lora_fx.targets.target import base_name, split_key
@@ -53,10 +53,16 @@ from lora_fx.text import some
 
 HALVINGS = 10
 """Times that drawn updates are made smaller, where a model with them tells nothing."""
-
-
 TOLERANCE = {"float32": 1e-5, **{name: 8 * eps for name, eps in EPSILON.items()}}
 """The first gates of the explicit reference."""
+READ_PAST = (
+    "the live model does not change with it, so something reads the weight past its module's "
+    "attribute"
+)
+READ_TWICE = (
+    "the live model changes with it in another way, so something reads the weight for more than "
+    "the matmuls that were found, or its numbers decide what the model does"
+)
 
 
 class InGraph:
@@ -75,27 +81,33 @@ class InGraph:
 
     def check(self) -> Parity:
         """Compare on the example inputs; on sampled ones where the adapter does nothing there."""
-        module, given, tol = self.module, arrays_of(self.cap.named), ORT_TOL
+        example = arrays_of(self.cap.named)
         with self.state.base():
-            base = self._live(given)
-        adapted = self._live(given)
-        if self.cap.quantised is not None:
-            # kernels of quantised layers round as they like, some in bfloat16, some x too
-            with module.base():
-                own = compare(base, module.flat(self.cap.named), {}, tol).rel
-            tol = max(tol, min(STEPS, 4 * own))
-        idle = all(np.array_equal(base[n], adapted[n]) for n in base)
+            base = self._live(example)
+        adapted = self._live(example)
+        tol = self._tolerance(base)
         rerun = LiveRerun(self._live)
-        if idle and (sampled := prove(self._live, module, sizes=SIZES[:1], tol=tol, rerun=rerun)):
-            return sampled[0]
+        if _are_equal(base, adapted):
+            results = prove(self._live, self.module, sizes=SIZES[:1], tol=tol, rerun=rerun)
+            if results:
+                return results[0]
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
             """The live model, which does not run on the same inputs again."""
-            known = feeds.keys() == given.keys()
-            known = known and all(np.array_equal(feeds[n], given[n]) for n in given)
-            return adapted if known else self._live(feeds)
+            if feeds.keys() == example.keys() and _are_equal(example, feeds):
+                return adapted
+            return self._live(feeds)
 
-        return prove(run, module, arrays=given, tol=tol, rerun=rerun)[0]
+        return prove(run, self.module, arrays=example, tol=tol, rerun=rerun)[0]
+
+    def _tolerance(self, base: Named) -> float:
+        """The gate in fp32; wider for quantised layers, by what the unadapted model differs."""
+        if self.cap.quantised is None:
+            return ORT_TOL
+        # kernels of quantised layers round as they like, some in bfloat16, some x too
+        with self.module.base():
+            difference = compare(base, self.module.flat(self.cap.named), {}, ORT_TOL).rel
+        return max(ORT_TOL, min(STEPS, 4 * difference))
 
     def changes_live(self) -> bool:
         """Whether the adapter changes an output of the live model on the example inputs."""
@@ -111,7 +123,9 @@ class Explicit:
     """Without a graph: the same live model, its adapter off, with W + s·b·a in its parameters."""
 
     def __init__(self, state: Attachment, signature: Signature, named: Named) -> None:
-        self.state, self.signature, self.named = state, signature, named
+        self.state = state
+        self.signature = signature
+        self.named = named
 
     def put(self, updates: Updates) -> None:
         """The live model has them already."""
@@ -119,32 +133,47 @@ class Explicit:
     def check(self) -> Parity:
         """Compare on the example inputs."""
         weights = dict(self.state.model.named_parameters())
-        changed: dict[str, torch.Tensor] = {}
-        for key, change in self.state.adapter().deltas().items():
-            name = base_name(key)
-            w = changed.setdefault(name, weights[name].detach().clone())
-            _, region = split_key(key, tuple(w.shape))
-            w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
+        changed = self._changed(weights)
         feeds = arrays_of(self.named)
         unadapted = partial(self._unadapted, weights, feeds)
 
         def moved(seed: int) -> dict[str, Array]:
-            """With every weight moved by half a unit of its last place."""
+            """The outputs with every weight moved by half a unit of its last place."""
             generator = torch.Generator().manual_seed(seed)
-            return unadapted({n: nearby(changed.get(n, w), generator) for n, w in weights.items()})
+            return unadapted(
+                {
+                    name: nearby(changed.get(name, weight), generator)
+                    for name, weight in weights.items()
+                }
+            )
 
         def own() -> Iterator[Mapping[str, float]]:
-            worst: dict[str, float] = {}
+            largest_errors: dict[str, float] = {}
             for seed in SEEDS:
-                yield grow(worst, moved(seed), expected)
+                yield grow(largest_errors, moved(seed), expected)
+
+        def choose() -> Choices:
+            return live_choices(lambda: unadapted(changed), [partial(moved, s) for s in SEEDS])
 
         expected = unadapted(changed)
-        found, _ = compared(
-            self._live, LiveRerun(self._live), feeds, expected, _live_gates(expected), own,
-            lambda: live_choices(lambda: unadapted(changed), [partial(moved, s) for s in SEEDS]),
-            of="the live model",
-        )  # fmt: skip
-        return found
+        rerun = LiveRerun(self._live)
+        gates = _live_gates(expected)
+        parity, _ = compared(
+            self._live, rerun, feeds, expected, gates, own, choose, of="the live model"
+        )
+        return parity
+
+    def _changed(self, weights: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Name of an adapted parameter → W + s·b·a."""
+        changed: dict[str, torch.Tensor] = {}
+        for key, change in self.state.adapter().deltas().items():
+            name = base_name(key)
+            if name not in changed:
+                changed[name] = weights[name].detach().clone()
+            w = changed[name]
+            _, region = split_key(key, tuple(w.shape))
+            w[tuple(slice(lo, hi) for lo, hi in region)] += torch.from_numpy(change).to(w)
+        return changed
 
     def changes_live(self) -> bool:
         """Whether the adapter changes an output of the live model on the example inputs."""
@@ -168,23 +197,29 @@ def _changes(state: Attachment, live: Callable[[], Named]) -> bool:
     adapted = live()
     with state.base():
         base = live()
-    return any(not np.array_equal(base[n], adapted[n]) for n in base)
+    return not _are_equal(base, adapted)
+
+
+def _are_equal(arrays: Named, others: Named) -> bool:
+    return all(np.array_equal(array, others[name]) for name, array in arrays.items())
 
 
 def _live_gates(expected: Named) -> dict[str, Gate]:
     """The gates of the explicit reference, which rounds W + s·b·a in another order."""
     gates = {}
     for name, value in expected.items():
-        first = TOLERANCE.get(value.dtype.name, 1e-9)
-        most = 4 * first if value.dtype.name in EPSILON else CEILING
+        dtype = value.dtype.name
+        first = TOLERANCE.get(dtype, 1e-9)
+        most = 4 * first if dtype in EPSILON else CEILING
         gates[name] = Gate(first, most)
     return gates
 
 
 def random_values(key: str, update: LowRank) -> LowRank:
     """An update of the same shapes with random numbers."""
-    values = {s.field: s.value for s in slots_of(key, update)}
-    return with_values(update, {**values, **variant_of(update).drawn(update, key, seed=0)})
+    values = {slot.field: slot.value for slot in slots_of(key, update)}
+    drawn = variant_of(update).drawn(update, key, seed=0)
+    return with_values(update, {**values, **drawn})
 
 
 @stage("proving that every target trains")
@@ -214,20 +249,22 @@ def prove_trained(
         if cap is None:
             return example
         inputs = cap.bounded_inputs()
-        free = inputs if cap.requested else inputs.with_dims(default_dynamic(inputs))
-        return sample_call(free, example, SIZES[0], seed, None, device_of(state.model))
+        if not cap.requested:
+            inputs = inputs.with_dims(default_dynamic(inputs))
+        return sample_call(inputs, example, SIZES[0], seed, None, device_of(state.model))
 
     def call(named: Named) -> object:
         return signature.call(state.model, named)
 
     trained = Trained(state.model, state.updates, example, call, sample)
     # a train mode may draw by numpy or Python, as SpecAugment's masks do
-    drawn = random.getstate(), np.random.get_state()
+    state_of_python = random.getstate()
+    state_of_numpy = np.random.get_state()
     try:
         state.effect = prove_gradients(trained, trained.runs_at())
     finally:
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
+        random.setstate(state_of_python)
+        np.random.set_state(state_of_numpy)
     return without_gradient(state.effect, len(state.updates), "keep" if cap is None else dead)
 
 
@@ -242,56 +279,58 @@ def prove_live(state: Attachment, reference: InGraph | Explicit, probe: Updates)
         LoraFxError: It differs; the message names the targets that differ when alone.
     """
 
-    def found_with(updates: Updates) -> Parity:
+    def checked_with(updates: Updates) -> Parity:
         state.fill(updates)
         reference.put(updates)
         return reference.check()
 
-    def alone(key: str) -> Parity:
+    def checked_alone(key: str) -> Parity:
         """The comparison with every other update at zero."""
-        rest = {k: resized(u, 0.0) for k, u in probe.items() if k != key}
-        return found_with({**probe, **rest})
+        zeros = {k: resized(update, 0.0) for k, update in probe.items() if k != key}
+        return checked_with({**probe, **zeros})
 
     failed = "the attached model does not run on the example inputs"
     with retold(failed, "use lora_fx.insert", most=200):
-        with state.watch() as ran:
-            found = reference.check()
-        unseen = {path for path, form in state.forms.items() if form.output} - ran
-        if unseen:
-            state.by_weight = frozenset(unseen)
-            state.install(probe)
-            found = reference.check()
-        if found.ok:
+        parity = _checked_in_its_forms(state, reference, probe)
+        if parity.ok:
             return
+
         # random updates may take a deep model past the largest number, or so far that rounding
         # alone would be more than any gate: smaller ones say then what these cannot
         for _ in range(HALVINGS):
-            if math.isfinite(found.rel) and found.tol != CEILING:
+            if math.isfinite(parity.rel) and parity.tol != CEILING:
                 break
-            probe = {k: resized(u, 0.5) for k, u in probe.items()}
-            found = found_with(probe)
-            if found.ok and found.tol != CEILING:
+            probe = {key: resized(update, 0.5) for key, update in probe.items()}
+            parity = checked_with(probe)
+            if parity.ok and parity.tol != CEILING:
                 return
-        guilty = [k for k in probe if not alone(k).ok]
+
+        guilty = [key for key in probe if not checked_alone(key).ok]
         why = "each update is right alone, and all of them together are not"
         if guilty:
-            alone(guilty[0])
+            checked_alone(guilty[0])
             why = READ_TWICE if reference.changes_live() else READ_PAST
-    size = f"{found.rel:.1e}" if math.isfinite(found.rel) else "more than numbers can say"
+
+    size = "more than numbers can say"
+    if math.isfinite(parity.rel):
+        size = f"{parity.rel:.1e}"
     raise LoraFxError(
-        f"{some(guilty, 3) or 'the adapter'}: the attached model's {found.output!r} differs "
+        f"{some(guilty, 3) or 'the adapter'}: the attached model's {parity.output!r} differs "
         f"from the reference by {size}: {why}",
         "exclude it, or use lora_fx.insert" if guilty else "use lora_fx.insert",
     )
 
 
-READ_PAST = (
-    "the live model does not change with it, so something reads the weight past its module's "
-    "attribute"
-)
-
-
-READ_TWICE = (
-    "the live model changes with it in another way, so something reads the weight for more than "
-    "the matmuls that were found, or its numbers decide what the model does"
-)
+def _checked_in_its_forms(
+    state: Attachment, reference: InGraph | Explicit, probe: Updates
+) -> Parity:
+    """The comparison, with the modules whose branch did not run in the weight form."""
+    with state.watch() as ran:
+        parity = reference.check()
+    with_branch = {path for path, form in state.forms.items() if form.output}
+    unseen = with_branch - ran
+    if unseen:
+        state.by_weight = frozenset(unseen)
+        state.install(probe)
+        parity = reference.check()
+    return parity

@@ -1,10 +1,8 @@
-"""Proof that an adapter takes effect: gradients reach every target, and branches equal W + s·b·a.
+"""The proof that insert ends with, so that no adapter trains nothing or merges wrongly.
 
-At random a and b, one backward per mode with a fixed random cotangent on every output gives the
-gradient of each b, or of what another variant says its ΔW is in proportion to. The cotangent is
-random because a plain sum is constant after a LayerNorm: its gradient there is rounding. A target
-is dead when the root mean square of its gradient is below 1e-6 of the median target's. One eval
-forward is compared with the weight form of every site.
+gradient   ‖∂⟨c, y⟩/∂b‖ at random a, b and cotangent c, in eval and in train mode, per target
+form       y(branches) = y(W + s·b·a) at the same a and b: every site's output form against
+           its weight form, in one eval forward
 """
 
 from __future__ import annotations
@@ -47,13 +45,14 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     Raises:
         NoEffectError: A dead target, or branches that are not W + s·b·a.
     """
-    if any(p.device.type == "meta" for p in module.parameters()):
+    if any(parameter.device.type == "meta" for parameter in module.parameters()):
         module.effect = Effect({}, (), ("not proven: the model has no weights",))
         return ()
     trained = Trained.of(module)
     named = trained.runs_at()
     module.effect = prove_gradients(trained, named)
-    if idle := without_gradient(module.effect, len(module.updates), dead):
+    idle = without_gradient(module.effect, len(module.updates), dead)
+    if idle:
         return idle
     try:
         module.captured.allows(False, module.norm_stats)
@@ -64,72 +63,88 @@ def prove_effect(module: AdaptedModule, dead: str = "error") -> Sequence[str]:
     return ()
 
 
+def weight_form(updates: Updates, training: bool) -> Rewriter:
+    """The pass that puts W + s·b·a at every site: the reference of output forms."""
+    return Insert(updates, missing="skip", weight_form=True)
+
+
+def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
+    """Raise where the branches give other numbers than W + s·b·a at every site."""
+    run_branches = torch_run(module)
+    in_weight_form = module.inserting(weight_form)
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        with in_weight_form():
+            return run_branches(feeds)
+
+    with probe(Trained.of(module)):
+        module.eval()
+        rerun = replace(torch_rerun(module), block=in_weight_form)
+        arrays = arrays_of(named)
+        results = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form", rerun=rerun)
+    for parity in results:
+        if not parity.ok:
+            raise NoEffectError(
+                f"the branches differ from W + s·b·a: output {parity.output!r}: "
+                f"rel {parity.rel:.2e}, the gate is {parity.tol:.1e}",
+                "--dead allow inserts without the proof; please report this model",
+            )
+
+
 def _same_gradients(module: AdaptedModule, named: Named) -> None:
     """Where a forward has autograd functions or hooks, its weights' gradients are the graph's.
 
     A capture drops them: a memory saver's gradient is the same, a reversal's is not.
     """
     captured = module.captured
-    own = captured.traced(False, captured.named, module.base_dtype).own_gradients
-    if not own or captured.live:
+    functions = captured.traced(False, captured.named, module.base_dtype).own_gradients
+    if not functions or captured.live:
         return
-    names = list(dict.fromkeys(base_name(k) for k in module.updates))[:8]
-    both = (plain(captured), captured.model)
-    ours, theirs = (_gradients_of(captured, m, names, named) for m in both)
-    near = [
-        torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-        for a, b in zip(ours, theirs, strict=False)
-    ]
-    if len(ours) != len(theirs) or not all(near):
+    names = list(dict.fromkeys(base_name(key) for key in module.updates))[:8]
+    of_graph = _gradients_of(captured, plain(captured), names, named)
+    of_model = _gradients_of(captured, captured.model, names, named)
+    if not _are_close(of_graph, of_model):
         raise LoraFxError(
-            f"{some(own)} has a gradient of its own, which a graph drops: training would differ",
+            f"{some(functions)} has a gradient of its own, which a graph drops: training would "
+            "differ",
             "lora_fx.attach trains the live model; --dead allow inserts all the same",
         )
+
+
+def _are_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
+    """Whether gradients are equal within a thousandth of the largest number of each."""
+    if len(ours) != len(theirs):
+        return False
+    return all(
+        torch.allclose(gradient, reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max()))
+        for gradient, reference in zip(ours, theirs, strict=True)
+    )
 
 
 def _gradients_of(
     captured: Captured, model: nn.Module, names: Sequence[str], named: Named
 ) -> list[torch.Tensor]:
     """∂(a sum of the outputs)/∂W in eval mode, by a model's own call; zeros where there is none."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    given = {n: weights[n].detach().clone().requires_grad_() for n in names if n in weights}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {
+        name: parameters[name].detach().clone().requires_grad_()
+        for name in names
+        if name in parameters
+    }
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(model, given, args, kwargs)
+        return torch.func.functional_call(model, weights, args, kwargs)
 
     with as_it_was(model), torch.enable_grad():
-        out = tree_leaves(captured.signature.call(call, copied(named)))
-        outputs = [y for y in out if isinstance(y, torch.Tensor) and y.requires_grad]
-        parts = [(y * torch.linspace(-1, 2, y.numel()).view(y.shape).to(y)).sum() for y in outputs]
-        if not parts:
+        sums: list[torch.Tensor] = []
+        for leaf in tree_leaves(captured.signature.call(call, copied(named))):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                slopes = torch.linspace(-1, 2, leaf.numel()).view(leaf.shape).to(leaf)
+                sums.append((leaf * slopes).sum())
+        if not sums:
             return []
-        grads = torch.autograd.grad(parts, list(given.values()), allow_unused=True)
-    pairs = zip(grads, given.values(), strict=True)
-    return [torch.zeros_like(w) if g is None else g for g, w in pairs]
-
-
-def weight_form(now: Updates, training: bool) -> Rewriter:
-    """The pass that puts W + s·b·a at every site: the reference of output forms."""
-    return Insert(now, missing="skip", weight_form=True)
-
-
-def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
-    plain = torch_run(module)
-    in_weight_form = module.inserting(weight_form)
-
-    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-        with in_weight_form():
-            return plain(feeds)
-
-    with probe(Trained.of(module)):
-        module.eval()
-        rerun = replace(torch_rerun(module), block=in_weight_form)
-        arrays = arrays_of(named)
-        parity = prove(run, module, arrays=arrays, tol=FOLD_TOL, of="weight form", rerun=rerun)
-    for p in parity:
-        if not p.ok:
-            raise NoEffectError(
-                f"the branches differ from W + s·b·a: output {p.output!r}: rel {p.rel:.2e}, "
-                f"the gate is {p.tol:.1e}",
-                "--dead allow inserts without the proof; please report this model",
-            )
+        gradients = torch.autograd.grad(sums, list(weights.values()), allow_unused=True)
+    pairs = zip(gradients, weights.values(), strict=True)
+    return [
+        torch.zeros_like(weight) if gradient is None else gradient for gradient, weight in pairs
+    ]

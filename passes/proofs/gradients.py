@@ -1,4 +1,11 @@
-"""Gradients reach every target."""
+"""Gradients reach every target: those that none reaches are dead, and would train nothing.
+
+gradient   ‖∂⟨c, y⟩/∂b‖ at random a, b and cotangent c, in eval and in train mode, per target
+
+b stands for what a variant's ΔW is in proportion to. The cotangent is random because a plain sum is
+constant after a LayerNorm: its gradient there is rounding. A target is dead when the root mean
+square of its gradient is below 1e-6 of the median target's.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.adapter.lowrank import Updates
+from lora_fx.adapter.lowrank import LowRank, Updates
 from lora_fx.adapter.variant import variant_of
 from lora_fx.conditions import SizeError
 from lora_fx.errors import DeadTargetError, LoraFxError, one_line
@@ -23,16 +30,10 @@ from lora_fx.text import some
 
 DEAD = 1e-6
 """Share of the median gradient below which a target is dead."""
-
-
 DRAWS = 4
 """What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
-
-
 SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
-
-
 Telling = Mapping[str, nn.Parameter]
 """Target → the tensor that its ΔW is in proportion to, whose gradient tells: b of LoRA."""
 
@@ -58,8 +59,13 @@ class Trained:
     @classmethod
     def of(cls, module: AdaptedModule) -> Trained:
         """The module of insert, which knows what its capture was given."""
-        example, run = module.captured.named, module._run_named
-        return cls(module, module.updates, example, run, lambda seed: module.sample(seed=seed))
+        return cls(
+            model=module,
+            updates=module.updates,
+            example=module.captured.named,
+            call=module._run_named,
+            sample=lambda seed: module.sample(seed=seed),
+        )
 
     def runs_at(self) -> Named:
         """Named arguments for the proof: the sample, or the example where the model refuses that.
@@ -70,25 +76,35 @@ class Trained:
         try:
             with torch.no_grad(), as_it_was(self.model):
                 self.call(copied(named))
-        except LoraFxError as e:  # some other: no eval program, in a file
-            return self.example if isinstance(e, SizeError) else named
+        except SizeError:
+            return self.example
+        except LoraFxError:  # some other: no eval program, in a file
+            return named
         except Exception:  # of the user's code, at sizes of ours
             return self.example
         return named
 
 
 def prove_gradients(trained: Trained, named: Named) -> Effect:
-    """One backward per mode at random a and b; the model is left as it was."""
-    found: dict[str, list[str]] = {}
+    """One backward per mode at random a and b; the model is left as it was.
+
+    Args:
+        trained: The model and its updates.
+        named: Named arguments on which the model runs.
+
+    Raises:
+        LoraFxError: A backward pass runs in neither mode.
+    """
+    dead_modes: dict[str, list[str]] = {}
     modes: list[str] = []
     notes: list[str] = []
     failures: list[str] = []
     with probe(trained) as telling:
         for training in (False, True):
             mode = "train" if training else "eval"
-            before = {n: b._version for n, b in _buffers(trained.model)}
+            versions = _buffer_versions(trained.model)
             try:
-                size = _gradients(trained, named, telling, training)
+                sizes = _gradients(trained, named, telling, training)
             except Exception as e:  # of the user's code, too
                 failures.append(f"in {mode} mode: {one_line(e, 160)}")
                 if len(failures) == 2 and not isinstance(e, LoraFxError):
@@ -99,54 +115,81 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
-            if size is None:
+            if sizes is None:
                 notes.append(
                     f"{mode} mode is not proven: no output is a real number, or a complex one, "
                     "or all of these are empty"
                 )
                 continue
+
             modes.append(mode)
-            moved = [n for n, b in _buffers(trained.model) if before.get(n) != b._version]
-            if training and moved:
-                notes.append(f"training moves {some(moved)}, which no adapter's file holds")
-            middle = float(np.median([v for v in size.values() if np.isfinite(v)] or [0.0]))
-            for key, v in size.items():
-                if v <= DEAD * middle and trained.updates[key].scale:  # a weight of 0 is no fault
-                    found.setdefault(key, []).append(mode)
-    return Effect({k: tuple(m) for k, m in found.items()}, tuple(modes), tuple(notes))
+            if training:
+                moved = _written_buffers(trained.model, versions)
+                if moved:
+                    notes.append(f"training moves {some(moved)}, which no adapter's file holds")
+            for key in _dead_keys(trained.updates, sizes):
+                dead_modes.setdefault(key, []).append(mode)
+
+    dead = {key: tuple(modes_of_key) for key, modes_of_key in dead_modes.items()}
+    return Effect(dead, tuple(modes), tuple(notes))
 
 
-def _buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Those that count how often they were written to."""
-    return [(n, b) for n, b in model.named_buffers() if not b.is_inference()]
+def _buffer_versions(model: nn.Module) -> dict[str, int]:
+    """How often each buffer was written to, of those that count it."""
+    return {
+        name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()
+    }
+
+
+def _written_buffers(model: nn.Module, versions: Mapping[str, int]) -> list[str]:
+    """The buffers that were written to since they had these versions."""
+    return [
+        name for name, version in _buffer_versions(model).items() if versions.get(name) != version
+    ]
+
+
+def _dead_keys(updates: Updates, sizes: Mapping[str, float]) -> list[str]:
+    """The keys whose gradient is nothing beside the median's."""
+    finite = [size for size in sizes.values() if np.isfinite(size)]
+    median = float(np.median(finite or [0.0]))
+    # an update of the weight 0 has no gradient, and that is no fault
+    return [key for key, size in sizes.items() if size <= DEAD * median and updates[key].scale]
 
 
 @contextlib.contextmanager
 def probe(trained: Trained, size: float = SIZE) -> Iterator[Telling]:
     """Random updates of a size in a model, mode and buffers put back afterwards."""
-    held = held_tensors(trained.model, trained.updates)
+    tensors = held_tensors(trained.model, trained.updates)
     telling = {
-        key: held[key][variant_of(update).proportional] for key, update in trained.updates.items()
+        key: tensors[key][variant_of(update).proportional]
+        for key, update in trained.updates.items()
     }
-    kept = [(p, p.detach().clone()) for h in held.values() for p in h.values()]
+    saved: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for fields in tensors.values():
+        saved += [(parameter, parameter.detach().clone()) for parameter in fields.values()]
     try:
         with torch.no_grad():
-            for key, u in trained.updates.items():
-                variant = variant_of(u)
-                for field, drawn in variant.drawn(u, key, seed=1).items():
-                    factor = 1.0
-                    if field == variant.proportional:
-                        factor = size / abs(u.scale or 1.0)
-                    held[key][field].copy_(torch.from_numpy(drawn * np.float32(factor)))
-                if u.frozen:  # a large part of W; the probe is small and random
-                    held[key]["b0"].mul_(size)
+            for key, update in trained.updates.items():
+                _draw(key, update, tensors[key], size)
         with as_it_was(trained.model, None):
             yield telling
     finally:
         with torch.no_grad():
-            for p, value in kept:
-                p.copy_(value)
-                p.grad = None
+            for parameter, value in saved:
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+def _draw(key: str, update: LowRank, fields: Mapping[str, nn.Parameter], size: float) -> None:
+    """Write random numbers of a size into the tensors of one update."""
+    variant = variant_of(update)
+    for field, drawn in variant.drawn(update, key, seed=1).items():
+        factor = 1.0
+        if field == variant.proportional:
+            factor = size / abs(update.scale or 1.0)
+        fields[field].copy_(torch.from_numpy(drawn * np.float32(factor)))
+    if update.frozen:  # a large part of W; the probe is small and random
+        fields["b0"].mul_(size)
 
 
 def _gradients(
@@ -157,52 +200,70 @@ def _gradients(
     A detector that finds nothing has outputs without elements, which tell nothing.
     """
     trained.model.train(training)
-    own = trained.example
-    best = dict.fromkeys(telling, 0.0)
+    largest = dict.fromkeys(telling, 0.0)
     proven = False
     with torch.random.fork_rng(devices=[]):
         for seed in range(DRAWS):
             torch.manual_seed(seed)
-            given = trained.sample(seed) if seed and named is not own else named
-            if seed == DRAWS - 1 and is_real(own):  # where no draw is what the model is for
-                given = own
+            inputs = _inputs_of(trained, named, seed)
             with torch.enable_grad():
-                made = tree_leaves(trained.call(copied(given)))
-                results = [y for y in made if isinstance(y, torch.Tensor)]
-                floats = [y for y in results if y.is_floating_point() or y.is_complex()]
-                outputs = [y for y in floats if y.requires_grad]
+                floats = _float_tensors(trained.call(copied(inputs)))
+                outputs = [output for output in floats if output.requires_grad]
                 if not outputs:
-                    return best if floats else None
-                outputs = [y for y in outputs if y.numel()]
+                    return largest if floats else None
+                outputs = [output for output in outputs if output.numel()]
                 if not outputs:
                     continue
                 proven = True
-                tangents = [torch.randn_like(y) for y in outputs]
-                tensors = list(telling.values())
-                grads = torch.autograd.grad(outputs, tensors, tangents, allow_unused=True)
-            for key, g in zip(telling, grads, strict=True):
-                size = 0.0 if g is None else float(g.abs().double().square().mean().sqrt())
-                best[key] = max(best[key], size)
-            if min(best.values()) > DEAD * float(np.median(list(best.values()))):
+                cotangents = [torch.randn_like(output) for output in outputs]
+                gradients = torch.autograd.grad(
+                    outputs, list(telling.values()), cotangents, allow_unused=True
+                )
+            for key, gradient in zip(telling, gradients, strict=True):
+                if gradient is not None:
+                    size = float(gradient.abs().double().square().mean().sqrt())
+                    largest[key] = max(largest[key], size)
+            sizes = list(largest.values())
+            if min(sizes) > DEAD * float(np.median(sizes)):
                 break
-    return best if proven else None
+    return largest if proven else None
 
 
-def without_gradient(found: Effect, count: int, dead: str) -> tuple[str, ...]:
+def _inputs_of(trained: Trained, named: Named, seed: int) -> Named:
+    """The arguments of one draw: at first those of the proof, and the example at last."""
+    example = trained.example
+    if seed == DRAWS - 1 and is_real(example):  # where no draw is what the model is for
+        return example
+    if seed == 0 or named is example:
+        return named
+    return trained.sample(seed)
+
+
+def _float_tensors(results: object) -> list[torch.Tensor]:
+    """The tensors of real or complex numbers among the results of a model."""
+    return [
+        leaf
+        for leaf in tree_leaves(results)
+        if isinstance(leaf, torch.Tensor)
+        if leaf.is_floating_point() or leaf.is_complex()
+    ]
+
+
+def without_gradient(effect: Effect, count: int, dead: str) -> tuple[str, ...]:
     """The targets to leave out; see prove_effect.
 
     Args:
-        found: What a proof of `count` targets found.
+        effect: The result of a proof of `count` targets.
         count: How many there are.
         dead: What becomes of those that no gradient reaches.
 
     Raises:
         DeadTargetError: One that must not be left out.
     """
-    if dead == "drop" and 0 < len(found.dead) < count:
-        return tuple(found.dead)
-    if found.dead and dead != "keep":
-        keys = [f"{k} ({'/'.join(modes)})" for k, modes in found.dead.items()]
+    if dead == "drop" and 0 < len(effect.dead) < count:
+        return tuple(effect.dead)
+    if effect.dead and dead != "keep":
+        keys = [f"{key} ({'/'.join(modes)})" for key, modes in effect.dead.items()]
         raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
             "--exclude leaves it out; --dead drop leaves all such out; --dead allow keeps it",

@@ -1,4 +1,4 @@
-"""The user model run for a proof."""
+"""The user's own module, as it runs for a proof: in eval mode, or with other numbers in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def parameters_as(
     weights: Mapping[str, nn.Parameter], changed: Mapping[str, torch.Tensor]
 ) -> Iterator[None]:
     """Other numbers in the parameters themselves, so that every way of reading them sees them."""
-    was = {name: weights[name].data for name in changed}
+    original = {name: weights[name].data for name in changed}
     try:
         for name, value in changed.items():
             weights[name].data = value
         yield
     finally:
-        for name, value in was.items():
+        for name, value in original.items():
             weights[name].data = value
 
 
