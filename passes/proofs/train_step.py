@@ -43,20 +43,20 @@ from lora_fx.passes.proofs.proof_inputs import arrays_of, feeds_of, leave_out
 from lora_fx.passes.proofs.reference import Run
 from lora_fx.progress import stage
 
-LR, TAKEN, SEED = 1e-2, 3, 5
-"""The rate, the number of the step and the seed at which steps are compared."""
-
-
+LR = 1e-2
+"""The learning rate at which steps are compared."""
+STEP_NUMBER = 3
+"""The number of the step that is compared, counted from 1."""
+SEED = 5
+"""Of the step's dropouts."""
 DRAWN = 0.05
 """The deviation of drawn elements of B."""
-
-
 MOVES = 12
 """Times that every weight is moved by half a unit of its last place: a loss is one number."""
-
-
 DRAWS = 3
 """Of A and B. Where rounding turns a ReLU, a gradient is another one: no proof can be had there."""
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+"""AdamW's states of a tensor in the file → in torch."""
 
 
 def prove_step(
@@ -77,56 +77,103 @@ def prove_step(
         labelled: The whole call of a batch without labels, and its labels.
         arrays: A user's inputs instead of sampled ones.
     """
+    module = graph.module
+    generator = np.random.default_rng(0)
+    step = _TorchStep(graph, slots, update)
     results: list[Parity] = []
-    owner, generator = graph.module, np.random.default_rng(0)
-    for named, _, extra in feeds_of(owner, arrays):
+    for named, _, may_fail in feeds_of(module, arrays):
         try:
             named, labels = labelled(named)
         except (IndexError, RuntimeError, ValueError) as e:
-            if not extra:
+            if not may_fail:
                 raise
-            leave_out(owner, shapes_of(arrays_of(named)), f"the model does not run there: {e}")
+            leave_out(module, shapes_of(arrays_of(named)), f"the model does not run there: {e}")
             continue
         feeds = {**arrays_of(named), "labels": labels}
-        shapes = shapes_of(feeds)
-        if refused := graph.traced.door.refused(tree_leaves(dict(named))):
-            leave_out(owner, shapes, f"another path: {refused.message}")
+        refused = graph.traced.door.refused(tree_leaves(dict(named)))
+        if refused:
+            leave_out(module, shapes_of(feeds), f"another path: {refused.message}")
             continue
-        step = _Torch(graph, slots, update)
-        for draw in range(DRAWS):
-            held = {
-                s.name: _drawn(s, attrgetter(s.tensor)(graph.flat), generator, draw) for s in slots
-            }
-            numbers = {"step": np.array(TAKEN, np.int64), "seed": np.array(SEED, np.int64)}
-            given = {**feeds, **held, **numbers, "lr": np.array(LR, np.float32)}
-            sizes = step.gradients(given)
-            for s in (s for s in slots if s.trained) if STATES[update.optimizer] else ():
-                size = max(float(np.sqrt(np.mean(sizes[s.name] ** 2))), 1e-6)
-                moved = 0.5 * bool(results) * size
-                m = moved * generator.standard_normal(held[s.name].shape)
-                v = size**2 * generator.uniform(0.5, 1.5, m.shape)
-                given |= {f"{s.name}.m": m.astype(np.float32), f"{s.name}.v": v.astype(np.float32)}
-            expected, known = step(given), dict[str, float]()
-            gates = {n: Gate(ORT_TOL, CEILING) for n in expected}
-            own = partial(step.rounding, given, expected, known)
-            with stage(f"comparing a step at {sizes_text(shapes)}"):
-                found = compare_fairly(run(given), expected, shapes, gates, own, of="step")
-            if found.ok or 4 * known.get(found.output, 0.0) < CEILING:
-                break
-        results.append(found)
+        # at the first size the optimizer's states are zero: m' is the gradient itself
+        results.append(_compare(run, step, feeds, generator, moments_are_zero=not results))
     return results
 
 
+def _compare(
+    run: Run,
+    step: _TorchStep,
+    feeds: Named,
+    generator: np.random.Generator,
+    *,
+    moments_are_zero: bool,
+) -> Parity:
+    """Compare a step on one batch; with other A and B where rounding turns a gradient."""
+    shapes = shapes_of(feeds)
+    for draw in range(DRAWS):
+        inputs = {**feeds, **_scalars()}
+        for slot in step.slots:
+            tensor = attrgetter(slot.tensor)(step.graph.flat)
+            inputs[slot.name] = _drawn(slot, tensor, generator, draw)
+        inputs |= _drawn_moments(step, inputs, generator, moments_are_zero)
+
+        expected = step(inputs)
+        errors: dict[str, float] = {}
+        gates = {name: Gate(ORT_TOL, CEILING) for name in expected}
+        rounding = partial(step.rounding, inputs, expected, errors)
+        with stage(f"comparing a step at {sizes_text(shapes)}"):
+            parity = compare_fairly(run(inputs), expected, shapes, gates, rounding, of="step")
+        if parity.ok or 4 * errors.get(parity.output, 0.0) < CEILING:
+            break
+    return parity
+
+
+def _scalars() -> dict[str, Array]:
+    """The inputs of a step that are one number."""
+    return {
+        "step": np.array(STEP_NUMBER, np.int64),
+        "seed": np.array(SEED, np.int64),
+        "lr": np.array(LR, np.float32),
+    }
+
+
 def _drawn(slot: Slot, tensor: Tensor, generator: np.random.Generator, draw: int) -> Array:
-    """At first what the module has, B drawn where it is 0; then moved. As the file has them."""
+    """A tensor of an update, laid out as the file has it.
+
+    The first draw takes the module's numbers, and random ones for B where it is 0; later draws move
+    all of them.
+    """
     start = np.swapaxes(to_numpy(tensor.detach()), -1, -2) * np.float32(slot.scale)
-    drawn = generator.standard_normal(start.shape) * DRAWN
-    moved = start if start.any() and not draw else start + drawn
-    return np.ascontiguousarray(moved, np.float32)
+    noise = generator.standard_normal(start.shape) * DRAWN
+    values = start + noise
+    if start.any() and draw == 0:
+        values = start
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _drawn_moments(
+    step: _TorchStep,
+    inputs: Mapping[str, Array],
+    generator: np.random.Generator,
+    moments_are_zero: bool,
+) -> dict[str, Array]:
+    """The optimizer's states, of the size of the gradients; none where it keeps none."""
+    moments: dict[str, Array] = {}
+    if not STATES[step.update.optimizer]:
+        return moments
+    gradients = step.gradients(inputs)
+    for slot in step.trained:
+        shape = inputs[slot.name].shape
+        size = max(float(np.sqrt(np.mean(gradients[slot.name] ** 2))), 1e-6)
+        deviation = 0.0 if moments_are_zero else 0.5 * size
+        m = deviation * generator.standard_normal(shape)
+        v = size**2 * generator.uniform(0.5, 1.5, shape)
+        moments[f"{slot.name}.m"] = m.astype(np.float32)
+        moments[f"{slot.name}.v"] = v.astype(np.float32)
+    return moments
 
 
 @dataclass(frozen=True)
-class _Torch:
+class _TorchStep:
     """The step by autograd and torch.optim, in fp32 or fp64, or of weights moved by a seed."""
 
     graph: TrainGraph
@@ -135,87 +182,122 @@ class _Torch:
     wide: bool = False
     seed: int | None = None
 
-    def gradients(self, given: Mapping[str, Array]) -> dict[str, Array]:
-        """∂L of the module's own tensors, by the names of slots."""
-        held, _ = self._backward(given)
-        return {n: to_numpy(w.grad) for n, w in held.items() if w.grad is not None}
+    @property
+    def trained(self) -> list[Slot]:
+        """The slots that the optimizer changes."""
+        return [slot for slot in self.slots if slot.trained]
 
-    def __call__(self, given: Mapping[str, Array]) -> dict[str, Array]:
+    def gradients(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """∂L of the module's own tensors, by the names of slots."""
+        tensors, _ = self._backward(inputs)
+        return {
+            name: to_numpy(tensor.grad)
+            for name, tensor in tensors.items()
+            if tensor.grad is not None
+        }
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs of a step."""
-        held, loss = self._backward(given)
-        trained = [s for s in self.slots if s.trained]
-        adam = self.update.optimizer == "adamw"
+        tensors, loss = self._backward(inputs)
         if self.update.clip:
-            torch.nn.utils.clip_grad_norm_([held[s.name] for s in trained], self.update.clip)
-        groups = [{"params": [held[s.name]], "lr": LR * s.rate} for s in trained]
-        kind: Any = torch.optim.AdamW if adam else torch.optim.SGD
-        optimizer = kind(groups, lr=LR, weight_decay=self.update.weight_decay)
-        for s in trained if adam else ():
-            moments = {n: self._own(given[f"{s.name}.{x}"])
-                       for n, x in (("exp_avg", "m"), ("exp_avg_sq", "v"))}  # fmt: skip
-            optimizer.state[held[s.name]] = {"step": torch.tensor(TAKEN - 1.0), **moments}
+            clipped = [tensors[slot.name] for slot in self.trained]
+            torch.nn.utils.clip_grad_norm_(clipped, self.update.clip)
+        optimizer = self._optimizer(tensors, inputs)
         optimizer.step()
-        made = {"loss": to_numpy(loss.detach())}
-        for s in trained:
-            w = held[s.name]
-            made[f"{s.name}.next"] = np.swapaxes(to_numpy(w.detach()), -1, -2) * s.scale
-            for n, x in (("exp_avg", "m"), ("exp_avg_sq", "v")) if adam else ():
-                made[f"{s.name}.{x}.next"] = np.swapaxes(to_numpy(optimizer.state[w][n]), -1, -2)
-        return made
+
+        outputs = {"loss": to_numpy(loss.detach())}
+        for slot in self.trained:
+            tensor = tensors[slot.name]
+            outputs[f"{slot.name}.next"] = _as_in_file(tensor.detach()) * slot.scale
+            for name in self._moments:
+                moment = optimizer.state[tensor][MOMENTS[name]]
+                outputs[f"{slot.name}.{name}.next"] = _as_in_file(moment)
+        return outputs
+
+    @property
+    def _moments(self) -> Sequence[str]:
+        """The optimizer's states of a tensor, in the file's names."""
+        return list(MOMENTS) if self.update.optimizer == "adamw" else []
+
+    def _optimizer(
+        self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Array]
+    ) -> torch.optim.Optimizer:
+        """The optimizer with the states of the inputs."""
+        groups = [{"params": [tensors[slot.name]], "lr": LR * slot.rate} for slot in self.trained]
+        kind: Any = torch.optim.AdamW if self.update.optimizer == "adamw" else torch.optim.SGD
+        optimizer: torch.optim.Optimizer
+        optimizer = kind(groups, lr=LR, weight_decay=self.update.weight_decay)
+        if self._moments:
+            for slot in self.trained:
+                state = {"step": torch.tensor(STEP_NUMBER - 1.0)}
+                for name in self._moments:
+                    state[MOMENTS[name]] = self._as_in_module(inputs[f"{slot.name}.{name}"])
+                optimizer.state[tensors[slot.name]] = state
+        return optimizer
 
     def rounding(
-        self, given: Outputs, expected: Outputs, known: dict[str, float]
+        self, inputs: Outputs, expected: Outputs, errors: dict[str, float]
     ) -> Iterator[dict[str, float]]:
-        """How far rounding moves each output, written into `known`: at first that of fp32."""
-        exact = replace(self, wide=True)(given)
-        yield grow(known, expected, exact)
+        """How far rounding moves each output, written into `errors`: at first that of fp32."""
+        exact = replace(self, wide=True)(inputs)
+        yield grow(errors, expected, exact)
         for seed in range(MOVES):
-            yield grow(known, replace(self, seed=seed)(given), exact)
+            yield grow(errors, replace(self, seed=seed)(inputs), exact)
 
-    def _backward(self, given: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tensor]:
+    def _backward(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tensor]:
         """The tensors of the module by the names of slots, with gradients, and the loss."""
-        held = {s.name: (self._own(given[s.name]) / s.scale).requires_grad_(s.trained)
-                for s in self.slots}  # fmt: skip
-        by_tensor = {s.tensor: held[s.name] for s in self.slots}
-        run = _Run(self.graph.flat, by_tensor, self.wide, self.seed)
-        inputs = [torch.tensor(given[n]) for n in self.graph.names]
-        labels = torch.tensor(given["labels"])
+        tensors: dict[str, Tensor] = {}
+        for slot in self.slots:
+            tensor = self._as_in_module(inputs[slot.name]) / slot.scale
+            tensors[slot.name] = tensor.requires_grad_(slot.trained)
+        by_name_in_module = {slot.tensor: tensors[slot.name] for slot in self.slots}
+        run = _TrainRun(self.graph.flat, by_name_in_module, self.wide, self.seed)
+
+        arguments = [run.read(torch.tensor(inputs[name])) for name in self.graph.names]
+        labels = run.read(torch.tensor(inputs["labels"]))
         wide = _WideLoss() if self.wide else contextlib.nullcontext()
         with torch.enable_grad(), alike(self.graph.module), wide:
-            loss = self.graph.loss(run, [run.read(x) for x in inputs], run.read(labels))
+            loss = self.graph.loss(run, arguments, labels)
             loss.backward()  # type: ignore[no-untyped-call]
-        return held, loss
+        return tensors, loss
 
-    def _own(self, array: Array) -> Tensor:
+    def _as_in_module(self, array: Array) -> Tensor:
         """An array of the file as the module lays it out."""
         dtype = np.float64 if self.wide else np.float32
         return from_numpy(np.swapaxes(array, -1, -2).astype(dtype))
+
+
+def _as_in_file(tensor: Tensor) -> Array:
+    """A tensor of the module as the file lays it out."""
+    return np.swapaxes(to_numpy(tensor), -1, -2)
 
 
 class _WideLoss(TorchFunctionMode):
     """A loss in fp64: one that takes scores in float32 would round them as the fp32 step does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.double if func in (Tensor.float, Tensor.half, Tensor.bfloat16) else func
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
         args, kwargs = fx.node.map_aggregate((args, dict(kwargs or {})), widened)
         return func(*args, **kwargs)
 
 
-class _Run(Wide):
+class _TrainRun(Wide):
     """A train program over tensors of its own by name, in fp32 or fp64."""
 
     def __init__(
         self, module: fx.GraphModule, tensors: Mapping[str, Tensor], wide: bool, seed: int | None
     ) -> None:
         super().__init__(module)
-        self.tensors, self.wide = tensors, wide
+        self.tensors = tensors
+        self.wide = wide
         self.moves = None if seed is None else torch.Generator().manual_seed(seed)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.tensors:
             return self.tensors[target]
-        held = super().get_attr(target, args, kwargs)
-        return nearby(held, self.moves) if self.moves else held
+        tensor = super().get_attr(target, args, kwargs)
+        return nearby(tensor, self.moves) if self.moves else tensor
 
     def read(self, x: Any) -> Any:
         return super().read(x) if self.wide else x
