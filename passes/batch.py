@@ -153,7 +153,7 @@ class Batch:
             )
 
     def _reaching(self, site: Site) -> list[list[str]]:
-        """Of each adapter, the keys of the updates that reach a use."""
+        """The keys of the updates that reach a use, in one list for each adapter."""
         if site.parameter not in self.sources:
             return [[] for _ in self.adapters]
         name, source = self.sources[site.parameter]
@@ -195,7 +195,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Branch:
-    """What the branch of one use is made of.
+    """The branch of one use, before it is emitted.
 
     Attributes:
         site: The use.

@@ -43,7 +43,7 @@ def find(graph: Graph[V]) -> Found:
 
 
 def _search(graph: Graph[V]) -> Found:
-    """See find: the answer, computed anew."""
+    """Compute the answer of find."""
     parameters = {parameter.name: parameter for parameter in graph.parameters()}
     sites = [_checked(site, parameters) for site in graph.sites()]
     uses = _uses_by_parameter(sites, parameters)
@@ -107,7 +107,7 @@ def _merged(refusals: Iterable[Refusal]) -> list[Refusal]:
 
 @dataclass(frozen=True)
 class _Use:
-    """What a site reads of its parameter; no layout where its view mixes axes."""
+    """A site, and the part of its parameter that it reads; no layout where its view mixes axes."""
 
     site: Site
     region: Region
@@ -154,7 +154,10 @@ Readers = Mapping[str, Sequence[tuple[str, Region]]]
 def _other_readers(
     graph: Graph[V], parameters: Mapping[str, Parameter], uses: Mapping[str, list[_Use]]
 ) -> Readers:
-    """What else reads the parameters; regions only of those that have uses."""
+    """The ops that read parameters for more than products.
+
+    The region is empty where the parameter has no uses, and so no targets.
+    """
     readers: dict[str, list[tuple[str, Region]]] = {}
     for reader in graph.other_readers():
         if reader.parameter not in parameters:

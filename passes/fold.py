@@ -44,7 +44,7 @@ from lora_fx.text import by_key
 
 @dataclass(frozen=True)
 class Folded:
-    """What fold did to one parameter: where the value went and what rounding lost.
+    """A change of one parameter: where its value went, and how much of it rounding lost.
 
     Attributes:
         parameter: The parameter.
@@ -67,7 +67,7 @@ class Folded:
 
     @property
     def said(self) -> str:
-        """What still reads the old value, for people; empty where nothing does."""
+        """The ops that still read the old value, for people; empty where there are none."""
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
@@ -75,7 +75,10 @@ class Folded:
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
-    """What floats for zero points cost: measured in ONNX Runtime 1.31, in docs/quantised.md."""
+    """A note on the cost of floats for zero points, measured in ONNX Runtime 1.31.
+
+    The numbers are in docs/quantised.md.
+    """
     count = sum(change.zeros for change in changes)
     if not count:
         return []

@@ -91,7 +91,7 @@ def turned_rows(found: Found, name: str) -> bool | None:
 
 
 def _turned(target: Target) -> bool | None:
-    """As turned_rows, of one target."""
+    """Whether the rows of one target are its columns; see turned_rows."""
     layout = target.layout
     n_batch = len(layout.batch)
     n_axes = len(layout.stored)

@@ -234,7 +234,7 @@ def _groups(flat: Sequence[torch.Tensor], counts: Sequence[int]) -> list[tuple[t
 
 
 def _autocast(device: str) -> tuple[str, bool, torch.dtype | None]:
-    """What autocast does on a device now."""
+    """The device, whether autocast is on there now, and its dtype."""
     if not torch.amp.is_autocast_available(device):
         return device, False, None
     return device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

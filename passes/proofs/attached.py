@@ -66,7 +66,7 @@ READ_TWICE = (
 
 
 class InGraph:
-    """What the live model has to equal: the eval graph of its capture, in the weight form."""
+    """The eval graph of a capture, in the weight form: the live model has to equal it."""
 
     def __init__(self, state: Attachment, cap: Captured, adapter: Adapter) -> None:
         self.state = state

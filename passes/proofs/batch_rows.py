@@ -188,7 +188,7 @@ def _compare_rows(
 def _choices_of_rows(
     reference: Reference, rows: Mapping[int, tuple[Adapter | None, Named]]
 ) -> Choices:
-    """What every row of a batch chooses alone, with its adapter, one below the other."""
+    """The choices of every row of a batch alone, with its adapter, one below the other."""
     of_rows = [reference.choices(*rows[row]) for row in sorted(rows)]
     values = _first_rows([choices.values for choices in of_rows])
     outputs = _first_rows([choices.outputs for choices in of_rows])

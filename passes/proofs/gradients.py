@@ -31,7 +31,7 @@ from lora_fx.text import some
 DEAD = 1e-6
 """Share of the median gradient below which a target is dead."""
 DRAWS = 4
-"""What a random depth left out, or a ReLU cut off, gets so many chances to be seen."""
+"""Times that a mode runs: a random depth leaves layers out, and a ReLU cuts numbers off."""
 SIZE = 0.05
 """The size of the probe's ΔW beside a weight of unit fan-in: seen, and far from saturation."""
 Telling = Mapping[str, nn.Parameter]
@@ -40,7 +40,7 @@ Telling = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Trained:
-    """What gradients are proven of: the module of insert, or a live one with an adapter.
+    """A model whose gradients are proven: the module of insert, or a live one with an adapter.
 
     Attributes:
         model: Holds the adapter's tensors and the mode.

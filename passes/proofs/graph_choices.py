@@ -47,9 +47,9 @@ class Choosing(Wide):
 
     Attributes:
         values: The choices, by name.
-        own: Those that it would have made.
+        own: The choices that it would have made, where others were imposed.
         among: Choice → the names of the floats that it was made among.
-        floats: These, by name.
+        floats: The floats that choices are made among, by name.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Choosing(Wide):
         return {**self.floats, **by_output(tree_unflatten(list(results), self.out_spec))}
 
     def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
-        """What it would have chosen, where that is not an imposed choice that rounding turned."""
+        """The choices that it would have made, but for imposed ones that rounding turned."""
         unlike: dict[str, Array] = {}
         for name, value in self.own.items():
             if name not in choices:
@@ -139,7 +139,7 @@ def _chosen_among(node: fx.Node) -> list[fx.Node]:
 
 
 def choices_of(model: CapturedModule, named: Named) -> Choices:
-    """What a model chooses on arguments, and what comes out where it does."""
+    """The choices of a model on arguments, and its outputs."""
     run = Choosing(model)
     outputs = run.outputs(named)
     values = run.values

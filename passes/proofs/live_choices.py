@@ -133,7 +133,7 @@ class LiveRerun:
 def live_choices(
     run: Callable[[], dict[str, Array]], moved: Iterable[Callable[[], dict[str, Array]]]
 ) -> Choices:
-    """What a live model chooses.
+    """The choices of a live model.
 
     Args:
         run: Runs it, and gives its outputs.

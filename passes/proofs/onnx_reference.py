@@ -174,7 +174,7 @@ class OnnxReference:
         return {"ranges": ranges, "unproven": self._unproven}
 
     def guards(self) -> tuple[Condition, ...]:
-        """None: a file of ours has its guards already, and of others nothing is known."""
+        """None: our files have their guards already, and of other files nothing is known."""
         return ()
 
     def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:

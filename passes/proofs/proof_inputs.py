@@ -28,7 +28,10 @@ def arrays_of(named: Named) -> dict[str, Array]:
 
 
 def named_of(example: Named, feeds: Mapping[str, Array]) -> dict[str, Any]:
-    """What arrays_of was made of, in the structure of the example and with its constants."""
+    """Named arguments of arrays, in the structure of the example and with its constants.
+
+    It is the reverse of arrays_of.
+    """
     leaves = tree_leaves(dict(example))
     first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
     device = None if first.is_meta else first.device

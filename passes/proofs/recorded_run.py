@@ -240,7 +240,7 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
 def _differs_in_training(
     module: CapturedModule, adapter: Adapter, *, large: bool = False
 ) -> Parity | None:
-    """As `_differs`, in train mode, of a graph that is not the eval graph.
+    """Compare as `_differs` does, in train mode, a graph that is not the eval graph.
 
     Raises:
         NotRun: The live model cannot be run with the adapter, or draws its numbers otherwise.

@@ -1,7 +1,7 @@
-"""What a rewritten model has to equal: the model as it was, alone or with an adapter in branches.
+"""References of proofs: a model that was not rewritten, alone or with an adapter in branches.
 
-onnx_reference.py has that of an .onnx file, run in ONNX Runtime, and torch_reference.py that of a
-captured model.
+A rewritten model has to equal it. onnx_reference.py has the reference of an .onnx file, run in ONNX
+Runtime, and torch_reference.py that of a captured model.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from lora_fx.text import Json
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 """{input: array} → {output: array}."""
 Shown = Callable[[Outputs], dict[str, Array]]
-"""Outputs → what is compared of them."""
+"""Outputs → the part of them that is compared."""
 
 
 class Rerun(Protocol):
     """Other ways to run what is compared with a reference."""
 
     def stepped(self) -> Iterator[Run]:
-        """The same with its sigmoids off by what their kernel is exact to; none without any."""
+        """Runs with the sigmoids off by as much as their kernel may be; none without any."""
 
     def plain(self) -> Run | None:
-        """The same without the runtime's rewrites; None where there are none."""
+        """The run without the runtime's rewrites; None where there are none."""
 
     def choosing(self, choices: Choices) -> Run | None:
-        """The same with the choices of the reference, and with the floats that they are among.
+        """The run with the choices of the reference, and with the floats that they are among.
 
         Choices and floats have their names in the reference. A choice that is not the reference's,
-        turned by rounding, stays the run's own. None where it makes none.
+        turned by rounding, stays the run's own. None where the run makes no choice.
         """
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A run of a reference, and what it chose: what integers and booleans it made of floats.
+    """A run of a reference, and its choices: integers and booleans that it made of floats.
 
     Attributes:
         values: The choices, by name.
         among: Choice → the names of the floats that it was made among.
         outputs: The outputs of the run, these floats with them.
-        own: How far rounding moves what is shown of them where the choices stay.
+        own: How far rounding moves the outputs that are shown where the choices stay.
     """
 
     values: Named
@@ -84,7 +84,7 @@ class Reference(Protocol):
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """What sizes have to satisfy, by the names of ONNX inputs."""
+        """The conditions on sizes, by the names of ONNX inputs."""
 
     @property
     def inputs(self) -> Inputs:
@@ -110,7 +110,7 @@ class Reference(Protocol):
         """Per output, how far rounding alone moves it: the largest so far, run by run."""
 
     def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
-        """What a run with an adapter's branches chooses."""
+        """The choices of a run with an adapter's branches."""
 
     def prove(
         self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
@@ -118,12 +118,12 @@ class Reference(Protocol):
         """Compare at every size.
 
         Args:
-            run: What has to equal this.
+            run: The rewritten model, which has to equal this.
             adapter: The adapter of both.
-            of: The word for it in the report.
-            rerun: Other ways to run it.
+            of: The word for the comparison in the report.
+            rerun: Other ways to run the rewritten model.
         """
 
 
 SEEDS = (0, 1, 2)
-"""Of the inputs, and of the moves of weights, by which a model's rounding is told."""
+"""Seeds of the inputs and of the moves of weights by which a model's rounding is measured."""

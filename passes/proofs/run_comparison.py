@@ -1,4 +1,8 @@
-"""The comparison of one run with what it has to give."""
+"""The comparison of one run with the outputs of its reference, and three ways to be fair to it.
+
+Rounding may move a run far in three ways that are no fault: by the runtime's own rewrites, by a
+choice among near-equal numbers that it turns, and by the steps of a sigmoid's kernel.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def compared(
     *,
     of: str,
 ) -> tuple[Parity, str]:
-    """The comparison of a run with what it has to give, and what has to be said of it.
+    """The comparison of a run with its reference, and a note for the report.
 
     1. A file that is too far off, and is not without the runtime's rewrites, is right: the
        comparison is the one without them.

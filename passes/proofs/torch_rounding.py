@@ -1,4 +1,4 @@
-"""How far rounding moves a torch model."""
+"""How far rounding alone moves the outputs of a torch model."""
 
 from __future__ import annotations
 

@@ -48,13 +48,13 @@ LR = 1e-2
 STEP_NUMBER = 3
 """The number of the step that is compared, counted from 1."""
 SEED = 5
-"""Of the step's dropouts."""
+"""Seed of the step's dropouts."""
 DRAWN = 0.05
 """The deviation of drawn elements of B."""
 MOVES = 12
 """Times that every weight is moved by half a unit of its last place: a loss is one number."""
 DRAWS = 3
-"""Of A and B. Where rounding turns a ReLU, a gradient is another one: no proof can be had there."""
+"""Draws of A and B. Where rounding turns a ReLU, a gradient is another one, and proves nothing."""
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 """AdamW's states of a tensor in the file → in torch."""
 
