@@ -76,8 +76,7 @@ def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
     x = group[0].x
     emit = maker(group[0].node, group[0].node)
     factors: list[fx.Node] = []
-    ranks: list[int] | list[fx.Node]
-    ranks = []
+    ranks: list[int | fx.Node] = []
     for projection in group:
         names = [str(factor.target) for factor in projection.factors]
         factors += [emit(name) for name in names]

@@ -129,7 +129,7 @@ class MixedBatch:
 
 def _row_count(feeds: Named, rowed: Sequence[str]) -> int:
     """How many rows a batch has."""
-    return next(feeds[name].shape[0] for name in rowed if name in feeds)
+    return next(int(feeds[name].shape[0]) for name in rowed if name in feeds)
 
 
 def _run_alone(

@@ -22,7 +22,7 @@ from lora_fx.fx.trees import tree_leaves, tree_unflatten
 from lora_fx.inputs import Extents, Named
 from lora_fx.passes.proofs.graph_choices import move
 from lora_fx.passes.proofs.proof_inputs import is_real, outside
-from lora_fx.passes.proofs.reference import SEEDS
+from lora_fx.passes.proofs.reference import SEEDS, Run
 
 FEW = 8
 """Numbers of an output, a loss, of which three moves of the weights tell too little."""
@@ -32,7 +32,7 @@ def own_errors(
     model: CapturedModule,
     arrays: Named | None = None,
     sizes: Sequence[Extents] | None = None,
-    run: Callable[[Named], dict[str, Array]] | None = None,
+    run: Run | None = None,
 ) -> Iterator[dict[str, float]]:
     """Per output, how far rounding moves a model's values: the largest so far of several inputs.
 
@@ -49,9 +49,8 @@ def own_errors(
     """
     run = run or model.flat
     graph = model.graph(False).graph
-    if random_ops(graph):
-        exactly = model.flat  # in fp64 it draws other numbers
-    else:
+    exactly: Run = model.flat
+    if not random_ops(graph):  # in fp64 they draw other numbers
         exactly = _wide(model, graph)
 
     largest_errors: dict[str, float] = {}
@@ -103,7 +102,7 @@ def _has_few_numbers(outputs: Mapping[str, Array]) -> bool:
     return any(value.size < FEW for value in outputs.values())
 
 
-def _wide(model: CapturedModule, graph: fx.Graph) -> Callable[[Named], dict[str, Array]]:
+def _wide(model: CapturedModule, graph: fx.Graph) -> Run:
     """A model's eval graph in fp64: every float is one, every cast to a narrower one is to fp64.
 
     A capture of the model in fp64 would cost another, and a model that writes `x.float()` has none.

@@ -144,10 +144,9 @@ def _drawn(slot: Slot, tensor: Tensor, generator: np.random.Generator, draw: int
     """
     start = np.swapaxes(to_numpy(tensor.detach()), -1, -2) * np.float32(slot.scale)
     noise = generator.standard_normal(start.shape) * DRAWN
-    values = start + noise
     if start.any() and draw == 0:
-        values = start
-    return np.ascontiguousarray(values, np.float32)
+        return np.ascontiguousarray(start, np.float32)
+    return np.ascontiguousarray(start + noise, np.float32)
 
 
 def _drawn_moments(
