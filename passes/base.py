@@ -1,4 +1,4 @@
-"""What every pass returns.
+"""The result of a pass.
 
 A pass is a frozen dataclass that is called on a graph, which it edits in place; its fields are its
 options. A second run on the same graph changes nothing, and reports modified=False.

@@ -14,7 +14,7 @@ This pass has to know which axis of an activation holds the rows of the batch. T
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ from lora_fx.onnx.graph.values import dtype_name
 from lora_fx.onnx.manifest import PROPERTY
 from lora_fx.passes.base import PassResult
 from lora_fx.targets.keys import applies, base_name, split_key, split_use
-from lora_fx.targets.regions import overlap, widen
+from lora_fx.targets.regions import overlap, relative, widen
 from lora_fx.text import Json
 
 if TYPE_CHECKING:
@@ -85,85 +85,77 @@ class Batch:
         """Edit the graph; one that has the branches already is left alone."""
         if PROPERTY in graph.model.metadata_props:
             return PassResult(graph, False)
-        dtypes = {p.name: p.dtype for p in graph.parameters()}
-        reached = {s.id: self._reaching(s) for s in graph.sites()}
-        sites = [s for s in graph.sites() if any(reached[s.id])]
-        wanted = {k for updates in self.adapters.values() for k in updates}
-        missing = wanted - {k for keys in reached.values() for each in keys for k in each}
-        if missing:
-            raise LoraFxError(
-                f"{min(missing)!r}: no matmul of the exported graph uses it",
-                "exclude the target from the adapters",
-            )
+        dtypes = {parameter.name: parameter.dtype for parameter in graph.parameters()}
+        keys_by_site = {site.id: self._reaching(site) for site in graph.sites()}
+        sites = [site for site in graph.sites() if any(keys_by_site[site.id])]
+        self._check_reached(keys_by_site.values())
         symbol = batch_symbol(graph.model)
-        states = row_axis.provenance(graph.model, symbol, {graph.activation(s) for s in sites})
-        rows = [states.get(graph.activation(s), row_axis.SAME) for s in sites]
-        forms = [row_branches.form_of(graph.at(s), r) for s, r in zip(sites, rows, strict=True)]
-        for value in graph.model.graph.outputs:
-            first = str(value.shape[0]) if value.shape else ""
-            if first != symbol and states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
-                raise LoraFxError(
-                    f"output {value.name!r} has no row for every row of the batch",
-                    "batch mode serves models whose outputs keep the batch dimension",
-                )
+        activations = {graph.activation(site) for site in sites}
+        states = row_axis.provenance(graph.model, symbol, activations)
+        rows = [states.get(graph.activation(site), row_axis.SAME) for site in sites]
+        forms = [
+            row_branches.form_of(graph.at(site), axis)
+            for site, axis in zip(sites, rows, strict=True)
+        ]
+        _check_outputs(graph.model, symbol, states)
         if shares_ranges(graph.model):
-            self._refuse_mixing(graph, symbol, sites)
-        own = add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
-        uses = []
-        alike: dict[object, list[ir.Value]] = {}  # A of the uses that read one value
-        for site, row, form in zip(sites, rows, forms, strict=True):
-            a, b = self._stacks(graph, site, dtypes[site.parameter], form, reached[site.id])
-            read = graph.at(site).node.graph, graph.activation(site)
-            beside = alike.setdefault((*read, row, str(a.shape), a.dtype), [])
+            _refuse_mixing(graph, symbol, sites)
+
+        inputs = add_inputs(graph, symbol, len(self.adapters) + 1, scales=self.scales)
+        branches: list[_Branch] = []
+        # A of the uses that read one value
+        factors_of_value: dict[object, list[ir.Value]] = {}
+        for site, axis, form in zip(sites, rows, forms, strict=True):
+            keys = keys_by_site[site.id]
+            a, b = self._stacks(graph, site, dtypes[site.parameter], form, keys)
+            scope = graph.at(site).node.graph
+            identity = (scope, graph.activation(site), axis, str(a.shape), a.dtype)
+            beside = factors_of_value.setdefault(identity, [])
             beside.append(a)
-            uses.append((site, row, form, a, b, beside))
-        for site, row, form, a, b, beside in uses:
-            e = row_branches.BatchEmitter(graph, site, own, row)
-            x, y = graph.activation(site), graph.output(site)
-            graph.replace_output(site, e.op("add", y, e.branch(form, x, a, b, y, beside)))
+            branches.append(_Branch(site, axis, form, a, b, beside))
+
+        for branch in branches:
+            e = row_branches.BatchEmitter(graph, branch.site, inputs, branch.rows)
+            x = graph.activation(branch.site)
+            y = graph.output(branch.site)
+            update = e.branch(branch.form, x, branch.a, branch.b, y, branch.beside)
+            graph.replace_output(branch.site, e.op("add", y, update))
         FlatRows(graph).flatten_layers()
-        row_guards.guard_outputs(graph, own.outside)
-        content = {**stamp(), "mode": "batch", "adapters": list(self.adapters)}
-        graph.model.metadata_props[PROPERTY] = json.dumps({**content, "targets": self.targets})
+        row_guards.guard_outputs(graph, inputs.outside)
+        self._write_manifest(graph.model)
         return PassResult(graph, bool(sites))
 
-    def _refuse_mixing(self, graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None:
-        """Raise where an output has rows that were mixed after a branch.
+    def _write_manifest(self, model: ir.Model) -> None:
+        manifest = {
+            **stamp(),
+            "mode": "batch",
+            "adapters": list(self.adapters),
+            "targets": self.targets,
+        }
+        model.metadata_props[PROPERTY] = json.dumps(manifest)
 
-        Other models are proven by comparing every row with the row alone. Where activations have
-        one range over all rows, a row alone is another row, so the graph itself has to tell.
-        """
-        activations = {graph.activation(s) for s in sites}
-        changed = {graph.output(s) for s in sites}
-        states = row_axis.provenance(graph.model, symbol, activations, changed)
-        for value in graph.model.graph.outputs:
-            if lost := states.get(value, row_axis.SAME).lost:
-                raise LoraFxError(
-                    f"output {value.name!r}: {lost}, and an adapter of one would reach others",
-                    "use mode merged or switch",
-                )
+    def _check_reached(self, keys_of_sites: Iterable[list[list[str]]]) -> None:
+        """Raise for an update that no use of the graph takes."""
+        unused: set[str] = set()
+        for updates in self.adapters.values():
+            unused |= updates.keys()
+        for keys_of_adapters in keys_of_sites:
+            unused = unused.difference(*keys_of_adapters)
+        if unused:
+            raise LoraFxError(
+                f"{min(unused)!r}: no matmul of the exported graph uses it",
+                "exclude the target from the adapters",
+            )
 
     def _reaching(self, site: Site) -> list[list[str]]:
-        """Of each adapter, the keys of the updates that reach a use."""
+        """The keys of the updates that reach a use, in one list for each adapter."""
         if site.parameter not in self.sources:
             return [[] for _ in self.adapters]
         name, source = self.sources[site.parameter]
         read = region_of(source.shape, _steps(site, source))
-
-        def reaches(key: str, update: LowRank) -> bool:
-            use = split_use(key)[1] or update.use
-            if base_name(key) != base_name(name):
-                return False
-            if source.keys:
-                here = not use or f"{base_name(key)}@{use}" in source.keys
-            elif use.startswith("call:"):
-                here = use == source.calls.get(site.id)
-            else:
-                here = applies(use, site)
-            return here and overlap(split_key(key, source.shape)[1], read)
-
         return [
-            [k for k, u in updates.items() if reaches(k, u)] for updates in self.adapters.values()
+            [key for key, low in updates.items() if _reaches(key, low, site, name, source, read)]
+            for updates in self.adapters.values()
         ]
 
     def _stacks(
@@ -172,30 +164,117 @@ class Batch:
         """A and B of all adapters for a use, as initialisers; `keys` are what reaches it."""
         key, source = self.sources[site.parameter]
         region, layout = read_layout(site, source)
-        work = numpy_dtype(dtype_name(graph.output(site)) or dtype)
-        pairs = [
-            _joined({k: u[k] for k in mine}, source.shape, region, layout, site.gain)
-            for u, mine in zip(self.adapters.values(), keys, strict=True)
-        ]
-        stacks = row_branches.stack(pairs, form, work)
+        pairs: list[Pair | None] = []
+        for updates, keys_of_adapter in zip(self.adapters.values(), keys, strict=True):
+            reaching = {k: updates[k] for k in keys_of_adapter}
+            pairs.append(_joined(reaching, source.shape, region, layout, site.gain))
+        dtype_of_product = numpy_dtype(dtype_name(graph.output(site)) or dtype)
+        a, b = row_branches.stack(pairs, form, dtype_of_product)
+
         stem = key if form == "last" else f"{key}.{form}"
-        same = (region, layout, site.gain, keys)
-        if self._stems.setdefault(stem, same) != same:
+        content = (region, layout, site.gain, keys)
+        if self._stems.setdefault(stem, content) != content:
             stem = f"{stem}@{site.id}"
-        names = (f"{stem}.batch_A", f"{stem}.batch_B")
-        rank = max(a.shape[0] for a, _ in filter(None, pairs))
+        name_of_a = f"{stem}.batch_A"
+        name_of_b = f"{stem}.batch_B"
         self.targets[stem] = {
-            "a": names[0], "b": names[1], "rank": rank, "form": form,
+            "a": name_of_a,
+            "b": name_of_b,
+            "rank": max(pair[0].shape[0] for pair in pairs if pair),
+            "form": form,
             "layout": [layout.to_json(), site.gain],
-        }  # fmt: skip
+        }
         e = graph.emit(site)
-        a, b = (e.parameter(n, v, Role.FROZEN) for n, v in zip(names, stacks, strict=True))
-        return a, b
+        return e.parameter(name_of_a, a, Role.FROZEN), e.parameter(name_of_b, b, Role.FROZEN)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """The branch of one use, before it is emitted.
+
+    Attributes:
+        site: The use.
+        rows: The axis of its activation that holds the rows of the batch.
+        form: See lora_fx.onnx.row_branches.
+        a: A of all adapters.
+        b: B of all adapters.
+        beside: A of every use that reads the same value, this one's among them.
+    """
+
+    site: Site
+    rows: row_axis.RowAxis
+    form: str
+    a: ir.Value
+    b: ir.Value
+    beside: list[ir.Value]
+
+
+def _check_outputs(
+    model: ir.Model, symbol: str, states: Mapping[ir.Value, row_axis.RowAxis]
+) -> None:
+    """Raise for an output that has no row for every row of the batch."""
+    for value in model.graph.outputs:
+        first = str(value.shape[0]) if value.shape else ""
+        if first == symbol:
+            continue
+        if states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
+            raise LoraFxError(
+                f"output {value.name!r} has no row for every row of the batch",
+                "batch mode serves models whose outputs keep the batch dimension",
+            )
+
+
+def _refuse_mixing(graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None:
+    """Raise where an output has rows that were mixed after a branch.
+
+    Other models are proven by comparing every row with the row alone. Where activations have
+    one range over all rows, a row alone is another row, so the graph itself has to tell.
+    """
+    activations = {graph.activation(site) for site in sites}
+    changed = {graph.output(site) for site in sites}
+    states = row_axis.provenance(graph.model, symbol, activations, changed)
+    for value in graph.model.graph.outputs:
+        lost = states.get(value, row_axis.SAME).lost
+        if lost:
+            raise LoraFxError(
+                f"output {value.name!r}: {lost}, and an adapter of one would reach others",
+                "use mode merged or switch",
+            )
+
+
+def _reaches(
+    key: str, low: LowRank, site: Site, name: str, source: StoredWeight, read: Region
+) -> bool:
+    """Whether an update reaches a use.
+
+    Args:
+        key: The key of the update.
+        low: The update.
+        site: The use.
+        name: The parameter that the use reads.
+        source: The parameter, as adapters see it.
+        read: The region of it that the use reads.
+    """
+    if base_name(key) != base_name(name):
+        return False
+    use = split_use(key)[1] or low.use
+    if source.keys:
+        is_for_site = not use or f"{base_name(key)}@{use}" in source.keys
+    elif use.startswith("call:"):
+        is_for_site = use == source.calls.get(site.id)
+    else:
+        is_for_site = applies(use, site)
+    if not is_for_site:
+        return False
+    _, region = split_key(key, source.shape)
+    return overlap(region, read)
 
 
 def _steps(site: Site, source: StoredWeight) -> tuple[Step, ...]:
     """From the parameter as adapters know it to the operand."""
-    return (*((Permute((1, 0)),) if source.turned else ()), *site.view.steps)
+    if source.turned:
+        return (Permute((1, 0)), *site.view.steps)
+    return tuple(site.view.steps)
 
 
 def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
@@ -219,25 +298,42 @@ def _joined(
     """All updates that an adapter has of one use as its [rank, in], [out, rank]."""
     if not updates:
         return None
-    pairs = (_whole(k, low, shape, region, layout, gain) for k, low in updates.items())
-    all_a, all_b = zip(*pairs, strict=True)
+    all_a: list[Array] = []
+    all_b: list[Array] = []
+    for key, low in updates.items():
+        a, b = _in_direction_of_use(key, low, shape, region, layout, gain)
+        all_a.append(a)
+        all_b.append(b)
     return np.concatenate(all_a), np.concatenate(all_b, axis=1)
 
 
-def _whole(
+def _in_direction_of_use(
     key: str, low: LowRank, shape: tuple[int, ...], region: Region, layout: Layout, gain: float
 ) -> Pair:
-    """One update as factors of what a use reads, in the direction of the use, scale in b."""
-    mine = low.layout
-    assert mine is not None
-    _, part = split_key(key, shape)
-    part = tuple((lo - at, hi - at) for (lo, hi), (at, _) in zip(part, region, strict=True))
-    for read, flip in ((layout, False), (layout.transposed(), True)):
-        if read.narrow(part) == mine:
-            a, b = widen(NumpyEmitter(), read, mine, read.starts(part), low.a, low.b, low.rank)
-            a, b = (b.T, a.T) if flip else (a, b)
-            scale = np.float32(low.scale * gain)
-            return np.asarray(a, np.float32), np.asarray(b, np.float32) * scale
+    """One update as factors of what a use reads, in the direction of the use, scale in b.
+
+    Args:
+        key: The key of the update.
+        low: The update, bound.
+        shape: The shape of the parameter.
+        region: What the use reads of it.
+        layout: How that lies in the parameter.
+        gain: The factor by which the op multiplies its product.
+    """
+    assert low.layout is not None
+    _, region_of_key = split_key(key, shape)
+    part = relative(region_of_key, region)
+    scale = np.float32(low.scale * gain)
+    e = NumpyEmitter()
+    if layout.narrow(part) == low.layout:
+        a, b = widen(e, layout, low.layout, layout.starts(part), low.a, low.b, low.rank)
+        return np.asarray(a, np.float32), np.asarray(b, np.float32) * scale
+
+    transposed = layout.transposed()
+    if transposed.narrow(part) == low.layout:
+        starts = transposed.starts(part)
+        a, b = widen(e, transposed, low.layout, starts, low.a, low.b, low.rank)
+        return np.asarray(b.T, np.float32), np.asarray(a.T, np.float32) * scale
     raise LoraFxError(
         f"{key!r}: the exported graph reads the tensor in another layout than the adapter's",
         "use mode merged",

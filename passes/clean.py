@@ -41,19 +41,22 @@ class Clean:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds nothing to fold."""
-        changed = Writes(graph.graph).ever()
-        form_of = cache(partial(mask_form, written=changed))
+        written = Writes(graph.graph).ever()
+        form_of = cache(partial(mask_form, written=written))
         modified = False
         for node in list(graph.graph.nodes):
             if node.target is ATTENTION:
                 modified |= plain_mask(node, form_of)
                 modified |= shared_heads(node)
-            elif _does_nothing(node) and node not in changed:
+                continue
+            if _does_nothing(node) and node not in written:
                 node.replace_all_uses_with(node.args[0])
                 graph.graph.erase_node(node)
                 modified = True
-            elif (found := gelu_of(node, changed)) is not None:
-                _one_gelu(graph.graph, node, *found)
+                continue
+            gelu = gelu_of(node, written)
+            if gelu is not None:
+                _one_gelu(graph.graph, node, *gelu)
                 modified = True
         if modified:
             graph.graph.eliminate_dead_code()
@@ -68,6 +71,6 @@ def _does_nothing(node: fx.Node) -> bool:
 
 def _one_gelu(graph: fx.Graph, node: fx.Node, x: fx.Node, approximate: str) -> None:
     with graph.inserting_before(node):
-        new = graph.call_function(aten.gelu.default, (x,), {"approximate": approximate})
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
+        gelu = graph.call_function(aten.gelu.default, (x,), {"approximate": approximate})
+    gelu.meta = dict(node.meta)
+    node.replace_all_uses_with(gelu)

@@ -17,8 +17,9 @@ embedding and head are one target, and the lookup reads b·a transposed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from lora_fx.ir.emitter import V
 from lora_fx.ir.graph import Graph, Parameter, Site
@@ -46,79 +47,98 @@ def find(graph: Graph[V]) -> Found:
 
 
 def _search(graph: Graph[V]) -> Found:
-    parameters = {p.name: p for p in graph.parameters()}
-    odd = {n for n in parameters if n.endswith("]") or "@" in n}  # see base_name
-    uses: dict[str, list[_Use]] = {}
-    refusals, seen = [], set()
-    for site in graph.sites():
-        seen |= {site.parameter, *site.behind}
-        if 0 in site.operand:
-            site = replace(site, refusal="the weight has no elements", allowed=False)
-        if site.parameter in odd:
-            site = replace(site, refusal=ODD, allowed=False)
-        if site.refusal:
-            refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
-            if site.allowed:  # a branch can stand beside it
-                refusal = replace(refusal, verbs=("fold", "merge") if site.no_fold else ())
-            refusals.append(refusal)
-        elif site.no_fold:
-            why = f"{site.no_fold}: {ROUNDED}"
-            refusals.append(Refusal(site.parameter, site.op, why, verbs=("fold", "merge", "load")))
-        if not site.refusal or site.allowed:
-            uses.setdefault(site.parameter, []).append(_use(site, parameters[site.parameter]))
-    # the shapes of the lookup tables: a matmul of the same shape is an output head
-    lookups = [u.layout for group in uses.values() for u in group if u.site.op == "embedding"]
-    tables = [(layout.in_size, layout.out_size) for layout in lookups if layout is not None]
-    readers: dict[str, list[tuple[str, Region]]] = {}
-    for r in (r for r in graph.other_readers() if r.parameter in parameters):
-        shape = parameters[r.parameter].shape if r.parameter in uses else ()
-        region = region_of(shape, r.view.steps) if shape else ()
-        readers.setdefault(r.parameter, []).append((r.op, region))
-    targets: list[Target] = []
-    optional: list[Target] = []
-    for name, p in parameters.items():
-        for region, group in _regions(p, uses.get(name, [])).items():
-            target = _target(p, region, group, tables)
-            others = [op for op, read in readers.get(name, ()) if overlap(read, region)]
-            target = replace(target, other_readers=tuple(dict.fromkeys(others)))
-            (optional if all(u.site.refusal for u in group) else targets).append(target)
-    gathered = graph.gathered_flops()
-    unreached = [
-        Unreached(
-            p.name,
-            p.shape,
-            _unreached([op for op, _ in readers.get(p.name, ())]),
-            gathered.get(p.name, 0),
-        )
-        for p in parameters.values()
-        if len(p.shape) >= 2 and p.name not in seen
-    ]
+    """Compute the answer of find."""
+    parameters = {parameter.name: parameter for parameter in graph.parameters()}
+    sites = [_checked(site, parameters) for site in graph.sites()]
+    uses = _uses_by_parameter(sites, parameters)
+    readers = _other_readers(graph, parameters, uses)
+    targets, optional = _targets(parameters, uses, readers)
+
+    gathered_flops = graph.gathered_flops()
+    unreached = _unreached(parameters, sites, readers, gathered_flops)
+    unreached_flops = sum(parameter.flops for parameter in unreached)
+    shapes: dict[str, tuple[int, ...]] = {}
+    first_names: dict[str, str] = {}
+    for parameter in parameters.values():
+        shapes |= dict.fromkeys(parameter.names, parameter.shape)
+        first_names |= dict.fromkeys(parameter.names, parameter.name)
     return Found(
         default_plan(targets),
-        tuple(_merge(refusals)),
+        tuple(_merged(_refusals(sites))),
         tuple(unreached),
-        graph.data_flops() + sum(gathered.values()) - sum(u.flops for u in unreached),
-        optional=tuple(replace(t, default=False, why_not=t.sites[0].refusal) for t in optional),
-        shapes={n: p.shape for p in parameters.values() for n in p.names},
-        first_names={n: p.name for p in parameters.values() for n in p.names},
+        graph.data_flops() + sum(gathered_flops.values()) - unreached_flops,
+        optional=tuple(_out_of_default_plan(target) for target in optional),
+        shapes=shapes,
+        first_names=first_names,
     )
 
 
-def _unreached(readers: Sequence[str]) -> str:
-    ops = " and ".join(dict.fromkeys(readers))
-    return "no weight matmul uses it; " + (f"it is read by {ops}" if ops else "nothing reads it")
+def _checked(site: Site, parameters: Mapping[str, Parameter]) -> Site:
+    """A site, refused where no update of its parameter can have a key or a product."""
+    name = site.parameter
+    if name in parameters and (name.endswith("]") or "@" in name):  # see base_name
+        return replace(site, refusal=ODD, allowed=False)
+    if 0 in site.operand:
+        return replace(site, refusal="the weight has no elements", allowed=False)
+    return site
+
+
+def _refusals(sites: Sequence[Site]) -> Iterator[Refusal]:
+    """Why sites are refused, by all verbs or some."""
+    for site in sites:
+        if site.refusal:
+            refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)
+            if site.allowed:  # a branch can stand beside it
+                verbs = ("fold", "merge") if site.no_fold else ()
+                refusal = replace(refusal, verbs=verbs)
+            yield refusal
+        elif site.no_fold:
+            why = f"{site.no_fold}: {ROUNDED}"
+            yield Refusal(site.parameter, site.op, why, verbs=("fold", "merge", "load"))
+
+
+def _merged(refusals: Iterable[Refusal]) -> list[Refusal]:
+    """Refusals of one parameter for one reason, once, with their FLOPs added."""
+    merged: dict[tuple[str, str, str], Refusal] = {}
+    for refusal in refusals:
+        identity = (refusal.key, refusal.op, refusal.reason)
+        flops = refusal.flops
+        if identity in merged:
+            flops += merged[identity].flops
+        merged[identity] = replace(refusal, flops=flops)
+    return list(merged.values())
 
 
 @dataclass(frozen=True)
 class _Use:
+    """A site, and the part of its parameter that it reads; no layout where its view mixes axes."""
+
     site: Site
     region: Region
-    layout: Layout | None  # None: the view mixes axes
+    layout: Layout | None
 
 
-def _use(site: Site, p: Parameter) -> _Use:
-    whole = tuple((0, n) for n in p.shape)
-    return _Use(site, *(site_layout(site, p.shape) or (whole, None)))
+def _uses_by_parameter(
+    sites: Sequence[Site], parameters: Mapping[str, Parameter]
+) -> dict[str, list[_Use]]:
+    """The uses that a target may have, by the name of the parameter."""
+    return by_key(
+        (site.parameter, _use(site, parameters[site.parameter]))
+        for site in sites
+        if not site.refusal or site.allowed
+    )
+
+
+def _use(site: Site, parameter: Parameter) -> _Use:
+    read = site_layout(site, parameter.shape)
+    if read is None:
+        return _Use(site, _whole(parameter), None)
+    return _Use(site, *read)
+
+
+def _whole(parameter: Parameter) -> Region:
+    """The region that is all of a parameter."""
+    return tuple((0, size) for size in parameter.shape)
 
 
 def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | None:
@@ -131,63 +151,152 @@ def site_layout(site: Site, shape: tuple[int, ...]) -> tuple[Region, Layout] | N
         return None
 
 
-def _regions(p: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
+Readers = Mapping[str, Sequence[tuple[str, Region]]]
+"""Parameter → the ops that read it for more than products, each with the region that it reads."""
+
+
+def _other_readers(
+    graph: Graph[V], parameters: Mapping[str, Parameter], uses: Mapping[str, list[_Use]]
+) -> Readers:
+    """The ops that read parameters for more than products.
+
+    The region is empty where the parameter has no uses, and so no targets.
+    """
+    readers: dict[str, list[tuple[str, Region]]] = {}
+    for reader in graph.other_readers():
+        if reader.parameter not in parameters:
+            continue
+        region: Region = ()
+        shape = parameters[reader.parameter].shape
+        if shape and reader.parameter in uses:
+            region = region_of(shape, reader.view.steps)
+        readers.setdefault(reader.parameter, []).append((reader.op, region))
+    return readers
+
+
+def _targets(
+    parameters: Mapping[str, Parameter], uses: Mapping[str, list[_Use]], readers: Readers
+) -> tuple[list[Target], list[Target]]:
+    """The targets, and those whose every use is refused by default."""
+    tables = _lookup_tables(uses)
+    targets: list[Target] = []
+    optional: list[Target] = []
+    for name, parameter in parameters.items():
+        for region, group in _regions(parameter, uses.get(name, [])).items():
+            target = _target(parameter, region, group, tables)
+            overlapping = [op for op, read in readers.get(name, ()) if overlap(read, region)]
+            target = replace(target, other_readers=tuple(dict.fromkeys(overlapping)))
+            if all(use.site.refusal for use in group):
+                optional.append(target)
+            else:
+                targets.append(target)
+    return targets, optional
+
+
+def _lookup_tables(uses: Mapping[str, list[_Use]]) -> list[tuple[int, int]]:
+    """The shapes of the lookup tables: a matmul of the same shape is an output head."""
+    tables: list[tuple[int, int]] = []
+    for group in uses.values():
+        for use in group:
+            if use.site.op == "embedding" and use.layout is not None:
+                tables.append((use.layout.in_size, use.layout.out_size))
+    return tables
+
+
+def _out_of_default_plan(target: Target) -> Target:
+    return replace(target, default=False, why_not=target.sites[0].refusal)
+
+
+def _unreached(
+    parameters: Mapping[str, Parameter],
+    sites: Sequence[Site],
+    readers: Readers,
+    gathered_flops: Mapping[str, int],
+) -> list[Unreached]:
+    """The parameters of two dimensions or more that no site reads, nor what stands behind one."""
+    reached: set[str] = set()
+    for site in sites:
+        reached |= {site.parameter, *site.behind}
+    unreached: list[Unreached] = []
+    for name, parameter in parameters.items():
+        if len(parameter.shape) >= 2 and name not in reached:
+            ops = [op for op, _ in readers.get(name, ())]
+            flops = gathered_flops.get(name, 0)
+            unreached.append(Unreached(name, parameter.shape, _why_unreached(ops), flops))
+    return unreached
+
+
+def _why_unreached(ops: Sequence[str]) -> str:
+    if not ops:
+        return "no weight matmul uses it; nothing reads it"
+    return f"no weight matmul uses it; it is read by {' and '.join(dict.fromkeys(ops))}"
+
+
+def _regions(parameter: Parameter, uses: Sequence[_Use]) -> Mapping[Region, list[_Use]]:
     """Uses by region; all under the whole parameter where regions overlap."""
     groups = by_key((use.region, use) for use in uses)
-    regions = list(groups)
     # One update of overlapping parts would have two values where they overlap.
-    if any(overlap(r, s) for i, r in enumerate(regions) for s in regions[:i]):
-        return {tuple((0, n) for n in p.shape): list(uses)}
+    if any(overlap(one, other) for one, other in combinations(groups, 2)):
+        return {_whole(parameter): list(uses)}
     return dict(sorted(groups.items()))
 
 
 def _target(
-    p: Parameter, region: Region, uses: Sequence[_Use], tables: Sequence[tuple[int, int]]
+    parameter: Parameter,
+    region: Region,
+    uses: Sequence[_Use],
+    tables: Sequence[tuple[int, int]],
 ) -> Target:
-    stored = tuple(hi - lo for lo, hi in region)
-    lead = next((u for u in uses if u.site.op != "embedding"), uses[0])
-    layout = (lead.layout if lead.region == region else None) or plain_layout(stored)
-    sites = tuple(u.site for u in uses)
-    names = [n.removesuffix(".weight") for n in p.names]
+    """The target of the uses of one region.
+
+    Its layout and its op are those of the first use that is no lookup.
+    """
+    lead = next((use for use in uses if use.site.op != "embedding"), uses[0])
+    layout = lead.layout
+    if layout is None or lead.region != region:
+        layout = plain_layout(tuple(hi - lo for lo, hi in region))
+
+    names = [name.removesuffix(".weight") for name in parameter.names]
+    sites = tuple(use.site for use in uses)
     role = role_of(names, sites, layout, tables)
-    key = make_key(p.name, region, p.shape)
-    parts = _parts(p, region, layout, uses)
+    parts = _parts(parameter, region, layout, uses)
     if len(parts) == 1:
-        role, parts = parts[0][0] or role, ()  # what the data flow proves, before a name
-    return Target(key, p, region, layout, lead.site.op, sites, role, parts=parts)
+        role_by_flow, _ = parts[0]
+        role = role_by_flow or role  # what the data flow proves, before a name
+        parts = ()
+    key = make_key(parameter.name, region, parameter.shape)
+    return Target(key, parameter, region, layout, lead.site.op, sites, role, parts=parts)
 
 
 def _parts(
-    p: Parameter, region: Region, layout: Layout, uses: Sequence[_Use]
+    parameter: Parameter, region: Region, layout: Layout, uses: Sequence[_Use]
 ) -> tuple[tuple[str, str], ...]:
     """The parts along out that every use agrees on, each as (role, key)."""
-    seen = {u.site.parts for u in uses}
     # a part is a region only where every use cuts the weight in the same places
-    if len(seen) != 1 or any(u.layout != layout or u.region != region for u in uses):
-        return ()
-    (parts,) = seen
+    parts = uses[0].site.parts
+    for use in uses:
+        if use.site.parts != parts or use.layout != layout or use.region != region:
+            return ()
+
     if len(layout.out) != 1 or layout.shape[layout.out[0]] != layout.out_size:
-        return tuple((r, "") for r, _, _ in parts if len(parts) == 1)
+        if len(parts) != 1:
+            return ()
+        role, _, _ = parts[0]
+        return ((role, ""),)
     axis = _stored_axis(layout, layout.out[0])
     if axis is None:
         return ()
-    result = []
+    first, _ = region[axis]
+    keyed_parts = []
     for role, lo, hi in parts:
-        first = region[axis][0]
         bounds = [*region[:axis], (first + lo, first + hi), *region[axis + 1 :]]
-        result.append((role, make_key(p.name, tuple(bounds), p.shape)))
-    return tuple(result)
+        keyed_parts.append((role, make_key(parameter.name, tuple(bounds), parameter.shape)))
+    return tuple(keyed_parts)
 
 
 def _stored_axis(layout: Layout, axis: int) -> int | None:
     """The stored axis that one axis of a layout is the whole of."""
-    return next((i for i, own in enumerate(layout.split()) if [*own] == [axis]), None)
-
-
-def _merge(refusals: Sequence[Refusal]) -> list[Refusal]:
-    """Refusals of one parameter for one reason, once, with their FLOPs added."""
-    merged: dict[tuple[str, str, str], Refusal] = {}
-    for r in refusals:
-        old = merged.get((r.key, r.op, r.reason))
-        merged[(r.key, r.op, r.reason)] = replace(r, flops=r.flops + (old.flops if old else 0))
-    return list(merged.values())
+    for stored_axis, axes in enumerate(layout.split()):
+        if [*axes] == [axis]:
+            return stored_axis
+    return None

@@ -17,7 +17,7 @@ Xu et al. 2023, arXiv:2309.14717), where the reader takes floats for zero points
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +32,6 @@ from lora_fx.errors import LoraFxError
 from lora_fx.ir.emitter import Ops, V
 from lora_fx.ir.graph import Deferred, Graph, Site
 from lora_fx.ir.kinds import delta
-from lora_fx.ir.layout import Layout
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.ir.quantised import ZeroPoints
 from lora_fx.ir.view import Region
@@ -47,7 +46,7 @@ from lora_fx.text import by_key
 
 @dataclass(frozen=True)
 class Folded:
-    """What fold did to one parameter: where the value went and what rounding lost.
+    """A change of one parameter: where its value went, and how much of it rounding lost.
 
     Attributes:
         parameter: The parameter.
@@ -70,16 +69,23 @@ class Folded:
 
     @property
     def said(self) -> str:
-        """What still reads the old value, for people; empty where nothing does."""
+        """The ops that still read the old value, for people; empty where there are none."""
+        if not self.other_readers:
+            return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.parameter}: read by {ops} too, without the update" if ops else ""
+        return f"{self.parameter}: read by {ops} too, without the update"
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
-    """What floats for zero points cost: measured in ONNX Runtime 1.31, in docs/quantised.md."""
-    count = sum(f.zeros for f in changes)
+    """A note on the cost of floats for zero points, measured in ONNX Runtime 1.31.
+
+    The numbers are in docs/quantised.md.
+    """
+    count = sum(change.zeros for change in changes)
+    if not count:
+        return []
     why = "ONNX Runtime's CPU makes all of them floats in every run; --mode switch is faster"
-    return [f"{count} weights of codes have floats for zero points: {why}"] if count else []
+    return [f"{count} weights of codes have floats for zero points: {why}"]
 
 
 @dataclass(frozen=True)
@@ -112,40 +118,59 @@ class Fold:
         hint = "fold with these arguments as the example"
         uses = {key: update.use for key, update in self.updates.items()}
         targets, sites = reached(found, uses, required=not self.applied, hint=hint)
-        for key, target in targets.items():
-            if target.no_fold and key not in self.moved:
-                into = exact(graph, target, self.updates[key])
-                if isinstance(into, str):
-                    raise not_storable(target, into)
-                self.moved[key] = into
-        groups = by_key(((site.parameter, tuple(keys)), site) for site, keys in sites)
+        self._find_zero_points(graph, targets)
+
+        sites_by_updates = by_key(((site.parameter, tuple(keys)), site) for site, keys in sites)
         modified = False
-        for (name, folded), members in groups.items():
-            ident = f"{name}|{'|'.join(folded)}"
-            pairs = [(targets[k], self.updates[k]) for k in folded]
-            if folded[0] in self.moved:  # of a whole weight, and so the only one
-                modified |= self._move(graph, name, folded, members)
+        for (name, keys), members in sites_by_updates.items():
+            if keys[0] in self.moved:  # of a whole weight, and so the only one
+                modified |= self._move(graph, name, keys, members)
                 continue
+            pairs = [(targets[key], self.updates[key]) for key in keys]
             # Uses of other regions find their numbers in the new constant too, so it can take the
             # old one's place. Where programs share tensors, another may still read the old one.
             readers = list(members)
             if graph.alone:
-                readers += _elsewhere(found, name, [t.region for t, _ in pairs])
+                readers += _elsewhere(found, name, [target.region for target, _ in pairs])
+            ident = _ident(name, keys)
             if ident in self.applied:  # another graph over the same constants
                 modified |= self._again(graph, name, members, readers, self.applied[ident])
                 continue
-            alone = readers if graph.covers(name, readers) else members
-            read = graph.reader(name)
-            stored = graph.replace_parameter(name, alone, self._value(name, folded, read, pairs))
-            self.applied[ident] = stored
-            if not self.lazy:
-                wide = self.unrounded.get(name, read)  # other regions may be folded already
-                self.unrounded[stored] = partial(fold_wide, wide, pairs)
-                last = self.report[-1]
-                grew = 0 if stored == name else last.grew
-                self.report[-1] = replace(last, stored_as=stored, grew=grew)
+            replaced_sites = readers if graph.covers(name, readers) else members
+            self._replace(graph, name, keys, pairs, replaced_sites)
             modified = True
         return PassResult(graph, modified)
+
+    def _find_zero_points(self, graph: Graph[V], targets: Mapping[str, Target]) -> None:
+        """Note what goes into zero points; raise for an update that a stored weight cannot take."""
+        for key, target in targets.items():
+            if target.no_fold and key not in self.moved:
+                zero_points = exact(graph, target, self.updates[key])
+                if isinstance(zero_points, str):
+                    raise not_storable(target, zero_points)
+                self.moved[key] = zero_points
+
+    def _replace(
+        self,
+        graph: Graph[V],
+        name: str,
+        keys: tuple[str, ...],
+        pairs: list[Pair],
+        sites: list[Site],
+    ) -> None:
+        """Let sites read a constant with updates in it."""
+        read = graph.reader(name)
+        value = self._value(name, keys, read, pairs)
+        stored_as = graph.replace_parameter(name, sites, value)
+        self.applied[_ident(name, keys)] = stored_as
+        if self.lazy:
+            return
+        read_wide = self.unrounded.get(name, read)  # other regions may be folded already
+        self.unrounded[stored_as] = partial(fold_wide, read_wide, pairs)
+        grew = self.report[-1].grew
+        if stored_as == name:
+            grew = 0
+        self.report[-1] = replace(self.report[-1], stored_as=stored_as, grew=grew)
 
     def _value(
         self, name: str, keys: tuple[str, ...], read: Callable[[], Array], pairs: list[Pair]
@@ -153,38 +178,48 @@ class Fold:
         """The folded tensor, or how to compute it; either way the report gets its line."""
 
         def compute() -> Array:
-            value, kept = fold_value(read(), pairs)
-            known = {(f.parameter, f.keys) for f in self.report}
-            if (name, keys) not in known:  # a deferred value may be wanted twice
-                others = tuple(dict.fromkeys(op for t, _ in pairs for op in t.other_readers))
-                self.report.append(Folded(name, name, keys, kept, value.nbytes, others))
+            value, kept_share = fold_value(read(), pairs)
+            # a deferred value may be computed twice
+            if not any(line.parameter == name and line.keys == keys for line in self.report):
+                other_readers: dict[str, None] = {}
+                for target, _ in pairs:
+                    other_readers |= dict.fromkeys(target.other_readers)
+                self.report.append(
+                    Folded(name, name, keys, kept_share, value.nbytes, tuple(other_readers))
+                )
             return value
 
-        whole = pairs[0][0].parameter
-        return Deferred(whole.shape, whole.dtype, compute) if self.lazy else compute()
+        if not self.lazy:
+            return compute()
+        parameter = pairs[0][0].parameter
+        return Deferred(parameter.shape, parameter.dtype, compute)
 
     def _move(self, graph: Graph[V], name: str, keys: tuple[str, ...], members: list[Site]) -> bool:
         """Put an update into the zero points that its sites read; other uses keep theirs."""
-        ident, (old, delta) = f"{name}|{'|'.join(keys)}", self.moved[keys[0]]
-        zero = old.moved(delta)
+        zero_points, delta = self.moved[keys[0]]
+        zero = zero_points.moved(delta)
         if not np.isfinite(zero).all():
             raise LoraFxError(
                 f"{name!r}: a block of its codes has scale 0, so that no zero point moves it",
                 "export --mode switch has a branch beside it",
             )
-        stored = name if not delta.any() else graph.put_zeros(members, zero)
+        stored_as = name
+        if delta.any():
+            stored_as = graph.put_zeros(members, zero)
+        ident = _ident(name, keys)
         if ident not in self.applied:
-            self.applied[ident] = stored
+            self.applied[ident] = stored_as
             applied = Applied()
-            applied.count(old.change(zero), delta)
-            self.report.append(Folded(name, stored, keys, applied.gain, zero.nbytes, zeros=True))
-        return stored != name
+            applied.count(zero_points.change(zero), delta)
+            self.report.append(Folded(name, stored_as, keys, applied.gain, zero.nbytes, zeros=True))
+        return stored_as != name
 
     def _again(
-        self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored: str
+        self, graph: Graph[V], name: str, members: list[Site], readers: list[Site], stored_as: str
     ) -> bool:
-        if stored != name:
-            graph.repoint(members, stored)
+        """Let sites of another graph read a constant that is folded already."""
+        if stored_as != name:
+            graph.repoint(members, stored_as)
             return True
         if not graph.covers(name, readers):
             raise LoraFxError(
@@ -194,31 +229,66 @@ class Fold:
         return False
 
 
+def _ident(name: str, keys: Sequence[str]) -> str:
+    """The name of a parameter with some updates in it, in `applied`."""
+    return f"{name}|{'|'.join(keys)}"
+
+
 def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Array] | str:
     """The zero points of a weight of codes, and what they can hold of an update [rows, blocks].
 
     Instead the reason why they cannot hold it.
     """
-    (old, *more), whole = (graph.zero_points(s) for s in target.sites), len(target.region) == 2
-    whole &= target.region == tuple((0, n) for n in target.parameter.shape)
     variant = variant_of(low)
     group = variant.constant_over
-    fits = whole and not variant.reads_weight and (low.layout or target.layout).out == (0,)
-    if old is None or not fits or not all(z is not None and z.same(old) for z in more):
-        return "no zero points that may be floats are there" if group else ROUNDED
-    a = pooled(low.a, min(old.block, low.a.shape[-1]))
-    if a is None and group:
-        blocks = f"whole blocks of {old.block} codes"
-        return f"{variant.title}'s groups of {group} inputs are not {blocks}"
-    if a is None:
+    zero_points = _one_zero_points(graph, target)
+    if zero_points is None or not _changes_all_rows(target, low):
+        if group:
+            return "no zero points that may be floats are there"
         return ROUNDED
-    return old, low.scale * (low.b.astype(np.float64) @ a.astype(np.float64))
+
+    a = pooled(low.a, min(zero_points.block, low.a.shape[-1]))
+    if a is not None:
+        delta = low.scale * (low.b.astype(np.float64) @ a.astype(np.float64))
+        return zero_points, delta
+    if group:
+        blocks = f"whole blocks of {zero_points.block} codes"
+        return f"{variant.title}'s groups of {group} inputs are not {blocks}"
+    return ROUNDED
+
+
+def _one_zero_points(graph: Graph[V], target: Target) -> ZeroPoints | None:
+    """The zero points of a weight; None where a site has none, or others."""
+    first, *others = (graph.zero_points(site) for site in target.sites)
+    if first is None:
+        return None
+    for zero_points in others:
+        if zero_points is None or not zero_points.same(first):
+            return None
+    return first
+
+
+def _changes_all_rows(target: Target, low: LowRank) -> bool:
+    """True for an update s·b·a of a whole matrix [out, in], whose rows are out."""
+    layout = low.layout or target.layout
+    if variant_of(low).reads_weight or layout.out != (0,):
+        return False
+    return len(target.region) == 2 and _is_whole(target.region, target.parameter.shape)
+
+
+def _is_whole(region: Region, shape: tuple[int, ...]) -> bool:
+    return region == tuple((0, size) for size in shape)
 
 
 def _elsewhere(found: Found, name: str, regions: list[Region]) -> list[Site]:
     """The uses of a parameter that read nothing of these regions of it."""
-    own = (t for t in (*found.targets, *found.optional) if t.parameter.name == name)
-    return [s for t in own if not any(overlap(t.region, r) for r in regions) for s in t.sites]
+    sites: list[Site] = []
+    for target in (*found.targets, *found.optional):
+        if target.parameter.name != name:
+            continue
+        if not any(overlap(target.region, region) for region in regions):
+            sites += target.sites
+    return sites
 
 
 ROWS = 1 << 20
@@ -231,10 +301,10 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
     work = np.result_type(base.dtype, np.float32)  # fp64 and complex numbers stay what they are
     value = np.empty_like(base)
     applied = Applied()
-    for rows, block in _blocks(base, updates):
+    for rows, updates_of_rows in _blocks(base, updates):
         before: Array = base[rows].astype(work, copy=False)
         wide: Array = np.array(before)
-        _add(wide, block)
+        _add(wide, updates_of_rows)
         value[rows] = wide.astype(base.dtype, copy=False)
         if base.dtype == work:
             continue  # the sum as it is: nothing is rounded away
@@ -245,66 +315,71 @@ def fold_value(base: Array, updates: list[Pair]) -> tuple[Array, float]:
 def fold_wide(read: Callable[[], Array], updates: list[Pair]) -> Array:
     """The stored tensor with its updates added, in fp32 where it is narrower, and not rounded."""
     base = read()
-    return fold_value(base.astype(np.result_type(base.dtype, np.float32), copy=False), updates)[0]
+    wide = base.astype(np.result_type(base.dtype, np.float32), copy=False)
+    value, _ = fold_value(wide, updates)
+    return value
 
 
 def fold_rows(base: Array, updates: list[Pair], rows: slice) -> Array:
     """Some rows of W + s·b·a in fp64, unrounded; all rows where they cannot be had apart."""
+    work = np.result_type(base.dtype, np.float64)
+    if not _is_by_rows(base, updates):
+        wide = base.astype(work)
+        _add(wide, updates)
+        return np.asarray(wide[rows])
     # a matrix: other rows need not be computed
-    if _flat(base, updates):
-        updates = [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
-        base, rows = base[rows], slice(None)
-    wide = base.astype(np.result_type(base.dtype, np.float64))
-    _add(wide, updates)
-    return np.asarray(wide[rows])
+    wide = base[rows].astype(work)
+    _add(wide, [_narrowed(target, low, rows, base.shape[1]) for target, low in updates])
+    return np.asarray(wide)
 
 
 def _add(wide: Array, updates: list[Pair]) -> None:
     """Put each update into its region of W, in the dtype that W has here."""
     e: Ops[Array] = NumpyEmitter()
+    work = wide.dtype
     for target, low in updates:
         part = wide[tuple(slice(lo, hi) for lo, hi in target.region)]
-        layout, work = low.layout or target.layout, wide.dtype
+        layout = low.layout or target.layout
         change = delta(e, layout, low.a.astype(work), low.b.astype(work), float(low.scale))
         variant = variant_of(low)
         beside = {field: value.astype(work) for field, value in variant.beside(low).items()}
         part[...] = part + variant.change(e, layout, part, change, beside.__getitem__)
 
 
-def _flat(base: Array, updates: list[Pair]) -> bool:
+def _is_by_rows(base: Array, updates: list[Pair]) -> bool:
     """True for updates of a whole matrix, whose rows can be had one by one."""
-    return base.ndim == 2 and all(
-        (low.layout or t.layout).shape == base.shape
-        and t.region == tuple((0, n) for n in base.shape)
-        and _by_rows(low, low.layout or t.layout)
-        for t, low in updates
-    )
-
-
-def _by_rows(low: LowRank, layout: Layout) -> bool:
-    """True where the change of some stored rows needs no others."""
-    variant = variant_of(low)
-    return not variant.reads_weight or (variant.by_rows and layout.out == (0,))
+    if base.ndim != 2:
+        return False
+    for target, low in updates:
+        layout = low.layout or target.layout
+        if layout.shape != base.shape or not _is_whole(target.region, base.shape):
+            return False
+        variant = variant_of(low)
+        # the change of some stored rows may need all of W
+        if variant.reads_weight and not (variant.by_rows and layout.out == (0,)):
+            return False
+    return True
 
 
 def _blocks(base: Array, updates: list[Pair]) -> Iterator[tuple[slice, list[Pair]]]:
     """Some rows of a matrix and what its updates do there; a tensor of other shape in one go."""
-    if not _flat(base, updates):
+    if not _is_by_rows(base, updates):
         yield slice(None), updates
         return
-    step = max(1, ROWS // base.shape[1])
-    for first in range(0, base.shape[0], step):
-        rows = slice(first, min(base.shape[0], first + step))
-        yield rows, [_narrowed(t, low, rows, base.shape[1]) for t, low in updates]
+    n_rows, n_columns = base.shape
+    step = max(1, ROWS // n_columns)
+    for first in range(0, n_rows, step):
+        rows = slice(first, min(n_rows, first + step))
+        yield rows, [_narrowed(target, low, rows, n_columns) for target, low in updates]
 
 
-def _narrowed(t: Target, low: LowRank, rows: slice, columns: int) -> Pair:
+def _narrowed(target: Target, low: LowRank, rows: slice, columns: int) -> Pair:
     """A target and its update in some rows of the stored matrix."""
     region = ((0, rows.stop - rows.start), (0, columns))
-    layout = (low.layout or t.layout).narrow(((rows.start, rows.stop), (0, columns)))
+    layout = (low.layout or target.layout).narrow(((rows.start, rows.stop), (0, columns)))
     assert layout is not None  # one axis is out, the other in
     if layout.out == (0,):
-        part = replace(variant_of(low).rows(low, rows), layout=layout)
+        narrowed = replace(variant_of(low).rows(low, rows), layout=layout)
     else:
-        part = replace(low, a=low.a[:, rows], layout=layout)
-    return replace(t, region=region), part
+        narrowed = replace(low, a=low.a[:, rows], layout=layout)
+    return replace(target, region=region), narrowed

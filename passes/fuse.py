@@ -24,8 +24,8 @@ from torch import fx
 from lora_fx.fx.graph.branch_nodes import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
+from lora_fx.fx.regions import traced
 from lora_fx.passes.base import PassResult
-from lora_fx.passes.recompute import traced
 
 aten = torch.ops.aten
 
@@ -42,47 +42,92 @@ class Fuse:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds no sum of that form."""
-        modified = any([_fuse(node, self.into) for node in list(graph.graph.nodes)])
+        modified = False
+        for node in list(graph.graph.nodes):
+            end = _branch_end(node)
+            if end is not None:
+                _fuse(end, self.into)
+                modified = True
         if modified:
             graph.graph.eliminate_dead_code()
         return PassResult(graph, modified)
 
 
-def _fuse(node: fx.Node, into: bool) -> bool:
-    """Replace y + t·(s·b)ᵀ, with b in the dtype of x; False for any other node."""
+@dataclass(frozen=True)
+class _BranchEnd:
+    """The nodes of y + t·(s·b)ᵀ, with b in the dtype of x.
+
+    Attributes:
+        sum: The sum.
+        y: The result of the layer.
+        t: What b multiplies, x·aᵀ.
+        b: The get_attr of [out, rank].
+        s: The scale.
+        x: The input of the branch, whose dtype b takes.
+    """
+
+    sum: fx.Node
+    y: fx.Node
+    t: fx.Node
+    b: fx.Node
+    s: float
+    x: fx.Node
+
+
+def _branch_end(node: fx.Node) -> _BranchEnd | None:
+    """The end of a branch, of which a node is the sum; None for any other node.
+
+    1. The node is y + t·(type_as(b·s, x))ᵀ, in a branch's nodes without keywords.
+    2. Nothing else reads the product, and b is a parameter itself.
+    3. The result has rows: two axes or more.
+    4. y has the dtype of x, before a dropout of the branch's own.
+    """
     y, product = operands(node, aten.add.Tensor) or (None, None)
-    t, turned = operands(product, aten.matmul.default) or (None, None)
-    cast, perm = operands(turned, aten.permute.default) or (None, None)
+    t, transposed = operands(product, aten.matmul.default) or (None, None)
+    cast, perm = operands(transposed, aten.permute.default) or (None, None)
     scaled, x = operands(cast, aten.type_as.default) or (None, None)
     b, s = operands(scaled, aten.mul.Scalar) or (None, None)
-    if perm != [1, 0] or len(product.users) > 1 or not isinstance(b, fx.Node) or b.op != "get_attr":
-        return False
-    source, rank = (operands(x, aten.dropout.default) or [x])[0], len(shape_of(y) or ())
-    if rank < 2 or value(source) is None or value(y).dtype != value(source).dtype:
-        return False
-    emit, left, right = maker(node, node), y, t
+    if perm != [1, 0] or len(product.users) > 1:
+        return None
+    if not isinstance(b, fx.Node) or b.op != "get_attr":
+        return None
+    if len(shape_of(y) or ()) < 2:
+        return None
+    dropout = operands(x, aten.dropout.default)
+    source = dropout[0] if dropout else x
+    if value(source) is None or value(y).dtype != value(source).dtype:
+        return None
+    return _BranchEnd(node, y, t, b, float(s), x)
+
+
+def _fuse(end: _BranchEnd, into: bool) -> None:
+    """Let one op make the sum; in the memory of y where `into` says so and nothing else reads y."""
+    emit = maker(end.sum, end.sum)
+    y = end.y
     if into and len(y.users) == 1 and value(y).dtype == torch.float32:
-        new = emit(ending, (y, t, b, float(s)))
-        new.meta["val"] = value(y)
-        node.replace_all_uses_with(new)
-        return True
-    if rank > 2:
-        left, right = (emit(aten.flatten.using_ints, (v, 0, -2)) for v in (y, t))
-    b = emit(aten.type_as.default, (b, x))
-    turned = emit(aten.permute.default, (b, [1, 0]))
-    new = emit(aten.addmm.default, (left, right, turned), {"alpha": float(s)})
-    if rank > 2:
-        new = emit(aten.view_as.default, (new, y))
-    new.meta["val"] = value(y)
-    node.replace_all_uses_with(new)
-    return True
+        fused = emit(ending, (y, end.t, end.b, end.s))
+    else:
+        has_leading_axes = len(shape_of(y) or ()) > 2
+        rows_of_y = y
+        rows_of_t = end.t
+        if has_leading_axes:
+            rows_of_y = emit(aten.flatten.using_ints, (y, 0, -2))
+            rows_of_t = emit(aten.flatten.using_ints, (end.t, 0, -2))
+        b = emit(aten.type_as.default, (end.b, end.x))
+        transposed = emit(aten.permute.default, (b, [1, 0]))
+        fused = emit(aten.addmm.default, (rows_of_y, rows_of_t, transposed), {"alpha": end.s})
+        if has_leading_axes:
+            fused = emit(aten.view_as.default, (fused, y))
+    fused.meta["val"] = value(y)
+    end.sum.replace_all_uses_with(fused)
 
 
 def ending(y: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float) -> torch.Tensor:
     """Y + t·(s·b)ᵀ, in the memory of y [..., out] where nothing else traces the sum."""
     if traced() or type(y) is not torch.Tensor:
-        turned = b.type_as(y).t()
-        rows = torch.addmm(y.flatten(0, -2), t.flatten(0, -2).type_as(y), turned, alpha=s)
+        rows_of_y = y.flatten(0, -2)
+        rows_of_t = t.flatten(0, -2).type_as(y)
+        rows = torch.addmm(rows_of_y, rows_of_t, b.type_as(y).t(), alpha=s)
         return rows.view_as(y)
     result: torch.Tensor = _Ending.apply(y, t, b, s)  # type: ignore[no-untyped-call]
     return result
@@ -95,17 +140,18 @@ class _Ending(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(t, b)
         ctx.s = s
-        rows, turned = t.flatten(0, -2).type_as(y), b.type_as(y).t()
-        total = y.flatten(0, -2).addmm_(rows, turned, alpha=s)
+        rows_of_t = t.flatten(0, -2).type_as(y)
+        total = y.flatten(0, -2).addmm_(rows_of_t, b.type_as(y).t(), alpha=s)
         # no view of y: what a Function gives as a view may not be written to
         result: torch.Tensor = aten._unsafe_view.default(total, y.shape)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         t, b = ctx.saved_tensors
-        g, rows = grad.flatten(0, -2), t.flatten(0, -2).type_as(grad)
-        dt = torch.mm(g, b.type_as(g)).mul_(ctx.s)
+        rows_of_dy = dy.flatten(0, -2)
+        rows_of_t = t.flatten(0, -2).type_as(dy)
+        dt = torch.mm(rows_of_dy, b.type_as(rows_of_dy)).mul_(ctx.s)
         # MKL takes up to twice as long for gᵀ·t
-        db = torch.empty_like(b).copy_(torch.mm(rows.t(), g).t()).mul_(ctx.s)
-        return grad, dt.view_as(t).type_as(t), db, None
+        db = torch.empty_like(b).copy_(torch.mm(rows_of_t.t(), rows_of_dy).t()).mul_(ctx.s)
+        return dy, dt.view_as(t).type_as(t), db, None

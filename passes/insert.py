@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
 
 from lora_fx.adapter.factor_tensors import FactorTensor, Half, halves, slots_of
 from lora_fx.adapter.lowrank import LowRank, Updates
@@ -73,105 +72,139 @@ class Insert:
         required = self.missing == "error"
         uses = {key: update.use for key, update in self.updates.items()}
         targets, sites = reached(find(graph), uses, required=required, hint=hint)
-        done = graph.adapted()
-        here = [(site, keys) for site, keys in sites if site.id not in done]
-        adapted_operands = Counter(_op(site) for site, _ in here)
-        for site, keys in here:
-            pairs = [(targets[k], self.updates[k]) for k in keys]
+        adapted = graph.adapted()
+        bare = [(site, keys) for site, keys in sites if site.id not in adapted]
+        operand_counts = Counter(_op(site) for site, _ in bare)
+        for site, keys in bare:
+            pairs = [(targets[key], self.updates[key]) for key in keys]
             # One update of a site without an output form puts all of them into the weight form: the
             # two do not mix at one op. Updates of two operands of one op multiply each other, as
             # in (W + ΔW)(U + ΔU), which branches beside it do not.
-            product = adapted_operands[_op(site)] > 1
-            if product or not self._output_form(graph, site, pairs):
+            is_product_of_updates = operand_counts[_op(site)] > 1
+            if is_product_of_updates or not self._output_form(graph, site, pairs):
                 self._weight_form(graph, site, pairs)
-        return PassResult(graph, bool(here))
+        return PassResult(graph, bool(bare))
 
     def _output_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> bool:
         """Add the branches to the site's result.
 
         Returns False, before anything is emitted, where only the weight form exists.
         """
-        read = site_layout(site, pairs[0][0].parameter.shape)
-        if self.weight_form or not site.kind.has_branch or read is None:
+        if self.weight_form or not site.kind.has_branch:
             return False
-        ways = [_way(read, target, update) for target, update in pairs]
-        if "" in ways or not _picks_batches(site, read[1]):
+        read = site_layout(site, pairs[0][0].parameter.shape)
+        if read is None:
+            return False
+        directions = [_direction(read, target, update) for target, update in pairs]
+        if "" in directions or not _picks_batches(site, read[1]):
             return False
         if any(variant_of(update).reads_weight for _, update in pairs):
-            return self._stretched_form(graph, site, pairs, ways)
+            return self._stretched_form(graph, site, pairs, directions)
+
         e = graph.emit(site)
         total = graph.output(site)
-        for pair, way in zip(pairs, ways, strict=True):
-            total = e.op("add", total, self._branch(graph, e, site, pair, way))
+        for pair, direction in zip(pairs, directions, strict=True):
+            total = e.op("add", total, self._branch(graph, e, site, pair, direction))
         graph.replace_output(site, total)
         return True
 
     def _branch(
-        self, graph: Graph[V], e: Emitter[V], site: Site, pair: Pair, way: str, g: V | None = None
+        self,
+        graph: Graph[V],
+        e: Emitter[V],
+        site: Site,
+        pair: Pair,
+        direction: str,
+        g: V | None = None,
     ) -> V:
         """The branch s·b(a x) in the shape of the result.
 
-        `g` [*batch, out, 1] multiplies the rows of b.
+        Args:
+            graph: The graph of the site.
+            e: An emitter at the site.
+            site: The use of the target.
+            pair: The target and its update.
+            direction: See _direction.
+            g: [*batch, out, 1], multiplies the rows of b; of a variant that stretches W.
         """
         target, update = pair
         read = site_layout(site, target.parameter.shape)
         assert read is not None
-        layout = update.layout or target.layout
-        y: V | None = None
+        region, layout = read
+        layout_of_update = update.layout or target.layout
+        if direction == "flipped":
+            layout_of_update = layout_of_update.transposed()
+        start = layout.starts(relative(target.region, region))
+
+        # A lookup takes ids: there is nothing to drop, and no dtype to compute in.
+        is_lookup = site.kind.name == "embedding"
+        total: V | None = None
         for half in halves(target.key, update, split=self.role is Role.TRAIN):
-            # A lookup takes ids: there is nothing to drop, and no dtype to compute in.
             x = graph.kept_activation(site)
-            lookup = site.kind.name == "embedding"
-            if self.training and self.dropout and half.trained and not lookup:
+            if self.training and self.dropout and half.trained and not is_lookup:
                 x = e.op("dropout", x, p=self.dropout)
-            like = graph.output(site) if lookup else x
+            like = graph.output(site) if is_lookup else x
             a, b = factors(e, half, like, self.role, update.scale * site.gain)
             if g is not None:
                 b = e.op("mul", b, g)
-            read_as = layout
-            if way == "flipped":
-                a, b = (e.op("transpose", t, perm=swap_last(0)) for t in (b, a))
-                read_as = layout.transposed()
-            start = read[1].starts(relative(target.region, read[0]))
-            a, b = widen(e, read[1], read_as, start, a, b, half.rank)
+            if direction == "flipped":
+                b_transposed = e.op("transpose", b, perm=swap_last(0))
+                b = e.op("transpose", a, perm=swap_last(0))
+                a = b_transposed
+            a, b = widen(e, layout, layout_of_update, start, a, b, half.rank)
             if site.view.picked is not None:
                 ids = graph.picked(site, e)
-                a, b = e.op("gather", a, ids), e.op("gather", b, ids)
-            part = site.kind.branch(e, site, x, Factors(a, b, half.rank, read[1]))
-            y = part if y is None else e.op("add", y, part)
-        assert y is not None
-        return y
+                a = e.op("gather", a, ids)
+                b = e.op("gather", b, ids)
+            branch = site.kind.branch(e, site, x, Factors(a, b, half.rank, layout))
+            total = branch if total is None else e.op("add", total, branch)
+        assert total is not None
+        return total
 
     def _stretched_form(
-        self, graph: Graph[V], site: Site, pairs: Sequence[Pair], ways: Sequence[str]
+        self, graph: Graph[V], site: Site, pairs: Sequence[Pair], directions: Sequence[str]
     ) -> bool:
-        """W' = g·V beside the op, see above; False where the result has no such form."""
-        (target, update), *others = pairs
-        layout, stored = update.layout or target.layout, graph.weight(site)
-        whole = target.region == tuple((0, n) for n in target.parameter.shape)
-        if others or ways[0] != "straight" or not whole or layout.batch or site.gain != 1.0:
+        """W' = g·V beside the op, see above; False where the result has no such form.
+
+        It has it where one update that stretches changes all of the weight, as the site reads it,
+        where out is one axis of the result, and where no dropout parts the branch from the product.
+        """
+        if len(pairs) != 1 or directions[0] != "straight":
+            return False
+        target, update = pairs[0]
+        layout = update.layout or target.layout
+        is_whole = target.region == tuple((0, size) for size in target.parameter.shape)
+        if not is_whole or layout.batch or site.gain != 1.0:
             return False
         variant = variant_of(update)
         if not variant.stretches:
             return False
         shape = site.kind.along_out(site, layout.out_size)
+        if not shape or self.dropout:
+            return False
+        stored = graph.weight(site)
         e = graph.emit(site)
-        product = graph.product(site, e) if shape and not self.dropout else None
+        product = graph.product(site, e)
         if product is None:
             return False
+
         # The norm is no function of a and b for gradients (section 4.3 of the paper), as in PEFT.
-        v = e.op("add", stored, e.op("detach", _delta(e, target, update, stored, self.role)))
+        delta = e.op("detach", _delta(e, target, update, stored, self.role))
+        v = e.op("add", stored, delta)
         column = variant.stretch(e, layout, v, _beside(e, target, update, stored, self.role))
         y = graph.output(site)
         g = e.op("cast_like", column, y)
-        part = self._branch(graph, e, site, pairs[0], "straight", g)
-        less = e.op("add", e.op("reshape", g, shape=shape), -1.0)
-        graph.replace_output(site, e.op("add", y, e.op("add", e.op("mul", product, less), part)))
+        branch = self._branch(graph, e, site, pairs[0], "straight", g)
+        g_less_one = e.op("add", e.op("reshape", g, shape=shape), -1.0)
+        stretched = e.op("mul", product, g_less_one)
+        graph.replace_output(site, e.op("add", y, e.op("add", stretched, branch)))
         return True
 
     def _weight_form(self, graph: Graph[V], site: Site, pairs: Sequence[Pair]) -> None:
+        """Let the site read W with the updates in it."""
         e = graph.emit(site, before=True)
-        stored = w = graph.weight(site)
+        stored = graph.weight(site)
+        w = stored
         for target, update in pairs:
             w = changed(e, target, update, stored, w, self.role)
         graph.rebase(site, w)
@@ -185,19 +218,28 @@ def _op(site: Site) -> str:
 def _picks_batches(site: Site, layout: Layout) -> bool:
     """True where data picks nothing, or whole [out, in] of a stack, which a and b have as well."""
     axis = site.view.picked
-    one = (axis,) == site.kind.axes(site.operand).batch and len(layout.batch) == 1
-    return axis is None or (one and site.kind.name == "linear")  # an einsum's form has sizes in it
+    if axis is None:
+        return True
+    if site.kind.name != "linear":  # an einsum's form has sizes in it
+        return False
+    return (axis,) == site.kind.axes(site.operand).batch and len(layout.batch) == 1
 
 
-def _way(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
-    """Straight or flipped where the output form can serve a use, else an empty text."""
+def _direction(read: tuple[Region, Layout], target: Target, update: LowRank) -> str:
+    """Straight or flipped where the output form can serve a use, else an empty text.
+
+    Flipped is a use that reads the tensor the other way round: it takes a = bᵀ, b = aᵀ.
+    """
+    region, layout_of_use = read
     layout = update.layout or target.layout
-    if not contains(read[0], target.region):
+    if not contains(region, target.region):
         return ""
-    seen = read[1].narrow(relative(target.region, read[0]))
-    if seen == layout:
+    narrowed = layout_of_use.narrow(relative(target.region, region))
+    if narrowed == layout:
         return "straight"
-    return "flipped" if not layout.batch_shape and seen == layout.transposed() else ""
+    if not layout.batch_shape and narrowed == layout.transposed():
+        return "flipped"
+    return ""
 
 
 def reached(
@@ -220,8 +262,8 @@ def reached(
     for key, use in uses.items():
         target = found.get(key)
         if target is None:
-            parts = any(t.parameter.name == base_name(key) for t in found.targets)
-            if required or (hint and parts):
+            names = (other.parameter.name for other in found.targets)
+            if required or (hint and base_name(key) in names):
                 raise LoraFxError(
                     f"{key!r} is no target of this graph: it reads other parts of the tensor", hint
                 )
@@ -229,7 +271,8 @@ def reached(
         targets[key] = target
         for site in target.sites:
             if applies(use, site):
-                sites.setdefault(site.id, (site, []))[1].append(key)
+                _, keys = sites.setdefault(site.id, (site, []))
+                keys.append(key)
     return targets, list(sites.values())
 
 
@@ -248,36 +291,38 @@ def changed(e: Emitter[V], target: Target, update: LowRank, stored: V, w: V, rol
     change = _delta(e, target, update, stored, role)
     if variant.reads_weight:
         layout = update.layout or target.layout
-        read = _beside(e, target, update, stored, role)
-        change = variant.change(e, layout, _part(e, stored, target), change, read)
+        beside = _beside(e, target, update, stored, role)
+        change = variant.change(e, layout, _part(e, stored, target), change, beside)
     return e.op("add", w, kinds.pad_region(e, change, target.region, target.parameter.shape))
 
 
 def _delta(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> V:
     """The change s·b·a in the stored shape of the target's region, in the dtype of `stored`."""
     layout = update.layout or target.layout
-    changes = (
-        kinds.delta(e, layout, *factors(e, half, stored, role), update.scale)
-        for half in halves(target.key, update, split=role is Role.TRAIN)
-    )
-    return reduce(partial(e.op, "add"), changes)
+    total: V | None = None
+    for half in halves(target.key, update, split=role is Role.TRAIN):
+        a, b = factors(e, half, stored, role)
+        change = kinds.delta(e, layout, a, b, update.scale)
+        total = change if total is None else e.op("add", total, change)
+    assert total is not None
+    return total
 
 
 def _beside(e: Emitter[V], target: Target, update: LowRank, stored: V, role: Role) -> Read[V]:
     """Gives the tensors that only a change of W reads, in the dtype of `stored`."""
     fields = variant_of(update).beside(update)
-    values = {
-        slot.field: e.op("cast_like", _stored(e, slot, role), stored)
-        for slot in slots_of(target.key, update)
-        if slot.field in fields
-    }
+    values: dict[str, V] = {}
+    for slot in slots_of(target.key, update):
+        if slot.field in fields:
+            values[slot.field] = e.op("cast_like", _stored(e, slot, role), stored)
     return values.__getitem__
 
 
 def _part(e: Emitter[V], stored: V, target: Target) -> V:
     """The region of a target; the tensor itself where that is all of it."""
-    for axis, ((lo, hi), n) in enumerate(zip(target.region, target.parameter.shape, strict=True)):
-        if (lo, hi) != (0, n):
+    bounds = zip(target.region, target.parameter.shape, strict=True)
+    for axis, ((lo, hi), size) in enumerate(bounds):
+        if (lo, hi) != (0, size):
             stored = e.op("slice", stored, axis=axis, start=lo, stop=hi)
     return stored
 
@@ -300,5 +345,6 @@ def factors(
 
 def _stored(e: Emitter[V], slot: FactorTensor, role: Role) -> V:
     """A tensor of an update, as a parameter of the graph."""
-    own = Role.FROZEN if role is Role.TRAIN and not slot.trained else role
-    return e.parameter(slot.name, slot.value, own)
+    if role is Role.TRAIN and not slot.trained:
+        role = Role.FROZEN
+    return e.parameter(slot.name, slot.value, role)

@@ -42,24 +42,40 @@ class Quantise:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph and its tree; what is stored as codes already is left alone."""
-        held, found = forms(graph.root), find(graph)
-        new = {name: kind for name, kind in self.kinds.items() if name not in held}
-        for name, kind in new.items():
-            target = next(t for t in (*found.targets, *found.optional) if t.parameter.name == name)
-            turned = turned_rows(found, name)
-            if turned is None:
-                raise LoraFxError(
-                    f"{name}: its layout {list(target.layout.stored)} has no rows to quantise",
-                    "leave it in float",
-                )
-            weight = graph.read(name)
-            if not np.isfinite(np.asarray(weight, np.float32)).all():
-                raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
-            q = quantise(_rows(weight, turned, len(target.layout.batch)), kind)
-            dtype = getattr(torch, target.parameter.dtype)
-            put_codes(graph.root, name, q, dtype, weight.shape, turned)
-        read = graph.read_codes()
-        return PassResult(graph, bool(new) or read)
+        stored = forms(graph.root)
+        found = find(graph)
+        unstored = {name: kind for name, kind in self.kinds.items() if name not in stored}
+        for name, kind in unstored.items():
+            _store(graph, found, name, kind)
+        reads_other_codes = graph.read_codes()
+        return PassResult(graph, bool(unstored) or reads_other_codes)
+
+
+def _store(graph: FxGraph, found: Found, name: str, kind: str) -> None:
+    """Store one parameter as codes, in the graph's tree.
+
+    Raises:
+        LoraFxError: It has no rows, or numbers that are not finite.
+    """
+    target = _targets_of(found, name)[0]
+    are_columns = turned_rows(found, name)
+    if are_columns is None:
+        raise LoraFxError(
+            f"{name}: its layout {list(target.layout.stored)} has no rows to quantise",
+            "leave it in float",
+        )
+    weight = graph.read(name)
+    if not np.isfinite(np.asarray(weight, np.float32)).all():
+        raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
+    rows = _rows(weight, are_columns, len(target.layout.batch))
+    dtype = getattr(torch, target.parameter.dtype)
+    put_codes(graph.root, name, quantise(rows, kind), dtype, weight.shape, are_columns)
+
+
+def _targets_of(found: Found, name: str) -> list[Target]:
+    """The targets of a parameter, those out of the default plan too."""
+    targets = (*found.targets, *found.optional)
+    return [target for target in targets if target.parameter.name == name]
 
 
 def turned_rows(found: Found, name: str) -> bool | None:
@@ -67,23 +83,33 @@ def turned_rows(found: Found, name: str) -> bool | None:
 
     A linear layer's [out, in] has them, GPT-2's [in, out] turned, the kernels of a group none.
     """
-    told = [t for t in (*found.targets, *found.optional) if t.parameter.name == name]
-    ways = {_turned(t) for t in told if t.op != "embedding"} or {False}
-    return ways.pop() if len(ways) == 1 else None
+    answers = {_turned(t) for t in _targets_of(found, name) if t.op != "embedding"}
+    if not answers:
+        return False
+    if len(answers) > 1:
+        return None
+    return answers.pop()
 
 
 def _turned(target: Target) -> bool | None:
+    """Whether the rows of one target are its columns; see turned_rows."""
     layout = target.layout
-    lead, count = len(layout.batch), len(layout.stored)
-    if len(layout.shape) != count or layout.batch != tuple(range(lead)):
+    n_batch = len(layout.batch)
+    n_axes = len(layout.stored)
+    if len(layout.shape) != n_axes or layout.batch != tuple(range(n_batch)):
         return None
-    out_first = layout.out == (lead,) and layout.in_ == tuple(range(lead + 1, count))
-    in_first = (layout.in_, layout.out) == ((count - 2,), (count - 1,)) and lead == count - 2
-    return None if not (out_first or in_first) else not out_first
+    first = n_batch
+    following = tuple(range(n_batch + 1, n_axes))
+    if layout.out == (first,) and layout.in_ == following:
+        return False
+    if n_axes == n_batch + 2 and layout.in_ == (first,) and layout.out == following:
+        return True
+    return None
 
 
-def _rows(weight: Array, turned: bool, lead: int) -> Array:
+def _rows(weight: Array, turned: bool, n_batch: int) -> Array:
     """All that is multiplied with one x as a row."""
     if turned:
-        return np.ascontiguousarray(np.swapaxes(weight, -1, -2)).reshape(-1, weight.shape[-2])
-    return weight.reshape(math.prod(weight.shape[: lead + 1]), -1)
+        transposed = np.ascontiguousarray(np.swapaxes(weight, -1, -2))
+        return transposed.reshape(-1, weight.shape[-2])
+    return weight.reshape(math.prod(weight.shape[: n_batch + 1]), -1)

@@ -44,34 +44,50 @@ class Share:
 
     def __call__(self, graph: FxGraph) -> PassResult[fx.Node]:
         """Edit the graph; a second run finds one product for each value."""
-        groups: dict[tuple[fx.Node, str], list[list[Projection]]] = {}
-        writes = Writes(graph.graph)
-        for p in projections(graph.graph):
-            held = groups.setdefault((p.x, block_of(p.node, self.blocks)), [])
-            if not held or writes.between(p.x, held[-1][0].node, p.node):
-                held.append([])  # the value is another one from here on
-            held[-1].append(p)
-        several = [g for held in groups.values() for g in held if len(g) > 1]
-        for group in several:
+        groups = _groups(graph, self.blocks)
+        for group in groups:
             _join(graph, group, self.free)
-        if several:
+        if groups:
             graph.graph.eliminate_dead_code()
-        return PassResult(graph, bool(several))
+        return PassResult(graph, bool(groups))
+
+
+def _groups(graph: FxGraph, blocks: Sequence[str]) -> list[list[Projection]]:
+    """Products of one value in one block, two or more, with no write to the value in between."""
+    writes = Writes(graph.graph)
+    groups: dict[tuple[fx.Node, str], list[list[Projection]]] = {}
+    for projection in projections(graph.graph):
+        x_and_block = (projection.x, block_of(projection.node, blocks))
+        groups_of_x = groups.setdefault(x_and_block, [[]])
+        group = groups_of_x[-1]
+        if group and writes.between(projection.x, group[0].node, projection.node):
+            group = []  # the value is another one from here on
+            groups_of_x.append(group)
+        group.append(projection)
+
+    joined: list[list[Projection]] = []
+    for groups_of_x in groups.values():
+        joined += [group for group in groups_of_x if len(group) > 1]
+    return joined
 
 
 def _join(graph: FxGraph, group: Sequence[Projection], free: bool) -> None:
-    first = group[0]
-    emit = maker(first.node, first.node)
-    factors = [a for p in group for a in p.factors]
-    held = [emit(str(f.target)) for f in factors]
-    ranks: list[int] | list[fx.Node]
-    ranks = [sum(len(parameter_of(graph.root, str(a.target))) for a in p.factors) for p in group]
-    if free and len(held) == len(group):
-        ranks = [emit(aten.sym_size.int, (a, 0)) for a in held]
-    a = emit(aten.cat.default, (held,))
-    cast = emit(aten.type_as.default, (a, first.x))
-    turned = emit(aten.permute.default, (cast, [1, 0]))
-    t = emit(aten.matmul.default, (first.x, turned))
-    parts = emit(aten.split_with_sizes.default, (t, ranks, -1))
-    for i, p in enumerate(group):
-        p.node.replace_all_uses_with(emit(getitem, (parts, i)))
+    """Let one product with all a's below each other, and a split, take the place of a group's."""
+    x = group[0].x
+    emit = maker(group[0].node, group[0].node)
+    factors: list[fx.Node] = []
+    ranks: list[int | fx.Node] = []
+    for projection in group:
+        names = [str(factor.target) for factor in projection.factors]
+        factors += [emit(name) for name in names]
+        ranks.append(sum(len(parameter_of(graph.root, name)) for name in names))
+    if free and len(factors) == len(group):
+        ranks = [emit(aten.sym_size.int, (factor, 0)) for factor in factors]
+
+    a = emit(aten.cat.default, (factors,))
+    cast = emit(aten.type_as.default, (a, x))
+    transposed = emit(aten.permute.default, (cast, [1, 0]))
+    t = emit(aten.matmul.default, (x, transposed))
+    pieces = emit(aten.split_with_sizes.default, (t, ranks, -1))
+    for i, projection in enumerate(group):
+        projection.node.replace_all_uses_with(emit(getitem, (pieces, i)))

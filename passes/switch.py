@@ -23,7 +23,7 @@ import numpy as np
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.einsum import Einsum
-from lora_fx.ir.graph import Role
+from lora_fx.ir.graph import Role, Site
 from lora_fx.ir.kinds import Embedding
 from lora_fx.onnx.accumulate import accumulate
 from lora_fx.onnx.graph.graph import OnnxGraph
@@ -73,8 +73,38 @@ class Switch:
         model = graph.model
         if PROPERTY in model.metadata_props:
             return PassResult(graph, False)
+        targets = self._targets(graph)
+        role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
+        in_output_form = [target for target in targets if not self._has_weight_form(target)]
+        in_weight_form = [target for target in targets if self._has_weight_form(target)]
+        Insert(_zeros(in_output_form), role=role)(graph)
+        Insert(_zeros(in_weight_form), role=role, weight_form=True)(graph)
+        for target in self.stored:
+            self._store(graph, target, role)
+
+        slots = {}
+        keys = [*self.keys, *(target.key for target in self.stored)]
+        for i, (key, target) in enumerate(zip(keys, [*targets, *self.stored], strict=True)):
+            rank_symbol = "" if self.rank else f"rank_{i}"
+            slots[key] = put_factors(graph, target, self._default_rank(target), rank_symbol)
+        if not self.rank:
+            accumulate(graph, slots.values())
+        model.ir_version = max(model.ir_version, OLDEST_IR)
+        manifest = Manifest(slots, "load" if self.rank else "switch")
+        model.metadata_props[PROPERTY] = manifest.to_text()
+        self.made.append(manifest)
+        graph.changed()
+        graph.lint()
+        return PassResult(graph, True)
+
+    def _targets(self, graph: OnnxGraph) -> list[Target]:
+        """The targets of `keys`, with the layout that adapters have.
+
+        Raises:
+            LoraFxError: A key is no target, there is none at all, or mode load cannot fold one.
+        """
         found = find(graph)
-        targets = []
+        targets: list[Target] = []
         for key in self.keys:
             target = found.get(key)
             if target is None:
@@ -86,51 +116,51 @@ class Switch:
             targets.append(target)
         if not targets and not self.stored:
             raise LoraFxError("no target to switch", "lora-fx targets MODEL lists them")
-        role = Role.FROZEN if self.rank else Role.OPTIONAL_INPUT
-        for whole in (False, True):
-            some = {t.key: _zero(t) for t in targets if self._weight_form(t) is whole}
-            Insert(some, role=role, weight_form=whole)(graph)
-        for t in self.stored:
-            self._store(graph, t, role)
-        slots = {}
-        keys = [*self.keys, *(t.key for t in self.stored)]
-        for i, (key, t) in enumerate(zip(keys, [*targets, *self.stored], strict=True)):
-            # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
-            left = any(getattr(s.kind, "form", "") == "left" for s in t.sites)
-            direct = self._direct(t) and not left and t not in self.stored
-            rank = self.rank or (0 if direct else 1)
-            slots[key] = put_factors(graph, t, rank, "" if self.rank else f"rank_{i}")
-        if not self.rank:
-            accumulate(graph, slots.values())
-        model.ir_version = max(model.ir_version, OLDEST_IR)
-        manifest = Manifest(slots, "load" if self.rank else "switch")
-        model.metadata_props[PROPERTY] = manifest.to_text()
-        self.made.append(manifest)
-        graph.changed()
-        graph.lint()
-        return PassResult(graph, True)
+        return targets
 
     def _store(self, graph: OnnxGraph, target: Target, role: Role) -> None:
         """Let all that reads a stored tensor read W + s·b·a."""
         value = graph.model.graph.initializers[target.key]
         uses = list(value.uses())
-        w = changed(graph.emit_first(target.key), target, _zero(target), value, value, role)
+        e = graph.emit_first(target.key)
+        w = changed(e, target, _zero(target), value, value, role)
         for user, i in uses:
             user.replace_input_with(i, w)
 
-    def _weight_form(self, target: Target) -> bool:
+    def _has_weight_form(self, target: Target) -> bool:
         """True where the uses read W + s·b·a; a quantised weight has no place for the sum."""
-        return not (self._direct(target) or target.no_fold)
+        return not (self._is_direct(target) or target.no_fold)
 
-    def _direct(self, target: Target) -> bool:
+    def _is_direct(self, target: Target) -> bool:
         """True where every use has a branch that never needs the rank as a number."""
-        return not self.rank and all(
-            isinstance(s.kind, Embedding) or (isinstance(s.kind, Einsum) and bool(s.kind.form))
-            for s in target.sites
-        )
+        return not self.rank and all(_has_free_rank(site) for site in target.sites)
+
+    def _default_rank(self, target: Target) -> int:
+        """The rank of the defaults: of no effect, and one that every use can compute with."""
+        if self.rank:
+            return self.rank
+        if target in self.stored or not self._is_direct(target):
+            return 1
+        # [out, 0] @ [N, 0, n] is left as the memory was, by ONNX Runtime 1.31 on the CPU
+        if any(getattr(site.kind, "form", "") == "left" for site in target.sites):
+            return 1
+        return 0
+
+
+def _has_free_rank(site: Site) -> bool:
+    """True where the branch of a use takes any rank that comes at run time."""
+    if isinstance(site.kind, Embedding):
+        return True
+    return isinstance(site.kind, Einsum) and bool(site.kind.form)
+
+
+def _zeros(targets: Sequence[Target]) -> dict[str, LowRank]:
+    return {target.key: _zero(target) for target in targets}
 
 
 def _zero(target: Target) -> LowRank:
     """An update of one rank of zeros and scale 1."""
-    a, b = (np.zeros(shape, np.float32) for shape in target.layout.factor_shapes(1))
+    shape_of_a, shape_of_b = target.layout.factor_shapes(1)
+    a = np.zeros(shape_of_a, np.float32)
+    b = np.zeros(shape_of_b, np.float32)
     return LowRank(a, b, 1.0, target.layout)

@@ -3,7 +3,7 @@
 The parameter keeps its name and holds the codes in bytes; buffers beside it, NAME_scale and
 NAME_zero, hold a number a block, and NAME_order the places of columns that lie by their blocks.
 Graphs read all of them by one op, `lora_fx::dequantise`; its result is never kept for backward: see
-lora_fx.passes.recompute.
+lora_fx.passes.reread.
 
 ========== ==================================== =================================================
 format     codes                                scale and zero

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXTREMES = (np.iinfo(np.int64).min, np.iinfo(np.int64).max)
 ROWS = 5
-"""Of a batch that is made here."""
+"""Rows of the batch that the guards alone run on."""
 
 
 def prove_ids(
@@ -48,26 +48,33 @@ def prove_ids(
     Raises:
         MistakeError: Such a row has numbers, or another row has not its own.
     """
-    outputs = {str(y.name): y for y in model.graph.outputs if not y.is_graph_input()}
-    whole = outputs_without_nan(model)
-    for name, y in outputs.items():
-        if name not in whole and not is_guarded(y):
+    outputs = {
+        str(output.name): output for output in model.graph.outputs if not output.is_graph_input()
+    }
+    without_nan = outputs_without_nan(model)
+    for name, output in outputs.items():
+        if name not in without_nan and not is_guarded(output):
             raise MistakeError(f"no row of {name!r} becomes NaN where its {IDS} is out of range")
-    for ids, outside in _wrong(rows, count):
+
+    tensors = {name: output for name, output in outputs.items() if is_tensor(output)}
+    for ids, outside in _wrong_ids(rows, count):
         try:
-            found = session.outputs({**feeds, IDS: ids})
+            ours = session.outputs({**feeds, IDS: ids})
         except Exception:  # the runtime's errors have no common base; any of them is loud
             continue
         expected = session.run({**feeds, IDS: np.where(outside, 0, ids)})
-        for name, y in ((n, y) for n, y in outputs.items() if is_tensor(y)):
-            # the part of a cache that the caller brings goes out as it came
-            brought = np.equal(found[name], expected[name]) if brings_input(y) else False
-            _check(name, found[name], expected[name], outside & (name not in whole), brought)
-    if len(whole) < len(outputs):
+        for name, output in tensors.items():
+            brought: Array | bool = False
+            if brings_input(output):
+                # the part of a cache that the caller brings goes out as it came
+                brought = np.equal(ours[name], expected[name])
+            nan_rows = outside & (name not in without_nan)
+            _check(name, ours[name], expected[name], nan_rows, brought)
+    if len(without_nan) < len(outputs):
         _prove_guards(guards_alone(model), count)
 
 
-def _wrong(rows: int, count: int) -> Iterator[tuple[Array, Array]]:
+def _wrong_ids(rows: int, count: int) -> Iterator[tuple[Array, Array]]:
     """Ids of which every second one is out of range, and which ones these are."""
     for wrong in ((-1, count), EXTREMES):
         ids = np.arange(rows, dtype=np.int64) % count
@@ -81,32 +88,46 @@ def _prove_guards(guards: ir.Model, count: int) -> None:
         path = Path(folder) / "guards.onnx"
         save(guards, path)
         session = open_session(path, "cpu")
+
     rng = np.random.default_rng(0)
-    values = {}
-    for x in guards.graph.inputs:
-        sizes = (ROWS, *(n if isinstance(n, int) else 2 for n in tuple(x.shape or (0, 2))[1:]))
-        values[str(x.name)] = rng.standard_normal(sizes).astype(numpy_dtype(dtype_name(x)))
-    for ids, outside in _wrong(ROWS, count):
-        found = session.outputs({**values, IDS: ids})
-        for y in guards.graph.outputs:
-            guard = y.producer()
+    values: dict[str, Array] = {}
+    for value in guards.graph.inputs:
+        shape = tuple(value.shape or (0, 2))
+        sizes = [n if isinstance(n, int) else 2 for n in shape[1:]]
+        drawn = rng.standard_normal((ROWS, *sizes))
+        values[str(value.name)] = drawn.astype(numpy_dtype(dtype_name(value)))
+
+    for ids, outside in _wrong_ids(ROWS, count):
+        ours = session.outputs({**values, IDS: ids})
+        for output in guards.graph.outputs:
+            guard = output.producer()
             assert guard is not None and guard.inputs[2] is not None
             expected = values[str(guard.inputs[2].name)]
-            _check(str(y.name), found[str(y.name)], expected, outside, False)
+            _check(str(output.name), ours[str(output.name)], expected, outside, False)
 
 
-def _check(name: str, found: Array, expected: Array, outside: Array, brought: Array | bool) -> None:
-    """Raise for a row out of range that is not NaN, and for another that changed."""
-    nan = np.isnan(found) if outside.any() else np.zeros(found.shape, bool)
-    if outside.any() and not ((nan | brought)[outside].all() and nan[outside].any()):
-        raise MistakeError(f"rows whose {IDS} are out of range have numbers in {name!r}")
-    if not _alike(found[~outside], expected[~outside]):
+def _check(name: str, ours: Array, expected: Array, outside: Array, brought: Array | bool) -> None:
+    """Raise for a row out of range that is not NaN, and for another that changed.
+
+    Args:
+        name: The name of the output.
+        ours: Its numbers.
+        expected: Those of a run whose ids are all in range.
+        outside: The rows that have to be NaN.
+        brought: Numbers that may be as they are: the caller brought them.
+    """
+    if outside.any():
+        nan = np.isnan(ours)
+        all_nan_or_brought = (nan | brought)[outside].all()
+        if not (all_nan_or_brought and nan[outside].any()):
+            raise MistakeError(f"rows whose {IDS} are out of range have numbers in {name!r}")
+    if not _are_alike(ours[~outside], expected[~outside]):
         raise MistakeError(f"{IDS} out of range change the numbers of other rows in {name!r}")
 
 
-def _alike(found: Array, expected: Array) -> bool:
+def _are_alike(ours: Array, expected: Array) -> bool:
     """Equal, or apart by what another run of a GPU may round."""
-    if np.array_equal(found, expected, equal_nan=found.dtype.kind == "f"):
+    if np.array_equal(ours, expected, equal_nan=ours.dtype.kind == "f"):
         return True
     gates = {name: gate.first for name, gate in gates_of({"": expected}).items()}
-    return compare({"": found}, {"": expected}, {}, gates).ok
+    return compare({"": ours}, {"": expected}, {}, gates).ok

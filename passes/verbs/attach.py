@@ -38,7 +38,8 @@ from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.untie import lone_names, untie
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.find import find as find_graph
-from lora_fx.passes.proofs import effect as proofs
+from lora_fx.passes.proofs import attached
+from lora_fx.passes.proofs.live_model import eval_mode
 from lora_fx.passes.verbs.attach_forms import GraphPlanner
 from lora_fx.passes.verbs.build import Start, found_in, start_of
 from lora_fx.passes.verbs.open import captured_again, captured_of, user_module
@@ -282,22 +283,22 @@ def _prove(
     Raises:
         LoraFxError: The live model differs from its graph; no gradient reaches a target.
     """
-    random_updates = {key: proofs.random_values(key, update) for key, update in updates.items()}
+    random_updates = {key: attached.random_values(key, update) for key, update in updates.items()}
     state.install(random_updates)
     if not updates:
         return updates
 
-    reference: proofs.InGraph | proofs.Explicit
+    reference: attached.InGraph | attached.Explicit
     if cap is None or _is_proven_alone(cap, updates):
-        reference = proofs.Explicit(state, call.signature, call.named)
+        reference = attached.Explicit(state, call.signature, call.named)
     else:
         adapter = Adapter(random_updates, learning(random_updates))
-        reference = proofs.InGraph(state, cap, adapter)
-    proofs.prove_live(state, reference, random_updates)
+        reference = attached.InGraph(state, cap, adapter)
+    attached.prove_live(state, reference, random_updates)
     if options.dead == "allow":
         return updates
 
-    idle = proofs.prove_trained(state, cap, call.signature, call.named, options.dead)
+    idle = attached.prove_trained(state, cap, call.signature, call.named, options.dead)
     if not idle:
         return updates
     state.say(*start.without(idle).notes[len(start.notes) :])
@@ -359,7 +360,7 @@ def _partial(
         CaptureError: The model does not run on these inputs, or no graph shows a weight.
     """
     layers = keep_trainable(model)
-    with proofs.eval_mode(model):
+    with eval_mode(model):
         try:
             graphs = partial_graphs(model, call)
         except Exception as e:

@@ -33,8 +33,9 @@ from lora_fx.passes.fold import exact
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.proofs.recorded import prove_drawn
-from lora_fx.passes.recompute import Recompute, RecomputeWeights
+from lora_fx.passes.proofs.recorded_run import prove_drawn
+from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.reread import RecomputeWeights
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.calibrate import calibrate
 from lora_fx.passes.verbs.options import InsertOptions

@@ -22,7 +22,9 @@ from lora_fx.onnx.row_guards import outputs_without_nan
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.tensor_copies import join_copies
 from lora_fx.passes.batch import Batch, StoredWeight
-from lora_fx.passes.proofs.reference import FileRerun, Reference, prove_rows
+from lora_fx.passes.proofs.batch_rows import prove_rows
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.reference import Reference
 from lora_fx.passes.proofs.row_ids import prove_ids
 from lora_fx.passes.verbs.export_files import refuse_unexchangeable, report_of, save_within
 from lora_fx.passes.verbs.export_options import ExportOptions

@@ -34,15 +34,9 @@ from lora_fx.onnx.precision import GATES, narrow
 from lora_fx.onnx.session import RuntimeSession, open_session
 from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.fold import Folded, said_of_zeros
-from lora_fx.passes.proofs.parity import (
-    feeds_of,
-    guards,
-    prove,
-    rows_of,
-    torch_rerun,
-    torch_run,
-)
-from lora_fx.passes.proofs.reference import FileRerun
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_rerun, torch_run
+from lora_fx.passes.proofs.proof_inputs import feeds_of
 from lora_fx.passes.verbs import export_files as files
 from lora_fx.passes.verbs.adapt import find, fold, insert
 from lora_fx.passes.verbs.export_optimised import optimised

@@ -28,7 +28,8 @@ from lora_fx.onnx.validity import blaming
 from lora_fx.passes.batch import StoredWeight
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.reference import prove_merge, reference_of
+from lora_fx.passes.proofs.merged_tensors import prove_merge
+from lora_fx.passes.proofs.onnx_reference import reference_of
 from lora_fx.passes.verbs.export_batch import write_batch
 from lora_fx.passes.verbs.export_files import adapters_of
 from lora_fx.passes.verbs.export_optimised import optimise_file

@@ -25,9 +25,7 @@ from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.precision import at_level
 from lora_fx.passes.batch import StoredWeight
-from lora_fx.passes.proofs.parity import (
-    TorchReference,
-)
+from lora_fx.passes.proofs.torch_reference import TorchReference
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.export_batch import write_batch
 from lora_fx.passes.verbs.export_files import adapters_of

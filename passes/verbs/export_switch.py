@@ -27,7 +27,8 @@ from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import write_adapter
 from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.reference import FileRerun, Reference, Run
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.reference import Reference, Run
 from lora_fx.passes.switch import Switch
 from lora_fx.passes.verbs.export_files import (
     adapter_paths,

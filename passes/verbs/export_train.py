@@ -50,7 +50,9 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.update_row import row_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
-from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step
+from lora_fx.passes.proofs.proof_inputs import arrays_of
+from lora_fx.passes.proofs.torch_reference import TorchReference
+from lora_fx.passes.proofs.train_step import prove_step
 from lora_fx.passes.share import Share
 from lora_fx.passes.verbs.adapt import find, insert
 from lora_fx.passes.verbs.drawn_labels import DrawnLabels

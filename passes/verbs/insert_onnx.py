@@ -37,7 +37,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.reference import FileRerun, OnnxReference, reference_of
+from lora_fx.passes.proofs.onnx_reference import FileRerun, OnnxReference, reference_of
 from lora_fx.passes.verbs.options import (
     BranchOptions,
 )

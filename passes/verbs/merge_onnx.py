@@ -33,7 +33,8 @@ from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.fold import Fold, said_of_zeros
-from lora_fx.passes.proofs.reference import FileRerun, prove_merge, reference_of
+from lora_fx.passes.proofs.merged_tensors import prove_merge
+from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 from lora_fx.passes.verbs.merge_onnx_plan import OnnxMergeOptions, OnnxMergePlan, plan_onnx
 from lora_fx.text import Json, StrPath, counted, table
 

@@ -31,8 +31,8 @@ from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
-from lora_fx.passes.proofs.parity import is_real
-from lora_fx.passes.proofs.recorded import prove_as_it_is
+from lora_fx.passes.proofs.proof_inputs import is_real
+from lora_fx.passes.proofs.recorded_run import prove_as_it_is
 from lora_fx.passes.verbs.open import load_program
 
 

@@ -26,7 +26,7 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
     """
     from lora_fx.onnx.load import load
     from lora_fx.onnx.session import open_session
-    from lora_fx.passes.proofs.reference import FileRerun, reference_of
+    from lora_fx.passes.proofs.onnx_reference import FileRerun, reference_of
 
     load(a)  # which names what is wrong with a file better than the runtime does
     with_branches = options.adapter is not None

@@ -23,7 +23,7 @@ from lora_fx.adapter.lowrank import LowRank, draw
 from lora_fx.compare import rel
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from tests.zoo import checks
 
 TOL = 1e-5

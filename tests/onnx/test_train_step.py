@@ -27,7 +27,7 @@ from lora_fx.fx.train.gradient_ops import average_backward
 from lora_fx.fx.train.objective import scores_of
 from lora_fx.fx.train.seeded_dropout import attention_with_dropout, dropped
 from lora_fx.onnx import Session, TrainSession
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from tests.providers import PROVIDERS
 from tests.zoo.models import ZOO
 

@@ -21,7 +21,8 @@ from lora_fx.passes.fold import Fold
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.quantise import Quantise
-from lora_fx.passes.recompute import Recompute, RecomputeWeights
+from lora_fx.passes.recompute import Recompute
+from lora_fx.passes.reread import RecomputeWeights
 from lora_fx.passes.share import Share
 from tests.passes.test_rows import captured
 from tests.passes.test_variants import started

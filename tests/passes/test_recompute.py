@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx.fx import gelu_tanh as gelu_tanh_module
+from lora_fx.fx.gelu_tanh import gelu_tanh
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.passes import recompute
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.recompute import Recompute, gelu_tanh
+from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.verbs.open import capture
 from tests.fx.train.saved_bytes import saved_bytes
 from tests.passes.test_golden import text, updates
@@ -149,7 +151,7 @@ def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol: float
 
 @pytest.mark.parametrize("make", [Net, Gate, Tanh, Residual, Both, Relu], ids=lambda m: m.__name__)
 def test_gradients(make: Callable[[], Net], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recompute, "PIECE", 100)  # several, the last of them shorter
+    monkeypatch.setattr(gelu_tanh_module, "PIECE", 100)  # several, the last of them shorter
     x = torch.randn(3, 7, 6)
     fast, plain = pair(make, x, also_train="norm" if make in (Net, Residual) else None)
     want = gradients(plain, x)

@@ -22,7 +22,8 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Choice, Gate, Outputs, nearest_choice, tied
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, NoEffectError
-from lora_fx.passes.proofs.reference import Choices, Run, Shown, compared
+from lora_fx.passes.proofs.reference import Choices, Run, Shown
+from lora_fx.passes.proofs.run_comparison import compared
 from lora_fx.passes.verbs import export_merged
 from tests.trust.test_rounding import CHOICES, Scores, Unseen, adapted, other_first
 

@@ -34,9 +34,10 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.fx.attach.attachment import Attachment
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.onnx.graph.graph import OnnxGraph
-from lora_fx.passes.proofs.effect import InGraph
+from lora_fx.passes.proofs.attached import InGraph
+from lora_fx.passes.proofs.onnx_reference import reference_of
 from lora_fx.passes.proofs.parity import prove
-from lora_fx.passes.proofs.reference import reference_of, spread
+from lora_fx.passes.proofs.run_comparison import spread
 from lora_fx.passes.verbs import export_merged
 
 ROWS = 40

@@ -23,7 +23,8 @@ from lora_fx.adapter.lowrank import draw
 from lora_fx.compare import FOLD_TOL, ORT_TOL, Parity, Report, rel
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.inputs import SIZES
-from lora_fx.passes.proofs.parity import arrays_of, prove, torch_run
+from lora_fx.passes.proofs.parity import prove, torch_run
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from lora_fx.targets.found import Found
 from lora_fx.targets.keys import base_name
 

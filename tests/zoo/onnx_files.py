@@ -23,7 +23,7 @@ from lora_fx.onnx.session import open_session
 from lora_fx.passes.find import find
 from lora_fx.passes.fold import Fold
 from lora_fx.passes.insert import Insert
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 
 from . import checks
 from .models import ZOO

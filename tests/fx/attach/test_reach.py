@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lora_fx
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.proofs import effect
+from lora_fx.passes.proofs import attached
 
 
 class Scaled(nn.Module):
@@ -121,13 +121,13 @@ def example() -> torch.Tensor:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets a number whenever a live model is compared."""
     seen: list[int] = []
-    original = effect.prove_live
+    original = attached.prove_live
 
     def counted(*args: Any) -> None:
         seen.append(1)
         original(*args)
 
-    monkeypatch.setattr(effect, "prove_live", counted)
+    monkeypatch.setattr(attached, "prove_live", counted)
     return seen
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_fx.passes.proofs.dispatched import Dispatched
+from lora_fx.passes.proofs.live_choices import Dispatched
 
 
 def branch(x: Tensor) -> Tensor:

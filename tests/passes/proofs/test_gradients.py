@@ -19,7 +19,7 @@ from lora_fx.fx.train.objective import loss_function
 from lora_fx.fx.train.optimizer_step import Update, slots_in
 from lora_fx.fx.train.train_graph import train_graph
 from lora_fx.inputs import Named
-from lora_fx.passes.proofs.parity import _Torch, prove_step
+from lora_fx.passes.proofs.train_step import _TorchStep, prove_step
 
 Made = dict[str, Array]
 KEY = "0.weight"
@@ -52,7 +52,7 @@ def step() -> tuple[Any, Made]:
     zeros = {f"{s.name}.{n}": np.zeros(s.shape, np.float32) for s in slots for n in "mv"}
     given = {"input": x.numpy(), "labels": np.array([1, 2]), **zeros}
     given |= {"A": low.a.T.copy(), "B": (low.scale * low.b).T.copy()}
-    return _Torch(graph, slots, Update()), given
+    return _TorchStep(graph, slots, Update()), given
 
 
 def prove(step: Any, run: Callable[[Mapping[str, Array]], Made]) -> list[Parity]:

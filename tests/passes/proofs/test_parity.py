@@ -12,8 +12,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx.compare import Gate, compare_fairly, narrow_gate
-from lora_fx.passes.proofs import interpreted, parity
-from lora_fx.passes.proofs.parity import own_errors
+from lora_fx.passes.proofs import graph_choices, torch_rounding
+from lora_fx.passes.proofs.torch_rounding import own_errors
 
 
 def all_of(errors: Iterator[dict[str, float]]) -> dict[str, float]:
@@ -56,13 +56,13 @@ def test_few_numbers_are_moved_more_often(
     width: int, moves: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three draws of one number tell little of how far it may be moved."""
-    seen, real = [], interpreted.move
+    seen, real = [], graph_choices.move
 
     def move(model: Any, other: Any, seed: int) -> None:
         seen.append(seed)
         real(model, other, seed)
 
-    monkeypatch.setattr(parity, "move", move)
+    monkeypatch.setattr(torch_rounding, "move", move)
     adapted = lora_fx.insert(
         nn.Sequential(nn.Linear(8, width)).eval(), (torch.randn(2, 8),), rank=1
     )

@@ -30,7 +30,7 @@ from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.session import open_session
-from lora_fx.passes.proofs.parity import arrays_of
+from lora_fx.passes.proofs.proof_inputs import arrays_of
 from lora_fx.targets.keys import base_name, split_key
 from tests.zoo.base import Built
 from tests.zoo.checks import EFFECT, FACTORS, seen

@@ -35,8 +35,8 @@ def move(model: CapturedModule, other: CapturedModule, seed: int) -> None:
     """Make another the model with its weights moved by up to a unit of their last place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            q.copy_(nearby(p, generator))
+        for parameter, moved in zip(model.parameters(), other.parameters(), strict=True):
+            moved.copy_(nearby(parameter, generator))
 
 
 class Choosing(Wide):
@@ -44,57 +44,67 @@ class Choosing(Wide):
 
     Args:
         model: The model.
-        given: The choices to make, by name; it makes its own of those that are not there.
+        imposed: The choices to make, by name; it makes its own of those that are not there.
         wide: Whether it runs in fp64.
 
     Attributes:
         values: The choices, by name.
-        own: Those that it would have made.
+        own: The choices that it would have made, where others were imposed.
         among: Choice → the names of the floats that it was made among.
-        floats: These, by name.
+        floats: The floats that choices are made among, by name.
     """
 
     def __init__(
-        self, model: CapturedModule, given: Named | None = None, *, wide: bool = False
+        self, model: CapturedModule, imposed: Named | None = None, *, wide: bool = False
     ) -> None:
         graph = model.graph(False).graph
         super().__init__(model, graph=graph)
-        execution = execution_of(model)
-        captured = execution.captured
-        self.out_spec = captured.traced(False, captured.named, execution.base_dtype).out_spec
-        self.model, self.given, self.wide = model, given or {}, wide
+        captured = execution_of(model).captured
+        self.out_spec = captured.traced(
+            False, captured.named, execution_of(model).base_dtype
+        ).out_spec
+        self.model = model
+        self.imposed = imposed or {}
+        self.wide = wide
         self.names = self._names(graph)
         self.values: dict[str, Array] = {}
         self.own: dict[str, Array] = {}
-        chosen = {n: among for n in graph.nodes if (among := _chosen_among(n))}
-        self.among = {
-            self.names[n]: tuple(self.names[a] for a in among) for n, among in chosen.items()
-        }
-        self.read_by_choices = {n for among in chosen.values() for n in among}
         self.floats: dict[str, Array] = {}
+        self.among: dict[str, tuple[str, ...]] = {}
+        self.read_by_choices: set[fx.Node] = set()
+        for node in graph.nodes:
+            among = _chosen_among(node)
+            if among:
+                self.among[self.names[node]] = tuple(self.names[score] for score in among)
+                self.read_by_choices.update(among)
 
     def _names(self, graph: fx.Graph) -> dict[fx.Node, str]:
         """The names of values, which an exported file has as well: an output has that of it."""
         (leaves,) = graph.output_node().args
-        out = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
-        outputs = {n: output_name(name) for name, n in leaves_of({"": out}) if _is_node(n)}
-        return {n: n.name for n in graph.nodes} | outputs
+        results = tree_unflatten(list(leaves), self.out_spec)  # type: ignore[arg-type]
+        names = {node: node.name for node in graph.nodes}
+        for path, leaf in leaves_of({"": results}):
+            if isinstance(leaf, fx.Node):
+                names[leaf] = output_name(path)
+        return names
 
     def outputs(self, named: Named) -> dict[str, Array]:
         """The outputs of a run, and the floats that choices are made among."""
-        leaves = [self.read(x) for x in tree_leaves(copied(named))]
+        leaves = [self.read(leaf) for leaf in tree_leaves(copied(named))]
         with torch.no_grad(), alike(self.model):
-            out = self.run(*leaves, enable_io_processing=False)
-        return {**self.floats, **by_output(tree_unflatten(list(out), self.out_spec))}
+            results = self.run(*leaves, enable_io_processing=False)
+        return {**self.floats, **by_output(tree_unflatten(list(results), self.out_spec))}
 
     def others(self, choices: Mapping[str, Choice]) -> dict[str, Array]:
-        """What it would have chosen, where that is not a given choice that rounding turned."""
-        found = {
-            name: Choice(value, {n: self.floats[n] for n in self.among[name]})
-            for name, value in self.own.items()
-            if name in choices
-        }
-        return {n: c.value for n, c in found.items() if math.isinf(c.apart(choices[n]))}
+        """The choices that it would have made, but for imposed ones that rounding turned."""
+        unlike: dict[str, Array] = {}
+        for name, value in self.own.items():
+            if name not in choices:
+                continue
+            choice = Choice(value, {score: self.floats[score] for score in self.among[name]})
+            if math.isinf(choice.apart(choices[name])):
+                unlike[name] = value
+        return unlike
 
     def read(self, x: Any) -> Any:
         """See Wide."""
@@ -109,14 +119,10 @@ class Choosing(Wide):
         if name not in self.among:
             return result
         self.own[name] = to_numpy(result)
-        if name in self.given:
-            result = from_numpy(self.given[name]).to(result.device, result.dtype)
+        if name in self.imposed:
+            result = from_numpy(self.imposed[name]).to(result.device, result.dtype)
         self.values[name] = to_numpy(result)
         return result
-
-
-def _is_node(x: object) -> bool:
-    return isinstance(x, fx.Node)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -130,25 +136,28 @@ def _chosen_among(node: fx.Node) -> list[fx.Node]:
     if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
         return []
     source = node.args[0] if node.target is operator.getitem else node
-    inputs = source.all_input_nodes if isinstance(source, fx.Node) else []
-    return [n for n in inputs if _is_float(n) and n.op == "call_function"]
+    if not isinstance(source, fx.Node):
+        return []
+    computed = [node for node in source.all_input_nodes if node.op == "call_function"]
+    return [node for node in computed if _is_float(node)]
 
 
 def choices_of(model: CapturedModule, named: Named) -> Choices:
-    """What a model chooses on arguments, and what comes out where it does."""
+    """The choices of a model on arguments, and its outputs."""
     run = Choosing(model)
     outputs = run.outputs(named)
     values = run.values
 
     def own(shown: Shown) -> Iterator[Mapping[str, float]]:
         """In fp64, and with the weights moved, where the choices stay."""
-        worst: dict[str, float] = {}
+        largest_errors: dict[str, float] = {}
         exact = Choosing(model, values, wide=True).outputs(named)
-        yield grow(worst, shown(outputs), shown(exact))
+        yield grow(largest_errors, shown(outputs), shown(exact))
         moved = copy.deepcopy(model).eval()
         for seed in SEEDS:
             move(model, moved, seed)
-            yield grow(worst, shown(Choosing(moved, values).outputs(named)), shown(outputs))
+            moved_outputs = Choosing(moved, values).outputs(named)
+            yield grow(largest_errors, shown(moved_outputs), shown(outputs))
 
     return Choices(values, run.among, outputs, own)
 

@@ -44,10 +44,12 @@ from lora_fx.fx.tensors import device_of, from_numpy
 from lora_fx.inputs import Named
 from lora_fx.ir.numpy_emitter import NumpyEmitter
 from lora_fx.passes.find import find
-from lora_fx.passes.proofs.dispatched import LiveRerun
-from lora_fx.passes.proofs.effect import SIZE, Trained, eval_mode, parameters_as, probe
-from lora_fx.passes.proofs.interpreted import move
-from lora_fx.passes.proofs.parity import arrays_of, named_of, prove
+from lora_fx.passes.proofs.gradients import SIZE, Trained, probe
+from lora_fx.passes.proofs.graph_choices import move
+from lora_fx.passes.proofs.live_choices import LiveRerun
+from lora_fx.passes.proofs.live_model import eval_mode, parameters_as
+from lora_fx.passes.proofs.parity import prove
+from lora_fx.passes.proofs.proof_inputs import arrays_of, named_of
 from lora_fx.passes.proofs.reference import SEEDS
 from lora_fx.progress import stage
 from lora_fx.targets.keys import base_name, split_key
@@ -83,17 +85,21 @@ def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
     modes = _modes(module)
     if not modes:
         return ()
-    if insertion_of(module).changes_anything() and (said := prove_as_it_is(module)):
-        return said
+    if insertion_of(module).changes_anything():
+        notes = prove_as_it_is(module)
+        if notes:
+            return notes
+
     left_out = _left_out(execution_of(module).captured, module.updates)
     keys = [key for key in module.updates if key not in left_out]
     try:
         for mode in modes:
             for size in (SIZE, LARGE):
                 differs = partial(_differs_drawn, module, left_out, size, mode)
-                if parity := differs(keys):
-                    alone = [key for key in keys[:MOST] if differs([key])]
-                    raise _refused(parity, alone)
+                parity = differs(keys)
+                if parity:
+                    guilty = [key for key in keys[:MOST] if differs([key])]
+                    raise _refused(parity, guilty)
     except NotRun as e:
         return (f"{NOT_RUN}: {e}",)
     return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
@@ -116,11 +122,13 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
         if not isinstance(module, AdaptedModule):
             return ()
         adapter = module.adapter()
-    if left_out := _left_out(execution_of(module).captured, adapter.lowrank):
+    left_out = _left_out(execution_of(module).captured, adapter.lowrank)
+    if left_out:
         return tuple(f"{NOT_RUN} of {why}" for why in left_out.values())
     try:
         for mode in modes:
-            if parity := mode(module, adapter):
+            parity = mode(module, adapter)
+            if parity:
                 raise _refused(parity, [])
     except NotRun as e:
         return (f"{NOT_RUN}: {e}",)
@@ -137,28 +145,32 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         parity: How far apart they are.
         keys: The updates that make them differ alone, where that is known.
     """
-    which = f" ({some(keys, 5)})" if keys else ""
-    names = " ".join(f"--exclude {key}" for key in keys[:5])
-    leave = (
-        f"{names} leaves {'it' if len(keys) == 1 else 'them'} alone" if keys else "another adapter"
-    )
+    which = ""
+    advice = "another adapter"
+    if keys:
+        which = f" ({some(keys, 5)})"
+        excludes = " ".join(f"--exclude {key}" for key in keys[:5])
+        pronoun = "it" if len(keys) == 1 else "them"
+        advice = f"{excludes} leaves {pronoun} alone"
     return NoEffectError(
         "one recorded run does not hold for an adapter: what the model does depends on its weights"
         f"{which}, and with W + s·b·a output {parity.output!r} of the live model is rel "
         f"{parity.rel:.2e} from the graph's, the gate is {parity.tol:.1e}",
-        f"{leave}; or compute both ways with torch.where",
+        f"{advice}; or compute both ways with torch.where",
     )
 
 
 def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
     """Updates that the live model's own parameters cannot hold alone, and why."""
     found = find(captured.fx_graph())
-    weights, (first, _) = dict(captured.model.named_parameters()), named_tensors(captured.model)
-    computed = {base_name(t.key) for t in (*found.targets, *found.optional) if "~" in t.key}
+    parameters = dict(captured.model.named_parameters())
+    first_names, _ = named_tensors(captured.model)
+    targets = (*found.targets, *found.optional)
+    computed = {base_name(target.key) for target in targets if "~" in target.key}
     why: dict[str, str] = {}
     for key, update in updates.items():
         name = base_name(key)
-        if first.get(name, "") not in weights:
+        if first_names.get(name, "") not in parameters:
             why[key] = f"{key!r}, which is computed from other parameters"
         elif update.use:
             why[key] = f"{key!r}, which is one use of a tensor that others read too"
@@ -191,8 +203,8 @@ def _differs_drawn(
     chosen = {key: module.updates[key] for key in keys}
     with probe(replace(Trained.of(module), updates=chosen), size):
         entries = module.adapter().entries
-        held = Adapter({key: entry for key, entry in entries.items() if key not in left_out})
-        return mode(module, held, large=size == LARGE)
+        proven = {key: entry for key, entry in entries.items() if key not in left_out}
+        return mode(module, Adapter(proven), large=size == LARGE)
 
 
 @stage("running the live model with W + s·b·a")
@@ -203,20 +215,20 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
         NotRun: The live model cannot be run with the adapter.
     """
     captured = execution_of(module).captured
-    was = module.training
+    was_training = module.training
     try:
         _check_alike(module)
         changed = _changed(captured, adapter)
         with eval_mode(module):
             ours = execution_of(module).flat(captured.named)
         expected = _live(captured, changed, captured.named)
-        if large and not all(_finite(v) for v in (*ours.values(), *expected.values())):
+        if large and not (_are_finite(ours) and _are_finite(expected)):
             return None
 
         def live(feeds: Named) -> dict[str, Array]:
             return _live(captured, changed, named_of(captured.named, feeds))
 
-        parity = prove(
+        results = prove(
             live,
             module,
             arrays=arrays_of(captured.named),
@@ -225,15 +237,15 @@ def _differs(module: CapturedModule, adapter: Adapter, *, large: bool = False) -
             rerun=LiveRerun(live),
         )
     finally:
-        module.train(was) if was else module.eval()
-    return next((p for p in parity if not p.ok), None)
+        module.train(was_training)
+    return next((parity for parity in results if not parity.ok), None)
 
 
 @stage("running the live model in train mode with W + s·b·a")
 def _differs_in_training(
     module: CapturedModule, adapter: Adapter, *, large: bool = False
 ) -> Parity | None:
-    """As `_differs`, in train mode, of a graph that is not the eval graph.
+    """Compare as `_differs` does, in train mode, a graph that is not the eval graph.
 
     Raises:
         NotRun: The live model cannot be run with the adapter, or draws its numbers otherwise.
@@ -243,58 +255,73 @@ def _differs_in_training(
         if not _trained(module, {}).ok:
             raise NotRun("in train mode it draws random numbers in another order")
     parity = _trained(module, _changed(execution_of(module).captured, adapter))
-    if large and not math.isfinite(parity.rel):
+    if parity.ok or (large and not math.isfinite(parity.rel)):
         return None
-    return None if parity.ok else parity
+    return parity
 
 
 def _trained(module: CapturedModule, changed: Mapping[str, torch.Tensor]) -> Parity:
     """A module beside the live model with other numbers in its parameters, both in train mode."""
-    captured = execution_of(module).captured
-    model, named = captured.model, captured.named
-    weights = dict(model.named_parameters())
+    named = execution_of(module).captured.named
 
-    def run(some: CapturedModule) -> dict[str, Array]:
-        with alike(some, training=True), torch.no_grad():
+    def run(some_module: CapturedModule) -> dict[str, Array]:
+        with alike(some_module, training=True), torch.no_grad():
             torch.manual_seed(0)
-            return execution_of(some).flat(copied(named))
+            return execution_of(some_module).flat(copied(named))
 
     def rounding() -> Iterator[Mapping[str, float]]:
-        worst: dict[str, float] = {}
+        largest_errors: dict[str, float] = {}
         moved = copy.deepcopy(module)
         for seed in SEEDS:
             move(module, moved, seed)
-            yield grow(worst, run(moved), ours)
+            yield grow(largest_errors, run(moved), ours)
 
-    try:
-        with alike(model, training=True), EveryLayer([]), torch.no_grad():
-            for part in model.modules():
-                if execution_of(module).norm_stats == "frozen" and keeps_statistics(part):
-                    part.training = False
-            with parameters_as(weights, changed):
-                torch.manual_seed(0)
-                expected = by_output(captured.signature.call(model, copied(named)))
-    except Exception as e:  # of the user's code
-        raise NotRun(f"in train mode it raises {type(e).__name__}: {one_line(e, 120)}") from e
+    expected = _live_in_training(module, changed)
     ours = run(module)
     shapes = shapes_of(arrays_of(named))
     of = "the live model in train mode"
     return compare_fairly(ours, expected, shapes, gates_of(expected), rounding, of=of)
 
 
+def _live_in_training(
+    module: CapturedModule, changed: Mapping[str, torch.Tensor]
+) -> dict[str, Array]:
+    """The outputs of the user's own module in train mode, with other numbers in its parameters.
+
+    Raises:
+        NotRun: It raises.
+    """
+    captured = execution_of(module).captured
+    model = captured.model
+    weights = dict(model.named_parameters())
+    try:
+        with alike(model, training=True), EveryLayer([]), torch.no_grad():
+            for submodule in model.modules():
+                if execution_of(module).norm_stats == "frozen" and keeps_statistics(submodule):
+                    submodule.training = False
+            with parameters_as(weights, changed):
+                torch.manual_seed(0)
+                return by_output(captured.signature.call(model, copied(captured.named)))
+    except Exception as e:  # of the user's code
+        raise NotRun(f"in train mode it raises {type(e).__name__}: {one_line(e, 120)}") from e
+
+
 def _check_alike(module: CapturedModule) -> None:
     """Raise where the module lies elsewhere, or in another dtype, than the live model."""
     captured = execution_of(module).captured
-    here, there = device_of(module), device_of(captured.model)
-    base_dtype = execution_of(module).base_dtype
-    if base_dtype != captured.base_dtype or here != there:
+    device = device_of(module)
+    device_of_model = device_of(captured.model)
+    if execution_of(module).base_dtype != captured.base_dtype or device != device_of_model:
         raise NotRun(
-            f"the module is {base_dtype} on {here}, and the model {captured.base_dtype} on {there}"
+            f"the module is {execution_of(module).base_dtype} on {device}, and the model "
+            f"{captured.base_dtype} on {device_of_model}"
         )
 
 
-def _finite(values: Array) -> bool:
-    return values.dtype.kind not in "fc" or bool(np.isfinite(values).all())
+def _are_finite(outputs: Mapping[str, Array]) -> bool:
+    """Whether all numbers of all outputs are finite."""
+    floats = [values for values in outputs.values() if values.dtype.kind in "fc"]
+    return all(bool(np.isfinite(values).all()) for values in floats)
 
 
 def _live(
@@ -317,23 +344,26 @@ def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
         NotRun: The weights are no plain numbers.
     """
     model = captured.model
-    weights, (first, _) = dict(model.named_parameters()), named_tensors(model)
-    if captured.quantised is not None or forms(model) or any(p.is_meta for p in weights.values()):
+    weights = dict(model.named_parameters())
+    first_names, _ = named_tensors(model)
+    if captured.quantised is not None or forms(model) or any(w.is_meta for w in weights.values()):
         raise NotRun("its weights are no plain numbers")
     changed: dict[str, Array] = {}
 
-    def parameter(key: str) -> str:
-        name = first[base_name(key)]
-        changed.setdefault(name, weights[name].detach().double().numpy(force=True).copy())
-        return name
+    def weight_of(key: str) -> Array:
+        """The weight of a key in fp64, in which the updates of other keys are already."""
+        name = first_names[base_name(key)]
+        if name not in changed:
+            changed[name] = weights[name].detach().double().numpy(force=True).copy()
+        return changed[name]
 
     for key, full in adapter.full.items():
-        changed[parameter(key)] = np.asarray(full.value, np.float64)
+        changed[first_names[base_name(key)]] = np.asarray(full.value, np.float64)
     for key, update in adapter.lowrank.items():
-        w = changed[parameter(key)]
+        w = weight_of(key)
         _, region = split_key(key, w.shape)
-        part = tuple(slice(lo, hi) for lo, hi in region)
-        w[part] += _delta(update, w[part])
+        slices = tuple(slice(lo, hi) for lo, hi in region)
+        w[slices] += _delta(update, w[slices])
     return {name: from_numpy(value).to(weights[name]) for name, value in changed.items()}
 
 
@@ -343,6 +373,8 @@ def _delta(update: LowRank, weight: Array) -> Array:
     emitter = NumpyEmitter()
     delta = update.layout.to_stored(emitter, update.matrix())
     variant = variant_of(update)
-    beside = {f: np.asarray(value, np.float64) for f, value in variant.beside(update).items()}
+    beside = {
+        field: np.asarray(value, np.float64) for field, value in variant.beside(update).items()
+    }
     change = variant.change(emitter, update.layout, weight, delta, beside.__getitem__)
     return np.asarray(change)

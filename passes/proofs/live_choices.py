@@ -55,29 +55,34 @@ class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)  # one of graphs has none
-        floats = [x for x in tree_leaves((args, kwargs)) if _is_plain_float(x)]
+        floats = [leaf for leaf in tree_leaves((args, kwargs)) if _is_plain_float(leaf)]
         if schema is None or schema.is_mutable or not floats:
             return result
-        discrete = [x for x in tree_leaves(result) if _is_discrete(x)]
-        if not discrete:
+        if not any(_is_discrete(leaf) for leaf in tree_leaves(result)):
             return result
-        among = [to_numpy(x) for x in floats]
-        return tree_map(lambda x: self._chosen(func, x, among) if _is_discrete(x) else x, result)
+
+        among = [to_numpy(tensor) for tensor in floats]
+
+        def chosen(leaf: Any) -> Any:
+            return self._chosen(func, leaf, among) if _is_discrete(leaf) else leaf
+
+        return tree_map(chosen, result)
 
     def _chosen(self, func: Any, result: torch.Tensor, among: list[Array]) -> torch.Tensor:
         """A result of an op, or the choice that the other run made in its place."""
         name = f"{func}:{len(self.choices)}"
         floats = {f"{name}.{i}": value for i, value in enumerate(among)}
         choice = Choice(to_numpy(result), floats)
-        other = nearest_choice(choice, self.others)
-        if not other:
+        nearest = nearest_choice(choice, self.others)
+        if not nearest:
             self.choices[name] = choice
             return result
-        taken = self.others[other]
-        pairs = choice.pairs(taken)
-        self.floats |= {theirs: floats[ours] for theirs, ours in pairs.items()}
-        self.choices[name] = Choice(taken.value, floats)
-        return from_numpy(taken.value).to(result.device, result.dtype)
+
+        reference = self.others[nearest]
+        for name_in_reference, name_here in choice.pairs(reference).items():
+            self.floats[name_in_reference] = floats[name_here]
+        self.choices[name] = Choice(reference.value, floats)
+        return from_numpy(reference.value).to(result.device, result.dtype)
 
 
 def _is_plain(x: object) -> TypeGuard[torch.Tensor]:
@@ -115,12 +120,12 @@ class LiveRerun:
 
     def choosing(self, choices: Choices) -> Run | None:
         """See Rerun."""
-        others = choices.named()
+        reference_choices = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:
-            with Dispatched(others) as block:
-                made = self.run(feeds)
-            return {**made, **block.floats}
+            with Dispatched(reference_choices) as block:
+                outputs = self.run(feeds)
+            return {**outputs, **block.floats}
 
         return run
 
@@ -128,7 +133,7 @@ class LiveRerun:
 def live_choices(
     run: Callable[[], dict[str, Array]], moved: Iterable[Callable[[], dict[str, Array]]]
 ) -> Choices:
-    """What a live model chooses.
+    """The choices of a live model.
 
     Args:
         run: Runs it, and gives its outputs.
@@ -137,15 +142,17 @@ def live_choices(
     with Dispatched({}) as block:
         outputs = run()
     choices = block.choices
-    floats = {n: value for choice in choices.values() for n, value in choice.among.items()}
+    floats: dict[str, Array] = {}
+    for choice in choices.values():
+        floats |= choice.among
 
     def own(shown: Shown) -> Iterator[Mapping[str, float]]:
-        worst: dict[str, float] = {}
+        largest_errors: dict[str, float] = {}
         exact = shown({**outputs, **floats})
-        for other in moved:
+        for run_moved in moved:
             with Dispatched(choices) as following:
-                made = other()
-            yield grow(worst, shown({**made, **following.floats}), exact)
+                moved_outputs = run_moved()
+            yield grow(largest_errors, shown({**moved_outputs, **following.floats}), exact)
 
     values = {name: choice.value for name, choice in choices.items()}
     among = {name: tuple(choice.among) for name, choice in choices.items()}

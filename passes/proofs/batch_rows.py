@@ -1,0 +1,291 @@
+"""Rows of a batch graph: every row of mixed batches equals its adapter alone.
+
+Every adapter and the base run unfolded, in the reference, on the rows that they got in shuffled,
+mixed batches; an id is repeated. The reference runs on the row itself, twice over, so that
+nothing of the other rows is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import (
+    Parity,
+    compare_fairly,
+    demand,
+    gates_of,
+    rel,
+)
+from lora_fx.dtypes import Array
+from lora_fx.inputs import SIZES, Named
+from lora_fx.onnx.adapter_ids import IDS
+from lora_fx.onnx.batch_inputs import SCALES
+from lora_fx.passes.proofs.onnx_reference import FileRerun
+from lora_fx.passes.proofs.reference import Choices, Reference, Run
+from lora_fx.passes.proofs.run_comparison import compared
+
+AT_ONCE = 16
+"""Rows of one batch of the check."""
+
+
+def prove_rows(
+    run: Run,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    rowed: Sequence[str],
+    *,
+    scales: bool,
+    rerun: FileRerun | None = None,
+) -> list[Parity]:
+    """The base at every size, and every id at least once, row by row.
+
+    Args:
+        run: {input: array} → {output: array}, of the batch graph.
+        reference: The model without adapters.
+        adapters: Bound, in the order of their ids.
+        rowed: Inputs that have the batch dimension.
+        scales: The graph takes weights by row.
+        rerun: Other ways to run the batch graph.
+
+    Raises:
+        NoEffectError: A row that differs.
+    """
+
+    def of_base(feeds: Named) -> Named:
+        """Inputs with the id of the base in every row."""
+        n_rows = _row_count(feeds, rowed)
+        feeds_of_base = {**feeds, IDS: np.zeros(n_rows, np.int64)}
+        if scales:
+            feeds_of_base[SCALES] = np.ones(n_rows, np.float32)
+        return feeds_of_base
+
+    base_rerun = rerun and replace(rerun, also=of_base)
+    results = reference.prove(lambda feeds: run(of_base(feeds)), None, "base", base_rerun)
+    demand(results, "ONNX Runtime differs from the model")
+    if reference.mixes:
+        return [*results, *_together(run, reference, adapters, rowed, scales=scales)]
+
+    batches: list[MixedBatch] = []
+    rng = np.random.default_rng(1)
+    for feeds, ids in list(_batches(reference, len(adapters), rowed)):
+        weights = None
+        if scales:
+            weights = rng.uniform(0.5, 1.5, len(ids)).astype(np.float32)
+        batch = MixedBatch(feeds, ids, weights)
+        batch.outputs = run(batch.graph_feeds)
+        batches.append(batch)
+
+    # one adapter after the other: the reference makes a graph of each
+    for i, adapter in enumerate([None, *adapters.values()]):
+        for batch in batches:
+            for row in map(int, np.flatnonzero(batch.ids == i)):
+                _run_alone(reference, batch, row, adapter, rowed)
+
+    for batch in batches:
+        results.append(_compare_rows(run, rerun, reference, adapters, batch))
+    return results
+
+
+@dataclass
+class MixedBatch:
+    """A batch whose rows use different adapters.
+
+    Attributes:
+        feeds: Inputs of the model.
+        ids: The id of each row's adapter.
+        weights: The weight of each row's adapter; None where the graph takes none.
+        outputs: Of the batch graph.
+        rows: Row → its adapter and the inputs with which it runs alone.
+        expected: Row → the outputs of the reference for the row alone.
+    """
+
+    feeds: dict[str, Array]
+    ids: Array
+    weights: Array | None
+    outputs: dict[str, Array] = field(default_factory=dict)
+    rows: dict[int, tuple[Adapter | None, Named]] = field(default_factory=dict)
+    expected: dict[int, dict[str, Array]] = field(default_factory=dict)
+
+    @property
+    def graph_feeds(self) -> dict[str, Array]:
+        """Inputs of the batch graph."""
+        feeds = {**self.feeds, IDS: self.ids}
+        if self.weights is not None:
+            feeds[SCALES] = self.weights
+        return feeds
+
+    def expected_rows(self) -> dict[str, Array]:
+        """The reference's rows, one below the other."""
+        return {
+            name: np.concatenate([self.expected[row][name] for row in range(len(self.ids))])
+            for name in self.expected[0]
+        }
+
+
+def _row_count(feeds: Named, rowed: Sequence[str]) -> int:
+    """How many rows a batch has."""
+    return next(int(feeds[name].shape[0]) for name in rowed if name in feeds)
+
+
+def _run_alone(
+    reference: Reference,
+    batch: MixedBatch,
+    row: int,
+    adapter: Adapter | None,
+    rowed: Sequence[str],
+) -> None:
+    """Run one row of a batch in the reference, twice over, with its adapter; the batch keeps it."""
+    if adapter and batch.weights is not None:
+        adapter = adapter.weighted(float(batch.weights[row]))
+    feeds: dict[str, Array] = {}
+    for name, values in batch.feeds.items():
+        if name in rowed:
+            values = np.repeat(values[row : row + 1], 2, axis=0)
+        feeds[name] = values
+    outputs = reference.run(adapter)(feeds)
+    batch.rows[row] = (adapter, feeds)
+    batch.expected[row] = {name: value[:1] for name, value in outputs.items()}
+
+
+def _compare_rows(
+    run: Run,
+    rerun: FileRerun | None,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    batch: MixedBatch,
+) -> Parity:
+    """Compare a mixed batch with its rows alone.
+
+    Raises:
+        NoEffectError: It differs; the message names the row that differs most.
+    """
+    names = ["", *adapters]
+    # all rows at once: what one row rounds by may be large beside its own numbers
+    expected = batch.expected_rows()
+    adapters_of_rows = [adapters[names[i]] if i else None for i in set(batch.ids)]
+    gates = gates_of(expected, reference.ceiling, partial(reference.run(None), batch.feeds))
+    own = partial(_own_errors, reference, adapters_of_rows)
+    choose = partial(_choices_of_rows, reference, batch.rows)
+    parity, _ = compared(
+        run, rerun, batch.graph_feeds, expected, gates, own, choose, of="mixed batch"
+    )
+    if not parity.ok:
+        ours = batch.outputs[parity.output]
+        theirs = expected[parity.output]
+        differences = [rel(ours[row], theirs[row]) for row in range(len(batch.ids))]
+        row = int(np.argmax(differences))
+        i = batch.ids[row]
+        whose = f"{names[i] or 'the base'!r} (id {i})"
+        demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
+    return parity
+
+
+def _choices_of_rows(
+    reference: Reference, rows: Mapping[int, tuple[Adapter | None, Named]]
+) -> Choices:
+    """The choices of every row of a batch alone, with its adapter, one below the other."""
+    of_rows = [reference.choices(*rows[row]) for row in sorted(rows)]
+    values = _first_rows([choices.values for choices in of_rows])
+    outputs = _first_rows([choices.outputs for choices in of_rows])
+    among = {name: floats for name, floats in of_rows[0].among.items() if name in values}
+    return Choices(values, among, outputs, lambda _: [])
+
+
+def _first_rows(runs: Sequence[Named]) -> dict[str, Array]:
+    """The first row of each run, one below the other; numbers without an axis are left out."""
+    return {
+        name: np.concatenate([values[name][:1] for values in runs])
+        for name in runs[0]
+        if runs[0][name].ndim
+    }
+
+
+def _own_errors(
+    reference: Reference, adapters: Sequence[Adapter | None]
+) -> Iterator[Mapping[str, float]]:
+    """Per output, how far rounding moves any of these: the more, the longer it is asked."""
+    largest_errors: dict[str, float] = {}
+    for adapter in adapters:
+        for errors in reference.own_errors(adapter):
+            for name, error in errors.items():
+                largest_errors[name] = max(error, largest_errors.get(name, 0.0))
+            yield largest_errors
+
+
+def _together(
+    run: Run,
+    reference: Reference,
+    adapters: Mapping[str, Adapter],
+    rowed: Sequence[str],
+    *,
+    scales: bool,
+) -> Iterator[Parity]:
+    """Every id for a whole batch, and a mixed one with its rows in another order.
+
+    For models whose activations have one range over all rows: a row alone is another row there.
+    """
+    feeds = reference.feeds((4, SIZES[0][1]))
+    n_rows = _row_count(feeds, rowed)
+    weight = 0.75 if scales else 1.0
+    shapes = {name: value.shape for name, value in feeds.items()}
+
+    def with_ids(values: Named, ids: Array) -> dict[str, Array]:
+        graph_feeds = {**values, IDS: ids}
+        if scales:
+            graph_feeds[SCALES] = np.full(n_rows, weight, np.float32)
+        return graph_feeds
+
+    ids = np.arange(n_rows, dtype=np.int64) % (len(adapters) + 1)
+    reversed_feeds = {
+        name: value[::-1].copy() if name in rowed else value for name, value in feeds.items()
+    }
+    reversed_outputs = run(with_ids(reversed_feeds, ids[::-1].copy()))
+    turned_back = {name: value[::-1] for name, value in reversed_outputs.items()}
+
+    results: list[tuple[str, Adapter | None, Named]] = [("mixed rows", None, turned_back)]
+    expected: list[Named] = [run(with_ids(feeds, ids))]
+    for i, (name, adapter) in enumerate({"the base": None, **adapters}.items()):
+        if adapter and scales:
+            adapter = adapter.weighted(weight)
+        outputs = run(with_ids(feeds, np.full(n_rows, i, np.int64)))
+        results.append((name, adapter, outputs))
+        expected.append(reference.run(adapter)(feeds))
+
+    for (name, adapter, ours), theirs in zip(results, expected, strict=True):
+        own = partial(reference.own_errors, adapter)
+        gates = gates_of(theirs, reference.ceiling)
+        parity = compare_fairly(ours, theirs, shapes, gates, own, of=name)
+        demand([parity], "a batch differs")
+        yield parity
+
+
+def _batches(
+    reference: Reference, count: int, rowed: Sequence[str]
+) -> Iterator[tuple[dict[str, Array], Array]]:
+    """(inputs, ids) until every id had a row, one repeated; then batches of few ids."""
+    lengths = [size[1] for size in reference.inputs.checks if isinstance(size, tuple)]
+    order = np.random.default_rng(0).permutation(count + 1)
+    waiting_ids = [*order.tolist(), int(order[-1]) or 1, 0]
+    number = 0
+    while waiting_ids or (not reference.arrays and number < len(lengths)):
+        n_rows = min(max(len(waiting_ids), 4), AT_ONCE)
+        feeds = reference.feeds((n_rows, lengths[number % len(lengths)]), number)
+        n_rows = _row_count(feeds, rowed)  # a user's inputs have rows of their own
+        ids = waiting_ids[:n_rows]
+        waiting_ids = waiting_ids[n_rows:]
+        n_free = n_rows - len(ids)
+        ids += [int(order[(number + j) % len(order)]) for j in range(n_free)]
+        number += 1
+        yield feeds, np.array(ids, np.int64)
+
+    last = int(order[order > 0][-1])
+    for pattern in ((last, 0, 0, last), (last, last)):  # few adapters share one product
+        feeds = reference.feeds((len(pattern), SIZES[0][1]), number)
+        n_rows = _row_count(feeds, rowed)
+        ids = [pattern[j % len(pattern)] for j in range(n_rows)]
+        yield feeds, np.array(ids, np.int64)

@@ -1,0 +1,108 @@
+"""A captured torch model as the reference of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from lora_fx.adapter.adapter import Adapter
+from lora_fx.compare import (
+    CEILING,
+    ORT_TOL,
+    Parity,
+)
+from lora_fx.conditions import Condition
+from lora_fx.dtypes import Array
+from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.onnx_names import onnx_conditions
+from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.module import CapturedModule
+from lora_fx.inputs import Extents, Inputs, Named
+from lora_fx.passes.proofs.graph_choices import choices_of
+from lora_fx.passes.proofs.parity import guards, prove, rows_of, torch_run
+from lora_fx.passes.proofs.proof_inputs import arrays_of, is_real, named_of
+from lora_fx.passes.proofs.reference import Choices, Rerun, Run
+from lora_fx.passes.proofs.torch_rounding import own_errors
+from lora_fx.text import Json
+
+
+@dataclass(eq=False)
+class TorchReference:
+    """Adapters are the branches that insert adds.
+
+    Attributes:
+        captured: The base model.
+        branched: What adds an adapter's branches to it.
+        arrays: A user's inputs by name, instead of sampled ones.
+        tol: The gate.
+    """
+
+    captured: Captured
+    branched: Callable[[Adapter], CapturedModule]
+    arrays: Named | None = None
+    tol: float = ORT_TOL
+
+    def __post_init__(self) -> None:
+        """Make the module of the base."""
+        self.base = plain(self.captured).eval()
+        self._last: tuple[Adapter | None, CapturedModule] = (None, self.base)
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """See Reference."""
+        return onnx_conditions(self.base.conditions())
+
+    @property
+    def inputs(self) -> Inputs:
+        """See Reference."""
+        return execution_of(self.base).captured.inputs
+
+    def details(self) -> Json:
+        """See Reference."""
+        return rows_of(execution_of(self.base).captured)
+
+    def guards(self) -> tuple[Condition, ...]:
+        """See Reference."""
+        return guards(self.base)
+
+    ceiling = CEILING
+    mixes = False
+
+    def feeds(self, size: Extents, seed: int = 0) -> dict[str, Array]:
+        """See Reference."""
+        named = execution_of(self.base).sample(size, self.arrays, seed)
+        example = execution_of(self.base).in_own_dtype()
+        try:
+            execution_of(self.base).flat(named)
+        except (IndexError, RuntimeError, ValueError):  # inputs that depend on each other, maybe
+            if self.arrays is None and is_real(example):
+                named = example
+        return arrays_of(named)
+
+    def run(self, adapter: Adapter | None) -> Run:
+        """See Reference."""
+        return torch_run(self._module(adapter))
+
+    def choices(self, adapter: Adapter | None, feeds: Named) -> Choices:
+        """See Reference."""
+        module = self._module(adapter)
+        return choices_of(module, named_of(execution_of(module).in_own_dtype(), feeds))
+
+    def own_errors(self, adapter: Adapter | None) -> Iterator[Mapping[str, float]]:
+        """Fp32 against fp64."""
+        return own_errors(self._module(adapter))
+
+    def prove(
+        self, run: Run, adapter: Adapter | None, of: str, rerun: Rerun | None = None
+    ) -> list[Parity]:
+        """See Reference."""
+        module = self._module(adapter)
+        return prove(run, module, arrays=self.arrays, tol=self.tol, of=of, rerun=rerun)
+
+    def _module(self, adapter: Adapter | None) -> CapturedModule:
+        if adapter is None:
+            return self.base
+        if self._last[0] is not adapter:
+            self._last = (adapter, self.branched(adapter).eval())
+        return self._last[1]
