@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import bind
 from lora_fx.adapter.variant import Init, VariantName
 from lora_fx.errors import LoraFxError
 from lora_fx.formats.io import AdapterLike, as_adapter
-from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.capture.capture import Captured
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured
 from lora_fx.fx.tensors import named_tensors, refuse_inference, with_base
 from lora_fx.fx.train.loss import Loss

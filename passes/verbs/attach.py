@@ -27,9 +27,9 @@ from lora_fx.fx.attach.attachment import Attachment, attachment, is_attached
 from lora_fx.fx.attach.live import REGISTRY
 from lora_fx.fx.attach.partial import partial_graphs
 from lora_fx.fx.capture.call import Signature
-from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.quantised_layers import keep_trainable, let_pack
+from lora_fx.fx.capture.root_module import Called, unwrapped, wrappers
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import refuse_inference
 from lora_fx.fx.train.loss import Loss

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.variant import matrix
 from lora_fx.data import LABELS
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.calibration import Run, SiteRows, Watched, part, readable
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.graph.graph import FxGraph
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import Loss, loss_function
 from lora_fx.inputs import Named

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.dtypes import Array
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.fx.train.loss import IGNORED, Loss, loss_function, scores_of
 from lora_fx.inputs import Named

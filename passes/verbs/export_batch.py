@@ -16,11 +16,11 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import Report, demand
 from lora_fx.inputs import SIZES
 from lora_fx.onnx.batch_inputs import SCALES as SCALES_BY_ROW
-from lora_fx.onnx.tensor_copies import join_copies
-from lora_fx.onnx.row_guards import outputs_without_nan
 from lora_fx.onnx.batch_inputs import batch_symbol
 from lora_fx.onnx.graph.graph import OnnxGraph
+from lora_fx.onnx.row_guards import outputs_without_nan
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.tensor_copies import join_copies
 from lora_fx.passes.batch import Batch, StoredWeight
 from lora_fx.passes.proofs.reference import FileRerun, Reference, prove_rows
 from lora_fx.passes.proofs.row_ids import prove_ids

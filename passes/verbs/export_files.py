@@ -12,8 +12,8 @@ from lora_fx.conditions import Condition
 from lora_fx.errors import LoraFxError
 from lora_fx.files.atomic import check_output
 from lora_fx.formats.io import check_real
-from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.range_guards import guard_within, say_within
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.refused_updates import exclude_hint

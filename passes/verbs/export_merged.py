@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from lora_fx.fx.module.insertion import insertion_of
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import FOLD_TOL, Parity, Report, demand
 from lora_fx.dtypes import Array
@@ -19,8 +17,10 @@ from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.onnx_names import onnx_conditions
 from lora_fx.fx.capture.unchanged import as_it_was
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.insertion import insertion_of
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import (
     named_tensors,
     parameter_of,
@@ -29,13 +29,13 @@ from lora_fx.fx.tensors import (
 )
 from lora_fx.fx.to_onnx import OPSET
 from lora_fx.inputs import Named
-from lora_fx.onnx.names import mark_changed
-from lora_fx.onnx.tensor_copies import copies_of
-from lora_fx.onnx.precision import GATES, narrow
 from lora_fx.onnx.bfloat16 import unround
-from lora_fx.onnx.output_file import Output
-from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.names import mark_changed
 from lora_fx.onnx.optimise import RewriteStage
+from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.precision import GATES, narrow
+from lora_fx.onnx.session import RuntimeSession, open_session
+from lora_fx.onnx.tensor_copies import copies_of
 from lora_fx.passes.fold import Folded, said_of_zeros
 from lora_fx.passes.proofs.parity import (
     feeds_of,

@@ -166,7 +166,9 @@ def _copied_file(source: Path, options: ExportOptions) -> Report:
     with options.output() as output:
         output.save(graph.model, 0 if is_external(source) else options.external_over)
         no_updates = Matched({}, {})
-        prove_merge(output.loadable, options.target, before, set(), find(graph), no_updates, Fold({}))
+        prove_merge(
+            output.loadable, options.target, before, set(), find(graph), no_updates, Fold({})
+        )
     note = "a copy: no adapter was given, and none goes into a quantised weight"
     outputs = tuple(map(str, output.files))
     return Report("export", True, (), outputs, (note, *graph.notes), {"mode": "merged"})

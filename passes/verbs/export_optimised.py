@@ -14,10 +14,10 @@ from lora_fx.files.read import remember
 from lora_fx.inputs import Named
 from lora_fx.onnx.load import load
 from lora_fx.onnx.names import give_own_names, mark_changed, restore_weight_names
+from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.precision import narrow
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.signature import feeds_of_sizes, signature
-from lora_fx.onnx.optimise import Rewrite, RewriteStage, apply_stages
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.verbs.export_options import ExportOptions
 

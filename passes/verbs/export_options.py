@@ -27,8 +27,8 @@ from lora_fx.text import is_whole
 if TYPE_CHECKING:
     from lora_fx.fx.train.loss import Loss
     from lora_fx.onnx.manifest import Manifest
-    from lora_fx.onnx.place import Place
     from lora_fx.onnx.output_file import Output
+    from lora_fx.onnx.place import Place
 from lora_fx.passes.verbs.options import (
     CaptureOptions,
     ExportAdapters,

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind
 from lora_fx.compare import ORT_TOL, Report
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.codes import beside, forms
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.tensors import (
     from_numpy,

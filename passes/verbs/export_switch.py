@@ -21,12 +21,11 @@ from lora_fx.errors import LoraFxError, NoEffectError
 from lora_fx.files.atomic import replacing
 from lora_fx.inputs import SIZES, Named
 from lora_fx.ir.layout import Layout
-from lora_fx.onnx.tensor_copies import join_copies
+from lora_fx.onnx.adapter_session import Session
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.manifest import Manifest
 from lora_fx.onnx.runtime_adapter import write_adapter
-from lora_fx.onnx.tensor_copies import copies_of
-from lora_fx.onnx.adapter_session import Session
+from lora_fx.onnx.tensor_copies import copies_of, join_copies
 from lora_fx.passes.find import find
 from lora_fx.passes.proofs.reference import FileRerun, Reference, Run
 from lora_fx.passes.switch import Switch

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import ORT_TOL, compare
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.module.adapted import Base
-from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.module.doubts import plain
+from lora_fx.fx.module.execution import execution_of
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.to_onnx import OPSET, to_onnx
+from lora_fx.onnx.bfloat16 import in_bfloat16, widen
 from lora_fx.onnx.masked_scores import mask_by_infinity
 from lora_fx.onnx.precision import GATES, at_level
-from lora_fx.onnx.bfloat16 import in_bfloat16, widen
 from lora_fx.passes.verbs.export_files import named_adapters
 from lora_fx.passes.verbs.export_options import ExportOptions
 from lora_fx.passes.verbs.open import captured_of, opened, own_adapters

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter, bind, check_plain
 from lora_fx.adapter.variant import variant_of
 from lora_fx.compare import ORT_TOL, Report, demand, rel
@@ -32,6 +31,7 @@ from lora_fx.fx.codes import forms
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.operators import SpecViolationError
 from lora_fx.fx.tensors import to_numpy
@@ -40,12 +40,12 @@ from lora_fx.fx.train.step import STATES, Slot, TrainGraph, Update, slots_in, st
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.onnx.manifest import PROPERTY, Manifest
-from lora_fx.onnx.update_row import row_of
-from lora_fx.onnx.runtime_adapter import write_adapter
-from lora_fx.onnx.range_guards import guard_within, say_within
-from lora_fx.onnx.save import save_beside
 from lora_fx.onnx.output_file import Output
+from lora_fx.onnx.range_guards import guard_within, say_within
+from lora_fx.onnx.runtime_adapter import write_adapter
+from lora_fx.onnx.save import save_beside
 from lora_fx.onnx.session import open_session
+from lora_fx.onnx.update_row import row_of
 from lora_fx.passes.clean import Clean
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.proofs.parity import TorchReference, arrays_of, prove_step

@@ -26,11 +26,11 @@ from lora_fx.files.atomic import check_output
 from lora_fx.files.read import remember, remembering
 from lora_fx.inputs import Named
 from lora_fx.ir.graph import Role
-from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.inserted_branches import branches_as_json
+from lora_fx.onnx.manifest import PROPERTY, check_no_slots
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.output_file import output
+from lora_fx.onnx.save import EXTERNAL_OVER
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find as find_graph

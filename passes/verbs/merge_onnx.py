@@ -26,9 +26,9 @@ from lora_fx.files.read import remember, remembering
 from lora_fx.files.safetensors import same_bytes
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched
-from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
-from lora_fx.onnx.place import Place
 from lora_fx.onnx.output_file import output
+from lora_fx.onnx.place import Place
+from lora_fx.onnx.save import EXTERNAL_OVER, is_external, weight_bytes
 from lora_fx.onnx.session import open_session
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.fold import Fold, said_of_zeros
@@ -76,7 +76,9 @@ def merge_into_file(
         external_over = 0 if has_data_file else options.external_over
         file.save(graph.model, external_over, delta=options.delta)
         changed = {*fold.applied.values(), *plan.matched.whole}
-        written = prove_merge(file.loadable, target, before, changed, plan.targets, plan.matched, fold)
+        written = prove_merge(
+            file.loadable, target, before, changed, plan.targets, plan.matched, fold
+        )
         _refuse_unchanged(target, written, before, changed)
         parity: list[Parity] = []
         notes = [*graph.notes]

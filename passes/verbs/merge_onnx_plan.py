@@ -16,8 +16,8 @@ from lora_fx.inputs import Named
 from lora_fx.onnx.graph.graph import OnnxGraph
 from lora_fx.onnx.match import Matched, match
 from lora_fx.onnx.names import named_graph
-from lora_fx.onnx.save import EXTERNAL_OVER, weight_bytes
 from lora_fx.onnx.place import Place
+from lora_fx.onnx.save import EXTERNAL_OVER, weight_bytes
 from lora_fx.onnx.validity import blaming
 from lora_fx.passes.find import find
 from lora_fx.targets.target import Found

@@ -8,16 +8,16 @@ from os import PathLike, fspath
 
 from torch import nn
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.attach.attachment import is_attached
-from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.capture.decoder import decoder
+from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.load.huggingface import LoadedModel
 from lora_fx.fx.load.models import load_model
 from lora_fx.fx.module.adapted import AdaptedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.captured import FileCaptured, is_program, open_program
 from lora_fx.fx.untie import lone_names, untied

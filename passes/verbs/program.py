@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_fx.fx.module.execution import execution_of
 from lora_fx.conditions import SizeError
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError, NoEffectError, one_line
 from lora_fx.files.atomic import replacing
 from lora_fx.fx.capture.unchanged import alike
-from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.folded import FoldedModule
+from lora_fx.fx.module.module import CapturedModule
 from lora_fx.fx.pt2.write import Paths, write_programs
 from lora_fx.fx.tensors import all_tensors, to_numpy
 from lora_fx.fx.trees import tree_leaves

@@ -194,8 +194,8 @@ def fits_switch(path: str | PathLike[str], adapter: AdapterLike) -> Report:
     Raises:
         LoraFxError: It does not, or the file is not switchable.
     """
-    from lora_fx.onnx.manifest import manifest_of
     from lora_fx.onnx.feeds import tensors_of
+    from lora_fx.onnx.manifest import manifest_of
 
     manifest = manifest_of(path)
     tensors = tensors_of(adapter, manifest)  # an A and a B for each target

@@ -107,10 +107,10 @@ def report_of(parity: Sequence[Parity], notes: Sequence[str]) -> Report:
 
 def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     """The module that runs a model in eval mode, with an adapter where one is given."""
-    from lora_fx.fx.capture.root_module import unwrapped
     from lora_fx.fx.capture.capture import Captured
-    from lora_fx.fx.module.module import CapturedModule
+    from lora_fx.fx.capture.root_module import unwrapped
     from lora_fx.fx.module.doubts import plain
+    from lora_fx.fx.module.module import CapturedModule
     from lora_fx.passes.verbs.adapt import insert
 
     model = unwrapped(model)
