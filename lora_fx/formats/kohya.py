@@ -63,7 +63,7 @@ _OTHER_METHODS = {
     "bias_values": "a sparse bias",
     "lora_up.bias": "a bias of lora_up",
 }
-_CHANGED_AS_STORED = {"diff": "weight", "diff_b": "bias", "w_norm": "weight", "b_norm": "bias"}
+_CHANGED_AS_STORED = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 """The end of a tensor that is added as it is → the parameter that it is added to."""
 _refused = partial(refused, "a kohya file")
 
