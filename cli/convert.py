@@ -144,7 +144,7 @@ def command(
         loaded, moved = refitted(loaded, base, changes.fuse, changes.split, changes.rows)
         said += "".join(f"{line}\n" for line in moved)
     if layout:  # else experts stay as they are
-        from lora_fx.checkpoint.expert_stacks import laid_for
+        from lora_fx.checkpoint.stored_stacks import laid_for
 
         loaded = laid_for(loaded, layout, base, changes.model_type)
     notes = [*loaded.metadata.get("notes", [])]

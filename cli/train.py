@@ -56,7 +56,7 @@ def command(
     from lora_fx.formats.io import FORMATS, check_real, save_adapter
     from lora_fx.fx.load.models import check_device
     from lora_fx.fx.train.loop import fit
-    from lora_fx.passes.proofs.recorded_run import prove_as_it_is
+    from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.verbs.adapt import insert_into
 
     with together(loop.device) as (world, device):

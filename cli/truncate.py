@@ -136,7 +136,7 @@ def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
 
 def _table(adapter: str, data: str, options: TableOptions, trust: bool) -> tuple[str, Json]:
     """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
-    from lora_fx.passes.verbs.held_out import held_out
+    from lora_fx.passes.verbs.held_out_loss import held_out
 
     if not options.model:
         raise LoraFxError("--table needs the model", "--model MODEL")

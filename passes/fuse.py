@@ -24,7 +24,7 @@ from torch import fx
 from lora_fx.fx.graph.branch_nodes import maker, operands
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import shape_of, value
-from lora_fx.fx.regions import traced
+from lora_fx.fx.train_regions import traced
 from lora_fx.passes.base import PassResult
 
 aten = torch.ops.aten

@@ -27,7 +27,7 @@ from lora_fx.fx.graph.elementwise_chains import VIEWS, Chain, chain_of, differen
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.in_place import Writes
 from lora_fx.fx.graph.nodes import block_of, shape_of
-from lora_fx.fx.regions import code_of, region
+from lora_fx.fx.train_regions import code_of, region
 from lora_fx.passes.base import PassResult
 from lora_fx.text import by_key
 

@@ -21,7 +21,7 @@ from lora_fx.fx.graph.flow import FxWeight
 from lora_fx.fx.graph.graph import FxGraph, replaced
 from lora_fx.fx.graph.nodes import is_marked, reached
 from lora_fx.fx.graph.ops import Path, pick, row_of, slots
-from lora_fx.fx.regions import Code, code_of, keeps_nothing
+from lora_fx.fx.train_regions import Code, code_of, keeps_nothing
 from lora_fx.passes.base import PassResult
 
 

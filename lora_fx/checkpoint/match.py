@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full
 from lora_fx.adapter.updates import Entry, twins_of
-from lora_fx.checkpoint.expert_stacks import EXPERT_NAME, placed_in_stack, stacked
 from lora_fx.checkpoint.fused_rows import known_rows
 from lora_fx.checkpoint.missing_layers import missing_layers_of
 from lora_fx.checkpoint.placed import Placed, region_of, use_of, with_layout
 from lora_fx.checkpoint.refusal import MISSING, UNUSED, MergeRefusal
 from lora_fx.checkpoint.renaming import Renaming, renaming
 from lora_fx.checkpoint.storage_order import in_out_weights
+from lora_fx.checkpoint.stored_stacks import EXPERT_NAME, placed_in_stack, stacked
 from lora_fx.files.safetensors import Tensors
 from lora_fx.targets.keys import base_name
 from lora_fx.text import JsonView, near, some

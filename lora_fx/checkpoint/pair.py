@@ -12,7 +12,6 @@ import numpy as np
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.checkpoint.base_fingerprint import stretches
-from lora_fx.checkpoint.expert_stacks import stacked
 from lora_fx.checkpoint.findings import Finding
 from lora_fx.checkpoint.int8 import int8_of
 from lora_fx.checkpoint.match import match, stored_names
@@ -20,6 +19,7 @@ from lora_fx.checkpoint.merge_settings import MergeOptions
 from lora_fx.checkpoint.provenance import adapter_hash
 from lora_fx.checkpoint.raw_adapter import Raw, read_raw
 from lora_fx.checkpoint.renaming import Renaming, renaming
+from lora_fx.checkpoint.stored_stacks import stacked
 from lora_fx.checkpoint.tied_names import Tie
 from lora_fx.checkpoint.tied_uses import tie_and_names
 from lora_fx.dtypes import FLOATING, Array

@@ -30,7 +30,7 @@ from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.find import find as find_graph
 from lora_fx.passes.fold import Fold
-from lora_fx.passes.proofs.recorded_run import prove_as_it_is
+from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
 from lora_fx.passes.verbs.build import build_module, found_in
 from lora_fx.passes.verbs.open import captured_of, opened
 from lora_fx.passes.verbs.options import (

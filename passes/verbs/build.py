@@ -33,7 +33,7 @@ from lora_fx.passes.fold import exact
 from lora_fx.passes.fuse import Fuse
 from lora_fx.passes.insert import Insert
 from lora_fx.passes.proofs.effect import prove_effect
-from lora_fx.passes.proofs.recorded_run import prove_drawn
+from lora_fx.passes.proofs.recorded_capture import prove_drawn
 from lora_fx.passes.recompute import Recompute
 from lora_fx.passes.reread import RecomputeWeights
 from lora_fx.passes.share import Share

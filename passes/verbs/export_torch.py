@@ -11,10 +11,10 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.compare import ORT_TOL, compare
 from lora_fx.errors import LoraFxError
 from lora_fx.fx.capture.capture import Captured
-from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.module.doubts import plain
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.module import CapturedModule
+from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.onnx_export.to_onnx import to_onnx
 from lora_fx.fx.onnx_export.translation import OPSET
 from lora_fx.onnx.bfloat16 import in_bfloat16, widen

@@ -24,7 +24,7 @@ from lora_fx.fx.train.loss import Loss
 from lora_fx.inputs import Dynamic, Named
 from lora_fx.passes.verbs.adapt import find
 from lora_fx.passes.verbs.calibrate import calibrate
-from lora_fx.passes.verbs.held_out import held_out as held_out  # its place before
+from lora_fx.passes.verbs.held_out_loss import held_out as held_out  # its place before
 from lora_fx.passes.verbs.open import captured_of
 from lora_fx.passes.verbs.options import CaptureOptions, Selectors
 from lora_fx.targets.budget import Budget, allocate

@@ -32,7 +32,7 @@ from lora_fx.fx.tensors import to_numpy
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import SIZES, Named
 from lora_fx.passes.proofs.proof_inputs import is_real
-from lora_fx.passes.proofs.recorded_run import prove_as_it_is
+from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
 from lora_fx.passes.verbs.open import load_program
 
 

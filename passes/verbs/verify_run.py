@@ -44,7 +44,7 @@ def verify_run(a: object, b: object, options: RunOptions) -> Report:
     from lora_fx.onnx.session import open_session
     from lora_fx.passes.proofs.onnx_reference import FileRerun
     from lora_fx.passes.proofs.parity import prove, torch_rerun, torch_run
-    from lora_fx.passes.proofs.recorded_run import prove_as_it_is
+    from lora_fx.passes.proofs.recorded_capture import prove_as_it_is
     from lora_fx.passes.proofs.reference import Rerun
 
     adapter = options.adapter_alone()

@@ -15,7 +15,7 @@ from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.expert_layouts import LAYOUTS
 from lora_fx.adapter.lowrank import LowRank
 from lora_fx.adapter.origin import Origin
-from lora_fx.checkpoint.expert_stacks import laid_for
+from lora_fx.checkpoint.stored_stacks import laid_for
 from lora_fx.cli.group import group
 from lora_fx.errors import LoraFxError
 from tests.checkpoint import made

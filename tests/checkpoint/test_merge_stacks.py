@@ -16,7 +16,7 @@ import lora_fx
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
 from lora_fx.adapter.updates import Dense
-from lora_fx.checkpoint.expert_stacks import stacks_turned
+from lora_fx.checkpoint.stored_stacks import stacks_turned
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.layout import Layout, plain_layout
 from tests.checkpoint.made import Array, adapter, checkpoint, factors, read

@@ -29,7 +29,7 @@ from lora_fx.fx.capture.root_module import unwrapped
 from lora_fx.fx.dotted_names import owner, parameter_of
 from lora_fx.fx.module import adapted_report, tree_adapter
 from lora_fx.fx.module.adapted_report import AdaptedReport, Effect
-from lora_fx.fx.module.base_fingerprint import Base
+from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.tensors import AdapterTensors
 from lora_fx.inputs import Named
 from lora_fx.patching import patched

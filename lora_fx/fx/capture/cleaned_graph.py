@@ -20,8 +20,8 @@ from lora_fx.fx.capture.learnt_sizes import Shape, learn
 from lora_fx.fx.capture.size_nodes import constants_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.graph.nodes import value
+from lora_fx.fx.lowering.context_bodies import inline_regions
 from lora_fx.fx.lowering.product_chains import split_products
-from lora_fx.fx.lowering.regions import inline_regions
 from lora_fx.fx.lowering.vmap import without_vmap
 from lora_fx.fx.trees import tree_leaves
 from lora_fx.text import Json

@@ -24,7 +24,7 @@ from lora_fx.fx.capture.observed import observing
 from lora_fx.fx.capture.root_module import RootModule
 from lora_fx.fx.capture.trace import quiet
 from lora_fx.fx.capture.unchanged import same_dtypes
-from lora_fx.fx.lowering.regions import without_grad_modes
+from lora_fx.fx.lowering.context_bodies import without_grad_modes
 from lora_fx.fx.proxy_tracing import make_fx
 from lora_fx.fx.trees import tree_flatten, tree_unflatten
 from lora_fx.inputs import Named

@@ -19,9 +19,9 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.fx.dotted_names import owner, parameter_of
 from lora_fx.fx.graph.graph import FxGraph
 from lora_fx.fx.module.adapted_report import AdaptedReport, Effect, adapted_report
-from lora_fx.fx.module.base_fingerprint import Base
 from lora_fx.fx.module.doubts import decide_doubts
 from lora_fx.fx.module.module import CapturedModule, Rewriter, Speedups
+from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.module.tree_adapter import (
     bound_for_loading,
     compile_ranks,

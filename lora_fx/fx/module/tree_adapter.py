@@ -18,7 +18,7 @@ from lora_fx.dtypes import factor_dtype
 from lora_fx.errors import LoraFxError
 from lora_fx.fx import dynamo
 from lora_fx.fx.dotted_names import named_tensors, owner, parameter_of
-from lora_fx.fx.module.base_fingerprint import Base
+from lora_fx.fx.module.module_base import Base
 from lora_fx.fx.shards import gathered_array, refuse_shards, reshard, write_tensor
 from lora_fx.fx.tensors import from_numpy, to_numpy
 from lora_fx.inputs import Named

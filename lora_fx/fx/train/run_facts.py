@@ -21,7 +21,7 @@ from lora_fx.checkpoint.base_fingerprint import fingerprint
 from lora_fx.data import Buckets, Table
 from lora_fx.fx.graph.nodes import dtype_name
 from lora_fx.fx.module.adapted import AdaptedModule
-from lora_fx.fx.module.base_fingerprint import both_ends
+from lora_fx.fx.module.module_base import both_ends
 from lora_fx.fx.tensors import device_of
 from lora_fx.fx.train.loss import Loss
 from lora_fx.fx.train.optimizer import Optimizer

@@ -16,7 +16,7 @@ from lora_fx.adapter.truncate import truncation
 from lora_fx.cli import main
 from lora_fx.data import Table
 from lora_fx.errors import LoraFxError
-from lora_fx.passes.verbs.held_out import held_out
+from lora_fx.passes.verbs.held_out_loss import held_out
 from lora_fx.passes.verbs.open import capture
 
 MODEL = """
