@@ -20,7 +20,7 @@ from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.execution import execution_of
 from lora_fx.fx.module.insertion import insertion_of
 from lora_fx.fx.pt2.captured import open_program
-from lora_fx.passes.proofs import recorded_run as recorded
+from lora_fx.passes.proofs import recorded_capture as recorded
 from lora_fx.passes.verbs.program import save_program
 from tests.fx.module.test_module import perturb
 from tests.trust.test_rungs import RECORDED as READING
