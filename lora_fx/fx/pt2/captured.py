@@ -99,17 +99,25 @@ class FileCaptured(Captured):
         """Take from the programs and the manifest the call, the adapter and the modules."""
         if manifest:
             check_format(manifest, f"{self.path}: its manifest", FORMAT)
-        programs = self._loaded
-        example_program = programs.get("model") or next(iter(programs.values()))
-        named = dict(example_program.named)
-        signature = plain_signature(named)  # of a file without a manifest
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         if manifest.get("recorded"):
             self.notes.append(
                 f"{self.path} holds one recorded run, and not the live model: that it holds for "
                 "other weights cannot be proven"
             )
+        self._read_call(manifest)
+        self._read_tensors(manifest)
 
+    @property
+    def _example_program(self) -> LoadedProgram:
+        """The program whose example is the file's."""
+        return self._loaded.get("model") or next(iter(self._loaded.values()))
+
+    def _read_call(self, manifest: JsonView) -> None:
+        """Take the programs of each mode, the signature and the example."""
+        programs = self._loaded
+        named = dict(self._example_program.named)
+        signature = plain_signature(named)  # of a file without a manifest
         self.programs: dict[bool, list[str]]
         if manifest:
             self.programs = _programs_by_manifest(manifest, programs)
@@ -125,20 +133,23 @@ class FileCaptured(Captured):
             name: argument for name, argument in named.items() if not is_constant(argument)
         }
 
+    def _read_tensors(self, manifest: JsonView) -> None:
+        """Take the adapter, and the modules that hold the other tensors."""
+        programs = self._loaded.values()
         state: dict[str, torch.Tensor] = {}
-        for loaded in programs.values():
+        for loaded in programs:
             state.update(loaded.state)
         self.adapter: Adapter | None = read_adapter(manifest, state, str(self.path))
         self.dropout = 0.0
         if self.adapter:
             self.dropout = float(self.adapter.metadata.get("dropout", 0.0))
 
-        example_first = [example_program]
-        for loaded in programs.values():
-            if loaded is not example_program:
+        example_first = [self._example_program]
+        for loaded in programs:
+            if loaded is not self._example_program:
                 example_first.append(loaded)
         self.model = tree_of(example_first, adapter_names(manifest))
-        for loaded in programs.values():
+        for loaded in programs:
             graph_signature = loaded.program.graph_signature
             names = {
                 **graph_signature.inputs_to_parameters,
@@ -221,12 +232,13 @@ class FileCaptured(Captured):
             modals = [modal for modal in modals if not modal.norm]
         if not modals and training:
             return
+        has = "train"
+        lacks = "eval"
+        hint = LATER
         if training:
-            has, lacks = "eval", "train"
+            has = "eval"
+            lacks = "train"
             hint = f"{LATER}; model.eval() can be trained too, without dropout"
-        else:
-            has, lacks = "train", "eval"
-            hint = LATER
         raise LoraFxError(
             f"{self.path} holds the {has} graph only; "
             f"in {lacks} mode these behave otherwise: {modals_text(modals) or 'unknown'}",
