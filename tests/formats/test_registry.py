@@ -75,9 +75,9 @@ SERVED = ".onnx_adapter"
 """The ending of ONNX Runtime's file, which an export writes beside a graph."""
 ELSEWHERE = {
     ("lora_fx.adapter.expert_layouts", "peft"): "a layout of experts",
-    ("lora_fx.checkpoint.match", "peft"): "of the adapter's metadata: PEFT's own fields",
-    ("lora_fx.checkpoint.pair", "peft"): "the same",
-    ("lora_fx.checkpoint.renaming", "peft"): "the same",
+    ("lora_fx.checkpoint.stored_stacks", "peft"): "of the adapter's metadata: PEFT's own fields",
+    ("lora_fx.checkpoint.raw_adapter", "peft"): "the same",
+    ("lora_fx.checkpoint.missing_layers", "peft"): "the same",
     ("lora_fx.files.checkpoint", ".gguf"): "weights of a model",
     ("lora_fx.files.hub", ".gguf"): "the same",
     ("lora_fx.onnx.train_session", "peft"): "a default, as save_adapter has it",
