@@ -227,26 +227,26 @@ def whole_factor(config: JsonView, module: str, half: str, stored: Array, where:
 def _check_init(config: JsonView, where: str) -> None:
     """Raise for a start that changed the base weights in a way that cannot be redone."""
     init = config.get("init_lora_weights", True)
-    start = f"{where}: init_lora_weights is {init!r}"
+    problem = f"{where}: init_lora_weights is {init!r}"
     if mutation(config) == "olora" and config.get("fan_in_fan_out"):
         raise LoraFxError(
-            f"{start} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE
+            f"{problem} with fan_in_fan_out; PEFT takes the QR of the wrong side", MERGE
         )
     name = str(init).lower()
     if config.get("kasa_config") and name in REDONE:
-        raise LoraFxError(f"{start} beside kasa_config; expected one start", MERGE)
+        raise LoraFxError(f"{problem} beside kasa_config; expected one start", MERGE)
     if init in (True, False, None) or name in REDONE:
         return
-    for start_of_name, why in _NOT_REDONE.items():
-        if name.startswith(start_of_name):
+    for prefix, why in _NOT_REDONE.items():
+        if name.startswith(prefix):
             raise LoraFxError(
-                f"{start}; expected one that keeps the base weights, or {' or '.join(REDONE)}: "
+                f"{problem}; expected one that keeps the base weights, or {' or '.join(REDONE)}: "
                 f"this one changes them and that cannot be redone: {why}",
                 _CONVERT,
             )
     if name not in KEEPS_BASE:
         raise LoraFxError(
-            f"{start}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
+            f"{problem}; expected one of peft 0.21.2: another may change the base weights", _CONVERT
         )
 
 

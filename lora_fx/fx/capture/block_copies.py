@@ -61,7 +61,7 @@ def _copy_block(module: fx.GraphModule, start: fx.Node, end: fx.Node, call: fx.N
     in_block = {*block_inputs, *block_nodes, end}
     with graph.inserting_before(call):
         for node in block_nodes:
-            if _is_of_every_call(node):
+            if _needs_no_copy(node):
                 continue
             if _neighbours(node, block_outputs) - in_block:  # other calls would not share it
                 raise NotRepeated
@@ -88,8 +88,11 @@ def _nodes_between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _is_of_every_call(node: fx.Node) -> bool:
-    """Whether a node needs no copy: numbers are the same in every call, and marks are erased."""
+def _needs_no_copy(node: fx.Node) -> bool:
+    """Whether a later call goes without a copy of a node.
+
+    Numbers and the assertions about them are the same in every call, and marks are erased.
+    """
     return _is_number(node) or node.target in (START, END, aten._assert_scalar.default)
 
 
@@ -98,7 +101,10 @@ def _is_number(node: fx.Node) -> bool:
 
 
 def _neighbours(node: fx.Node, block_outputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """The tensors that a node reads, and what reads it, but for parameters and block outputs."""
+    """The nodes whose tensors a node reads, without parameters, and the nodes that read it.
+
+    The readers of a parameter or of an output of the block are not counted.
+    """
     neighbours = {n for n in node.all_input_nodes if n.op != "get_attr" and not _is_number(n)}
     if node.op != "get_attr" and node not in block_outputs:
         neighbours.update(node.users)

@@ -600,7 +600,10 @@ class Captured:
             node.target = renamed.get(str(node.target), node.target)
 
     def settle(self, idle: Collection[Condition]) -> None:
-        """Take these of the doubtful conditions for idle, and the others for true."""
+        """Drop the idle ones of the doubtful conditions, and keep the others as conditions.
+
+        A condition is idle if the model also runs, with right results, at sizes that break it.
+        """
         self.idle = frozenset((condition.text, condition.sizes) for condition in idle)
         for tracings in self.tracings.values():
             for traced in tracings:

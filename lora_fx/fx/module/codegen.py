@@ -63,7 +63,8 @@ def interpreted(graph: fx.Graph) -> Callable[..., Any]:
 def outline(graph: fx.Graph, path: str, ident: str, body: list[fx.Node]) -> fx.Graph | None:
     """Move the nodes made inside one module, in their order, into a graph called by a node.
 
-    Returns None, and leaves the graph alone, where a node between them depends on the block.
+    Returns None, and leaves the graph alone, where a node of another module depends on the block
+    and the block depends on that node.
     """
     members = set(body)
     if not body or not _gather(graph, body, members):
@@ -134,11 +135,12 @@ def _copied(
 
 
 def _gather(graph: fx.Graph, body: list[fx.Node], members: set[fx.Node]) -> bool:
-    """Move strays between the block's first and last node out of it; False if one needs it.
+    """Move the nodes of others out from between the first and last node of a block.
 
-    What depends on the block goes behind it, everything else before.
+    Nodes that depend on the block go behind it, all others before it. Returns False, and moves
+    nothing, if a node of the block in turn depends on one that would go behind it.
     """
-    strays = []
+    early = []
     dependents = set(members)
     node = body[0]
     while node is not body[-1]:
@@ -148,13 +150,13 @@ def _gather(graph: fx.Graph, body: list[fx.Node], members: set[fx.Node]) -> bool
         if any(operand in dependents for operand in node.all_input_nodes):
             dependents.add(node)
         else:
-            strays.append(node)
+            early.append(node)
 
     late = dependents - members
     for node in body:
         if any(operand in late for operand in node.all_input_nodes):
             return False
-    for node in strays:
+    for node in early:
         body[0].prepend(node)
     for node in reversed([node for node in graph.nodes if node in late]):
         body[-1].append(node)
