@@ -27,9 +27,11 @@ def split_weight(text: str) -> tuple[str, float]:
     except ValueError as error:
         if path.endswith(".py"):
             raise LoraFxError(
-                f"{text} is a model, not an adapter", "the model comes first"
+                f"{text} is a model, not an adapter", "give the model first, then the adapters"
             ) from error
-        raise LoraFxError(f"{number!r} is no weight", f"for example {path}:0.5") from error
+        raise LoraFxError(
+            f"{text}: {number!r} is not a number", f"give a weight, such as {path}:0.5"
+        ) from error
 
 
 def adapter_of(path: str) -> Adapter:

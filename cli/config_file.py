@@ -37,9 +37,13 @@ def config_options() -> list[click.Option]:
             metavar="FILE.toml",
             is_eager=True,  # what it says is there before a required option is missed
             callback=_read,
-            help="What stands in its table of this command.",
+            help="Read options from a TOML file: the table named after this command.",
         ),
-        click.Option(["--save-config"], metavar="FILE.toml", help="Write what --config reads."),
+        click.Option(
+            ["--save-config"],
+            metavar="FILE.toml",
+            help="Write the options of this run to a TOML file for --config.",
+        ),
     ]
 
 
@@ -55,10 +59,10 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
     commands = ctx.parent.command.list_commands(ctx)
     for key, table in tables.items():
         if not isinstance(table, dict):
-            raise LoraFxError(f"{path}: {key!r} stands in no table", f"put it below [{name}]")
+            raise LoraFxError(f"{path}: {key!r} is not in a table", f"write it below [{name}]")
         if key not in commands:
             hint = near(key, commands, "lora-fx --help lists the commands")
-            raise LoraFxError(f"{path}: [{key}] is no command", hint)
+            raise LoraFxError(f"{path}: there is no command [{key}]", hint)
     if name not in tables:
         has = f"it has {some([f'[{t}]' for t in tables])}" if tables else "it is empty"
         raise LoraFxError(f"{path}: no table [{name}]", has)
@@ -86,7 +90,7 @@ def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
             raise LoraFxError(f"{where}: given twice", "leave one of them out")
         values[name] = _value(ctx, param, value, where)
     if values.get("trust"):
-        note(f"{path} says trust: pickles are read, by torch's unpickler that runs no code")
+        note(f"{path} sets trust: pickled tensors are read, without running code from them")
     return values
 
 

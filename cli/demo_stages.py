@@ -270,4 +270,4 @@ def refusal(result: Result) -> NoEffectError | None:
     """The error when something is not as promised."""
     if not result.failures:
         return None
-    return NoEffectError("; ".join(result.failures), "report.json has every number")
+    return NoEffectError("; ".join(result.failures), "report.json contains every number")

@@ -30,26 +30,32 @@ if TYPE_CHECKING:
 class RecoveryOptions:
     """Which tensors are compared, and what rank an update has."""
 
-    rank: int | None = option("--rank", "-r", type=int, help="Of every update.  [default: 16]")
+    rank: int | None = option(
+        "--rank", "-r", type=int, help="Set the rank of every update.  [default: 16]"
+    )
     energy: float | None = option(
-        "--energy", type=float, help="Instead: per tensor what holds this share of ‖Δ‖²."
+        "--energy",
+        type=float,
+        help="Choose each rank so that it keeps this share of ‖Δ‖², in place of --rank.",
     )
     max_rank: int | None = option(
-        "--max-rank", type=int, help="Cap of what --energy chooses.  [default: 128]"
+        "--max-rank", type=int, help="Limit the ranks that --energy chooses.  [default: 128]"
     )
-    include: tuple[str, ...] | None = selectors("--include", "Weights to look at.")
-    exclude: tuple[str, ...] | None = selectors("--exclude", "Tensors to leave out.")
-    also_full: bool = flag("--also-full", "Take norms and biases that differ, whole.")
+    include: tuple[str, ...] | None = selectors("--include", "Extract only these weights.")
+    exclude: tuple[str, ...] | None = selectors("--exclude", "Leave out these tensors.")
+    also_full: bool = flag("--also-full", "Store norms and biases that differ whole.")
     whole: tuple[str, ...] | None = selectors(
-        "--whole", "Tensors to take whole where they differ, such as a head."
+        "--whole", "Store these tensors whole where they differ, such as a head."
     )
-    allow_missing: bool = flag("--allow-missing", "Leave out tensors that do not fit.")
+    allow_missing: bool = flag(
+        "--allow-missing", "Leave out tensors that only one model has, or whose shapes differ."
+    )
     fan_in_fan_out: bool | None = option(
         "--fan-in-fan-out/--no-fan-in-fan-out",
         default=None,
-        help="Linear weights are stored [in, out].  [default: config.json says]",
+        help="Read linear weights as [in, out].  [default: as config.json says]",
     )
-    seed: int = seed_option("Of the random subspaces.")
+    seed: int = seed_option("Seed the random subspaces of the SVD.")
     trust: bool = flag("--trust", TRUST)
 
     def extract(self) -> ExtractOptions:
@@ -74,14 +80,14 @@ class RecoveryOptions:
 @click.command("extract", cls=ReportCommand)
 @click.argument("base")
 @click.argument("tuned")
-@output_option("ADAPTER", "Folder or .safetensors.")
+@output_option("ADAPTER", "Write an adapter folder or a .safetensors file.")
 @option_group("wanted", RecoveryOptions)
 @force_option
 def command(base: str, tuned: str, output: str, wanted: RecoveryOptions, force: bool) -> None:
-    r"""Recover an adapter that turns BASE into TUNED.
+    r"""Extract an adapter that turns BASE into TUNED.
 
-    Both are Hugging Face folders or .safetensors files with the same tensors. They are read one
-    tensor at a time; no model is built.
+    BASE and TUNED are Hugging Face folders or .safetensors files with the same tensors. They are
+    read one tensor at a time, and no model is built.
 
     \b
     lora-fx extract ./llama ./llama-chat -o chat --rank 32

@@ -46,13 +46,13 @@ class FileCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.no_say = no_say
         self.function_params = {param.name for param in self.params}
-        json_help = "Print one JSON object."
+        json_help = "Print the result as one JSON object."
         self.params.append(click.Option(["--json", "as_json"], is_flag=True, help=json_help))
         self.params += config_options()
         if "force" not in self.function_params:
             self.params.append(click.Option(["--force"], is_flag=True, help=FORCE))
         if self.reports:
-            page_help = "Write the result as a page."
+            page_help = "Write the result as an HTML page."
             self.params.append(click.Option(["--report"], metavar="PAGE.html", help=page_help))
 
     def invoke(self, ctx: click.Context) -> object:
@@ -144,7 +144,7 @@ def _check_numbers(ctx: click.Context) -> None:
         value = ctx.params.get(param.name or "")
         if is_whole(value) and not -(1 << 63) <= value < 1 << 63:
             message = f"{param.opts[-1]} {one_line(value, 40)} has more than 64 bits"
-            raise LoraFxError(message, f"{ctx.command_path} --help says what it is")
+            raise LoraFxError(message, f"{ctx.command_path} --help explains it")
 
 
 def _check_outputs(params: JsonView, *, inside: bool) -> None:
@@ -165,7 +165,9 @@ def _check_outputs(params: JsonView, *, inside: bool) -> None:
         first_option = f"--{first.replace('_', '-')} {params[first]}"
         second_option = f"--{second.replace('_', '-')} {params[second]}"
         if inside and first in ("output", "out") and paths[first] in paths[second].parents:
-            raise LoraFxError(f"{second_option} lies in {first_option}", "choose a name beside it")
+            raise LoraFxError(
+                f"{second_option} is inside {first_option}", "choose a path outside it"
+            )
         if paths[first] == paths[second]:
             raise LoraFxError(f"{second_option} is also {first_option}", "choose another name")
 

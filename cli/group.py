@@ -16,20 +16,20 @@ from lora_fx.progress import telling
 from lora_fx.text import near
 
 COMMANDS = {
-    "targets": "List what an adapter can attach to, and why the rest cannot.",
-    "insert": "Insert untrained branches.",
-    "train": "Insert, train, keep the best, and save only the adapter.",
+    "targets": "List the weights that an adapter can attach to.",
+    "insert": "Insert untrained low-rank branches.",
+    "train": "Train an adapter on data, and save only the adapter.",
     "merge": "Fold adapters into the weights of a checkpoint or .onnx file.",
-    "merge-all": "Merge every adapter of a fleet by itself.",
-    "export": "Write an ONNX file: merged, or with adapters to choose from.",
-    "extract": "Recover an adapter from two checkpoints, by SVD.",
-    "truncate": "Fewer ranks, with the exact error that it costs.",
-    "plan": "A rank for every target, under one budget.",
+    "merge-all": "Merge each of many adapters into the same base.",
+    "export": "Write an ONNX file, merged or with adapters to choose from.",
+    "extract": "Extract an adapter from two checkpoints.",
+    "truncate": "Reduce the ranks of an adapter, with an exact error.",
+    "plan": "Choose a rank for every target under one budget.",
     "convert": "Convert an adapter between file formats.",
-    "verify": "Compare two models, or tensor files; or: does an adapter fit?",
-    "doctor": "Say what is wrong with a base and an adapter.",
-    "bench": "Time ONNX files in turn, and print the ratios.",
-    "demo": "All of it, end to end, on a real model and real data.",
+    "verify": "Compare two models, or check that an adapter fits.",
+    "doctor": "Report every problem of a base and an adapter.",
+    "bench": "Time ONNX files in turn.",
+    "demo": "Train, fold, export and check on a real model and data.",
 }
 
 

@@ -68,7 +68,7 @@ def module_with_adapter(cap: Captured) -> AdaptedModule:
     option = first_given(*choosing, "plan", "quantise", "dead")
     if option:
         raise LoraFxError(
-            f"{cap.path} holds an adapter, which is trained on, so {option} has no say",
+            f"{cap.path} contains an adapter, whose training goes on, so {option} has no effect",
             "leave it out, or start from the original model",
         )
     module = module_of(cap)

@@ -4,7 +4,7 @@ A group is a frozen dataclass whose fields are options. A command takes it as on
 
     @dataclass(frozen=True, kw_only=True)
     class Limits:
-        rank: int = option("--rank", "-r", type=int, default=8, help="Rank of every target.")
+        rank: int = option("--rank", "-r", type=int, default=8, help="Set the rank.")
         lossy: bool = flag("--lossy", "Accept a loss.")
 
     @click.command("cut")
@@ -33,7 +33,7 @@ from lora_fx.text import JsonView
 FROM_1 = click.IntRange(1, 2**31 - 1)
 THREADS = click.IntRange(0, 2**10)
 """Of ONNX Runtime; 0 leaves the number to it."""
-FORCE = "Replace an output that exists."
+FORCE = "Replace the output if it exists."
 
 Command = Callable[..., object]
 """What click makes a command of."""
@@ -79,13 +79,14 @@ def label_option(text: str) -> Any:
 
 def loss_option() -> Any:
     """A field of a group: what is computed of outputs and labels."""
-    return option("--loss", default="ce", help="ce, mse or module:function.")
+    return option("--loss", default="ce", help="Choose the loss: ce, mse or module:function.")
 
 
 def max_length_option() -> Any:
     """A field of a group: how many tokens of a text are read."""
     return count_option(
-        "--max-length", "Tokens of a text.  [default: 128; 1024 for causal language models]"
+        "--max-length",
+        "Cut texts to this many tokens.  [default: 128; 1024 for causal language models]",
     )
 
 
@@ -94,7 +95,8 @@ def quantise_option() -> Any:
     return repeatable(
         "--quantise",
         "KIND[=SELECTORS]",
-        "Store the base's weights as nf4, int4 or int8; of the default plan, or those named.",
+        "Store weights of the base as nf4, int4 or int8: those of the default targets, "
+        "or those named.",
     )
 
 
@@ -148,7 +150,7 @@ def output_option(metavar: str, text: str) -> Decorator:
     return click.option("-o", "--output", required=True, metavar=metavar, help=text)
 
 
-TRUST = "Read pickles (.bin), by torch's unpickler that runs no code."
+TRUST = "Read pickled tensors (.bin), without running code from them."
 force_option = click.option("--force", is_flag=True, help=FORCE)
 trust_option = click.option("--trust", is_flag=True, help=TRUST)
 

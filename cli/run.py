@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except MemoryError as error:
         message = f"out of memory: {one_line(error)}"
-        _fail(LoraFxError(message, "a smaller model or batch"), argv, files)
+        _fail(LoraFxError(message, "use a smaller model or batch"), argv, files)
     except Exception as error:
         _fail(_explained(error), argv, files)
 

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 @click.command("targets", cls=FileCommand, no_say=PROGRAM)
 @click.argument("model")
 @option_group("capture", ModelOptions)
-@click.option("--train", "training", is_flag=True, help="Look at the train graph instead.")
+@click.option(
+    "--train", "training", is_flag=True, help="List the targets of the model in training mode."
+)
 def command(model: str, capture: ModelOptions, training: bool) -> None:
-    r"""List what an adapter can attach to, and why the rest cannot.
+    r"""List the weights of MODEL that an adapter can attach to, and why others are no targets.
 
-    No weights are read. MODEL is a Hugging Face folder, hf:ORG/NAME (of which the configs alone
-    are downloaded), a .safetensors, .onnx or .pt2 file, file.py:factory, package.module:factory,
-    timm:NAME or torchvision:NAME.
+    MODEL is a Hugging Face folder, a .safetensors, .onnx or .pt2 file, file.py:factory,
+    package.module:factory, timm:NAME, torchvision:NAME or hf:ORG/NAME. No weights are read; of
+    hf:ORG/NAME only the configs are downloaded.
 
     \b
     lora-fx targets ./my-bert
@@ -61,7 +63,7 @@ def command(model: str, capture: ModelOptions, training: bool) -> None:
     if not (found.targets or tensors):
         refused = LoraFxError(
             f"{model} has no weight matmul that an adapter could attach to",
-            "the lines above say what was refused and why",
+            "the lines above give the reasons",
         )
     fields = {"inputs": inputs, "warnings": found.notes, **found.to_json()}
     emit(str(found), refused=refused, **fields)

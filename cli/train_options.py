@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 class ExampleOptions:
     """The examples that are trained on, those that are held out, and their loss."""
 
-    label: str = label_option("Column to predict.")
+    label: str = label_option("Name the column to predict.")
     loss: str = loss_option()
-    validation: float = option("--validation", type=float, default=0.1, help="Share held out.")
+    validation: float = option(
+        "--validation", type=float, default=0.1, help="Hold out this share of DATA for validation."
+    )
     eval_data: str | None = option(
-        "--eval-data", metavar="FILE", help="Held-out examples, instead of a share of DATA."
+        "--eval-data",
+        metavar="FILE",
+        help="Validate on these examples in place of a share of DATA.",
     )
     max_length: int | None = max_length_option()
 
@@ -63,36 +67,53 @@ class LoopOptions:
     """How the loop of train runs, what it writes beside the adapter, and its states."""
 
     curve: str | None = option(
-        "--curve", metavar="FILE.csv", help="Write the losses: step, loss, validation."
+        "--curve",
+        metavar="FILE.csv",
+        help="Write the losses to a CSV file: step, loss, validation.",
     )
-    device: str = option("--device", default="cpu", help="cpu or cuda.")
-    epochs: float = option("--epochs", type=ABOVE_0, default=3.0, help="Passes over DATA.")
-    steps: int | None = count_option("--steps", "Steps, instead of epochs.")
-    batch_size: int = option("--batch-size", type=FROM_1, default=32, help="Examples a step.")
-    lr: float = option("--lr", type=ABOVE_0, default=1e-3, help="Peak learning rate.")
+    device: str = option("--device", default="cpu", help="Train on cpu or cuda.")
+    epochs: float = option(
+        "--epochs", type=ABOVE_0, default=3.0, help="Set how often DATA is read through."
+    )
+    steps: int | None = count_option("--steps", "Set the number of steps, in place of --epochs.")
+    batch_size: int = option(
+        "--batch-size", type=FROM_1, default=32, help="Set how many examples a step reads."
+    )
+    lr: float = option("--lr", type=ABOVE_0, default=1e-3, help="Set the highest learning rate.")
     schedule: str = option(
         "--schedule",
         default="cosine",
         metavar="NAME",
-        help="Of the rate: cosine, linear, constant, constant_with_warmup or inverse_sqrt.",
+        help="Choose how the rate changes: cosine, linear, constant, constant_with_warmup or "
+        "inverse_sqrt.",
     )
     optimizer: str = option(
         "--optimizer",
         default="adamw_torch",
         metavar="NAME",
-        help="adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
+        help="Choose adamw_torch, adamw_torch_fused, sgd, rmsprop or adagrad.",
     )
     weight_decay: float = option(
-        "--weight-decay", type=FROM_0, default=0.01, help="Of AdamW, times the rate."
+        "--weight-decay",
+        type=FROM_0,
+        default=0.01,
+        help="Set the weight decay of AdamW; a step takes it times the rate.",
     )
     warmup: float = option(
-        "--warmup", type=SHARE, default=0.05, help="Share of the steps that warm up."
+        "--warmup",
+        type=SHARE,
+        default=0.05,
+        help="Raise the rate from 0 over this share of the steps.",
     )
     clip: float = option(
-        "--clip", type=FROM_0, default=1.0, help="Longest gradient (norm); 0 for any."
+        "--clip", type=FROM_0, default=1.0, help="Scale gradients down to this norm; 0 leaves them."
     )
-    checks: int = option("--checks", type=FROM_1, default=10, help="Validations in the run.")
-    patience: int | None = count_option("--patience", "Validations in vain that end the run.")
+    checks: int = option(
+        "--checks", type=FROM_1, default=10, help="Validate this many times in the run."
+    )
+    patience: int | None = count_option(
+        "--patience", "Stop after this many validations without a better loss."
+    )
     accumulate: int = option(
         "--accumulate",
         type=FROM_1,
@@ -100,13 +121,15 @@ class LoopOptions:
         metavar="N",
         cls=OfLaunch,
         envvar="ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-        help="Parts that a step runs in, one after another, to save memory.",
+        help="Run every step in this many parts, one after another, to save memory.",
     )
     gradient_accumulation_steps: int = count_option(
-        "--gradient-accumulation-steps", "Batches of --batch-size that make one step.", 1
+        "--gradient-accumulation-steps",
+        "Sum the gradients of this many batches of --batch-size in every step.",
+        1,
     )
     activation_checkpointing: bool = flag(
-        "--activation-checkpointing", "Recompute blocks in backward."
+        "--activation-checkpointing", "Save memory: compute blocks again in the backward pass."
     )
     mixed_precision: str = option(
         "--mixed-precision",
@@ -114,20 +137,22 @@ class LoopOptions:
         default="no",
         cls=OfLaunch,
         envvar="ACCELERATE_MIXED_PRECISION",
-        help="bf16: products in bfloat16; what is trained stays float32.",
+        help="Compute products in bfloat16; trained tensors stay float32.",
     )
     save_state: str | None = option(
-        "--save-state", metavar="DIR", help="Keep a state there to --resume from."
+        "--save-state", metavar="DIR", help="Keep a state in this folder, for --resume."
     )
     save_every: int | None = count_option(
-        "--save-every", "Steps between two states.  [default: one at every validation]"
+        "--save-every", "Save a state every N steps.  [default: at every validation]"
     )
     save_total_limit: int | None = count_option(
         "--save-total-limit",
-        "Keep the last N states, as DIR/checkpoint-STEP.  [default: the last, as DIR]",
+        "Keep the last N states, as DIR/checkpoint-STEP.  [default: one, as DIR]",
     )
     resume: str | None = option(
-        "--resume", metavar="DIR", help="Go on from a state; it is kept current there."
+        "--resume",
+        metavar="DIR",
+        help="Continue from the state in this folder, and keep saving there.",
     )
 
     def settings(self, seed: int) -> Settings:
@@ -166,7 +191,7 @@ class LoopOptions:
             check_output(self.curve, force=force)
         if (self.save_every or self.save_total_limit) and not folder:
             name = "--save-every" if self.save_every else "--save-total-limit"
-            raise LoraFxError(f"{name}, but no state is kept", "--save-state DIR")
+            raise LoraFxError(f"{name} needs a folder for states", "pass --save-state DIR")
         if folder:
             resume = self.resume
             again = resume is not None and Path(folder).resolve() == Path(resume).resolve()

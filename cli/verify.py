@@ -77,12 +77,19 @@ NO_SAY: Rules = (
     "adapters",
     multiple=True,
     metavar="ADAPTER[:W]",
-    help="Applied to B, or to the one that is no .onnx file; of tensors: what A has and B has not.",
+    help="Apply this adapter to B, or to the model that is not an .onnx file; of tensor "
+    "files A has it merged.",
 )
-@click.option("--tol", type=float, help="Gate on max|a - b| / max|b|.  [default: 2e-6; tensors 0]")
-@click.option("--all", "everything", is_flag=True, help="Compute all rows again, not a sample.")
-@click.option("--run", is_flag=True, help="Run tensor files as models, and compare outputs.")
-@click.option("--provider", show_default="auto", help="auto, cpu or cuda.")
+@click.option(
+    "--tol",
+    type=float,
+    help="Accept max|a - b| / max|b| up to this.  [default: 2e-6; tensor files 0]",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Compute every row again, in place of a sample."
+)
+@click.option("--run", is_flag=True, help="Run tensor files as models and compare their outputs.")
+@click.option("--provider", show_default="auto", help="Run ONNX Runtime on auto, cpu or cuda.")
 @option_group("capture", ModelOptions)
 def command(
     a: str,
@@ -94,12 +101,14 @@ def command(
     provider: Provider | None,
     capture: ModelOptions,
 ) -> None:
-    r"""Compare models A and B; or check that adapter B fits model A.
+    r"""Compare models A and B, or check that adapter B fits model A.
 
-    Two Hugging Face folders or .safetensors files are compared as tensors: with --adapter, A must
-    be B with it merged. All other models are run on the same inputs.
+    Two Hugging Face folders or .safetensors files are compared tensor by tensor; with --adapter, A
+    must equal B with the adapter merged. Other models are run on the same inputs, and their outputs
+    are compared.
 
-    Exit code 0: equal within the gate. 1: they differ. 2: they cannot be compared.
+    Exit codes: 0 if they are equal within the tolerance, 1 if they differ, 2 if they cannot be
+    compared.
 
     \b
     lora-fx verify ./merged ./llama --adapter ./adapter

@@ -109,7 +109,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert code == 2 and words in err, err
     plain = ["convert", str(tmp_path / "out"), "-o", str(tmp_path / "k.safetensors")]
     code, _, err = run(capsys, *plain, "--format", "kohya", "--rank", "2")
-    assert code == 2 and "of --as lora" in err
+    assert code == 2 and "need --as lora" in err
 
 
 def test_a_stack_is_no_one_matrix(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:
     assert code == 2 and "--rank has no say beside --plan" in err
     (home / "r.toml").write_text('[doctor]\nbase = "base.safetensors"\nadapter="one"\ntrust=true\n')
     _, _, err = run(capsys, "doctor", "--config=~/r.toml".replace("~", str(home)))
-    assert "says trust" in err
+    assert "sets trust" in err
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ REFUSED = {
     "no TOML": ("[merge", "", "r.toml: not TOML", "[merge]"),
     "no table": ("[plan]\nseed = 1", "", "r.toml: no table [merge]", "it has [plan]"),
     "empty": ("", "", "r.toml: no table [merge]", "empty"),
-    "no command": ("[mrge]\nlossy = true", "", "[mrge] is no command", "did you mean merge"),
-    "a key in no table": ("lossy = true\n[merge]", "", "'lossy' stands in no table", "[merge]"),
+    "no command": ("[mrge]\nlossy = true", "", "there is no command [mrge]", "did you mean merge"),
+    "a key in no table": ("lossy = true\n[merge]", "", "'lossy' is not in a table", "[merge]"),
     "an unknown key": ("[merge]\ndtpe = 'fp32'", "", "[merge] dtpe: no such option", "mean dtype"),
     "a key of another command": ("[merge]\nepochs = 3", "", "epochs: no such option", ""),
     "twice": ("[merge]\nany_base = true\nany-base = true", "", "given twice", "leave one"),

@@ -102,7 +102,7 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, *short, "b", "--resume", "gone")
     assert code == 2 and "gone: no training state" in err
     code, _, err = run(capsys, *short, "b", "--save-every", "2")
-    assert code == 2 and "--save-every, but no state is kept" in err
+    assert code == 2 and "--save-every needs a folder for states" in err
     assert not (home / "b").exists() and not (home / "gone").exists()
     assert {p: p.read_bytes() for p in (home / "state").iterdir()} == held
     code, out, _ = run(capsys, *short, "b", "--resume", "state")

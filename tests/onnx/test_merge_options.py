@@ -199,4 +199,4 @@ def test_the_plan_and_the_options_of_the_command(
     assert run("verify", merged, base_, "--provider", "cpu")[0] == 1
     (tmp_path / "w.safetensors").write_bytes(b"")
     code, _, err = run("merge", str(tmp_path / "w.safetensors"), "a", "-o", "o", "--delta")
-    assert code == 2 and "--delta is of .onnx files" in err
+    assert code == 2 and "--delta is for .onnx bases only" in err
