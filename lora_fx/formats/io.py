@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Updates
-from lora_fx.adapter.variant import variant_of
+from lora_fx.adapter.variant import is_lora_or_dora, variant_of
 from lora_fx.errors import LoraFxError, expect, expect_path, explained
 from lora_fx.files.atomic import check_output, replacing
 from lora_fx.files.hub import PREFIX, known_as, local
@@ -34,6 +34,7 @@ from lora_fx.formats.format import Format as AdapterFormat
 from lora_fx.formats.installed import InstalledFormat
 from lora_fx.formats.naming import ForeignNames, one_model
 from lora_fx.formats.registry import FORMATS, FormatName
+from lora_fx.formats.unsupported import refused
 
 __all__ = [
     "FORMATS", "AdapterLike", "Format", "adapter_name", "as_adapter", "check_elements",
@@ -85,6 +86,7 @@ def save_adapter(
     expect_path(path, "path", "save_adapter(adapter, path)")
     writer = _writer(format)
     check_real(adapter.lowrank)
+    _check_variants(adapter, writer)
     if not adapter.entries and not writer.takes_empty:
         raise LoraFxError("the adapter has no update", "was it saved before training?")
     target = Path(path)
@@ -128,6 +130,16 @@ def save_for(
     with replacing(target, force=force) as stage:
         notes = writer.write_for(graph, adapter, stage)
     return (*notes, *_notes_on_variants(adapter, writer))
+
+
+def _check_variants(adapter: Adapter, writer: AdapterFormat) -> None:
+    """Raise for an update that is no sum W + s·b·a, in a format that stores A and B alone."""
+    if writer.keeps_variants:
+        return
+    for key, update in adapter.lowrank.items():
+        if not is_lora_or_dora(update):
+            why = f"variant {update.variant} does not add s·B A to the weight"
+            raise refused(f"a file of format {writer.name}", key, why)
 
 
 def _notes_on_variants(adapter: Adapter, writer: AdapterFormat) -> list[str]:

@@ -14,8 +14,9 @@ has two version numbers, of adapter and model; they are kept in metadata as adap
 model_version, and the runtime compares neither. Files that an export wrote for its graph hold A and
 B transposed, as its inputs are; the version of the adapter is their mark.
 
-What the format cannot say is refused: DoRA, LoHa, LoKr, one use of a tied tensor. Layouts are not
-stored; `bind` gives those of a model. Files begin with 4 bytes of offset and "TORT".
+What the format cannot say is refused: DoRA, LoHa, LoKr, and whether an update is for one use of a
+tied tensor or for all. Layouts are not stored; `bind` gives those of a model. Files begin with 4
+bytes of offset and "TORT".
 
 Facts: onnxruntime/lora/adapter_format/adapter_schema.fbs.
 """
@@ -138,6 +139,12 @@ def _tensors(key: str, entry: Entry) -> dict[str, Array]:
         raise _refused(key, f"it is {name_of(entry)}")
     if entry.use:
         raise _refused(key, f"it acts on one use of the tensor only ({entry.use})")
+    if entry.origin.tied:
+        raise _refused(
+            key,
+            "it acts on several modules that share the tensor",
+            hint="write it for one graph with lora-fx convert --for, or save it as peft",
+        )
     b = entry.b
     if entry.scale != 1.0:
         b = b * np.float32(entry.scale)

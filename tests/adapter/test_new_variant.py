@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_fx
+from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.as_lora import as_lora
 from lora_fx.adapter.factor_tensors import slots_of
 from lora_fx.adapter.lowrank import LowRank, draw
@@ -28,6 +29,8 @@ from lora_fx.adapter.variant_protocol import Beginning, Read, Variant
 from lora_fx.compare import rel
 from lora_fx.dtypes import Array
 from lora_fx.errors import LoraFxError, MistakeError
+from lora_fx.formats import io
+from lora_fx.formats.format import Format, Magic
 from lora_fx.formats.io import load_adapter, save_adapter
 from lora_fx.fx.module.adapted import AdaptedModule
 from lora_fx.fx.module.insertion import insertion_of
@@ -330,6 +333,25 @@ class Columns(Variant):
         return e.op("add", new, e.op("mul", w, -1.0))
 
 
+class Careless(Format):
+    """A format of another package that writes A and B of every update, and asks nothing."""
+
+    name = "careless"
+    suffixes = (".careless",)
+    magic = Magic(b"CARE")
+
+    def write(self, adapter: Adapter, path: Path, base: Path | None = None) -> tuple[str, ...]:
+        """See the class."""
+        tensors = [(update.a, update.b) for update in adapter.lowrank.values()]
+        path.write_bytes(b"CARE" + pickle.dumps(tensors))
+        return ()
+
+
+def _save_with_a_careless_format(adapter: Adapter, path: Path) -> None:
+    with mock.patch.object(io, "_writer", lambda name: Careless()):
+        save_adapter(adapter, path, "careless")
+
+
 def test_one_that_reads_the_weight(tmp_path: Path) -> None:
     with mock.patch.dict(VARIANTS):
         register(Columns("columns"))
@@ -360,6 +382,7 @@ def test_one_that_reads_the_weight(tmp_path: Path) -> None:
         for refuse in (
             lambda: lora_fx.merge(base, [tmp_path / "folder"], out),
             lambda: save_adapter(module.adapter(), tmp_path / "k.safetensors", format="kohya"),
+            lambda: _save_with_a_careless_format(module.adapter(), tmp_path / "x.careless"),
             lambda: lora_fx.export(module, tmp_path / "s.onnx", mode="switch"),
         ):
             with pytest.raises(LoraFxError, match="columns"):

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lora_fx.adapter.adapter import Adapter
 from lora_fx.adapter.lowrank import Full, LowRank
+from lora_fx.adapter.origin import Origin
 from lora_fx.adapter.updates import Dense
 from lora_fx.dtypes import numpy_dtype
 from lora_fx.errors import LoraFxError
@@ -123,6 +124,7 @@ LOW = LowRank(A, B, 2.0)
         ({"x": LowRank(A, B, 2.0, magnitude=B[:, 0])}, "it is DoRA"),
         ({"x": Dense(B)}, "a whole ΔW"),
         ({"x": LowRank(A, B, 2.0, use="y.weight")}, "one use of the tensor"),
+        ({"x": LowRank(A, B, 2.0, origin=Origin(tied=True))}, "several modules that share"),
         ({"x": LowRank(A, B, 1e39)}, "infinite"),
         ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would be named"),
         ({}, "no update"),
