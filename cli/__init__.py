@@ -10,7 +10,7 @@ import sys
 
 
 def _leave_current_folder() -> None:
-    """Take the current folder from the places of imports, where nobody asked for it by name.
+    """Remove the current folder from the import path, unless the user put it there by name.
 
     `python -m` puts it first, and an empty entry of PYTHONPATH, such as a colon at its end leaves,
     stands for it. It may be a folder of somebody else's files, with a click.py in it.

@@ -1,4 +1,4 @@
-"""How a MODEL argument becomes a capture, and its module."""
+"""Captures a MODEL argument, and builds its module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def captured(
     cache: bool = False,
     check: Callable[[Any], object] | None = None,
 ) -> Captured:
-    """The capture of a MODEL argument, whose notes are printed.
+    """Capture a MODEL argument, and print the notes of the capture.
 
     Args:
         model: A path or name, as on the command line.
@@ -58,7 +58,7 @@ def captured(
 
 
 def module_with_adapter(cap: Captured) -> AdaptedModule:
-    """The module of a .pt2 file that has branches; what chooses targets has nothing to choose."""
+    """The module of a .pt2 file with branches; raises for an option that chooses targets."""
     from lora_fx.fx.module.adapted import AdaptedModule
     from lora_fx.fx.pt2.captured import FileCaptured
     from lora_fx.passes.verbs.build import module_of
