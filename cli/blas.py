@@ -9,8 +9,8 @@ import sys
 def load_numpy() -> None:
     """Import numpy with one BLAS thread, unless numpy is imported or the user set a number.
 
-    A merge has threads of its own. BLAS's are started as it is loaded, and spin in wait for work:
-    that is .1 s of a core on two cores.
+    A merge has its own threads. BLAS starts its threads when it is loaded, and they spin while they
+    wait for work: on two cores that costs .1 s of one core.
     """
     name = "OPENBLAS_NUM_THREADS"
     if "numpy" in sys.modules or name in os.environ:

@@ -64,8 +64,8 @@ class TargetOptions:
         """The options of an insert.
 
         Args:
-            data: The batches that a start of data reads.
-            loss: The loss whose gradients a start of gradients reads.
+            data: The batches for an `init` that reads data.
+            loss: The loss for an `init` that reads gradients.
         """
         from lora_fx.passes.verbs.options import InsertOptions
 

@@ -87,8 +87,8 @@ def tables_of(data: str, cap: Captured, options: ExampleOptions, seed: int) -> t
     Args:
         data: The DATA argument.
         cap: The model.
-        options: What is held out, and the names of columns.
-        seed: That of the draw of examples that are held out.
+        options: The held-out examples and the names of columns.
+        seed: The seed by which held-out examples are drawn.
     """
     from lora_fx.held_out import alike, repeated, split
 

@@ -1,8 +1,8 @@
 """The demo's data: docstrings of the standard library, labelled by their modules.
 
-The top-level modules in alphabetical order are cut into volumes of about equal size, as a printed
-manual would be; the label of a docstring is its volume. A volume mixes unlike modules, so a
-linear probe on a text encoder's features gets only so far, and there is something to learn.
+The top-level modules, in alphabetical order, are cut into volumes of about equal size, like those
+of a printed manual. The label of a docstring is its volume. Each volume mixes unlike modules, so a
+linear probe on a text encoder's features cannot separate the volumes well, and an adapter can.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def topics(train: int, test: int, seed: int = SEED, root: Path | None = None) ->
 def _volumes(counts: Mapping[str, int]) -> list[list[str]]:
     """Cut the modules, in alphabetical order, into volumes with about equal numbers of texts.
 
-    A module larger than a volume leaves one empty, which is left out.
+    A module that is larger than a volume leaves the next one empty; empty volumes are left out.
     """
     total = sum(counts.values())
     volumes: list[list[str]] = [[] for _ in range(VOLUMES)]

@@ -54,7 +54,7 @@ class Stages:
 
     Args:
         out: The folder of adapter/, model.onnx and report.json.
-        size: How much is done.
+        size: The size of the demo.
         say: Prints a line.
     """
 

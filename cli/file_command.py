@@ -55,7 +55,7 @@ class FileCommand(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; ~ becomes the home folder, and Hub models their folders in the cache.
 
-        Shells leave the ~ of --option=~/file as it is.
+        Shells do not expand the ~ of --option=~/file.
         """
         ctx.params = {name: _at_home(value) for name, value in ctx.params.items()}
         _check_numbers(ctx)
@@ -148,8 +148,8 @@ def _check_outputs(params: JsonView, *, inside: bool) -> None:
     """Refuse, before any work, equal outputs, or an output inside a folder that is replaced.
 
     Args:
-        params: What the command was given.
-        inside: The output is replaced whole, where it is a folder.
+        params: The arguments and options of the command.
+        inside: True if an output folder is replaced as a whole.
     """
     outputs = {}
     for name in WRITTEN:
@@ -183,10 +183,10 @@ def _at_home(value: object) -> object:
 
 
 class ReportCommand(FileCommand):
-    """A command that changes or judges a model, with --report.
+    """A command that changes or checks a model, with --report.
 
-    The path is checked before the work starts; emit() hands over the JSON object, whatever its
-    answer, and an answer that is an error with exit code 1 makes a page too.
+    The path of the page is checked before the work starts. emit() passes the JSON object to the
+    page, also after an error with exit code 1.
     """
 
     reports = True

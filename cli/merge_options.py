@@ -46,7 +46,7 @@ class CheckpointOptions:
         """The options of a merge; raises if options contradict each other.
 
         Args:
-            how: How several adapters become one.
+            how: The mix of several adapters.
             rank: The rank of an svd mix.
         """
         from lora_fx.checkpoint.merge_settings import MergeOptions

@@ -28,10 +28,10 @@ def captured(
 
     Args:
         model: A path or name, as on the command line.
-        options: How it is loaded and captured.
-        meta: Read no weights.
-        cache: Capture a decoder with its key-value cache.
-        check: Of a decoder: called with its config before it is captured; it may raise.
+        options: Options for loading and capturing the model.
+        meta: True to read no weights.
+        cache: True to capture a decoder with its key-value cache.
+        check: For a decoder: called with its config before the capture; it may raise.
     """
     from lora_fx.fx.tensors import from_numpy
     from lora_fx.inputs import parse_dynamic

@@ -1,4 +1,4 @@
-"""Options: how a command declares them, alone and in groups, and where --help lists them.
+"""Declares options of commands, alone and in groups, and sets where --help lists them.
 
 A group is a frozen dataclass whose fields are options. A command takes it as one argument:
 
@@ -12,7 +12,8 @@ A group is a frozen dataclass whose fields are options. A command takes it as on
     def command(limits: Limits) -> None: ...
 
 model_options.py, branch_options.py, train_options.py and merge_options.py have the groups that
-commands share, or that become an object of a verb; others stand in the file of their command.
+several commands share, or that become an object of a verb. Other groups are in the file of their
+command.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Decorator = Callable[[Command], Command]
 def option(*names: str, **settings: Any) -> Any:
     """A field of a group: an option with the arguments of `click.option`.
 
-    The parameter is called as the field. The field has the option's default, or None.
+    The name of the parameter is that of the field. The field has the option's default, or None.
     """
     return _declared(settings.get("default"), names, settings)
 

@@ -45,8 +45,8 @@ def emit(
 ) -> None:
     """Print the result, as text or as the JSON object of docs/json.md, and write its --report.
 
-    `refused` ends the command after its result was shown: the object says ok = false, and the
-    error follows on stderr with its exit code.
+    `refused` ends the command after its result is printed: `ok` is false in the object, and the
+    error follows on stderr, with its exit code.
     """
     if refused is not None:
         ok, refused.told = False, True
@@ -87,12 +87,12 @@ def echo(text: str, *, err: bool = False, red: bool = False) -> None:
 def _write(text: str, *, err: bool = False) -> None:
     """Write a text to a standard stream.
 
-    What stderr does not take, since the disk behind it is full, is no error: a command has its
-    answer and its exit code.
+    A failure to write to stderr, such as a full disk, is ignored: the result and the exit code of
+    the command do not depend on stderr.
 
     Raises:
-        LoraFxError: stdout does not take the result.
-        BrokenPipeError: Nobody reads the result any more.
+        LoraFxError: Writing to stdout fails.
+        BrokenPipeError: The reader of stdout has closed it.
     """
     try:
         click.echo(text, err=err)
@@ -130,8 +130,8 @@ def note(*texts: str, warns: bool = False) -> None:
     """Print notes on stderr, one line for each, and add them to `warnings` of the JSON.
 
     Args:
-        texts: A sentence each.
-        warns: They ask to be looked at, and a page marks them.
+        texts: The notes, one sentence each.
+        warns: True if they are warnings, which the page of --report marks.
     """
     for text in (one_line(t, 10_000) for t in texts):
         _run().get("notes", []).append(text)

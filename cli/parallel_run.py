@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def together(device: str) -> Iterator[tuple[Processes, str]]:
     """Start the processes of the run; only the first one prints, and each gets a device.
 
-    Yields (Processes, device). A process that ends because another one failed says nothing.
+    Yields (Processes, device). A process that ends because another one failed prints nothing.
     """
     from lora_fx.fx.train.processes import Elsewhere, one_by_accelerate, processes
 

@@ -16,8 +16,8 @@ from lora_fx.errors import Terminated
 def stopping() -> Iterator[None]:
     """Make the first SIGTERM in this block raise Terminated; later ones are ignored.
 
-    Does nothing outside the main thread, where no handler can be set, and where SIGTERM already
-    has another handler or is ignored. A forked process ends as it would without this.
+    This does nothing outside the main thread, where no handler can be set, or if SIGTERM already
+    has another handler or is ignored. In a forked process, SIGTERM keeps its default effect.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
