@@ -320,7 +320,7 @@ async function busily(work, done) {
   try {
     say(await work() ?? done);
   } catch (error) {
-    say(`It stopped: ${error.message ?? error}`, true);
+    say(`Error: ${error.message ?? error}`, true);
   }
   state.busy = false;
 }
