@@ -1,4 +1,4 @@
-"""lora-fx bench: .onnx files timed in turn, with the first one twice as a control."""
+"""lora-fx bench: time .onnx files in turn; the first one runs twice, as a control."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of branches: which targets get them, of which rank, and what A and B start from."""
+"""The options of branches: their targets, their ranks, and the initial values of A and B."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """Which targets get branches, of which rank, and what A and B start from."""
+    """Options for the targets of branches, their ranks, and the initial values of A and B."""
 
     plan: str | None = option(
         "--plan",
@@ -65,11 +65,11 @@ class TargetOptions:
     )
 
     def insert(self, data: Iterable[Named] | None = None, loss: str | Loss = "ce") -> InsertOptions:
-        """What an insert is asked for.
+        """The options of an insert.
 
         Args:
-            data: The batches that a start of data reads.
-            loss: The loss whose gradients a start of gradients reads.
+            data: The batches for an `init` that reads data.
+            loss: The loss for an `init` that reads gradients.
         """
         from lora_fx.passes.verbs.options import InsertOptions
 
@@ -98,4 +98,4 @@ PLANNED: Rules = (
         "leave one of them out",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

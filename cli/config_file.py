@@ -1,4 +1,4 @@
-"""--config FILE and --save-config FILE: what a command is given, as a table of a TOML file.
+"""Reads and writes the options of a command as a table of a TOML file (--config, --save-config).
 
     [train]
     model = "model.py:build"
@@ -30,7 +30,7 @@ OWN = ("config", "save_config")
 
 
 def config_options() -> list[click.Option]:
-    """Options of every command."""
+    """The options --config and --save-config, which every command has."""
     return [
         click.Option(
             ["--config"],
@@ -48,7 +48,7 @@ def config_options() -> list[click.Option]:
 
 
 def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
-    """Make the table of a config file what the command has where its line says nothing."""
+    """Read a config file; its values replace defaults, and the command line wins."""
     if path is None:
         return None
     path = os.path.expanduser(path)
@@ -71,7 +71,7 @@ def _read(ctx: click.Context, param: click.Parameter, path: str | None) -> str |
 
 
 def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
-    """{parameter: value} of a table, each of the type of its option."""
+    """The values of a table by parameter, each with the type of its option."""
     param_of: dict[str, click.Parameter] = {}
     for param in ctx.command.params:
         if param.name not in OWN:
@@ -95,13 +95,13 @@ def _checked(ctx: click.Context, path: str, table: JsonView) -> Json:
 
 
 def _keys(param: click.Parameter) -> list[str]:
-    """The names that a parameter has in a file; the first is the one that is written."""
+    """The names that a parameter may have in a file; --save-config writes the first."""
     long = [option.removeprefix("--") for option in param.opts if option.startswith("--")]
     return long or [(param.name or "").replace("_", "-")]
 
 
 def _value(ctx: click.Context, param: click.Parameter, value: object, where: str) -> object:
-    """A value of a file as click takes it from a default."""
+    """A value from a file in the form in which click takes a default."""
     takes_several = param.nargs == -1 or getattr(param, "multiple", False)
     kind, fits, example = _type(param)
     items = value if isinstance(value, list) and takes_several else [value]
@@ -125,7 +125,7 @@ def _value(ctx: click.Context, param: click.Parameter, value: object, where: str
 
 
 def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
-    """What a value of a parameter has to be: in words, as a test, and an example."""
+    """The values that a parameter accepts: a description, a test and an example."""
     if getattr(param, "is_flag", False):
         return "true or false", lambda x: isinstance(x, bool), "true"
     if isinstance(param.type, type(click.INT)):
@@ -137,7 +137,7 @@ def _type(param: click.Parameter) -> tuple[str, Callable[[object], bool], str]:
 
 @contextlib.contextmanager
 def saving_config(ctx: click.Context) -> Iterator[None]:
-    """A block at whose end the config of --save-config is written, unless it refused its input."""
+    """Write the file of --save-config after the block, unless the block refused its input."""
     path = ctx.params.get("save_config")
     force = bool(ctx.params.get("force"))
     if not path or os.environ.get("RANK", "0") != "0":  # the first of several processes writes it
@@ -162,7 +162,7 @@ def saving_config(ctx: click.Context) -> Iterator[None]:
 
 
 def config_text(ctx: click.Context) -> str:
-    """What the command was given, as a file that --config reads."""
+    """The options of this run, as the text of a file for --config."""
     lines = [f"# lora-fx {ctx.info_name} --config FILE", f"[{ctx.info_name}]"]
     for param in ctx.command.params:
         name = param.name or ""
@@ -177,7 +177,7 @@ def config_text(ctx: click.Context) -> str:
 
 
 def _toml(value: object) -> str:
-    """A value as TOML has it."""
+    """A value in TOML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, float):

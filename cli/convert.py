@@ -61,7 +61,7 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeOptions:
-    """What becomes of the updates on their way from one format to another."""
+    """Options that change the updates while they are converted."""
 
     model_type: str | None = option(
         "--model-type",
@@ -124,7 +124,7 @@ def command(
     changes: ChangeOptions,
     force: bool,
 ) -> None:
-    """Convert an adapter between file formats; HELP is what the command says of itself."""
+    """Convert an adapter between file formats; HELP is the text of --help."""
     if base and not Path(base).exists():
         raise LoraFxError(f"{base}: cannot be read: no such file or folder", near_path(base))
     wanted = name or format_for(output)

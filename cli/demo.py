@@ -1,4 +1,4 @@
-"""lora-fx demo: all of it, end to end, on a real model and real data."""
+"""lora-fx demo: insert, train and export a real model on real data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora-fx doctor: what is wrong with a base and an adapter."""
+"""lora-fx doctor: report everything that is wrong with a base and an adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lora-fx export: a model as an ONNX file, adapters folded in or switchable, proven equal."""
+"""lora-fx export: write a model as an ONNX file, with adapters folded in or switchable."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeOptions:
-    """What belongs to single modes."""
+    """The options that belong to single modes."""
 
     include: tuple[str, ...] | None = selectors(
         "--include", "Choose targets (modes switch, load and train)."
@@ -68,7 +68,7 @@ class ModeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What the file is: its numbers, its inputs, and where copies of it go."""
+    """The options of the file: its precision, its inputs, and its copies."""
 
     provider: str = option(
         "--provider", default="auto", help="Run ONNX Runtime on auto, cpu or cuda."
@@ -118,7 +118,7 @@ class FileOptions:
     )
 
     def names_file(self) -> str | None:
-        """The file of --names, which was called --map."""
+        """The file of --names, or of --map, the old name of --names."""
         return under_new_name("--map", self.old_names, "--names", self.names)
 
 
@@ -240,7 +240,7 @@ def command(
 
 
 def _check_genai(folder: str, output: str, force: bool, config: object) -> None:
-    """Refuse, before any work, a model that onnxruntime-genai lacks something of."""
+    """Refuse, before any work, a model that onnxruntime-genai cannot run."""
     from lora_fx.onnx.genai import genai_folder
 
     genai_folder(folder, Path(output), config, force=force)

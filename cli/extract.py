@@ -1,4 +1,4 @@
-"""lora-fx extract: an adapter recovered from two checkpoints, by SVD."""
+"""lora-fx extract: recover an adapter from two checkpoints, by SVD."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """Which tensors are compared, and what rank an update has."""
+    """Options for the compared tensors and the ranks of the updates."""
 
     rank: int | None = option(
         "--rank", "-r", type=int, help="Set the rank of every update.  [default: 16]"
@@ -59,7 +59,7 @@ class RecoveryOptions:
     trust: bool = flag("--trust", TRUST)
 
     def extract(self) -> ExtractOptions:
-        """What an extraction is asked for; raises for options that exclude each other."""
+        """The options of an extraction; raises if options exclude each other."""
         from lora_fx.checkpoint.extract_options import ExtractOptions
 
         return ExtractOptions(
@@ -106,7 +106,7 @@ def command(base: str, tuned: str, output: str, wanted: RecoveryOptions, force: 
 
 
 def _progress() -> Callable[[float], None]:
-    """Says how far it is, every ten seconds."""
+    """A function that prints the progress every ten seconds."""
     last = monotonic()
 
     def tell(share: float) -> None:

@@ -34,14 +34,14 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Commands are imported when they run; the list and its help lines need none of them."""
+    """A group that imports a command only when it runs; --help of the group imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names in the order of the work, not of the alphabet."""
+        """The names of the commands, in the order in which they are used."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command's file."""
+        """Import the module of a command."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f"lora_fx.cli.{cmd_name.replace('-', '_')}").command
@@ -49,14 +49,14 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One line each, without importing them."""
+        """Write one line for each command, without importing it."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Suggest the nearest command for a name that is none."""
+        """Suggest the nearest command for an unknown name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             hint = near(args[0], COMMANDS, "lora-fx --help lists them", cutoff=0.6)
             raise LoraFxError(f"no command {args[0]!r}", hint)
@@ -105,7 +105,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @click.pass_context
 def group(ctx: click.Context, verbose: bool, quiet: bool) -> None:
-    """Every command is in COMMANDS."""
+    """The group; COMMANDS lists its commands."""
     began = {"when": time.time(), "seconds": time.monotonic()}
     run = {"quiet": quiet, "began": began, "notes": [], "warned": set()}
     ctx.obj = {**(ctx.obj or {}), **run}  # main's, which has argv

@@ -1,4 +1,4 @@
-"""lora-fx insert: untrained branches, as an adapter folder to start from."""
+"""lora-fx insert: write untrained branches as an adapter to start from."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
-    """The data that a start reads: --init eva, lora-ga."""
+    """The data that --init eva and lora-ga read."""
 
     data: str | None = option(
         "--data", metavar="DATA", help="Give the data that --init eva and --init lora-ga read."
@@ -124,7 +124,7 @@ def command(
 
 
 def _start_batches(cap: Captured, init: str, options: StartOptions) -> Iterator[JsonView] | None:
-    """The batches that a start reads; None for one that reads no data.
+    """The batches that --init reads; None if it reads no data.
 
     Raises:
         LoraFxError: Data for a start that reads none, or none for one that does.

@@ -1,4 +1,4 @@
-"""lora-fx merge: adapters folded into the weights of a checkpoint."""
+"""lora-fx merge: fold adapters into the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions:
-    """How several adapters become one."""
+    """Options for the mix of several adapters."""
 
     how: str = option(
         "--how",
@@ -46,7 +46,7 @@ class MixOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """How the output is written: an .onnx file, or a checkpoint by several threads."""
+    """Options for the output: an .onnx file, or a checkpoint that several threads write."""
 
     names: str | None = option(
         "--names",
@@ -67,7 +67,7 @@ class OutputOptions:
     )
 
     def names_file(self) -> str | None:
-        """The file of --names, which was called --map."""
+        """The file of --names, or of --map, the old name of --names."""
         return under_new_name("--map", self.old_names, "--names", self.names)
 
     def refuse_for_checkpoint(self) -> None:

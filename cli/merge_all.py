@@ -1,4 +1,4 @@
-"""lora-fx merge-all: one base, many adapters, one merged checkpoint each."""
+"""lora-fx merge-all: merge many adapters into one base, one checkpoint for each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _result(row: JsonView) -> str:
 
 
 def _line(row: JsonView) -> str:
-    """A merge that has ended, as a line of progress; why, where it failed."""
+    """The progress line of a finished merge, with the error if it failed."""
     line = f"{row['adapter']}: {_result(row)}"
     if row["ok"]:
         return line

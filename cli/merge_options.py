@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """What a merge into a checkpoint writes, and what it accepts."""
+    """Options for the output of a merge into a checkpoint, and for what it accepts."""
 
     dtype: str | None = option(
         "--dtype",
@@ -48,10 +48,10 @@ class CheckpointOptions:
     )
 
     def merge(self, how: str = "sum", rank: int | None = None) -> MergeOptions:
-        """What a merge is asked for; raises for options that contradict each other.
+        """The options of a merge; raises if options contradict each other.
 
         Args:
-            how: How several adapters become one.
+            how: The mix of several adapters.
             rank: The rank of an svd mix.
         """
         from lora_fx.checkpoint.merge_settings import MergeOptions

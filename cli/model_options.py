@@ -10,7 +10,7 @@ from lora_fx.errors import NoSay
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a model is loaded and captured."""
+    """Options for loading and capturing a model."""
 
     weights: str | None = option(
         "--weights", metavar="FILE", help="Load these weights into a model that is built from code."
@@ -43,4 +43,4 @@ PROGRAM: Rules = (
         "for {0[model]}, which is traced already",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

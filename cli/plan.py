@@ -1,4 +1,4 @@
-"""lora-fx plan: a rank for every target under one budget, from one pass over data."""
+"""lora-fx plan: choose the rank of every target under one budget, from one pass over data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def _reads(asked: JsonView, *statistics: str) -> bool:
-    """Whether the method takes any of these from DATA, or anything where none is named."""
+    """True if the method reads one of these statistics from DATA, or, without names, any."""
     from lora_fx.targets.rank_methods import METHODS
 
     wanted_statistics = set(METHODS[asked["method"]].wanted)
@@ -62,7 +62,7 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """The budget, the targets that share it, and the data that say what a rank is worth."""
+    """Options for the budget, its targets, and the data that rate a rank."""
 
     budget: str = option(
         "--budget",
@@ -153,7 +153,7 @@ def command(
 
 
 def _batches(data: str | None, cap: Captured, options: BudgetOptions) -> Iterator[JsonView] | None:
-    """Batches of at most --examples of DATA, drawn by --seed."""
+    """The batches of at most --examples examples of DATA, drawn by --seed."""
     import numpy as np
 
     if not data:

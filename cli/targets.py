@@ -1,4 +1,4 @@
-"""lora-fx targets: what an adapter can attach to, and why the rest cannot."""
+"""lora-fx targets: list the weights that an adapter can attach to, and why others cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of train: its examples, its loop, and the states that it keeps."""
+"""The options of train: its examples, its loop, and its saved states."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleOptions:
-    """The examples that are trained on, those that are held out, and their loss."""
+    """Options for the training examples, the held-out examples, and their loss."""
 
     label: str = label_option("Name the column to predict.")
     loss: str = loss_option()
@@ -42,7 +42,7 @@ class ExampleOptions:
     max_length: int | None = max_length_option()
 
     def check(self, patience: int | None) -> None:
-        """Refuse, before any work, options of the held-out examples that contradict each other."""
+        """Refuse, before any work, contradictory options of the held-out examples."""
         if not 0 <= self.validation < 1:
             raise LoraFxError(f"--validation {self.validation} is not in [0, 1)", "0.1 is usual")
         if patience and not (self.validation or self.eval_data):
@@ -55,16 +55,16 @@ SHARE = click.FloatRange(min=0, max=1, max_open=True)
 
 
 class OfLaunch(click.Option):
-    """An option that `accelerate launch` always gives, by its environment: a config wins."""
+    """An option that `accelerate launch` always sets by environment; --config wins over that."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """Nothing where the table of --config has the option."""
+        """The value from the environment, unless the table of --config has the option."""
         return None if self.name in (ctx.default_map or {}) else super().resolve_envvar_value(ctx)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """How the loop of train runs, what it writes beside the adapter, and its states."""
+    """Options for the training loop, its other outputs, and its saved states."""
 
     curve: str | None = option(
         "--curve",
@@ -156,7 +156,7 @@ class LoopOptions:
     )
 
     def settings(self, seed: int) -> Settings:
-        """What the loop is asked for.
+        """The settings of the loop.
 
         Batches that are accumulated are one larger batch that runs in as many more parts.
         """
@@ -181,7 +181,7 @@ class LoopOptions:
         )
 
     def saving(self, *, force: bool) -> Saving:
-        """Where states are kept; raises, before any work, for what cannot be written."""
+        """The folder of saved states; raises, before any work, if it cannot be written."""
         from lora_fx.files.atomic import check_output
         from lora_fx.fx.train.settings import Saving
         from lora_fx.fx.train.state_folder import check_folder
@@ -204,7 +204,7 @@ def _validates(asked: JsonView) -> bool:
 
 
 def _keeps_states(asked: JsonView) -> bool:
-    """Whether states are kept as often as a validation would run."""
+    """True if a state is saved whenever a validation would run."""
     return bool(asked["save_state"] or asked["resume"]) and not asked["save_every"]
 
 
@@ -233,4 +233,4 @@ TRAINED: Rules = (
         "where no example is held out, and no state is kept at a validation",
     ),
 )
-"""When one of them has no say."""
+"""Combinations in which an option has no effect and is refused."""

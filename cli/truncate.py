@@ -1,4 +1,4 @@
-"""lora-fx truncate: an adapter of fewer ranks, with the exact error that it costs."""
+"""lora-fx truncate: reduce the ranks of an adapter, and report the exact error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NO_SAY: Rules = (
 
 @dataclass(frozen=True, kw_only=True)
 class GoalOptions:
-    """How far an adapter is truncated, of which one is given."""
+    """Options for the goal of a truncation; the user gives one of them."""
 
     rank: int | None = option(
         "--rank", "-r", type=int, help="Cut every update to at most this rank."
@@ -58,7 +58,7 @@ class GoalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """The data on which every rank is judged, and the model that is run."""
+    """Options for the data and the model that measure every rank."""
 
     table: str | None = option(
         "--table",
@@ -138,7 +138,7 @@ def command(
 
 
 def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
-    """Raise for a goal or an output, where a table is printed."""
+    """Raise for a goal or an output if only a table is printed."""
     given = [name for name in names_of(GoalOptions) if getattr(goal, name) is not None]
     if output:
         given.append("output")
@@ -150,7 +150,7 @@ def _refuse_beside_table(goal: GoalOptions, output: str | None) -> None:
 
 
 def _table(adapter: str, data: str, options: TableOptions, trust: bool) -> tuple[str, Json]:
-    """Losses on DATA at lower ranks, as text and for --json; nothing is written."""
+    """The losses on DATA at lower ranks, as text and for --json; no file is written."""
     from lora_fx.passes.verbs.held_out_loss import held_out
 
     if not options.model:

@@ -1,4 +1,4 @@
-"""lora-fx verify: models run and compared, tensor files compared as tensors, adapters fitted."""
+"""lora-fx verify: compare models or tensor files, or check that an adapter fits a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tensors(asked: JsonView) -> bool:
 
 
 def _of_tensors(a: str, b: str) -> bool:
-    """Whether both are files of tensors, or b is an adapter, or there is no b."""
+    """True if `a` is a tensor file and `b` is one too, is an adapter, or does not exist."""
     from lora_fx.checkpoint.verify import is_tensor_file
     from lora_fx.formats.io import is_adapter
 
@@ -145,6 +145,6 @@ def command(
 
 
 def _with_weight(text: str) -> str | tuple[str, float]:
-    """An `ADAPTER:W` argument as (path, W); one without a weight as it is."""
+    """Split `ADAPTER:W` into (path, W); without a weight, return the path."""
     path, weight = split_weight(text)
     return text if path == text else (path, weight)
