@@ -124,7 +124,7 @@ LOW = LowRank(A, B, 2.0)
         ({"x": Dense(B)}, "a whole ΔW"),
         ({"x": LowRank(A, B, 2.0, use="y.weight")}, "one use of the tensor"),
         ({"x": LowRank(A, B, 1e39)}, "infinite"),
-        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would be named"),
+        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would have the name"),
         ({}, "no update"),
     ],
 )
