@@ -252,7 +252,9 @@ def _updates(adapter: Adapter) -> dict[str, LowRank]:
         )
     updates = adapter.lowrank
     if not updates:
-        raise LoraFxError("the adapter has no low-rank update", "there is nothing to truncate")
+        raise LoraFxError(
+            "the adapter has no low-rank update", "give an adapter with low-rank updates"
+        )
     for key, low in updates.items():
         factors_are_finite = np.isfinite(low.a).all() and np.isfinite(low.b).all()
         if not factors_are_finite or not math.isfinite(low.scale):

@@ -100,8 +100,8 @@ def patterns(pair: Pair) -> Iterator[Finding]:
                 [name],
                 what,
                 "the name of a module or the end of one; PEFT silently ignores others",
-                "is it a mistake in the name? then the adapter was trained without its number; "
-                f"correct it, or take it out; {hint}",
+                "if the name is a mistake, the adapter was trained without this number; correct "
+                f"the name, or remove the entry; {hint}",
                 WARNING,
             )
 
