@@ -95,10 +95,10 @@ def pair(tmp_path: Path) -> Path:
 
 def test_workers_is_the_old_name_of_threads(pair: Path) -> None:
     files = pair / "base.safetensors", pair / "adapter"
-    with pytest.warns(FutureWarning, match="workers= is called threads= now") as told:
+    with pytest.warns(FutureWarning, match="workers= is deprecated: use threads=") as told:
         lora_fx.merge(*files, pair / "out.safetensors", workers=1)
     assert told[0].filename == __file__
-    with pytest.raises(LoraFxError, match="workers and threads are one option"):
+    with pytest.raises(LoraFxError, match="workers and threads are the same option"):
         lora_fx.merge(*files, pair / "out2.safetensors", workers=1, threads=1)
 
 

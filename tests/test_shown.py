@@ -83,7 +83,7 @@ def test_models_are_shown_by_their_shapes(captured: lora_fx.Captured) -> None:
 HINTS = {
     "--force to replace it": "force=True to replace it",
     "--allow-unused leaves them out": "allow_unused=True leaves them out",
-    "a wider --dtype keeps small ones": "a wider dtype keeps small ones",
+    "a wider --dtype keeps small updates": "a wider dtype keeps small updates",
     "--dtype bfloat16 or float32 can": "dtype='bfloat16' or float32 can",
     "--rank 8, or exclude it": "rank=8, or exclude it",
     "--exclude steps.q leaves it out": "exclude='steps.q' leaves it out",
@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a dtype of torch for its name": (
         lambda cap: lora_fx.merge("base", "adapter", "out", dtype=torch.float16),
-        "no dtype torch.float16", "did you mean float16",
+        "unknown dtype torch.float16", "did you mean float16",
     ),
     "a missing .onnx to find": (
         lambda cap: lora_fx.find("gnoe.onnx"), "gnoe.onnx", "export, merge and verify",
@@ -215,7 +215,7 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
         lambda cap: lora_fx.export(cap, "m.onnx", precision="float61"),
         "no precision 'float61'", "did you mean float16",
     ),
-    "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is no target", "mean fc2.weight"),
+    "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is not a target", "mean fc2.weight"),
     "a selector": (
         lambda cap: lora_fx.insert(cap, include="fc3"), "'fc3' matches no target", "mean fc2",
     ),

@@ -49,7 +49,7 @@ class Found:
         """The target of a key, of one of its aliases, of a region within it, or of one use."""
         target = self.get(key)
         if target is None:
-            raise LoraFxError(f"{key!r} is no target of the model", near(key, self.by_key))
+            raise LoraFxError(f"{key!r} is not a target of the model", near(key, self.by_key))
         return target
 
     def get(self, key: str) -> Target | None:
@@ -234,7 +234,7 @@ class Unreached:
         """The reason, with what it costs."""
         if not self.flops:
             return self.reason
-        return f"{self.reason}, and {human(self.flops)} FLOPs are products of what is gathered"
+        return f"{self.reason}; {human(self.flops)} FLOPs are products with gathered rows"
 
     def to_json(self) -> Json:
         """One row of `unreached[]`."""

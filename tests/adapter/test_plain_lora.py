@@ -131,7 +131,7 @@ def test_what_has_no_matrix(tmp_path: Path) -> None:
 
     vector = Adapter({"a.bias": Dense(np.ones(3, np.float32))})
     rows = Adapter({"t.weight": ReplacedRows((1,), np.ones((1, 4), np.float32))})
-    for adapter, words in ((vector, "no matrix"), (rows, "has no ΔW")):
+    for adapter, words in ((vector, "expected a matrix"), (rows, "has no ΔW")):
         with pytest.raises(LoraFxError, match=words):
             as_lora(adapter, rank=2)
 

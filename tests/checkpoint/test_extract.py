@@ -173,7 +173,7 @@ def test_energy_chooses_the_rank(tmp_path: Path) -> None:
     assert max(r.rank for r in result.rows) > 16
     capped = extraction(*files, ExtractOptions(energy=0.97, max_rank=5))
     assert {r.rank for r in capped.rows} == {5}
-    assert len([n for n in capped.adapter.metadata["notes"] if "rank 5 is the cap" in n]) == 3
+    assert len([n for n in capped.adapter.metadata["notes"] if "rank 5 is the maximum" in n]) == 3
 
 
 def test_vectors(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ WRONG = {
     ),
     "rank zero": (["insert", "model.py:build", "-o", "out", "-r", "0"], "rank 0"),
     "rank negative": (["insert", "model.py:build", "-o", "out", "-r", "-3"], "rank -3"),
-    "rank too high": (["insert", "model.py:build", "-o", "out", "-r", "9"], "rank 9 is above"),
+    "rank too high": (["insert", "model.py:build", "-o", "out", "-r", "9"], "rank 9 is larger"),
     "inputs that do not fit": (["targets", "model.py:wrong_inputs"], "cannot capture Net"),
     "a branch on a value": (["export", "model.py:branch", "-o", "m.onnx"], "depends on a tensor's"),
     "output exists": (["insert", "model.py:build", "-o", "taken", "-r", "2"], "exists"),

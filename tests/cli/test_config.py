@@ -144,7 +144,7 @@ def test_what_is_refused_leaves_no_config(home: Path, capsys: Any) -> None:
     assert code in (0, 1) and "[doctor]" in (home / "r.toml").read_text()
     (home / "r.toml").write_text("[doctor]\n# mine\n")
     code, _, err = run(capsys, *doctor, "--force")
-    assert code == 2 and "no file that lora-fx writes" in err
+    assert code == 2 and "lora-fx does not write files of this kind" in err
 
 
 def test_options_of_a_config_count_as_given(home: Path, capsys: Any) -> None:

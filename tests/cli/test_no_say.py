@@ -147,9 +147,9 @@ NO_SAY: list[tuple[str, str, str]] = [
     ("train held.pt2 data.npz -o out --steps 2", "--no-repeat", "which is traced already"),
     (MERGE, "--rank 4", "for a sum mix"),
     (f"{MERGE} --how linear", "--rank 4", "for a linear mix"),
-    (MERGE, "--max-shard-size 5GB", "of --dequantise"),
-    (MERGE, "--lossy", "of --requantise"),
-    (f"{MERGE} --requantise", "--dtype fp32", "beside --requantise"),
+    (MERGE, "--max-shard-size 5GB", "works only with --dequantise"),
+    (MERGE, "--lossy", "works only with --requantise"),
+    (f"{MERGE} --requantise", "--dtype fp32", "does not work with --requantise"),
     (f"{MERGE} --requantise", "--dequantise", "both"),
     (MERGE, "--names m.json", "--names is for .onnx bases only"),
     (MERGE, "--map m.json", "--names is for .onnx bases only"),
@@ -200,7 +200,7 @@ NO_SAY: list[tuple[str, str, str]] = [
         for o in ("--inputs inputs.npz", "--within")
     ),
     ("export held.pt2 -o out.onnx", "--no-repeat", "which is traced already"),
-    ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "caps what energy"),
+    ("extract base.safetensors tuned.safetensors -o out", "--max-rank 8", "only with energy"),
     ("extract base.safetensors tuned.safetensors -o out --energy 0.9", "--rank 8", "exclude each"),
     *(
         ("truncate start -o out --rank 1", o, "without --table DATA")

@@ -82,7 +82,7 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--curve", "mine.csv", "--force"), "mine.csv: --force does not replace it"),
         (("--eval-data", "old.csv", "--curve", "old.csv", "--force"), "replace the input old.csv"),
         (("--seed", "-1"), "'--seed': -1 is not in the range"),
-        (("--eval-data", "hf:org/d"), "hf:org/d: models come from the Hub, data does not"),
+        (("--eval-data", "hf:org/d"), "hf:org/d: lora-fx does not read data from the Hub"),
         (("--curve", "a"), "--curve a is also --output a"),
         (("--curve", "a/c.csv"), "--curve a/c.csv is inside --output a"),
         (("--report", "a/sub/r.html"), "--report a/sub/r.html is inside --output a"),

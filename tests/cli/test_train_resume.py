@@ -96,9 +96,9 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "mine").mkdir()
     (home / "mine" / "thesis.txt").write_text("x")
     code, _, err = run(capsys, *short, "b", "--save-state", "mine", "--force")
-    assert code == 2 and "holds more than lora-fx wrote: thesis.txt" in err
+    assert code == 2 and "holds files that lora-fx did not write: thesis.txt" in err
     code, _, err = run(capsys, *short, "b", "--resume", "mine")
-    assert code == 2 and "mine: the folder holds more" in err
+    assert code == 2 and "mine: the folder holds files that lora-fx did not write" in err
     code, _, err = run(capsys, *short, "b", "--resume", "gone")
     assert code == 2 and "gone: no training state" in err
     code, _, err = run(capsys, *short, "b", "--save-every", "2")

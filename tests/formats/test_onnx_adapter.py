@@ -126,7 +126,7 @@ LOW = LowRank(A, B, 2.0)
         ({"x": LowRank(A, B, 2.0, use="y.weight")}, "one use of the tensor"),
         ({"x": LowRank(A, B, 2.0, origin=Origin(tied=True))}, "several modules that share"),
         ({"x": LowRank(A, B, 1e39)}, "infinite"),
-        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would be named"),
+        ({"x": LOW, "x.lora_A": Full(A)}, "two tensors would have the name"),
         ({}, "no update"),
     ],
 )

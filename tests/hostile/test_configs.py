@@ -140,7 +140,7 @@ def test_no_client_of_the_hub_is_made(
 
     monkeypatch.setattr(http, "_GLOBAL_CLIENT_FACTORY", noted)
     folder = folder_of(family, tmp_path / "m", backbone_config=None, backbone="gpt2")
-    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*asks the network"):
+    with pytest.raises(LoraFxError, match=r"backbone 'gpt2': .*uses the network"):
         load_folder(folder, meta=True)
     assert made == []
     assert [http.get_session()] == made, "outside the block it is as it was"

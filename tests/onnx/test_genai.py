@@ -176,7 +176,9 @@ def test_a_folder_is_replaced_where_lora_fx_made_it(source: Path) -> None:
     place(made, Path("m.onnx"))
     left = {"genai_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
     assert files(Path("genai")) == left
-    with pytest.raises(LoraFxError, match=r"model: the folder holds more than lora-fx wrote"):
+    with pytest.raises(
+        LoraFxError, match=r"model: the folder holds files that lora-fx did not write"
+    ):
         genai_folder("model", Path("m.onnx"), settings(), force=True)
 
 

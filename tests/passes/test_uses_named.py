@@ -24,7 +24,7 @@ def test_a_use_that_the_model_lacks_is_named() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return torch.tanh(self.embed(ids)) @ self.head.weight.t()
 
-    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', and the model has no such use"):
+    with pytest.raises(LoraFxError, match=r"its use 'head\.weight', but the model has no such use"):
         lora_fx.insert(Bare(), (x,), adapter=adapter)
 
 

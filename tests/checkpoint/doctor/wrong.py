@@ -341,7 +341,7 @@ WRONG: dict[str, tuple[Build, tuple[str, ...]]] = {
     # names of a tensor that the file stores once
     "one use of a tensor": (
         sound.one_file("alias.weight", replace(NARROW, use="tied.weight")),
-        ("tied weights", "'alias.weight' means one use of 'tied.weight'", "which the base stores"),
+        ("tied weights", "'alias.weight' is for one use of 'tied.weight'", "the base stores one"),
     ),
     "another shape than the twin's": (
         sound.one_file("alias.weight", replace(WIDE, origin=Origin(twins=("tied.weight",)))),

@@ -81,7 +81,7 @@ def test_a_foreign_file_that_refuses_size_one_does_so_here_too(tmp_path: Path) -
     torch.export.save(program, str(tmp_path / "x.pt2"))
     module = lora_fx.insert(str(tmp_path / "x.pt2"), rank=2)
     assert module(torch.randn(5, 6)).shape == (5, 4)
-    with pytest.raises(LoraFxError, match="holds for x\\[0\\] != 1 only"):
+    with pytest.raises(LoraFxError, match="is valid only for x\\[0\\] != 1"):
         module(torch.randn(1, 6))
 
 

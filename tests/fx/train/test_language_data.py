@@ -194,7 +194,7 @@ TURN = {"role": "user", "content": "the"}
 REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ('{"text": "a"', "not valid JSON"),
     "a list": ("[1]", "a JSON list, not an object"),
-    "a key twice": ('{"text": "a", "text": "b"}', "'text' is there twice"),
+    "a key twice": ('{"text": "a", "text": "b"}', "'text' appears twice"),
     "half a pair": ('{"text": "\\ud800"}', "not valid JSON"),
     "two forms": ({"text": "a", "messages": [TURN]}, "has 'text' and 'messages'; expected one"),
     "another form": ({"prompt": "a", "completion": "b"}, "the first line has 'text'"),
@@ -252,7 +252,7 @@ def test_malformed_lines(tmp_path: Path, model: LlamaForCausalLM) -> None:
         path.write_text(text)
         assert language_table(str(path), model, folder, None) is None, "columns, if any"
     path.write_text("\n")
-    with pytest.raises(LoraFxError, match=f"{path}: no rows"):
+    with pytest.raises(LoraFxError, match=f"{path}: the data has no rows"):
         read_table(str(path))
     write(path, [{"text": "the old roofs <|system|>"}])
     small = LlamaForCausalLM(config()).resize_token_embeddings(40)

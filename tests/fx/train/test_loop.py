@@ -247,8 +247,8 @@ def test_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "label", "message"),
     [
-        ("d.txt", "x", "", "unknown kind '.txt'"),
-        ("d.csv", "a,b\n1,2\n", "c", "no column 'c'"),
+        ("d.txt", "x", "", "unknown data format '.txt'"),
+        ("d.csv", "a,b\n1,2\n", "c", "there is no column 'c'"),
         ("d.csv", "a,b\n1,2\n1\n", "", "line 3 has 1 fields, the header has 2"),
         ("d.csv", "a,b\n", "", "no rows"),
         ("d.csv", "a,b\nx,2\n", "b", "column 'a' is text"),

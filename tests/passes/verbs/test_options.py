@@ -67,7 +67,9 @@ def test_numbers_that_are_not_finite_are_refused(number: float, tmp_path: Path) 
     plan = {"weight": {"rank": 2, "alpha": number}}
     for verb in (lora_fx.insert, lora_fx.attach):
         for given in ({"rank": 2, "alpha": number}, {"plan": plan}):
-            with pytest.raises(LoraFxError, match=f"alpha {number} of weight is no finite number"):
+            with pytest.raises(
+                LoraFxError, match=f"alpha {number} of weight is not a finite number"
+            ):
                 verb(net, (x,), **given)
     (tmp_path / "a.safetensors").touch()
     with pytest.raises(LoraFxError, match=f"tol is {number}; expected a finite number, 0 or more"):
