@@ -219,8 +219,8 @@ def _check_outputs(
             continue
         if states.get(value, row_axis.SAME) != row_axis.RowAxis(0):
             raise LoraFxError(
-                f"output {value.name!r} has no row for every row of the batch",
-                "batch mode serves models whose outputs keep the batch dimension",
+                f"output {value.name!r} does not have one row for each row of the batch",
+                "use mode merged or switch; mode batch needs outputs that keep the batch dimension",
             )
 
 
@@ -237,7 +237,7 @@ def _refuse_mixing(graph: OnnxGraph, symbol: str, sites: Sequence[Site]) -> None
         lost = states.get(value, row_axis.SAME).lost
         if lost:
             raise LoraFxError(
-                f"output {value.name!r}: {lost}, and an adapter of one would reach others",
+                f"output {value.name!r}: {lost}, so the adapter of one row would change other rows",
                 "use mode merged or switch",
             )
 
@@ -335,6 +335,6 @@ def _in_direction_of_use(
         a, b = widen(e, transposed, low.layout, starts, low.a, low.b, low.rank)
         return np.asarray(b.T, np.float32), np.asarray(a.T, np.float32) * scale
     raise LoraFxError(
-        f"{key!r}: the exported graph reads the tensor in another layout than the adapter's",
+        f"{key!r}: the exported graph reads the tensor in a layout that is not the adapter's",
         "use mode merged",
     )

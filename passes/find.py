@@ -33,7 +33,9 @@ from lora_fx.targets.target import Target
 from lora_fx.targets.target_roles import role_of
 from lora_fx.text import by_key
 
-ODD = "its name is the key of a part (w[0]) or a use (w@v) of another tensor: rename it"
+ODD = (
+    "its name looks like the key of a part (w[0]) or of one use (w@v) of another tensor: rename it"
+)
 
 ROUNDED = "folding would round the update away"
 

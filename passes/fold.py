@@ -73,7 +73,7 @@ class Folded:
         if not self.other_readers:
             return ""
         ops = ", ".join(self.other_readers)
-        return f"{self.parameter}: read by {ops} too, without the update"
+        return f"{self.parameter}: {ops} also read this tensor, and get it without the update"
 
 
 def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
@@ -84,8 +84,8 @@ def said_of_zeros(changes: Sequence[Folded]) -> list[str]:
     count = sum(change.zeros for change in changes)
     if not count:
         return []
-    why = "ONNX Runtime's CPU makes all of them floats in every run; --mode switch is faster"
-    return [f"{count} weights of codes have floats for zero points: {why}"]
+    why = "ONNX Runtime on the CPU dequantises them in every run; --mode switch is faster"
+    return [f"{count} quantised weights have zero points in floating point: {why}"]
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,9 @@ class Fold:
         zero = zero_points.moved(delta)
         if not np.isfinite(zero).all():
             raise LoraFxError(
-                f"{name!r}: a block of its codes has scale 0, so that no zero point moves it",
-                "export --mode switch has a branch beside it",
+                f"{name!r}: a block of its codes has scale 0, so its zero point cannot hold the "
+                "update",
+                "export with --mode switch, which adds a branch instead",
             )
         stored_as = name
         if delta.any():
@@ -244,7 +245,7 @@ def exact(graph: Graph[V], target: Target, low: LowRank) -> tuple[ZeroPoints, Ar
     zero_points = _one_zero_points(graph, target)
     if zero_points is None or not _changes_all_rows(target, low):
         if group:
-            return "no zero points that may be floats are there"
+            return "the weight has no zero points that may be floats"
         return ROUNDED
 
     a = pooled(low.a, min(zero_points.block, low.a.shape[-1]))

@@ -66,7 +66,7 @@ def _store(graph: FxGraph, found: Found, name: str, kind: str) -> None:
         )
     weight = graph.read(name)
     if not np.isfinite(np.asarray(weight, np.float32)).all():
-        raise LoraFxError(f"{name}: not all of it is finite numbers", "leave it in float")
+        raise LoraFxError(f"{name}: it holds NaN or infinite numbers", "leave it in float")
     rows = _rows(weight, are_columns, len(target.layout.batch))
     dtype = getattr(torch, target.parameter.dtype)
     put_codes(graph.root, name, quantise(rows, kind), dtype, weight.shape, are_columns)

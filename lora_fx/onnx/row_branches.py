@@ -64,7 +64,7 @@ def form_of(use: OnnxWeightUse, rows: RowAxis) -> str:
             return "last"
         if kind.form == "left" and rank(use.x) == 3 and rows == RowAxis(0):
             return "middle"
-    raise LoraFxError(f"{where}: batch mode has no form by row for this use", hint)
+    raise LoraFxError(f"{where}: this use cannot be computed row by row", hint)
 
 
 def _is_outermost(x: ir.Value, rows: RowAxis) -> bool:

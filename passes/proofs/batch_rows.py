@@ -181,7 +181,10 @@ def _compare_rows(
         row = int(np.argmax(differences))
         i = batch.ids[row]
         whose = f"{names[i] or 'the base'!r} (id {i})"
-        demand([parity], f"row {row} of a batch, which the model may mix, is not {whose} alone")
+        demand(
+            [parity],
+            f"row {row} of a batch differs from a run of {whose} alone (the model may mix rows)",
+        )
     return parity
 
 

@@ -115,9 +115,10 @@ def _same_gradients(module: AdaptedModule, named: Named) -> None:
     of_model = _gradients_of(captured, captured.model, names, named)
     if not _are_close(of_graph, of_model):
         raise LoraFxError(
-            f"{some(functions)} has a gradient of its own, which a graph drops: training would "
+            f"{some(functions)} defines a custom gradient, which a graph drops: training would "
             "differ",
-            "lora_fx.attach trains the live model; --dead allow inserts all the same",
+            "use lora_fx.attach, which trains the live model; or --dead allow, which inserts "
+            "anyway",
         )
 
 

@@ -114,15 +114,15 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
                 if len(failures) == 2 and not isinstance(e, LoraFxError):
                     raise LoraFxError(
                         f"no backward pass of the model runs: {'; '.join(failures)}",
-                        "does the original train with these inputs? A train mode may ask for "
-                        "targets; --dead allow leaves this proof out",
+                        "check that the original model trains with these inputs; some models "
+                        "need targets as inputs in train mode; --dead allow leaves out this proof",
                     ) from e
                 notes.append(f"{mode} mode is not proven: {one_line(e, 160)}")
                 continue
             if sizes is None:
                 notes.append(
-                    f"{mode} mode is not proven: no output is a real number, or a complex one, "
-                    "or all of these are empty"
+                    f"{mode} mode is not proven: the model has no output of real or complex "
+                    "numbers that is not empty"
                 )
                 continue
 
@@ -130,7 +130,9 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
             if training:
                 moved = _written_buffers(trained.model, versions)
                 if moved:
-                    notes.append(f"training moves {some(moved)}, which no adapter's file holds")
+                    notes.append(
+                        f"training changes {some(moved)}, which an adapter file does not hold"
+                    )
             for key in _dead_keys(trained.updates, sizes):
                 dead_modes.setdefault(key, []).append(mode)
 
@@ -270,6 +272,7 @@ def without_gradient(effect: Effect, count: int, dead: str) -> tuple[str, ...]:
         keys = [f"{key} ({'/'.join(modes)})" for key, modes in effect.dead.items()]
         raise DeadTargetError(
             f"no gradient reaches {some(keys, 5)}: an adapter there would train nothing",
-            "--exclude leaves it out; --dead drop leaves all such out; --dead allow keeps it",
+            "--exclude leaves out one target; --dead drop leaves out all such targets; --dead "
+            "allow keeps them",
         )
     return ()

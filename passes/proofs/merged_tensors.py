@@ -59,16 +59,20 @@ def prove_merge(
     for name, read in base.items():
         if name not in changed and not same_bytes(written.reader(name)(), read()):
             check_unchanged()  # a base that is another one now has other numbers
-            raise LoraFxError(f"{target}: not written: {name!r} is not the base's", "a full disk?")
+            raise LoraFxError(
+                f"{target}: not written: tensor {name!r} differs from the base's, and no update "
+                "is for it",
+                "is the disk full?",
+            )
     for name, gap in _wrong_rows(written, base, found, fold):
         check_unchanged()
         raise LoraFxError(
-            f"{target}: not written: {name!r} is off by {gap:.2e}",
+            f"{target}: not written: tensor {name!r} is wrong by {gap:.2e}",
             "this is a mistake of lora-fx: please report it",
         )
     for name, value in matched.whole.items():
         if not same_bytes(written.reader(name)(), value.astype(base[name]().dtype)):
-            raise MistakeError(f"{target}: not written: {name!r} is not the adapter's")
+            raise MistakeError(f"{target}: not written: tensor {name!r} differs from the adapter's")
     return written
 
 

@@ -120,7 +120,7 @@ def _refuse_where_model_runs(
     """Raise where the graph fails on arguments, and the user's own model runs on them."""
     if _runs(execution_of(reference).captured, named):
         raise LoraFxError(
-            f"the captured graph does not run at {where}, and the model does: "
+            f"the captured graph does not run at {where}, but the model does: "
             f"{one_line(error, 160)}",
             f"{OTHER_SIZES}; and report this model",
         ) from error

@@ -73,7 +73,11 @@ def feeds_of(
         drawn_shapes.add(shapes)
         refused = outside(reference, named)
         if refused:
-            leave_out(reference, shapes_of(feeds), f"another path: {refused.message}")
+            leave_out(
+                reference,
+                shapes_of(feeds),
+                f"the model takes another path there: {refused.message}",
+            )
             continue
         # a size by the names of dimensions lies beyond a cut of the model
         yield named, feeds, isinstance(size, Mapping)

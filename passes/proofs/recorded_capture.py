@@ -135,7 +135,7 @@ def prove_as_it_is(module: CapturedModule, adapter: Adapter | None = None) -> tu
     return ()
 
 
-NOT_RUN = "one recorded run, and the live model was not run with W + s·b·a"
+NOT_RUN = "the graph is one recorded run, and the live model was not run with W + s·b·a"
 
 
 def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
@@ -146,17 +146,17 @@ def _refused(parity: Parity, keys: Sequence[str]) -> NoEffectError:
         keys: The updates that make them differ alone, where that is known.
     """
     which = ""
-    advice = "another adapter"
+    advice = "use another adapter"
     if keys:
         which = f" ({some(keys, 5)})"
         excludes = " ".join(f"--exclude {key}" for key in keys[:5])
         pronoun = "it" if len(keys) == 1 else "them"
-        advice = f"{excludes} leaves {pronoun} alone"
+        advice = f"{excludes} leaves {pronoun} out"
     return NoEffectError(
-        "one recorded run does not hold for an adapter: what the model does depends on its weights"
-        f"{which}, and with W + s·b·a output {parity.output!r} of the live model is rel "
-        f"{parity.rel:.2e} from the graph's, the gate is {parity.tol:.1e}",
-        f"{advice}; or compute both ways with torch.where",
+        "the recorded run is not valid with an adapter: what the model does depends on its "
+        f"weights{which}; with W + s·b·a, output {parity.output!r} of the live model differs from "
+        f"the graph's by rel {parity.rel:.2e}, the gate is {parity.tol:.1e}",
+        f"{advice}; or compute both branches with torch.where",
     )
 
 
@@ -313,7 +313,7 @@ def _check_alike(module: CapturedModule) -> None:
     device_of_model = device_of(captured.model)
     if execution_of(module).base_dtype != captured.base_dtype or device != device_of_model:
         raise NotRun(
-            f"the module is {execution_of(module).base_dtype} on {device}, and the model "
+            f"the module is {execution_of(module).base_dtype} on {device}, but the model is "
             f"{captured.base_dtype} on {device_of_model}"
         )
 
@@ -347,7 +347,7 @@ def _changed(captured: Captured, adapter: Adapter) -> dict[str, torch.Tensor]:
     weights = dict(model.named_parameters())
     first_names, _ = named_tensors(model)
     if captured.quantised is not None or forms(model) or any(w.is_meta for w in weights.values()):
-        raise NotRun("its weights are no plain numbers")
+        raise NotRun("its weights are not plain tensors of numbers")
     changed: dict[str, Array] = {}
 
     def weight_of(key: str) -> Array:

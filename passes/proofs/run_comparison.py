@@ -119,8 +119,11 @@ def compared(
         if plain is not None:
             exact = compare_fairly(plain(feeds), expected, shapes, gates, own, of=of)
             if exact.ok:
-                moved = f"ONNX Runtime's own rewrites move {parity.output!r} by {parity.rel:.1e}"
-                return exact, f"{moved} of its largest number; it was compared without them"
+                moved = (
+                    f"ONNX Runtime's own graph optimisations change {parity.output!r} by "
+                    f"{parity.rel:.1e}"
+                )
+                return exact, f"{moved} of its largest number; the comparison was made without them"
 
     choices = choose()
     choosing = rerun.choosing(choices) if choices.values else None
@@ -131,10 +134,15 @@ def compared(
         return with_choices, ""
     if not with_choices.ok:
         return parity, ""
-    turned = f"rounding turns a choice among near-equal numbers that {parity.output!r} depends on"
+    turned = (
+        f"{parity.output!r} depends on a choice among nearly equal numbers, which rounding changes"
+    )
     return (
         with_choices,
-        f"{turned}; both were compared with the same choices, and what these are among",
+        (
+            f"{turned}; both were compared with the same choices, and so were the numbers behind "
+            "these choices"
+        ),
     )
 
 

@@ -93,7 +93,9 @@ def prove_step(
         feeds = {**arrays_of(named), "labels": labels}
         refused = graph.traced.door.refused(tree_leaves(dict(named)))
         if refused:
-            leave_out(module, shapes_of(feeds), f"another path: {refused.message}")
+            leave_out(
+                module, shapes_of(feeds), f"the model takes another path there: {refused.message}"
+            )
             continue
         # at the first size the optimizer's states are zero: m' is the gradient itself
         results.append(_compare(run, step, feeds, generator, moments_are_zero=not results))

@@ -234,7 +234,9 @@ def fold(
             model.load_adapter(opened_adapter)
         opened_adapter = model.adapter()
     if opened_adapter is None:
-        raise LoraFxError("nothing to fold", "pass adapter=…, or a module that insert returned")
+        raise LoraFxError(
+            "there is no adapter to fold", "pass adapter=…, or a module that insert returned"
+        )
 
     bound = bind(with_base(opened_adapter, cap.model), find(cap))
     fold_pass = Fold(bound.lowrank)

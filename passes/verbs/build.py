@@ -137,8 +137,8 @@ def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Ca
     """
     if cap is None or options.data is None:
         raise LoraFxError(
-            f"init {options.init!r} needs a model that one graph can hold, and data",
-            "kaiming, gaussian, orthogonal, pissa or olora",
+            f"init {options.init!r} needs data, and a model that can be captured as one graph",
+            "use init kaiming, gaussian, orthogonal, pissa or olora",
         )
     uses = {key: own_use(key) for key in plan.entries}
     return calibrate(cap, uses, options.data, options.loss, (OF_DATA[options.init],))

@@ -84,8 +84,8 @@ def write_batch(
         prove_ids(session, model, feeds, rows, len(adapters) + 1)
 
     notes += [
-        f"output {name!r} can hold no NaN: where a runtime does not refuse adapter_ids out of "
-        "range, such a row has the base model's values there"
+        f"output {name!r} cannot hold NaN: if a runtime accepts adapter_ids out of range, such a "
+        "row has the base model's values there"
         for name in outputs_without_nan(model)
     ]
     if session.note:

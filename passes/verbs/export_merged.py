@@ -58,7 +58,7 @@ def _branched(model: object, options: ExportOptions) -> CapturedModule:
     adapter = options.adapters
     if adapter is not None and not isinstance(adapter, Adapter):
         raise LoraFxError(
-            "merged takes one adapter", "lora_fx.adapter.adapter.mix makes one of several"
+            "mode merged takes one adapter", "combine several with lora_fx.adapter.adapter.mix"
         )
     model = opened(model)
     if isinstance(model, AdaptedModule):
@@ -119,7 +119,7 @@ def _folded(
         return branched, []
     folded = fold(branched)
     if not insertion_of(branched).changes_anything():
-        warnings.append("the adapter changes nothing: every update is zero")
+        warnings.append("the adapter changes nothing: all of its updates are zero")
     parity = prove(
         torch_run(folded),
         branched,
@@ -164,7 +164,7 @@ def _translate(folded: CapturedModule, options: ExportOptions) -> _Translation:
         for name in unrounded:
             values[name] = exact_values[name]
         warnings += [
-            f"{name}: rounded to bfloat16 on the way"
+            f"{name}: rounded to bfloat16 during the export"
             for name in exact_values
             if name not in unrounded
         ]
@@ -252,7 +252,7 @@ def _write_proven(
     is_rewritten = any(stage.kept for stage in rewriting.stages)
     if not is_rewritten or options.precision in GATES or all(row.ok for row in written.parity):
         return written
-    reason = "the stages together differ from torch"
+    reason = "all rewrites together differ too much from torch"
     dropped = [replace(stage, kept=False, why=stage.why or reason) for stage in rewriting.stages]
     return _write_and_compare(output, branched, exported, dropped, rewriting.tol, options)
 
@@ -286,5 +286,7 @@ def _warnings_of_fold(changes: Sequence[Folded], unrounded: frozenset[str]) -> l
     warnings += [change.said for change in changes if change.said]
     for change in changes:
         if change.kept < 0.95 and change.stored_as not in unrounded:
-            warnings.append(f"{change.parameter}: rounding kept {change.kept:.1%} of the change")
+            warnings.append(
+                f"{change.parameter}: rounding kept only {change.kept:.1%} of the change"
+            )
     return warnings

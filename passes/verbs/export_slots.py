@@ -114,8 +114,8 @@ def _with_whole_tensors(
 
     low_rank_alone = replace(adapter, entries={**adapter.lowrank})
     note = (
-        f"{name}: its whole tensors are folded into the base ({some(sorted(adapter.full))}): the "
-        "file has them without an adapter too"
+        f"{name}: its whole tensors ({some(sorted(adapter.full))}) are folded into the base: they "
+        "stay in the file when no adapter is active"
     )
     return base, {name: low_rank_alone}, [note]
 
@@ -127,11 +127,14 @@ def _without_batch(captured: Captured) -> tuple[str, str]:
     fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
     if fixed_by_user:
         names = ", ".join(fixed_by_user)
-        return "", f"leave dimension 0 of {names} dynamic: drop --static, or --dynamic NAME:0=batch"
+        return "", (
+            f"leave dimension 0 of {names} dynamic: leave --static out, or pass --dynamic "
+            "NAME:0=batch"
+        )
     if pinned:
         return next(iter(pinned.values())), "use mode merged or switch"
     names = ", ".join(spec.name for spec in specs)
-    return "", f"one symbol for all of {names}: --dynamic NAME:0=batch for each"
+    return "", f"use one symbol for dimension 0 of {names}: pass --dynamic NAME:0=batch for each"
 
 
 def torch_reference(

@@ -143,7 +143,11 @@ def _replaced_files(paths: Mapping[str, Path], options: ExportOptions) -> list[s
     """A line for each adapter's file that is replaced, where it is of no earlier export."""
     if options.target.exists():
         return []
-    return [f"{path.name} of another file is replaced" for path in paths.values() if path.exists()]
+    return [
+        f"{path.name}, which belongs to another file, is replaced"
+        for path in paths.values()
+        if path.exists()
+    ]
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class _Slots:
             raise LoraFxError(
                 f"{stored_twice[0]!r} is stored twice in the exported graph, for two uses of a "
                 "tied tensor",
-                "mode merged adapts both; here --exclude it",
+                "use mode merged, which adapts both uses; or leave it out with --exclude",
             )
 
         keys_of_all_uses = [key for key in self.keys if not split_use(key)[1]]
@@ -213,9 +217,9 @@ class _Slots:
         adapted_twice = {base_name(key) for key in copies}.intersection(keys_of_all_uses)
         if adapted_twice:
             raise LoraFxError(
-                f"{min(adapted_twice)!r} is adapted in all its uses, and beside that in one of "
-                "them alone: a file has slots for the one or the other",
-                "mode batch takes both; else export a file for each",
+                f"{min(adapted_twice)!r} is adapted in all its uses, and also in one use alone: a "
+                "file has slots for only one of these",
+                "use mode batch, which takes both; or export one file for each",
             )
         return copies
 
@@ -246,7 +250,8 @@ def _rank_of_slots(adapters: Mapping[str, Adapter], options: ExportOptions) -> i
             largest = max(largest, update.rank)
     if options.rank and options.rank < largest:
         raise LoraFxError(
-            f"an adapter of rank {largest}, and --rank {options.rank}", f"--rank {largest}"
+            f"an adapter has rank {largest}, more than --rank {options.rank}",
+            f"pass --rank {largest}",
         )
     return options.rank or largest or LOAD_RANK
 

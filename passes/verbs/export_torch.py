@@ -27,7 +27,9 @@ from lora_fx.passes.verbs.options import ExportAdapters
 from lora_fx.passes.verbs.quantise import Wanted, quantised
 from lora_fx.targets.target import Target
 
-WIDENED = "the file is in float32: the model's bfloat16 numbers are kept, its rounding is not"
+WIDENED = (
+    "the file is in float32: it keeps the model's bfloat16 numbers, but does not round as bfloat16"
+)
 
 
 def translated(
@@ -52,8 +54,11 @@ def translated(
         was_widened = widen(model)
         return model, [WIDENED] if was_widened else []
     if not in_bfloat16(model):
-        raise LoraFxError("the model has no bfloat16 to keep", "float16 or int8 takes fewer bits")
-    return model, ["bfloat16: ONNX Runtime's CPU has few ops for it"]
+        raise LoraFxError(
+            "precision bfloat16 needs a model in bfloat16",
+            "use --precision float16 or --precision int8",
+        )
+    return model, ["bfloat16: ONNX Runtime's CPU provider supports few ops in this type"]
 
 
 def level_gate(options: ExportOptions) -> float:
@@ -83,7 +88,9 @@ def quantised_base(
         before = execution_of(plain(captured)).flat(captured.named)
         after = execution_of(plain(coded)).flat(coded.named)
     difference = compare(after, before, {}, 1.0).rel
-    coded.notes.append(f"quantising moves the base's outputs by {difference:.1e} of the largest")
+    coded.notes.append(
+        f"quantising changes the base's outputs by up to {difference:.1e} of the largest number"
+    )
 
     base = Base()
     for i, adapter in enumerate(adapters, 1):
@@ -96,5 +103,5 @@ def quantised_base(
 def folded_already() -> LoraFxError:
     """The error for a module whose weights are folded."""
     return LoraFxError(
-        "this module's weights are folded already", "export the original with adapters=…"
+        "this module's weights are folded already", "export the original model with adapters=…"
     )

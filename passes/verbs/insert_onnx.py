@@ -65,7 +65,7 @@ class OnnxInsertOptions(BranchOptions):
         if self.init in OF_DATA:
             raise LoraFxError(
                 f"init {self.init!r} starts from data, and an .onnx file has no gradients",
-                "kaiming, gaussian, orthogonal, pissa or olora",
+                "use init kaiming, gaussian, orthogonal, pissa or olora",
             )
 
 

@@ -106,7 +106,7 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
         classes = ", ".join(f"lora_fx.{kind.__name__}(…)" for kind in BY_NAME.values())
         raise LoraFxError(
             f"mode is of type {type(mode).__name__}; expected a name or one of {classes}",
-            'mode="switch", for example',
+            'pass mode="switch", for example',
         )
     if isinstance(mode, str):
         if mode in BY_NAME:
@@ -118,8 +118,8 @@ def options_of_mode(mode: str | ModeOptions, keywords: Json) -> tuple[str, Json]
     for name in field_names(kind):
         if is_given(keywords[name]):
             raise LoraFxError(
-                f"{name}= beside mode=lora_fx.{kind.__name__}(…), which has it too",
-                "give it to the mode alone",
+                f"{name}= with mode=lora_fx.{kind.__name__}(…), which has this option too",
+                f"pass it to the mode only: {kind.__name__}({name}=…)",
             )
         options[name] = getattr(mode, name)
     return mode.name, options

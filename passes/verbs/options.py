@@ -94,12 +94,14 @@ class CaptureOptions:
             "static": self.static or None,
             "weights": self.weights or None,
         }
-        rule = NoSay[Named](tuple(options), bool, "beside a captured model, which has its sizes")
+        rule = NoSay[Named](
+            tuple(options), bool, "with a captured model, which has its sizes and weights already"
+        )
         refuse_no_say([rule], options, given_options(options))
 
 
 KNOWN_WITH_CACHE = (
-    "with a cache the inputs and their dimensions are known",
+    "with a cache, lora-fx sets the inputs and their dimensions itself",
     "leave inputs and their dimensions out",
 )
 """Message and hint where inputs are given beside a cache."""
@@ -122,10 +124,22 @@ def _plan_says(options: BranchOptions, what: str) -> bool:
 
 
 BRANCH_RULES: tuple[NoSay[BranchOptions], ...] = (
-    NoSay(("rank",), lambda o: _plan_says(o, "rank"), "beside a plan, which has every target's"),
-    NoSay(("alpha",), lambda o: _plan_says(o, "alpha"), "beside a plan, which has every target's"),
-    NoSay(("include",), lambda o: o.plan is not None, "beside a plan, which names its targets"),
-    NoSay(("exclude", "also_train"), lambda o: isinstance(o.plan, Plan), "beside a whole Plan"),
+    NoSay(
+        ("rank",),
+        lambda o: _plan_says(o, "rank"),
+        "with a plan, which sets the rank of every target",
+    ),
+    NoSay(
+        ("alpha",),
+        lambda o: _plan_says(o, "alpha"),
+        "with a plan, which sets the alpha of every target",
+    ),
+    NoSay(("include",), lambda o: o.plan is not None, "with a plan, which names its targets"),
+    NoSay(
+        ("exclude", "also_train"),
+        lambda o: isinstance(o.plan, Plan),
+        "with a Plan object, which holds every target",
+    ),
 )
 """The rules of an insert into a graph of either IR."""
 
@@ -168,7 +182,9 @@ class BranchOptions:
         if self.dead == "auto":
             object.__setattr__(self, "dead", self._dead_by_default())
         if self.dead not in ("error", "drop", "keep", "allow"):
-            raise LoraFxError(f"dead {self.dead!r} is not known", "auto, error, drop, keep, allow")
+            raise LoraFxError(
+                f"unknown value {self.dead!r} of dead", "use auto, error, drop, keep or allow"
+            )
 
     def _dead_by_default(self) -> str:
         """What becomes of a target without effect, by what named it."""
@@ -215,30 +231,30 @@ def _of_other_variant(options: InsertOptions) -> bool:
 
 INSERT_RULES: tuple[NoSay[InsertOptions], ...] = (
     NoSay(
-        ("rank",), _of_other_rank, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("rank",), _of_other_rank, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
-        ("alpha",), _of_other_alpha, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("alpha",), _of_other_alpha, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
-        ("variant",), _of_other_variant, "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        ("variant",), _of_other_variant, "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
         ("init", "seed", "data", "loss"),
         lambda o: o.adapter is not None,
-        "beside an adapter, which brings its own",
-        "leave it out, or the adapter",
+        "with an adapter, which has its own",
+        "leave out this option or the adapter",
     ),
     NoSay(
         ("data",), lambda o: o.init not in OF_DATA, "for init {0.init!r}, which reads no data",
-        f"leave it out, or --init {' or '.join(OF_DATA)}",
+        f"leave it out, or use --init {' or '.join(OF_DATA)}",
     ),
     NoSay(
         ("loss",), lambda o: o.init != "lora-ga", "for init {0.init!r}, which reads no gradient",
-        "leave it out, or --init lora-ga",
+        "leave it out, or use --init lora-ga",
     ),
 )  # fmt: skip
 """The rules of an insert into a model of torch, beside those of any insert."""
@@ -262,14 +278,14 @@ class InsertOptions(BranchOptions):
         super().__post_init__()
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
-                f"init {self.init!r} starts from data, and there is none",
-                "--data FILE",
+                f"init {self.init} starts from data, but no data was given",
+                "pass --data FILE",
             )
         expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")
         if not 0.0 <= self.dropout < 1.0:
             raise LoraFxError(f"dropout {self.dropout} is not in [0, 1)", "0.05 is usual")
         if self.norm_stats not in ("frozen", "update"):
-            raise LoraFxError(f"no norm_stats {self.norm_stats!r}", "frozen or update")
+            raise LoraFxError(f"unknown norm_stats {self.norm_stats!r}", "use frozen or update")
         if self.adapter is not None:
             self._check_adapter(self.adapter)
 
@@ -296,8 +312,8 @@ class InsertOptions(BranchOptions):
         if not self.dropout or not named_variant(self.variant).reads_weight:
             return ()
         return (
-            f"dropout {self.dropout:g} acts on branches, and {self.variant} computes its weight "
-            "instead",
+            f"dropout {self.dropout:g} has no effect: it acts on branches, and {self.variant} "
+            "computes its weight instead",
         )
 
 

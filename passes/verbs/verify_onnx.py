@@ -37,8 +37,8 @@ def verify_onnx(a: str | PathLike[str], b: str | PathLike[str], options: RunOpti
         names = reference.session.input_names
         if set(session.input_names) != set(names):
             raise LoraFxError(
-                f"{a} takes {sorted(session.input_names)}, {b} takes {sorted(names)}",
-                "two models with the same inputs can be compared",
+                f"{a} takes the inputs {sorted(session.input_names)}, {b} takes {sorted(names)}",
+                "compare two models with the same inputs",
             )
         gate = gate_of(session, reference.session)
         if options.tol is None and gate == ORT_TOL:
@@ -86,7 +86,8 @@ def _bound(options: RunOptions, graph: OnnxGraph) -> Adapter:
     matched = match(adapter, graph, find(graph))
     if matched.whole:
         raise LoraFxError(
-            f"the adapter holds the whole tensor {min(matched.whole)!r}",
-            "branches are s·b·a; merge the adapter, and verify the two files",
+            f"the adapter holds the whole tensor {min(matched.whole)!r}; expected low-rank "
+            "updates only",
+            "merge the adapter, then compare the two files",
         )
     return Adapter(dict(matched.updates))

@@ -35,7 +35,10 @@ class RunOptions:
         if is_path(self.adapter):
             return load_adapter(self.adapter)
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
-            raise LoraFxError("models are run with one adapter", "merge them first, or mix them")
+            raise LoraFxError(
+                "a model is run with one adapter, not with several",
+                "merge the adapters first, or mix them",
+            )
         return self.adapter
 
 
@@ -117,7 +120,9 @@ def _module(model: object, adapter: Adapter | None) -> CapturedModule:
     model = unwrapped(model)
     if isinstance(model, CapturedModule):
         if adapter is not None:
-            raise LoraFxError("this module has its adapter already", "load_adapter replaces it")
+            raise LoraFxError(
+                "this module has its adapter already", "use load_adapter to replace it"
+            )
         return model.eval()
     if not isinstance(model, Captured):
         raise LoraFxError(
