@@ -209,11 +209,11 @@ WRONG: dict[str, tuple[Callable[[lora_fx.Captured], Any], str, str]] = {
     ),
     "a mode": (
         lambda cap: lora_fx.export(cap, "m.onnx", mode="swich"),
-        "no mode 'swich'", "did you mean switch",
+        "unknown mode 'swich'", "did you mean switch",
     ),
     "a precision": (
         lambda cap: lora_fx.export(cap, "m.onnx", precision="float61"),
-        "no precision 'float61'", "did you mean float16",
+        "unknown precision 'float61'", "did you mean float16",
     ),
     "a key": (lambda cap: lora_fx.find(cap)["fc3.weight"], "is no target", "mean fc2.weight"),
     "a selector": (

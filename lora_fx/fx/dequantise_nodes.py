@@ -68,7 +68,8 @@ def declare_codes(root: nn.Module, graph: fx.Graph, names: Mapping[str, str]) ->
         if not (beside_codes and agrees and _fits(stored, *tensors_of(root, name))):
             form = (kind, shape, block, turned, dtype)
             raise LoraFxError(
-                f"{name}: its codes are not those of {form}", "the file is damaged: fetch it again"
+                f"{name}: its codes are not those of {form}",
+                "the file is damaged: download it again",
             )
         declare(root, name, stored)
 

@@ -35,7 +35,7 @@ def put_codes(
     kind, block, arrays = arrays_of(name, q)
     occupied = occupied_name(root, name, arrays)
     if occupied:
-        raise LoraFxError(f"{name}: its module has a {occupied} already", "rename that")
+        raise LoraFxError(f"{name}: its module already has a {occupied}", "rename that attribute")
     parts = tuple(part for part in PARTS if part in arrays)
     stored = Stored(kind, tuple(shape), block, dtype, turned, parts)
 

@@ -32,7 +32,7 @@ def refuse_shards(root: nn.Module) -> None:
     if any(is_sharded(p) for p in root.parameters()):
         raise LoraFxError(
             "a sharded model keeps the targets and ranks of its adapter",
-            "load this one before fully_shard",
+            "load this adapter before fully_shard",
         )
 
 
@@ -78,6 +78,8 @@ def _refuse_part(name: str, tensor: torch.Tensor, shape: tuple[int, ...] | None)
         return
     expected = f", not {list(shape)}" if shape is not None else ""
     raise LoraFxError(
-        f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest",
-        "gather it first: FSDP.summon_full_params(model), deepspeed.zero.GatheredParameters(…)",
+        f"{name} has the shape {list(tensor.shape)} here{expected}: another tool keeps the rest "
+        "of it",
+        "gather it first with FSDP.summon_full_params(model) or "
+        "deepspeed.zero.GatheredParameters(…)",
     )

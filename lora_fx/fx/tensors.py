@@ -47,7 +47,7 @@ def to_numpy(tensor: torch.Tensor | None) -> Array:
     """A tensor as an array; bfloat16 and floats of 8 bits become those of ml_dtypes."""
     assert tensor is not None
     if not has_values(tensor):
-        raise LoraFxError("this model has no weights", "load it with weights first (--weights)")
+        raise LoraFxError("this model has no weights", "load it with its weights first (--weights)")
     t = tensor.detach().cpu().resolve_conj().resolve_neg()
     if t.dtype == torch.bfloat16:
         return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -27,8 +27,8 @@ def pickled(path: Path, *, mapped: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         LoraFxError: It holds anything but tensors, or is damaged.
     """
-    refused = f"{path}: torch will not read it as tensors alone"
-    with retold(refused, "it may hold code; get the tensors as safetensors"):
+    refused = f"{path}: torch refuses to read it as tensors only"
+    with retold(refused, "it may hold code; get the tensors as a safetensors file"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     entries = state.items() if isinstance(state, dict) else [("", None)]
     for name, value in entries:

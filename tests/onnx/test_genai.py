@@ -270,9 +270,17 @@ def test_what_the_model_lacks_is_said_before_it_is_captured(
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        ({}, "no file of mode merged without a cache", "cache=True"),
-        ({"cache": True, "mode": "load"}, "no file of mode load with a cache", "mode='merged'"),
-        ({"cache": True, "mode": "batch"}, "no file of mode batch with a cache", "merged"),
+        ({}, "cannot run a file of mode merged without a cache", "cache=True"),
+        (
+            {"cache": True, "mode": "load"},
+            "cannot run a file of mode load with a cache",
+            "mode='merged'",
+        ),
+        (
+            {"cache": True, "mode": "batch"},
+            "cannot run a file of mode batch with a cache",
+            "merged",
+        ),
     ],
 )
 def test_modes(source: Path, options: dict[str, Any], words: str, hint: str) -> None:

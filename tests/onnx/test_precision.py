@@ -209,10 +209,14 @@ def test_tol_accepts_what_is_over_the_gate_and_no_more(source: str, tmp_path: Pa
 def test_tol_is_of_what_rounds(tmp_path: Path) -> None:
     """Nothing in float32 gets another gate, none gets a narrower one, and half is not loosened."""
     rows: list[tuple[str, str, dict[str, Any]]] = [
-        ("none: nothing is rounded here", "leave tol out", {}),
-        ("none: nothing is rounded here", "precision='float16'", {"precision": "float32"}),
-        ("none: nothing is rounded here", "accuracy_level=4", {"mode": "switch"}),
-        ("none: nothing is rounded here", "leave tol out", {"quantise": "int8"}),
+        ("no tol, since this export rounds nothing", "leave tol out", {}),
+        (
+            "no tol, since this export rounds nothing",
+            "precision='float16'",
+            {"precision": "float32"},
+        ),
+        ("no tol, since this export rounds nothing", "accuracy_level=4", {"mode": "switch"}),
+        ("no tol, since this export rounds nothing", "leave tol out", {"quantise": "int8"}),
         (
             "0.06; expected more than the gate of int8, 0.0625",
             "",
@@ -264,9 +268,9 @@ def test_files(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     rows: list[tuple[str, dict[str, Any]]] = [
-        ("no precision 'fp4'", {"precision": "fp4"}),
-        ("no bfloat16 to keep", {"precision": "bfloat16"}),
-        ("starts from the graph as exported", {"precision": "int8", "optimise": True}),
+        ("unknown precision 'fp4'", {"precision": "fp4"}),
+        ("precision bfloat16 needs a model in bfloat16", {"precision": "bfloat16"}),
+        ("starts from the exported graph", {"precision": "int8", "optimise": True}),
         ("would ignore", {"precision": "float16", "mode": "switch"}),
     ]
     for words, options in rows:

@@ -171,9 +171,9 @@ class Attachment:
         for module, subclass in self._swapped:
             if type(module) is not subclass:
                 raise LoraFxError(
-                    f"a {subclass.__name__} became {type(module).__name__} by another tool "
+                    f"another tool turned a {subclass.__name__} into a {type(module).__name__} "
                     "after attach",
-                    "undo that first, or save model.adapter() and load the model again",
+                    "undo that first; or save model.adapter() and load the model again",
                 )
         for module, _ in self._swapped:
             restore(module)
@@ -254,12 +254,14 @@ class Attachment:
         for key, update in updates.items():
             if key in self.lost:
                 raise LoraFxError(
-                    f"{self.lost[key]}: attach left it out", "use lora_fx.insert, which reaches it"
+                    f"{self.lost[key]}: attach left it out",
+                    "use lora_fx.insert, which can adapt it",
                 )
             if self.proven.get(key) != update.use:
                 raise LoraFxError(
-                    f"{key!r} was not adapted when attach compared the model with its graph",
-                    "detach the model, then lora_fx.attach(…, adapter=adapter)",
+                    f"{key!r} is new: it was not adapted when attach compared the model with its "
+                    "graph",
+                    "detach the model, then call lora_fx.attach(…, adapter=adapter)",
                 )
         if frame(updates) == frame(self.updates):
             self.fill(updates)
@@ -303,7 +305,9 @@ class Attachment:
             f"FLOPs and {human(sum(sizes.values()))} new numbers, which training keeps for backward"
         ]
         if self.metadata.get("dropout"):
-            lines.append("dropout acts on branches only, not where W + s·B·A is computed")
+            lines.append(
+                "dropout acts on branches only, not on weights that are computed as W + s·B·A"
+            )
         return lines
 
     def _computed_reads(self) -> list[tuple[str, str]]:
@@ -343,7 +347,8 @@ def attachment(model: nn.Module) -> Attachment:
     attached = unwrapped(model).__dict__.get(REGISTRY)
     if not isinstance(attached, Attachment):
         raise LoraFxError(
-            f"no adapter is attached to this {type(model).__name__}", "lora_fx.attach(model, …)"
+            f"no adapter is attached to this {type(model).__name__}",
+            "call lora_fx.attach(model, …) first",
         )
     return attached
 

@@ -435,8 +435,8 @@ class Captured:
                 return None
         if loops.turns:
             self.notes.append(
-                "experts that run in a loop over those that were chosen are captured as a loop "
-                "over all of them, which has the same numbers"
+                "experts that the model runs in a loop over the chosen ones are captured as a "
+                "loop over all of them, which gives the same numbers"
             )
         return traced
 
@@ -461,8 +461,8 @@ class Captured:
             raise
         except Exception as e:
             raise error from e
-        true_for = "the example's sizes and for what its values decide"
-        note = f"one recorded run, true for {true_for}: {why}"
+        true_for = "the example's sizes and for the choices that its values make"
+        note = f"the graph is one recorded run, valid for {true_for}: {why}"
         if note not in self.notes:
             self.notes.append(note)
         return traced
@@ -518,8 +518,9 @@ class Captured:
         parity = self._beside(traced, training).at(named)
         if not (parity is None or parity.ok or random_ops(traced.graph)):
             self.notes.append(
-                f"this graph is {parity.rel:.1e} off the model on the example, its blocks traced "
-                "one by one: forward keeps something that a copy of the model has not"
+                f"this graph differs from the model by {parity.rel:.1e} on the example, with its "
+                "blocks traced one by one: forward keeps a state that a copy of the model does "
+                "not have"
             )
         return traced
 
@@ -557,8 +558,9 @@ class Captured:
             else:
                 self.repeat = False
                 self.notes.append(
-                    "blocks that look alike are not: each was traced by itself, since their "
-                    f"copies are {parity.rel:.1e} off at {sizes_text(parity.sizes)} ({parity.of})"
+                    "blocks that look alike compute different things, so each was traced by "
+                    f"itself: their copies differ by {parity.rel:.1e} at "
+                    f"{sizes_text(parity.sizes)} ({parity.of})"
                 )
                 return False
         self.compared = (*self.compared, *compared)
@@ -632,13 +634,14 @@ class Captured:
 
 def _output_notes(traced: Traced, training: bool) -> list[str]:
     """Notes on a graph's outputs: those left out, and those that are drawn at random."""
-    why = "is left out: a key-value cache is no tensor"
+    why = "is left out: a key-value cache is not a tensor"
     notes = [f"the output {name!r} {why}" for name in traced.left_out]
     drawn = [] if training else random_ops(traced.graph)
     if drawn:
         notes.append(
-            f"the model draws random numbers in eval mode ({', '.join(drawn)}): proofs in "
-            "torch draw them alike; ONNX Runtime draws others, so no file can be compared"
+            f"the model draws random numbers in eval mode ({', '.join(drawn)}): the proofs in "
+            "torch draw the same numbers, but ONNX Runtime draws others, so no file can be "
+            "compared"
         )
     return notes
 

@@ -96,7 +96,9 @@ def plain_layers(model: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module
         if is_packed(layer):
             kind += "; this CPU's kernel has rounded their scales"
         counts[kind] = counts.get(kind, 0) + 1
-    notes = (f"{count} layers are read as codes: {kind}" for kind, count in counts.items())
+    notes = (
+        f"{count} quantised layers are read as codes: {kind}" for kind, count in counts.items()
+    )
     return tree, tuple(notes)
 
 
@@ -195,8 +197,8 @@ def _readers(path: str, layer: nn.Module) -> Iterator[tuple[str, Read]]:
     is_replaced = _has_foreign_forward(layer)
     if (is_replaced and is_plain) or (is_coded and not is_plain):
         raise LoraFxError(
-            f"{path}: this quantised {type(layer).__name__} has a forward of its own",
-            "put what it does beside x·Wᵀ into a hook, or into the module around it",
+            f"{path}: this quantised {type(layer).__name__} has a custom forward",
+            "move what it adds to x·Wᵀ into a hook, or into the module around it",
         )
 
 
@@ -290,8 +292,9 @@ def keep_trainable(model: nn.Module) -> list[nn.Module]:
     for path, layer in model.named_modules():
         if is_packed(layer):
             raise LoraFxError(
-                f"{path}: bitsandbytes has packed this layer for this CPU, and it has no gradient",
-                "load the model anew and attach before its first run, or use lora_fx.insert",
+                f"{path}: bitsandbytes has packed this layer for this CPU, and a packed layer has "
+                "no gradient",
+                "load the model again and attach before its first run, or use lora_fx.insert",
             )
     layers = [m for m in model.modules() if getattr(m, PACKS, False)]
     let_pack(layers, packs=False)

@@ -406,8 +406,8 @@ class FxGraph(Analysed):
         name = sites[0].parameter
         if not self.covers(name, sites):
             raise LoraFxError(
-                f"{name!r}: another use reads the same codes, and the update is not for it",
-                "export --mode switch has a branch beside one use",
+                f"{name!r}: another use reads the same codes, and it must not get the update",
+                "export with --mode switch, which adds a branch to one use",
             )
         quantised_parameters.replace_zeros(self.root, name, from_numpy(zero))
         for node in self.graph.find_nodes(op="call_function", target=codes.DEQUANTISE):

@@ -151,8 +151,8 @@ class AdaptedModule(CapturedModule):
             return
         if len(self._active) != 1:
             raise LoraFxError(
-                "a mix, or none, is active: there is no one adapter to replace",
-                "give the adapter a name: load_adapter(adapter, name=…)",
+                "no adapter or a mix is active: there is no single adapter to replace",
+                "give the new adapter a name: load_adapter(adapter, name=…)",
             )
         self._put(bound)
         self._sampled.check(adapter.metadata, self)

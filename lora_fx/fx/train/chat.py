@@ -97,7 +97,7 @@ class ChatTemplate:
         for where, answer in zip(lines, process.stdout.splitlines(), strict=False):
             conversation = json_object(answer, where)
             if "error" in conversation:
-                why = f"the chat template refuses it: {conversation['error']}"
+                why = f"the chat template refuses this line: {conversation['error']}"
                 raise LoraFxError(f"{where}: {why}", _HINT)
             spans = [(start, end) for start, end in conversation["spans"]]
             rendered[where] = Rendered(conversation["text"], spans)
@@ -109,10 +109,12 @@ class ChatTemplate:
     def _killed(self, where: str, code: int, err: str) -> LoraFxError:
         """The error for a process that ended before a line was rendered."""
         if code == -signal.SIGALRM:
-            why = f"takes more than {SECONDS} s of processor time"
+            why = f"takes more than {SECONDS} s of CPU time"
         else:
             lines = err.strip().splitlines() or [f"exit code {code}"]
-            why = f"ended its process, of {MEGABYTES} MB: {one_line(lines[-1], 200)}"
+            why = (
+                f"ended its process, which is limited to {MEGABYTES} MB: {one_line(lines[-1], 200)}"
+            )
         what = f"{where}: the chat template of {self.folder} {why}"
         return LoraFxError(what, "is it the template of this model?")
 

@@ -29,10 +29,10 @@ def check_step(model: AdaptedModule, loss: float, norm: float, step: int) -> Non
         return
     gradients = list(_gradients(model))
     infinite = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
-    where = "every gradient is finite, their norm or the loss is not"
+    where = "every gradient is finite, but their norm or the loss is not"
     if infinite:
         count = f"{len(infinite)} of {len(gradients)}"
-        where = f"first not finite: the gradient of {infinite[0]} ({count} are not)"
+        where = f"the first gradient that is not finite is that of {infinite[0]} ({count} are not)"
     if not math.isfinite(loss):
         raise not_finite(step, "loss", loss, where)
     raise not_finite(step, "norm of the gradients", norm, where)
@@ -55,6 +55,6 @@ def not_finite(step: int, what: str, value: float, where: str) -> LoraFxError:
     """The error of a run that was stopped."""
     return LoraFxError(
         f"step {step}: the {what} is {value}; {where}",
-        "a lower --lr, or look at the data",
+        "lower --lr, or check the data",
         exit_code=1,
     )

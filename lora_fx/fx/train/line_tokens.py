@@ -41,13 +41,13 @@ def encoder(
         what = "every token" if form == ("text",) else "the completions' tokens"
         end = tokenizer.eos_token or ""
         if not end:
-            what += " (the tokenizer has no end-of-sequence token, and none is added)"
+            what += " (the tokenizer has no end-of-sequence token, so none is added)"
         return partial(_plain, tokenizer, end), what
     try:
         template = tokenizer.get_chat_template()
     except ValueError as e:
         raise LoraFxError(
-            f"{folder}: the tokenizer has no chat template, and {path} has 'messages'",
+            f"{folder}: the tokenizer has no chat template, but {path} has 'messages'",
             f"put a chat_template.jinja into {folder}, or write 'prompt' and 'completion'",
         ) from e
     is_marked = GENERATION.search(template) is not None
@@ -102,9 +102,9 @@ def _chat(
         return ids, [True] * len(ids)
     if not out.encodings:
         raise LoraFxError(
-            f"{where}: the tokenizer does not tell which characters a token is of, and its chat "
-            "template marks what the assistant generates",
-            "a tokenizer with a tokenizer.json does",
+            f"{where}: the chat template marks what the assistant generates, but the tokenizer "
+            "does not report which characters a token covers",
+            "use a tokenizer with a tokenizer.json",
         )
     spans = rendered[where].spans
     trained = []

@@ -100,8 +100,8 @@ def fit(
     report.warnings += warnings
     if report.before is not None and not trail.best < report.before:
         report.warnings.append(
-            f"the lowest validation loss is {trail.best:.4f}, before training it was "
-            f"{report.before:.4f}: the adapter makes the model no better"
+            f"the lowest validation loss is {trail.best:.4f}, but before training it was "
+            f"{report.before:.4f}: the adapter does not improve the model"
         )
     model.eval()
     return report
@@ -111,7 +111,8 @@ def _refuse_patience(settings: Settings) -> None:
     """Raise where patience waits for validations that do not take place."""
     if settings.patience is not None:
         raise LoraFxError(
-            f"patience {settings.patience}, but no example is held out", "--validation 0.1 is usual"
+            f"patience {settings.patience} needs held-out examples, but there are none",
+            "pass --validation 0.1, for example",
         )
 
 
@@ -123,7 +124,7 @@ def _refuse_moving_statistics(model: AdaptedModule, saving: Saving, parts: int) 
         raise LoraFxError(
             "norm_stats='update': running statistics would depend on how a batch is cut up, and no "
             "state keeps them",
-            "norm_stats='frozen', or one process, one part and no state",
+            "use norm_stats='frozen', or one process, one part and no state",
         )
 
 
@@ -208,7 +209,7 @@ class _Run:
         value = self.objective.mean(held_out, self.rows, self.world)
         report.validation[trail.step] = value
         if not math.isfinite(value):
-            raise not_finite(trail.step, "validation loss", value, "look at the held-out examples")
+            raise not_finite(trail.step, "validation loss", value, "check the held-out examples")
         trail.waited += 1
         if value < trail.best:
             trail.best = value

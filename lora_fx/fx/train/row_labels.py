@@ -93,5 +93,5 @@ def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
         architecture = f'"architectures": ["{classifiers[0]}"]'
         hints.append(f"{architecture} in {folder}/config.json gives it such a head")
     if not hints:
-        hints.append("give a model with such a head, or --loss file.py:FUNCTION")
+        hints.append("give a model with a classification head, or --loss file.py:FUNCTION")
     return "; or ".join(hints)

@@ -157,7 +157,9 @@ def load(folder: str, optimizer: Optimizer, facts: Facts, world: Processes) -> T
     try:
         trail = _trail(words, tensors, optimizer)
     except (LookupError, TypeError, ValueError) as e:
-        raise LoraFxError(f"{folder}/{WORDS}: damaged: {e!r}", "start anew") from e
+        raise LoraFxError(
+            f"{folder}/{WORDS}: damaged: {e!r}", "start the run again without this state"
+        ) from e
 
     where = f"{folder}/{TENSORS}"
     named = optimizer.named
@@ -233,12 +235,14 @@ def _like(name: str, like: torch.Tensor, tensors: dict[str, Array], where: str) 
         raise LoraFxError(
             f"{where}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; expected "
             f"{like.dtype} {list(like.shape)}",
-            "the state is damaged: start anew",
+            "the state is damaged: start the run again without it",
         )
     return tensor.to(like.device)
 
 
 def _tensor(name: str, tensors: dict[str, Array], where: str) -> torch.Tensor:
     if name not in tensors:
-        raise LoraFxError(f"{where}: no tensor {name!r}", "the state is damaged: start anew")
+        raise LoraFxError(
+            f"{where}: no tensor {name!r}", "the state is damaged: start the run again without it"
+        )
     return from_numpy(tensors[name])

@@ -43,7 +43,7 @@ class TrainReport:
         if best is not None:
             text += f", validation loss {best:.4f}"
         if self.resumed is not None:
-            text += f" (went on from step {self.resumed})"
+            text += f" (resumed at step {self.resumed})"
         return f"{text}\n{self.verdict}"
 
     def to_json(self) -> Json:
