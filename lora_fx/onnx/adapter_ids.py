@@ -59,7 +59,7 @@ class RowChoice:
         """
         if IDS not in feeds:
             raise LoraFxError(
-                f"input {IDS!r} is missing: which adapter has each row?", self._hint()
+                f"input {IDS!r} is missing: it says which adapter each row takes", self._hint()
             )
 
         ids = feeds[IDS]

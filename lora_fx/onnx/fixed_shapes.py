@@ -67,8 +67,8 @@ def _bind(value: ir.Value, shape: tuple[int, ...], symbols: dict[str, int], wher
         return
     sizes = ", ".join(str(size) for size in expected)
     raise LoraFxError(
-        f"{where}: input {str(value.name)!r} takes [{sizes}], and --inputs has {list(shape)}",
-        "give an array of such a shape",
+        f"{where}: input {str(value.name)!r} takes [{sizes}], but --inputs has {list(shape)}",
+        "give an array of this shape",
     )
 
 

@@ -138,8 +138,8 @@ def _one_cache_shape(
         layer_width = shapes[name][3]
         if (layer_heads, layer_width) != (heads, width):
             raise LoraFxError(
-                f"{name} has {layer_heads} heads of {layer_width}, and {first} {heads} of {width}: "
-                "onnxruntime-genai takes one shape for all",
+                f"{name} has {layer_heads} heads of {layer_width} and {first} {heads} of {width}, "
+                "but onnxruntime-genai takes one shape for all",
                 "leave --genai out",
             )
     return heads, width
@@ -160,7 +160,7 @@ def genai_folder(
         LoraFxError: No folder, no tokenizer in it, no end of sequence, or a size that is not known.
     """
     if Path(folder) == target:
-        raise LoraFxError(f"{target}: the file and the folder have one name", "--genai DIR")
+        raise LoraFxError(f"{target}: the file and the folder have the same name", "--genai DIR")
 
     source = _source(config)
     tokenizer = _tokenizer_files(source)
@@ -192,7 +192,7 @@ def _source(config: Any) -> Path:
             raise LoraFxError(
                 f"{folder or 'the model comes from no folder'}: it has no {name}, which "
                 "onnxruntime-genai reads",
-                "export the model's own folder; transformers writes its files into it: "
+                "export the model's own folder, with the files that transformers writes: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
             )
     return Path(folder)
@@ -284,4 +284,6 @@ def _notes(generation: Json, search: Json, file: Path) -> list[str]:
             left_out.append(name)
     if not left_out:
         return []
-    return [f"{file}: left out, for {GENAI} has no such field: {some(left_out)}"]
+    return [
+        f"{file}: these fields are left out, since {GENAI} does not have them: {some(left_out)}"
+    ]

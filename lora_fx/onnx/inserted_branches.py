@@ -50,7 +50,8 @@ def adapter_in(path: str | PathLike[str]) -> Adapter:
     if manifest.get("mode") != "insert":
         raise LoraFxError(
             f"{path}: an ONNX file without trainable branches",
-            "lora-fx insert X.onnx -o Y.onnx adds them; lora-fx merge takes the model as its base",
+            "add them with lora-fx insert X.onnx -o Y.onnx; or give the model first, as lora-fx "
+            "merge takes it",
         )
 
     updates: dict[str, LowRank] = {}

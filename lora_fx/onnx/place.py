@@ -35,7 +35,9 @@ def copy_model(model: Path, folder: Path) -> list[str]:
     for name in names:
         copy = folder / name
         if copy.exists():
-            raise LoraFxError(f"{model}: its data is called {name!r}", "rename it")
+            raise LoraFxError(
+                f"{model}: its data file cannot be called {name!r}", "rename the file"
+            )
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.parent / name, copy)
     return [MODEL, *names]

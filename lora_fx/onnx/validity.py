@@ -32,8 +32,8 @@ def blaming(verb: Verb) -> Verb:
             for name in _onnx_files((*args, *kwargs.values())):
                 why = _invalid(name)
                 if why:
-                    hint = "onnx.checker.check_model says what is wrong with it"
-                    raise LoraFxError(f"{name}: no valid ONNX model: {why}", hint) from error
+                    hint = "run onnx.checker.check_model to see what is wrong with it"
+                    raise LoraFxError(f"{name}: not a valid ONNX model: {why}", hint) from error
             raise
 
     return cast(Verb, call)

@@ -278,7 +278,7 @@ class InsertOptions(BranchOptions):
         super().__post_init__()
         if self.init in OF_DATA and self.data is None:
             raise LoraFxError(
-                f"init {self.init} starts from data, but no data was given",
+                f"init {self.init!r} starts from data, but no data was given",
                 "pass --data FILE",
             )
         expect(self.dropout, (int, float), "dropout", "a number", "0.05 is usual")

@@ -297,7 +297,10 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
     rows: list[tuple[str, dict[str, Any]]] = [
         ("nothing to do", {}),
         ("the output would replace the input", {"adapters": ADAPTERS, "mode": "switch"}),
-        ("is no target of the model|adapter tensor", {"adapters": {"x": odd()}, "mode": "switch"}),
+        (
+            "names no target of the model|adapter tensor",
+            {"adapters": {"x": odd()}, "mode": "switch"},
+        ),
         ("holds the whole tensor 'fc.bias'", {"adapters": {"x": whole()}, "mode": "batch"}),
         ("opset and repeat have no effect", {"adapters": ADAPTERS["de"], "opset": 18}),
         ("no input is named 'z'", {"mode": "switch", "inputs": {"z": ids()}}),

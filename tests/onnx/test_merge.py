@@ -143,7 +143,7 @@ def test_refusals(bert: Path, tmp_path: Path) -> None:
     low = adapter.entries[key]
     assert isinstance(low, LowRank)
     cases = [
-        (Adapter({"nowhere.weight": low}), "is no target of the model"),
+        (Adapter({"nowhere.weight": low}), "names no target of the model"),
         (Adapter({key: replace(low, a=low.a[:, 1:])}), "needs A"),
         (Adapter({key: replace(low, b=low.b * 0)}), "no element"),
     ]

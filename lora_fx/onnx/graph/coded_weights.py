@@ -23,8 +23,8 @@ import onnx_ir as ir
 from lora_fx.errors import LoraFxError
 from lora_fx.ir.quantised import no_fold
 
-UNSCALED = "its scale is not applied where the weight is used, nor right behind"
-FOREIGN = "it is multiplied with codes that no DynamicQuantizeLinear made"
+UNSCALED = "its scale is not applied where the weight is used, nor right after"
+FOREIGN = "it is multiplied with codes that do not come from a DynamicQuantizeLinear"
 NO_PLACE = "the weight is quantised, and {} leaves no place to add a branch to its product"
 
 

@@ -182,8 +182,9 @@ class OnnxEmitter:
             return self._cast(x, dtype)
         if self._opset < 15:
             raise LoraFxError(
-                f"the dtype of {model.name!r} is unknown, and opset 15 is needed to ask for it",
-                "onnx.shape_inference.infer_shapes(model) writes dtypes into the file",
+                f"the dtype of {model.name!r} is unknown, and the graph needs opset 15 to ask for "
+                "it",
+                "write the dtypes into the file with onnx.shape_inference.infer_shapes(model)",
             )
         return self.call("CastLike", x, model)
 

@@ -29,7 +29,7 @@ OLDEST = 11
 """From this opset on, Slice and Pad take their sizes as operands, as the emitter writes them."""
 
 
-UNKNOWN_SHAPES = "some shapes are unknown: FLOPs are too low"
+UNKNOWN_SHAPES = "some shapes are unknown, so the FLOPs are too low"
 
 
 class OnnxGraph(Analysed):
@@ -51,8 +51,8 @@ class OnnxGraph(Analysed):
         opset = model.opset_imports.get("", OLDEST)
         if opset < OLDEST:
             raise LoraFxError(
-                f"the model is of opset {opset}; expected {OLDEST} or later",
-                "onnx.version_converter.convert_version(model, 18) rewrites it",
+                f"the model has opset {opset}; expected {OLDEST} or later",
+                "rewrite it with onnx.version_converter.convert_version(model, 18)",
             )
         if model.functions:
             self.notes.append(f"{len(model.functions)} model functions were inlined")
@@ -203,8 +203,9 @@ class OnnxGraph(Analysed):
         """
         if site.no_fold:
             raise LoraFxError(
-                f"{site.parameter!r}: {site.no_fold}: this update has no branch there, only W + ΔW",
-                "plain LoRA has one: --mode switch or batch",
+                f"{site.parameter!r}: {site.no_fold}: this update cannot be a branch there, only "
+                "W + ΔW",
+                "use plain LoRA with --mode switch or batch",
             )
         emitter = self.emit(site, before=True)
         emitter.viewing = w.producer() is not None  # W + ΔW: still a use of the weight
@@ -227,7 +228,7 @@ class OnnxGraph(Analysed):
                 ids.shape = ir.Shape([None])  # by which the walk knows a list of them
                 return ids
             value = node.inputs[0]
-        raise AssertionError(f"no data picks what {site.id} reads")
+        raise AssertionError(f"no input data selects the rows that {site.id} reads")
 
     def covers(self, name: str, sites: Sequence[Site]) -> bool:
         """True when only these sites, and the views before them, read the tensor."""
@@ -367,8 +368,8 @@ def _lint(graph: ir.Graph, outer_values: set[ir.Value]) -> None:
         for value in node.inputs:
             if value is not None and value not in values:
                 raise LoraFxError(
-                    f"{node.op_type} {site_name(node)} reads {value.name!r} too early",
-                    "onnx.checker says where the order of its nodes is wrong",
+                    f"{node.op_type} {site_name(node)} reads {value.name!r} before it is computed",
+                    "sort the nodes of the file; onnx.checker names the first that is out of order",
                 )
         for body in bodies_of(node):
             _lint(body, values)

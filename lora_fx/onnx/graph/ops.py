@@ -20,7 +20,10 @@ from lora_fx.onnx.graph.coded_weights import NO_PLACE, Codes, check_blocks, chec
 
 MS = "com.microsoft"
 """The domain of the ops of ONNX Runtime's own."""
-INTEGERS = "the weight is quantised, and {} makes codes of its product: no float to add a branch to"
+INTEGERS = (
+    "the weight is quantised, and {} gives codes as its product: there is no float to add a "
+    "branch to"
+)
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def _refusal_of_lookup(table: Shape, axis: int) -> str:
     """Why a lookup cannot be adapted; empty for one of the rows of a matrix."""
     if axis == 0 and len(table) == 2:
         return ""
-    return "a lookup along another axis than the first"
+    return "a lookup along an axis that is not the first"
 
 
 def _einsum(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:

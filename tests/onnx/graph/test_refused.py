@@ -84,7 +84,7 @@ INTEGERS = {
         "g = Add(f, b) t = Mul(s, k) y = Mul(g, t)", "its scale is not applied"),
     "codes of a known range": (
         "q = QuantizeLinear(x, k, o) i = MatMulInteger(q, w) f = Cast<to = 1>(i) y = Mul(f, k)",
-        "no DynamicQuantizeLinear made"),
+        "do not come from a DynamicQuantizeLinear"),
     "QLinearMatMul": (
         "q = QuantizeLinear(x, k, o) i = QLinearMatMul(q, k, o, w, k, p, k, o) "
         "y = DequantizeLinear(i, k, o)", "no float to add a branch to"),
