@@ -187,7 +187,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     (f"{EXPORT} --mode train", "--accuracy-level 4", "accuracy level 4 is not available"),
     (EXPORT, "--tol 0.1", "this export rounds nothing"),
     (EXPORT, "--genai out", "without a cache"),
-    (EXPORT, "--max-batch 4", "of a repository"),
+    (EXPORT, "--max-batch 4", "for a Triton repository"),
     (EXPORT, "--names m.json", "--names is of .onnx files"),
     (EXPORT, "--map m.json", "--names is of .onnx files"),
     *(

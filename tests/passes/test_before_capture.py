@@ -113,7 +113,7 @@ def test_an_adapter_file_tells_a_transposed_convolution(tmp_path: Path) -> None:
     adapter = lora_fx.load_adapter(tmp_path / "up")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Captured, "__init__", lambda *_, **__: pytest.fail("a model was captured"))
-        with pytest.raises(LoraFxError, match=r"'t\.weight' is of a transposed conv"):
+        with pytest.raises(LoraFxError, match=r"'t\.weight' is the weight of a transposed conv"):
             lora_fx.export(net, tmp_path / "m.onnx", args, adapters={"up": adapter}, mode="batch")
     for mode in ("switch", "load"):
         path = tmp_path / mode / "m.onnx"

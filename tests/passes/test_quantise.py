@@ -371,7 +371,7 @@ def test_level_four_takes_x_in_int8_and_is_held_to_its_own_gate(mode: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"quantise": "nf4", "accuracy_level": 4}, "of products over int4 or int8 codes"),
+        ({"quantise": "nf4", "accuracy_level": 4}, "for products over int4 or int8 codes"),
         ({"quantise": "int4", "accuracy_level": 2}, "accuracy level 2 is not available"),
         ({"quantise": "int4", "accuracy_level": 4, "mode": "batch"}, "in mode batch"),
         ({"quantise": "int4", "accuracy_level": 4, "mode": "train"}, "in mode train"),

@@ -60,7 +60,7 @@ _ENDS = (
 )
 _NAMES = {
     "an address": re.compile(r"[A-Za-z][\w+.-]*://.*", re.S),
-    "another model": re.compile(
+    "the name of another model": re.compile(
         r"(?:hf|hf[-_]hub|timm|torchvision|local[-_]dir|file)\s*:.*|[\w.-]+/[\w.-]+(?:@.*)?", re.S
     ),
     "a path": re.compile(rf"\.\.?|~.*|(?=.*\w).*[/\\].*|.*\.(?:{_ENDS})", re.S | re.I),
@@ -108,8 +108,8 @@ def check_config(raw: JsonView, file: Path, cls: type[object], tensors: Tensors 
                 kind = "a path"
             if kind:
                 raise LoraFxError(
-                    f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config says "
-                    "nothing but what its own model is like",
+                    f"{file}: {place} is {one_line(repr(value), 80)}, {kind}; a config may only "
+                    "describe its own model",
                     _hint(key),
                 )
         if isinstance(value, (int, float)):
@@ -140,7 +140,7 @@ def backbones(raw: JsonView) -> str:
 def _hint(key: str) -> str:
     if key in TIMM:
         return "write its backbone_config in its place, or give file.py:FACTORY"
-    return "take it out, or give file.py:FACTORY, which may load what it likes"
+    return "remove this field, or give file.py:FACTORY, which may load anything"
 
 
 def _check_number(
@@ -150,12 +150,12 @@ def _check_number(
     # A whole number of more than 64 bits is read as a float; the largest floats are masks.
     is_long = isinstance(value, float) and value.is_integer() and 2.0**64 <= value < 1e38
     if is_long or (isinstance(value, int) and abs(value) > LARGEST):
-        raise LoraFxError(f"{where} is {shown}; at most 2^53 is read", "is the file damaged?")
+        raise LoraFxError(f"{where} is {shown}; expected at most 2^53", "is the file damaged?")
     for form, most in limits.items():
         if form.search(key) and value > most:
             raise LoraFxError(
                 f"{where} is {shown}; expected at most {most}",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )
 
 
@@ -261,6 +261,6 @@ def check_tokenizer_config(folder: Path) -> None:
                 continue
             if folder.resolve() not in Path(leaf).resolve().parents:
                 raise LoraFxError(
-                    f"{file}: {place} is {one_line(repr(leaf), 80)}, a file beyond the folder",
-                    "copy it into the folder and write its name alone, or take the line out",
+                    f"{file}: {place} is {one_line(repr(leaf), 80)}, a file outside the folder",
+                    "copy the file into the folder and write only its name, or remove the line",
                 )

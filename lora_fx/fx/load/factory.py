@@ -51,7 +51,10 @@ def load_function(spec: str) -> Any:
     """
     with _named_by(spec) as function:
         if not callable(function):
-            raise LoraFxError(f"{spec} is a {type(function).__name__}, not a function", "name one")
+            raise LoraFxError(
+                f"{spec} is a {type(function).__name__}, not a function",
+                "name a function, such as a loss",
+            )
 
         @functools.wraps(function)
         def run(*args: object) -> Any:
@@ -72,7 +75,9 @@ def _named_by(spec: str) -> Iterator[Any]:
     where, _, name = spec.rpartition(":")
     is_file = where.endswith(".py")
     if not name or not (is_file or re.fullmatch(r"\w+(\.\w+)*", where)):
-        raise LoraFxError(f"{spec!r} names no factory", "package.module:FACTORY or file.py:FACTORY")
+        raise LoraFxError(
+            f"{spec!r} names no factory", "give package.module:FACTORY or file.py:FACTORY"
+        )
     path = Path(where).absolute()
     if is_file and not path.is_file():
         raise LoraFxError(f"{where}: no such file", near_path(where))
@@ -117,7 +122,7 @@ def _from_name(name: str, folder: str) -> ModuleType:
         return _from_file(file)
     raise LoraFxError(
         f"{name}: {package} has the name of a module that Python or lora-fx needs",
-        "give it another name, or give path/file.py:FACTORY",
+        "rename it, or give path/file.py:FACTORY",
     )
 
 

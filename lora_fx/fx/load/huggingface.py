@@ -35,7 +35,9 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-FACTORY = "a factory can build it: give file.py:FACTORY, returning (module, args, kwargs)"
+FACTORY = (
+    "build the model with a factory: give file.py:FACTORY, which returns (module, args, kwargs)"
+)
 _IMPLEMENTATIONS = {
     "_attn_implementation": ("sdpa",),
     "_experts_implementation": ("batched_mm", "grouped_mm"),
@@ -218,7 +220,8 @@ def _settle(
     notes = []
     if "auto_map" in raw:
         notes.append(
-            f"{folder}: its own code (auto_map) is not run; transformers' {cls.__name__} is used"
+            f"{folder}: its own code (auto_map) is not run; the model is built as transformers' "
+            f"{cls.__name__}"
         )
     for inner in nested_configs(config):
         for name, implementations in _IMPLEMENTATIONS.items():
@@ -253,7 +256,7 @@ def _settle_padding(module: PreTrainedModel) -> tuple[str, ...]:
         config.pad_token_id = end_token[0]
     else:
         config.pad_token_id = end_token or 0
-    return (f"config.json has no pad_token_id: {config.pad_token_id} is taken",)
+    return (f"config.json has no pad_token_id: {config.pad_token_id} is used",)
 
 
 @contextlib.contextmanager

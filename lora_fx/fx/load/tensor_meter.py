@@ -136,7 +136,7 @@ class Metered(TorchFunctionMode):
         if self.calls > self.most_calls:
             raise LoraFxError(
                 f"{self.where} asks for more than {self.most_calls} tensors",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )
         on_meta = {**keywords, "device": "meta"}
         on_meta.pop("generator", None)
@@ -149,5 +149,5 @@ class Metered(TorchFunctionMode):
         if size > self.most_bytes:
             raise LoraFxError(
                 f"{self.where} asks for tensors of more than {human(self.most_bytes)}B",
-                "is config.json that of its weights?",
+                "is config.json the config of these weights?",
             )

@@ -49,7 +49,10 @@ from lora_fx.fx.trees import tree_leaves
 from lora_fx.inputs import BATCH, Dynamic, Inputs, default_dynamic, merge_dynamic
 from lora_fx.text import JsonView
 
-LATER = "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the source"
+LATER = (
+    "write the file with both modes (lora-fx insert MODEL -o FILE.pt2), or use the model that it "
+    "was made from"
+)
 
 
 class FileCaptured(Captured):
@@ -102,8 +105,8 @@ class FileCaptured(Captured):
         self.norm_stats = str(manifest.get("norm_stats", "frozen"))
         if manifest.get("recorded"):
             self.notes.append(
-                f"{self.path} holds one recorded run, and not the live model: that it holds for "
-                "other weights cannot be proven"
+                f"{self.path} holds one recorded run, not the live model: it cannot be proven "
+                "that it is valid for other weights"
             )
         self._read_call(manifest)
         self._read_tensors(manifest)
@@ -127,7 +130,10 @@ class FileCaptured(Captured):
         else:
             self.programs = _programs_by_operators(programs)
             if any(_has_branches(loaded) for loaded in programs.values()):
-                self.notes.append(f"{self.path}: branches without a manifest are part of the model")
+                self.notes.append(
+                    f"{self.path}: it has branches but no manifest, so they count as part of the "
+                    "model"
+                )
         self.signature = FileSignature(self.path, signature)
         self.named = {
             name: argument for name, argument in named.items() if not is_constant(argument)
@@ -181,7 +187,8 @@ class FileCaptured(Captured):
             for dimension in dimensions:
                 if dimension not in free.get(name, {}):
                     raise LoraFxError(
-                        f"{self.path} fixes {name} dimension {dimension}", "export it as dynamic"
+                        f"{self.path} fixes dimension {dimension} of {name}",
+                        "export the model again with this dimension dynamic",
                     )
         self.inputs = self.inputs.with_dims(self.requested)
 
@@ -238,10 +245,10 @@ class FileCaptured(Captured):
         if training:
             has = "eval"
             lacks = "train"
-            hint = f"{LATER}; model.eval() can be trained too, without dropout"
+            hint = f"{LATER}; or train it after model.eval(), without dropout"
         raise LoraFxError(
-            f"{self.path} holds the {has} graph only; "
-            f"in {lacks} mode these behave otherwise: {modals_text(modals) or 'unknown'}",
+            f"{self.path} holds only the {has} graph; in {lacks} mode these ops behave "
+            f"differently: {modals_text(modals) or 'unknown'}",
             hint,
         )
 
@@ -256,13 +263,14 @@ class FileCaptured(Captured):
         """The file's graph for a mode and sizes, or one of the other mode: see `allows`."""
         if portable:
             raise LoraFxError(
-                f"{self.path} holds a grouped product of experts, which ONNX has no operator for",
-                "export from the source: its experts are switched for that",
+                f"{self.path} holds a grouped product of experts, for which ONNX has no operator",
+                "export the model that it was made from, whose experts are then traced in "
+                "another form",
             )
         if dtype is not None and dtype != self.base_dtype:
             raise LoraFxError(
                 f"{self.path} was exported in {self.base_dtype} and cannot be run in {dtype}",
-                "export it in that dtype, or insert from the source",
+                "export it in that dtype, or insert into the model that it was made from",
             )
         self._expect_same_call(named)
         names = self.programs.get(training) or self.programs[not training]
@@ -281,8 +289,8 @@ class FileCaptured(Captured):
         key = program_key(named, tree_leaves(dict(named)))
         if key != example_key:
             raise LoraFxError(
-                f"{self.path} holds the program for {call_text(self.named)}, "
-                f"not for {call_text(named)}",
+                f"{self.path} holds the program for {call_text(self.named)}, not for "
+                f"{call_text(named)}",
                 NO_SOURCE,
             )
 

@@ -115,7 +115,8 @@ def read_adapter(
         update = with_values(from_json(bare(values, row), row), values)
         if update.rank != row["rank"]:
             raise LoraFxError(
-                f"the manifest says rank {row['rank']} of {key!r}, its tensors {update.rank}",
+                f"the manifest gives {key!r} rank {row['rank']}, but its tensors have rank "
+                f"{update.rank}",
                 "the file is damaged",
             )
         entries[key] = update

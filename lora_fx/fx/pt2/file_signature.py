@@ -13,7 +13,9 @@ from lora_fx.fx.capture.call import Signature
 from lora_fx.fx.pt2.file_manifest import is_constant
 from lora_fx.text import Json, JsonView
 
-NO_SOURCE = "a file has no source to trace other arguments; insert from the source"
+NO_SOURCE = (
+    "a file cannot be traced for other arguments: insert into the model that it was made from"
+)
 
 
 class FileSignature(Signature):

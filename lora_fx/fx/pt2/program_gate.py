@@ -77,7 +77,7 @@ def clean_program(data: Json, where: str) -> Json:
         _check_values(data, where)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise LoraFxError(
-            f"{where} is no exported program: {type(e).__name__} {e}", "write the file again"
+            f"{where} is not an exported program: {type(e).__name__} {e}", "write the file again"
         ) from e
     except RecursionError as e:
         raise LoraFxError(f"{where} is nested too deeply", "write the file again") from e
@@ -138,8 +138,9 @@ def check_operator(target: object, where: str) -> None:
     if isinstance(target, str) and _is_aten(target):
         return
     raise LoraFxError(
-        f"{where} calls {str(target)[:80]!r}, which is no operator of aten",
-        "programs with custom operators cannot be opened; insert from the source",
+        f"{where} calls {str(target)[:80]!r}, which is not an operator of aten",
+        "insert into the model that the file was made from: programs with custom operators are "
+        "not opened",
     )
 
 

@@ -44,7 +44,7 @@ def refused_text(where: str, what: str) -> LoraFxError:
     """An error about a text that could run code."""
     return LoraFxError(
         f"{where} holds {what}, which could run code and is not opened",
-        "open only files whose origin you know; a program that torch.export.save wrote passes",
+        "open only files that you trust; a program that torch.export.save wrote is accepted",
     )
 
 
@@ -70,8 +70,9 @@ def check_expression(text: object, where: str) -> None:
         _multiplied_out(tree.body)
     except (_TooLarge, RecursionError) as e:
         raise LoraFxError(
-            f"{where}: the size {one_line(text, 60)} is too large, multiplied out: {one_line(e)}",
-            "a program that torch.export.save wrote has smaller ones; write it again",
+            f"{where}: the size {one_line(text, 60)} is too large when multiplied out: "
+            f"{one_line(e)}",
+            "write the program again with torch.export.save",
         ) from e
 
 

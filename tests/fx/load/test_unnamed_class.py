@@ -79,7 +79,7 @@ def test_the_class_whose_weights_they_are(name: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, name, TOLD[name])
     loaded = load_model(folder)
     assert type(loaded.module).__name__ == name
-    assert f"names no architectures: {name} is built, whose weights they are" in loaded.notes[0]
+    assert f"names no architectures: {name} is built, which has these weights" in loaded.notes[0]
     assert not any("unused" in note or "random" in note for note in loaded.notes)
     assert type(load_model(folder, meta=True).module).__name__ == name
 
@@ -102,7 +102,10 @@ def test_a_tied_head_that_the_file_does_not_have(tmp_path: Path) -> None:
 def test_another_class_that_would_fit_is_named(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "T5ForConditionalGeneration", T5)
     (note,) = load_model(folder).notes
-    assert "T5Model is built, whose weights they are; T5ForConditionalGeneration would fit" in note
+    assert (
+        "T5Model is built, which has exactly these weights; T5ForConditionalGeneration would fit"
+        in note
+    )
 
 
 def test_a_body_without_its_pooler_is_the_body(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_without_weights_it_is_the_plain_model(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     loaded = load_model(folder, meta=True)
     assert type(loaded.module).__name__ == "BertModel"
-    assert "BertModel is built, as no weights tell more" in loaded.notes[0]
+    assert "BertModel is built, since the file has no weights to choose by" in loaded.notes[0]
 
 
 def test_a_block_finds_the_folder_of_temporary_files_before(

@@ -146,7 +146,7 @@ def test_a_program_with_branches(folder: Path) -> None:
 
 def test_no_model(folder: Path) -> None:
     wrong: list[tuple[Any, str]] = [
-        ("nothing", "'nothing' is no model: no such file or folder"),
+        ("nothing", "'nothing' is not a model: no such file or folder"),
         (f"{folder}/net.py", "which factory"),
         (f"{folder}/net.py:bild", "has no 'bild'"),
         ("net.onnx", "an .onnx file cannot be opened as a torch model"),
@@ -171,7 +171,7 @@ def test_what_loading_says_comes_before_the_capture() -> None:
     options = CaptureOptions(static=("nothing",), tell=lambda *notes: told.extend(notes))
     with pytest.raises(LoraFxError, match="nothing"):
         captured_of("timm:resnet18", options)
-    assert "random weights" in told[0]
+    assert "have random values" in told[0]
 
 
 def test_no_other_file_of_a_verb_or_a_command_opens_a_model() -> None:
