@@ -188,20 +188,20 @@ def contraction(terms: list[str], i: int) -> tuple[Kind, str]:
     return WeightForm("einsum", Axes(batch, out, in_)), refusal
 
 
-ONE_SIDED = "one side of the weight has no axis: nothing of low rank"
+ONE_SIDED = "the weight has no input axis or no output axis: it is not a matrix"
 
 
 def _refusal(w: str, activations: list[str], y: str) -> str:
     """Why a weight of an einsum cannot be adapted, from its letters; empty where it can."""
     if not activations:
-        return "einsum of one operand"
+        return "the einsum has only one operand"
     if any(len(set(term)) < len(term) for term in (w, *activations)):
-        return "a letter stands twice in one operand"
+        return "a letter occurs twice in one operand of the einsum"
 
     x = "".join(activations)
     all_in_result = all(letter in y for letter in w)
     if all_in_result and all(letter in x for letter in w):
-        return "no contraction: nothing of low rank"
+        return "the einsum multiplies elementwise: it contracts no axis of the weight"
     has_no_out = all(letter in x or letter not in y for letter in w)
     if all_in_result or has_no_out:
         return ONE_SIDED

@@ -176,7 +176,7 @@ def layout_of(
     for atoms in tracked.stored:
         large = [atom for atom in atoms if tracked.size[atom] != 1]
         if any(atom not in place for atom in large):
-            raise Opaque("a stored axis is not read")
+            raise Opaque("one of the stored axes is not read")
         runs += _runs(large, place)
 
     sides: tuple[list[int], list[int], list[int]] = ([], [], [])

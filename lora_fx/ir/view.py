@@ -84,7 +84,7 @@ class View:
             if not isinstance(step, Gather):
                 value = emitter.op(_PRIMS[type(step)], value, **vars(step))
             elif ids is None:
-                raise Opaque("what is gathered depends on data")
+                raise Opaque("the gathered indices depend on data")
             else:
                 value = emitter.op("gather", value, ids)
         return value

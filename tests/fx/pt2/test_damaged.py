@@ -46,7 +46,7 @@ def unread(config: dict[str, Any]) -> None:
         ({CONFIG: lambda _: None}, "is missing"),
         ({CONFIG: in_json(resized)}, "needs 19200"),
         ({CONFIG: in_json(outside)}, "cannot be the name of a member"),
-        ({CONFIG: in_json(negative)}, "the entry of .* is wrong"),
+        ({CONFIG: in_json(negative)}, "the entry of '0.weight' is wrong"),
         ({CONFIG: in_json(unread)}, "2.bias is not in the state dict"),
         ({CONFIG: lambda _: b"[]"}, "not an object"),
         ({"data/weights/weight_0": cut}, "needs"),
