@@ -278,7 +278,7 @@ def _steps(site: Site, source: StoredWeight) -> tuple[Step, ...]:
 
 
 def read_layout(site: Site, source: StoredWeight) -> tuple[Region, Layout]:
-    """Which part of the parameter a use reads, and how its [out, in] lies in that part.
+    """Read the part of the parameter that a use reads, and the layout of [out, in] in that part.
 
     Raises:
         LoraFxError: The use mixes the axes of the parameter.

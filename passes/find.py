@@ -86,7 +86,7 @@ def _checked(site: Site, parameters: Mapping[str, Parameter]) -> Site:
 
 
 def _refusals(sites: Sequence[Site]) -> Iterator[Refusal]:
-    """Why sites are refused, by all verbs or some."""
+    """The refused sites with their reasons, for all verbs or for some."""
     for site in sites:
         if site.refusal:
             refusal = Refusal(site.parameter, site.op, site.refusal, site.flops)

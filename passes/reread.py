@@ -65,7 +65,7 @@ def _readers(chains: Mapping[fx.Node, None]) -> list[fx.Node]:
 
 
 def _weight_paths(product: fx.Node, chains: Container[fx.Node]) -> list[Path]:
-    """Where among the arguments of a node copied weights stand."""
+    """The places of copied weights among the arguments of a node."""
     paths: list[Path] = []
     for node in product.all_input_nodes:
         if node in chains:

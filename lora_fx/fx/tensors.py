@@ -80,5 +80,5 @@ def padding(before: Sequence[int], after: Sequence[int]) -> list[int]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are; the CPU for a module without."""
+    """The device of a module's parameters; the CPU for a module without parameters."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))

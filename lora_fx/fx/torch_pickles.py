@@ -66,7 +66,7 @@ def pickled_places(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 
 def _first_byte(tensor: torch.Tensor, sizes: Mapping[int, int]) -> int:
-    """Where a tensor's numbers begin in the file; -1 where they do not lie there row by row.
+    """The position of a tensor's numbers in the file; -1 if they are not stored there row by row.
 
     Args:
         tensor: A tensor that was read without its numbers.

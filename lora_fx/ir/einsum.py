@@ -192,7 +192,7 @@ ONE_SIDED = "the weight has no input axis or no output axis: it is not a matrix"
 
 
 def _refusal(w: str, activations: list[str], y: str) -> str:
-    """Why a weight of an einsum cannot be adapted, from its letters; empty where it can."""
+    """The reason why a weight of an einsum cannot be adapted, from its letters; empty if it can."""
     if not activations:
         return "the einsum has only one operand"
     if any(len(set(term)) < len(term) for term in (w, *activations)):

@@ -70,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class OtherReader:
-    """What reads a parameter, seen through a view, for more than the products of its sites.
+    """A reader of a parameter, seen through a view, that is not a product of its sites.
 
     An update of the parameter does not reach it: insert and fold leave it as it was.
     """
@@ -81,7 +81,7 @@ class OtherReader:
 
 
 class Role(Enum):
-    """What a parameter that an emitter adds is for."""
+    """The purpose of a parameter that an emitter adds."""
 
     TRAIN = "train"
     FROZEN = "frozen"
@@ -162,10 +162,10 @@ class Graph(Protocol[V]):
     """A graph in one IR, as passes see it."""
 
     def kept(self, what: str, compute: Callable[[], T], *, by_name: bool = False) -> T:
-        """See `Analysed`."""
+        """The same as `Analysed.kept`."""
 
     def changed(self) -> None:
-        """See `Analysed`."""
+        """The same as `Analysed.changed`."""
 
     @property
     def alone(self) -> bool:
@@ -175,7 +175,7 @@ class Graph(Protocol[V]):
         """Every use of a weight, in execution order; nodes that a pass emitted are left out."""
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a parameter beside its sites, in execution order; its shape alone is none."""
+        """The readers of a parameter other than its sites, in execution order, without shapes."""
 
     def parameters(self) -> Sequence[Parameter]:
         """Every stored parameter, in definition order."""
@@ -276,10 +276,10 @@ class Kind(Protocol):
 
     @property
     def name(self) -> str:
-        """What refusals, FLOP counts and file formats call it, such as linear or conv."""
+        """The name in refusals, FLOP counts and file formats, such as linear or conv."""
 
     def axes(self, operand: tuple[int, ...]) -> Axes:
-        """Which axes of an operand of this shape are batch, out and in."""
+        """The axes of an operand of this shape that are batch, out and in."""
 
     @property
     def has_branch(self) -> bool:

@@ -1,4 +1,4 @@
-"""How the matrices of an update lie in a stored tensor: which axes are batch, out and in."""
+"""The layout of an update's matrices in a stored tensor: which axes are batch, out and in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_fx.ir.view import Opaque, Region, Tracked
 
 @dataclass(frozen=True)
 class Layout:
-    """How [*batch, out, in] lies in a stored tensor (or a region of one).
+    """The layout of [*batch, out, in] in a stored tensor (or a region of one).
 
     Attributes:
         shape: The stored shape, with an axis split where only a part of it is batch, out or in.
@@ -82,7 +82,7 @@ class Layout:
         return Layout(tuple(shape), self.batch, self.out, self.in_, stored)
 
     def starts(self, bounds: Region) -> tuple[int, ...]:
-        """Where a part that `narrow` allows begins, per axis of `shape`."""
+        """The start of a part that `narrow` allows, for each axis of `shape`."""
         starts = [0] * len(self.shape)
         for axes, (start, _) in zip(self.split(), bounds, strict=True):
             if axes:
@@ -197,7 +197,7 @@ def layout_of(
 
 
 class _Place(NamedTuple):
-    """Where an atom lies in [*batch, out, in]."""
+    """The place of an atom in [*batch, out, in]."""
 
     side: int  # 0 batch, 1 out, 2 in
     position: int  # among the atoms of that side

@@ -254,13 +254,13 @@ class ZeroPoints:
             return np.asarray((zero - steps).astype(self.scale.dtype))
 
     def change(self, zero: Array) -> Array:
-        """What other zeros add to the weight, [rows, blocks] in fp64."""
+        """The change of the weight by new zero points, [rows, blocks] in fp64."""
         steps = self.zero.astype(np.float64) - zero.astype(np.float64)
         return np.asarray(steps * self.scale, np.float64)
 
 
 def no_fold(kind: str) -> str:
-    """Why W + s·b·a is not stored in the place of a quantised weight."""
+    """The reason why W + s·b·a cannot be stored in the place of a quantised weight."""
     return f"the weight is quantised ({kind})"
 
 

@@ -17,7 +17,7 @@ IDS = "adapter_ids"
 
 @dataclass(frozen=True)
 class RowChoice:
-    """What the input `adapter_ids` of a file of mode batch may hold.
+    """The values that the input `adapter_ids` of a file of mode batch may hold.
 
     Attributes:
         adapters: Their names, in the order of their ids, 1, 2 …; 0 is the base.
@@ -98,7 +98,7 @@ class RowChoice:
         return None
 
     def _hint(self) -> str:
-        """Which ids there are, with the names of four adapters at most."""
+        """The hint: the valid ids, with the names of at most four adapters."""
         names = [repr(name) for name in self.adapters]
         last = len(names)
         if last > 4:

@@ -32,7 +32,7 @@ from lora_fx.text import Json, is_whole, some
 
 GENAI = "genai_config.json"
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
-"""What the runtime makes a tokenizer of."""
+"""The files that the runtime makes a tokenizer from."""
 TOKENIZER = "tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template*"
 TYPES = (
     "ernie4_5", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "nemotron", "olmo",
@@ -48,12 +48,12 @@ SEARCH: Json = {
     "no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False,
     "min_length": 0, "num_return_sequences": 1,
 }  # fmt: skip
-"""What generation_config.json may say that the runtime has too, and transformers' defaults."""
+"""The fields of generation_config.json that the runtime has too, with transformers' defaults."""
 
 
 @dataclass(frozen=True)
 class GenaiFolder:
-    """Where a copy for onnxruntime-genai goes, and what the model's folder says of it.
+    """The folder of a copy for onnxruntime-genai, with the facts from the model's folder.
 
     Attributes:
         folder: DIR.
@@ -148,7 +148,7 @@ def _one_cache_shape(
 def genai_folder(
     folder: str | PathLike[str], target: Path, config: Any, *, force: bool
 ) -> GenaiFolder:
-    """Where a copy of `target` goes, looked at before the model is translated.
+    """Prepare the folder of a copy of `target`, before the model is translated.
 
     Args:
         folder: DIR.

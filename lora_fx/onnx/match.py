@@ -1,4 +1,4 @@
-"""Which tensor of an ONNX file an adapter's key means, by rules that look at no values.
+"""Find the tensor of an ONNX file that an adapter's key means, by rules that read no values.
 
 1. the names in the file, which torch's exporter keeps, or tells in its metadata
 2. the module path in a node's name, where the older exporter called the weight `onnx::MatMul_12`

@@ -1,4 +1,4 @@
-"""What torch's exporter leaves to mend: names of weights and dimensions, and traces."""
+"""Mend what torch's exporter leaves: names of weights and dimensions, and traces."""
 
 from __future__ import annotations
 

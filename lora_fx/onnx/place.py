@@ -15,7 +15,7 @@ MODEL = "model.onnx"
 
 
 class Place(Protocol):
-    """Where a copy of an .onnx file goes, for a server."""
+    """The place of a copy of an .onnx file for a server."""
 
     def config(self, model: Path) -> object:
         """The configuration that is written beside the copy; raises where there can be none."""

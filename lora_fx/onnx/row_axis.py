@@ -27,7 +27,7 @@ from lora_fx.onnx.graph.values import bodies_of, numbers, operand, rank, shape_o
 
 @dataclass(frozen=True)
 class RowAxis:
-    """Where a value has its batch rows.
+    """The place of the batch rows in a value.
 
     Attributes:
         axis: The batch axis; None where the value is the same for every row.
@@ -48,7 +48,7 @@ States = Mapping[ir.Value, RowAxis]
 
 @dataclass(frozen=True)
 class NodeRows:
-    """What a rule reads: one node, and where the values before it have their rows.
+    """The input of a rule: one node, and the places of the rows in its operands.
 
     Attributes:
         node: The node.
@@ -63,11 +63,11 @@ class NodeRows:
     batch: str
 
     def rows(self, slot: int) -> RowAxis:
-        """Where the operand in a slot has its rows."""
+        """The place of the rows in the operand of a slot."""
         return self.rows_of(operand(self.node, slot))
 
     def rows_of(self, value: ir.Value | None) -> RowAxis:
-        """Where a value has its rows; SAME for an operand that is left out."""
+        """The place of the rows in a value; SAME for an operand that is left out."""
         return SAME if value is None else self.states.get(value, SAME)
 
     def rank(self, slot: int) -> int | None:
@@ -80,7 +80,7 @@ Rule = Callable[[NodeRows], RowAxis | None]
 
 
 def _aligned(operands: Sequence[tuple[RowAxis, int]]) -> RowAxis | None:
-    """Where a result has its rows, whose operands are aligned at their last axis.
+    """The place of the rows in a result whose operands are aligned at their last axis.
 
     Their batch axes have one size, so one that is exact makes the others exact.
 
@@ -656,7 +656,7 @@ def provenance(
     read: Collection[ir.Value] = (),
     changed: Collection[ir.Value] | None = None,
 ) -> dict[ir.Value, RowAxis]:
-    """Where every value of the main graph has its rows.
+    """Find the place of the rows in every value of the main graph.
 
     Args:
         model: The model.
@@ -691,7 +691,7 @@ def _input_rows(value: ir.Value, batch: str) -> RowAxis:
 
 
 def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
-    """What an op reads, in its bodies too."""
+    """The values that an op reads, also in its bodies."""
     yield from node.inputs
     for body in bodies_of(node):
         for inner in body.all_nodes():
@@ -701,7 +701,7 @@ def _operands(node: ir.Node) -> Iterator[ir.Value | None]:
 def _result_rows(
     node: ir.Node, states: States, result: int, batch: str, read: Collection[ir.Value]
 ) -> RowAxis:
-    """Where a result of a node has its rows, by those of its operands."""
+    """The place of the rows in a result of a node, from the places in its operands."""
     operands = [states.get(value, SAME) for value in node.inputs if value is not None]
     for rows in operands:
         if rows.lost:

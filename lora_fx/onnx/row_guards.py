@@ -15,7 +15,7 @@ from lora_fx.onnx.graph.marks import MARK, WAS
 from lora_fx.onnx.graph.values import dtype_name, rank, shape_of
 
 NAN = f"{IDS}_nan"
-"""How the names of the constants NaN begin."""
+"""The beginning of the names of the constants NaN."""
 WITH_NAN = ("float16", "bfloat16", "float32", "float64")
 """Dtypes of outputs that can hold NaN and that every runtime's Where takes."""
 
@@ -154,7 +154,7 @@ def _deciding_in_product(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]
 
 
 def _deciding_in_concat(node: ir.Node, y_rank: int) -> list[tuple[ir.Node, int]]:
-    """What is put beside inputs of the graph, which go out as they came."""
+    """The values that are concatenated with inputs of the graph, which stay unchanged."""
     slots = []
     for slot, value in enumerate(node.inputs):
         if rank(value) != y_rank:

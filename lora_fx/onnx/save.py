@@ -20,7 +20,7 @@ INLINE = 256
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """How many bytes all initialisers have."""
+    """The number of bytes of all initialisers."""
     total = 0
     for value in model.graph.initializers.values():
         if value.const_value is not None:

@@ -54,7 +54,7 @@ class RuntimeSession:
 
     @functools.cached_property
     def row_choice(self) -> RowChoice | None:
-        """Which adapter a row may ask for, in a file of mode batch."""
+        """The adapters that a row may choose, in a file of mode batch."""
         shapes = {node.name: node.shape for node in self.session.get_inputs()}
         return RowChoice.from_text(self.metadata.get(PROPERTY), shapes)
 

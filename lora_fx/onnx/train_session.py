@@ -151,7 +151,7 @@ class TrainSession:
             )
 
     def _note_of_scales(self, adapter: Adapter, where: str) -> str:
-        """Which updates of an adapter have another scale than the file; empty where none has."""
+        """A note on updates whose scale differs from the file's; empty if none does."""
         updates_in_file = self.adapter().lowrank
         updates = adapter.resolved(updates_in_file).lowrank
         rescaled_keys = []

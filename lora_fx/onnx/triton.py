@@ -121,7 +121,7 @@ class Repository:
 def repository_of(
     folder: str | PathLike[str] | None, model: str | PathLike[str], max_batch: int | None
 ) -> tuple[Repository, ...]:
-    """Where a copy of `model` goes, if anywhere, looked at before any work is done.
+    """The repository for a copy of `model`, if there is one, checked before any work is done.
 
     Raises:
         LoraFxError: No place for it, or a batch size without a folder.

@@ -134,7 +134,7 @@ class Config:
         return cls(message.name or folder, inputs, outputs, max_batch)
 
     def difference(self, model: Config) -> str:
-        """What this config and a model's own disagree on, the first by name; else empty."""
+        """The first difference between this config and a model's own, by name; else empty."""
         sides = {
             "input": (self.inputs, model.inputs),
             "output": (self.outputs, model.outputs),

@@ -46,7 +46,7 @@ def _onnx_files(arguments: Iterable[object]) -> list[str]:
 
 
 def _invalid(file: str) -> str:
-    """What onnx's checker, its shapes, the runtime or onnx_ir find wrong; empty for nothing."""
+    """The fault that onnx's checker or shapes, the runtime or onnx_ir find; empty if none."""
     import onnx
     import onnx_ir as ir
     import onnxruntime as ort

@@ -61,7 +61,7 @@ def _ranks_text(rows: list[Row]) -> str:
 
 
 def _sizes(result: JsonView) -> Iterator[Fact]:
-    """How much is trained, adapted and written."""
+    """The numbers of what is trained, adapted and written."""
     trained = result.get("trained")
     frozen = result.get("frozen")
     if isinstance(trained, int) and isinstance(frozen, int):

@@ -92,7 +92,7 @@ def _split(rows: list[tuple[Row, list[str]]], start: int) -> list[tuple[str, lis
 
 
 def _end_of_block(path: list[str], start: int) -> int:
-    """How many words of a path name its block."""
+    """The number of words of a path that name its block."""
     for position, word in enumerate(path[:-1]):
         if position >= start and word.isdigit():
             return position + 1
@@ -114,7 +114,7 @@ def _path(key: str) -> list[str]:
 
 
 def _label(row: Row, block: str) -> str:
-    """What is written in a cell: the role, or the path within the block."""
+    """The text of a cell: the role, or the path within the block."""
     if row.role and len(row.role) <= 6:
         return row.role
     path_in_block = ".".join(_path(row.key))[len(block) :].lstrip(".")
@@ -126,7 +126,7 @@ def _label(row: Row, block: str) -> str:
 
 
 class _Scale(NamedTuple):
-    """What the colour of a cell means: ranks from `low` to `top`, or numbers of parameters."""
+    """The meaning of the colour of a cell: ranks from `low` to `top`, or numbers of parameters."""
 
     by_rank: bool
     low: int

@@ -107,7 +107,7 @@ def _sparks(row: Row) -> Markup:
 
 
 def _remarks(row: Row) -> str:
-    """What else the result says of a row, once each; its updates where no adapter tells ranks."""
+    """Other remarks of the result on a row, each once; its updates if no adapter has ranks."""
     texts = list(row.remarks)
     if not row.rank:
         texts.append(row.updates)

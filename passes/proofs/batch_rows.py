@@ -128,7 +128,7 @@ class MixedBatch:
 
 
 def _row_count(feeds: Named, rowed: Sequence[str]) -> int:
-    """How many rows a batch has."""
+    """The number of rows of a batch."""
     return next(int(feeds[name].shape[0]) for name in rowed if name in feeds)
 
 

@@ -100,7 +100,7 @@ def _same_as_weight_form(module: AdaptedModule, named: Named) -> None:
 
 
 def _same_gradients(module: AdaptedModule, named: Named) -> None:
-    """Where a forward has autograd functions or hooks, its weights' gradients are the graph's.
+    """Compare the graph's weight gradients with the model's where a forward has hooks or functions.
 
     A capture drops them: a memory saver's gradient is the same, a reversal's is not.
     """

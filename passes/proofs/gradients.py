@@ -141,7 +141,7 @@ def prove_gradients(trained: Trained, named: Named) -> Effect:
 
 
 def _buffer_versions(model: nn.Module) -> dict[str, int]:
-    """How often each buffer was written to, of those that count it."""
+    """The number of writes to each buffer, for the buffers that count it."""
     return {
         name: buffer._version for name, buffer in model.named_buffers() if not buffer.is_inference()
     }

@@ -107,7 +107,7 @@ class Choosing(Wide):
         return unlike
 
     def read(self, x: Any) -> Any:
-        """See Wide."""
+        """Implement `Wide.read`."""
         return super().read(x) if self.wide else x
 
     def run_node(self, n: fx.Node) -> Any:
@@ -164,7 +164,7 @@ def choices_of(model: CapturedModule, named: Named) -> Choices:
 
 @dataclass(frozen=True)
 class ModuleRerun:
-    """See Rerun: of a captured module.
+    """The Rerun of a captured module.
 
     Attributes:
         module: The module.
@@ -187,7 +187,7 @@ class ModuleRerun:
         return None
 
     def choosing(self, choices: Choices) -> Run | None:
-        """See Rerun."""
+        """Implement `Rerun.choosing`."""
 
         def run(feeds: Named) -> dict[str, Array]:
             with self.block():

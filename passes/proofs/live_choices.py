@@ -102,7 +102,7 @@ def _is_discrete(x: object) -> bool:
 
 @dataclass(frozen=True)
 class LiveRerun:
-    """See Rerun: of a user's own module.
+    """The Rerun of a user's own module.
 
     Attributes:
         run: Runs it on arrays by input name.
@@ -119,7 +119,7 @@ class LiveRerun:
         return None
 
     def choosing(self, choices: Choices) -> Run | None:
-        """See Rerun."""
+        """Implement `Rerun.choosing`."""
         reference_choices = choices.named()
 
         def run(feeds: Named) -> dict[str, Array]:

@@ -114,7 +114,7 @@ def _some_rows(weight: Array, rng: np.random.Generator) -> slice:
 
 
 def _rounding_of(dtype: np.dtype[Any]) -> float:
-    """How far a sum in a dtype may be off, beside its size."""
+    """The largest rounding error of a sum in a dtype, relative to the sum."""
     if dtype.name in EPSILON:
         return EPSILON[dtype.name]
     if dtype == np.float32:

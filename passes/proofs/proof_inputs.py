@@ -88,7 +88,7 @@ def feeds_of(
 
 
 def outside(reference: CapturedModule, named: Named) -> SizeError | None:
-    """Why the graph of the example does not hold at these sizes; None where it does."""
+    """The reason why the graph of the example is not valid at these sizes; None if it is."""
     captured = execution_of(reference).captured
     traced = captured.traced(False, captured.named, execution_of(reference).base_dtype)
     return traced.door.refused(tree_leaves(dict(named)))

@@ -67,11 +67,11 @@ class Compare(Protocol):
     def __call__(
         self, module: CapturedModule, adapter: Adapter, *, large: bool = False
     ) -> Parity | None:
-        """How far they are apart with an adapter; None where they are not."""
+        """The difference of the two with an adapter; None if there is none."""
 
 
 class NotRun(Exception):
-    """Why the live model cannot be run with an adapter."""
+    """The live model cannot be run with an adapter; the message says why."""
 
 
 def prove_drawn(module: AdaptedModule) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def _left_out(captured: Captured, updates: Updates) -> dict[str, str]:
 
 
 def _modes(module: CapturedModule) -> list[Compare]:
-    """How a module is compared in each mode that is a recorded run."""
+    """The comparison of a module in each mode whose graph is a recorded run."""
     modes: list[Compare] = []
     if execution_of(module).captured.recorded:
         modes.append(_differs)
@@ -196,7 +196,7 @@ def _differs_drawn(
     mode: Compare,
     keys: Sequence[str],
 ) -> Parity | None:
-    """How far apart the two are with drawn a and b in some updates; None where they are not.
+    """The difference of the two with random a and b in some updates; None if there is none.
 
     Those that are left out have no effect yet, and those of other keys what they have.
     """

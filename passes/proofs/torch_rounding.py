@@ -1,4 +1,4 @@
-"""How far rounding alone moves the outputs of a torch model."""
+"""Measure how far rounding alone moves the outputs of a torch model."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class _TorchStep:
     def rounding(
         self, inputs: Outputs, expected: Outputs, errors: dict[str, float]
     ) -> Iterator[dict[str, float]]:
-        """How far rounding moves each output, written into `errors`: at first that of fp32."""
+        """Measure how far rounding moves each output, and write it into `errors`; first in fp32."""
         exact = replace(self, wide=True)(inputs)
         yield grow(errors, expected, exact)
         for seed in range(MOVES):

@@ -147,7 +147,7 @@ def _calibration(cap: Captured | None, plan: Plan, options: InsertOptions) -> Ca
 def _reader_of_weights(
     model: nn.Module, cap: Captured | None, options: InsertOptions
 ) -> Callable[[str], Array] | None:
-    """How weights are read by name, for a start or a variant that needs them; else None."""
+    """The reader of weights by name, for a start or a variant that needs them; else None."""
     if options.init not in OF_WEIGHT and not named_variant(options.variant).reads_weight:
         return None
     if cap is not None:

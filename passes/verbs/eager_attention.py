@@ -15,7 +15,7 @@ from lora_fx.fx.capture.capture import Captured
 from lora_fx.passes.verbs.open import captured_again
 
 REFUSED = "torch's ONNX exporter refused the model"
-"""How errors of the translation begin."""
+"""The beginning of every error of the translation."""
 
 
 def may_help(model: object, error: LoraFxError) -> bool:

@@ -39,7 +39,7 @@ def adapters_of(options: ExportOptions) -> dict[str, Adapter]:
 
 
 def adapter_paths(adapters: Iterable[str], options: ExportOptions) -> dict[str, Path]:
-    """Where the adapters of a switchable file go; raises where something is there."""
+    """The paths of the adapters of a switchable file; raises if one of them exists already."""
     paths = {name: options.target.with_name(f"{name}.onnx_adapter") for name in adapters}
     for path in paths.values():
         check_output(path, force=options.force)

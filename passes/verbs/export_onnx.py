@@ -43,7 +43,7 @@ UNNAMED = (
     "use mode merged or switch, or give dimension 0 of all inputs and outputs the same name: "
     "onnx.tools.update_model_dims.update_inputs_outputs_dims"
 )
-"""What to do with a file whose inputs share no dynamic dimension 0."""
+"""The hint for a file whose inputs share no dynamic dimension 0."""
 
 
 @blaming

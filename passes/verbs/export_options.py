@@ -207,7 +207,7 @@ class ExportOptions:
             )
 
     def capture_of_base(self) -> CaptureOptions:
-        """How the base is captured: for the adapter, where there is one alone."""
+        """The capture options of the base: for its adapter, if there is only one."""
         if isinstance(self.adapters, Adapter):
             return replace(self.capture, adapter=self.adapters)
         adapters: list[Adapter] = []

@@ -121,7 +121,7 @@ def _with_whole_tensors(
 
 
 def _without_batch(captured: Captured) -> tuple[str, str]:
-    """Why the inputs of a capture may share no dynamic dimension 0, and what to do then."""
+    """The reason why inputs share no dynamic dimension 0, and the hint."""
     specs = [spec for spec in captured.inputs.specs if spec.shape]
     pinned = {pin.input: str(pin) for pin in captured.pinned if pin.dim == 0}
     fixed_by_user = [spec.name for spec in specs if 0 not in spec.dims and spec.name not in pinned]
@@ -215,7 +215,7 @@ def _by_keys(lost: Mapping[str, Target]) -> tuple[dict[str, Target], dict[str, t
 def _sources(
     base: CapturedModule, graph: OnnxGraph, keys_of: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, StoredWeight]]:
-    """Which parameter each stored tensor is, by name; by its value, whether it is transposed."""
+    """The parameter of each stored tensor, found by name; by value, whether it is transposed."""
     torch_graph = base.graph(False)
     coded = forms(base)
     by_any_name = {}

@@ -278,7 +278,7 @@ class _SwitchableFile:
     session: Session
 
     def run_with(self, adapter: Adapter) -> Run:
-        """How it runs with an adapter: in the one session, or in mode load in one of its own."""
+        """Run the file with an adapter: in the one session, or in mode load in a new one."""
         if self.options.mode == "load":
             return Session(self.path, self.options.provider, adapter=adapter).run
         self.session.load("adapter", adapter)

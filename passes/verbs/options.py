@@ -41,7 +41,7 @@ ExportAdapters = Adapter | Mapping[str, Adapter] | Sequence[Adapter]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureOptions:
-    """How a MODEL becomes a Captured; see `lora_fx.passes.verbs.open.captured_of`.
+    """The options of a capture of MODEL; see `lora_fx.passes.verbs.open.captured_of`.
 
     Attributes:
         args: Positional example inputs.
@@ -187,7 +187,7 @@ class BranchOptions:
             )
 
     def _dead_by_default(self) -> str:
-        """What becomes of a target without effect, by what named it."""
+        """The value of `dead` that "auto" stands for, by what selected the targets."""
         if getattr(self, "adapter", None) is not None:
             return "keep"
         if self.include or self.plan is not None:

@@ -132,7 +132,7 @@ def _is_lookup_table(targets: Found, name: str) -> bool:
 
 
 def _why_not(model: nn.Module, targets: Found, name: str, leave: Collection[str]) -> str:
-    """Why a parameter cannot be quantised; empty where it can."""
+    """The reason why a parameter cannot be quantised; empty if it can."""
     form = _targets_of(targets, name)[0].parameter.format
     if form:
         return f"it is quantised already ({form})"

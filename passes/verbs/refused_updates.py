@@ -65,7 +65,7 @@ def check_adapters(adapters: Mapping[str, Adapter], mode: str) -> None:
 
 
 RECURRENT = ("lstm", "gru", "rnn")
-"""How the ops of recurrent layers begin."""
+"""The beginnings of the names of recurrent ops."""
 
 
 def check_rows(adapter: Adapter, name: str) -> None:
@@ -101,7 +101,7 @@ def _without_rows(entry: LowRank) -> str:
 
 
 def exclude_hint(name: str, keys: Sequence[str]) -> str:
-    """How to go on without the whole tensors of an adapter, or with them in the base."""
+    """The hint to leave out the whole tensors of an adapter, or to merge them into the base."""
     return (
         f"{_exclude_command(name, keys)} leaves it out; the same command with --include writes it "
         "alone, and lora-fx merge folds that into the base"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How two models are run; `lora_fx.verify` says what the fields mean."""
+    """The options to run two models; `lora_fx.verify` explains the fields."""
 
     inputs: Named | None
     adapter: Adapters | None

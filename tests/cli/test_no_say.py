@@ -237,7 +237,7 @@ NO_SAY: list[tuple[str, str, str]] = [
     (TENSORS, "--all", "but for tensor files and an --adapter"),
     *(("verify m.onnx m.onnx", o, "graphs as they are") for o in GRAPH),
     ("verify m.onnx m.onnx", "--all", "but for tensor files and an --adapter"),
-    ("verify model.py:build model.py:build", "--provider cpu", "when no .onnx file is run"),
+    ("verify model.py:build model.py:build", "--provider cpu", "where no .onnx file is run"),
     ("bench m.onnx --inputs inputs.npz", "--size 1,8", "which has one size"),
 ]  # fmt: skip
 

@@ -90,7 +90,11 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "resumed at" not in out
     held = {p: p.read_bytes() for p in (home / "state").iterdir()}
     code, _, err = run(capsys, *short, "b", "--resume", "state", "--lr", "0.01")
-    assert code == 2 and "settings: lr: 0.03 there, 0.01 here" in err and "Hint: a run goes" in err
+    assert (
+        code == 2
+        and "settings: lr: 0.03 in the state, 0.01 now" in err
+        and "Hint: resume it" in err
+    )
     code, _, err = run(capsys, *short, "b", "--save-state", "state")
     assert code == 2 and "state exists" in err
     (home / "mine").mkdir()

@@ -116,7 +116,7 @@ class Attachment:
             module.register_parameter(leaf, nn.Parameter(tensor, slot.trained))
 
     def _device_of(self, key: str) -> torch.device:
-        """Where the weight of a key is; a computed one is where its parameters are."""
+        """The device of the weight of a key; of a computed weight, the device of its parameters."""
         name = base_name(key)
         if name.endswith("~"):
             name = self.found[key].sites[0].behind[0]
@@ -285,7 +285,7 @@ class Attachment:
         self._sampled.check(adapter.metadata, self.model)
 
     def weight_form(self) -> list[str]:
-        """Which weights are computed as W + s·B·A, and what that costs."""
+        """Notes on the weights that are computed as W + s·B·A, with the cost."""
         reads = self._computed_reads()
         if not reads:
             return []
@@ -327,7 +327,7 @@ class Attachment:
         self._notes = (*self._notes, *notes)
 
     def report(self) -> AdaptedReport:
-        """What is adapted, in which form, what is trained, and what had to be said."""
+        """Report what is adapted, in which form, what is trained, and all notes."""
         forms = self.weight_form()
         for method in METHODS:
             if method in self._taken():

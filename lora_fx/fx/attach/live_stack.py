@@ -88,7 +88,7 @@ class LiveStack:
         return getattr(self.formed(), name)
 
     def __len__(self) -> int:
-        """How many matrices there are."""
+        """The number of matrices."""
         return len(self.view(self.stored))
 
     def __iter__(self) -> Iterator[torch.Tensor]:

@@ -59,7 +59,7 @@ class PartialGraphs(Analysed):
         return readers
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph."""
+        """Implement `Graph.gathered_flops`."""
         flops: dict[str, int] = {}
         for graph in self.graphs:
             for name, count in graph.gathered_flops().items():

@@ -57,7 +57,7 @@ class Block:
         return attributes | classes
 
     def state(self) -> list[object]:
-        """Which things its modules hold, to see whether a call has put others in their places."""
+        """The objects that its modules hold, to see whether a call has replaced some of them."""
         attributes = self.attributes()
         return [*attributes, *map(id, attributes.values()), *map(id, self.tensors())]
 

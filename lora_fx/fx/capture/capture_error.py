@@ -1,4 +1,4 @@
-"""Why a model could not be captured: the line of the user's code, the cause, what to do."""
+"""Explain why a capture failed: the line of the user's code, the cause, and what to do."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _check_decoder(model: Any) -> None:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs; captures of models without weights run on the CPU."""
+    """The device of a model's inputs; captures of models without weights run on the CPU."""
     device = device_of(model)
     return torch.device("cpu") if device.type == "meta" else device
 

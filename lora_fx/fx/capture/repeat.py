@@ -323,7 +323,7 @@ def _holds_tokens(layer: object) -> bool:
 def _described(
     leaves: Sequence[object], spec: object, inputs: Sequence[torch.Tensor], now: Snapshot
 ) -> list[object] | None:
-    """How a block is called; None where the call cannot be told from others.
+    """A description of the call of a block; None if the call cannot be told from others.
 
     Args:
         leaves: The arguments.
@@ -367,7 +367,7 @@ def _are_tracked(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _count_of_unbacked_sizes(tensors: Sequence[torch.Tensor]) -> int:
-    """How many sizes the trace has so far that values decide."""
+    """The number of sizes in the trace so far that depend on values."""
     env = getattr(detect_fake_mode(tensors), "shape_env", None)
     if env is None:
         return 0

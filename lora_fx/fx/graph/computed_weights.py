@@ -73,7 +73,7 @@ class Namer:
 
 
 def _recipe(node: fx.Node, memo: dict[fx.Node, str]) -> str:
-    """How a value is computed, as a text that is equal for equal computations."""
+    """The computation of a value as a text; equal computations have equal texts."""
     if node not in memo:
         if node.op == "call_function":
             arguments: object = fx.node.map_aggregate(

@@ -149,7 +149,7 @@ def _is_cheap(node: fx.Node, x: fx.Node, written: Collection[fx.Node], sums: boo
 
 
 def keeps(node: fx.Node, differentiable: Mapping[fx.Node, bool]) -> list[fx.Node]:
-    """What autograd keeps of a cheap node's operands and result."""
+    """The operands and results of a cheap node that autograd keeps."""
     if not differentiable.get(node):
         return []
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -189,7 +189,7 @@ def nbytes(node: fx.Node) -> int:
 
 
 def differentiable_nodes(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, bool]:
-    """Which values a gradient may flow through: inputs, what is trained, and what depends on them.
+    """The nodes that a gradient may flow through: inputs, trained tensors, and their results.
 
     Args:
         graph: Nodes with the values that the capture saw.

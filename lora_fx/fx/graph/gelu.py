@@ -75,7 +75,7 @@ def gelu_of(node: fx.Node, written: Collection[fx.Node]) -> tuple[fx.Node, str] 
 def _computed(
     node: object, x: fx.Node, written: Collection[fx.Node]
 ) -> torch.Tensor | float | None:
-    """What a chain makes of POINTS in the place of x; None where it reads anything else."""
+    """The values of a chain at POINTS in place of x; None if it reads anything else."""
     if node is x:
         return POINTS
     if isinstance(node, (int, float)):

@@ -142,7 +142,7 @@ class FxGraph(Analysed):
         return [site for site, _, _ in self._uses()]
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a parameter beside its sites."""
+        """The readers of a parameter other than its sites."""
         return other_readers(self.graph, self.flow(), self._uses(), self.bodies)
 
     def data_flops(self) -> int:
@@ -150,7 +150,7 @@ class FxGraph(Analysed):
         return sum(self._products().values()) - sum(self.gathered_flops().values())
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph."""
+        """Implement `Graph.gathered_flops`."""
         sources = gathered(self.graph, self.flow())
         flops: dict[str, int] = {}
         for node, count in self._products().items():
@@ -190,7 +190,7 @@ class FxGraph(Analysed):
         return lambda: value
 
     def flow(self) -> FxFlow:
-        """Which nodes depend on parameters and constants only."""
+        """The nodes that depend only on parameters and constants."""
         return self.kept("flow", lambda: weight_flow(self.graph, self.root, self._names))
 
     def _uses(self) -> Sequence[FxUse]:
@@ -243,7 +243,7 @@ class FxGraph(Analysed):
         return self._chain(site)[0]
 
     def picked(self, site: Site, e: object) -> fx.Node:
-        """What the last gather on the weight's way takes."""
+        """The indices of the last gather on the way from the weight to the site."""
         chain = self._chain(site)[1:]
         pick = next(node for node in chain if gather(node, shape_of(node.args[0]) or ()))
         ids = pick.args[-1]
@@ -506,7 +506,7 @@ PRIMS: Mapping[str, Callable[..., OpCall]] = {
     "cast": lambda x, dtype: (aten.to.dtype, (x, getattr(torch, dtype))),
     "cast_like": lambda x, y: (aten.type_as.default, (x, y)),  # a and b stay fp32 over any base
 }
-"""What node each primitive of lora_fx.ir.emitter.Ops is, but for conv."""
+"""The function that makes the node of each primitive of lora_fx.ir.emitter.Ops, except conv."""
 
 
 class FxEmitter:

@@ -1,4 +1,4 @@
-"""What a graph's ops change in place: which storage, and when."""
+"""Find which storage a graph's ops change in place, and when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAY_ALIAS = aten_ops("dropout type_as feature_dropout")
 
 
 class Writes:
-    """What a graph's ops change in place: which storage, and when.
+    """The storage that a graph's ops change in place, and when.
 
     A storage is known by the nodes that made it, a tensor of the tree by its name. A result lies in
     the storage of an operand where the op's schema says that it may.

@@ -1,4 +1,4 @@
-"""What a node of an export graph says: shapes, dtypes, arguments by schema name."""
+"""Read the nodes of an export graph: shapes, dtypes, arguments by schema name."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def aten_ops(names: str) -> set[object]:
 
 
 def reached(start: Iterable[T], onwards: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """What a walk through a graph meets, the nearest first and each once, `start` included."""
+    """The nodes that a walk through a graph meets, nearest first, each once, with `start`."""
     visited = dict.fromkeys(start)
     queue = deque(visited)
     while queue:
@@ -218,5 +218,5 @@ class OverTensors(fx.Interpreter):
         self.tensors = tensors
 
     def fetch_attr(self, target: str) -> Any:
-        """What the graph reads by this name."""
+        """The object that the graph reads by this name."""
         return self.tensors[target]

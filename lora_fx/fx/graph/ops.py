@@ -143,7 +143,7 @@ def _tensordot(node: Node) -> Iterator[FxOperand]:
 
 
 def n_axes(operand: object) -> int:
-    """How many axes an operand has; 0 for what is no tensor."""
+    """The number of axes of an operand; 0 if it is not a tensor."""
     return len(shape_of(operand) or ())
 
 

@@ -33,7 +33,7 @@ class Wide(fx.Interpreter):
         return self.read(super().call_function(target, args, kwargs))
 
     def read(self, x: Any) -> Any:
-        """See widened."""
+        """Implement `Wide.read`; see `widened`."""
         return widened(x)
 
 

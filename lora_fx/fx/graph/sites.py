@@ -29,7 +29,7 @@ from lora_fx.ir.view import View
 
 aten = torch.ops.aten
 Bodies = Mapping[str, fx.GraphModule]
-"""What higher-order ops call, by the name that a graph reads."""
+"""The functions that higher-order ops call, by the name that a graph reads."""
 
 
 FxUse = tuple[Site, fx.Node, FxWeight]
@@ -108,7 +108,7 @@ def _site(
 
 
 def _result(node: fx.Node) -> fx.Node:
-    """What the rest of the graph reads: the node, or the sum with its branches."""
+    """The node that the rest of the graph reads: the site's node, or its sum with the branches."""
     for user in node.users:
         if is_marked(user) and user.target is aten.add.Tensor and user.args[0] is node:
             return _result(user)

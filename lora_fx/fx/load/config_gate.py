@@ -47,7 +47,7 @@ LAYERS = re.compile(
 )
 """Fields that say how often something is built."""
 MOST_LAYERS = 1024
-"""Where there are no weights. The deepest models of transformers have some 200."""
+"""The limit for a folder without weights. The deepest models of transformers have about 200."""
 SHARED_LAYERS = 64
 """Layers that may share their tensors, as those of ALBERT do, where there are fewer tensors."""
 LABELS = re.compile(r"(?:^|_)num_(?:labels|classes)$")
@@ -69,11 +69,11 @@ _NAMES = {
         r"(?:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?::\w+)?|[A-Za-z_]\w*:[A-Za-z_]\w*)"
     ),
 }
-"""What a text can name beyond the config."""
+"""The kinds of things outside the config that a text can name."""
 
 
 def named_by(text: str, *, timm: bool = False) -> str:
-    """What a text names beyond the config; empty where it names nothing.
+    """The kind of thing outside the config that a text names; empty if it names nothing.
 
     >>> named_by("hf-hub:org/model"), named_by("gelu")
     ('another model', '')

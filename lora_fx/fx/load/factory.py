@@ -64,7 +64,7 @@ def load_function(spec: str) -> Any:
 
 
 def call_function(spec: str) -> object:
-    """What such a function returns when it is called without arguments."""
+    """Call such a function without arguments, and return its result."""
     with _named_by(spec) as function:
         return _run(spec, function)
 
@@ -91,7 +91,7 @@ def _named_by(spec: str) -> Iterator[Any]:
 
 
 def _attribute(module: object, path: str, where: str) -> object:
-    """What a dotted path names in a module.
+    """The attribute of a module that a dotted path names.
 
     Raises:
         LoraFxError: The module, or what it names on the way, has no such attribute.

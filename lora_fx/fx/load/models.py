@@ -103,7 +103,7 @@ REFUSED = {
     **dict.fromkeys(PICKLES, (_BARE, _BESIDE)),
     **dict.fromkeys((".npz", ".csv", ".jsonl"), ("data, not a model", "the model comes first")),
 }
-"""How a file's name ends → why it is no model, and what to do."""
+"""The ending of a file's name → the reason why it is not a model, and the hint."""
 
 
 def check_device(device: str | None) -> torch.device:

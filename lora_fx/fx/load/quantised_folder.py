@@ -166,7 +166,7 @@ def _check_codes(
 
 
 def _kind_of_codes(weight: QuantisedWeight) -> str:
-    """What the codes of a weight are, as `LEVELS` names them; int4 … for whole numbers."""
+    """The kind of the codes of a weight, as in `LEVELS`; int4 … for whole numbers."""
     kind = weight.format.rpartition(" ")[2]
     if kind in LEVELS:
         return kind

@@ -40,14 +40,14 @@ Block = Callable[[], contextlib.AbstractContextManager[None]]
 PLAIN = "MODEL_MAPPING_NAMES"
 SEQUENCE = "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"
 BUFFERS = r"(^|\.)(masked_bias|inv_freq|position_ids)$"
-"""What older versions of transformers wrote beside the weights."""
+"""The names of buffers that older versions of transformers wrote with the weights."""
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the weights of a folder fit a class.
+    """The fit of a folder's weights to a class.
 
     Attributes:
         cls: The class.
@@ -129,7 +129,7 @@ def _fits(
     shapes: Shapes,
     counted: Block,
 ) -> list[Fit]:
-    """How the weights fit each class that can be built of the config."""
+    """The fit of the weights to each class that can be built from the config."""
     classes: dict[type[PreTrainedModel], None] = {}
     for table_classes in classes_by_table.values():
         classes.update(dict.fromkeys(table_classes))
@@ -169,7 +169,7 @@ def _with_head(
 
 
 def _distance(fit: Fit) -> tuple[int, int, int]:
-    """How far weights are from a class: those left over count most, those missing least."""
+    """The distance of weights from a class: unused weights count most, missing ones least."""
     return len(fit.unused), len(fit.misshapen), len(fit.missing)
 
 

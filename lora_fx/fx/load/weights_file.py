@@ -123,7 +123,7 @@ def _some(names: list[str]) -> str:
 
 
 def _hint(file_names: set[str], expected: Mapping[str, object]) -> str:
-    """What to do, with the prefix that would make the names fit, if there is one."""
+    """The hint, with the prefix that would make the names fit, if there is one."""
     verb, prefix = lead_between(expected, file_names)
     if not verb:
         return "is it the state_dict of this model?"

@@ -346,7 +346,7 @@ class CapturedModule(Recomputing, Scope):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def conditions(self, training: bool = False) -> tuple[Condition, ...]:
-        """What sizes have to satisfy for the graph of the example to be the model."""
+        """The conditions on sizes under which the graph of the example is the model."""
         captured = self._programs.captured
         return captured.traced(training, captured.named, self._dtype).door.conditions
 
@@ -387,7 +387,7 @@ def with_signature(base: type[Any], captured: Captured) -> type[Any]:
 
 
 def _face(model: nn.Module) -> dict[str, object]:
-    """What trainers ask a transformers model for, where the user's class has it: no other module.
+    """The members that trainers read from a transformers model, if the user's class has them.
 
     Device and dtype are those of the parameters now; the config is the user's own object.
     """

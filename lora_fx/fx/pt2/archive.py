@@ -30,7 +30,7 @@ BROKEN = "the file is damaged or was not written by torch.export.save"
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in an archive.
+    """The place of a tensor in an archive.
 
     Attributes:
         member: The member that holds its bytes.

@@ -56,7 +56,7 @@ LATER = (
 
 
 class FileCaptured(Captured):
-    """See the module's docstring.
+    """The capture that a .pt2 file holds; see the module's docstring.
 
     Attributes:
         path: The file.
@@ -230,7 +230,7 @@ class FileCaptured(Captured):
         return free
 
     def allows(self, training: bool, norm_stats: str = "frozen") -> None:
-        """See Captured.allows."""
+        """Implement `Captured.allows`."""
         if training in self.programs:
             return
         graph = self._trace_of(self.programs[not training][0]).graph

@@ -32,7 +32,7 @@ MODES = {False: "eval", True: "train"}
 
 
 def make_manifest(module: CapturedModule, programs: Mapping[str, tuple[bool, Traced]]) -> Json:
-    """What a reader needs beside the programs.
+    """Make the manifest: everything that a reader needs in addition to the programs.
 
     Args:
         module: What is saved.

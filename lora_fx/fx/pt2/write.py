@@ -33,7 +33,7 @@ Paths = Sequence[tuple[Named, Traced]]
 """The paths of the model's code in a mode, each with a call that takes it; the example's first."""
 NAMES = {False: "model", True: "train"}
 ENTRY = f"{RootModule.__module__}.{RootModule.__qualname__}"
-"""What torch records as the class of a graph's root; files name the user's own class."""
+"""The class that torch records for a graph's root; files name the user's own class instead."""
 
 
 def write_programs(module: CapturedModule, path: Path, modes: Mapping[bool, Paths]) -> None:

@@ -36,7 +36,7 @@ MEGABYTES = 128
 CHARACTERS = 1 << 20
 """Characters that a line may be rendered to, beside a multiple of its own."""
 TIMES = 20
-"""How many times its own characters a line may be rendered to."""
+"""The factor by which a rendered line may be longer than its characters."""
 _HINT = "write the turns as the model's chat template wants them"
 
 

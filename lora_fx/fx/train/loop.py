@@ -34,7 +34,7 @@ NO_VALIDATION = (
 Progress = Callable[[int, int, float], None]
 """A function that is called with the step, the steps in all, and the loss."""
 APART = 1_000_003
-"""How far the seeds of two processes lie apart, whose dropout must differ."""
+"""The distance of the seeds of two processes, whose dropout must differ."""
 
 
 def fit(
@@ -129,7 +129,7 @@ def _refuse_moving_statistics(model: AdaptedModule, saving: Saving, parts: int) 
 
 
 def part_rows(model: AdaptedModule, batch_size: int, parts: int) -> int:
-    """How many rows run at a time in a step, which is what a user's memory is enough for.
+    """The number of rows that run at the same time in a step, which the user's memory must hold.
 
     Args:
         model: The model.
@@ -158,7 +158,7 @@ class _Run:
     rows: int  # of held-out examples that run at a time
 
     def start(self) -> Trail:
-        """Where the run begins: at the state that it goes on from, or before its first step."""
+        """The start of the run: the state that it resumes, or the time before its first step."""
         if self.saving.resume:
             trail = state.load(self.saving.resume, self.optimizer, self.facts, self.world)
             trail.report.resumed = trail.step

@@ -85,7 +85,7 @@ def _task(classes: Mapping[str, Sequence[str]], name: str) -> str | None:
 
 
 def _way_on(task: str, classifiers: Sequence[str], folder: Path | None) -> str:
-    """How to go on: data for what the model does, or a head for the data."""
+    """The hint: data for what the model does, or a head for the data."""
     hints = []
     if task == "CAUSAL_LM":
         hints.append('leave --label out, and give .jsonl with "text", or "prompt" and "completion"')

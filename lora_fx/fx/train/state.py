@@ -1,4 +1,4 @@
-"""How far a run is, and the state from which another one goes on.
+"""Save how far a run is, and resume another run from this state.
 
 A state is all that a later run needs to go on as if nothing had happened:
 
@@ -39,7 +39,7 @@ from lora_fx.fx.train.train_report import TrainReport
 
 @dataclass
 class Trail:
-    """How far a run is, beside its weights.
+    """The progress of a run, without its weights.
 
     Args:
         step: Steps that are done.
@@ -189,7 +189,7 @@ def _refuse_other_run(folder: str, state: object, run: Facts) -> None:
     more = f"; {len(lines) - 1} more differences" if len(lines) > 1 else ""
     raise LoraFxError(
         f"{folder} is the state of another run: {lines[0]}{more}",
-        "a run goes on with the model, data and settings that it began with",
+        "resume it with the model, data and settings that it began with",
     )
 
 
@@ -203,7 +203,7 @@ def _set_random_state(optimizer: Optimizer, state: torch.Tensor) -> None:
 
 
 def _trail(words: dict[str, Any], tensors: dict[str, Array], optimizer: Optimizer) -> Trail:
-    """How far the run of a state is; what is trained has its values of now.
+    """The progress of the run of a state; trained tensors keep their current values.
 
     Raises:
         LookupError, TypeError, ValueError: The state is damaged.

@@ -37,7 +37,7 @@ class TrainReport:
         return f"{line}; patience ended at step {self.stopped}"
 
     def __str__(self) -> str:
-        """Which step was kept, from where the run went on, and the verdict."""
+        """The step that was kept, the step at which the run was resumed, and the verdict."""
         best = self.validation.get(self.best_step)
         text = f"kept step {self.best_step} of {len(self.losses)}"
         if best is not None:

@@ -48,7 +48,7 @@ PLAIN = {
 
 
 class EmittingGraph(Protocol):
-    """What an emitter needs of the OnnxGraph that it inserts into."""
+    """The methods that an emitter needs of the OnnxGraph that it inserts into."""
 
     model: ir.Model
 

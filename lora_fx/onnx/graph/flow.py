@@ -105,7 +105,7 @@ class OnnxWeightUse:
 
 @dataclass
 class OnnxFlow:
-    """What one walk over a model finds.
+    """The result of one walk over a model.
 
     Attributes:
         stores: The value of every stored tensor, an initialiser's or a Constant's, by name; the
@@ -296,7 +296,7 @@ def _note_gathered(flow: OnnxFlow, node: ir.Node) -> None:
 
 
 NORMS = ("LayerNormalization", "RMSNormalization")
-"""What these make of a table of positions is data, which layers read: no weight is made by them."""
+"""Ops whose result from a table of positions is data that layers read: they make no weight."""
 
 
 def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
@@ -328,7 +328,7 @@ def _note_computed(flow: OnnxFlow, node: ir.Node) -> bool:
 
 
 def _why_computed(node: ir.Node, weights: list[OnnxWeight], names: tuple[str, ...]) -> str:
-    """How a weight is computed: what the first of its operands says, or by this node."""
+    """The reason why a weight counts as computed: from its first operand, or this node."""
     for weight in weights:
         if weight.computed:
             return weight.computed
@@ -481,7 +481,7 @@ def _use_of(
 
 
 def _codes_of(flow: OnnxFlow, row: OnnxOp, use: OnnxOperand, weight: OnnxWeight) -> Codes | None:
-    """What a weight's integers are where an op reads it; None for floats."""
+    """The codes of a weight where an op reads it; None for floats."""
     codes = use.codes or weight.codes
     tensor = flow.tensor(weight.name)
     if codes is None and row.op == "embedding" and narrow(tensor):

@@ -97,7 +97,7 @@ class OnnxGraph(Analysed):
         return [use.site for use in self.flow.uses]
 
     def gathered_flops(self) -> dict[str, int]:
-        """See Graph; a symbolic size counts once."""
+        """Implement `Graph.gathered_flops`; a symbolic size counts once."""
         return self.flow.gathered_flops
 
     def data_flops(self) -> int:
@@ -217,7 +217,7 @@ class OnnxGraph(Analysed):
         self.changed()
 
     def picked(self, site: Site, e: Emitter[ir.Value]) -> ir.Value:
-        """What the last Gather on the weight's way takes, as a list."""
+        """The indices of the last Gather on the way from the weight to the site, in a list."""
         value = self.at(site).node.inputs[site.slot[0]]
         while value is not None:
             node = value.producer()
@@ -241,7 +241,7 @@ class OnnxGraph(Analysed):
     def _readers_beside(
         self, value: ir.Value, slots_of_sites: Collection[tuple[int, int]]
     ) -> list[str]:
-        """What reads a weight in other slots than these, and is no view of it.
+        """The readers of a weight in other slots than these that are not views of it.
 
         Args:
             value: The weight.
@@ -261,7 +261,7 @@ class OnnxGraph(Analysed):
         return readers
 
     def other_readers(self) -> Sequence[OtherReader]:
-        """What reads a stored tensor beside its sites."""
+        """The readers of a stored tensor other than its sites."""
         slots = set()
         for use in self.flow.uses:
             if not use.site.refusal or use.site.allowed:

@@ -186,7 +186,7 @@ def _gather(node: ir.Node, shape: Shapes) -> Iterator[OnnxOperand]:
 
 
 def _refusal_of_lookup(table: Shape, axis: int) -> str:
-    """Why a lookup cannot be adapted; empty for one of the rows of a matrix."""
+    """The reason why a lookup cannot be adapted; empty for a lookup of rows of a matrix."""
     if axis == 0 and len(table) == 2:
         return ""
     return "a lookup along an axis that is not the first"
