@@ -127,7 +127,7 @@ class Agreement:
         return max((EPSILON.get(name, 0.0) for name in dtypes), default=0.0)
 
     def _rounding(self, named: Named, outputs: Outputs) -> Iterator[Mapping[str, float]]:
-        """Measure how far rounding moves the outputs: in fp64, then with weights moved at random."""
+        """Measure how far rounding moves the outputs: in fp64, then with randomly moved weights."""
         kinds: list[Callable[..., OverTensors]] = [partial(_Moved, seed) for seed in range(SEEDS)]
         if not random_ops(self.graph):  # fp64 draws other numbers
             kinds.insert(0, _WideOver)
